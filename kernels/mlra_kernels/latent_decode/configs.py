@@ -1,0 +1,66 @@
+"""Tile shapes of the decoding kernel: one small table from shape to configuration.
+
+The measurements behind the choices are in docs/log_kernels.md.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How one launch of the decoding kernel is cut."""
+
+    block_m: int
+    """Query rows (query tokens x heads of one latent) a program holds."""
+    block_n: int
+    """Cached tokens a tile holds."""
+    num_warps: int
+    """Warps a program runs."""
+    num_stages: int
+    """Depth of the software pipeline over tiles."""
+    programs_per_sm: int
+    """Programs resident on one multiprocessor, all row blocks and latents counted."""
+    min_tiles: int = 4
+    """Fewest tiles worth a program of its own."""
+
+    def row_blocks(self, rows: int) -> int:
+        """Number of programs that the query rows of one latent are cut into."""
+        return -(-rows // self.block_m)
+
+    def num_programs(self, rows: int, num_latents: int, sm_count: int) -> int:
+        """Number of token ranges: what one wave holds, shared among latents and row blocks."""
+        columns = self.row_blocks(rows) * num_latents
+        return max(1, sm_count * self.programs_per_sm // columns)
+
+
+def default_config(rows: int, latent_dim: int, rope_dim: int, element_size: int) -> DecodeConfig:
+    """Return the configuration for `rows` = q_len * heads_per_latent query rows.
+
+    `element_size` is the size of a cached latent element in bytes: 1 (FP8), 2 or 4.
+    """
+    block_m = 64 if rows <= 64 or latent_dim > 256 else 128
+    if latent_dim > 256:
+        return DecodeConfig(block_m, 32, 8, 3, 1)
+    if latent_dim > 128:
+        return DecodeConfig(block_m, 64, 8 if block_m == 128 else 4, 3, 1)
+    return DecodeConfig(block_m, 64, 8 if block_m == 128 else 4, 3, 2)
+
+
+@dataclass(frozen=True)
+class CombineConfig:
+    """How one launch of the combine kernel is cut."""
+
+    rows: int
+    """Query rows a program merges."""
+    parts: int
+    """Parts it loads at once."""
+    columns: int
+    """Columns of the latent dim it merges."""
+
+
+def combine_config(num_programs: int, batch: int, latent_dim: int) -> CombineConfig:
+    """Return a cut that loads the usual number of parts of a sequence at once, 8192 numbers in all."""
+    usual_parts = -(-num_programs // batch) + 1 if batch > 1 else num_programs
+    parts = min(512, max(2, 1 << (usual_parts - 1).bit_length()))
+    columns = min(latent_dim, max(16, 8192 // parts))
+    return CombineConfig(max(1, min(16, 8192 // (parts * columns))), parts, columns)

@@ -1,0 +1,228 @@
+"""Triton kernel of latent decoding: split-KV attention over pages, K and V from one load.
+
+Letters: b sequences, q query tokens a sequence, L latent heads, G head groups, j heads a latent serves,
+M query rows of a program (rows = q * j, padded), N cached tokens of a tile, D latent dim, R RoPE dim.
+
+A program owns one (latent, block of rows) and a contiguous range of tiles, given by `schedule`; the
+range may cross sequences. A tile `c [N, D]` is loaded once: it is the key (with the RoPE key
+`k_r [N, R]`) and the value. Scores are kept in base 2.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra import cuda as tl_cuda
+
+
+@triton.jit
+def _load_tile(
+    latent_ptr,
+    rope_ptr,
+    scale_ptr,
+    table_ptr,
+    tile,
+    seqlen,
+    stride_cp,
+    stride_ct,
+    stride_rp,
+    stride_rt,
+    stride_sp,
+    stride_st,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    PAGE: tl.constexpr,
+    FP8: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Return c [N, D], k_r [N, R] and the scale [N] of one tile; MASKED: rows past `seqlen` read as 0."""
+    n = tl.arange(0, N)
+    inside = tile * N + n < seqlen
+    if PAGE % N == 0:  # one page holds the tile: its id is one scalar
+        page = tl.load(table_ptr + tile * N // PAGE).to(tl.int64)
+        row = tile * N % PAGE + n
+        c_ptrs = latent_ptr + page * stride_cp + (row * stride_ct)[:, None]
+        r_ptrs = rope_ptr + page * stride_rp + (row * stride_rt)[:, None]
+        s_ptrs = scale_ptr + page * stride_sp + row * stride_st
+    else:
+        token = tile * N + n
+        if MASKED:
+            pages = tl.load(table_ptr + token // PAGE, mask=inside, other=0).to(tl.int64)
+        else:
+            pages = tl.load(table_ptr + token // PAGE).to(tl.int64)
+        row = token % PAGE
+        c_ptrs = latent_ptr + (pages * stride_cp + row * stride_ct)[:, None]
+        r_ptrs = rope_ptr + (pages * stride_rp + row * stride_rt)[:, None]
+        s_ptrs = scale_ptr + pages * stride_sp + row * stride_st
+    c_ptrs += tl.arange(0, D)[None, :]
+    r_ptrs += tl.arange(0, R)[None, :]
+    scale = tl.full((N,), 1.0, tl.float32)
+    if MASKED:
+        c = tl.load(c_ptrs, mask=inside[:, None], other=0.0)
+        k_r = tl.load(r_ptrs, mask=inside[:, None], other=0.0)
+        if FP8:
+            scale = tl.load(s_ptrs, mask=inside, other=0.0)
+    else:
+        c = tl.load(c_ptrs)
+        k_r = tl.load(r_ptrs)
+        if FP8:
+            scale = tl.load(s_ptrs)
+    return c, k_r, scale
+
+
+@triton.jit
+def _attend(
+    q_c,
+    q_r,
+    c,
+    k_r,
+    scale,
+    m_i,
+    l_i,
+    acc,
+    tile,
+    last_seen,
+    scale_log2,
+    N: tl.constexpr,
+    FP8: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One online-softmax step of the rows over a tile; returns the new (m_i, l_i, acc)."""
+    c = c.to(q_c.dtype)
+    s = tl.dot(q_c, tl.trans(c), input_precision=PRECISION)
+    if FP8:  # the token's scale factors out of the dot product
+        s = s * scale[None, :]
+    s = tl.dot(q_r, tl.trans(k_r.to(q_r.dtype)), s, input_precision=PRECISION)
+    if MASKED:
+        seen = tile * N + tl.arange(0, N)[None, :] <= last_seen[:, None]
+        s = tl.where(seen, s, float("-inf"))
+    m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
+    m_use = m_new
+    if MASKED:  # a row that has seen no token yet keeps m = -inf
+        m_use = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(s * scale_log2 - m_use[:, None])
+    alpha = tl.exp2(m_i - m_use)
+    l_i = l_i * alpha + tl.sum(p, 1)
+    acc = acc * alpha[:, None]
+    if FP8:
+        p = p * scale[None, :]
+    acc = tl.dot(p.to(q_c.dtype), c, acc, input_precision=PRECISION)
+    return m_new, l_i, acc
+
+
+@triton.jit
+def latent_decode_kernel(
+    q_ptr,  # [b, q, L, j, D]
+    q_rope_ptr,  # [b, q, G * j, R]
+    latent_ptr,  # [pages, PAGE, L * D]
+    rope_ptr,  # [pages, PAGE, R]
+    scale_ptr,  # [pages, PAGE, L] fp32, FP8 only
+    table_ptr,  # [b, max_pages] int32
+    seqlens_ptr,  # [b] int32
+    schedule_ptr,  # [P, 4] int32: first sequence, first tile, tiles, unused
+    out_ptr,  # [b, q, L, j, D]
+    lse_ptr,  # [b, q, L, j] fp32
+    part_out_ptr,  # [P + b, L, rows, D] fp32
+    part_lse_ptr,  # [P + b, L, rows] fp32, base 2
+    scale_log2,  # softmax scale * log2(e)
+    stride_qb,
+    stride_qq,
+    stride_ql,
+    stride_qj,
+    stride_qrb,
+    stride_qrq,
+    stride_qrh,
+    stride_cp,
+    stride_ct,
+    stride_rp,
+    stride_rt,
+    stride_sp,
+    stride_st,
+    stride_sl,
+    stride_tb,
+    Q_LEN: tl.constexpr,
+    HEADS: tl.constexpr,
+    LATENTS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    PAGE: tl.constexpr,
+    FP8: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    ROWS: tl.constexpr = Q_LEN * HEADS
+    if PDL:
+        tl_cuda.gdc_wait()
+    latent = tl.program_id(0) % LATENTS
+    row = tl.program_id(0) // LATENTS * M + tl.arange(0, M)
+    program = tl.program_id(1)
+    b = tl.load(schedule_ptr + program * 4)
+    tile = tl.load(schedule_ptr + program * 4 + 1)
+    left = tl.load(schedule_ptr + program * 4 + 2)
+
+    row_in = row < ROWS
+    q_tok, j = row // HEADS, row % HEADS
+    q_off = q_tok * stride_qq + latent * stride_ql + j * stride_qj
+    q_ptrs = q_ptr + q_off[:, None] + tl.arange(0, D)[None, :]
+    qr_off = q_tok * stride_qrq + (latent % GROUPS * HEADS + j) * stride_qrh
+    qr_ptrs = q_rope_ptr + qr_off[:, None] + tl.arange(0, R)[None, :]
+    latent_ptr += latent * D
+    scale_ptr += latent * stride_sl
+
+    while left > 0:
+        seqlen = tl.load(seqlens_ptr + b)
+        tiles = tl.cdiv(seqlen, N)
+        take = tl.minimum(left, tiles - tile)
+        if take > 0:
+            b64 = b.to(tl.int64)
+            q_c = tl.load(q_ptrs + b64 * stride_qb, mask=row_in[:, None], other=0.0)
+            q_r = tl.load(qr_ptrs + b64 * stride_qrb, mask=row_in[:, None], other=0.0)
+            seq_table = table_ptr + b64 * stride_tb
+            m_i = tl.full((M,), float("-inf"), tl.float32)
+            l_i = tl.zeros((M,), tl.float32)
+            acc = tl.zeros((M, D), tl.float32)
+            end = tile + take
+            # Tiles before `full_end` are seen whole by every row.
+            full_end = tl.minimum(end, tl.maximum(seqlen - Q_LEN + 1, 0) // N)
+            for t in tl.range(tile, full_end, num_stages=STAGES):
+                c, k_r, scale = _load_tile(
+                    latent_ptr, rope_ptr, scale_ptr, seq_table, t, seqlen,
+                    stride_cp, stride_ct, stride_rp, stride_rt, stride_sp, stride_st,
+                    N, D, R, PAGE, FP8, False,
+                )  # fmt: skip
+                m_i, l_i, acc = _attend(
+                    q_c, q_r, c, k_r, scale, m_i, l_i, acc, t, row,
+                    scale_log2, N, FP8, False, PRECISION,
+                )  # fmt: skip
+            last_seen = seqlen - Q_LEN + q_tok
+            for t in tl.range(tl.maximum(tile, full_end), end, num_stages=1):
+                c, k_r, scale = _load_tile(
+                    latent_ptr, rope_ptr, scale_ptr, seq_table, t, seqlen,
+                    stride_cp, stride_ct, stride_rp, stride_rt, stride_sp, stride_st,
+                    N, D, R, PAGE, FP8, True,
+                )  # fmt: skip
+                m_i, l_i, acc = _attend(
+                    q_c, q_r, c, k_r, scale, m_i, l_i, acc, t, last_seen,
+                    scale_log2, N, FP8, True, PRECISION,
+                )  # fmt: skip
+            if PDL:
+                tl_cuda.gdc_launch_dependents()
+            acc = acc * tl.where(l_i > 0, 1.0 / l_i, 0.0)[:, None]
+            lse = m_i + tl.log2(l_i)  # -inf for a row that saw nothing
+            if take == tiles:
+                out_row = ((b64 * Q_LEN + q_tok) * LATENTS + latent) * HEADS + j
+                tl.store(lse_ptr + out_row, lse * 0.6931471805599453, mask=row_in)
+                out_ptrs = out_ptr + (out_row * D)[:, None] + tl.arange(0, D)[None, :]
+                tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=row_in[:, None])
+            else:
+                part_row = ((program + b64) * LATENTS + latent) * ROWS + row
+                tl.store(part_lse_ptr + part_row, lse, mask=row_in)
+                part_ptrs = part_out_ptr + (part_row * D)[:, None] + tl.arange(0, D)[None, :]
+                tl.store(part_ptrs, acc, mask=row_in[:, None])
+            left -= take
+        b += 1
+        tile = 0

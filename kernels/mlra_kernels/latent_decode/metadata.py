@@ -1,0 +1,143 @@
+"""The schedule of a decoding step: computed once on the GPU, reused by every layer.
+
+Letters: b sequences, P programs (token ranges), N tokens of a tile.
+
+All tiles of all sequences form one line, cut into P equal ranges; a sequence that crosses a cut is
+merged from its parts afterwards. With `deterministic` each sequence is instead cut by its own length
+alone, so its result does not depend on the rest of the batch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mlra_kernels.latent_decode.configs import DecodeConfig, default_config
+
+DETERMINISTIC_SPLITS = 32  # parts at most a sequence has in deterministic mode
+
+
+@triton.jit
+def schedule_kernel(
+    seqlens_ptr,  # [b] int32
+    schedule_ptr,  # [P, 4] int32: first sequence, first tile, number of tiles, unused
+    splits_ptr,  # [b, 2] int32: first slot of the parts, number of parts
+    batch,
+    num_programs,
+    N: tl.constexpr,
+    BATCH_BLOCK: tl.constexpr,
+    MIN_TILES: tl.constexpr,
+    FIXED_SPLITS: tl.constexpr,
+):
+    """Program i writes row i of `schedule` and of `splits`; a part's slot is program + sequence."""
+    i = tl.program_id(0)
+    seq = tl.arange(0, BATCH_BLOCK)
+    tiles = tl.cdiv(tl.load(seqlens_ptr + seq, mask=seq < batch, other=0), N)
+    if FIXED_SPLITS > 0:
+        b = i // FIXED_SPLITS
+        own = tl.sum(tl.where(seq == b, tiles, 0), 0)
+        size = tl.maximum(tl.cdiv(own, FIXED_SPLITS), MIN_TILES)
+        begin = i % FIXED_SPLITS * size
+        count = tl.maximum(tl.minimum(own - begin, size), 0)
+        own = tl.sum(tl.where(seq == i, tiles, 0), 0)
+        first = i * FIXED_SPLITS + i
+        parts = tl.cdiv(own, tl.maximum(tl.cdiv(own, FIXED_SPLITS), MIN_TILES))
+    else:
+        ends = tl.cumsum(tiles, 0)
+        total = tl.sum(tiles, 0)
+        size = tl.maximum(tl.cdiv(total, num_programs), MIN_TILES)
+        start = i * size
+        b = tl.sum(tl.where((ends <= start) & (seq < batch), 1, 0), 0)
+        begin = start - tl.sum(tl.where(seq < b, tiles, 0), 0)
+        count = tl.maximum(tl.minimum(total - start, size), 0)
+        own_begin = tl.sum(tl.where(seq < i, tiles, 0), 0)
+        own_end = own_begin + tl.sum(tl.where(seq == i, tiles, 0), 0)
+        first = own_begin // size + i
+        parts = tl.where(own_end > own_begin, (own_end - 1) // size - own_begin // size + 1, 0)
+    if i < num_programs:
+        tl.store(schedule_ptr + i * 4, b)
+        tl.store(schedule_ptr + i * 4 + 1, begin)
+        tl.store(schedule_ptr + i * 4 + 2, count)
+        tl.store(schedule_ptr + i * 4 + 3, 0)
+    if i < batch:
+        tl.store(splits_ptr + i * 2, first)
+        tl.store(splits_ptr + i * 2 + 1, parts)
+
+
+@dataclass(frozen=True)
+class DecodeMetadata:
+    """Schedule of one decoding step; the buffers keep their addresses, so CUDA graphs may hold them."""
+
+    schedule: Tensor
+    """`[P, 4]` int32: first sequence, first tile and number of tiles of every program."""
+    splits: Tensor
+    """`[b, 2]` int32: first slot and number of parts of every sequence."""
+    config: DecodeConfig
+    """Tile shapes that the schedule was made for."""
+    deterministic: bool
+    """Whether a sequence's cuts depend on its own length alone."""
+
+    def update(self, cache_seqlens: Tensor) -> None:
+        """Recompute the schedule in place for new lengths `[b]` int32; no host synchronisation."""
+        batch, programs = self.splits.shape[0], self.schedule.shape[0]
+        if cache_seqlens.shape != (batch,):
+            raise ValueError(
+                f"cache_seqlens has shape {tuple(cache_seqlens.shape)}, this metadata was made for "
+                f"({batch},): call decode_metadata again for another batch size"
+            )
+        schedule_kernel[(max(batch, programs),)](
+            cache_seqlens,
+            self.schedule,
+            self.splits,
+            batch,
+            programs,
+            N=self.config.block_n,
+            BATCH_BLOCK=triton.next_power_of_2(batch),
+            MIN_TILES=self.config.min_tiles,
+            FIXED_SPLITS=DETERMINISTIC_SPLITS if self.deterministic else 0,
+        )
+
+
+def sm_count(device: torch.device) -> int:
+    """Return the number of multiprocessors of a CUDA device; 4 for the interpreter's CPU tensors."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def decode_metadata(
+    cache_seqlens: Tensor,
+    *,
+    q_len: int,
+    num_latents: int,
+    heads_per_latent: int,
+    latent_dim: int,
+    rope_dim: int,
+    cache_dtype: torch.dtype,
+    deterministic: bool = False,
+    config: DecodeConfig | None = None,
+) -> DecodeMetadata:
+    """Schedule a decoding step for `cache_seqlens` `[b]` int32 (the q_len new tokens included).
+
+    The other arguments are the shapes of the `latent_decode` calls that will use it; one schedule
+    serves all layers of a step. `deterministic=True` cuts each sequence by its own length alone: its
+    result is then bitwise the same in any batch. (Without it, results are still bitwise repeatable
+    for the same lengths.) `config` overrides the tile shapes.
+    """
+    rows = q_len * heads_per_latent
+    config = config or default_config(rows, latent_dim, rope_dim, cache_dtype.itemsize)
+    batch, device = cache_seqlens.shape[0], cache_seqlens.device
+    if deterministic:
+        programs = batch * DETERMINISTIC_SPLITS
+    else:
+        programs = config.num_programs(rows, num_latents, sm_count(device))
+    metadata = DecodeMetadata(
+        schedule=torch.empty(programs, 4, dtype=torch.int32, device=device),
+        splits=torch.empty(batch, 2, dtype=torch.int32, device=device),
+        config=config,
+        deterministic=deterministic,
+    )
+    metadata.update(cache_seqlens)
+    return metadata

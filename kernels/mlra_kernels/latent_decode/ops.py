@@ -1,0 +1,309 @@
+"""Public operations, each registered with torch.library so that torch.compile and graphs see one op.
+
+Letters: b sequences, q query tokens a sequence, L latent heads in the cache, n branches,
+G = L / n head groups, j heads a latent serves, D latent dim, R RoPE dim.
+"""
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from mlra_kernels.latent_decode import reference, validation
+from mlra_kernels.latent_decode.append_kernel import latent_cache_append_kernel
+from mlra_kernels.latent_decode.combine_kernel import combine_kernel, merge_states_kernel
+from mlra_kernels.latent_decode.configs import DecodeConfig, combine_config
+from mlra_kernels.latent_decode.decode_kernel import latent_decode_kernel
+from mlra_kernels.latent_decode.metadata import DecodeMetadata, decode_metadata
+
+INTERPRETED = not isinstance(latent_decode_kernel, triton.runtime.JITFunction)
+
+
+def latent_decode(
+    q_absorbed: Tensor,
+    q_rope: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    softmax_scale: float,
+    *,
+    num_branches: int,
+    cache_scale: Tensor | None = None,
+    metadata: DecodeMetadata | None = None,
+    backend: str = "triton",
+) -> tuple[Tensor, Tensor]:
+    """Attend from q new tokens a sequence to every latent head of a paged cache.
+
+    For query token i of a sequence of length s, latent l, head j, over the tokens t <= s - q + i:
+        p_t = softmax_t(softmax_scale * (q_absorbed . c_t,l + q_rope . k_t)),  out = sum_t p_t c_t,l
+
+    Args:
+        q_absorbed: `[b, q, L, j, D]` bf16 or fp16; q from 1 to 8, D one of 64, 128, 256, 512.
+        q_rope: `[b, q, G * j, R]`, rotated, same dtype; row (l, j) uses head (l mod G) * j_count + j.
+        cache: `[pages, page_size, L * D + R]`, a row being `[c_0 ... c_{L-1} | k_rope]`, same dtype; or
+            FP8 (e4m3), `[pages, page_size, L * D + 2 * R]`, the last 2 R bytes of a row R bf16 numbers.
+        block_table: `[b, max_pages]` int32, the pages of each sequence; entries past its length unread.
+        cache_seqlens: `[b]` int32 lengths, the q new tokens included; 0 is allowed.
+        softmax_scale: factor of the scores, usually (qk_nope_head_dim + qk_rope_head_dim) ** -0.5.
+        num_branches: n; divides L.
+        cache_scale: `[pages, page_size, L]` fp32, what each FP8 latent is multiplied by; FP8 only.
+        metadata: schedule from `decode_metadata` for these lengths; computed here if None.
+        backend: "triton" (CUDA) or "reference" (pure torch, any device).
+
+    Returns:
+        out `[b, q, L, j, D]` in q's dtype and the natural log-sum-exp `[b, q, L, j]` fp32; a row that
+        sees no token gives 0 and -inf.
+
+    Raises:
+        ValueError: an argument does not fit; the message names the value and the fix.
+    """
+    validation.check_backend(backend, q_absorbed, INTERPRETED)
+    validation.check_decode(
+        q_absorbed, q_rope, cache, block_table, cache_seqlens, softmax_scale, num_branches, cache_scale
+    )
+    if backend == "reference":
+        return torch.ops.mlra_kernels.latent_decode_reference(
+            q_absorbed, q_rope, cache, block_table, cache_seqlens, softmax_scale, num_branches, cache_scale
+        )
+    if metadata is None:
+        metadata = decode_metadata(
+            cache_seqlens,
+            q_len=q_absorbed.shape[1],
+            num_latents=q_absorbed.shape[2],
+            heads_per_latent=q_absorbed.shape[3],
+            latent_dim=q_absorbed.shape[4],
+            rope_dim=q_rope.shape[3],
+            cache_dtype=cache.dtype,
+        )
+    elif metadata.splits.shape[0] != q_absorbed.shape[0]:
+        raise ValueError(
+            f"metadata was made for {metadata.splits.shape[0]} sequences, the batch has "
+            f"{q_absorbed.shape[0]}: call decode_metadata for this batch"
+        )
+    config = metadata.config
+    return torch.ops.mlra_kernels.latent_decode(
+        q_absorbed,
+        q_rope,
+        cache,
+        block_table,
+        cache_seqlens,
+        softmax_scale,
+        num_branches,
+        cache_scale,
+        metadata.schedule,
+        metadata.splits,
+        [config.block_m, config.block_n, config.num_warps, config.num_stages, config.programs_per_sm],
+    )
+
+
+def merge_states(outs: Tensor, lses: Tensor, *, backend: str = "triton") -> tuple[Tensor, Tensor]:
+    """Merge attention over disjoint sets of tokens (context-parallel ranks, a shared prefix).
+
+    lse = log sum_s exp(lse_s),  out = sum_s exp(lse_s - lse) out_s
+
+    Args:
+        outs: `[S, ..., d]` results of S sets of tokens, any float dtype.
+        lses: `[S, ...]` fp32, their natural log-sum-exps; -inf marks an empty set.
+        backend: "triton" (CUDA) or "reference".
+
+    Returns:
+        out `[..., d]` in the dtype of `outs` and lse `[...]` fp32; all sets empty: 0 and -inf.
+
+    Raises:
+        ValueError: an argument does not fit; the message names the value and the fix.
+    """
+    validation.check_backend(backend, lses if backend == "reference" else outs, INTERPRETED)
+    validation.check_merge(outs, lses)
+    if backend == "reference":
+        return reference.merge_states_reference(outs, lses)
+    return torch.ops.mlra_kernels.merge_states(outs.contiguous(), lses.contiguous())
+
+
+def latent_cache_append(
+    kv_down: Tensor,
+    norm_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    cache: Tensor,
+    *,
+    latent_scale: float,
+    norm_eps: float,
+    cache_scale: Tensor | None = None,
+    backend: str = "triton",
+) -> None:
+    """Write new tokens to the paged cache, in place, from the raw output of the down projection.
+
+    c_l = RMSNorm_l(x_l) * latent_scale;  k = half-split RoPE of the last R columns.
+
+    Args:
+        kv_down: `[tokens, L * D + R]`, not yet normed or rotated, any float dtype.
+        norm_weight: `[L, D]`, the RMSNorm weight of every latent head.
+        cos, sin: `[positions, R / 2]` fp32, from `rope_tables` or a model's own.
+        positions: `[tokens]` int32 or int64, row of cos and sin of each token.
+        slot_mapping: `[tokens]` int32 or int64, page * page_size + offset; a negative slot is skipped.
+        cache: as in `latent_decode`; written in place.
+        latent_scale: factor after the norm, sqrt(hidden / latent dim) for variance scaling, else 1.
+        norm_eps: epsilon of the RMSNorm.
+        cache_scale: `[pages, page_size, L]` fp32, written in place for an FP8 cache (amax / 448).
+        backend: "triton" (CUDA) or "reference".
+
+    Raises:
+        ValueError: an argument does not fit; the message names the value and the fix.
+    """
+    validation.check_backend(backend, slot_mapping, INTERPRETED)
+    validation.check_append(
+        kv_down, norm_weight, cos, sin, positions, slot_mapping, cache, cache_scale
+    )
+    run = torch.ops.mlra_kernels.latent_cache_append
+    if backend == "reference":
+        run = torch.ops.mlra_kernels.latent_cache_append_reference
+    run(
+        kv_down, norm_weight, cos, sin, positions, slot_mapping, cache, cache_scale, latent_scale, norm_eps
+    )
+
+
+def _decode_outputs(q_absorbed: Tensor) -> tuple[Tensor, Tensor]:
+    """Allocate out and lse of a decode call."""
+    out = torch.empty(q_absorbed.shape, dtype=q_absorbed.dtype, device=q_absorbed.device)
+    return out, torch.empty(q_absorbed.shape[:-1], dtype=torch.float32, device=q_absorbed.device)
+
+
+@torch.library.custom_op("mlra_kernels::latent_decode", mutates_args=())
+def _latent_decode_op(
+    q_absorbed: Tensor,
+    q_rope: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    softmax_scale: float,
+    num_branches: int,
+    cache_scale: Tensor | None,
+    schedule: Tensor,
+    splits: Tensor,
+    config: list[int],
+) -> tuple[Tensor, Tensor]:
+    batch, q_len, latents, heads, dim = q_absorbed.shape
+    cfg, rows, programs = DecodeConfig(*config), q_len * heads, schedule.shape[0]
+    latent_view, rope_view = reference.split_cache(cache, q_rope.shape[-1])
+    fp8 = cache_scale is not None
+    scale = cache_scale if fp8 else splits  # any tensor: the kernel reads it for FP8 only
+    out, lse = _decode_outputs(q_absorbed)
+    slots = programs + batch
+    part_out = q_absorbed.new_empty((slots, latents, rows, dim), dtype=torch.float32)
+    part_lse = q_absorbed.new_empty((slots, latents, rows), dtype=torch.float32)
+    pdl = q_absorbed.is_cuda and torch.cuda.get_device_capability(q_absorbed.device)[0] >= 9
+    launch = {"launch_pdl": True} if pdl else {}
+    latent_decode_kernel[(cfg.row_blocks(rows) * latents, programs)](
+        q_absorbed, q_rope, latent_view, rope_view, scale, block_table, cache_seqlens, schedule,
+        out, lse, part_out, part_lse, softmax_scale * math.log2(math.e),
+        *q_absorbed.stride()[:4], *q_rope.stride()[:3], *latent_view.stride()[:2],
+        *rope_view.stride()[:2], *(scale.stride() if fp8 else (0, 0, 0)), block_table.stride(0),
+        Q_LEN=q_len, HEADS=heads, LATENTS=latents, GROUPS=latents // num_branches,
+        M=cfg.block_m, N=cfg.block_n, D=dim, R=q_rope.shape[-1], PAGE=cache.shape[1], FP8=fp8,
+        PRECISION="ieee" if q_absorbed.dtype == torch.float32 else "tf32",
+        STAGES=cfg.num_stages, PDL=pdl, num_warps=cfg.num_warps, **launch,
+    )  # fmt: skip
+    com = combine_config(programs, batch, dim)
+    combine_kernel[(dim // com.columns, -(-latents * rows // com.rows), batch)](
+        part_out, part_lse, splits, out, lse,
+        Q_LEN=q_len, HEADS=heads, LATENTS=latents, D=dim,
+        X=com.rows, S=com.parts, DB=com.columns, PDL=pdl, num_warps=4, **launch,
+    )  # fmt: skip
+    return out, lse
+
+
+@torch.library.custom_op("mlra_kernels::latent_decode_reference", mutates_args=())
+def _latent_decode_reference_op(
+    q_absorbed: Tensor,
+    q_rope: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    softmax_scale: float,
+    num_branches: int,
+    cache_scale: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return reference.latent_decode_reference(
+        q_absorbed, q_rope, cache, block_table, cache_seqlens, softmax_scale, num_branches, cache_scale
+    )
+
+
+@_latent_decode_op.register_fake
+@_latent_decode_reference_op.register_fake
+def _latent_decode_fake(q_absorbed: Tensor, *args) -> tuple[Tensor, Tensor]:
+    return _decode_outputs(q_absorbed)
+
+
+@torch.library.custom_op("mlra_kernels::merge_states", mutates_args=())
+def _merge_states_op(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    states, dim, rows = outs.shape[0], outs.shape[-1], lses[0].numel()
+    out, lse = torch.empty_like(outs[0]), torch.empty_like(lses[0])
+    merge_states_kernel[(-(-rows // 4),)](
+        outs, lses, out, lse, states, rows,
+        D=dim, DB=triton.next_power_of_2(dim), X=4, S=4, num_warps=4,
+    )  # fmt: skip
+    return out, lse
+
+
+@_merge_states_op.register_fake
+def _merge_states_fake(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(outs[0]), torch.empty_like(lses[0])
+
+
+@torch.library.custom_op(
+    "mlra_kernels::latent_cache_append", mutates_args=("cache", "cache_scale")
+)
+def _latent_cache_append_op(
+    kv_down: Tensor,
+    norm_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    cache: Tensor,
+    cache_scale: Tensor | None,
+    latent_scale: float,
+    norm_eps: float,
+) -> None:
+    latents, dim = norm_weight.shape
+    rope = kv_down.shape[1] - latents * dim
+    latent_view, rope_view = reference.split_cache(cache, rope)
+    fp8 = cache_scale is not None
+    scale = cache_scale if fp8 else cos  # any tensor: the kernel writes it for FP8 only
+    if kv_down.shape[0] == 0:
+        return
+    latent_cache_append_kernel[(kv_down.shape[0], latents + 1)](
+        kv_down, norm_weight, cos, sin, positions, slot_mapping, latent_view, rope_view, scale,
+        latent_scale, norm_eps, kv_down.stride(0), *latent_view.stride()[:2],
+        *rope_view.stride()[:2], *(scale.stride() if fp8 else (0, 0, 0)),
+        L=latents, D=dim, H=rope // 2, PAGE=cache.shape[1], FP8=fp8, num_warps=1,
+    )  # fmt: skip
+
+
+@torch.library.custom_op(
+    "mlra_kernels::latent_cache_append_reference", mutates_args=("cache", "cache_scale")
+)
+def _latent_cache_append_reference_op(
+    kv_down: Tensor,
+    norm_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    cache: Tensor,
+    cache_scale: Tensor | None,
+    latent_scale: float,
+    norm_eps: float,
+) -> None:
+    reference.latent_cache_append_reference(
+        kv_down, norm_weight, cos, sin, positions, slot_mapping, cache, cache_scale, latent_scale, norm_eps
+    )
+
+
+@_latent_cache_append_op.register_fake
+@_latent_cache_append_reference_op.register_fake
+def _latent_cache_append_fake(*args) -> None:
+    return None

@@ -1,0 +1,126 @@
+"""Pure torch references of every operation, fp32 inside; they run on any device.
+
+Letters: b sequences, q query tokens a sequence, L latent heads in the cache, n branches,
+G = L / n head groups, j heads a latent serves, D latent dim, R RoPE dim, t cached tokens.
+"""
+
+import torch
+from torch import Tensor
+
+FP8_MAX = 448.0  # largest finite e4m3 value
+FP8_DTYPE = torch.float8_e4m3fn
+
+
+def rope_tables(
+    max_positions: int, rope_dim: int, *, base: float = 10000.0, device: str | torch.device = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Return (cos, sin), each `[max_positions, rope_dim / 2]` fp32, of `position * base^(-2i/R)`."""
+    exponents = torch.arange(0, rope_dim, 2, dtype=torch.float64) / rope_dim
+    angles = torch.arange(max_positions, dtype=torch.float64)[:, None] * base**-exponents
+    return angles.cos().float().to(device), angles.sin().float().to(device)
+
+
+def split_cache(cache: Tensor, rope_dim: int) -> tuple[Tensor, Tensor]:
+    """Split a paged cache into views of its latents and its RoPE keys, without a copy.
+
+    `cache` is `[pages, page_size, L * D + R]` in fp16, bf16 or fp32, or, in FP8, one byte an element:
+    `[pages, page_size, L * D + 2 * R]` e4m3 whose last `2 * R` bytes of a row hold R bf16 numbers.
+    """
+    if cache.dtype != FP8_DTYPE:
+        return cache[..., :-rope_dim], cache[..., -rope_dim:]
+    rope_bytes = cache.view(torch.uint8)[..., -2 * rope_dim :]
+    return cache[..., : -2 * rope_dim], rope_bytes.view(torch.bfloat16)
+
+
+def latent_decode_reference(
+    q_absorbed: Tensor,
+    q_rope: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    softmax_scale: float,
+    num_branches: int,
+    cache_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of L latent heads over one paged cache; arguments as in `ops.latent_decode`.
+
+    For query token i of a sequence of length s (the q new tokens included), latent l and head j,
+    over the tokens t <= s - q + i:
+        p_t = softmax_t(softmax_scale * (q_absorbed . c_t,l + q_rope . k_t)),  out = sum_t p_t c_t,l
+    Returns out `[b, q, L, j, D]` in q's dtype and the natural log-sum-exp `[b, q, L, j]` fp32;
+    a row that sees no token gives out 0 and lse -inf.
+    """
+    batch, q_len, num_latents, heads, latent_dim = q_absorbed.shape
+    page_size, groups = cache.shape[1], num_latents // num_branches
+    q_c = q_absorbed.float()
+    # q_r: [b, q, L, j, R]; latent l of every branch meets the heads of group l mod G
+    q_r = q_rope.float().unflatten(2, (groups, heads)).repeat(1, 1, num_branches, 1, 1)
+    latents, rope_keys = split_cache(cache, q_rope.shape[-1])
+    out = torch.zeros_like(q_c)
+    lse = torch.full(q_c.shape[:-1], -torch.inf, device=q_c.device)
+    for b, length in enumerate(cache_seqlens.tolist()):
+        if length == 0:
+            continue
+        pages = block_table[b, : -(-length // page_size)].long()
+        c = latents[pages].flatten(0, 1)[:length].float().unflatten(1, (num_latents, latent_dim))
+        if cache_scale is not None:
+            c = c * cache_scale[pages].flatten(0, 1)[:length].float()[..., None]
+        k_r = rope_keys[pages].flatten(0, 1)[:length].float()  # [t, R]
+        scores = torch.einsum("qljd,tld->qljt", q_c[b], c)
+        scores = (scores + torch.einsum("qljr,tr->qljt", q_r[b], k_r)) * softmax_scale
+        last_seen = length - q_len + torch.arange(q_len, device=c.device)
+        hidden = torch.arange(length, device=c.device)[None, :] > last_seen[:, None]  # [q, t]
+        scores = scores.masked_fill(hidden[:, None, None, :], -torch.inf)
+        lse[b] = torch.logsumexp(scores, dim=-1)
+        probs = (scores - lse[b][..., None]).exp().nan_to_num(0.0)
+        out[b] = torch.einsum("qljt,tld->qljd", probs, c)
+    return out.to(q_absorbed.dtype), lse
+
+
+def merge_states_reference(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge attention over disjoint sets of tokens; arguments as in `ops.merge_states`.
+
+    lse = log sum_s exp(lse_s),  out = sum_s exp(lse_s - lse) out_s;  all empty: 0 and -inf.
+    """
+    lse = torch.logsumexp(lses.float(), dim=0)
+    weights = (lses.float() - lse).exp().nan_to_num(0.0)
+    # An empty part may carry anything in `out`, NaN too: it must not count.
+    parts = torch.where(weights[..., None] > 0, outs.float(), 0.0)
+    return (weights[..., None] * parts).sum(0).to(outs.dtype), lse
+
+
+def latent_cache_append_reference(
+    kv_down: Tensor,
+    norm_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    cache: Tensor,
+    cache_scale: Tensor | None,
+    latent_scale: float,
+    norm_eps: float,
+) -> None:
+    """Norm, scale, rotate, quantise and write new tokens; arguments as in `ops.latent_cache_append`.
+
+    c_l = RMSNorm_l(x_l) * latent_scale;  (k_i, k_{i+R/2}) = half-split rotation of the RoPE key.
+    """
+    num_latents, latent_dim = norm_weight.shape
+    written = slot_mapping >= 0
+    slots, x = slot_mapping[written].long(), kv_down[written].float()
+    page, offset = slots // cache.shape[1], slots % cache.shape[1]
+    c = x[:, : num_latents * latent_dim].unflatten(1, (num_latents, latent_dim))
+    c = c * torch.rsqrt(c.square().mean(-1, keepdim=True) + norm_eps)
+    c = c * norm_weight.float() * latent_scale  # [tokens, L, D]
+    first, second = x[:, num_latents * latent_dim :].chunk(2, dim=-1)
+    cos_t, sin_t = cos[positions[written].long()].float(), sin[positions[written].long()].float()
+    k_r = torch.cat([first * cos_t - second * sin_t, second * cos_t + first * sin_t], dim=-1)
+    latents, rope_keys = split_cache(cache, k_r.shape[-1])
+    if cache_scale is None:
+        latents[page, offset] = c.flatten(1).to(cache.dtype)
+    else:
+        scale = (c.abs().amax(-1) / FP8_MAX).clamp_min(1e-12)  # [tokens, L]
+        cache_scale[page, offset] = scale
+        bits = (c / scale[..., None]).clamp(-FP8_MAX, FP8_MAX).to(FP8_DTYPE).view(torch.uint8)
+        latents.view(torch.uint8)[page, offset] = bits.flatten(1)
+    rope_keys[page, offset] = k_r.to(rope_keys.dtype)

@@ -1,0 +1,171 @@
+"""Checks of user input: each message names the value and says what to change."""
+
+import torch
+from torch import Tensor
+
+from mlra_kernels.latent_decode.reference import FP8_DTYPE
+
+BACKENDS = ("triton", "reference")
+LATENT_DIMS = (64, 128, 256, 512)
+ROPE_DIMS = (32, 64)
+MAX_Q_LEN = 8
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def check_backend(backend: str, tensor: Tensor, interpreted: bool) -> None:
+    """Raise ValueError if `backend` is unknown or cannot run on the device of `tensor`."""
+    _require(backend in BACKENDS, f"backend is {backend!r}: choose one of {BACKENDS}")
+    if backend == "triton" and not interpreted:
+        _require(
+            tensor.is_cuda,
+            f"backend='triton' needs CUDA tensors, got {tensor.device}: move them to a GPU or pass "
+            "backend='reference'",
+        )
+        _require(
+            tensor.dtype != torch.float32,
+            "backend='triton' takes bfloat16 or float16 queries on a GPU, got torch.float32: cast "
+            "them or pass backend='reference'",
+        )
+
+
+def check_cache(cache: Tensor, cache_scale: Tensor | None, num_latents: int, dim: int, rope: int):
+    """Raise ValueError if the paged cache cannot hold `num_latents` of `dim` and a RoPE key."""
+    fp8 = cache.dtype == FP8_DTYPE
+    _require(cache.dim() == 3, f"cache has {cache.dim()} dims: give [num_pages, page_size, width]")
+    width = num_latents * dim + rope * (2 if fp8 else 1)
+    _require(
+        cache.shape[2] == width,
+        f"cache rows hold {cache.shape[2]} elements: {num_latents} latents of {dim} and a "
+        f"{'bf16 ' if fp8 else ''}RoPE key of {rope} need {width}",
+    )
+    _require(
+        cache.shape[1] % 16 == 0 and cache.shape[1] > 0,
+        f"page size is {cache.shape[1]}: make it a multiple of 16",
+    )
+    _require(cache.stride(2) == 1, "cache rows are not contiguous: make the last dim contiguous")
+    _require(dim in LATENT_DIMS, f"latent dim is {dim}: the kernels take {LATENT_DIMS}")
+    _require(rope in ROPE_DIMS, f"RoPE dim is {rope}: the kernels take {ROPE_DIMS}")
+    if fp8:
+        _require(cache_scale is not None, "an FP8 cache needs cache_scale: pass [pages, page, L]")
+        shape = (*cache.shape[:2], num_latents)
+        _require(
+            cache_scale.shape == shape and cache_scale.dtype == torch.float32,
+            f"cache_scale is {tuple(cache_scale.shape)} {cache_scale.dtype}: make it {shape} float32",
+        )
+    else:
+        _require(
+            cache_scale is None, f"cache_scale is given for a {cache.dtype} cache: leave it out"
+        )
+        _require(
+            cache.dtype in FLOAT_DTYPES,
+            f"cache dtype is {cache.dtype}: use {FLOAT_DTYPES} or {FP8_DTYPE}",
+        )
+
+
+def check_decode(
+    q_absorbed: Tensor,
+    q_rope: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    softmax_scale: float,
+    num_branches: int,
+    cache_scale: Tensor | None,
+) -> None:
+    """Raise ValueError for any argument of `latent_decode` that does not fit the others."""
+    _require(
+        q_absorbed.dim() == 5 and q_rope.dim() == 4,
+        f"q_absorbed and q_rope have {q_absorbed.dim()} and {q_rope.dim()} dims: give "
+        "[batch, q_len, L, heads_per_latent, d_l] and [batch, q_len, heads, d_r]",
+    )
+    batch, q_len, latents, heads, dim = q_absorbed.shape
+    _require(
+        num_branches >= 1 and latents % num_branches == 0,
+        f"num_branches is {num_branches}: it must divide the {latents} latents of q_absorbed",
+    )
+    shape = (batch, q_len, latents // num_branches * heads)
+    _require(
+        q_rope.shape[:3] == shape,
+        f"q_rope is {tuple(q_rope.shape)}: with {latents} latents, {num_branches} branches and "
+        f"{heads} heads a latent it must be {(*shape, q_rope.shape[3])}",
+    )
+    _require(1 <= q_len <= MAX_Q_LEN, f"q_len is {q_len}: decode 1 to {MAX_Q_LEN} tokens a call")
+    _require(
+        q_absorbed.stride(-1) == 1 and q_rope.stride(-1) == 1,
+        "q_absorbed and q_rope need a contiguous last dim: call .contiguous()",
+    )
+    check_cache(cache, cache_scale, latents, dim, q_rope.shape[3])
+    _require(
+        q_absorbed.dtype == q_rope.dtype and q_absorbed.dtype in FLOAT_DTYPES,
+        f"q_absorbed is {q_absorbed.dtype}, q_rope {q_rope.dtype}: give both one of {FLOAT_DTYPES}",
+    )
+    _require(
+        cache.dtype in (q_absorbed.dtype, FP8_DTYPE),
+        f"cache is {cache.dtype} and queries are {q_absorbed.dtype}: cast one to the other",
+    )
+    _require(
+        block_table.dtype == cache_seqlens.dtype == torch.int32,
+        f"block_table is {block_table.dtype}, cache_seqlens {cache_seqlens.dtype}: make both int32",
+    )
+    _require(
+        block_table.dim() == 2 and block_table.shape[0] == batch and block_table.stride(1) == 1,
+        f"block_table is {tuple(block_table.shape)}: give [{batch}, max_pages], rows contiguous",
+    )
+    _require(
+        cache_seqlens.shape == (batch,) and cache_seqlens.is_contiguous(),
+        f"cache_seqlens is {tuple(cache_seqlens.shape)}: give [{batch}], contiguous",
+    )
+    _require(softmax_scale > 0, f"softmax_scale is {softmax_scale}: give a positive number")
+
+
+def check_append(
+    kv_down: Tensor,
+    norm_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    cache: Tensor,
+    cache_scale: Tensor | None,
+) -> None:
+    """Raise ValueError for any argument of `latent_cache_append` that does not fit the others."""
+    _require(
+        kv_down.dim() == 2 and norm_weight.dim() == 2,
+        f"kv_down and norm_weight have {kv_down.dim()} and {norm_weight.dim()} dims: give "
+        "[tokens, L * d_l + d_r] and [L, d_l]",
+    )
+    latents, dim = norm_weight.shape
+    rope = kv_down.shape[1] - latents * dim
+    _require(
+        rope > 0,
+        f"kv_down has {kv_down.shape[1]} columns: {latents} latents of {dim} leave no RoPE key",
+    )
+    check_cache(cache, cache_scale, latents, dim, rope)
+    _require(kv_down.stride(1) == 1, "kv_down needs a contiguous last dim: call .contiguous()")
+    _require(norm_weight.is_contiguous(), "norm_weight is not contiguous: call .contiguous()")
+    for name, table in (("cos", cos), ("sin", sin)):
+        _require(
+            table.dim() == 2 and table.shape[1] == rope // 2 and table.dtype == torch.float32,
+            f"{name} is {tuple(table.shape)} {table.dtype}: give [positions, {rope // 2}] float32",
+        )
+        _require(table.is_contiguous(), f"{name} is not contiguous: call .contiguous()")
+    for name, index in (("positions", positions), ("slot_mapping", slot_mapping)):
+        _require(
+            index.shape == kv_down.shape[:1] and index.dtype in (torch.int32, torch.int64),
+            f"{name} is {tuple(index.shape)} {index.dtype}: give [{kv_down.shape[0]}] int32 or int64",
+        )
+        _require(index.is_contiguous(), f"{name} is not contiguous: call .contiguous()")
+
+
+def check_merge(outs: Tensor, lses: Tensor) -> None:
+    """Raise ValueError unless outs is [S, ..., d] and lses its leading dims in fp32."""
+    _require(
+        outs.dim() >= 2 and lses.shape == outs.shape[:-1] and lses.dtype == torch.float32,
+        f"outs is {tuple(outs.shape)} and lses {tuple(lses.shape)} {lses.dtype}: give [S, ..., d] "
+        "and [S, ...] float32",
+    )
