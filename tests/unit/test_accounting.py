@@ -94,23 +94,16 @@ def test_training_surcharge_over_mla(preset, ratios):
         assert surcharge == pytest.approx(ratio, abs=0.002)
 
 
-class Attend(torch.nn.Module):
-    """The products of a latent attention core over a sequence, a query at a time: causal by loop."""
-
-    def __init__(self, shape: ModelShape, absorbed: bool) -> None:
-        super().__init__()
-        self.heads = shape.num_attention_heads * shape.num_branches
-        d_h, d_r = shape.qk_nope_head_dim, shape.qk_rope_head_dim
-        d_l, d_v = shape.latent_dim, shape.v_head_dim
-        self.dims = (d_l + d_r, d_l) if absorbed else (d_h + d_r, d_v)
-
-    def forward(self, s: int, repeats: int = 1) -> None:
-        score, value = self.dims
-        for _ in range(repeats):
-            for t in range(s):
-                for _ in range(self.heads):
-                    p = torch.empty(1, score) @ torch.empty(score, t + 1)
-                    p @ torch.empty(t + 1, value)
+def core_products(shape: ModelShape, s: int, absorbed: bool) -> None:
+    """The score and value products of all cores over a sequence, a query at a time: causal by loop."""
+    d_r, d_l = shape.qk_rope_head_dim, shape.latent_dim
+    score, value = shape.qk_nope_head_dim + d_r, shape.v_head_dim
+    if absorbed:
+        score, value = d_l + d_r, d_l
+    for _ in range(shape.num_layers * shape.num_attention_heads * shape.num_branches):
+        for keys in range(1, s + 1):
+            p = torch.empty(1, score) @ torch.empty(score, keys)
+            p @ torch.empty(keys, value)
 
 
 def linear_products(shape: ModelShape, s: int, absorbed: bool) -> None:
@@ -156,8 +149,8 @@ def test_training_flops_against_torchs_counter(L, N, gate, absorbed):
     shape, s = latent_shape(L, N, output_gate=gate, absorbed=absorbed), 5
     flops = train_flops_per_token(shape, s)
     linear = counted(lambda: linear_products(shape, s, absorbed))
-    method = counted(lambda: Attend(shape, False)(s, shape.num_layers))
-    core = counted(lambda: Attend(shape, absorbed)(s, shape.num_layers))
+    method = counted(lambda: core_products(shape, s, False))
+    core = counted(lambda: core_products(shape, s, absorbed))
     assert flops.model * s == pytest.approx(3 * (linear + method), rel=1e-12)
     assert flops.hardware * s == pytest.approx(3 * (linear + core), rel=1e-12)
     with_core = train_flops_per_token(shape, s, recompute="core")
