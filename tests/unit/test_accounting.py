@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from megatron_mlra.accounting import (
     tp_communication,
     train_flops_per_token,
 )
+from megatron_mlra.functional import mlra_attention
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 
@@ -95,7 +97,7 @@ def test_training_surcharge_over_mla(preset, ratios):
 
 
 def core_products(shape: ModelShape, s: int, absorbed: bool) -> None:
-    """The score and value products of all cores over a sequence, a query at a time: causal by loop."""
+    """Score and value products of all cores over a sequence, a query at a time: causal by loop."""
     d_r, d_l = shape.qk_rope_head_dim, shape.latent_dim
     score, value = shape.qk_nope_head_dim + d_r, shape.v_head_dim
     if absorbed:
@@ -160,6 +162,43 @@ def test_training_flops_against_torchs_counter(L, N, gate, absorbed):
     output = 2 * s * shape.hidden_size * shape.vocab_size
     extra = linear + core - output
     assert (with_all.hardware - flops.hardware) * s == pytest.approx(extra, rel=1e-12)
+
+
+@pytest.mark.parametrize("absorbed", [False, True])
+@pytest.mark.parametrize(("L", "N"), [(1, 1), (2, 1), (4, 2), (4, 4)])
+def test_hardware_flops_against_the_attention_itself(L, N, absorbed):
+    shape = latent_shape(L, N, num_layers=1, output_gate=True, absorbed=absorbed)
+    d, h, s, p = shape.hidden_size, shape.num_attention_heads, 6, parameters(shape)
+    d_h, d_v, d_l = shape.qk_nope_head_dim, shape.v_head_dim, shape.latent_dim
+    q_out = h * (d_h + shape.qk_rope_head_dim)
+    config = SimpleNamespace(
+        **vars(shape),
+        latent_dim=d_l,
+        num_head_groups=L // N,
+        q_scale=1.0,
+        kv_scale=1.0,
+        branch_scale=1.0,
+        softmax_scale=1.0,
+        rotary_base=10000,
+        layernorm_epsilon=1e-6,
+    )
+
+    def run() -> None:
+        weights = {
+            "linear_q_down_proj": torch.empty(shape.q_lora_rank, d),
+            "q_norm": torch.empty(shape.q_lora_rank),
+            "linear_q_up_proj": torch.empty(q_out, shape.q_lora_rank),
+            "linear_kv_down_proj": torch.empty(shape.kv_lora_rank + shape.qk_rope_head_dim, d),
+            "kv_norm": torch.empty(shape.kv_lora_rank),
+            "linear_kv_up_proj": torch.empty(N, h, d_h + d_v, d_l),
+            "linear_gate_proj": torch.empty(h * d_v, d),
+            "linear_proj": torch.empty(d, h * d_v),
+        }
+        mlra_attention(torch.empty(s, 1, d), weights, config, absorbed=absorbed)
+
+    # It computes all s scores of a query: as many as the mean of a causal sequence of 2 s - 1.
+    forward = train_flops_per_token(shape, 2 * s - 1).hardware / 3
+    assert counted(run) == s * (forward - 2 * p.mlp - 2 * p.embedding)
 
 
 def test_recompute_of_the_up_projection_and_fused_cores():
