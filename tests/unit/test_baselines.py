@@ -6,6 +6,7 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import build_module
@@ -238,6 +239,7 @@ def run_rank(rank: int, port: int) -> None:
     torch.set_num_threads(1)
     # Megatron's gathers allocate on the current CUDA device.
     torch.cuda.current_device = lambda: torch.device("cpu")
+    parallel_state.initialize_model_parallel(2)
     singles = [dist.new_group([r]) for r in range(2)]
     for kind in KINDS:
         for sequence_parallel in (False, True):
@@ -272,6 +274,11 @@ def check_rank(kind: str, sequence_parallel: bool, rank: int, alone) -> None:
         assert p.tensor_model_parallel, f"{where}: {name} is not marked as sharded"
         assert torch.equal(p, q.chunk(2, axis)[rank]), f"{where}: {name} was drawn otherwise"
         assert_close(p.grad, q.grad.chunk(2, axis)[rank], TOLERANCE[kind], f"{where}: {name}")
+    stored = split.sharded_state_dict(metadata={"dp_cp_group": alone})
+    for name, q in whole.named_parameters():
+        assert stored[name].global_shape == q.shape, f"{where}: {name} is stored otherwise"
+        axis = 1 if "linear_proj" in name else 0
+        assert stored[name].global_offset[axis] == rank * q.size(axis) // 2, f"{where}: {name}"
 
 
 def test_two_tensor_parallel_ranks_equal_one():
