@@ -17,7 +17,7 @@ def latent_cache_append_kernel(
     slot_ptr,  # [tokens]: page * PAGE + offset, or negative to skip
     latent_ptr,  # [pages, PAGE, L * D]
     rope_ptr,  # [pages, PAGE, R]
-    scale_ptr,  # [pages, PAGE, L] fp32, FP8 only
+    scale_ptr,  # [pages, L, PAGE] fp32, FP8 only
     latent_scale,
     norm_eps,
     stride_kv,
@@ -26,7 +26,6 @@ def latent_cache_append_kernel(
     stride_rp,
     stride_rt,
     stride_sp,
-    stride_st,
     stride_sl,
     L: tl.constexpr,
     D: tl.constexpr,
@@ -49,7 +48,7 @@ def latent_cache_append_kernel(
             if FP8:
                 scale = tl.maximum(tl.max(tl.abs(x), 0) / 448.0, 1e-12)
                 x = tl.minimum(tl.maximum(tl.div_rn(x, scale), -448.0), 448.0)
-                tl.store(scale_ptr + page * stride_sp + offset * stride_st + latent * stride_sl, scale)
+                tl.store(scale_ptr + page * stride_sp + latent * stride_sl + offset, scale)
             c_ptrs = latent_ptr + page * stride_cp + offset * stride_ct + d
             tl.store(c_ptrs, x.to(latent_ptr.dtype.element_ty))
         else:

@@ -42,12 +42,13 @@ def combine_kernel(
 ):
     """Merge the parts of every split sequence and fill in the empty ones; grid (D / DB, rows, b)."""
     ROWS: tl.constexpr = Q_LEN * HEADS
+    b = tl.program_id(2).to(tl.int64)
+    # The splits are older than the decoding kernel, which waited for all before it: no wait here.
+    first = tl.load(splits_ptr + b * 2, eviction_policy="evict_last").to(tl.int64)
+    parts = tl.load(splits_ptr + b * 2 + 1, eviction_policy="evict_last")
     if PDL:
         tl_cuda.gdc_wait()
         tl_cuda.gdc_launch_dependents()
-    b = tl.program_id(2).to(tl.int64)
-    first = tl.load(splits_ptr + b * 2).to(tl.int64)
-    parts = tl.load(splits_ptr + b * 2 + 1)
     if parts != 1:  # a sequence of one part was written by its program
         x = tl.program_id(1) * X + tl.arange(0, X)  # index in [L * rows]
         d = tl.program_id(0) * DB + tl.arange(0, DB)
@@ -99,7 +100,5 @@ def merge_states_kernel(
         m_i, l_i, acc = _merge_step(out_ptrs, lses_ptr + row, mask, m_i, l_i, acc, False)
     acc = acc * tl.where(l_i > 0, 1.0 / l_i, 0.0)[:, None]
     out_ptrs = out_ptr + (x * D)[:, None] + d[None, :]
-    tl.store(
-        out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=x_in[:, None] & (d < D)[None, :]
-    )
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=x_in[:, None] & (d < D)[None, :])
     tl.store(lse_ptr + x, (m_i + tl.log2(l_i)) * 0.6931471805599453, mask=x_in)

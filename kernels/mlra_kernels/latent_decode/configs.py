@@ -3,7 +3,7 @@
 The measurements behind the choices are in docs/log_kernels.md.
 """
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,30 @@ class DecodeConfig:
     """Depth of the software pipeline over tiles."""
     programs_per_sm: int
     """Programs resident on one multiprocessor, all row blocks and latents counted."""
+    hopper: bool = False
+    """Use the Hopper kernel (TMA ring, warp-specialised) instead of the portable one."""
     min_tiles: int = 4
     """Fewest tiles worth a program of its own."""
+
+    @property
+    def warps_n(self) -> int:
+        """Warps side by side on the tokens of a tile; each set of `block_m / 16` warps holds all rows."""
+        return self.num_warps * 16 // self.block_m
+
+    @property
+    def max_registers(self) -> int:
+        """Registers a thread may start with so that `programs_per_sm` programs fit (Hopper kernel)."""
+        threads = 32 * (self.num_warps + 4)  # the loading warp takes a warpgroup's place
+        return min(255, 65536 // (self.programs_per_sm * threads) // 8 * 8)
+
+    def to_list(self) -> list[int]:
+        """Return the fields as integers, as an operator's schema wants them."""
+        return [int(value) for value in astuple(self)]
+
+    @staticmethod
+    def from_list(values: list[int]) -> "DecodeConfig":
+        """Return the configuration that `to_list` gave `values` for."""
+        return DecodeConfig(*values)
 
     def row_blocks(self, rows: int) -> int:
         """Number of programs that the query rows of one latent are cut into."""
@@ -33,17 +55,28 @@ class DecodeConfig:
         return max(1, sm_count * self.programs_per_sm // columns)
 
 
-def default_config(rows: int, latent_dim: int, rope_dim: int, element_size: int) -> DecodeConfig:
+def default_config(
+    rows: int, latent_dim: int, element_size: int, page_size: int, hopper: bool
+) -> DecodeConfig:
     """Return the configuration for `rows` = q_len * heads_per_latent query rows.
 
-    `element_size` is the size of a cached latent element in bytes: 1 (FP8), 2 or 4.
+    `element_size` is the size of a cached latent element in bytes: 1 (FP8), 2 or 4; `hopper` says
+    whether the device is one. The Hopper kernel takes 16-bit caches whose pages hold whole tiles.
     """
     block_m = 64 if rows <= 64 or latent_dim > 256 else 128
+    if hopper and element_size < 4 and page_size % 64 == 0:
+        if latent_dim > 256:
+            return DecodeConfig(block_m, 32, 8, 3, 1, hopper=True)
+        if block_m == 128:
+            return DecodeConfig(128, 64, 8, 5 if latent_dim <= 128 else 2, 1, hopper=True)
+        if latent_dim > 128:
+            return DecodeConfig(64, 64, 4, 4, 1, hopper=True)
+        return DecodeConfig(64, 64, 4, 3, 2, hopper=True)
     if latent_dim > 256:
         return DecodeConfig(block_m, 32, 8, 3, 1)
     if latent_dim > 128:
-        return DecodeConfig(block_m, 64, 8 if block_m == 128 else 4, 3, 1)
-    return DecodeConfig(block_m, 64, 8 if block_m == 128 else 4, 3, 2)
+        return DecodeConfig(block_m, 64, 8, 3, 1)
+    return DecodeConfig(block_m, 64, 8 if block_m == 128 else 4, 3, 3 if block_m == 64 else 2)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda as tl_cuda
 
+NEVER_SEEN = tl.constexpr(-1.0e30)  # running maximum of a row that has seen no token
+
 
 @triton.jit
 def _load_tile(
@@ -26,7 +28,6 @@ def _load_tile(
     stride_rp,
     stride_rt,
     stride_sp,
-    stride_st,
     N: tl.constexpr,
     D: tl.constexpr,
     R: tl.constexpr,
@@ -38,11 +39,11 @@ def _load_tile(
     n = tl.arange(0, N)
     inside = tile * N + n < seqlen
     if PAGE % N == 0:  # one page holds the tile: its id is one scalar
-        page = tl.load(table_ptr + tile * N // PAGE).to(tl.int64)
+        page = tl.load(table_ptr + tile * N // PAGE, eviction_policy="evict_last").to(tl.int64)
         row = tile * N % PAGE + n
         c_ptrs = latent_ptr + page * stride_cp + (row * stride_ct)[:, None]
         r_ptrs = rope_ptr + page * stride_rp + (row * stride_rt)[:, None]
-        s_ptrs = scale_ptr + page * stride_sp + row * stride_st
+        s_ptrs = scale_ptr + page * stride_sp + row
     else:
         token = tile * N + n
         if MASKED:
@@ -52,7 +53,7 @@ def _load_tile(
         row = token % PAGE
         c_ptrs = latent_ptr + (pages * stride_cp + row * stride_ct)[:, None]
         r_ptrs = rope_ptr + (pages * stride_rp + row * stride_rt)[:, None]
-        s_ptrs = scale_ptr + pages * stride_sp + row * stride_st
+        s_ptrs = scale_ptr + pages * stride_sp + row
     c_ptrs += tl.arange(0, D)[None, :]
     r_ptrs += tl.arange(0, R)[None, :]
     scale = tl.full((N,), 1.0, tl.float32)
@@ -97,11 +98,8 @@ def _attend(
         seen = tile * N + tl.arange(0, N)[None, :] <= last_seen[:, None]
         s = tl.where(seen, s, float("-inf"))
     m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
-    m_use = m_new
-    if MASKED:  # a row that has seen no token yet keeps m = -inf
-        m_use = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(s * scale_log2 - m_use[:, None])
-    alpha = tl.exp2(m_i - m_use)
+    p = tl.exp2(s * scale_log2 - m_new[:, None])
+    alpha = tl.exp2(m_i - m_new)
     l_i = l_i * alpha + tl.sum(p, 1)
     acc = acc * alpha[:, None]
     if FP8:
@@ -116,10 +114,10 @@ def latent_decode_kernel(
     q_rope_ptr,  # [b, q, G * j, R]
     latent_ptr,  # [pages, PAGE, L * D]
     rope_ptr,  # [pages, PAGE, R]
-    scale_ptr,  # [pages, PAGE, L] fp32, FP8 only
+    scale_ptr,  # [pages, L, PAGE] fp32, FP8 only
     table_ptr,  # [b, max_pages] int32
     seqlens_ptr,  # [b] int32
-    schedule_ptr,  # [P, 4] int32: first sequence, first tile, tiles, unused
+    schedule_ptr,  # [P, 4] int32: first sequence, first tile, tiles, its length
     out_ptr,  # [b, q, L, j, D]
     lse_ptr,  # [b, q, L, j] fp32
     part_out_ptr,  # [P + b, L, rows, D] fp32
@@ -137,7 +135,6 @@ def latent_decode_kernel(
     stride_rp,
     stride_rt,
     stride_sp,
-    stride_st,
     stride_sl,
     stride_tb,
     Q_LEN: tl.constexpr,
@@ -160,9 +157,10 @@ def latent_decode_kernel(
     latent = tl.program_id(0) % LATENTS
     row = tl.program_id(0) // LATENTS * M + tl.arange(0, M)
     program = tl.program_id(1)
-    b = tl.load(schedule_ptr + program * 4)
-    tile = tl.load(schedule_ptr + program * 4 + 1)
-    left = tl.load(schedule_ptr + program * 4 + 2)
+    b = tl.load(schedule_ptr + program * 4, eviction_policy="evict_last")
+    tile = tl.load(schedule_ptr + program * 4 + 1, eviction_policy="evict_last")
+    left = tl.load(schedule_ptr + program * 4 + 2, eviction_policy="evict_last")
+    seqlen = tl.load(schedule_ptr + program * 4 + 3, eviction_policy="evict_last")
 
     row_in = row < ROWS
     q_tok, j = row // HEADS, row % HEADS
@@ -174,7 +172,6 @@ def latent_decode_kernel(
     scale_ptr += latent * stride_sl
 
     while left > 0:
-        seqlen = tl.load(seqlens_ptr + b)
         tiles = tl.cdiv(seqlen, N)
         take = tl.minimum(left, tiles - tile)
         if take > 0:
@@ -182,7 +179,7 @@ def latent_decode_kernel(
             q_c = tl.load(q_ptrs + b64 * stride_qb, mask=row_in[:, None], other=0.0)
             q_r = tl.load(qr_ptrs + b64 * stride_qrb, mask=row_in[:, None], other=0.0)
             seq_table = table_ptr + b64 * stride_tb
-            m_i = tl.full((M,), float("-inf"), tl.float32)
+            m_i = tl.full((M,), NEVER_SEEN, tl.float32)
             l_i = tl.zeros((M,), tl.float32)
             acc = tl.zeros((M, D), tl.float32)
             end = tile + take
@@ -191,7 +188,7 @@ def latent_decode_kernel(
             for t in tl.range(tile, full_end, num_stages=STAGES):
                 c, k_r, scale = _load_tile(
                     latent_ptr, rope_ptr, scale_ptr, seq_table, t, seqlen,
-                    stride_cp, stride_ct, stride_rp, stride_rt, stride_sp, stride_st,
+                    stride_cp, stride_ct, stride_rp, stride_rt, stride_sp,
                     N, D, R, PAGE, FP8, False,
                 )  # fmt: skip
                 m_i, l_i, acc = _attend(
@@ -202,7 +199,7 @@ def latent_decode_kernel(
             for t in tl.range(tl.maximum(tile, full_end), end, num_stages=1):
                 c, k_r, scale = _load_tile(
                     latent_ptr, rope_ptr, scale_ptr, seq_table, t, seqlen,
-                    stride_cp, stride_ct, stride_rp, stride_rt, stride_sp, stride_st,
+                    stride_cp, stride_ct, stride_rp, stride_rt, stride_sp,
                     N, D, R, PAGE, FP8, True,
                 )  # fmt: skip
                 m_i, l_i, acc = _attend(
@@ -226,3 +223,5 @@ def latent_decode_kernel(
             left -= take
         b += 1
         tile = 0
+        if left > 0:
+            seqlen = tl.load(seqlens_ptr + b, eviction_policy="evict_last")

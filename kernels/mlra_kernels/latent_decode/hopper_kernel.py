@@ -8,6 +8,8 @@ follow each other in memory. A tile `c [N, D]` is loaded once: it is the key (wi
 `k_r [N, R]`) and the value. Scores are kept in base 2.
 """
 
+import torch
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -17,7 +19,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+GL_DTYPES = {
+    torch.bfloat16: gl.bfloat16,
+    torch.float16: gl.float16,
+    torch.float32: gl.float32,
+    torch.float8_e4m3fn: gl.float8e4nv,
+}
 NEVER_SEEN = gl.constexpr(-1.0e30)  # running maximum of a row that has seen no token
 
 
@@ -30,31 +39,42 @@ def _next_slot(stage, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def _produce(
-    c_desc, r_desc, table_ptr, seqlens_ptr, b, tile, left, c_ring, r_ring, full, empty,
-    c_col, r_col, stride_tb, N: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr,
+    c_desc, r_desc, s_desc, table_ptr, seqlens_ptr, b, tile, left, seqlen, c_ring, r_ring, s_ring,
+    full, empty, latent, stride_tb, N: gl.constexpr, D: gl.constexpr, LATENTS: gl.constexpr,
+    PAGE: gl.constexpr, FP8: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Load every tile of the program's range into the ring, in order."""
-    BYTES: gl.constexpr = c_desc.block_type.nbytes + r_desc.block_type.nbytes
+    S_BYTES: gl.constexpr = s_desc.block_type.nbytes if FP8 else 0
+    BYTES: gl.constexpr = c_desc.block_type.nbytes + r_desc.block_type.nbytes + S_BYTES
     stage = 0
     phase = 1
     while left > 0:
-        seqlen = gl.load(seqlens_ptr + b)
         take = gl.minimum(left, gl.cdiv(seqlen, N) - tile)
         seq_table = table_ptr + b.to(gl.int64) * stride_tb
         for t in range(tile, tile + take):
-            row = gl.load(seq_table + t * N // PAGE) * PAGE + t * N % PAGE
+            page = gl.load(seq_table + t * N // PAGE, eviction_policy="evict_last")
+            row = page * PAGE + t * N % PAGE
             mbarrier.wait(empty.index(stage), phase)
             mbarrier.expect(full.index(stage), BYTES)
             tma.async_copy_global_to_shared(
-                c_desc, [row, c_col], full.index(stage), c_ring.index(stage)
+                c_desc, [row, latent * D], full.index(stage), c_ring.index(stage)
             )
             tma.async_copy_global_to_shared(
-                r_desc, [row, r_col], full.index(stage), r_ring.index(stage)
+                r_desc, [row, 0], full.index(stage), r_ring.index(stage)
             )
+            if FP8:
+                tma.async_copy_global_to_shared(
+                    s_desc,
+                    [page * LATENTS + latent, t * N % PAGE],
+                    full.index(stage),
+                    s_ring.index(stage),
+                )
             stage, phase = _next_slot(stage, phase, STAGES)
         left -= take
         b += 1
         tile = 0
+        if left > 0:
+            seqlen = gl.load(seqlens_ptr + b, eviction_policy="evict_last")
 
 
 @gluon.jit
@@ -67,13 +87,22 @@ def _zero_rows(ring_tile, rows_in, N: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
+def _widen(c, wide, rows_in, N: gl.constexpr, D: gl.constexpr):
+    """Copy an FP8 shared tile `[N, D]` to a 16-bit one, rows from `rows_in` on as zeros."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [gl.num_warps(), 1], [1, 0])
+    x = c.load(LAYOUT).to(wide.dtype)
+    n = gl.arange(0, N, gl.SliceLayout(1, LAYOUT))
+    wide.store(gl.where((n < rows_in)[:, None], x, 0.0).to(wide.dtype))
+
+
+@gluon.jit
 def _consume(
     q_ptr, q_rope_ptr, seqlens_ptr, out_ptr, lse_ptr, part_out_ptr, part_lse_ptr,
-    b, tile, left, program, latent, row0, q_smem, qr_smem, p_smem, c_ring, r_ring, full, empty,
-    scale_log2, stride_qb, stride_qq, stride_ql, stride_qj, stride_qrb, stride_qrq, stride_qrh,
-    Q_LEN: gl.constexpr, HEADS: gl.constexpr, LATENTS: gl.constexpr, GROUPS: gl.constexpr,
-    M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, R: gl.constexpr, STAGES: gl.constexpr,
-    WARPS_N: gl.constexpr,
+    b, tile, left, seqlen, program, latent, row0, q_smem, qr_smem, p_smem,
+    wide, c_ring, r_ring, s_ring, full, empty, scale_log2, stride_qb, stride_qq, stride_ql, stride_qj, stride_qrb,
+    stride_qrq, stride_qrh, Q_LEN: gl.constexpr, HEADS: gl.constexpr, LATENTS: gl.constexpr, GROUPS: gl.constexpr,
+    M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, R: gl.constexpr, FP8: gl.constexpr,
+    STAGES: gl.constexpr, WARPS_N: gl.constexpr,
 ):  # fmt: skip
     """Online softmax over the ring's tiles; write a finished sequence or its part."""
     ROWS: gl.constexpr = Q_LEN * HEADS
@@ -102,7 +131,6 @@ def _consume(
     stage = 0
     phase = 0
     while left > 0:
-        seqlen = gl.load(seqlens_ptr + b)
         tiles = gl.cdiv(seqlen, N)
         take = gl.minimum(left, tiles - tile)
         if take > 0:
@@ -123,14 +151,28 @@ def _consume(
                 mbarrier.wait(full.index(stage), phase)
                 c = c_ring.index(stage)
                 k_r = r_ring.index(stage)
-                if (t + 1) * N > seqlen:
+                if FP8:
+                    _widen(c, wide, seqlen - t * N, N, D)
+                    c = wide
+                elif (t + 1) * N > seqlen:
                     _zero_rows(c, seqlen - t * N, N, D)
+                if (t + 1) * N > seqlen:
                     _zero_rows(k_r, seqlen - t * N, N, R)
-                    fence_async_shared()
+                fence_async_shared()
                 s = gl.zeros([M, N], gl.float32, S_LAYOUT)
                 s = warpgroup_mma(q_smem, c.permute((1, 0)), s, use_acc=False, is_async=True)
-                s = warpgroup_mma(qr_smem, k_r.permute((1, 0)), s, is_async=True)
-                s = warpgroup_mma_wait(0, deps=[s])
+                if FP8:  # the token's scale factors out of the product with the latent
+                    s_r = gl.zeros([M, N], gl.float32, S_LAYOUT)
+                    s_r = warpgroup_mma(
+                        qr_smem, k_r.permute((1, 0)), s_r, use_acc=False, is_async=True
+                    )
+                    s, s_r = warpgroup_mma_wait(0, deps=[s, s_r])
+                    c_scale = s_ring.index(stage).reshape([N]).load(gl.SliceLayout(0, S_LAYOUT))
+                    c_scale = gl.where(t * N + col_s < seqlen, c_scale, 0.0)
+                    s = s * c_scale[None, :] + s_r
+                else:
+                    s = warpgroup_mma(qr_smem, k_r.permute((1, 0)), s, is_async=True)
+                    s = warpgroup_mma_wait(0, deps=[s])
                 if t >= full_end:
                     seen = (t * N + col_s)[None, :] <= last_seen[:, None]
                     s = gl.where(seen, s, float("-inf"))
@@ -140,6 +182,8 @@ def _consume(
                 l_i = l_i * alpha + gl.sum(p, 1)
                 m_i = m_new
                 acc = acc * gl.convert_layout(alpha, O_ROW)[:, None]
+                if FP8:
+                    p = p * c_scale[None, :]
                 if WARPS_N == 1:
                     p_op = gl.convert_layout(p.to(q_smem.dtype), P_LAYOUT)
                     acc = warpgroup_mma(p_op, c, acc, is_async=True)
@@ -150,6 +194,10 @@ def _consume(
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 mbarrier.arrive(empty.index(stage), count=1)
                 stage, phase = _next_slot(stage, phase, STAGES)
+            gl.inline_asm_elementwise(
+                "griddepcontrol.launch_dependents; // dummy $0",
+                "=r", [], dtype=gl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
             inv = gl.where(l_i > 0, 1.0 / l_i, 0.0)
             acc = acc * gl.convert_layout(inv, O_ROW)[:, None]
             lse = m_i + gl.log2(l_i)  # -inf for a row that saw nothing
@@ -167,17 +215,20 @@ def _consume(
         left -= take
         b += 1
         tile = 0
+        if left > 0:
+            seqlen = gl.load(seqlens_ptr + b, eviction_policy="evict_last")
 
 
 @gluon.jit
 def latent_decode_hopper_kernel(
     q_ptr,  # [b, q, L, j, D]
     q_rope_ptr,  # [b, q, G * j, R]
-    c_desc,  # tiles [N, D] of the cache as [pages * PAGE, L * D + R]
-    r_desc,  # tiles [N, R] of the same
+    c_desc,  # tiles [N, D] of the latents as [pages * PAGE, L * D]
+    r_desc,  # tiles [N, R] of the RoPE keys as [pages * PAGE, R]
+    s_desc,  # FP8 only: scales [1, N] of [pages * L, PAGE] fp32
     table_ptr,  # [b, max_pages] int32
     seqlens_ptr,  # [b] int32
-    schedule_ptr,  # [P, 4] int32: first sequence, first tile, tiles, unused
+    schedule_ptr,  # [P, 4] int32: first sequence, first tile, tiles, its length
     out_ptr,  # [b, q, L, j, D]
     lse_ptr,  # [b, q, L, j] fp32
     part_out_ptr,  # [P + b, L, rows, D] fp32
@@ -200,19 +251,27 @@ def latent_decode_hopper_kernel(
     D: gl.constexpr,
     R: gl.constexpr,
     PAGE: gl.constexpr,
+    FP8: gl.constexpr,
     STAGES: gl.constexpr,
     WARPS_N: gl.constexpr,
 ):
-    DTYPE: gl.constexpr = c_desc.dtype
+    DTYPE: gl.constexpr = q_ptr.dtype.element_ty
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, D], DTYPE)
     qr_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, R], DTYPE)
     q_smem = gl.allocate_shared_memory(DTYPE, [M, D], q_layout)
     qr_smem = gl.allocate_shared_memory(DTYPE, [M, R], qr_layout)
-    P_M: gl.constexpr = M if WARPS_N > 1 else 16
-    p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([P_M, N], DTYPE)
-    p_smem = gl.allocate_shared_memory(DTYPE, [P_M, N], p_layout)
-    c_ring = gl.allocate_shared_memory(DTYPE, [STAGES, N, D], c_desc.layout)
-    r_ring = gl.allocate_shared_memory(DTYPE, [STAGES, N, R], r_desc.layout)
+    p_smem = q_smem
+    if WARPS_N > 1:
+        p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, N], DTYPE)
+        p_smem = gl.allocate_shared_memory(DTYPE, [M, N], p_layout)
+    c_ring = gl.allocate_shared_memory(c_desc.dtype, [STAGES, N, D], c_desc.layout)
+    r_ring = gl.allocate_shared_memory(r_desc.dtype, [STAGES, N, R], r_desc.layout)
+    wide = q_smem
+    s_ring = q_smem
+    if FP8:
+        c_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], DTYPE)
+        wide = gl.allocate_shared_memory(DTYPE, [N, D], c_layout)
+        s_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 1, N], s_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -225,23 +284,49 @@ def latent_decode_hopper_kernel(
     latent = gl.program_id(0) % LATENTS
     row0 = gl.program_id(0) // LATENTS * M
     program = gl.program_id(1)
-    b = gl.load(schedule_ptr + program * 4)
-    tile = gl.load(schedule_ptr + program * 4 + 1)
-    left = gl.load(schedule_ptr + program * 4 + 2)
+    b = gl.load(schedule_ptr + program * 4, eviction_policy="evict_last")
+    tile = gl.load(schedule_ptr + program * 4 + 1, eviction_policy="evict_last")
+    left = gl.load(schedule_ptr + program * 4 + 2, eviction_policy="evict_last")
+    seqlen = gl.load(schedule_ptr + program * 4 + 3, eviction_policy="evict_last")
     gl.warp_specialize(
         [
             (_consume, (
                 q_ptr, q_rope_ptr, seqlens_ptr, out_ptr, lse_ptr, part_out_ptr, part_lse_ptr,
-                b, tile, left, program, latent, row0, q_smem, qr_smem, p_smem, c_ring, r_ring,
-                full, empty, scale_log2, stride_qb, stride_qq, stride_ql, stride_qj,
-                stride_qrb, stride_qrq, stride_qrh,
-                Q_LEN, HEADS, LATENTS, GROUPS, M, N, D, R, STAGES, WARPS_N,
+                b, tile, left, seqlen, program, latent, row0, q_smem, qr_smem, p_smem, wide,
+                c_ring, r_ring, s_ring, full, empty, scale_log2, stride_qb, stride_qq, stride_ql,
+                stride_qj, stride_qrb, stride_qrq, stride_qrh,
+                Q_LEN, HEADS, LATENTS, GROUPS, M, N, D, R, FP8, STAGES, WARPS_N,
             )),
             (_produce, (
-                c_desc, r_desc, table_ptr, seqlens_ptr, b, tile, left, c_ring, r_ring,
-                full, empty, latent * D, LATENTS * D, stride_tb, N, PAGE, STAGES,
+                c_desc, r_desc, s_desc, table_ptr, seqlens_ptr, b, tile, left, seqlen,
+                c_ring, r_ring, s_ring, full, empty, latent, stride_tb,
+                N, D, LATENTS, PAGE, FP8, STAGES,
             )),
         ],
         [1],
         [24],
     )  # fmt: skip
+
+
+def tile_descriptor(view: Tensor, block_n: int, columns: int) -> TensorDescriptor:
+    """Describe a paged view `[pages, page_size, C]` to the copy engine as rows of tiles `[N, columns]`.
+
+    Raises ValueError if the pages do not follow each other in memory.
+    """
+    pages, page_size, width = view.shape
+    if view.stride(0) != page_size * view.stride(1):
+        raise ValueError(
+            f"cache pages are {view.stride(0)} elements apart, not {page_size * view.stride(1)}: make "
+            "the cache contiguous or pass metadata with a config of hopper=False"
+        )
+    return _descriptor(view, pages * page_size, view.stride(1), [block_n, columns])
+
+
+def scale_descriptor(scale: Tensor, block_n: int) -> TensorDescriptor:
+    """Describe contiguous scales `[pages, L, page_size]` fp32 as rows of `[1, N]`."""
+    return _descriptor(scale, scale.shape[0] * scale.shape[1], scale.shape[2], [1, block_n])
+
+
+def _descriptor(tensor: Tensor, rows: int, pitch: int, block: list[int]) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout.get_default_for(block, GL_DTYPES[tensor.dtype])
+    return TensorDescriptor(tensor, [rows, tensor.shape[-1]], [pitch, 1], block, layout)

@@ -22,7 +22,7 @@ DETERMINISTIC_SPLITS = 32  # parts at most a sequence has in deterministic mode
 @triton.jit
 def schedule_kernel(
     seqlens_ptr,  # [b] int32
-    schedule_ptr,  # [P, 4] int32: first sequence, first tile, number of tiles, unused
+    schedule_ptr,  # [P, 4] int32: first sequence, first tile, number of tiles, length
     splits_ptr,  # [b, 2] int32: first slot of the parts, number of parts
     batch,
     num_programs,
@@ -60,7 +60,7 @@ def schedule_kernel(
         tl.store(schedule_ptr + i * 4, b)
         tl.store(schedule_ptr + i * 4 + 1, begin)
         tl.store(schedule_ptr + i * 4 + 2, count)
-        tl.store(schedule_ptr + i * 4 + 3, 0)
+        tl.store(schedule_ptr + i * 4 + 3, tl.load(seqlens_ptr + tl.minimum(b, batch - 1)))
     if i < batch:
         tl.store(splits_ptr + i * 2, first)
         tl.store(splits_ptr + i * 2 + 1, parts)
@@ -71,7 +71,7 @@ class DecodeMetadata:
     """Schedule of one decoding step; the buffers keep their addresses, so CUDA graphs may hold them."""
 
     schedule: Tensor
-    """`[P, 4]` int32: first sequence, first tile and number of tiles of every program."""
+    """`[P, 4]` int32: first sequence, first tile, number of tiles, length of that sequence."""
     splits: Tensor
     """`[b, 2]` int32: first slot and number of parts of every sequence."""
     config: DecodeConfig
@@ -107,6 +107,11 @@ def sm_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Return whether `device` is a Hopper GPU, which the TMA kernel is written for."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def decode_metadata(
     cache_seqlens: Tensor,
     *,
@@ -114,8 +119,8 @@ def decode_metadata(
     num_latents: int,
     heads_per_latent: int,
     latent_dim: int,
-    rope_dim: int,
     cache_dtype: torch.dtype,
+    page_size: int,
     deterministic: bool = False,
     config: DecodeConfig | None = None,
 ) -> DecodeMetadata:
@@ -127,8 +132,10 @@ def decode_metadata(
     for the same lengths.) `config` overrides the tile shapes.
     """
     rows = q_len * heads_per_latent
-    config = config or default_config(rows, latent_dim, rope_dim, cache_dtype.itemsize)
     batch, device = cache_seqlens.shape[0], cache_seqlens.device
+    config = config or default_config(
+        rows, latent_dim, cache_dtype.itemsize, page_size, is_hopper(device)
+    )
     if deterministic:
         programs = batch * DETERMINISTIC_SPLITS
     else:

@@ -15,6 +15,11 @@ from mlra_kernels.latent_decode.append_kernel import latent_cache_append_kernel
 from mlra_kernels.latent_decode.combine_kernel import combine_kernel, merge_states_kernel
 from mlra_kernels.latent_decode.configs import DecodeConfig, combine_config
 from mlra_kernels.latent_decode.decode_kernel import latent_decode_kernel
+from mlra_kernels.latent_decode.hopper_kernel import (
+    latent_decode_hopper_kernel,
+    scale_descriptor,
+    tile_descriptor,
+)
 from mlra_kernels.latent_decode.metadata import DecodeMetadata, decode_metadata
 
 INTERPRETED = not isinstance(latent_decode_kernel, triton.runtime.JITFunction)
@@ -47,7 +52,7 @@ def latent_decode(
         cache_seqlens: `[b]` int32 lengths, the q new tokens included; 0 is allowed.
         softmax_scale: factor of the scores, usually (qk_nope_head_dim + qk_rope_head_dim) ** -0.5.
         num_branches: n; divides L.
-        cache_scale: `[pages, page_size, L]` fp32, what each FP8 latent is multiplied by; FP8 only.
+        cache_scale: `[pages, L, page_size]` fp32, what each FP8 latent is multiplied by; FP8 only.
         metadata: schedule from `decode_metadata` for these lengths; computed here if None.
         backend: "triton" (CUDA) or "reference" (pure torch, any device).
 
@@ -60,11 +65,25 @@ def latent_decode(
     """
     validation.check_backend(backend, q_absorbed, INTERPRETED)
     validation.check_decode(
-        q_absorbed, q_rope, cache, block_table, cache_seqlens, softmax_scale, num_branches, cache_scale
+        q_absorbed,
+        q_rope,
+        cache,
+        block_table,
+        cache_seqlens,
+        softmax_scale,
+        num_branches,
+        cache_scale,
     )
     if backend == "reference":
         return torch.ops.mlra_kernels.latent_decode_reference(
-            q_absorbed, q_rope, cache, block_table, cache_seqlens, softmax_scale, num_branches, cache_scale
+            q_absorbed,
+            q_rope,
+            cache,
+            block_table,
+            cache_seqlens,
+            softmax_scale,
+            num_branches,
+            cache_scale,
         )
     if metadata is None:
         metadata = decode_metadata(
@@ -73,8 +92,8 @@ def latent_decode(
             num_latents=q_absorbed.shape[2],
             heads_per_latent=q_absorbed.shape[3],
             latent_dim=q_absorbed.shape[4],
-            rope_dim=q_rope.shape[3],
             cache_dtype=cache.dtype,
+            page_size=cache.shape[1],
         )
     elif metadata.splits.shape[0] != q_absorbed.shape[0]:
         raise ValueError(
@@ -93,7 +112,7 @@ def latent_decode(
         cache_scale,
         metadata.schedule,
         metadata.splits,
-        [config.block_m, config.block_n, config.num_warps, config.num_stages, config.programs_per_sm],
+        config.to_list(),
     )
 
 
@@ -147,7 +166,7 @@ def latent_cache_append(
         cache: as in `latent_decode`; written in place.
         latent_scale: factor after the norm, sqrt(hidden / latent dim) for variance scaling, else 1.
         norm_eps: epsilon of the RMSNorm.
-        cache_scale: `[pages, page_size, L]` fp32, written in place for an FP8 cache (amax / 448).
+        cache_scale: `[pages, L, page_size]` fp32, written in place for an FP8 cache (amax / 448).
         backend: "triton" (CUDA) or "reference".
 
     Raises:
@@ -161,7 +180,16 @@ def latent_cache_append(
     if backend == "reference":
         run = torch.ops.mlra_kernels.latent_cache_append_reference
     run(
-        kv_down, norm_weight, cos, sin, positions, slot_mapping, cache, cache_scale, latent_scale, norm_eps
+        kv_down,
+        norm_weight,
+        cos,
+        sin,
+        positions,
+        slot_mapping,
+        cache,
+        cache_scale,
+        latent_scale,
+        norm_eps,
     )
 
 
@@ -186,7 +214,7 @@ def _latent_decode_op(
     config: list[int],
 ) -> tuple[Tensor, Tensor]:
     batch, q_len, latents, heads, dim = q_absorbed.shape
-    cfg, rows, programs = DecodeConfig(*config), q_len * heads, schedule.shape[0]
+    cfg, rows, programs = DecodeConfig.from_list(config), q_len * heads, schedule.shape[0]
     latent_view, rope_view = reference.split_cache(cache, q_rope.shape[-1])
     fp8 = cache_scale is not None
     scale = cache_scale if fp8 else splits  # any tensor: the kernel reads it for FP8 only
@@ -196,16 +224,31 @@ def _latent_decode_op(
     part_lse = q_absorbed.new_empty((slots, latents, rows), dtype=torch.float32)
     pdl = q_absorbed.is_cuda and torch.cuda.get_device_capability(q_absorbed.device)[0] >= 9
     launch = {"launch_pdl": True} if pdl else {}
-    latent_decode_kernel[(cfg.row_blocks(rows) * latents, programs)](
-        q_absorbed, q_rope, latent_view, rope_view, scale, block_table, cache_seqlens, schedule,
-        out, lse, part_out, part_lse, softmax_scale * math.log2(math.e),
-        *q_absorbed.stride()[:4], *q_rope.stride()[:3], *latent_view.stride()[:2],
-        *rope_view.stride()[:2], *(scale.stride() if fp8 else (0, 0, 0)), block_table.stride(0),
-        Q_LEN=q_len, HEADS=heads, LATENTS=latents, GROUPS=latents // num_branches,
-        M=cfg.block_m, N=cfg.block_n, D=dim, R=q_rope.shape[-1], PAGE=cache.shape[1], FP8=fp8,
-        PRECISION="ieee" if q_absorbed.dtype == torch.float32 else "tf32",
-        STAGES=cfg.num_stages, PDL=pdl, num_warps=cfg.num_warps, **launch,
-    )  # fmt: skip
+    grid = (cfg.row_blocks(rows) * latents, programs)
+    common = {
+        "Q_LEN": q_len, "HEADS": heads, "LATENTS": latents, "GROUPS": latents // num_branches,
+        "M": cfg.block_m, "N": cfg.block_n, "D": dim, "R": q_rope.shape[-1],
+        "PAGE": cache.shape[1], "FP8": fp8, "STAGES": cfg.num_stages, "num_warps": cfg.num_warps, **launch,
+    }  # fmt: skip
+    scale_log2 = softmax_scale * math.log2(math.e)
+    q_strides = (*q_absorbed.stride()[:4], *q_rope.stride()[:3])
+    if cfg.hopper:
+        c_desc = tile_descriptor(latent_view, cfg.block_n, dim)
+        r_desc = tile_descriptor(rope_view, cfg.block_n, q_rope.shape[-1])
+        s_desc = scale_descriptor(scale, cfg.block_n) if fp8 else r_desc
+        latent_decode_hopper_kernel[grid](
+            q_absorbed, q_rope, c_desc, r_desc, s_desc, block_table, cache_seqlens, schedule,
+            out, lse, part_out, part_lse, scale_log2, *q_strides, block_table.stride(0),
+            WARPS_N=cfg.warps_n, maxnreg=cfg.max_registers, **common,
+        )  # fmt: skip
+    else:
+        latent_decode_kernel[grid](
+            q_absorbed, q_rope, latent_view, rope_view, scale, block_table, cache_seqlens, schedule,
+            out, lse, part_out, part_lse, scale_log2, *q_strides, *latent_view.stride()[:2],
+            *rope_view.stride()[:2], *(scale.stride()[:2] if fp8 else (0, 0)), block_table.stride(0),
+            PRECISION="ieee" if q_absorbed.dtype == torch.float32 else "tf32", PDL=pdl,
+            **common,
+        )  # fmt: skip
     com = combine_config(programs, batch, dim)
     combine_kernel[(dim // com.columns, -(-latents * rows // com.rows), batch)](
         part_out, part_lse, splits, out, lse,
@@ -227,7 +270,14 @@ def _latent_decode_reference_op(
     cache_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     return reference.latent_decode_reference(
-        q_absorbed, q_rope, cache, block_table, cache_seqlens, softmax_scale, num_branches, cache_scale
+        q_absorbed,
+        q_rope,
+        cache,
+        block_table,
+        cache_seqlens,
+        softmax_scale,
+        num_branches,
+        cache_scale,
     )
 
 
@@ -253,9 +303,7 @@ def _merge_states_fake(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(outs[0]), torch.empty_like(lses[0])
 
 
-@torch.library.custom_op(
-    "mlra_kernels::latent_cache_append", mutates_args=("cache", "cache_scale")
-)
+@torch.library.custom_op("mlra_kernels::latent_cache_append", mutates_args=("cache", "cache_scale"))
 def _latent_cache_append_op(
     kv_down: Tensor,
     norm_weight: Tensor,
@@ -278,7 +326,7 @@ def _latent_cache_append_op(
     latent_cache_append_kernel[(kv_down.shape[0], latents + 1)](
         kv_down, norm_weight, cos, sin, positions, slot_mapping, latent_view, rope_view, scale,
         latent_scale, norm_eps, kv_down.stride(0), *latent_view.stride()[:2],
-        *rope_view.stride()[:2], *(scale.stride() if fp8 else (0, 0, 0)),
+        *rope_view.stride()[:2], *(scale.stride()[:2] if fp8 else (0, 0)),
         L=latents, D=dim, H=rope // 2, PAGE=cache.shape[1], FP8=fp8, num_warps=1,
     )  # fmt: skip
 
@@ -299,7 +347,16 @@ def _latent_cache_append_reference_op(
     norm_eps: float,
 ) -> None:
     reference.latent_cache_append_reference(
-        kv_down, norm_weight, cos, sin, positions, slot_mapping, cache, cache_scale, latent_scale, norm_eps
+        kv_down,
+        norm_weight,
+        cos,
+        sin,
+        positions,
+        slot_mapping,
+        cache,
+        cache_scale,
+        latent_scale,
+        norm_eps,
     )
 
 

@@ -64,7 +64,8 @@ def latent_decode_reference(
         pages = block_table[b, : -(-length // page_size)].long()
         c = latents[pages].flatten(0, 1)[:length].float().unflatten(1, (num_latents, latent_dim))
         if cache_scale is not None:
-            c = c * cache_scale[pages].flatten(0, 1)[:length].float()[..., None]
+            scale = cache_scale[pages].transpose(1, 2).flatten(0, 1)[:length]  # [t, L]
+            c = c * scale.float()[..., None]
         k_r = rope_keys[pages].flatten(0, 1)[:length].float()  # [t, R]
         scores = torch.einsum("qljd,tld->qljt", q_c[b], c)
         scores = (scores + torch.einsum("qljr,tr->qljt", q_r[b], k_r)) * softmax_scale
@@ -120,7 +121,7 @@ def latent_cache_append_reference(
         latents[page, offset] = c.flatten(1).to(cache.dtype)
     else:
         scale = (c.abs().amax(-1) / FP8_MAX).clamp_min(1e-12)  # [tokens, L]
-        cache_scale[page, offset] = scale
+        cache_scale[page, :, offset] = scale
         bits = (c / scale[..., None]).clamp(-FP8_MAX, FP8_MAX).to(FP8_DTYPE).view(torch.uint8)
         latents.view(torch.uint8)[page, offset] = bits.flatten(1)
     rope_keys[page, offset] = k_r.to(rope_keys.dtype)

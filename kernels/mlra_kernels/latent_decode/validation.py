@@ -51,8 +51,9 @@ def check_cache(cache: Tensor, cache_scale: Tensor | None, num_latents: int, dim
     _require(dim in LATENT_DIMS, f"latent dim is {dim}: the kernels take {LATENT_DIMS}")
     _require(rope in ROPE_DIMS, f"RoPE dim is {rope}: the kernels take {ROPE_DIMS}")
     if fp8:
-        _require(cache_scale is not None, "an FP8 cache needs cache_scale: pass [pages, page, L]")
-        shape = (*cache.shape[:2], num_latents)
+        _require(cache_scale is not None, "an FP8 cache needs cache_scale: pass [pages, L, page]")
+        shape = (cache.shape[0], num_latents, cache.shape[1])
+        _require(cache_scale.is_contiguous(), "cache_scale is not contiguous: call .contiguous()")
         _require(
             cache_scale.shape == shape and cache_scale.dtype == torch.float32,
             f"cache_scale is {tuple(cache_scale.shape)} {cache_scale.dtype}: make it {shape} float32",

@@ -1,0 +1,1 @@
+"""Benchmarks of the kernels against the memory roof of the GPU they run on."""

@@ -1,0 +1,49 @@
+"""Timing on a GPU: CUDA-graph replays, and the memory roof measured with plain torch."""
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+
+
+def graph_microseconds(
+    calls: Sequence[Callable[[], object]], *, min_calls: int = 12, replays: int = 15
+) -> float:
+    """Return the median time of one call in microseconds, timed as replays of a CUDA graph.
+
+    The graph runs `calls` in turn (several times, at least `min_calls` in all): give one call for
+    each of several input sets, so that a replay cannot read from the L2 what the last one left there.
+    """
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    rounds = -(-min_calls // len(calls))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(rounds):
+            for call in calls:
+                call()
+    times = []
+    for replay in range(replays + 3):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if replay >= 3:
+            times.append(start.elapsed_time(end) * 1e3 / (rounds * len(calls)))
+    return statistics.median(times)
+
+
+def read_roof() -> float:
+    """Return the read bandwidth in bytes a second: a sum over 4 GB, the best of several."""
+    x = torch.ones(1 << 30, dtype=torch.float32, device="cuda")
+    best = min(graph_microseconds([x.sum], min_calls=2, replays=5) for _ in range(3))
+    return x.nbytes / best * 1e6
+
+
+def copy_roof() -> float:
+    """Return the copy bandwidth in bytes a second, read and written bytes both counted."""
+    x = torch.ones(1 << 29, dtype=torch.float32, device="cuda")
+    y = torch.empty_like(x)
+    return 2 * x.nbytes / graph_microseconds([lambda: y.copy_(x)], min_calls=2) * 1e6

@@ -1,0 +1,291 @@
+"""MLRASelfAttention: Multi-Head Low-Rank Attention as a Megatron self-attention submodule.
+
+Letters in shape comments: s tokens, b batch, d hidden size, tp tensor-parallel size, h / tp own heads;
+n branches, h_c heads and g head groups of this rank's core (sharding.py), l latent dim, `e` d_h + d_r.
+With sequence parallel the input and output hold s / tp tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEmbedding
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import Attention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.utils import deprecate_inference_params
+from torch import Tensor
+
+from megatron_mlra.config import MLRAConfig
+from megatron_mlra.functional import (
+    absorbed_qkv,
+    apply_rope,
+    materialized_qkv,
+    split_up_projection,
+    sum_branches,
+)
+from megatron_mlra.projections import LatentUpProjection, ShardedRMSNorm, split_rows_factory
+from megatron_mlra.sharding import LatentParallel, LatentShard
+
+
+@dataclass
+class MLRASelfAttentionSubmodules:
+    """What MLRASelfAttention is built from; layer_specs.py has the local and Transformer Engine sets."""
+
+    column_linear: type
+    """Column-parallel linear without communication of its input: the down, query and gate projections."""
+
+    core_attention: type
+    """See core_attention.py."""
+
+    linear_proj: type
+    """Row-parallel output projection."""
+
+
+class MLRASelfAttention(Attention):
+    """Self-attention of MLA, GLA and MLRA models, chosen by the config's two integers.
+
+    Parameters at tensor parallel size tp (`linear_q_proj` in place of the first three without
+    q_lora_rank):
+
+    - `linear_q_down_proj.weight` `[d_q / tp, d]`, `q_norm.weight` `[d_q / tp]`
+    - `linear_q_up_proj.weight` `[h / tp * (d_h + d_r), d_q]`
+    - `linear_kv_down_proj.weight` `[d_c / tp + d_r / tp, d]`, `kv_norm.weight` `[d_c / tp]`
+    - `linear_kv_up_proj.weight` `[n, h_c, d_h + d_v, l]`
+    - `linear_gate_proj.weight` `[h / tp * d_v, d]` (output_gate)
+    - `linear_proj.weight` `[d, h / tp * d_v]`
+
+    All are sharded, none is replicated, so no gradient needs a tensor-parallel sum of its own.
+    """
+
+    config: MLRAConfig
+
+    def __init__(
+        self,
+        config: MLRAConfig,
+        submodules: MLRASelfAttentionSubmodules,
+        layer_number: int,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        pp_layer_offset: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
+        super().__init__(
+            config=config,
+            submodules=submodules,
+            layer_number=layer_number,
+            attn_mask_type=attn_mask_type,
+            attention_type="self",
+            cp_comm_type=cp_comm_type,
+            pg_collection=pg_collection,
+            pp_layer_offset=pp_layer_offset,
+            name=name,
+        )
+        group = self.tp_group
+        self.shard = LatentShard.plan(config, group.size(), group.rank())
+        self.parallel = LatentParallel(config, self.shard, group, config.sequence_parallel)
+        self.own_heads = config.num_attention_heads // group.size()
+        self.recompute_up_projection = (
+            config.recompute_granularity == "selective"
+            and "mla_up_proj" in config.recompute_modules
+        )
+        self.rotary_pos_emb = _rotary_embedding(config, pg_collection.cp)
+
+        def column(input_size: int, output_size: int, linear_name: str) -> torch.nn.Module:
+            return submodules.column_linear(
+                input_size,
+                output_size,
+                config=config,
+                init_method=config.init_method,
+                gather_output=False,
+                bias=False,
+                skip_bias_add=False,
+                is_expert=False,
+                tp_group=group,
+                name=f"{name}.{linear_name}" if name is not None else None,
+            )
+
+        d, d_q = config.hidden_size, config.q_lora_rank
+        query_size = config.num_attention_heads * config.qk_dim
+        if d_q is None:
+            self.linear_q_proj = column(d, query_size, "linear_q_proj")
+        else:
+            self.linear_q_down_proj = column(d, d_q, "linear_q_down_proj")
+            self.q_norm = ShardedRMSNorm(config, d_q, 1, config.q_scale, group)
+            self.linear_q_up_proj = column(d_q, query_size, "linear_q_up_proj")
+        d_c, d_r = config.kv_lora_rank, config.qk_rope_head_dim
+        self.linear_kv_down_proj = column(d, d_c + d_r, "linear_kv_down_proj")
+        self.kv_norm = ShardedRMSNorm(config, d_c, config.num_latent_heads, config.kv_scale, group)
+        self.linear_kv_up_proj = LatentUpProjection(config, self.shard, group, config.init_method)
+        if config.output_gate:
+            gate_size = config.num_attention_heads * config.v_head_dim
+            self.linear_gate_proj = column(d, gate_size, "linear_gate_proj")
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        key_value_states: Tensor | None = None,
+        inference_context=None,
+        rotary_pos_emb: Tensor | None = None,
+        rotary_pos_cos: Tensor | None = None,
+        rotary_pos_sin: Tensor | None = None,
+        rotary_pos_cos_sin: Tensor | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params=None,
+        position_ids: Tensor | None = None,
+        sequence_len_offset: int | None = None,
+        *,
+        inference_params=None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention over the whole sequence (training, evaluation).
+
+        Args:
+            hidden_states: `[s, b, d]`, or `[s / tp, b, d]` with sequence parallel.
+            attention_mask: None for causal, else see the core's backend.
+            sequence_len_offset: position of the first token, default 0.
+
+        Returns:
+            output, shaped as hidden_states, and the output projection's bias (None without biases).
+        """
+        assert rotary_pos_emb is None, "MLRA rotates its own RoPE dims"
+        if deprecate_inference_params(inference_context, inference_params) is not None:
+            raise ValueError(
+                "Megatron's inference contexts hold expanded heads; MLRA caches latents"
+            )
+
+        x = self.parallel.enter(hidden_states)  # [s, b, d]
+        q, latents, k_rope = self._compress(x)
+        angles = self._rotary_angles(x.size(0), sequence_len_offset or 0)
+        if self.recompute_up_projection and self.training:
+            up_projection = tensor_parallel.CheckpointWithoutOutput(
+                fp8=self.config.fp8 or self.config.fp4 or None
+            )
+            qkv = up_projection.checkpoint(self._query_key_value, q, latents, k_rope, *angles)
+        else:
+            up_projection = None
+            qkv = self._query_key_value(q, latents, k_rope, *angles)
+        if self.checkpoint_core_attention and self.training:
+            z = self._checkpointed_attention_forward(
+                *qkv, attention_mask, packed_seq_params=packed_seq_params
+            )
+        else:
+            z = self._run_core_attention(*qkv, attention_mask, packed_seq_params=packed_seq_params)
+        if up_projection is not None:
+            up_projection.discard_output_and_register_recompute(z)
+
+        out = self._combine_branches(z)  # [s, b, h / tp * d_v]
+        if self.config.output_gate:
+            gate, _ = self.linear_gate_proj(x)
+            out = out * torch.sigmoid(gate.float()).to(out.dtype)
+        return self.linear_proj(out)
+
+    def _compress(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query latent `[s, b, d_q]` (x itself without one), latents `[s, b, n, g, l]`, RoPE key
+        `[s, b, d_r]`, the latter not yet rotated."""
+        config, tp = self.config, self.shard.tp_size
+        c_q = None
+        if config.q_lora_rank is not None:
+            c_q, _ = self.linear_q_down_proj(x)
+            c_q = self.q_norm(c_q)  # [s, b, d_q / tp]
+        ckv, _ = self.linear_kv_down_proj(x)
+        widths = (config.kv_lora_rank // tp, config.qk_rope_head_dim // tp)
+        c, k_rope = ckv.split(widths, dim=-1)  # [s, b, d_c / tp], [s, b, d_r / tp]
+        c_q, latents, k_rope = self.parallel.gather_compressed(c_q, self.kv_norm(c), k_rope)
+        return (x if c_q is None else c_q), latents, k_rope
+
+    def _query_key_value(
+        self, q: Tensor, latents: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Inputs of the core; absorbed, the value is None: the first l dims of the key."""
+        config = self.config
+        linear = self.linear_q_proj if config.q_lora_rank is None else self.linear_q_up_proj
+        q, _ = linear(q)
+        nope, rope = config.qk_nope_head_dim, config.qk_rope_head_dim
+        q = q.view(*q.shape[:-1], self.own_heads, nope + rope)  # [s, b, h / tp, e]
+        q_nope, q_rope = q.split((nope, rope), dim=-1)
+        q_rope = apply_rope(q_rope, cos, sin)
+        k_rope = apply_rope(k_rope, cos, sin)
+        if self.parallel.exchanges:
+            q = self.parallel.exchange_queries(torch.cat((q_nope, q_rope), dim=-1))
+            q_nope, q_rope = q.split((nope, rope), dim=-1)  # [s, b, h_c, .]
+        weight = self.linear_kv_up_proj.weight
+        if config.absorbed:
+            w_uk, _ = split_up_projection(weight, nope)
+            query, key = absorbed_qkv(q_nope, q_rope, latents, k_rope, w_uk)
+            return query, key, None
+        return materialized_qkv(q_nope, q_rope, latents, k_rope, weight)
+
+    def _run_core_attention(
+        self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, **kwargs
+    ) -> Tensor:
+        """The core on its own, as recomputation repeats it: `[s, b, n * h_c * (l or d_v)]`."""
+        if value is None:
+            value = key[..., : self.config.latent_dim]
+        return self.core_attention(
+            query,
+            key,
+            value,
+            attention_mask,
+            attn_mask_type=attn_mask_type or self.attn_mask_type,
+            attention_bias=attention_bias,
+            **kwargs,
+        )
+
+    def _combine_branches(self, z: Tensor) -> Tensor:
+        """N^-1/2 sum over all branches of the core's output: `[s, b, h / tp * d_v]`, own heads."""
+        config, shard = self.config, self.shard
+        z = z.view(*z.shape[:2], shard.branches, shard.heads, -1)
+        if config.absorbed:
+            _, w_uv = split_up_projection(self.linear_kv_up_proj.weight, config.qk_nope_head_dim)
+            out = sum_branches(z, w_uv)
+        else:
+            out = z.sum(2)
+        out = self.parallel.reduce_branches(out)
+        return (out * config.branch_scale).flatten(2)
+
+    def _rotary_angles(self, s: int, offset: int) -> tuple[Tensor, Tensor]:
+        """cos and sin `[s, d_r / 2]` in float32, times YaRN's concentration factor."""
+        mscale = 1.0
+        emb = self.rotary_pos_emb(s, offset=offset)
+        if self.config.rope_type == "yarn":
+            emb, mscale = emb
+        angle = emb.view(s, -1)[:, : self.config.qk_rope_head_dim // 2].float()
+        return angle.cos() * mscale, angle.sin() * mscale
+
+    def get_query_key_value_tensors(self, *args, **kwargs):
+        """Unused: `_compress` and `_query_key_value` take its place."""
+        raise NotImplementedError
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """Megatron's, with the kv down-projection stored as latent rows, then RoPE rows."""
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        key = f"{prefix}linear_kv_down_proj.weight"
+        tp, config = self.shard.tp_size, self.config
+        if tp > 1:
+            blocks = (config.kv_lora_rank // tp, config.qk_rope_head_dim // tp)
+            sharded[key] = split_rows_factory(sharded[key], blocks, sharded_offsets)
+        return sharded
+
+
+def _rotary_embedding(config: MLRAConfig, cp_group) -> torch.nn.Module:
+    common = {"rotary_base": config.rotary_base, "cp_group": cp_group}
+    if config.use_cpu_initialization:
+        common["use_cpu_initialization"] = True
+    if config.rope_type == "rope":
+        return RotaryEmbedding(config.qk_rope_head_dim, rotary_percent=1.0, **common)
+    return YarnRotaryEmbedding(
+        config.qk_rope_head_dim,
+        scaling_factor=config.rotary_scaling_factor,
+        original_max_position_embeddings=config.original_max_position_embeddings,
+        beta_fast=config.beta_fast,
+        beta_slow=config.beta_slow,
+        mscale=config.mscale,
+        mscale_all_dim=config.mscale_all_dim,
+        **common,
+    )

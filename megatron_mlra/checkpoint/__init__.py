@@ -1,0 +1,1 @@
+"""Checkpoints: what is checked before one is loaded or written."""

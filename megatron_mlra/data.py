@@ -1,0 +1,148 @@
+"""Batches and datasets: Megatron's GPT datasets, checked before any memory is spent."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.indexed_dataset import _INDEX_HEADER
+from megatron.core.utils import get_batch_on_this_tp_rank
+from megatron.training import get_args, get_tokenizer
+from megatron.training.utils import get_blend_and_blend_per_split
+from torch import Tensor
+
+BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+
+
+def check_data(args: Namespace) -> None:
+    """Refuse missing, damaged or mismatched datasets.
+
+    Raises:
+        ValueError: names the file and what to do.
+    """
+    if args.mock_data or args.skip_train:
+        return
+    try:
+        blend, per_split = get_blend_and_blend_per_split(args)
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"data arguments: {error}") from None
+    blends = [b for b in (blend, *(per_split or ())) if b is not None]
+    if not blends:
+        raise ValueError(
+            "no data: give --data-path PREFIX (tools/preprocess_data.py writes PREFIX.bin and PREFIX.idx)"
+            " or --mock-data"
+        )
+    for prefixes, _weights in blends:
+        for prefix in prefixes:
+            _check_prefix(prefix, args)
+
+
+def _check_prefix(prefix: str, args: Namespace) -> None:
+    for suffix in (".idx", ".bin"):
+        path = Path(prefix + suffix)
+        if not path.is_file():
+            hint = "; leave .bin out of --data-path" if prefix.endswith(".bin") else ""
+            raise ValueError(
+                f"data file {path} does not exist{hint or '; make it with tools/preprocess_data.py'}"
+            )
+    with open(prefix + ".idx", "rb") as index:
+        if index.read(len(_INDEX_HEADER)) != _INDEX_HEADER:
+            raise ValueError(
+                f"data file {prefix}.idx is not a Megatron index; preprocess the data again"
+            )
+    if not Path(prefix + ".bin").stat().st_size:
+        raise ValueError(f"data file {prefix}.bin is empty; preprocess the data again")
+    metadata = Path(prefix + ".json")
+    if not metadata.is_file():
+        return
+    vocab_size = json.loads(metadata.read_text()).get("vocab_size")
+    model_vocab = args.padded_vocab_size or args.vocab_size
+    if vocab_size is not None and model_vocab is not None and vocab_size > model_vocab:
+        raise ValueError(
+            f"data {prefix} has a vocabulary of {vocab_size}, the model one of {model_vocab}; use"
+            f" --vocab-size {vocab_size}"
+        )
+
+
+def build_datasets(sample_counts: list[int], vp_stage: int | None = None):
+    """Train, validation and test datasets (Megatron's provider interface)."""
+    args = get_args()
+    blend, per_split = get_blend_and_blend_per_split(args)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=per_split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        split=args.split if per_split is None else None,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=get_tokenizer(),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        data_parallel_size=args.data_parallel_size,
+        sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
+    )
+
+    def is_built_here() -> bool:
+        return mpu.get_tensor_model_parallel_rank() == 0 and (
+            mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
+            or mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
+        )
+
+    dataset = MockGPTDataset if args.mock_data else GPTDataset
+    return BlendedMegatronDatasetBuilder(dataset, sample_counts, is_built_here, config).build()
+
+
+build_datasets.is_distributed = True
+
+
+def get_batch(iterator: Iterator | None, vp_stage: int | None = None) -> dict[str, Tensor | None]:
+    """The next micro-batch on every tensor-parallel rank of the first and last pipeline stage.
+
+    Returns:
+        tokens, labels, position_ids `[b, s]` int64, loss_mask `[b, s]` float32, attention_mask None or
+        `[1, 1, s, s]` bool (True: not attended to). On stages in between all are None.
+    """
+    args = get_args()
+    first = mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
+    last = mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
+    if not (first or last):
+        return dict.fromkeys(BATCH_KEYS)
+    batch = dict.fromkeys(
+        (*BATCH_KEYS, "cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size")
+    )
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        loaded = next(iterator)
+        for key in BATCH_KEYS:
+            if loaded.get(key) is not None:
+                batch[key] = loaded[key].cuda(non_blocking=True)
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        micro_batch_size=args.micro_batch_size
+        if torch.is_grad_enabled()
+        else args.eval_micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=False,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=first,
+        is_pipeline_last_stage=last,
+    )
+    return {key: batch.get(key) for key in BATCH_KEYS}

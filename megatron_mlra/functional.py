@@ -1,0 +1,203 @@
+"""The maths of MLRA in plain torch: what every other implementation in this project is held to.
+
+Letters: s tokens, b batch, d hidden size, h attention heads, n branches (N), g head groups (G = L / N),
+l latent dim d_l, q `q_lora_rank`, `nope` d_h, `rope` d_r, v `v_head_dim`. Latent `branch * G + group`
+serves heads `[group * h / G, (group + 1) * h / G)`. Everything works in the dtype of its inputs, except that
+norms, RoPE and softmax run in float32 for half-precision inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in float32, or untouched where it is wider already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, scale: float = 1.0) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight * scale over the last dim; `weight` broadcasts to x."""
+    wide = _wide(x)
+    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * inverse * (_wide(weight) * scale)).to(x.dtype)
+
+
+def rope_cos_sin(
+    positions: Tensor, dim: int, base: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos and sin `[s, dim / 2]` of `positions[s] * base^(-2 i / dim)`, computed in `dtype`."""
+    exponent = torch.arange(0, dim, 2, dtype=dtype, device=positions.device) / dim
+    angle = positions.to(dtype)[:, None] * base**-exponent
+    return angle.cos(), angle.sin()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + d_r / 2) of the last dim: half-split RoPE.
+
+    Args:
+        x: `[s, ..., d_r]`.
+        cos, sin: `[s, d_r / 2]`.
+    """
+    shape = (cos.size(0), *(1,) * (x.dim() - 2), cos.size(1))
+    cos, sin = cos.view(shape), sin.view(shape)
+    first, second = _wide(x).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def split_up_projection(weight: Tensor, nope: int) -> tuple[Tensor, Tensor]:
+    """`[n, h, nope + v, l]` -> W_UK `[n, h, nope, l]`, W_UV `[n, h, v, l]`."""
+    return weight[:, :, :nope], weight[:, :, nope:]
+
+
+def absorb_query(q_nope: Tensor, w_uk: Tensor) -> Tensor:
+    """q_b,i = q_i W_UK_b,i^T: `[s, b, h, nope]`, `[n, h, nope, l]` -> `[s, b, n, h, l]`."""
+    return torch.einsum("sbhd,nhdl->sbnhl", q_nope, w_uk)
+
+
+def expand_latents(latents: Tensor, weight: Tensor) -> Tensor:
+    """Keys and values of every (branch, head): `[s, b, n, g, l]`, `[n, h, e, l]` -> `[s, b, n, h, e]`."""
+    n, h, e, l = weight.shape
+    g = latents.size(3)
+    out = torch.einsum("sbngl,ngjel->sbngje", latents, weight.view(n, g, h // g, e, l))
+    return out.flatten(3, 4)
+
+
+def sum_branches(z: Tensor, w_uv: Tensor) -> Tensor:
+    """sum_b z_b,i W_UV_b,i: `[s, b, n, h, l]`, `[n, h, v, l]` -> `[s, b, h, v]`.
+
+    The sum over branches is part of the contraction, so it costs no pass of its own.
+    """
+    return torch.einsum("sbnhl,nhvl->sbhv", z, w_uv)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool = True) -> Tensor:
+    """softmax(t q k^T) v with grouped queries: the attention reference.
+
+    Args:
+        q: `[s, b, heads, d_k]`; query head i reads key head `i // (heads / kv_heads)`.
+        k, v: `[s, b, kv_heads, d_k]`, `[s, b, kv_heads, d_v]`.
+        softmax_scale: t, always explicit: in absorbed form d_k is not what it derives from.
+
+    Returns:
+        `[s, b, heads, d_v]`.
+    """
+    groups = q.size(2) // k.size(2)
+    k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
+    scores = _wide(torch.einsum("sbhd,tbhd->bhst", q, k)) * softmax_scale
+    if causal:
+        s, t = scores.shape[-2:]
+        future = torch.ones(s, t, dtype=torch.bool, device=q.device).triu(1 + t - s)
+        scores = scores.masked_fill(future, float("-inf"))
+    return torch.einsum("bhst,tbhv->sbhv", scores.softmax(-1).to(v.dtype), v)
+
+
+def absorbed_qkv(
+    q_nope: Tensor, q_rope: Tensor, latents: Tensor, k_rope: Tensor, w_uk: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Queries `[q_absorbed | q_rope]` and keys `[c_l | k_rope]`; the values are `key[..., :d_l]`.
+
+    Args:
+        q_nope, q_rope: `[s, b, h, nope]`, `[s, b, h, rope]` (rotated).
+        latents: `[s, b, n, g, l]`; k_rope: `[s, b, rope]` (rotated).
+        w_uk: `[n, h, nope, l]`.
+
+    Returns:
+        query `[s, b, n * h, l + rope]` and key `[s, b, n * g, l + rope]`, heads branch-major, so that
+        query head (branch, head) reads latent (branch, group of head) as grouped-query attention does.
+    """
+    s, b, n, g, _ = latents.shape
+    absorbed = absorb_query(q_nope, w_uk)
+    shared = q_rope.unsqueeze(2).expand(-1, -1, n, -1, -1)
+    query = torch.cat((absorbed, shared), dim=-1).flatten(2, 3)
+    shared = k_rope.view(s, b, 1, 1, -1).expand(-1, -1, n, g, -1)
+    key = torch.cat((latents, shared), dim=-1).flatten(2, 3)
+    return query, key
+
+
+def materialized_qkv(
+    q_nope: Tensor, q_rope: Tensor, latents: Tensor, k_rope: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of all n * h (branch, head) pairs.
+
+    Arguments as in `absorbed_qkv`, with the whole up-projection `[n, h, nope + v, l]`.
+
+    Returns:
+        query, key `[s, b, n * h, nope + rope]`, value `[s, b, n * h, v]`, branch-major.
+    """
+    n, h = weight.shape[:2]
+    s, b, _, nope = q_nope.shape
+    expanded = expand_latents(latents, weight)
+    k_nope, value = expanded.split((nope, weight.size(2) - nope), dim=-1)
+    shared = k_rope.view(s, b, 1, 1, -1).expand(-1, -1, n, h, -1)
+    key = torch.cat((k_nope, shared), dim=-1).flatten(2, 3)
+    query = torch.cat((q_nope, q_rope), dim=-1)
+    query = query.unsqueeze(2).expand(-1, -1, n, -1, -1).flatten(2, 3)
+    return query, key, value.flatten(2, 3)
+
+
+def mlra_attention(
+    x: Tensor,
+    weights: Mapping[str, Tensor],
+    config,
+    *,
+    absorbed: bool,
+    positions: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    """The whole attention sublayer of one unsharded layer (method: Forward, steps 1 to 6).
+
+    Args:
+        x: `[s, b, d]`.
+        weights: by parameter name, as MLRASelfAttention's at tensor parallel size 1:
+            `linear_q_down_proj` `[q, d]` and `q_norm` `[q]` (or `linear_q_proj` `[h * (nope + rope), d]`),
+            `linear_q_up_proj` `[h * (nope + rope), q]`, `linear_kv_down_proj` `[L * l + rope, d]`,
+            `kv_norm` `[L * l]`, `linear_kv_up_proj` `[n, h, nope + v, l]`, `linear_proj` `[d, h * v]`,
+            gated: `linear_gate_proj` `[h * v, d]`.
+        config: an MLRAConfig, or anything with its sizes and scales.
+        positions: `[s]`, default 0 .. s - 1.
+        eps: of the norms, default `config.layernorm_epsilon`.
+
+    Returns:
+        `[s, b, d]`.
+    """
+    s, b, _ = x.shape
+    n, g, h = config.num_branches, config.num_head_groups, config.num_attention_heads
+    nope, rope = config.qk_nope_head_dim, config.qk_rope_head_dim
+    eps = config.layernorm_epsilon if eps is None else eps
+    if positions is None:
+        positions = torch.arange(s, device=x.device)
+    cos, sin = rope_cos_sin(positions, rope, config.rotary_base, _wide(x).dtype)
+
+    if config.q_lora_rank is None:
+        q = x @ weights["linear_q_proj"].T
+    else:
+        c_q = x @ weights["linear_q_down_proj"].T
+        c_q = rms_norm(c_q, weights["q_norm"], eps, config.q_scale)
+        q = c_q @ weights["linear_q_up_proj"].T
+    q_nope, q_rope = q.view(s, b, h, nope + rope).split((nope, rope), dim=-1)
+    q_rope = apply_rope(q_rope, cos, sin)
+
+    c, k_rope = (x @ weights["linear_kv_down_proj"].T).split((config.kv_lora_rank, rope), dim=-1)
+    latents = c.view(s, b, n, g, config.latent_dim)
+    norm = weights["kv_norm"].view(n, g, config.latent_dim)
+    latents = rms_norm(latents, norm, eps, config.kv_scale)
+    k_rope = apply_rope(k_rope, cos, sin)
+
+    up = weights["linear_kv_up_proj"]
+    w_uk, w_uv = split_up_projection(up, nope)
+    if absorbed:
+        query, key = absorbed_qkv(q_nope, q_rope, latents, k_rope, w_uk)
+        z = attend(query, key, key[..., : config.latent_dim], config.softmax_scale)
+        out = sum_branches(z.view(s, b, n, h, -1), w_uv)
+    else:
+        query, key, value = materialized_qkv(q_nope, q_rope, latents, k_rope, up)
+        out = attend(query, key, value, config.softmax_scale).view(s, b, n, h, -1).sum(2)
+    out = out * config.branch_scale
+    out = out.flatten(2)
+    if config.output_gate:
+        out = out * torch.sigmoid(x @ weights["linear_gate_proj"].T)
+    return out @ weights["linear_proj"].T

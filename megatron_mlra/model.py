@@ -1,0 +1,69 @@
+"""What Megatron's trainer is handed: the model's configuration, its forward step and loss."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.utils import get_attr_wrapped_model
+from megatron.training import get_args
+from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.models.gpt import GPTModelConfig
+from torch import Tensor
+
+from megatron_mlra.arguments import transformer_config
+from megatron_mlra.data import get_batch
+from megatron_mlra.layer_specs import block_spec
+
+
+def model_config(args: Namespace) -> GPTModelConfig:
+    """Megatron's GPT with this project's layers."""
+    config = gpt_config_from_args(args, config=transformer_config(args))
+    config.transformer_layer_spec = _layers
+    return config
+
+
+def _layers(config: GPTModelConfig, vp_stage: int | None = None):
+    return block_spec(config.transformer, vp_stage=vp_stage)
+
+
+def forward_step(data_iterator: Iterator, model: GPTModel) -> tuple[Tensor, Callable]:
+    """One micro-batch: per-token losses `[b, s]` (or the stage's hidden state) and how to reduce them."""
+    vp_stage = get_attr_wrapped_model(model, "vp_stage")
+    batch = get_batch(data_iterator, vp_stage)
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        batch["attention_mask"],
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+    )
+    return output, partial(loss_function, batch["loss_mask"])
+
+
+def loss_function(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum of the unmasked token losses, their number, and both for the log.
+
+    Raises:
+        RuntimeError: for a NaN or infinite loss, unless --no-check-for-nan-in-loss-and-grad.
+    """
+    losses = losses.view(-1).float()
+    mask = loss_mask.view(-1).float()
+    loss = torch.sum(losses * mask)
+    num_tokens = mask.sum().to(torch.int)
+    if get_args().check_for_nan_in_loss_and_grad:
+        for reject, what in ((torch.isnan, "NaN"), (torch.isinf, "infinite")):
+            get_rerun_state_machine().validate_result(
+                result=loss,
+                rejection_func=reject,
+                message=f"the loss is {what}: lower --lr, or look at the batch",
+                tolerance=0.0,
+                fatal=True,
+            )
+    # The schedule divides the loss it is given in place, so the log gets its own copy.
+    reported = torch.stack((loss.detach().clone(), num_tokens.float()))
+    return loss, num_tokens, {"lm loss": reported}

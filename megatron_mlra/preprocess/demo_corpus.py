@@ -1,0 +1,120 @@
+"""A corpus of English and code that every Python carries: nothing to download.
+
+Documents are the standard library's sources, the language reference's topics that `help()` shows,
+and the docstrings of modules written in C, which no source file repeats.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import json
+import os
+import random
+import sys
+import sysconfig
+import tokenize
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+SKIPPED_FOLDERS = frozenset(
+    {
+        "__pycache__",
+        "encodings",  # tables of code points
+        "idle_test",
+        "lib2to3",
+        "pydoc_data",  # its text comes as documents of its own
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+    }
+)
+_SKIPPED_PREFIX = "_sysconfigdata"  # how this Python was built: paths and compiler flags
+
+
+@dataclass(frozen=True)
+class CorpusSize:
+    """What was written."""
+
+    documents: int
+    """Lines of the file."""
+    text_bytes: int
+    """UTF-8 bytes of all texts, which is their number of byte-level tokens."""
+
+
+def write_demo_corpus(path: str | os.PathLike[str], max_bytes: int, seed: int = 0) -> CorpusSize:
+    """Write the corpus as JSON lines ``{"text": ...}``, replacing ``path``.
+
+    The order is shuffled by ``seed``: cutting the file anywhere, as Megatron's ``--split`` does,
+    leaves the same kind of documents on both sides. No document comes twice.
+
+    Args:
+        path: the .jsonl file.
+        max_bytes: the most bytes of text; the shuffled corpus is cut before it exceeds them.
+
+    Raises:
+        ValueError: ``max_bytes`` holds no document.
+        OSError: writing failed; no part of the file is left.
+    """
+    documents = _documents()
+    random.Random(seed).shuffle(documents)
+    count = size = 0
+    partial = Path(f"{os.fspath(path)}.partial-{os.getpid()}")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            for text in documents:
+                length = len(text.encode("utf-8"))
+                if size + length > max_bytes:
+                    break
+                file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+                count += 1
+                size += length
+        if count == 0:
+            raise ValueError(f"{max_bytes} bytes hold no document: allow more")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return CorpusSize(documents=count, text_bytes=size)
+
+
+def _documents() -> list[str]:
+    """All documents in a fixed order, without repetitions."""
+    unique: dict[bytes, str] = {}
+    for texts in (_sources(), _topics(), _docstrings()):
+        for text in texts:
+            text = text.strip()
+            if text:
+                unique.setdefault(hashlib.sha256(text.encode("utf-8")).digest(), text + "\n")
+    return list(unique.values())
+
+
+def _sources() -> Iterator[str]:
+    for folder, folders, files in os.walk(sysconfig.get_path("stdlib")):
+        folders[:] = sorted(set(folders) - SKIPPED_FOLDERS)
+        for name in sorted(files):
+            if name.endswith(".py") and not name.startswith(_SKIPPED_PREFIX):
+                with tokenize.open(os.path.join(folder, name)) as file:
+                    yield file.read()
+
+
+def _topics() -> Iterator[str]:
+    topics = importlib.import_module("pydoc_data.topics").topics
+    for name in sorted(topics):
+        yield topics[name]
+
+
+def _docstrings() -> Iterator[str]:
+    """One document per module compiled into the interpreter: its docstring and its members'."""
+    for name in sorted(sys.builtin_module_names):
+        module = importlib.import_module(name)
+        parts = [f"{name}\n\n{inspect.getdoc(module) or ''}"]
+        for member, value in sorted(vars(module).items()):
+            if member.startswith("_") or not (inspect.isclass(value) or inspect.isroutine(value)):
+                continue
+            docstring = inspect.getdoc(value)
+            if docstring:
+                parts.append(f"{name}.{member}\n\n{docstring}")
+        yield "\n\n".join(parts)

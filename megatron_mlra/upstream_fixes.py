@@ -1,0 +1,47 @@
+"""Repairs of megatron-core 0.19.2, each applied once and only where it is needed."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+
+@functools.cache
+def use_prebuilt_dataset_helpers() -> None:
+    """The wheel ships its dataset index builder built, but no Makefile to build it with.
+
+    Raises:
+        ImportError: if the built helper is missing for this Python.
+    """
+    import megatron.core.datasets.helpers_cpp  # noqa: F401  (fails here, not mid-training)
+    import megatron.core.datasets.utils as utils
+
+    utils.compile_helpers = lambda: None
+
+
+@functools.cache
+def repair_torch_adamw_resume() -> None:
+    """Without Transformer Engine or APEX the distributed optimizer wraps torch's AdamW, and on resume
+    misses its `step` state, then shares one step tensor among all parameters."""
+    from megatron.core.optimizer import distrib_optimizer
+
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        return
+    cls = distrib_optimizer.DistributedOptimizer
+    set_states, load_state_dict = cls._set_main_param_and_optimizer_states, cls.load_state_dict
+
+    def set_with_step(self, model_param, tensors):
+        group, order = self.model_param_group_index_map[model_param]
+        main_param = self.optimizer.param_groups[group]["params"][order]
+        step = self.optimizer.state[main_param].get("step")
+        set_states(self, model_param, {"step": step, **tensors})
+
+    def load_with_own_steps(self, state_dict):
+        load_state_dict(self, state_dict)
+        for state in self.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
+
+    cls._set_main_param_and_optimizer_states = set_with_step
+    cls.load_state_dict = load_with_own_steps

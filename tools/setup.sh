@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Create a virtual environment with everything the demo, the tests and the linters need.
+# Usage: tools/setup.sh FOLDER
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=${1:?usage: tools/setup.sh FOLDER}
+wanted=$(cat .python-version)
+
+fail() { echo "error: $*" >&2; exit 1; }
+
+# An activated environment of another Python, or pyenv's shims, may stand in front of the right one.
+python=
+for candidate in "python$wanted" python3 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$wanted".*/bin/python; do
+  if [ "$("$candidate" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = "$wanted" ]; then
+    python=$candidate
+    break
+  fi
+done
+[ -n "$python" ] || fail "Python $wanted was not found; install it (for example: pyenv install $wanted, or your system's python$wanted and python$wanted-venv)"
+"$python" -c 'import venv, ensurepip' 2>/dev/null || fail "Python $wanted lacks venv; install your system's python$wanted-venv"
+
+if [ ! -x "$venv/bin/python" ]; then
+  free=$(($(df -Pk . | awk 'NR == 2 {print $4}') / 1048576))
+  [ "$free" -ge 12 ] || fail "$free GB are free here and PyTorch with its CUDA libraries needs 12; free some or move the checkout"
+  echo "creating $venv with $("$python" --version)"
+  "$python" -m venv "$venv"
+fi
+echo "installing packages into $venv (some minutes the first time)"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+if command -v nvidia-smi >/dev/null && ! "$venv/bin/python" -c 'import transformer_engine' 2>/dev/null; then
+  echo "note: there is a GPU but no Transformer Engine; '$venv/bin/pip install -c constraints.txt -e .[te]' adds it (compiles for some minutes)"
+fi
+touch "$venv/.installed"
