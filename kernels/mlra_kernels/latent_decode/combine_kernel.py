@@ -56,11 +56,13 @@ def combine_kernel(
         m_i = tl.full((X,), float("-inf"), tl.float32)
         l_i = tl.zeros((X,), tl.float32)
         acc = tl.zeros((X, DB), tl.float32)
+        part_out_ptr += first * (LATENTS * ROWS * D)
+        part_lse_ptr += first * (LATENTS * ROWS)
         for s0 in range(0, parts, S):
             s = s0 + tl.arange(0, S)
             mask = x_in[:, None] & (s < parts)[None, :]
-            row = (first + s)[None, :] * (LATENTS * ROWS) + x[:, None]
-            out_ptrs = part_out_ptr + (row * D)[:, :, None] + d[None, None, :]
+            row = s[None, :] * (LATENTS * ROWS) + x[:, None]
+            out_ptrs = part_out_ptr + ((row * D)[:, :, None] + d[None, None, :])
             m_i, l_i, acc = _merge_step(out_ptrs, part_lse_ptr + row, mask, m_i, l_i, acc, True)
         acc = acc * tl.where(l_i > 0, 1.0 / l_i, 0.0)[:, None]
         latent, row = x // ROWS, x % ROWS

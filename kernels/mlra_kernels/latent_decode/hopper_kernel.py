@@ -90,9 +90,12 @@ def _zero_rows(ring_tile, rows_in, N: gl.constexpr, C: gl.constexpr):
 def _widen(c, wide, rows_in, N: gl.constexpr, D: gl.constexpr):
     """Copy an FP8 shared tile `[N, D]` to a 16-bit one, rows from `rows_in` on as zeros."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [gl.num_warps(), 1], [1, 0])
-    x = c.load(LAYOUT).to(wide.dtype)
-    n = gl.arange(0, N, gl.SliceLayout(1, LAYOUT))
-    wide.store(gl.where((n < rows_in)[:, None], x, 0.0).to(wide.dtype))
+    # By way of fp16 and fp32: the direct conversion to bf16 goes through a slow unit.
+    x = c.load(LAYOUT).to(gl.float16).to(gl.float32)
+    if rows_in < N:
+        n = gl.arange(0, N, gl.SliceLayout(1, LAYOUT))
+        x = gl.where((n < rows_in)[:, None], x, 0.0)
+    wide.store(x.to(wide.dtype))
 
 
 @gluon.jit
@@ -168,7 +171,8 @@ def _consume(
                     )
                     s, s_r = warpgroup_mma_wait(0, deps=[s, s_r])
                     c_scale = s_ring.index(stage).reshape([N]).load(gl.SliceLayout(0, S_LAYOUT))
-                    c_scale = gl.where(t * N + col_s < seqlen, c_scale, 0.0)
+                    if (t + 1) * N > seqlen:
+                        c_scale = gl.where(t * N + col_s < seqlen, c_scale, 0.0)
                     s = s * c_scale[None, :] + s_r
                 else:
                     s = warpgroup_mma(qr_smem, k_r.permute((1, 0)), s, is_async=True)
