@@ -1,0 +1,235 @@
+"""MLRASelfAttention, one rank in float32, against the oracle: output and every gradient."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer.spec_utils import build_module
+from oracle import (
+    OracleConfig,
+    config_values,
+    document_mask,
+    parameter_shapes,
+    reference,
+    relative_error,
+)
+
+from megatron_mlra.attention import MLRASelfAttention
+from megatron_mlra.config import MLRAConfig
+from megatron_mlra.layer_specs import mlra_attention_spec
+
+TOLERANCE = 1e-5
+TOKENS, BATCH = 9, 2
+FORMS = ("absorbed", "materialized")
+
+SIZES = {"hidden": 22, "qk_nope": 6, "qk_rope": 4, "value": 5, "q_rank": 9}
+VARIANTS = {
+    "MLA": OracleConfig(heads=3, kv_rank=14, latents=1, branches=1, **SIZES),
+    "GLA-2": OracleConfig(heads=6, kv_rank=14, latents=2, branches=1, **SIZES),
+    "GLA-4": OracleConfig(heads=8, kv_rank=28, latents=4, branches=1, **SIZES),
+    "MLRA-2": OracleConfig(heads=6, kv_rank=28, latents=4, branches=2, **SIZES),
+    "MLRA-4": OracleConfig(heads=3, kv_rank=28, latents=4, branches=4, **SIZES),
+    "MLRA-8": OracleConfig(heads=3, kv_rank=24, latents=8, branches=8, **SIZES),
+}
+MLRA2 = VARIANTS["MLRA-2"]
+
+
+@pytest.fixture(scope="module")
+def groups():
+    """Process groups of a world of one; Megatron's CUDA device and random state are the CPU's."""
+    started = not dist.is_initialized()
+    if started:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
+        patch.setattr(megatron_random, "_get_cuda_rng_state", lambda **_: torch.get_rng_state())
+        patch.setattr(
+            megatron_random, "_set_cuda_rng_state", lambda state, **_: torch.set_rng_state(state)
+        )
+        yield ProcessGroupCollection(tp=dist.group.WORLD, cp=dist.group.WORLD)
+    if started:
+        dist.destroy_process_group()
+
+
+def build(case: OracleConfig, groups, parameters, **overrides) -> MLRASelfAttention:
+    """The module with these parameters, in float32."""
+    config = MLRAConfig(**(config_values(case) | overrides))
+    attention = build_module(
+        mlra_attention_spec(config), config=config, layer_number=1, pg_collection=groups
+    )
+    module_parameters = named(attention)
+    assert {name: tuple(p.shape) for name, p in module_parameters.items()} == parameter_shapes(case)
+    with torch.no_grad():
+        for name, p in module_parameters.items():
+            assert p.dtype == torch.float32
+            p.copy_(parameters[name])
+    return attention
+
+
+def named(attention: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name.removesuffix(".weight"): p for name, p in attention.named_parameters()}
+
+
+def run(attention: MLRASelfAttention, x, upstream, mask=None) -> dict[str, torch.Tensor]:
+    """Output, input gradient and every parameter's gradient, by name."""
+    x = x.float().requires_grad_()
+    output, bias = attention(x, mask)
+    assert bias is None
+    assert output.dtype == torch.float32
+    (output * upstream.float()).sum().backward()
+    grads = {name: p.grad for name, p in named(attention).items()}
+    return {"output": output.detach(), "x": x.grad} | grads
+
+
+def check(
+    case: OracleConfig, groups, tokens: int = TOKENS, batch: int = BATCH, **overrides
+) -> None:
+    expected = reference(case, tokens, batch)
+    attention = build(case, groups, expected.parameters, **overrides)
+    actual = run(attention, expected.x, expected.upstream)
+    assert_near(actual, expected)
+
+
+def assert_near(actual: dict[str, torch.Tensor], expected) -> None:
+    wanted = {"output": expected.output, "x": expected.x_grad} | expected.grads
+    assert actual.keys() == wanted.keys()
+    errors = {name: relative_error(actual[name], wanted[name]) for name in wanted}
+    assert max(errors.values()) <= TOLERANCE, errors
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("gate", "scaling"),
+    [(False, True), (True, True), (False, False)],
+    ids=["plain", "gated", "unscaled"],
+)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_output_and_every_gradient(variant, gate, scaling, form, groups):
+    check(replace(VARIANTS[variant], gate=gate, scaling=scaling), groups, core_form=form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"q_rank": None},
+        {"q_rank": None, "gate": True, "scaling": False},
+        {"value": 9},
+        {"value": 11},
+        {"kv_rank": 12, "qk_rope": 8},
+    ],
+    ids=lambda changes: " ".join(f"{name}={value}" for name, value in changes.items()),
+)
+def test_sizes(changes, form, groups):
+    check(replace(MLRA2, **changes), groups, core_form=form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_long_odd_sequence(form, groups):
+    check(MLRA2, groups, tokens=17, batch=1, core_form=form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("modules", [["core_attn"], ["mla_up_proj"], ["core_attn", "mla_up_proj"]])
+def test_recomputation_changes_no_gradient(modules, form, groups):
+    case = replace(MLRA2, gate=True)
+    expected = reference(case, TOKENS, BATCH)
+    plain = build(case, groups, expected.parameters, core_form=form)
+    recomputing = build(
+        case,
+        groups,
+        expected.parameters,
+        core_form=form,
+        recompute_granularity="selective",
+        recompute_modules=modules,
+    )
+    calls = count_calls(recomputing)
+    wanted = run(plain, expected.x, expected.upstream)
+    actual = run(recomputing, expected.x, expected.upstream)
+    assert calls == {
+        "_run_core_attention": 1 + ("core_attn" in modules),
+        "_query_key_value": 1 + ("mla_up_proj" in modules),
+    }
+    for name, tensor in wanted.items():
+        assert torch.equal(actual[name], tensor), name
+    assert_near(actual, expected)
+
+
+def count_calls(attention: MLRASelfAttention) -> dict[str, int]:
+    """How often the two parts that can be recomputed run, counted from now on."""
+    calls = {"_run_core_attention": 0, "_query_key_value": 0}
+
+    def counted(name, method):
+        def call(*args, **kwargs):
+            calls[name] += 1
+            return method(*args, **kwargs)
+
+        return call
+
+    for name in calls:
+        setattr(attention, name, counted(name, getattr(attention, name)))
+    return calls
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_document_mask(form, groups):
+    documents = (4, 2, 3)
+    expected = reference(MLRA2, TOKENS, BATCH, documents)
+    attention = build(MLRA2, groups, expected.parameters, core_form=form)
+    hidden = ~document_mask(TOKENS, documents)  # True where not attended to
+    actual = run(attention, expected.x, expected.upstream, hidden.expand(BATCH, 1, -1, -1))
+    assert_near(actual, expected)
+    causal = reference(MLRA2, TOKENS, BATCH)
+    assert relative_error(actual["output"], causal.output) > 0.01
+
+
+YARN = {
+    "rope_type": "yarn",
+    "original_max_position_embeddings": 16,
+    "rotary_scaling_factor": 8.0,
+    "beta_fast": 1.0,
+    "beta_slow": 0.1,
+    "mscale": 1.0,
+}
+
+
+@pytest.mark.parametrize("mscale_all_dim", [0.0, 1.0])
+def test_yarn_in_both_forms(mscale_all_dim, groups):
+    expected = reference(MLRA2, TOKENS, BATCH)
+    yarn = YARN | {"mscale_all_dim": mscale_all_dim}
+    absorbed, materialized = (
+        run(
+            build(MLRA2, groups, expected.parameters, core_form=form, **yarn),
+            expected.x,
+            expected.upstream,
+        )
+        for form in FORMS
+    )
+    for name, tensor in materialized.items():
+        assert relative_error(absorbed[name], tensor.double()) <= TOLERANCE, name
+    assert relative_error(absorbed["output"], expected.output) > 0.01
+
+
+def test_yarn_of_factor_one_is_plain_rope(groups):
+    check(MLRA2, groups, **(YARN | {"rotary_scaling_factor": 1.0}))
+
+
+def test_output_projection_starts_at_zero_and_all_else_does_not(groups):
+    def fresh(**overrides) -> dict[str, torch.nn.Parameter]:
+        config = MLRAConfig(**(config_values(replace(MLRA2, gate=True)) | overrides))
+        spec = mlra_attention_spec(config)
+        return named(build_module(spec, config=config, layer_number=1, pg_collection=groups))
+
+    torch.manual_seed(3)
+    for name, p in fresh().items():
+        if name == "linear_proj":
+            assert not p.any()
+        elif name.endswith("norm"):
+            assert torch.equal(p, torch.ones_like(p))
+        else:
+            assert p.std().item() == pytest.approx(0.02, rel=0.25), name
+    off = fresh(zero_init_output=False)["linear_proj"]
+    assert off.std().item() == pytest.approx(0.02, rel=0.25)
