@@ -22,6 +22,8 @@ class DecodeConfig:
     """Programs resident on one multiprocessor, all row blocks and latents counted."""
     hopper: bool = False
     """Use the Hopper kernel (TMA ring, warp-specialised) instead of the portable one."""
+    consumers: int = 1
+    """Groups of `num_warps` warps that take the tiles of a program in turn (Hopper kernel)."""
     min_tiles: int = 4
     """Fewest tiles worth a program of its own."""
 
@@ -33,8 +35,14 @@ class DecodeConfig:
     @property
     def max_registers(self) -> int:
         """Registers a thread may start with so that `programs_per_sm` programs fit (Hopper kernel)."""
-        threads = 32 * (self.num_warps + 4)  # the loading warp takes a warpgroup's place
+        threads = 32 * (self.num_warps * self.consumers + 4)  # the loader takes a warpgroup's place
         return min(255, 65536 // (self.programs_per_sm * threads) // 8 * 8)
+
+    @property
+    def consumer_registers(self) -> int:
+        """Registers a thread of a further consumer gets: what the loading warpgroup leaves."""
+        warps = self.num_warps * self.consumers
+        return min(240, (self.max_registers * (warps + 4) - 24 * 4) // warps // 8 * 8)
 
     def to_list(self) -> list[int]:
         """Return the fields as integers, as an operator's schema wants them."""

@@ -1,7 +1,8 @@
-"""Gluon kernel of latent decoding for Hopper: a ring of TMA-loaded tiles, one warp loads, the rest compute.
+"""Gluon kernel of latent decoding for Hopper: one warp fills a ring of tiles, warpgroups consume it.
 
 Letters: b sequences, q query tokens a sequence, L latent heads, G head groups, j heads a latent serves,
-M query rows of a program (rows = q * j, padded), N cached tokens of a tile, D latent dim, R RoPE dim.
+M query rows of a program (rows = q * j, padded), N cached tokens of a tile, D latent dim, R RoPE dim,
+W consumers (of one or more warpgroups each), which take the tiles in turn and merge at the end.
 
 The same work split, layouts and results as `decode_kernel.py`; needs page_size % N == 0 and pages that
 follow each other in memory. A tile `c [N, D]` is loaded once: it is the key (with the RoPE key
@@ -39,11 +40,14 @@ def _next_slot(stage, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def _produce(
-    c_desc, r_desc, s_desc, table_ptr, seqlens_ptr, b, tile, left, seqlen, c_ring, r_ring, s_ring,
-    full, empty, latent, stride_tb, N: gl.constexpr, D: gl.constexpr, LATENTS: gl.constexpr,
+    args, N: gl.constexpr, D: gl.constexpr, LATENTS: gl.constexpr,
     PAGE: gl.constexpr, FP8: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Load every tile of the program's range into the ring, in order."""
+    (
+        c_desc, r_desc, s_desc, table_ptr, seqlens_ptr, b, tile, left, seqlen, c_ring, r_ring,
+        s_ring, full, empty, latent, stride_tb,
+    ) = args  # fmt: skip
     S_BYTES: gl.constexpr = s_desc.block_type.nbytes if FP8 else 0
     BYTES: gl.constexpr = c_desc.block_type.nbytes + r_desc.block_type.nbytes + S_BYTES
     stage = 0
@@ -99,15 +103,29 @@ def _widen(c, wide, rows_in, N: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
+def _merge(acc, m_i, l_i, m_o, l_o, other, O_ROW: gl.constexpr):
+    """Merge the state (other, m_o, l_o) of another consumer into (acc, m_i, l_i)."""
+    m_new = gl.maximum(m_i, m_o)
+    a_i = gl.exp2(m_i - m_new)
+    a_o = gl.exp2(m_o - m_new)
+    acc = acc * gl.convert_layout(a_i, O_ROW)[:, None]
+    acc += other * gl.convert_layout(a_o, O_ROW)[:, None]
+    return acc, m_new, l_i * a_i + l_o * a_o
+
+
+@gluon.jit
 def _consume(
-    q_ptr, q_rope_ptr, seqlens_ptr, out_ptr, lse_ptr, part_out_ptr, part_lse_ptr,
-    b, tile, left, seqlen, program, latent, row0, q_smem, qr_smem, p_smem,
-    wide, c_ring, r_ring, s_ring, full, empty, scale_log2, stride_qb, stride_qq, stride_ql, stride_qj, stride_qrb,
-    stride_qrq, stride_qrh, Q_LEN: gl.constexpr, HEADS: gl.constexpr, LATENTS: gl.constexpr, GROUPS: gl.constexpr,
+    args, Q_LEN: gl.constexpr, HEADS: gl.constexpr, LATENTS: gl.constexpr, GROUPS: gl.constexpr,
     M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, R: gl.constexpr, FP8: gl.constexpr,
-    STAGES: gl.constexpr, WARPS_N: gl.constexpr,
+    STAGES: gl.constexpr, WARPS_N: gl.constexpr, W: gl.constexpr, w: gl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the ring's tiles; write a finished sequence or its part."""
+    """Consumer w: online softmax over every W-th tile; consumer 0 merges the others and writes."""
+    (
+        q_ptr, q_rope_ptr, seqlens_ptr, out_ptr, lse_ptr, part_out_ptr, part_lse_ptr,
+        b, tile, left, seqlen, program, latent, row0, q_smem, qr_smem, p_smem, wide_ring,
+        c_ring, r_ring, s_ring, x_acc, x_m, x_l, full, empty, q_full, x_full, x_empty,
+        scale_log2, stride_qb, stride_qq, stride_ql, stride_qj, stride_qrb, stride_qrq, stride_qrh,
+    ) = args  # fmt: skip
     ROWS: gl.constexpr = Q_LEN * HEADS
     WARPS_M: gl.constexpr = gl.num_warps() // WARPS_N
     S_N: gl.constexpr = N // WARPS_N
@@ -131,52 +149,56 @@ def _consume(
     col_o = gl.arange(0, D, gl.SliceLayout(0, O_LAYOUT))
     col_s = gl.arange(0, N, gl.SliceLayout(0, S_LAYOUT))
 
-    stage = 0
-    phase = 0
+    loaded = 0  # tiles that went through the ring before this sequence
+    segment = 0
     while left > 0:
         tiles = gl.cdiv(seqlen, N)
         take = gl.minimum(left, tiles - tile)
         if take > 0:
             b64 = b.to(gl.int64)
-            mask_q = (row_q < ROWS)[:, None]
-            q_ptrs = q_ptr + b64 * stride_qb + q_off[:, None] + col_q[None, :]
-            q_smem.store(gl.load(q_ptrs, mask=mask_q, other=0.0))
-            qr_ptrs = q_rope_ptr + b64 * stride_qrb + qr_off[:, None] + col_qr[None, :]
-            qr_smem.store(gl.load(qr_ptrs, mask=mask_q, other=0.0))
-            fence_async_shared()
+            if w == 0:
+                mask_q = (row_q < ROWS)[:, None]
+                q_ptrs = q_ptr + b64 * stride_qb + q_off[:, None] + col_q[None, :]
+                q_smem.store(gl.load(q_ptrs, mask=mask_q, other=0.0))
+                qr_ptrs = q_rope_ptr + b64 * stride_qrb + qr_off[:, None] + col_qr[None, :]
+                qr_smem.store(gl.load(qr_ptrs, mask=mask_q, other=0.0))
+                fence_async_shared()
+                if W > 1:
+                    mbarrier.arrive(q_full, count=1)
+            else:
+                mbarrier.wait(q_full, segment & 1)
             m_i = gl.full([M], NEVER_SEEN, gl.float32, S_ROW)
             l_i = gl.full([M], 0.0, gl.float32, S_ROW)
             acc = gl.zeros([M, D], gl.float32, O_LAYOUT)
             last_seen = seqlen - Q_LEN + row_s // HEADS
             # Tiles before `full_end` are seen whole by every row.
             full_end = gl.maximum(seqlen - Q_LEN + 1, 0) // N
-            for t in range(tile, tile + take):
-                mbarrier.wait(full.index(stage), phase)
+            for i in range(w, take, W):
+                t = tile + i
+                stage = (loaded + i) % STAGES
+                mbarrier.wait(full.index(stage), (loaded + i) // STAGES & 1)
                 c = c_ring.index(stage)
                 k_r = r_ring.index(stage)
                 if FP8:
-                    _widen(c, wide, seqlen - t * N, N, D)
-                    c = wide
+                    _widen(c, wide_ring.index(w), seqlen - t * N, N, D)
+                    c = wide_ring.index(w)
+                    fence_async_shared()
                 elif (t + 1) * N > seqlen:
                     _zero_rows(c, seqlen - t * N, N, D)
+                    fence_async_shared()
                 if (t + 1) * N > seqlen:
                     _zero_rows(k_r, seqlen - t * N, N, R)
-                fence_async_shared()
+                    fence_async_shared()
                 s = gl.zeros([M, N], gl.float32, S_LAYOUT)
                 s = warpgroup_mma(q_smem, c.permute((1, 0)), s, use_acc=False, is_async=True)
                 if FP8:  # the token's scale factors out of the product with the latent
-                    s_r = gl.zeros([M, N], gl.float32, S_LAYOUT)
-                    s_r = warpgroup_mma(
-                        qr_smem, k_r.permute((1, 0)), s_r, use_acc=False, is_async=True
-                    )
-                    s, s_r = warpgroup_mma_wait(0, deps=[s, s_r])
+                    s = warpgroup_mma_wait(0, deps=[s])
                     c_scale = s_ring.index(stage).reshape([N]).load(gl.SliceLayout(0, S_LAYOUT))
                     if (t + 1) * N > seqlen:
                         c_scale = gl.where(t * N + col_s < seqlen, c_scale, 0.0)
-                    s = s * c_scale[None, :] + s_r
-                else:
-                    s = warpgroup_mma(qr_smem, k_r.permute((1, 0)), s, is_async=True)
-                    s = warpgroup_mma_wait(0, deps=[s])
+                    s = s * c_scale[None, :]
+                s = warpgroup_mma(qr_smem, k_r.permute((1, 0)), s, is_async=True)
+                s = warpgroup_mma_wait(0, deps=[s])
                 if t >= full_end:
                     seen = (t * N + col_s)[None, :] <= last_seen[:, None]
                     s = gl.where(seen, s, float("-inf"))
@@ -197,25 +219,41 @@ def _consume(
                     acc = warpgroup_mma(p_smem, c, acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 mbarrier.arrive(empty.index(stage), count=1)
-                stage, phase = _next_slot(stage, phase, STAGES)
-            gl.inline_asm_elementwise(
-                "griddepcontrol.launch_dependents; // dummy $0",
-                "=r", [], dtype=gl.int32, is_pure=False, pack=1,
-            )  # fmt: skip
-            inv = gl.where(l_i > 0, 1.0 / l_i, 0.0)
-            acc = acc * gl.convert_layout(inv, O_ROW)[:, None]
-            lse = m_i + gl.log2(l_i)  # -inf for a row that saw nothing
-            if take == tiles:
-                out_s = ((b64 * Q_LEN + row_s // HEADS) * LATENTS + latent) * HEADS + row_s % HEADS
-                gl.store(lse_ptr + out_s, lse * 0.6931471805599453, mask=row_s < ROWS)
-                out_o = ((b64 * Q_LEN + row_o // HEADS) * LATENTS + latent) * HEADS + row_o % HEADS
-                out_ptrs = out_ptr + (out_o * D)[:, None] + col_o[None, :]
-                gl.store(out_ptrs, acc.to(q_smem.dtype), mask=(row_o < ROWS)[:, None])
+            if w > 0:
+                if w > 1:
+                    mbarrier.wait(x_empty.index(w - 2), segment & 1)
+                x_acc.store(acc)
+                x_m.store(m_i)
+                x_l.store(l_i)
+                mbarrier.arrive(x_full.index(w - 1), count=1)
             else:
-                part_row = ((program + b64) * LATENTS + latent) * ROWS
-                gl.store(part_lse_ptr + part_row + row_s, lse, mask=row_s < ROWS)
-                part_ptrs = part_out_ptr + ((part_row + row_o) * D)[:, None] + col_o[None, :]
-                gl.store(part_ptrs, acc, mask=(row_o < ROWS)[:, None])
+                gl.inline_asm_elementwise(
+                    "griddepcontrol.launch_dependents; // dummy $0",
+                    "=r", [], dtype=gl.int32, is_pure=False, pack=1,
+                )  # fmt: skip
+                for o in gl.static_range(W - 1):
+                    mbarrier.wait(x_full.index(o), segment & 1)
+                    m_o = x_m.load(S_ROW)
+                    l_o = x_l.load(S_ROW)
+                    acc, m_i, l_i = _merge(acc, m_i, l_i, m_o, l_o, x_acc.load(O_LAYOUT), O_ROW)
+                    mbarrier.arrive(x_empty.index(o), count=1)
+                inv = gl.where(l_i > 0, 1.0 / l_i, 0.0)
+                acc = acc * gl.convert_layout(inv, O_ROW)[:, None]
+                lse = m_i + gl.log2(l_i)  # -inf for a row that saw nothing
+                if take == tiles:
+                    first = b64 * Q_LEN * LATENTS * HEADS
+                    out_s = (row_s // HEADS * LATENTS + latent) * HEADS + row_s % HEADS
+                    gl.store(lse_ptr + first + out_s, lse * 0.6931471805599453, mask=row_s < ROWS)
+                    out_o = (row_o // HEADS * LATENTS + latent) * HEADS + row_o % HEADS
+                    out_ptrs = out_ptr + first * D + (out_o * D)[:, None] + col_o[None, :]
+                    gl.store(out_ptrs, acc.to(q_smem.dtype), mask=(row_o < ROWS)[:, None])
+                else:
+                    first = ((program + b64) * LATENTS + latent) * ROWS
+                    gl.store(part_lse_ptr + first + row_s, lse, mask=row_s < ROWS)
+                    part_ptrs = part_out_ptr + first * D + (row_o * D)[:, None] + col_o[None, :]
+                    gl.store(part_ptrs, acc, mask=(row_o < ROWS)[:, None])
+            loaded += take
+            segment += 1
         left -= take
         b += 1
         tile = 0
@@ -258,6 +296,8 @@ def latent_decode_hopper_kernel(
     FP8: gl.constexpr,
     STAGES: gl.constexpr,
     WARPS_N: gl.constexpr,
+    W: gl.constexpr,
+    CONSUMER_REGS: gl.constexpr,
 ):
     DTYPE: gl.constexpr = q_ptr.dtype.element_ty
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, D], DTYPE)
@@ -270,17 +310,33 @@ def latent_decode_hopper_kernel(
         p_smem = gl.allocate_shared_memory(DTYPE, [M, N], p_layout)
     c_ring = gl.allocate_shared_memory(c_desc.dtype, [STAGES, N, D], c_desc.layout)
     r_ring = gl.allocate_shared_memory(r_desc.dtype, [STAGES, N, R], r_desc.layout)
-    wide = q_smem
+    wide_ring = q_smem
     s_ring = q_smem
     if FP8:
         c_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], DTYPE)
-        wide = gl.allocate_shared_memory(DTYPE, [N, D], c_layout)
+        wide_ring = gl.allocate_shared_memory(DTYPE, [W, N, D], c_layout)
         s_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 1, N], s_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    x_full = gl.allocate_shared_memory(gl.int64, [W, 1], mbarrier.MBarrierLayout())
+    x_empty = gl.allocate_shared_memory(gl.int64, [W, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
+    x_acc = q_smem
+    x_m = q_smem
+    x_l = q_smem
+    if W > 1:  # where the other consumers hand their state to the first
+        x_layout: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+        row_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+        x_acc = gl.allocate_shared_memory(gl.float32, [M, D], x_layout)
+        x_m = gl.allocate_shared_memory(gl.float32, [M], row_layout)
+        x_l = gl.allocate_shared_memory(gl.float32, [M], row_layout)
+        mbarrier.init(q_full, count=1)
+        for i in gl.static_range(W - 1):
+            mbarrier.init(x_full.index(i), count=1)
+            mbarrier.init(x_empty.index(i), count=1)
     fence_async_shared()
     gl.inline_asm_elementwise(
         "griddepcontrol.wait; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
@@ -292,24 +348,35 @@ def latent_decode_hopper_kernel(
     tile = gl.load(schedule_ptr + program * 4 + 1, eviction_policy="evict_last")
     left = gl.load(schedule_ptr + program * 4 + 2, eviction_policy="evict_last")
     seqlen = gl.load(schedule_ptr + program * 4 + 3, eviction_policy="evict_last")
-    gl.warp_specialize(
-        [
-            (_consume, (
-                q_ptr, q_rope_ptr, seqlens_ptr, out_ptr, lse_ptr, part_out_ptr, part_lse_ptr,
-                b, tile, left, seqlen, program, latent, row0, q_smem, qr_smem, p_smem, wide,
-                c_ring, r_ring, s_ring, full, empty, scale_log2, stride_qb, stride_qq, stride_ql,
-                stride_qj, stride_qrb, stride_qrq, stride_qrh,
-                Q_LEN, HEADS, LATENTS, GROUPS, M, N, D, R, FP8, STAGES, WARPS_N,
-            )),
-            (_produce, (
-                c_desc, r_desc, s_desc, table_ptr, seqlens_ptr, b, tile, left, seqlen,
-                c_ring, r_ring, s_ring, full, empty, latent, stride_tb,
-                N, D, LATENTS, PAGE, FP8, STAGES,
-            )),
-        ],
-        [1],
-        [24],
+    run = (
+        q_ptr, q_rope_ptr, seqlens_ptr, out_ptr, lse_ptr, part_out_ptr, part_lse_ptr,
+        b, tile, left, seqlen, program, latent, row0, q_smem, qr_smem, p_smem, wide_ring,
+        c_ring, r_ring, s_ring, x_acc, x_m, x_l, full, empty, q_full, x_full, x_empty, scale_log2,
+        stride_qb, stride_qq, stride_ql, stride_qj, stride_qrb, stride_qrq, stride_qrh,
     )  # fmt: skip
+    fill = (
+        c_desc, r_desc, s_desc, table_ptr, seqlens_ptr, b, tile, left, seqlen, c_ring, r_ring,
+        s_ring, full, empty, latent, stride_tb,
+    )  # fmt: skip
+    if W == 1:
+        gl.warp_specialize([
+            (_consume, (run, Q_LEN, HEADS, LATENTS, GROUPS, M, N, D, R, FP8, STAGES, WARPS_N, W, 0)),
+            (_produce, (fill, N, D, LATENTS, PAGE, FP8, STAGES)),
+        ], [1], [24])  # fmt: skip
+    elif W == 2:
+        gl.warp_specialize([
+            (_consume, (run, Q_LEN, HEADS, LATENTS, GROUPS, M, N, D, R, FP8, STAGES, WARPS_N, W, 0)),
+            (_consume, (run, Q_LEN, HEADS, LATENTS, GROUPS, M, N, D, R, FP8, STAGES, WARPS_N, W, 1)),
+            (_produce, (fill, N, D, LATENTS, PAGE, FP8, STAGES)),
+        ], [4, 1], [CONSUMER_REGS, 24])  # fmt: skip
+    else:
+        gl.static_assert(W == 3)
+        gl.warp_specialize([
+            (_consume, (run, Q_LEN, HEADS, LATENTS, GROUPS, M, N, D, R, FP8, STAGES, WARPS_N, W, 0)),
+            (_consume, (run, Q_LEN, HEADS, LATENTS, GROUPS, M, N, D, R, FP8, STAGES, WARPS_N, W, 1)),
+            (_consume, (run, Q_LEN, HEADS, LATENTS, GROUPS, M, N, D, R, FP8, STAGES, WARPS_N, W, 2)),
+            (_produce, (fill, N, D, LATENTS, PAGE, FP8, STAGES)),
+        ], [4, 4, 1], [CONSUMER_REGS, CONSUMER_REGS, 24])  # fmt: skip
 
 
 def tile_descriptor(view: Tensor, block_n: int, columns: int) -> TensorDescriptor:

@@ -48,6 +48,11 @@ def schedule_kernel(
         ends = tl.cumsum(tiles, 0)
         total = tl.sum(tiles, 0)
         size = tl.maximum(tl.cdiv(total, num_programs), MIN_TILES)
+        # Equal lengths: where it costs under 5 %, move the cuts to the ends of sequences.
+        longest = tl.max(tiles, 0)
+        aligned = tl.cdiv(longest, tl.maximum(longest // size, 1))
+        if (batch > 1) & (total == longest * batch) & (aligned >= size) & (aligned * 20 <= size * 21):
+            size = aligned
         start = i * size
         b = tl.sum(tl.where((ends <= start) & (seq < batch), 1, 0), 0)
         begin = start - tl.sum(tl.where(seq < b, tiles, 0), 0)

@@ -239,7 +239,8 @@ def _latent_decode_op(
         latent_decode_hopper_kernel[grid](
             q_absorbed, q_rope, c_desc, r_desc, s_desc, block_table, cache_seqlens, schedule,
             out, lse, part_out, part_lse, scale_log2, *q_strides, block_table.stride(0),
-            WARPS_N=cfg.warps_n, maxnreg=cfg.max_registers, **common,
+            WARPS_N=cfg.warps_n, W=cfg.consumers, CONSUMER_REGS=cfg.consumer_registers,
+            maxnreg=cfg.max_registers, **common,
         )  # fmt: skip
     else:
         latent_decode_kernel[grid](
