@@ -9,10 +9,10 @@ All Megatron flags work; `--config` sets defaults, the command line wins.
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import sys
 import warnings
-from pathlib import Path
 
 # Megatron warns about every optional package at import; the summary names what matters.
 warnings.filterwarnings("ignore")
@@ -22,59 +22,81 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 def main() -> int:
     """Run one training job; returns the exit code."""
-    import torch
-
-    from megatron_mlra import console
-
-    log: Path | None = None
     try:
-        from megatron.core.enums import ModelType
-        from megatron.training import global_vars, training
-        from megatron.training.argument_utils import pretrain_cfg_container_from_args
+        return train()
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
 
-        from megatron_mlra import arguments, data, model, upstream_fixes
-        from megatron_mlra.accounting import ModelShape, parameters
-        from megatron_mlra.checkpoint import integrity
-        from megatron_mlra.cpu_backend import enable_cpu_backend
 
-        on_cpu = not torch.cuda.is_available()
+def train() -> int:
+    """Check all that can be checked, then hand over to Megatron; returns the exit code."""
+    import torch
+    from megatron.core.enums import ModelType
+    from megatron.training import global_vars, training
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from megatron_mlra import arguments, console, data, model, upstream_fixes
+    from megatron_mlra.accounting import ModelShape, parameters
+    from megatron_mlra.checkpoint import integrity
+    from megatron_mlra.cpu_backend import enable_cpu_backend
+    from megatron_mlra.progress import Progress, Stopped
+
+    args, output, started = None, None, False
+    on_cpu = not torch.cuda.is_available()
+    try:
         args = arguments.parse()
-        log = console.redirect_megatron(args, arguments.run_folder(args))
-        arguments.validate(args)
-        arguments.join_world()
+        if not args.verbose_megatron:
+            output = console.MegatronOutput(args.rank, args.world_size)
         if on_cpu:
             enable_cpu_backend()
         upstream_fixes.use_prebuilt_dataset_helpers()
         upstream_fixes.repair_torch_adamw_resume()
-        global_vars.set_global_variables(args)
-
+        config = model.model_config(args, arguments.validate(args))
+        global_vars.rebuild_tokenizer(args)
         shape = ModelShape.from_args(args)
         integrity.check_save(args, parameters(shape).total)
         integrity.check_load(args)
         data.check_data(args)
-        config = model.model_config(args)
+        if output is not None:
+            output.open(arguments.run_folder(args))
+
+        started = True
+        arguments.join_world()
+        global_vars.set_global_variables(args, build_tokenizer=False)
         if args.rank == 0:
             console.say(console.summary(args, shape))
             if on_cpu:
                 console.say("no GPU found: running on the CPU (gloo, torch attention)")
             console.say(console.accelerated_parts(args))
-        console.Progress(args, shape).install()
-
+        Progress(args, shape).install()
         container = pretrain_cfg_container_from_args(args, config)
         training.pretrain(
             container, data.build_datasets, ModelType.encoder_or_decoder, model.forward_step
         )
         torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-    except Exception as error:
-        return console.fail(error, log)
+    except Stopped as stop:
+        if args.rank == 0:
+            console.say(str(stop))
+        if stop.code:
+            return stop.code
+    except SystemExit as end:
+        if args is None:  # --help
+            raise
+        return console.fail(end, output, started)
+    except (Exception, CheckpointException) as error:
+        return console.fail(error, output, started)
+    torch.distributed.destroy_process_group()
     return 0
 
 
 if __name__ == "__main__":
     code = main()
     if code:
-        # Other ranks may wait in a collective: do not wait for them at interpreter exit.
+        # Other ranks may wait in a collective, and data loaders for work: wait for neither.
+        for child in multiprocessing.active_children():
+            child.kill()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import difflib
+import contextlib
 import os
 import re
 import socket
 import sys
 import traceback
 from argparse import Namespace
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import yaml
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.tensor_parallel.layers import (
     _grad_accum_fusion_available as HAVE_FUSED_WEIGHT_GRADIENT,
@@ -24,9 +24,11 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 
+from megatron_mlra.argument_checks import check_arguments
 from megatron_mlra.baselines import BaselineConfig
 from megatron_mlra.config import CORE_BACKENDS, CORE_FORMS, TP_LAYOUTS, MLRAConfig
 from megatron_mlra.cpu_backend import CPU_DEFAULTS
+from megatron_mlra.presets import did_you_mean, load_preset
 
 ATTENTION_KINDS = ("mlra", "gqa", "gta", "mfa", "tpa")
 
@@ -64,8 +66,8 @@ def add_mlra_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         "--attention",
         choices=ATTENTION_KINDS,
         default="mlra",
-        help="mlra: MLA, GLA-n, MLRA-n by --num-latent-heads and --num-branches; gqa: Megatron's own"
-        " (MHA, GQA, MQA); gta, mfa, tpa: the paper's other baselines",
+        help="mlra: MLA, GLA-n, MLRA-n by --num-latent-heads and --num-branches; gqa: Megatron's"
+        " own (MHA, GQA, MQA); gta, mfa, tpa: the paper's other baselines",
     )
     group.add_argument("--num-latent-heads", type=int, default=4, help="latent heads L")
     group.add_argument("--num-branches", type=int, default=4, help="branches N a head sums over")
@@ -92,6 +94,11 @@ def add_mlra_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     group.add_argument("--core-form", choices=CORE_FORMS, default="auto")
     group.add_argument("--core-backend", choices=CORE_BACKENDS, default="auto")
     group.add_argument(
+        "--eval-at-start",
+        action="store_true",
+        help="print the validation loss before the first step too",
+    )
+    group.add_argument(
         "--verbose-megatron",
         action="store_true",
         help="print everything Megatron prints, not only this project's summary and progress",
@@ -100,7 +107,9 @@ def add_mlra_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
 
 
 def accelerated_defaults() -> dict[str, Any]:
-    """The one automatic choice of accelerated parts: each is used where it is installed."""
+    """The one automatic choice of accelerated parts: used where installed and there is a GPU."""
+    if not torch.cuda.is_available():
+        return dict(CPU_DEFAULTS)
     return {
         "transformer_impl": "transformer_engine" if HAVE_TE else "local",
         "gradient_accumulation_fusion": HAVE_FUSED_WEIGHT_GRADIENT,
@@ -109,7 +118,7 @@ def accelerated_defaults() -> dict[str, Any]:
 
 
 def parse(argv: list[str] | None = None) -> Namespace:
-    """Parse the command line; without a GPU, set what Megatron needs on a CPU.
+    """Parse the command line; without a GPU, Megatron's CPU settings are the defaults.
 
     Raises:
         ValueError: one line that names the flag or key and the fix.
@@ -119,7 +128,13 @@ def parse(argv: list[str] | None = None) -> Namespace:
     def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         add_mlra_arguments(parser)
         parser.error = partial(_refuse, parser)
-        parser.set_defaults(**DEFAULTS, **accelerated_defaults())
+        for action in parser._actions:
+            if action.dest == "yaml_cfg":
+                # Megatron reads the file while parsing, and drops every other flag.
+                action.type = _no_yaml_cfg
+            if getattr(action.type, "__name__", "") == "enum_type_handler":
+                action.type = _enum_type(action.type, [member.name for member in action.choices])
+        parser.set_defaults(**DEFAULTS | accelerated_defaults())
         preset = _config_path(argv)
         if preset is not None:
             parser.set_defaults(**load_preset(preset, parser))
@@ -130,30 +145,50 @@ def parse(argv: list[str] | None = None) -> Namespace:
         args = parse_args(provider)
     finally:
         sys.argv = saved
-    if not torch.cuda.is_available():
-        if args.transformer_impl != "local" and "--transformer-impl" in argv:
-            raise ValueError(f"--transformer-impl {args.transformer_impl} needs a GPU; use local")
-        for name, value in CPU_DEFAULTS.items():
-            setattr(args, name, value)
-    _check(args)
+    check_arguments(args)
+    if args.reset_attention_mask:
+        args.create_attention_mask_in_dataloader = True
+    if args.max_position_embeddings is None:
+        args.max_position_embeddings = args.seq_length
     if args.tensorboard_dir is None:
         args.tensorboard_dir = str(run_folder(args) / "tensorboard")
+    if args.wandb_project and not (args.save or args.wandb_save_dir):
+        args.wandb_save_dir = str(run_folder(args) / "wandb")
     return args
 
 
-def validate(args: Namespace) -> None:
-    """Megatron's own validation, which prints, and derives what is left open.
+def validate(args: Namespace) -> MLRAConfig | BaselineConfig:
+    """Megatron's own validation, which prints and derives what is left open, then the model's.
+
+    Returns:
+        the transformer config; nothing is allocated for it.
 
     Raises:
-        ValueError: for an argument or a combination Megatron refuses.
+        ValueError: for an argument or a combination Megatron or the model refuses.
     """
-    if args.use_checkpoint_args:
-        load_args_from_checkpoint(args)
-    try:
+    with _refusals_as_value_errors():
+        if args.use_checkpoint_args:
+            load_args_from_checkpoint(args)
         validate_args(args, {})
-    except AssertionError as error:
+        return transformer_config(args)
+
+
+@contextlib.contextmanager
+def _refusals_as_value_errors() -> Iterator[None]:
+    """Megatron refuses arguments by assertions, some without a message, other errors and exit."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except SystemExit:
+        raise ValueError("Megatron refuses these arguments; --verbose-megatron shows why") from None
+    except Exception as error:
         failed = traceback.extract_tb(error.__traceback__)[-1].line
-        raise ValueError(str(error) or f"Megatron refuses these arguments: `{failed}`") from error
+        said = str(error) if isinstance(error, AssertionError) else ""
+        said = said or f"Megatron refuses these arguments: `{failed}`"
+        if not isinstance(error, AssertionError):
+            said += f" ({type(error).__name__}: {error})"
+        raise ValueError(said) from error
 
 
 def join_world() -> None:
@@ -178,16 +213,6 @@ def run_folder(args: Namespace) -> Path:
     return Path(args.save) if args.save else Path("runs") / Path(args.config or "run").stem
 
 
-def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-    """argparse's error in one line, without its usage of a thousand flags."""
-    unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
-    if unknown:
-        options = [o for a in parser._actions for o in a.option_strings]
-        near = difflib.get_close_matches(unknown[1], options, 1)
-        message = f"unknown flag {unknown[1]}" + (f"; did you mean {near[0]}?" if near else "")
-    raise ValueError(message)
-
-
 def transformer_config(args: Namespace) -> MLRAConfig | BaselineConfig:
     """The transformer config of the chosen attention kind."""
     return core_transformer_config_from_args(
@@ -195,114 +220,34 @@ def transformer_config(args: Namespace) -> MLRAConfig | BaselineConfig:
     )
 
 
-def load_preset(path: str | Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """Read a YAML preset into argparse defaults.
-
-    Keys are flags without dashes in front and with underscores, or their argparse destinations; `base`
-    names another preset, relative to this one, whose values this one overrides.
-
-    Raises:
-        ValueError: for a missing file, bad YAML, an unknown key (names the nearest known one) or a value
-            the flag would refuse.
-    """
-    path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise ValueError(f"--config {path}: no such file{hint}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {path}: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"--config {path}: expected lines of `key: value`, found {values!r:.60}")
-    defaults: dict[str, Any] = {}
-    base = values.pop("base", None)
-    if base is not None:
-        defaults.update(load_preset(path.parent / base, parser))
-    known = _names(parser)
-    for key, value in values.items():
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"--config {path}: unknown key {key!r}{hint}")
-        action, by_flag = known[key]
-        defaults[action.dest] = _value(path, key, value, action, by_flag)
-    return defaults
+def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """argparse's error in one line, without its usage of a thousand flags."""
+    unknown = re.match(r"unrecognized arguments: ([^\s=]+)", message)
+    if unknown:
+        options = [o for a in parser._actions for o in a.option_strings]
+        what = "flag" if unknown[1].startswith("-") else "argument"
+        message = f"unknown {what} {unknown[1]}{did_you_mean(unknown[1], options)}"
+    raise ValueError(message)
 
 
-def _value(path: Path, key: str, value: Any, action: argparse.Action, by_flag: bool) -> Any:
-    """`value` of a preset as the parser would have stored it."""
-    if isinstance(action, argparse._StoreTrueAction | argparse._StoreFalseAction):
-        if not isinstance(value, bool):
-            raise ValueError(f"--config {path}: {key} is {value!r}; use true or false")
-        on = isinstance(action, argparse._StoreTrueAction)
-        return value == on if by_flag else value
-    if value is None or isinstance(value, bool):
-        return value
-    try:
-        if isinstance(value, list):
-            return [action.type(str(v)) if action.type else v for v in value]
-        converted = action.type(str(value)) if action.type else value
-    except (TypeError, ValueError):
-        kind = getattr(action.type, "__name__", "value")
-        raise ValueError(f"--config {path}: {key} is {value!r}, not a valid {kind}") from None
-    if action.choices is not None and converted not in action.choices:
-        choices = ", ".join(map(str, action.choices))
-        raise ValueError(f"--config {path}: {key} is {value!r}; use one of {choices}")
-    return converted
+def _no_yaml_cfg(value: str) -> NoReturn:
+    raise argparse.ArgumentTypeError(f"{value} would replace all flags; use --config FILE.yaml")
 
 
-def _names(parser: argparse.ArgumentParser) -> dict[str, tuple[argparse.Action, bool]]:
-    """Every key a preset may use -> (action, whether the key is the flag's own name)."""
-    names: dict[str, tuple[argparse.Action, bool]] = {}
-    for action in parser._actions:
-        names.setdefault(action.dest, (action, False))
-    for action in parser._actions:
-        for option in action.option_strings:
-            names[option.lstrip("-").replace("-", "_")] = (action, True)
-    return names
+def _enum_type(convert: Callable[[str], Any], names: list[str]) -> Callable[[str], Any]:
+    """Megatron's conversion to an enum member, refusing unknown names as argparse expects."""
+
+    def enum_member(name: str) -> Any:
+        if name not in names:
+            choices = ", ".join(names)
+            raise argparse.ArgumentTypeError(f"invalid choice {name!r}; use one of {choices}")
+        return convert(name)
+
+    return enum_member
 
 
 def _config_path(argv: list[str]) -> str | None:
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.error = partial(_refuse, finder)
     finder.add_argument("--config")
     return finder.parse_known_args(argv)[0].config
-
-
-def _check(args: Namespace) -> None:
-    """Refuse what Megatron would find late, or report as a bare assertion."""
-    for name in (
-        "num_layers",
-        "hidden_size",
-        "num_attention_heads",
-        "seq_length",
-        "micro_batch_size",
-    ):
-        if getattr(args, name) is None:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} is missing; give it, or a preset with --config")
-    if args.multi_latent_attention:
-        raise ValueError("--multi-latent-attention is Megatron's own MLA; use --attention mlra")
-    if args.yaml_cfg is not None:
-        raise ValueError("--yaml-cfg replaces all flags; use --config FILE.yaml")
-    if args.spec is not None:
-        raise ValueError("--spec replaces the attention; use --attention")
-    if args.train_iters is None and args.train_samples is None and not args.skip_train:
-        raise ValueError("--train-iters is missing; say how many steps to train")
-    decay = args.lr_decay_iters or args.train_iters
-    if decay and args.lr_warmup_iters >= decay:
-        raise ValueError(
-            f"--lr-warmup-iters {args.lr_warmup_iters} leaves nothing of the {decay} steps the rate"
-            f" decays over; use at most {decay - 1}"
-        )
-    if args.reset_attention_mask and not args.create_attention_mask_in_dataloader:
-        args.create_attention_mask_in_dataloader = True
-    if args.world_size == 1 and args.tensor_model_parallel_size > 1:
-        tp = args.tensor_model_parallel_size
-        raise ValueError(
-            f"--tensor-model-parallel-size {tp} needs {tp} processes; launch with torchrun"
-            f" --nproc-per-node {tp}"
-        )
-    if args.max_position_embeddings is None:
-        args.max_position_embeddings = args.seq_length

@@ -1,28 +1,22 @@
-"""What a person sees of a run: a summary, progress, one line for an error. Megatron's own output goes to
-a log file."""
+"""What a person sees of a run: a summary, one line for an error. Megatron's output goes to a file."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import logging
-import math
 import os
+import re
 import sys
-import time
+import threading
 import traceback
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-from megatron_mlra.accounting import (
-    ModelShape,
-    kv_cache_bytes_per_token,
-    parameters,
-    train_flops_per_token,
-)
+from megatron_mlra.accounting import ModelShape, kv_cache_bytes_per_token, parameters
 
 
 def say(line: str) -> None:
@@ -44,7 +38,7 @@ def summary(args: Namespace, shape: ModelShape) -> str:
     cache = kv_cache_bytes_per_token(shape, dtype_bytes=weight_bytes)
     per_rank = kv_cache_bytes_per_token(shape, tp=tp, dtype_bytes=weight_bytes)
     kv = f"{cache:,} KV bytes a token" + (f" ({per_rank:,} a TP rank)" if tp > 1 else "")
-    steps = args.train_iters or 0
+    steps = args.train_iters or (args.train_samples or 0) // args.global_batch_size
     tokens = args.global_batch_size * args.seq_length
     return (
         f"training {shape.variant}: {total:,} parameters, {kv}, {layout},"
@@ -73,186 +67,94 @@ def accelerated_parts(args: Namespace) -> str:
     return f"accelerated parts: {te_note}; {apex_note}; {triton_note}"
 
 
-def redirect_megatron(args: Namespace, folder: Path) -> Path | None:
-    """Send what Megatron prints to `folder/megatron.log` (rank 0 and the last rank), others' to nothing.
+class MegatronOutput(io.TextIOBase):
+    """Stands in for stdout, library logging and the tracebacks of threads: keeps what is printed
+    until the run has a log to write it to, so that a run that is refused leaves nothing behind.
 
-    Returns:
-        the log's path on the ranks that write one.
-    """
-    if args.verbose_megatron:
-        return None
-    names = {args.world_size - 1: "megatron-last-rank.log", 0: "megatron.log"}
-    name = names.get(args.rank)
-    path = Path(os.devnull) if name is None else folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sys.stdout = open(path, "a", buffering=1)  # noqa: SIM115  (open for the life of the process)
-    logging.basicConfig(stream=sys.stdout, level=logging.INFO, force=True)
-    return None if name is None else path
-
-
-class Progress:
-    """Progress lines in place of Megatron's log lines, and FLOPs that know branches.
-
-    Wraps four functions of Megatron's trainer, which has no hooks at these points.
+    Rank 0 and the last rank write a log; what the others print is dropped. `last_line` is what was
+    said last: the reason, where Megatron ends the process without an error.
     """
 
-    def __init__(self, args: Namespace, shape: ModelShape) -> None:
-        self.args = args
-        self.speaks = args.rank == args.world_size - 1
-        recompute = {"full": "full"}.get(args.recompute_granularity)
-        if args.recompute_granularity == "selective":
-            modules = args.recompute_modules or ["core_attn"]
-            recompute = (
-                "core"
-                if "core_attn" in modules
-                else "up_proj"
-                if "mla_up_proj" in modules
-                else None
-            )
-        self.model_flops, self.hardware_flops = train_flops_per_token(
-            shape, args.seq_length, recompute=recompute
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.path: Path | None = None
+        self.last_line = ""
+        self._rank, self._last_rank = rank, world_size - 1
+        self._held: list[str] = []
+        self._file: io.TextIOBase | None = None
+        sys.stdout = self
+        logging.basicConfig(stream=self, level=logging.INFO, force=True)
+        threading.excepthook = lambda hook: self.write(
+            "".join(traceback.format_exception(hook.exc_type, hook.exc_value, hook.exc_traceback))
         )
-        self.tokens_per_step = args.global_batch_size * args.seq_length
-        self.last: tuple[int, float] | None = None
-        self.bar: tqdm | None = None
 
-    def install(self) -> None:
-        """Put the wrappers in place."""
-        from megatron.training import training
+    def open(self, folder: Path) -> None:
+        """Write to a log in `folder` from now on, first what was kept."""
+        folder.mkdir(parents=True, exist_ok=True)
+        names = {self._last_rank: "megatron-last-rank.log", 0: "megatron.log"}
+        if name := names.get(self._rank):
+            self.path = folder / name
+            self._file = open(self.path, "a", buffering=1)  # noqa: SIM115  (for the process's life)
+            self._file.write("".join(self._held))
+        else:
+            self.path = folder / f"error-rank-{self._rank}.log"
+            self._file = open(os.devnull, "w")  # noqa: SIM115
+        self._held.clear()
 
-        training.num_floating_point_operations = self._flops
-        training.report_theoretical_memory = lambda *_, **__: None
-        training.training_log = self._wrap_log(training.training_log)
-        training.evaluate = self._wrap_evaluate(training.evaluate)
-        training.save_checkpoint = self._wrap_save(training.save_checkpoint)
+    def write(self, text: str) -> int:
+        """Keep or log `text`. A log that cannot be written (a full disk) never ends a run."""
+        if text.strip():
+            self.last_line = text.strip().splitlines()[-1]
+        if self._file is None:
+            self._held.append(text)
+        else:
+            with contextlib.suppress(OSError):
+                self._file.write(text)
+        return len(text)
 
-    def _flops(self, args: Namespace, batch_size: int, *_, **__) -> float:
-        """Model FLOPs of one global batch: the method's, whatever form computes it."""
-        return self.model_flops * batch_size * args.seq_length
-
-    def _wrap_log(self, training_log: Callable) -> Callable:
-        def log(
-            losses,
-            totals,
-            learning_rate,
-            iteration,
-            loss_scale,
-            memory,
-            skipped,
-            grad_norm,
-            *a,
-            **k,
-        ):
-            flag = training_log(
-                losses,
-                totals,
-                learning_rate,
-                iteration,
-                loss_scale,
-                memory,
-                skipped,
-                grad_norm,
-                *a,
-                **k,
-            )
-            if self.speaks:
-                self._step(losses, learning_rate, iteration, grad_norm)
-            return flag
-
-        return log
-
-    def _step(self, losses: dict, learning_rate: float, iteration: int, grad_norm: float) -> None:
-        args, now = self.args, time.time()
-        if self.bar is None and sys.__stdout__.isatty():
-            self.bar = tqdm(
-                total=args.train_iters, initial=iteration - 1, unit="step", file=sys.__stdout__
-            )
-        if self.bar is not None:
-            self.bar.update(iteration - self.bar.n)
-        if self.last is None:
-            self.last = (iteration, now)
-        if iteration % args.log_interval and iteration != args.train_iters:
-            return
-        parts = [f"step {iteration:,}/{args.train_iters:,}"]
-        parts += [f"{name} {_value(loss):.4f}" for name, loss in losses.items()]
-        if grad_norm is not None:
-            parts.append(f"grad norm {float(grad_norm):.3f}")
-        if learning_rate is not None:
-            parts.append(f"lr {learning_rate:.2e}")
-        steps, seconds = iteration - self.last[0], now - self.last[1]
-        if steps and seconds > 0:
-            rate = steps * self.tokens_per_step / seconds
-            model, hardware = (
-                rate * flops / args.world_size / 1e12
-                for flops in (self.model_flops, self.hardware_flops)
-            )
-            parts.append(f"{rate:,.0f} tokens/s")
-            parts.append(f"TFLOP/s a device: model {model:.3g}, hardware {hardware:.3g}")
-            self._write_rates(iteration, rate, model, hardware)
-        self.last = (iteration, now)
-        say(" | ".join(parts))
-
-    def _write_rates(self, iteration: int, rate: float, model: float, hardware: float) -> None:
-        from megatron.training import get_tensorboard_writer
-
-        writer = get_tensorboard_writer()
-        if writer:
-            writer.add_scalar("tokens per second", rate, iteration)
-            writer.add_scalar("model TFLOP per second and device", model, iteration)
-            writer.add_scalar("hardware TFLOP per second and device", hardware, iteration)
-
-    def _wrap_evaluate(self, evaluate: Callable) -> Callable:
-        def run(*args, **kwargs):
-            result = evaluate(*args, **kwargs)
-            if self.speaks and result[0]:
-                loss = ", ".join(
-                    f"{name} {_value(value):.4f} (perplexity {math.exp(min(20, _value(value))):.2f})"
-                    for name, value in result[0].items()
-                )
-                step = getattr(self.args, "curr_iteration", 0)
-                say(f"validation at step {step:,}: {loss}")
-            self.last = None
-            return result
-
-        return run
-
-    def _wrap_save(self, save_checkpoint: Callable) -> Callable:
-        def run(iteration, *args, **kwargs):
-            start = time.time()
-            result = save_checkpoint(iteration, *args, **kwargs)
-            if self.speaks:
-                verb = "saving" if self.args.async_save else "saved"
-                say(f"{verb} step {iteration:,} to {self.args.save} ({time.time() - start:.1f} s)")
-            self.last = None
-            return result
-
-        return run
+    def flush(self) -> None:
+        """Nothing is buffered: the file writes every line at once."""
 
 
-def _value(loss) -> float:
-    """A logged loss as a number: a tensor, or a (sum, count) pair."""
-    loss = torch.as_tensor(loss).float().flatten()
-    return (loss[0] / loss[1]).item() if loss.numel() == 2 else loss.item()
-
-
-def fail(error: BaseException, log: Path | None) -> int:
-    """One line for an error that ends the run; the traceback goes to the log.
+def fail(error: BaseException, output: MegatronOutput | None, started: bool) -> int:
+    """One line for an error that ends the run; once it has `started`, a traceback in its log.
 
     Returns:
-        the exit code: 2 for what a user can put right before a run, 1 for what stopped one.
+        the exit code: 2 for what is put right before a run, 1 for what stopped one.
     """
-    message = " ".join(str(error).split())
-    if not message:
+    if isinstance(error, SystemExit):
+        error = RuntimeError(f"Megatron ended the run: {output.last_line if output else error}")
+    many = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if not started and many and os.environ.get("LOCAL_RANK", "0") != "0":
+        return 2  # the first rank of this machine says the same
+    where = f" (rank {os.environ.get('RANK', '?')})" if started and many else ""
+    tqdm.write(f"error{where}: {message(error)}", file=sys.stderr)
+    if output is None:
+        traceback.print_exception(error)
+    elif started and output.path is not None:
+        try:
+            with open(output.path, "a") as file:
+                traceback.print_exception(error, file=file)
+        except OSError:
+            pass
+        else:
+            print(f"  full log: {output.path}", file=sys.stderr)
+    sys.stderr.flush()
+    return 1 if started else 2
+
+
+def message(error: BaseException) -> str:
+    """An error in one line, whatever raised it."""
+    text = " ".join(str(error).split())
+    # Megatron's validate_result: which rank, node and device is in the log.
+    rejected = re.search(r"iteration (\d+): Unexpected result (\S+) \(message='(.*)'\)", text)
+    if rejected:
+        step, value, what = rejected.groups()
+        return f"step {step}: {what}: {value}; lower --lr, or look at the batch"
+    if re.search(r"Connection (closed by peer|reset)|Broken pipe|gloo.*timed? ?out", text, re.I):
+        return "another rank is gone; its own error, or the launcher, says why"
+    if not text:
         line = traceback.extract_tb(error.__traceback__)[-1].line
-        message = f"{type(error).__name__} at `{line}`"
-    rank = int(os.environ.get("RANK", "0"))
-    where = f" (rank {rank})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-    if not isinstance(error, ValueError | AssertionError | RuntimeError | OSError):
-        message = f"{type(error).__name__}: {message}"
-    print(f"error{where}: {message}", file=sys.stderr, flush=True)
-    if log is not None:
-        with open(log, "a") as file:
-            traceback.print_exception(error, file=file)
-        if not isinstance(error, ValueError):
-            print(f"  full log: {log}", file=sys.stderr, flush=True)
-    return 2 if isinstance(error, ValueError | AssertionError) else 1
+        return f"{type(error).__name__} at `{line}`"
+    if isinstance(error, ValueError | AssertionError | RuntimeError | OSError):
+        return text
+    return f"{type(error).__name__}: {text}"

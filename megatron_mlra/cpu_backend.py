@@ -1,7 +1,7 @@
 """Megatron without a GPU: the whole of Megatron-core and its trainer on CPU tensors and gloo.
 
-Megatron names CUDA devices, streams and random states throughout. `enable_cpu_backend` maps them onto
-the CPU for the life of the process, so that training, checkpoints and every parallelism but context
+Megatron names CUDA devices, streams and random states throughout. `enable_cpu_backend` maps them
+onto the CPU for the life of the process, so that training, checkpoints and every parallelism but context
 parallel run unchanged. Call it once, before a Megatron model is built; it cannot be undone.
 """
 
@@ -68,6 +68,9 @@ class _NoStream:
     def query(self) -> bool:
         return True
 
+    def record_event(self, _event=None) -> _NoStream:
+        return self
+
     def elapsed_time(self, _other) -> float:
         return 0.0
 
@@ -89,6 +92,7 @@ def enable_cpu_backend() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # These read the CUDA random state when first imported, so before it is replaced.
     import megatron.core.tensor_parallel.random as megatron_random
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
     import megatron.training.training as training
 
     stream = _NoStream()
@@ -124,10 +128,16 @@ def enable_cpu_backend() -> None:
     megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     warnings.filterwarnings("ignore", message="CPU RNG state changed within GPU RNG context")
+    token_dispatcher.maybe_move_tensor_to_cpu = _as_host_value
     training.initialize_megatron = functools.partial(
         training.initialize_megatron, allow_no_cuda=True
     )
     _CudaAsCpu().__enter__()
+
+
+def _as_host_value(tensor, as_numpy: bool = False, record_stream: bool = False):
+    """Megatron's maybe_move_tensor_to_cpu, for tensors that are there already."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 class _ZeroStats(dict):

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import struct
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
-from megatron.core.datasets.indexed_dataset import _INDEX_HEADER
+from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType
 from megatron.core.utils import get_batch_on_this_tp_rank
 from megatron.training import get_args, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
+
+from megatron_mlra.preprocess.metadata import read_metadata
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
@@ -35,8 +39,8 @@ def check_data(args: Namespace) -> None:
     blends = [b for b in (blend, *(per_split or ())) if b is not None]
     if not blends:
         raise ValueError(
-            "no data: give --data-path PREFIX (tools/preprocess_data.py writes PREFIX.bin and PREFIX.idx)"
-            " or --mock-data"
+            "no data: give --data-path PREFIX (tools/preprocess_data.py writes PREFIX.bin and"
+            " PREFIX.idx) or --mock-data"
         )
     for prefixes, _weights in blends:
         for prefix in prefixes:
@@ -46,27 +50,73 @@ def check_data(args: Namespace) -> None:
 def _check_prefix(prefix: str, args: Namespace) -> None:
     for suffix in (".idx", ".bin"):
         path = Path(prefix + suffix)
-        if not path.is_file():
-            hint = "; leave .bin out of --data-path" if prefix.endswith(".bin") else ""
-            raise ValueError(
-                f"data file {path} does not exist{hint or '; make it with tools/preprocess_data.py'}"
-            )
-    with open(prefix + ".idx", "rb") as index:
-        if index.read(len(_INDEX_HEADER)) != _INDEX_HEADER:
-            raise ValueError(
-                f"data file {prefix}.idx is not a Megatron index; preprocess the data again"
-            )
-    if not Path(prefix + ".bin").stat().st_size:
+        if path.is_file():
+            continue
+        stem, dot, last = prefix.rpartition(".")
+        if dot and last in ("bin", "idx"):
+            raise ValueError(f"--data-path {prefix} names a file; leave .{last} out: {stem}")
+        raise ValueError(f"data file {path} does not exist; make it with tools/preprocess_data.py")
+    expected = _indexed_bytes(prefix)
+    there = Path(prefix + ".bin").stat().st_size
+    if not expected:
         raise ValueError(f"data file {prefix}.bin is empty; preprocess the data again")
-    metadata = Path(prefix + ".json")
-    if not metadata.is_file():
-        return
-    vocab_size = json.loads(metadata.read_text()).get("vocab_size")
+    if there < expected:
+        raise ValueError(
+            f"data file {prefix}.bin is truncated: {there:,} of {expected:,} bytes; preprocess the"
+            " data again"
+        )
+    metadata = read_metadata(prefix)
+    if metadata is not None:
+        _check_tokens(prefix, metadata, args)
+
+
+def _indexed_bytes(prefix: str) -> int:
+    """Bytes of PREFIX.bin that PREFIX.idx refers to.
+
+    Raises:
+        ValueError: the index is damaged.
+    """
+    damaged = ValueError(
+        f"data file {prefix}.idx is not a Megatron index; preprocess the data again"
+    )
+    with open(prefix + ".idx", "rb") as index:
+        header = index.read(len(_INDEX_HEADER) + 25)
+        if len(header) < len(_INDEX_HEADER) + 25 or not header.startswith(_INDEX_HEADER):
+            raise damaged
+        version, dtype, sequences, _ = struct.unpack("<QBQQ", header[len(_INDEX_HEADER) :])
+        if version != 1 or dtype not in {kind.value for kind in DType}:
+            raise damaged
+        if not sequences:
+            return 0
+        # Lengths (int32), then offsets (int64): the last of each.
+        index.seek(len(header) + 4 * (sequences - 1))
+        length = index.read(4)
+        index.seek(len(header) + 4 * sequences + 8 * (sequences - 1))
+        offset = index.read(8)
+    if len(length) < 4 or len(offset) < 8:
+        raise damaged
+    size = DType.size(DType.dtype_from_code(dtype))
+    return struct.unpack("<q", offset)[0] + struct.unpack("<i", length)[0] * size
+
+
+def _check_tokens(prefix: str, metadata: dict[str, Any], args: Namespace) -> None:
+    """The data's vocabulary and end-of-document id against the model's."""
+    vocab_size, eod_id = metadata.get("vocab_size"), metadata.get("eod_id")
     model_vocab = args.padded_vocab_size or args.vocab_size
     if vocab_size is not None and model_vocab is not None and vocab_size > model_vocab:
         raise ValueError(
             f"data {prefix} has a vocabulary of {vocab_size}, the model one of {model_vocab}; use"
             f" --vocab-size {vocab_size}"
+        )
+    if args.tokenizer_type != "NullTokenizer" or eod_id is None:
+        return
+    model_eod = args.null_tokenizer_eod_id
+    if model_eod is None:
+        model_eod = args.vocab_size - 1
+    if eod_id != model_eod:
+        raise ValueError(
+            f"data {prefix} ends documents with id {eod_id}, the model is told {model_eod}; use"
+            f" --null-tokenizer-eod-id {eod_id}"
         )
 
 
@@ -74,6 +124,9 @@ def build_datasets(sample_counts: list[int], vp_stage: int | None = None):
     """Train, validation and test datasets (Megatron's provider interface)."""
     args = get_args()
     blend, per_split = get_blend_and_blend_per_split(args)
+    if args.eval_at_start and sample_counts[1] is not None:
+        train, validation, test = sample_counts
+        sample_counts = (train, validation + args.eval_iters * args.eval_global_batch_size, test)
     config = GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
@@ -111,8 +164,8 @@ def get_batch(iterator: Iterator | None, vp_stage: int | None = None) -> dict[st
     """The next micro-batch on every tensor-parallel rank of the first and last pipeline stage.
 
     Returns:
-        tokens, labels, position_ids `[b, s]` int64, loss_mask `[b, s]` float32, attention_mask None or
-        `[1, 1, s, s]` bool (True: not attended to). On stages in between all are None.
+        tokens, labels, position_ids `[b, s]` int64, loss_mask `[b, s]` float32, attention_mask None
+        or `[b, 1, s, s]` bool (True: not attended to). On stages in between all are None.
     """
     args = get_args()
     first = mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)

@@ -8,21 +8,26 @@ from functools import partial
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelConfig
 from torch import Tensor
 
-from megatron_mlra.arguments import transformer_config
 from megatron_mlra.data import get_batch
-from megatron_mlra.layer_specs import block_spec
+from megatron_mlra.layer_specs import block_spec, layer_spec
 
 
-def model_config(args: Namespace) -> GPTModelConfig:
-    """Megatron's GPT with this project's layers."""
-    config = gpt_config_from_args(args, config=transformer_config(args))
+def model_config(args: Namespace, transformer: TransformerConfig) -> GPTModelConfig:
+    """Megatron's GPT with this project's layers; allocates nothing.
+
+    Raises:
+        ValueError: for a part of the layers that is asked for and not installed.
+    """
+    layer_spec(transformer)
+    config = gpt_config_from_args(args, config=transformer)
     config.transformer_layer_spec = _layers
     return config
 
@@ -32,7 +37,7 @@ def _layers(config: GPTModelConfig, vp_stage: int | None = None):
 
 
 def forward_step(data_iterator: Iterator, model: GPTModel) -> tuple[Tensor, Callable]:
-    """One micro-batch: per-token losses `[b, s]` (or the stage's hidden state) and how to reduce them."""
+    """One micro-batch: per-token losses `[b, s]` (or the stage's output) and how to reduce them."""
     vp_stage = get_attr_wrapped_model(model, "vp_stage")
     batch = get_batch(data_iterator, vp_stage)
     output = model(
@@ -56,14 +61,21 @@ def loss_function(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, di
     loss = torch.sum(losses * mask)
     num_tokens = mask.sum().to(torch.int)
     if get_args().check_for_nan_in_loss_and_grad:
-        for reject, what in ((torch.isnan, "NaN"), (torch.isinf, "infinite")):
-            get_rerun_state_machine().validate_result(
-                result=loss,
-                rejection_func=reject,
-                message=f"the loss is {what}: lower --lr, or look at the batch",
-                tolerance=0.0,
-                fatal=True,
-            )
+        _check_finite(loss)
     # The schedule divides the loss it is given in place, so the log gets its own copy.
     reported = torch.stack((loss.detach().clone(), num_tokens.float()))
     return loss, num_tokens, {"lm loss": reported}
+
+
+def _check_finite(loss: Tensor) -> None:
+    machine = get_rerun_state_machine()
+    if machine.get_mode() == RerunMode.DISABLED:
+        if not torch.isfinite(loss):
+            step = f"step {get_args().curr_iteration + 1}: the loss"
+            where = step if torch.is_grad_enabled() else "the validation loss"
+            raise RuntimeError(f"{where} is {loss.item()}; lower --lr, or look at the batch")
+        return
+    for reject, what in ((torch.isnan, "NaN"), (torch.isinf, "infinite")):
+        machine.validate_result(
+            result=loss, rejection_func=reject, message=f"the loss is {what}", fatal=True
+        )

@@ -22,8 +22,8 @@ def use_prebuilt_dataset_helpers() -> None:
 
 @functools.cache
 def repair_torch_adamw_resume() -> None:
-    """Without Transformer Engine or APEX the distributed optimizer wraps torch's AdamW, and on resume
-    misses its `step` state, then shares one step tensor among all parameters."""
+    """Without Transformer Engine or APEX the distributed optimizer wraps torch's AdamW, and on
+    resume misses its `step` state, then shares one step tensor among all parameters."""
     from megatron.core.optimizer import distrib_optimizer
 
     if distrib_optimizer.HAVE_APEX_OR_TE:

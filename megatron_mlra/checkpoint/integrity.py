@@ -1,14 +1,15 @@
-"""Refuse a damaged or foreign checkpoint before loading it, and a disk too small before training."""
+"""Refuse a damaged or foreign checkpoint before loading, a disk too small before training."""
 
 from __future__ import annotations
 
-import os
 import shutil
+import tempfile
 from argparse import Namespace
 from pathlib import Path
 
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -26,12 +27,17 @@ ARCHITECTURE = (
     "qk_pos_emb_head_dim",
     "v_head_dim",
     "output_gate",
+    "attention_output_gate",
+    "qk_layernorm",
     "variance_scaling",
+    "tpa_q_rank",
+    "tpa_kv_rank",
     "group_query_attention",
     "num_query_groups",
     "kv_channels",
     "rotary_base",
     "rope_type",
+    "rotary_scaling_factor",
     "normalization",
     "layernorm_epsilon",
     "swiglu",
@@ -39,11 +45,44 @@ ARCHITECTURE = (
     "untie_embeddings_and_output_weights",
     "padded_vocab_size",
     "num_experts",
+    "moe_ffn_hidden_size",
+    "moe_layer_freq",
+    "moe_router_topk",
+    "moe_shared_expert_intermediate_size",
 )
 """Arguments that make two models different functions of their weights."""
 
 _LATENT = {"num_latent_heads", "num_branches", "q_lora_rank", "kv_lora_rank", "qk_head_dim"}
 _LATENT |= {"qk_pos_emb_head_dim", "v_head_dim", "variance_scaling"}
+_TPA = {"tpa_q_rank", "tpa_kv_rank"}
+_UNUSED = {
+    "mlra": _TPA,
+    "gqa": _LATENT | _TPA,
+    "gta": (_LATENT | _TPA) - {"qk_pos_emb_head_dim"},
+    "mfa": (_LATENT | _TPA) - {"q_lora_rank"},
+    "tpa": _LATENT,
+}
+"""Of these, what each kind of attention does not read."""
+
+
+def latest_step(folder: str | Path) -> int | None:
+    """The step of the checkpoint that `folder` names as its latest, None where there is none.
+
+    Raises:
+        ValueError: for a tracker file that names no step.
+    """
+    tracker = Path(folder) / TRACKER
+    if not tracker.is_file():
+        return None
+    text = tracker.read_text().strip()
+    if text == "release":
+        return 0
+    if not text.isdigit():
+        raise ValueError(
+            f"checkpoint tracker {tracker} holds {text!r:.40}, not a step; write the step of a"
+            " complete iter_* folder into it"
+        )
+    return int(text)
 
 
 def iteration_folder(load: str | Path, step: int | None = None) -> Path | None:
@@ -53,19 +92,16 @@ def iteration_folder(load: str | Path, step: int | None = None) -> Path | None:
         ValueError: for a tracker file that names no step, or a step whose folder is gone.
     """
     load = Path(load)
-    tracker = load / TRACKER
+    said_by = f"--ckpt-step {step}" if step else TRACKER
+    step = step or latest_step(load)
     if step is None:
-        if not tracker.is_file():
-            return None
-        text = tracker.read_text().strip()
-        if text == "release":
-            return load / "release"
-        if not text.isdigit():
-            raise ValueError(f"checkpoint tracker {tracker} holds {text!r:.40}, not a step")
-        step = int(text)
-    folder = load / f"iter_{step:07d}"
+        return None
+    folder = load / (f"iter_{step:07d}" if step else "release")
     if not folder.is_dir():
-        raise ValueError(f"checkpoint {folder} is missing, though {tracker} names it")
+        there = ", ".join(sorted(path.name for path in load.glob("iter_*"))) or "nothing"
+        raise ValueError(
+            f"checkpoint {folder} is missing, though {said_by} names it; there is {there}"
+        )
     return folder
 
 
@@ -77,15 +113,19 @@ def check_load(args: Namespace) -> None:
     """
     if args.load is None:
         return
-    if not Path(args.load).exists():
-        if args.exit_on_missing_checkpoint or args.load != args.save:
-            raise ValueError(f"--load {args.load} does not exist")
-        return
+    starts_anew = args.load == args.save and not args.exit_on_missing_checkpoint
+    if not Path(args.load).is_dir():
+        if starts_anew and not Path(args.load).exists():
+            return
+        raise ValueError(f"--load {args.load} is not a folder; give the --save of an earlier run")
     folder = iteration_folder(args.load, args.ckpt_step)
     if folder is None:
-        if args.load != args.save:
-            raise ValueError(f"--load {args.load} holds no checkpoint (no {TRACKER})")
-        return
+        if starts_anew:
+            return
+        raise ValueError(
+            f"--load {args.load} holds no checkpoint (no {TRACKER}); give the --save of an earlier"
+            " run"
+        )
     check_complete(folder)
     check_architecture(folder, args)
 
@@ -97,7 +137,10 @@ def check_complete(folder: Path) -> None:
         ValueError: names the first missing or short file.
     """
     if not (folder / ".metadata").is_file():
-        raise ValueError(f"checkpoint {folder} is incomplete: it has no .metadata")
+        raise ValueError(
+            f"checkpoint {folder} is incomplete: it has no .metadata; --ckpt-step names an earlier"
+            " one"
+        )
     try:
         stored = FileSystemReader(folder).read_metadata().storage_data
     except Exception as error:
@@ -112,7 +155,8 @@ def check_complete(folder: Path) -> None:
             raise ValueError(f"checkpoint {folder} is incomplete: {name} is missing")
         if path.stat().st_size < size:
             raise ValueError(
-                f"checkpoint {folder} is truncated: {name} has {path.stat().st_size} of {size} bytes"
+                f"checkpoint {folder} is truncated: {name} has {path.stat().st_size} of {size}"
+                " bytes; --ckpt-step names an earlier one"
             )
 
 
@@ -133,7 +177,7 @@ def check_architecture(folder: Path, args: Namespace) -> None:
     different = []
     for name in ARCHITECTURE:
         there, here = getattr(saved, name, None), getattr(args, name, None)
-        if name in _LATENT and args.attention != "mlra":
+        if name in _UNUSED[args.attention]:
             continue
         if there != here:
             different.append(f"{name} is {there} there, {here} here")
@@ -142,12 +186,13 @@ def check_architecture(folder: Path, args: Namespace) -> None:
 
 
 def check_save(args: Namespace, parameters: int) -> None:
-    """Check that `--save` can be written and has room for one checkpoint.
+    """Check that `--save` can be written, has room for one checkpoint and none of another run.
 
-    A checkpoint holds 16-bit or 32-bit weights and, with the optimizer, three 32-bit numbers a weight.
+    A checkpoint holds the weights and, with the optimizer, Adam's two moments in 32 bits and beside
+    16-bit weights a 32-bit copy of them.
 
     Raises:
-        ValueError: names the folder and the bytes needed.
+        ValueError: names the folder, and the fix or the bytes needed.
     """
     if args.save is None:
         return
@@ -155,12 +200,37 @@ def check_save(args: Namespace, parameters: int) -> None:
     existing = folder
     while not existing.exists():
         existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"--save {folder} cannot be written ({existing} is not a writable folder)")
-    weight_bytes = 2 if args.bf16 or args.fp16 else 4
-    needed = parameters * (weight_bytes + (0 if args.no_save_optim else 12))
+    if not existing.is_dir():
+        raise ValueError(f"--save {folder} cannot be written: {existing} is not a folder")
+    try:
+        # Asked of the file system itself: permission bits say nothing about a read-only mount.
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--save {folder} cannot be written ({error.strerror}); use another folder"
+        ) from None
+    step = latest_step(folder)
+    if step is not None and (args.load is None or Path(args.load).resolve() != folder.resolve()):
+        raise ValueError(
+            f"--save {folder} holds a checkpoint of step {step:,}, which this run would replace;"
+            f" add --load {folder} to continue it, or use another folder"
+        )
+    low = args.bf16 or args.fp16
+    needed = parameters * ((2 if low else 4) + (0 if args.no_save_optim else 12 if low else 8))
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ValueError(
-            f"--save {folder} has {free / 1e9:.1f} GB free and a checkpoint needs {needed / 1e9:.1f} GB"
+            f"--save {folder} has {free / 1e9:.1f} GB free and a checkpoint needs"
+            f" {needed / 1e9:.1f} GB; free some, or use another disk"
         )
+
+
+def reason(error: BaseException) -> str:
+    """Why a checkpoint could not be written, in one line: the first rank's own error."""
+    while isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    cause = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return " ".join(str(cause or error).split())

@@ -1,0 +1,199 @@
+"""What is refused of a command line before Megatron reads it: what Megatron would ignore, find late
+or report as a bare assertion. Each check names the flag, its value and the fix."""
+
+from __future__ import annotations
+
+import importlib.util
+from argparse import Namespace
+
+import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
+
+from megatron_mlra.cpu_backend import CPU_DEFAULTS
+
+REQUIRED = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "seq_length",
+    "micro_batch_size",
+    "lr",
+)
+
+POSITIVE = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "seq_length",
+    "vocab_size",
+    "micro_batch_size",
+    "global_batch_size",
+    "train_iters",
+    "log_interval",
+    "eval_interval",
+    "save_interval",
+    "tensorboard_log_interval",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "tpa_q_rank",
+    "tpa_kv_rank",
+)
+
+REPLACED = {
+    "multi_latent_attention": "is Megatron's own MLA; use --attention mlra",
+    "spec": "replaces the attention; use --attention",
+    "mtp_num_layers": "is not supported; leave it out",
+    "hybrid_layer_pattern": "builds Megatron's hybrid models; leave it out",
+    "hybrid_override_pattern": "builds Megatron's hybrid models; leave it out",
+    "heterogeneous_layers_config_path": "replaces the layers; leave it out",
+    "heterogeneous_layers_config_encoded_json": "replaces the layers; leave it out",
+    "hybrid_context_parallel": "needs context parallelism, which is not supported; leave it out",
+    "dataloader_inter_document_masking": "packs sequences; use --reset-attention-mask",
+    "sft": "packs sequences, which pretraining does not; leave it out",
+    "perform_rl_step": "needs Megatron's RL package; leave it out",
+}
+"""Flags of Megatron that would not do here what they say."""
+
+
+def check_arguments(args: Namespace) -> None:
+    """Refuse what cannot work.
+
+    Raises:
+        ValueError: one line that names the flag and the fix.
+    """
+    _check_replaced(args)
+    _check_values(args)
+    _check_schedule(args)
+    _check_precision(args)
+    _check_parallel(args)
+    _check_batches(args)
+    _check_packages(args)
+
+
+def flag(name: str) -> str:
+    """The flag of an argparse destination, for messages."""
+    return "--" + name.replace("_", "-")
+
+
+def _check_replaced(args: Namespace) -> None:
+    for name, why in REPLACED.items():
+        if getattr(args, name, None):
+            raise ValueError(f"{flag(name)} {why}")
+    if args.context_parallel_size > 1:
+        raise ValueError(
+            f"--context-parallel-size {args.context_parallel_size} is not supported; use 1 and"
+            " tensor, sequence or pipeline parallelism"
+        )
+
+
+def _check_values(args: Namespace) -> None:
+    for name in REQUIRED:
+        if getattr(args, name) is None:
+            raise ValueError(f"{flag(name)} is missing; give it, or a preset with --config")
+    for name in POSITIVE:
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            raise ValueError(f"{flag(name)} is {value}; it must be at least 1")
+    if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None:
+        raise ValueError("--vocab-size is missing; give the size of the data's vocabulary")
+    padded = args.padded_vocab_size
+    if padded is not None and args.vocab_size is not None and padded < args.vocab_size:
+        raise ValueError(
+            f"padded_vocab_size {padded} is smaller than --vocab-size {args.vocab_size}; leave it"
+            " out"
+        )
+    position = args.max_position_embeddings
+    if position is not None and position < args.seq_length:
+        raise ValueError(
+            f"--max-position-embeddings {position} is shorter than --seq-length {args.seq_length};"
+            f" use {args.seq_length}, or leave it out"
+        )
+
+
+def _check_schedule(args: Namespace) -> None:
+    if args.train_iters is None and args.train_samples is None and not args.skip_train:
+        raise ValueError("--train-iters is missing; say how many steps to train")
+    if args.lr <= 0:
+        raise ValueError(f"--lr {args.lr:g} is not positive; use e.g. 3e-4")
+    if args.min_lr is not None and args.min_lr > args.lr:
+        raise ValueError(f"--min-lr {args.min_lr:g} is above --lr {args.lr:g}; use at most --lr")
+    decay = args.lr_decay_iters or args.train_iters
+    if decay and args.lr_warmup_iters >= decay:
+        raise ValueError(
+            f"--lr-warmup-iters {args.lr_warmup_iters} leaves nothing of the {decay} steps the rate"
+            f" decays over; use at most {decay - 1}"
+        )
+
+
+def _check_precision(args: Namespace) -> None:
+    if args.bf16 and args.fp16:
+        raise ValueError("--bf16 and --fp16 exclude each other; use --bf16")
+    for name in ("fp8", "fp4"):
+        if getattr(args, name) and not (HAVE_TE and args.transformer_impl == "transformer_engine"):
+            raise ValueError(
+                f"--{name}-format {getattr(args, name)} needs Transformer Engine on a GPU; install"
+                " the extra megatron-mlra[te] and leave --transformer-impl out, or use --bf16"
+            )
+    if torch.cuda.is_available():
+        return
+    for name, value in CPU_DEFAULTS.items():
+        asked = getattr(args, name)
+        if asked != value:
+            fix = f"use {value}" if isinstance(value, str) else "leave it out"
+            shown = flag(name) + ("" if isinstance(asked, bool) else f" {asked}")
+            raise ValueError(f"{shown} needs a GPU, and there is none; {fix}")
+
+
+def _check_parallel(args: Namespace) -> None:
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    layout = f"--tensor-model-parallel-size {tp}"
+    if pp > 1:
+        layout += f" x --pipeline-model-parallel-size {pp}"
+    if args.world_size % (tp * pp):
+        raise ValueError(
+            f"{layout} needs a multiple of {tp * pp} processes and there are {args.world_size};"
+            f" launch with torchrun --nproc-per-node {tp * pp}"
+        )
+    # With its stages split further, a first or last stage has layers in the middle too.
+    if args.reset_attention_mask and (pp > 2 or (pp > 1 and _is_interleaved(args))):
+        raise ValueError(
+            f"--reset-attention-mask with --pipeline-model-parallel-size {pp}: stages in the middle"
+            " do not see the mask; use at most 2 stages, not split into virtual ones"
+        )
+
+
+def _is_interleaved(args: Namespace) -> bool:
+    return any(
+        getattr(args, name) is not None
+        for name in (
+            "num_layers_per_virtual_pipeline_stage",
+            "num_virtual_stages_per_pipeline_rank",
+            "pipeline_model_parallel_layout",
+        )
+    )
+
+
+def _check_batches(args: Namespace) -> None:
+    replicas = args.world_size // (
+        args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    )
+    for prefix in ("", "eval_"):
+        batch = getattr(args, f"{prefix}global_batch_size") or args.global_batch_size
+        micro = getattr(args, f"{prefix}micro_batch_size") or args.micro_batch_size
+        if batch is not None and batch % (micro * replicas):
+            nearest = -(-batch // (micro * replicas)) * micro * replicas
+            raise ValueError(
+                f"{flag(prefix + 'global_batch_size')} {batch} does not divide into micro-batches"
+                f" of {micro} on {replicas} data-parallel ranks; use {nearest}, or another"
+                f" {flag(prefix + 'micro_batch_size')}"
+            )
+
+
+def _check_packages(args: Namespace) -> None:
+    if args.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise ValueError(f"--wandb-project {args.wandb_project} needs wandb; pip install wandb")
+    if args.wandb_project and not args.wandb_exp_name:
+        raise ValueError(
+            f"--wandb-project {args.wandb_project} needs a name for this run; use --wandb-exp-name"
+        )

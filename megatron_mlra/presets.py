@@ -1,0 +1,117 @@
+"""YAML presets: files whose values become defaults of the command line's flags."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def load_preset(path: str | Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """Read a YAML preset into argparse defaults.
+
+    Keys are flags without dashes in front and with underscores, or their argparse destinations;
+    `base` names another preset, relative to this one, whose values this one overrides.
+
+    Raises:
+        ValueError: for a missing file, bad YAML, an unknown key (names the nearest known one) or a
+            value the flag would refuse.
+    """
+    return _load(Path(path), parser, ())
+
+
+def _load(path: Path, parser: argparse.ArgumentParser, above: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in above:
+        raise ValueError(f"--config {path}: base leads back to this file; remove it")
+    values = _read(path)
+    defaults: dict[str, Any] = {}
+    base = values.pop("base", None)
+    if base is not None:
+        if not isinstance(base, str):
+            raise ValueError(f"--config {path}: base is {base!r}; use the name of another preset")
+        defaults.update(_load(path.parent / base, parser, (*above, path.resolve())))
+    known = _names(parser)
+    for key, value in values.items():
+        if key not in known:
+            raise ValueError(f"--config {path}: unknown key {key!r}{did_you_mean(str(key), known)}")
+        action, by_flag = known[key]
+        defaults[action.dest] = _value(f"--config {path}: {key}", value, action, by_flag)
+    return defaults
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        siblings = [str(p) for p in path.parent.glob("*.yaml")]
+        raise ValueError(
+            f"--config {path}: no such file{did_you_mean(str(path), siblings)}"
+        ) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {path}: expected lines of `key: value`, found {values!r:.60}")
+    return values
+
+
+def did_you_mean(name: str, known) -> str:
+    """'; did you mean X?' for the known name nearest to `name`, '' where none is near."""
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _value(where: str, value: Any, action: argparse.Action, by_flag: bool) -> Any:
+    """`value` of a preset as the parser would have stored it."""
+    if isinstance(action, argparse._StoreTrueAction | argparse._StoreFalseAction):
+        if not isinstance(value, bool):
+            raise ValueError(f"{where} is {value!r}; use true or false")
+        on = isinstance(action, argparse._StoreTrueAction)
+        return value == on if by_flag else value
+    if isinstance(action, argparse.BooleanOptionalAction):
+        if not isinstance(value, bool):
+            raise ValueError(f"{where} is {value!r}; use true or false")
+        return value
+    if value is None:
+        return None
+    takes_list = action.nargs in ("*", "+") or isinstance(action.nargs, int)
+    if isinstance(value, list) and takes_list:
+        return [_scalar(where, item, action) for item in value]
+    if takes_list:
+        # As on a command line: `data_path: 0.3 data/a 0.7 data/b`.
+        words = value.split() if isinstance(value, str) else [value]
+        return [_scalar(where, word, action) for word in words]
+    return _scalar(where, value, action)
+
+
+def _scalar(where: str, value: Any, action: argparse.Action) -> Any:
+    if isinstance(value, bool) and action.type is bool:
+        return value
+    kind = getattr(action.type, "__name__", "text")
+    # Megatron's own types read lists from text, as YAML may have done already.
+    plain = action.type in (int, float, str, None)
+    if isinstance(value, bool | dict) or (isinstance(value, list) and plain):
+        raise ValueError(f"{where} is {value!r}, not a valid {kind}")
+    try:
+        converted = action.type(str(value)) if action.type else value
+    except (TypeError, ValueError, KeyError, argparse.ArgumentTypeError):
+        raise ValueError(f"{where} is {value!r}, not a valid {kind}") from None
+    if action.choices is not None and converted not in action.choices:
+        choices = ", ".join(map(str, action.choices))
+        raise ValueError(f"{where} is {value!r}; use one of {choices}")
+    return converted
+
+
+def _names(parser: argparse.ArgumentParser) -> dict[str, tuple[argparse.Action, bool]]:
+    """Every key a preset may use -> (action, whether the key is the flag's own name)."""
+    names: dict[str, tuple[argparse.Action, bool]] = {}
+    for action in parser._actions:
+        names.setdefault(action.dest, (action, False))
+    for action in parser._actions:
+        for option in action.option_strings:
+            names[option.lstrip("-").replace("-", "_")] = (action, True)
+    for name in ("config", "help", "h"):
+        names.pop(name, None)
+    return names
