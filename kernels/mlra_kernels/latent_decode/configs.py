@@ -27,6 +27,22 @@ class DecodeConfig:
     min_tiles: int = 4
     """Fewest tiles worth a program of its own."""
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for a ring that its consumers could not share safely."""
+        if self.consumers > 1 and (
+            self.num_stages % self.consumers or self.num_stages == self.consumers
+        ):
+            # A consumer tells a slot's fillings apart by one parity bit: it must see every one.
+            raise ValueError(
+                f"num_stages is {self.num_stages} for {self.consumers} consumers: make it a multiple "
+                f"of {self.consumers} from {2 * self.consumers} up"
+            )
+        if self.consumers not in (1, 2, 3) or (self.consumers > 1 and self.num_warps != 4):
+            raise ValueError(
+                f"consumers is {self.consumers} with num_warps {self.num_warps}: use 1, or 2 or 3 "
+                "with num_warps 4"
+            )
+
     @property
     def warps_n(self) -> int:
         """Warps side by side on the tokens of a tile; each set of `block_m / 16` warps holds all rows."""
@@ -69,22 +85,20 @@ def default_config(
     """Return the configuration for `rows` = q_len * heads_per_latent query rows.
 
     `element_size` is the size of a cached latent element in bytes: 1 (FP8), 2 or 4; `hopper` says
-    whether the device is one. The Hopper kernel takes 16-bit caches whose pages hold whole tiles.
+    whether the device is one. The Hopper kernel takes FP8 and 16-bit caches whose pages hold whole
+    tiles of 64 tokens; everything else goes to the portable kernel.
     """
-    block_m = 64 if rows <= 64 or latent_dim > 256 else 128
-    if hopper and element_size < 4 and page_size % 64 == 0:
+    if hopper and element_size <= 2 and page_size % 64 == 0:
+        fp8 = element_size == 1
         if latent_dim > 256:
-            return DecodeConfig(block_m, 32, 8, 3, 1, hopper=True)
-        if block_m == 128:
-            return DecodeConfig(128, 64, 8, 5 if latent_dim <= 128 else 2, 1, hopper=True)
+            return DecodeConfig(64, 32 if fp8 else 64, 8, 4 if fp8 else 2, 1, hopper=True)
         if latent_dim > 128:
-            return DecodeConfig(64, 64, 4, 4, 1, hopper=True)
-        return DecodeConfig(64, 64, 4, 3, 2, hopper=True)
-    if latent_dim > 256:
-        return DecodeConfig(block_m, 32, 8, 3, 1)
+            return DecodeConfig(64, 64, 4, 3, 1, hopper=True)
+        return DecodeConfig(64, 64, 4, 6 if fp8 else 4, 1, hopper=True, consumers=2)
+    block_m = min(64, max(16, 1 << (rows - 1).bit_length()))
     if latent_dim > 128:
-        return DecodeConfig(block_m, 64, 8, 3, 1)
-    return DecodeConfig(block_m, 64, 8 if block_m == 128 else 4, 3, 3 if block_m == 64 else 2)
+        return DecodeConfig(block_m, 64 if latent_dim <= 256 else 32, 8, 3, 1)
+    return DecodeConfig(block_m, 64, 4, 3, 2)
 
 
 @dataclass(frozen=True)

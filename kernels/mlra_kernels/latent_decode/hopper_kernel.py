@@ -28,6 +28,8 @@ GL_DTYPES = {
     torch.float32: gl.float32,
     torch.float8_e4m3fn: gl.float8e4nv,
 }
+FP16_MAX = gl.constexpr(65504.0)
+P_UNIT = gl.constexpr(1024.0)  # FP8: probability x scale is kept in fp16 in this unit
 NEVER_SEEN = gl.constexpr(-1.0e30)  # running maximum of a row that has seen no token
 
 
@@ -91,15 +93,26 @@ def _zero_rows(ring_tile, rows_in, N: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
-def _widen(c, wide, rows_in, N: gl.constexpr, D: gl.constexpr):
-    """Copy an FP8 shared tile `[N, D]` to a 16-bit one, rows from `rows_in` on as zeros."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [gl.num_warps(), 1], [1, 0])
-    # By way of fp16 and fp32: the direct conversion to bf16 goes through a slow unit.
-    x = c.load(LAYOUT).to(gl.float16).to(gl.float32)
+def _widen(c, wide, N: gl.constexpr, D: gl.constexpr):
+    """Copy an FP8 shared tile `[N, D]` to fp16: exact, and one instruction for two numbers."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
+    wide.store(c.load(LAYOUT).to(gl.float16))
+
+
+@gluon.jit
+def _prepare(
+    full, stage, turn, c, k_r, wide, rows_in,
+    N: gl.constexpr, D: gl.constexpr, R: gl.constexpr, FP8: gl.constexpr,
+):  # fmt: skip
+    """Wait for the tile of a ring slot in its `turn`-th use; leave it finite and in 16 bits."""
+    mbarrier.wait(full.index(stage), turn & 1)
+    if FP8:
+        _widen(c, wide, N, D)
+        fence_async_shared()
     if rows_in < N:
-        n = gl.arange(0, N, gl.SliceLayout(1, LAYOUT))
-        x = gl.where((n < rows_in)[:, None], x, 0.0)
-    wide.store(x.to(wide.dtype))
+        _zero_rows(wide if FP8 else c, rows_in, N, D)
+        _zero_rows(k_r, rows_in, N, R)
+        fence_async_shared()
 
 
 @gluon.jit
@@ -159,9 +172,12 @@ def _consume(
             if w == 0:
                 mask_q = (row_q < ROWS)[:, None]
                 q_ptrs = q_ptr + b64 * stride_qb + q_off[:, None] + col_q[None, :]
-                q_smem.store(gl.load(q_ptrs, mask=mask_q, other=0.0))
+                q = gl.load(q_ptrs, mask=mask_q, other=0.0)
+                if FP8 and q.dtype != gl.float16:
+                    q = gl.maximum(gl.minimum(q.to(gl.float32), FP16_MAX), -FP16_MAX)
+                q_smem.store(q.to(q_smem.dtype))
                 qr_ptrs = q_rope_ptr + b64 * stride_qrb + qr_off[:, None] + col_qr[None, :]
-                qr_smem.store(gl.load(qr_ptrs, mask=mask_q, other=0.0))
+                qr_smem.store(gl.load(qr_ptrs, mask=mask_q, other=0.0).to(qr_smem.dtype))
                 fence_async_shared()
                 if W > 1:
                     mbarrier.arrive(q_full, count=1)
@@ -173,32 +189,46 @@ def _consume(
             last_seen = seqlen - Q_LEN + row_s // HEADS
             # Tiles before `full_end` are seen whole by every row.
             full_end = gl.maximum(seqlen - Q_LEN + 1, 0) // N
+            if FP8 and w < take:  # widened one tile ahead, while the matrix units work
+                stage = (loaded + w) % STAGES
+                _prepare(
+                    full, stage, (loaded + w) // STAGES, c_ring.index(stage), r_ring.index(stage),
+                    wide_ring.index(2 * w), seqlen - (tile + w) * N, N, D, R, FP8,
+                )  # fmt: skip
             for i in range(w, take, W):
                 t = tile + i
                 stage = (loaded + i) % STAGES
-                mbarrier.wait(full.index(stage), (loaded + i) // STAGES & 1)
                 c = c_ring.index(stage)
                 k_r = r_ring.index(stage)
-                if FP8:
-                    _widen(c, wide_ring.index(w), seqlen - t * N, N, D)
-                    c = wide_ring.index(w)
-                    fence_async_shared()
-                elif (t + 1) * N > seqlen:
-                    _zero_rows(c, seqlen - t * N, N, D)
-                    fence_async_shared()
-                if (t + 1) * N > seqlen:
-                    _zero_rows(k_r, seqlen - t * N, N, R)
-                    fence_async_shared()
                 s = gl.zeros([M, N], gl.float32, S_LAYOUT)
-                s = warpgroup_mma(q_smem, c.permute((1, 0)), s, use_acc=False, is_async=True)
-                if FP8:  # the token's scale factors out of the product with the latent
-                    s = warpgroup_mma_wait(0, deps=[s])
+                if FP8:
+                    half = i // W & 1
+                    c = wide_ring.index(2 * w + half)
+                    s = warpgroup_mma(q_smem, c.permute((1, 0)), s, use_acc=False, is_async=True)
+                    s_r = gl.zeros([M, N], gl.float32, S_LAYOUT)
+                    s_r = warpgroup_mma(
+                        qr_smem, k_r.permute((1, 0)), s_r, use_acc=False, is_async=True
+                    )
+                    if i + W < take:
+                        ahead = (loaded + i + W) % STAGES
+                        _prepare(
+                            full, ahead, (loaded + i + W) // STAGES, c_ring.index(ahead),
+                            r_ring.index(ahead), wide_ring.index(2 * w + 1 - half),
+                            seqlen - (t + W) * N, N, D, R, FP8,
+                        )  # fmt: skip
                     c_scale = s_ring.index(stage).reshape([N]).load(gl.SliceLayout(0, S_LAYOUT))
                     if (t + 1) * N > seqlen:
                         c_scale = gl.where(t * N + col_s < seqlen, c_scale, 0.0)
-                    s = s * c_scale[None, :]
-                s = warpgroup_mma(qr_smem, k_r.permute((1, 0)), s, is_async=True)
-                s = warpgroup_mma_wait(0, deps=[s])
+                    s, s_r = warpgroup_mma_wait(0, deps=[s, s_r])
+                    s = s * c_scale[None, :] + s_r  # a token's scale factors out of its product
+                else:
+                    _prepare(
+                        full, stage, (loaded + i) // STAGES, c, k_r, c, seqlen - t * N,
+                        N, D, R, FP8,
+                    )  # fmt: skip
+                    s = warpgroup_mma(q_smem, c.permute((1, 0)), s, use_acc=False, is_async=True)
+                    s = warpgroup_mma(qr_smem, k_r.permute((1, 0)), s, is_async=True)
+                    s = warpgroup_mma_wait(0, deps=[s])
                 if t >= full_end:
                     seen = (t * N + col_s)[None, :] <= last_seen[:, None]
                     s = gl.where(seen, s, float("-inf"))
@@ -209,7 +239,7 @@ def _consume(
                 m_i = m_new
                 acc = acc * gl.convert_layout(alpha, O_ROW)[:, None]
                 if FP8:
-                    p = p * c_scale[None, :]
+                    p = p * gl.minimum(c_scale * P_UNIT, FP16_MAX)[None, :]
                 if WARPS_N == 1:
                     p_op = gl.convert_layout(p.to(q_smem.dtype), P_LAYOUT)
                     acc = warpgroup_mma(p_op, c, acc, is_async=True)
@@ -237,7 +267,7 @@ def _consume(
                     l_o = x_l.load(S_ROW)
                     acc, m_i, l_i = _merge(acc, m_i, l_i, m_o, l_o, x_acc.load(O_LAYOUT), O_ROW)
                     mbarrier.arrive(x_empty.index(o), count=1)
-                inv = gl.where(l_i > 0, 1.0 / l_i, 0.0)
+                inv = gl.where(l_i > 0, (1.0 / P_UNIT if FP8 else 1.0) / l_i, 0.0)
                 acc = acc * gl.convert_layout(inv, O_ROW)[:, None]
                 lse = m_i + gl.log2(l_i)  # -inf for a row that saw nothing
                 if take == tiles:
@@ -246,7 +276,9 @@ def _consume(
                     gl.store(lse_ptr + first + out_s, lse * 0.6931471805599453, mask=row_s < ROWS)
                     out_o = (row_o // HEADS * LATENTS + latent) * HEADS + row_o % HEADS
                     out_ptrs = out_ptr + first * D + (out_o * D)[:, None] + col_o[None, :]
-                    gl.store(out_ptrs, acc.to(q_smem.dtype), mask=(row_o < ROWS)[:, None])
+                    gl.store(
+                        out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(row_o < ROWS)[:, None]
+                    )
                 else:
                     first = ((program + b64) * LATENTS + latent) * ROWS
                     gl.store(part_lse_ptr + first + row_s, lse, mask=row_s < ROWS)
@@ -299,11 +331,12 @@ def latent_decode_hopper_kernel(
     W: gl.constexpr,
     CONSUMER_REGS: gl.constexpr,
 ):
-    DTYPE: gl.constexpr = q_ptr.dtype.element_ty
+    # FP8 latents are multiplied as fp16, which holds them exactly; their RoPE keys are bf16.
+    DTYPE: gl.constexpr = gl.float16 if FP8 else q_ptr.dtype.element_ty
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, D], DTYPE)
-    qr_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, R], DTYPE)
+    qr_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, R], r_desc.dtype)
     q_smem = gl.allocate_shared_memory(DTYPE, [M, D], q_layout)
-    qr_smem = gl.allocate_shared_memory(DTYPE, [M, R], qr_layout)
+    qr_smem = gl.allocate_shared_memory(r_desc.dtype, [M, R], qr_layout)
     p_smem = q_smem
     if WARPS_N > 1:
         p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, N], DTYPE)
@@ -314,7 +347,7 @@ def latent_decode_hopper_kernel(
     s_ring = q_smem
     if FP8:
         c_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], DTYPE)
-        wide_ring = gl.allocate_shared_memory(DTYPE, [W, N, D], c_layout)
+        wide_ring = gl.allocate_shared_memory(DTYPE, [2 * W, N, D], c_layout)
         s_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 1, N], s_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

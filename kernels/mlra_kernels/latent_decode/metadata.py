@@ -51,7 +51,12 @@ def schedule_kernel(
         # Equal lengths: where it costs under 5 %, move the cuts to the ends of sequences.
         longest = tl.max(tiles, 0)
         aligned = tl.cdiv(longest, tl.maximum(longest // size, 1))
-        if (batch > 1) & (total == longest * batch) & (aligned >= size) & (aligned * 20 <= size * 21):
+        if (
+            (batch > 1)
+            & (total == longest * batch)
+            & (aligned >= size)
+            & (aligned * 20 <= size * 21)
+        ):
             size = aligned
         start = i * size
         b = tl.sum(tl.where((ends <= start) & (seq < batch), 1, 0), 0)
