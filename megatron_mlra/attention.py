@@ -1,8 +1,8 @@
 """MLRASelfAttention: Multi-Head Low-Rank Attention as a Megatron self-attention submodule.
 
-Letters in shape comments: s tokens, b batch, d hidden size, tp tensor-parallel size, h / tp own heads;
-n branches, h_c heads and g head groups of this rank's core (sharding.py), l latent dim, `e` d_h + d_r.
-With sequence parallel the input and output hold s / tp tokens.
+Letters in shape comments: s tokens, b batch, d hidden size, tp tensor-parallel size, h / tp own
+heads; n branches, h_c heads and g head groups of this rank's core (sharding.py), l latent dim, `e`
+d_h + d_r. With sequence parallel the input and output hold s / tp tokens.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from megatron_mlra.sharding import LatentParallel, LatentShard
 
 @dataclass
 class MLRASelfAttentionSubmodules:
-    """What MLRASelfAttention is built from; layer_specs.py has the local and Transformer Engine sets."""
+    """What MLRASelfAttention is built from; layer_specs.py has the sets."""
 
     column_linear: type
-    """Column-parallel linear without communication of its input: the down, query and gate projections."""
+    """Column-parallel linear that does not communicate its input: down, query, gate projections."""
 
     core_attention: type
     """See core_attention.py."""
@@ -170,12 +170,13 @@ class MLRASelfAttention(Attention):
         else:
             up_projection = None
             qkv = self._query_key_value(q, latents, k_rope, *angles)
-        if self.checkpoint_core_attention and self.training:
-            z = self._checkpointed_attention_forward(
-                *qkv, attention_mask, packed_seq_params=packed_seq_params
-            )
-        else:
-            z = self._run_core_attention(*qkv, attention_mask, packed_seq_params=packed_seq_params)
+        query, key, value = qkv if len(qkv) == 3 else (*qkv, None)
+        core = (
+            self._checkpointed_attention_forward
+            if self.checkpoint_core_attention and self.training
+            else self._run_core_attention
+        )
+        z = core(query, key, value, attention_mask, packed_seq_params=packed_seq_params)
         if up_projection is not None:
             up_projection.discard_output_and_register_recompute(z)
 
@@ -201,8 +202,8 @@ class MLRASelfAttention(Attention):
 
     def _query_key_value(
         self, q: Tensor, latents: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Inputs of the core; absorbed, the value is None: the first l dims of the key."""
+    ) -> tuple[Tensor, ...]:
+        """Query, key and (materialized) value; absorbed, the value is part of the key."""
         config = self.config
         linear = self.linear_q_proj if config.q_lora_rank is None else self.linear_q_up_proj
         q, _ = linear(q)
@@ -217,14 +218,16 @@ class MLRASelfAttention(Attention):
         weight = self.linear_kv_up_proj.weight
         if config.absorbed:
             w_uk, _ = split_up_projection(weight, nope)
-            query, key = absorbed_qkv(q_nope, q_rope, latents, k_rope, w_uk)
-            return query, key, None
+            return absorbed_qkv(q_nope, q_rope, latents, k_rope, w_uk)
         return materialized_qkv(q_nope, q_rope, latents, k_rope, weight)
 
     def _run_core_attention(
         self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, **kwargs
     ) -> Tensor:
-        """The core on its own, as recomputation repeats it: `[s, b, n * h_c * (l or d_v)]`."""
+        """The core on its own, as recomputation repeats it: `[s, b, n * h_c * (l or d_v)]`.
+
+        Absorbed (value None), the values are the first l dims of the key.
+        """
         if value is None:
             value = key[..., : self.config.latent_dim]
         return self.core_attention(

@@ -1,13 +1,14 @@
 """Configuration of the latent attention family: MLA, GLA and MLRA are two integers apart.
 
-Letters used in messages and docstrings: L `num_latent_heads`, N `num_branches`, G = L / N head groups,
-h attention heads, d hidden size, d_c `kv_lora_rank`, d_l = d_c / L latent dim, d_q `q_lora_rank`,
-d_h `qk_nope_head_dim`, d_r `qk_rope_head_dim`, d_v `v_head_dim`.
+Letters used in messages and docstrings: L `num_latent_heads`, N `num_branches`, G = L / N head
+groups, h attention heads, d hidden size, d_c `kv_lora_rank`, d_l = d_c / L latent dim, d_q
+`q_lora_rank`, d_h `qk_nope_head_dim`, d_r `qk_rope_head_dim`, d_v `v_head_dim`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,7 +28,8 @@ class MLRAConfig(MLATransformerConfig):
     MLA is (L, N) = (1, 1), GLA-2 (2, 1), GLA-4 (4, 1), MLRA-2 (4, 2), MLRA-4 (4, 4), MLRA-8 (8, 8).
 
     Raises:
-        ValueError: for every combination that cannot work; the message names the value and one that does.
+        ValueError: for every combination that cannot work; the message names the value and one that
+        does.
     """
 
     num_latent_heads: int = 4
@@ -37,11 +39,12 @@ class MLRAConfig(MLATransformerConfig):
     """Latent heads N that serve each attention head; their attention outputs are summed."""
 
     output_gate: bool = False
-    """Multiply the attention output by sigmoid(x W_G), elementwise, before the output projection."""
+    """Multiply the attention output by sigmoid(x W_G), elementwise, before the output
+    projection."""
 
     variance_scaling: bool = True
-    """Scale the query latent by sqrt(d / d_q), each latent head by sqrt(d / d_l) and the branch sum by
-    N^-1/2. Off sets all three to 1."""
+    """Scale the query latent by sqrt(d / d_q), each latent head by sqrt(d / d_l) and the branch sum
+    by N^-1/2. Off sets all three to 1."""
 
     zero_init_output: bool = True
     """Start the attention and MLP output projections at zero; off gives them init_method too."""
@@ -51,11 +54,14 @@ class MLRAConfig(MLATransformerConfig):
     'latent' (its latents, over all their heads)."""
 
     core_form: str = "auto"
-    """'absorbed' attends in latent space (L key/value heads), 'materialized' expands keys and values for
-    N h heads; 'auto' absorbs where that costs no FLOPs, i.e. where d_l <= d_h."""
+    """'absorbed' attends in latent space (L key/value heads), 'materialized' expands keys and
+    values for N h heads; 'auto' absorbs where that costs no FLOPs, i.e. where d_l <= d_h."""
 
     core_backend: str = "auto"
     """'sdpa' (torch), 'te' (Transformer Engine); 'auto' follows the layer specification."""
+
+    add_bias_linear: bool = False
+    """The method has no biases."""
 
     rope_type: str = "rope"
     """'rope' or 'yarn'; the half-split pairing (i, i + d_r/2) either way."""
@@ -71,17 +77,21 @@ class MLRAConfig(MLATransformerConfig):
         self.output_layer_init_method = (
             torch.nn.init.zeros_ if self.zero_init_output else self.init_method
         )
-        super().__post_init__()
+        self._validate_parallel()
+        self._validate_features()
+        try:
+            super().__post_init__()
+        except (AssertionError, NotImplementedError) as error:
+            raise ValueError(str(error)) from error
+        self._validate_fp8()
         if self.softmax_scale is None:
             mscale = 1.0
             if self.rope_type == "yarn":
                 mscale = _yarn_get_mscale(self.rotary_scaling_factor, self.mscale_all_dim)
             # Explicit: in absorbed form the dot product has d_l + d_r terms, not d_h + d_r.
             self.softmax_scale = mscale * mscale / math.sqrt(self.qk_dim)
-        self._validate_parallel()
-        self._validate_features()
 
-    # -- derived sizes -------------------------------------------------------------------------------
+    # -- derived sizes -----------------------------------------------------------------------------
 
     @property
     def qk_nope_head_dim(self) -> int:
@@ -144,7 +154,7 @@ class MLRAConfig(MLATransformerConfig):
             return "MLA" if self.num_latent_heads == 1 else f"GLA-{self.num_latent_heads}"
         return f"MLRA-{self.num_branches}"
 
-    # -- validation ----------------------------------------------------------------------------------
+    # -- validation --------------------------------------------------------------------------------
 
     def _validate_variant(self) -> None:
         for name in (
@@ -156,26 +166,31 @@ class MLRAConfig(MLATransformerConfig):
             "qk_head_dim",
             "qk_pos_emb_head_dim",
             "v_head_dim",
+            "num_layers",
+            "tensor_model_parallel_size",
+            "context_parallel_size",
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not _is_size(value):
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
-        if self.q_lora_rank is not None and self.q_lora_rank < 1:
+        if self.q_lora_rank is not None and not _is_size(self.q_lora_rank):
             raise ValueError(
-                f"q_lora_rank is {self.q_lora_rank}; use at least 1, or leave it out for a query"
+                f"q_lora_rank is {self.q_lora_rank!r}; use at least 1, or leave it out for a query"
                 " projected straight from the hidden state"
             )
         L, N, h = self.num_latent_heads, self.num_branches, self.num_attention_heads
         if self.kv_lora_rank % L:
+            fits = (n for n in _divisors(self.kv_lora_rank) if n % N == 0 and h % (n // N) == 0)
+            better = _nearest(fits, L)
             raise ValueError(
                 f"num_latent_heads {L} does not divide kv_lora_rank {self.kv_lora_rank}; use"
-                f" num_latent_heads {_nearest_divisor(self.kv_lora_rank, L)} or kv_lora_rank"
+                f" {f'num_latent_heads {better} or ' if better else ''}kv_lora_rank"
                 f" {_next_multiple(self.kv_lora_rank, L)}"
             )
         if L % N:
             raise ValueError(
                 f"num_branches {N} does not divide num_latent_heads {L}; use num_branches"
-                f" {_nearest_divisor(L, N)}"
+                f" {_nearest((n for n in _divisors(L) if h % (L // n) == 0), N)}"
             )
         G = L // N
         if h % G:
@@ -197,26 +212,50 @@ class MLRAConfig(MLATransformerConfig):
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; use one of {', '.join(allowed)}")
-        if self.rotary_base <= 0:
-            raise ValueError(f"rotary_base is {self.rotary_base}; use a positive one, e.g. 10000")
-        if self.rope_type == "yarn" and self.rotary_scaling_factor < 1:
+        for name, least, fix in (
+            ("rotary_base", 1e-9, "a positive one, e.g. 10000"),
+            ("layernorm_epsilon", 1e-30, "a positive one, e.g. 1e-6"),
+            ("attention_dropout", 0, "a probability from 0 to below 1"),
+        ):
+            value = getattr(self, name)
+            if not _is_at_least(value, least) or (name == "attention_dropout" and value >= 1):
+                raise ValueError(f"{name} is {value!r}; use {fix}")
+        if self.softmax_scale is not None and not _is_at_least(self.softmax_scale, 1e-30):
             raise ValueError(
-                f"rotary_scaling_factor is {self.rotary_scaling_factor}; YaRN extends a context, so use"
-                " a factor of at least 1"
+                f"softmax_scale is {self.softmax_scale!r}; leave it out for (d_h + d_r)^-1/2"
             )
-        if self.rope_type == "rope" and self.rotary_percent != 1.0:
+        if self.rope_type == "yarn":
+            for name in ("rotary_scaling_factor", "original_max_position_embeddings"):
+                value = getattr(self, name)
+                if not _is_at_least(value, 1):
+                    raise ValueError(
+                        f"{name} is {value!r}; YaRN extends a context, so use at least 1"
+                    )
+        if self.rotary_percent != 1.0:
             raise ValueError(
-                f"rotary_percent is {self.rotary_percent}; the RoPE dims are qk_rope_head_dim itself,"
-                " so use 1.0 and set qk_rope_head_dim"
+                f"rotary_percent is {self.rotary_percent}; use 1.0 and set qk_rope_head_dim, which"
+                " is the RoPE dims themselves"
             )
 
     def _validate_parallel(self) -> None:
-        tp, L, N, G = (
-            self.tensor_model_parallel_size,
-            self.num_latent_heads,
-            self.num_branches,
-            self.num_head_groups,
-        )
+        tp = self.tensor_model_parallel_size
+        misfit = self._tensor_parallel_misfit(tp)
+        if misfit:
+            fits = (n for n in range(1, 2 * tp) if not self._tensor_parallel_misfit(n))
+            raise ValueError(
+                f"tensor parallel size {tp} {misfit[0]}; use tensor parallel size"
+                f" {_nearest(fits, tp)}{misfit[1]}"
+            )
+        if self.context_parallel_size > 1:
+            raise ValueError(
+                f"context parallel size {self.context_parallel_size} is not supported by MLRA"
+                " attention; use 1 and tensor, sequence or pipeline parallelism"
+            )
+
+    def _tensor_parallel_misfit(self, tp: int) -> tuple[str, str] | None:
+        """What a tensor parallel size does not fit, and another way out; None for one that
+        works."""
+        L, N, G = self.num_latent_heads, self.num_branches, self.num_head_groups
         for name, value in (
             ("num_attention_heads", self.num_attention_heads),
             ("q_lora_rank", self.q_lora_rank),
@@ -224,85 +263,92 @@ class MLRAConfig(MLATransformerConfig):
             ("qk_rope_head_dim", self.qk_rope_head_dim),
         ):
             if value is not None and value % tp:
-                raise ValueError(
-                    f"tensor parallel size {tp} does not divide {name} {value}; use tensor parallel"
-                    f" size {_nearest_divisor(value, tp)} or {name} {_next_multiple(value, tp)}"
-                )
+                return f"does not divide {name} {value}", f" or {name} {_next_multiple(value, tp)}"
         if L % tp and tp % L:
-            raise ValueError(
-                f"tensor parallel size {tp} neither divides num_latent_heads {L} nor is a multiple of"
-                f" it, so latents cannot be shared out evenly; use {_nearest_divisor(L, tp)}"
-            )
+            return f"neither divides num_latent_heads {L} nor is a multiple of it", ""
         if self.latent_tp_layout == "head" and G % tp and tp % G:
-            raise ValueError(
-                f"tensor parallel size {tp} does not fit {G} head groups in the head layout; use"
-                f" {_nearest_divisor(G, tp)} or a multiple of {G}"
-            )
+            return f"does not fit {G} head groups in the head layout", ""
         if self.latent_tp_layout == "latent" and N % tp and tp % N:
-            raise ValueError(
-                f"tensor parallel size {tp} does not fit {N} branches in the latent layout; use"
-                f" {_nearest_divisor(N, tp)} or a multiple of {N}, or latent_tp_layout head"
-            )
-        if self.context_parallel_size > 1:
-            raise ValueError(
-                f"context parallel size {self.context_parallel_size} is not supported by MLRA attention;"
-                " use 1 and tensor, sequence or pipeline parallelism"
-            )
-        if self.fp8:
-            ffn = self.ffn_hidden_size // tp
-            if ffn % 16:
+            other = "" if G % tp and tp % G else " or latent_tp_layout head"
+            return f"does not fit {N} branches in the latent layout", other
+        return None
+
+    def _validate_fp8(self) -> None:
+        if not self.fp8:
+            return
+        tp = self.tensor_model_parallel_size
+        heads = self.num_attention_heads
+        for name, width, unit in (
+            ("hidden_size", self.hidden_size, 1),
+            ("ffn_hidden_size", self.ffn_hidden_size, tp),
+            ("q_lora_rank", self.q_lora_rank or 16 * tp, tp),
+            ("kv_lora_rank + qk_rope_head_dim", self.kv_lora_rank + self.qk_rope_head_dim, tp),
+            ("num_attention_heads * v_head_dim", heads * self.v_head_dim, tp),
+            (
+                "num_attention_heads * (qk_nope_head_dim + qk_rope_head_dim)",
+                heads * self.qk_dim,
+                tp,
+            ),
+        ):
+            if width % (16 * unit):
                 raise ValueError(
-                    f"ffn_hidden_size {self.ffn_hidden_size} at tensor parallel size {tp} is not a multiple"
-                    f" of 16 a rank, which FP8 needs; use {_next_multiple(self.ffn_hidden_size, 16 * tp)}"
+                    f"{name} is {width}, and FP8 at tensor parallel size {tp} needs a multiple of"
+                    f" {16 * unit}; use {_next_multiple(width, 16 * unit)}"
                 )
 
     def _validate_features(self) -> None:
-        refused = (
-            (self.qk_layernorm, "qk_layernorm", "MLRA always normalises its latents; leave it out"),
-            (self.attention_output_gate, "attention_output_gate", "use output_gate"),
-            (self.apply_rope_fusion, "apply_rope_fusion", "use --no-rope-fusion"),
-            (
-                self.cache_mla_latents,
-                "cache_mla_latents",
-                "it is for Megatron's own MLA; leave it out",
-            ),
-            (
-                self.mla_down_proj_fusion,
-                "mla_down_proj_fusion",
-                "it is for Megatron's own MLA; leave it out",
-            ),
-            (
-                self.rotary_interleaved,
-                "rotary_interleaved",
-                "MLRA's RoPE is half-split; leave it out",
-            ),
-            (
-                self.window_size is not None,
-                "window_size",
-                "MLRA attends to the whole past; leave it out",
-            ),
-            (self.softmax_type != "vanilla", "softmax_type", "use vanilla"),
-            (self.normalization != "RMSNorm", "normalization", "use RMSNorm"),
-            (self.apply_query_key_layer_scaling, "apply_query_key_layer_scaling", "leave it out"),
-            (
-                self.fine_grained_activation_offloading
-                and bool(
-                    {"qkv_linear", "core_attn", "attn_proj"} & set(self.offload_modules or ())
-                ),
-                "offload_modules",
-                "MLRA attention does not offload; name other modules or use recompute_modules",
-            ),
-        )
-        for is_set, name, fix in refused:
-            if is_set:
-                raise ValueError(f"{name} ({getattr(self, name)!r}) does not work with MLRA: {fix}")
+        for name, fix in _REFUSED.items():
+            value = getattr(self, name)
+            if value:
+                raise ValueError(f"{name} ({value!r}) does not work with MLRA: {fix}")
+        for name, needed in (("softmax_type", "vanilla"), ("normalization", "RMSNorm")):
+            value = getattr(self, name)
+            if value != needed:
+                raise ValueError(f"{name} ({value!r}) does not work with MLRA: use {needed}")
+        offloaded = {"qkv_linear", "core_attn", "attn_proj"} & set(self.offload_modules or ())
+        if self.fine_grained_activation_offloading and offloaded:
+            raise ValueError(
+                f"offload_modules ({', '.join(sorted(offloaded))}) does not work with MLRA: use"
+                " recompute_modules core_attn, mla_up_proj"
+            )
+
+
+_REFUSED = {
+    "add_bias_linear": "it has no biases; use --disable-bias-linear",
+    "add_qkv_bias": "it has no biases; leave it out",
+    "qk_layernorm": "it always normalises its latents; leave it out",
+    "qk_clip": "its core does not report logits; leave it out",
+    "attention_output_gate": "use output_gate",
+    "apply_rope_fusion": "use --no-rope-fusion",
+    "rotary_interleaved": "its RoPE is half-split; leave it out",
+    "no_rope_freq": "every layer rotates its RoPE dims; leave it out",
+    "cache_mla_latents": "it is for Megatron's own MLA; leave it out",
+    "mla_down_proj_fusion": "it is for Megatron's own MLA; leave it out",
+    "experimental_attention_variant": "it replaces the attention; leave it out",
+    "flash_decode": "it caches expanded heads; leave it out",
+    "window_size": "it attends to the whole past; leave it out",
+    "apply_query_key_layer_scaling": "leave it out",
+    "delay_wgrad_compute": "leave it out",
+}
+"""Features of Megatron's own attentions: refused where they would be ignored."""
 
 
 def _next_multiple(value: int, factor: int) -> int:
     return -(-value // factor) * factor
 
 
-def _nearest_divisor(value: int, wanted: int) -> int:
-    """The divisor of `value` nearest to `wanted` (the larger of two equally near)."""
-    divisors = [n for n in range(1, value + 1) if value % n == 0]
-    return min(divisors, key=lambda n: (abs(n - wanted), -n))
+def _divisors(value: int) -> list[int]:
+    return [n for n in range(1, value + 1) if value % n == 0]
+
+
+def _nearest(values: Iterable[int], wanted: int) -> int | None:
+    """The one of `values` nearest to `wanted` (the larger of two equally near)."""
+    return min(values, key=lambda n: (abs(n - wanted), -n), default=None)
+
+
+def _is_size(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_at_least(value, least: float) -> bool:
+    return isinstance(value, int | float) and value >= least and math.isfinite(value)

@@ -1,7 +1,8 @@
 """Backends of the core attention: torch's scaled_dot_product_attention, Transformer Engine's.
 
-Each takes query `[s, b, heads, d_k]`, key `[s, b, kv_heads, d_k]`, value `[s, b, kv_heads, d_v]` (grouped
-queries) and returns `[s, b, heads * d_v]`. Which one runs is chosen in layer_specs.py, never here.
+Each takes query `[s, b, heads, d_k]`, key `[s, b, kv_heads, d_k]`, value `[s, b, kv_heads, d_v]`
+(grouped queries) and returns `[s, b, heads * d_v]`. Which one runs is chosen in layer_specs.py,
+never here.
 """
 
 from __future__ import annotations
@@ -54,15 +55,19 @@ class SDPACoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params=None,
     ) -> Tensor:
-        """See the module's docstring; `attention_mask` `[b or 1, 1, s, s]`, True where not attended to,
-        replaces the causal mask (reset attention masks)."""
+        """See the module's docstring; `attention_mask` `[b or 1, 1, s, s]`, True where not attended
+        to, replaces the causal mask (reset attention masks)."""
         if packed_seq_params is not None or attention_bias is not None:
             raise ValueError(
                 "core_backend sdpa takes neither packed sequences nor attention biases"
             )
         d_v = value.size(-1)
-        # torch's fused kernels want one head dim for keys and values, on CPU no grouped queries either.
-        value = pad(value, (0, key.size(-1) - d_v))
+        # torch's fused kernels want one head dim for all three, on CPU no grouped queries either.
+        width = max(key.size(-1), d_v)
+        query, key, value = (
+            x if x.size(-1) == width else pad(x, (0, width - x.size(-1)))
+            for x in (query, key, value)
+        )
         if not query.is_cuda:
             repeats = query.size(2) // key.size(2)
             key, value = (x.repeat_interleave(repeats, dim=2) for x in (key, value))
@@ -83,7 +88,8 @@ class SDPACoreAttention(MegatronModule):
 
 
 def _dropout_rng(dropout: float, sequence_parallel: bool):
-    """The random state of Megatron's own core attention: per TP rank, except under sequence parallel."""
+    """The random state of Megatron's own core attention: per TP rank, except under sequence
+    parallel."""
     if dropout == 0.0 or sequence_parallel:
         return nullcontext()
     return get_cuda_rng_tracker().fork()

@@ -1,9 +1,9 @@
 """The maths of MLRA in plain torch: what every other implementation in this project is held to.
 
-Letters: s tokens, b batch, d hidden size, h attention heads, n branches (N), g head groups (G = L / N),
-l latent dim d_l, q `q_lora_rank`, `nope` d_h, `rope` d_r, v `v_head_dim`. Latent `branch * G + group`
-serves heads `[group * h / G, (group + 1) * h / G)`. Everything works in the dtype of its inputs, except that
-norms, RoPE and softmax run in float32 for half-precision inputs.
+Letters: s tokens, b batch, d hidden size, h attention heads, n branches (N), g head groups
+(G = L / N), l latent dim d_l, q `q_lora_rank`, `nope` d_h, `rope` d_r, v `v_head_dim`. Latent
+`branch * G + group` serves heads `[group * h / G, (group + 1) * h / G)`. Everything works in the
+dtype of its inputs, except that norms, RoPE and softmax run in float32 for half-precision inputs.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def absorb_query(q_nope: Tensor, w_uk: Tensor) -> Tensor:
 
 
 def expand_latents(latents: Tensor, weight: Tensor) -> Tensor:
-    """Keys and values of every (branch, head): `[s, b, n, g, l]`, `[n, h, e, l]` -> `[s, b, n, h, e]`."""
+    """Keys and values of all pairs: `[s, b, n, g, l]`, `[n, h, e, l]` -> `[s, b, n, h, e]`."""
     n, h, e, l = weight.shape
     g = latents.size(3)
     out = torch.einsum("sbngl,ngjel->sbngje", latents, weight.view(n, g, h // g, e, l))
@@ -106,8 +106,9 @@ def absorbed_qkv(
         w_uk: `[n, h, nope, l]`.
 
     Returns:
-        query `[s, b, n * h, l + rope]` and key `[s, b, n * g, l + rope]`, heads branch-major, so that
-        query head (branch, head) reads latent (branch, group of head) as grouped-query attention does.
+        query `[s, b, n * h, l + rope]` and key `[s, b, n * g, l + rope]`, heads branch-major, so
+        that query head (branch, head) reads latent (branch, group of head) as grouped-query
+        attention does.
     """
     s, b, n, g, _ = latents.shape
     absorbed = absorb_query(q_nope, w_uk)
@@ -153,9 +154,11 @@ def mlra_attention(
     Args:
         x: `[s, b, d]`.
         weights: by parameter name, as MLRASelfAttention's at tensor parallel size 1:
-            `linear_q_down_proj` `[q, d]` and `q_norm` `[q]` (or `linear_q_proj` `[h * (nope + rope), d]`),
+            `linear_q_down_proj` `[q, d]` and `q_norm` `[q]` (or `linear_q_proj`
+            `[h * (nope + rope), d]`),
             `linear_q_up_proj` `[h * (nope + rope), q]`, `linear_kv_down_proj` `[L * l + rope, d]`,
-            `kv_norm` `[L * l]`, `linear_kv_up_proj` `[n, h, nope + v, l]`, `linear_proj` `[d, h * v]`,
+            `kv_norm` `[L * l]`, `linear_kv_up_proj` `[n, h, nope + v, l]`,
+            `linear_proj` `[d, h * v]`,
             gated: `linear_gate_proj` `[h * v, d]`.
         config: an MLRAConfig, or anything with its sizes and scales.
         positions: `[s]`, default 0 .. s - 1.

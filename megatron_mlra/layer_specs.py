@@ -24,7 +24,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_mlra.attention import MLRASelfAttention, MLRASelfAttentionSubmodules
-from megatron_mlra.baselines import BaselineConfig, baseline_attention_spec
+from megatron_mlra.baseline_config import BaselineConfig
+from megatron_mlra.baselines import baseline_attention_spec
 from megatron_mlra.config import MLRAConfig
 from megatron_mlra.core_attention import SDPACoreAttention, te_core_attention
 from megatron_mlra.projections import LatentColumnParallelLinear, RMSNorm
@@ -155,8 +156,8 @@ def _use_transformer_engine(config: TransformerConfig) -> bool:
     if config.transformer_impl == "transformer_engine":
         if not HAVE_TE:
             raise ValueError(
-                "transformer_impl transformer_engine needs Transformer Engine, which is not installed;"
-                " install the extra megatron-mlra[te] or use --transformer-impl local"
+                "transformer_impl transformer_engine needs Transformer Engine, which is not"
+                " installed; install the extra megatron-mlra[te] or use --transformer-impl local"
             )
         return True
     if config.transformer_impl != "local":

@@ -1,4 +1,4 @@
-"""The parameters Megatron has no module for: sharded latent norms and the per-latent up-projection."""
+"""The parameters Megatron has no module for: sharded norms and the per-latent up-projection."""
 
 from __future__ import annotations
 
@@ -49,8 +49,9 @@ class RMSNorm(torch.nn.Module):
 class ShardedRMSNorm(MegatronModule):
     """RMSNorm of `num_norms` equal parts of a vector whose columns are split over ranks.
 
-    Rank r holds columns `[r w, (r + 1) w)`, w = size / tp, and their weights. Where w is a whole number of
-    parts, nothing is communicated; else one sum of squares a token and part is all-reduced.
+    Rank r holds columns `[r w, (r + 1) w)`, w = size / tp, and their weights. Where w is a whole
+    number of parts, nothing is communicated; else one sum of squares a token and part is
+    all-reduced.
 
     Args:
         size: columns over all ranks (d_q, or d_c).
@@ -103,8 +104,8 @@ class ShardedRMSNorm(MegatronModule):
 class LatentUpProjection(MegatronModule):
     """W_UK and W_UV of the rank's (branch, head) pairs: one weight, `[n, h, d_h + d_v, d_l]`.
 
-    The global weight is `[N, num_attention_heads, d_h + d_v, d_l]` in either layout; per pair the d_h key
-    rows come first, then the d_v value rows.
+    The global weight is `[N, num_attention_heads, d_h + d_v, d_l]` in either layout; per pair the
+    d_h key rows come first, then the d_v value rows.
     """
 
     def __init__(
@@ -136,7 +137,7 @@ class LatentUpProjection(MegatronModule):
             with get_cuda_rng_tracker().fork():
                 init_method(self.weight)
             return
-        # As Megatron's own CPU initialisation: every rank draws the global weight and keeps its part.
+        # As Megatron does on a CPU: every rank draws the global weight and keeps its part.
         whole = torch.empty(self.global_shape, dtype=torch.float32, device=self.weight.device)
         init_method(whole)
         shard = self.shard
@@ -175,7 +176,7 @@ class LatentColumnParallelLinear(ColumnParallelLinear):
 def split_rows_factory(
     sharded: ShardedTensor, blocks: tuple[int, ...], offsets
 ) -> ShardedTensorFactory:
-    """Checkpoint a column-parallel weight whose local rows are several blocks, each sharded on its own.
+    """Checkpoint a column-parallel weight whose local rows are blocks, each sharded on its own.
 
     The local weight is `[sum(blocks), in]`; globally block i of all ranks forms rows
     `[tp * sum(blocks[:i]), tp * sum(blocks[:i + 1]))`, so the stored weight does not depend on tp.
@@ -188,7 +189,8 @@ def split_rows_factory(
     axis = len(offsets)
     tp = sharded.axis_fragmentations[axis]
     rank = sharded.global_offset[axis] // sharded.local_shape[0]
-    # from_rank_offsets counts in units of the local rows, so a block is cut into pieces of the common unit.
+    # from_rank_offsets counts in units of the local rows, so a block is cut into pieces of the
+    # common unit.
     unit = math.gcd(*blocks)
     total = tp * sum(blocks) // unit
 

@@ -1,14 +1,14 @@
-"""Which tensor-parallel rank owns which heads and latents, and every collective the attention needs.
+"""Which tensor-parallel rank owns which heads and latents, and the attention's collectives.
 
-A rank's core attention works on a rectangle of (branch, head) pairs. Flattened branch-major, the N * h
-pairs lie in latent order too, because latent `branch * G + group` serves consecutive heads:
+A rank's core attention works on a rectangle of (branch, head) pairs. Flattened branch-major, the
+N * h pairs lie in latent order too, because latent `branch * G + group` serves consecutive heads:
 
 - `head` layout: all N branches of h / tp consecutive heads.
 - `latent` layout: N * h / tp consecutive pairs: whole latents, or a part of one where tp > L.
 
-Between the gathers below and the rank-local core, all ranks hold the same latents and RoPE key but use
-them for different pairs, so the gradient of whatever is gathered is a sum over ranks: each gather's
-backward is a reduce-scatter.
+Between the gathers below and the rank-local core, all ranks hold the same latents and RoPE key but
+use them for different pairs, so the gradient of whatever is gathered is a sum over ranks: each
+gather's backward is a reduce-scatter.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from megatron_mlra.config import MLRAConfig
 
 @dataclass(frozen=True)
 class LatentShard:
-    """One rank's rectangle of (branch, head) pairs and the latents that serve it: plain integers."""
+    """One rank's rectangle of (branch, head) pairs and the latents that serve it."""
 
     tp_size: int
     tp_rank: int
@@ -135,7 +135,8 @@ class LatentParallel:
             c_q: `[s, b, d_q / tp]` or None; c: `[s, b, d_c / tp]`; k_rope: `[s, b, d_r / tp]`.
 
         Returns:
-            c_q `[s, b, d_q]`, the latents this rank reads `[s, b, n, g, d_l]`, k_rope `[s, b, d_r]`.
+            c_q `[s, b, d_q]`, the latents this rank reads `[s, b, n, g, d_l]`,
+            k_rope `[s, b, d_r]`.
         """
         shard, l = self.shard, self.config.latent_dim
         shape = c.shape[:-1]
@@ -164,7 +165,7 @@ class LatentParallel:
         return {name: part.flatten(-2) for name, part in zip(parts, by_rank, strict=True)}
 
     def exchange_queries(self, q: Tensor) -> Tensor:
-        """`[s, b, h / tp, e]`, the rank's own heads -> `[s, b, shard.heads, e]`, those its core needs."""
+        """Own heads `[s, b, h / tp, e]` -> those the core needs `[s, b, shard.heads, e]`."""
         if not self.exchanges:
             return q
         s, b, own, e = q.shape
@@ -177,10 +178,10 @@ class LatentParallel:
         return q.view(n, s, b, own, e).permute(1, 2, 0, 3, 4).flatten(2, 3)
 
     def reduce_branches(self, out: Tensor) -> Tensor:
-        """`[s, b, shard.heads, v]`, partial sums over branches -> `[s, b, h / tp, v]`, own heads, whole."""
+        """Partial branch sums `[s, b, shard.heads, v]` -> own heads, whole `[s, b, h / tp, v]`."""
         if not self.exchanges:
             return out
-        s, b, heads, v = out.shape
+        s, b, _, v = out.shape
         own = self.config.num_attention_heads // self.shard.tp_size
         if self.config.num_branches % self.shard.tp_size == 0:
             out = reduce_scatter_last_dim_to_tensor_parallel_region(
@@ -194,7 +195,7 @@ class LatentParallel:
         return out.view(n, s, b, own, v).sum(0)
 
     def _reader_and_owner_splits(self, s: int) -> tuple[list[int], list[int]]:
-        """Tokens for each rank that reads this rank's heads, and from each that owns the heads it reads.
+        """Tokens to each rank that reads this rank's heads, from each that owns those it reads.
 
         With tp > N a branch spans tp / N ranks: rank r works on the heads that ranks
         `N * (r mod tp / N)` and the N - 1 after it own, for branch `r // (tp / N)`.

@@ -1,4 +1,5 @@
-"""Transformer Engine's linear in the role of LatentColumnParallelLinear; imported only where it exists."""
+"""Transformer Engine's linear in the role of LatentColumnParallelLinear; imported only where it
+exists."""
 
 from __future__ import annotations
 
@@ -14,8 +15,9 @@ from torch import Tensor
 class TELatentColumnParallelLinear(TELinear):
     """Column-parallel te.Linear that leaves its input's communication to LatentParallel.
 
-    Transformer Engine sees a linear of this rank's rows without a tensor-parallel group, in "column" mode
-    so that its weight is marked tensor-parallel and drawn from the rank's own random state.
+    Transformer Engine sees a linear of this rank's rows without a tensor-parallel group, in
+    "column" mode so that its weight is marked tensor-parallel and drawn from the rank's own random
+    state.
     """
 
     def __init__(

@@ -15,9 +15,9 @@ from megatron_mlra.accounting import (
     kv_cache_bytes_per_token,
     kv_cache_elements,
     parameters,
-    tp_communication,
     train_flops_per_token,
 )
+from megatron_mlra.communication import tp_communication
 from megatron_mlra.functional import mlra_attention
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"

@@ -12,7 +12,8 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import build_module
 
 from megatron_mlra.accounting import ModelShape, parameters
-from megatron_mlra.baselines import BaselineConfig, baseline_attention_spec
+from megatron_mlra.baseline_config import BaselineConfig
+from megatron_mlra.baselines import baseline_attention_spec
 
 S, B = 7, 2
 # h 4 heads, d 20; no two sizes coincide, and all of them divide by 2.

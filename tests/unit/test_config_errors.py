@@ -31,6 +31,16 @@ TWELVE = {
     "num_latent_heads": 12,
     "qk_pos_emb_head_dim": 12,
 }
+# Every GEMM dim a multiple of 16, at TP2 too.
+FP8 = {
+    "fp8": "hybrid",
+    "hidden_size": 64,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 48,
+    "qk_head_dim": 16,
+    "qk_pos_emb_head_dim": 16,
+    "v_head_dim": 16,
+}
 WHOLE = r"must be a whole number of at least 1$"
 
 # Each row: what is set, the words that name what is wrong, and the fixes offered. A fix is a
@@ -170,15 +180,40 @@ ROWS = [
         "context parallel size 2",
         [(r"use (\d+)", "context_parallel_size")],
     ),
+    # What would be ignored, or fail later.
+    (
+        {"add_bias_linear": True},
+        "add_bias_linear (True)",
+        [("no biases", {"add_bias_linear": False})],
+    ),
+    ({"add_qkv_bias": True}, "add_qkv_bias (True)", [("leave it out", {"add_qkv_bias": False})]),
+    ({"flash_decode": True}, "flash_decode (True)", [("leave it out", {"flash_decode": False})]),
+    ({"no_rope_freq": [1, 0]}, "no_rope_freq ([1, 0])", [("leave it out", {"no_rope_freq": None})]),
+    ({"softmax_scale": 0.0}, "softmax_scale is 0.0", [("leave it out", {"softmax_scale": None})]),
+    (
+        {"layernorm_epsilon": 0.0},
+        "layernorm_epsilon is 0.0",
+        [(r"e\.g\. 1e-6", {"layernorm_epsilon": 1e-6})],
+    ),
+    (
+        {"attention_dropout": 1.5},
+        "attention_dropout is 1.5",
+        [("from 0 to below 1", {"attention_dropout": 0.5})],
+    ),
+    (
+        {"rope_type": "yarn", "original_max_position_embeddings": 0},
+        "original_max_position_embeddings is 0",
+        [("at least 1", {"original_max_position_embeddings": 4096})],
+    ),
     # Precision.
     (
-        {"fp8": "hybrid", "ffn_hidden_size": 40},
-        "ffn_hidden_size 40 at tensor parallel size 1",
+        FP8 | {"ffn_hidden_size": 40},
+        "ffn_hidden_size is 40, and FP8 at tensor parallel size 1",
         [(r"use (\d+)", "ffn_hidden_size")],
     ),
     (
-        {"fp8": "hybrid", "ffn_hidden_size": 48, TP: 2},
-        "ffn_hidden_size 48 at tensor parallel size 2",
+        FP8 | {"ffn_hidden_size": 48, TP: 2},
+        "ffn_hidden_size is 48, and FP8 at tensor parallel size 2",
         [(r"use (\d+)", "ffn_hidden_size")],
     ),
     # Features of Megatron's that this attention does not have.
@@ -216,8 +251,17 @@ ROWS = [
     ),
     (
         {"fine_grained_activation_offloading": True, "offload_modules": ["core_attn"]},
-        "offload_modules (['core_attn'])",
-        [("name other modules", {"offload_modules": ["moe_act"]})],
+        "offload_modules (core_attn)",
+        [
+            (
+                "use recompute_modules core_attn",
+                {
+                    "fine_grained_activation_offloading": False,
+                    "recompute_granularity": "selective",
+                    "recompute_modules": ["core_attn"],
+                },
+            )
+        ],
     ),
     (
         {"recompute_granularity": "selective", "recompute_modules": ["core_attention"]},
@@ -271,7 +315,8 @@ def test_refused_with_the_wrong_value_and_one_that_works(settings, wrong, fixes)
         | {"qk_pos_emb_head_dim": 8},
         {TP: 2, "latent_tp_layout": "latent"},
         {TP: 6, "num_branches": 3, "latent_tp_layout": "latent"} | TWELVE,
-        {"fp8": "hybrid"},
+        FP8,
+        FP8 | {TP: 2},
         {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mla_up_proj"]},
     ],
     ids=lambda settings: " ".join(f"{name}={value}" for name, value in settings.items()),

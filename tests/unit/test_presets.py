@@ -16,7 +16,7 @@ from megatron.training.arguments import add_megatron_arguments
 
 from megatron_mlra.accounting import ModelShape, parameters
 from megatron_mlra.arguments import add_mlra_arguments, load_preset
-from megatron_mlra.baselines import BaselineConfig
+from megatron_mlra.baseline_config import BaselineConfig
 from megatron_mlra.config import MLRAConfig
 from megatron_mlra.layer_specs import layer_spec
 from megatron_mlra.projections import RMSNorm

@@ -1,0 +1,6 @@
+"""Let the distributed tests import their drivers' helpers by name."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))

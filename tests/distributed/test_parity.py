@@ -1,0 +1,40 @@
+"""Every parallel layout trains as one rank does: loss, every gradient, grad norm, replicas.
+
+All cases run in real gloo processes of one driver, which imports Megatron once (parity_driver.py).
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from parity_driver import Case, _file, cases
+
+GRADIENT_TOLERANCE = 1e-5
+"""Largest gradient difference over the largest gradient of the same parameter."""
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run all cases once."""
+    folder = tmp_path_factory.mktemp("parity")
+    driver = Path(__file__).with_name("parity_driver.py")
+    command = [sys.executable, "-W", "ignore", str(driver), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+def test_layout_trains_as_one_rank(case: Case, results: Path) -> None:
+    result = json.loads((results / f"{_file(case.name)}.json").read_text())
+    assert "failed" not in result, result["failed"]
+    assert result["num_gradients"] >= 8
+    name, worst = max(result["gradients"].items(), key=lambda item: item[1])
+    assert worst <= GRADIENT_TOLERANCE, f"gradient of {name} is off by {worst:.1e}"
+    assert result["loss"] <= 1e-5, f"losses of five steps are off by {result['loss']:.1e}"
+    assert result["grad_norm"] <= 1e-5, f"grad norm is off by {result['grad_norm']:.1e}"
+    assert not result["replicas"], f"replicas differ after five steps: {result['replicas'][:3]}"

@@ -1,0 +1,329 @@
+"""A small GPT through Megatron's real machinery: DDP, optimizer, schedule, checkpoints'
+sharding."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch import Tensor
+
+from megatron_mlra.baseline_config import BaselineConfig
+from megatron_mlra.config import MLRAConfig
+from megatron_mlra.layer_specs import block_spec
+
+VOCAB, SEQ, BATCH = 128, 32, 4
+
+
+@dataclass
+class Layout:
+    """How a world is cut."""
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int | None = None
+    dp: int = 1
+    ep: int = 1
+    distributed_optimizer: bool = False
+
+    @property
+    def world(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    def initialize(self) -> None:
+        mpu.initialize_model_parallel(
+            tensor_model_parallel_size=self.tp,
+            pipeline_model_parallel_size=self.pp,
+            virtual_pipeline_model_parallel_size=self.vpp,
+            expert_model_parallel_size=self.ep,
+        )
+        model_parallel_cuda_manual_seed(1)
+
+
+def make_config(layout: Layout, **overrides: Any) -> MLRAConfig | BaselineConfig:
+    """The tiny model's config; `attention` picks a baseline."""
+    sizes: dict[str, Any] = {
+        "num_layers": 2,
+        "hidden_size": 64,
+        "ffn_hidden_size": 96,
+        "num_attention_heads": 8,
+        "layernorm_epsilon": 1e-6,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "init_method_std": 0.2,
+        "use_cpu_initialization": True,
+        "transformer_impl": "local",
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "bias_dropout_fusion": False,
+        "bias_activation_fusion": False,
+        "persist_layer_norm": False,
+        "pipeline_dtype": torch.float32,
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vpp,
+        "expert_model_parallel_size": layout.ep,
+        "batch_p2p_comm": False,
+    }
+    if overrides.get("attention", "mlra") == "mlra":
+        overrides.pop("attention", None)
+        sizes |= {"q_lora_rank": 32, "kv_lora_rank": 64, "qk_head_dim": 16, "v_head_dim": 24}
+        sizes |= {"qk_pos_emb_head_dim": 8}
+        return MLRAConfig(**{**sizes, **overrides})
+    return BaselineConfig(**{**sizes, "kv_channels": 16, **overrides})
+
+
+@dataclass
+class Tiny:
+    """One rank's model chunks, optimizer and data."""
+
+    config: MLRAConfig | BaselineConfig
+    layout: Layout
+    chunks: list[DistributedDataParallel] = field(default_factory=list)
+    optimizer: Any = None
+
+    @classmethod
+    def build(cls, config: MLRAConfig | BaselineConfig, layout: Layout) -> Tiny:
+        tiny = cls(config, layout)
+        for stage in range(layout.vpp or 1):
+            vp_stage = stage if layout.vpp else None
+            mpu.set_virtual_pipeline_model_parallel_rank(vp_stage)
+            model = GPTModel(
+                config,
+                block_spec(config, vp_stage=vp_stage),
+                VOCAB,
+                SEQ,
+                pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+                post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+                share_embeddings_and_output_weights=True,
+                position_embedding_type="rope",
+                vp_stage=vp_stage,
+            )
+            ddp = DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=layout.distributed_optimizer,
+                overlap_grad_reduce=False,
+            )
+            tiny.chunks.append(DistributedDataParallel(config, ddp, model))
+        tiny.optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                lr=1e-3,
+                weight_decay=0.1,
+                clip_grad=1.0,
+                use_distributed_optimizer=layout.distributed_optimizer,
+            ),
+            tiny.chunks,
+        )
+        config.grad_scale_func = tiny.optimizer.scale_loss
+        config.finalize_model_grads_func = finalize_model_grads
+        return tiny
+
+    # -- weights and gradients by their global names -----------------------------------------------
+
+    def shards(self) -> Iterator[tuple[torch.nn.Parameter, Any]]:
+        """Every parameter with the sharded entry a checkpoint would store it under."""
+        metadata = {"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
+        for chunk in self.chunks:
+            entries = {}
+            for entry in chunk.module.sharded_state_dict(metadata=metadata).values():
+                if isinstance(entry, ShardedTensor | ShardedTensorFactory):
+                    entries[entry.data.data_ptr()] = entry
+            for name, param in chunk.module.named_parameters():
+                assert param.data_ptr() in entries, f"{name} is not in the checkpoint"
+                yield param, entries[param.data_ptr()]
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Set every weight to its part of the global ones."""
+        with torch.no_grad():
+            for param, entry in self.shards():
+                parts = [weights[p.key][_place(p)] for p in _pieces(entry, param.data)]
+                if isinstance(entry, ShardedTensorFactory):
+                    param.copy_(entry.merge_fn(_like_built(entry, param.data, parts)))
+                else:
+                    param.copy_(parts[0])
+        self.optimizer.reload_model_params()
+
+    def collect(self, what: str) -> dict[str, Tensor]:
+        """Global tensors of 'weight' or 'gradient', assembled from all ranks (on every rank)."""
+        mine = [
+            (piece.key, piece.global_shape, piece.global_offset, piece.local_shape, piece.data)
+            for param, entry in self.shards()
+            for piece in _pieces(entry, param.data if what == "weight" else self._gradient(param))
+        ]
+        gathered: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(gathered, mine)
+        whole: dict[str, Tensor] = {}
+        for pieces in gathered:
+            for key, shape, offset, local, data in pieces:
+                target = whole.setdefault(key, torch.full(shape, float("nan")))
+                target[_slices(offset, local, len(shape))] = data
+        return whole
+
+    def replicas(self) -> list[tuple[tuple[Any, ...], str]]:
+        """(place, digest of the bytes) of each weight piece this rank holds."""
+        return [
+            (
+                (piece.key, piece.global_offset),
+                hashlib.sha256(piece.data.contiguous().numpy().tobytes()).hexdigest(),
+            )
+            for param, entry in self.shards()
+            for piece in _pieces(entry, param.data)
+        ]
+
+    def _gradient(self, param: torch.nn.Parameter) -> Tensor:
+        """The reduced gradient; the distributed optimizer leaves each rank only its own range of
+        it."""
+        if not self.layout.distributed_optimizer:
+            return param.main_grad
+        whole = torch.zeros(param.numel())
+        for optimizer in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            if param in optimizer.model_param_gbuf_map:
+                part = optimizer._get_model_param_range_map(param)["param"]
+                whole[part.start : part.end] = param.main_grad.view(-1)[part.start : part.end]
+        torch.distributed.all_reduce(whole, group=mpu.get_data_parallel_group())
+        return whole.view(param.shape)
+
+    # -- training ----------------------------------------------------------------------------------
+
+    def step(self, seed: int) -> dict[str, Any]:
+        """Forward and backward of one global batch, then the optimizer; loss, gradients, grad
+        norm."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        loss = self._run(seed, forward_only=False)
+        gradients = self.collect("gradient") if seed == 0 else None
+        _, grad_norm, _ = self.optimizer.step()
+        return {"loss": loss, "gradients": gradients, "grad_norm": float(grad_norm)}
+
+    def _run(self, seed: int, forward_only: bool) -> float:
+        per_rank = BATCH // self.layout.dp
+        iterators = [self._batches(seed, per_rank) for _ in self.chunks]
+        reports = get_forward_backward_func()(
+            forward_step_func=_forward_step,
+            data_iterator=iterators if self.layout.vpp else iterators[0],
+            model=self.chunks if self.layout.vpp else self.chunks[0],
+            num_microbatches=per_rank,
+            seq_length=SEQ,
+            micro_batch_size=1,
+            decoder_seq_length=SEQ,
+            forward_only=forward_only,
+        )
+        mean = torch.tensor([sum(float(r["loss"]) for r in reports) / BATCH if reports else 0.0])
+        # Tensor-parallel ranks of the last stage report the same loss.
+        torch.distributed.all_reduce(mean)
+        return float(mean) / self.layout.tp
+
+    def _batches(self, seed: int, count: int) -> Iterator[dict[str, Tensor]]:
+        tokens = global_batch(seed)
+        first = mpu.get_data_parallel_rank() * count
+        for row in range(first, first + count):
+            yield {
+                "tokens": tokens[row : row + 1, :-1].contiguous(),
+                "labels": tokens[row : row + 1, 1:].contiguous(),
+                "position_ids": torch.arange(SEQ)[None],
+            }
+
+    def sharded_weights(self) -> dict[str, Any]:
+        """The model's sharded state dict, as a checkpoint stores it."""
+        metadata = {"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
+        return self.chunks[0].module.sharded_state_dict(metadata=metadata)
+
+    def logits(self) -> Tensor | None:
+        """Logits `[BATCH, SEQ, VOCAB]` of batch 0 on the last pipeline stage, else None."""
+        parts = get_forward_backward_func()(
+            forward_step_func=_logits_step,
+            data_iterator=self._batches(0, BATCH),
+            model=self.chunks[0],
+            num_microbatches=BATCH,
+            seq_length=SEQ,
+            micro_batch_size=1,
+            decoder_seq_length=SEQ,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        if not parts:
+            return None
+        mine = torch.cat(parts).contiguous()
+        shards = [torch.empty_like(mine) for _ in range(self.layout.tp)]
+        torch.distributed.all_gather(shards, mine, group=mpu.get_tensor_model_parallel_group())
+        return torch.cat(shards, dim=-1)
+
+
+def save_logits(tiny: Tiny, path: Path) -> None:
+    """Write the logits from the last rank, which is on the last pipeline stage."""
+    logits = tiny.logits()
+    if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+        torch.save(logits, path)
+    torch.distributed.barrier()
+
+
+def global_batch(seed: int) -> Tensor:
+    """Tokens `[BATCH, SEQ + 1]`, the same on every rank."""
+    return torch.randint(
+        VOCAB, (BATCH, SEQ + 1), generator=torch.Generator().manual_seed(100 + seed)
+    )
+
+
+def _forward_step(iterator, model):
+    batch = next(iterator)
+    out = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+
+    def loss_function(losses):
+        loss = losses.float().mean()
+        return loss, {"loss": loss.detach().clone()}
+
+    return out, loss_function
+
+
+def _logits_step(iterator, model):
+    batch = next(iterator)
+    out = model(batch["tokens"], batch["position_ids"], None)
+    return out, lambda logits, non_loss_data=True: logits.detach().clone()
+
+
+def _pieces(entry: ShardedTensor | ShardedTensorFactory, data: Tensor) -> list[ShardedTensor]:
+    """The stored pieces of a parameter (or its gradient), holding `data`."""
+    if isinstance(entry, ShardedTensorFactory):
+        built = entry.build_fn(entry.key, data, entry.replica_id, None)
+        return list(built.values()) if isinstance(built, dict) else list(built)
+    view = entry.without_data()
+    view.data = data
+    return [view]
+
+
+def _like_built(entry: ShardedTensorFactory, data: Tensor, parts: list[Tensor]):
+    built = entry.build_fn(entry.key, data, entry.replica_id, None)
+    return dict(zip(built, parts, strict=True)) if isinstance(built, dict) else parts
+
+
+def _place(piece: ShardedTensor) -> tuple[Any, ...]:
+    return _slices(piece.global_offset, piece.local_shape, len(piece.global_shape))
+
+
+def _slices(offset, local_shape, dims: int) -> tuple[Any, ...]:
+    """Index of a piece in the global tensor; leading axes (layers) are not part of the local
+    shape."""
+    prepended = dims - len(local_shape)
+    index: list[Any] = list(offset[:prepended])
+    index += [slice(o, o + n) for o, n in zip(offset[prepended:], local_shape, strict=True)]
+    return tuple(index)
