@@ -29,8 +29,20 @@ def main() -> int:
         return 130
 
 
+def has_gpu() -> bool:
+    """Whether there is a GPU; without one, sets what Megatron needs set when it is imported."""
+    import torch
+
+    if torch.cuda.is_available():
+        return True
+    # torch.compile, behind Megatron's fused functions, would build C++ for a minute on a CPU.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    return False
+
+
 def train() -> int:
     """Check all that can be checked, then hand over to Megatron; returns the exit code."""
+    on_cpu = not has_gpu()
     import torch
     from megatron.core.enums import ModelType
     from megatron.training import global_vars, training
@@ -44,7 +56,6 @@ def train() -> int:
     from megatron_mlra.progress import Progress, Stopped
 
     args, output, started = None, None, False
-    on_cpu = not torch.cuda.is_available()
     try:
         args = arguments.parse()
         if not args.verbose_megatron:
@@ -53,6 +64,7 @@ def train() -> int:
             enable_cpu_backend()
         upstream_fixes.use_prebuilt_dataset_helpers()
         upstream_fixes.repair_torch_adamw_resume()
+        upstream_fixes.name_failed_checkpoint_writes()
         config = model.model_config(args, arguments.validate(args))
         global_vars.rebuild_tokenizer(args)
         shape = ModelShape.from_args(args)
@@ -86,17 +98,23 @@ def train() -> int:
             raise
         return console.fail(end, output, started)
     except (Exception, CheckpointException) as error:
+        if writer := global_vars.get_tensorboard_writer():
+            writer.flush()
         return console.fail(error, output, started)
     torch.distributed.destroy_process_group()
     return 0
 
 
+def leave(code: int) -> None:
+    """End the process. After a failure other ranks may wait in a collective, and data loaders for
+    work: wait for neither."""
+    sys.stderr.flush()
+    if not code:
+        return
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    code = main()
-    if code:
-        # Other ranks may wait in a collective, and data loaders for work: wait for neither.
-        for child in multiprocessing.active_children():
-            child.kill()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    leave(main())

@@ -25,7 +25,7 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 
 from megatron_mlra.argument_checks import check_arguments
-from megatron_mlra.baselines import BaselineConfig
+from megatron_mlra.baseline_config import BaselineConfig
 from megatron_mlra.config import CORE_BACKENDS, CORE_FORMS, TP_LAYOUTS, MLRAConfig
 from megatron_mlra.cpu_backend import CPU_DEFAULTS
 from megatron_mlra.presets import did_you_mean, load_preset
@@ -52,6 +52,9 @@ DEFAULTS = {
     "save_interval": 1000,
     "async_strategy": "mcore",
     "rerun_mode": "disabled",
+    # A checkpoint loads at any layout, for which saving gathers the optimizer's state on one
+    # data-parallel rank; `dist_ckpt_optim_fully_reshardable: false` in a preset saves it in parallel.
+    "dist_ckpt_optim_fully_reshardable": True,
 }
 """Defaults that differ from Megatron's, below presets and the command line."""
 

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a summary, one line for an error. Megatron's output goes to a file."""
+"""What a person sees of a run: a summary, an error in one line. Megatron's output goes to a log."""
 
 from __future__ import annotations
 
@@ -152,6 +152,13 @@ def message(error: BaseException) -> str:
         return f"step {step}: {what}: {value}; lower --lr, or look at the batch"
     if re.search(r"Connection (closed by peer|reset)|Broken pipe|gloo.*timed? ?out", text, re.I):
         return "another rank is gone; its own error, or the launcher, says why"
+    if text.startswith("OptimizerParamScheduler: class input value"):
+        return f"{text}; keep the checkpoint's, or add --override-opt-param-scheduler"
+    if text.startswith("Could not find parameter group with key"):
+        return (
+            "the checkpoint's optimizer was given another --lr, --min-lr or --weight-decay; keep"
+            " them, or add --no-load-optim"
+        )
     if not text:
         line = traceback.extract_tb(error.__traceback__)[-1].line
         return f"{type(error).__name__} at `{line}`"

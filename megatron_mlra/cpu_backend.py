@@ -87,8 +87,10 @@ def enable_cpu_backend() -> None:
     """
     if torch.cuda.is_initialized():
         raise RuntimeError("enable_cpu_backend() must be called before CUDA is used")
-    # torch.compile, behind Megatron's jit_fuser, would build C++ for a minute on a CPU.
+    # torch.compile, behind Megatron's jit_fuser, would build C++ for a minute on a CPU. The variable
+    # counts only where Megatron is not imported yet.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    torch.compiler.set_stance("force_eager")
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # These read the CUDA random state when first imported, so before it is replaced.
     import megatron.core.tensor_parallel.random as megatron_random

@@ -23,13 +23,22 @@ def use_prebuilt_dataset_helpers() -> None:
 @functools.cache
 def repair_torch_adamw_resume() -> None:
     """Without Transformer Engine or APEX the distributed optimizer wraps torch's AdamW, and on
-    resume misses its `step` state, then shares one step tensor among all parameters."""
+    resume wants a step before there is any state, misses `step` among the states it loads, then
+    shares one step tensor among all parameters."""
     from megatron.core.optimizer import distrib_optimizer
 
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return
     cls = distrib_optimizer.DistributedOptimizer
     set_states, load_state_dict = cls._set_main_param_and_optimizer_states, cls.load_state_dict
+    state_dict = cls.state_dict
+
+    def state_dict_with_state(self):
+        if not self.optimizer.state and isinstance(self.optimizer, torch.optim.Adam):
+            for param in (p for group in self.optimizer.param_groups for p in group["params"]):
+                moments = {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[param] = {"step": torch.tensor(0.0), **moments}
+        return state_dict(self)
 
     def set_with_step(self, model_param, tensors):
         group, order = self.model_param_group_index_map[model_param]
@@ -43,5 +52,22 @@ def repair_torch_adamw_resume() -> None:
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()
 
+    cls.state_dict = state_dict_with_state
     cls._set_main_param_and_optimizer_states = set_with_step
     cls.load_state_dict = load_with_own_steps
+
+
+@functools.cache
+def name_failed_checkpoint_writes() -> None:
+    """Where a checkpoint file cannot be written, the writer reports the error's type in place of it."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    write = FileSystemWriterAsync.write_preloaded_data
+
+    def write_or_raise(*args, **kwargs):
+        result = write(*args, **kwargs)
+        if kwargs.get("results_queue") is None and isinstance(result[1], Exception):
+            raise result[1]
+        return result
+
+    FileSystemWriterAsync.write_preloaded_data = staticmethod(write_or_raise)

@@ -230,7 +230,5 @@ def reason(error: BaseException) -> str:
     """Why a checkpoint could not be written, in one line: the first rank's own error."""
     while isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
-    cause = error
-    while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__cause__ or cause.__context__
-    return " ".join(str(cause or error).split())
+    # "Worker failure: An error is caught while starting worker 0, error: ..."
+    return " ".join(str(error).split()).rpartition(", error: ")[2]

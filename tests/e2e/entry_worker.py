@@ -1,0 +1,107 @@
+"""Runs the training entry many times on one import: forks a process for each run.
+
+Reads one JSON job a line from stdin, answers one JSON line. A job {"argv", "folder", "ranks",
+"env", "free_bytes", "file_bytes", "nan_at"} starts a run and is answered {"pids": [...]}; {"wait": pid} is
+answered with its exit {"code": ...}, negative for a signal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import socket
+import sys
+import types
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def main() -> None:
+    """Serve jobs until stdin closes."""
+    sys.path.insert(0, str(ROOT))
+    from megatron.training import training  # noqa: F401
+
+    import pretrain_mlra
+
+    pretrain_mlra.has_gpu()
+    from megatron_mlra import arguments, console, data, model, progress  # noqa: F401
+
+    answers = os.fdopen(os.dup(1), "w")
+    print("{}", file=answers, flush=True)
+    for line in sys.stdin:
+        job = json.loads(line)
+        if "wait" in job:
+            answer = {"code": os.waitstatus_to_exitcode(os.waitpid(job["wait"], 0)[1])}
+        else:
+            answer = {"pids": start(pretrain_mlra, job)}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def start(entry: types.ModuleType, job: dict) -> list[int]:
+    """Fork the ranks of a run."""
+    ranks = job.get("ranks", 0)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pids = []
+    for rank in range(ranks or 1):
+        pid = os.fork()
+        if pid == 0:
+            env = job.get("env", {})
+            if ranks:
+                env |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}
+                env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            os._exit(be_entry(entry, job, rank, env))
+        pids.append(pid)
+    return pids
+
+
+def be_entry(entry: types.ModuleType, job: dict, rank: int, env: dict) -> int:
+    """Become `python pretrain_mlra.py ARGV`, with stdout and stderr in files."""
+    folder = Path(job["folder"])
+    os.chdir(folder)
+    os.environ.update({name: str(value) for name, value in env.items()})
+    for fd, name in ((1, "stdout"), (2, "stderr")):
+        file = os.open(folder / f"{name}-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, fd)
+    if "free_bytes" in job:
+        usage = types.SimpleNamespace(free=job["free_bytes"])
+        shutil.disk_usage = lambda _: usage
+    if "nan_at" in job:
+        inject_nan(job["nan_at"])
+    if "file_bytes" in job:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_bytes"],) * 2)
+    sys.argv = ["pretrain_mlra.py", *job["argv"]]
+    try:
+        code = entry.main()
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        # As the interpreter would: a traceback and 1.
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    entry.leave(code)
+    sys.stdout.flush()
+    return 0
+
+
+def inject_nan(step: int) -> None:
+    """Make the training loss of a step NaN."""
+    from megatron.training import get_args
+
+    from megatron_mlra import model
+
+    loss_function = model.loss_function
+
+    def with_nan(mask, losses):
+        at_step = get_args().curr_iteration + 1 == step
+        return loss_function(mask, losses * float("nan") if at_step else losses)
+
+    model.loss_function = with_nan
+
+
+if __name__ == "__main__":
+    main()

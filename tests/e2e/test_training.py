@@ -1,0 +1,218 @@
+"""Runs of the entry to their end, and cut short: what they print, leave, and how they resume."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from runs import ENV, ROOT, Run, scalars, wait_for
+
+from megatron_mlra.checkpoint.integrity import check_complete, latest_step
+
+
+def at_step_4(source, folder):
+    """A copy of a run's checkpoints as they were after step 4."""
+    folder.mkdir()
+    shutil.copytree(source / "iter_0000004", folder / "iter_0000004")
+    (folder / "latest_checkpointed_iteration.txt").write_text("4")
+    return folder
+
+
+@pytest.fixture
+def save(whole, tmp_path):
+    """A folder with the checkpoint of step 4."""
+    return at_step_4(whole.folder / "save", tmp_path / "save")
+
+
+@pytest.fixture(scope="session")
+def parallel(tmp_path_factory, preset):
+    """The same run on two ranks: tensor and sequence parallel, distributed optimizer."""
+    folder = tmp_path_factory.mktemp("parallel")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", "2", ROOT / "pretrain_mlra.py"),
+            *("--config", preset, "--save", folder / "save", *PARALLEL),
+        ],
+        capture_output=True,
+        text=True,
+        env=ENV,
+        timeout=300,
+    )
+    return Run(done.returncode, done.stdout, done.stderr, folder)
+
+
+PARALLEL = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
+PARALLEL += ["--use-distributed-optimizer"]
+
+
+def test_console(whole):
+    assert (whole.code, whole.err) == (0, "")
+    lines = whole.out.splitlines()
+    assert re.fullmatch(
+        r"training MLRA-4: 111,104 parameters, 576 KV bytes a token, TP1 x PP1 x DP1, 8 steps of"
+        r" 128 tokens",
+        lines[0],
+    )
+    assert lines[1] == "no GPU found: running on the CPU (gloo, torch attention)"
+    assert lines[2].startswith("accelerated parts: Transformer Engine ")
+    said = [re.sub(r"[\d.]+ \(perplexity.*|\(\d+\.\d s\)| \|.*", "", line) for line in lines[3:]]
+    saved = f"to {whole.folder}/save "
+    assert said == [
+        "validation at step 0: lm loss ",
+        *(f"step {step}/8" for step in (1, 2, 3, 4)),
+        "validation at step 4: lm loss ",
+        f"saved step 4 {saved}",
+        *(f"step {step}/8" for step in (5, 6, 7, 8)),
+        "validation at step 8: lm loss ",
+        f"saved step 8 {saved}",
+        "validation at step 8: lm loss ",
+        "test at step 8: lm loss ",
+    ]
+    assert re.search(
+        r"step 8/8 \| lm loss \d\.\d{4} \| grad norm \d\.\d+ \| lr 2\.00e-04 \| [\d,]+ tokens/s \|"
+        r" TFLOP/s a device: model \S+, hardware \S+",
+        whole.out,
+    )
+
+
+def test_logs(whole):
+    log = (whole.folder / "save" / "megatron.log").read_text()
+    assert "------------------------ arguments ------------------------" in log
+    assert "Traceback" not in log
+    assert sorted(whole.losses) == list(range(1, 9))
+    validation = scalars(whole.folder, "lm loss validation")
+    assert sorted(validation) == [0, 4, 8]
+    assert validation[8] < validation[0]
+    assert list(scalars(whole.folder, "lm loss test")) == [8]
+    assert min(scalars(whole.folder, "tokens per second").values()) > 0
+
+
+def test_resumes_exactly(entry, preset, whole, save):
+    resumed = entry.run(save.parent, "--config", preset, "--save", save, "--load", save)
+    assert (resumed.code, resumed.err) == (0, "")
+    assert resumed.losses == {step: whole.losses[step] for step in (5, 6, 7, 8)}
+    # The clock starts behind the first step, wherever that is.
+    assert "tokens/s" in re.search("step 6/8.*", resumed.out)[0]
+
+
+def test_evaluating_first_changes_no_training(entry, preset, whole, tmp_path):
+    plain = entry.run(tmp_path, "--config", preset, "--exit-interval", 4)
+    assert (plain.code, plain.err) == (0, "")
+    assert plain.losses == {step: whole.losses[step] for step in (1, 2, 3, 4)}
+    assert "stopped after step 4; nothing is saved without --save" in plain.out
+    assert (tmp_path / "runs" / preset.stem / "megatron.log").exists()
+
+
+def test_verbose_prints_all_of_megatron(entry, preset, tmp_path):
+    run = entry.run(tmp_path, "--config", preset, "--exit-interval", 1, "--verbose-megatron")
+    assert run.code == 0
+    assert "------------------------ arguments ------------------------" in run.out
+    assert "Traceback" not in run.err
+
+
+def test_parallel_run_resumes_exactly(entry, preset, parallel, tmp_path):
+    assert parallel.code == 0, parallel.err
+    assert "TP2 x PP1 x DP1, head layout, sequence parallel, 8 steps" in parallel.out
+    save = at_step_4(parallel.folder / "save", tmp_path / "save")
+    resumed = entry.run(
+        tmp_path, "--config", preset, "--save", save, "--load", save, *PARALLEL, ranks=2
+    )
+    assert resumed.code == 0, resumed.err
+    assert resumed.losses == {step: parallel.losses[step] for step in (5, 6, 7, 8)}
+
+
+def test_parallel_checkpoint_resumes_on_one_rank(entry, preset, parallel, tmp_path):
+    load = at_step_4(parallel.folder / "save", tmp_path / "load")
+    resumed = entry.run(tmp_path, "--config", preset, "--load", load, "--use-distributed-optimizer")
+    assert resumed.code == 0, resumed.err
+    assert sorted(resumed.losses) == [5, 6, 7, 8]
+    for step, loss in resumed.losses.items():
+        assert loss == pytest.approx(parallel.losses[step], abs=1e-4)
+
+
+def test_nan_ends_the_run_and_harms_no_checkpoint(entry, preset, whole, save):
+    before = {path: path.read_bytes() for path in save.rglob("*") if path.is_file()}
+    command = ["--config", preset, "--save", save, "--load", save]
+    run = entry.run(save.parent, *command, nan_at=6)
+    assert run.code == 1
+    assert run.err.splitlines() == [
+        "error: step 6: the loss is nan; lower --lr, or look at the batch",
+        f"  full log: {save}/megatron.log",
+    ]
+    assert "Traceback" in (save / "megatron.log").read_text()
+    assert before == {path: path.read_bytes() for path in before}
+    # What was trained before is not lost from the curve.
+    assert run.losses == {5: whole.losses[5]}
+    resumed = entry.run(save.parent, *command)
+    assert (resumed.code, resumed.err) == (0, "")
+
+
+def test_absurd_learning_rate_ends_the_run(entry, preset, tmp_path):
+    run = entry.run(tmp_path, "--config", preset, "--lr", 1e30, "--lr-warmup-iters", 0)
+    assert run.code == 1
+    error, _ = run.err.splitlines()
+    assert re.fullmatch(r"error: step \d: .*(nan|inf).*; lower --lr, or look at the batch", error)
+
+
+@pytest.mark.parametrize(
+    ("argv", "error"),
+    [
+        (["--lr", 1e-3], "was given another --lr, .* or add --no-load-optim"),
+        (["--train-iters", 16], "OptimizerParamScheduler: .* add --override-opt-param-scheduler"),
+    ],
+)
+def test_changed_optimizer_is_refused(entry, preset, save, argv, error):
+    run = entry.run(save.parent, "--config", preset, "--load", save, *argv)
+    assert run.code == 1
+    assert re.match(f"error: .*{error}", run.err)
+
+
+def test_full_disk_keeps_the_earlier_checkpoint(entry, preset, whole, save):
+    command = ["--config", preset, "--save", save, "--load", save, "--save-interval", 2]
+    run = entry.run(save.parent, *command, file_bytes=200_000)
+    assert run.code == 1
+    error, _ = run.err.splitlines()
+    assert error == (
+        f"error: the checkpoint of step 6 could not be saved to {save}: [Errno 27] File too large;"
+        " that of step 4 is intact"
+    )
+    assert latest_step(save) == 4
+    check_complete(save / "iter_0000004")
+    shutil.rmtree(save / "tensorboard")
+    resumed = entry.run(save.parent, *command)
+    assert (resumed.code, resumed.err) == (0, "")
+    assert resumed.losses == {step: whole.losses[step] for step in (5, 6, 7, 8)}
+    check_complete(save / "iter_0000006")
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_sigterm_saves_and_the_run_continues(entry, preset, tmp_path, ranks):
+    save = tmp_path / "save"
+    command = ["--config", preset, "--save", save, "--load", save, "--train-iters", 5000]
+    command += ["--save-interval", 5000, "--eval-interval", 5000, *(PARALLEL if ranks else ())]
+    pids = entry.start(tmp_path, *command, ranks=ranks)
+    wait_for(tmp_path / f"stdout-{max(ranks - 1, 0)}.txt", "step 4/5,000")
+    os.kill(pids[0], signal.SIGTERM)
+    run = entry.wait(tmp_path, pids)
+    assert run.code == 0, run.err
+    step = latest_step(save)
+    said = f"stopped after step {step:,} by SIGTERM, which is saved; continue with --load {save}"
+    assert f"{said} --save {save}" in run.out
+    check_complete(save / f"iter_{step:07d}")
+    resumed = entry.run(tmp_path, *command, "--exit-interval", 1, "--log-interval", 1, ranks=ranks)
+    assert resumed.code == 0, resumed.err
+    assert f"step {step + 1:,}/5,000" in resumed.out
+
+
+def test_interrupt_is_one_line(entry, preset, tmp_path):
+    pids = entry.start(tmp_path, "--config", preset, "--train-iters", 5000)
+    wait_for(tmp_path / "stdout-0.txt", "step 2/5,000")
+    os.kill(pids[0], signal.SIGINT)
+    run = entry.wait(tmp_path, pids)
+    assert (run.code, run.err) == (130, "error: interrupted\n")
