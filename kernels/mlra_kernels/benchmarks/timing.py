@@ -12,7 +12,7 @@ def graph_microseconds(
     """Return the median time of one call in microseconds, timed as replays of a CUDA graph.
 
     The graph runs `calls` in turn (several times, at least `min_calls` in all): give one call for
-    each of several input sets, so that a replay cannot read from the L2 what the last one left there.
+    each of several input sets, so that a replay cannot read from the L2 what the last one left.
     """
     for call in calls:
         call()

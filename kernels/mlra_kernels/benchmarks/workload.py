@@ -1,7 +1,7 @@
 """Inputs of a decoding benchmark: shapes, random paged caches, and the bytes they must move.
 
-Letters: b sequences, q query tokens a sequence, L latent heads, j heads a latent serves, D latent dim,
-R RoPE dim.
+Letters: b sequences, q query tokens a sequence, L latent heads, j heads a latent serves,
+D latent dim, R RoPE dim.
 """
 
 from dataclasses import dataclass
@@ -70,7 +70,7 @@ class Workload:
 
 
 def make_workload(shape: Shape, dtype: torch.dtype, device: str, seed: int) -> Workload:
-    """Draw inputs: pages in random order, enough block tables that replays cannot live in the L2."""
+    """Draw inputs: pages in random order, enough block tables that the L2 cannot hold them."""
     gen = torch.Generator(device).manual_seed(seed)
 
     def randn(*size: int) -> Tensor:
@@ -100,7 +100,7 @@ def make_workload(shape: Shape, dtype: torch.dtype, device: str, seed: int) -> W
 
 
 def quantise(cache: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
-    """Return the FP8 form of a 16-bit cache: e4m3 rows with bf16 RoPE bytes, and scales [pages, L, page]."""
+    """Return the FP8 form of a 16-bit cache and its scales `[pages, L, page_size]`."""
     pages, page_size = cache.shape[:2]
     latents, rope = split_cache(cache, shape.rope_dim)
     out = torch.empty(

@@ -1,4 +1,4 @@
-"""Decoding over a paged cache of latent heads: attention, cache append, merging of partial results."""
+"""Decoding over a paged cache of latent heads: attention, cache append, merging of results."""
 
 from mlra_kernels.latent_decode.configs import DecodeConfig
 from mlra_kernels.latent_decode.metadata import DecodeMetadata, decode_metadata

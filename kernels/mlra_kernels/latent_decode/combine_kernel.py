@@ -40,7 +40,7 @@ def combine_kernel(
     DB: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Merge the parts of every split sequence and fill in the empty ones; grid (D / DB, rows, b)."""
+    """Merge the parts of split sequences, fill in empty ones; grid (D / DB, L * rows / X, b)."""
     ROWS: tl.constexpr = Q_LEN * HEADS
     b = tl.program_id(2).to(tl.int64)
     # The splits are older than the decoding kernel, which waited for all before it: no wait here.

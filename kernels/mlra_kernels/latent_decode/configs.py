@@ -24,6 +24,8 @@ class DecodeConfig:
     """Use the Hopper kernel (TMA ring, warp-specialised) instead of the portable one."""
     consumers: int = 1
     """Groups of `num_warps` warps that take the tiles of a program in turn (Hopper kernel)."""
+    registers: int = 0
+    """Cap on the registers of a thread (Hopper kernel); 0: what the programs of an SM leave it."""
     min_tiles: int = 4
     """Fewest tiles worth a program of its own."""
 
@@ -34,8 +36,8 @@ class DecodeConfig:
         ):
             # A consumer tells a slot's fillings apart by one parity bit: it must see every one.
             raise ValueError(
-                f"num_stages is {self.num_stages} for {self.consumers} consumers: make it a multiple "
-                f"of {self.consumers} from {2 * self.consumers} up"
+                f"num_stages is {self.num_stages} for {self.consumers} consumers: make it a "
+                f"multiple of {self.consumers} from {2 * self.consumers} up"
             )
         if self.consumers not in (1, 2, 3) or (self.consumers > 1 and self.num_warps != 4):
             raise ValueError(
@@ -45,14 +47,14 @@ class DecodeConfig:
 
     @property
     def warps_n(self) -> int:
-        """Warps side by side on the tokens of a tile; each set of `block_m / 16` warps holds all rows."""
+        """Warps side by side on the tokens of a tile; `block_m / 16` warps hold all its rows."""
         return self.num_warps * 16 // self.block_m
 
     @property
     def max_registers(self) -> int:
-        """Registers a thread may start with so that `programs_per_sm` programs fit (Hopper kernel)."""
-        threads = 32 * (self.num_warps * self.consumers + 4)  # the loader takes a warpgroup's place
-        return min(255, 65536 // (self.programs_per_sm * threads) // 8 * 8)
+        """Registers a thread starts with: `registers`, or what lets the programs fit an SM."""
+        threads = 32 * (self.num_warps * self.consumers + 4)  # the loader fills a warpgroup
+        return self.registers or min(255, 65536 // (self.programs_per_sm * threads) // 8 * 8)
 
     @property
     def consumer_registers(self) -> int:
@@ -94,7 +96,10 @@ def default_config(
             return DecodeConfig(64, 32 if fp8 else 64, 8, 4 if fp8 else 2, 1, hopper=True)
         if latent_dim > 128:
             return DecodeConfig(64, 64, 4, 3, 1, hopper=True)
-        return DecodeConfig(64, 64, 4, 6 if fp8 else 4, 1, hopper=True, consumers=2)
+        if fp8:
+            return DecodeConfig(64, 64, 4, 6, 1, hopper=True, consumers=2)
+        # 136 registers leave room for the combine kernel's programs to wait beside these.
+        return DecodeConfig(64, 64, 4, 4, 1, hopper=True, consumers=2, registers=136)
     block_m = min(64, max(16, 1 << (rows - 1).bit_length()))
     if latent_dim > 128:
         return DecodeConfig(block_m, 64 if latent_dim <= 256 else 32, 8, 3, 1)
@@ -112,10 +117,15 @@ class CombineConfig:
     columns: int
     """Columns of the latent dim it merges."""
 
+    def to_list(self) -> list[int]:
+        """Return the fields, as an operator's schema wants them."""
+        return [self.rows, self.parts, self.columns]
+
 
 def combine_config(num_programs: int, batch: int, latent_dim: int) -> CombineConfig:
-    """Return a cut that loads the usual number of parts of a sequence at once, 8192 numbers in all."""
-    usual_parts = -(-num_programs // batch) + 1 if batch > 1 else num_programs
+    """Return a cut that loads the usual number of parts of a sequence at once."""
+    usual_parts = max(1, num_programs // batch)
     parts = min(512, max(2, 1 << (usual_parts - 1).bit_length()))
-    columns = min(latent_dim, max(16, 8192 // parts))
-    return CombineConfig(max(1, min(16, 8192 // (parts * columns))), parts, columns)
+    numbers = 8192 if batch == 1 else 2048  # few programs with much to load, or many with little
+    columns = min(latent_dim, max(16, numbers // parts))
+    return CombineConfig(max(1, min(8, numbers // (parts * columns))), parts, columns)

@@ -1,7 +1,8 @@
 """Triton kernel of latent decoding: split-KV attention over pages, K and V from one load.
 
-Letters: b sequences, q query tokens a sequence, L latent heads, G head groups, j heads a latent serves,
-M query rows of a program (rows = q * j, padded), N cached tokens of a tile, D latent dim, R RoPE dim.
+Letters: b sequences, q query tokens a sequence, L latent heads, G head groups, j heads a latent
+serves, M query rows of a program (rows = q * j, padded), N cached tokens of a tile, D latent dim,
+R RoPE dim, P programs.
 
 A program owns one (latent, block of rows) and a contiguous range of tiles, given by `schedule`; the
 range may cross sequences. A tile `c [N, D]` is loaded once: it is the key (with the RoPE key
@@ -35,7 +36,7 @@ def _load_tile(
     FP8: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Return c [N, D], k_r [N, R] and the scale [N] of one tile; MASKED: rows past `seqlen` read as 0."""
+    """Return c [N, D], k_r [N, R], scale [N] of a tile; MASKED: rows past `seqlen` read as 0."""
     n = tl.arange(0, N)
     inside = tile * N + n < seqlen
     if PAGE % N == 0:  # one page holds the tile: its id is one scalar

@@ -1,16 +1,15 @@
-"""Gluon kernel of latent decoding for Hopper: one warp fills a ring of tiles, warpgroups consume it.
+"""Gluon kernel of latent decoding for Hopper: one warp fills a ring, warpgroups consume it.
 
-Letters: b sequences, q query tokens a sequence, L latent heads, G head groups, j heads a latent serves,
-M query rows of a program (rows = q * j, padded), N cached tokens of a tile, D latent dim, R RoPE dim,
-W consumers (of one or more warpgroups each), which take the tiles in turn and merge at the end.
+Letters: b sequences, q query tokens a sequence, L latent heads, G head groups, j heads a latent
+serves, M query rows of a program (rows = q * j, padded), N cached tokens of a tile, D latent dim,
+R RoPE dim, P programs, W consumers (of one or more warpgroups each), which take the tiles in turn
+and merge at the end.
 
-The same work split, layouts and results as `decode_kernel.py`; needs page_size % N == 0 and pages that
-follow each other in memory. A tile `c [N, D]` is loaded once: it is the key (with the RoPE key
+The same work split, layouts and results as `decode_kernel.py`; needs page_size % N == 0 and pages
+that follow each other in memory. A tile `c [N, D]` is loaded once: it is the key (with the RoPE key
 `k_r [N, R]`) and the value. Scores are kept in base 2.
 """
 
-import torch
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -20,14 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-GL_DTYPES = {
-    torch.bfloat16: gl.bfloat16,
-    torch.float16: gl.float16,
-    torch.float32: gl.float32,
-    torch.float8_e4m3fn: gl.float8e4nv,
-}
 FP16_MAX = gl.constexpr(65504.0)
 P_UNIT = gl.constexpr(1024.0)  # FP8: probability x scale is kept in fp16 in this unit
 NEVER_SEEN = gl.constexpr(-1.0e30)  # running maximum of a row that has seen no token
@@ -100,22 +92,6 @@ def _widen(c, wide, N: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
-def _prepare(
-    full, stage, turn, c, k_r, wide, rows_in,
-    N: gl.constexpr, D: gl.constexpr, R: gl.constexpr, FP8: gl.constexpr,
-):  # fmt: skip
-    """Wait for the tile of a ring slot in its `turn`-th use; leave it finite and in 16 bits."""
-    mbarrier.wait(full.index(stage), turn & 1)
-    if FP8:
-        _widen(c, wide, N, D)
-        fence_async_shared()
-    if rows_in < N:
-        _zero_rows(wide if FP8 else c, rows_in, N, D)
-        _zero_rows(k_r, rows_in, N, R)
-        fence_async_shared()
-
-
-@gluon.jit
 def _merge(acc, m_i, l_i, m_o, l_o, other, O_ROW: gl.constexpr):
     """Merge the state (other, m_o, l_o) of another consumer into (acc, m_i, l_i)."""
     m_new = gl.maximum(m_i, m_o)
@@ -150,6 +126,8 @@ def _consume(
     O_ROW: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     Q_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     Q_ROW: gl.constexpr = gl.SliceLayout(1, Q_LAYOUT)
+    # The widened FP8 tiles load shared memory most: there the queries stay in registers.
+    Q_IN_REGISTERS: gl.constexpr = FP8 and D <= 128
 
     row_q = row0 + gl.arange(0, M, Q_ROW)
     token_q, j_q = row_q // HEADS, row_q % HEADS
@@ -189,46 +167,33 @@ def _consume(
             last_seen = seqlen - Q_LEN + row_s // HEADS
             # Tiles before `full_end` are seen whole by every row.
             full_end = gl.maximum(seqlen - Q_LEN + 1, 0) // N
-            if FP8 and w < take:  # widened one tile ahead, while the matrix units work
-                stage = (loaded + w) % STAGES
-                _prepare(
-                    full, stage, (loaded + w) // STAGES, c_ring.index(stage), r_ring.index(stage),
-                    wide_ring.index(2 * w), seqlen - (tile + w) * N, N, D, R, FP8,
-                )  # fmt: skip
+            q_op = q_smem
+            if Q_IN_REGISTERS:
+                q_op = q_smem.load(gl.DotOperandLayout(0, S_LAYOUT, 2))
             for i in range(w, take, W):
                 t = tile + i
                 stage = (loaded + i) % STAGES
+                mbarrier.wait(full.index(stage), (loaded + i) // STAGES & 1)
                 c = c_ring.index(stage)
                 k_r = r_ring.index(stage)
-                s = gl.zeros([M, N], gl.float32, S_LAYOUT)
                 if FP8:
-                    half = i // W & 1
-                    c = wide_ring.index(2 * w + half)
-                    s = warpgroup_mma(q_smem, c.permute((1, 0)), s, use_acc=False, is_async=True)
-                    s_r = gl.zeros([M, N], gl.float32, S_LAYOUT)
-                    s_r = warpgroup_mma(
-                        qr_smem, k_r.permute((1, 0)), s_r, use_acc=False, is_async=True
-                    )
-                    if i + W < take:
-                        ahead = (loaded + i + W) % STAGES
-                        _prepare(
-                            full, ahead, (loaded + i + W) // STAGES, c_ring.index(ahead),
-                            r_ring.index(ahead), wide_ring.index(2 * w + 1 - half),
-                            seqlen - (t + W) * N, N, D, R, FP8,
-                        )  # fmt: skip
+                    _widen(c, wide_ring.index(w), N, D)
+                    c = wide_ring.index(w)
+                    fence_async_shared()
+                if (t + 1) * N > seqlen:
+                    _zero_rows(c, seqlen - t * N, N, D)
+                    _zero_rows(k_r, seqlen - t * N, N, R)
+                    fence_async_shared()
+                s = gl.zeros([M, N], gl.float32, S_LAYOUT)
+                s = warpgroup_mma(q_op, c.permute((1, 0)), s, use_acc=False, is_async=True)
+                if FP8:  # the token's scale factors out of the product with the latent
                     c_scale = s_ring.index(stage).reshape([N]).load(gl.SliceLayout(0, S_LAYOUT))
                     if (t + 1) * N > seqlen:
                         c_scale = gl.where(t * N + col_s < seqlen, c_scale, 0.0)
-                    s, s_r = warpgroup_mma_wait(0, deps=[s, s_r])
-                    s = s * c_scale[None, :] + s_r  # a token's scale factors out of its product
-                else:
-                    _prepare(
-                        full, stage, (loaded + i) // STAGES, c, k_r, c, seqlen - t * N,
-                        N, D, R, FP8,
-                    )  # fmt: skip
-                    s = warpgroup_mma(q_smem, c.permute((1, 0)), s, use_acc=False, is_async=True)
-                    s = warpgroup_mma(qr_smem, k_r.permute((1, 0)), s, is_async=True)
                     s = warpgroup_mma_wait(0, deps=[s])
+                    s = s * c_scale[None, :]
+                s = warpgroup_mma(qr_smem, k_r.permute((1, 0)), s, is_async=True)
+                s = warpgroup_mma_wait(0, deps=[s])
                 if t >= full_end:
                     seen = (t * N + col_s)[None, :] <= last_seen[:, None]
                     s = gl.where(seen, s, float("-inf"))
@@ -347,7 +312,7 @@ def latent_decode_hopper_kernel(
     s_ring = q_smem
     if FP8:
         c_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], DTYPE)
-        wide_ring = gl.allocate_shared_memory(DTYPE, [2 * W, N, D], c_layout)
+        wide_ring = gl.allocate_shared_memory(DTYPE, [W, N, D], c_layout)
         s_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 1, N], s_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -393,44 +358,26 @@ def latent_decode_hopper_kernel(
     )  # fmt: skip
     if W == 1:
         gl.warp_specialize([
-            (_consume, (run, Q_LEN, HEADS, LATENTS, GROUPS, M, N, D, R, FP8, STAGES, WARPS_N, W, 0)),
+            (_consume, (run, Q_LEN, HEADS, LATENTS, GROUPS, M, N, D, R, FP8, STAGES, WARPS_N, W,
+                        0)),
             (_produce, (fill, N, D, LATENTS, PAGE, FP8, STAGES)),
         ], [1], [24])  # fmt: skip
     elif W == 2:
         gl.warp_specialize([
-            (_consume, (run, Q_LEN, HEADS, LATENTS, GROUPS, M, N, D, R, FP8, STAGES, WARPS_N, W, 0)),
-            (_consume, (run, Q_LEN, HEADS, LATENTS, GROUPS, M, N, D, R, FP8, STAGES, WARPS_N, W, 1)),
+            (_consume, (run, Q_LEN, HEADS, LATENTS, GROUPS, M, N, D, R, FP8, STAGES, WARPS_N, W,
+                        0)),
+            (_consume, (run, Q_LEN, HEADS, LATENTS, GROUPS, M, N, D, R, FP8, STAGES, WARPS_N, W,
+                        1)),
             (_produce, (fill, N, D, LATENTS, PAGE, FP8, STAGES)),
         ], [4, 1], [CONSUMER_REGS, 24])  # fmt: skip
     else:
         gl.static_assert(W == 3)
         gl.warp_specialize([
-            (_consume, (run, Q_LEN, HEADS, LATENTS, GROUPS, M, N, D, R, FP8, STAGES, WARPS_N, W, 0)),
-            (_consume, (run, Q_LEN, HEADS, LATENTS, GROUPS, M, N, D, R, FP8, STAGES, WARPS_N, W, 1)),
-            (_consume, (run, Q_LEN, HEADS, LATENTS, GROUPS, M, N, D, R, FP8, STAGES, WARPS_N, W, 2)),
+            (_consume, (run, Q_LEN, HEADS, LATENTS, GROUPS, M, N, D, R, FP8, STAGES, WARPS_N, W,
+                        0)),
+            (_consume, (run, Q_LEN, HEADS, LATENTS, GROUPS, M, N, D, R, FP8, STAGES, WARPS_N, W,
+                        1)),
+            (_consume, (run, Q_LEN, HEADS, LATENTS, GROUPS, M, N, D, R, FP8, STAGES, WARPS_N, W,
+                        2)),
             (_produce, (fill, N, D, LATENTS, PAGE, FP8, STAGES)),
         ], [4, 4, 1], [CONSUMER_REGS, CONSUMER_REGS, 24])  # fmt: skip
-
-
-def tile_descriptor(view: Tensor, block_n: int, columns: int) -> TensorDescriptor:
-    """Describe a paged view `[pages, page_size, C]` to the copy engine as rows of tiles `[N, columns]`.
-
-    Raises ValueError if the pages do not follow each other in memory.
-    """
-    pages, page_size, width = view.shape
-    if view.stride(0) != page_size * view.stride(1):
-        raise ValueError(
-            f"cache pages are {view.stride(0)} elements apart, not {page_size * view.stride(1)}: make "
-            "the cache contiguous or pass metadata with a config of hopper=False"
-        )
-    return _descriptor(view, pages * page_size, view.stride(1), [block_n, columns])
-
-
-def scale_descriptor(scale: Tensor, block_n: int) -> TensorDescriptor:
-    """Describe contiguous scales `[pages, L, page_size]` fp32 as rows of `[1, N]`."""
-    return _descriptor(scale, scale.shape[0] * scale.shape[1], scale.shape[2], [1, block_n])
-
-
-def _descriptor(tensor: Tensor, rows: int, pitch: int, block: list[int]) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout.get_default_for(block, GL_DTYPES[tensor.dtype])
-    return TensorDescriptor(tensor, [rows, tensor.shape[-1]], [pitch, 1], block, layout)

@@ -3,8 +3,8 @@
 Letters: b sequences, P programs (token ranges), N tokens of a tile.
 
 All tiles of all sequences form one line, cut into P equal ranges; a sequence that crosses a cut is
-merged from its parts afterwards. With `deterministic` each sequence is instead cut by its own length
-alone, so its result does not depend on the rest of the batch.
+merged from its parts afterwards. With `deterministic` each sequence is cut by its own length alone,
+so its result does not depend on the rest of the batch.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mlra_kernels.latent_decode.configs import DecodeConfig, default_config
+from mlra_kernels.latent_decode.configs import (
+    CombineConfig,
+    DecodeConfig,
+    combine_config,
+    default_config,
+)
 
 DETERMINISTIC_SPLITS = 32  # parts at most a sequence has in deterministic mode
 
@@ -78,7 +83,7 @@ def schedule_kernel(
 
 @dataclass(frozen=True)
 class DecodeMetadata:
-    """Schedule of one decoding step; the buffers keep their addresses, so CUDA graphs may hold them."""
+    """Schedule of one decoding step; its buffers keep their addresses, as CUDA graphs need."""
 
     schedule: Tensor
     """`[P, 4]` int32: first sequence, first tile, number of tiles, length of that sequence."""
@@ -86,6 +91,8 @@ class DecodeMetadata:
     """`[b, 2]` int32: first slot and number of parts of every sequence."""
     config: DecodeConfig
     """Tile shapes that the schedule was made for."""
+    combine: CombineConfig
+    """How the parts of a sequence are merged."""
     deterministic: bool
     """Whether a sequence's cuts depend on its own length alone."""
 
@@ -111,7 +118,7 @@ class DecodeMetadata:
 
 
 def sm_count(device: torch.device) -> int:
-    """Return the number of multiprocessors of a CUDA device; 4 for the interpreter's CPU tensors."""
+    """Return the number of multiprocessors of a device; 4 for the interpreter's CPU tensors."""
     if device.type != "cuda":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -137,9 +144,9 @@ def decode_metadata(
     """Schedule a decoding step for `cache_seqlens` `[b]` int32 (the q_len new tokens included).
 
     The other arguments are the shapes of the `latent_decode` calls that will use it; one schedule
-    serves all layers of a step. `deterministic=True` cuts each sequence by its own length alone: its
-    result is then bitwise the same in any batch. (Without it, results are still bitwise repeatable
-    for the same lengths.) `config` overrides the tile shapes.
+    serves all layers of a step. `deterministic=True` cuts each sequence by its own length alone:
+    its result is then bitwise the same in any batch, at up to 32 parts a sequence. (Without it,
+    results still repeat bitwise for the same lengths.) `config` overrides the tile shapes.
     """
     rows = q_len * heads_per_latent
     batch, device = cache_seqlens.shape[0], cache_seqlens.device
@@ -148,12 +155,15 @@ def decode_metadata(
     )
     if deterministic:
         programs = batch * DETERMINISTIC_SPLITS
+        combine = combine_config(DETERMINISTIC_SPLITS, 1, latent_dim)
     else:
         programs = config.num_programs(rows, num_latents, sm_count(device))
+        combine = combine_config(programs, batch, latent_dim)
     metadata = DecodeMetadata(
         schedule=torch.empty(programs, 4, dtype=torch.int32, device=device),
         splits=torch.empty(batch, 2, dtype=torch.int32, device=device),
         config=config,
+        combine=combine,
         deterministic=deterministic,
     )
     metadata.update(cache_seqlens)

@@ -1,4 +1,4 @@
-"""Public operations, each registered with torch.library so that torch.compile and graphs see one op.
+"""Public operations, registered with torch.library: torch.compile and CUDA graphs see one op.
 
 Letters: b sequences, q query tokens a sequence, L latent heads in the cache, n branches,
 G = L / n head groups, j heads a latent serves, D latent dim, R RoPE dim.
@@ -13,13 +13,10 @@ from torch import Tensor
 from mlra_kernels.latent_decode import reference, validation
 from mlra_kernels.latent_decode.append_kernel import latent_cache_append_kernel
 from mlra_kernels.latent_decode.combine_kernel import combine_kernel, merge_states_kernel
-from mlra_kernels.latent_decode.configs import DecodeConfig, combine_config
+from mlra_kernels.latent_decode.configs import CombineConfig, DecodeConfig
 from mlra_kernels.latent_decode.decode_kernel import latent_decode_kernel
-from mlra_kernels.latent_decode.hopper_kernel import (
-    latent_decode_hopper_kernel,
-    scale_descriptor,
-    tile_descriptor,
-)
+from mlra_kernels.latent_decode.descriptors import scale_descriptor, tile_descriptor
+from mlra_kernels.latent_decode.hopper_kernel import latent_decode_hopper_kernel
 from mlra_kernels.latent_decode.metadata import DecodeMetadata, decode_metadata
 
 INTERPRETED = not isinstance(latent_decode_kernel, triton.runtime.JITFunction)
@@ -45,10 +42,12 @@ def latent_decode(
 
     Args:
         q_absorbed: `[b, q, L, j, D]` bf16 or fp16; q from 1 to 8, D one of 64, 128, 256, 512.
-        q_rope: `[b, q, G * j, R]`, rotated, same dtype; row (l, j) uses head (l mod G) * j_count + j.
-        cache: `[pages, page_size, L * D + R]`, a row being `[c_0 ... c_{L-1} | k_rope]`, same dtype; or
-            FP8 (e4m3), `[pages, page_size, L * D + 2 * R]`, the last 2 R bytes of a row R bf16 numbers.
-        block_table: `[b, max_pages]` int32, the pages of each sequence; entries past its length unread.
+        q_rope: `[b, q, G * j, R]`, rotated, same dtype; row (l, j) uses head (l mod G) * heads + j.
+        cache: `[pages, page_size, L * D + R]`, a row being `[c_0 ... c_{L-1} | k_rope]`, in q's
+            dtype; or FP8 (e4m3), `[pages, page_size, L * D + 2 * R]`, the last 2 R bytes of a row holding
+            R bf16 numbers.
+        block_table: `[b, max_pages]` int32, the pages of each sequence; entries past its length are
+            not read.
         cache_seqlens: `[b]` int32 lengths, the q new tokens included; 0 is allowed.
         softmax_scale: factor of the scores, usually (qk_nope_head_dim + qk_rope_head_dim) ** -0.5.
         num_branches: n; divides L.
@@ -57,8 +56,8 @@ def latent_decode(
         backend: "triton" (CUDA) or "reference" (pure torch, any device).
 
     Returns:
-        out `[b, q, L, j, D]` in q's dtype and the natural log-sum-exp `[b, q, L, j]` fp32; a row that
-        sees no token gives 0 and -inf.
+        out `[b, q, L, j, D]` in q's dtype and the natural log-sum-exp `[b, q, L, j]` fp32; a row
+        that sees no token gives 0 and -inf.
 
     Raises:
         ValueError: an argument does not fit; the message names the value and the fix.
@@ -100,7 +99,12 @@ def latent_decode(
             f"metadata was made for {metadata.splits.shape[0]} sequences, the batch has "
             f"{q_absorbed.shape[0]}: call decode_metadata for this batch"
         )
-    config = metadata.config
+    config, combine = metadata.config, metadata.combine
+    if config.hopper and cache.shape[1] % config.block_n:
+        raise ValueError(
+            f"page size is {cache.shape[1]}, which tiles of {config.block_n} tokens do not divide: "
+            "let decode_metadata choose the config, or pass one with hopper=False"
+        )
     return torch.ops.mlra_kernels.latent_decode(
         q_absorbed,
         q_rope,
@@ -113,6 +117,7 @@ def latent_decode(
         metadata.schedule,
         metadata.splits,
         config.to_list(),
+        combine.to_list(),
     )
 
 
@@ -162,7 +167,7 @@ def latent_cache_append(
         norm_weight: `[L, D]`, the RMSNorm weight of every latent head.
         cos, sin: `[positions, R / 2]` fp32, from `rope_tables` or a model's own.
         positions: `[tokens]` int32 or int64, row of cos and sin of each token.
-        slot_mapping: `[tokens]` int32 or int64, page * page_size + offset; a negative slot is skipped.
+        slot_mapping: `[tokens]` int32 or int64, page * page_size + offset; negative: skipped.
         cache: as in `latent_decode`; written in place.
         latent_scale: factor after the norm, sqrt(hidden / latent dim) for variance scaling, else 1.
         norm_eps: epsilon of the RMSNorm.
@@ -212,6 +217,7 @@ def _latent_decode_op(
     schedule: Tensor,
     splits: Tensor,
     config: list[int],
+    combine: list[int],
 ) -> tuple[Tensor, Tensor]:
     batch, q_len, latents, heads, dim = q_absorbed.shape
     cfg, rows, programs = DecodeConfig.from_list(config), q_len * heads, schedule.shape[0]
@@ -228,7 +234,8 @@ def _latent_decode_op(
     common = {
         "Q_LEN": q_len, "HEADS": heads, "LATENTS": latents, "GROUPS": latents // num_branches,
         "M": cfg.block_m, "N": cfg.block_n, "D": dim, "R": q_rope.shape[-1],
-        "PAGE": cache.shape[1], "FP8": fp8, "STAGES": cfg.num_stages, "num_warps": cfg.num_warps, **launch,
+        "PAGE": cache.shape[1], "FP8": fp8, "STAGES": cfg.num_stages, "num_warps": cfg.num_warps,
+        **launch,
     }  # fmt: skip
     scale_log2 = softmax_scale * math.log2(math.e)
     q_strides = (*q_absorbed.stride()[:4], *q_rope.stride()[:3])
@@ -246,11 +253,12 @@ def _latent_decode_op(
         latent_decode_kernel[grid](
             q_absorbed, q_rope, latent_view, rope_view, scale, block_table, cache_seqlens, schedule,
             out, lse, part_out, part_lse, scale_log2, *q_strides, *latent_view.stride()[:2],
-            *rope_view.stride()[:2], *(scale.stride()[:2] if fp8 else (0, 0)), block_table.stride(0),
+            *rope_view.stride()[:2], *(scale.stride()[:2] if fp8 else (0, 0)),
+            block_table.stride(0),
             PRECISION="ieee" if q_absorbed.dtype == torch.float32 else "tf32", PDL=pdl,
             **common,
         )  # fmt: skip
-    com = combine_config(programs, batch, dim)
+    com = CombineConfig(*combine)
     combine_kernel[(dim // com.columns, -(-latents * rows // com.rows), batch)](
         part_out, part_lse, splits, out, lse,
         Q_LEN=q_len, HEADS=heads, LATENTS=latents, D=dim,

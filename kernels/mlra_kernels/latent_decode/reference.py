@@ -14,7 +14,7 @@ FP8_DTYPE = torch.float8_e4m3fn
 def rope_tables(
     max_positions: int, rope_dim: int, *, base: float = 10000.0, device: str | torch.device = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Return (cos, sin), each `[max_positions, rope_dim / 2]` fp32, of `position * base^(-2i/R)`."""
+    """Return (cos, sin) of `position * base^(-2i/R)`, each `[max_positions, R / 2]` fp32."""
     exponents = torch.arange(0, rope_dim, 2, dtype=torch.float64) / rope_dim
     angles = torch.arange(max_positions, dtype=torch.float64)[:, None] * base**-exponents
     return angles.cos().float().to(device), angles.sin().float().to(device)
@@ -23,7 +23,7 @@ def rope_tables(
 def split_cache(cache: Tensor, rope_dim: int) -> tuple[Tensor, Tensor]:
     """Split a paged cache into views of its latents and its RoPE keys, without a copy.
 
-    `cache` is `[pages, page_size, L * D + R]` in fp16, bf16 or fp32, or, in FP8, one byte an element:
+    `cache` is `[pages, page_size, L * D + R]` in fp16, bf16 or fp32; or, in FP8,
     `[pages, page_size, L * D + 2 * R]` e4m3 whose last `2 * R` bytes of a row hold R bf16 numbers.
     """
     if cache.dtype != FP8_DTYPE:
@@ -50,7 +50,7 @@ def latent_decode_reference(
     Returns out `[b, q, L, j, D]` in q's dtype and the natural log-sum-exp `[b, q, L, j]` fp32;
     a row that sees no token gives out 0 and lse -inf.
     """
-    batch, q_len, num_latents, heads, latent_dim = q_absorbed.shape
+    _, q_len, num_latents, heads, latent_dim = q_absorbed.shape
     page_size, groups = cache.shape[1], num_latents // num_branches
     q_c = q_absorbed.float()
     # q_r: [b, q, L, j, R]; latent l of every branch meets the heads of group l mod G
@@ -102,7 +102,7 @@ def latent_cache_append_reference(
     latent_scale: float,
     norm_eps: float,
 ) -> None:
-    """Norm, scale, rotate, quantise and write new tokens; arguments as in `ops.latent_cache_append`.
+    """Norm, scale, rotate, quantise, write new tokens; arguments as in `ops.latent_cache_append`.
 
     c_l = RMSNorm_l(x_l) * latent_scale;  (k_i, k_{i+R/2}) = half-split rotation of the RoPE key.
     """

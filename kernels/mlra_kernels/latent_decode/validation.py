@@ -56,7 +56,8 @@ def check_cache(cache: Tensor, cache_scale: Tensor | None, num_latents: int, dim
         _require(cache_scale.is_contiguous(), "cache_scale is not contiguous: call .contiguous()")
         _require(
             cache_scale.shape == shape and cache_scale.dtype == torch.float32,
-            f"cache_scale is {tuple(cache_scale.shape)} {cache_scale.dtype}: make it {shape} float32",
+            f"cache_scale is {tuple(cache_scale.shape)} {cache_scale.dtype}: make it {shape} "
+            "float32",
         )
     else:
         _require(
@@ -158,7 +159,8 @@ def check_append(
     for name, index in (("positions", positions), ("slot_mapping", slot_mapping)):
         _require(
             index.shape == kv_down.shape[:1] and index.dtype in (torch.int32, torch.int64),
-            f"{name} is {tuple(index.shape)} {index.dtype}: give [{kv_down.shape[0]}] int32 or int64",
+            f"{name} is {tuple(index.shape)} {index.dtype}: give [{kv_down.shape[0]}] int32 or "
+            "int64",
         )
         _require(index.is_contiguous(), f"{name} is not contiguous: call .contiguous()")
 

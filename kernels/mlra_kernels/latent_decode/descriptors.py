@@ -1,0 +1,40 @@
+"""Descriptions of the paged cache for Hopper's copy engine (TMA), made on the host.
+
+Letters: L latent heads, C columns of a view, N cached tokens of a tile.
+"""
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+GL_DTYPES = {
+    torch.bfloat16: gl.bfloat16,
+    torch.float16: gl.float16,
+    torch.float32: gl.float32,
+    torch.float8_e4m3fn: gl.float8e4nv,
+}
+
+
+def tile_descriptor(view: Tensor, block_n: int, columns: int) -> TensorDescriptor:
+    """Describe a paged view `[pages, page_size, C]` to the copy engine, tile `[N, columns]`.
+
+    Raises ValueError if the pages do not follow each other in memory.
+    """
+    pages, page_size, _ = view.shape
+    if view.stride(0) != page_size * view.stride(1):
+        raise ValueError(
+            f"cache pages are {view.stride(0)} elements apart, not {page_size * view.stride(1)}: "
+            "make the cache contiguous or pass metadata with a config of hopper=False"
+        )
+    return _descriptor(view, pages * page_size, view.stride(1), [block_n, columns])
+
+
+def scale_descriptor(scale: Tensor, block_n: int) -> TensorDescriptor:
+    """Describe contiguous scales `[pages, L, page_size]` fp32 as rows of `[1, N]`."""
+    return _descriptor(scale, scale.shape[0] * scale.shape[1], scale.shape[2], [1, block_n])
+
+
+def _descriptor(tensor: Tensor, rows: int, pitch: int, block: list[int]) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout.get_default_for(block, GL_DTYPES[tensor.dtype])
+    return TensorDescriptor(tensor, [rows, tensor.shape[-1]], [pitch, 1], block, layout)
