@@ -44,8 +44,8 @@ def latent_decode(
         q_absorbed: `[b, q, L, j, D]` bf16 or fp16; q from 1 to 8, D one of 64, 128, 256, 512.
         q_rope: `[b, q, G * j, R]`, rotated, same dtype; row (l, j) uses head (l mod G) * heads + j.
         cache: `[pages, page_size, L * D + R]`, a row being `[c_0 ... c_{L-1} | k_rope]`, in q's
-            dtype; or FP8 (e4m3), `[pages, page_size, L * D + 2 * R]`, the last 2 R bytes of a row holding
-            R bf16 numbers.
+            dtype; or FP8 (e4m3), `[pages, page_size, L * D + 2 * R]`, the last 2 R bytes of a row
+            holding R bf16 numbers.
         block_table: `[b, max_pages]` int32, the pages of each sequence; entries past its length are
             not read.
         cache_seqlens: `[b]` int32 lengths, the q new tokens included; 0 is allowed.
