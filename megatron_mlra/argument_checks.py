@@ -103,6 +103,12 @@ def _check_values(args: Namespace) -> None:
             f"padded_vocab_size {padded} is smaller than --vocab-size {args.vocab_size}; leave it"
             " out"
         )
+    heads = args.num_attention_heads
+    if args.attention != "mlra" and args.kv_channels is None and args.hidden_size % heads:
+        raise ValueError(
+            f"--num-attention-heads {heads} does not divide --hidden-size {args.hidden_size}; give"
+            " --kv-channels"
+        )
     position = args.max_position_embeddings
     if position is not None and position < args.seq_length:
         raise ValueError(

@@ -53,7 +53,7 @@ DEFAULTS = {
     "async_strategy": "mcore",
     "rerun_mode": "disabled",
     # A checkpoint loads at any layout, for which saving gathers the optimizer's state on one
-    # data-parallel rank; `dist_ckpt_optim_fully_reshardable: false` in a preset saves it in parallel.
+    # data-parallel rank; `dist_ckpt_optim_fully_reshardable: false` in a preset saves in parallel.
     "dist_ckpt_optim_fully_reshardable": True,
 }
 """Defaults that differ from Megatron's, below presets and the command line."""
@@ -149,6 +149,8 @@ def parse(argv: list[str] | None = None) -> Namespace:
     finally:
         sys.argv = saved
     check_arguments(args)
+    if args.attention == "mlra":
+        args.kv_channels = args.v_head_dim
     if args.reset_attention_mask:
         args.create_attention_mask_in_dataloader = True
     if args.max_position_embeddings is None:

@@ -128,7 +128,7 @@ def fail(error: BaseException, output: MegatronOutput | None, started: bool) -> 
         return 2  # the first rank of this machine says the same
     where = f" (rank {os.environ.get('RANK', '?')})" if started and many else ""
     tqdm.write(f"error{where}: {message(error)}", file=sys.stderr)
-    if output is None:
+    if started and output is None:  # --verbose-megatron
         traceback.print_exception(error)
     elif started and output.path is not None:
         try:

@@ -1,8 +1,8 @@
 """Megatron without a GPU: the whole of Megatron-core and its trainer on CPU tensors and gloo.
 
 Megatron names CUDA devices, streams and random states throughout. `enable_cpu_backend` maps them
-onto the CPU for the life of the process, so that training, checkpoints and every parallelism but context
-parallel run unchanged. Call it once, before a Megatron model is built; it cannot be undone.
+onto the CPU for the life of the process, so that training, checkpoints and every parallelism but
+context parallel run unchanged. Call it once, before a Megatron model is built; it cannot be undone.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def enable_cpu_backend() -> None:
     """
     if torch.cuda.is_initialized():
         raise RuntimeError("enable_cpu_backend() must be called before CUDA is used")
-    # torch.compile, behind Megatron's jit_fuser, would build C++ for a minute on a CPU. The variable
-    # counts only where Megatron is not imported yet.
+    # torch.compile, behind Megatron's jit_fuser, would build C++ for a minute on a CPU. The
+    # variable counts only where Megatron is not imported yet.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     torch.compiler.set_stance("force_eager")
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

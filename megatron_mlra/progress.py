@@ -194,8 +194,8 @@ class Progress:
     def _evaluate_first(
         self, forward_step, model, validation, process_non_loss, config, non_loss, **groups
     ) -> None:
-        """The validation loss before the first step. Its samples are not counted as consumed, so that
-        a checkpoint does not depend on it."""
+        """The validation loss before the first step. Its samples are not counted as consumed, so
+        that a checkpoint does not depend on it."""
         args = self.args
         consumed = args.consumed_valid_samples
         has_hooks = training.should_disable_forward_pre_hook(args)

@@ -59,7 +59,7 @@ def repair_torch_adamw_resume() -> None:
 
 @functools.cache
 def name_failed_checkpoint_writes() -> None:
-    """Where a checkpoint file cannot be written, the writer reports the error's type in place of it."""
+    """A checkpoint file cannot be written: of the error the writer reports only its type."""
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     write = FileSystemWriterAsync.write_preloaded_data

@@ -1,8 +1,8 @@
 """Runs the training entry many times on one import: forks a process for each run.
 
 Reads one JSON job a line from stdin, answers one JSON line. A job {"argv", "folder", "ranks",
-"env", "free_bytes", "file_bytes", "nan_at"} starts a run and is answered {"pids": [...]}; {"wait": pid} is
-answered with its exit {"code": ...}, negative for a signal.
+"env", "free_bytes", "file_bytes", "nan_at"} starts a run and is answered {"pids": [...]};
+{"wait": pid} is answered with its exit {"code": ...}, negative for a signal.
 """
 
 from __future__ import annotations

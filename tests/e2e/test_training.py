@@ -10,9 +10,9 @@ import subprocess
 import sys
 
 import pytest
-from runs import ENV, ROOT, Run, scalars, wait_for
 
 from megatron_mlra.checkpoint.integrity import check_complete, latest_step
+from runs import ENV, ROOT, Run, scalars, wait_for
 
 
 def at_step_4(source, folder):

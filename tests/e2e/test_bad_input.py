@@ -1,0 +1,348 @@
+"""What a user can get wrong: each ends with a line that names it and the fix and leaves nothing."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import struct
+
+import pytest
+
+TP = "--tensor-model-parallel-size"
+PP = "--pipeline-model-parallel-size"
+
+FLAGS = [
+    # What Megatron would find late, or never.
+    (["--num-layer", "3"], "unknown flag --num-layer; did you mean --num-layers?"),
+    (["--num-layer=3"], "unknown flag --num-layer; did you mean --num-layers?"),
+    (["mlra4"], "unknown argument mlra4"),
+    (["--num-layers", "two"], "argument --num-layers: invalid int value: 'two'"),
+    (["--lr"], "argument --lr: expected one argument"),
+    (["--config"], "argument --config: expected one argument"),
+    (["--attention", "mla"], "argument --attention: invalid choice: 'mla' (choose from "),
+    (
+        ["--attention-backend", "cudnn"],
+        "argument --attention-backend: invalid choice 'cudnn'; use one of flash, fused, unfused",
+    ),
+    (["--num-layers", "0"], "--num-layers is 0; it must be at least 1"),
+    (["--micro-batch-size", "-2"], "--micro-batch-size is -2; it must be at least 1"),
+    (["--save-interval", "0"], "--save-interval is 0; it must be at least 1"),
+    (["--lr", "0"], "--lr 0 is not positive; use e.g. 3e-4"),
+    (["--min-lr", "1"], "--min-lr 1 is above --lr 0.002; use at most --lr"),
+    (["--lr-warmup-iters", "8"], "--lr-warmup-iters 8 leaves nothing of the 8 steps"),
+    (
+        ["--max-position-embeddings", "16"],
+        "--max-position-embeddings 16 is shorter than --seq-length 32; use 32",
+    ),
+    (["--vocab-size", "500"], "padded_vocab_size 272 is smaller than --vocab-size 500"),
+    (["--global-batch-size", "7"], "--global-batch-size 7 does not divide into micro-batches of 2"),
+    (["--eval-micro-batch-size", "3"], "--eval-global-batch-size 4 does not divide into"),
+    (["--bf16", "--fp16"], "--bf16 and --fp16 exclude each other; use --bf16"),
+    (["--wandb-project", "p"], "--wandb-project p needs "),
+    # Flags of Megatron that would not do here what they say.
+    (
+        ["--multi-latent-attention"],
+        "--multi-latent-attention is Megatron's own MLA; use --attention",
+    ),
+    (["--yaml-cfg", "x.yaml"], "argument --yaml-cfg: x.yaml would replace all flags; use --config"),
+    (["--spec", "a", "b"], "--spec replaces the attention; use --attention"),
+    (["--mtp-num-layers", "1"], "--mtp-num-layers is not supported; leave it out"),
+    (["--sft"], "--sft packs sequences, which pretraining does not; leave it out"),
+    # The model.
+    (
+        ["--num-latent-heads", "5"],
+        "num_latent_heads 5 does not divide kv_lora_rank 64; use num_lat",
+    ),
+    (["--num-latent-heads", "0"], "num_latent_heads is 0; it must be a whole number of at least 1"),
+    (
+        ["--num-branches", "3"],
+        "num_branches 3 does not divide num_latent_heads 4; use num_branches",
+    ),
+    (
+        ["--num-branches", "1", "--num-attention-heads", "6"],
+        "num_attention_heads 6 does not divide into 4 head groups",
+    ),
+    (
+        ["--attention", "gqa", "--num-attention-heads", "6"],
+        "--num-attention-heads 6 does not divide --hidden-size 64; give --kv-channels",
+    ),
+    (["--qk-rope-head-dim", "7"], "qk_rope_head_dim 7 is odd and RoPE rotates pairs; use 8"),
+    (["--q-lora-rank", "0"], "q_lora_rank is 0; use at least 1, or leave it out"),
+    (["--rotary-base", "-1"], "rotary_base is -1; use a positive one, e.g. 10000"),
+    (["--core-backend", "te"], "core_backend te needs Transformer Engine, which is not installed"),
+    (["--normalization", "LayerNorm"], "normalization ('LayerNorm') does not work with MLRA: use"),
+    (["--qk-layernorm"], "qk_layernorm (True) does not work with MLRA"),
+    (["--window-size", "8,0"], "window_size ((8, 0)) does not work with MLRA"),
+    (["--tokenizer-type", "GPT4Tokenizer"], "argument --tokenizer-type: invalid choice"),
+    # Without a GPU.
+    (["--transformer-impl", "transformer_engine"], "--transformer-impl transformer_engine needs a"),
+    (
+        ["--distributed-backend", "nccl"],
+        "--distributed-backend nccl needs a GPU, and there is none",
+    ),
+    (["--fp8-format", "hybrid"], "--fp8-format hybrid needs Transformer Engine on a GPU; install"),
+    # Parallelism without, or with too few, processes.
+    ([TP, "2"], f"{TP} 2 needs a multiple of 2 processes and there are 1; launch with torchrun"),
+    ([PP, "2"], f"{TP} 1 x {PP} 2 needs a multiple of 2 processes and there are 1; launch with"),
+    (["--context-parallel-size", "2"], "--context-parallel-size 2 is not supported; use 1 and"),
+    # Megatron's own assertions, with and without a message.
+    (["--overlap-param-gather"], "--overlap-param-gather only supported with distributed optim"),
+    (["--distribute-saved-activations"], "can distribute recomputed activations only across tens"),
+    (
+        ["--end-weight-decay", "1"],
+        "Megatron refuses these arguments: `assert args.end_weight_decay",
+    ),
+    (["--attention-backend", "local"], "Megatron refuses these arguments: `assert args.spec[0] =="),
+    (["--checkpoint-activations"], "Megatron refuses these arguments"),
+    # Data.
+    (["--data-path", "no/data"], "data file no/data.idx does not exist; make it with tools/prepro"),
+    (["--data-path", "{corpus}.bin"], "names a file; leave .bin out: {corpus}"),
+    (["--data-path", "{corpus}.idx"], "names a file; leave .idx out: {corpus}"),
+    (["--train-data-path", "{corpus}"], "A single data source must be provided in training mode"),
+    (["--data-args-path", "no.txt"], "Megatron refuses these arguments: `assert (args.data_path"),
+    (["--null-tokenizer-eod-id", "0"], "ends documents with id 256, the model is told 0; use"),
+    # Folders.
+    (
+        ["--save", "{corpus}.bin"],
+        "--save {corpus}.bin cannot be written: {corpus}.bin is not a fol",
+    ),
+    (["--save", "{corpus}.bin/run"], "cannot be written: {corpus}.bin is not a folder"),
+    (["--save", "/proc/run"], "--save /proc/run cannot be written"),
+    (["--load", "nowhere"], "--load nowhere is not a folder; give the --save of an earlier run"),
+    (["--load", "."], "--load . holds no checkpoint (no latest_checkpointed_iteration.txt)"),
+]
+WORLDS = [
+    # (processes, flags, error)
+    (3, [TP, "2"], f"{TP} 2 needs a multiple of 2 processes and there are 3"),
+    (3, [TP, "3"], "tensor parallel size 3 does not divide num_attention_heads 4; use"),
+    (8, [TP, "8"], "tensor parallel size 8 does not divide num_attention_heads 4; use"),
+    (
+        2,
+        ["--global-batch-size", "2"],
+        "--global-batch-size 2 does not divide into micro-batches of",
+    ),
+    (2, [PP, "2", "--num-layers", "3"], "Number of layers should be divisible by the pipeline"),
+    (
+        4,
+        [PP, "4", "--num-layers", "4", "--reset-attention-mask"],
+        f"--reset-attention-mask with {PP} 4: stages in the middle do not see the mask",
+    ),
+    (
+        2,
+        [PP, "2", "--num-virtual-stages-per-pipeline-rank", "1", "--reset-attention-mask"],
+        f"--reset-attention-mask with {PP} 2: stages in the middle do not see the mask",
+    ),
+]
+
+PRESETS = [
+    ("num_latent_head: 4", "unknown key 'num_latent_head'; did you mean num_latent_heads?"),
+    ("num_layers: two", "num_layers is 'two', not a valid int"),
+    ("num_layers: 2.5", "num_layers is 2.5, not a valid int"),
+    ("num_layers: true", "num_layers is True, not a valid int"),
+    ("num_layers: [1, 2]", "num_layers is [1, 2], not a valid int"),
+    ("save: {a: b}", "save is {'a': 'b'}, not a valid str"),
+    ("output_gate: sometimes", "output_gate is 'sometimes'; use true or false"),
+    ("attention: mla", "attention is 'mla'; use one of mlra, gqa, gta, mfa, tpa"),
+    ("attention_backend: cudnn", "attention_backend is 'cudnn', not a valid "),
+    ("base: nowhere.yaml", "nowhere.yaml: no such file"),
+    ("base: 3", "base is 3; use the name of another preset"),
+    ("base: preset.yaml", "preset.yaml: base leads back to this file; remove it"),
+    ("config: other.yaml", "unknown key 'config'"),
+    ("- a\n- b", "expected lines of `key: value`, found ['a', 'b']"),
+    ("", "expected lines of `key: value`, found None"),
+    ("a: [", "while parsing a flow node"),
+    ("{text}: \x00", "unacceptable character"),
+    ("num_layers: 2", "--hidden-size is missing; give it, or a preset with --config"),
+    ("multi_latent_attention: true", "--multi-latent-attention is Megatron's own MLA"),
+]
+
+
+def check(run, error: str) -> None:
+    """One line, exit code 2, and nothing left behind."""
+    assert run.code == 2, run.err
+    assert run.out == ""
+    assert run.err.count("\n") == 1, run.err
+    assert run.err.startswith("error: ")
+    assert error in run.err
+    left = {path.name for path in run.folder.iterdir()}
+    assert left <= {"preset.yaml", "stdout-0.txt", "stderr-0.txt", "data", "save"}
+
+
+@pytest.mark.parametrize(("argv", "error"), FLAGS, ids=[" ".join(case[0]) for case in FLAGS])
+def test_flags(entry, preset, corpus, tmp_path, argv, error):
+    argv = [word.replace("{corpus}", str(corpus)) for word in argv]
+    check(entry.run(tmp_path, "--config", preset, *argv), error.replace("{corpus}", str(corpus)))
+
+
+@pytest.mark.parametrize(("size", "argv", "error"), WORLDS)
+def test_worlds(entry, preset, tmp_path, size, argv, error):
+    env = {"WORLD_SIZE": size, "RANK": 0, "LOCAL_RANK": 0}
+    check(entry.run(tmp_path, "--config", preset, *argv, env=env), error)
+
+
+def test_only_the_first_rank_of_a_machine_speaks(entry, preset, tmp_path):
+    env = {"WORLD_SIZE": 3, "RANK": 1, "LOCAL_RANK": 1}
+    run = entry.run(tmp_path, "--config", preset, TP, 2, env=env)
+    assert (run.code, run.out, run.err) == (2, "", "")
+
+
+@pytest.mark.parametrize(("text", "error"), PRESETS)
+def test_presets(entry, tmp_path, text, error):
+    (tmp_path / "preset.yaml").write_text(text)
+    check(entry.run(tmp_path, "--config", "preset.yaml"), error)
+
+
+def test_missing_preset_names_the_nearest(entry, tmp_path):
+    (tmp_path / "preset.yaml").write_text("num_layers: 2")
+    check(
+        entry.run(tmp_path, "--config", "presets.yaml"),
+        "--config presets.yaml: no such file; did you mean preset.yaml?",
+    )
+
+
+REQUIRED = {
+    "num_layers": "--num-layers is missing",
+    "num_attention_heads": "--num-attention-heads is missing",
+    "seq_length": "--seq-length is missing",
+    "micro_batch_size": "--micro-batch-size is missing",
+    "lr": "--lr is missing",
+    "vocab_size": "--vocab-size is missing; give the size of the data's vocabulary",
+    "train_iters": "--train-iters is missing; say how many steps to train",
+    "data_path": "no data: give --data-path PREFIX",
+}
+
+
+@pytest.mark.parametrize("missing", REQUIRED)
+def test_required(entry, preset, tmp_path, missing):
+    (tmp_path / "preset.yaml").write_text(f"base: {preset}\n{missing}: null")
+    check(entry.run(tmp_path, "--config", "preset.yaml"), REQUIRED[missing])
+
+
+def damage_index(folder, name, change):
+    data = bytearray((folder / name).read_bytes())
+    (folder / name).write_bytes(change(data))
+
+
+DATA = {
+    "no-index": (lambda f: (f / "text.idx").unlink(), "text.idx does not exist; make it with"),
+    "no-tokens": (lambda f: (f / "text.bin").unlink(), "text.bin does not exist; make it with"),
+    "empty-index": (
+        lambda f: (f / "text.idx").write_bytes(b""),
+        "text.idx is not a Megatron index; preprocess the data again",
+    ),
+    "bad-magic": (
+        lambda f: damage_index(f, "text.idx", lambda d: b"X" + d[1:]),
+        "text.idx is not a Megatron index",
+    ),
+    "bad-version": (
+        lambda f: damage_index(f, "text.idx", lambda d: d[:9] + struct.pack("<Q", 7) + d[17:]),
+        "text.idx is not a Megatron index",
+    ),
+    "short-index": (
+        lambda f: damage_index(f, "text.idx", lambda d: d[:60]),
+        "text.idx is not a Megatron index",
+    ),
+    "empty-tokens": (lambda f: (f / "text.bin").write_bytes(b""), "text.bin is truncated: 0 of "),
+    "short-tokens": (
+        lambda f: damage_index(f, "text.bin", lambda d: d[:-2]),
+        "text.bin is truncated: ",
+    ),
+    "metadata": (
+        lambda f: (f / "text.json").write_text("{"),
+        "text.json is not a dataset's metadata",
+    ),
+    "vocabulary": (
+        lambda f: damage_index(
+            f, "text.json", lambda d: re.sub(rb'"vocab_size": \d+', b'"vocab_size": 300', d)
+        ),
+        "has a vocabulary of 300, the model one of 272; use --vocab-size 300",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DATA)
+def test_data(entry, preset, corpus, tmp_path, case):
+    data = tmp_path / "data"
+    shutil.copytree(corpus.parent, data)
+    damage, error = DATA[case]
+    damage(data)
+    check(entry.run(tmp_path, "--config", preset, "--data-path", data / "text"), error)
+
+
+CHECKPOINTS = {
+    "architecture": (
+        lambda f: None,
+        ["--num-branches", "2", "--q-lora-rank", "16"],
+        "is of another architecture: num_branches is 4 there, 2 here; q_lora_rank is 32 there, 16",
+    ),
+    "attention": (
+        lambda f: None,
+        ["--attention", "gqa"],
+        "is of another architecture: attention is mlra there, gqa here",
+    ),
+    "tracker": (
+        lambda f: (f / "latest_checkpointed_iteration.txt").write_text("four"),
+        [],
+        "holds 'four', not a step; write the step of a complete iter_* folder into it",
+    ),
+    "step": (
+        lambda f: None,
+        ["--ckpt-step", "5"],
+        "iter_0000005 is missing, though --ckpt-step 5 names it; there is iter_0000004, iter_0000",
+    ),
+    "folder": (
+        lambda f: shutil.rmtree(f / "iter_0000008"),
+        [],
+        "iter_0000008 is missing, though latest_checkpointed_iteration.txt names it; there is iter",
+    ),
+    "no-metadata": (
+        lambda f: (f / "iter_0000008/.metadata").unlink(),
+        [],
+        "iter_0000008 is incomplete: it has no .metadata; --ckpt-step names an earlier one",
+    ),
+    "bad-metadata": (
+        lambda f: (f / "iter_0000008/.metadata").write_bytes(b"junk"),
+        [],
+        "iter_0000008: .metadata cannot be read",
+    ),
+    "no-file": (
+        lambda f: (f / "iter_0000008/__0_0.distcp").unlink(),
+        [],
+        "iter_0000008 is incomplete: __0_0.distcp is missing",
+    ),
+    "short-file": (
+        lambda f: damage_index(f, "iter_0000008/__0_0.distcp", lambda d: d[:-9]),
+        [],
+        "iter_0000008 is truncated: __0_0.distcp has ",
+    ),
+    "bad-arguments": (
+        lambda f: damage_index(f, "iter_0000008/metadata.json", lambda d: b"{"),
+        [],
+        "iter_0000008: common state cannot be read",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHECKPOINTS)
+def test_checkpoints(entry, preset, whole, tmp_path, case):
+    save = tmp_path / "save"
+    shutil.copytree(whole.folder / "save", save)
+    damage, argv, error = CHECKPOINTS[case]
+    damage(save)
+    before = {path: path.read_bytes() for path in save.rglob("*") if path.is_file()}
+    run = entry.run(tmp_path, "--config", preset, "--load", save, "--save", save, *argv)
+    check(run, error)
+    assert before == {path: path.read_bytes() for path in save.rglob("*") if path.is_file()}
+
+
+def test_another_runs_checkpoints_are_not_replaced(entry, preset, whole, tmp_path):
+    save = whole.folder / "save"
+    check(
+        entry.run(tmp_path, "--config", preset, "--save", save),
+        f"--save {save} holds a checkpoint of step 8, which this run would replace; add --load",
+    )
+
+
+def test_too_little_disk(entry, preset, tmp_path):
+    run = entry.run(tmp_path, "--config", preset, "--save", "run", free_bytes=1000)
+    check(run, "--save run has 0.0 GB free and a checkpoint needs 0.0 GB")
