@@ -6,6 +6,7 @@ compared with the fp32 reference first; a red comparison ends the run without a 
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -101,15 +102,16 @@ def plot(records: list[dict], roof: float, path: str) -> None:
     except ImportError:
         sys.exit("--png needs matplotlib: pip install matplotlib, or leave --png out")
     plt.switch_backend("agg")
-    figure, axes = plt.subplots(figsize=(7, 5))
+    figure, axes = plt.subplots(figsize=(10, 5.5))
     series: dict[str, list[tuple[int, float]]] = {}
     for r in records:
         if r["batch"] == 1:
             name = f"{r['model']}, {r['provider']}"
             series.setdefault(name, []).append((r["length"], r["us"]))
-    for name, points in series.items():
+    colours = plt.get_cmap("tab20").colors
+    for (name, points), colour in zip(series.items(), itertools.cycle(colours), strict=False):
         xs, ys = zip(*sorted(points), strict=True)
-        axes.loglog(xs, ys, marker="o", label=name)
+        axes.loglog(xs, ys, marker="o", color=colour, label=name)
     xs = sorted({r["length"] for r in records if r["batch"] == 1})
     row_bytes = Shape(RANK, 1, 1).row_bytes
     roof_label = f"roof: {row_bytes} bytes a token at {roof / 1e9:.0f} GB/s"
@@ -118,7 +120,7 @@ def plot(records: list[dict], roof: float, path: str) -> None:
     axes.set_xlabel("tokens in the cache, batch 1")
     axes.set_ylabel("microseconds a call")
     axes.grid(True, which="both", alpha=0.3)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 

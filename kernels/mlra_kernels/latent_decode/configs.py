@@ -126,6 +126,9 @@ def combine_config(num_programs: int, batch: int, latent_dim: int) -> CombineCon
     """Return a cut that loads the usual number of parts of a sequence at once."""
     usual_parts = max(1, num_programs // batch)
     parts = min(512, max(2, 1 << (usual_parts - 1).bit_length()))
-    numbers = 8192 if batch == 1 else 2048  # few programs with much to load, or many with little
+    # One sequence: few rows, much to load for each. Few parts: little to load. None: as few
+    # programs as there can be, for they only look whether there is something to merge.
+    numbers = 8192 if batch == 1 or usual_parts == 1 else 2048
     columns = min(latent_dim, max(16, numbers // parts))
-    return CombineConfig(max(1, min(8, numbers // (parts * columns))), parts, columns)
+    rows = max(1, min(16 if usual_parts == 1 else 8, numbers // (parts * columns)))
+    return CombineConfig(rows, parts, columns)
