@@ -69,15 +69,17 @@ class Workload:
     softmax_scale: float
 
 
-def make_workload(shape: Shape, dtype: torch.dtype, device: str, seed: int) -> Workload:
-    """Draw inputs: pages in random order, enough block tables that the L2 cannot hold them."""
+def make_workload(
+    shape: Shape, dtype: torch.dtype, device: str, seed: int, rotation: int = MIN_ROTATION_BYTES
+) -> Workload:
+    """Draw inputs: pages in random order, block tables over `rotation` bytes of cache in all."""
     gen = torch.Generator(device).manual_seed(seed)
 
     def randn(*size: int) -> Tensor:
         return torch.randn(*size, generator=gen, device=device, dtype=dtype)
 
     pages_a_seq = -(-shape.length // shape.page_size)
-    copies = max(2, -(-MIN_ROTATION_BYTES // shape.cache_bytes))
+    copies = max(2, -(-rotation // shape.cache_bytes))
     pages = copies * shape.batch * pages_a_seq
     order = torch.randperm(pages, generator=gen, device=device).int()
     latent_width = shape.num_latents * shape.latent_dim

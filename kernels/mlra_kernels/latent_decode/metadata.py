@@ -104,17 +104,18 @@ class DecodeMetadata:
                 f"cache_seqlens has shape {tuple(cache_seqlens.shape)}, this metadata was made for "
                 f"({batch},): call decode_metadata again for another batch size"
             )
-        schedule_kernel[(max(batch, programs),)](
-            cache_seqlens,
-            self.schedule,
-            self.splits,
-            batch,
-            programs,
-            N=self.config.block_n,
-            BATCH_BLOCK=triton.next_power_of_2(batch),
-            MIN_TILES=self.config.min_tiles,
-            FIXED_SPLITS=DETERMINISTIC_SPLITS if self.deterministic else 0,
-        )
+        with torch.cuda.device_of(cache_seqlens):
+            schedule_kernel[(max(batch, programs),)](
+                cache_seqlens,
+                self.schedule,
+                self.splits,
+                batch,
+                programs,
+                N=self.config.block_n,
+                BATCH_BLOCK=triton.next_power_of_2(batch),
+                MIN_TILES=self.config.min_tiles,
+                FIXED_SPLITS=DETERMINISTIC_SPLITS if self.deterministic else 0,
+            )
 
 
 def sm_count(device: torch.device) -> int:

@@ -4,7 +4,9 @@ Letters: b sequences, q query tokens a sequence, L latent heads in the cache, n 
 G = L / n head groups, j heads a latent serves, D latent dim, R RoPE dim.
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 import triton
@@ -198,6 +200,17 @@ def latent_cache_append(
     )
 
 
+def _on_its_device(run: Callable) -> Callable:
+    """Make the GPU of the first argument the current one while `run` launches; CPU: no change."""
+
+    @functools.wraps(run)
+    def guarded(first: Tensor, *args, **kwargs):
+        with torch.cuda.device_of(first):
+            return run(first, *args, **kwargs)
+
+    return guarded
+
+
 def _decode_outputs(q_absorbed: Tensor) -> tuple[Tensor, Tensor]:
     """Allocate out and lse of a decode call."""
     out = torch.empty(q_absorbed.shape, dtype=q_absorbed.dtype, device=q_absorbed.device)
@@ -205,6 +218,7 @@ def _decode_outputs(q_absorbed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("mlra_kernels::latent_decode", mutates_args=())
+@_on_its_device
 def _latent_decode_op(
     q_absorbed: Tensor,
     q_rope: Tensor,
@@ -297,6 +311,7 @@ def _latent_decode_fake(q_absorbed: Tensor, *args) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("mlra_kernels::merge_states", mutates_args=())
+@_on_its_device
 def _merge_states_op(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     states, dim, rows = outs.shape[0], outs.shape[-1], lses[0].numel()
     out, lse = torch.empty_like(outs[0]), torch.empty_like(lses[0])
@@ -313,6 +328,7 @@ def _merge_states_fake(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("mlra_kernels::latent_cache_append", mutates_args=("cache", "cache_scale"))
+@_on_its_device
 def _latent_cache_append_op(
     kv_down: Tensor,
     norm_weight: Tensor,
