@@ -1,0 +1,128 @@
+"""The Transformer Engine layers against the torch ones on a GPU: logits and every gradient.
+
+python -m pytest -m gpu tests/gpu/test_transformer_engine.py
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+
+pytestmark = pytest.mark.gpu
+
+BF16_TOLERANCE = 3e-2
+"""Relative difference of norms; two bf16 computations of the same float32 function."""
+
+SIZES = {
+    "hidden_size": 256,
+    "ffn_hidden_size": 512,
+    "num_attention_heads": 8,
+    "q_lora_rank": 128,
+    "kv_lora_rank": 256,
+    "qk_head_dim": 64,
+    "qk_pos_emb_head_dim": 32,
+    "v_head_dim": 64,
+    "bf16": True,
+    "params_dtype": torch.bfloat16,
+    "pipeline_dtype": torch.bfloat16,
+    "use_cpu_initialization": False,
+    "zero_init_output": False,
+    "init_method_std": 0.05,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world(tmp_path_factory: pytest.TempPathFactory):
+    """One rank, with Megatron's groups."""
+    from tiny import Layout
+
+    store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("world") / "store"), 1)
+    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
+    Layout().initialize()
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def run(implementation: str, weights: dict | None = None, **overrides):
+    """One forward and backward; logits, gradients by global name, and the weights used."""
+    from megatron.core import parallel_state as mpu
+    from megatron.core.models.gpt import GPTModel
+    from tiny import SEQ, VOCAB, Layout, global_batch, make_config
+
+    from megatron_mlra.layer_specs import block_spec
+
+    config = make_config(Layout(), transformer_impl=implementation, **{**SIZES, **overrides})
+    model = GPTModel(
+        config,
+        block_spec(config),
+        VOCAB,
+        SEQ,
+        share_embeddings_and_output_weights=True,
+        position_embedding_type="rope",
+    ).cuda()
+    metadata = {"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
+
+    def by_global_name() -> dict[str, torch.nn.Parameter]:
+        names = {}
+        for key, entry in model.sharded_state_dict(metadata=metadata).items():
+            data = getattr(entry, "data", None)
+            if isinstance(data, torch.Tensor) and "_extra_state" not in key:
+                layer = key.split(".layers.")[1].split(".")[0] if ".layers." in key else ""
+                names[f"{entry.key} {layer}"] = data
+        return names
+
+    params = {p.data_ptr(): p for p in model.parameters()}
+    named = {name: params[data.data_ptr()] for name, data in by_global_name().items()}
+    assert len(set(map(id, named.values()))) == len(params)
+    if weights is not None:
+        assert named.keys() == weights.keys()
+        with torch.no_grad():
+            for name, param in named.items():
+                param.copy_(weights[name])
+    tokens = global_batch(0).cuda()
+    positions = torch.arange(SEQ, device="cuda")[None].expand(len(tokens), -1)
+    logits = model(tokens[:, :-1].contiguous(), positions, None)
+    losses = model(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous())
+    losses.float().mean().backward()
+    gradients = {n: p.main_grad if p.grad is None else p.grad.float() for n, p in named.items()}
+    return logits.float().detach(), gradients, {n: p.detach().clone() for n, p in named.items()}
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("core_form", ["absorbed", "materialized"])
+@pytest.mark.parametrize(
+    "variant",
+    [(1, 1, False), (2, 1, False), (4, 2, False), (4, 4, False), (4, 4, True)],
+    ids=["MLA", "GLA-2", "MLRA-2", "MLRA-4", "MLRA-4 gated"],
+)
+def test_transformer_engine_equals_torch(variant: tuple[int, int, bool], core_form: str) -> None:
+    latents, branches, gated = variant
+    overrides = {
+        "num_latent_heads": latents,
+        "num_branches": branches,
+        "output_gate": gated,
+        "core_form": core_form,
+    }
+    expected, gradients, weights = run("local", **overrides)
+    found, te_gradients, _ = run("transformer_engine", weights, **overrides)
+    assert difference(found, expected) <= BF16_TOLERANCE
+    assert te_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert gradient.norm() > 0
+        assert difference(te_gradients[name], gradient) <= BF16_TOLERANCE, name
+
+
+def test_sdpa_under_transformer_engine() -> None:
+    """The core's backend is a choice of its own."""
+    expected, gradients, weights = run("local")
+    found, te_gradients, _ = run("transformer_engine", weights, core_backend="sdpa")
+    assert difference(found, expected) <= BF16_TOLERANCE
+    assert max(difference(te_gradients[n], g) for n, g in gradients.items()) <= BF16_TOLERANCE
