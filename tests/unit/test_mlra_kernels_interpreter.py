@@ -111,6 +111,16 @@ else:
         case = paged_case([700, 65, 0], dtype=torch.float32, **{**BASE, "q_len": 2, "latents": 2})
         check(case, 1, rtol=1e-5)
 
+    def test_compiled_call_is_traced_whole():
+        """torch.compile sees operators only, the schedule made on the way included."""
+        case = paged_case([70, 5], dtype=torch.float16, **BASE)
+
+        def step(*arguments):
+            return latent_decode(*arguments, 0.1, num_branches=1)[0] + 1
+
+        compiled = torch.compile(step, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(*case), step(*case))
+
     def test_all_sequences_empty():
         case = paged_case([64, 64], dtype=torch.float16, **BASE)
         case[4].zero_()

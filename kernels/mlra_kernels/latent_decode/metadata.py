@@ -81,7 +81,31 @@ def schedule_kernel(
         tl.store(splits_ptr + i * 2 + 1, parts)
 
 
-@dataclass(frozen=True)
+@torch.library.custom_op("mlra_kernels::decode_schedule", mutates_args=("schedule", "splits"))
+def _decode_schedule(
+    cache_seqlens: Tensor,
+    schedule: Tensor,
+    splits: Tensor,
+    block_n: int,
+    min_tiles: int,
+    fixed_splits: int,
+) -> None:
+    batch, programs = splits.shape[0], schedule.shape[0]
+    with torch.cuda.device_of(cache_seqlens):
+        schedule_kernel[(max(batch, programs),)](
+            cache_seqlens,
+            schedule,
+            splits,
+            batch,
+            programs,
+            N=block_n,
+            BATCH_BLOCK=triton.next_power_of_2(batch),
+            MIN_TILES=min_tiles,
+            FIXED_SPLITS=fixed_splits,
+        )
+
+
+@dataclass
 class DecodeMetadata:
     """Schedule of one decoding step; its buffers keep their addresses, as CUDA graphs need."""
 
@@ -104,18 +128,14 @@ class DecodeMetadata:
                 f"cache_seqlens has shape {tuple(cache_seqlens.shape)}, this metadata was made for "
                 f"({batch},): call decode_metadata again for another batch size"
             )
-        with torch.cuda.device_of(cache_seqlens):
-            schedule_kernel[(max(batch, programs),)](
-                cache_seqlens,
-                self.schedule,
-                self.splits,
-                batch,
-                programs,
-                N=self.config.block_n,
-                BATCH_BLOCK=triton.next_power_of_2(batch),
-                MIN_TILES=self.config.min_tiles,
-                FIXED_SPLITS=DETERMINISTIC_SPLITS if self.deterministic else 0,
-            )
+        torch.ops.mlra_kernels.decode_schedule(
+            cache_seqlens,
+            self.schedule,
+            self.splits,
+            self.config.block_n,
+            self.config.min_tiles,
+            DETERMINISTIC_SPLITS if self.deterministic else 0,
+        )
 
 
 def sm_count(device: torch.device) -> int:
