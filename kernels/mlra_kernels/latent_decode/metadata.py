@@ -122,7 +122,7 @@ class DecodeMetadata:
 
     def update(self, cache_seqlens: Tensor) -> None:
         """Recompute the schedule in place for new lengths `[b]` int32; no host synchronisation."""
-        batch, programs = self.splits.shape[0], self.schedule.shape[0]
+        batch = self.splits.shape[0]
         if cache_seqlens.shape != (batch,):
             raise ValueError(
                 f"cache_seqlens has shape {tuple(cache_seqlens.shape)}, this metadata was made for "
