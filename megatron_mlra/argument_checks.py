@@ -4,6 +4,7 @@ or report as a bare assertion. Each check names the flag, its value and the fix.
 from __future__ import annotations
 
 import importlib.util
+import re
 from argparse import Namespace
 
 import torch
@@ -50,6 +51,7 @@ REPLACED = {
     "heterogeneous_layers_config_encoded_json": "replaces the layers; leave it out",
     "hybrid_context_parallel": "needs context parallelism, which is not supported; leave it out",
     "dataloader_inter_document_masking": "packs sequences; use --reset-attention-mask",
+    "full_validation": "fails in Megatron 0.19.2 after the first evaluation; raise --eval-iters",
     "sft": "packs sequences, which pretraining does not; leave it out",
     "perform_rl_step": "needs Megatron's RL package; leave it out",
 }
@@ -103,6 +105,10 @@ def _check_values(args: Namespace) -> None:
             f"padded_vocab_size {padded} is smaller than --vocab-size {args.vocab_size}; leave it"
             " out"
         )
+    if args.split is not None and not re.fullmatch(
+        r"\s*\d[\d.]*(\s*,\s*\d[\d.]*){0,2}", args.split
+    ):
+        raise ValueError(f"--split {args.split} is not three shares such as 969,30,1")
     heads = args.num_attention_heads
     if args.attention != "mlra" and args.kv_channels is None and args.hidden_size % heads:
         raise ValueError(
@@ -143,6 +149,8 @@ def _check_precision(args: Namespace) -> None:
             )
     if torch.cuda.is_available():
         return
+    if args.async_save and args.use_persistent_ckpt_worker:
+        raise ValueError("--async-save writes from a process that needs a GPU; leave it out")
     for name, value in CPU_DEFAULTS.items():
         asked = getattr(args, name)
         if asked != value:

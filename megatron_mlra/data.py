@@ -12,6 +12,10 @@ from typing import Any
 import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType
 from megatron.core.utils import get_batch_on_this_tp_rank
@@ -56,7 +60,7 @@ def _check_prefix(prefix: str, args: Namespace) -> None:
         if dot and last in ("bin", "idx"):
             raise ValueError(f"--data-path {prefix} names a file; leave .{last} out: {stem}")
         raise ValueError(f"data file {path} does not exist; make it with tools/preprocess_data.py")
-    expected = _indexed_bytes(prefix)
+    documents, expected = _indexed(prefix)
     there = Path(prefix + ".bin").stat().st_size
     if not expected:
         raise ValueError(f"data file {prefix}.bin is empty; preprocess the data again")
@@ -65,13 +69,30 @@ def _check_prefix(prefix: str, args: Namespace) -> None:
             f"data file {prefix}.bin is truncated: {there:,} of {expected:,} bytes; preprocess the"
             " data again"
         )
+    if prefix in (args.data_path or ()):
+        _check_split(prefix, documents, args)
     metadata = read_metadata(prefix)
     if metadata is not None:
         _check_tokens(prefix, metadata, args)
 
 
-def _indexed_bytes(prefix: str) -> int:
-    """Bytes of PREFIX.bin that PREFIX.idx refers to.
+def _check_split(prefix: str, documents: int, args: Namespace) -> None:
+    """Every part of --split that is asked for must get a document: Megatron would wait forever."""
+    parts = convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split))
+    for part, name in zip(parts, ("training", "validation", "test"), strict=True):
+        if part is not None and round(part[0] * documents) == round(part[1] * documents):
+            raise ValueError(
+                f"--split {args.split} leaves none of the {documents} documents of {prefix} for"
+                f" {name}; use more documents, another --split, or 1,0,0 with --eval-iters 0"
+            )
+    if parts[1] is None and args.eval_iters:
+        raise ValueError(
+            f"--split {args.split} leaves nothing for validation; use another, or --eval-iters 0"
+        )
+
+
+def _indexed(prefix: str) -> tuple[int, int]:
+    """Documents that PREFIX.idx lists, and the bytes of PREFIX.bin that it refers to.
 
     Raises:
         ValueError: the index is damaged.
@@ -83,11 +104,11 @@ def _indexed_bytes(prefix: str) -> int:
         header = index.read(len(_INDEX_HEADER) + 25)
         if len(header) < len(_INDEX_HEADER) + 25 or not header.startswith(_INDEX_HEADER):
             raise damaged
-        version, dtype, sequences, _ = struct.unpack("<QBQQ", header[len(_INDEX_HEADER) :])
+        version, dtype, sequences, bounds = struct.unpack("<QBQQ", header[len(_INDEX_HEADER) :])
         if version != 1 or dtype not in {kind.value for kind in DType}:
             raise damaged
         if not sequences:
-            return 0
+            return 0, 0
         # Lengths (int32), then offsets (int64): the last of each.
         index.seek(len(header) + 4 * (sequences - 1))
         length = index.read(4)
@@ -96,7 +117,7 @@ def _indexed_bytes(prefix: str) -> int:
     if len(length) < 4 or len(offset) < 8:
         raise damaged
     size = DType.size(DType.dtype_from_code(dtype))
-    return struct.unpack("<q", offset)[0] + struct.unpack("<i", length)[0] * size
+    return bounds - 1, struct.unpack("<q", offset)[0] + struct.unpack("<i", length)[0] * size
 
 
 def _check_tokens(prefix: str, metadata: dict[str, Any], args: Namespace) -> None:

@@ -47,6 +47,7 @@ FLAGS = [
     (["--yaml-cfg", "x.yaml"], "argument --yaml-cfg: x.yaml would replace all flags; use --config"),
     (["--spec", "a", "b"], "--spec replaces the attention; use --attention"),
     (["--mtp-num-layers", "1"], "--mtp-num-layers is not supported; leave it out"),
+    (["--full-validation"], "--full-validation fails in Megatron 0.19.2"),
     (["--sft"], "--sft packs sequences, which pretraining does not; leave it out"),
     # The model.
     (
@@ -80,6 +81,7 @@ FLAGS = [
         ["--distributed-backend", "nccl"],
         "--distributed-backend nccl needs a GPU, and there is none",
     ),
+    (["--async-save", "--use-persistent-ckpt-worker"], "--async-save writes from a process that"),
     (["--fp8-format", "hybrid"], "--fp8-format hybrid needs Transformer Engine on a GPU; install"),
     # Parallelism without, or with too few, processes.
     ([TP, "2"], f"{TP} 2 needs a multiple of 2 processes and there are 1; launch with torchrun"),
@@ -100,6 +102,9 @@ FLAGS = [
     (["--data-path", "{corpus}.idx"], "names a file; leave .idx out: {corpus}"),
     (["--train-data-path", "{corpus}"], "A single data source must be provided in training mode"),
     (["--data-args-path", "no.txt"], "Megatron refuses these arguments: `assert (args.data_path"),
+    (["--split", "most"], "--split most is not three shares such as 969,30,1"),
+    (["--split", "1,0,0"], "--split 1,0,0 leaves nothing for validation; use another, or --eval"),
+    (["--split", "99999,1,0"], "for validation; use more documents, another --split, or 1,0,0 wi"),
     (["--null-tokenizer-eod-id", "0"], "ends documents with id 256, the model is told 0; use"),
     # Folders.
     (
