@@ -6,9 +6,11 @@ cd "$(dirname "$0")/.."
 python=${1:-python}
 run=runs/demo
 steps=300
-resume_at=280
+resume_at=290
 train=(pretrain_mlra.py --config examples/configs/debug.yaml --data-path "$run/corpus"
-       --split 97,2,1 --train-iters "$steps" --eval-interval "$steps")
+       --split 94,5,1 --train-iters "$steps" --eval-interval 1000000)
+# On a busy machine threads that wait actively slow each other down many times over.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 
 mkdir -p "$run"
 echo "== 1. a corpus that every Python carries: the standard library's sources and help texts"
@@ -20,23 +22,28 @@ fi
 
 echo "== 2. pretraining, byte by byte"
 rm -rf "$run/checkpoint" "$run/resumed"
-"$python" "${train[@]}" --save "$run/checkpoint" --save-interval "$resume_at" --eval-at-start |
+"$python" "${train[@]}" --save "$run/checkpoint" --save-interval "$resume_at" \
+  --eval-at-start --eval-iters 16 |
   tee "$run/train.txt"
 
 echo "== 3. the same, resumed from the checkpoint of step $resume_at"
 "$python" "${train[@]}" --load "$run/checkpoint" --ckpt-step "$resume_at" \
-  --tensorboard-dir "$run/resumed" | tee "$run/resume.txt"
+  --eval-iters 0 --tensorboard-dir "$run/resumed" | tee "$run/resume.txt"
 
 last() { grep "^step $steps/" "$1" | grep -o "lm loss [0-9.]*"; }
 if [ "$(last "$run/train.txt")" != "$(last "$run/resume.txt")" ]; then
   echo "error: resumed at $(last "$run/resume.txt"), uninterrupted $(last "$run/train.txt")" >&2
   exit 1
 fi
+loss() { grep "^validation" "$run/train.txt" | "$1" -n 1 | grep -o "lm loss [0-9.]*"; }
+echo "== validation loss, nats a byte: $(loss head) before, $(loss tail) after"
 echo "== step $steps: $(last "$run/train.txt") both ways, uninterrupted and resumed"
 cat <<EOF
 == what to try next
-  tensorboard --logdir $run                              the curves
-  less examples/configs/mlra4_2.9b.yaml                  the paper's model; other presets beside it
-  $python ${train[*]} --num-latent-heads 1 --num-branches 1     the same model with MLA
-  torchrun --nproc-per-node 2 ${train[*]} --tensor-model-parallel-size 2 --sequence-parallel
+  $python -m tensorboard.main --logdir $run             the curves
+  less examples/configs/mlra4_2.9b.yaml                        the paper's model; other presets beside it
+  $python ${train[*]} \\
+    --num-latent-heads 1 --num-branches 1                      the same model with MLA
+  $python -m torch.distributed.run --nproc-per-node 2 ${train[*]} \\
+    --tensor-model-parallel-size 2 --sequence-parallel        the same on two processes
 EOF
