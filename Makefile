@@ -2,7 +2,7 @@
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test lint format setup clean-demo
+.PHONY: demo test lint format setup
 
 setup: $(VENV)/.installed
 
