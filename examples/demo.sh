@@ -5,8 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-python}
 run=runs/demo
-steps=300
-resume_at=290
+steps=320
+resume_at=310
 train=(pretrain_mlra.py --config examples/configs/debug.yaml --data-path "$run/corpus"
        --split 94,5,1 --train-iters "$steps" --eval-interval 1000000)
 # On a busy machine threads that wait actively slow each other down many times over.
