@@ -175,6 +175,14 @@ def _check_parallel(args: Namespace) -> None:
             f"--reset-attention-mask with --pipeline-model-parallel-size {pp}: stages in the middle"
             " do not see the mask; use at most 2 stages, not split into virtual ones"
         )
+    core = args.core_backend
+    if core == "auto" and args.transformer_impl == "transformer_engine":
+        core = "te"
+    if args.reset_attention_mask and core == "te":
+        raise ValueError(
+            "--reset-attention-mask: Transformer Engine's causal core does not see the mask; use"
+            " --core-backend sdpa, or --transformer-impl local"
+        )
 
 
 def _is_interleaved(args: Namespace) -> bool:

@@ -152,12 +152,20 @@ class MLRASelfAttention(Attention):
 
         Returns:
             output, shaped as hidden_states, and the output projection's bias (None without biases).
+
+        Raises:
+            ValueError: for inference contexts, packed sequences and attention biases.
         """
         assert rotary_pos_emb is None, "MLRA rotates its own RoPE dims"
         if deprecate_inference_params(inference_context, inference_params) is not None:
             raise ValueError(
                 "Megatron's inference contexts hold expanded heads; MLRA caches latents"
             )
+
+        if packed_seq_params is not None:
+            raise ValueError("MLRA attention does not take packed sequences; train unpacked")
+        if attention_bias is not None:
+            raise ValueError("MLRA attention takes no attention bias; leave it out")
 
         x = self.parallel.enter(hidden_states)  # [s, b, d]
         q, latents, k_rope = self._compress(x)
@@ -176,7 +184,7 @@ class MLRASelfAttention(Attention):
             if self.checkpoint_core_attention and self.training
             else self._run_core_attention
         )
-        z = core(query, key, value, attention_mask, packed_seq_params=packed_seq_params)
+        z = core(query, key, value, attention_mask)
         if up_projection is not None:
             up_projection.discard_output_and_register_recompute(z)
 

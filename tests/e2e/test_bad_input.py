@@ -70,6 +70,10 @@ FLAGS = [
     (["--qk-rope-head-dim", "7"], "qk_rope_head_dim 7 is odd and RoPE rotates pairs; use 8"),
     (["--q-lora-rank", "0"], "q_lora_rank is 0; use at least 1, or leave it out"),
     (["--rotary-base", "-1"], "rotary_base is -1; use a positive one, e.g. 10000"),
+    (
+        ["--reset-attention-mask", "--core-backend", "te"],
+        "--reset-attention-mask: Transformer Engine's causal core does not see the mask",
+    ),
     (["--core-backend", "te"], "core_backend te needs Transformer Engine, which is not installed"),
     (["--normalization", "LayerNorm"], "normalization ('LayerNorm') does not work with MLRA: use"),
     (["--qk-layernorm"], "qk_layernorm (True) does not work with MLRA"),
