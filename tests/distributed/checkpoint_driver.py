@@ -34,10 +34,9 @@ MODELS = {
 
 
 def main(folder: Path) -> None:
-    from world import run_world
-
     import megatron_mlra.layer_specs  # noqa: F401  (loaded once, before the forks)
     from megatron_mlra.cpu_backend import enable_cpu_backend
+    from world import run_world
 
     enable_cpu_backend()
     logging.disable(logging.WARNING)
@@ -67,6 +66,7 @@ def _initialized() -> bool:
 def _save(folder: Path) -> None:
     import torch
     from megatron.core import dist_checkpointing
+
     from tiny import save_logits
 
     for name, model in MODELS.items():
@@ -82,6 +82,7 @@ def _save(folder: Path) -> None:
 def _load(folder: Path, target: str, rank: int) -> None:
     import torch
     from megatron.core import dist_checkpointing
+
     from tiny import save_logits
 
     results = {}

@@ -107,10 +107,9 @@ def cases() -> list[Case]:
 
 
 def main(folder: Path, pattern: str) -> None:
-    from world import run_world
-
     import megatron_mlra.layer_specs  # noqa: F401  (loaded once, before the forks)
     from megatron_mlra.cpu_backend import enable_cpu_backend
+    from world import run_world
 
     enable_cpu_backend()
     logging.disable(logging.WARNING)
@@ -119,6 +118,7 @@ def main(folder: Path, pattern: str) -> None:
 
     def train_references(_rank: int) -> None:
         import torch
+
         from tiny import Layout, Tiny, make_config
 
         layout = Layout()
@@ -169,6 +169,7 @@ def _train_group(group: list[Case], folder: Path, rank: int) -> None:
 
 def _compare(case: Case, layout, folder: Path) -> dict[str, Any]:
     import torch
+
     from tiny import Tiny, make_config
 
     reference = torch.load(folder / f"{_file(case.reference)}.pt")

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from parity_driver import Case, _file, cases
 
 GRADIENT_TOLERANCE = 1e-5

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+
 from mlra_kernels.latent_decode import (
     DecodeConfig,
     decode_metadata,

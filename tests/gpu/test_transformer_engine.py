@@ -52,9 +52,9 @@ def run(implementation: str, weights: dict | None = None, **overrides):
     """One forward and backward; logits, gradients by global name, and the weights used."""
     from megatron.core import parallel_state as mpu
     from megatron.core.models.gpt import GPTModel
-    from tiny import SEQ, VOCAB, Layout, global_batch, make_config
 
     from megatron_mlra.layer_specs import block_spec
+    from tiny import SEQ, VOCAB, Layout, global_batch, make_config
 
     config = make_config(Layout(), transformer_impl=implementation, **{**SIZES, **overrides})
     model = GPTModel(

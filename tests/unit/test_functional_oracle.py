@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracle import OracleConfig, config_values, reference, relative_error
 
 from megatron_mlra.config import MLRAConfig
 from megatron_mlra.functional import mlra_attention
+from oracle import OracleConfig, config_values, reference, relative_error
 
 TOLERANCE = 1e-10
 TOKENS, BATCH = 7, 2

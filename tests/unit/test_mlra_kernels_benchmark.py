@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from mlra_kernels.benchmarks.latent_decode import RANK, SUITES, gate, plot
 from mlra_kernels.benchmarks.workload import Shape, make_workload
 from mlra_kernels.latent_decode import latent_decode

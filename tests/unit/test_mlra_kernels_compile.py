@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 import triton
-from mlra_kernels.latent_decode.configs import default_config
-from mlra_kernels.latent_decode.descriptors import GL_DTYPES
-from mlra_kernels.latent_decode.hopper_kernel import latent_decode_hopper_kernel
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
+
+from mlra_kernels.latent_decode.configs import default_config
+from mlra_kernels.latent_decode.descriptors import GL_DTYPES
+from mlra_kernels.latent_decode.hopper_kernel import latent_decode_hopper_kernel
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="needs Triton's compiler"

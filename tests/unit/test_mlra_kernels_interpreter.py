@@ -26,6 +26,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         assert " passed" in child.stdout and "skipped" not in child.stdout
 
 else:
+    from triton.runtime import interpreter
+
     from mlra_kernels.latent_decode import (
         decode_metadata,
         latent_cache_append,
@@ -35,7 +37,6 @@ else:
     )
     from mlra_kernels.latent_decode.reference import FP8_DTYPE, split_cache
     from test_mlra_kernels_reference import paged_case
-    from triton.runtime import interpreter
 
     # NumPy 2.5 no longer turns a one-element array into an int, which this interpreter relies on.
     patch_lang_tensor = interpreter._patch_lang_tensor

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+
 from mlra_kernels.latent_decode import (
     DecodeConfig,
     latent_cache_append,

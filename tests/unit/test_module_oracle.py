@@ -8,6 +8,10 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.spec_utils import build_module
+
+from megatron_mlra.attention import MLRASelfAttention
+from megatron_mlra.config import MLRAConfig
+from megatron_mlra.layer_specs import mlra_attention_spec
 from oracle import (
     OracleConfig,
     config_values,
@@ -16,10 +20,6 @@ from oracle import (
     reference,
     relative_error,
 )
-
-from megatron_mlra.attention import MLRASelfAttention
-from megatron_mlra.config import MLRAConfig
-from megatron_mlra.layer_specs import mlra_attention_spec
 
 TOLERANCE = 1e-5
 TOKENS, BATCH = 9, 2

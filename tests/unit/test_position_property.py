@@ -5,12 +5,12 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import build_module
-from oracle import OracleConfig, config_values, mlra_oracle, oracle_weights, reference
-from oracle import relative_error as error
 
 from megatron_mlra.config import MLRAConfig
 from megatron_mlra.functional import mlra_attention
 from megatron_mlra.layer_specs import mlra_attention_spec
+from oracle import OracleConfig, config_values, mlra_oracle, oracle_weights, reference
+from oracle import relative_error as error
 
 TOKENS, BATCH = 11, 2
 SHIFTS = (1, 137, 10000)
