@@ -111,6 +111,8 @@ def leave(code: int) -> None:
     sys.stderr.flush()
     if not code:
         return
+    # Threads that serve a child may find it gone before this process is.
+    sys.excepthook = lambda *_: None
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(code)

@@ -30,6 +30,7 @@ data_path: {corpus}
 split: 80,10,10
 train_iters: 8
 lr_warmup_iters: 2
+min_lr: 2.0e-4
 global_batch_size: 4
 micro_batch_size: 2
 log_interval: 2
