@@ -10,6 +10,7 @@ from argparse import Namespace
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 
+from megatron_mlra.config import resolve_core_backend
 from megatron_mlra.cpu_backend import CPU_DEFAULTS
 
 REQUIRED = (
@@ -175,9 +176,7 @@ def _check_parallel(args: Namespace) -> None:
             f"--reset-attention-mask with --pipeline-model-parallel-size {pp}: stages in the middle"
             " do not see the mask; use at most 2 stages, not split into virtual ones"
         )
-    core = args.core_backend
-    if core == "auto" and args.transformer_impl == "transformer_engine":
-        core = "te"
+    core = resolve_core_backend(args.core_backend, args.transformer_impl)
     if args.reset_attention_mask and core == "te":
         raise ValueError(
             "--reset-attention-mask: Transformer Engine's causal core does not see the mask; use"

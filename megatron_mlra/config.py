@@ -21,6 +21,13 @@ CORE_FORMS = ("auto", "absorbed", "materialized")
 CORE_BACKENDS = ("auto", "sdpa", "te")
 
 
+def resolve_core_backend(core_backend: str, transformer_impl: str) -> str:
+    """'sdpa' or 'te': `auto` follows the layers' implementation."""
+    if core_backend != "auto":
+        return core_backend
+    return "te" if transformer_impl == "transformer_engine" else "sdpa"
+
+
 @dataclass
 class MLRAConfig(MLATransformerConfig):
     """A Megatron transformer whose attention is MLA, GLA-n or MLRA-n.

@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_mlra.attention import MLRASelfAttention, MLRASelfAttentionSubmodules
 from megatron_mlra.baseline_config import BaselineConfig
 from megatron_mlra.baselines import baseline_attention_spec
-from megatron_mlra.config import MLRAConfig
+from megatron_mlra.config import MLRAConfig, resolve_core_backend
 from megatron_mlra.core_attention import SDPACoreAttention, te_core_attention
 from megatron_mlra.projections import LatentColumnParallelLinear, RMSNorm
 
@@ -39,9 +39,7 @@ def mlra_attention_spec(config: MLRAConfig) -> ModuleSpec:
         ValueError: for a part that is asked for and not installed.
     """
     use_te = _use_transformer_engine(config)
-    backend = config.core_backend
-    if backend == "auto":
-        backend = "te" if use_te else "sdpa"
+    backend = resolve_core_backend(config.core_backend, config.transformer_impl)
     if backend == "te" and not HAVE_TE:
         raise ValueError(
             "core_backend te needs Transformer Engine, which is not installed; install the extra"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,14 +11,9 @@ from checkpoint_driver import LOADED, MODELS
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def results(run_driver) -> Path:
     """Save once, load in every layout."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    driver = Path(__file__).with_name("checkpoint_driver.py")
-    command = [sys.executable, "-W", "ignore", str(driver), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+    return run_driver("checkpoint_driver", timeout=600)
 
 
 @pytest.mark.parametrize("layout", LOADED)

@@ -6,8 +6,6 @@ All cases run in real gloo processes of one driver, which imports Megatron once 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,14 +17,9 @@ GRADIENT_TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def results(run_driver) -> Path:
     """Run all cases once."""
-    folder = tmp_path_factory.mktemp("parity")
-    driver = Path(__file__).with_name("parity_driver.py")
-    command = [sys.executable, "-W", "ignore", str(driver), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+    return run_driver("parity_driver", timeout=900)
 
 
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
