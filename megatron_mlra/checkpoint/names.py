@@ -1,0 +1,81 @@
+"""Canonical names and shapes of a model's weights: Megatron's names, one entry a layer.
+
+Shapes are global (no tensor parallelism) and without vocabulary padding. The vectors are norms.
+"""
+
+from __future__ import annotations
+
+from megatron_mlra.checkpoint.description import ModelDescription
+
+EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT = "output_layer.weight"
+FINAL_NORM = "decoder.final_layernorm.weight"
+VOCABULARY = (EMBEDDING, OUTPUT)
+"""Tensors whose rows are the vocabulary."""
+
+
+def layer_prefix(layer: int) -> str:
+    """What the names of a layer's tensors start with."""
+    return f"decoder.layers.{layer}."
+
+
+def layer_tensors(description: ModelDescription) -> dict[str, tuple[int, ...]]:
+    """Name behind the layer's prefix -> shape.
+
+    - `self_attention.linear_kv_down_proj.weight` `[d_c + d_r, d]`: latents, then the RoPE key
+    - `self_attention.linear_kv_up_proj.weight` `[N, h, d_h + d_v, d_l]`: keys first
+    - `self_attention.linear_qkv.weight` ('gqa'): for each query group its query heads, gated its
+      gate heads, then one key and one value head
+    - `mlp.linear_fc1.weight` `[2 ffn, d]`: gate rows, then up rows
+    """
+    m = description
+    d, ffn = m.hidden_size, m.ffn_hidden_size
+    return {
+        "input_layernorm.weight": (d,),
+        **{f"self_attention.{name}.weight": shape for name, shape in _attention(m).items()},
+        "pre_mlp_layernorm.weight": (d,),
+        "mlp.linear_fc1.weight": (2 * ffn, d),
+        "mlp.linear_fc2.weight": (d, ffn),
+    }
+
+
+def _attention(m: ModelDescription) -> dict[str, tuple[int, ...]]:
+    d, h = m.hidden_size, m.num_attention_heads
+    if m.attention == "gqa":
+        heads = h * (2 if m.output_gate else 1) + 2 * m.num_query_groups
+        return {"linear_qkv": (heads * m.head_dim, d), "linear_proj": (d, h * m.head_dim)}
+    q_size = h * (m.qk_nope_head_dim + m.qk_rope_head_dim)
+    if m.q_lora_rank is None:
+        shapes: dict[str, tuple[int, ...]] = {"linear_q_proj": (q_size, d)}
+    else:
+        shapes = {
+            "linear_q_down_proj": (m.q_lora_rank, d),
+            "q_norm": (m.q_lora_rank,),
+            "linear_q_up_proj": (q_size, m.q_lora_rank),
+        }
+    shapes |= {
+        "linear_kv_down_proj": (m.kv_lora_rank + m.qk_rope_head_dim, d),
+        "kv_norm": (m.kv_lora_rank,),
+        "linear_kv_up_proj": (
+            m.num_branches,
+            h,
+            m.qk_nope_head_dim + m.v_head_dim,
+            m.latent_dim,
+        ),
+    }
+    if m.output_gate:
+        shapes["linear_gate_proj"] = (h * m.v_head_dim, d)
+    return shapes | {"linear_proj": (d, h * m.v_head_dim)}
+
+
+def expected_tensors(description: ModelDescription) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the model, by canonical name, in the order a forward pass needs them."""
+    m = description
+    tensors: dict[str, tuple[int, ...]] = {EMBEDDING: (m.vocab_size, m.hidden_size)}
+    shapes = layer_tensors(m)
+    for layer in range(m.num_layers):
+        tensors |= {layer_prefix(layer) + name: shape for name, shape in shapes.items()}
+    tensors[FINAL_NORM] = (m.hidden_size,)
+    if not m.tie_embeddings:
+        tensors[OUTPUT] = (m.vocab_size, m.hidden_size)
+    return tensors
