@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import transformer_config
 from megatron.core.transformer.spec_utils import build_module
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import add_megatron_arguments
@@ -18,11 +19,11 @@ from megatron_mlra.accounting import ModelShape, parameters
 from megatron_mlra.arguments import add_mlra_arguments, load_preset
 from megatron_mlra.baseline_config import BaselineConfig
 from megatron_mlra.config import MLRAConfig
-from megatron_mlra.layer_specs import layer_spec
+from megatron_mlra.layer_specs import block_spec
 from megatron_mlra.projections import RMSNorm
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
-BASES = {"paper_recipe"}
+BASES = {"paper_recipe", "large_recipe", "dense_70b_recipe", "qwen_8b_recipe"}
 
 PUBLISHED = {
     "mlra4_2.9b": 2873220096,
@@ -42,6 +43,14 @@ PUBLISHED = {
     "mfa_2.9b": 2873232384,
     "tpa_2.9b": 2873183232,
 }
+# Preset, its twin, and whose dimensions and count the twin has.
+TWINS = {
+    "mlra4_7b": ("mla_7b", None),
+    "mlra4_70b": ("gqa_70b", 70553706496),  # Llama-3 70B
+    "mlra4_qwen_8b": ("gqa_qwen_8b", 8190735360),  # Qwen3-8B
+    "mlra4_moe_16b": ("mla_moe_16b", 15706484224),  # DeepSeek-V2-Lite
+}
+LARGE = {name for preset, (twin, _) in TWINS.items() for name in (preset, twin)}
 PRESETS = sorted(p.stem for p in CONFIGS.glob("*.yaml") if p.stem not in BASES)
 
 
@@ -69,7 +78,7 @@ def arguments():
 
 
 def test_all_published_configurations_have_a_preset():
-    assert set(PUBLISHED) | {"debug", "mlra4_350m"} == set(PRESETS)
+    assert set(PUBLISHED) | {"debug", "mlra4_350m"} | LARGE == set(PRESETS)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -77,7 +86,8 @@ def test_parameter_count(name, arguments, groups, monkeypatch):
     args = arguments(name)
     counted = parameters(ModelShape.from_args(args))
     real = build_and_count(args, groups, monkeypatch)
-    assert real == counted.total == counted.active
+    assert real == counted.total
+    assert (counted.active < real) == bool(args.num_experts)
     assert real == PUBLISHED.get(name, real)
     comment = (CONFIGS / f"{name}.yaml").read_text().partition("\n")[0]
     (stated,) = re.findall(r"^# .*: ([\d,]+) parameters\.$", comment)
@@ -85,34 +95,50 @@ def test_parameter_count(name, arguments, groups, monkeypatch):
 
 
 def build_and_count(args: argparse.Namespace, groups, monkeypatch) -> int:
-    """Parameters of the embedding, num_layers times one layer, and the final norm, on meta."""
+    """Parameters of embedding, layers, final norm and untied output layer in one process, built on
+    the meta device: one layer of each kind (dense, mixture of experts), times how many there are.
+    """
     # Megatron allocates on the current CUDA device.
     monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
     for name, value in {
         "params_dtype": torch.bfloat16 if args.bf16 else torch.float32,
         "perform_initialization": False,
         "transformer_impl": "local",
-        "persist_layer_norm": False,
+        "no_persist_layer_norm": True,
         "gradient_accumulation_fusion": False,
         "overlap_p2p_comm": False,
         "multi_latent_attention": False,
         "cp_comm_type": ["p2p"],
+        "sequence_parallel": False,
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "expert_model_parallel_size": 1,
+        "pipeline_dtype": None,
+        "moe_grouped_gemm": False,
     }.items():
         setattr(args, name, value)
     kind = MLRAConfig if args.attention == "mlra" else BaselineConfig
     config = core_transformer_config_from_args(args, kind)
-    embedding = LanguageModelEmbedding(
-        config,
-        args.padded_vocab_size,
-        args.max_position_embeddings,
-        position_embedding_type=args.position_embedding_type,
-        tp_group=groups.tp,
-    )
-    layer = build_module(layer_spec(config), config=config, layer_number=1, pg_collection=groups)
-    norm = RMSNorm(config, config.hidden_size)
-    assert not args.untie_embeddings_and_output_weights
-    assert all(p.is_meta for m in (embedding, layer, norm) for p in m.parameters())
-    return count(embedding) + args.num_layers * count(layer) + count(norm)
+    with torch.device("meta"):
+        embedding = LanguageModelEmbedding(
+            config,
+            args.padded_vocab_size,
+            args.max_position_embeddings,
+            position_embedding_type=args.position_embedding_type,
+            tp_group=groups.tp,
+        )
+        specs = block_spec(config).layer_specs
+        kinds = {id(spec): spec for spec in specs}
+        layers = {
+            kind: build_module(spec, config=config, layer_number=1, pg_collection=groups)
+            for kind, spec in kinds.items()
+        }
+        norm = RMSNorm(config, config.hidden_size)
+    modules = [embedding, norm, *layers.values()]
+    assert all(p.is_meta for m in modules for p in m.parameters())
+    output = count(embedding) if args.untie_embeddings_and_output_weights else 0
+    return count(embedding) + sum(count(layers[id(s)]) for s in specs) + count(norm) + output
 
 
 def count(module: torch.nn.Module) -> int:
@@ -125,3 +151,30 @@ def test_the_vocabulary_is_the_same_at_every_tensor_parallel_size(arguments):
         assert args.padded_vocab_size == args.vocab_size == 50304
         assert args.padded_vocab_size % (8 * 16) == 0
         assert args.null_tokenizer_eod_id == 50256, "the end of text among GPT-2's tokens"
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_twins_are_of_one_size(name, arguments):
+    twin, known = TWINS[name]
+    shapes = [ModelShape.from_args(arguments(n)) for n in (name, twin)]
+    ours, theirs = (parameters(shape).total for shape in shapes)
+    assert abs(ours / theirs - 1) < 1e-3
+    assert known in (None, theirs)
+    assert shapes[0].variant == "MLRA-4"
+    for field in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "seq_length"):
+        assert getattr(shapes[0], field) == getattr(shapes[1], field)
+
+
+@pytest.mark.parametrize("name", sorted(LARGE))
+def test_large_presets_suit_fp8(name, arguments, monkeypatch):
+    monkeypatch.setattr(transformer_config, "is_te_min_version", lambda *_: True)
+    args = arguments(name)
+    # At TP8 the 576 rows of a latent down-projection are 72 a rank, and FP8 wants a multiple of 16.
+    tp = args.tensor_model_parallel_size = min(4, args.tensor_model_parallel_size)
+    args.params_dtype, args.multi_latent_attention, args.fp8 = torch.bfloat16, False, "hybrid"
+    args.cp_comm_type, args.overlap_p2p_comm = ["p2p"], False
+    kind = MLRAConfig if args.attention == "mlra" else BaselineConfig
+    config = core_transformer_config_from_args(args, kind)
+    assert config.fp8 and config.tensor_model_parallel_size == tp
+    for width in (args.ffn_hidden_size, args.moe_ffn_hidden_size, args.padded_vocab_size):
+        assert (width or 0) % (16 * tp) == 0
