@@ -1,0 +1,273 @@
+"""Writing Megatron checkpoint folders (torch_dist) tensor by tensor, without a process group.
+
+`pretrain_mlra.py --load` reads them at any layout. Torch's distributed checkpoint writes the files;
+the planner below hands it one layer's tensor at a time, so memory holds one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    BytesIOWriteData,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+
+from megatron_mlra.checkpoint.description import CheckpointError, ModelDescription
+from megatron_mlra.checkpoint.folders import TRACKER, CheckpointFolder
+from megatron_mlra.checkpoint.megatron_folder import RENAMED, RENAMED_GQA
+from megatron_mlra.checkpoint.names import (
+    FINAL_NORM,
+    OUTPUT,
+    VOCABULARY,
+    layer_prefix,
+    layer_tensors,
+)
+from megatron_mlra.checkpoint.staging import written_aside
+from megatron_mlra.checkpoint.stream import TensorStream
+from megatron_mlra.checkpoint.torch_dist import COMMON_KEY
+
+VOCABULARY_MULTIPLE = 128
+"""Rows of the embedding are padded to a multiple, as Megatron does at one tensor-parallel rank."""
+
+
+def write_megatron(
+    source: CheckpointFolder,
+    destination: str | Path,
+    *,
+    dtype: str | None = None,
+    padded_vocab_size: int | None = None,
+    progress: bool = True,
+) -> None:
+    """Write a `--load` folder with the source's weights, and its arguments; no optimizer state.
+
+    It is a release checkpoint (tracker `release`): a run that loads it starts at step 0.
+
+    Args:
+        dtype: of the weights, default the source's.
+        padded_vocab_size: rows of the embedding, default the vocabulary rounded up to 128; added
+            rows are zero.
+
+    Raises:
+        CheckpointError: see TensorStream and written_aside; or fewer rows than the vocabulary has.
+    """
+    with TensorStream(source, dtype, progress) as stream:
+        model = stream.description
+        rows = (
+            padded_vocab_size or -(-model.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        )
+        if rows < model.vocab_size:
+            raise CheckpointError(
+                f"padded_vocab_size {rows} is smaller than the vocabulary of {model.vocab_size}"
+            )
+        extra = (rows - model.vocab_size) * model.hidden_size * stream.dtype.itemsize
+        needed = stream.bytes + extra * (1 if model.tie_embeddings else 2)
+        with written_aside(destination, needed) as folder:
+            weights = folder / "release"
+            weights.mkdir()
+            save_torch_dist(_Planner(stream, rows), weights)
+            stream.finish()
+            for file in source.tokenizer_files():
+                shutil.copy(file, folder / file.name)
+            (folder / TRACKER).write_text("release")
+
+
+def save_torch_dist(planner: SavePlanner, folder: Path, files: int = 1) -> None:
+    """Let torch's distributed checkpoint write what a planner plans, in this process alone."""
+    writer = dcp.FileSystemWriter(folder, thread_count=files)
+    with warnings.catch_warnings():
+        # "torch.distributed is unavailable, assuming a single process": that is the intent.
+        warnings.simplefilter("ignore")
+        dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
+    backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    (folder / "metadata.json").write_text(json.dumps(backend))
+
+
+class StreamingPlanner(SavePlanner):
+    """Plans entries whose data is made when it is written. Subclasses add entries in `plan`."""
+
+    def __init__(self) -> None:
+        self.items: list[WriteItem] = []
+        self.entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+
+    def add_bytes(self, key: str, size: int) -> None:
+        """Plan an entry of bytes."""
+        self.entries[key] = BytesStorageMetadata()
+        self.items.append(
+            WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO, BytesIOWriteData(size))
+        )
+
+    def add_tensor(
+        self,
+        key: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        blocks: list[tuple[tuple[int, ...], tuple[int, ...]]],
+    ) -> None:
+        """Plan a tensor, stored as blocks of (offsets, sizes)."""
+        properties = TensorProperties(dtype=dtype)
+        chunks = [ChunkStorageMetadata(torch.Size(o), torch.Size(n)) for o, n in blocks]
+        self.entries[key] = TensorStorageMetadata(properties, torch.Size(shape), chunks)
+        for i, chunk in enumerate(chunks):
+            data = TensorWriteData(chunk, properties, torch.Size(shape))
+            index = MetadataIndex(key, chunk.offsets, i)
+            self.items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+
+    def plan(self) -> None:
+        """Add every entry, in the order it is written."""
+        raise NotImplementedError
+
+    def data(self, key: str, offsets: tuple[int, ...]) -> torch.Tensor | bytes:
+        """What an entry holds (a tensor's block, of any shape with as many numbers)."""
+        raise NotImplementedError
+
+    def set_up_planner(self, state_dict, storage_meta=None, is_coordinator=False) -> None:
+        """Nothing to do: the state is not in memory."""
+
+    def create_local_plan(self) -> SavePlan:
+        """All entries."""
+        self.plan()
+        return SavePlan(self.items)
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """The one plan, and what `.metadata` says of it."""
+        return all_plans, Metadata(self.entries)
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        """Unchanged."""
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        """The data of one entry, made now."""
+        index = write_item.index
+        data = self.data(index.fqn, tuple(index.offset or ()))
+        if write_item.type == WriteItemType.BYTE_IO:
+            return io.BytesIO(data)
+        return data.view(write_item.tensor_data.chunk.sizes)
+
+
+class _Planner(StreamingPlanner):
+    """A model's weights as Megatron stores them: layers stacked, each one a block."""
+
+    def __init__(self, stream: TensorStream, padded_vocab_size: int) -> None:
+        super().__init__()
+        self.stream = stream
+        self.model = stream.description
+        self.rows = padded_vocab_size
+        renamed = RENAMED | (RENAMED_GQA if self.model.attention == "gqa" else {})
+        self.stored = {name: key for key, name in renamed.items()}
+        self.canonical: dict[tuple[str, int], str] = {}
+        self.objects: dict[str, bytes] = {}
+
+    def plan(self) -> None:
+        """Bytes, embedding, layer by layer, final norm, output."""
+        for key in _extra_states(self.model):
+            self.objects[key] = _saved([None])
+        common = {
+            "args": saved_arguments(self.model, self.rows),
+            "checkpoint_version": 3.0,
+            "iteration": 0,
+            "content_metadata": {"singleton_local_shards": False},
+        }
+        self.objects[COMMON_KEY] = _saved([common])
+        for key, data in self.objects.items():
+            self.add_bytes(key, len(data))
+        layers, dtype = self.model.num_layers, self.stream.dtype
+        for name, shape in self.stream.shapes.items():
+            if name.startswith("decoder.layers."):
+                continue
+            if name in VOCABULARY:
+                shape = (self.rows, *shape[1:])
+            self.add_tensor(name, shape, dtype, [((0,) * len(shape), shape)])
+            self.canonical[name, 0] = name
+        for name, shape in layer_tensors(self.model).items():
+            key = f"decoder.layers.{self.stored.get(name, name)}"
+            zeros = (0,) * len(shape)
+            blocks = [((i, *zeros), (1, *shape)) for i in range(layers)]
+            self.add_tensor(key, (layers, *shape), dtype, blocks)
+            for i in range(layers):
+                self.canonical[key, i] = layer_prefix(i) + name
+
+    def data(self, key: str, offsets: tuple[int, ...]) -> torch.Tensor | bytes:
+        """A tensor of the source, or the bytes of an object."""
+        if key in self.objects:
+            return self.objects[key]
+        layer = offsets[0] if key.startswith("decoder.layers.") else 0
+        name = self.canonical[key, layer]
+        tensor = self.stream.take(name)
+        if name in VOCABULARY and self.rows > tensor.size(0):
+            padding = tensor.new_zeros(self.rows - tensor.size(0), tensor.size(1))
+            tensor = torch.cat((tensor, padding))
+        return tensor.contiguous()
+
+
+def saved_arguments(model: ModelDescription, padded_vocab_size: int) -> argparse.Namespace:
+    """The arguments that a checkpoint of this model names, as of one process."""
+    args: dict[str, Any] = model.to_megatron_args()
+    args |= {
+        "padded_vocab_size": padded_vocab_size,
+        "params_dtype": getattr(torch, model.dtype),
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "world_size": 1,
+        "data_parallel_size": 1,
+        "ckpt_format": "torch_dist",
+        "no_save_optim": True,
+        "no_save_rng": True,
+        "consumed_train_samples": 0,
+        "skipped_train_samples": 0,
+        "consumed_valid_samples": 0,
+    }
+    return argparse.Namespace(**args)
+
+
+_STATEFUL = ("mlp.linear_fc1", "mlp.linear_fc2", "input_layernorm", "pre_mlp_layernorm")
+_STATEFUL_ATTENTION = (
+    "linear_q_down_proj",
+    "linear_q_up_proj",
+    "linear_q_proj",
+    "linear_kv_down_proj",
+    "linear_gate_proj",
+    "linear_qkv",
+    "linear_proj",
+    "core_attention",
+)
+"""Modules that keep an (empty) extra state in checkpoints, Megatron's or Transformer Engine's."""
+
+
+def _extra_states(model: ModelDescription) -> list[str]:
+    """Keys of extra states. A run asks for those of the modules it has and ignores the others."""
+    modules = [*_STATEFUL, *(f"self_attention.{name}" for name in _STATEFUL_ATTENTION)]
+    keys = [
+        f"decoder.layers.{module}._extra_state/shard_{i}_{model.num_layers}"
+        for i in range(model.num_layers)
+        for module in modules
+    ]
+    outside = (FINAL_NORM, OUTPUT)
+    return keys + [f"{name.removesuffix('weight')}_extra_state/shard_0_1" for name in outside]
+
+
+def _saved(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()

@@ -1,0 +1,80 @@
+"""What every writer of a checkpoint shares: each tensor taken once, checked, cast and counted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from tqdm import tqdm
+
+from megatron_mlra.checkpoint.description import DTYPES, CheckpointError, ModelDescription
+from megatron_mlra.checkpoint.folders import CheckpointFolder
+from megatron_mlra.checkpoint.names import expected_tensors
+
+
+class TensorStream:
+    """The tensors of a source, in a dtype, with progress; used as a context manager.
+
+    Args:
+        source: whose tensors are taken.
+        dtype: of the tensors handed out, 'float32', 'bfloat16' or 'float16'; default the source's.
+        progress: show a bar of bytes.
+    """
+
+    def __init__(
+        self, source: CheckpointFolder, dtype: str | None = None, progress: bool = True
+    ) -> None:
+        if dtype is not None and dtype not in DTYPES:
+            raise CheckpointError(f"dtype is {dtype!r}; use one of {', '.join(DTYPES)}")
+        self.source = source
+        self.description: ModelDescription = source.description.replace(
+            dtype=dtype or source.description.dtype
+        )
+        """The source's, in the dtype of the tensors handed out."""
+        self.dtype: torch.dtype = getattr(torch, self.description.dtype)
+        self.shapes = expected_tensors(self.description)
+        self.bytes = sum(math.prod(s) for s in self.shapes.values()) * self.dtype.itemsize
+        self._waiting = set(self.shapes)
+        self._bar = tqdm(
+            total=self.bytes, unit="B", unit_scale=True, disable=not progress, mininterval=0.5
+        )
+
+    def take(self, name: str) -> torch.Tensor:
+        """The tensor of a canonical name, once.
+
+        Raises:
+            CheckpointError: it was taken before, is not of this model or not of its shape.
+        """
+        if name not in self._waiting:
+            what = "is written twice" if name in self.shapes else "is no tensor of this model"
+            raise CheckpointError(f"{name} {what}")
+        tensor = self.source.tensor(name)
+        if tuple(tensor.shape) != self.shapes[name]:
+            raise CheckpointError(
+                f"{self.source.path}: {name} is {list(tensor.shape)}, not {list(self.shapes[name])}"
+            )
+        self._waiting.remove(name)
+        tensor = tensor.to(self.dtype)
+        self._bar.update(tensor.numel() * tensor.element_size())
+        return tensor
+
+    def finish(self) -> None:
+        """Check that every tensor was taken.
+
+        Raises:
+            CheckpointError: names those that were not.
+        """
+        if self._waiting:
+            left = [name for name in self.shapes if name in self._waiting]
+            raise CheckpointError(f"not written: {', '.join(left)}")
+
+    def __enter__(self) -> TensorStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+Take = Callable[[str], torch.Tensor]
+"""Canonical name -> tensor."""
