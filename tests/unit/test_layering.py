@@ -33,6 +33,7 @@ LAYERS = (
         "megatron_mlra.baseline_config",
         "megatron_mlra.accounting",
         "megatron_mlra.communication",
+        "megatron_mlra.hf",
     ),
     ("mlra_kernels",),
 )
@@ -124,6 +125,14 @@ def test_preprocessing_needs_no_torch(module):
     assert {name for name in imports(module) if name.startswith("megatron_mlra.")} <= {
         name for name in FILES if name.startswith("megatron_mlra.preprocess")
     }
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if ".hf" in name])
+def test_exported_models_stand_alone(module):
+    own = {name for name in imports(module) if name.startswith("megatron_mlra")}
+    assert all(name.startswith("megatron_mlra.hf.") for name in own)
+    allowed = {"torch", "transformers", "mlra_kernels", "megatron_mlra"}
+    assert roots(module) <= sys.stdlib_module_names | allowed
 
 
 def test_the_maths_needs_no_megatron():

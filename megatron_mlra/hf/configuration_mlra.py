@@ -1,0 +1,127 @@
+"""Configuration of MLA, GLA and MLRA language models for Hugging Face transformers.
+
+Letters: L `num_latent_heads`, N `num_branches`, G = L / N head groups, d `hidden_size`, h
+`num_attention_heads`, d_q `q_lora_rank`, d_c `kv_lora_rank`, d_l = d_c / L, d_h `qk_nope_head_dim`,
+d_r `qk_rope_head_dim`, d_v `v_head_dim`.
+"""
+
+from transformers import PreTrainedConfig
+
+DECODE_BACKENDS = ("auto", "torch", "mlra_kernels", "reference")
+
+
+class MLRAConfig(PreTrainedConfig):
+    """A Llama-style decoder whose attention is MLA, GLA-n or MLRA-n.
+
+    MLA is (L, N) = (1, 1), GLA-2 (2, 1), GLA-4 (4, 1), MLRA-2 (4, 2), MLRA-4 (4, 4), MLRA-8 (8, 8).
+
+    Raises:
+        ValueError: for sizes that do not fit each other and for an unknown `decode_backend`.
+    """
+
+    model_type = "mlra"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+
+    vocab_size: int = 50304
+    hidden_size: int = 3072
+    intermediate_size: int = 9880
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 24
+    num_latent_heads: int = 4
+    """L: parts of the latent, each with its own norm and up-projection."""
+    num_branches: int = 4
+    """N: latent heads that serve each attention head; their outputs are summed."""
+    q_lora_rank: int | None = 1024
+    """d_q; None projects queries straight from the hidden state."""
+    kv_lora_rank: int = 512
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+    output_gate: bool = False
+    """Multiply the attention output by sigmoid(x W_G) before the output projection."""
+    variance_scaling: bool = True
+    """Scale the query latent by sqrt(d / d_q), each latent head by sqrt(d / d_l), the branch sum by
+    N^-1/2; off sets all three to 1."""
+    softmax_scale: float | None = None
+    """Factor of the attention scores; None is (d_h + d_r)^-1/2."""
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    attention_dropout: float | int = 0.0
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    rope_parameters: dict | None = None
+    """transformers' RoPE values; `rope_type` "default" or "yarn". Pairs are (i, i + d_r / 2)."""
+    use_cache: bool = True
+    decode_backend: str = "auto"
+    """What attends to the cache in steps of 1 to 8 tokens: "torch" (the attention implementation,
+    on a cache that transformers lays out), "mlra_kernels" (CUDA kernels on a paged cache) or
+    "reference" (the same pages in plain torch, on any device); "auto" is mlra_kernels where it is
+    installed and takes the shapes, dtype and GPU, else torch."""
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        # What the RoPE functions of transformers derive their frequencies from.
+        self.head_dim = self.qk_rope_head_dim
+        if self.rope_parameters is None:
+            self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+        if self.softmax_scale is None:
+            self.softmax_scale = (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5
+        super().__post_init__(**kwargs)
+        self._validate()
+
+    @property
+    def latent_dim(self) -> int:
+        """d_l = d_c / L."""
+        return self.kv_lora_rank // self.num_latent_heads
+
+    @property
+    def num_head_groups(self) -> int:
+        """G = L / N: groups of heads that share their latents."""
+        return self.num_latent_heads // self.num_branches
+
+    @property
+    def q_scale(self) -> float:
+        """sqrt(d / d_q), or 1."""
+        if not self.variance_scaling or self.q_lora_rank is None:
+            return 1.0
+        return (self.hidden_size / self.q_lora_rank) ** 0.5
+
+    @property
+    def kv_scale(self) -> float:
+        """sqrt(d / d_l), or 1."""
+        return (self.hidden_size / self.latent_dim) ** 0.5 if self.variance_scaling else 1.0
+
+    @property
+    def branch_scale(self) -> float:
+        """N^-1/2, or 1."""
+        return self.num_branches**-0.5 if self.variance_scaling else 1.0
+
+    def _validate(self) -> None:
+        L, N, h = self.num_latent_heads, self.num_branches, self.num_attention_heads
+        if self.kv_lora_rank % L:
+            raise ValueError(
+                f"num_latent_heads {L} does not divide kv_lora_rank {self.kv_lora_rank};"
+                f" use kv_lora_rank {-(-self.kv_lora_rank // L) * L}"
+            )
+        if L % N or h % (L // N):
+            raise ValueError(
+                f"num_branches {N} must divide num_latent_heads {L}, and their quotient"
+                f" num_attention_heads {h}; use num_branches {L}"
+            )
+        if self.rope_parameters["rope_type"] not in ("default", "yarn"):
+            raise ValueError(
+                f"rope_type is {self.rope_parameters['rope_type']!r}; use default or yarn"
+            )
+        if self.decode_backend not in DECODE_BACKENDS:
+            raise ValueError(
+                f"decode_backend is {self.decode_backend!r};"
+                f" use one of {', '.join(DECODE_BACKENDS)}"
+            )
+
+
+MLRAConfig.register_for_auto_class()
+
+__all__ = ["MLRAConfig"]

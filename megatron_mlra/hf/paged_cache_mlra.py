@@ -1,0 +1,275 @@
+"""A paged latent cache behind transformers' DynamicCache, and the kernels that read it.
+
+Letters: b sequences, s new tokens of each, t cached tokens, L latent heads, w = L * d_l + d_r
+numbers a token, j = h / G heads that a latent serves.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.utils import logging
+
+from .configuration_mlra import MLRAConfig
+
+logger = logging.get_logger(__name__)
+
+PAGE_SIZE = 64
+MAX_KERNEL_TOKENS = 8
+"""New tokens a sequence up to which a step runs in the decoding kernel."""
+
+
+class PagedLatentLayer(DynamicLayer):
+    """One layer's latents and RoPE keys, in pages the decoding kernels read in place.
+
+    `keys` `[b, 1, capacity, w]`: the pages of all sequences, each sequence's one after the other;
+    `values` stays empty. A sequence lies from its first real token on: token t of a left-padded row
+    is stored at `t - starts[row]`, so that the kernels need no mask.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.length = 0
+        self.starts: Tensor | None = None
+
+    def get_seq_length(self) -> int:
+        """Cached tokens of a row, padding included."""
+        return self.length
+
+    def append(self, rows: Tensor, starts: Tensor) -> None:
+        """Store new tokens.
+
+        Args:
+            rows: `[b, s, w]`, latents then RoPE key.
+            starts: `[b]` int64, padding tokens in front of each row; all of them within the first
+                call.
+        """
+        b, s, w = rows.shape
+        if not self.is_initialized:
+            self.dtype, self.device = rows.dtype, rows.device
+            self.keys = rows.new_empty(b, 1, 0, w)
+            self.values = rows.new_empty(b, 1, 0, 0)
+            self.is_initialized = True
+        self._reserve(self.length + s)
+        token = torch.arange(s, device=rows.device)
+        if self.length == 0:
+            self.starts = starts
+            # What this leaves behind a sequence's end is overwritten before it is read.
+            shifted = (token + starts[:, None]).clamp_max(s - 1)
+            self.keys[:, 0, :s] = rows.gather(1, shifted[..., None].expand(-1, -1, w))
+        else:
+            row = torch.arange(b, device=rows.device)[:, None]
+            self.keys[row, 0, self.length + token - starts[:, None]] = rows
+        self.length += s
+
+    def _reserve(self, tokens: int) -> None:
+        b, _, capacity, w = self.keys.shape
+        if tokens <= capacity:
+            return
+        # A quarter more than there was: copying stays a constant cost a token.
+        pages = -(-max(tokens, capacity * 5 // 4) // PAGE_SIZE)
+        grown = self.keys.new_zeros(b, 1, pages * PAGE_SIZE, w)
+        grown[:, :, :capacity] = self.keys
+        self.keys = grown
+
+    def padded(self) -> Tensor:
+        """`[b, t, w]` with every token at its place in the padded row; padding holds any token."""
+        token = torch.arange(self.length, device=self.keys.device)
+        index = (token - self.starts[:, None]).clamp_min(0)
+        return self.keys[:, 0].gather(1, index[..., None].expand(-1, -1, self.keys.size(-1)))
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        """Unused: `append` takes its place, which needs the padding of each row."""
+        raise NotImplementedError("the paged latent cache is filled by append")
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        super().reset()
+        self.length = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last `-tokens_to_remove` tokens; a positive number is the length to keep."""
+        tokens = int(tokens_to_remove)  # assisted generation may count in tensors
+        self.length = min(self.length, tokens) if tokens > 0 else max(self.length + tokens, 0)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes a copy of row `beam_idx[i]`."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`."""
+        if self.length:
+            super().batch_select_indices(indices.to(self.keys.device))
+            self.starts = self.starts[indices.to(self.starts.device)]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        if self.length:
+            super().batch_repeat_interleave(repeats)
+            self.starts = self.starts.repeat_interleave(repeats, dim=0)
+
+
+class PagedStep:
+    """One forward over a paged cache: where its tokens go, and the schedule all layers share.
+
+    Args:
+        config: the model's.
+        cache: its layers are PagedLatentLayer.
+        attention_mask: `[b, t]`, 0 for padding, or None without padding.
+        shape: (b, s) of the new tokens.
+        backend: "mlra_kernels" or "reference".
+
+    Raises:
+        ValueError: for a mask that is not plain left padding.
+    """
+
+    def __init__(
+        self,
+        config: MLRAConfig,
+        cache: Cache,
+        attention_mask: Tensor | None,
+        shape: tuple[int, int],
+        backend: str,
+        device: torch.device,
+    ) -> None:
+        self.config, self.layers, self.backend = config, cache.layers, backend
+        self.past, (b, self.tokens) = cache.get_seq_length(), shape
+        if attention_mask is not None:
+            self._check_mask(attention_mask)
+        if self.past:
+            self.starts = self.layers[0].starts
+        elif attention_mask is None:
+            self.starts = torch.zeros(b, dtype=torch.int64, device=device)
+        else:
+            self.starts = (attention_mask == 0).sum(-1)
+        self.in_kernel = self.past > 0 and self.tokens <= MAX_KERNEL_TOKENS
+        self._schedules: dict[torch.device, tuple] = {}
+
+    def _check_mask(self, mask: Tensor) -> None:
+        if mask.dim() != 2:
+            raise ValueError(
+                f"decode_backend {self.backend} takes attention masks [batch, tokens], got"
+                f" {list(mask.shape)}; load the model with decode_backend='torch'"
+            )
+        real = mask != 0
+        if bool((real.cummax(-1).values != real).any()):
+            raise ValueError(
+                f"decode_backend {self.backend} takes left padding only, and the attention mask has"
+                " zeros behind a token; pad on the left or load with decode_backend='torch'"
+            )
+
+    def append(self, rows: Tensor, layer: int) -> Tensor | None:
+        """Store a layer's new tokens `[b, s, w]`; returns what the torch attention attends to,
+        `[b, t, w]`, or None where `attend` reads the pages."""
+        pages = self.layers[layer]
+        pages.append(rows, self.starts.to(rows.device))
+        if self.in_kernel:
+            return None
+        return pages.padded() if self.past else rows
+
+    def attend(self, q_absorbed: Tensor, q_rope: Tensor, layer: int) -> Tensor:
+        """`[b, s, L, j, d_l]` and `[b, s, h, d_r]` on a layer's cache -> `[b, s, L, j, d_l]`."""
+        keys = self.layers[layer].keys
+        seqlens, block_table, metadata = self._schedule(keys, q_absorbed)
+        out, _ = _kernels().latent_decode(
+            q_absorbed.contiguous(),
+            q_rope.contiguous(),
+            keys.view(-1, PAGE_SIZE, keys.size(-1)),
+            block_table,
+            seqlens,
+            self.config.softmax_scale,
+            num_branches=self.config.num_branches,
+            metadata=metadata,
+            backend="triton" if self.backend == "mlra_kernels" else "reference",
+        )
+        return out
+
+    def _schedule(self, keys: Tensor, q_absorbed: Tensor) -> tuple:
+        if keys.device not in self._schedules:
+            b, pages = keys.size(0), keys.size(2) // PAGE_SIZE
+            table = torch.arange(b * pages, dtype=torch.int32, device=keys.device).view(b, pages)
+            seqlens = (self.past + self.tokens - self.starts).to(keys.device, torch.int32)
+            metadata = None
+            if self.backend == "mlra_kernels":
+                metadata = _kernels().decode_metadata(
+                    seqlens,
+                    q_len=self.tokens,
+                    num_latents=q_absorbed.size(2),
+                    heads_per_latent=q_absorbed.size(3),
+                    latent_dim=q_absorbed.size(4),
+                    cache_dtype=keys.dtype,
+                    page_size=PAGE_SIZE,
+                )
+            self._schedules[keys.device] = seqlens, table, metadata
+        return self._schedules[keys.device]
+
+
+def paged_step(
+    config: MLRAConfig, cache: Cache | None, attention_mask: Tensor | None, embeds: Tensor
+) -> PagedStep | None:
+    """The paged step of a forward, or None where transformers' own cache layout is used.
+
+    An unfilled DynamicCache gets paged layers where `config.decode_backend` asks for them; "auto"
+    asks for them where the kernels can run, and says once, on a GPU, what it chose.
+
+    Args:
+        attention_mask: as the model's forward takes it.
+        embeds: `[b, s, d]`, the new tokens.
+
+    Raises:
+        ValueError: the backend asked for cannot run here, or not on this cache.
+    """
+    if cache is None or config.decode_backend == "torch":
+        return None
+    backend = config.decode_backend
+    if not any(isinstance(layer, PagedLatentLayer) for layer in cache.layers):
+        problem = _unsupported(config, embeds) or _not_pageable(cache)
+        if backend == "auto" and embeds.is_cuda:
+            chosen = f"torch ({problem})" if problem else "mlra_kernels"
+            logger.warning_once(f"MLRA decodes with {chosen}; decode_backend chooses another")
+        if problem and backend != "auto":
+            raise ValueError(f"decode_backend {backend}: {problem}; use decode_backend='torch'")
+        if problem:
+            return None
+        cache.layers = [PagedLatentLayer() for _ in range(config.num_hidden_layers)]
+    backend = "mlra_kernels" if backend == "auto" else backend
+    return PagedStep(config, cache, attention_mask, embeds.shape[:2], backend, embeds.device)
+
+
+def _kernels():
+    """The module of the decoding kernels, or None where it is not installed."""
+    try:
+        from mlra_kernels import latent_decode
+    except ImportError:
+        return None
+    return latent_decode
+
+
+def _unsupported(config: MLRAConfig, embeds: Tensor) -> str | None:
+    """Why the kernels cannot serve this model here, or None."""
+    kernels = _kernels()
+    if kernels is None:
+        return "mlra_kernels is not installed"
+    latent_dims, rope_dims = kernels.validation.LATENT_DIMS, kernels.validation.ROPE_DIMS
+    if config.latent_dim not in latent_dims:
+        return f"the kernels take latent dims {latent_dims}, this model has {config.latent_dim}"
+    if config.qk_rope_head_dim not in rope_dims:
+        return f"the kernels take RoPE dims {rope_dims}, this model has {config.qk_rope_head_dim}"
+    if config.decode_backend == "reference":
+        return None
+    if not embeds.is_cuda:
+        return f"the kernels need a CUDA GPU, this model is on {embeds.device}"
+    if embeds.dtype not in (torch.bfloat16, torch.float16):
+        return f"the kernels take bfloat16 and float16, this model runs in {embeds.dtype}"
+    return None
+
+
+def _not_pageable(cache: Cache) -> str | None:
+    """Why a cache cannot get paged layers, or None."""
+    plain = type(cache) is DynamicCache and all(type(x) is DynamicLayer for x in cache.layers)
+    if not plain or cache.offloading:
+        return f"only a DynamicCache without offloading can be paged, not {type(cache).__name__}"
+    if cache.get_seq_length():
+        return "the cache was filled by another backend"
+    return None
