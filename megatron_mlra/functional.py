@@ -147,6 +147,7 @@ def mlra_attention(
     *,
     absorbed: bool,
     positions: Tensor | None = None,
+    angles: tuple[Tensor, Tensor] | None = None,
     eps: float | None = None,
 ) -> Tensor:
     """The whole attention sublayer of one unsharded layer (method: Forward, steps 1 to 6).
@@ -162,6 +163,7 @@ def mlra_attention(
             gated: `linear_gate_proj` `[h * v, d]`.
         config: an MLRAConfig, or anything with its sizes and scales.
         positions: `[s]`, default 0 .. s - 1.
+        angles: cos and sin `[s, rope / 2]`, default plain RoPE of `positions`.
         eps: of the norms, default `config.layernorm_epsilon`.
 
     Returns:
@@ -173,7 +175,9 @@ def mlra_attention(
     eps = config.layernorm_epsilon if eps is None else eps
     if positions is None:
         positions = torch.arange(s, device=x.device)
-    cos, sin = rope_cos_sin(positions, rope, config.rotary_base, _wide(x).dtype)
+    if angles is None:
+        angles = rope_cos_sin(positions, rope, config.rotary_base, _wide(x).dtype)
+    cos, sin = angles
 
     if config.q_lora_rank is None:
         q = x @ weights["linear_q_proj"].T

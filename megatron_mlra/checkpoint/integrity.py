@@ -8,8 +8,10 @@ from argparse import Namespace
 from pathlib import Path
 
 from megatron.core import dist_checkpointing
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_mlra.checkpoint.description import CheckpointError
+from megatron_mlra.checkpoint.torch_dist import check_files, read_metadata
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -136,28 +138,10 @@ def check_complete(folder: Path) -> None:
     Raises:
         ValueError: names the first missing or short file.
     """
-    if not (folder / ".metadata").is_file():
-        raise ValueError(
-            f"checkpoint {folder} is incomplete: it has no .metadata; --ckpt-step names an earlier"
-            " one"
-        )
     try:
-        stored = FileSystemReader(folder).read_metadata().storage_data
-    except Exception as error:
-        raise ValueError(f"checkpoint {folder}: .metadata cannot be read ({error})") from None
-    needed: dict[str, int] = {}
-    for item in stored.values():
-        end = item.offset + item.length
-        needed[item.relative_path] = max(end, needed.get(item.relative_path, 0))
-    for name, size in sorted(needed.items()):
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"checkpoint {folder} is incomplete: {name} is missing")
-        if path.stat().st_size < size:
-            raise ValueError(
-                f"checkpoint {folder} is truncated: {name} has {path.stat().st_size} of {size}"
-                " bytes; --ckpt-step names an earlier one"
-            )
+        check_files(folder, read_metadata(folder))
+    except CheckpointError as error:
+        raise ValueError(f"{error}; --ckpt-step names an earlier one") from None
 
 
 def check_architecture(folder: Path, args: Namespace) -> None:
@@ -174,10 +158,13 @@ def check_architecture(folder: Path, args: Namespace) -> None:
         raise ValueError(
             f"checkpoint {folder} names no arguments; it was not written by this trainer"
         )
+    unused = set(_UNUSED[args.attention])
+    if not getattr(saved, "num_experts", None) and not args.num_experts:
+        unused |= {name for name in ARCHITECTURE if name.startswith("moe_")}
     different = []
     for name in ARCHITECTURE:
         there, here = getattr(saved, name, None), getattr(args, name, None)
-        if name in _UNUSED[args.attention]:
+        if name in unused:
             continue
         if there != here:
             different.append(f"{name} is {there} there, {here} here")

@@ -109,6 +109,10 @@ class TorchDistFolder:
             file.seek(info.offset)
             return file.read(info.length)
 
+    def raw(self, name: str) -> bytes:
+        """The bytes of an entry that is no tensor."""
+        return self._bytes(self.stored[name, ()])
+
     def common_state(self) -> dict[str, Any]:
         """Megatron's state that is no tensor: `args`, `iteration`, ...; unknown classes are inert.
 

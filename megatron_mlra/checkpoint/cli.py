@@ -1,0 +1,220 @@
+"""Command line of the checkpoint conversion."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_mlra.checkpoint.description import DTYPES, CheckpointError
+from megatron_mlra.preprocess.cli import OneLineParser
+from megatron_mlra.preprocess.errors import InputError
+from megatron_mlra.preprocess.signals import Interrupted, interruptible
+
+GIGABYTE = 10**9
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The arguments of tools/convert_checkpoint.py."""
+    parser = OneLineParser(
+        description="Convert checkpoints between Megatron (torch_dist), the MLRA paper's research"
+        " code and Hugging Face. Runs on the CPU; memory holds about one tensor."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], about: str):
+        added = commands.add_parser(name, help=about, description=about)
+        added.set_defaults(run=run)
+        return added
+
+    def with_source(added: argparse.ArgumentParser) -> None:
+        added.add_argument("source", metavar="SRC", help="checkpoint folder (or its iter_* folder)")
+        added.add_argument(
+            "--vocab-size", type=int, help="true vocabulary, where a Megatron SRC does not say it"
+        )
+
+    def with_destination(added: argparse.ArgumentParser) -> None:
+        added.add_argument("destination", metavar="DST", help="folder to write; must not exist")
+        added.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as they are")
+        added.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    with_source(command("inspect", _inspect, "Say what model a folder holds, and check it."))
+    for name, run, about in (
+        ("import-official", _import, "Research folder to a Megatron folder."),
+        ("import-hf", _import, "Hugging Face folder to a Megatron folder."),
+        ("export-official", _export_official, "Megatron folder to a research folder."),
+        ("export-hf", _export_hf, "Megatron folder to a Hugging Face folder."),
+        ("reshard", _reshard, "Rewrite a Megatron folder: other files, or the weights alone."),
+    ):
+        added = command(name, run, about)
+        if name == "reshard":
+            added.add_argument("source", metavar="SRC", help="Megatron folder")
+        else:
+            with_source(added)
+        with_destination(added)
+        if name.startswith("import"):
+            added.add_argument(
+                "--padded-vocab-size",
+                type=int,
+                metavar="ROWS",
+                help="rows of the embedding; default: the vocabulary, rounded up to 128",
+            )
+        elif name.startswith("export"):
+            added.add_argument(
+                "--max-shard-gb", type=float, default=5.0, help="size of a safetensors file"
+            )
+        else:
+            added.add_argument("--files", type=int, default=1, help="files that hold the tensors")
+            added.add_argument(
+                "--weights-only", action="store_true", help="leave out the optimizer's state"
+            )
+        if name == "export-official":
+            added.add_argument(
+                "--format", choices=("safetensors", "bin"), default="safetensors", help="of files"
+            )
+    verify = command("verify", _verify, "Compare the logits of two folders on text.")
+    verify.add_argument("a", metavar="A", help="checkpoint folder of any kind")
+    verify.add_argument("b", metavar="B", help="checkpoint folder of any kind")
+    verify.add_argument("--text", metavar="FILE", help="text to run on; default: a sample")
+    verify.add_argument("--tokenizer", help="tokenizer.json, or byte; default: that of A or B")
+    verify.add_argument("--tokens", type=int, default=512, help="how many (default: 512)")
+    verify.add_argument("--length", type=int, default=256, help="of a sequence (default: 256)")
+    verify.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-4,
+        help="largest difference of a logit that passes (default: 1e-4, for float32)",
+    )
+    verify.add_argument("--vocab-size", type=int, help="true vocabulary of a Megatron folder")
+    verify.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code (1: verify found a difference, 2: refused)."""
+    args = build_parser().parse_args(argv)
+    try:
+        with interruptible():
+            return args.run(args)
+    except (CheckpointError, InputError) as error:
+        return _fail(str(error), 2)
+    except Interrupted as error:
+        return _fail("interrupted; nothing written", 128 + error.number)
+    except (OSError, ImportError) as error:
+        return _fail(" ".join(str(error).split()), 2)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _open(args: argparse.Namespace, path: str, kinds: Sequence[str] = ()):
+    from megatron_mlra.checkpoint.folders import open_checkpoint
+
+    folder = open_checkpoint(path, args.vocab_size)
+    if kinds and folder.kind not in kinds:
+        raise CheckpointError(
+            f"{path} is a {folder.kind} folder; {args.command} reads {' or '.join(kinds)} folders"
+        )
+    return folder
+
+
+def _check_destination(args: argparse.Namespace) -> None:
+    """Before the source is read, which may take a while."""
+    from megatron_mlra.checkpoint.staging import check_destination
+
+    check_destination(Path(args.destination), 0)
+
+
+def _wrote(args: argparse.Namespace) -> int:
+    print(f"wrote {args.destination}")
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from megatron_mlra.checkpoint.inspection import lines
+
+    print("\n".join(lines(_open(args, args.source))))
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    from megatron_mlra.checkpoint.megatron_writer import write_megatron
+
+    _check_destination(args)
+    kind = "research" if args.command == "import-official" else "huggingface"
+    write_megatron(
+        _open(args, args.source, (kind,)),
+        args.destination,
+        dtype=args.dtype,
+        padded_vocab_size=args.padded_vocab_size,
+        progress=not args.quiet,
+    )
+    return _wrote(args)
+
+
+def _export_official(args: argparse.Namespace) -> int:
+    from megatron_mlra.checkpoint.research import write_research
+
+    _check_destination(args)
+    write_research(
+        _open(args, args.source, ("megatron", "huggingface")),
+        args.destination,
+        dtype=args.dtype,
+        file_format=args.format,
+        max_shard_bytes=_shard_bytes(args),
+        progress=not args.quiet,
+    )
+    return _wrote(args)
+
+
+def _export_hf(args: argparse.Namespace) -> int:
+    from megatron_mlra.checkpoint.huggingface import write_huggingface
+
+    _check_destination(args)
+    write_huggingface(
+        _open(args, args.source, ("megatron", "research")),
+        args.destination,
+        dtype=args.dtype,
+        max_shard_bytes=_shard_bytes(args),
+        progress=not args.quiet,
+    )
+    return _wrote(args)
+
+
+def _shard_bytes(args: argparse.Namespace) -> int:
+    if not args.max_shard_gb > 0:
+        raise CheckpointError(f"--max-shard-gb {args.max_shard_gb:g} is not positive; use e.g. 5")
+    return int(args.max_shard_gb * GIGABYTE)
+
+
+def _reshard(args: argparse.Namespace) -> int:
+    from megatron_mlra.checkpoint.reshard import reshard
+
+    _check_destination(args)
+    reshard(
+        args.source,
+        args.destination,
+        files=args.files,
+        weights_only=args.weights_only,
+        dtype=args.dtype,
+        progress=not args.quiet,
+    )
+    return _wrote(args)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from megatron_mlra.checkpoint.compare import check_same_function, compare, sample_tokens
+
+    if not args.tolerance >= 0:
+        raise CheckpointError(f"--tolerance {args.tolerance:g} is negative; use e.g. 1e-4")
+    text = None if args.text is None else Path(args.text).read_text(encoding="utf-8")
+    a, b = _open(args, args.a), _open(args, args.b)
+    check_same_function(a, b)
+    named = b if not a.tokenizer_files() and b.tokenizer_files() else a
+    tokens, said = sample_tokens(named, text, args.tokenizer, args.tokens, args.length)
+    result = compare(a, b, tokens, args.tolerance, progress=not args.quiet)
+    print(f"{said}; {result}")
+    return 0 if result.same else 1

@@ -1,0 +1,118 @@
+"""Logits of a checkpoint, layer by layer: memory holds one layer, whatever the model's size.
+
+Plain torch over `functional.py`, in float32. Letters: s tokens, b sequences, d hidden size, h query
+heads, g key/value heads, c head dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from megatron_mlra.checkpoint.description import ModelDescription
+from megatron_mlra.checkpoint.folders import CheckpointFolder
+from megatron_mlra.checkpoint.names import (
+    EMBEDDING,
+    FINAL_NORM,
+    OUTPUT,
+    layer_prefix,
+    layer_tensors,
+)
+from megatron_mlra.functional import apply_rope, attend, mlra_attention, rms_norm, rope_cos_sin
+
+ROWS = 8192
+"""Rows of the vocabulary that are multiplied at a time."""
+
+
+def hidden_states(folder: CheckpointFolder, tokens: Tensor) -> Iterator[Tensor]:
+    """The embedding, then the state behind every layer, `[s, b, d]` float32.
+
+    Args:
+        tokens: `[b, s]` ids.
+    """
+    model = folder.description
+    angles = rotary_angles(model, tokens.size(1))
+    x = folder.tensor(EMBEDDING)[tokens.T].float()
+    yield x
+    for i in range(model.num_layers):
+        weights = {
+            name.removesuffix(".weight"): folder.tensor(layer_prefix(i) + name).float()
+            for name in layer_tensors(model)
+        }
+        x = layer(x, weights, model, angles)
+        yield x
+
+
+def layer(
+    x: Tensor, weights: dict[str, Tensor], model: ModelDescription, angles: tuple[Tensor, Tensor]
+) -> Tensor:
+    """One transformer layer, `[s, b, d]` -> `[s, b, d]`."""
+    eps = model.layernorm_epsilon
+    normed = rms_norm(x, weights["input_layernorm"], eps)
+    prefix = "self_attention."
+    attention = {
+        name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)
+    }
+    if model.attention == "gqa":
+        x = x + grouped_attention(normed, attention, model, angles)
+    else:
+        x = x + mlra_attention(
+            normed,
+            attention,
+            model,
+            absorbed=model.latent_dim <= model.qk_nope_head_dim,
+            angles=angles,
+        )
+    normed = rms_norm(x, weights["pre_mlp_layernorm"], eps)
+    gate, up = (normed @ weights["mlp.linear_fc1"].T).chunk(2, dim=-1)
+    return x + (torch.nn.functional.silu(gate) * up) @ weights["mlp.linear_fc2"].T
+
+
+def grouped_attention(
+    x: Tensor, weights: dict[str, Tensor], model: ModelDescription, angles: tuple[Tensor, Tensor]
+) -> Tensor:
+    """MHA, GQA or MQA on `[s, b, d]`, from `linear_qkv` and `linear_proj` (see names.py)."""
+    s, b, _ = x.shape
+    g, c = model.num_query_groups, model.head_dim
+    j = model.num_attention_heads // g
+    sizes = [j, j, 1, 1] if model.output_gate else [j, 1, 1]
+    parts = (x @ weights["linear_qkv"].T).view(s, b, g, sum(sizes), c).split(sizes, dim=3)
+    query, *gate, key, value = (part.flatten(2, 3) for part in parts)  # [s, b, heads, c]
+    query, key = apply_rope(query, *angles), apply_rope(key, *angles)
+    out = attend(query, key, value, model.softmax_scale)
+    if gate:
+        out = out * torch.sigmoid(gate[0])
+    return out.flatten(2) @ weights["linear_proj"].T
+
+
+def logits(folder: CheckpointFolder, x: Tensor) -> Tensor:
+    """`[s, b, V]` of the state behind the last layer."""
+    model = folder.description
+    x = rms_norm(x, folder.tensor(FINAL_NORM).float(), model.layernorm_epsilon)
+    output = folder.tensor(EMBEDDING if model.tie_embeddings else OUTPUT)
+    return torch.cat([x @ rows.float().T for rows in output.split(ROWS)], dim=-1)
+
+
+def rotary_angles(model: ModelDescription, s: int) -> tuple[Tensor, Tensor]:
+    """cos and sin `[s, dims / 2]`, times YaRN's factor."""
+    dim = model.head_dim if model.attention == "gqa" else model.qk_rope_head_dim
+    if model.rope_type == "rope":
+        return rope_cos_sin(torch.arange(s), dim, model.rotary_base, torch.float32)
+    from megatron.core.models.common.embeddings import YarnRotaryEmbedding
+
+    embedding = YarnRotaryEmbedding(
+        dim,
+        rotary_base=model.rotary_base,
+        scaling_factor=model.rotary_scaling_factor,
+        original_max_position_embeddings=model.original_max_position_embeddings,
+        beta_fast=model.beta_fast,
+        beta_slow=model.beta_slow,
+        mscale=model.mscale,
+        mscale_all_dim=model.mscale_all_dim,
+        use_cpu_initialization=True,
+    )
+    angle, factor = embedding(s)
+    angle = angle.view(s, -1)[:, : dim // 2].float()
+    return angle.cos() * factor, angle.sin() * factor

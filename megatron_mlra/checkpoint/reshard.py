@@ -1,0 +1,137 @@
+"""Rewriting a Megatron checkpoint: other files, without the optimizer, or in another dtype.
+
+Loading at another layout needs no rewriting: torch_dist stores global tensors. The entries are
+copied whatever the model is, so every attention and mixtures of experts work.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from megatron_mlra.checkpoint.description import DTYPES, CheckpointError
+from megatron_mlra.checkpoint.folders import TRACKER, tokenizer_files
+from megatron_mlra.checkpoint.megatron_folder import iteration_folder
+from megatron_mlra.checkpoint.megatron_writer import StreamingPlanner, save_torch_dist
+from megatron_mlra.checkpoint.staging import written_aside
+from megatron_mlra.checkpoint.torch_dist import COMMON_FILE, COMMON_KEY, TorchDistFolder
+
+_OF_A_RUN = re.compile(r"(chained_\d+\.)?optimizer\.|rng_state|rerun_state|opt_param_scheduler")
+_STACKED = re.compile(r"(.*\.)?decoder\.layers\.(?!\d)")
+_RESHARDABLE = (None, "fully_reshardable", "fully_sharded_model_space")
+"""Formats of a distributed optimizer's state that do not depend on the layout."""
+
+
+def reshard(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    files: int = 1,
+    weights_only: bool = False,
+    dtype: str | None = None,
+    progress: bool = True,
+) -> None:
+    """Rewrite a `--save` folder's latest checkpoint, or one `iter_*` folder.
+
+    Args:
+        files: how many files hold the tensors; each is written by a thread of its own.
+        weights_only: leave out optimizer, schedule and random states. The copy is a release
+            checkpoint: a run that loads it starts at step 0.
+        dtype: of the weights; needs `weights_only`, since an optimizer's state fits its weights.
+
+    Raises:
+        CheckpointError: the source is damaged, or its optimizer state is bound to its layout; or
+        see written_aside.
+    """
+    if files < 1:
+        raise CheckpointError(f"files is {files}; use at least 1")
+    if dtype is not None and dtype not in DTYPES:
+        raise CheckpointError(f"dtype is {dtype!r}; use one of {', '.join(DTYPES)}")
+    if dtype is not None and not weights_only:
+        raise CheckpointError(f"dtype {dtype} does not fit the optimizer's state; add weights_only")
+    root = Path(source)
+    folder = iteration_folder(root)
+    stored = TorchDistFolder(folder)
+    _check_layout(stored, weights_only)
+    name = "release" if weights_only else folder.name
+    planner = _Copy(stored, weights_only, getattr(torch, dtype) if dtype else None)
+    with (
+        tqdm(total=planner.bytes, unit="B", unit_scale=True, disable=not progress) as bar,
+        written_aside(destination, planner.bytes) as partial,
+    ):
+        planner.bar = bar
+        (partial / name).mkdir()
+        save_torch_dist(planner, partial / name, files)
+        if (folder / COMMON_FILE).is_file():
+            shutil.copy(folder / COMMON_FILE, partial / name / COMMON_FILE)
+        for file in tokenizer_files(root):
+            shutil.copy(file, partial / file.name)
+        step = name.removeprefix("iter_").lstrip("0") or "0"
+        (partial / TRACKER).write_text(step)
+
+
+def _check_layout(stored: TorchDistFolder, weights_only: bool) -> None:
+    content = stored.common_state().get("content_metadata") or {}
+    kind = content.get("distrib_optim_sharding_type")
+    if not weights_only and kind not in _RESHARDABLE:
+        raise CheckpointError(
+            f"checkpoint {stored.path} holds optimizer state bound to its layout ({kind}); use"
+            " --weights-only, or save with --dist-ckpt-optim-fully-reshardable"
+        )
+
+
+class _Copy(StreamingPlanner):
+    """Every entry of a checkpoint, tensors in one block (stacked layers: one a layer)."""
+
+    def __init__(
+        self, stored: TorchDistFolder, weights_only: bool, dtype: torch.dtype | None
+    ) -> None:
+        super().__init__()
+        self.stored = stored
+        self.dtype = dtype
+        self.bar: tqdm | None = None
+        self.shapes = {
+            key: shape
+            for key, shape in stored.shapes().items()
+            if not (weights_only and _OF_A_RUN.match(key))
+        }
+        tensors = stored.shapes()
+        self.objects = [
+            key
+            for key, _ in stored.stored
+            if key not in tensors and not (weights_only and _OF_A_RUN.match(key))
+        ]
+        if COMMON_KEY not in self.objects and not (stored.path / COMMON_FILE).is_file():
+            raise CheckpointError(f"checkpoint {stored.path} names no arguments")
+        self.bytes = sum(
+            math.prod(shape) * self._dtype(key).itemsize for key, shape in self.shapes.items()
+        )
+
+    def _dtype(self, key: str) -> torch.dtype:
+        dtype = self.stored.dtype(key)
+        return self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
+
+    def plan(self) -> None:
+        """Objects, then tensors."""
+        for key in self.objects:
+            self.add_bytes(key, self.stored.stored[key, ()].length)
+        for key, shape in self.shapes.items():
+            zeros = (0,) * len(shape)
+            blocks = [(zeros, shape)]
+            if _STACKED.match(key) and len(shape) > 1:
+                blocks = [((i, *zeros[1:]), (1, *shape[1:])) for i in range(shape[0])]
+            self.add_tensor(key, shape, self._dtype(key), blocks)
+
+    def data(self, key: str, offsets: tuple[int, ...]) -> torch.Tensor | bytes:
+        """An object's bytes unread, or a block."""
+        if key not in self.shapes:
+            return self.stored.raw(key)
+        stacked = _STACKED.match(key) and len(self.shapes[key]) > 1
+        tensor = self.stored.tensor(key, offsets[0] if stacked else None).to(self._dtype(key))
+        self.bar.update(tensor.numel() * tensor.element_size())
+        return tensor.contiguous()
