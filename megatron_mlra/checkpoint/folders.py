@@ -86,7 +86,7 @@ def open_checkpoint(path: str | Path, vocab_size: int | None = None) -> Checkpoi
 
         return MegatronFolder(path, vocab_size)
     config = read_config(path)
-    if config.get("model_type") == "mlra":
+    if config.get("model_type") in ("mlra", "llama"):
         from megatron_mlra.checkpoint.huggingface import HuggingFaceFolder
 
         return HuggingFaceFolder(path)
@@ -96,7 +96,7 @@ def open_checkpoint(path: str | Path, vocab_size: int | None = None) -> Checkpoi
         return ResearchFolder(path)
     raise CheckpointError(
         f"{path}/config.json is of model_type {config.get('model_type')!r}; an exported folder says"
-        " 'mlra' and a research folder has n_layer"
+        " 'mlra' or 'llama' and a research folder has n_layer"
     )
 
 

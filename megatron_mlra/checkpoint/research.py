@@ -15,13 +15,13 @@ import torch
 
 from megatron_mlra.checkpoint.description import CheckpointError, ModelDescription
 from megatron_mlra.checkpoint.folders import CheckpointFolder, check_tensors, read_config
-from megatron_mlra.checkpoint.names import expected_tensors, layer_prefix
+from megatron_mlra.checkpoint.names import layer_prefix
 from megatron_mlra.checkpoint.research_names import (
     RESEARCH_EMBEDDING,
     RESEARCH_OUTPUT,
-    Rule,
     rules,
 )
+from megatron_mlra.checkpoint.rules import their_shapes
 from megatron_mlra.checkpoint.safetensors_writer import (
     MAX_SHARD_BYTES,
     write_index,
@@ -58,7 +58,7 @@ class ResearchFolder(CheckpointFolder):
         check_tensors(
             f"{path} ({self.description.variant})",
             shapes,
-            research_shapes(self.description, self.rules),
+            their_shapes(self.description, self.rules),
         )
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -153,17 +153,6 @@ def _latents(shapes: Mapping[str, tuple[int, ...]], h: int, d_h: int) -> tuple[i
     return L, L // (h // served)
 
 
-def research_shapes(
-    description: ModelDescription, table: Mapping[str, Rule]
-) -> dict[str, tuple[int, ...]]:
-    """Research name -> shape, in canonical order."""
-    found = {}
-    for name, shape in expected_tensors(description).items():
-        parts = table[name].split(torch.empty(shape, device="meta"))
-        found |= {n: tuple(p.shape) for n, p in zip(table[name].theirs, parts, strict=True)}
-    return found
-
-
 def write_research(
     source: CheckpointFolder,
     destination: str | Path,
@@ -197,7 +186,7 @@ def write_research(
         with written_aside(destination, stream.bytes) as folder:
             (folder / "config.json").write_text(json.dumps(research_config(model), indent=2) + "\n")
             if file_format == "safetensors":
-                shapes = research_shapes(model, table)
+                shapes = their_shapes(model, table)
                 write_safetensors(folder, shapes, stream.dtype, parts(list(table)), max_shard_bytes)
             else:
                 _write_bins(folder, model, list(table), parts, stream.bytes)

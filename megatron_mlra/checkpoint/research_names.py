@@ -1,114 +1,79 @@
 """Names and layouts of the MLRA paper's research code, as a table against the canonical ones.
 
 Letters: N branches, G head groups, L = N G latents, h heads, j heads of a group, e = d_h + d_v,
-l latent dim, c head dim, g query groups.
+l latent dim.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_mlra.checkpoint.description import ModelDescription
 from megatron_mlra.checkpoint.names import EMBEDDING, FINAL_NORM, OUTPUT, layer_prefix
+from megatron_mlra.checkpoint.rules import Rule, grouped_queries, rows, same
 
 RESEARCH_EMBEDDING = "transformer.wte.weight"
 RESEARCH_OUTPUT = "lm_head.weight"
 
 
-@dataclass(frozen=True)
-class Rule:
-    """How one canonical tensor is stored there: as one tensor or as several."""
-
-    theirs: tuple[str, ...]
-    split: Callable[[Tensor], list[Tensor]]
-    """Canonical -> theirs."""
-
-    join: Callable[[list[Tensor]], Tensor]
-    """Theirs -> canonical."""
-
-
 def rules(model: ModelDescription) -> dict[str, Rule]:
     """Canonical name -> rule, for every tensor of the model, in canonical order."""
-    table = {EMBEDDING: _same(RESEARCH_EMBEDDING)}
+    table = {EMBEDDING: same(RESEARCH_EMBEDDING)}
     layer_rules = _layer(model)
     for i in range(model.num_layers):
         for name, rule in layer_rules.items():
             theirs = tuple(f"transformer.h.{i}.{their}" for their in rule.theirs)
             table[layer_prefix(i) + name] = Rule(theirs, rule.split, rule.join)
-    table[FINAL_NORM] = _same("layernorm.weight")
+    table[FINAL_NORM] = same("layernorm.weight")
     if not model.tie_embeddings:
-        table[OUTPUT] = _same(RESEARCH_OUTPUT)
+        table[OUTPUT] = same(RESEARCH_OUTPUT)
     return table
 
 
 def _layer(model: ModelDescription) -> dict[str, Rule]:
     attention = _grouped(model) if model.attention == "gqa" else _latent(model)
     return {
-        "input_layernorm.weight": _same("input_layernorm.weight"),
+        "input_layernorm.weight": same("input_layernorm.weight"),
         **{f"self_attention.{name}.weight": rule for name, rule in attention.items()},
-        "pre_mlp_layernorm.weight": _same("post_attention_layernorm.weight"),
+        "pre_mlp_layernorm.weight": same("post_attention_layernorm.weight"),
         # Gate, then up.
-        "mlp.linear_fc1.weight": _rows("mlp.c_fc1.weight", "mlp.c_fc2.weight"),
-        "mlp.linear_fc2.weight": _same("mlp.c_proj.weight"),
+        "mlp.linear_fc1.weight": rows("mlp.c_fc1.weight", "mlp.c_fc2.weight"),
+        "mlp.linear_fc2.weight": same("mlp.c_proj.weight"),
     }
 
 
 def _latent(model: ModelDescription) -> dict[str, Rule]:
     table = {
-        "linear_q_down_proj": _same("attn.q_a_proj.weight"),
-        "q_norm": _same("attn.q_a_layernorm.weight"),
-        "linear_q_up_proj": _same("attn.q_b_proj.weight"),
-        "linear_kv_down_proj": _same("attn.kv_a_proj_with_mqa.weight"),
+        "linear_q_down_proj": same("attn.q_a_proj.weight"),
+        "q_norm": same("attn.q_a_layernorm.weight"),
+        "linear_q_up_proj": same("attn.q_b_proj.weight"),
+        "linear_kv_down_proj": same("attn.kv_a_proj_with_mqa.weight"),
     }
     L, N = model.num_latent_heads, model.num_branches
     if L == 1:
-        table["kv_norm"] = _same("attn.kv_a_layernorm.weight")
+        table["kv_norm"] = same("attn.kv_a_layernorm.weight")
         table["linear_kv_up_proj"] = _linears(model, "attn.kv_b_proj.weight")
     elif (L, N) == (2, 1):
-        table["kv_norm"] = _rows(*(f"attn.kv_a_layernorm_{l}.weight" for l in (1, 2)))
+        table["kv_norm"] = rows(*(f"attn.kv_a_layernorm_{l}.weight" for l in (1, 2)))
         names = (f"attn.kv_b_proj_{l}.weight" for l in (1, 2))
         table["linear_kv_up_proj"] = _linears(model, *names)
     else:
-        table["kv_norm"] = _rows(*(f"attn.kv_a_layernorms.{l}.weight" for l in range(L)))
+        table["kv_norm"] = rows(*(f"attn.kv_a_layernorms.{l}.weight" for l in range(L)))
         table["linear_kv_up_proj"] = _one_parameter(model)
     if model.output_gate:
-        table["linear_gate_proj"] = _same("attn.gated_proj.weight")
-    return table | {"linear_proj": _same("attn.c_proj.weight")}
+        table["linear_gate_proj"] = same("attn.gated_proj.weight")
+    return table | {"linear_proj": same("attn.c_proj.weight")}
 
 
 def _grouped(model: ModelDescription) -> dict[str, Rule]:
-    """Megatron's rows are interleaved by query group: its queries, gates, one key, one value."""
-    g, c, d = model.num_query_groups, model.head_dim, model.hidden_size
-    j = model.num_attention_heads // g
     names = ["attn.c_q.weight", "attn.c_k.weight", "attn.c_v.weight"]
-    heads = [j, 1, 1]
     if model.output_gate:
         names.insert(1, "attn.gated_proj.weight")
-        heads.insert(1, j)
-
-    def split(qkv: Tensor) -> list[Tensor]:
-        parts = qkv.view(g, sum(heads), c, d).split(heads, dim=1)
-        return [part.reshape(-1, d) for part in parts]
-
-    def join(parts: list[Tensor]) -> Tensor:
-        blocks = [part.view(g, n, c, d) for part, n in zip(parts, heads, strict=True)]
-        return torch.cat(blocks, dim=1).view(-1, d)
-
-    qkv = Rule(tuple(names), split, join)
-    return {"linear_qkv": qkv, "linear_proj": _same("attn.c_proj.weight")}
-
-
-def _same(name: str) -> Rule:
-    return Rule((name,), lambda tensor: [tensor], lambda parts: parts[0])
-
-
-def _rows(*names: str) -> Rule:
-    """Equal blocks of rows."""
-    return Rule(names, lambda tensor: list(tensor.chunk(len(names))), torch.cat)
+    return {
+        "linear_qkv": grouped_queries(model, *names),
+        "linear_proj": same("attn.c_proj.weight"),
+    }
 
 
 def _linears(model: ModelDescription, *names: str) -> Rule:

@@ -1,0 +1,64 @@
+"""Names of exported Hugging Face folders, as a table against the canonical ones.
+
+Latent attention has the names of `hf/attention_mlra.py`, grouped queries those of transformers'
+Llama.
+"""
+
+from __future__ import annotations
+
+from megatron_mlra.checkpoint.description import ModelDescription
+from megatron_mlra.checkpoint.names import (
+    EMBEDDING,
+    FINAL_NORM,
+    OUTPUT,
+    layer_prefix,
+    layer_tensors,
+)
+from megatron_mlra.checkpoint.rules import Rule, grouped_queries, rows, same
+
+HF_EMBEDDING = "model.embed_tokens.weight"
+HF_OUTPUT = "lm_head.weight"
+
+_ATTENTION = {
+    "linear_q_proj": "q_proj",
+    "linear_q_down_proj": "q_a_proj",
+    "q_norm": "q_a_layernorm",
+    "linear_q_up_proj": "q_b_proj",
+    "linear_kv_down_proj": "kv_a_proj_with_mqa",
+    "kv_norm": "kv_a_layernorm",
+    "linear_kv_up_proj": "kv_b_proj",
+    "linear_gate_proj": "g_proj",
+    "linear_proj": "o_proj",
+}
+
+
+def rules(model: ModelDescription) -> dict[str, Rule]:
+    """Canonical name -> rule, for every tensor of the model, in canonical order."""
+    table = {EMBEDDING: same(HF_EMBEDDING)}
+    layer_rules = _layer(model)
+    for i in range(model.num_layers):
+        for name, rule in layer_rules.items():
+            theirs = tuple(f"model.layers.{i}.{their}" for their in rule.theirs)
+            table[layer_prefix(i) + name] = Rule(theirs, rule.split, rule.join)
+    table[FINAL_NORM] = same("model.norm.weight")
+    if not model.tie_embeddings:
+        table[OUTPUT] = same(HF_OUTPUT)
+    return table
+
+
+def _layer(model: ModelDescription) -> dict[str, Rule]:
+    attention = {
+        f"self_attention.{ours}.weight": same(f"self_attn.{theirs}.weight")
+        for ours, theirs in _ATTENTION.items()
+    }
+    if model.attention == "gqa":
+        names = (f"self_attn.{part}_proj.weight" for part in "qkv")
+        attention["self_attention.linear_qkv.weight"] = grouped_queries(model, *names)
+    return {
+        "input_layernorm.weight": same("input_layernorm.weight"),
+        **{name: rule for name, rule in attention.items() if name in layer_tensors(model)},
+        "pre_mlp_layernorm.weight": same("post_attention_layernorm.weight"),
+        # Gate, then up.
+        "mlp.linear_fc1.weight": rows("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+        "mlp.linear_fc2.weight": same("mlp.down_proj.weight"),
+    }
