@@ -20,6 +20,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 8,
     "vocab_size": 257,
     "eod_token_id": 256,
+    "tokenizer_type": "NullTokenizer",
     "max_position_embeddings": 64,
 }
 LATENT: dict[str, Any] = {

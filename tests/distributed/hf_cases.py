@@ -1,0 +1,27 @@
+"""The models that Hugging Face exports are tested with; imports no Megatron."""
+
+from __future__ import annotations
+
+from megatron_mlra.checkpoint.description import ModelDescription
+from random_checkpoint import grouped, latent
+
+YARN = {
+    "rope_type": "yarn",
+    "rotary_scaling_factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "mscale": 1.1,
+    "mscale_all_dim": 0.7,
+}
+CASES: dict[str, ModelDescription] = {
+    "MLA": latent(1, 1),
+    "GLA-2": latent(2, 1, tie_embeddings=False),
+    "GLA-4": latent(4, 1, output_gate=True),
+    "MLRA-2": latent(4, 2, q_lora_rank=None),
+    "MLRA-4": latent(4, 4),
+    "MLRA-4-gated-untied": latent(4, 4, output_gate=True, tie_embeddings=False),
+    "MLRA-4-unscaled": latent(4, 4, variance_scaling=False, rotary_base=5e5),
+    "MLRA-8-yarn": latent(8, 8, v_head_dim=8, **YARN),
+    "MHA": grouped(8, tie_embeddings=False),
+    "GQA": grouped(2, rotary_base=5e5),
+    "MQA": grouped(1),
+}
