@@ -163,6 +163,14 @@ def test_decode_fp16_queries_over_an_fp8_cache():
     check((args[0].half(), args[1].half(), *args[2:]), kwargs, FP8_ERROR)
 
 
+@pytest.mark.parametrize("size", [0.01, 1000.0])
+def test_decode_fp8_latents_of_other_sizes(size):
+    args, kwargs = make_case(RAGGED, fp8=True)
+    kwargs["cache_scale"] *= size
+    q_absorbed = args[0] / size
+    check((q_absorbed, *args[1:]), kwargs, FP8_ERROR)
+
+
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 def test_portable_kernel(fp8):
     args, kwargs = make_case(RAGGED, latents=2, branches=2, fp8=fp8)

@@ -25,10 +25,12 @@ ERROR_LIMIT = {False: 5e-3, True: 3e-2}  # relative, 16-bit cache and FP8 cache
 LSE_LIMIT = 1e-2
 
 RANK = "MLRA-4/TP4"  # one rank: 64 heads, one latent of 128 + 64
+LENGTHS = [(1, 128 * K), (1, 256 * K), (1, 512 * K), (1, M), (1, 2 * M)]
+BATCHES = [(128, K), (32, 8 * K), (128, 4 * K), (128, 16 * K)]
 MLRA = {"num_latents": 4, "num_branches": 4}
 SUITES = {
-    "lengths": [Shape(RANK, 1, n) for n in (32 * K, 64 * K, 128 * K, 256 * K, 512 * K, M, 2 * M)],
-    "batches": [Shape(RANK, b, n) for b, n in ((128, K), (32, 8 * K), (128, 4 * K), (128, 16 * K))],
+    "lengths": [Shape(RANK, b, n) for b, n in [(1, 32 * K), (1, 64 * K), *LENGTHS]],
+    "batches": [Shape(RANK, b, n) for b, n in BATCHES],
     "fp8": [
         *(Shape(f"{RANK} fp8", 1, n, fp8=True) for n in (128 * K, 512 * K, M, 2 * M)),
         *(Shape("MLRA-4/TP1 fp8", 1, n, **MLRA, fp8=True) for n in (512 * K, M)),
@@ -36,11 +38,8 @@ SUITES = {
     "latents": [Shape("MLRA-4/TP1", 1, n, **MLRA) for n in (256 * K, 512 * K, M)],
     "queries": [Shape(f"{RANK} q={q}", 1, n, q_len=q) for n in (128 * K, M) for q in (2, 4)],
     "models": [
-        *(Shape("MLA", b, n, latent_dim=512) for b, n in ((1, 128 * K), (1, M), (128, 4 * K))),
-        *(
-            Shape("GLA-2/TP2", b, n, latent_dim=256, heads=32)
-            for b, n in ((1, 128 * K), (1, M), (128, 4 * K))
-        ),
+        *(Shape("MLA", b, n, latent_dim=512) for b, n in LENGTHS + BATCHES),
+        *(Shape("GLA-2/TP2", b, n, latent_dim=256, heads=32) for b, n in LENGTHS + BATCHES),
     ],
     "quick": [Shape(RANK, 1, 128 * K), Shape(RANK, 128, K), Shape("MLRA-4/TP1", 1, 32 * K, **MLRA)],
 }
@@ -68,12 +67,12 @@ def gate(workload: Workload, call, name: str) -> float:
     return error
 
 
-def measure(shape: Shape, roof: float, seed: int) -> list[dict]:
-    """Check and time every provider that can run a shape; one record each."""
+def measure(shape: Shape, roof: float, seed: int, providers: list[str]) -> list[dict]:
+    """Check and time every named provider that can run a shape; one record each."""
     workload = make_workload(shape, torch.bfloat16, "cuda", seed)
     records = []
     for name, fits, build in PROVIDERS:
-        if not fits(workload):
+        if name not in providers or not fits(workload):
             continue
         calls = build(workload)
         error = gate(workload, calls[0], name)
@@ -135,6 +134,8 @@ def main() -> None:
     """Parse the command line, measure the suites, report."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--suite", nargs="+", choices=sorted(SUITES), default=["quick"])
+    names = [name for name, _, _ in PROVIDERS]
+    parser.add_argument("--providers", nargs="+", choices=names, default=names)
     parser.add_argument("--json", help="where to write the records")
     parser.add_argument("--png", help="where to draw latency over context length")
     parser.add_argument("--commit", default=None, help="commit to name in the report")
@@ -152,7 +153,7 @@ def main() -> None:
     print(", ".join(f"{k} {v}" for k, v in about.items()), flush=True)
     records = []
     for shape in dict.fromkeys(shape for suite in args.suite for shape in SUITES[suite]):
-        records += measure(shape, roof, seed)
+        records += measure(shape, roof, seed, args.providers)
         torch.cuda.empty_cache()
     if args.png:
         plot(records, roof, args.png)

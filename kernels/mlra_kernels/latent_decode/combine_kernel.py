@@ -47,8 +47,8 @@ def combine_kernel(
     first = tl.load(splits_ptr + b * 2, eviction_policy="evict_last").to(tl.int64)
     parts = tl.load(splits_ptr + b * 2 + 1, eviction_policy="evict_last")
     if PDL:
+        tl_cuda.gdc_launch_dependents()  # they wait for this kernel's end, which waits here
         tl_cuda.gdc_wait()
-        tl_cuda.gdc_launch_dependents()
     if parts != 1:  # a sequence of one part was written by its program
         x = tl.program_id(1) * X + tl.arange(0, X)  # index in [L * rows]
         d = tl.program_id(0) * DB + tl.arange(0, DB)

@@ -93,7 +93,7 @@ def default_config(
     if hopper and element_size <= 2 and page_size % 64 == 0:
         fp8 = element_size == 1
         if latent_dim > 256:
-            return DecodeConfig(64, 32 if fp8 else 64, 8, 4 if fp8 else 2, 1, hopper=True)
+            return DecodeConfig(64, 64, 8, 2, 1, hopper=True)
         if latent_dim > 128:
             return DecodeConfig(64, 64, 4, 3, 1, hopper=True)
         if fp8:

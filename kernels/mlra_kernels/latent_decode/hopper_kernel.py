@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 FP16_MAX = gl.constexpr(65504.0)
-P_UNIT = gl.constexpr(1024.0)  # FP8: probability x scale is kept in fp16 in this unit
+SCALE_MAX = gl.constexpr(146.0)  # times 448, the largest e4m3: just inside fp16
 NEVER_SEEN = gl.constexpr(-1.0e30)  # running maximum of a row that has seen no token
 
 
@@ -85,10 +85,39 @@ def _zero_rows(ring_tile, rows_in, N: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
-def _widen(c, wide, N: gl.constexpr, D: gl.constexpr):
-    """Copy an FP8 shared tile `[N, D]` to fp16: exact, and one instruction for two numbers."""
+def _widen(c, scale, wide, rows_in, N: gl.constexpr, D: gl.constexpr):
+    """Write an FP8 shared tile `[N, D]` times the scales `[N]` of its tokens to `wide`, as fp16.
+
+    Scales from row `rows_in` on count as 0: unused cache may hold NaN.
+    """
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
-    wide.store(c.load(LAYOUT).to(gl.float16))
+    ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    row_scale = gl.where(gl.arange(0, N, ROW) < rows_in, scale.load(ROW), 0.0)
+    row_scale = gl.minimum(row_scale, SCALE_MAX).to(gl.float16)
+    x, row_scale = gl.broadcast(c.load(LAYOUT), row_scale[:, None])
+    x = gl.inline_asm_elementwise(  # the compiler would multiply one number at a time
+        """{
+        .reg .b16 low, high;
+        mov.b32 {low, high}, $2;
+        cvt.rn.f16x2.e4m3x2 $0, low;
+        cvt.rn.f16x2.e4m3x2 $1, high;
+        mul.rn.f16x2 $0, $0, $3;
+        mul.rn.f16x2 $1, $1, $4;
+        }""",
+        "=&r,=&r,r,r,r", [x, row_scale], dtype=gl.float16, is_pure=True, pack=4,
+    )  # fmt: skip
+    wide.store(x)
+
+
+@gluon.jit
+def _own_sums(p, S_N: gl.constexpr):
+    """Sum what each thread holds of a row of a score tile `[M, N]`: `[M, N / S_N, 4]`.
+
+    No thread waits for another; the sum over the threads of a row is taken once a sequence.
+    """
+    M: gl.constexpr = p.shape[0]
+    parts = p.reshape([M, p.shape[1] // S_N, S_N // 8, 4, 2])
+    return gl.sum(gl.sum(parts, 4), 2)
 
 
 @gluon.jit
@@ -126,7 +155,7 @@ def _consume(
     O_ROW: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     Q_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     Q_ROW: gl.constexpr = gl.SliceLayout(1, Q_LAYOUT)
-    # Widened FP8 tiles load shared memory most: there the queries stay in registers. Not where both
+    # Widened FP8 tiles load shared memory most: there all queries stay in registers. Not where both
     # products have one instruction shape (D = N): ptxas 12.8 then gives the probabilities the
     # registers of the queries, which are needed again for the next tile.
     Q_IN_REGISTERS: gl.constexpr = FP8 and D == 128 and N == 64
@@ -164,37 +193,35 @@ def _consume(
             else:
                 mbarrier.wait(q_full, segment & 1)
             m_i = gl.full([M], NEVER_SEEN, gl.float32, S_ROW)
-            l_i = gl.full([M], 0.0, gl.float32, S_ROW)
+            l_own = _own_sums(gl.zeros([M, N], gl.float32, S_LAYOUT), S_N)
+            L_ROW: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, l_own.type.layout))
             acc = gl.zeros([M, D], gl.float32, O_LAYOUT)
             last_seen = seqlen - Q_LEN + row_s // HEADS
             # Tiles before `full_end` are seen whole by every row.
             full_end = gl.maximum(seqlen - Q_LEN + 1, 0) // N
             q_op = q_smem
+            qr_op = qr_smem
             if Q_IN_REGISTERS:
                 q_op = q_smem.load(gl.DotOperandLayout(0, S_LAYOUT, 2))
+                qr_op = qr_smem.load(gl.DotOperandLayout(0, S_LAYOUT, 2))
             for i in range(w, take, W):
                 t = tile + i
                 stage = (loaded + i) % STAGES
                 mbarrier.wait(full.index(stage), (loaded + i) // STAGES & 1)
                 c = c_ring.index(stage)
                 k_r = r_ring.index(stage)
-                if FP8:
-                    _widen(c, wide_ring.index(w), N, D)
-                    c = wide_ring.index(w)
-                    fence_async_shared()
                 if (t + 1) * N > seqlen:
                     _zero_rows(c, seqlen - t * N, N, D)
                     _zero_rows(k_r, seqlen - t * N, N, R)
                     fence_async_shared()
+                if FP8:
+                    scale = s_ring.index(stage).reshape([N])
+                    _widen(c, scale, wide_ring.index(w), seqlen - t * N, N, D)
+                    c = wide_ring.index(w)
+                    fence_async_shared()
                 s = gl.zeros([M, N], gl.float32, S_LAYOUT)
                 s = warpgroup_mma(q_op, c.permute((1, 0)), s, use_acc=False, is_async=True)
-                if FP8:  # the token's scale factors out of the product with the latent
-                    c_scale = s_ring.index(stage).reshape([N]).load(gl.SliceLayout(0, S_LAYOUT))
-                    if (t + 1) * N > seqlen:
-                        c_scale = gl.where(t * N + col_s < seqlen, c_scale, 0.0)
-                    s = warpgroup_mma_wait(0, deps=[s])
-                    s = s * c_scale[None, :]
-                s = warpgroup_mma(qr_smem, k_r.permute((1, 0)), s, is_async=True)
+                s = warpgroup_mma(qr_op, k_r.permute((1, 0)), s, is_async=True)
                 s = warpgroup_mma_wait(0, deps=[s])
                 if t >= full_end:
                     seen = (t * N + col_s)[None, :] <= last_seen[:, None]
@@ -202,11 +229,9 @@ def _consume(
                 m_new = gl.maximum(m_i, gl.max(s, 1) * scale_log2)
                 p = gl.exp2(s * scale_log2 - m_new[:, None])
                 alpha = gl.exp2(m_i - m_new)
-                l_i = l_i * alpha + gl.sum(p, 1)
+                l_own = l_own * gl.convert_layout(alpha, L_ROW)[:, None, None] + _own_sums(p, S_N)
                 m_i = m_new
                 acc = acc * gl.convert_layout(alpha, O_ROW)[:, None]
-                if FP8:
-                    p = p * gl.minimum(c_scale * P_UNIT, FP16_MAX)[None, :]
                 if WARPS_N == 1:
                     p_op = gl.convert_layout(p.to(q_smem.dtype), P_LAYOUT)
                     acc = warpgroup_mma(p_op, c, acc, is_async=True)
@@ -216,6 +241,7 @@ def _consume(
                     acc = warpgroup_mma(p_smem, c, acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 mbarrier.arrive(empty.index(stage), count=1)
+            l_i = gl.convert_layout(gl.sum(gl.sum(l_own, 2), 1), S_ROW)
             if w > 0:
                 if w > 1:
                     mbarrier.wait(x_empty.index(w - 2), segment & 1)
@@ -234,7 +260,7 @@ def _consume(
                     l_o = x_l.load(S_ROW)
                     acc, m_i, l_i = _merge(acc, m_i, l_i, m_o, l_o, x_acc.load(O_LAYOUT), O_ROW)
                     mbarrier.arrive(x_empty.index(o), count=1)
-                inv = gl.where(l_i > 0, (1.0 / P_UNIT if FP8 else 1.0) / l_i, 0.0)
+                inv = gl.where(l_i > 0, 1.0 / l_i, 0.0)
                 acc = acc * gl.convert_layout(inv, O_ROW)[:, None]
                 lse = m_i + gl.log2(l_i)  # -inf for a row that saw nothing
                 if take == tiles:
@@ -298,7 +324,7 @@ def latent_decode_hopper_kernel(
     W: gl.constexpr,
     CONSUMER_REGS: gl.constexpr,
 ):
-    # FP8 latents are multiplied as fp16, which holds them exactly; their RoPE keys are bf16.
+    # FP8 latents are scaled and multiplied as fp16; their RoPE keys are bf16.
     DTYPE: gl.constexpr = gl.float16 if FP8 else q_ptr.dtype.element_ty
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, D], DTYPE)
     qr_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, R], r_desc.dtype)
