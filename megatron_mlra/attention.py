@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.enums import AttnMaskType
@@ -20,13 +19,14 @@ from torch import Tensor
 
 from megatron_mlra.config import MLRAConfig
 from megatron_mlra.functional import (
-    absorbed_qkv,
-    apply_rope,
+    join_keys,
     materialized_qkv,
+    rotate_absorb,
     split_up_projection,
     sum_branches,
 )
 from megatron_mlra.projections import LatentUpProjection, ShardedRMSNorm, split_rows_factory
+from megatron_mlra.rotary import rotary_tables
 from megatron_mlra.sharding import LatentParallel, LatentShard
 
 
@@ -94,7 +94,6 @@ class MLRASelfAttention(Attention):
             config.recompute_granularity == "selective"
             and "mla_up_proj" in config.recompute_modules
         )
-        self.rotary_pos_emb = _rotary_embedding(config, pg_collection.cp)
 
         def column(input_size: int, output_size: int, linear_name: str) -> torch.nn.Module:
             return submodules.column_linear(
@@ -178,7 +177,8 @@ class MLRASelfAttention(Attention):
         else:
             up_projection = None
             qkv = self._query_key_value(q, latents, k_rope, *angles)
-        query, key, value = qkv if len(qkv) == 3 else (*qkv, None)
+        query, key, *value = qkv
+        value = value[0] if value else latents.flatten(2, 3)
         core = (
             self._checkpointed_attention_forward
             if self.checkpoint_core_attention and self.training
@@ -211,33 +211,22 @@ class MLRASelfAttention(Attention):
     def _query_key_value(
         self, q: Tensor, latents: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, ...]:
-        """Query, key and (materialized) value; absorbed, the value is part of the key."""
+        """Query, key and (materialized) value; absorbed, the values are the latents."""
         config = self.config
         linear = self.linear_q_proj if config.q_lora_rank is None else self.linear_q_up_proj
         q, _ = linear(q)
-        nope, rope = config.qk_nope_head_dim, config.qk_rope_head_dim
-        q = q.view(*q.shape[:-1], self.own_heads, nope + rope)  # [s, b, h / tp, e]
-        q_nope, q_rope = q.split((nope, rope), dim=-1)
-        q_rope = apply_rope(q_rope, cos, sin)
-        k_rope = apply_rope(k_rope, cos, sin)
-        if self.parallel.exchanges:
-            q = self.parallel.exchange_queries(torch.cat((q_nope, q_rope), dim=-1))
-            q_nope, q_rope = q.split((nope, rope), dim=-1)  # [s, b, h_c, .]
+        q = q.view(*q.shape[:-1], self.own_heads, config.qk_dim)  # [s, b, h / tp, e]
+        q = self.parallel.exchange_queries(q)  # [s, b, h_c, e]
         weight = self.linear_kv_up_proj.weight
         if config.absorbed:
-            w_uk, _ = split_up_projection(weight, nope)
-            return absorbed_qkv(q_nope, q_rope, latents, k_rope, w_uk)
-        return materialized_qkv(q_nope, q_rope, latents, k_rope, weight)
+            w_uk, _ = split_up_projection(weight, config.qk_nope_head_dim)
+            return rotate_absorb(q, w_uk, cos, sin), join_keys(latents, k_rope, cos, sin)
+        return materialized_qkv(q, latents, k_rope, weight, cos, sin)
 
     def _run_core_attention(
         self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, **kwargs
     ) -> Tensor:
-        """The core on its own, as recomputation repeats it: `[s, b, n * h_c * (l or d_v)]`.
-
-        Absorbed (value None), the values are the first l dims of the key.
-        """
-        if value is None:
-            value = key[..., : self.config.latent_dim]
+        """The core on its own, as recomputation repeats it: `[s, b, n * h_c * (l or d_v)]`."""
         return self.core_attention(
             query,
             key,
@@ -254,20 +243,14 @@ class MLRASelfAttention(Attention):
         z = z.view(*z.shape[:2], shard.branches, shard.heads, -1)
         if config.absorbed:
             _, w_uv = split_up_projection(self.linear_kv_up_proj.weight, config.qk_nope_head_dim)
-            out = sum_branches(z, w_uv)
+            out = sum_branches(z, w_uv, config.branch_scale)
         else:
-            out = z.sum(2)
-        out = self.parallel.reduce_branches(out)
-        return (out * config.branch_scale).flatten(2)
+            out = z.sum(2) * config.branch_scale
+        return self.parallel.reduce_branches(out).flatten(2)
 
     def _rotary_angles(self, s: int, offset: int) -> tuple[Tensor, Tensor]:
-        """cos and sin `[s, d_r / 2]` in float32, times YaRN's concentration factor."""
-        mscale = 1.0
-        emb = self.rotary_pos_emb(s, offset=offset)
-        if self.config.rope_type == "yarn":
-            emb, mscale = emb
-        angle = emb.view(s, -1)[:, : self.config.qk_rope_head_dim // 2].float()
-        return angle.cos() * mscale, angle.sin() * mscale
+        """cos and sin `[s, d_r / 2]` in float32, see rotary.py."""
+        return rotary_tables(self.config, self.pg_collection.cp).cos_sin(s, offset)
 
     def get_query_key_value_tensors(self, *args, **kwargs):
         """Unused: `_compress` and `_query_key_value` take its place."""
@@ -282,21 +265,3 @@ class MLRASelfAttention(Attention):
             blocks = (config.kv_lora_rank // tp, config.qk_rope_head_dim // tp)
             sharded[key] = split_rows_factory(sharded[key], blocks, sharded_offsets)
         return sharded
-
-
-def _rotary_embedding(config: MLRAConfig, cp_group) -> torch.nn.Module:
-    common = {"rotary_base": config.rotary_base, "cp_group": cp_group}
-    if config.use_cpu_initialization:
-        common["use_cpu_initialization"] = True
-    if config.rope_type == "rope":
-        return RotaryEmbedding(config.qk_rope_head_dim, rotary_percent=1.0, **common)
-    return YarnRotaryEmbedding(
-        config.qk_rope_head_dim,
-        scaling_factor=config.rotary_scaling_factor,
-        original_max_position_embeddings=config.original_max_position_embeddings,
-        beta_fast=config.beta_fast,
-        beta_slow=config.beta_slow,
-        mscale=config.mscale,
-        mscale_all_dim=config.mscale_all_dim,
-        **common,
-    )

@@ -53,9 +53,37 @@ def split_up_projection(weight: Tensor, nope: int) -> tuple[Tensor, Tensor]:
     return weight[:, :, :nope], weight[:, :, nope:]
 
 
-def absorb_query(q_nope: Tensor, w_uk: Tensor) -> Tensor:
-    """q_b,i = q_i W_UK_b,i^T: `[s, b, h, nope]`, `[n, h, nope, l]` -> `[s, b, n, h, l]`."""
-    return torch.einsum("sbhd,nhdl->sbnhl", q_nope, w_uk)
+def rotate_absorb(q: Tensor, w_uk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Absorbed queries: `[q_i^nope W_UK_b,i^T | rotated q_i^rope]` of every (branch, head) pair.
+
+    Args:
+        q: `[s, b, h, nope + rope]`, not yet rotated; w_uk: `[n, h, nope, l]`;
+            cos, sin: `[s, rope / 2]`.
+
+    Returns:
+        `[s, b, n * h, l + rope]`, branch-major, so that query head (branch, head) reads latent
+        (branch, group of head) of `join_keys` as grouped-query attention does.
+    """
+    n, _, nope, _ = w_uk.shape
+    q_nope, q_rope = q.split((nope, q.size(-1) - nope), dim=-1)
+    absorbed = torch.einsum("sbhd,nhdl->sbnhl", q_nope, w_uk)
+    shared = apply_rope(q_rope, cos, sin).unsqueeze(2).expand(-1, -1, n, -1, -1)
+    return torch.cat((absorbed, shared), dim=-1).flatten(2, 3)
+
+
+def join_keys(latents: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Absorbed keys `[c_l | rotated k_rope]`; the values are the latents themselves.
+
+    Args:
+        latents: `[s, b, n, g, l]`; k_rope: `[s, b, rope]`, not yet rotated;
+            cos, sin: `[s, rope / 2]`.
+
+    Returns:
+        `[s, b, n * g, l + rope]`.
+    """
+    s, b, n, g, _ = latents.shape
+    shared = apply_rope(k_rope, cos, sin).view(s, b, 1, 1, -1).expand(-1, -1, n, g, -1)
+    return torch.cat((latents, shared), dim=-1).flatten(2, 3)
 
 
 def expand_latents(latents: Tensor, weight: Tensor) -> Tensor:
@@ -66,12 +94,12 @@ def expand_latents(latents: Tensor, weight: Tensor) -> Tensor:
     return out.flatten(3, 4)
 
 
-def sum_branches(z: Tensor, w_uv: Tensor) -> Tensor:
-    """sum_b z_b,i W_UV_b,i: `[s, b, n, h, l]`, `[n, h, v, l]` -> `[s, b, h, v]`.
+def sum_branches(z: Tensor, w_uv: Tensor, scale: float) -> Tensor:
+    """scale sum_b z_b,i W_UV_b,i: `[s, b, n, h, l]`, `[n, h, v, l]` -> `[s, b, h, v]`.
 
     The sum over branches is part of the contraction, so it costs no pass of its own.
     """
-    return torch.einsum("sbnhl,nhvl->sbhv", z, w_uv)
+    return torch.einsum("sbnhl,nhvl->sbhv", z, w_uv) * scale
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool = True) -> Tensor:
@@ -95,47 +123,26 @@ def attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool =
     return torch.einsum("bhst,tbhv->sbhv", scores.softmax(-1).to(v.dtype), v)
 
 
-def absorbed_qkv(
-    q_nope: Tensor, q_rope: Tensor, latents: Tensor, k_rope: Tensor, w_uk: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Queries `[q_absorbed | q_rope]` and keys `[c_l | k_rope]`; the values are `key[..., :d_l]`.
-
-    Args:
-        q_nope, q_rope: `[s, b, h, nope]`, `[s, b, h, rope]` (rotated).
-        latents: `[s, b, n, g, l]`; k_rope: `[s, b, rope]` (rotated).
-        w_uk: `[n, h, nope, l]`.
-
-    Returns:
-        query `[s, b, n * h, l + rope]` and key `[s, b, n * g, l + rope]`, heads branch-major, so
-        that query head (branch, head) reads latent (branch, group of head) as grouped-query
-        attention does.
-    """
-    s, b, n, g, _ = latents.shape
-    absorbed = absorb_query(q_nope, w_uk)
-    shared = q_rope.unsqueeze(2).expand(-1, -1, n, -1, -1)
-    query = torch.cat((absorbed, shared), dim=-1).flatten(2, 3)
-    shared = k_rope.view(s, b, 1, 1, -1).expand(-1, -1, n, g, -1)
-    key = torch.cat((latents, shared), dim=-1).flatten(2, 3)
-    return query, key
-
-
 def materialized_qkv(
-    q_nope: Tensor, q_rope: Tensor, latents: Tensor, k_rope: Tensor, weight: Tensor
+    q: Tensor, latents: Tensor, k_rope: Tensor, weight: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of all n * h (branch, head) pairs.
 
-    Arguments as in `absorbed_qkv`, with the whole up-projection `[n, h, nope + v, l]`.
+    Arguments as in `rotate_absorb` and `join_keys`, with the whole up-projection
+    `[n, h, nope + v, l]`.
 
     Returns:
         query, key `[s, b, n * h, nope + rope]`, value `[s, b, n * h, v]`, branch-major.
     """
     n, h = weight.shape[:2]
-    s, b, _, nope = q_nope.shape
+    s, b = q.shape[:2]
+    nope = q.size(-1) - k_rope.size(-1)
     expanded = expand_latents(latents, weight)
     k_nope, value = expanded.split((nope, weight.size(2) - nope), dim=-1)
-    shared = k_rope.view(s, b, 1, 1, -1).expand(-1, -1, n, h, -1)
+    shared = apply_rope(k_rope, cos, sin).view(s, b, 1, 1, -1).expand(-1, -1, n, h, -1)
     key = torch.cat((k_nope, shared), dim=-1).flatten(2, 3)
-    query = torch.cat((q_nope, q_rope), dim=-1)
+    q_nope, q_rope = q.split((nope, k_rope.size(-1)), dim=-1)
+    query = torch.cat((q_nope, apply_rope(q_rope, cos, sin)), dim=-1)
     query = query.unsqueeze(2).expand(-1, -1, n, -1, -1).flatten(2, 3)
     return query, key, value.flatten(2, 3)
 
@@ -185,25 +192,23 @@ def mlra_attention(
         c_q = x @ weights["linear_q_down_proj"].T
         c_q = rms_norm(c_q, weights["q_norm"], eps, config.q_scale)
         q = c_q @ weights["linear_q_up_proj"].T
-    q_nope, q_rope = q.view(s, b, h, nope + rope).split((nope, rope), dim=-1)
-    q_rope = apply_rope(q_rope, cos, sin)
+    q = q.view(s, b, h, nope + rope)
 
     c, k_rope = (x @ weights["linear_kv_down_proj"].T).split((config.kv_lora_rank, rope), dim=-1)
     latents = c.view(s, b, n, g, config.latent_dim)
     norm = weights["kv_norm"].view(n, g, config.latent_dim)
     latents = rms_norm(latents, norm, eps, config.kv_scale)
-    k_rope = apply_rope(k_rope, cos, sin)
 
     up = weights["linear_kv_up_proj"]
     w_uk, w_uv = split_up_projection(up, nope)
     if absorbed:
-        query, key = absorbed_qkv(q_nope, q_rope, latents, k_rope, w_uk)
-        z = attend(query, key, key[..., : config.latent_dim], config.softmax_scale)
-        out = sum_branches(z.view(s, b, n, h, -1), w_uv)
+        query, key = rotate_absorb(q, w_uk, cos, sin), join_keys(latents, k_rope, cos, sin)
+        z = attend(query, key, latents.flatten(2, 3), config.softmax_scale)
+        out = sum_branches(z.view(s, b, n, h, -1), w_uv, config.branch_scale)
     else:
-        query, key, value = materialized_qkv(q_nope, q_rope, latents, k_rope, up)
+        query, key, value = materialized_qkv(q, latents, k_rope, up, cos, sin)
         out = attend(query, key, value, config.softmax_scale).view(s, b, n, h, -1).sum(2)
-    out = out * config.branch_scale
+        out = out * config.branch_scale
     out = out.flatten(2)
     if config.output_gate:
         out = out * torch.sigmoid(x @ weights["linear_gate_proj"].T)

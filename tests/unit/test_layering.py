@@ -26,7 +26,12 @@ LAYERS = (
         "megatron_mlra.preprocess",
     ),
     ("megatron_mlra.attention", "megatron_mlra.baselines", "megatron_mlra.te_linear"),
-    ("megatron_mlra.projections", "megatron_mlra.sharding", "megatron_mlra.core_attention"),
+    (
+        "megatron_mlra.projections",
+        "megatron_mlra.rotary",
+        "megatron_mlra.sharding",
+        "megatron_mlra.core_attention",
+    ),
     (
         "megatron_mlra.functional",
         "megatron_mlra.config",
