@@ -26,7 +26,13 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 
 from megatron_mlra.argument_checks import check_arguments
 from megatron_mlra.baseline_config import BaselineConfig
-from megatron_mlra.config import CORE_BACKENDS, CORE_FORMS, TP_LAYOUTS, MLRAConfig
+from megatron_mlra.config import (
+    CORE_BACKENDS,
+    CORE_FORMS,
+    LATENT_KERNELS,
+    TP_LAYOUTS,
+    MLRAConfig,
+)
 from megatron_mlra.cpu_backend import CPU_DEFAULTS
 from megatron_mlra.presets import did_you_mean, load_preset
 
@@ -96,6 +102,19 @@ def add_mlra_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     group.add_argument("--latent-tp-layout", choices=TP_LAYOUTS, default="head")
     group.add_argument("--core-form", choices=CORE_FORMS, default="auto")
     group.add_argument("--core-backend", choices=CORE_BACKENDS, default="auto")
+    group.add_argument(
+        "--latent-kernels",
+        choices=LATENT_KERNELS,
+        default="auto",
+        help="the passes around the core by torch or by Triton kernels (auto: with TE layers)",
+    )
+    group.add_argument(
+        "--no-recompute-absorbed-query",
+        action="store_false",
+        dest="recompute_absorbed_query",
+        default=True,
+        help="keep the absorbed core's queries for backward: more memory, no rebuilding",
+    )
     group.add_argument(
         "--eval-at-start",
         action="store_true",

@@ -7,6 +7,7 @@ d_h + d_r. With sequence parallel the input and output hold s / tp tokens.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,14 +19,14 @@ from megatron.core.utils import deprecate_inference_params
 from torch import Tensor
 
 from megatron_mlra.config import MLRAConfig
-from megatron_mlra.functional import (
-    join_keys,
-    materialized_qkv,
-    rotate_absorb,
-    split_up_projection,
-    sum_branches,
+from megatron_mlra.functional import materialized_qkv, split_up_projection
+from megatron_mlra.projections import (
+    LatentUpProjection,
+    ShardedRMSNorm,
+    latent_forms,
+    split_rows_factory,
 )
-from megatron_mlra.projections import LatentUpProjection, ShardedRMSNorm, split_rows_factory
+from megatron_mlra.recompute import rebuilt_in_backward
 from megatron_mlra.rotary import rotary_tables
 from megatron_mlra.sharding import LatentParallel, LatentShard
 
@@ -89,6 +90,7 @@ class MLRASelfAttention(Attention):
         group = self.tp_group
         self.shard = LatentShard.plan(config, group.size(), group.rank())
         self.parallel = LatentParallel(config, self.shard, group, config.sequence_parallel)
+        self.forms = latent_forms(config)
         self.own_heads = config.num_attention_heads // group.size()
         self.recompute_up_projection = (
             config.recompute_granularity == "selective"
@@ -174,19 +176,14 @@ class MLRASelfAttention(Attention):
                 fp8=self.config.fp8 or self.config.fp4 or None
             )
             qkv = up_projection.checkpoint(self._query_key_value, q, latents, k_rope, *angles)
-        else:
-            up_projection = None
-            qkv = self._query_key_value(q, latents, k_rope, *angles)
-        query, key, *value = qkv
-        value = value[0] if value else latents.flatten(2, 3)
-        core = (
-            self._checkpointed_attention_forward
-            if self.checkpoint_core_attention and self.training
-            else self._run_core_attention
-        )
-        z = core(query, key, value, attention_mask)
-        if up_projection is not None:
+            z = self._attend(qkv, latents, attention_mask)
             up_projection.discard_output_and_register_recompute(z)
+        else:
+            q = self._query_heads(q)
+            qkv = self._assemble(q, latents, k_rope, *angles)
+            with self._query_rebuilt(qkv[0], q.detach(), angles):
+                z = self._attend(qkv, latents, attention_mask)
+        del qkv  # backward rebuilds its query, so nothing else may hold it
 
         out = self._combine_branches(z)  # [s, b, h / tp * d_v]
         if self.config.output_gate:
@@ -211,17 +208,52 @@ class MLRASelfAttention(Attention):
     def _query_key_value(
         self, q: Tensor, latents: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, ...]:
-        """Query, key and (materialized) value; absorbed, the values are the latents."""
-        config = self.config
-        linear = self.linear_q_proj if config.q_lora_rank is None else self.linear_q_up_proj
+        """From the query latent on: what recomputation of the up-projections repeats."""
+        return self._assemble(self._query_heads(q), latents, k_rope, cos, sin)
+
+    def _query_heads(self, q: Tensor) -> Tensor:
+        """Query latent (or x) -> the core's heads `[s, b, h_c, e]`, not yet rotated."""
+        linear = self.linear_q_proj if self.config.q_lora_rank is None else self.linear_q_up_proj
         q, _ = linear(q)
-        q = q.view(*q.shape[:-1], self.own_heads, config.qk_dim)  # [s, b, h / tp, e]
-        q = self.parallel.exchange_queries(q)  # [s, b, h_c, e]
-        weight = self.linear_kv_up_proj.weight
-        if config.absorbed:
-            w_uk, _ = split_up_projection(weight, config.qk_nope_head_dim)
-            return rotate_absorb(q, w_uk, cos, sin), join_keys(latents, k_rope, cos, sin)
-        return materialized_qkv(q, latents, k_rope, weight, cos, sin)
+        q = q.view(*q.shape[:-1], self.own_heads, self.config.qk_dim)  # [s, b, h / tp, e]
+        return self.parallel.exchange_queries(q)
+
+    def _assemble(
+        self, q: Tensor, latents: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Query, key and (materialized) value; absorbed, the values are the latents."""
+        if not self.config.absorbed:
+            weight = self.linear_kv_up_proj.weight
+            return materialized_qkv(q, latents, k_rope, weight, cos, sin)
+        query = self.forms.rotate_absorb(q, self._up_projections[0], cos, sin)
+        return query, self.forms.join_keys(latents, k_rope, cos, sin)
+
+    @property
+    def _up_projections(self) -> tuple[Tensor, Tensor]:
+        """W_UK `[n, h_c, d_h, l]`, W_UV `[n, h_c, d_v, l]`."""
+        return split_up_projection(self.linear_kv_up_proj.weight, self.config.qk_nope_head_dim)
+
+    def _query_rebuilt(
+        self, query: Tensor, q: Tensor, angles: tuple[Tensor, Tensor]
+    ) -> AbstractContextManager:
+        """Where the absorbed core keeps the way to its query instead of the query."""
+        if not (self.config.absorbed and self.config.recompute_absorbed_query):
+            return nullcontext()
+        w_uk = self._up_projections[0].detach()
+        return rebuilt_in_backward(query, lambda: self.forms.rotate_absorb(q, w_uk, *angles))
+
+    def _attend(
+        self, qkv: tuple[Tensor, ...], latents: Tensor, attention_mask: Tensor | None
+    ) -> Tensor:
+        """The core's output `[s, b, n * h_c * (l or d_v)]`."""
+        query, key, *value = qkv
+        value = value[0] if value else latents.flatten(2, 3)
+        core = (
+            self._checkpointed_attention_forward
+            if self.checkpoint_core_attention and self.training
+            else self._run_core_attention
+        )
+        return core(query, key, value, attention_mask)
 
     def _run_core_attention(
         self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, **kwargs
@@ -242,8 +274,7 @@ class MLRASelfAttention(Attention):
         config, shard = self.config, self.shard
         z = z.view(*z.shape[:2], shard.branches, shard.heads, -1)
         if config.absorbed:
-            _, w_uv = split_up_projection(self.linear_kv_up_proj.weight, config.qk_nope_head_dim)
-            out = sum_branches(z, w_uv, config.branch_scale)
+            out = self.forms.sum_branches(z, self._up_projections[1], config.branch_scale)
         else:
             out = z.sum(2) * config.branch_scale
         return self.parallel.reduce_branches(out).flatten(2)

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 TP_LAYOUTS = ("head", "latent")
 CORE_FORMS = ("auto", "absorbed", "materialized")
 CORE_BACKENDS = ("auto", "sdpa", "te")
+LATENT_KERNELS = ("auto", "torch", "triton")
 
 
 def resolve_core_backend(core_backend: str, transformer_impl: str) -> str:
@@ -26,6 +27,13 @@ def resolve_core_backend(core_backend: str, transformer_impl: str) -> str:
     if core_backend != "auto":
         return core_backend
     return "te" if transformer_impl == "transformer_engine" else "sdpa"
+
+
+def resolve_latent_kernels(latent_kernels: str, transformer_impl: str) -> str:
+    """'torch' or 'triton': `auto` follows the layers' implementation."""
+    if latent_kernels != "auto":
+        return latent_kernels
+    return "triton" if transformer_impl == "transformer_engine" else "torch"
 
 
 @dataclass
@@ -66,6 +74,14 @@ class MLRAConfig(MLATransformerConfig):
 
     core_backend: str = "auto"
     """'sdpa' (torch), 'te' (Transformer Engine); 'auto' follows the layer specification."""
+
+    latent_kernels: str = "auto"
+    """Norms, absorbed queries and keys, and branch sums by 'torch' or by this project's 'triton'
+    kernels; 'auto' takes the kernels with Transformer Engine layers."""
+
+    recompute_absorbed_query: bool = True
+    """Rebuild the absorbed core's queries, N h (d_l + d_r) numbers a token, in backward from
+    the h (d_h + d_r) they are made of, instead of keeping both."""
 
     add_bias_linear: bool = False
     """The method has no biases."""
@@ -214,6 +230,7 @@ class MLRAConfig(MLATransformerConfig):
             ("latent_tp_layout", TP_LAYOUTS),
             ("core_form", CORE_FORMS),
             ("core_backend", CORE_BACKENDS),
+            ("latent_kernels", LATENT_KERNELS),
             ("rope_type", ("rope", "yarn")),
         ):
             value = getattr(self, name)

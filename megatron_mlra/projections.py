@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -18,8 +19,19 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import get_pg_rank
 from torch import Tensor
 
-from megatron_mlra.config import MLRAConfig
+from megatron_mlra import functional
+from megatron_mlra.config import MLRAConfig, resolve_latent_kernels
 from megatron_mlra.sharding import LatentShard, all_reduce_sum
+
+
+def latent_forms(config: MLRAConfig) -> ModuleType:
+    """The implementation of `latent_kernels`: modules of equal functions `rms_norm`,
+    `rotate_absorb`, `join_keys` and `sum_branches`."""
+    if resolve_latent_kernels(config.latent_kernels, config.transformer_impl) == "torch":
+        return functional
+    from mlra_kernels import latent_train
+
+    return latent_train
 
 
 class RMSNorm(torch.nn.Module):
@@ -70,23 +82,23 @@ class ShardedRMSNorm(MegatronModule):
         self.part = size // num_norms
         self.width = size // tp_group.size()
         self.is_local = self.width % self.part == 0
+        self.forms = latent_forms(config)
         self.weight = torch.nn.Parameter(_allocate((self.width,), config).fill_(1.0))
         set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., w]` -> `[..., w]`, the same dtype; statistics in float32."""
-        wide = x.float()
         if self.is_local:
-            wide = wide.unflatten(-1, (-1, self.part))
-            mean_square = wide.square().mean(-1, keepdim=True)
-        else:
-            total = wide.square().sum(-1, keepdim=True)
-            mine = self.tp_group.rank() * self.width // self.part
-            if self.num_norms > 1:
-                total = torch.nn.functional.pad(total, (mine, self.num_norms - 1 - mine))
-            total = all_reduce_sum(total, self.tp_group)
-            mean_square = total[..., mine : mine + 1] / self.part
-        out = (wide * torch.rsqrt(mean_square + self.eps)).view(x.shape)
+            parts, weight = x.unflatten(-1, (-1, self.part)), self.weight.view(-1, self.part)
+            return self.forms.rms_norm(parts, weight, self.eps, self.scale).reshape(x.shape)
+        wide = x.float()
+        total = wide.square().sum(-1, keepdim=True)
+        mine = self.tp_group.rank() * self.width // self.part
+        if self.num_norms > 1:
+            total = torch.nn.functional.pad(total, (mine, self.num_norms - 1 - mine))
+        total = all_reduce_sum(total, self.tp_group)
+        mean_square = total[..., mine : mine + 1] / self.part
+        out = wide * torch.rsqrt(mean_square + self.eps)
         return (out * (self.weight.float() * self.scale)).to(x.dtype)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):

@@ -28,6 +28,7 @@ LAYERS = (
     ("megatron_mlra.attention", "megatron_mlra.baselines", "megatron_mlra.te_linear"),
     (
         "megatron_mlra.projections",
+        "megatron_mlra.recompute",
         "megatron_mlra.rotary",
         "megatron_mlra.sharding",
         "megatron_mlra.core_attention",

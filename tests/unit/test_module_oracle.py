@@ -1,6 +1,7 @@
 """MLRASelfAttention, one rank in float32, against the oracle: output and every gradient."""
 
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -8,10 +9,12 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.spec_utils import build_module
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron_mlra.attention import MLRASelfAttention
 from megatron_mlra.config import MLRAConfig
 from megatron_mlra.layer_specs import mlra_attention_spec
+from megatron_mlra.recompute import rebuilt_in_backward
 from oracle import (
     OracleConfig,
     config_values,
@@ -151,16 +154,48 @@ def test_recomputation_changes_no_gradient(modules, form, groups):
     actual = run(recomputing, expected.x, expected.upstream)
     assert calls == {
         "_run_core_attention": 1 + ("core_attn" in modules),
-        "_query_key_value": 1 + ("mla_up_proj" in modules),
+        "_assemble": 1 + ("mla_up_proj" in modules),
     }
     for name, tensor in wanted.items():
         assert torch.equal(actual[name], tensor), name
     assert_near(actual, expected)
 
 
+@pytest.mark.parametrize("modules", [None, ["core_attn"]])
+def test_rebuilding_the_absorbed_query_changes_no_gradient(modules, groups):
+    expected = reference(MLRA2, TOKENS, BATCH)
+    recompute = {"recompute_granularity": "selective", "recompute_modules": modules}
+    options = {"core_form": "absorbed", **(recompute if modules else {})}
+    results, calls = [], []
+    for rebuilds in (False, True):
+        attention = build(
+            MLRA2, groups, expected.parameters, recompute_absorbed_query=rebuilds, **options
+        )
+        counted = Mock(wraps=attention.forms)
+        attention.forms = counted
+        results.append(run(attention, expected.x, expected.upstream))
+        calls.append(counted.rotate_absorb.call_count)
+    assert calls == [1, 2]
+    for name, tensor in results[0].items():
+        assert torch.equal(results[1][name], tensor), name
+
+
+def test_a_rebuilt_tensor_is_not_kept():
+    source = torch.randn(5, 4, requires_grad=True)
+    query = source * 2
+    kept = StorageWeakRef(query.untyped_storage())
+    with rebuilt_in_backward(query, lambda: source.detach() * 2):
+        out = query.T.square().sum()
+    expected = 8 * source.detach()
+    del query
+    assert kept.expired()
+    out.backward()
+    torch.testing.assert_close(source.grad, expected)
+
+
 def count_calls(attention: MLRASelfAttention) -> dict[str, int]:
     """How often the two parts that can be recomputed run, counted from now on."""
-    calls = {"_run_core_attention": 0, "_query_key_value": 0}
+    calls = {"_run_core_attention": 0, "_assemble": 0}
 
     def counted(name, method):
         def call(*args, **kwargs):

@@ -1,7 +1,7 @@
 """Absorbed queries and the branch sum: small matrix products fused with the copies around them.
 
-Letters: t tokens (s * b, token i at position i // b), n branches, h heads, e = nope + rope, l latent
-dim, v value dim. Programs take (block of tokens, head); dims are padded to powers of two.
+Letters: t tokens (s * b, token i at position i // b), n branches, h heads, e = nope + rope, l
+latent dim, v value dim. Programs take (block of tokens, head); dims are padded to powers of two.
 """
 
 from __future__ import annotations
