@@ -4,6 +4,7 @@ or report as a bare assertion. Each check names the flag, its value and the fix.
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 from argparse import Namespace
 
@@ -148,6 +149,8 @@ def _check_precision(args: Namespace) -> None:
                 f"--{name}-format {getattr(args, name)} needs Transformer Engine on a GPU; install"
                 " the extra megatron-mlra[te] and leave --transformer-impl out, or use --bf16"
             )
+    if args.fp8:
+        _check_fp8_tokens(args)
     if torch.cuda.is_available():
         return
     if args.latent_kernels == "triton":
@@ -160,6 +163,21 @@ def _check_precision(args: Namespace) -> None:
             fix = f"use {value}" if isinstance(value, str) else "leave it out"
             shown = flag(name) + ("" if isinstance(asked, bool) else f" {asked}")
             raise ValueError(f"{shown} needs a GPU, and there is none; {fix}")
+
+
+def _check_fp8_tokens(args: Namespace) -> None:
+    """Tokens are a dim of FP8's weight gradients."""
+    ranks = args.context_parallel_size
+    ranks *= args.tensor_model_parallel_size if args.sequence_parallel else 1
+    for prefix in ("", "eval_"):
+        micro = getattr(args, f"{prefix}micro_batch_size") or args.micro_batch_size
+        if args.seq_length * micro % (16 * ranks):
+            step = 16 * ranks // math.gcd(16 * ranks, micro)
+            raise ValueError(
+                f"--seq-length {args.seq_length} with {flag(prefix + 'micro_batch_size')} {micro}:"
+                f" FP8 needs a multiple of 16 tokens a rank; use --seq-length"
+                f" {-(-args.seq_length // step) * step}"
+            )
 
 
 def _check_parallel(args: Namespace) -> None:

@@ -34,6 +34,7 @@ from megatron_mlra.config import (
     MLRAConfig,
 )
 from megatron_mlra.cpu_backend import CPU_DEFAULTS
+from megatron_mlra.fp8 import FP8_LINEARS
 from megatron_mlra.presets import did_you_mean, load_preset
 
 ATTENTION_KINDS = ("mlra", "gqa", "gta", "mfa", "tpa")
@@ -102,6 +103,13 @@ def add_mlra_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     group.add_argument("--latent-tp-layout", choices=TP_LAYOUTS, default="head")
     group.add_argument("--core-form", choices=CORE_FORMS, default="auto")
     group.add_argument("--core-backend", choices=CORE_BACKENDS, default="auto")
+    group.add_argument(
+        "--fp8-linears",
+        choices=FP8_LINEARS,
+        default="wide",
+        help="which linears --fp8-format applies to: all, or those that gain (wide: MLP, output and"
+        " gate projections)",
+    )
     group.add_argument(
         "--latent-kernels",
         choices=LATENT_KERNELS,

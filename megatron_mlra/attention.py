@@ -19,6 +19,7 @@ from megatron.core.utils import deprecate_inference_params
 from torch import Tensor
 
 from megatron_mlra.config import MLRAConfig
+from megatron_mlra.fp8 import linear_config
 from megatron_mlra.functional import materialized_qkv, split_up_projection
 from megatron_mlra.projections import (
     LatentUpProjection,
@@ -101,14 +102,14 @@ class MLRASelfAttention(Attention):
             return submodules.column_linear(
                 input_size,
                 output_size,
-                config=config,
+                config=linear_config(config, linear_name),
                 init_method=config.init_method,
                 gather_output=False,
                 bias=False,
                 skip_bias_add=False,
                 is_expert=False,
                 tp_group=group,
-                name=f"{name}.{linear_name}" if name is not None else None,
+                name=linear_name if name is None else f"{name}.{linear_name}",
             )
 
         d, d_q = config.hidden_size, config.q_lora_rank

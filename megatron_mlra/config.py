@@ -16,6 +16,8 @@ import torch
 from megatron.core.models.common.embeddings import _yarn_get_mscale
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+from megatron_mlra.fp8 import FP8_LINEARS, check_fp8
+
 TP_LAYOUTS = ("head", "latent")
 CORE_FORMS = ("auto", "absorbed", "materialized")
 CORE_BACKENDS = ("auto", "sdpa", "te")
@@ -83,6 +85,10 @@ class MLRAConfig(MLATransformerConfig):
     """Rebuild the absorbed core's queries, N h (d_l + d_r) numbers a token, in backward from
     the h (d_h + d_r) they are made of, instead of keeping both."""
 
+    fp8_linears: str = "wide"
+    """Which linears run in FP8 when `fp8` is set: 'wide' (MLP, output and gate projections) or
+    'all', the low-rank projections too."""
+
     add_bias_linear: bool = False
     """The method has no biases."""
 
@@ -102,11 +108,11 @@ class MLRAConfig(MLATransformerConfig):
         )
         self._validate_parallel()
         self._validate_features()
+        check_fp8(self)
         try:
             super().__post_init__()
         except (AssertionError, NotImplementedError) as error:
             raise ValueError(str(error)) from error
-        self._validate_fp8()
         if self.softmax_scale is None:
             mscale = 1.0
             if self.rope_type == "yarn":
@@ -231,6 +237,7 @@ class MLRAConfig(MLATransformerConfig):
             ("core_form", CORE_FORMS),
             ("core_backend", CORE_BACKENDS),
             ("latent_kernels", LATENT_KERNELS),
+            ("fp8_linears", FP8_LINEARS),
             ("rope_type", ("rope", "yarn")),
         ):
             value = getattr(self, name)
@@ -296,29 +303,6 @@ class MLRAConfig(MLATransformerConfig):
             other = "" if G % tp and tp % G else " or latent_tp_layout head"
             return f"does not fit {N} branches in the latent layout", other
         return None
-
-    def _validate_fp8(self) -> None:
-        if not self.fp8:
-            return
-        tp = self.tensor_model_parallel_size
-        heads = self.num_attention_heads
-        for name, width, unit in (
-            ("hidden_size", self.hidden_size, 1),
-            ("ffn_hidden_size", self.ffn_hidden_size, tp),
-            ("q_lora_rank", self.q_lora_rank or 16 * tp, tp),
-            ("kv_lora_rank + qk_rope_head_dim", self.kv_lora_rank + self.qk_rope_head_dim, tp),
-            ("num_attention_heads * v_head_dim", heads * self.v_head_dim, tp),
-            (
-                "num_attention_heads * (qk_nope_head_dim + qk_rope_head_dim)",
-                heads * self.qk_dim,
-                tp,
-            ),
-        ):
-            if width % (16 * unit):
-                raise ValueError(
-                    f"{name} is {width}, and FP8 at tensor parallel size {tp} needs a multiple of"
-                    f" {16 * unit}; use {_next_multiple(width, 16 * unit)}"
-                )
 
     def _validate_features(self) -> None:
         for name, fix in _REFUSED.items():

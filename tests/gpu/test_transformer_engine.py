@@ -18,6 +18,10 @@ pytestmark = pytest.mark.gpu
 BF16_TOLERANCE = 3e-2
 """Relative difference of norms; two bf16 computations of the same float32 function."""
 
+FP8_TOLERANCE = 0.2
+"""The same between FP8 and bf16: a product of rounded operands (e4m3 forward, e5m2 gradients, steps
+of 1/16 and 1/8 at most half of which is lost) in each of two layers."""
+
 SIZES = {
     "hidden_size": 256,
     "ffn_hidden_size": 512,
@@ -90,7 +94,7 @@ def run(implementation: str, weights: dict | None = None, **overrides):
     losses = model(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous())
     losses.float().mean().backward()
     gradients = {n: p.main_grad if p.grad is None else p.grad.float() for n, p in named.items()}
-    return logits.float().detach(), gradients, {n: p.detach().clone() for n, p in named.items()}
+    return logits.float().detach(), gradients, {n: p.detach() for n, p in named.items()}
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -126,3 +130,41 @@ def test_sdpa_under_transformer_engine() -> None:
     found, te_gradients, _ = run("transformer_engine", weights, core_backend="sdpa")
     assert difference(found, expected) <= BF16_TOLERANCE
     assert max(difference(te_gradients[n], g) for n, g in gradients.items()) <= BF16_TOLERANCE
+
+
+@pytest.mark.parametrize("linears", ["wide", "all"])
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
+def test_fp8_is_near_bf16(recipe: str, linears: str) -> None:
+    expected, gradients, weights = run("local")
+    fp8 = {"fp8": "hybrid", "fp8_recipe": recipe, "fp8_linears": linears}
+    found, fp8_gradients, _ = run("transformer_engine", weights, **fp8)
+    # FP8 did run: bf16 alone would be far nearer.
+    assert BF16_TOLERANCE / 3 < difference(found, expected) <= FP8_TOLERANCE
+    for name, gradient in gradients.items():
+        assert difference(fp8_gradients[name], gradient) <= FP8_TOLERANCE, name
+
+
+@pytest.mark.parametrize("linears", ["wide", "all"])
+def test_fp8_linears(linears: str) -> None:
+    """Low-rank projections keep bf16 parameters and products unless asked for."""
+    from transformer_engine.pytorch.quantized_tensor import QuantizedTensor
+
+    fp8 = {"fp8": "hybrid", "fp8_recipe": "tensorwise", "fp8_param": True, "fp8_linears": linears}
+    _, _, weights = run("transformer_engine", None, **fp8)
+    for name, weight in weights.items():
+        low_rank = any(part in name for part in ("q_down", "q_up", "kv_down"))
+        wide = any(part in name for part in ("linear_fc", "linear_proj"))
+        quantized = isinstance(weight, QuantizedTensor)
+        if "layer_norm" not in name and (low_rank or wide):
+            assert quantized == (wide or linears == "all"), name
+
+
+def test_first_and_last_layers_stay_bf16() -> None:
+    from transformer_engine.pytorch.quantized_tensor import QuantizedTensor
+
+    fp8 = {"fp8": "hybrid", "fp8_recipe": "tensorwise", "fp8_param": True, "num_layers": 3}
+    _, _, weights = run("transformer_engine", None, first_last_layers_bf16=True, **fp8)
+    quantized = {
+        name[-1] for name, weight in weights.items() if isinstance(weight, QuantizedTensor)
+    }
+    assert quantized == {"1"}

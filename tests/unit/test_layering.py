@@ -12,7 +12,7 @@ LONGEST_FILE = 420
 
 # Each layer imports only from layers below it, and from its own. A name stands for what is in it.
 LAYERS = (
-    ("pretrain_mlra", "tools"),
+    ("pretrain_mlra", "tools", "megatron_mlra.training_benchmark"),
     (
         "megatron_mlra.model",
         "megatron_mlra.arguments",
@@ -36,6 +36,7 @@ LAYERS = (
     (
         "megatron_mlra.functional",
         "megatron_mlra.config",
+        "megatron_mlra.fp8",
         "megatron_mlra.baseline_config",
         "megatron_mlra.accounting",
         "megatron_mlra.communication",

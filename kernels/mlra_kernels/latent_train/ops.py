@@ -15,10 +15,10 @@ from torch.autograd.function import once_differentiable
 
 from mlra_kernels.latent_train import absorb_kernels, key_kernels, norm_kernels
 
-TOKENS, WARPS = 128, 8
-"""Block of tokens and warps of the matrix kernels."""
+WARPS = 8
+"""Of the matrix kernels."""
 
-WEIGHT_TOKENS = 64
+WEIGHT_TOKENS = 32
 """Tokens a step of the weight gradients' loop."""
 
 PROGRAMS = 528
@@ -68,6 +68,11 @@ def _pad(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
+def _tokens(x: Tensor, l: int) -> int:
+    """Tokens a program of the matrix kernels takes: what their tiles leave room for."""
+    return 128 if x.element_size() == 2 and l <= 256 else 32
+
+
 def _on(tensor: Tensor):
     """Launch on the GPU of `tensor`, whichever is current."""
     return torch.cuda.device_of(tensor)
@@ -102,12 +107,12 @@ def _launch_absorb(kernel, x: Tensor, w_uk: Tensor, cos: Tensor, sin: Tensor, ou
     n, h, nope, l = w_uk.shape
     s, b = x.shape[:2]
     assert w_uk.stride(3) == 1
-    rope = 2 * cos.size(1)
+    rope, tokens = 2 * cos.size(1), _tokens(x, l)
     with _on(x):
-        kernel[(triton.cdiv(s * b, TOKENS), h)](
+        kernel[(triton.cdiv(s * b, tokens), h)](
             x, w_uk, cos, sin, out, s * b, b, h, n, nope, rope, l, *w_uk.stride()[:3],
             NOPE=_pad(nope), L=_pad(l), HALF=triton.next_power_of_2(rope // 2),
-            T=TOKENS, num_warps=WARPS,
+            T=tokens, num_warps=WARPS,
         )  # fmt: skip
 
 
@@ -139,12 +144,12 @@ class _SumBranches(torch.autograd.Function):
 
 def _launch_sum(kernel, x: Tensor, w_uv: Tensor, out: Tensor, scale: float) -> None:
     n, h, v, l = w_uv.shape
-    tokens = x.size(0) * x.size(1)
+    tokens, block = x.size(0) * x.size(1), _tokens(x, l)
     assert w_uv.stride(3) == 1
     with _on(x):
-        kernel[(triton.cdiv(tokens, TOKENS), h)](
+        kernel[(triton.cdiv(tokens, block), h)](
             x, w_uv, out, tokens, h, scale, n, v, l, *w_uv.stride()[:3],
-            V=_pad(v), L=_pad(l), T=TOKENS, num_warps=WARPS,
+            V=_pad(v), L=_pad(l), T=block, num_warps=WARPS,
         )  # fmt: skip
 
 
