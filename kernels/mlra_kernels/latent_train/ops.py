@@ -18,8 +18,11 @@ from mlra_kernels.latent_train import absorb_kernels, key_kernels, norm_kernels
 WARPS = 8
 """Of the matrix kernels."""
 
-WEIGHT_TOKENS = 32
-"""Tokens a step of the weight gradients' loop."""
+TILES = ((128, 3), (128, 2), (64, 2), (64, 1), (32, 1), (16, 1))
+"""(tokens of a program, pipeline stages) of the matrix kernels, best first."""
+
+SHARED_BYTES = 200 * 1024
+"""What the tiles of all stages may take of a multiprocessor's shared memory."""
 
 PROGRAMS = 528
 """What fills a GPU: four programs on each of 132 multiprocessors."""
@@ -68,9 +71,12 @@ def _pad(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def _tokens(x: Tensor, l: int) -> int:
-    """Tokens a program of the matrix kernels takes: what their tiles leave room for."""
-    return 128 if x.element_size() == 2 and l <= 256 else 32
+def _tile(x: Tensor, rows: int, l: int) -> tuple[int, int]:
+    """The first of TILES whose weight and token tiles fit."""
+    for tokens, stages in TILES:
+        if (_pad(rows) + tokens) * _pad(l) * x.element_size() * stages <= SHARED_BYTES:
+            return tokens, stages
+    raise ValueError(f"latent dim {l} in {x.dtype} is too wide for these kernels; use torch")
 
 
 def _on(tensor: Tensor):
@@ -107,12 +113,12 @@ def _launch_absorb(kernel, x: Tensor, w_uk: Tensor, cos: Tensor, sin: Tensor, ou
     n, h, nope, l = w_uk.shape
     s, b = x.shape[:2]
     assert w_uk.stride(3) == 1
-    rope, tokens = 2 * cos.size(1), _tokens(x, l)
+    rope, (tokens, stages) = 2 * cos.size(1), _tile(x, nope, l)
     with _on(x):
         kernel[(triton.cdiv(s * b, tokens), h)](
             x, w_uk, cos, sin, out, s * b, b, h, n, nope, rope, l, *w_uk.stride()[:3],
             NOPE=_pad(nope), L=_pad(l), HALF=triton.next_power_of_2(rope // 2),
-            T=tokens, num_warps=WARPS,
+            T=tokens, num_warps=WARPS, num_stages=stages,
         )  # fmt: skip
 
 
@@ -144,12 +150,12 @@ class _SumBranches(torch.autograd.Function):
 
 def _launch_sum(kernel, x: Tensor, w_uv: Tensor, out: Tensor, scale: float) -> None:
     n, h, v, l = w_uv.shape
-    tokens, block = x.size(0) * x.size(1), _tokens(x, l)
+    tokens, (block, stages) = x.size(0) * x.size(1), _tile(x, v, l)
     assert w_uv.stride(3) == 1
     with _on(x):
         kernel[(triton.cdiv(tokens, block), h)](
             x, w_uv, out, tokens, h, scale, n, v, l, *w_uv.stride()[:3],
-            V=_pad(v), L=_pad(l), T=block, num_warps=WARPS,
+            V=_pad(v), L=_pad(l), T=block, num_warps=WARPS, num_stages=stages,
         )  # fmt: skip
 
 
@@ -157,13 +163,14 @@ def _pair_weight_gradient(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
     """Sum over tokens of a_i^T b_b,i: `[s, b, h, >= rows]`, `[s, b, n (*) h, >= l]` -> `shape`."""
     n, h, rows, l = shape
     tokens = a.size(0) * a.size(1)
-    parts = max(1, min(triton.cdiv(tokens, 8 * WEIGHT_TOKENS), triton.cdiv(PROGRAMS, n * h)))
-    span = triton.cdiv(triton.cdiv(tokens, parts), WEIGHT_TOKENS) * WEIGHT_TOKENS
+    step = 64 // a.element_size()
+    parts = max(1, min(triton.cdiv(tokens, 8 * step), triton.cdiv(PROGRAMS, n * h)))
+    span = triton.cdiv(triton.cdiv(tokens, parts), step) * step
     out = torch.empty(parts, n, h, rows, l, dtype=torch.float32, device=a.device)
     with _on(a):
         absorb_kernels.pair_weight_gradient[(n * h, parts)](
             a, b, out, tokens, h, n, rows, l, a.size(-1), b.size(-1), span,
-            ROWS=_pad(rows), L=_pad(l), T=WEIGHT_TOKENS, num_warps=WARPS,
+            ROWS=_pad(rows), L=_pad(l), T=step, num_warps=WARPS,
         )  # fmt: skip
     return out.sum(0)
 
