@@ -189,6 +189,20 @@ class Trainee:
         _, norm, _ = self.optimizer.step()
         return sum(r["loss"] for r in reported) / len(reported), norm
 
+    def close(self) -> None:
+        """Free the device memory: Megatron's gradient hooks hold the model in a cycle that
+        Python's collector does not see."""
+        tensors = list(self.model.parameters())
+        for buffer in (*self.model.buffers, *self.model.expert_parallel_buffers):
+            tensors += [buffer.param_data, buffer.grad_data]
+        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            tensors += [p for group in part.optimizer.param_groups for p in group["params"]]
+            states = part.optimizer.state.values()
+            tensors += [x for state in states for x in state.values() if torch.is_tensor(x)]
+        for tensor in tensors:
+            if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+                tensor.untyped_storage().resize_(0)
+
     def _batches(self) -> Iterator[torch.Tensor]:
         batch, s = self.batch
         while True:

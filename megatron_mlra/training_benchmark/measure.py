@@ -89,13 +89,16 @@ def measure(
     """
     free_memory()
     trainee = Trainee(case, load)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    times = sorted(time_calls(trainee.step, steps, warmup))
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    loss, _ = trainee.step()
-    if trace is not None:
-        profile(trainee, trace)
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        times = sorted(time_calls(trainee.step, steps, warmup))
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        loss = float(trainee.step()[0])
+        if trace is not None:
+            profile(trainee, trace)
+    finally:
+        trainee.close()
     step = median(times)
     rate = 1e3 * trainee.tokens / step
     flops = train_flops_per_token(trainee.shape)
@@ -115,7 +118,7 @@ def measure(
         hardware_tflops=flops.hardware * rate / 1e12,
         mfu=flops.hardware * rate / 1e12 / matmul,
         peak_gib=peak / 2**30,
-        loss=float(loss),
+        loss=loss,
     )
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_transformer_engine import SIZES, world  # noqa: F401
+from test_transformer_engine import SIZES
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("world")]
 
 RUNS = {
     "torch": ("local", {}),

@@ -5,22 +5,17 @@ python -m pytest -m gpu tests/gpu/test_transformer_engine.py
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
-
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("world")]
 
 BF16_TOLERANCE = 3e-2
 """Relative difference of norms; two bf16 computations of the same float32 function."""
 
-FP8_TOLERANCE = 0.2
-"""The same between FP8 and bf16: a product of rounded operands (e4m3 forward, e5m2 gradients, steps
-of 1/16 and 1/8 at most half of which is lost) in each of two layers."""
+FP8_TOLERANCE = 0.3
+"""The same between FP8 and bf16: FP8 rounds values to 1/16 (e4m3) and gradients to 1/8 (e5m2) of
+themselves, in every product of two layers."""
 
 SIZES = {
     "hidden_size": 256,
@@ -38,18 +33,6 @@ SIZES = {
     "zero_init_output": False,
     "init_method_std": 0.05,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def world(tmp_path_factory: pytest.TempPathFactory):
-    """One rank, with Megatron's groups."""
-    from tiny import Layout
-
-    store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("world") / "store"), 1)
-    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
-    Layout().initialize()
-    yield
-    torch.distributed.destroy_process_group()
 
 
 def run(implementation: str, weights: dict | None = None, **overrides):
@@ -91,8 +74,12 @@ def run(implementation: str, weights: dict | None = None, **overrides):
     tokens = global_batch(0).cuda()
     positions = torch.arange(SEQ, device="cuda")[None].expand(len(tokens), -1)
     logits = model(tokens[:, :-1].contiguous(), positions, None)
-    losses = model(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous())
-    losses.float().mean().backward()
+    # Delayed scaling takes its factors from the passes before.
+    for _ in range(3 if overrides.get("fp8_recipe") == "delayed" else 1):
+        model.zero_grad()
+        labels = tokens[:, 1:].contiguous()
+        losses = model(tokens[:, :-1].contiguous(), positions, None, labels=labels)
+        losses.float().mean().backward()
     gradients = {n: p.main_grad if p.grad is None else p.grad.float() for n, p in named.items()}
     return logits.float().detach(), gradients, {n: p.detach() for n, p in named.items()}
 

@@ -24,8 +24,9 @@ TILES = ((128, 3), (128, 2), (64, 2), (64, 1), (32, 1), (16, 1))
 SHARED_BYTES = 200 * 1024
 """What the tiles of all stages may take of a multiprocessor's shared memory."""
 
-PROGRAMS = 528
-"""What fills a GPU: four programs on each of 132 multiprocessors."""
+PROGRAMS = 396
+"""What a GPU runs at once: three programs of the reducing kernels on each of 132 multiprocessors,
+so that none waits for another."""
 
 
 def rotate_absorb(q: Tensor, w_uk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -164,7 +165,7 @@ def _pair_weight_gradient(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
     n, h, rows, l = shape
     tokens = a.size(0) * a.size(1)
     step = 64 // a.element_size()
-    parts = max(1, min(triton.cdiv(tokens, 8 * step), triton.cdiv(PROGRAMS, n * h)))
+    parts = max(1, min(triton.cdiv(tokens, 8 * step), PROGRAMS // (n * h)))
     span = triton.cdiv(triton.cdiv(tokens, parts), step) * step
     out = torch.empty(parts, n, h, rows, l, dtype=torch.float32, device=a.device)
     with _on(a):
