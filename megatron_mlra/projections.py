@@ -27,7 +27,9 @@ from megatron_mlra.sharding import LatentShard, all_reduce_sum
 def latent_forms(config: MLRAConfig) -> ModuleType:
     """The implementation of `latent_kernels`: modules of equal functions `rms_norm`,
     `rotate_absorb`, `join_keys` and `sum_branches`."""
-    if resolve_latent_kernels(config.latent_kernels, config.transformer_impl) == "torch":
+    # Baselines share the norm, not the choice.
+    kernels = getattr(config, "latent_kernels", "torch")
+    if resolve_latent_kernels(kernels, config.transformer_impl) == "torch":
         return functional
     from mlra_kernels import latent_train
 

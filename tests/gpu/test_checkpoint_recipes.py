@@ -65,6 +65,7 @@ def test_loads_into_every_other(saved: str, tmp_path: Path) -> None:
     source = build(saved)
     # Scaling factors of the delayed recipe are there only once it has run.
     logits(source)
+    (tmp_path / "weights").mkdir()
     dist_checkpointing.save(sharded(source), str(tmp_path / "weights"))
     weights = {
         key: entry.data.detach().clone()

@@ -77,6 +77,7 @@ def run(implementation: str, weights: dict | None = None, **overrides):
     # Delayed scaling takes its factors from the passes before.
     for _ in range(3 if overrides.get("fp8_recipe") == "delayed" else 1):
         model.zero_grad()
+        model.set_is_first_microbatch()
         labels = tokens[:, 1:].contiguous()
         losses = model(tokens[:, :-1].contiguous(), positions, None, labels=labels)
         losses.float().mean().backward()
