@@ -150,7 +150,7 @@ def _check_precision(args: Namespace) -> None:
                 " the extra megatron-mlra[te] and leave --transformer-impl out, or use --bf16"
             )
     if args.fp8:
-        _check_fp8_tokens(args)
+        check_fp8_tokens(args)
     if torch.cuda.is_available():
         return
     if args.latent_kernels == "triton":
@@ -165,8 +165,12 @@ def _check_precision(args: Namespace) -> None:
             raise ValueError(f"{shown} needs a GPU, and there is none; {fix}")
 
 
-def _check_fp8_tokens(args: Namespace) -> None:
-    """Tokens are a dim of FP8's weight gradients."""
+def check_fp8_tokens(args: Namespace) -> None:
+    """Tokens are a dim of FP8's weight gradients.
+
+    Raises:
+        ValueError: for a micro-batch of which a rank gets no multiple of 16.
+    """
     ranks = args.context_parallel_size
     ranks *= args.tensor_model_parallel_size if args.sequence_parallel else 1
     for prefix in ("", "eval_"):

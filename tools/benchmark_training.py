@@ -61,7 +61,7 @@ def main() -> int:
         enable_cpu_backend()
     try:
         cases = [Case.parse(text) for text in args.case or DEFAULT_CASES]
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     load = Load(args.num_layers, args.tokens, args.micro_batches, flags=tuple(flags))

@@ -55,13 +55,13 @@ class Case:
             ValueError: for an unknown part; names what there is.
         """
         name, *rest = text.split("/") if not text.endswith(".yaml") else [text]
-        case = cls(name, *rest[:2], *(int(part) for part in rest[2:3]))
+        if len(rest) > 3 or (len(rest) == 3 and not (rest[2].isdecimal() and int(rest[2]))):
+            raise ValueError(f"--case {text}: use VARIANT/RECIPE/FORM/SEQ_LENGTH")
+        case = cls(name, *rest[:2], *(int(part) for part in rest[2:]))
         case.preset()
         for value, known in ((case.recipe, RECIPES), (case.form, FORMS)):
             if value not in known:
                 raise ValueError(f"--case {text}: {value!r}; use one of {', '.join(known)}")
-        if len(rest) > 3 or case.seq_length < 1:
-            raise ValueError(f"--case {text}: use VARIANT/RECIPE/FORM/SEQ_LENGTH")
         return case
 
     @property

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from megatron.training.arguments import add_megatron_arguments
 
+from megatron_mlra.argument_checks import check_fp8_tokens
 from megatron_mlra.arguments import add_mlra_arguments, load_preset, parse
 from megatron_mlra.cpu_backend import CPU_DEFAULTS
 from megatron_mlra.progress import Throughput, recomputed
@@ -111,3 +112,23 @@ def test_throughput_leaves_pauses_out(monkeypatch):
     now[0] += 1
     args.consumed_train_samples += 4
     assert throughput.rate() == 40
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({"seq_length": 2048, "micro_batch_size": 1}, None),
+        ({"seq_length": 12, "micro_batch_size": 4}, None),
+        ({"seq_length": 12, "micro_batch_size": 2}, "use --seq-length 16"),
+        ({"seq_length": 72, "sequence_parallel": True}, "use --seq-length 96"),
+    ],
+)
+def test_fp8_needs_sixteen_tokens_a_rank(settings, wanted):
+    args = {"seq_length": 64, "micro_batch_size": 1, "sequence_parallel": False}
+    args |= {"tensor_model_parallel_size": 2, "context_parallel_size": 1}
+    args |= {"eval_micro_batch_size": None} | settings
+    if wanted is None:
+        check_fp8_tokens(Namespace(**args))
+        return
+    with pytest.raises(ValueError, match=f"^--seq-length .*; {wanted}$"):
+        check_fp8_tokens(Namespace(**args))

@@ -216,6 +216,33 @@ ROWS = [
         "ffn_hidden_size is 48, and FP8 at tensor parallel size 2",
         [(r"use (\d+)", "ffn_hidden_size")],
     ),
+    (
+        FP8 | {"fp8_linears": "all", "q_lora_rank": 24},
+        "q_lora_rank is 24, and FP8 at tensor parallel size 1",
+        [(r"use (\d+)", "q_lora_rank")],
+    ),
+    (
+        FP8 | {"fp8_linears": "all", "kv_lora_rank": 36},
+        "kv_lora_rank + qk_rope_head_dim is 52, and FP8 at tensor parallel size 1",
+        [("use 64", {"kv_lora_rank": 48})],
+    ),
+    (
+        FP8 | {"v_head_dim": 6},
+        "num_attention_heads * v_head_dim is 24, and FP8 at tensor parallel size 1",
+        [("use 32", {"v_head_dim": 8})],
+    ),
+    (
+        FP8 | {"fp8_recipe": "mxfp8"},
+        "fp8_recipe is 'mxfp8'",
+        [(r"one of (\w+, \w+, \w+)", "fp8_recipe")],
+    ),
+    (
+        FP8 | {"fp8_recipe": "delayed", "first_last_layers_bf16": True},
+        "first_last_layers_bf16 does not work with fp8_recipe 'delayed'",
+        [(r"use (\w+) or", "fp8_recipe")],
+    ),
+    ({"fp8_linears": "some"}, "fp8_linears is 'some'", [(r"one of (.+)", "fp8_linears")]),
+    ({"latent_kernels": "cuda"}, "latent_kernels is 'cuda'", [(r"one of (.+)", "latent_kernels")]),
     # Features of Megatron's that this attention does not have.
     ({"qk_layernorm": True}, "qk_layernorm (True)", [("leave it out", {"qk_layernorm": False})]),
     (

@@ -1,0 +1,78 @@
+"""The training benchmark's cases, table and plot; what it times is for a GPU."""
+
+import json
+
+import pytest
+
+from megatron_mlra.training_benchmark import report
+from megatron_mlra.training_benchmark.case import Case, Load, parse_case
+from megatron_mlra.training_benchmark.measure import Result, SublayerResult
+
+
+def result(case: Case, rate: float) -> Result:
+    return Result(
+        case=str(case),
+        variant=case.variant,
+        recipe=case.recipe,
+        form="absorbed",
+        seq_length=case.seq_length,
+        tokens=8192,
+        parameters=1,
+        gate=0.01,
+        step_ms=100.0,
+        spread_ms=1.0,
+        tokens_per_second=rate,
+        model_tflops=300.0,
+        hardware_tflops=310.0,
+        mfu=0.4,
+        peak_gib=20.0,
+        loss=11.0,
+    )
+
+
+def test_a_case_is_read_from_its_text():
+    assert Case.parse("mlra4") == Case("mlra4", "bf16", "auto", 2048)
+    case = Case.parse("mla/delayed/materialized/4096")
+    assert case == Case("mla", "delayed", "materialized", 4096)
+    assert str(case) == "mla/delayed/materialized/4096"
+    assert Case.parse("stock-mla").preset() == Case("mla").preset()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("mlra5", "use stock-mla or one of debug, "),
+        ("mlra4/fp8", "'fp8'; use one of bf16, delayed"),
+        ("mlra4/bf16/fast", "'fast'; use one of auto, absorbed"),
+        ("mlra4/bf16/auto/long", "use VARIANT/RECIPE/FORM/SEQ_LENGTH"),
+        ("mlra4/bf16/auto/0", "use VARIANT/RECIPE/FORM/SEQ_LENGTH"),
+        ("mlra4/bf16/auto/2048/6", "use VARIANT/RECIPE/FORM/SEQ_LENGTH"),
+    ],
+)
+def test_what_is_no_case_is_refused(text, words):
+    with pytest.raises(ValueError, match="--case") as error:
+        Case.parse(text)
+    assert words in str(error.value)
+
+
+def test_arguments_follow_the_case():
+    load = Load(num_layers=3, tokens=256, micro_batches=2, flags=("--no-variance-scaling",))
+    args, config = parse_case(Case("debug", "bf16", "materialized", 64), load)
+    assert (args.num_layers, args.micro_batch_size, args.global_batch_size) == (3, 4, 8)
+    assert args.ffn_hidden_size % 16 == 0 and not config.absorbed
+    assert config.kv_scale == 1.0
+
+
+def test_results_are_written_whole(tmp_path):
+    rows = [result(Case("mlra4", "bf16", "auto", s), 1e5 / s) for s in (2048, 4096)]
+    report.write(rows, 800.0, {"num_layers": 6}, tmp_path)
+    stored = json.loads((tmp_path / "training.json").read_text())
+    assert [row["seq_length"] for row in stored["rows"]] == [2048, 4096]
+    assert stored["matmul_tflops"] == 800.0 and stored["commit"]
+    assert {path.name for path in tmp_path.iterdir()} == {"training.json", "training.png"}
+    assert report.table(rows).count("\n") == 3
+
+
+def test_sublayers_have_a_table_of_their_own():
+    row = SublayerResult("mlra4/bf16/auto/2048", "absorbed", 8192, 2.0, 8.0, 424.0, 2000.0)
+    assert "8.00" in report.table([row]) and "424 MiB" in report.line(row)
