@@ -69,6 +69,10 @@ def build_parser() -> argparse.ArgumentParser:
             added.add_argument(
                 "--weights-only", action="store_true", help="leave out the optimizer's state"
             )
+        if name == "export-hf":
+            added.add_argument(
+                "--tokenizer", help="byte, or a tokenizer's folder; default: the source's"
+            )
         if name == "export-official":
             added.add_argument(
                 "--format", choices=("safetensors", "bin"), default="safetensors", help="of files"
@@ -158,13 +162,14 @@ def _import(args: argparse.Namespace) -> int:
 def _export_official(args: argparse.Namespace) -> int:
     from megatron_mlra.checkpoint.research import write_research
 
+    max_shard_bytes = _shard_bytes(args)
     _check_destination(args)
     write_research(
         _open(args, args.source, ("megatron", "huggingface")),
         args.destination,
         dtype=args.dtype,
         file_format=args.format,
-        max_shard_bytes=_shard_bytes(args),
+        max_shard_bytes=max_shard_bytes,
         progress=not args.quiet,
     )
     return _wrote(args)
@@ -173,14 +178,18 @@ def _export_official(args: argparse.Namespace) -> int:
 def _export_hf(args: argparse.Namespace) -> int:
     from megatron_mlra.checkpoint.huggingface import write_huggingface
 
+    max_shard_bytes = _shard_bytes(args)
     _check_destination(args)
-    write_huggingface(
+    problem = write_huggingface(
         _open(args, args.source, ("megatron", "research")),
         args.destination,
         dtype=args.dtype,
-        max_shard_bytes=_shard_bytes(args),
+        tokenizer=args.tokenizer,
+        max_shard_bytes=max_shard_bytes,
         progress=not args.quiet,
     )
+    if problem:
+        print(problem)
     return _wrote(args)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -98,7 +99,11 @@ def save_torch_dist(planner: SavePlanner, folder: Path, files: int = 1) -> None:
     with warnings.catch_warnings():
         # "torch.distributed is unavailable, assuming a single process": that is the intent.
         warnings.simplefilter("ignore")
-        dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
+        try:
+            dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
+        except CheckpointException as error:
+            # It wraps whatever happens, interrupts too.
+            raise next(iter(error.failures.values()))[0] from None
     backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     (folder / "metadata.json").write_text(json.dumps(backend))
 

@@ -24,8 +24,8 @@ class WeightFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.where = self._find()
         self._open: tuple[str, Mapping[str, torch.Tensor]] | None = None
+        self.where = self._find()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         for file in sorted(set(self.where.values())):

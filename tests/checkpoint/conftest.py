@@ -1,0 +1,52 @@
+"""What the conversion tests share: research folders, and the command line in this process."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from megatron_mlra.checkpoint.cli import main
+from research_model import VARIANTS, Sizes
+
+
+def save_research(folder: Path, sizes: Sizes, weights: dict | None = None) -> Path:
+    """A research folder of one `.bin`."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(sizes.config()))
+    torch.save(sizes.weights() if weights is None else weights, folder / "pytorch_model.bin")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def research(tmp_path_factory) -> Callable[[str], Path]:
+    """The research folder of a variant, by name; not to be changed."""
+    root = tmp_path_factory.mktemp("research")
+
+    def folder(variant: str) -> Path:
+        path = root / variant
+        return path if path.exists() else save_research(path, VARIANTS[variant])
+
+    return folder
+
+
+@pytest.fixture
+def convert(capsys) -> Callable[..., tuple[int, str]]:
+    """Run tools/convert_checkpoint.py's main: (exit code, stdout or, failed, stderr)."""
+
+    def run(*argv: object) -> tuple[int, str]:
+        quiet = [] if argv[0] == "inspect" else ["--quiet"]
+        try:
+            code = main([*map(str, argv), *quiet])
+        except SystemExit as end:
+            code = end.code
+        said = capsys.readouterr()
+        return code, said.err if code and said.err else said.out
+
+    return run

@@ -1,0 +1,251 @@
+"""Damaged, foreign and hostile checkpoints are refused by name; nothing is left half written."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from conftest import save_research
+from megatron_mlra.checkpoint import safe_pickle
+from megatron_mlra.checkpoint.torch_dist import read_metadata
+from research_model import VARIANTS, Sizes
+
+ROOT = Path(__file__).parents[2]
+SIZES = VARIANTS["MLRA-4"]
+UP = "transformer.h.1.attn.kv_b_proj"
+
+
+class Code:
+    """A pickle that, loaded, makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def removed(weights):
+    del weights[UP]
+
+
+def renamed(weights):
+    weights["transformer.h.1.attn.kv_c_proj"] = weights.pop(UP)
+
+
+def reshaped(weights):
+    weights[UP] = weights[UP][:, :, :-1].contiguous()
+
+
+def of_another_variant(weights):
+    weights |= VARIANTS["GLA-4"].weights()
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (removed, [f"missing {UP}"]),
+        (renamed, [f"missing {UP}", "unknown transformer.h.1.attn.kv_c_proj [4, 16, 256]"]),
+        (reshaped, [f"{UP} is [4, 16, 255], not [4, 16, 256]"]),
+    ],
+)
+def test_wrong_tensors(damage, said, convert, tmp_path):
+    weights = SIZES.weights()
+    damage(weights)
+    source = save_research(tmp_path / "source", SIZES, weights)
+    code, error = convert("import-official", source, tmp_path / "out")
+    assert code == 2 and error.count("\n") == 1
+    assert "(MLRA-4) does not fit its model: " in error
+    for part in said:
+        assert part in error
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def test_layers_of_two_variants(convert, tmp_path):
+    weights = SIZES.weights()
+    weights[UP] = VARIANTS["GLA-4"].weights()[UP]
+    source = save_research(tmp_path / "source", SIZES, weights)
+    code, error = convert("inspect", source)
+    assert code == 2 and f"{UP} is [4, 16, 64], not [4, 16, 256]" in error
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"n_head": None}, "config.json: n_head is None"),
+        ({"n_head": 6}, "no latents that serve 6 heads of 16"),
+        ({"q_lora_rank": 16}, "transformer.h.0.attn.q_a_proj.weight is [32, 64], not [16, 64]"),
+        ({"vocab_size": 130}, "transformer.wte.weight is [128, 64], not [130, 64]"),
+        ({"n_layer": 3}, "missing transformer.h.2.input_layernorm.weight"),
+        ({"n_layer": 1}, "unknown transformer.h.1."),
+    ],
+)
+def test_config_of_another_model(changes, said, convert, tmp_path):
+    source = save_research(tmp_path / "source", SIZES)
+    config = {k: v for k, v in (SIZES.config() | changes).items() if v is not None}
+    (source / "config.json").write_text(json.dumps(config))
+    code, error = convert("inspect", source)
+    assert code == 2 and said in error and error.count("\n") == 1
+
+
+@pytest.fixture
+def megatron(research, convert, tmp_path) -> Path:
+    folder = tmp_path / "megatron"
+    assert convert("import-official", research("MLRA-4"), folder)[0] == 0
+    return folder
+
+
+def test_truncated_and_missing_files(research, megatron, convert, tmp_path):
+    cut = tmp_path / "cut"
+    shutil.copytree(research("MLRA-4"), cut)
+    os.truncate(cut / "pytorch_model.bin", 20_000)
+    code, error = convert("import-official", cut, tmp_path / "out")
+    assert code == 2 and "pytorch_model.bin cannot be read, truncated?" in error
+    for form in ("safetensors", "bin"):
+        shards = tmp_path / form
+        argv = ("--format", form, "--max-shard-gb", 1e-4)
+        assert convert("export-official", megatron, shards, *argv)[0] == 0
+        last = sorted(shards.glob(f"*0{'3' if form == 'bin' else '2'}-of-*.{form}"))[0]
+        os.truncate(last, last.stat().st_size - 1000)
+        code, error = convert("import-official", shards, tmp_path / "out")
+        assert code == 2 and f"{last.name} cannot be read, truncated?" in error
+        last.unlink()
+        code, error = convert("import-official", shards, tmp_path / "out")
+        assert code == 2 and f"is incomplete: {last.name} missing" in error
+    weights = megatron / "release" / "__0_0.distcp"
+    os.truncate(weights, weights.stat().st_size - 1)
+    code, error = convert("export-official", megatron, tmp_path / "out")
+    assert code == 2 and "is truncated: __0_0.distcp has " in error
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_damaged_bytes_inside_a_megatron_file(megatron, convert, tmp_path):
+    weights = megatron / "release" / "__0_0.distcp"
+    weights.write_bytes(weights.read_bytes().replace(b"PK\x03\x04", b"PK\x03\x05"))
+    code, error = convert("export-official", megatron, tmp_path / "out")
+    assert code == 2 and "cannot be read" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_tensors_of_a_megatron_folder(megatron, convert, tmp_path):
+    file = megatron / "release" / ".metadata"
+    intact = file.read_bytes()
+    key = "decoder.layers.self_attention.linear_proj.weight"
+    canonical = "decoder.layers.1.self_attention.linear_proj.weight"
+    metadata = read_metadata(file.parent)
+
+    def stored(change) -> str:
+        damaged = read_metadata(file.parent)
+        change(damaged.state_dict_metadata)
+        file.write_bytes(pickle.dumps(damaged))
+        code, error = convert("export-official", megatron, tmp_path / "out")
+        file.write_bytes(intact)
+        assert code == 2 and error.count("\n") == 1
+        return error
+
+    assert f"missing {canonical}" in stored(lambda entries: entries.pop(key))
+    error = stored(lambda entries: entries.update({"new.weight": entries.pop(key)}))
+    assert f"missing {canonical}" in error and "unknown new.weight [2, 64, 128]" in error
+    other = metadata.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"]
+    error = stored(lambda entries: entries.update({key: other}))
+    assert f"{canonical} is [64, 96], not [64, 128]" in error
+
+
+def test_pickled_code_is_not_run(research, megatron, convert, tmp_path):
+    mark = tmp_path / "mark"
+    source = save_research(tmp_path / "source", SIZES, {"x": Code(mark)})
+    code, error = convert("import-official", source, tmp_path / "out")
+    assert code == 2 and "holds more than tensors, and is not run" in error
+    torch.save({"args": Code(mark)}, megatron / "release" / "common.pt")
+    assert type(safe_pickle.load_torch(megatron / "release" / "common.pt")["args"]).__name__ == (
+        "Inert"
+    )
+    (megatron / "release" / ".metadata").write_bytes(pickle.dumps(Code(mark)))
+    code, error = convert("inspect", megatron)
+    assert code == 2 and ".metadata" in error
+    assert not mark.exists()
+    pickle.loads(pickle.dumps(Code(mark)))
+    assert mark.exists()
+
+
+def test_a_checkpoint_of_another_attention(research, megatron, convert, tmp_path):
+    from megatron_mlra.checkpoint.folders import open_checkpoint
+    from megatron_mlra.checkpoint.megatron_args import description_fields
+
+    args = open_checkpoint(megatron).args
+    for name, value, said in (
+        ("attention", "tpa", "attention 'tpa' cannot be converted"),
+        ("num_experts", 8, "a model with num_experts (8) cannot be converted"),
+        ("normalization", "LayerNorm", "normalization 'LayerNorm' cannot be converted"),
+        ("kv_lora_rank", None, "name no kv_lora_rank"),
+    ):
+        with pytest.raises(ValueError) as refused:
+            description_fields(vars(args) | {name: value})
+        assert said in str(refused.value)
+
+
+def test_destinations(research, convert, tmp_path, monkeypatch):
+    source = research("MLRA-4")
+    (tmp_path / "there").mkdir()
+    code, error = convert("import-official", source, tmp_path / "there")
+    assert code == 2 and "exists already; remove it, or choose another folder" in error
+    (tmp_path / "file").write_text("")
+    code, error = convert("import-official", source, tmp_path / "file" / "out")
+    assert code == 2 and "is not a folder" in error
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    code, error = convert("import-official", source, tmp_path / "out")
+    assert code == 2 and "has 0.00 GB free and needs 0.00 GB" in error
+    assert sorted(os.listdir(tmp_path)) == ["file", "there"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["inspect", "nowhere"], "nowhere is not a folder"),
+        (["inspect", "."], "holds no checkpoint"),
+        (["import-hf", "{source}", "out"], "is a research folder; import-hf reads huggingface"),
+        (["reshard", "{source}", "out"], "it has no .metadata"),
+        (["reshard", "{source}", "out", "--dtype", "bfloat16"], "add weights_only"),
+        (["export-official", "{source}", "out", "--max-shard-gb", "0"], "--max-shard-gb 0 is not"),
+        (["verify", "{source}", "{source}", "--tolerance", "-1"], "--tolerance -1 is negative"),
+    ],
+)
+def test_bad_arguments(argv, said, research, convert, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, error = convert(*(word.format(source=research("MLA")) for word in argv))
+    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert said in error
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_conversion_leaves_no_destination(number, tmp_path):
+    source = save_research(tmp_path / "source", Sizes(vocab=400_000, layers=1))
+    out = tmp_path / "out"
+    command = [sys.executable, ROOT / "tools/convert_checkpoint.py", "import-official", source, out]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    partial = tmp_path / "out.partial"
+    while not list(partial.glob("release/*.distcp")):
+        assert running.poll() is None and not out.exists()
+        time.sleep(0.001)
+    running.send_signal(number)
+    _, error = running.communicate(timeout=60)
+    assert running.returncode in (-number, 128 + number)
+    assert not out.exists()
+    if number == signal.SIGTERM:
+        assert "error: interrupted; nothing written" in error and not partial.exists()
+    else:
+        done = subprocess.run([*command, "--quiet"], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert out.exists() and not partial.exists()
