@@ -24,6 +24,7 @@ LAYERS = (
         "megatron_mlra.layer_specs",
         "megatron_mlra.checkpoint",
         "megatron_mlra.preprocess",
+        "megatron_mlra.evaluation",
     ),
     ("megatron_mlra.attention", "megatron_mlra.baselines", "megatron_mlra.te_linear"),
     (

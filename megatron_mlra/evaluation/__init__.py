@@ -1,0 +1,1 @@
+"""Log-likelihoods and perplexity of checkpoints, on local text and tasks."""

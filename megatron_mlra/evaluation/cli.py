@@ -1,0 +1,177 @@
+"""Command line of the scorer: perplexity of text files, accuracy on local tasks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_mlra.checkpoint.description import CheckpointError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    command = argparse.ArgumentParser(
+        prog="evaluate.py",
+        description="Log-likelihoods and perplexity of a Megatron, research or exported folder.",
+    )
+    command.add_argument("checkpoint", help="folder of a checkpoint")
+    command.add_argument("--text", nargs="+", default=[], metavar="FILE", help="UTF-8 text files")
+    command.add_argument(
+        "--task",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="JSON lines of {context, choices, answer} or {context, continuation}",
+    )
+    command.add_argument("--tokenizer", help="'byte' or a folder with tokenizer.json")
+    command.add_argument("--dtype", help="float32, bfloat16 or float16; default: the weights'")
+    command.add_argument("--device", help="default: cuda where there is a GPU")
+    command.add_argument("--batch-size", type=int, default=8, help="sequences a forward (8)")
+    command.add_argument("--max-length", type=int, help="tokens a window; default: the model's")
+    command.add_argument("--json", metavar="FILE", help="write the results here too")
+    return command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; returns the exit code: 0, or 2 for wrong input."""
+    args = parser().parse_args(argv)
+    try:
+        results = _run(args)
+    except (CheckpointError, ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _run(args: argparse.Namespace) -> dict[str, Any]:
+    if not args.text and not args.task:
+        raise ValueError("nothing to evaluate; give --text or --task")
+    for name in ("batch_size", "max_length"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; use at least 1")
+    texts = {file: read_text(file) for file in args.text}
+    tasks = {file: read_task(file) for file in args.task}
+
+    from megatron_mlra.evaluation.models import load_scorer
+
+    scorer = load_scorer(
+        args.checkpoint,
+        dtype=args.dtype,
+        device=args.device,
+        tokenizer=args.tokenizer,
+        batch_size=args.batch_size,
+        progress=True,
+    )
+    if args.max_length is not None:
+        scorer.max_length = args.max_length
+    results: dict[str, Any] = {"checkpoint": args.checkpoint, "text": {}, "task": {}}
+    for file, text in texts.items():
+        found = results["text"][file] = perplexity(scorer.texts([text])[0], text)
+        print(
+            f"{file}: perplexity {found['perplexity']:.4f} a token,"
+            f" {found['bits_per_byte']:.4f} bits a byte, {found['tokens']} tokens"
+        )
+    for file, items in tasks.items():
+        found = results["task"][file] = run_task(scorer, items)
+        print(f"{file}: {', '.join(f'{name} {value:.4f}' for name, value in found.items())}")
+    return results
+
+
+def read_text(file: str) -> str:
+    """A text file.
+
+    Raises:
+        ValueError: it is missing, empty or not UTF-8.
+    """
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read as UTF-8 text ({error})") from None
+    if not text:
+        raise ValueError(f"{file} is empty")
+    return text
+
+
+def read_task(file: str) -> list[dict[str, Any]]:
+    """A task: one JSON object a line.
+
+    Raises:
+        ValueError: names the file, the line and what is wrong.
+    """
+    items = []
+    for number, line in enumerate(read_text(file).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{file}:{number}: not JSON ({error})") from None
+        problem = _problem(item)
+        if problem:
+            raise ValueError(f"{file}:{number}: {problem}")
+        items.append(item)
+    if not items or len({"choices" in item for item in items}) > 1:
+        raise ValueError(f"{file} holds no items, or items with and without choices")
+    return items
+
+
+def _problem(item: Any) -> str | None:
+    if not isinstance(item, dict) or not isinstance(item.get("context"), str):
+        return "an item is an object with a context"
+    if "choices" not in item:
+        fine = isinstance(item.get("continuation"), str) and item["continuation"]
+        return None if fine else "an item needs choices and answer, or a continuation"
+    choices, answer = item["choices"], item.get("answer")
+    if (
+        not isinstance(choices, list)
+        or not choices
+        or not all(isinstance(choice, str) and choice for choice in choices)
+    ):
+        return "choices is a list of texts"
+    if not isinstance(answer, int) or not 0 <= answer < len(choices):
+        return f"answer is {answer!r}; it is an index of choices, from 0"
+    return None
+
+
+def perplexity(score: Any, text: str) -> dict[str, float]:
+    """exp(-log-likelihood / tokens), and -log2-likelihood / bytes."""
+    num_bytes = len(text.encode("utf-8"))
+    return {
+        "log_likelihood": score.log_likelihood,
+        "perplexity": math.exp(-score.log_likelihood / score.num_tokens),
+        "bits_per_byte": -score.log_likelihood / num_bytes / math.log(2),
+        "tokens": score.num_tokens,
+        "bytes": num_bytes,
+    }
+
+
+def run_task(scorer: Any, items: list[dict[str, Any]]) -> dict[str, float]:
+    """Accuracy by log-likelihood (`acc`) and by log-likelihood a character (`acc_norm`); without
+    choices, mean log-likelihood and the share of continuations that greedy decoding would write."""
+    if "choices" not in items[0]:
+        scores = scorer.continuations([(i["context"], i["continuation"]) for i in items])
+        return {
+            "log_likelihood": sum(s.log_likelihood for s in scores) / len(scores),
+            "greedy": sum(s.is_greedy for s in scores) / len(scores),
+        }
+    pairs = [(item["context"], choice) for item in items for choice in item["choices"]]
+    scores = iter(scorer.continuations(pairs))
+    right = {"acc": 0, "acc_norm": 0}
+    for item in items:
+        found = [next(scores).log_likelihood for _ in item["choices"]]
+        sizes = [len(choice) for choice in item["choices"]]
+        shares = [value / size for value, size in zip(found, sizes, strict=True)]
+        right["acc"] += found.index(max(found)) == item["answer"]
+        right["acc_norm"] += shares.index(max(shares)) == item["answer"]
+    return {name: count / len(items) for name, count in right.items()}

@@ -1,0 +1,116 @@
+"""A checkpoint of any kind as a transformers model with its tokenizer."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_mlra.checkpoint.description import DTYPES, CheckpointError
+from megatron_mlra.checkpoint.folders import CheckpointFolder, open_checkpoint
+from megatron_mlra.checkpoint.huggingface_config import to_hf_config
+from megatron_mlra.checkpoint.huggingface_names import rules
+from megatron_mlra.checkpoint.huggingface_tokenizer import write_tokenizer
+from megatron_mlra.evaluation.scoring import Scorer
+
+
+def load_scorer(
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    tokenizer: str | None = None,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> Scorer:
+    """A scorer of a Megatron, research or exported folder.
+
+    Args:
+        dtype: the model runs in, default that of the weights.
+        device: default CUDA where there is a GPU.
+        tokenizer: 'byte' or a tokenizer's folder; default: the checkpoint's own.
+
+    Raises:
+        CheckpointError: the folder cannot be read, has no tokenizer or one that does not fit; or
+            the device or dtype does not exist.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise CheckpointError(f"dtype is {dtype!r}; use one of {', '.join(DTYPES)}")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise CheckpointError(f"device is {device!r} and there is no GPU; use cpu")
+    source = open_checkpoint(path)
+    text = load_tokenizer(source, tokenizer)
+    model = load_model(source, dtype).to(device)
+
+    def encode(string: str) -> list[int]:
+        return text.encode(string, add_special_tokens=False)
+
+    prefix = text.bos_token_id if text.bos_token_id is not None else text.eos_token_id
+    if prefix is None:
+        raise CheckpointError(f"the tokenizer of {path} names no end-of-document token")
+    if max(prefix, len(text) - 1) >= source.description.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer has {len(text)} tokens and the model {source.description.vocab_size};"
+            " give the tokenizer the model was trained with"
+        )
+    return Scorer(
+        lambda tokens: model(tokens, use_cache=False).logits,
+        encode,
+        prefix,
+        source.description.max_position_embeddings,
+        batch_size,
+        device,
+        progress,
+    )
+
+
+def load_model(source: CheckpointFolder, dtype: str | None = None) -> torch.nn.Module:
+    """The transformers model of a checkpoint, on the CPU, in evaluation mode.
+
+    An exported folder's own code is not run: the same files of this package are.
+
+    Raises:
+        CheckpointError: transformers has no such model, or a tensor cannot be read.
+    """
+    config = to_hf_config(source.description)
+    model_class, config_class = _classes(config["model_type"])
+    wanted = getattr(torch, dtype or source.description.dtype)
+    model = model_class._from_config(config_class(**config), dtype=wanted)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, rule in rules(source.description).items():
+            for their, part in zip(rule.theirs, rule.split(source.tensor(name)), strict=True):
+                parameters.pop(their).copy_(part)
+    assert not parameters, f"left as initialised: {list(parameters)}"
+    return model.eval()
+
+
+def _classes(model_type: str) -> tuple[Any, Any]:
+    if model_type == "llama":
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        return LlamaForCausalLM, LlamaConfig
+    from megatron_mlra.hf.configuration_mlra import MLRAConfig
+    from megatron_mlra.hf.modeling_mlra import MLRAForCausalLM
+
+    return MLRAForCausalLM, MLRAConfig
+
+
+def load_tokenizer(source: CheckpointFolder, tokenizer: str | None = None) -> Any:
+    """The transformers tokenizer of a checkpoint.
+
+    Raises:
+        CheckpointError: there is none; the line says what to give.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    with tempfile.TemporaryDirectory() as folder:
+        missing = write_tokenizer(source, source.description, Path(folder), tokenizer)
+        if missing is not None:
+            raise CheckpointError(f"{source.path}: {missing}; give --tokenizer")
+        if not (Path(folder) / "tokenizer.json").is_file():
+            raise CheckpointError(f"{source.path} has no tokenizer.json; give --tokenizer")
+        return PreTrainedTokenizerFast.from_pretrained(folder)

@@ -1,0 +1,138 @@
+"""Log-likelihoods of texts and of continuations under a causal language model.
+
+Conventions are lm-evaluation-harness's, so that both give the same numbers: trailing spaces of a
+context belong to its continuation, an empty context is the end-of-document token, inputs that are
+too long lose tokens on the left, and a long text is scored in windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one continuation or text."""
+
+    log_likelihood: float
+    """Natural logarithm, summed over the tokens."""
+
+    is_greedy: bool
+    """Whether every token is the model's first choice."""
+
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class _Request:
+    inputs: list[int]
+    targets: list[int]
+
+
+class Scorer:
+    """Scores texts with a model.
+
+    Args:
+        logits: ids `[b, s]` -> logits `[b, s, V]`; right padding must not change earlier positions.
+        encode: text -> ids, without special tokens.
+        prefix_id: what a text without context follows, the end of a document.
+        max_length: tokens the model takes at once.
+        batch_size: sequences a forward.
+        progress: show a bar.
+    """
+
+    def __init__(
+        self,
+        logits: Callable[[Tensor], Tensor],
+        encode: Callable[[str], list[int]],
+        prefix_id: int,
+        max_length: int,
+        batch_size: int = 8,
+        device: torch.device | str = "cpu",
+        progress: bool = False,
+    ) -> None:
+        self.logits, self.encode, self.prefix_id = logits, encode, prefix_id
+        self.max_length, self.batch_size = max_length, batch_size
+        self.device, self.progress = device, progress
+
+    def continuations(self, pairs: Iterable[tuple[str, str]]) -> list[Score]:
+        """The score of each (context, continuation)."""
+        return self._score([self._pair(*pair) for pair in pairs])
+
+    def texts(self, texts: Iterable[str]) -> list[Score]:
+        """The score of each whole text, of any length."""
+        windows = [list(self._windows(self.encode(text))) for text in texts]
+        scores = iter(self._score([request for text in windows for request in text]))
+        return [_sum([next(scores) for _ in text]) for text in windows]
+
+    def _pair(self, context: str, continuation: str) -> _Request:
+        kept = context.rstrip()
+        continuation = context[len(kept) :] + continuation
+        if not kept:
+            ids = self.encode(continuation)
+            # A continuation that starts with the prefix itself follows that one.
+            ids = ids if ids[:1] == [self.prefix_id] else [self.prefix_id, *ids]
+            start = 1
+        else:
+            ids = self.encode(kept + continuation)
+            start = len(self.encode(kept))
+        targets = ids[start:]
+        if not targets:
+            raise ValueError(f"the continuation {continuation!r} has no tokens of its own")
+        if len(targets) > self.max_length:
+            raise ValueError(
+                f"a continuation has {len(targets)} tokens and the model takes {self.max_length};"
+                " score it as a text"
+            )
+        return _Request(ids[:-1][-self.max_length :], targets)
+
+    def _windows(self, ids: list[int]) -> Iterator[_Request]:
+        """Windows that predict every token once; each starts with the last token of the one
+        before."""
+        ids = [self.prefix_id, *ids]
+        for start in range(0, len(ids) - 1, self.max_length):
+            window = ids[start : start + self.max_length + 1]
+            if start and len(window) <= self.max_length:
+                # The last window is shorter: what is missing is context on its left.
+                longer = ids[-self.max_length - 1 :]
+                yield _Request(longer[:-1], window[1:])
+            else:
+                yield _Request(window[:-1], window[1:])
+
+    @torch.inference_mode()
+    def _score(self, requests: Sequence[_Request]) -> list[Score]:
+        order = sorted(range(len(requests)), key=lambda i: -len(requests[i].inputs))
+        scores: dict[int, Score] = {}
+        starts = range(0, len(order), self.batch_size)
+        for start in tqdm(starts, unit="batch", disable=not self.progress, mininterval=0.5):
+            batch = order[start : start + self.batch_size]
+            width = len(requests[batch[0]].inputs)
+            tokens = torch.full((len(batch), width), self.prefix_id)
+            for row, i in enumerate(batch):
+                tokens[row, : len(requests[i].inputs)] = torch.tensor(requests[i].inputs)
+            logits = self.logits(tokens.to(self.device))
+            for row, i in enumerate(batch):
+                scores[i] = _score_row(logits[row, : len(requests[i].inputs)], requests[i].targets)
+        return [scores[i] for i in range(len(requests))]
+
+
+def _score_row(logits: Tensor, targets: list[int]) -> Score:
+    """Score of targets at the last positions of logits `[s, V]`."""
+    log_probs = logits[-len(targets) :].float().log_softmax(-1)
+    wanted = torch.tensor(targets, device=logits.device)
+    picked = log_probs.gather(-1, wanted[:, None])
+    greedy = bool((log_probs.argmax(-1) == wanted).all())
+    return Score(float(picked.double().sum()), greedy, len(targets))
+
+
+def _sum(scores: Sequence[Score]) -> Score:
+    return Score(
+        sum(score.log_likelihood for score in scores),
+        all(score.is_greedy for score in scores),
+        sum(score.num_tokens for score in scores),
+    )
