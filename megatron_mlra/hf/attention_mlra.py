@@ -152,7 +152,6 @@ class MLRAAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """`[b, s, d]` -> the same, and the eager implementation's weights `[b, n h, s, t]`."""
         q_nope, q_rope, rows = self._compress(hidden_states, cos_sin)
-        fresh = past_key_values is None or past_key_values.get_seq_length(self.layer_idx) == 0
         weights = None
         if step is not None:
             rows = step.append(rows, self.layer_idx)
@@ -164,9 +163,8 @@ class MLRAAttention(nn.Module):
         if rows is None:
             out = self._attend_pages(q_nope, q_rope, step)
         else:
-            # A compiled step cannot branch on what a static cache holds, so it always absorbs.
-            expand = fresh and rows.size(1) == q_nope.size(1)
-            expand = expand and self.config.latent_dim > self.config.qk_nope_head_dim
+            no_past = rows.size(1) == q_nope.size(1)
+            expand = no_past and self.config.latent_dim > self.config.qk_nope_head_dim
             attend = self._expanded if expand else self._absorbed
             out, weights = attend(q_nope, q_rope, rows, attention_mask, **kwargs)
         out = (out * self.config.branch_scale).flatten(2)  # [b, s, h * d_v]
