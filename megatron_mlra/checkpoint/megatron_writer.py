@@ -187,14 +187,14 @@ class _Planner(StreamingPlanner):
     def plan(self) -> None:
         """Bytes, embedding, layer by layer, final norm, output."""
         for key in _extra_states(self.model):
-            self.objects[key] = _saved([None])
+            self.objects[key] = saved_object([None])
         common = {
             "args": saved_arguments(self.model, self.rows),
             "checkpoint_version": 3.0,
             "iteration": 0,
             "content_metadata": {"singleton_local_shards": False},
         }
-        self.objects[COMMON_KEY] = _saved([common])
+        self.objects[COMMON_KEY] = saved_object([common])
         for key, data in self.objects.items():
             self.add_bytes(key, len(data))
         layers, dtype = self.model.num_layers, self.stream.dtype
@@ -272,7 +272,8 @@ def _extra_states(model: ModelDescription) -> list[str]:
     return keys + [f"{name.removesuffix('weight')}_extra_state/shard_0_1" for name in outside]
 
 
-def _saved(value: Any) -> bytes:
+def saved_object(value: Any) -> bytes:
+    """An entry's bytes, as Megatron saves what is no tensor."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()

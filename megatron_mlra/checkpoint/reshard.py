@@ -6,10 +6,12 @@ copied whatever the model is, so every attention and mixtures of experts work.
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -17,7 +19,11 @@ from tqdm import tqdm
 from megatron_mlra.checkpoint.description import DTYPES, CheckpointError
 from megatron_mlra.checkpoint.folders import TRACKER, tokenizer_files
 from megatron_mlra.checkpoint.megatron_folder import iteration_folder
-from megatron_mlra.checkpoint.megatron_writer import StreamingPlanner, save_torch_dist
+from megatron_mlra.checkpoint.megatron_writer import (
+    StreamingPlanner,
+    save_torch_dist,
+    saved_object,
+)
 from megatron_mlra.checkpoint.staging import written_aside
 from megatron_mlra.checkpoint.torch_dist import COMMON_FILE, COMMON_KEY, TorchDistFolder
 
@@ -67,7 +73,7 @@ def reshard(
         planner.bar = bar
         (partial / name).mkdir()
         save_torch_dist(planner, partial / name, files)
-        if (folder / COMMON_FILE).is_file():
+        if (folder / COMMON_FILE).is_file() and not weights_only:
             shutil.copy(folder / COMMON_FILE, partial / name / COMMON_FILE)
         for file in tokenizer_files(root):
             shutil.copy(file, partial / file.name)
@@ -106,8 +112,10 @@ class _Copy(StreamingPlanner):
             for key, _ in stored.stored
             if key not in tensors and not (weights_only and _OF_A_RUN.match(key))
         ]
-        if COMMON_KEY not in self.objects and not (stored.path / COMMON_FILE).is_file():
-            raise CheckpointError(f"checkpoint {stored.path} names no arguments")
+        self.replaced: dict[str, bytes] = {}
+        if weights_only:
+            self.objects = [COMMON_KEY, *(key for key in self.objects if key != COMMON_KEY)]
+            self.replaced[COMMON_KEY] = saved_object([_released(stored, dtype)])
         self.bytes = sum(
             math.prod(shape) * self._dtype(key).itemsize for key, shape in self.shapes.items()
         )
@@ -119,7 +127,8 @@ class _Copy(StreamingPlanner):
     def plan(self) -> None:
         """Objects, then tensors."""
         for key in self.objects:
-            self.add_bytes(key, self.stored.stored[key, ()].length)
+            known = self.replaced.get(key)
+            self.add_bytes(key, self.stored.stored[key, ()].length if known is None else len(known))
         for key, shape in self.shapes.items():
             zeros = (0,) * len(shape)
             blocks = [(zeros, shape)]
@@ -130,8 +139,39 @@ class _Copy(StreamingPlanner):
     def data(self, key: str, offsets: tuple[int, ...]) -> torch.Tensor | bytes:
         """An object's bytes unread, or a block."""
         if key not in self.shapes:
-            return self.stored.raw(key)
+            known = self.replaced.get(key)
+            return self.stored.raw(key) if known is None else known
         stacked = _STACKED.match(key) and len(self.shapes[key]) > 1
         tensor = self.stored.tensor(key, offsets[0] if stacked else None).to(self._dtype(key))
         self.bar.update(tensor.numel() * tensor.element_size())
         return tensor.contiguous()
+
+
+def _released(stored: TorchDistFolder, dtype: torch.dtype | None) -> dict[str, Any]:
+    """The common state of a checkpoint that starts a run: arguments without the run's progress."""
+    state = stored.common_state()
+    args = state.get("args")
+    if not isinstance(args, argparse.Namespace):
+        raise CheckpointError(f"checkpoint {stored.path} names no arguments")
+    values = {name: value for name, value in vars(args).items() if _is_plain(value)}
+    values |= dict.fromkeys(
+        ("iteration", "consumed_train_samples", "skipped_train_samples", "consumed_valid_samples"),
+        0,
+    )
+    values |= {"no_save_optim": True, "no_save_rng": True}
+    if dtype is not None:
+        values |= {"params_dtype": dtype}
+        values |= {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
+    return {
+        "args": argparse.Namespace(**values),
+        "checkpoint_version": state.get("checkpoint_version", 3.0),
+        "iteration": 0,
+        "content_metadata": state.get("content_metadata"),
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value was read whole; enums and other classes are not (see safe_pickle)."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str | torch.dtype)

@@ -1,0 +1,65 @@
+"""Megatron's own models, saved at TP2, are the same function in every converted form."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_driver import MODELS
+from megatron_mlra.checkpoint.folders import open_checkpoint
+from megatron_mlra.checkpoint.forward import hidden_states
+from megatron_mlra.checkpoint.forward import logits as streamed_logits
+from research_model import VARIANTS, logits
+from test_conversion import assert_same_tensors, weights_of
+
+BATCH, SEQ, VOCAB = 4, 32, 128
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """Folders and logits of the driver."""
+    folder = tmp_path_factory.mktemp("megatron")
+    driver = Path(__file__).with_name("megatron_driver.py")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", driver, folder],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def batch() -> torch.Tensor:
+    """The tokens that the driver's logits are of."""
+    generator = torch.Generator().manual_seed(100)
+    return torch.randint(VOCAB, (BATCH, SEQ + 1), generator=generator)[:, :-1]
+
+
+@pytest.mark.parametrize("variant", MODELS)
+def test_same_function_and_bits(variant, saved, convert, tmp_path):
+    source = saved / variant
+    expected = torch.load(saved / f"{variant}.logits.pt")
+    assert expected.abs().max() > 1
+    opened = open_checkpoint(source)
+    assert (opened.description.variant, opened.iteration) == (variant, 7)
+    with torch.no_grad():
+        *_, state = hidden_states(opened, batch())
+        found = streamed_logits(opened, state).transpose(0, 1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+    official, back = tmp_path / "official", tmp_path / "back"
+    assert convert("export-official", source, official)[0] == 0
+    weights, sizes = weights_of(official), replace(VARIANTS[variant], tied=True)
+    for sequence, wanted in zip(batch(), expected.double(), strict=True):
+        found = logits(sizes, weights, sequence)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+    assert convert("import-official", official, back)[0] == 0
+    assert_same_tensors(source, back)
+    code, said = convert("verify", source, official)
+    assert code == 0 and "logits differ by at most 0, " in said
