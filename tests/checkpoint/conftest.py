@@ -11,6 +11,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parents[1] / "distributed"))
 
 from megatron_mlra.checkpoint.cli import main
 from research_model import VARIANTS, Sizes
