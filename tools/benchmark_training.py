@@ -11,6 +11,7 @@ this tool does not know go to Megatron.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import logging
 import os
@@ -97,6 +98,11 @@ def main() -> int:
     settings |= {"steps": args.steps, "flags": flags, "failed": failed}
     result = report.write(rows, matmul, settings, args.out)
     print(report.table(rows))
+    if len(rows) > 1 and not args.sublayer:
+        if importlib.util.find_spec("matplotlib"):
+            report.plot(rows, args.out / "training.png", result["device"])
+        else:
+            print("no plot: matplotlib is not installed")
     print(json.dumps(result))
     torch.distributed.destroy_process_group()
     return 1 if failed else 0

@@ -49,7 +49,8 @@ def line(row: Result | SublayerResult) -> str:
     """What is printed of a result as soon as it is there."""
     if isinstance(row, SublayerResult):
         return f"{row.case}: {row.total_ms:.2f} ms, {row.saved_mib:.0f} MiB saved"
-    return f"{row.case}: {row.tokens_per_second:,.0f} tokens/s, MFU {row.mfu:.1%}"
+    rate = f"{row.tokens_per_second:,.0f} tokens/s, MFU {row.mfu:.1%}"
+    return f"{row.case}: {rate}, {row.peak_gib:.1f} GiB, gate {row.gate:.2g}"
 
 
 def environment() -> dict[str, str]:
@@ -73,7 +74,7 @@ def environment() -> dict[str, str]:
 def write(
     rows: list[Result] | list[SublayerResult], matmul: float, settings: dict, folder: Path
 ) -> dict:
-    """Write training.json and, given more than one row, training.png; returns the JSON's object."""
+    """Write training.json; returns its object."""
     folder.mkdir(parents=True, exist_ok=True)
     values = [asdict(row) for row in rows]
     result = {**environment(), "matmul_tflops": matmul, **settings, "rows": values}
@@ -81,12 +82,10 @@ def write(
     aside = target.with_suffix(".json.part")
     aside.write_text(json.dumps(result, indent=1) + "\n")
     aside.rename(target)
-    if len(rows) > 1 and isinstance(rows[0], Result):
-        plot(values, folder / "training.png", result["device"])
     return result
 
 
-def plot(rows: list[dict], path: Path, device: str) -> None:
+def plot(rows: list[Result], path: Path, device: str) -> None:
     """Tokens/s over sequence length, a line for each variant, recipe and form."""
     import matplotlib
 
@@ -96,8 +95,8 @@ def plot(rows: list[dict], path: Path, device: str) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
-        name = f"{row['variant']} {row['recipe']} {row['form']}"
-        lines.setdefault(name, []).append((row["seq_length"], row["tokens_per_second"] / 1e3))
+        name = f"{row.variant} {row.recipe} {row.form}"
+        lines.setdefault(name, []).append((row.seq_length, row.tokens_per_second / 1e3))
     for name, points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
     axes.set_xscale("log", base=2)
