@@ -70,7 +70,7 @@ class MLRAConfig(PreTrainedConfig):
         if self.softmax_scale is None:
             self.softmax_scale = (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5
         super().__post_init__(**kwargs)
-        self._validate()
+        self.check()
 
     @property
     def latent_dim(self) -> int:
@@ -99,7 +99,8 @@ class MLRAConfig(PreTrainedConfig):
         """N^-1/2, or 1."""
         return self.num_branches**-0.5 if self.variance_scaling else 1.0
 
-    def _validate(self) -> None:
+    def check(self) -> None:
+        """Raise ValueError where the fields do not fit each other, those changed later too."""
         L, N, h = self.num_latent_heads, self.num_branches, self.num_attention_heads
         if self.kv_lora_rank % L:
             raise ValueError(

@@ -84,6 +84,7 @@ class MLRAModel(MLRAPreTrainedModel):
 
     def __init__(self, config: MLRAConfig) -> None:
         super().__init__(config)
+        config.check()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(
             MLRADecoderLayer(config, i) for i in range(config.num_hidden_layers)

@@ -135,8 +135,9 @@ class PagedStep:
     ) -> None:
         self.config, self.layers, self.backend = config, cache.layers, backend
         self.past, (b, self.tokens) = cache.get_seq_length(), shape
-        if attention_mask is not None:
-            self._check_mask(attention_mask)
+        problem = _unsuited(attention_mask, self.layers[0].starts if self.past else None)
+        if problem:
+            raise ValueError(f"decode_backend {backend}: {problem}; use decode_backend='torch'")
         if self.past:
             self.starts = self.layers[0].starts
         elif attention_mask is None:
@@ -145,19 +146,6 @@ class PagedStep:
             self.starts = (attention_mask == 0).sum(-1)
         self.in_kernel = self.past > 0 and self.tokens <= MAX_KERNEL_TOKENS
         self._schedules: dict[torch.device, tuple] = {}
-
-    def _check_mask(self, mask: Tensor) -> None:
-        if mask.dim() != 2:
-            raise ValueError(
-                f"decode_backend {self.backend} takes attention masks [batch, tokens], got"
-                f" {list(mask.shape)}; load the model with decode_backend='torch'"
-            )
-        real = mask != 0
-        if bool((real.cummax(-1).values != real).any()):
-            raise ValueError(
-                f"decode_backend {self.backend} takes left padding only, and the attention mask has"
-                " zeros behind a token; pad on the left or load with decode_backend='torch'"
-            )
 
     def append(self, rows: Tensor, layer: int) -> Tensor | None:
         """Store a layer's new tokens `[b, s, w]`; returns what the torch attention attends to,
@@ -211,7 +199,7 @@ def paged_step(
     """The paged step of a forward, or None where transformers' own cache layout is used.
 
     An unfilled DynamicCache gets paged layers where `config.decode_backend` asks for them; "auto"
-    asks for them where the kernels can run, and says once, on a GPU, what it chose.
+    asks for them where the kernels can run, and says once, on a GPU, what it chose and why.
 
     Args:
         attention_mask: as the model's forward takes it.
@@ -224,7 +212,7 @@ def paged_step(
         return None
     backend = config.decode_backend
     if not any(isinstance(layer, PagedLatentLayer) for layer in cache.layers):
-        problem = _unsupported(config, embeds) or _not_pageable(cache)
+        problem = _unsupported(config, embeds) or _not_pageable(cache) or _unsuited(attention_mask)
         if backend == "auto" and embeds.is_cuda:
             chosen = f"torch ({problem})" if problem else "mlra_kernels"
             logger.warning_once(f"MLRA decodes with {chosen}; decode_backend chooses another")
@@ -258,6 +246,8 @@ def _unsupported(config: MLRAConfig, embeds: Tensor) -> str | None:
         return f"the kernels take RoPE dims {rope_dims}, this model has {config.qk_rope_head_dim}"
     if config.decode_backend == "reference":
         return None
+    if embeds.requires_grad:
+        return "the kernels compute no gradients; decode under torch.no_grad()"
     if not embeds.is_cuda:
         return f"the kernels need a CUDA GPU, this model is on {embeds.device}"
     if embeds.dtype not in (torch.bfloat16, torch.float16):
@@ -272,4 +262,27 @@ def _not_pageable(cache: Cache) -> str | None:
         return f"only a DynamicCache without offloading can be paged, not {type(cache).__name__}"
     if cache.get_seq_length():
         return "the cache was filled by another backend"
+    return None
+
+
+def _unsuited(mask: Tensor | None, starts: Tensor | None = None) -> str | None:
+    """Why pages cannot serve a mask, or None.
+
+    Args:
+        starts: `[b]`, the padding that was in front of each row when the cache was filled.
+    """
+    if mask is None:
+        return None
+    if mask.dim() != 2:
+        return f"pages take attention masks [batch, tokens], got {list(mask.shape)}"
+    real = mask != 0
+    holes = (real.cummax(-1).values != real).any()
+    if starts is None:
+        starts = (~real).sum(-1)
+    # One copy from the GPU for both.
+    has_holes, has_moved = torch.stack((holes, ((~real).sum(-1) != starts).any())).tolist()
+    if has_holes:
+        return "pages take left padding only, and the attention mask has zeros behind a token"
+    if has_moved:
+        return "the padding of a row must end within the first call, and this mask has more"
     return None

@@ -211,6 +211,8 @@ def test_saved_again_it_loads_again(tmp_path):
     model = build("MLRA-8", tie_word_embeddings=False)
     model.save_pretrained(tmp_path)
     again = MLRAForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="decode_backend is 'fast'; use one of auto, torch"):
+        MLRAForCausalLM.from_pretrained(tmp_path, decode_backend="fast")
     assert {"attention_mlra.py", "configuration_mlra.py", "modeling_mlra.py"} <= {
         path.name for path in tmp_path.iterdir()
     }
@@ -220,11 +222,20 @@ def test_saved_again_it_loads_again(tmp_path):
 
 def test_pages_take_left_padding_only():
     model, (tokens, mask) = build(decode_backend="reference"), prompts(5, 9)
-    right = mask.flip(-1)
-    with pytest.raises(ValueError, match="zeros behind a token; pad on the left"):
-        model(tokens, attention_mask=right, use_cache=True)
-    with pytest.raises(ValueError, match=r"takes attention masks \[batch, tokens\]"):
-        model(tokens, attention_mask=torch.ones(2, 1, 9, 9, dtype=torch.bool), use_cache=True)
+    for wrong, said in (
+        (mask.flip(-1), "the attention mask has zeros behind a token"),
+        (torch.ones(2, 1, 9, 9, dtype=torch.bool), r"pages take attention masks \[batch, tokens\]"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            model(tokens, attention_mask=wrong, use_cache=True)
+    with pytest.raises(ValueError, match="must end within the first call"):
+        model.generate(tokens, attention_mask=mask, max_new_tokens=2, prefill_chunk_size=3)
+    cut = model.generate(tokens, attention_mask=mask, max_new_tokens=2, prefill_chunk_size=5)
+    assert torch.equal(cut, model.generate(tokens, attention_mask=mask, max_new_tokens=2))
+    # Left to itself, the choice follows the mask.
+    automatic = build(decode_backend="auto")
+    out = automatic(tokens, attention_mask=mask.flip(-1), use_cache=True)
+    assert not isinstance(out.past_key_values.layers[0], PagedLatentLayer)
 
 
 def test_kernels_asked_for_and_missing_are_an_error(monkeypatch):
