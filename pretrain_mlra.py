@@ -51,8 +51,9 @@ def train() -> int:
 
     from megatron_mlra import arguments, console, data, model, upstream_fixes
     from megatron_mlra.accounting import ModelShape, parameters
-    from megatron_mlra.checkpoint import integrity
+    from megatron_mlra.checkpoint import checksums, integrity
     from megatron_mlra.cpu_backend import enable_cpu_backend
+    from megatron_mlra.fault_tolerance import resume
     from megatron_mlra.progress import Progress, Stopped
 
     args, output, started = None, None, False
@@ -65,6 +66,7 @@ def train() -> int:
         upstream_fixes.use_prebuilt_dataset_helpers()
         upstream_fixes.repair_torch_adamw_resume()
         upstream_fixes.name_failed_checkpoint_writes()
+        checksums.install()
         config = model.model_config(args, arguments.validate(args))
         global_vars.rebuild_tokenizer(args)
         shape = ModelShape.from_args(args)
@@ -83,6 +85,7 @@ def train() -> int:
                 console.say("no GPU found: running on the CPU (gloo, torch attention)")
             console.say(console.accelerated_parts(args))
         Progress(args, shape).install()
+        resume.install(args)
         container = pretrain_cfg_container_from_args(args, config)
         training.pretrain(
             container, data.build_datasets, ModelType.encoder_or_decoder, model.forward_step

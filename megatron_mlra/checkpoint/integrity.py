@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
@@ -14,6 +17,7 @@ from megatron_mlra.checkpoint.description import CheckpointError
 from megatron_mlra.checkpoint.torch_dist import check_files, read_metadata
 
 TRACKER = "latest_checkpointed_iteration.txt"
+_ITERATION = re.compile(r"iter_(\d+)").fullmatch
 
 ARCHITECTURE = (
     "attention",
@@ -79,6 +83,10 @@ def latest_step(folder: str | Path) -> int | None:
     text = tracker.read_text().strip()
     if text == "release":
         return 0
+    if not text:
+        # The job or its machine died between truncating the file and writing it. Whatever folder
+        # is complete was saved before, or just now.
+        return max(_steps(folder), default=None)
     if not text.isdigit():
         raise ValueError(
             f"checkpoint tracker {tracker} holds {text!r:.40}, not a step; write the step of a"
@@ -87,24 +95,58 @@ def latest_step(folder: str | Path) -> int | None:
     return int(text)
 
 
-def iteration_folder(load: str | Path, step: int | None = None) -> Path | None:
-    """The `iter_*` folder that loading `load` reads, or None where there is no checkpoint.
+def candidates(load: str | Path, step: int | None = None) -> list[Path]:
+    """The folders that loading `load` may read, in order: what the tracker file names, then earlier
+    steps; only `step` if it is given. What is later than the tracker was never completed.
 
     Raises:
-        ValueError: for a tracker file that names no step, or a step whose folder is gone.
+        ValueError: for a tracker file that names no step.
     """
     load = Path(load)
-    said_by = f"--ckpt-step {step}" if step else TRACKER
-    step = step or latest_step(load)
-    if step is None:
-        return None
-    folder = load / (f"iter_{step:07d}" if step else "release")
-    if not folder.is_dir():
-        there = ", ".join(sorted(path.name for path in load.glob("iter_*"))) or "nothing"
-        raise ValueError(
-            f"checkpoint {folder} is missing, though {said_by} names it; there is {there}"
-        )
-    return folder
+    if step:
+        return [load / f"iter_{step:07d}"]
+    latest = latest_step(load)
+    if latest is None:
+        return []
+    if not latest:
+        return [load / "release"]
+    earlier = sorted((other for other in _steps(load) if other < latest), reverse=True)
+    return [load / f"iter_{number:07d}" for number in (latest, *earlier)]
+
+
+def _steps(folder: str | Path) -> set[int]:
+    return {int(n[1]) for path in Path(folder).glob("iter_*") if (n := _ITERATION(path.name))}
+
+
+def first_usable(
+    folders: list[Path], check: Callable[[Path], None]
+) -> tuple[Path | None, list[str]]:
+    """The first folder that `check` does not refuse, and why those before it were.
+
+    Raises:
+        ValueError: if there are folders and all are refused; names the first.
+    """
+    refused: list[str] = []
+    for folder in folders:
+        try:
+            check(folder)
+        except ValueError as error:
+            refused.append(str(error))
+        else:
+            return folder, refused
+    if not refused:
+        return None, []
+    raise ValueError(f"{refused[0]}; {_others(folders)}")
+
+
+def _others(folders: list[Path]) -> str:
+    """What else could be loaded in place of these folders, none of which can."""
+    if len(folders) > 1:
+        return f"the {len(folders) - 1} earlier ones are damaged too"
+    there = sorted(path.name for path in folders[0].parent.glob("iter_*") if path != folders[0])
+    if not there:
+        return "there is no other"
+    return f"there is {', '.join(there)}: --ckpt-step names the step to load"
 
 
 def check_load(args: Namespace) -> None:
@@ -120,7 +162,7 @@ def check_load(args: Namespace) -> None:
         if starts_anew and not Path(args.load).exists():
             return
         raise ValueError(f"--load {args.load} is not a folder; give the --save of an earlier run")
-    folder = iteration_folder(args.load, args.ckpt_step)
+    folder, _ = first_usable(candidates(args.load, args.ckpt_step), _check_readable)
     if folder is None:
         if starts_anew:
             return
@@ -128,8 +170,24 @@ def check_load(args: Namespace) -> None:
             f"--load {args.load} holds no checkpoint (no {TRACKER}); give the --save of an earlier"
             " run"
         )
-    check_complete(folder)
     check_architecture(folder, args)
+
+
+def _check_readable(folder: Path) -> None:
+    check_complete(folder)
+    _common_state(folder)
+
+
+def _common_state(folder: Path) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        return dist_checkpointing.load_common_state_dict(str(folder))
+    except Exception as error:
+        raise ValueError(f"checkpoint {folder}: common state cannot be read ({error})") from None
 
 
 def check_complete(folder: Path) -> None:
@@ -138,10 +196,12 @@ def check_complete(folder: Path) -> None:
     Raises:
         ValueError: names the first missing or short file.
     """
+    if not folder.is_dir():
+        raise ValueError(f"checkpoint {folder} is missing")
     try:
         check_files(folder, read_metadata(folder))
     except CheckpointError as error:
-        raise ValueError(f"{error}; --ckpt-step names an earlier one") from None
+        raise ValueError(str(error)) from None
 
 
 def check_architecture(folder: Path, args: Namespace) -> None:
@@ -150,10 +210,7 @@ def check_architecture(folder: Path, args: Namespace) -> None:
     Raises:
         ValueError: names every argument that differs, with both values.
     """
-    try:
-        saved = dist_checkpointing.load_common_state_dict(str(folder)).get("args")
-    except Exception as error:
-        raise ValueError(f"checkpoint {folder}: common state cannot be read ({error})") from None
+    saved = _common_state(folder).get("args")
     if saved is None:
         raise ValueError(
             f"checkpoint {folder} names no arguments; it was not written by this trainer"

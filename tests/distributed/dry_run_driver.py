@@ -38,7 +38,7 @@ def main(folder: Path) -> None:
 
     enable_cpu_backend()
     logging.disable(logging.WARNING)
-    args, builder = entry_model()
+    args, builder = entry_model(folder / "preset.yaml")
     torch.cuda.current_device = lambda: torch.device("meta")
     ranks, metadata = [], {}
     for pp in range(PP):
@@ -67,11 +67,13 @@ def rank_id(tp: int, dp: int, pp: int) -> int:
     return tp + TP * (dp + DP * pp)
 
 
-def entry_model() -> tuple[Namespace, Any]:
+def entry_model(preset: Path) -> tuple[Namespace, Any]:
     """What pretrain_mlra.py does up to the model."""
     from megatron_mlra import arguments, model
 
-    args = arguments.parse(["--config", str(CONFIG), *map(str, ARGV)])
+    # The one thing in the preset that a machine without a GPU refuses.
+    preset.write_text(f"base: {CONFIG}\nuse_persistent_ckpt_worker: false\n")
+    args = arguments.parse(["--config", str(preset), *map(str, ARGV)])
     with contextlib.redirect_stdout(io.StringIO()):
         config = model.model_config(args, arguments.validate(args))
     return args, config.get_builder_cls()(config)

@@ -299,36 +299,36 @@ CHECKPOINTS = {
     "step": (
         lambda f: None,
         ["--ckpt-step", "5"],
-        "iter_0000005 is missing, though --ckpt-step 5 names it; there is iter_0000004, iter_0000",
+        "iter_0000005 is missing; there is iter_0000004, iter_0000008: --ckpt-step names the step",
     ),
     "folder": (
         lambda f: shutil.rmtree(f / "iter_0000008"),
-        [],
-        "iter_0000008 is missing, though latest_checkpointed_iteration.txt names it; there is iter",
+        ["--ckpt-step", "8"],
+        "iter_0000008 is missing; there is iter_0000004: --ckpt-step names the step to load",
     ),
     "no-metadata": (
         lambda f: (f / "iter_0000008/.metadata").unlink(),
-        [],
-        "iter_0000008 is incomplete: it has no .metadata; --ckpt-step names an earlier one",
+        ["--ckpt-step", "8"],
+        "iter_0000008 is incomplete: it has no .metadata; there is iter_0000004: --ckpt-step nam",
     ),
     "bad-metadata": (
         lambda f: (f / "iter_0000008/.metadata").write_bytes(b"junk"),
-        [],
+        ["--ckpt-step", "8"],
         "iter_0000008: .metadata cannot be read",
     ),
     "no-file": (
         lambda f: (f / "iter_0000008/__0_0.distcp").unlink(),
-        [],
+        ["--ckpt-step", "8"],
         "iter_0000008 is incomplete: __0_0.distcp is missing",
     ),
     "short-file": (
         lambda f: damage_index(f, "iter_0000008/__0_0.distcp", lambda d: d[:-9]),
-        [],
+        ["--ckpt-step", "8"],
         "iter_0000008 is truncated: __0_0.distcp has ",
     ),
     "bad-arguments": (
         lambda f: damage_index(f, "iter_0000008/metadata.json", lambda d: b"{"),
-        [],
+        ["--ckpt-step", "8"],
         "iter_0000008: common state cannot be read",
     ),
 }

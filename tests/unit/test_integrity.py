@@ -23,8 +23,43 @@ def test_latest_step(tmp_path):
     (tmp_path / integrity.TRACKER).write_text("12\n")
     assert integrity.latest_step(tmp_path) == 12
     (tmp_path / integrity.TRACKER).write_text("release")
-    (tmp_path / "release").mkdir()
-    assert integrity.iteration_folder(tmp_path) == tmp_path / "release"
+    assert integrity.candidates(tmp_path) == [tmp_path / "release"]
+
+
+def test_candidates_are_the_latest_step_and_those_before(tmp_path):
+    assert integrity.candidates(tmp_path) == []
+    for name in ("iter_0000004", "iter_0000008", "iter_0000012", "iter_0000016.partial", "logs"):
+        (tmp_path / name).mkdir()
+    tracker = tmp_path / integrity.TRACKER
+    for text, steps in (("8", [8, 4]), ("10", [10, 8, 4]), ("", [12, 8, 4])):
+        tracker.write_text(text)
+        found = [path.name for path in integrity.candidates(tmp_path)]
+        assert found == [f"iter_{step:07d}" for step in steps]
+    assert [path.name for path in integrity.candidates(tmp_path, 12)] == ["iter_0000012"]
+
+
+def test_first_usable_says_why_others_are_not(tmp_path):
+    folders = [tmp_path / f"iter_{step:07d}" for step in (8, 4)]
+    for folder in folders:
+        folder.mkdir()
+
+    def refuse(*bad):
+        def check(folder):
+            if folder in bad:
+                raise ValueError(f"{folder.name} is bad")
+
+        return check
+
+    assert integrity.first_usable([], refuse()) == (None, [])
+    assert integrity.first_usable(folders, refuse()) == (folders[0], [])
+    assert integrity.first_usable(folders, refuse(folders[0])) == (
+        folders[1],
+        ["iter_0000008 is bad"],
+    )
+    with pytest.raises(ValueError, match="iter_0000008 is bad; the 1 earlier ones are damaged too"):
+        integrity.first_usable(folders, refuse(*folders))
+    with pytest.raises(ValueError, match="iter_0000004: --ckpt-step names the step to load"):
+        integrity.first_usable(folders[:1], refuse(*folders))
 
 
 @pytest.mark.parametrize(

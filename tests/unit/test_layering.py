@@ -23,6 +23,7 @@ LAYERS = (
         "megatron_mlra.progress",
         "megatron_mlra.layer_specs",
         "megatron_mlra.checkpoint",
+        "megatron_mlra.fault_tolerance",
         "megatron_mlra.preprocess",
         "megatron_mlra.evaluation",
     ),

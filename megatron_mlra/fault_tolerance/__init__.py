@@ -1,0 +1,1 @@
+"""Surviving faults: which checkpoint to continue from, which batch was bad, which rank hangs."""

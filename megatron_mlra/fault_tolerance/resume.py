@@ -1,0 +1,70 @@
+"""Continue from the newest checkpoint that is whole."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from megatron.training import training
+
+from megatron_mlra.checkpoint import checksums, integrity
+from megatron_mlra.console import say
+
+
+def install(args: Namespace) -> None:
+    """Before Megatron loads, choose the step: the newest whose files are what was saved."""
+    load_checkpoint = training.load_checkpoint
+
+    def load(*rest, **named):
+        asked = args.ckpt_step
+        if args.load is not None:
+            args.ckpt_step = whole_step(args)
+        try:
+            return load_checkpoint(*rest, **named)
+        finally:
+            args.ckpt_step = asked
+
+    training.load_checkpoint = load
+
+
+def whole_step(args: Namespace) -> int | None:
+    """The step to load, the same on every rank; None leaves it to Megatron (nothing to load, or a
+    release). Says what was passed over, and why.
+
+    Raises:
+        ValueError: if no checkpoint is whole, or not the one of --ckpt-step.
+    """
+    # One rank looks: another may see a shared folder in an earlier state.
+    found: list[list[Path]] = [[]]
+    if args.rank == 0:
+        found = [integrity.candidates(args.load, args.ckpt_step)]
+    torch.distributed.broadcast_object_list(found)
+    folder, refused = integrity.first_usable(found[0], check_whole)
+    if args.rank == 0:
+        for why in refused:
+            say(f"warning: {why}")
+        if refused:
+            say(f"warning: continuing from the checkpoint before: {folder}")
+    if folder is None or folder.name == "release":
+        return None
+    return int(folder.name.removeprefix("iter_"))
+
+
+def check_whole(folder: Path) -> None:
+    """Check a checkpoint's files by size and, all ranks together, by checksum.
+
+    Raises:
+        ValueError: names the first file that is missing, short or changed; the same on every rank.
+    """
+    why: list[str | None] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            integrity.check_complete(folder)
+        except ValueError as error:
+            why = [str(error)]
+    torch.distributed.broadcast_object_list(why)
+    if why[0] is None and (what := checksums.damage_anywhere(folder)):
+        why = [f"checkpoint {folder} is damaged: {what}"]
+    if why[0] is not None:
+        raise ValueError(why[0])
