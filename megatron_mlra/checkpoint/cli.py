@@ -90,6 +90,11 @@ def build_parser() -> argparse.ArgumentParser:
         default=1e-4,
         help="largest difference of a logit that passes (default: 1e-4, for float32)",
     )
+    verify.add_argument(
+        "--transformers",
+        action="store_true",
+        help="run B, an exported folder, by transformers and the code in the folder",
+    )
     verify.add_argument("--vocab-size", type=int, help="true vocabulary of a Megatron folder")
     verify.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
@@ -215,15 +220,18 @@ def _reshard(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from megatron_mlra.checkpoint.compare import check_same_function, compare, sample_tokens
+    from megatron_mlra.checkpoint import compare
 
     if not args.tolerance >= 0:
         raise CheckpointError(f"--tolerance {args.tolerance:g} is negative; use e.g. 1e-4")
     text = None if args.text is None else Path(args.text).read_text(encoding="utf-8")
     a, b = _open(args, args.a), _open(args, args.b)
-    check_same_function(a, b)
+    compare.check_same_function(a, b)
     named = b if not a.tokenizer_files() and b.tokenizer_files() else a
-    tokens, said = sample_tokens(named, text, args.tokenizer, args.tokens, args.length)
-    result = compare(a, b, tokens, args.tolerance, progress=not args.quiet)
+    tokens, said = compare.sample_tokens(named, text, args.tokenizer, args.tokens, args.length)
+    if args.transformers:
+        result = compare.compare_with_transformers(a, b, tokens, args.tolerance)
+    else:
+        result = compare.compare(a, b, tokens, args.tolerance, progress=not args.quiet)
     print(f"{said}; {result}")
     return 0 if result.same else 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from tqdm import tqdm
 
 from megatron_mlra.checkpoint.description import CheckpointError
 from megatron_mlra.checkpoint.folders import CheckpointFolder
-from megatron_mlra.checkpoint.forward import hidden_states, logits
+from megatron_mlra.checkpoint.forward import hidden_states, output_head
 from megatron_mlra.preprocess.tokenizers import TokenizerSpec, build_tokenizer
 
 TOLERANCE = 1e-4
+TOKENS = 64
+"""Tokens whose logits are compared at a time."""
 _STORAGE = {"dtype", "tokenizer_type", "tokenizer_model", "eod_token_id", "max_position_embeddings"}
 """Fields of a description that do not change the function."""
 
@@ -66,23 +69,53 @@ def compare(
     passes = zip(hidden_states(a, tokens), hidden_states(b, tokens), strict=True)
     total = a.description.num_layers + 1
     for pair in tqdm(passes, total=total, unit="layer", disable=not progress):
-        states = pair
-    return measure(logits(a, states[0]), logits(b, states[1]), tolerance)
+        ours, theirs = pair
+    head, their_head = output_head(a), output_head(b)
+    parts = zip(ours.flatten(0, 1).split(TOKENS), theirs.flatten(0, 1).split(TOKENS), strict=True)
+    return measure(((head(x), their_head(y)) for x, y in parts), tolerance)
 
 
-def measure(ours: Tensor, theirs: Tensor, tolerance: float) -> Comparison:
-    """The comparison of two `[..., V]` of logits."""
-    difference = (ours - theirs).abs()
-    p, q = ours.log_softmax(-1), theirs.log_softmax(-1)
-    return Comparison(
-        tokens=ours[..., 0].numel(),
-        max_difference=difference.max().item(),
-        mean_difference=difference.mean().item(),
-        max_logit=ours.abs().max().item(),
-        kl=(p.exp() * (p - q)).sum(-1).mean().item(),
-        top1=(ours.argmax(-1) == theirs.argmax(-1)).float().mean().item(),
-        tolerance=tolerance,
+@torch.no_grad()
+def compare_with_transformers(
+    a: CheckpointFolder, b: CheckpointFolder, tokens: Tensor, tolerance: float = TOLERANCE
+) -> Comparison:
+    """As `compare`, but B, a Hugging Face folder, is run by transformers and the folder's own code,
+    which shares nothing with the conversion. B is in memory as a whole, in float32.
+
+    Raises:
+        CheckpointError: the two describe different functions, or B is of another kind.
+    """
+    check_same_function(a, b)
+    if b.kind != "huggingface":
+        raise CheckpointError(f"{b.path} is a {b.kind} folder; transformers runs exported folders")
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        b.path, trust_remote_code=True, dtype=torch.float32
     )
+    *_, ours = hidden_states(a, tokens)
+    head = output_head(a)
+    parts = ((head(ours[:, i]), model(tokens[i : i + 1]).logits[0]) for i in range(len(tokens)))
+    return measure(parts, tolerance)
+
+
+def measure(parts: Iterable[tuple[Tensor, Tensor]], tolerance: float) -> Comparison:
+    """The comparison of logits `[tokens, V]` that come in parts, at most some tokens at a time."""
+    largest = largest_logit = 0.0
+    sums = torch.zeros(3, dtype=torch.float64)  # differences, KL, equal top-1
+    count = 0
+    for ours, theirs in parts:
+        difference = (ours - theirs).abs()
+        p, q = ours.log_softmax(-1), theirs.log_softmax(-1)
+        kl = (p.exp() * (p - q)).sum()
+        equal = (ours.argmax(-1) == theirs.argmax(-1)).sum()
+        sums += torch.stack((difference.sum() / ours.size(-1), kl, equal)).double()
+        # NaN is larger than any number here, unlike in Python's max.
+        largest = torch.stack((torch.tensor(largest), difference.max())).max().item()
+        largest_logit = max(largest_logit, ours.abs().max().item())
+        count += ours.size(0)
+    mean, kl, top1 = (sums / count).tolist()
+    return Comparison(count, largest, mean, largest_logit, kl, top1, tolerance)
 
 
 def check_same_function(a: CheckpointFolder, b: CheckpointFolder) -> None:

@@ -6,7 +6,7 @@ heads, g key/value heads, c head dim, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -89,10 +89,20 @@ def grouped_attention(
 
 def logits(folder: CheckpointFolder, x: Tensor) -> Tensor:
     """`[s, b, V]` of the state behind the last layer."""
+    return output_head(folder)(x)
+
+
+def output_head(folder: CheckpointFolder) -> Callable[[Tensor], Tensor]:
+    """Final norm and output weight, read once: state `[..., d]` -> logits `[..., V]`."""
     model = folder.description
-    x = rms_norm(x, folder.tensor(FINAL_NORM).float(), model.layernorm_epsilon)
+    norm = folder.tensor(FINAL_NORM).float()
     output = folder.tensor(EMBEDDING if model.tie_embeddings else OUTPUT)
-    return torch.cat([x @ rows.float().T for rows in output.split(ROWS)], dim=-1)
+
+    def head(x: Tensor) -> Tensor:
+        x = rms_norm(x, norm, model.layernorm_epsilon)
+        return torch.cat([x @ rows.float().T for rows in output.split(ROWS)], dim=-1)
+
+    return head
 
 
 def rotary_angles(model: ModelDescription, s: int) -> tuple[Tensor, Tensor]:

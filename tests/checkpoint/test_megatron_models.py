@@ -63,3 +63,21 @@ def test_same_function_and_bits(variant, saved, convert, tmp_path):
     assert_same_tensors(source, back)
     code, said = convert("verify", source, official)
     assert code == 0 and "logits differ by at most 0, " in said
+
+
+@pytest.mark.parametrize("variant", MODELS)
+def test_huggingface_and_back(variant, saved, convert, tmp_path):
+    source, exported, back = saved / variant, tmp_path / "exported", tmp_path / "back"
+    if variant == "GQA gated":
+        code, error = convert("export-hf", source, exported)
+        assert code == 2 and "gate" in error and not exported.exists()
+        return
+    assert convert("export-hf", source, exported)[0] == 0
+    assert convert("import-hf", exported, back)[0] == 0
+    assert_same_tensors(source, exported)
+    assert_same_tensors(source, back)
+    if variant == "MLRA-4 gated":
+        code, said = convert("verify", source, exported, "--transformers")
+        assert code == 0 and "within the tolerance 0.0001" in said
+        code, error = convert("verify", source, back, "--transformers")
+        assert code == 2 and "is a megatron folder; transformers runs exported folders" in error
