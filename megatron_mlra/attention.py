@@ -1,6 +1,7 @@
 """MLRASelfAttention: Multi-Head Low-Rank Attention as a Megatron self-attention submodule.
 
-Letters in shape comments: s tokens, b batch, d hidden size, tp tensor-parallel size, h / tp own
+Letters in shape comments: s tokens of this rank, t of the whole sequence (s without context
+parallel), b batch, d hidden size, tp tensor-parallel size, h / tp own
 heads; n branches, h_c heads and g head groups of this rank's core (sharding.py), l latent dim, `e`
 d_h + d_r. With sequence parallel the input and output hold s / tp tokens.
 """
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.enums import AttnMaskType
@@ -19,6 +21,7 @@ from megatron.core.utils import deprecate_inference_params
 from torch import Tensor
 
 from megatron_mlra.config import MLRAConfig
+from megatron_mlra.context_parallel import ContextParallel
 from megatron_mlra.fp8 import linear_config
 from megatron_mlra.functional import materialized_qkv, split_up_projection
 from megatron_mlra.projections import (
@@ -30,6 +33,7 @@ from megatron_mlra.projections import (
 from megatron_mlra.recompute import rebuilt_in_backward
 from megatron_mlra.rotary import rotary_tables
 from megatron_mlra.sharding import LatentParallel, LatentShard
+from megatron_mlra.token_plan import TokenPlan, plan_tokens
 
 
 @dataclass
@@ -91,6 +95,7 @@ class MLRASelfAttention(Attention):
         group = self.tp_group
         self.shard = LatentShard.plan(config, group.size(), group.rank())
         self.parallel = LatentParallel(config, self.shard, group, config.sequence_parallel)
+        self.context = ContextParallel(pg_collection.cp)
         self.forms = latent_forms(config)
         self.own_heads = config.num_attention_heads // group.size()
         self.recompute_up_projection = (
@@ -139,7 +144,7 @@ class MLRASelfAttention(Attention):
         rotary_pos_sin: Tensor | None = None,
         rotary_pos_cos_sin: Tensor | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params=None,
+        packed_seq_params: PackedSeqParams | None = None,
         position_ids: Tensor | None = None,
         sequence_len_offset: int | None = None,
         *,
@@ -149,14 +154,19 @@ class MLRASelfAttention(Attention):
 
         Args:
             hidden_states: `[s, b, d]`, or `[s / tp, b, d]` with sequence parallel.
-            attention_mask: None for causal, else see the core's backend.
+            attention_mask: None for causal, else see the core's backend; with context parallel
+                `[b or 1, 1, s, t]`, keys in the order of the sequence.
+            packed_seq_params: documents that b = 1 rows of tokens are made of, which attend to
+                themselves alone and whose positions start anew; see token_plan.py for how context
+                parallel cuts them.
             sequence_len_offset: position of the first token, default 0.
 
         Returns:
             output, shaped as hidden_states, and the output projection's bias (None without biases).
 
         Raises:
-            ValueError: for inference contexts, packed sequences and attention biases.
+            ValueError: for inference contexts, attention biases, packed sequences that do not fit
+                the tokens or come with a mask.
         """
         assert rotary_pos_emb is None, "MLRA rotates its own RoPE dims"
         if deprecate_inference_params(inference_context, inference_params) is not None:
@@ -164,26 +174,30 @@ class MLRASelfAttention(Attention):
                 "Megatron's inference contexts hold expanded heads; MLRA caches latents"
             )
 
-        if packed_seq_params is not None:
-            raise ValueError("MLRA attention does not take packed sequences; train unpacked")
         if attention_bias is not None:
             raise ValueError("MLRA attention takes no attention bias; leave it out")
+        if packed_seq_params is not None and attention_mask is not None:
+            raise ValueError("packed sequences say what is attended to; leave the mask out")
 
         x = self.parallel.enter(hidden_states)  # [s, b, d]
         q, latents, k_rope = self._compress(x)
-        angles = self._rotary_angles(x.size(0), sequence_len_offset or 0)
+        plan = self._plan_tokens(q, packed_seq_params)
+        angles = self._rotary_angles(plan, sequence_len_offset or 0)
+        gather = self.context.start_gather(latents, k_rope)
         if self.recompute_up_projection and self.training:
             up_projection = tensor_parallel.CheckpointWithoutOutput(
                 fp8=self.config.fp8 or self.config.fp4 or None
             )
+            latents, k_rope = gather.finish(plan)  # [t, b, n, g, l], [t, b, d_r]
             qkv = up_projection.checkpoint(self._query_key_value, q, latents, k_rope, *angles)
-            z = self._attend(qkv, latents, attention_mask)
+            z = self._attend(qkv, latents, attention_mask, plan)
             up_projection.discard_output_and_register_recompute(z)
         else:
             q = self._query_heads(q)
+            latents, k_rope = gather.finish(plan)
             qkv = self._assemble(q, latents, k_rope, *angles)
-            with self._query_rebuilt(qkv[0], q.detach(), angles):
-                z = self._attend(qkv, latents, attention_mask)
+            with self._query_rebuilt(qkv[0], q.detach(), angles[:2]):
+                z = self._attend(qkv, latents, attention_mask, plan)
         del qkv  # backward rebuilds its query, so nothing else may hold it
 
         out = self._combine_branches(z)  # [s, b, h / tp * d_v]
@@ -206,11 +220,18 @@ class MLRASelfAttention(Attention):
         c_q, latents, k_rope = self.parallel.gather_compressed(c_q, self.kv_norm(c), k_rope)
         return (x if c_q is None else c_q), latents, k_rope
 
+    def _plan_tokens(self, q: Tensor, packed_seq_params: PackedSeqParams | None) -> TokenPlan:
+        """What the tokens of `q` `[s, b, .]` attend to."""
+        if packed_seq_params is not None and q.size(1) != 1:
+            raise ValueError(f"packed sequences come in one row of tokens, not {q.size(1)}")
+        cp = self.context.group
+        return plan_tokens(q.size(0), cp.size(), cp.rank(), packed_seq_params, q.device)
+
     def _query_key_value(
-        self, q: Tensor, latents: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor
+        self, q: Tensor, latents: Tensor, k_rope: Tensor, *angles: Tensor
     ) -> tuple[Tensor, ...]:
         """From the query latent on: what recomputation of the up-projections repeats."""
-        return self._assemble(self._query_heads(q), latents, k_rope, cos, sin)
+        return self._assemble(self._query_heads(q), latents, k_rope, *angles)
 
     def _query_heads(self, q: Tensor) -> Tensor:
         """Query latent (or x) -> the core's heads `[s, b, h_c, e]`, not yet rotated."""
@@ -220,14 +241,21 @@ class MLRASelfAttention(Attention):
         return self.parallel.exchange_queries(q)
 
     def _assemble(
-        self, q: Tensor, latents: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor
+        self,
+        q: Tensor,
+        latents: Tensor,
+        k_rope: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        key_cos: Tensor,
+        key_sin: Tensor,
     ) -> tuple[Tensor, ...]:
         """Query, key and (materialized) value; absorbed, the values are the latents."""
         if not self.config.absorbed:
             weight = self.linear_kv_up_proj.weight
-            return materialized_qkv(q, latents, k_rope, weight, cos, sin)
+            return materialized_qkv(q, latents, k_rope, weight, (cos, sin), (key_cos, key_sin))
         query = self.forms.rotate_absorb(q, self._up_projections[0], cos, sin)
-        return query, self.forms.join_keys(latents, k_rope, cos, sin)
+        return query, self.forms.join_keys(latents, k_rope, key_cos, key_sin)
 
     @property
     def _up_projections(self) -> tuple[Tensor, Tensor]:
@@ -244,31 +272,38 @@ class MLRASelfAttention(Attention):
         return rebuilt_in_backward(query, lambda: self.forms.rotate_absorb(q, w_uk, *angles))
 
     def _attend(
-        self, qkv: tuple[Tensor, ...], latents: Tensor, attention_mask: Tensor | None
+        self,
+        qkv: tuple[Tensor, ...],
+        latents: Tensor,
+        attention_mask: Tensor | None,
+        plan: TokenPlan,
     ) -> Tensor:
         """The core's output `[s, b, n * h_c * (l or d_v)]`."""
         query, key, *value = qkv
         value = value[0] if value else latents.flatten(2, 3)
-        core = (
-            self._checkpointed_attention_forward
-            if self.checkpoint_core_attention and self.training
-            else self._run_core_attention
-        )
-        return core(query, key, value, attention_mask)
+        if self.checkpoint_core_attention and self.training:
+            return self._checkpointed_attention_forward(
+                query, key, value, attention_mask, core_attention_extra_kwargs={"plan": plan}
+            )
+        return self._run_core_attention(query, key, value, attention_mask, plan=plan)
 
     def _run_core_attention(
-        self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, **kwargs
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: None = None,
+        packed_seq_params: None = None,
+        *,
+        plan: TokenPlan,
     ) -> Tensor:
-        """The core on its own, as recomputation repeats it: `[s, b, n * h_c * (l or d_v)]`."""
-        return self.core_attention(
-            query,
-            key,
-            value,
-            attention_mask,
-            attn_mask_type=attn_mask_type or self.attn_mask_type,
-            attention_bias=attention_bias,
-            **kwargs,
-        )
+        """The core on its own, as recomputation repeats it: `[s, b, n * h_c * (l or d_v)]`.
+
+        The plan stands for packed_seq_params, which Megatron's checkpoint hands on as None.
+        """
+        return self.core_attention(query, key, value, attention_mask, plan=plan)
 
     def _combine_branches(self, z: Tensor) -> Tensor:
         """N^-1/2 sum over all branches of the core's output: `[s, b, h / tp * d_v]`, own heads."""
@@ -280,9 +315,13 @@ class MLRASelfAttention(Attention):
             out = z.sum(2) * config.branch_scale
         return self.parallel.reduce_branches(out).flatten(2)
 
-    def _rotary_angles(self, s: int, offset: int) -> tuple[Tensor, Tensor]:
-        """cos and sin `[s, d_r / 2]` in float32, see rotary.py."""
-        return rotary_tables(self.config, self.pg_collection.cp).cos_sin(s, offset)
+    def _rotary_angles(self, plan: TokenPlan, offset: int) -> tuple[Tensor, ...]:
+        """cos and sin of the queries `[s, d_r / 2]` and of the keys `[t, d_r / 2]`, float32."""
+        tables = rotary_tables(self.config).cos_sin(plan.tokens, offset)
+        if plan.positions is None:
+            return *tables, *tables
+        places = (plan.positions, plan.key_positions)
+        return tuple(table[place] for place in places for table in tables)
 
     def get_query_key_value_tensors(self, *args, **kwargs):
         """Unused: `_compress` and `_query_key_value` take its place."""

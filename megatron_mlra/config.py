@@ -277,11 +277,6 @@ class MLRAConfig(MLATransformerConfig):
                 f"tensor parallel size {tp} {misfit[0]}; use tensor parallel size"
                 f" {_nearest(fits, tp)}{misfit[1]}"
             )
-        if self.context_parallel_size > 1:
-            raise ValueError(
-                f"context parallel size {self.context_parallel_size} is not supported by MLRA"
-                " attention; use 1 and tensor, sequence or pipeline parallelism"
-            )
 
     def _tensor_parallel_misfit(self, tp: int) -> tuple[str, str] | None:
         """What a tensor parallel size does not fit, and another way out; None for one that

@@ -124,25 +124,30 @@ def attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool =
 
 
 def materialized_qkv(
-    q: Tensor, latents: Tensor, k_rope: Tensor, weight: Tensor, cos: Tensor, sin: Tensor
+    q: Tensor,
+    latents: Tensor,
+    k_rope: Tensor,
+    weight: Tensor,
+    angles: tuple[Tensor, Tensor],
+    key_angles: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of all n * h (branch, head) pairs.
 
     Arguments as in `rotate_absorb` and `join_keys`, with the whole up-projection
-    `[n, h, nope + v, l]`.
+    `[n, h, nope + v, l]` and (cos, sin) of queries and of keys; there may be t keys for s queries.
 
     Returns:
-        query, key `[s, b, n * h, nope + rope]`, value `[s, b, n * h, v]`, branch-major.
+        query `[s, b, n * h, nope + rope]`, key alike and value `[t, b, n * h, v]`, branch-major.
     """
     n, h = weight.shape[:2]
-    s, b = q.shape[:2]
+    t, b = latents.shape[:2]
     nope = q.size(-1) - k_rope.size(-1)
     expanded = expand_latents(latents, weight)
     k_nope, value = expanded.split((nope, weight.size(2) - nope), dim=-1)
-    shared = apply_rope(k_rope, cos, sin).view(s, b, 1, 1, -1).expand(-1, -1, n, h, -1)
+    shared = apply_rope(k_rope, *key_angles).view(t, b, 1, 1, -1).expand(-1, -1, n, h, -1)
     key = torch.cat((k_nope, shared), dim=-1).flatten(2, 3)
     q_nope, q_rope = q.split((nope, k_rope.size(-1)), dim=-1)
-    query = torch.cat((q_nope, apply_rope(q_rope, cos, sin)), dim=-1)
+    query = torch.cat((q_nope, apply_rope(q_rope, *angles)), dim=-1)
     query = query.unsqueeze(2).expand(-1, -1, n, -1, -1).flatten(2, 3)
     return query, key, value.flatten(2, 3)
 
@@ -206,7 +211,9 @@ def mlra_attention(
         z = attend(query, key, latents.flatten(2, 3), config.softmax_scale)
         out = sum_branches(z.view(s, b, n, h, -1), w_uv, config.branch_scale)
     else:
-        query, key, value = materialized_qkv(q, latents, k_rope, up, cos, sin)
+        query, key, value = materialized_qkv(
+            q, latents, k_rope, up, (cos, sin), (cos, sin)
+        )
         out = attend(query, key, value, config.softmax_scale).view(s, b, n, h, -1).sum(2)
         out = out * config.branch_scale
     out = out.flatten(2)

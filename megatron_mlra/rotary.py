@@ -27,11 +27,10 @@ class RotaryTables:
 
     Args:
         config: supplies the RoPE type and its constants.
-        cp_group: context-parallel group, by which Megatron's embedding cuts the sequence.
     """
 
-    def __init__(self, config: MLRAConfig, cp_group) -> None:
-        common = {"rotary_base": config.rotary_base, "cp_group": cp_group}
+    def __init__(self, config: MLRAConfig) -> None:
+        common = {"rotary_base": config.rotary_base}
         if config.use_cpu_initialization:
             common["use_cpu_initialization"] = True
         self.width = config.qk_rope_head_dim // 2
@@ -58,7 +57,8 @@ class RotaryTables:
         if self._last is None or self._last[0] != (s, offset):
             # Evaluation in inference mode must leave tensors that training can use.
             with torch.inference_mode(False):
-                emb, mscale = self.embedding(s, offset=offset), 1.0
+                # Told of packed sequences, it leaves the cut of context parallel to others.
+                emb, mscale = self.embedding(s, offset=offset, packed_seq=True), 1.0
                 if self.is_yarn:
                     emb, mscale = emb
                 angle = emb.view(s, -1)[:, : self.width].float()
@@ -66,11 +66,11 @@ class RotaryTables:
         return self._last[1]
 
 
-def rotary_tables(config: MLRAConfig, cp_group) -> RotaryTables:
+def rotary_tables(config: MLRAConfig) -> RotaryTables:
     """The tables that all layers with these RoPE constants share."""
-    key = (*(getattr(config, name) for name in _FIELDS), cp_group)
+    key = tuple(getattr(config, name) for name in _FIELDS)
     if key not in _TABLES:
-        _TABLES[key] = RotaryTables(config, cp_group)
+        _TABLES[key] = RotaryTables(config)
     return _TABLES[key]
 
 

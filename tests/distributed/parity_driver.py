@@ -8,6 +8,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import logging
+import math
 import sys
 import traceback
 from dataclasses import dataclass, field
@@ -19,6 +20,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from variants import VARIANTS, fits
 
 STEPS = 5
+REFERENCE_DOCUMENTS = {
+    "MLRA-4 odd documents": (0, 5, 6, 19, 32),
+    "MLRA-4 even documents": (0, 8, 32),
+}
+"""What is packed into the sequences of these models: cumulative lengths."""
 
 
 @dataclass
@@ -52,6 +58,7 @@ def references() -> dict[str, dict[str, Any]]:
         "moe_router_load_balancing_type": "none",
         "moe_token_dispatcher_type": "alltoall",
     }
+    models["MLRA-4 odd documents"] = models["MLRA-4 even documents"] = VARIANTS["MLRA-4"]
     models["GQA"] = {"attention": "gqa", "num_query_groups": 4}
     models["GTA"] = {"attention": "gta", "num_query_groups": 4, "qk_pos_emb_head_dim": 8}
     models["MFA"] = {"attention": "mfa", "q_lora_rank": 32}
@@ -101,6 +108,33 @@ def cases() -> list[Case]:
     add("MLRA-4", {"tp": 2, "dp": 2, "distributed_optimizer": True}, sequence_parallel=True)
     add("MLRA-4 MoE", {"tp": 2}, sequence_parallel=True)
     add("MLRA-4 MoE", {"dp": 2, "ep": 2})
+    add("MLRA-4", {"cp": 2})
+    add("MLRA-4", {"cp": 4})
+    for variant in ("MLA", "GLA-2", "MLRA-2"):
+        add(variant, {"cp": 2})
+    add("MLRA-4", {"cp": 2}, core_form="materialized")
+    add("MLRA-4 gated", {"cp": 2})
+    add("MLRA-4", {"cp": 2}, recompute_absorbed_query=False)
+    for modules in (["core_attn"], ["mla_up_proj"], ["core_attn", "mla_up_proj"]):
+        recompute = {"recompute_granularity": "selective", "recompute_modules": modules}
+        add("MLRA-4", {"cp": 2}, **recompute)
+        found[-1].name += " " + " ".join(modules)
+    add("MLRA-4", {"cp": 2}, **full)
+    for style in ("head", "latent"):
+        add("MLRA-4", {"tp": 2, "cp": 2}, latent_tp_layout=style, sequence_parallel=True)
+    add("MLRA-4", {"tp": 2, "cp": 4}, core_form="materialized")
+    add("MLRA-4 deep", {"pp": 2, "cp": 2})
+    add("MLRA-4", {"cp": 2, "dp": 2, "distributed_optimizer": True})
+    add("MLRA-4 MoE", {"cp": 2, "ep": 2})
+    odd, even = ({"documents": bounds} for bounds in REFERENCE_DOCUMENTS.values())
+    even["cut_documents"] = True
+    add("MLRA-4 odd documents", {"tp": 2, **odd}, sequence_parallel=True)
+    for style in ("absorbed", "materialized"):
+        add("MLRA-4 odd documents", {"cp": 2, **odd}, core_form=style)
+        add("MLRA-4 even documents", {"cp": 2, **even}, core_form=style)
+    add("MLRA-4 odd documents", {"cp": 4, **odd})
+    add("MLRA-4 even documents", {"cp": 4, **even})
+    add("MLRA-4 odd documents", {"tp": 2, "cp": 2, **odd}, latent_tp_layout="latent")
     for baseline in ("GQA", "GTA", "MFA", "TPA"):
         add(baseline, {"tp": 2}, sequence_parallel=True)
     return found
@@ -121,9 +155,9 @@ def main(folder: Path, pattern: str) -> None:
 
         from tiny import Layout, Tiny, make_config
 
-        layout = Layout()
-        layout.initialize()
+        Layout().initialize()
         for name, overrides in models.items():
+            layout = Layout(documents=REFERENCE_DOCUMENTS.get(name, ()))
             tiny = Tiny.build(make_config(layout, **overrides, zero_init_output=False), layout)
             start = tiny.collect("weight")
             steps = [tiny.step(seed) for seed in range(STEPS)]
@@ -152,7 +186,7 @@ def main(folder: Path, pattern: str) -> None:
 
 
 def _size(layout: dict[str, Any]) -> int:
-    return layout.get("tp", 1) * layout.get("pp", 1) * layout.get("dp", 1)
+    return math.prod(layout.get(axis, 1) for axis in ("tp", "pp", "cp", "dp"))
 
 
 def _train_group(group: list[Case], folder: Path, rank: int) -> None:

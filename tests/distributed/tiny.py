@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import Tensor
@@ -37,19 +39,25 @@ class Layout:
     tp: int = 1
     pp: int = 1
     vpp: int | None = None
+    cp: int = 1
     dp: int = 1
     ep: int = 1
     distributed_optimizer: bool = False
+    documents: tuple[int, ...] = ()
+    """Cumulative lengths of the documents packed into each sequence."""
+    cut_documents: bool = False
+    """Whether context parallel cuts every document, not the sequence."""
 
     @property
     def world(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.cp * self.dp
 
     def initialize(self) -> None:
         mpu.initialize_model_parallel(
             tensor_model_parallel_size=self.tp,
             pipeline_model_parallel_size=self.pp,
             virtual_pipeline_model_parallel_size=self.vpp,
+            context_parallel_size=self.cp,
             expert_model_parallel_size=self.ep,
         )
         model_parallel_cuda_manual_seed(1)
@@ -81,6 +89,7 @@ def make_config(layout: Layout, **overrides: Any) -> MLRAConfig | BaselineConfig
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": layout.vpp,
+        "context_parallel_size": layout.cp,
         "expert_model_parallel_size": layout.ep,
         "batch_p2p_comm": False,
     }
@@ -199,7 +208,8 @@ class Tiny:
             if param in optimizer.model_param_gbuf_map:
                 part = optimizer._get_model_param_range_map(param)["param"]
                 whole[part.start : part.end] = param.main_grad.view(-1)[part.start : part.end]
-        torch.distributed.all_reduce(whole, group=mpu.get_data_parallel_group())
+        group = mpu.get_data_parallel_group(with_context_parallel=True)
+        torch.distributed.all_reduce(whole, group=group)
         return whole.view(param.shape)
 
     # -- training ----------------------------------------------------------------------------------
@@ -237,11 +247,37 @@ class Tiny:
         tokens = global_batch(seed)
         first = mpu.get_data_parallel_rank() * count
         for row in range(first, first + count):
-            yield {
+            batch = {
                 "tokens": tokens[row : row + 1, :-1].contiguous(),
                 "labels": tokens[row : row + 1, 1:].contiguous(),
                 "position_ids": torch.arange(SEQ)[None],
             }
+            batch = {name: part[:, self._own_tokens()] for name, part in batch.items()}
+            yield batch | {"packed": self._packed()}
+
+    def _own_tokens(self) -> Tensor:
+        """Index of the tokens that this context-parallel rank holds."""
+        cp, rank = self.layout.cp, mpu.get_context_parallel_rank()
+        bounds = self.layout.documents if self.layout.cut_documents else (0, SEQ)
+        parts = []
+        for start, stop in pairwise(bounds):
+            chunks = torch.arange(start, stop).chunk(2 * cp)
+            parts += [chunks[rank], chunks[-1 - rank]]
+        return torch.cat(parts)
+
+    def _packed(self) -> PackedSeqParams | None:
+        if not self.layout.documents:
+            return None
+        bounds = torch.tensor(self.layout.documents, dtype=torch.int32)
+        longest = int(bounds.diff().max())
+        return PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=bounds,
+            cu_seqlens_kv=bounds,
+            cu_seqlens_q_padded=bounds if self.layout.cut_documents else None,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
 
     def sharded_weights(self) -> dict[str, Any]:
         """The model's sharded state dict, as a checkpoint stores it."""
@@ -286,10 +322,17 @@ def global_batch(seed: int) -> Tensor:
 
 def _forward_step(iterator, model):
     batch = next(iterator)
-    out = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    out = model(
+        batch["tokens"],
+        batch["position_ids"],
+        None,
+        labels=batch["labels"],
+        packed_seq_params=batch["packed"],
+    )
 
     def loss_function(losses):
-        loss = losses.float().mean()
+        # Of the sequence, of which losses are one context-parallel rank's share.
+        loss = losses.float().sum() / SEQ
         return loss, {"loss": loss.detach().clone()}
 
     return out, loss_function

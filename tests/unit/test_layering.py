@@ -33,6 +33,8 @@ LAYERS = (
         "megatron_mlra.recompute",
         "megatron_mlra.rotary",
         "megatron_mlra.sharding",
+        "megatron_mlra.token_plan",
+        "megatron_mlra.context_parallel",
         "megatron_mlra.core_attention",
     ),
     (
