@@ -39,6 +39,7 @@ POSITIVE = (
     "tensorboard_log_interval",
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
+    "context_parallel_size",
     "tpa_q_rank",
     "tpa_kv_rank",
 )
@@ -51,10 +52,10 @@ REPLACED = {
     "hybrid_override_pattern": "builds Megatron's hybrid models; leave it out",
     "heterogeneous_layers_config_path": "replaces the layers; leave it out",
     "heterogeneous_layers_config_encoded_json": "replaces the layers; leave it out",
-    "hybrid_context_parallel": "needs context parallelism, which is not supported; leave it out",
-    "dataloader_inter_document_masking": "packs sequences; use --reset-attention-mask",
+    "hybrid_context_parallel": "is not supported; use --context-parallel-size alone",
+    "hierarchical_context_parallel_sizes": "is not supported; use --context-parallel-size alone",
     "full_validation": "fails in Megatron 0.19.2 after the first evaluation; raise --eval-iters",
-    "sft": "packs sequences, which pretraining does not; leave it out",
+    "sft": "reads conversations; use --packed-sequences to keep documents apart",
     "perform_rl_step": "needs Megatron's RL package; leave it out",
 }
 """Flags of Megatron that would not do here what they say."""
@@ -71,6 +72,8 @@ def check_arguments(args: Namespace) -> None:
     _check_schedule(args)
     _check_precision(args)
     _check_parallel(args)
+    _check_context_parallel(args)
+    _check_packed(args)
     _check_batches(args)
     _check_packages(args)
 
@@ -84,11 +87,6 @@ def _check_replaced(args: Namespace) -> None:
     for name, why in REPLACED.items():
         if getattr(args, name, None):
             raise ValueError(f"{flag(name)} {why}")
-    if args.context_parallel_size > 1:
-        raise ValueError(
-            f"--context-parallel-size {args.context_parallel_size} is not supported; use 1 and"
-            " tensor, sequence or pipeline parallelism"
-        )
 
 
 def _check_values(args: Namespace) -> None:
@@ -187,12 +185,14 @@ def check_fp8_tokens(args: Namespace) -> None:
 def _check_parallel(args: Namespace) -> None:
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     layout = f"--tensor-model-parallel-size {tp}"
-    if pp > 1:
-        layout += f" x --pipeline-model-parallel-size {pp}"
-    if args.world_size % (tp * pp):
+    for name in ("pipeline_model_parallel_size", "context_parallel_size"):
+        if getattr(args, name) > 1:
+            layout += f" x {flag(name)} {getattr(args, name)}"
+    ranks = tp * pp * args.context_parallel_size
+    if args.world_size % ranks:
         raise ValueError(
-            f"{layout} needs a multiple of {tp * pp} processes and there are {args.world_size};"
-            f" launch with torchrun --nproc-per-node {tp * pp}"
+            f"{layout} needs a multiple of {ranks} processes and there are {args.world_size};"
+            f" launch with torchrun --nproc-per-node {ranks}"
         )
     # With its stages split further, a first or last stage has layers in the middle too.
     if args.reset_attention_mask and (pp > 2 or (pp > 1 and _is_interleaved(args))):
@@ -208,6 +208,63 @@ def _check_parallel(args: Namespace) -> None:
         )
 
 
+def _check_context_parallel(args: Namespace) -> None:
+    cp = args.context_parallel_size
+    if cp == 1:
+        return
+    asked = f"--context-parallel-size {cp}"
+    _check_attention_of(args, asked)
+    if args.seq_length % (2 * cp):
+        raise ValueError(
+            f"--seq-length {args.seq_length} does not divide into the {2 * cp} chunks of {asked};"
+            f" use {-(-args.seq_length // (2 * cp)) * 2 * cp}"
+        )
+    if args.attention == "mlra" and args.cp_comm_type != ["p2p"]:
+        raise ValueError(
+            f"--cp-comm-type {' '.join(args.cp_comm_type)} is for attentions that send keys and"
+            " values; MLRA gathers latents: leave it out"
+        )
+
+
+def _check_packed(args: Namespace) -> None:
+    if not args.dataloader_inter_document_masking:
+        return
+    _check_attention_of(args, "--packed-sequences")
+    if args.attention != "mlra" and args.context_parallel_size > 1:
+        raise ValueError(
+            f"--packed-sequences with --context-parallel-size {args.context_parallel_size}:"
+            f" --attention {args.attention} would need padded documents; use 1"
+        )
+    if args.reset_attention_mask:
+        raise ValueError(
+            "--packed-sequences and --reset-attention-mask both keep documents apart; leave out"
+            " --reset-attention-mask, the slower one"
+        )
+    micro = max(args.micro_batch_size, args.eval_micro_batch_size or 1)
+    if micro > 1 and args.pipeline_model_parallel_size > 1:
+        raise ValueError(
+            f"--packed-sequences sends one row of tokens between pipeline stages, and"
+            f" --micro-batch-size is {micro}; use 1"
+        )
+    if args.cuda_graph_impl != "none":
+        raise ValueError(
+            f"--cuda-graph-impl {args.cuda_graph_impl} replays one batch's documents on all with"
+            " --packed-sequences; use none"
+        )
+
+
+def _check_attention_of(args: Namespace, asked: str) -> None:
+    """Attentions other than MLRA: Megatron's own needs Transformer Engine, the others refuse."""
+    if args.attention == "mlra":
+        return
+    fix = "use --attention mlra"
+    if args.attention == "gqa":
+        if args.transformer_impl == "transformer_engine":
+            return
+        fix = "Megatron's own attention needs Transformer Engine and a GPU for it, or " + fix
+    raise ValueError(f"{asked} does not work with --attention {args.attention}: {fix}")
+
+
 def _is_interleaved(args: Namespace) -> bool:
     return any(
         getattr(args, name) is not None
@@ -221,7 +278,9 @@ def _is_interleaved(args: Namespace) -> bool:
 
 def _check_batches(args: Namespace) -> None:
     replicas = args.world_size // (
-        args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+        args.tensor_model_parallel_size
+        * args.pipeline_model_parallel_size
+        * args.context_parallel_size
     )
     for prefix in ("", "eval_"):
         batch = getattr(args, f"{prefix}global_batch_size") or args.global_batch_size

@@ -126,6 +126,13 @@ def add_mlra_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="keep the absorbed core's queries for backward: more memory, no rebuilding",
     )
     group.add_argument(
+        "--packed-sequences",
+        action="store_true",
+        dest="dataloader_inter_document_masking",
+        help="documents of a sequence attend to themselves alone, their positions start anew;"
+        " Megatron's --dataloader-inter-document-masking",
+    )
+    group.add_argument(
         "--eval-at-start",
         action="store_true",
         help="print the validation loss before the first step too",

@@ -59,6 +59,11 @@ class BaselineConfig(TransformerConfig):
         self._validate_tensor_parallel()
         if self.attention != "gqa":
             self._validate_features()
+        elif self.context_parallel_size > 1 and self.transformer_impl == "local":
+            raise ValueError(
+                f"context_parallel_size {self.context_parallel_size} needs transformer_impl"
+                " transformer_engine with gqa; use 1"
+            )
         if self.init_method is None:
             self.init_method = partial(torch.nn.init.normal_, mean=0.0, std=self.init_method_std)
         if self.zero_init_output:

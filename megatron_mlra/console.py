@@ -30,10 +30,14 @@ def summary(args: Namespace, shape: ModelShape) -> str:
     weight_bytes = 2 if args.bf16 or args.fp16 else 4
     tp = args.tensor_model_parallel_size
     layout = f"TP{tp} x PP{args.pipeline_model_parallel_size} x DP{args.data_parallel_size}"
+    if args.context_parallel_size > 1:
+        layout += f" x CP{args.context_parallel_size}"
     if args.attention == "mlra" and tp > 1:
         layout += f", {args.latent_tp_layout} layout"
     if args.sequence_parallel:
         layout += ", sequence parallel"
+    if args.dataloader_inter_document_masking:
+        layout += ", packed sequences"
     total = parameters(shape).total
     cache = kv_cache_bytes_per_token(shape, dtype_bytes=weight_bytes)
     per_rank = kv_cache_bytes_per_token(shape, tp=tp, dtype_bytes=weight_bytes)

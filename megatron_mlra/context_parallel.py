@@ -66,9 +66,7 @@ class _Exchange:
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         out = x.new_empty(x.size(0) // self.group.size(), *x.shape[1:])
-        self.work = dist.reduce_scatter_tensor(
-            out, x.contiguous(), group=self.group, async_op=True
-        )
+        self.work = dist.reduce_scatter_tensor(out, x.contiguous(), group=self.group, async_op=True)
         return out
 
     def wait(self) -> None:

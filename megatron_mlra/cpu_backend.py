@@ -134,6 +134,9 @@ def enable_cpu_backend() -> None:
     training.initialize_megatron = functools.partial(
         training.initialize_megatron, allow_no_cuda=True
     )
+    # It warms up compiled functions, of which there are none here, on random numbers, as many as a
+    # micro-batch has on a rank: initial weights would depend on it.
+    training.set_jit_fusion_options = lambda **_: None
     _CudaAsCpu().__enter__()
 
 

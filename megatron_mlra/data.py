@@ -18,12 +18,16 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 )
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType
-from megatron.core.utils import get_batch_on_this_tp_rank
+from megatron.core.utils import (
+    flatten_batch_for_packed_sequences,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
 from megatron.training import get_args, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
-from torch import Tensor
 
 from megatron_mlra.preprocess.metadata import read_metadata
+from megatron_mlra.token_plan import PackedDocuments
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
@@ -164,13 +168,16 @@ def build_datasets(sample_counts: list[int], vp_stage: int | None = None):
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=args.create_attention_mask_in_dataloader,
+        inter_document_masking=args.dataloader_inter_document_masking,
         data_parallel_size=args.data_parallel_size,
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
     )
 
     def is_built_here() -> bool:
+        # Every stage must know where packed documents end.
         return mpu.get_tensor_model_parallel_rank() == 0 and (
-            mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
+            args.dataloader_inter_document_masking
+            or mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
             or mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
         )
 
@@ -181,29 +188,32 @@ def build_datasets(sample_counts: list[int], vp_stage: int | None = None):
 build_datasets.is_distributed = True
 
 
-def get_batch(iterator: Iterator | None, vp_stage: int | None = None) -> dict[str, Tensor | None]:
-    """The next micro-batch on every tensor-parallel rank of the first and last pipeline stage.
+def get_batch(iterator: Iterator | None, vp_stage: int | None = None) -> dict[str, Any]:
+    """The next micro-batch on every rank of the first and last pipeline stage, of which each
+    context-parallel rank gets its share.
 
     Returns:
         tokens, labels, position_ids `[b, s]` int64, loss_mask `[b, s]` float32, attention_mask None
-        or `[b, 1, s, s]` bool (True: not attended to). On stages in between all are None.
+        or `[b, 1, s, t]` bool (True: not attended to) and packed_seq_params. On stages in between
+        all but the last are None. Packed sequences are joined to one row, `[1, b s]`.
     """
     args = get_args()
     first = mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
     last = mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
-    if not (first or last):
-        return dict.fromkeys(BATCH_KEYS)
+    is_packed = args.dataloader_inter_document_masking
+    if not (first or last or is_packed):
+        return dict.fromkeys((*BATCH_KEYS, "packed_seq_params"))
     batch = dict.fromkeys(
         (*BATCH_KEYS, "cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size")
     )
     if mpu.get_tensor_model_parallel_rank() == 0:
         loaded = next(iterator)
-        for key in BATCH_KEYS:
+        for key in batch:
             if loaded.get(key) is not None:
                 batch[key] = loaded[key].cuda(non_blocking=True)
     batch = get_batch_on_this_tp_rank(
         batch,
-        has_cu_seqlens=False,
+        has_cu_seqlens=is_packed,
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
@@ -219,4 +229,28 @@ def get_batch(iterator: Iterator | None, vp_stage: int | None = None) -> dict[st
         is_pipeline_first_stage=first,
         is_pipeline_last_stage=last,
     )
-    return {key: batch.get(key) for key in BATCH_KEYS}
+    batch = flatten_batch_for_packed_sequences(batch)
+    packed = _packed_documents(batch, args.seq_length) if is_packed else None
+    # Documents have any length, so it is their sequence that is cut.
+    batch = get_batch_on_this_cp_rank(
+        batch,
+        is_hybrid_cp=False,
+        cp_group=mpu.get_context_parallel_group(),
+        use_per_sequence_balancing=True,
+    )
+    return {key: batch.get(key) for key in BATCH_KEYS} | {"packed_seq_params": packed}
+
+
+def _packed_documents(batch: dict[str, Any], tokens_per_sample: int) -> PackedDocuments:
+    """Where the documents of a flattened micro-batch end."""
+    lengths = batch["cu_seqlens"][0]
+    longest = int(batch["max_seqlen"])
+    return PackedDocuments(
+        qkv_format="thd",
+        cu_seqlens_q=lengths,
+        cu_seqlens_kv=lengths,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        tokens_per_sample=tokens_per_sample,
+        bounds=tuple(lengths.tolist()),
+    )

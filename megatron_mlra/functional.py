@@ -211,9 +211,7 @@ def mlra_attention(
         z = attend(query, key, latents.flatten(2, 3), config.softmax_scale)
         out = sum_branches(z.view(s, b, n, h, -1), w_uv, config.branch_scale)
     else:
-        query, key, value = materialized_qkv(
-            q, latents, k_rope, up, (cos, sin), (cos, sin)
-        )
+        query, key, value = materialized_qkv(q, latents, k_rope, up, (cos, sin), (cos, sin))
         out = attend(query, key, value, config.softmax_scale).view(s, b, n, h, -1).sum(2)
         out = out * config.branch_scale
     out = out.flatten(2)

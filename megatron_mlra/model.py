@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -46,6 +48,7 @@ def forward_step(data_iterator: Iterator, model: GPTModel) -> tuple[Tensor, Call
         batch["attention_mask"],
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
+        packed_seq_params=batch["packed_seq_params"],
     )
     return output, partial(loss_function, batch["loss_mask"])
 
@@ -64,7 +67,21 @@ def loss_function(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, di
         _check_finite(loss)
     # The schedule divides the loss it is given in place, so the log gets its own copy.
     reported = torch.stack((loss.detach().clone(), num_tokens.float()))
+    if get_args().context_parallel_size > 1 and not get_args().calculate_per_token_loss:
+        loss = loss * _context_parallel_share(num_tokens)
     return loss, num_tokens, {"lm loss": reported}
+
+
+def _context_parallel_share(num_tokens: Tensor) -> Tensor:
+    """What makes the mean over context-parallel ranks of loss / num_tokens that of their tokens.
+
+    The schedule divides each rank's sum by its own number of unmasked tokens and averages over
+    ranks; the share of rank r, `cp n_r / sum(n)`, undoes that where their numbers differ.
+    """
+    group = mpu.get_context_parallel_group()
+    whole = num_tokens.float()
+    dist.all_reduce(whole, group=group)
+    return group.size() * num_tokens / whole.clamp(min=1)
 
 
 def _check_finite(loss: Tensor) -> None:

@@ -20,11 +20,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from variants import VARIANTS, fits
 
 STEPS = 5
-REFERENCE_DOCUMENTS = {
-    "MLRA-4 odd documents": (0, 5, 6, 19, 32),
-    "MLRA-4 even documents": (0, 8, 32),
-}
-"""What is packed into the sequences of these models: cumulative lengths."""
+DOCUMENTS = {"MLRA-4 odd documents": (0, 5, 6, 19, 32), "MLRA-4 even documents": (0, 8, 32)}
+"""Models whose sequences are packed: cumulative lengths. Context parallel cuts even documents, and
+sequences of odd ones."""
 
 
 @dataclass
@@ -58,7 +56,7 @@ def references() -> dict[str, dict[str, Any]]:
         "moe_router_load_balancing_type": "none",
         "moe_token_dispatcher_type": "alltoall",
     }
-    models["MLRA-4 odd documents"] = models["MLRA-4 even documents"] = VARIANTS["MLRA-4"]
+    models |= dict.fromkeys(DOCUMENTS, VARIANTS["MLRA-4"])
     models["GQA"] = {"attention": "gqa", "num_query_groups": 4}
     models["GTA"] = {"attention": "gta", "num_query_groups": 4, "qk_pos_emb_head_dim": 8}
     models["MFA"] = {"attention": "mfa", "q_lora_rank": 32}
@@ -126,15 +124,12 @@ def cases() -> list[Case]:
     add("MLRA-4 deep", {"pp": 2, "cp": 2})
     add("MLRA-4", {"cp": 2, "dp": 2, "distributed_optimizer": True})
     add("MLRA-4 MoE", {"cp": 2, "ep": 2})
-    odd, even = ({"documents": bounds} for bounds in REFERENCE_DOCUMENTS.values())
-    even["cut_documents"] = True
-    add("MLRA-4 odd documents", {"tp": 2, **odd}, sequence_parallel=True)
-    for style in ("absorbed", "materialized"):
-        add("MLRA-4 odd documents", {"cp": 2, **odd}, core_form=style)
-        add("MLRA-4 even documents", {"cp": 2, **even}, core_form=style)
-    add("MLRA-4 odd documents", {"cp": 4, **odd})
-    add("MLRA-4 even documents", {"cp": 4, **even})
-    add("MLRA-4 odd documents", {"tp": 2, "cp": 2, **odd}, latent_tp_layout="latent")
+    for documents in DOCUMENTS:
+        add(documents, {"cp": 2})
+        add(documents, {"cp": 2}, core_form="materialized")
+        add(documents, {"cp": 4})
+        add(documents, {"tp": 2, "cp": 2}, latent_tp_layout="latent")
+    add("MLRA-4 odd documents", {"tp": 2}, sequence_parallel=True)
     for baseline in ("GQA", "GTA", "MFA", "TPA"):
         add(baseline, {"tp": 2}, sequence_parallel=True)
     return found
@@ -155,10 +150,11 @@ def main(folder: Path, pattern: str) -> None:
 
         from tiny import Layout, Tiny, make_config
 
-        Layout().initialize()
+        layout = Layout()
+        layout.initialize()
         for name, overrides in models.items():
-            layout = Layout(documents=REFERENCE_DOCUMENTS.get(name, ()))
-            tiny = Tiny.build(make_config(layout, **overrides, zero_init_output=False), layout)
+            config = make_config(layout, **overrides, zero_init_output=False)
+            tiny = Tiny.build(config, layout, _packing(name))
             start = tiny.collect("weight")
             steps = [tiny.step(seed) for seed in range(STEPS)]
             torch.save(
@@ -185,6 +181,13 @@ def main(folder: Path, pattern: str) -> None:
                     path.write_text(json.dumps({"failed": str(error)}))
 
 
+def _packing(reference: str):
+    from tiny import Packing
+
+    bounds = DOCUMENTS.get(reference)
+    return Packing(bounds, cut_documents="even" in reference) if bounds else None
+
+
 def _size(layout: dict[str, Any]) -> int:
     return math.prod(layout.get(axis, 1) for axis in ("tp", "pp", "cp", "dp"))
 
@@ -208,7 +211,8 @@ def _compare(case: Case, layout, folder: Path) -> dict[str, Any]:
 
     reference = torch.load(folder / f"{_file(case.reference)}.pt")
     overrides = {**references()[case.reference], **case.config}
-    tiny = Tiny.build(make_config(layout, **overrides, zero_init_output=False), layout)
+    config = make_config(layout, **overrides, zero_init_output=False)
+    tiny = Tiny.build(config, layout, _packing(case.reference))
     tiny.load(reference["start"])
     steps = [tiny.step(seed) for seed in range(STEPS)]
     expected = reference["steps"]

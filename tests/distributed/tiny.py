@@ -43,10 +43,6 @@ class Layout:
     dp: int = 1
     ep: int = 1
     distributed_optimizer: bool = False
-    documents: tuple[int, ...] = ()
-    """Cumulative lengths of the documents packed into each sequence."""
-    cut_documents: bool = False
-    """Whether context parallel cuts every document, not the sequence."""
 
     @property
     def world(self) -> int:
@@ -61,6 +57,16 @@ class Layout:
             expert_model_parallel_size=self.ep,
         )
         model_parallel_cuda_manual_seed(1)
+
+
+@dataclass
+class Packing:
+    """Documents that each sequence is made of."""
+
+    bounds: tuple[int, ...]
+    """Cumulative lengths, from 0 to SEQ."""
+    cut_documents: bool = False
+    """Whether context parallel cuts every document, not the sequence."""
 
 
 def make_config(layout: Layout, **overrides: Any) -> MLRAConfig | BaselineConfig:
@@ -107,12 +113,15 @@ class Tiny:
 
     config: MLRAConfig | BaselineConfig
     layout: Layout
+    packing: Packing | None = None
     chunks: list[DistributedDataParallel] = field(default_factory=list)
     optimizer: Any = None
 
     @classmethod
-    def build(cls, config: MLRAConfig | BaselineConfig, layout: Layout) -> Tiny:
-        tiny = cls(config, layout)
+    def build(
+        cls, config: MLRAConfig | BaselineConfig, layout: Layout, packing: Packing | None = None
+    ) -> Tiny:
+        tiny = cls(config, layout, packing)
         for stage in range(layout.vpp or 1):
             vp_stage = stage if layout.vpp else None
             mpu.set_virtual_pipeline_model_parallel_rank(vp_stage)
@@ -257,8 +266,8 @@ class Tiny:
 
     def _own_tokens(self) -> Tensor:
         """Index of the tokens that this context-parallel rank holds."""
-        cp, rank = self.layout.cp, mpu.get_context_parallel_rank()
-        bounds = self.layout.documents if self.layout.cut_documents else (0, SEQ)
+        cp, rank, packing = self.layout.cp, mpu.get_context_parallel_rank(), self.packing
+        bounds = packing.bounds if packing and packing.cut_documents else (0, SEQ)
         parts = []
         for start, stop in pairwise(bounds):
             chunks = torch.arange(start, stop).chunk(2 * cp)
@@ -266,15 +275,15 @@ class Tiny:
         return torch.cat(parts)
 
     def _packed(self) -> PackedSeqParams | None:
-        if not self.layout.documents:
+        if self.packing is None:
             return None
-        bounds = torch.tensor(self.layout.documents, dtype=torch.int32)
+        bounds = torch.tensor(self.packing.bounds, dtype=torch.int32)
         longest = int(bounds.diff().max())
         return PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=bounds,
             cu_seqlens_kv=bounds,
-            cu_seqlens_q_padded=bounds if self.layout.cut_documents else None,
+            cu_seqlens_q_padded=bounds if self.packing.cut_documents else None,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         )

@@ -10,6 +10,7 @@ import pytest
 
 TP = "--tensor-model-parallel-size"
 PP = "--pipeline-model-parallel-size"
+CP = "--context-parallel-size"
 
 FLAGS = [
     # What Megatron would find late, or never.
@@ -48,7 +49,8 @@ FLAGS = [
     (["--spec", "a", "b"], "--spec replaces the attention; use --attention"),
     (["--mtp-num-layers", "1"], "--mtp-num-layers is not supported; leave it out"),
     (["--full-validation"], "--full-validation fails in Megatron 0.19.2"),
-    (["--sft"], "--sft packs sequences, which pretraining does not; leave it out"),
+    (["--sft"], "--sft reads conversations; use --packed-sequences to keep documents apart"),
+    (["--hybrid-context-parallel"], "--hybrid-context-parallel is not supported; use --context-"),
     # The model.
     (
         ["--num-latent-heads", "5"],
@@ -92,7 +94,24 @@ FLAGS = [
     # Parallelism without, or with too few, processes.
     ([TP, "2"], f"{TP} 2 needs a multiple of 2 processes and there are 1; launch with torchrun"),
     ([PP, "2"], f"{TP} 1 x {PP} 2 needs a multiple of 2 processes and there are 1; launch with"),
-    (["--context-parallel-size", "2"], "--context-parallel-size 2 is not supported; use 1 and"),
+    ([CP, "2"], f"{TP} 1 x {CP} 2 needs a multiple of 2 processes and there are 1; launch with"),
+    # Packed sequences.
+    (
+        ["--packed-sequences", "--reset-attention-mask"],
+        "--packed-sequences and --reset-attention-mask both keep documents apart; leave out",
+    ),
+    (
+        ["--packed-sequences", "--attention", "gta"],
+        "--packed-sequences does not work with --attention gta: use --attention mlra",
+    ),
+    (
+        ["--packed-sequences", "--attention", "gqa"],
+        "--packed-sequences does not work with --attention gqa: Megatron's own attention needs",
+    ),
+    (
+        ["--packed-sequences", "--cuda-graph-impl", "local"],
+        "--cuda-graph-impl local replays one batch's documents on all with --packed-sequences",
+    ),
     # Megatron's own assertions, with and without a message.
     (["--overlap-param-gather"], "--overlap-param-gather only supported with distributed optim"),
     (["--distribute-saved-activations"], "can distribute recomputed activations only across tens"),
@@ -131,6 +150,18 @@ WORLDS = [
         2,
         ["--global-batch-size", "2"],
         "--global-batch-size 2 does not divide into micro-batches of",
+    ),
+    (
+        2,
+        [CP, "2", "--seq-length", "30"],
+        f"--seq-length 30 does not divide into the 4 chunks of {CP}",
+    ),
+    (2, [CP, "2", "--cp-comm-type", "a2a"], "--cp-comm-type a2a is for attentions that send keys"),
+    (2, [CP, "2", "--attention", "mfa"], f"{CP} 2 does not work with --attention mfa: use"),
+    (
+        2,
+        [PP, "2", "--packed-sequences"],
+        "--packed-sequences sends one row of tokens between pipeline stages, and --micro-batch-",
     ),
     (2, [PP, "2", "--num-layers", "3"], "Number of layers should be divisible by the pipeline"),
     (

@@ -175,11 +175,6 @@ ROWS = [
         "tensor parallel size 6 does not fit 4 branches in the latent layout",
         [(r"use .*?(\d+)", TP), (r"latent_tp_layout (head)", "latent_tp_layout")],
     ),
-    (
-        {"context_parallel_size": 2},
-        "context parallel size 2",
-        [(r"use (\d+)", "context_parallel_size")],
-    ),
     # What would be ignored, or fail later.
     (
         {"add_bias_linear": True},
