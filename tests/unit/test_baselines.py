@@ -227,7 +227,11 @@ def test_gqa_is_megatrons_own():
         ("tpa", {"attention_output_gate": True}, "attention_output_gate .* does not work with tpa"),
         ("tpa", {"core_backend": "te"}, "core_backend .'te'. does not work with tpa: use sdpa"),
         ("mfa", {"context_parallel_size": 2}, "context_parallel_size .* does not work with mfa"),
-        ("gqa", {"context_parallel_size": 2}, "context_parallel_size 2 needs transformer_impl"),
+        (
+            "gqa",
+            {"kv_channels": 4, "context_parallel_size": 2},
+            "context_parallel_size 2 needs transformer_impl",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(kind, overrides, message):
