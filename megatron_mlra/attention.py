@@ -20,7 +20,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.utils import deprecate_inference_params
 from torch import Tensor
 
-from megatron_mlra.config import MLRAConfig
+from megatron_mlra.config import MLRAConfig, resolve_core_backend
 from megatron_mlra.context_parallel import ContextParallel
 from megatron_mlra.fp8 import linear_config
 from megatron_mlra.functional import materialized_qkv, split_up_projection
@@ -196,7 +196,7 @@ class MLRASelfAttention(Attention):
             q = self._query_heads(q)
             latents, k_rope = gather.finish(plan)
             qkv = self._assemble(q, latents, k_rope, *angles)
-            with self._query_rebuilt(qkv[0], q.detach(), angles[:2]):
+            with self._query_rebuilt(qkv[0], q.detach(), angles[:2], plan):
                 z = self._attend(qkv, latents, attention_mask, plan)
         del qkv  # backward rebuilds its query, so nothing else may hold it
 
@@ -263,10 +263,14 @@ class MLRASelfAttention(Attention):
         return split_up_projection(self.linear_kv_up_proj.weight, self.config.qk_nope_head_dim)
 
     def _query_rebuilt(
-        self, query: Tensor, q: Tensor, angles: tuple[Tensor, Tensor]
+        self, query: Tensor, q: Tensor, angles: tuple[Tensor, Tensor], plan: TokenPlan
     ) -> AbstractContextManager:
         """Where the absorbed core keeps the way to its query instead of the query."""
-        if not (self.config.absorbed and self.config.recompute_absorbed_query):
+        config = self.config
+        # torch's core is called for every span, and each call would rebuild the whole query.
+        backend = resolve_core_backend(config.core_backend, config.transformer_impl)
+        many_calls = backend == "sdpa" and len(plan.spans) > 2
+        if many_calls or not (config.absorbed and config.recompute_absorbed_query):
             return nullcontext()
         w_uk = self._up_projections[0].detach()
         return rebuilt_in_backward(query, lambda: self.forms.rotate_absorb(q, w_uk, *angles))

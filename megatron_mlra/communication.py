@@ -1,4 +1,5 @@
-"""Tensor-parallel communication of one layer's attention: pure Python; letters of accounting.py."""
+"""Tensor- and context-parallel communication of one layer's attention: pure Python; letters of
+accounting.py."""
 
 from __future__ import annotations
 
@@ -17,18 +18,19 @@ class Collective(NamedTuple):
     numbers: float
     """Per token: of the gathered, scattered or reduced whole; what an all-to-all hands one rank."""
 
-    def wire_numbers(self, tp: int) -> float:
-        """Numbers a rank sends per token: ring algorithms (1 - 1/tp) n, all-reduce twice that."""
+    def wire_numbers(self, ranks: int) -> float:
+        """Numbers a rank sends per token: rings (1 - 1/ranks) n, an all-reduce twice that."""
         if self.kind == "all_to_all":
             return self.numbers
-        return (2 if self.kind == "all_reduce" else 1) * (tp - 1) / tp * self.numbers
+        return (2 if self.kind == "all_reduce" else 1) * (ranks - 1) / ranks * self.numbers
 
 
 @dataclass(frozen=True)
-class TPCommunication:
-    """Tensor-parallel communication of one layer's attention (the MLP's is not in it)."""
+class Communication:
+    """Communication of one layer's attention over one group (the MLP's is not in it)."""
 
-    tp: int
+    ranks: int
+    """Size of the tensor- or context-parallel group."""
     forward: tuple[Collective, ...]
     backward: tuple[Collective, ...]
 
@@ -45,12 +47,12 @@ class TPCommunication:
     @property
     def wire_numbers(self) -> float:
         """Numbers a rank sends a token and layer, forward and backward."""
-        return sum(c.wire_numbers(self.tp) for c in self.forward + self.backward)
+        return sum(c.wire_numbers(self.ranks) for c in self.forward + self.backward)
 
 
 def tp_communication(
     shape: ModelShape, tp: int, layout: str = "head", sequence_parallel: bool = False
-) -> TPCommunication:
+) -> Communication:
     """Collectives of one layer's attention at tensor-parallel size `tp`, numbers per token.
 
     - entry and exit, d each: all-gather before and reduce-scatter after with sequence parallel (the
@@ -72,7 +74,7 @@ def tp_communication(
     if layout not in ("head", "latent"):
         raise ValueError(f"layout is {layout!r}; use head or latent")
     if tp == 1:
-        return TPCommunication(tp, (), ())
+        return Communication(tp, (), ())
     d, h = shape.hidden_size, shape.num_attention_heads
     forward: list[Collective] = []
     backward: list[Collective] = []
@@ -111,7 +113,36 @@ def tp_communication(
         both("exit", "reduce_scatter", "all_gather", d)
     else:
         forward.append(Collective("exit", "all_reduce", d))
-    return TPCommunication(tp, tuple(forward), tuple(backward))
+    return Communication(tp, tuple(forward), tuple(backward))
+
+
+def cp_communication(
+    shape: ModelShape, cp: int, tp: int = 1, layout: str = "head"
+) -> Communication:
+    """Collectives of one layer's attention at context-parallel size `cp`, numbers per token of the
+    whole sequence, on each of `tp` tensor-parallel ranks.
+
+    One all-gather of the latents the rank reads and the RoPE key, backward a reduce-scatter: head
+    layout N max(G / tp, 1) d_l + d_r (d_c + d_r where G = 1), latent layout max(L / tp, 1) d_l +
+    d_r. Recomputing all layers repeats it, recomputing the core or the up-projections does not.
+
+    Raises:
+        ValueError: for attentions other than MLRA, whose context parallelism is Megatron's own.
+    """
+    if shape.attention != "mlra":
+        raise ValueError(f"attention is {shape.attention!r}; use mlra, which gathers latents")
+    if layout not in ("head", "latent"):
+        raise ValueError(f"layout is {layout!r}; use head or latent")
+    if cp == 1:
+        return Communication(cp, (), ())
+    L, N = shape.num_latent_heads, shape.num_branches
+    latents = N * max(L // N // tp, 1) if layout == "head" else max(L // tp, 1)
+    numbers = latents * shape.latent_dim + shape.qk_rope_head_dim
+    return Communication(
+        cp,
+        (Collective("latents", "all_gather", numbers),),
+        (Collective("latents", "reduce_scatter", numbers),),
+    )
 
 
 def _shared_numbers(shape: ModelShape, tp: int) -> int:

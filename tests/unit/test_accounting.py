@@ -17,7 +17,7 @@ from megatron_mlra.accounting import (
     parameters,
     train_flops_per_token,
 )
-from megatron_mlra.communication import tp_communication
+from megatron_mlra.communication import cp_communication, tp_communication
 from megatron_mlra.functional import mlra_attention
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
@@ -315,3 +315,18 @@ def test_bad_questions_are_refused():
         train_flops_per_token(shape, 8, "all")
     with pytest.raises(ValueError, match="layout is 'tp'"):
         tp_communication(shape, 2, "tp")
+
+
+def test_context_parallel_gathers_latents():
+    shape = shape_of("mlra4_2.9b")
+    whole = cp_communication(shape, 4)
+    assert (whole.forward_numbers, whole.backward_numbers) == (576, 576)
+    assert whole.wire_numbers == 2 * 576 * 3 / 4
+    assert cp_communication(shape, 4, tp=4, layout="head").forward_numbers == 576
+    assert cp_communication(shape, 4, tp=4, layout="latent").forward_numbers == 128 + 64
+    assert cp_communication(shape_of("mlra2_2.9b"), 2, tp=2).forward_numbers == 2 * 128 + 64
+    assert cp_communication(shape, 1).wire_numbers == 0
+    with pytest.raises(ValueError, match="attention is 'gta'; use mlra"):
+        cp_communication(shape_of("gta_2.9b"), 2)
+    with pytest.raises(ValueError, match="layout is 'cp'; use head or latent"):
+        cp_communication(shape, 2, layout="cp")
