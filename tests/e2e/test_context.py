@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +27,14 @@ def assert_same(run: Run, expected: Run, *names: str) -> None:
         assert values == pytest.approx({step: wanted[step] for step in values}, rel=1e-4), name
 
 
+def as_of(step: int, save: Path, start: Path) -> Path:
+    """A copy of a run's checkpoints as they were after a step."""
+    name = f"iter_{step:07d}"
+    shutil.copytree(save / name, start / name)
+    (start / "latest_checkpointed_iteration.txt").write_text(str(step))
+    return start
+
+
 @pytest.fixture(scope="module")
 def masked(entry, preset, tmp_path_factory) -> Run:
     """Documents kept apart by a mask, on one rank; its checkpoint of step 2 is in start/."""
@@ -33,18 +42,21 @@ def masked(entry, preset, tmp_path_factory) -> Run:
     argv = [*MASKED, *ROWS, *STEPS, "--save", folder / "save", "--save-interval", 2]
     run = entry.run(folder, "--config", preset, *argv)
     assert run.code == 0, run.err
-    start = folder / "start"
-    shutil.copytree(folder / "save" / "iter_0000002", start / "iter_0000002")
-    (start / "latest_checkpointed_iteration.txt").write_text("2")
+    as_of(2, folder / "save", folder / "start")
     return run
 
 
 def test_context_parallel_trains_as_one_rank(entry, preset, whole, tmp_path):
-    argv = ["--config", preset, CP, 2, "--log-interval", 1, "--eval-at-start"]
-    run = entry.run(tmp_path, *argv, ranks=2)
+    argv = ["--config", preset, "--log-interval", 1, "--use-distributed-optimizer"]
+    save = tmp_path / "save"
+    run = entry.run(tmp_path, *argv, CP, 2, "--eval-at-start", "--save", save, ranks=2)
     assert_same(run, whole, "lm loss", "grad-norm", "lm loss validation", "lm loss test")
     assert sorted(run.losses) == list(range(1, 9))
     assert "TP1 x PP1 x DP1 x CP2, 8 steps of 128 tokens" in run.out
+    start = as_of(4, save, tmp_path / "start")
+    resumed = entry.run(tmp_path / "one", *argv, "--load", start)
+    assert_same(resumed, whole, "lm loss", "grad-norm")
+    assert sorted(resumed.losses) == [5, 6, 7, 8]
 
 
 @pytest.mark.parametrize(
