@@ -59,6 +59,8 @@ DEFAULTS = {
     "save_interval": 1000,
     "async_strategy": "mcore",
     "rerun_mode": "disabled",
+    # Megatron's, delayed, takes its scaling factors from the step before.
+    "fp8_recipe": "tensorwise",
     # A checkpoint loads at any layout, for which saving gathers the optimizer's state on one
     # data-parallel rank; `dist_ckpt_optim_fully_reshardable: false` in a preset saves in parallel.
     "dist_ckpt_optim_fully_reshardable": True,

@@ -30,6 +30,16 @@ else:
 
     from megatron_mlra import functional
     from mlra_kernels import latent_train
+    from test_module_oracle import (  # noqa: F401
+        BATCH,
+        TOKENS,
+        VARIANTS,
+        assert_near,
+        build,
+        groups,
+        reference,
+        run,
+    )
 
     # NumPy 2.5 no longer turns a one-element array into an int, which this interpreter relies on.
     patch_lang_tensor = interpreter._patch_lang_tensor
@@ -77,27 +87,45 @@ else:
             difference = (found.double() - expected).abs().max()
             assert difference <= tolerance * expected.abs().max(), (what, float(difference))
 
-    pytestmark = pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 
+    @DTYPES
     @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
     def test_rotate_absorb(shape, dtype):
         s, b, n, _, h, nope, rope, _, l = shape
         inputs = {"q": draw(s, b, h, nope + rope, seed=1), "w_uk": draw(n, h, nope, l, seed=2)}
         check("rotate_absorb", inputs, angles(s, rope), dtype)
 
+    @DTYPES
     @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
     def test_join_keys(shape, dtype):
         s, b, n, g, _, _, rope, _, l = shape
         inputs = {"latents": draw(s, b, n, g, l, seed=1), "k_rope": draw(s, b, rope, seed=2)}
         check("join_keys", inputs, angles(s, rope), dtype)
 
+    @DTYPES
     @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
     def test_sum_branches(shape, dtype):
         s, b, n, _, h, _, _, v, l = shape
         inputs = {"z": draw(s, b, n, h, l, seed=1), "w_uv": draw(n, h, v, l, seed=2)}
         check("sum_branches", inputs, (0.5,), dtype)
 
+    @DTYPES
     @pytest.mark.parametrize("tokens, parts, width", [(7, 1, 48), (300, 4, 16), (1, 3, 10)])
     def test_rms_norm(tokens, parts, width, dtype):
         inputs = {"x": draw(tokens, 1, parts, width, seed=1), "weight": draw(parts, width, seed=2)}
         check("rms_norm", inputs, (1e-6, 1.7), dtype)
+
+    @pytest.mark.parametrize("form", ["absorbed", "materialized"])
+    @pytest.mark.parametrize("variant", ["MLRA-2", "MLRA-4"])
+    def test_the_module_on_these_kernels(variant, form, groups):  # noqa: F811
+        expected = reference(VARIANTS[variant], TOKENS, BATCH)
+        attention = build(
+            VARIANTS[variant],
+            groups,
+            expected.parameters,
+            core_form=form,
+            latent_kernels="triton",
+        )
+        assert attention.forms is latent_train and attention.q_norm.forms is latent_train
+        assert_near(run(attention, expected.x, expected.upstream), expected)
