@@ -157,6 +157,40 @@ def test_a_returned_cache_continues(model):
     assert torch.equal(again.sequences, straight)
 
 
+def test_prefill_in_pieces(model):
+    tokens, mask = prompts(70, 62, 55)
+    inputs = {"input_ids": tokens, "attention_mask": mask, "max_new_tokens": NEW}
+    pieces = model.generate(**inputs, do_sample=False, prefill_chunk_size=20)
+    assert torch.equal(pieces, model.generate(**inputs, do_sample=False, use_cache=False))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("change", "rows"),
+    [
+        (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 2])), [2, 0, 2]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([1, 2])), [1, 2]),
+        (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+    ],
+    ids=["reorder", "select", "repeat"],
+)
+def test_rows_of_the_cache_move_with_their_padding(backend, change, rows):
+    model, (tokens, mask) = build(decode_backend=backend), prompts(66, 5, 30)
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+
+    def run(part, **options):
+        inputs = {"attention_mask": mask[rows, : part.stop], "position_ids": positions[rows, part]}
+        return model(tokens[rows, part], **inputs, **options).logits[:, -1]
+
+    past, step = slice(0, 65), slice(65, 66)
+    cache = model(
+        tokens[:, past], attention_mask=mask[:, past], position_ids=positions[:, past]
+    ).past_key_values
+    change(cache)
+    expected = run(slice(0, 66), use_cache=False)
+    torch.testing.assert_close(run(step, past_key_values=cache), expected, rtol=0, atol=1e-4)
+
+
 def test_static_cache():
     model = build("MLA")
     tokens, mask = prompts(9, 30)
