@@ -97,6 +97,12 @@ class MLRASelfAttention(Attention):
         self.parallel = LatentParallel(config, self.shard, group, config.sequence_parallel)
         self.context = ContextParallel(pg_collection.cp)
         self.forms = latent_forms(config)
+        # Offloading keeps tensors by hooks of its own, which rebuilding would hide from it.
+        self.rebuilds_query = (
+            config.absorbed
+            and config.recompute_absorbed_query
+            and not (config.cpu_offloading or config.fine_grained_activation_offloading)
+        )
         self.own_heads = config.num_attention_heads // group.size()
         self.recompute_up_projection = (
             config.recompute_granularity == "selective"
