@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_mlra.checkpoint.description import CheckpointError
-
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -42,14 +40,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         results = _run(args)
-    except (CheckpointError, ValueError, OSError) as error:
+        if args.json:
+            Path(args.json).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    except ModuleNotFoundError as error:
+        print(f"error: {error}; install the extra megatron-mlra[hf]", file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
@@ -60,6 +61,8 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; use at least 1")
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise ValueError(f"--json {args.json}: its folder does not exist; make it first")
     texts = {file: read_text(file) for file in args.text}
     tasks = {file: read_task(file) for file in args.task}
 

@@ -139,6 +139,7 @@ def test_perplexity_is_that_of_the_megatron_folder(exported, tmp_path, capsys):
         (["--text", __file__, "--dtype", "int8"], "dtype is 'int8'; use one of float32"),
         (["--text", __file__, "--tokenizer", "nowhere"], "neither 'byte' nor a folder with"),
         (["--task", __file__], "not JSON"),
+        (["--text", __file__, "--json", "nowhere/out.json"], "its folder does not exist"),
     ],
 )
 def test_wrong_input_is_one_line(exported, capsys, arguments, said):
