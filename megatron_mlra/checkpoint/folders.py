@@ -44,7 +44,8 @@ class CheckpointFolder:
         return list(expected_tensors(self.description))
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The whole tensor of a canonical name, on the CPU, in its stored dtype.
+        """The whole tensor of a canonical name, on the CPU, in the description's dtype, which holds
+        every stored number exactly.
 
         Raises:
             CheckpointError: it cannot be read (truncated, damaged).

@@ -20,7 +20,8 @@ from megatron_mlra.checkpoint.names import (
     layer_prefix,
     layer_tensors,
 )
-from megatron_mlra.functional import apply_rope, attend, mlra_attention, rms_norm, rope_cos_sin
+from megatron_mlra.checkpoint.rotary import rotary_tables
+from megatron_mlra.functional import apply_rope, attend, mlra_attention, rms_norm
 
 ROWS = 8192
 """Rows of the vocabulary that are multiplied at a time."""
@@ -33,7 +34,7 @@ def hidden_states(folder: CheckpointFolder, tokens: Tensor) -> Iterator[Tensor]:
         tokens: `[b, s]` ids.
     """
     model = folder.description
-    angles = rotary_angles(model, tokens.size(1))
+    angles = rotary_tables(model, tokens.size(1))
     x = folder.tensor(EMBEDDING)[tokens.T].float()
     yield x
     for i in range(model.num_layers):
@@ -103,26 +104,3 @@ def output_head(folder: CheckpointFolder) -> Callable[[Tensor], Tensor]:
         return torch.cat([x @ rows.float().T for rows in output.split(ROWS)], dim=-1)
 
     return head
-
-
-def rotary_angles(model: ModelDescription, s: int) -> tuple[Tensor, Tensor]:
-    """cos and sin `[s, dims / 2]`, times YaRN's factor."""
-    dim = model.head_dim if model.attention == "gqa" else model.qk_rope_head_dim
-    if model.rope_type == "rope":
-        return rope_cos_sin(torch.arange(s), dim, model.rotary_base, torch.float32)
-    from megatron.core.models.common.embeddings import YarnRotaryEmbedding
-
-    embedding = YarnRotaryEmbedding(
-        dim,
-        rotary_base=model.rotary_base,
-        scaling_factor=model.rotary_scaling_factor,
-        original_max_position_embeddings=model.original_max_position_embeddings,
-        beta_fast=model.beta_fast,
-        beta_slow=model.beta_slow,
-        mscale=model.mscale,
-        mscale_all_dim=model.mscale_all_dim,
-        use_cpu_initialization=True,
-    )
-    angle, factor = embedding(s)
-    angle = angle.view(s, -1)[:, : dim // 2].float()
-    return angle.cos() * factor, angle.sin() * factor

@@ -16,6 +16,7 @@ from megatron_mlra.checkpoint.folders import (
 )
 from megatron_mlra.checkpoint.names import VOCABULARY, expected_tensors
 from megatron_mlra.checkpoint.torch_dist import TorchDistFolder
+from megatron_mlra.checkpoint.weight_files import common_dtype
 
 RENAMED = {"mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight"}
 """Norms that Transformer Engine fuses into the linear behind them, and that keep that name."""
@@ -49,16 +50,16 @@ class MegatronFolder(CheckpointFolder):
             raise CheckpointError(f"checkpoint {self.folder}: {error}") from None
         self.iteration = state.get("iteration")
         self._places = self._map()
-        dtypes = {
-            str(self.files.dtype(key)).removeprefix("torch.") for key, _ in self._places.values()
-        }
-        if len(dtypes) == 1:
-            self.description = self.description.replace(dtype=dtypes.pop())
+        dtypes = {name: self.files.dtype(key) for name, (key, _) in self._places.items()}
+        dtype = common_dtype(dtypes, self.folder)
+        self.description = self.description.replace(dtype=dtype)
 
     def tensor(self, name: str) -> torch.Tensor:
         """See CheckpointFolder; rows that pad the vocabulary are left out."""
         tensor = self.files.tensor(*self._places[name])
-        return tensor[: self.description.vocab_size] if name in VOCABULARY else tensor
+        if name in VOCABULARY:
+            tensor = tensor[: self.description.vocab_size]
+        return tensor.to(getattr(torch, self.description.dtype))
 
     def tokenizer_files(self) -> list[Path]:
         """Files beside the weights, else those the run read its tokenizer from, where they are."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from megatron_mlra.checkpoint import safe_pickle
@@ -55,6 +56,15 @@ class TorchDistFolder:
         Raises:
             CheckpointError: a block of it is missing or cannot be read.
         """
+        try:
+            return self._assemble(name, layer)
+        except (RuntimeError, IndexError, TypeError, AttributeError) as error:
+            said = " ".join(str(error).split())
+            raise CheckpointError(
+                f"checkpoint {self.path}: .metadata describes {name} wrongly ({said:.200})"
+            ) from None
+
+    def _assemble(self, name: str, layer: int | None) -> torch.Tensor:
         entry = self.metadata.state_dict_metadata[name]
         shape = tuple(entry.size) if layer is None else tuple(entry.size)[1:]
         wanted = [c for c in entry.chunks if layer is None or _holds(c, layer)]
@@ -184,7 +194,12 @@ def read_metadata(path: Path) -> Metadata:
             metadata = safe_pickle.load(stream)
         tensors, stored = metadata.state_dict_metadata, metadata.storage_data
         sound = isinstance(tensors, dict) and isinstance(stored, dict)
-        sound = sound and all(isinstance(index, MetadataIndex) for index in stored)
+        sound = sound and all(
+            isinstance(index, MetadataIndex)
+            and isinstance(info, _StorageInfo)
+            and Path(info.relative_path).name == info.relative_path
+            for index, info in stored.items()
+        )
     except Exception as error:
         raise CheckpointError(f"checkpoint {path}: .metadata cannot be read ({error})") from None
     if not sound:

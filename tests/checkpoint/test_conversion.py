@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed import checkpoint as dcp
 
+from conftest import save_research
 from megatron_mlra.checkpoint.folders import open_checkpoint
 from megatron_mlra.checkpoint.forward import hidden_states
 from megatron_mlra.checkpoint.forward import logits as streamed_logits
@@ -121,6 +122,20 @@ def test_dtypes(research, convert, tmp_path):
     assert code == 1 and "NOT within the tolerance 0.0001" in said
     code, said = convert("verify", research("GLA-2"), half, "--tolerance", 1)
     assert code == 0 and "512 tokens: logits differ by at most" in said
+
+
+def test_mixed_dtypes_keep_every_number(convert, tmp_path):
+    weights = VARIANTS["MLRA-2"].weights()
+    mixed = {n: t if t.dim() == 1 else t.bfloat16() for n, t in weights.items()}
+    source = save_research(tmp_path / "source", VARIANTS["MLRA-2"], mixed)
+    assert convert("import-official", source, tmp_path / "megatron")[0] == 0
+    assert convert("export-official", tmp_path / "megatron", tmp_path / "back")[0] == 0
+    for name, tensor in weights_of(tmp_path / "back").items():
+        assert torch.equal(tensor, mixed[name].float()), name
+    mixed["layernorm.weight"] = mixed["layernorm.weight"].to(torch.float8_e4m3fn)
+    torch.save(mixed, source / "pytorch_model.bin")
+    code, error = convert("inspect", source)
+    assert code == 2 and "layernorm.weight is torch.float8_e4m3fn, which cannot be conv" in error
 
 
 def test_verify_sees_one_changed_number(research, convert, tmp_path):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,10 +47,6 @@ def renamed(weights):
 
 def reshaped(weights):
     weights[UP] = weights[UP][:, :, :-1].contiguous()
-
-
-def of_another_variant(weights):
-    weights |= VARIANTS["GLA-4"].weights()
 
 
 @pytest.mark.parametrize(
@@ -160,6 +157,36 @@ def test_tensors_of_a_megatron_folder(megatron, convert, tmp_path):
     other = metadata.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"]
     error = stored(lambda entries: entries.update({key: other}))
     assert f"{canonical} is [64, 96], not [64, 128]" in error
+
+
+def test_metadata_that_leads_elsewhere(megatron, convert, tmp_path):
+    file = megatron / "release" / ".metadata"
+    key = "decoder.final_layernorm.weight"
+
+    def refused(change) -> str:
+        damaged = read_metadata(file.parent)
+        before = file.read_bytes()
+        change(damaged)
+        file.write_bytes(pickle.dumps(damaged))
+        code, error = convert("export-official", megatron, tmp_path / "out")
+        file.write_bytes(before)
+        assert code == 2 and error.count("\n") == 1 and not (tmp_path / "out").exists()
+        return error
+
+    def outside(metadata):
+        (index,) = (index for index in metadata.storage_data if index.fqn == key)
+        info = metadata.storage_data[index]
+        metadata.storage_data[index] = replace(info, relative_path="../release/__0_0.distcp")
+
+    def shorter(metadata):
+        metadata.state_dict_metadata[key].chunks[0].sizes = torch.Size([63])
+
+    def gone(metadata):
+        metadata.state_dict_metadata[key].chunks.clear()
+
+    assert ".metadata is not a torch_dist checkpoint's" in refused(outside)
+    assert f"a block of {key} has 64 numbers, not 63" in refused(shorter)
+    assert f"{key} has blocks for 0 of 64 numbers" in refused(gone)
 
 
 def test_pickled_code_is_not_run(research, megatron, convert, tmp_path):
