@@ -36,11 +36,16 @@ if [ "$(last "$run/train.txt")" != "$(last "$run/resume.txt")" ]; then
   exit 1
 fi
 loss() { grep "^validation" "$run/train.txt" | "$1" -n 1 | grep -o "lm loss [0-9.]*"; }
+echo "== 4. what it has learned: the model continues three beginnings"
+"$python" tools/generate.py "$run/checkpoint" --prompt "def " --prompt "The " --prompt "import " \
+  --max-new-tokens 120 --temperature 0.6 --top-p 0.9 --seed 1
+
 echo "== validation loss, nats a byte: $(loss head) before, $(loss tail) after"
 echo "== step $steps: $(last "$run/train.txt") both ways, uninterrupted and resumed"
 cat <<EOF
 == what to try next
   $python -m tensorboard.main --logdir $run             the curves
+  $python tools/generate.py $run/checkpoint --prompt "class "      more of its writing
   less examples/configs/mlra4_2.9b.yaml                        the paper's model; other presets beside it
   $python ${train[*]} \\
     --num-latent-heads 1 --num-branches 1                      the same model with MLA

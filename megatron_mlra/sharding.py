@@ -1,10 +1,4 @@
-"""Which tensor-parallel rank owns which heads and latents, and the attention's collectives.
-
-A rank's core attention works on a rectangle of (branch, head) pairs. Flattened branch-major, the
-N * h pairs lie in latent order too, because latent `branch * G + group` serves consecutive heads:
-
-- `head` layout: all N branches of h / tp consecutive heads.
-- `latent` layout: N * h / tp consecutive pairs: whole latents, or a part of one where tp > L.
+"""The attention's tensor-parallel collectives; partition.py says which rank owns what.
 
 Between the gathers below and the rank-local core, all ranks hold the same latents and RoPE key but
 use them for different pairs, so the gradient of whatever is gathered is a sum over ranks: each
@@ -12,8 +6,6 @@ gather's backward is a reduce-scatter.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -27,53 +19,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from megatron_mlra.config import MLRAConfig
-
-
-@dataclass(frozen=True)
-class LatentShard:
-    """One rank's rectangle of (branch, head) pairs and the latents that serve it."""
-
-    tp_size: int
-    tp_rank: int
-    branches: int
-    """Branches of the core on this rank (n)."""
-    branch_start: int
-    heads: int
-    """Heads of the core on this rank (h): of the queries, keys and values it attends with."""
-    head_start: int
-    groups: int
-    """Head groups those heads belong to (g); the rank reads n * g latents."""
-    group_start: int
-    owns_latents: bool
-    """Whether the latents the rank reads are the very ones its down-projection makes."""
-
-    @classmethod
-    def plan(cls, config: MLRAConfig, tp_size: int, tp_rank: int) -> LatentShard:
-        """The share of `tp_rank`; `config` has been validated for this `tp_size`."""
-        h, n = config.num_attention_heads, config.num_branches
-        if config.latent_tp_layout == "head":
-            branches, heads = n, h // tp_size
-            branch_start, head_start = 0, tp_rank * heads
-        elif n % tp_size == 0:
-            branches, heads = n // tp_size, h
-            branch_start, head_start = tp_rank * branches, 0
-        else:
-            ranks_per_branch = tp_size // n
-            branches, heads = 1, h // ranks_per_branch
-            branch_start = tp_rank // ranks_per_branch
-            head_start = tp_rank % ranks_per_branch * heads
-        return cls(
-            tp_size=tp_size,
-            tp_rank=tp_rank,
-            branches=branches,
-            branch_start=branch_start,
-            heads=heads,
-            head_start=head_start,
-            groups=max(1, heads // config.heads_per_group),
-            group_start=head_start // config.heads_per_group,
-            owns_latents=tp_size == 1
-            or (config.latent_tp_layout == "latent" and config.num_latent_heads % tp_size == 0),
-        )
+from megatron_mlra.partition import LatentShard
 
 
 class _AllReduceSum(torch.autograd.Function):

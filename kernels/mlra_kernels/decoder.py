@@ -1,0 +1,113 @@
+"""Small fused operations of a decoding step, each one launch: norms, rotation, SwiGLU.
+
+Letters: T tokens, d hidden size, H heads, e dims of a head, R rotated dims, f MLP size.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _add_rms_norm_kernel(
+    x_ptr,  # [T, d]
+    residual_ptr,  # [T, d]
+    weight_ptr,  # [d]
+    sum_ptr,  # [T, d]
+    out_ptr,  # [T, d]
+    stride_x,
+    eps,
+    d: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < d
+    x = tl.load(x_ptr + row * stride_x + column, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        x += tl.load(residual_ptr + row * d + column, mask=inside, other=0.0).to(tl.float32)
+        x = x.to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + row * d + column, x, mask=inside)
+        x = x.to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    out = x * tl.rsqrt(tl.sum(x * x, 0) / d + eps) * weight
+    tl.store(out_ptr + row * d + column, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`x + residual` (x itself without one) and its RMSNorm, statistics in fp32.
+
+    x: `[T, d]` with contiguous rows; residual: `[T, d]` contiguous; weight: `[d]`.
+    """
+    tokens, d = x.shape
+    out = torch.empty(tokens, d, dtype=x.dtype, device=x.device)
+    total = x if residual is None else torch.empty_like(out)
+    block = triton.next_power_of_2(d)
+    _add_rms_norm_kernel[(tokens,)](
+        x, x if residual is None else residual, weight, total, out, x.stride(0), eps,
+        d=d, BLOCK=block, ADD=residual is not None, num_warps=max(1, min(16, block // 512)),
+    )  # fmt: skip
+    return total, out
+
+
+@triton.jit
+def _silu_mul_kernel(
+    x_ptr,  # [T, 2 f]
+    out_ptr,  # [T, f]
+    f,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < f
+    gate = tl.load(x_ptr + row * 2 * f + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(x_ptr + row * 2 * f + f + column, mask=inside, other=0.0).to(tl.float32)
+    out = gate * tl.sigmoid(gate) * up
+    tl.store(out_ptr + row * f + column, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """`[T, 2 f]` contiguous -> silu(first half) * second half, `[T, f]`."""
+    tokens, f = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty(tokens, f, dtype=gate_up.dtype, device=gate_up.device)
+    _silu_mul_kernel[(tokens, triton.cdiv(f, 1024))](gate_up, out, f, BLOCK=1024, num_warps=4)
+    return out
+
+
+@triton.jit
+def _rotate_heads_kernel(
+    x_ptr,  # [T, H, e]
+    cos_ptr,  # [positions, R / 2] fp32
+    sin_ptr,
+    position_ptr,  # [T] int64
+    stride_t,
+    stride_h,
+    start,
+    HALF: tl.constexpr,
+):
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i = tl.arange(0, HALF)
+    position = tl.load(position_ptr + token)
+    cos = tl.load(cos_ptr + position * HALF + i)
+    sin = tl.load(sin_ptr + position * HALF + i)
+    x_ptr += token * stride_t + head * stride_h + start
+    first = tl.load(x_ptr + i).to(tl.float32)
+    second = tl.load(x_ptr + HALF + i).to(tl.float32)
+    tl.store(x_ptr + i, (first * cos - second * sin).to(x_ptr.dtype.element_ty))
+    tl.store(x_ptr + HALF + i, (second * cos + first * sin).to(x_ptr.dtype.element_ty))
+
+
+def rotate_heads(x: Tensor, start: int, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
+    """Rotate dims `start:` of every head in place (half-split RoPE) and return x.
+
+    x: `[T, H, e]`, last dim contiguous, e - start = R with R / 2 a power of two; cos, sin:
+    `[positions, R / 2]` fp32 contiguous; positions: `[T]` int64.
+    """
+    _rotate_heads_kernel[x.shape[:2]](
+        x, cos, sin, positions, x.stride(0), x.stride(1), start, HALF=cos.shape[1], num_warps=1
+    )
+    return x

@@ -1,0 +1,29 @@
+"""Pure torch reference of grouped-query decoding, fp32 inside; runs on any device.
+
+Letters: b sequences, H query heads, K key/value heads, D head dim, t cached tokens.
+"""
+
+import torch
+from torch import Tensor
+
+
+def grouped_decode_reference(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    softmax_scale: float,
+) -> Tensor:
+    """One query token a sequence over its cached tokens; arguments as in `ops.grouped_decode`."""
+    out = torch.zeros_like(q)
+    page_size, kv_heads = keys.shape[1:3]
+    for b, length in enumerate(cache_seqlens.tolist()):
+        if length == 0:
+            continue
+        pages = block_table[b, : -(-length // page_size)].long()
+        k, v = (x[pages].flatten(0, 1)[:length].float() for x in (keys, values))
+        grouped = q[b].float().unflatten(0, (kv_heads, -1))  # [K, H / K, D]
+        scores = torch.einsum("kjd,tkd->kjt", grouped, k) * softmax_scale
+        out[b] = torch.einsum("kjt,tkd->kjd", scores.softmax(-1), v).flatten(0, 1).to(q.dtype)
+    return out

@@ -1,0 +1,1 @@
+"""Inference: paged latent cache, absorbed prefill and decoding, continuous batching."""

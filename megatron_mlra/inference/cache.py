@@ -1,0 +1,153 @@
+"""Paged caches: one allocation for all layers, pages handed to sequences by a free list."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_mlra.checkpoint.description import ModelDescription
+from megatron_mlra.inference.parallel import HeadShard
+
+CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16", "fp8")
+
+
+class CacheFull(ValueError):
+    """More tokens than the cache, or what is left of it, can hold."""
+
+
+class PagePool:
+    """The free list over `num_pages` pages of `page_size` tokens."""
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        if num_pages < 1 or page_size < 1:
+            raise ValueError(f"{num_pages} pages of {page_size} tokens; use at least 1 of each")
+        self.num_pages, self.page_size = num_pages, page_size
+        self._free = list(range(num_pages - 1, -1, -1))
+
+    @property
+    def free(self) -> int:
+        """Pages nobody holds."""
+        return len(self._free)
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that `tokens` need."""
+        return -(-tokens // self.page_size)
+
+    def take(self, tokens: int) -> list[int]:
+        """Pages for `tokens`.
+
+        Raises:
+            CacheFull: fewer are free; nothing is taken.
+        """
+        needed = self.pages_for(tokens)
+        if needed > len(self._free):
+            raise CacheFull(
+                f"{tokens} tokens need {needed} pages of {self.page_size}, {self.free} of"
+                f" {self.num_pages} are free"
+            )
+        return [self._free.pop() for _ in range(needed)]
+
+    def give_back(self, pages: list[int]) -> None:
+        """Return pages to the free list."""
+        assert not set(pages) & set(self._free), "a page was given back twice"
+        self._free.extend(reversed(pages))
+
+
+class LatentCache:
+    """Latents and RoPE keys of one rank, as `mlra_kernels.latent_decode` reads them.
+
+    A row is `[c_0 ... c_{n-1} | k_rope]` of the rank's n latent heads: `n d_l + d_r` numbers. FP8
+    stores latents in e4m3 with one float32 scale a latent, and the RoPE key in bfloat16.
+    """
+
+    def __init__(
+        self,
+        model: ModelDescription,
+        shard: HeadShard,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: str | torch.device,
+    ) -> None:
+        fp8 = dtype == torch.float8_e4m3fn
+        latents = shard.core.branches * shard.core.groups
+        self.page_size = page_size
+        width = latents * model.latent_dim + model.qk_rope_head_dim * (2 if fp8 else 1)
+        self.data = torch.empty(
+            model.num_layers, num_pages, page_size, width, dtype=dtype, device=device
+        )
+        self.scale = None
+        if fp8:
+            shape = (model.num_layers, num_pages, latents, page_size)
+            self.scale = torch.empty(shape, dtype=torch.float32, device=device)
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor | None]:
+        """Rows `[pages, page_size, width]` and FP8 scales `[pages, n, page_size]` of a layer."""
+        return self.data[index], None if self.scale is None else self.scale[index]
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of the allocation."""
+        return sum(t.numel() * t.element_size() for t in (self.data, self.scale) if t is not None)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token in all layers on this rank."""
+        return self.allocated_bytes // (self.data.size(1) * self.page_size)
+
+
+class GroupedCache:
+    """Keys and values of grouped-query attention, `[layers, 2, pages, page_size, heads, dim]`.
+
+    One page more than asked for takes what the padding rows of a captured step write.
+    """
+
+    scale = None
+
+    def __init__(
+        self,
+        model: ModelDescription,
+        kv_heads: int,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: str | torch.device,
+    ) -> None:
+        if dtype == torch.float8_e4m3fn:
+            raise ValueError(f"an FP8 cache needs latent attention, this is {model.variant}")
+        self.page_size = page_size
+        self.data = torch.empty(
+            (model.num_layers, 2, num_pages + 1, page_size, kv_heads, model.head_dim),
+            dtype=dtype,
+            device=device,
+        )
+
+    def layer(self, index: int) -> Tensor:
+        """Keys and values `[2, pages, page_size, heads, dim]` of a layer."""
+        return self.data[index]
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of the allocation."""
+        return self.data.numel() * self.data.element_size()
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token in all layers on this rank."""
+        return self.allocated_bytes // (self.data.size(2) * self.page_size)
+
+
+class BlockTables:
+    """Block tables of the running sequences on the device: row i belongs to batch row i."""
+
+    def __init__(self, rows: int, max_pages: int, device: str | torch.device) -> None:
+        self.device_table = torch.zeros(rows, max_pages, dtype=torch.int32, device=device)
+
+    def set(self, row: int, pages: list[int]) -> None:
+        """Make `pages` the table of a row."""
+        table = torch.tensor(pages, dtype=torch.int32)
+        self.device_table[row, : len(pages)].copy_(table)
+
+    def move(self, source: int, target: int) -> None:
+        """Copy a row onto another."""
+        self.device_table[target].copy_(self.device_table[source])

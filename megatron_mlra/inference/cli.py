@@ -1,0 +1,269 @@
+"""Command line of text generation: one process, or one a GPU under torchrun."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from megatron_mlra.checkpoint.folders import CheckpointFolder, open_checkpoint
+from megatron_mlra.inference.cache import CACHE_DTYPES
+from megatron_mlra.inference.engine import Engine, Request
+from megatron_mlra.inference.load import DTYPES, LoadOptions, load_model
+from megatron_mlra.inference.ops import BACKENDS
+from megatron_mlra.inference.parallel import WEIGHT_MODES, TensorParallel, check_tensor_parallel
+from megatron_mlra.inference.runner import Runner
+from megatron_mlra.inference.sampling import SamplingParams
+from megatron_mlra.inference.tokenization import GrowingText, checkpoint_tokenizer
+from megatron_mlra.preprocess.tokenizers import TOKENIZER_TYPES, Tokenizer
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    p = argparse.ArgumentParser(
+        prog="generate.py",
+        description="Continue prompts with a trained model (Megatron, exported or research folder)."
+        " Under torchrun the model is cut over all processes.",
+    )
+    p.add_argument("checkpoint", help="folder of the checkpoint")
+    p.add_argument("--prompt", action="append", default=[], help="may be given several times")
+    p.add_argument(
+        "--prompt-file", action="append", default=[],
+        help="a prompt a line; .jsonl: an object a line with `prompt` (or `text`)",
+    )  # fmt: skip
+    p.add_argument("--max-new-tokens", type=int, default=128)
+    p.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
+    p.add_argument("--top-k", type=int, default=0)
+    p.add_argument("--top-p", type=float, default=1.0)
+    p.add_argument("--seed", type=int, default=0, help="of the first prompt; the next adds one")
+    p.add_argument("--stop", action="append", default=[], help="text that ends an output")
+    p.add_argument("--ignore-eod", action="store_true", help="go on behind an end of document")
+    p.add_argument("--logprobs", action="store_true", help="into --output, of every token")
+    p.add_argument("--output", help="write prompts and outputs there, a JSON object a line")
+    p.add_argument("--tokenizer", choices=TOKENIZER_TYPES)
+    p.add_argument("--tokenizer-model", help="as in tools/preprocess_data.py")
+    p.add_argument("--vocab-size", type=int, help="true size, if a Megatron folder lacks it")
+    p.add_argument("--max-batch", type=int, default=32, help="prompts that run together")
+    p.add_argument("--chunk-size", type=int, default=2048, help="prompt tokens prefilled at a time")
+    p.add_argument("--context", type=int, help="longest prompt plus output; default: the model's")
+    p.add_argument("--cache-tokens", type=int, help="default: what --max-batch prompts need")
+    p.add_argument("--page-size", type=int, default=64)
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    p.add_argument("--dtype", choices=DTYPES, default="auto")
+    p.add_argument("--cache-dtype", choices=CACHE_DTYPES, default="auto")
+    p.add_argument("--backend", choices=BACKENDS, default="auto")
+    p.add_argument("--weight-mode", choices=WEIGHT_MODES, default="replicated",
+                   help="of query and output projections under tensor parallelism")  # fmt: skip
+    p.add_argument("--no-graphs", action="store_true", help="no CUDA graphs of the decode step")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run; returns the exit code."""
+    args = parser().parse_args(argv)
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        with _world(args) as device:
+            return _generate(args, rank, device)
+    except (ValueError, OSError) as error:
+        _say_error(rank, error)
+        return 2
+    except torch.cuda.OutOfMemoryError as error:
+        print(f"error: {str(error).splitlines()[0]}; use --cache-tokens", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        if rank == 0:
+            print("\ninterrupted", file=sys.stderr)
+        return 130
+
+
+def _say_error(rank: int, error: Exception) -> None:
+    """One line from rank 0; torchrun ends all ranks when the first one exits, so others wait."""
+    if rank > 0:
+        time.sleep(5)
+        return
+    text = str(error)
+    if isinstance(error, OSError) and error.filename:
+        text = f"{error.filename}: {error.strerror}"
+    print(f"error: {text}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _world(args: argparse.Namespace):
+    """The device of this process, inside torchrun's process group if there is one."""
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU; use --device cpu")
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield device
+        return
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield device
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _generate(args: argparse.Namespace, rank: int, device: str) -> int:
+    texts = _prompts(args)
+    params = [
+        SamplingParams(
+            max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
+            top_p=args.top_p, seed=args.seed + i, stop=tuple(args.stop), logprobs=args.logprobs,
+        )
+        for i in range(len(texts))
+    ]  # fmt: skip
+    if args.max_batch < 1:
+        raise ValueError(f"--max-batch is {args.max_batch}; use at least 1")
+    folder = open_checkpoint(args.checkpoint, args.vocab_size)
+    tokenizer = checkpoint_tokenizer(folder, args.tokenizer, args.tokenizer_model)
+    if not args.ignore_eod:
+        params = [SamplingParams(**{**vars(p), "stop_ids": (tokenizer.eod,)}) for p in params]
+    # An empty prompt starts where a document starts: behind the end of another one.
+    prompts = [tokenizer.tokenize(text) or [tokenizer.eod] for text in texts]
+    context = args.context or folder.description.max_position_embeddings
+    longest = max(map(len, prompts)) + args.max_new_tokens
+    if longest > context:
+        raise ValueError(
+            f"the longest prompt and --max-new-tokens make {longest} tokens, more than the context"
+            f" of {context}; shorten them or set --context {longest} (untrained positions)"
+        )
+    engine = _engine(args, folder, prompts, tokenizer, rank, device)
+    start = time.monotonic()
+    requests = [engine.submit(p, s) for p, s in zip(prompts, params, strict=True)]
+    _stream(engine, requests, texts, tokenizer, quiet=rank > 0)
+    if rank == 0:
+        _report(engine, requests, time.monotonic() - start)
+        if args.output:
+            _write(Path(args.output), requests, texts)
+    return 0
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    texts = list(args.prompt)
+    for name in args.prompt_file:
+        try:
+            lines = Path(name).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            raise ValueError(f"--prompt-file {name} is not UTF-8") from None
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            texts.append(_json_prompt(name, number, line) if name.endswith(".jsonl") else line)
+    if not texts:
+        raise ValueError("there is no prompt; use --prompt TEXT or --prompt-file FILE")
+    return texts
+
+
+def _json_prompt(name: str, number: int, line: str) -> str:
+    try:
+        record = json.loads(line)
+        text = record.get("prompt", record.get("text"))
+    except (ValueError, AttributeError):
+        text = None
+    if not isinstance(text, str):
+        raise ValueError(f"{name}:{number}: not an object with `prompt` or `text`")
+    return text
+
+
+def _engine(
+    args: argparse.Namespace,
+    folder: CheckpointFolder,
+    prompts: list[list[int]],
+    tokenizer: Tokenizer,
+    rank: int,
+    device: str,
+) -> Engine:
+    model, parallel = folder.description, None
+    if torch.distributed.is_initialized():
+        check_tensor_parallel(model, torch.distributed.get_world_size())
+        parallel = TensorParallel.over_world(model)
+    needs = sorted((len(p) + args.max_new_tokens for p in prompts), reverse=True)
+    page = max(args.page_size, 1)
+    together = min(args.max_batch, len(prompts))
+    tokens = sum(-(-n // page) * page for n in needs[:together])
+    if args.cache_tokens is not None and args.cache_tokens < needs[0] - 1:
+        raise ValueError(
+            f"--cache-tokens is {args.cache_tokens} and the longest prompt with its output takes"
+            f" {needs[0] - 1}; use at least that"
+        )
+    options = LoadOptions(
+        dtype=args.dtype, cache_dtype=args.cache_dtype, page_size=args.page_size,
+        cache_tokens=tokens if args.cache_tokens is None else args.cache_tokens,
+        max_positions=args.context, backend=args.backend, weight_mode=args.weight_mode,
+    )  # fmt: skip
+
+    def progress(layers: range):
+        return tqdm(layers, desc="loading", unit="layer", disable=True if rank else None)
+
+    loaded = load_model(model, folder.tensor, options, device, parallel, progress)
+    if rank == 0:
+        where = f"{device.partition(':')[0]}, {str(loaded.weights.embedding.dtype)[6:]}"
+        size = "" if parallel is None else f", tensor parallel {parallel.size} ({args.weight_mode})"
+        print(f"{model.variant}, {where}, backend {loaded.ops.name}{size}", file=sys.stderr)
+    graphs = loaded.ops.name == "triton" and not args.no_graphs
+    runner = Runner(loaded, together, -(-needs[0] // page), graphs=graphs)
+    return Engine(runner, args.chunk_size, tokenizer.detokenize)
+
+
+def _stream(
+    engine: Engine, requests: list[Request], texts: list[str], tokenizer: Tokenizer, quiet: bool
+) -> None:
+    """One prompt: token by token. Several: each output when it is complete."""
+    single = requests[0] if len(requests) == 1 and not requests[0].params.stop else None
+    growing = GrowingText(tokenizer.detokenize)
+    if single is not None and not quiet:
+        print(texts[0], end="", flush=True)
+    for request in engine.run():
+        if quiet:
+            continue
+        done = request.finish_reason is not None
+        if single is not None:
+            print(growing.more(request.output, done), end="\n" if done else "", flush=True)
+        elif done:
+            title = f"[{request.id}] " if len(requests) > 1 else ""
+            print(f"{title}{texts[request.id]}{request.text}", flush=True)
+
+
+def _report(engine: Engine, requests: list[Request], seconds: float) -> None:
+    tokens = sum(len(r.output) for r in requests)
+    first = sorted(r.first_token - r.submitted for r in requests)
+    gaps = [
+        (r.last_token - r.first_token) / (len(r.output) - 1) for r in requests if len(r.output) > 1
+    ]
+    cache = engine.runner.model.cache
+    a_token = f", {1e3 * sum(gaps) / len(gaps):.1f} ms a token of a request" if gaps else ""
+    print(
+        f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s{a_token};"
+        f" first token after {1e3 * first[len(first) // 2]:.0f} ms (median);"
+        f" KV cache {cache.bytes_per_token} bytes a token and rank,"
+        f" {cache.allocated_bytes} bytes allocated",
+        file=sys.stderr,
+    )
+
+
+def _write(path: Path, requests: list[Request], texts: list[str]) -> None:
+    """Write aside, then rename: an interrupted run leaves no half file."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("w", encoding="utf-8") as file:
+        for request, text in zip(requests, texts, strict=True):
+            record = {
+                "prompt": text, "output": request.text, "finish_reason": request.finish_reason,
+                "tokens": request.output,
+            }  # fmt: skip
+            if request.params.logprobs:
+                record["logprobs"] = request.logprobs
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    aside.replace(path)

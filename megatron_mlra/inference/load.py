@@ -1,0 +1,113 @@
+"""From a checkpoint's tensors to a model that runs: precision, cache and weights of one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_mlra.checkpoint.description import ModelDescription
+from megatron_mlra.inference.cache import CACHE_DTYPES, GroupedCache, LatentCache
+from megatron_mlra.inference.model import InferenceModel
+from megatron_mlra.inference.ops import select_backend
+from megatron_mlra.inference.parallel import (
+    HeadShard,
+    TensorParallel,
+    check_tensor_parallel,
+)
+from megatron_mlra.inference.weights import load_weights
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is run; what it computes is its ModelDescription's."""
+
+    dtype: str = "auto"
+    """Of weights and activations; 'auto': the checkpoint's, but float32 on a CPU."""
+    cache_dtype: str = "auto"
+    """'auto': as `dtype`; 'fp8' (e4m3 latents) halves the cache."""
+    cache_tokens: int = 4096
+    """Tokens all running sequences can cache together, rounded up to pages."""
+    page_size: int = 64
+    """Tokens a page; multiples of 64 take the Hopper kernel."""
+    max_positions: int | None = None
+    """Longest sequence; None: the model's max_position_embeddings."""
+    backend: str = "auto"
+    """'triton', 'reference', or 'auto': triton where it runs."""
+    weight_mode: str = "replicated"
+    """See `parallel.WEIGHT_MODES`."""
+
+
+def load_model(
+    model: ModelDescription,
+    read: Callable[[str], Tensor],
+    options: LoadOptions,
+    device: str | torch.device = "cpu",
+    parallel: TensorParallel | None = None,
+    progress: Callable[[range], object] = iter,
+) -> InferenceModel:
+    """One rank's model, its cache allocated.
+
+    Args:
+        read: canonical name -> global tensor, e.g. `CheckpointFolder.tensor`.
+        parallel: this rank's collectives; None is a world of one.
+        progress: wraps the range of layers (tqdm).
+
+    Raises:
+        ValueError: an option that does not fit the model or the device, before anything is read.
+    """
+    device, parallel = torch.device(device), parallel or TensorParallel()
+    dtype = _dtype(model, options, device)
+    cache_dtype = _cache_dtype(options, dtype, model)
+    if options.page_size < 16 or options.page_size % 16:
+        raise ValueError(f"page size is {options.page_size}; use a multiple of 16, best 64")
+    if options.cache_tokens < 1:
+        raise ValueError(f"cache tokens is {options.cache_tokens}; use at least 1")
+    max_positions = model.max_position_embeddings
+    if options.max_positions is not None:
+        max_positions = options.max_positions
+    if max_positions < 1:
+        raise ValueError(f"max positions is {max_positions}; use at least 1")
+    check_tensor_parallel(model, parallel.size)
+    ops = select_backend(options.backend, model, dtype, device)
+    pages = -(-options.cache_tokens // options.page_size)
+    shard = None
+    if model.attention == "latent":
+        shard = HeadShard.plan(model, parallel.size, parallel.rank, options.weight_mode)
+        cache = LatentCache(model, shard, pages, options.page_size, cache_dtype, device)
+    else:
+        kv_heads = max(1, model.num_query_groups // parallel.size)
+        cache = GroupedCache(model, kv_heads, pages, options.page_size, cache_dtype, device)
+    weights = load_weights(
+        model, read, parallel.size, parallel.rank, options.weight_mode, dtype, device, progress
+    )
+    return InferenceModel(model, weights, cache, ops, max_positions, parallel, shard)
+
+
+def _dtype(model: ModelDescription, options: LoadOptions, device: torch.device) -> torch.dtype:
+    if options.dtype not in DTYPES:
+        raise ValueError(f"dtype is {options.dtype!r}; use one of {', '.join(DTYPES)}")
+    if options.dtype == "auto":
+        return torch.float32 if device.type == "cpu" else getattr(torch, model.dtype)
+    return getattr(torch, options.dtype)
+
+
+def _cache_dtype(options: LoadOptions, dtype: torch.dtype, model: ModelDescription) -> torch.dtype:
+    name = options.cache_dtype
+    if name not in CACHE_DTYPES:
+        raise ValueError(f"cache dtype is {name!r}; use one of {', '.join(CACHE_DTYPES)}")
+    if name == "auto":
+        return dtype
+    if name == "fp8":
+        if model.attention == "gqa":
+            raise ValueError(f"an FP8 cache needs latent attention, this is {model.variant}")
+        return torch.float8_e4m3fn
+    if getattr(torch, name) != dtype:
+        raise ValueError(
+            f"cache dtype {name} does not go with {str(dtype)[6:]} weights; use auto or fp8"
+        )
+    return dtype

@@ -1,0 +1,202 @@
+"""The decoder for inference: one forward for prompts and for decoding, over paged caches.
+
+Letters: T tokens of a step, b sequences, q query tokens a sequence, d hidden size, h heads of the
+rank's core, h_o heads whose projections it owns, n g its latent heads, l latent dim, e = d_h + d_r.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from megatron_mlra.checkpoint.description import ModelDescription
+from megatron_mlra.inference.cache import GroupedCache, LatentCache
+from megatron_mlra.inference.ops import Ops
+from megatron_mlra.inference.parallel import HeadShard, TensorParallel
+from megatron_mlra.inference.prefill import prefill_grouped, prefill_latent
+from megatron_mlra.inference.rotary import rotary_tables
+from megatron_mlra.inference.weights import GroupedWeights, LatentWeights, ModelWeights
+
+
+@dataclass
+class Segment:
+    """Consecutive rows of a prefill step that are one sequence's next tokens."""
+
+    rows: slice
+    start: int
+    """Position of the first: tokens of the sequence already cached."""
+    pages: Tensor
+    """`[P]` int64."""
+
+
+@dataclass
+class Step:
+    """The tokens of one forward and where they go."""
+
+    tokens: Tensor
+    """`[T]` int64."""
+    positions: Tensor
+    """`[T]` int64."""
+    slots: Tensor
+    """`[T]` int64: page * page_size + offset; negative: written nowhere."""
+    segments: list[Segment] = field(default_factory=list)
+    """Prefill: covers all rows. Empty for decoding."""
+    block_table: Tensor | None = None
+    """Decoding: `[b, max_pages]` int32."""
+    lengths: Tensor | None = None
+    """Decoding: `[b]` int32, the new tokens included; 0 for a padding row."""
+    metadata: object = None
+    """Decoding: the backend's schedule."""
+
+
+class InferenceModel:
+    """A rank's part of a decoder.
+
+    Args:
+        model: what it computes.
+        weights: see `load_weights`.
+        cache: this rank's, of all layers.
+        ops: the backend.
+        parallel: tensor-parallel collectives; `shard` (latent attention) goes with them.
+        max_positions: rows of the RoPE tables: the longest sequence.
+    """
+
+    def __init__(
+        self,
+        model: ModelDescription,
+        weights: ModelWeights,
+        cache: LatentCache | GroupedCache,
+        ops: Ops,
+        max_positions: int,
+        parallel: TensorParallel | None = None,
+        shard: HeadShard | None = None,
+    ) -> None:
+        self.model, self.weights, self.cache, self.ops = model, weights, cache, ops
+        self.parallel = parallel or TensorParallel()
+        if shard is None and model.attention == "latent":
+            shard = HeadShard.plan(model, self.parallel.size, self.parallel.rank, "replicated")
+        self.shard = shard
+        self.max_positions = max_positions
+        self.device = weights.embedding.device
+        self.tables = rotary_tables(model, max_positions, self.device)
+
+    @torch.inference_mode()
+    def forward(self, step: Step, rows: Tensor | None = None) -> Tensor:
+        """Logits of a step, float32.
+
+        Args:
+            step: prefill (with segments) or decoding.
+            rows: `[R]` int64, which rows to compute logits of; None for all.
+
+        Returns:
+            `[R, vocab_size]`.
+        """
+        hidden = self._hidden(step)
+        if rows is not None:
+            hidden = hidden[rows]
+        logits = self.parallel.gather_vocabulary(linear(hidden, self.weights.output))
+        return logits[:, : self.model.vocab_size].float()
+
+    def decode_schedule(self, lengths: Tensor) -> object:
+        """The backend's schedule of a decoding step for `[b]` int32 lengths; None needs none."""
+        if self.model.attention == "gqa":
+            return None
+        core = self.shard.core
+        return self.ops.schedule(
+            lengths,
+            q_len=1,
+            num_latents=core.branches * core.groups,
+            heads_per_latent=core.heads // core.groups,
+            latent_dim=self.model.latent_dim,
+            cache_dtype=self.cache.data.dtype,
+            page_size=self.cache.page_size,
+        )
+
+    def _hidden(self, step: Step) -> Tensor:
+        ops, layers, eps = self.ops, self.weights.layers, self.model.layernorm_epsilon
+        attend = self._grouped if self.model.attention == "gqa" else self._latent
+        x = self.weights.embedding[step.tokens]  # [T, d]
+        normed = ops.rms_norm(x, layers[0].input_norm, eps)
+        following = [layer.input_norm for layer in layers[1:]] + [self.weights.final_norm]
+        for i, (layer, next_norm) in enumerate(zip(layers, following, strict=True)):
+            out = linear(attend(i, layer.attention, normed, step), layer.attention.proj)
+            x, normed = ops.add_rms_norm(self.parallel.all_reduce(out), x, layer.mlp_norm, eps)
+            out = linear(ops.silu_mul(linear(normed, layer.fc1)), layer.fc2)
+            x, normed = ops.add_rms_norm(self.parallel.all_reduce(out), x, next_norm, eps)
+        return normed
+
+    # -- MLA, GLA, MLRA ----------------------------------------------------------------------------
+
+    def _latent(self, index: int, weights: LatentWeights, x: Tensor, step: Step) -> Tensor:
+        """`[T, d]` -> the core's gated output `[T, h_o d_v]`."""
+        model, ops, eps = self.model, self.ops, self.model.layernorm_epsilon
+        core, own = self.shard.core, self.shard.own_heads
+        parts = core.heads // own
+        down = linear(x, weights.down)
+        c_q, kv = x, down
+        if weights.q_norm is not None:
+            c_q, kv = down.split((model.q_lora_rank, down.size(1) - model.q_lora_rank), dim=1)
+            c_q = ops.rms_norm(c_q, weights.q_norm, eps)
+        q = linear(c_q, weights.q_up).unflatten(1, (own, -1))  # [T, h_o, e]
+        q = ops.rotate(q, model.qk_nope_head_dim, *self.tables, step.positions)
+        q = self.parallel.gather_queries(q, parts)  # [T, h, e]
+
+        layer = self.cache.layer(index)
+        ops.append(kv, weights.kv_norm, self.tables, step, layer, model.kv_scale, eps)
+        if step.segments:
+            run = partial(prefill_latent, model=model, weights=weights, branches=core.branches)
+            out = _by_segment(run, q, layer, step.segments)
+        else:
+            out = self._decode_latent(q, layer, weights, step)
+        out = self.parallel.reduce_outputs(out, parts).flatten(1)  # [T, h_o d_v]
+        return _gated(out, x, weights.gate)
+
+    def _decode_latent(self, q: Tensor, layer, weights: LatentWeights, step: Step) -> Tensor:
+        """`[T, h, e]` -> `[T, h, d_v]`, summed over this rank's branches; T = b q."""
+        core, l, nope = self.shard.core, self.model.latent_dim, self.model.qk_nope_head_dim
+        n, g, h = core.branches, core.groups, core.heads
+        b = step.lengths.size(0)
+        head = torch.bmm(q[..., :nope].transpose(0, 1), weights.w_uk)  # [h, T, n l]
+        head = head.view(h, b, -1, n, l).permute(1, 2, 3, 0, 4)  # [b, q, n, h, l]
+        head = head.reshape(*head.shape[:2], n * g, h // g, l)
+        q_rope = q[..., nope:].unflatten(0, (b, -1))
+        z = self.ops.decode(head, q_rope, layer, step, self.model.softmax_scale, n)
+        z = z.view(q.size(0), n, h, l).permute(2, 0, 1, 3).flatten(2)  # [h, T, n l]
+        return torch.bmm(z, weights.w_uv).transpose(0, 1)
+
+    # -- MHA, MQA, GQA -----------------------------------------------------------------------------
+
+    def _grouped(self, index: int, weights: GroupedWeights, x: Tensor, step: Step) -> Tensor:
+        """`[T, d]` -> the core's gated output `[T, heads dim]`."""
+        dim = self.model.head_dim
+        heads = weights.proj.size(1) // dim
+        qkv = linear(x, weights.qkv).unflatten(1, (-1, dim))
+        kv = (qkv.size(1) - heads) // 2
+        turned = self.ops.rotate(qkv[:, : heads + kv], 0, *self.tables, step.positions)
+        q, k = turned[:, :heads], turned[:, heads:]
+        layer = self.cache.layer(index)
+        self.ops.append_grouped(k, qkv[:, heads + kv :], layer, step.slots)
+        scale = self.model.softmax_scale
+        if step.segments:
+            out = _by_segment(
+                partial(prefill_grouped, softmax_scale=scale), q, layer, step.segments
+            )
+        else:
+            out = self.ops.decode_grouped(q, layer, step, scale)
+        return _gated(out.flatten(1), x, weights.gate)
+
+
+def _by_segment(run: Callable, q: Tensor, layer: object, segments: list[Segment]) -> Tensor:
+    outs = [run(q[part.rows], layer, part.pages, part.start) for part in segments]
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def _gated(out: Tensor, x: Tensor, gate: Tensor | None) -> Tensor:
+    if gate is None:
+        return out
+    return out * torch.sigmoid(linear(x, gate).float()).to(out.dtype)

@@ -1,0 +1,202 @@
+"""Attention of a prompt's chunk to all cached tokens before it and to itself.
+
+The history is taken from the cache in blocks; each gives an output and a log-sum-exp, which are
+merged, so memory holds one block of keys and never `[chunk, history]` scores of a whole prompt.
+
+Letters: c tokens of the chunk, t of a block, n branches, g head groups, h heads of the core,
+l latent dim, r RoPE dim, e dims of a query or key, w dims of a value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from megatron_mlra.checkpoint.description import ModelDescription
+from megatron_mlra.inference.weights import LatentWeights
+from mlra_kernels.latent_decode import merge_states
+from mlra_kernels.latent_decode.reference import merge_states_reference, split_cache
+
+HISTORY_BLOCK = 16384
+"""Cached tokens whose keys are assembled at a time."""
+SCORE_NUMBERS = 1 << 26
+"""Scores that the torch path holds at a time."""
+FLASH_MAX_DIM = 256
+
+
+def attention_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Grouped-query attention and its log-sum-exp.
+
+    Flash attention (torch's own) on a GPU in half precision, else torch in float32.
+
+    Args:
+        q: `[c, heads, e]`; k: `[t, kv_heads, e]`; v: `[t, kv_heads, w]`.
+        causal: query i sees keys up to `t - c + i`.
+
+    Returns:
+        `[c, heads, w]` in q's dtype and `[c, heads]` float32.
+    """
+    if q.is_cuda and q.dtype != torch.float32 and q.size(-1) <= FLASH_MAX_DIM:
+        return _flash(q, k, v, softmax_scale, causal)
+    rows = max(1, SCORE_NUMBERS // (q.size(1) * k.size(0)))
+    past = k.size(0) - q.size(0)
+    parts = [
+        _attend(part, k, v, softmax_scale, past + first if causal else None)
+        for first, part in zip(range(0, q.size(0), rows), q.split(rows), strict=True)
+    ]
+    return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, past: int | None
+) -> tuple[Tensor, Tensor]:
+    groups = k.size(1)
+    wide = q.float().unflatten(1, (groups, -1))
+    scores = torch.einsum("cgje,tge->cgjt", wide, k.float()) * scale
+    if past is not None:
+        row = torch.arange(q.size(0), device=q.device)[:, None] + past
+        future = torch.arange(k.size(0), device=q.device) > row
+        scores = scores.masked_fill(future[:, None, None], -torch.inf)
+    lse = scores.logsumexp(-1)
+    out = torch.einsum("cgjt,tgw->cgjw", (scores - lse[..., None]).exp(), v.float())
+    return out.flatten(1, 2).to(q.dtype), lse.flatten(1)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """torch's FlashAttention-2: queries and keys aligned at their ends, grouped heads native."""
+    width = v.size(-1)
+    if width < q.size(-1):
+        v = torch.nn.functional.pad(v, (0, q.size(-1) - width))
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        q[None], k[None], v[None], None, None, q.size(0), k.size(0), 0.0, causal, False, scale=scale
+    )
+    return out[0, :, :, :width], lse[0].T[: q.size(0)]
+
+
+def merged(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The attention over all blocks from each block's output and log-sum-exp."""
+    if len(parts) == 1:
+        return parts[0][0]
+    outs = torch.stack([out for out, _ in parts])
+    lses = torch.stack([lse.float() for _, lse in parts])
+    if outs.is_cuda and outs.dtype != torch.float32 and outs.size(-1).bit_count() == 1:
+        return merge_states(outs, lses)[0]
+    return merge_states_reference(outs, lses)[0]
+
+
+def blocks(start: int, c: int, page_size: int) -> Iterator[tuple[int, int, bool]]:
+    """(first token, end, whether causal) of the history in blocks, then of the chunk itself."""
+    size = max(page_size, HISTORY_BLOCK // page_size * page_size)
+    for first in range(0, start, size):
+        yield first, min(first + size, start), False
+    yield start, start + c, True
+
+
+def gather(data: Tensor, pages: Tensor, first: int, end: int) -> Tensor:
+    """Rows `first:end` of a sequence from `[pages, page_size, ...]`."""
+    page_size = data.size(1)
+    low = first // page_size
+    rows = data[pages[low : -(-end // page_size)]].flatten(0, 1)
+    return rows[first - low * page_size : end - low * page_size]
+
+
+def prefill_latent(
+    q: Tensor,
+    layer: tuple[Tensor, Tensor | None],
+    pages: Tensor,
+    start: int,
+    model: ModelDescription,
+    weights: LatentWeights,
+    branches: int,
+) -> Tensor:
+    """Outputs `[c, h, d_v]`, summed over this rank's branches, of a chunk already in the cache.
+
+    Absorbed where that costs no FLOPs (l <= d_h), else with keys and values expanded block by
+    block.
+
+    Args:
+        q: `[c, h, d_h + d_r]`, rotated, of the tokens at `start` and after.
+        layer: see `LatentCache.layer`; pages: `[P]` int64 of this sequence.
+    """
+    c, h, _ = q.shape
+    latents = weights.kv_norm.size(0)
+    groups, l = latents // branches, model.latent_dim
+    nope, rope = model.qk_nope_head_dim, model.qk_rope_head_dim
+    absorbed = l <= nope
+    if absorbed:
+        head = torch.bmm(q[..., :nope].transpose(0, 1), weights.w_uk)  # [h, c, n l]
+        head = head.view(h, c, branches, l).permute(1, 2, 0, 3)  # [c, n, h, l]
+        shared = q[:, None, :, nope:].expand(-1, branches, -1, -1)
+        query = torch.cat((head, shared), dim=-1).flatten(1, 2)
+    else:
+        query = q.repeat(1, branches, 1)  # [c, n h, d_h + d_r]
+
+    def keys_values(first: int, end: int) -> tuple[Tensor, Tensor]:
+        rows, k_rope = _rows(layer, pages, first, end, rope, latents, q.dtype)
+        if absorbed:
+            key = torch.cat((rows, k_rope[:, None].expand(-1, latents, -1)), dim=-1)
+            # The kernel wants values as wide as keys: the key itself, its last dims then dropped.
+            return key, key if key.is_cuda else rows
+        return _expand(rows, k_rope, weights, branches, groups, nope)
+
+    parts = []
+    for first, end, causal in blocks(start, c, layer[0].size(1)):
+        key, value = keys_values(first, end)
+        out, lse = attention_with_lse(query, key, value, model.softmax_scale, causal)
+        parts.append((out[..., :l] if absorbed else out, lse))
+    out = merged(parts)  # [c, n h, l or d_v]
+    if absorbed:
+        z = out.view(c, branches, h, l).permute(2, 0, 1, 3).flatten(2)  # [h, c, n l]
+        return torch.bmm(z, weights.w_uv).transpose(0, 1)
+    return out.view(c, branches, h, -1).sum(1)
+
+
+def _rows(
+    layer: tuple[Tensor, Tensor | None],
+    pages: Tensor,
+    first: int,
+    end: int,
+    rope: int,
+    latents: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Latents `[t, n g, l]` and RoPE keys `[t, r]` of cached tokens, in `dtype`."""
+    data, scale = layer
+    rows, k_rope = split_cache(gather(data, pages, first, end), rope)
+    rows = rows.unflatten(-1, (latents, -1))
+    if scale is not None:
+        factors = gather(scale.transpose(1, 2), pages, first, end)
+        rows = rows.float() * factors[..., None]
+    return rows.to(dtype), k_rope.to(dtype)
+
+
+def _expand(
+    rows: Tensor, k_rope: Tensor, weights: LatentWeights, n: int, g: int, nope: int
+) -> tuple[Tensor, Tensor]:
+    """Keys `[t, n h, d_h + d_r]` and values `[t, n h, d_v]` of a block (times N^-1/2)."""
+    t, _, l = rows.shape
+    h = weights.w_uk.size(0)
+    rows = rows.view(t, n, g, l)
+    w_uk = weights.w_uk.view(g, h // g, nope, n, l)
+    w_uv = weights.w_uv.view(g, h // g, n, l, -1)
+    k_nope = torch.einsum("tngl,gjdnl->tngjd", rows, w_uk).reshape(t, n * h, nope)
+    value = torch.einsum("tngl,gjnlv->tngjv", rows, w_uv).reshape(t, n * h, -1)
+    key = torch.cat((k_nope, k_rope[:, None].expand(-1, n * h, -1)), dim=-1)
+    return key, value
+
+
+def prefill_grouped(
+    q: Tensor, layer: Tensor, pages: Tensor, start: int, softmax_scale: float
+) -> Tensor:
+    """Outputs `[c, heads, dim]` of a chunk already in a grouped cache."""
+    keys, values = layer
+    parts: list[tuple[Tensor, Tensor]] = []
+    attend: Callable = attention_with_lse
+    for first, end, causal in blocks(start, q.size(0), keys.size(1)):
+        k, v = (gather(x, pages, first, end) for x in (keys, values))
+        parts.append(attend(q, k, v, softmax_scale, causal))
+    return merged(parts)

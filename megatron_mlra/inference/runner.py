@@ -1,0 +1,151 @@
+"""Runs prefill and decoding steps: host lists to device tensors, CUDA graphs of the decode step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_mlra.inference.cache import BlockTables, PagePool
+from megatron_mlra.inference.model import InferenceModel, Segment, Step
+
+
+@dataclass
+class Chunk:
+    """The next tokens of one sequence's prompt."""
+
+    tokens: list[int]
+    start: int
+    """Tokens of the sequence that are cached already."""
+    pages: list[int]
+    """Pages of the whole sequence."""
+
+
+def batch_buckets(max_batch: int) -> list[int]:
+    """Batch sizes that are captured: 1, 2, 4, then multiples of 8; the last is `max_batch`."""
+    sizes = [1, 2, 4, *range(8, max_batch, 8)]
+    return [size for size in sizes if size < max_batch] + [max_batch]
+
+
+class Runner:
+    """Steps of one rank's model.
+
+    Args:
+        max_batch: sequences that decode together.
+        max_pages: pages of the longest sequence.
+        graphs: capture the decode step in CUDA graphs, one for each of `batch_buckets`, at first
+            use; a batch runs in the next larger one, its spare rows empty.
+
+    Raises:
+        ValueError: graphs asked for where the backend cannot be captured.
+    """
+
+    def __init__(
+        self, model: InferenceModel, max_batch: int, max_pages: int, graphs: bool = False
+    ) -> None:
+        if graphs and model.ops.name != "triton":
+            raise ValueError(
+                f"CUDA graphs need backend triton, this is {model.ops.name}; leave graphs out"
+            )
+        self.model = model
+        self.tables = BlockTables(max_batch, max_pages, model.device)
+        self.max_batch = max_batch
+        # Rows: tokens, positions, slots. Captured steps read these addresses.
+        self._inputs = torch.zeros(3, max_batch, dtype=torch.int64, device=model.device)
+        self._lengths = torch.zeros(max_batch, dtype=torch.int32, device=model.device)
+        self._buckets = batch_buckets(max_batch) if graphs else []
+        # A graph reads its step's schedule, so the step lives as long as the graph.
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Step]] = {}
+
+    def prefill(self, chunks: list[Chunk], every_row: bool = False) -> Tensor:
+        """Cache the tokens of some prompts; logits `[chunks, vocab]` behind each one's last token.
+
+        `every_row` gives the logits of all tokens instead, `[T, vocab]`.
+        """
+        device, page_size = self.model.device, self.model.cache.page_size
+        tokens, positions, slots, segments, last = [], [], [], [], []
+        for chunk in chunks:
+            first, count = len(tokens), len(chunk.tokens)
+            where = range(chunk.start, chunk.start + count)
+            tokens += chunk.tokens
+            positions += where
+            slots += [chunk.pages[p // page_size] * page_size + p % page_size for p in where]
+            pages = torch.tensor(chunk.pages, dtype=torch.int64).to(device)
+            segments.append(Segment(slice(first, first + count), chunk.start, pages))
+            last.append(len(tokens) - 1)
+        inputs = torch.tensor([tokens, positions, slots], dtype=torch.int64).to(device)
+        step = Step(inputs[0], inputs[1], inputs[2], segments)
+        rows = None if every_row else torch.tensor(last).to(device)
+        return self.model.forward(step, rows)
+
+    def decode(self, tokens: list[int], lengths: list[int], pages: list[list[int]]) -> Tensor:
+        """One more token for the first rows of the block tables; logits `[b, vocab]`.
+
+        The result may live in a captured graph's memory: use it before the next call.
+
+        Args:
+            tokens: the token of each row that is not cached yet.
+            lengths: tokens of each row that are.
+            pages: each row's, as `tables` holds them.
+        """
+        b, page_size = len(tokens), self.model.cache.page_size
+        bucket = next((size for size in self._buckets if size >= b), b)
+        spare = [0] * (bucket - b)
+        slots = [
+            own[n // page_size] * page_size + n % page_size
+            for own, n in zip(pages, lengths, strict=True)
+        ]
+        inputs = [tokens + spare, lengths + spare, slots + [-1] * (bucket - b)]
+        self._inputs[:, :bucket].copy_(torch.tensor(inputs, dtype=torch.int64))
+        new = torch.tensor([n + 1 for n in lengths] + spare, dtype=torch.int32)
+        self._lengths[:bucket].copy_(new)
+        if not self._buckets:
+            return self.model.forward(self._step(bucket))
+        return self.captured(bucket)()[:b]
+
+    def captured(self, rows: int) -> Callable[[], Tensor]:
+        """The captured step of `rows` rows on the inputs of the last `decode`."""
+        if rows not in self._graphs:
+            self._capture(rows)
+        graph, logits, _ = self._graphs[rows]
+
+        def replay() -> Tensor:
+            graph.replay()
+            return logits
+
+        return replay
+
+    def _step(self, rows: int) -> Step:
+        lengths = self._lengths[:rows]
+        return Step(
+            *self._inputs[:, :rows].unbind(0),
+            block_table=self.tables.device_table[:rows],
+            lengths=lengths,
+            metadata=self.model.decode_schedule(lengths),
+        )
+
+    def _capture(self, rows: int) -> None:
+        step = self._step(rows)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            # Rewriting the same cache rows with the same values is harmless.
+            for _ in range(2):
+                self.model.forward(step)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        pool = next(iter(self._graphs.values()))[0].pool() if self._graphs else None
+        with torch.cuda.graph(graph, pool=pool):
+            if step.metadata is not None:
+                step.metadata.update(step.lengths)
+            logits = self.model.forward(step)
+        self._graphs[rows] = graph, logits, step
+
+
+def pool_for(model: InferenceModel) -> PagePool:
+    """A free list over all pages of the model's cache."""
+    data, page_size = model.cache.data, model.cache.page_size
+    pages = data.size(1) if model.model.attention == "latent" else data.size(2) - 1
+    return PagePool(pages, page_size)

@@ -1,0 +1,229 @@
+"""A rank's weights, cut from a checkpoint's global tensors one at a time and prepared once.
+
+Letters: h_o heads whose projections a rank owns, h_c heads of its core, n branches, g head groups,
+l latent dim, e = d_h + d_r, T tokens, f the rank's part of the MLP (padded to a multiple of 16).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_mlra.checkpoint.description import ModelDescription
+from megatron_mlra.checkpoint.names import EMBEDDING, FINAL_NORM, OUTPUT, layer_prefix
+from megatron_mlra.inference.parallel import HeadShard, check_tensor_parallel
+
+MLP_MULTIPLE = 16
+"""A rank's part of the MLP is padded to this: GEMMs want rows of whole 32 bytes."""
+
+
+@dataclass
+class LatentWeights:
+    """Attention of one layer of MLA, GLA or MLRA."""
+
+    down: Tensor
+    """`[(d_q +) n g l + d_r, d]`: query latent (if any), own latents, RoPE key, in one GEMM."""
+    q_norm: Tensor | None
+    """`[d_q]`, times a_q."""
+    q_up: Tensor
+    """`[h_o e, d_q]`, or `[h_o e, d]` without q_lora_rank."""
+    kv_norm: Tensor
+    """`[n g, l]`; a_kv is applied where the cache is written."""
+    w_uk: Tensor
+    """`[h_c, d_h, n l]`: one product absorbs a head's query for all its branches."""
+    w_uv: Tensor
+    """`[h_c, n l, d_v]`, times N^-1/2: the sum over branches is part of the product."""
+    gate: Tensor | None
+    """`[h_o d_v, d]`."""
+    proj: Tensor
+    """`[d, h_o d_v]`."""
+
+
+@dataclass
+class GroupedWeights:
+    """Attention of one layer of MHA, MQA or GQA."""
+
+    qkv: Tensor
+    """`[(q heads + kv heads + kv heads) dim, d]`: queries, keys, values."""
+    gate: Tensor | None
+    proj: Tensor
+
+
+@dataclass
+class LayerWeights:
+    """One transformer layer."""
+
+    input_norm: Tensor
+    attention: LatentWeights | GroupedWeights
+    mlp_norm: Tensor
+    fc1: Tensor
+    """`[2 f, d]`: gate rows, then up rows."""
+    fc2: Tensor
+    """`[d, f]`."""
+
+
+@dataclass
+class ModelWeights:
+    """All of one rank."""
+
+    embedding: Tensor
+    """`[vocab, d]`, whole on every rank, so that a step starts without a collective."""
+    layers: list[LayerWeights]
+    final_norm: Tensor
+    output: Tensor
+    """`[rows, d]`, rows = ceil(vocab / tp); a view of the embedding where that is possible."""
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor a decoding step reads in full, once each."""
+        out = [self.final_norm, self.output]
+        for layer in self.layers:
+            for part in (*vars(layer).values(), *vars(layer.attention).values()):
+                if isinstance(part, Tensor):
+                    out.append(part)
+        return out
+
+    @property
+    def bytes_per_step(self) -> int:
+        """Bytes of weights one decoding step reads: all but the embedding's other rows."""
+        return sum(t.numel() * t.element_size() for t in self.tensors())
+
+
+def load_weights(
+    model: ModelDescription,
+    read: Callable[[str], Tensor],
+    tp: int,
+    rank: int,
+    weight_mode: str,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    progress: Callable[[range], object] = iter,
+) -> ModelWeights:
+    """Cut and prepare rank `rank` of `tp`.
+
+    Args:
+        read: canonical name -> global tensor (`CheckpointFolder.tensor`, or a dict's `get`).
+        weight_mode: see `parallel.WEIGHT_MODES`; without meaning for 'gqa'.
+        progress: wraps the range of layers (tqdm).
+
+    Raises:
+        ValueError: for a tensor parallel size the model cannot be cut into.
+    """
+    check_tensor_parallel(model, tp)
+
+    def place(tensor: Tensor) -> Tensor:
+        return tensor.to(device=device, dtype=dtype).contiguous()
+
+    layers = []
+    for i in progress(range(model.num_layers)):
+        prefix = layer_prefix(i)
+
+        def get(name: str, prefix: str = prefix) -> Tensor:
+            return read(f"{prefix}{name}.weight")
+
+        if model.attention == "gqa":
+            attention = _grouped(model, get, tp, rank, place)
+        else:
+            shard = HeadShard.plan(model, tp, rank, weight_mode)
+            attention = _latent(model, get, shard, place)
+        fc1, fc2 = _mlp(model, get, tp, rank)
+        layers.append(
+            LayerWeights(
+                input_norm=place(get("input_layernorm")),
+                attention=attention,
+                mlp_norm=place(get("pre_mlp_layernorm")),
+                fc1=place(fc1),
+                fc2=place(fc2),
+            )
+        )
+    embedding = place(read(EMBEDDING))
+    output = embedding if model.tie_embeddings else place(read(OUTPUT))
+    rows = -(-model.vocab_size // tp)
+    output = output[rank * rows : (rank + 1) * rows]
+    if output.size(0) < rows:
+        output = torch.cat((output, output.new_zeros(rows - output.size(0), output.size(1))))
+    if not model.tie_embeddings:
+        output = output.clone()
+    return ModelWeights(embedding, layers, place(read(FINAL_NORM)), output)
+
+
+def _latent(
+    model: ModelDescription, get: Callable[[str], Tensor], shard: HeadShard, place: Callable
+) -> LatentWeights:
+    core, l = shard.core, model.latent_dim
+    nope, v = model.qk_nope_head_dim, model.v_head_dim
+    e = nope + model.qk_rope_head_dim
+    own = slice(shard.own_start, shard.own_start + shard.own_heads)
+
+    def own_heads(weight: Tensor, size: int) -> Tensor:
+        return weight.unflatten(0, (model.num_attention_heads, size))[own].flatten(0, 1)
+
+    def own_latents(x: Tensor) -> Tensor:
+        """`[N G l, ...]` -> `[n, g, l, ...]`."""
+        x = x.unflatten(0, (model.num_branches, model.num_head_groups, l))
+        x = x.narrow(0, core.branch_start, core.branches)
+        return x.narrow(1, core.group_start, core.groups)
+
+    latents, rope = get("self_attention.linear_kv_down_proj").split(
+        (model.kv_lora_rank, model.qk_rope_head_dim)
+    )
+    down = [own_latents(latents).flatten(0, 2), rope]
+    q_norm = None
+    if model.q_lora_rank is None:
+        q_up = get("self_attention.linear_q_proj")
+    else:
+        down.insert(0, get("self_attention.linear_q_down_proj"))
+        q_norm = get("self_attention.q_norm").float() * model.q_scale
+        q_up = get("self_attention.linear_q_up_proj")
+    up = get("self_attention.linear_kv_up_proj").narrow(0, core.branch_start, core.branches)
+    up = up.narrow(1, core.head_start, core.heads)  # [n, h_c, d_h + d_v, l]
+    w_uk, w_uv = up[:, :, :nope], up[:, :, nope:]
+    gate = None
+    if model.output_gate:
+        gate = place(own_heads(get("self_attention.linear_gate_proj"), v))
+    return LatentWeights(
+        down=place(torch.cat(down)),
+        q_norm=None if q_norm is None else place(q_norm),
+        q_up=place(own_heads(q_up, e)),
+        kv_norm=place(own_latents(get("self_attention.kv_norm")).flatten(0, 1)),
+        w_uk=place(w_uk.permute(1, 2, 0, 3).flatten(2)),
+        w_uv=place(w_uv.permute(1, 0, 3, 2).flatten(1, 2).float() * model.branch_scale),
+        gate=gate,
+        proj=place(own_heads(get("self_attention.linear_proj").T, v).T),
+    )
+
+
+def _grouped(
+    model: ModelDescription, get: Callable[[str], Tensor], tp: int, rank: int, place: Callable
+) -> GroupedWeights:
+    g, dim = model.num_query_groups, model.head_dim
+    per_group = model.num_attention_heads // g
+    gates = per_group if model.output_gate else 0
+    heads = get("self_attention.linear_qkv").unflatten(0, (g, per_group + gates + 2, dim))
+    q, gate, k, v = heads.split((per_group, gates, 1, 1), dim=1)
+    own = model.num_attention_heads // tp
+    queries = slice(rank * own, (rank + 1) * own)
+    kv = slice(rank * own // per_group, -(-(rank + 1) * own // per_group))
+    rows = (q.flatten(0, 1)[queries], k.flatten(0, 1)[kv], v.flatten(0, 1)[kv])
+    proj = get("self_attention.linear_proj")
+    return GroupedWeights(
+        qkv=place(torch.cat(rows).flatten(0, 1)),
+        gate=place(gate.flatten(0, 1)[queries].flatten(0, 1)) if gates else None,
+        proj=place(proj[:, rank * own * dim : (rank + 1) * own * dim]),
+    )
+
+
+def _mlp(
+    model: ModelDescription, get: Callable[[str], Tensor], tp: int, rank: int
+) -> tuple[Tensor, Tensor]:
+    """fc1 `[2 f, d]`, fc2 `[d, f]`; rows added as padding are zero and change nothing."""
+    part = -(-model.ffn_hidden_size // (tp * MLP_MULTIPLE)) * MLP_MULTIPLE
+
+    def own(x: Tensor) -> Tensor:
+        x = x[rank * part : (rank + 1) * part]
+        return torch.nn.functional.pad(x, (0, 0, 0, part - x.size(0)))
+
+    gate, up = get("mlp.linear_fc1").chunk(2)
+    return torch.cat((own(gate), own(up))), own(get("mlp.linear_fc2").T).T

@@ -1,0 +1,134 @@
+"""tools/generate.py on a checkpoint that pretraining wrote: output, streaming, ranks, bad input."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from megatron_mlra.inference.cli import main
+from megatron_mlra.inference.tokenization import GrowingText
+from megatron_mlra.preprocess.tokenizers import ByteTokenizer
+from runs import ENV, ROOT
+
+
+@pytest.fixture(scope="session")
+def checkpoint(whole):
+    """The folder that the whole run saved to."""
+    assert whole.code == 0, whole.err
+    return whole.folder / "save"
+
+
+def generate(capsys, *argv: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the tool, in this process."""
+    capsys.readouterr()
+    code = main([str(arg) for arg in argv])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_one_prompt_streams_its_continuation(checkpoint, capsys, tmp_path):
+    file = tmp_path / "out.jsonl"
+    code, out, err = generate(
+        capsys, checkpoint, "--prompt", "def ", "--max-new-tokens", 12, "--output", file,
+        "--logprobs", "--ignore-eod",
+    )  # fmt: skip
+    assert code == 0, err
+    record = json.loads(file.read_text())
+    assert out == "def " + record["output"] + "\n"
+    assert len(record["tokens"]) == len(record["logprobs"]) == 12
+    assert record["finish_reason"] == "length"
+    # Two layers of 64 + 8 numbers in float32; a page holds 64 tokens.
+    assert f"KV cache {2 * 72 * 4} bytes a token and rank, {2 * 72 * 4 * 64} bytes allocated" in err
+    assert re.search(r"12 tokens in [\d.]+ s: [\d.]+ tokens/s", err)
+    assert re.search(r"first token after \d+ ms", err)
+
+
+def test_files_of_prompts_give_what_single_prompts_give(checkpoint, capsys, tmp_path):
+    lines, records = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    lines.write_text("import\n\nclass A\n")
+    records.write_text('{"prompt": "x = 1"}\n{"text": "é"}\n')
+    common = ["--max-new-tokens", 8, "--temperature", 1, "--ignore-eod"]
+    file = tmp_path / "together.jsonl"
+    code, out, err = generate(
+        capsys, checkpoint, "--prompt-file", lines, "--prompt-file", records, "--max-batch", 3,
+        "--output", file, *common,
+    )  # fmt: skip
+    assert code == 0, err
+    together = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [record["prompt"] for record in together] == ["import", "class A", "x = 1", "é"]
+    assert all(f"[{i}] {r['prompt']}{r['output']}" in out for i, r in enumerate(together))
+    one = tmp_path / "one.jsonl"
+    code, _, _ = generate(
+        capsys, checkpoint, "--prompt", "x = 1", "--seed", 2, "--output", one, *common
+    )
+    assert code == 0 and json.loads(one.read_text())["tokens"] == together[2]["tokens"]
+
+
+def test_ranks_write_what_one_process_writes(checkpoint, capsys):
+    argv = [checkpoint, "--prompt", "def ", "--max-new-tokens", "12", "--ignore-eod"]
+    _, alone, _ = generate(capsys, *argv)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    done = subprocess.run(
+        [*command, "2", ROOT / "tools/generate.py", *argv, "--weight-mode", "sharded"],
+        capture_output=True, text=True, env=ENV, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == alone
+    # Two of the four latents, and the RoPE key.
+    assert "tensor parallel 2 (sharded)" in done.stderr
+    assert f"KV cache {2 * 40 * 4} bytes a token and rank" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "there is no prompt; use --prompt TEXT or --prompt-file FILE"),
+        (["--prompt-file", "/nowhere"], "/nowhere: No such file or directory"),
+        (["--prompt", "x", "--max-new-tokens", 40], "make 41 tokens, more than the context of 32;"),
+        (["--prompt", "x", "--max-new-tokens", 0], "max_new_tokens is 0; use at least 1"),
+        (["--prompt", "x", "--top-p", 2, "--max-new-tokens", 4], "top_p is 2.0; use more than 0"),
+        (["--prompt", "x", "--max-batch", 0], "--max-batch is 0; use at least 1"),
+        (
+            ["--prompt", "x", "--max-new-tokens", 4, "--backend", "triton"],
+            "backend triton needs a CUDA device, this is cpu; use backend reference",
+        ),
+        (
+            ["--prompt", "abc", "--max-new-tokens", 9, "--cache-tokens", 8],
+            "--cache-tokens is 8 and the longest prompt with its output takes 11",
+        ),
+        (["--prompt", "x", "--tokenizer", "hf"], "the hf tokenizer needs a --tokenizer-model"),
+        (["--prompt", "x", "--page-size", 10, "--max-new-tokens", 4], "page size is 10; use"),
+    ],
+)
+def test_bad_input_is_one_line(checkpoint, capsys, argv, message):
+    device = [] if "triton" not in argv else ["--device", "cpu"]
+    code, out, err = generate(capsys, checkpoint, *argv, *device)
+    assert code == 2 and not out
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
+def test_a_folder_without_a_checkpoint_is_one_line(tmp_path, capsys):
+    for folder, message in ((tmp_path, "holds no checkpoint"), (tmp_path / "no", "not a folder")):
+        code, _, err = generate(capsys, folder, "--prompt", "x")
+        assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_bad_prompt_files_name_the_line(checkpoint, capsys, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a"}\n{"prompt": 3}\n')
+    code, _, err = generate(capsys, checkpoint, "--prompt-file", file)
+    assert code == 2 and err == f"error: {file}:2: not an object with `prompt` or `text`\n"
+    file.write_bytes(b"\xff\xfe")
+    code, _, err = generate(capsys, checkpoint, "--prompt-file", file)
+    assert code == 2 and err == f"error: --prompt-file {file} is not UTF-8\n"
+
+
+def test_streamed_text_never_shows_half_a_character():
+    growing, ids = GrowingText(ByteTokenizer().detokenize), list("a€b".encode())
+    pieces = [growing.more(ids[:n]) for n in range(1, len(ids) + 1)]
+    assert pieces == ["a", "", "", "€", "b"]
+    assert GrowingText(ByteTokenizer().detokenize).more(ids[:2], last=True) == "a\ufffd"

@@ -1,0 +1,108 @@
+"""Inference on a GPU: kernels against the reference, captured steps against eager ones, the engine.
+
+Run with `pytest -m gpu tests/gpu/test_inference_gpu.py`; needs torch and Triton only.
+"""
+
+import random
+
+import pytest
+import torch
+
+from megatron_mlra.checkpoint.description import ModelDescription
+from megatron_mlra.inference.benchmark import Case, gate, random_reader
+from megatron_mlra.inference.engine import Engine
+from megatron_mlra.inference.load import LoadOptions, load_model
+from megatron_mlra.inference.runner import Chunk, Runner
+from megatron_mlra.inference.sampling import SamplingParams
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+SIZES = {
+    "num_layers": 2,
+    "hidden_size": 256,
+    "ffn_hidden_size": 500,
+    "num_attention_heads": 8,
+    "vocab_size": 1000,
+    "dtype": "bfloat16",
+}
+LATENT = {"qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64}
+
+
+def latent(latents, branches, dim, **changes):
+    heads = {"num_latent_heads": latents, "num_branches": branches, "kv_lora_rank": latents * dim}
+    return ModelDescription(**{**SIZES, **LATENT, "q_lora_rank": 128, **heads, **changes})
+
+
+MODELS = {
+    "MLRA-4": latent(4, 4, 64),
+    "MLRA-2": latent(4, 2, 64),
+    "MLRA-4 gated": latent(4, 4, 128, output_gate=True, tie_embeddings=False),
+    "GLA-2": latent(2, 1, 128, q_lora_rank=None),
+    "MLA": latent(1, 1, 256),
+    "GQA": ModelDescription(**SIZES, attention="gqa", num_query_groups=2, head_dim=64),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_kernels_equal_the_reference_and_graphs_eager_steps(name):
+    # One layer's logits would be of order 1; two random ones of 0.02 are small but not zero.
+    assert 0 < gate(Case(name, MODELS[name]), seed=3) < 0.03
+
+
+@pytest.mark.parametrize("name", ["MLRA-4", "MLA"])
+def test_fp8_cache(name):
+    assert gate(Case(name, MODELS[name], cache_dtype="fp8"), seed=4) < 0.1
+
+
+def _runner(model, device, graphs, **options):
+    settings = LoadOptions(cache_tokens=4096, max_positions=1024, **options)
+    loaded = load_model(model, random_reader(model, "cpu", seed=5), settings, device)
+    return Runner(loaded, max_batch=6, max_pages=16, graphs=graphs)
+
+
+def test_a_batch_between_two_captured_sizes():
+    eager, captured = (
+        _runner(MODELS["MLRA-4"], "cuda", graphs, dtype="bfloat16") for graphs in (False, True)
+    )
+    results = []
+    for runner in (eager, captured):
+        pages = [[9, 1], [0, 4], [7, 3]]
+        runner.prefill(
+            [Chunk(list(range(n)), 0, own) for n, own in zip((5, 64, 90), pages, strict=True)]
+        )
+        for row, own in enumerate(pages):
+            runner.tables.set(row, own)
+        results.append(runner.decode([1, 2, 3], [5, 64, 90], pages).clone())
+    torch.testing.assert_close(results[1], results[0], atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("name", ["MLRA-4", "MLA", "GQA"])
+def test_the_engine_chooses_what_it_chooses_on_a_cpu(name):
+    rng = random.Random(1)
+    prompts = [[rng.randrange(1000) for _ in range(n)] for n in (1, 7, 64, 65, 200, 3, 130, 31)]
+    outputs = []
+    runners = [
+        _runner(MODELS[name], "cpu", False, dtype="float32"),
+        _runner(MODELS[name], "cuda", True, dtype="bfloat16", backend="triton"),
+    ]
+    for runner in runners:
+        engine = Engine(runner, chunk_size=96)
+        requests = [engine.submit(p, SamplingParams(max_new_tokens=12)) for p in prompts]
+        for _ in engine.run():
+            pass
+        assert engine.pool.free == engine.pool.num_pages
+        outputs.append([request.output for request in requests])
+    cpu = runners[0]
+    for prompt, expected, found in zip(prompts, *outputs, strict=True):
+        same = next(
+            (i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), None
+        )
+        if same is None:
+            continue
+        # Where they part, the two tokens must have been as good as equal.
+        prefix = prompt + expected[:same]
+        logits = cpu.prefill([Chunk(prefix, 0, list(range(16)))])[0]
+        margin = float(logits[expected[same]] - logits[found[same]])
+        assert margin < 0.02 * float(logits.std()), f"token {same} differs by {margin}"
