@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.append(str(Path(__file__).parents[1] / "distributed"))
 
 from megatron_mlra.checkpoint.cli import main
-from research_model import VARIANTS, Sizes
-
-
-def save_research(folder: Path, sizes: Sizes, weights: dict | None = None) -> Path:
-    """A research folder of one `.bin`."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(sizes.config()))
-    torch.save(sizes.weights() if weights is None else weights, folder / "pytorch_model.bin")
-    return folder
+from research_model import VARIANTS, save_research
 
 
 @pytest.fixture(scope="session")

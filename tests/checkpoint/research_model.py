@@ -7,8 +7,10 @@ branches, G = L / N head groups.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -122,6 +124,14 @@ VARIANTS: dict[str, Sizes] = {
     "GQA": Sizes(0, 0, groups=2),
     "GQA gated": Sizes(0, 0, groups=2, gated=True),
 }
+
+
+def save_research(folder: Path, sizes: Sizes, weights: dict | None = None) -> Path:
+    """A research folder of one `.bin`."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(sizes.config()))
+    torch.save(sizes.weights() if weights is None else weights, folder / "pytorch_model.bin")
+    return folder
 
 
 def logits(sizes: Sizes, weights: dict[str, Tensor], tokens: Tensor) -> Tensor:

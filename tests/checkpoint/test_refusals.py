@@ -17,10 +17,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conftest import save_research
 from megatron_mlra.checkpoint import safe_pickle
 from megatron_mlra.checkpoint.torch_dist import read_metadata
-from research_model import VARIANTS, Sizes
+from research_model import VARIANTS, Sizes, save_research
 
 ROOT = Path(__file__).parents[2]
 SIZES = VARIANTS["MLRA-4"]
