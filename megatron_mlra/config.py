@@ -16,6 +16,7 @@ import torch
 from megatron.core.models.common.embeddings import _yarn_get_mscale
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+from megatron_mlra import tensor_parallel_fit
 from megatron_mlra.fp8 import FP8_LINEARS, check_fp8
 
 TP_LAYOUTS = ("head", "latent")
@@ -281,23 +282,16 @@ class MLRAConfig(MLATransformerConfig):
     def _tensor_parallel_misfit(self, tp: int) -> tuple[str, str] | None:
         """What a tensor parallel size does not fit, and another way out; None for one that
         works."""
-        L, N, G = self.num_latent_heads, self.num_branches, self.num_head_groups
-        for name, value in (
-            ("num_attention_heads", self.num_attention_heads),
-            ("q_lora_rank", self.q_lora_rank),
-            ("kv_lora_rank", self.kv_lora_rank),
-            ("qk_rope_head_dim", self.qk_rope_head_dim),
-        ):
-            if value is not None and value % tp:
-                return f"does not divide {name} {value}", f" or {name} {_next_multiple(value, tp)}"
-        if L % tp and tp % L:
-            return f"neither divides num_latent_heads {L} nor is a multiple of it", ""
-        if self.latent_tp_layout == "head" and G % tp and tp % G:
-            return f"does not fit {G} head groups in the head layout", ""
-        if self.latent_tp_layout == "latent" and N % tp and tp % N:
-            other = "" if G % tp and tp % G else " or latent_tp_layout head"
-            return f"does not fit {N} branches in the latent layout", other
-        return None
+        return tensor_parallel_fit.misfit(
+            tp,
+            self.latent_tp_layout,
+            num_latent_heads=self.num_latent_heads,
+            num_branches=self.num_branches,
+            num_attention_heads=self.num_attention_heads,
+            q_lora_rank=self.q_lora_rank,
+            kv_lora_rank=self.kv_lora_rank,
+            qk_rope_head_dim=self.qk_rope_head_dim,
+        )
 
     def _validate_features(self) -> None:
         for name, fix in _REFUSED.items():

@@ -27,6 +27,7 @@ LAYERS = (
         "megatron_mlra.fault_tolerance",
         "megatron_mlra.preprocess",
         "megatron_mlra.evaluation",
+        "megatron_mlra.planner",
     ),
     ("megatron_mlra.attention", "megatron_mlra.baselines", "megatron_mlra.te_linear"),
     (
@@ -54,6 +55,7 @@ LAYERS = (
 FREE = (
     "megatron_mlra",
     "megatron_mlra.cpu_backend",
+    "megatron_mlra.tensor_parallel_fit",
     "megatron_mlra.upstream_fixes",
     "megatron_mlra.version",
 )

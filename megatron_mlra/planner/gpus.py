@@ -1,0 +1,80 @@
+"""Stated rates of GPUs, and what share of them a run is assumed to reach."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class GPU:
+    """One GPU as its vendor states it; dense rates, decimal units, one direction of a link."""
+
+    name: str
+    memory_gb: float
+    bf16_tflops: float
+    fp8_tflops: float
+    """0 where the GPU has none."""
+    memory_gb_s: float
+    link_gb_s: float
+    """To the other GPUs of its NVLink domain."""
+    network_gb_s: float
+    """To other nodes: one NIC a GPU, as in the vendor's reference systems."""
+    domain: int
+    """GPUs of one NVLink domain."""
+    source: str
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        GPU("a100", 80, 312, 0, 2039, 300, 25, 8, "NVIDIA A100 80GB SXM data sheet; HDR 200 Gb/s"),
+        GPU("h100", 80, 989, 1979, 3350, 450, 50, 8, "NVIDIA H100 SXM data sheet; NDR 400 Gb/s"),
+        GPU("h200", 141, 989, 1979, 4800, 450, 50, 8, "NVIDIA H200 SXM data sheet; NDR 400 Gb/s"),
+        GPU("b200", 180, 2250, 4500, 7700, 900, 50, 8, "NVIDIA DGX B200 data sheet; NDR 400 Gb/s"),
+        GPU("gb200", 186, 2500, 5000, 8000, 900, 50, 72, "NVIDIA GB200 NVL72 data sheet"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """Shares of the stated rates, and latencies; every field is a flag of tools/plan.py."""
+
+    gemm: float = 0.65
+    """Share of the peak that a layer's matrix products reach."""
+    core: float = 0.5
+    """Share of the bf16 peak that the attention core reaches (500 TFLOP/s measured on an H200)."""
+    bandwidth: float = 0.8
+    """Share of the memory's rate that elementwise work and the optimizer reach."""
+    network: float = 0.75
+    """Share of a link's rate that collectives reach."""
+    passes: float = 4.0
+    """How often elementwise work moves what is saved for backward, forward and backward."""
+    dp_overlap: float = 0.8
+    """Share of one micro-batch's time that hides data-parallel traffic."""
+    memory: float = 0.92
+    """Share of a GPU's memory a run may plan with; CUDA, NCCL and fragments take the rest."""
+    collective_us: float = 8.0
+    """Start-up time of one collective while decoding."""
+
+    def __post_init__(self) -> None:
+        for name in ("gemm", "core", "bandwidth", "network", "memory"):
+            value = getattr(self, name)
+            if not 0 < value <= 1:
+                raise ValueError(f"--{name} is {value}; use a share above 0 and at most 1")
+        for name in ("passes", "dp_overlap", "collective_us"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} is {value}; use a number of at least 0")
+
+
+def find(name: str) -> GPU:
+    """The GPU of this name.
+
+    Raises:
+        ValueError: names those there are.
+    """
+    if name not in GPUS:
+        raise ValueError(f"--gpu {name} is not known; use one of {', '.join(GPUS)}")
+    return GPUS[name]

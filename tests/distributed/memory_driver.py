@@ -1,0 +1,162 @@
+"""What a small real model holds in memory, for the planner to be held against.
+
+Usage: memory_driver.py FOLDER. Writes one JSON a case: bytes saved for backward at the end of the
+forward (unique storages, parameters not among them), of the optimizer's state, of weights and
+gradient buffers.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_mlra.cpu_backend import enable_cpu_backend
+
+enable_cpu_backend()
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+from megatron_mlra.layer_specs import block_spec
+from megatron_mlra.upstream_fixes import repair_torch_adamw_resume
+from tiny import Layout, make_config
+from world import run_world
+
+MODEL = {
+    "num_layers": 3,
+    "hidden_size": 256,
+    "ffn_hidden_size": 704,
+    "num_attention_heads": 8,
+}
+LATENT = {
+    "q_lora_rank": 96,
+    "kv_lora_rank": 128,
+    "qk_head_dim": 32,
+    "qk_pos_emb_head_dim": 16,
+    "v_head_dim": 32,
+    "num_latent_heads": 4,
+    "num_branches": 4,
+}
+GQA = {"attention": "gqa", "kv_channels": 32, "num_query_groups": 2}
+VOCAB, SEQ, BATCH = 512, 128, 2
+MLA = {"num_latent_heads": 1, "num_branches": 1}
+SELECTIVE = {"recompute_granularity": "selective"}
+
+CASES: dict[str, tuple[Layout, dict[str, Any]]] = {
+    "mlra4": (Layout(), {}),
+    "mlra4_fp32": (Layout(), {"bf16": False}),
+    "mlra4_materialized": (Layout(), {"core_form": "materialized"}),
+    "mlra4_gated": (Layout(), {"output_gate": True}),
+    "mlra4_core": (Layout(), SELECTIVE | {"recompute_modules": ["core_attn"]}),
+    "mlra4_up_proj": (Layout(), SELECTIVE | {"recompute_modules": ["mla_up_proj"]}),
+    "mlra4_both": (Layout(), SELECTIVE | {"recompute_modules": ["core_attn", "mla_up_proj"]}),
+    "mlra4_full": (
+        Layout(),
+        {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        },
+    ),
+    "mla": (Layout(), MLA),
+    "gqa": (Layout(), GQA),
+    "mlra4_tp2": (Layout(tp=2), {"sequence_parallel": True}),
+    "mlra4_tp2_latent": (Layout(tp=2), {"sequence_parallel": True, "latent_tp_layout": "latent"}),
+    "mlra4_dp2": (Layout(dp=2, distributed_optimizer=True), {}),
+}
+
+
+def measure(layout: Layout, overrides: dict[str, Any]) -> dict[str, int]:
+    """Bytes on this rank."""
+    layout.initialize()
+    overrides = {"bf16": True} | overrides
+    dtype = torch.bfloat16 if overrides["bf16"] else torch.float32
+    sizes = MODEL | ({} if overrides.get("attention") == "gqa" else LATENT)
+    config = make_config(layout, **sizes | {"params_dtype": dtype} | overrides)
+    model = GPTModel(
+        config,
+        block_spec(config),
+        VOCAB,
+        SEQ,
+        share_embeddings_and_output_weights=True,
+        position_embedding_type="rope",
+    )
+    distributed = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=layout.distributed_optimizer
+    )
+    wrapped = DistributedDataParallel(config, distributed, model)
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            lr=1e-3,
+            bf16=config.bf16,
+            params_dtype=dtype,
+            use_distributed_optimizer=layout.distributed_optimizer,
+        ),
+        [wrapped],
+    )
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            saved.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    tokens = torch.randint(VOCAB, (BATCH, SEQ))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = wrapped(tokens, torch.arange(SEQ).expand(BATCH, SEQ), None, labels=tokens)
+    if "-v" in sys.argv:
+        for t in saved.values():
+            print(
+                tuple(t.shape),
+                t.dtype,
+                t.untyped_storage().nbytes() / (SEQ * BATCH),
+                t.grad_fn.name() if t.grad_fn else None,
+            )
+    activations = sum(t.untyped_storage().nbytes() for t in saved.values())
+    saved.clear()
+    loss.sum().backward()
+    optimizer.step()
+    return {
+        "activations": activations,
+        "weights": sum(p.nbytes for p in model.parameters()),
+        "gradients": sum(b.grad_data.nbytes for b in wrapped.buffers_list())
+        if hasattr(wrapped, "buffers_list")
+        else sum(b.grad_data.nbytes for b in wrapped.buffers),
+        "optimizer": optimizer_bytes(optimizer),
+    }
+
+
+def optimizer_bytes(optimizer) -> int:
+    """Main weights in float32, where the model's are not, and Adam's moments."""
+    kept: dict[int, int] = {}
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        adam = part.optimizer
+        states = [t for state in adam.state.values() for t in state.values()]
+        main = [p for group in adam.param_groups for p in group["params"]]
+        for t in (*states, *main):
+            if torch.is_tensor(t):
+                kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+    return sum(kept.values())
+
+
+def main(folder: Path) -> None:
+    repair_torch_adamw_resume()
+    for name, (layout, overrides) in CASES.items():
+        if len(sys.argv) > 3 and name not in sys.argv[3:]:
+            continue
+
+        def work(rank: int, layout=layout, overrides=overrides, name=name) -> None:
+            figures = measure(layout, overrides)
+            (folder / f"{name}-{rank}.json").write_text(json.dumps(figures))
+
+        run_world(layout.world, work, folder / name, timeout=120)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
