@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+ALIASES = {"qk_nope_head_dim": "qk_head_dim", "qk_rope_head_dim": "qk_pos_emb_head_dim"}
+"""Flags whose argparse destination has another name."""
 
 
 def load_preset(path: str | Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
@@ -21,6 +25,47 @@ def load_preset(path: str | Path, parser: argparse.ArgumentParser) -> dict[str, 
             value the flag would refuse.
     """
     return _load(Path(path), parser, ())
+
+
+def preset_values(path: str | Path) -> dict[str, Any]:
+    """The values of a preset and its bases, by argparse destination, without a parser to check
+    them: for what needs no Megatron.
+
+    Raises:
+        ValueError: for a missing file, bad YAML or a base that leads back.
+    """
+    path, chain, seen = Path(path), [], set()
+    while True:
+        if path.resolve() in seen:
+            raise ValueError(f"--config {path}: base leads back to this file; remove it")
+        seen.add(path.resolve())
+        values = _read(path)
+        chain.append(values)
+        base = values.pop("base", None)
+        if base is None:
+            break
+        if not isinstance(base, str):
+            raise ValueError(f"--config {path}: base is {base!r}; use the name of another preset")
+        path = path.parent / base
+    merged: dict[str, Any] = {}
+    for values in reversed(chain):
+        merged |= {ALIASES.get(key, key): value for key, value in values.items()}
+    if isinstance(merged.get("moe_layer_freq"), str):
+        merged["moe_layer_freq"] = _layer_pattern(merged["moe_layer_freq"])
+    return merged
+
+
+def _layer_pattern(text: str) -> list[int] | int:
+    """Megatron's pattern of layers, e.g. `([0]+[1]*26)`, or a plain number."""
+    if text.isdigit():
+        return int(text)
+    pattern: list[int] = []
+    for term in text.strip("() ").split("+"):
+        found = re.fullmatch(r"\s*\[([01](?:\s*,\s*[01])*)\]\s*(?:\*\s*(\d+))?\s*", term)
+        if not found:
+            raise ValueError(f"moe_layer_freq is {text!r}; use a form such as ([0]+[1]*26)")
+        pattern += [int(bit) for bit in found[1].split(",")] * int(found[2] or 1)
+    return pattern
 
 
 def _load(path: Path, parser: argparse.ArgumentParser, above: tuple[Path, ...]) -> dict[str, Any]:

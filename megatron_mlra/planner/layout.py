@@ -29,6 +29,8 @@ class Layout:
     """Has no effect at tp 1."""
     tp_layout: str = "head"
     distributed_optimizer: bool = True
+    keep_absorbed_query: bool = False
+    """Whether the absorbed core's query is kept for backward and not rebuilt."""
 
     @property
     def gpus(self) -> int:

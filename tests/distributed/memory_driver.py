@@ -7,6 +7,7 @@ gradient buffers.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -16,16 +17,16 @@ from megatron_mlra.cpu_backend import enable_cpu_backend
 
 enable_cpu_backend()
 
-import torch
-from megatron.core import parallel_state as mpu
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+import torch  # noqa: E402
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
+from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 
-from megatron_mlra.layer_specs import block_spec
-from megatron_mlra.upstream_fixes import repair_torch_adamw_resume
-from tiny import Layout, make_config
-from world import run_world
+from megatron_mlra import attention  # noqa: E402
+from megatron_mlra.layer_specs import block_spec  # noqa: E402
+from megatron_mlra.upstream_fixes import repair_torch_adamw_resume  # noqa: E402
+from tiny import Layout, make_config  # noqa: E402
+from world import run_world  # noqa: E402
 
 MODEL = {
     "num_layers": 3,
@@ -49,6 +50,7 @@ SELECTIVE = {"recompute_granularity": "selective"}
 
 CASES: dict[str, tuple[Layout, dict[str, Any]]] = {
     "mlra4": (Layout(), {}),
+    "mlra4_query_kept": (Layout(), {"recompute_absorbed_query": False}),
     "mlra4_fp32": (Layout(), {"bf16": False}),
     "mlra4_materialized": (Layout(), {"core_form": "materialized"}),
     "mlra4_gated": (Layout(), {"output_gate": True}),
@@ -107,17 +109,18 @@ def measure(layout: Layout, overrides: dict[str, Any]) -> dict[str, int]:
             saved.setdefault(tensor.untyped_storage()._cdata, tensor)
         return tensor
 
+    @contextlib.contextmanager
+    def rebuilt_in_backward(query: torch.Tensor, rebuild):
+        # The module's own hooks would hide what the core saves from those below.
+        weights.add(query.untyped_storage().data_ptr())
+        kept.append(query)
+        yield
+
+    kept: list[torch.Tensor] = []
+    attention.rebuilt_in_backward = rebuilt_in_backward
     tokens = torch.randint(VOCAB, (BATCH, SEQ))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = wrapped(tokens, torch.arange(SEQ).expand(BATCH, SEQ), None, labels=tokens)
-    if "-v" in sys.argv:
-        for t in saved.values():
-            print(
-                tuple(t.shape),
-                t.dtype,
-                t.untyped_storage().nbytes() / (SEQ * BATCH),
-                t.grad_fn.name() if t.grad_fn else None,
-            )
     activations = sum(t.untyped_storage().nbytes() for t in saved.values())
     saved.clear()
     loss.sum().backward()
@@ -125,14 +128,12 @@ def measure(layout: Layout, overrides: dict[str, Any]) -> dict[str, int]:
     return {
         "activations": activations,
         "weights": sum(p.nbytes for p in model.parameters()),
-        "gradients": sum(b.grad_data.nbytes for b in wrapped.buffers_list())
-        if hasattr(wrapped, "buffers_list")
-        else sum(b.grad_data.nbytes for b in wrapped.buffers),
-        "optimizer": optimizer_bytes(optimizer),
+        "gradients": sum(b.grad_data.nbytes for b in wrapped.buffers),
+        "optimizer": optimizer_bytes(optimizer, weights),
     }
 
 
-def optimizer_bytes(optimizer) -> int:
+def optimizer_bytes(optimizer, weights: set[int]) -> int:
     """Main weights in float32, where the model's are not, and Adam's moments."""
     kept: dict[int, int] = {}
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
@@ -140,7 +141,7 @@ def optimizer_bytes(optimizer) -> int:
         states = [t for state in adam.state.values() for t in state.values()]
         main = [p for group in adam.param_groups for p in group["params"]]
         for t in (*states, *main):
-            if torch.is_tensor(t):
+            if torch.is_tensor(t) and t.untyped_storage().data_ptr() not in weights:
                 kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
     return sum(kept.values())
 
@@ -148,8 +149,6 @@ def optimizer_bytes(optimizer) -> int:
 def main(folder: Path) -> None:
     repair_torch_adamw_resume()
     for name, (layout, overrides) in CASES.items():
-        if len(sys.argv) > 3 and name not in sys.argv[3:]:
-            continue
 
         def work(rank: int, layout=layout, overrides=overrides, name=name) -> None:
             figures = measure(layout, overrides)

@@ -114,6 +114,8 @@ def build_and_count(args: argparse.Namespace, groups, monkeypatch) -> int:
         "tensor_model_parallel_size": 1,
         "pipeline_model_parallel_size": 1,
         "expert_model_parallel_size": 1,
+        "virtual_pipeline_model_parallel_size": None,
+        "num_layers_per_virtual_pipeline_stage": None,
         "pipeline_dtype": None,
         "moe_grouped_gemm": False,
     }.items():

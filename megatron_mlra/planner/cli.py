@@ -1,0 +1,121 @@
+"""The command line of tools/plan.py."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megatron_mlra.accounting import ModelShape
+from megatron_mlra.planner.gpus import GPUS, Assumptions, find
+from megatron_mlra.planner.report import Report, build
+from megatron_mlra.presets import preset_values
+
+CONTEXTS = (8192, 131072, 1048576)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags, those of Assumptions among them."""
+    flags = argparse.ArgumentParser(
+        description="Memory, time, traffic and layouts of a run before it is launched.",
+        allow_abbrev=False,
+    )
+    flags.error = _refuse
+    flags.add_argument("--config", required=True, help="preset, as of pretrain_mlra.py")
+    flags.add_argument("--gpus", type=int, required=True, help="GPUs of the training run")
+    flags.add_argument("--gpu", default="h100", help=", ".join(GPUS))
+    flags.add_argument("--seq-length", type=int, help="in place of the preset's")
+    flags.add_argument("--global-batch-size", type=int, help="in place of the preset's")
+    flags.add_argument("--tp-layout", choices=("head", "latent"), default="head")
+    flags.add_argument("--cp", type=int, default=1, help="context-parallel size to plan with")
+    flags.add_argument("--fp8", action="store_true", help="matrix products of layers in FP8")
+    flags.add_argument("--top", type=int, default=5, help="layouts to print")
+    flags.add_argument("--decode-gpus", type=int, default=8, help="GPUs of one decoding replica")
+    flags.add_argument("--decode-batch", type=int, default=1)
+    flags.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXTS))
+    flags.add_argument("--json", action="store_true", help="print JSON and no tables")
+    flags.add_argument("--plot", metavar="FILE.png", help="draw memory, time and decoding")
+    assumed = flags.add_argument_group("assumptions (shares of stated rates)")
+    for field in fields(Assumptions):
+        assumed.add_argument("--" + field.name.replace("_", "-"), type=float, default=field.default)
+    return flags
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the plan; returns the exit code."""
+    try:
+        args = parser().parse_args(argv)
+        report = plan(args)
+        if args.plot:
+            from megatron_mlra.planner.plot import draw
+
+            draw(report, Path(args.plot))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps(report.to_json(), indent=1))
+    else:
+        report.print()
+    return 0 if report.plans else 1
+
+
+def plan(args: argparse.Namespace) -> Report:
+    """The report of parsed flags.
+
+    Raises:
+        ValueError: one line that names the flag and the fix.
+    """
+    for name in ("gpus", "top", "cp", "decode_gpus", "decode_batch"):
+        if getattr(args, name) < 1:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} is {getattr(args, name)}; use at least 1")
+    if min(args.contexts) < 1:
+        raise ValueError(f"--contexts {min(args.contexts)}; use at least 1")
+    if args.plot and not Path(args.plot).parent.is_dir():
+        raise ValueError(f"--plot {args.plot}: there is no folder {Path(args.plot).parent}")
+    gpu = find(args.gpu)
+    if args.fp8 and not gpu.fp8_tflops:
+        raise ValueError(f"--fp8: {gpu.name} has no FP8; leave it out")
+    assume = Assumptions(**{f.name: getattr(args, f.name) for f in fields(Assumptions)})
+    values = preset_values(args.config)
+    shape = shape_of(values, args.seq_length)
+    batch = args.global_batch_size or values.get("global_batch_size")
+    if not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"--global-batch-size is {batch!r}; use a number of sequences")
+    return build(
+        name=Path(args.config).stem,
+        shape=shape,
+        gpus=args.gpus,
+        gpu=gpu,
+        global_batch=batch,
+        assume=assume,
+        tp_layout=args.tp_layout,
+        cp=args.cp,
+        fp8=args.fp8,
+        top=args.top,
+        contexts=tuple(args.contexts),
+        decode_gpus=args.decode_gpus,
+        decode_batch=args.decode_batch,
+    )
+
+
+def shape_of(values: dict[str, Any], seq_length: int | None = None) -> ModelShape:
+    """The shape of a preset's values; `seq_length` replaces the preset's.
+
+    Raises:
+        ValueError: for a size that is missing or not positive.
+    """
+    shape = ModelShape.from_args({"swiglu": True} | values)
+    if seq_length is not None:
+        shape = replace(shape, seq_length=seq_length)
+    if shape.seq_length < 1:
+        raise ValueError(f"--seq-length is {shape.seq_length}; use at least 1")
+    return shape
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(message)

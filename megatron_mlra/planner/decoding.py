@@ -1,0 +1,149 @@
+"""What decoding costs at a context length: cache bytes a device, and a floor of a token's time.
+
+The floor loads the weights and the cache once and sends what the layout exchanges; kernels,
+sampling and scheduling come on top, for every attention alike. Letters of accounting.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+
+from megatron_mlra.accounting import ModelShape, kv_cache_elements, parameters
+from megatron_mlra.planner.gpus import GPU, Assumptions
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """One attention at one context length on `devices` GPUs."""
+
+    name: str
+    context: int
+    batch: int
+    devices: int
+    kv_bytes_per_token: int
+    """All layers, on one device."""
+    cache_gib: float
+    """Of the batch, on one device."""
+    weights_ms: float
+    cache_ms: float
+    exchange_ms: float
+
+    @property
+    def floor_ms(self) -> float:
+        """Milliseconds a token, at least."""
+        return self.weights_ms + self.cache_ms + self.exchange_ms
+
+    def to_json(self) -> dict:
+        return asdict(self) | {"floor_ms": self.floor_ms}
+
+
+@dataclass(frozen=True)
+class Way:
+    """An attention and how its cache is cut over devices."""
+
+    name: str
+    shape: ModelShape
+    heads: int
+    """Devices over which heads (or latents) are cut; the rest cut the tokens of the cache."""
+    gathered: int
+    """Numbers a sequence and layer that are gathered before the core."""
+    returned: int
+    """Numbers a sequence and layer that come back after it."""
+    collectives: int
+    """Of a layer's attention; the MLP adds one."""
+
+
+def ways(shape: ModelShape, devices: int) -> list[Way]:
+    """This model and what a user might pick instead, all of this model's heads and layers.
+
+    The others differ in the attention alone: MLA with every device holding all latents, MLA with
+    the cache's tokens cut over devices (decode context parallelism: no retraining, a softmax merge
+    over devices), GLA-4 and GQA with 8 key/value heads.
+    """
+    if shape.attention != "mlra":
+        c = shape.kv_channels
+        d_c, d_h, d_r, d_q = 4 * c, c, c // 2, None
+    else:
+        d_c = shape.kv_lora_rank
+        d_h, d_r, d_q = shape.qk_nope_head_dim, shape.qk_rope_head_dim, shape.q_lora_rank
+    d_v = shape.v_head_dim or d_h
+    latent = {
+        "attention": "mlra",
+        "q_lora_rank": d_q,
+        "kv_lora_rank": d_c,
+        "qk_nope_head_dim": d_h,
+        "qk_rope_head_dim": d_r,
+        "v_head_dim": d_v,
+    }
+
+    def family(L: int, N: int) -> ModelShape:
+        return replace(shape, **latent, num_latent_heads=L, num_branches=N)
+
+    groups = shape.num_query_groups if shape.attention == "gqa" else 8
+    gqa = replace(shape, attention="gqa", num_query_groups=groups, kv_channels=d_h)
+    found = [
+        _latent_way("MLRA-4", family(4, 4), devices),
+        Way("MLA", family(1, 1), devices, 0, 0, 1),
+        _sharded_tokens("MLA, tokens cut (DCP)", family(1, 1), 1, devices),
+        _latent_way("GLA-4", family(4, 1), devices),
+        Way(f"GQA, {groups} KV heads", gqa, devices, 0, 0, 1),
+    ]
+    if devices > 4:
+        found.insert(
+            1, _sharded_tokens(f"MLRA-4, tokens cut x{devices // 4}", family(4, 4), 4, devices)
+        )
+    own = shape.variant.removesuffix(" gated")
+    if own not in {way.name for way in found} and shape.attention == "mlra":
+        found.insert(0, _latent_way(own, shape, devices))
+    return found
+
+
+def _latent_way(name: str, shape: ModelShape, devices: int) -> Way:
+    """Latent heads over devices: queries to the latents, branch outputs back to the heads."""
+    h, d_v = shape.num_attention_heads, shape.v_head_dim
+    if shape.num_branches == 1:
+        # Every head has one latent, which is where its head is: nothing to exchange.
+        return Way(name, shape, devices, 0, 0, 1)
+    return Way(
+        name, shape, devices, h * (shape.qk_nope_head_dim + shape.qk_rope_head_dim), h * d_v, 3
+    )
+
+
+def _sharded_tokens(name: str, shape: ModelShape, heads: int, devices: int) -> Way:
+    """The cache's tokens over devices: absorbed queries out, partial outputs and their LSE back."""
+    h, l, d_r = shape.num_attention_heads, shape.latent_dim, shape.qk_rope_head_dim
+    return Way(name, shape, heads, h * (l + d_r), h * (l + 1), 4)
+
+
+def decode(
+    way: Way, context: int, batch: int, devices: int, gpu: GPU, assume: Assumptions
+) -> Decoding:
+    """The floor of one step that decodes a token for each of `batch` sequences, in bf16."""
+    e, shape = 2, way.shape
+    cut = devices // way.heads
+    elements = kv_cache_elements(shape, way.heads)
+    per_token = -(-shape.num_layers * elements * e // cut)
+    cache = per_token * context * batch
+    rate = gpu.memory_gb_s * 1e9 * assume.bandwidth
+    weights = e * (parameters(shape).active - (0 if shape.tied_embeddings else _embedding(shape)))
+    link = gpu.link_gb_s if devices <= gpu.domain else gpu.network_gb_s
+    sent = e * batch * shape.num_layers * (way.gathered + way.returned) * (devices - 1) / devices
+    sent += 2 * 2 * e * batch * shape.num_layers * shape.hidden_size * (devices - 1) / devices
+    exchange = sent / (link * 1e9 * assume.network) if devices > 1 else 0.0
+    if devices > 1:
+        exchange += shape.num_layers * (way.collectives + 1) * assume.collective_us * 1e-6
+    return Decoding(
+        name=way.name,
+        context=context,
+        batch=batch,
+        devices=devices,
+        kv_bytes_per_token=per_token,
+        cache_gib=cache / 2**30,
+        weights_ms=1e3 * weights / devices / rate,
+        cache_ms=1e3 * cache / rate,
+        exchange_ms=1e3 * exchange,
+    )
+
+
+def _embedding(shape: ModelShape) -> int:
+    return shape.vocab_size * shape.hidden_size

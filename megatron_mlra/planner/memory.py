@@ -1,0 +1,298 @@
+"""What one GPU of a training run holds: weights, gradients, optimizer, activations.
+
+Letters of accounting.py; `e` bytes of a number (2 in bf16). Activations are what torch keeps for
+backward, counted where the layers keep it: `local` as the torch layers do on a CPU, held to them by
+tests/distributed/test_planner_memory.py; `transformer_engine` as the fused layers do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from megatron_mlra.accounting import ModelShape, parameters
+from megatron_mlra.planner.layout import Layout
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes of a number: bf16 training with float32 gradients and main weights, or all float32."""
+
+    weight: int = 2
+    gradient: int = 4
+    main: int = 4
+    """A float32 copy of a weight; 0 where the weight is one."""
+    moments: int = 8
+    """Adam's two."""
+
+    @classmethod
+    def of(cls, half: bool) -> Precision:
+        return cls() if half else cls(weight=4, main=0)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the fullest GPU."""
+
+    parameters: int
+    """Of that GPU (a count, not bytes)."""
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    working: int
+    """On top while one micro-batch runs: logits and their gradient, the layer recomputed."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.working
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self) | {"total": self.total}
+
+
+def rank_parameters(shape: ModelShape, layout: Layout, stage: int = 0) -> tuple[int, int]:
+    """Parameters of one rank of a pipeline stage: (dense, experts)."""
+    p, tp, n = parameters(shape), layout.tp, shape.num_layers
+    attention = sum(p.attention.values())
+    replicated = 0
+    if shape.attention == "gqa":
+        kv = 2 * shape.num_query_groups * shape.kv_channels * shape.hidden_size
+        own = -(-shape.num_query_groups // tp) * 2 * shape.kv_channels * shape.hidden_size
+        attention += tp * own - kv
+        replicated = sum(p.attention_norms.values())
+    elif shape.attention != "mlra":
+        replicated = sum(p.attention_norms.values())
+    else:
+        attention += sum(p.attention_norms.values())
+    per_layer = attention // tp + replicated + p.layer_norms
+    moe = [i >= shape.num_dense_layers for i in range(n)] if shape.num_experts else [False] * n
+    first, count = stage * n // layout.pp, n // layout.pp
+    experts_of_layer = 0
+    if shape.num_experts:
+        matrices = 3 if shape.swiglu else 2
+        expert = matrices * shape.hidden_size * shape.moe_ffn_hidden_size
+        experts_of_layer = shape.num_experts // layout.ep * (expert // tp)
+        shared = matrices * shape.hidden_size * shape.moe_shared_ffn_hidden_size // tp
+        router = shape.hidden_size * shape.num_experts
+    dense = experts = 0
+    for is_moe in moe[first : first + count]:
+        dense += per_layer + ((shared + router) if is_moe else p.mlp // tp)
+        experts += experts_of_layer if is_moe else 0
+    if stage == 0:
+        dense += p.embedding // tp
+    if stage == layout.pp - 1:
+        dense += p.final_norm + p.output_layer // tp
+        if shape.tied_embeddings and layout.pp > 1:
+            dense += p.embedding // tp
+    return dense, experts
+
+
+def attention_activations(shape: ModelShape, layout: Layout, implementation: str, e: int) -> float:
+    """Bytes per token that one layer's attention saves, its input among them."""
+    return sum(_attention_items(shape, layout, implementation, e).values())
+
+
+def _attention_items(
+    shape: ModelShape, layout: Layout, implementation: str, e: int
+) -> dict[str, float]:
+    d, h, tp = shape.hidden_size, shape.num_attention_heads, layout.tp
+    local, full = implementation == "local", not layout.sequence_parallel or tp == 1
+    drop = layout.recompute.split("+")
+    if shape.attention != "mlra":
+        return _baseline_items(shape, layout, local, e, 1.0 if full else 1 / tp)
+    L, N = shape.num_latent_heads, shape.num_branches
+    G, l = L // N, shape.latent_dim
+    d_h, d_r, d_v = shape.qk_nope_head_dim, shape.qk_rope_head_dim, shape.v_head_dim
+    if layout.tp_layout == "head":
+        n, heads = N, h / tp
+    elif N % tp == 0:
+        n, heads = N // tp, h
+    else:
+        n, heads = 1, h * N / tp
+    groups = max(1, heads * G / h)
+    wide = 4
+    items: dict[str, float] = {"input": e * d}
+    if shape.q_lora_rank:
+        items["q_norm"] = 2 * wide * shape.q_lora_rank / tp
+        items["q_latent"] = e * shape.q_lora_rank
+    items["kv_norm"] = 2 * wide * shape.kv_lora_rank / tp
+    latents = e * n * groups * l
+    query, core_key = e * n * heads * (l + d_r), e * n * groups * (l + d_r)
+    value_dim = l
+    items["q"] = e * heads * (d_h + d_r)
+    if shape.absorbed:
+        items["query"] = query if layout.keep_absorbed_query else 0.0
+        items["key"] = core_key
+        items["latents"] = latents
+    else:
+        value_dim = d_v
+        items["q"] = 0.0
+        items["latents"] = latents
+        items["query"] = items["key"] = e * n * heads * (d_h + d_r)
+        items["value"] = e * n * heads * (d_h + d_v)
+    width = max(l + d_r if shape.absorbed else d_h + d_r, value_dim)
+    if local:
+        # torch's CPU kernel takes one head dim for all three, and a key and value a query head.
+        items["core"] = e * n * heads * width + 4 * n * heads
+        repeated = e * n * heads * width
+        if groups < heads:
+            items["key"] = repeated
+        items["value"] = repeated
+        items["z"] = e * n * heads * value_dim if shape.absorbed else 0.0
+    else:
+        items["core"] = e * n * heads * value_dim + 4 * n * heads
+    items["output"] = e * h * d_v / tp
+    if shape.output_gate:
+        items["gate"] = (4 + 2 * e) * h * d_v / tp
+    return _without(items, drop, shape, local, core_key, latents)
+
+
+def _without(items, drop, shape, local, core_key, latents) -> dict[str, float]:
+    """What is left when backward recomputes the core, the up-projections, or both."""
+    if "core" in drop:
+        items["core"] = 0.0
+        if local:
+            items["key"], items["value"] = core_key, 0.0
+            if not shape.absorbed:
+                items["key"] = items["query"]
+    if "up_proj" in drop:
+        items["q"] = items["query"] = 0.0
+        if not (local and "core" not in drop):
+            items["key"] = 0.0
+            items["value"] = 0.0
+        items["latents"] = latents
+    return items
+
+
+def _baseline_items(
+    shape: ModelShape, layout: Layout, local: bool, e: int, share: float
+) -> dict[str, float]:
+    d, tp, c = shape.hidden_size, layout.tp, shape.kv_channels
+    heads = shape.num_attention_heads / tp
+    groups = max(1.0, (shape.num_query_groups or shape.num_attention_heads) / tp)
+    if shape.attention in ("mfa", "tpa"):
+        groups = 1.0 if shape.attention == "mfa" else heads
+    items: dict[str, float] = {"input": e * d * share}
+    items["query"], items["key"] = e * heads * c, e * groups * c
+    items["value"] = e * groups * c
+    if local:
+        # Megatron's torch core keeps the scores: softmax, its copy in e bytes, the mask.
+        items["key"] = items["value"] = e * heads * c
+        items["core"] = (4 + e) * heads * shape.seq_length
+    else:
+        items["core"] = e * heads * c + 4 * heads
+    if shape.attention == "mfa":
+        items["q_latent"] = (2 * 4 / tp + e) * (shape.q_lora_rank or 0)
+    if "core" in layout.recompute:
+        items["core"] = 0.0
+    items["output"] = e * heads * c if local or "core" in layout.recompute else 0.0
+    if shape.output_gate:
+        items["gate"] = (4 + 2 * e) * heads * c
+    return items
+
+
+def layer_activations(
+    shape: ModelShape, layout: Layout, implementation: str, e: int, moe: bool = False
+) -> float:
+    """Bytes per token that one layer saves for backward, `layout.recompute` applied."""
+    d, tp = shape.hidden_size, layout.tp
+    share = layout.sequence_share
+    if layout.recompute == "full":
+        return e * d * share
+    local = implementation == "local"
+    norm = (2 * 4 if local else e) * d * share
+    products = (5 if local else 3) if shape.swiglu else 2
+    if moe:
+        routed = shape.moe_topk * (e * d + products * e * shape.moe_ffn_hidden_size / tp)
+        shared = products * e * shape.moe_shared_ffn_hidden_size / tp
+        mlp = e * d * share + routed + shared + 4 * shape.num_experts * share
+    else:
+        mlp = e * d * share + products * e * shape.ffn_hidden_size / tp
+    return 2 * norm + attention_activations(shape, layout, implementation, e) + mlp
+
+
+def output_activations(shape: ModelShape, layout: Layout, implementation: str, e: int) -> float:
+    """Bytes per token of the final norm, the output layer's input and the softmax."""
+    norm = (2 * 4 if implementation == "local" else e) * shape.hidden_size
+    kept = (norm + e * shape.hidden_size) * layout.sequence_share
+    return kept + 4 * shape.vocab_size / layout.tp
+
+
+def saved_activations(
+    shape: ModelShape,
+    layout: Layout,
+    implementation: str = "transformer_engine",
+    half: bool = True,
+) -> float:
+    """Bytes that one forward of one micro-batch through all layers and the loss saves on a rank."""
+    e = 2 if half else 4
+    layers = sum(
+        layer_activations(shape, layout, implementation, e, moe) for moe in _moe_layers(shape)
+    )
+    tokens = layout.micro_batch * shape.seq_length / layout.cp
+    if layout.recompute == "full":
+        layers += e * shape.hidden_size * layout.sequence_share  # what the last one returns
+    return tokens * (layers + output_activations(shape, layout, implementation, e))
+
+
+def _moe_layers(shape: ModelShape) -> list[bool]:
+    if not shape.num_experts:
+        return [False] * shape.num_layers
+    return [i >= shape.num_dense_layers for i in range(shape.num_layers)]
+
+
+def optimizer_bytes(dense: int, experts: int, layout: Layout, half: bool = True) -> int:
+    """Main weights and Adam's moments; the distributed optimizer shares them over replicas."""
+    precision = Precision.of(half)
+    each = precision.main + precision.moments
+    if not layout.distributed_optimizer:
+        return each * (dense + experts)
+    replicas = layout.dp * layout.cp
+    return int(each * (dense / replicas + experts / max(1, replicas // layout.ep)))
+
+
+def memory(
+    shape: ModelShape,
+    layout: Layout,
+    implementation: str = "transformer_engine",
+    half: bool = True,
+) -> Memory:
+    """Of the fullest pipeline stage: the first holds most micro-batches, the last the logits."""
+    stages = {0, layout.pp - 1}
+    return max(
+        (_stage_memory(shape, layout, stage, implementation, half) for stage in stages),
+        key=lambda m: m.total,
+    )
+
+
+def _stage_memory(
+    shape: ModelShape, layout: Layout, stage: int, implementation: str, half: bool
+) -> Memory:
+    e, precision = 2 if half else 4, Precision.of(half)
+    dense, experts = rank_parameters(shape, layout, stage)
+    pp, vpp = layout.pp, layout.vpp
+    tokens = layout.micro_batch * shape.seq_length / layout.cp
+    count = shape.num_layers // pp
+    # Micro-batches whose activations a stage holds under 1F1B, in forwards of the whole stage.
+    in_flight = float(pp - stage)
+    if vpp > 1:
+        in_flight = pp + (pp - 1) / vpp - stage * (vpp - 1) / vpp
+    kinds = _moe_layers(shape)[stage * count : (stage + 1) * count]
+    layers = sum(layer_activations(shape, layout, implementation, e, moe) for moe in kinds)
+    activations, working = tokens * layers * in_flight, 0.0
+    if stage == pp - 1:
+        activations += tokens * output_activations(shape, layout, implementation, e)
+        working += tokens * (4 + e) * shape.vocab_size / layout.tp
+    if layout.recompute == "full":
+        whole = Layout(**(layout.to_json() | {"recompute": "none"}))
+        working += tokens * layer_activations(shape, whole, implementation, e, kinds[-1])
+    return Memory(
+        parameters=dense + experts,
+        weights=(dense + experts) * precision.weight,
+        gradients=(dense + experts) * precision.gradient,
+        optimizer=optimizer_bytes(dense, experts, layout, half),
+        activations=int(activations),
+        working=int(working),
+    )

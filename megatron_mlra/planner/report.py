@@ -1,0 +1,150 @@
+"""Everything the planner says about a model on a number of GPUs: as tables and as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+
+from megatron_mlra.accounting import (
+    ModelShape,
+    kv_cache_bytes_per_token,
+    parameters,
+    train_flops_per_token,
+)
+from megatron_mlra.planner.decoding import Decoding, decode, ways
+from megatron_mlra.planner.gpus import GPU, Assumptions
+from megatron_mlra.planner.memory import GIB
+from megatron_mlra.planner.search import Misfit, Plan, search
+from megatron_mlra.planner.step import traffic
+
+SURCHARGE_LENGTHS = (2048, 4096, 8192, 32768)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was asked and what came out."""
+
+    name: str
+    shape: ModelShape
+    gpus: int
+    gpu: GPU
+    global_batch: int
+    assume: Assumptions
+    fp8: bool
+    plans: list[Plan]
+    """The fastest first, `top` of them."""
+    misfits: list[Misfit]
+    found: int
+    """Layouts that fit, before the cut to `top`."""
+    surcharge: dict[int, float]
+    """Sequence length -> training FLOPs over those of the same model with MLA; empty for others
+    than MLRA and GLA."""
+    decodings: list[Decoding]
+    layouts_traffic: dict[str, float]
+    """Tensor-parallel bytes a GPU sends a step under the best plan's size, by layout."""
+
+    def to_json(self) -> dict:
+        flops = train_flops_per_token(self.shape)
+        counts = parameters(self.shape)
+        return {
+            "name": self.name,
+            "variant": self.shape.variant,
+            "shape": asdict(self.shape),
+            "gpus": self.gpus,
+            "gpu": asdict(self.gpu),
+            "global_batch_size": self.global_batch,
+            "assumptions": asdict(self.assume),
+            "fp8": self.fp8,
+            "parameters": counts.total,
+            "active_parameters": counts.active,
+            "flops_per_token": {"model": flops.model, "hardware": flops.hardware},
+            "kv_bytes_per_token": kv_cache_bytes_per_token(self.shape),
+            "layouts": [
+                {
+                    "layout": plan.layout.to_json(),
+                    "flags": plan.layout.flags(self.shape),
+                    "memory": plan.memory.to_json(),
+                    "step": plan.step.to_json(),
+                    "reason": plan.reason(),
+                }
+                for plan in self.plans
+            ],
+            "does_not_fit": [
+                {"layout": miss.layout.to_json(), "why": miss.why} for miss in self.misfits
+            ],
+            "training_flops_over_mla": self.surcharge,
+            "tensor_parallel_bytes": self.layouts_traffic,
+            "decoding": [row.to_json() for row in self.decodings],
+        }
+
+    def print(self) -> None:
+        """Tables for a person, on stdout."""
+        from rich.console import Console
+
+        from megatron_mlra.planner.tables import tables
+
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console = Console(highlight=False, width=110)
+        for part in tables(self):
+            console.print(part)
+
+
+def build(
+    *,
+    name: str,
+    shape: ModelShape,
+    gpus: int,
+    gpu: GPU,
+    global_batch: int,
+    assume: Assumptions,
+    tp_layout: str,
+    cp: int,
+    fp8: bool,
+    top: int,
+    contexts: tuple[int, ...],
+    decode_gpus: int,
+    decode_batch: int,
+) -> Report:
+    """Search and count.
+
+    Raises:
+        ValueError: when no cut of the GPUs exists for the model.
+    """
+    plans, misfits = search(shape, gpus, global_batch, gpu, assume, tp_layout, cp, fp8)
+    surcharge = {}
+    if shape.attention == "mlra" and shape.num_latent_heads > 1:
+        mla = replace(shape, num_latent_heads=1, num_branches=1, absorbed=False)
+        for length in SURCHARGE_LENGTHS:
+            ours, theirs = (train_flops_per_token(x, length).model for x in (shape, mla))
+            surcharge[length] = ours / theirs
+    decodings = [
+        decode(way, context, decode_batch, decode_gpus, gpu, assume)
+        for context in contexts
+        for way in ways(shape, decode_gpus)
+    ]
+    both = {}
+    if plans and shape.attention == "mlra" and plans[0].layout.tp > 1:
+        layout = plans[0].layout
+        m = global_batch // (layout.dp * layout.micro_batch)
+        for kind in ("head", "latent"):
+            both[kind] = traffic(shape, replace(layout, tp_layout=kind), m).tensor
+    return Report(
+        name=name,
+        shape=shape,
+        gpus=gpus,
+        gpu=gpu,
+        global_batch=global_batch,
+        assume=assume,
+        fp8=fp8,
+        plans=plans[:top],
+        misfits=misfits[:top],
+        found=len(plans),
+        surcharge=surcharge,
+        decodings=decodings,
+        layouts_traffic=both,
+    )
+
+
+def gib(count: float) -> str:
+    """Bytes in GiB, for a table."""
+    return f"{count / GIB:.1f}"

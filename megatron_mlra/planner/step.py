@@ -1,0 +1,216 @@
+"""Predicted time of a training step, from stated rates; letters of accounting.py.
+
+A step is m micro-batches through pp stages (1F1B or interleaved), then gradients and optimizer:
+
+    (m + (pp - 1) / vpp) (compute + elementwise + tensor parallel + expert parallel + pipeline)
+    + data parallel that a micro-batch does not hide + optimizer
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from megatron_mlra.accounting import ModelShape, parameters, train_flops_per_token
+from megatron_mlra.communication import tp_communication
+from megatron_mlra.planner.gpus import GPU, Assumptions
+from megatron_mlra.planner.layout import Layout
+from megatron_mlra.planner.memory import layer_activations, output_activations, rank_parameters
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes one GPU sends a step, by parallelism."""
+
+    tensor: float
+    context: float
+    pipeline: float
+    data: float
+    expert: float
+
+    def to_json(self) -> dict[str, float]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Predicted seconds of one training step on the slowest stage, and what they amount to."""
+
+    compute: float
+    elementwise: float
+    tensor: float
+    context: float
+    pipeline: float
+    expert: float
+    bubble: float
+    data: float
+    """What no computation hides."""
+    optimizer: float
+    traffic: Traffic
+    tokens: int
+    gpus: int
+    model_flops: float
+    """Of the whole step, by all GPUs."""
+    peak: float
+    """FLOP/s of all GPUs in the precision of the products."""
+
+    @property
+    def seconds(self) -> float:
+        parts = (self.compute, self.elementwise, self.tensor, self.context, self.pipeline)
+        return sum(parts) + self.expert + self.bubble + self.data + self.optimizer
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs over what the GPUs could have done."""
+        return self.model_flops / (self.seconds * self.peak)
+
+    @property
+    def tokens_per_gpu_second(self) -> float:
+        return self.tokens / self.seconds / self.gpus
+
+    def to_json(self) -> dict:
+        return asdict(self) | {
+            "seconds": self.seconds,
+            "mfu": self.mfu,
+            "tokens_per_gpu_second": self.tokens_per_gpu_second,
+        }
+
+
+def core_flops_per_token(shape: ModelShape, hardware: bool) -> float:
+    """Score and value products of all layers, forward and backward: what grows with the length."""
+    at = train_flops_per_token
+    name = "hardware" if hardware else "model"
+    s = shape.seq_length
+    # The rest does not depend on the length, so two lengths give the slope in (s + 1) / 2 keys.
+    slope = getattr(at(shape, 3), name) - getattr(at(shape, 1), name)
+    return slope * (s + 1) / 2
+
+
+def micro_batch_seconds(
+    shape: ModelShape, layout: Layout, gpu: GPU, assume: Assumptions, fp8: bool
+) -> tuple[float, float]:
+    """(compute, elementwise) of one micro-batch on the slowest stage, forward and backward."""
+    tokens = layout.micro_batch * shape.seq_length / layout.cp
+    flops = train_flops_per_token(shape)
+    core = core_flops_per_token(shape, hardware=True)
+    p = parameters(shape)
+    output = 6.0 * p.embedding
+    linear = flops.hardware - core - output
+    again = 0.0
+    if layout.recompute == "full":
+        again, core = linear / 3, core * 4 / 3
+    elif layout.recompute != "none":
+        if "core" in layout.recompute:
+            core *= 4 / 3
+        if "up_proj" in layout.recompute and shape.attention == "mlra":
+            again = train_flops_per_token(shape, recompute="up_proj").hardware - flops.hardware
+    # Flash-style backwards repeat the score product: 7 products where 6 are counted.
+    core *= 7 / 6
+    peak = (gpu.fp8_tflops if fp8 else gpu.bf16_tflops) * 1e12 * assume.gemm
+    core_peak = gpu.bf16_tflops * 1e12 * assume.core
+    stage = tokens / layout.tp / layout.pp
+    output_peak = gpu.bf16_tflops * 1e12 * assume.gemm
+    last = tokens / layout.tp * output / output_peak
+    compute = stage * ((linear + again) / peak + core / core_peak)
+    # The last stage also has the output layer; stages run in step, so it sets the pace.
+    compute += last
+    saved = layer_activations(shape, _without_recompute(layout), "transformer_engine", 2)
+    moved = shape.num_layers / layout.pp * saved
+    moved += output_activations(shape, layout, "transformer_engine", 2)
+    passes = assume.passes * (4 / 3 if layout.recompute == "full" else 1)
+    elementwise = tokens * moved * passes / (gpu.memory_gb_s * 1e9 * assume.bandwidth)
+    return compute, elementwise
+
+
+def _without_recompute(layout: Layout) -> Layout:
+    return Layout(**(layout.to_json() | {"recompute": "none"}))
+
+
+def traffic(shape: ModelShape, layout: Layout, micro_batches: int) -> Traffic:
+    """Bytes one GPU sends a step: ring algorithms, bf16 activations, float32 gradients."""
+    e, d, tp = 2, shape.hidden_size, layout.tp
+    tokens = layout.micro_batch * shape.seq_length / layout.cp * micro_batches
+    layers = shape.num_layers / layout.pp
+    tensor = 0.0
+    if tp > 1:
+        attention = tp_communication(shape, tp, layout.tp_layout, layout.sequence_parallel)
+        # The MLP: entry and exit, forward and backward, and the input once more for its weights.
+        mlp = (5 if layout.sequence_parallel else 4) * (tp - 1) / tp * d
+        tensor = e * tokens * layers * (attention.wire_numbers + mlp)
+        if layout.recompute == "full":
+            tensor += e * tokens * layers * (attention.wire_numbers + mlp) / 3
+    context = 0.0
+    if layout.cp > 1:
+        width = context_numbers(shape)
+        context = e * tokens * layers * 2 * (layout.cp - 1) * width
+    pipeline = 0.0
+    if layout.pp > 1:
+        pipeline = 2 * e * tokens * d * layout.sequence_share * layout.vpp
+    dense, experts = rank_parameters(shape, layout, 0)
+    replicas = layout.dp * layout.cp
+    data = (replicas - 1) / replicas * (4 + 2) * dense
+    expert_replicas = max(1, replicas // layout.ep)
+    data += (expert_replicas - 1) / expert_replicas * (4 + 2) * experts
+    expert = 0.0
+    if layout.ep > 1:
+        moe = (shape.num_layers - shape.num_dense_layers) / layout.pp
+        share = (layout.ep - 1) / layout.ep * layout.sequence_share
+        expert = 4 * e * tokens * moe * shape.moe_topk * d * share
+    return Traffic(tensor, context, pipeline, data, expert)
+
+
+def context_numbers(shape: ModelShape) -> int:
+    """Numbers a token and layer that context parallelism gathers: what a cache would hold."""
+    if shape.attention == "mlra":
+        return shape.kv_lora_rank + shape.qk_rope_head_dim
+    return 2 * (shape.num_query_groups or shape.num_attention_heads) * shape.kv_channels
+
+
+def predict(
+    shape: ModelShape,
+    layout: Layout,
+    global_batch: int,
+    gpu: GPU,
+    assume: Assumptions,
+    fp8: bool = False,
+) -> Step:
+    """The step of `global_batch` sequences."""
+    m = global_batch // (layout.dp * layout.micro_batch)
+    compute, elementwise = micro_batch_seconds(shape, layout, gpu, assume, fp8)
+    sent = traffic(shape, layout, m)
+
+    def seconds(amount: float, span: int) -> float:
+        rate = gpu.link_gb_s if span <= gpu.domain else gpu.network_gb_s
+        return amount / (rate * 1e9 * assume.network)
+
+    inner = layout.tp * layout.cp
+    tensor = seconds(sent.tensor, layout.tp)
+    context = seconds(sent.context, inner)
+    expert = seconds(sent.expert, layout.tp * layout.ep)
+    # Stages are the outermost cut, so their neighbours are on other nodes where one is full.
+    pipeline = seconds(sent.pipeline, layout.gpus)
+    data = seconds(sent.data, inner * layout.dp)
+    busy = m * (compute + elementwise) + tensor + context + expert + pipeline
+    bubble = busy / m * (layout.pp - 1) / layout.vpp
+    hidden = assume.dp_overlap * busy / m
+    dense, experts = rank_parameters(shape, layout, 0)
+    replicas = layout.dp * layout.cp if layout.distributed_optimizer else 1
+    own = dense / replicas + experts / max(1, replicas // layout.ep)
+    # Main weights and moments read and written, gradient read, weight written.
+    updated = own * (2 * 12 + 4 + 2) / (gpu.memory_gb_s * 1e9 * assume.bandwidth)
+    tokens = global_batch * shape.seq_length
+    return Step(
+        compute=m * compute,
+        elementwise=m * elementwise,
+        tensor=tensor,
+        context=context,
+        pipeline=pipeline,
+        expert=expert,
+        bubble=bubble,
+        data=max(0.0, data - hidden),
+        optimizer=updated,
+        traffic=sent,
+        tokens=tokens,
+        gpus=layout.gpus,
+        model_flops=train_flops_per_token(shape).model * tokens,
+        peak=layout.gpus * (gpu.fp8_tflops if fp8 else gpu.bf16_tflops) * 1e12,
+    )

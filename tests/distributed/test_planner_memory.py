@@ -1,0 +1,82 @@
+"""The planner's memory against what small real models hold, in real processes."""
+
+import json
+
+import pytest
+
+from megatron_mlra.accounting import ModelShape
+from megatron_mlra.planner.layout import Layout
+from megatron_mlra.planner.memory import optimizer_bytes, rank_parameters, saved_activations
+
+CASES = {
+    "mlra4": {},
+    "mlra4_query_kept": {"keep_absorbed_query": True},
+    "mlra4_fp32": {},
+    "mlra4_materialized": {},
+    "mlra4_gated": {},
+    "mlra4_core": {"recompute": "core"},
+    "mlra4_up_proj": {"recompute": "up_proj"},
+    "mlra4_both": {"recompute": "core+up_proj"},
+    "mlra4_full": {"recompute": "full"},
+    "mla": {},
+    "gqa": {},
+    "mlra4_tp2": {"tp": 2},
+    "mlra4_tp2_latent": {"tp": 2, "tp_layout": "latent"},
+    "mlra4_dp2": {"dp": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def measured(run_driver):
+    """Case -> bytes on rank 0."""
+    folder = run_driver("memory_driver", 300)
+    found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*-0.json")}
+    assert {name.removesuffix("-0") for name in found} == set(CASES)
+    return found
+
+
+def planned(name: str) -> tuple[ModelShape, Layout]:
+    sizes = {
+        "num_layers": 3,
+        "hidden_size": 256,
+        "ffn_hidden_size": 704,
+        "num_attention_heads": 8,
+        "vocab_size": 512,
+        "seq_length": 128,
+        "output_gate": name == "mlra4_gated",
+    }
+    if name == "gqa":
+        sizes |= {"attention": "gqa", "kv_channels": 32, "num_query_groups": 2}
+    else:
+        latents = 1 if name == "mla" else 4
+        sizes |= {
+            "num_latent_heads": latents,
+            "num_branches": latents,
+            "q_lora_rank": 96,
+            "kv_lora_rank": 128,
+            "qk_nope_head_dim": 32,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 32,
+            "absorbed": name not in ("mla", "mlra4_materialized"),
+        }
+    options = {"micro_batch": 2, "distributed_optimizer": name == "mlra4_dp2"} | CASES[name]
+    return ModelShape(**sizes), Layout(**options)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_activations_are_within_a_tenth(name, measured):
+    shape, layout = planned(name)
+    said = saved_activations(shape, layout, "local", half=name != "mlra4_fp32")
+    assert said == pytest.approx(measured[f"{name}-0"]["activations"], rel=0.1)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_weights_gradients_and_optimizer(name, measured):
+    shape, layout = planned(name)
+    half, found = name != "mlra4_fp32", measured[f"{name}-0"]
+    dense, experts = rank_parameters(shape, layout)
+    assert dense * (2 if half else 4) == found["weights"]
+    assert dense * 4 == pytest.approx(found["gradients"], rel=0.01)
+    assert optimizer_bytes(dense, experts, layout, half) == pytest.approx(
+        found["optimizer"], rel=0.1
+    )
