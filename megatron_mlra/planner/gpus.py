@@ -1,4 +1,8 @@
-"""Stated rates of GPUs, and what share of them a run is assumed to reach."""
+"""Stated rates of GPUs, and what share of them a run is assumed to reach.
+
+The shares are set by one GPU's steps in docs/training_performance.md, which they meet within 8 %;
+shares of links and of overlap are guesses, to be replaced by what a cluster measures.
+"""
 
 from __future__ import annotations
 
@@ -40,15 +44,15 @@ GPUS = {
 class Assumptions:
     """Shares of the stated rates, and latencies; every field is a flag of tools/plan.py."""
 
-    gemm: float = 0.65
-    """Share of the peak that a layer's matrix products reach."""
-    core: float = 0.5
-    """Share of the bf16 peak that the attention core reaches (500 TFLOP/s measured on an H200)."""
+    gemm: float = 0.6
+    """Share of the peak that a layer's matrix products reach, launches and gaps included."""
+    core: float = 0.45
+    """Share of the bf16 peak that the attention core reaches (on an H100 360 to 460 TFLOP/s)."""
     bandwidth: float = 0.8
     """Share of the memory's rate that elementwise work and the optimizer reach."""
     network: float = 0.75
     """Share of a link's rate that collectives reach."""
-    passes: float = 4.0
+    passes: float = 5.0
     """How often elementwise work moves what is saved for backward, forward and backward."""
     dp_overlap: float = 0.8
     """Share of one micro-batch's time that hides data-parallel traffic."""

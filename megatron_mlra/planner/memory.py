@@ -112,12 +112,13 @@ def _attention_items(
     else:
         n, heads = 1, h * N / tp
     groups = max(1, heads * G / h)
-    wide = 4
+    # torch's norm keeps its input and its result in float32, the fused one its input as it came.
+    norm = 2 * 4 if local else e
     items: dict[str, float] = {"input": e * d}
     if shape.q_lora_rank:
-        items["q_norm"] = 2 * wide * shape.q_lora_rank / tp
+        items["q_norm"] = norm * shape.q_lora_rank / tp
         items["q_latent"] = e * shape.q_lora_rank
-    items["kv_norm"] = 2 * wide * shape.kv_lora_rank / tp
+    items["kv_norm"] = norm * shape.kv_lora_rank / tp
     latents = e * n * groups * l
     query, core_key = e * n * heads * (l + d_r), e * n * groups * (l + d_r)
     value_dim = l
@@ -131,7 +132,7 @@ def _attention_items(
         items["q"] = 0.0
         items["latents"] = latents
         items["query"] = items["key"] = e * n * heads * (d_h + d_r)
-        items["value"] = e * n * heads * (d_h + d_v)
+        items["value"] = e * n * heads * d_v
     width = max(l + d_r if shape.absorbed else d_h + d_r, value_dim)
     if local:
         # torch's CPU kernel takes one head dim for all three, and a key and value a query head.

@@ -71,8 +71,11 @@ def entry_model(preset: Path) -> tuple[Namespace, Any]:
     """What pretrain_mlra.py does up to the model."""
     from megatron_mlra import arguments, model
 
-    # The one thing in the preset that a machine without a GPU refuses.
-    preset.write_text(f"base: {CONFIG}\nuse_persistent_ckpt_worker: false\n")
+    # What in the preset a machine without a GPU refuses, and its interleaving.
+    preset.write_text(
+        f"base: {CONFIG}\nuse_persistent_ckpt_worker: false\n"
+        "num_layers_per_virtual_pipeline_stage: null\n"
+    )
     args = arguments.parse(["--config", str(preset), *map(str, ARGV)])
     with contextlib.redirect_stdout(io.StringIO()):
         config = model.model_config(args, arguments.validate(args))

@@ -13,7 +13,13 @@ from megatron_mlra.planner.cli import main, shape_of
 from megatron_mlra.planner.decoding import decode, ways
 from megatron_mlra.planner.gpus import GPUS, Assumptions, find
 from megatron_mlra.planner.layout import Layout
-from megatron_mlra.planner.memory import optimizer_bytes, rank_parameters
+from megatron_mlra.planner.memory import (
+    GIB,
+    attention_activations,
+    memory,
+    optimizer_bytes,
+    rank_parameters,
+)
 from megatron_mlra.planner.search import search
 from megatron_mlra.planner.step import core_flops_per_token, predict, traffic
 from megatron_mlra.presets import preset_values
@@ -147,6 +153,42 @@ def test_more_of_a_resource_never_costs_time():
         slow.seconds
     )
     assert predict(model, layout, 64, GPUS["h100"], replace(assume, gemm=0.4)).mfu < slow.mfu
+
+
+@pytest.mark.parametrize(
+    ("preset", "ffn", "length", "tokens_per_second", "gib"),
+    [
+        ("mla_2.9b", 9456, 2048, 84656, 32.6),
+        ("mla_2.9b", 9456, 4096, 77544, 32.6),
+        ("mla_2.9b", 9456, 8192, 70620, 32.6),
+        ("mlra4_2.9b", 9888, 2048, 68265, 34.0),
+        ("mlra4_2.9b", 9888, 4096, 57161, 34.1),
+        ("mlra4_2.9b", 9888, 8192, 44399, 34.1),
+    ],
+)
+def test_one_gpus_step_is_met(preset, ffn, length, tokens_per_second, gib):
+    # One H100 at 143ebf8, docs/training_performance.md: six layers, 2 micro-batches of 16,384.
+    model = replace(shape(preset), num_layers=6, ffn_hidden_size=ffn, seq_length=length)
+    layout = Layout(micro_batch=16384 // length)
+    assert memory(model, layout).total / GIB == pytest.approx(gib, rel=0.1)
+    step = predict(model, layout, 32768 // length, GPUS["h100"], Assumptions())
+    assert step.tokens_per_gpu_second == pytest.approx(tokens_per_second, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("form", "mib"),
+    [
+        ({"absorbed": True}, 425),
+        ({"absorbed": True, "keep_absorbed_query": True}, 713),
+        ({"absorbed": False}, 1109),
+    ],
+)
+def test_what_one_gpus_attention_saved_is_met(form, mib):
+    # The sublayer alone in the same place: 8,192 tokens, MiB beyond weights and input, with output.
+    form = dict(form)
+    model = replace(shape("mlra4_2.9b"), absorbed=form.pop("absorbed"))
+    saved = attention_activations(model, Layout(**form), "transformer_engine", 2)
+    assert saved * 8192 / 2**20 == pytest.approx(mib, rel=0.03)
 
 
 def test_the_distributed_optimizer_shares_by_replicas():
