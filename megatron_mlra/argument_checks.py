@@ -214,10 +214,13 @@ def _check_context_parallel(args: Namespace) -> None:
         return
     asked = f"--context-parallel-size {cp}"
     _check_attention_of(args, asked)
-    if args.seq_length % (2 * cp):
+    tp = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    step = math.lcm(2 * cp, cp * tp)
+    if args.seq_length % step:
+        shared = f" and {tp} sequence-parallel ranks" if tp > 1 else ""
         raise ValueError(
-            f"--seq-length {args.seq_length} does not divide into the {2 * cp} chunks of {asked};"
-            f" use {-(-args.seq_length // (2 * cp)) * 2 * cp}"
+            f"--seq-length {args.seq_length} does not divide into the {2 * cp} chunks of {asked}"
+            f"{shared}; use {-(-args.seq_length // step) * step}"
         )
     if args.attention == "mlra" and args.cp_comm_type != ["p2p"]:
         raise ValueError(

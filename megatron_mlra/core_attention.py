@@ -60,7 +60,7 @@ if HAVE_TE:
             varlen = plan.varlen
             query, key, value = (x.squeeze(1) for x in (query, key, value))
             if varlen.key_index is not None:
-                key, value = key[varlen.key_index], value[varlen.key_index]
+                key, value = (x.index_select(0, varlen.key_index) for x in (key, value))
             # Megatron's own forward knows no bottom-right mask of packed sequences.
             out = super(TEDotProductAttention, self).forward(
                 query,

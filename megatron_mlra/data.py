@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.blended_megatron_dataset_config import (
@@ -27,7 +28,7 @@ from megatron.training import get_args, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_mlra.preprocess.metadata import read_metadata
-from megatron_mlra.token_plan import PackedDocuments
+from megatron_mlra.token_plan import PackedDocuments, plan_tokens
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
@@ -231,13 +232,11 @@ def get_batch(iterator: Iterator | None, vp_stage: int | None = None) -> dict[st
     )
     batch = flatten_batch_for_packed_sequences(batch)
     packed = _packed_documents(batch, args.seq_length) if is_packed else None
-    # Documents have any length, so it is their sequence that is cut.
-    batch = get_batch_on_this_cp_rank(
-        batch,
-        is_hybrid_cp=False,
-        cp_group=mpu.get_context_parallel_group(),
-        use_per_sequence_balancing=True,
-    )
+    cp_group = mpu.get_context_parallel_group()
+    if packed is None:
+        batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=cp_group)
+    elif cp_group.size() > 1:
+        _cut_documents(batch, packed, cp_group)
     return {key: batch.get(key) for key in BATCH_KEYS} | {"packed_seq_params": packed}
 
 
@@ -254,3 +253,15 @@ def _packed_documents(batch: dict[str, Any], tokens_per_sample: int) -> PackedDo
         tokens_per_sample=tokens_per_sample,
         bounds=tuple(lengths.tolist()),
     )
+
+
+def _cut_documents(
+    batch: dict[str, Any], packed: PackedDocuments, cp_group: dist.ProcessGroup
+) -> None:
+    """Leave of a flattened micro-batch what this context-parallel rank holds of every document."""
+    cp = cp_group.size()
+    device = packed.cu_seqlens_q.device
+    plan = plan_tokens(packed.bounds[-1] // cp, cp, cp_group.rank(), packed, device)
+    for key in ("tokens", "labels", "loss_mask", "position_ids"):
+        if batch.get(key) is not None:
+            batch[key] = plan.cut(batch[key], dim=1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -51,6 +51,8 @@ class TokenPlan:
     """In the order of the local queries, all of which they cover."""
     is_packed: bool
     """Whether the sequence was described as documents."""
+    own_chunks: tuple[tuple[int, int], ...]
+    """(first, end) of what this rank holds, in the order of its tokens."""
     chunk_sizes: tuple[int, ...]
     """Tokens of every rank's chunks, rank by rank: what an all-gather makes."""
     chunk_order: tuple[int, ...]
@@ -63,7 +65,11 @@ class TokenPlan:
     @property
     def is_whole(self) -> bool:
         """Whether this is plain causal attention of the whole sequence, on this one rank."""
-        return len(self.spans) == 1
+        return self.spans == (Span(0, self.tokens, 0, self.tokens),)
+
+    def cut(self, x: Tensor, dim: int) -> Tensor:
+        """This rank's tokens of the whole sequence's, which lie along `dim`."""
+        return torch.cat([x.narrow(dim, a, b - a) for a, b in self.own_chunks], dim)
 
     def in_sequence_order(self, gathered: Tensor) -> Tensor:
         """`[T, ...]` gathered rank by rank -> in the order of the sequence."""
@@ -71,16 +77,17 @@ class TokenPlan:
         return torch.cat([chunks[i] for i in self.chunk_order])
 
     @cached_property
+    @torch.inference_mode(False)
     def varlen(self) -> Varlen:
         """The spans as one variable-length batch, on the device of the tokens."""
-        assert not self.is_whole, "one span needs no variable lengths"
+        assert not self.is_whole, "the whole sequence needs no variable lengths"
         device = self.key_positions.device
         queries = [span.query_stop - span.query_start for span in self.spans]
         keys = [span.key_stop - span.key_start for span in self.spans]
         index = None
-        if any(a.key_stop != b.key_start for a, b in pairwise(self.spans)):
-            rows = [torch.arange(span.key_start, span.key_stop) for span in self.spans]
-            index = torch.cat(rows).to(device)
+        rows = torch.cat([torch.arange(span.key_start, span.key_stop) for span in self.spans])
+        if not torch.equal(rows, torch.arange(self.tokens)):
+            index = rows.to(device)
         return Varlen(
             _cumulative(queries, device),
             _cumulative(keys, device),
@@ -99,16 +106,16 @@ def plan_tokens(
 ) -> TokenPlan:
     """The share of context-parallel rank `cp_rank`.
 
-    Megatron's two zig-zag cuts, both into 2 cp chunks of which rank r holds chunks r and
-    2 cp - 1 - r: of the whole sequence (`get_batch_on_this_cp_rank`; documents may have any length
-    and cross chunks), or, where `packed` has `cu_seqlens_q_padded`, of every document
-    (`thd_get_partitioned_indices`), whose padded lengths then divide by 2 cp. Padding stands behind
-    a document's tokens, so no token attends to it, and it is treated as tokens.
+    Cuts are zig-zag, into 2 cp chunks of which rank r holds chunks r and 2 cp - 1 - r: of the whole
+    sequence as `get_batch_on_this_cp_rank` does, where documents may have any length and cross
+    chunks; or of every document as `thd_get_partitioned_indices` does, where `packed` has
+    `cu_seqlens_q_padded`, whose documents divide by 2 cp. Padding stands behind a document's
+    tokens, so no token attends to it, and it is treated as tokens. `PackedDocuments` cut every
+    document too, but need no padding.
 
     Args:
         local: tokens this rank holds, T / cp.
-        packed: describes the whole sequence, its lengths before the cut; None: one document. A
-            `PackedDocuments` spares the wait for the device.
+        packed: describes the whole sequence, its lengths before the cut; None: one document.
 
     Raises:
         ValueError: for lengths that do not fit the tokens or do not divide.
@@ -117,22 +124,28 @@ def plan_tokens(
         return _plan(None, False, local, cp_size, cp_rank, device)
     if packed.qkv_format != "thd":
         raise ValueError(f"packed sequences have qkv_format {packed.qkv_format!r}; use 'thd'")
+    if isinstance(packed, PackedDocuments):
+        return _plan(packed.bounds, True, local, cp_size, cp_rank, device)
     padded = packed.cu_seqlens_q_padded
-    bounds = packed.bounds if isinstance(packed, PackedDocuments) else None
-    if bounds is None:
-        bounds = tuple((packed.cu_seqlens_q if padded is None else padded).flatten().tolist())
+    bounds = tuple((packed.cu_seqlens_q if padded is None else padded).flatten().tolist())
+    if padded is not None:
+        for length in _lengths(bounds):
+            _check_divides("packed document", length, cp_size)
     return _plan(bounds, padded is not None, local, cp_size, cp_rank, device)
 
 
 @dataclass
 class PackedDocuments(PackedSeqParams):
-    """Megatron's packed sequences, with the cumulative lengths on the host too."""
+    """Megatron's packed sequences, with the cumulative lengths on the host, which spares every
+    layer the wait for the device."""
 
-    bounds: tuple[int, ...] | None = None
+    bounds: tuple[int, ...] = ()
     """0, then where each document ends."""
 
 
+# Evaluation in inference mode must leave tensors that training can use.
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _plan(
     bounds: tuple[int, ...] | None,
     cut_documents: bool,
@@ -143,26 +156,19 @@ def _plan(
 ) -> TokenPlan:
     """`plan_tokens` of host values; all layers share the result."""
     tokens = local * cp_size
-    documents = [(0, tokens)] if bounds is None else list(pairwise(bounds))
-    documents = [(start, stop) for start, stop in documents if start != stop]
     if bounds is not None and (
-        bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in documents)
+        not bounds or bounds[0] != 0 or bounds[-1] != tokens or min(_lengths(bounds)) < 0
     ):
         raise ValueError(
             f"cu_seqlens {_shown(bounds)} do not cover the {tokens} tokens of the sequence from 0"
             " to its end"
         )
-    parts = documents if cut_documents else [(0, tokens)]
-    for start, stop in parts:
-        if cp_size > 1 and (stop - start) % (2 * cp_size):
-            what = "packed document" if cut_documents else "sequence"
-            raise ValueError(
-                f"a {what} of {stop - start} tokens does not divide into {2 * cp_size} chunks of"
-                f" context parallel size {cp_size}; pad it to a multiple of {2 * cp_size}"
-            )
-    chunks = [chunk for rank in range(cp_size) for chunk in _chunks(parts, cp_size, rank)]
-    order = sorted(range(len(chunks)), key=chunks.__getitem__)
-    own = _chunks(parts, cp_size, cp_rank)
+    documents = [(a, b) for a, b in pairwise(bounds or (0, tokens)) if a < b]
+    if not cut_documents:
+        _check_divides("sequence", tokens, cp_size)
+    by_rank = _zig_zag(documents if cut_documents else [(0, tokens)], cp_size)
+    chunks = [chunk for own in by_rank for chunk in own]
+    own = by_rank[cp_rank]
     spans, at = [], 0
     for start, stop in own:
         for first, end in documents:
@@ -171,7 +177,7 @@ def _plan(
                 spans.append(Span(at + a - start, at + b - start, first, b))
         at += stop - start
     positions = key_positions = None
-    if len(spans) > 1:
+    if spans != [(0, tokens, 0, tokens)]:
         key_positions = torch.cat([torch.arange(stop - start) for start, stop in documents])
         positions = torch.cat([key_positions[start:stop] for start, stop in own])
         positions, key_positions = positions.to(device), key_positions.to(device)
@@ -179,23 +185,48 @@ def _plan(
         tokens=tokens,
         spans=tuple(spans),
         is_packed=bounds is not None,
+        own_chunks=tuple(own),
         chunk_sizes=tuple(stop - start for start, stop in chunks),
-        chunk_order=tuple(order),
+        chunk_order=tuple(sorted(range(len(chunks)), key=chunks.__getitem__)),
         positions=positions,
         key_positions=key_positions,
     )
 
 
-def _chunks(parts: list[tuple[int, int]], cp_size: int, rank: int) -> list[tuple[int, int]]:
-    """The two chunks of each part that a rank holds; the part itself without context parallel."""
+def _zig_zag(parts: list[tuple[int, int]], cp_size: int) -> list[list[tuple[int, int]]]:
+    """Each rank's chunks of the parts; all ranks get as many tokens.
+
+    Where a part does not divide by 2 cp, the tokens left over lengthen the chunks of one rank after
+    the other, on from where the part before stopped.
+    """
     if cp_size == 1:
-        return parts
-    found = []
+        return [parts]
+    by_rank: list[list[tuple[int, int]]] = [[] for _ in range(cp_size)]
+    turn = 0
     for start, stop in parts:
-        size = (stop - start) // (2 * cp_size)
-        for i in (rank, 2 * cp_size - 1 - rank):
-            found.append((start + i * size, start + (i + 1) * size))
-    return found
+        size, left = divmod(stop - start, 2 * cp_size)
+        sizes = [size] * (2 * cp_size)
+        for _ in range(left):
+            rank = turn % cp_size
+            sizes[rank if sizes[rank] == size else -1 - rank] += 1
+            turn += 1
+        ends = list(accumulate(sizes, initial=start))
+        for rank, own in enumerate(by_rank):
+            pairs = (ends[i : i + 2] for i in (rank, 2 * cp_size - 1 - rank))
+            own += [(a, b) for a, b in pairs if a < b]
+    return by_rank
+
+
+def _check_divides(what: str, length: int, cp_size: int) -> None:
+    if cp_size > 1 and length % (2 * cp_size):
+        raise ValueError(
+            f"a {what} of {length} tokens does not divide into {2 * cp_size} chunks of context"
+            f" parallel size {cp_size}; pad it to a multiple of {2 * cp_size}"
+        )
+
+
+def _lengths(bounds: tuple[int, ...]) -> list[int]:
+    return [b - a for a, b in pairwise(bounds)]
 
 
 def _cumulative(lengths: list[int], device: torch.device) -> Tensor:

@@ -156,6 +156,12 @@ WORLDS = [
         [CP, "2", "--seq-length", "30"],
         f"--seq-length 30 does not divide into the 4 chunks of {CP}",
     ),
+    (
+        8,
+        [CP, "2", TP, "4", "--sequence-parallel", "--seq-length", "28"],
+        f"--seq-length 28 does not divide into the 4 chunks of {CP} 2 and 4 sequence-parallel"
+        " ranks; use 32",
+    ),
     (2, [CP, "2", "--cp-comm-type", "a2a"], "--cp-comm-type a2a is for attentions that send keys"),
     (2, [CP, "2", "--attention", "mfa"], f"{CP} 2 does not work with --attention mfa: use"),
     (

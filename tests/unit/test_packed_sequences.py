@@ -84,8 +84,13 @@ def test_padding_is_attended_to_by_no_token(groups):  # noqa: F811
         (4, None, False),
         (2, (0, 5, 6, 16), False),
         (4, (0, 1, 15, 16), False),
-        (2, (0, 4, 16), True),
-        (4, (0, 8, 16), True),
+        (2, (0, 4, 16), "padded"),
+        (4, (0, 8, 16), "padded"),
+        (2, (0, 1, 2, 9, 16), "own"),
+        (4, (0, 3, 4, 15, 16), "own"),
+        (4, (0, 8, 16), "own"),
+        (4, (0, 2, 4, 6, 8, 10, 12, 14, 16), "own"),
+        (8, tuple(range(17)), "own"),
     ],
 )
 def test_every_token_attends_to_its_documents_past(cp, bounds, cut_documents):
@@ -95,7 +100,9 @@ def test_every_token_attends_to_its_documents_past(cp, bounds, cut_documents):
     first = torch.tensor([0, *ends[1:]])[document]
     packed = None
     if bounds is not None:
-        packed = packing(*bounds, padded=bounds if cut_documents else None)
+        packed = packing(*bounds, padded=bounds if cut_documents == "padded" else None)
+    if cut_documents == "own":
+        packed = PackedDocuments(qkv_format="thd", bounds=bounds)
     plans = [plan_tokens(tokens // cp, cp, rank, packed, CPU) for rank in range(cp)]
     seen, work = [], []
     for plan in plans:
@@ -107,6 +114,7 @@ def test_every_token_attends_to_its_documents_past(cp, bounds, cut_documents):
             assert (first[mine] == start).all()
             own += mine.tolist()
         assert len(own) == tokens // cp
+        assert plan.cut(torch.arange(tokens)[None], dim=1).tolist() == [own]
         place = torch.tensor(own) - first[own]
         if plan.positions is not None:
             assert plan.positions.equal(place)
@@ -116,8 +124,28 @@ def test_every_token_attends_to_its_documents_past(cp, bounds, cut_documents):
     assert sorted(seen) == list(range(tokens))
     for plan in plans:
         assert plan.in_sequence_order(torch.tensor(seen)).tolist() == list(range(tokens))
-    if bounds is None or cut_documents:
+    if bounds is None or cut_documents == "padded":
         assert len(set(work)) == 1, "zig-zag ranks have the same work"
+
+
+def test_documents_of_any_length_are_balanced():
+    """No rank has more than two tokens of a document more than another."""
+    bounds = (0, 7, 40, 41, 300, 512)
+    packed = PackedDocuments(qkv_format="thd", bounds=bounds)
+    work = []
+    for rank in range(4):
+        spans = plan_tokens(128, 4, rank, packed, CPU).spans
+        assert len(spans) <= 2 * 5
+        pairs = [(b - a) * (end - first - (b - a - 1) / 2) for a, b, first, end in spans]
+        work.append(sum(pairs))
+    assert max(work) - min(work) <= 2 * bounds[-1]
+
+
+def test_divisible_documents_are_cut_as_megatron_cuts_them():
+    packed = packing(0, 8, 24, padded=(0, 8, 24))
+    known = PackedDocuments(qkv_format="thd", bounds=(0, 8, 24))
+    assert plan_tokens(12, 2, 1, known, CPU) is plan_tokens(12, 2, 1, packed, CPU)
+    assert plan_tokens(12, 2, 1, known, CPU).own_chunks == ((2, 4), (4, 6), (12, 16), (16, 20))
 
 
 def test_variable_lengths_lay_the_keys_of_spans_one_behind_the_other():
@@ -128,11 +156,6 @@ def test_variable_lengths_lay_the_keys_of_spans_one_behind_the_other():
     assert (varlen.max_seqlen_q, varlen.max_seqlen_kv) == (4, 11)
     assert varlen.key_index.tolist() == [*range(4), *range(5, 16)]
     assert plan_tokens(16, 1, 0, packing(0, 5, 16), CPU).varlen.key_index is None
-
-
-def test_plans_are_shared():
-    known = PackedDocuments(qkv_format="thd", bounds=(0, 5, 16))
-    assert plan_tokens(8, 2, 1, known, CPU) is plan_tokens(8, 2, 1, packing(0, 5, 16), CPU)
 
 
 @pytest.mark.parametrize(
