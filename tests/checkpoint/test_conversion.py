@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.distributed import checkpoint as dcp
 from megatron_mlra.checkpoint.folders import open_checkpoint
 from megatron_mlra.checkpoint.forward import hidden_states
 from megatron_mlra.checkpoint.forward import logits as streamed_logits
+from megatron_mlra.checkpoint.torch_dist import read_metadata
 from research_model import VARIANTS, logits, save_research
 
 TOKENS = torch.randint(128, (24,), generator=torch.Generator().manual_seed(3))
@@ -97,7 +99,9 @@ def test_vocabulary_padding(research, convert, tmp_path):
     assert convert("import-official", source, megatron, "--padded-vocab-size", 160)[0] == 0
     stored = {name: torch.empty(160, 64) for name in ("embedding.word_embeddings.weight",)}
     stored["output_layer.weight"] = torch.empty(160, 64)
-    dcp.load(stored, storage_reader=dcp.FileSystemReader(megatron / "release"), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(stored, storage_reader=dcp.FileSystemReader(megatron / "release"), no_dist=True)
     opened = open_checkpoint(megatron)
     for name, rows in stored.items():
         assert torch.equal(opened.tensor(name), rows[:128])
@@ -106,6 +110,29 @@ def test_vocabulary_padding(research, convert, tmp_path):
     assert code == 2 and "padded_vocab_size 127 is smaller than the vocabulary of 128" in error
     code, error = convert("export-official", megatron, tmp_path / "x", "--vocab-size", 161)
     assert code == 2 and "embedding.word_embeddings.weight is [160, 64], not [161, 64]" in error
+
+
+def test_other_ways_to_store_a_megatron_checkpoint(research, convert, tmp_path):
+    """Layers apart, norms under their own names, extra states, arguments in common.pt."""
+    megatron, other = tmp_path / "megatron", tmp_path / "other"
+    assert convert("import-official", research("MLRA-2 gated"), megatron)[0] == 0
+    opened = open_checkpoint(megatron)
+    state = dict(opened.tensors())
+    state |= {f"optimizer.state.exp_avg.{name}": tensor for name, tensor in opened.tensors()}
+    state["decoder.layers.0.mlp.linear_fc1._extra_state"] = torch.zeros(4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(other), no_dist=True)
+    torch.save({"args": opened.args, "iteration": 12}, other / "common.pt")
+    assert open_checkpoint(other).iteration == 12
+    assert_same_tensors(megatron, other)
+    # The same tensors after a rewrite, in two files.
+    again = tmp_path / "again"
+    assert convert("reshard", other, again, "--files", 2, "--weights-only")[0] == 0
+    assert_same_tensors(megatron, again)
+    stored = read_metadata(again / "release").state_dict_metadata
+    assert not any(name.startswith("optimizer") for name in stored)
+    assert len(list((again / "release").glob("*.distcp"))) == 2
 
 
 def test_dtypes(research, convert, tmp_path):
