@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-
 import torch
 from tqdm import tqdm
 
@@ -74,7 +72,3 @@ class TensorStream:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
-
-
-Take = Callable[[str], torch.Tensor]
-"""Canonical name -> tensor."""
