@@ -213,7 +213,7 @@ def paged_step(
     backend = config.decode_backend
     if not any(isinstance(layer, PagedLatentLayer) for layer in cache.layers):
         problem = _unsupported(config, embeds) or _not_pageable(cache) or _unsuited(attention_mask)
-        if backend == "auto" and embeds.is_cuda:
+        if backend == "auto" and embeds.is_cuda and not cache.get_seq_length():
             chosen = f"torch ({problem})" if problem else "mlra_kernels"
             logger.warning_once(f"MLRA decodes with {chosen}; decode_backend chooses another")
         if problem and backend != "auto":
