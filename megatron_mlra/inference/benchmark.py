@@ -42,9 +42,9 @@ def preset_description(path: str | Path) -> ModelDescription:
     Raises:
         ValueError: the file is missing, or describes no model of this package.
     """
-    path = Path(path)
+    preset = path = Path(path)
     if not path.is_file():
-        raise ValueError(f"preset {path} does not exist; use one of examples/configs/*.yaml")
+        raise ValueError(f"{preset} does not exist; use one of examples/configs/*.yaml")
     values: dict[str, Any] = {}
     while path is not None:
         own = yaml.safe_load(path.read_text())
@@ -69,9 +69,8 @@ def preset_description(path: str | Path) -> ModelDescription:
             "output_gate": bool(values.get("output_gate")),
         }
     else:
-        raise ValueError(
-            f"preset {path} has attention {values.get('attention')!r}; use mlra or gqa"
-        )
+        found = values.get("attention")
+        raise ValueError(f"{preset} has attention {found!r}; use one of mlra or gqa")
     return ModelDescription(**fields)
 
 
@@ -144,9 +143,10 @@ def measure(
     case: Case, contexts: list[int], batches: list[int], roof: float, seed: int
 ) -> list[dict[str, Any]]:
     """Records of every (batch, context); those that do not fit say what they would need."""
+    torch.cuda.empty_cache()
     probe = _load(case, 1, seed)
     token_bytes, weight_bytes = probe.cache.bytes_per_token, probe.weights.bytes_per_step
-    # Beside the weights a step reads there are the embedding's other rows and the RoPE tables.
+    torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0] - SPARE_BYTES
     del probe
     records, fitting = [], []
