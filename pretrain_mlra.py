@@ -49,7 +49,7 @@ def train() -> int:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from torch.distributed.checkpoint.api import CheckpointException
 
-    from megatron_mlra import arguments, console, data, model, upstream_fixes
+    from megatron_mlra import arguments, console, data, dry_run, model, upstream_fixes
     from megatron_mlra.accounting import ModelShape, parameters
     from megatron_mlra.checkpoint import checksums, integrity
     from megatron_mlra.cpu_backend import enable_cpu_backend
@@ -70,6 +70,11 @@ def train() -> int:
         config = model.model_config(args, arguments.validate(args))
         global_vars.rebuild_tokenizer(args)
         shape = ModelShape.from_args(args)
+        if args.dry_run:
+            console.say(console.summary(args, shape))
+            for line in dry_run.describe(args, config.transformer, shape, sys.argv[1:]):
+                console.say(line)
+            return 0
         integrity.check_save(args, parameters(shape).total)
         integrity.check_load(args)
         data.check_data(args)

@@ -35,6 +35,7 @@ from megatron_mlra.config import (
 )
 from megatron_mlra.cpu_backend import CPU_DEFAULTS
 from megatron_mlra.fp8 import FP8_LINEARS
+from megatron_mlra.planner.gpus import GPUS
 from megatron_mlra.presets import did_you_mean, load_preset
 
 ATTENTION_KINDS = ("mlra", "gqa", "gta", "mfa", "tpa")
@@ -135,6 +136,16 @@ def add_mlra_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         " Megatron's --dataloader-inter-document-masking",
     )
     group.add_argument(
+        "--dry-run",
+        type=int,
+        metavar="GPUS",
+        help="check the arguments for a launch on this many GPUs, print the plan, who owns what and"
+        " the command, and exit; needs no GPU",
+    )
+    group.add_argument(
+        "--dry-run-gpu", choices=GPUS, default="h100", help="the GPU that --dry-run plans with"
+    )
+    group.add_argument(
         "--eval-at-start",
         action="store_true",
         help="print the validation loss before the first step too",
@@ -186,6 +197,10 @@ def parse(argv: list[str] | None = None) -> Namespace:
         args = parse_args(provider)
     finally:
         sys.argv = saved
+    if args.dry_run is not None:
+        if args.dry_run < 1:
+            raise ValueError(f"--dry-run {args.dry_run} is no number of GPUs; use at least 1")
+        args.rank, args.local_rank, args.world_size = 0, 0, args.dry_run
     check_arguments(args)
     if args.attention == "mlra":
         args.kv_channels = args.v_head_dim

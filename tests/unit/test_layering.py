@@ -28,6 +28,7 @@ LAYERS = (
         "megatron_mlra.preprocess",
         "megatron_mlra.evaluation",
         "megatron_mlra.planner",
+        "megatron_mlra.dry_run",
     ),
     ("megatron_mlra.attention", "megatron_mlra.baselines", "megatron_mlra.te_linear"),
     (

@@ -1,0 +1,65 @@
+"""`--dry-run`: the plan, who owns what and the command, for any number of GPUs, without one."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+from megatron_mlra.config import MLRAConfig
+from megatron_mlra.dry_run import _command, _shard_map
+from runs import ENV, ROOT
+
+
+def test_a_launch_of_1024_gpus_is_described_and_nothing_started(tmp_path):
+    config = ROOT / "examples" / "configs" / "mlra4_70b.yaml"
+    command = [sys.executable, ROOT / "pretrain_mlra.py", "--config", config]
+    command += ["--dry-run", "1024", "--data-path", "nowhere", "--save", tmp_path / "save"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert not done.stderr and not list(tmp_path.iterdir())
+    assert said[0].startswith("training MLRA-4: 70,553,901,056 parameters")
+    (memory,) = (line for line in said if line.startswith("  memory: "))
+    assert ", fits in " in memory
+    assert sum(line.startswith("  rank ") for line in said) == 4
+    assert sum(line.startswith("  stage ") for line in said) == 4
+    assert said[-1].startswith("command: torchrun --nnodes 128 ")
+    assert said[-1].endswith(f"--data-path nowhere --save {tmp_path / 'save'}")
+
+
+def shard_map(tp: int, layout: str) -> list[str]:
+    config = MLRAConfig(
+        num_layers=1,
+        hidden_size=64,
+        num_attention_heads=32,
+        q_lora_rank=64,
+        kv_lora_rank=64,
+        qk_head_dim=16,
+        qk_pos_emb_head_dim=32,
+        v_head_dim=16,
+        num_latent_heads=4,
+        num_branches=4,
+        latent_tp_layout=layout,
+        tensor_model_parallel_size=tp,
+        normalization="RMSNorm",
+    )
+    return _shard_map(SimpleNamespace(tensor_model_parallel_size=tp), config)
+
+
+def test_the_shard_map_names_every_rank_and_shortens_many():
+    lines = shard_map(8, "latent")
+    assert len(lines) == 9
+    assert lines[4].startswith("  rank 3: projections of heads 12-15; core: branches 1 of heads")
+    assert "heads 16-31, latents 1" in lines[4]
+    lines = shard_map(32, "head")
+    assert len(lines) == 18
+    assert lines[16] == "  ... 16 more alike"
+    assert lines[17].startswith("  rank 31: projections of heads 31;")
+
+
+def test_the_command_is_the_same_without_the_dry_run():
+    argv = ["--config", "a b.yaml", "--dry-run", "16", "--dry-run-gpu=h200", "--bf16"]
+    said = _command(SimpleNamespace(world_size=16), argv)
+    assert said.startswith("command: torchrun --nnodes 2 ")
+    assert said.endswith("--nproc-per-node 8 pretrain_mlra.py --config 'a b.yaml' --bf16")
+    said = _command(SimpleNamespace(world_size=4), argv)
+    assert "--standalone --nproc-per-node 4 " in said
