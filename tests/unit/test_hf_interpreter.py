@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
     def test_kernels_decode_under_the_interpreter():
         child = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-x", __file__],
+            [sys.executable, "-m", "pytest", "-v", "-x", __file__],
             env={**os.environ, "TRITON_INTERPRET": "1"},
             capture_output=True,
             text=True,
