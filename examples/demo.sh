@@ -37,8 +37,8 @@ if [ "$(last "$run/train.txt")" != "$(last "$run/resume.txt")" ]; then
 fi
 loss() { grep "^validation" "$run/train.txt" | "$1" -n 1 | grep -o "lm loss [0-9.]*"; }
 echo "== 4. what it has learned: the model continues three beginnings"
-"$python" tools/generate.py "$run/checkpoint" --prompt "def " --prompt "The " --prompt "import " \
-  --max-new-tokens 120 --temperature 0.6 --top-p 0.9 --seed 1
+"$python" tools/generate.py "$run/checkpoint" --prompt "def __init__(self" --prompt "Return the " \
+  --prompt "import sys" --max-new-tokens 100 --temperature 0.5 --top-p 0.9 --seed 1
 
 echo "== validation loss, nats a byte: $(loss head) before, $(loss tail) after"
 echo "== step $steps: $(last "$run/train.txt") both ways, uninterrupted and resumed"
