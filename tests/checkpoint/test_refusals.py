@@ -266,12 +266,12 @@ def test_a_killed_conversion_leaves_no_destination(number, tmp_path):
         assert running.poll() is None and not out.exists()
         time.sleep(0.001)
     running.send_signal(number)
-    _, error = running.communicate(timeout=60)
+    _, error = running.communicate(timeout=300)
     assert running.returncode in (-number, 128 + number)
     assert not out.exists()
     if number == signal.SIGTERM:
         assert "error: interrupted; nothing written" in error and not partial.exists()
     else:
-        done = subprocess.run([*command, "--quiet"], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([*command, "--quiet"], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         assert out.exists() and not partial.exists()
