@@ -83,6 +83,7 @@ def train() -> int:
 
         started = True
         arguments.join_world()
+        checksums.start_results_queue()
         global_vars.set_global_variables(args, build_tokenizer=False)
         if args.rank == 0:
             console.say(console.summary(args, shape))

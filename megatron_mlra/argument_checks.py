@@ -155,8 +155,6 @@ def _check_precision(args: Namespace) -> None:
         return
     if args.latent_kernels == "triton":
         raise ValueError("--latent-kernels triton needs a GPU, and there is none; use torch")
-    if args.async_save and args.use_persistent_ckpt_worker:
-        raise ValueError("--async-save writes from a process that needs a GPU; leave it out")
     for name, value in CPU_DEFAULTS.items():
         asked = getattr(args, name)
         if asked != value:

@@ -59,6 +59,8 @@ DEFAULTS = {
     "eval_iters": 10,
     "save_interval": 1000,
     "async_strategy": "mcore",
+    # Megatron ignores --async-save without it.
+    "use_persistent_ckpt_worker": True,
     "rerun_mode": "disabled",
     # Megatron's, delayed, takes its scaling factors from the step before.
     "fp8_recipe": "tensorwise",

@@ -7,6 +7,7 @@ they do is unchanged.
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 import time
 from argparse import Namespace
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from megatron.training import get_tensorboard_writer, training
+from megatron.training import async_utils, get_tensorboard_writer, training
 from megatron.training.global_vars import get_signal_handler
 from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
@@ -76,6 +77,7 @@ class Progress:
         )
         self.throughput = Throughput(args)
         self.evaluating = ("validation", 0)
+        self.saving: list[int] = []
         self.bar: tqdm | None = None
 
     def install(self) -> None:
@@ -88,6 +90,7 @@ class Progress:
             training.evaluate_and_print_results
         )
         training.save_checkpoint = self._wrap_save(training.save_checkpoint)
+        training.maybe_finalize_async_save = self._wrap_finalize(training.maybe_finalize_async_save)
         training.train = self._wrap_train(training.train)
 
     def _flops(self, args: Namespace, batch_size: int, *_, **__) -> float:
@@ -251,6 +254,21 @@ class Progress:
             return why
         return f"{why}, which is saved; continue with --load {args.save} --save {args.save}"
 
+    def _wrap_finalize(self, maybe_finalize_async_save: Callable) -> Callable:
+        def run(*args, **named):
+            if not self.saving:
+                return maybe_finalize_async_save(*args, **named)
+            try:
+                result = maybe_finalize_async_save(*args, **named)
+            except (Exception, CheckpointException) as error:
+                # The oldest was taken from the queue; others may be waiting behind it.
+                step = self.saving[-1 - _unfinished_saves()]
+                raise not_saved(self.args.save, step, error) from error
+            self.saving = self.saving[len(self.saving) - _unfinished_saves() :]
+            return result
+
+        return run
+
     def _wrap_save(self, save_checkpoint: Callable) -> Callable:
         def run(iteration, *rest, **named):
             folder = self.args.save
@@ -259,14 +277,9 @@ class Progress:
                 with self.throughput.pause():
                     result = save_checkpoint(iteration, *rest, **named)
             except (Exception, CheckpointException) as error:
-                step = latest_step(folder)
-                kept = (
-                    "there is none earlier" if step is None else f"that of step {step:,} is intact"
-                )
-                raise RuntimeError(
-                    f"the checkpoint of step {iteration:,} could not be saved to {folder}:"
-                    f" {reason(error)}; {kept}"
-                ) from error
+                raise not_saved(folder, iteration, error) from error
+            if self.args.async_save:
+                self.saving.append(iteration)
             if self.speaks:
                 verb = "saving" if self.args.async_save else "saved"
                 seconds = time.perf_counter() - start
@@ -274,6 +287,23 @@ class Progress:
             return result
 
         return run
+
+
+def not_saved(folder: str, step: int, error: BaseException) -> RuntimeError:
+    """The error of a checkpoint that could not be written, naming the one that remains."""
+    kept = latest_step(folder)
+    remains = "there is none earlier" if kept is None else f"that of step {kept:,} is intact"
+    why = reason(error)
+    if "unexpected pos" in why:
+        # What torch says when a write in the middle of a tensor comes out short.
+        why = f"No space left on device ({shutil.disk_usage(folder).free / 1e6:.1f} MB free)"
+    return RuntimeError(
+        f"the checkpoint of step {step:,} could not be saved to {folder}: {why}; {remains}"
+    )
+
+
+def _unfinished_saves() -> int:
+    return async_utils._get_async_calls_queue().get_num_unfinalized_calls()
 
 
 def recomputed(args: Namespace) -> str | None:

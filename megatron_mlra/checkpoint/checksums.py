@@ -15,10 +15,12 @@ import multiprocessing
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 
 import torch
 from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME as MANIFEST
 
@@ -28,15 +30,53 @@ DIGEST = ".sha256"
 _PR_SET_PDEATHSIG = 1
 
 
+_manager: SyncManager | None = None
 # A persistent writer is another interpreter, which finds `write_and_hash` by its name.
+_preload = FileSystemWriterAsync.preload_tensors
 _write = FileSystemWriterAsync.write_preloaded_data_multithread
 
 
 def install() -> None:
     """Have Megatron's saves write the manifest, and its loads leave checking to `damage`."""
     FileSystemWriterAsync.write_preloaded_data_multithread = staticmethod(write_and_hash)
+    FileSystemWriterAsync.preload_tensors = staticmethod(preload_tensors)
     serialization.save_integrity_manifest = write_manifest
     serialization.verify_integrity_manifest = lambda _: None
+
+
+def start_results_queue() -> None:
+    """What writers report to, which Megatron would start at its first save. A process of its own,
+    it must not outlive a rank that is killed: forked later, it would keep the GPU's memory taken.
+    """
+    global _manager
+    _manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+    _manager.start(_end_with_parent)
+    filesystem_async._results_queue = _manager.Queue()
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def preload_tensors(write_buckets: list, non_blocking: bool = True) -> list:
+    """Megatron's copy of what is to be written, made while training waits. Of tensors that are on
+    the CPU it makes none, so that an asynchronous writer would save them half a step later."""
+    if multiprocessing.parent_process() is not None:
+        write_buckets = [
+            (
+                file,
+                key,
+                (
+                    data,
+                    [
+                        (item, tensor.clone() if tensor.is_cpu else tensor)
+                        for item, tensor in tensors
+                    ],
+                ),
+            )
+            for file, key, (data, tensors) in write_buckets
+        ]
+    return _preload(write_buckets, non_blocking)
 
 
 def write_and_hash(transforms, use_msc, rank, write_buckets, results_queue) -> None:
@@ -44,7 +84,7 @@ def write_and_hash(transforms, use_msc, rank, write_buckets, results_queue) -> N
     if multiprocessing.parent_process() is not None:
         # An asynchronous writer whose rank is killed must not go on: the restarted job may already
         # be saving the same step into the same files.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        _end_with_parent()
     paths = [Path(bucket[0]) for bucket in write_buckets]
     for path in paths:
         _digest(path).unlink(missing_ok=True)

@@ -95,6 +95,15 @@ def latest_step(folder: str | Path) -> int | None:
     return int(text)
 
 
+def mend_tracker(load: str | Path, step: int) -> None:
+    """Write `step` into a tracker file that was left empty, which Megatron cannot read."""
+    tracker = Path(load) / TRACKER
+    if tracker.is_file() and not tracker.read_text().strip():
+        aside = tracker.with_suffix(".tmp")
+        aside.write_text(str(step))
+        aside.rename(tracker)
+
+
 def candidates(load: str | Path, step: int | None = None) -> list[Path]:
     """The folders that loading `load` may read, in order: what the tracker file names, then earlier
     steps; only `step` if it is given. What is later than the tracker was never completed.

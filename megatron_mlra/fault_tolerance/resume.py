@@ -48,7 +48,11 @@ def whole_step(args: Namespace) -> int | None:
             say(f"warning: continuing from the checkpoint before: {folder}")
     if folder is None or folder.name == "release":
         return None
-    return int(folder.name.removeprefix("iter_"))
+    step = int(folder.name.removeprefix("iter_"))
+    if args.rank == 0:
+        integrity.mend_tracker(args.load, step)
+    torch.distributed.barrier()
+    return step
 
 
 def check_whole(folder: Path) -> None:

@@ -71,11 +71,8 @@ def entry_model(preset: Path) -> tuple[Namespace, Any]:
     """What pretrain_mlra.py does up to the model."""
     from megatron_mlra import arguments, model
 
-    # What in the preset a machine without a GPU refuses, and its interleaving.
-    preset.write_text(
-        f"base: {CONFIG}\nuse_persistent_ckpt_worker: false\n"
-        "num_layers_per_virtual_pipeline_stage: null\n"
-    )
+    # The preset's interleaving cuts the same layers into smaller chunks: left out here.
+    preset.write_text(f"base: {CONFIG}\nnum_layers_per_virtual_pipeline_stage: null\n")
     args = arguments.parse(["--config", str(preset), *map(str, ARGV)])
     with contextlib.redirect_stdout(io.StringIO()):
         config = model.model_config(args, arguments.validate(args))

@@ -87,7 +87,6 @@ FLAGS = [
         ["--distributed-backend", "nccl"],
         "--distributed-backend nccl needs a GPU, and there is none",
     ),
-    (["--async-save", "--use-persistent-ckpt-worker"], "--async-save writes from a process that"),
     (["--latent-kernels", "triton"], "--latent-kernels triton needs a GPU"),
     (["--fp8-linears", "most"], "argument --fp8-linears: invalid choice: 'most'"),
     (["--fp8-format", "hybrid"], "--fp8-format hybrid needs Transformer Engine on a GPU; install"),

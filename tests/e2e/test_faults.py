@@ -1,0 +1,167 @@
+"""What goes wrong in a long run, done to real processes: the run continues, or names the cause."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_mlra.checkpoint.checksums import MANIFEST, damage
+from megatron_mlra.checkpoint.integrity import check_complete, latest_step
+from runs import wait_for
+
+
+def flip_a_byte(path: Path) -> None:
+    """Change one byte in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.fixture
+def save(whole, tmp_path):
+    """A copy of the uninterrupted run's checkpoints, of steps 4 and 8."""
+    shutil.copytree(whole.folder / "save", tmp_path / "save")
+    shutil.rmtree(tmp_path / "save" / "tensorboard")
+    return tmp_path / "save"
+
+
+def test_checksums_are_kept_and_match(whole):
+    for step in (4, 8):
+        folder = whole.folder / f"save/iter_{step:07d}"
+        assert (folder / MANIFEST).is_file()
+        assert damage(folder) is None
+        assert not list(folder.glob("*.sha256")) + list(folder.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
+def test_a_corrupted_file_is_found_and_the_checkpoint_before_used(entry, preset, whole, save, name):
+    flip_a_byte(save / "iter_0000008" / name)
+    run = entry.run(save.parent, "--config", preset, "--save", save, "--load", save)
+    assert (run.code, run.err) == (0, "")
+    assert re.search(
+        rf"warning: checkpoint {save}/iter_0000008(: | is damaged: ){re.escape(name)} .*\n"
+        rf"warning: continuing from the checkpoint before: {save}/iter_0000004\n",
+        run.out,
+    ), run.out
+    assert run.losses == {step: whole.losses[step] for step in (5, 6, 7, 8)}
+    assert damage(save / "iter_0000008") is None
+
+
+def test_a_corrupted_checkpoint_is_not_loaded_when_asked_for(entry, preset, save):
+    flip_a_byte(save / "iter_0000008/__0_0.distcp")
+    run = entry.run(save.parent, "--config", preset, "--load", save, "--ckpt-step", 8)
+    assert run.code == 1
+    assert run.err.startswith(
+        f"error: checkpoint {save}/iter_0000008 is damaged: __0_0.distcp does not match its"
+        " checksum; there is iter_0000004: --ckpt-step names the step to load\n"
+    )
+
+
+def test_all_ranks_share_the_checking(entry, preset, save):
+    flip_a_byte(save / "iter_0000008/__0_0.distcp")
+    flip_a_byte(save / "iter_0000004/__0_0.distcp")
+    run = entry.run(save.parent, "--config", preset, "--load", save, ranks=2)
+    assert run.code == 1
+    said = "iter_0000008 is damaged: __0_0.distcp does not match its checksum; the 1 earlier ones"
+    assert run.err.count(said) == 2
+
+
+def test_a_tracker_cut_short_is_made_up_for(entry, preset, whole, save):
+    (save / "latest_checkpointed_iteration.txt").write_text("")
+    shutil.rmtree(save / "iter_0000008")
+    run = entry.run(save.parent, "--config", preset, "--save", save, "--load", save)
+    assert (run.code, run.err) == (0, "")
+    assert run.losses == {step: whole.losses[step] for step in (5, 6, 7, 8)}
+
+
+def test_asynchronous_checkpoints_hold_the_step_they_name(entry, preset, whole, tmp_path):
+    save = tmp_path / "save"
+    command = ["--config", preset, "--save", save, "--load", save, "--async-save"]
+    first = entry.run(tmp_path, *command, "--save-interval", 2)
+    assert (first.code, first.err) == (0, "")
+    assert first.losses == whole.losses
+    shutil.rmtree(save / "tensorboard")
+    for step in (2, 6):
+        (save / "latest_checkpointed_iteration.txt").write_text(str(step))
+        resumed = entry.run(tmp_path, *command, "--save-interval", 9)
+        assert (resumed.code, resumed.err) == (0, "")
+        assert resumed.losses == {n: whole.losses[n] for n in range(step + 1, 9)}
+        shutil.rmtree(save / "tensorboard")
+
+
+def runs_still(pid: str) -> bool:
+    """Whether a process runs (one that ended may wait to be collected)."""
+    try:
+        return "(zombie)" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def test_killed_during_an_asynchronous_save(entry, preset, whole, save, tmp_path):
+    # The writer of step 8 finds its file held up: a pipe that nobody reads.
+    for left in (save / "iter_0000008").iterdir():
+        left.unlink()
+    (save / "latest_checkpointed_iteration.txt").write_text("4")
+    os.mkfifo(save / "iter_0000008/__0_0.distcp")
+    command = ["--config", preset, "--save", save, "--load", save, "--async-save"]
+    (pid,) = entry.start(tmp_path, *command)
+    wait_for(tmp_path / "stdout-0.txt", "saving step 8")
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    os.kill(pid, signal.SIGKILL)
+    assert entry.wait(tmp_path, [pid]).code == -signal.SIGKILL
+    # No writer goes on behind the back of the next job.
+    deadline = time.monotonic() + 10
+    while left := [child for child in children if runs_still(child)]:
+        assert time.monotonic() < deadline, f"processes {left} outlived their rank"
+        time.sleep(0.02)
+    assert latest_step(save) == 4
+    check_complete(save / "iter_0000004")
+    (save / "iter_0000008/__0_0.distcp").unlink()
+    shutil.rmtree(save / "tensorboard")
+    run = entry.run(tmp_path, *command)
+    assert (run.code, run.err) == (0, "")
+    assert run.losses == {step: whole.losses[step] for step in (5, 6, 7, 8)}
+    assert latest_step(save) == 8
+    assert damage(save / "iter_0000008") is None
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system with room for two of the tiny model's checkpoints and a half."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=3600k", "tmpfs", str(disk)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("mode", [[], ["--async-save"]], ids=["sync", "async"])
+def test_disk_full_during_a_save(entry, preset, whole, small_disk, tmp_path, mode):
+    save = small_disk / "save"
+    command = ["--config", preset, "--save", save, "--load", save, "--save-interval", 2, *mode]
+    command += ["--tensorboard-dir", tmp_path / "tensorboard", "--log-interval", 1]
+    run = entry.run(tmp_path, *command)
+    assert run.code == 1
+    assert re.match(
+        rf"error: the checkpoint of step 6 could not be saved to {save}: (\[Errno 28\] )?No space"
+        r" left on device.*; that of step 4 is intact\n",
+        run.err,
+    ), run.err
+    assert "step 6/8" in run.out
+    assert latest_step(save) == 4
+    assert damage(save / "iter_0000004") is None
+    # Room is made, and the run goes on.
+    subprocess.run(["mount", "-o", "remount,size=30m", str(small_disk)], check=True)
+    shutil.rmtree(tmp_path / "tensorboard")
+    run = entry.run(tmp_path, *command)
+    assert (run.code, run.err) == (0, "")
+    assert run.losses == {step: whole.losses[step] for step in (5, 6, 7, 8)}
