@@ -18,6 +18,7 @@ test: setup
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/shellcheck $$(git ls-files '*.sh') .ci/run
 
 format: setup
 	$(VENV)/bin/ruff check --fix .

@@ -8,7 +8,7 @@ run=runs/demo
 steps=320
 resume_at=310
 train=(pretrain_mlra.py --config examples/configs/debug.yaml --data-path "$run/corpus"
-       --split 94,5,1 --train-iters "$steps" --eval-interval 1000000)
+       --split "94,5,1" --train-iters "$steps" --eval-interval 1000000)
 # On a busy machine threads that wait actively slow each other down many times over.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 

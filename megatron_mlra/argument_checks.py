@@ -42,6 +42,7 @@ POSITIVE = (
     "context_parallel_size",
     "tpa_q_rank",
     "tpa_kv_rank",
+    "keep_last",
 )
 
 REPLACED = {
@@ -69,6 +70,7 @@ def check_arguments(args: Namespace) -> None:
     """
     _check_replaced(args)
     _check_values(args)
+    _check_retention(args)
     _check_schedule(args)
     _check_precision(args)
     _check_parallel(args)
@@ -120,6 +122,14 @@ def _check_values(args: Namespace) -> None:
         raise ValueError(
             f"--max-position-embeddings {position} is shorter than --seq-length {args.seq_length};"
             f" use {args.seq_length}, or leave it out"
+        )
+
+
+def _check_retention(args: Namespace) -> None:
+    if args.keep_last is not None and args.save_retain_interval is not None:
+        raise ValueError(
+            f"--keep-last {args.keep_last} and --save-retain-interval {args.save_retain_interval}"
+            " exclude each other; use one"
         )
 
 

@@ -138,6 +138,12 @@ def add_mlra_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         " Megatron's --dataloader-inter-document-masking",
     )
     group.add_argument(
+        "--keep-last",
+        type=int,
+        metavar="K",
+        help="keep the newest K checkpoints of --save and delete older ones (default: keep all)",
+    )
+    group.add_argument(
         "--dry-run",
         type=int,
         metavar="GPUS",

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from megatron_mlra.accounting import ModelShape, train_flops_per_token
 from megatron_mlra.checkpoint.integrity import latest_step, reason
+from megatron_mlra.checkpoint.retention import prune
 from megatron_mlra.console import say
 
 
@@ -280,6 +281,8 @@ class Progress:
                 raise not_saved(folder, iteration, error) from error
             if self.args.async_save:
                 self.saving.append(iteration)
+            if self.args.keep_last and self.args.rank == 0:
+                prune(folder, self.args.keep_last)
             if self.speaks:
                 verb = "saving" if self.args.async_save else "saved"
                 seconds = time.perf_counter() - start
