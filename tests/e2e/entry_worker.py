@@ -8,6 +8,7 @@ Reads one JSON job a line from stdin, answers one JSON line. A job {"argv", "fol
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -84,6 +85,9 @@ def be_entry(entry: types.ModuleType, job: dict, rank: int, env: dict) -> int:
         sys.excepthook(*sys.exc_info())
         code = 1
     entry.leave(code)
+    # This process ends by os._exit, which leaves running what the interpreter's end would not.
+    for child in multiprocessing.active_children():
+        child.kill()
     sys.stdout.flush()
     return 0
 
