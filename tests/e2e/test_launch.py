@@ -36,6 +36,7 @@ def test_a_signal_saves_and_a_relaunch_goes_on(preset, tmp_path):
 
     again = tmp_path / "again.txt"
     flags = ("--train-iters", 100000, "--exit-interval", step + 2, "--eval-iters", 0)
+    flags += ("--save-interval", 1, "--keep-last", 2)
     assert launch(preset, save, again, 1, *flags).wait(120) == 0, again.read_text()
     said = again.read_text()
     assert f"step {step + 1}/" in said and f"step {step}/" not in said
@@ -45,7 +46,8 @@ def test_a_signal_saves_and_a_relaunch_goes_on(preset, tmp_path):
     newest = int((kept / "latest_checkpointed_iteration.txt").read_text())
 
     # The newest stays whatever is asked; one that is damaged counts for nothing.
-    assert len(steps) >= 2 and prune(kept, len(steps)) == []
+    assert steps == [f"iter_{step + 1:07d}", f"iter_{step + 2:07d}"]
+    assert prune(kept, 2) == []
     damaged = kept / "iter_0000001"
     shutil.copytree(kept / steps[0], damaged)
     (damaged / ".metadata").unlink()

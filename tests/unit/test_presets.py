@@ -16,7 +16,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_mlra.accounting import ModelShape, parameters
-from megatron_mlra.arguments import add_mlra_arguments, load_preset
+from megatron_mlra.arguments import add_mlra_arguments, load_preset, parse
 from megatron_mlra.baseline_config import BaselineConfig
 from megatron_mlra.config import MLRAConfig
 from megatron_mlra.layer_specs import block_spec
@@ -168,11 +168,10 @@ def test_twins_are_of_one_size(name, arguments):
 
 
 @pytest.mark.parametrize("name", sorted(LARGE))
-def test_large_presets_suit_fp8(name, arguments, monkeypatch):
+def test_large_presets_suit_fp8_at_their_layout(name, arguments, monkeypatch):
     monkeypatch.setattr(transformer_config, "is_te_min_version", lambda *_: True)
     args = arguments(name)
-    # At TP8 the 576 rows of a latent down-projection are 72 a rank, and FP8 wants a multiple of 16.
-    tp = args.tensor_model_parallel_size = min(4, args.tensor_model_parallel_size)
+    tp = args.tensor_model_parallel_size
     args.params_dtype, args.multi_latent_attention, args.fp8 = torch.bfloat16, False, "hybrid"
     args.cp_comm_type, args.overlap_p2p_comm = ["p2p"], False
     kind = MLRAConfig if args.attention == "mlra" else BaselineConfig
@@ -180,3 +179,12 @@ def test_large_presets_suit_fp8(name, arguments, monkeypatch):
     assert config.fp8 and config.tensor_model_parallel_size == tp
     for width in (args.ffn_hidden_size, args.moe_ffn_hidden_size, args.padded_vocab_size):
         assert (width or 0) % (16 * tp) == 0
+
+
+@pytest.mark.parametrize("name", sorted(LARGE))
+def test_large_presets_pass_the_checks_of_a_launch(name):
+    gpus = "1024" if "70b" in name else "64"
+    args = parse(["--config", str(CONFIGS / f"{name}.yaml"), "--dry-run", gpus, "--mock-data"])
+    assert args.world_size == int(gpus)
+    with pytest.raises(ValueError, match=r"processes|micro-batches"):
+        parse(["--config", str(CONFIGS / f"{name}.yaml"), "--dry-run", "7", "--mock-data"])
