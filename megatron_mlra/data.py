@@ -17,7 +17,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
     convert_split_vector_to_split_matrix,
     parse_and_normalize_split,
 )
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType
 from megatron.core.utils import (
     flatten_batch_for_packed_sequences,
@@ -27,6 +27,7 @@ from megatron.core.utils import (
 from megatron.training import get_args, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 
+from megatron_mlra.fault_tolerance import batches
 from megatron_mlra.preprocess.metadata import read_metadata
 from megatron_mlra.token_plan import PackedDocuments, plan_tokens
 
@@ -182,7 +183,7 @@ def build_datasets(sample_counts: list[int], vp_stage: int | None = None):
             or mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
         )
 
-    dataset = MockGPTDataset if args.mock_data else GPTDataset
+    dataset = batches.SourcedMockDataset if args.mock_data else batches.SourcedDataset
     return BlendedMegatronDatasetBuilder(dataset, sample_counts, is_built_here, config).build()
 
 
@@ -209,6 +210,7 @@ def get_batch(iterator: Iterator | None, vp_stage: int | None = None) -> dict[st
     )
     if mpu.get_tensor_model_parallel_rank() == 0:
         loaded = next(iterator)
+        batches.note(loaded)
         for key in batch:
             if loaded.get(key) is not None:
                 batch[key] = loaded[key].cuda(non_blocking=True)

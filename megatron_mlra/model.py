@@ -19,6 +19,7 @@ from megatron.training.models.gpt import GPTModelConfig
 from torch import Tensor
 
 from megatron_mlra.data import get_batch
+from megatron_mlra.fault_tolerance import batches
 from megatron_mlra.layer_specs import block_spec, layer_spec
 
 
@@ -90,9 +91,14 @@ def _check_finite(loss: Tensor) -> None:
         if not torch.isfinite(loss):
             step = f"step {get_args().curr_iteration + 1}: the loss"
             where = step if torch.is_grad_enabled() else "the validation loss"
-            raise RuntimeError(f"{where} is {loss.item()}; lower --lr, or look at the batch")
+            raise RuntimeError(
+                f"{where} is {loss.item()} on {batches.latest()}; lower --lr, or look at the batch"
+            )
         return
     for reject, what in ((torch.isnan, "NaN"), (torch.isinf, "infinite")):
         machine.validate_result(
-            result=loss, rejection_func=reject, message=f"the loss is {what}", fatal=True
+            result=loss,
+            rejection_func=reject,
+            message=f"the loss is {what} on {batches.latest()}",
+            fatal=True,
         )

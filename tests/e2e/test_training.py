@@ -141,10 +141,14 @@ def test_nan_ends_the_run_and_harms_no_checkpoint(entry, preset, whole, save):
     command = ["--config", preset, "--save", save, "--load", save]
     run = entry.run(save.parent, *command, nan_at=6)
     assert run.code == 1
-    assert run.err.splitlines() == [
-        "error: step 6: the loss is nan; lower --lr, or look at the batch",
-        f"  full log: {save}/megatron.log",
-    ]
+    error, log = run.err.splitlines()
+    # Step 6's first micro-batch: 5 steps of 4 samples come before.
+    assert re.fullmatch(
+        r"error: step 6: the loss is nan on data-parallel rank 0, samples 20 \(document \d+ from"
+        r" token \d+\), 21 \(document \d+ from token \d+\); lower --lr, or look at the batch",
+        error,
+    )
+    assert log == f"  full log: {save}/megatron.log"
     assert "Traceback" in (save / "megatron.log").read_text()
     assert before == {path: path.read_bytes() for path in before}
     # What was trained before is not lost from the curve.
