@@ -109,7 +109,10 @@ def shape_of(values: dict[str, Any], seq_length: int | None = None) -> ModelShap
     Raises:
         ValueError: for a size that is missing or not positive.
     """
-    shape = ModelShape.from_args({"swiglu": True} | values)
+    try:
+        shape = ModelShape.from_args({"swiglu": True} | values)
+    except TypeError as error:
+        raise ValueError(f"--config: a size is not a number ({error})") from None
     if seq_length is not None:
         shape = replace(shape, seq_length=seq_length)
     if shape.seq_length < 1:

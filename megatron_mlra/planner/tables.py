@@ -123,5 +123,5 @@ def _decoding(report: Report) -> Table:
         cells = (f"{row.floor_ms:.2f}" for row in rows)
         exchange = f"{rows[0].exchange_ms:.2f}"
         table.add_row(name, f"{rows[0].kv_bytes_per_token:,}", exchange, *cells)
-    table.caption = f"of these, weights {first.weights_ms:.2f} ms; the rest is the cache"
+    table.caption = f"of these, weights {first.weights_ms:.2f} ms, the exchange, and the cache"
     return table

@@ -228,6 +228,14 @@ def test_errors_are_one_line(argv, message, capsys):
     assert message in err and err.count("\n") == 1 and err.startswith("error: ")
 
 
+def test_a_size_that_is_no_number_is_one_line(capsys, tmp_path):
+    config = tmp_path / "odd.yaml"
+    config.write_text(f"base: {CONFIGS / 'mlra4_7b.yaml'}\nhidden_size: wide\n")
+    code, out, err = plan(capsys, "--config", config, "--gpus", 8)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "a size is not a number" in err
+
+
 def test_every_gpu_names_its_source():
     for name, gpu in GPUS.items():
         assert find(name) is gpu
