@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import pytest
 
 from megatron_mlra.checkpoint.checksums import MANIFEST, damage
 from megatron_mlra.checkpoint.integrity import check_complete, latest_step
-from runs import wait_for
+from runs import ENV, ROOT, wait_for
 
 
 def flip_a_byte(path: Path) -> None:
@@ -165,3 +167,13 @@ def test_disk_full_during_a_save(entry, preset, whole, small_disk, tmp_path, mod
     run = entry.run(tmp_path, *command)
     assert (run.code, run.err) == (0, "")
     assert run.losses == {step: whole.losses[step] for step in (5, 6, 7, 8)}
+
+
+def test_ranks_killed_and_restarted_by_torchrun(preset, tmp_path):
+    command = [sys.executable, ROOT / "tools/soak.py", "--config", preset, "--work"]
+    command += [tmp_path / "soak", "--kills", "2", "--steps", "14"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    result = json.loads((tmp_path / "soak/soak.json").read_text())
+    assert (result["kills"], result["steps_that_differ"], result["exit_code"]) == (2, 0, 0)
+    assert result["final_loss_killed"] == result["final_loss_alone"]
