@@ -1,8 +1,8 @@
 """Runs the training entry many times on one import: forks a process for each run.
 
 Reads one JSON job a line from stdin, answers one JSON line. A job {"argv", "folder", "ranks",
-"env", "free_bytes", "file_bytes", "nan_at"} starts a run and is answered {"pids": [...]};
-{"wait": pid} is answered with its exit {"code": ...}, negative for a signal.
+"env", "free_bytes", "file_bytes", "nan_at", "samples"} starts a run and is answered
+{"pids": [...]}; {"wait": pid} is answered with its exit {"code": ...}, negative for a signal.
 """
 
 from __future__ import annotations
@@ -71,6 +71,8 @@ def be_entry(entry: types.ModuleType, job: dict, rank: int, env: dict) -> int:
     if "free_bytes" in job:
         usage = types.SimpleNamespace(free=job["free_bytes"])
         shutil.disk_usage = lambda _: usage
+    if job.get("samples"):
+        record_samples(folder / f"samples-{rank}.txt")
     if "nan_at" in job:
         inject_nan(job["nan_at"])
     if "file_bytes" in job:
@@ -90,6 +92,25 @@ def be_entry(entry: types.ModuleType, job: dict, rank: int, env: dict) -> int:
         child.kill()
     sys.stdout.flush()
     return 0
+
+
+def record_samples(path: Path) -> None:
+    """Append the step and the number of every training sample that this rank's loader yields."""
+    import torch
+    from megatron.training import get_args
+
+    from megatron_mlra.fault_tolerance import batches
+
+    note = batches.note
+
+    def note_and_write(loaded):
+        note(loaded)
+        if torch.is_grad_enabled():
+            with open(path, "a") as file:
+                for number in loaded[batches.SOURCE][:, 0].tolist():
+                    file.write(f"{get_args().curr_iteration + 1} {number}\n")
+
+    batches.note = note_and_write
 
 
 def inject_nan(step: int) -> None:

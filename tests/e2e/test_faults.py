@@ -177,3 +177,24 @@ def test_ranks_killed_and_restarted_by_torchrun(preset, tmp_path):
     result = json.loads((tmp_path / "soak/soak.json").read_text())
     assert (result["kills"], result["steps_that_differ"], result["exit_code"]) == (2, 0, 0)
     assert result["final_loss_killed"] == result["final_loss_alone"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [((4, 1), (2, 1)), ((2, 2), (4, 4))], ids=["DP4-DP2", "TP2-TP4"]
+)
+def test_another_world_size_continues_the_same_data(entry, preset, tmp_path, before, after):
+    save = tmp_path / "save"
+    command = ["--config", preset, "--save", save, "--load", save, "--micro-batch-size", 1]
+    for (ranks, tp), stop in ((before, 4), (after, 8)):
+        layout = ["--tensor-model-parallel-size", tp, "--exit-interval", stop]
+        run = entry.run(tmp_path, *command, *layout, ranks=ranks, samples=True)
+        assert run.code == 0, run.err
+    seen: dict[int, list[int]] = {}
+    for path in tmp_path.glob("samples-*.txt"):
+        for line in path.read_text().splitlines():
+            step, number = map(int, line.split())
+            seen.setdefault(step, []).append(number)
+    # Four samples a step, each once, in the order of one uninterrupted run.
+    assert {step: sorted(numbers) for step, numbers in seen.items()} == {
+        step: list(range(4 * (step - 1), 4 * step)) for step in range(1, 9)
+    }
