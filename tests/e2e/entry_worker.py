@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import resource
 import shutil
+import signal
 import socket
 import sys
 import types
@@ -64,6 +65,8 @@ def be_entry(entry: types.ModuleType, job: dict, rank: int, env: dict) -> int:
     """Become `python pretrain_mlra.py ARGV`, with stdout and stderr in files."""
     folder = Path(job["folder"])
     os.chdir(folder)
+    # A shell that starts the tests in the background has them ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update({name: str(value) for name, value in env.items()})
     for fd, name in ((1, "stdout"), (2, "stderr")):
         file = os.open(folder / f"{name}-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
