@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from megatron_mlra import tensor_parallel_fit
 from megatron_mlra.fp8 import FP8_LINEARS, check_fp8
+from megatron_mlra.latent_sizes import LatentSizes
 
 TP_LAYOUTS = ("head", "latent")
 CORE_FORMS = ("auto", "absorbed", "materialized")
@@ -40,7 +41,7 @@ def resolve_latent_kernels(latent_kernels: str, transformer_impl: str) -> str:
 
 
 @dataclass
-class MLRAConfig(MLATransformerConfig):
+class MLRAConfig(LatentSizes, MLATransformerConfig):
     """A Megatron transformer whose attention is MLA, GLA-n or MLRA-n.
 
     MLA is (L, N) = (1, 1), GLA-2 (2, 1), GLA-4 (4, 1), MLRA-2 (4, 2), MLRA-4 (4, 4), MLRA-8 (8, 8).
@@ -139,36 +140,9 @@ class MLRAConfig(MLATransformerConfig):
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
-    def latent_dim(self) -> int:
-        """d_l = d_c / L."""
-        return self.kv_lora_rank // self.num_latent_heads
-
-    @property
-    def num_head_groups(self) -> int:
-        """G = L / N: groups of heads that share their latents."""
-        return self.num_latent_heads // self.num_branches
-
-    @property
     def heads_per_group(self) -> int:
         """h / G: heads served by one latent head."""
         return self.num_attention_heads // self.num_head_groups
-
-    @property
-    def q_scale(self) -> float:
-        """a_q = sqrt(d / d_q), or 1."""
-        if not self.variance_scaling or self.q_lora_rank is None:
-            return 1.0
-        return math.sqrt(self.hidden_size / self.q_lora_rank)
-
-    @property
-    def kv_scale(self) -> float:
-        """a_kv = sqrt(d / d_l), or 1."""
-        return math.sqrt(self.hidden_size / self.latent_dim) if self.variance_scaling else 1.0
-
-    @property
-    def branch_scale(self) -> float:
-        """N^-1/2, or 1."""
-        return self.num_branches**-0.5 if self.variance_scaling else 1.0
 
     @property
     def absorbed(self) -> bool:

@@ -24,7 +24,17 @@ def load_preset(path: str | Path, parser: argparse.ArgumentParser) -> dict[str, 
         ValueError: for a missing file, bad YAML, an unknown key (names the nearest known one) or a
             value the flag would refuse.
     """
-    return _load(Path(path), parser, ())
+    known = _names(parser)
+    defaults: dict[str, Any] = {}
+    for file, values in _chain(Path(path)):
+        for key, value in values.items():
+            if key not in known:
+                raise ValueError(
+                    f"--config {file}: unknown key {key!r}{did_you_mean(str(key), known)}"
+                )
+            action, by_flag = known[key]
+            defaults[action.dest] = _value(f"--config {file}: {key}", value, action, by_flag)
+    return defaults
 
 
 def preset_values(path: str | Path) -> dict[str, Any]:
@@ -34,25 +44,28 @@ def preset_values(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: for a missing file, bad YAML or a base that leads back.
     """
-    path, chain, seen = Path(path), [], set()
-    while True:
-        if path.resolve() in seen:
-            raise ValueError(f"--config {path}: base leads back to this file; remove it")
-        seen.add(path.resolve())
-        values = _read(path)
-        chain.append(values)
-        base = values.pop("base", None)
-        if base is None:
-            break
-        if not isinstance(base, str):
-            raise ValueError(f"--config {path}: base is {base!r}; use the name of another preset")
-        path = path.parent / base
     merged: dict[str, Any] = {}
-    for values in reversed(chain):
+    for _, values in _chain(Path(path)):
         merged |= {ALIASES.get(key, key): value for key, value in values.items()}
     if isinstance(merged.get("moe_layer_freq"), str):
         merged["moe_layer_freq"] = _layer_pattern(merged["moe_layer_freq"])
     return merged
+
+
+def _chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """A preset and its bases with their own values, each behind the ones it overrides."""
+    chain: list[tuple[Path, dict[str, Any]]] = []
+    while True:
+        if any(path.resolve() == above.resolve() for above, _ in chain):
+            raise ValueError(f"--config {path}: base leads back to this file; remove it")
+        values = _read(path)
+        base = values.pop("base", None)
+        if base is not None and not isinstance(base, str):
+            raise ValueError(f"--config {path}: base is {base!r}; use the name of another preset")
+        chain.insert(0, (path, values))
+        if base is None:
+            return chain
+        path = path.parent / base
 
 
 def _layer_pattern(text: str) -> list[int] | int:
@@ -66,25 +79,6 @@ def _layer_pattern(text: str) -> list[int] | int:
             raise ValueError(f"moe_layer_freq is {text!r}; use a form such as ([0]+[1]*26)")
         pattern += [int(bit) for bit in found[1].split(",")] * int(found[2] or 1)
     return pattern
-
-
-def _load(path: Path, parser: argparse.ArgumentParser, above: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in above:
-        raise ValueError(f"--config {path}: base leads back to this file; remove it")
-    values = _read(path)
-    defaults: dict[str, Any] = {}
-    base = values.pop("base", None)
-    if base is not None:
-        if not isinstance(base, str):
-            raise ValueError(f"--config {path}: base is {base!r}; use the name of another preset")
-        defaults.update(_load(path.parent / base, parser, (*above, path.resolve())))
-    known = _names(parser)
-    for key, value in values.items():
-        if key not in known:
-            raise ValueError(f"--config {path}: unknown key {key!r}{did_you_mean(str(key), known)}")
-        action, by_flag = known[key]
-        defaults[action.dest] = _value(f"--config {path}: {key}", value, action, by_flag)
-    return defaults
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_mlra.latent_sizes import LatentSizes
+
 ATTENTIONS = ("latent", "gqa")
 DTYPES = ("float32", "bfloat16", "float16")
 YARN = (
@@ -28,7 +30,7 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelDescription:
+class ModelDescription(LatentSizes):
     """A dense decoder with latent attention (MLA, GLA, MLRA) or grouped queries (MHA, MQA, GQA).
 
     RMSNorm, SwiGLU, RoPE (half-split pairs) and no biases are the family's, so they have no field.
@@ -129,33 +131,6 @@ class ModelDescription:
         else:
             name = f"GLA-{self.num_latent_heads}" if self.num_latent_heads > 1 else "MLA"
         return name + (" gated" if self.output_gate else "")
-
-    @property
-    def latent_dim(self) -> int:
-        """d_l = d_c / L."""
-        return self.kv_lora_rank // self.num_latent_heads
-
-    @property
-    def num_head_groups(self) -> int:
-        """G = L / N."""
-        return self.num_latent_heads // self.num_branches
-
-    @property
-    def q_scale(self) -> float:
-        """a_q = sqrt(d / d_q), or 1."""
-        if not self.variance_scaling or self.q_lora_rank is None:
-            return 1.0
-        return math.sqrt(self.hidden_size / self.q_lora_rank)
-
-    @property
-    def kv_scale(self) -> float:
-        """a_kv = sqrt(d / d_l), or 1."""
-        return math.sqrt(self.hidden_size / self.latent_dim) if self.variance_scaling else 1.0
-
-    @property
-    def branch_scale(self) -> float:
-        """N^-1/2, or 1."""
-        return self.num_branches**-0.5 if self.variance_scaling else 1.0
 
     # -- from and to Megatron ----------------------------------------------------------------------
 

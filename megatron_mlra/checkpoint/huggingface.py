@@ -89,8 +89,7 @@ def write_huggingface(
 
         def parts() -> Iterator[tuple[str, torch.Tensor]]:
             for name in stream.shapes:
-                rule = table[name]
-                yield from zip(rule.theirs, rule.split(stream.take(name)), strict=True)
+                yield from table[name].store(stream.take(name))
 
         with written_aside(destination, stream.bytes) as folder:
             text = json.dumps(config, indent=2, sort_keys=True)

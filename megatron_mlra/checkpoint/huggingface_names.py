@@ -7,14 +7,8 @@ Llama.
 from __future__ import annotations
 
 from megatron_mlra.checkpoint.description import ModelDescription
-from megatron_mlra.checkpoint.names import (
-    EMBEDDING,
-    FINAL_NORM,
-    OUTPUT,
-    layer_prefix,
-    layer_tensors,
-)
-from megatron_mlra.checkpoint.rules import Rule, grouped_queries, rows, same
+from megatron_mlra.checkpoint.names import layer_tensors
+from megatron_mlra.checkpoint.rules import Rule, grouped_queries, rows, same, whole_table
 
 HF_EMBEDDING = "model.embed_tokens.weight"
 HF_OUTPUT = "lm_head.weight"
@@ -34,16 +28,14 @@ _ATTENTION = {
 
 def rules(model: ModelDescription) -> dict[str, Rule]:
     """Canonical name -> rule, for every tensor of the model, in canonical order."""
-    table = {EMBEDDING: same(HF_EMBEDDING)}
-    layer_rules = _layer(model)
-    for i in range(model.num_layers):
-        for name, rule in layer_rules.items():
-            theirs = tuple(f"model.layers.{i}.{their}" for their in rule.theirs)
-            table[layer_prefix(i) + name] = Rule(theirs, rule.split, rule.join)
-    table[FINAL_NORM] = same("model.norm.weight")
-    if not model.tie_embeddings:
-        table[OUTPUT] = same(HF_OUTPUT)
-    return table
+    return whole_table(
+        model,
+        _layer(model),
+        embedding=HF_EMBEDDING,
+        prefix="model.layers.{}.",
+        final_norm="model.norm.weight",
+        output=HF_OUTPUT,
+    )
 
 
 def _layer(model: ModelDescription) -> dict[str, Rule]:

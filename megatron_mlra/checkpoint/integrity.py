@@ -14,9 +14,9 @@ from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mlra.checkpoint.description import CheckpointError
+from megatron_mlra.checkpoint.folders import TRACKER
 from megatron_mlra.checkpoint.torch_dist import check_files, read_metadata
 
-TRACKER = "latest_checkpointed_iteration.txt"
 _ITERATION = re.compile(r"iter_(\d+)").fullmatch
 
 ARCHITECTURE = (
@@ -86,7 +86,7 @@ def latest_step(folder: str | Path) -> int | None:
     if not text:
         # The job or its machine died between truncating the file and writing it. Whatever folder
         # is complete was saved before, or just now.
-        return max(_steps(folder), default=None)
+        return max(steps(folder), default=None)
     if not text.isdigit():
         raise ValueError(
             f"checkpoint tracker {tracker} holds {text!r:.40}, not a step; write the step of a"
@@ -119,11 +119,12 @@ def candidates(load: str | Path, step: int | None = None) -> list[Path]:
         return []
     if not latest:
         return [load / "release"]
-    earlier = sorted((other for other in _steps(load) if other < latest), reverse=True)
+    earlier = sorted((other for other in steps(load) if other < latest), reverse=True)
     return [load / f"iter_{number:07d}" for number in (latest, *earlier)]
 
 
-def _steps(folder: str | Path) -> set[int]:
+def steps(folder: str | Path) -> set[int]:
+    """Steps of which `folder` holds an `iter_*` folder, complete or not."""
     return {int(n[1]) for path in Path(folder).glob("iter_*") if (n := _ITERATION(path.name))}
 
 

@@ -180,8 +180,7 @@ def write_research(
 
         def parts(names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
             for name in names:
-                rule = table[name]
-                yield from zip(rule.theirs, rule.split(stream.take(name)), strict=True)
+                yield from table[name].store(stream.take(name))
 
         with written_aside(destination, stream.bytes) as folder:
             (folder / "config.json").write_text(json.dumps(research_config(model), indent=2) + "\n")

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_mlra.checkpoint.description import ModelDescription
-from megatron_mlra.checkpoint.names import EMBEDDING, FINAL_NORM, OUTPUT, layer_prefix
-from megatron_mlra.checkpoint.rules import Rule, grouped_queries, rows, same
+from megatron_mlra.checkpoint.rules import Rule, grouped_queries, rows, same, whole_table
 
 RESEARCH_EMBEDDING = "transformer.wte.weight"
 RESEARCH_OUTPUT = "lm_head.weight"
@@ -19,16 +18,14 @@ RESEARCH_OUTPUT = "lm_head.weight"
 
 def rules(model: ModelDescription) -> dict[str, Rule]:
     """Canonical name -> rule, for every tensor of the model, in canonical order."""
-    table = {EMBEDDING: same(RESEARCH_EMBEDDING)}
-    layer_rules = _layer(model)
-    for i in range(model.num_layers):
-        for name, rule in layer_rules.items():
-            theirs = tuple(f"transformer.h.{i}.{their}" for their in rule.theirs)
-            table[layer_prefix(i) + name] = Rule(theirs, rule.split, rule.join)
-    table[FINAL_NORM] = same("layernorm.weight")
-    if not model.tie_embeddings:
-        table[OUTPUT] = same(RESEARCH_OUTPUT)
-    return table
+    return whole_table(
+        model,
+        _layer(model),
+        embedding=RESEARCH_EMBEDDING,
+        prefix="transformer.h.{}.",
+        final_norm="layernorm.weight",
+        output=RESEARCH_OUTPUT,
+    )
 
 
 def _layer(model: ModelDescription) -> dict[str, Rule]:

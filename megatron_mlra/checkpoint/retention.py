@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from pathlib import Path
 
-from megatron_mlra.checkpoint.integrity import check_complete, latest_step
-
-_ITERATION = re.compile(r"iter_(\d{7,})")
+from megatron_mlra.checkpoint.integrity import check_complete, latest_step, steps
 
 
 def prune(folder: str | Path, keep: int) -> list[int]:
@@ -25,11 +22,8 @@ def prune(folder: str | Path, keep: int) -> list[int]:
         return []
     for left in folder.glob(".deleted-iter_*"):
         shutil.rmtree(left, ignore_errors=True)
-    found = {}
-    for path in folder.glob("iter_*"):
-        name = _ITERATION.fullmatch(path.name)
-        if name and path.is_dir() and not path.is_symlink():
-            found[int(name[1])] = path
+    named = {step: folder / f"iter_{step:07d}" for step in steps(folder)}
+    found = {step: path for step, path in named.items() if path.is_dir() and not path.is_symlink()}
     older = [step for step in sorted(found, reverse=True) if step < latest]
     kept, deleted = int(latest in found and _is_complete(found[latest])), []
     for step in older:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_mlra.checkpoint.description import ModelDescription
-from megatron_mlra.checkpoint.names import expected_tensors
+from megatron_mlra.checkpoint.names import (
+    EMBEDDING,
+    FINAL_NORM,
+    OUTPUT,
+    expected_tensors,
+    layer_prefix,
+)
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,10 @@ class Rule:
 
     join: Callable[[list[Tensor]], Tensor]
     """Theirs -> canonical."""
+
+    def store(self, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Their names, each with its part of the canonical tensor."""
+        return zip(self.theirs, self.split(tensor), strict=True)
 
 
 def same(name: str) -> Rule:
@@ -54,12 +64,37 @@ def grouped_queries(model: ModelDescription, *names: str) -> Rule:
     return Rule(names, split, join)
 
 
+def whole_table(
+    model: ModelDescription,
+    layer: Mapping[str, Rule],
+    *,
+    embedding: str,
+    prefix: str,
+    final_norm: str,
+    output: str,
+) -> dict[str, Rule]:
+    """Canonical name -> rule, for every tensor of the model, in canonical order.
+
+    Args:
+        layer: rules of one layer, by canonical name behind its prefix.
+        embedding, final_norm, output: their names outside the layers.
+        prefix: theirs of a layer, with `{}` for its number.
+    """
+    table = {EMBEDDING: same(embedding)}
+    for i in range(model.num_layers):
+        for name, rule in layer.items():
+            theirs = tuple(prefix.format(i) + their for their in rule.theirs)
+            table[layer_prefix(i) + name] = Rule(theirs, rule.split, rule.join)
+    table[FINAL_NORM] = same(final_norm)
+    if not model.tie_embeddings:
+        table[OUTPUT] = same(output)
+    return table
+
+
 def their_shapes(model: ModelDescription, table: Mapping[str, Rule]) -> dict[str, tuple[int, ...]]:
     """Their name -> shape, in canonical order."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in expected_tensors(model).items():
-        parts = table[name].split(torch.empty(shape, device="meta"))
-        shapes |= {
-            their: tuple(part.shape) for their, part in zip(table[name].theirs, parts, strict=True)
-        }
+        parts = table[name].store(torch.empty(shape, device="meta"))
+        shapes |= {their: tuple(part.shape) for their, part in parts}
     return shapes

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from megatron_mlra.checkpoint.description import ModelDescription
@@ -18,6 +17,7 @@ from megatron_mlra.inference.load import LoadOptions, load_model
 from megatron_mlra.inference.model import InferenceModel
 from megatron_mlra.inference.parallel import TensorParallel
 from megatron_mlra.inference.runner import Chunk, Runner
+from megatron_mlra.presets import preset_values
 
 PAGE = 64
 SPARE_BYTES = 4 << 30
@@ -42,36 +42,14 @@ def preset_description(path: str | Path) -> ModelDescription:
     Raises:
         ValueError: the file is missing, or describes no model of this package.
     """
-    preset = path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{preset} does not exist; use one of examples/configs/*.yaml")
-    values: dict[str, Any] = {}
-    while path is not None:
-        own = yaml.safe_load(path.read_text())
-        base = own.pop("base", None)
-        values = own | values
-        path = path.parent / base if base else None
-    names = ["num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size"]
-    fields = {name: values[name] for name in names}
-    fields["dtype"] = "bfloat16"
-    if values.get("attention") == "gqa":
-        groups = values.get("num_query_groups", values["num_attention_heads"])
-        fields |= {"attention": "gqa", "num_query_groups": groups}
-        fields["head_dim"] = values["kv_channels"]
-        fields["output_gate"] = bool(values.get("attention_output_gate"))
-    elif values.get("attention") == "mlra":
-        for name in ("num_latent_heads", "num_branches", "q_lora_rank", "kv_lora_rank"):
-            fields[name] = values[name]
-        fields |= {
-            "qk_nope_head_dim": values["qk_head_dim"],
-            "qk_rope_head_dim": values["qk_pos_emb_head_dim"],
-            "v_head_dim": values["v_head_dim"],
-            "output_gate": bool(values.get("output_gate")),
-        }
-    else:
+    if not Path(path).is_file():
+        raise ValueError(f"{path} does not exist; use one of examples/configs/*.yaml")
+    values = preset_values(path)
+    if values.get("attention") not in ("mlra", "gqa"):
         found = values.get("attention")
-        raise ValueError(f"{preset} has attention {found!r}; use one of mlra or gqa")
-    return ModelDescription(**fields)
+        raise ValueError(f"{path} has attention {found!r}; use one of mlra or gqa")
+    values |= {"layernorm_epsilon": values.get("norm_epsilon", 1e-5), "params_dtype": "bfloat16"}
+    return ModelDescription.from_megatron_args(values)
 
 
 def random_reader(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_mlra.checkpoint.description import DTYPES as WEIGHT_DTYPES
 from megatron_mlra.checkpoint.description import ModelDescription
 from megatron_mlra.inference.cache import CACHE_DTYPES, GroupedCache, LatentCache
 from megatron_mlra.inference.model import InferenceModel
@@ -19,7 +20,7 @@ from megatron_mlra.inference.parallel import (
 )
 from megatron_mlra.inference.weights import load_weights
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", *WEIGHT_DTYPES)
 
 
 @dataclass(frozen=True)

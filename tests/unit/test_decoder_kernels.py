@@ -3,39 +3,22 @@
 As test_mlra_kernels_interpreter.py, this file runs itself in a child process.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") != "1":
+from interpreted import INTERPRETING, mend_scalars, run_interpreted
+
+if not INTERPRETING:
 
     def test_decoder_kernels_under_the_interpreter():
-        child = subprocess.run(
-            [sys.executable, "-m", "pytest", "-v", "-x", __file__],
-            env={**os.environ, "TRITON_INTERPRET": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
-        assert " passed" in child.stdout and "skipped" not in child.stdout
+        printed = run_interpreted(__file__)
+        assert " passed" in printed and "skipped" not in printed
 
 else:
-    from triton.runtime import interpreter
-
     from mlra_kernels.decoder import add_rms_norm, rotate_heads, silu_mul
     from mlra_kernels.grouped_decode import grouped_decode
 
-    # NumPy 2.5 no longer turns a one-element array into an int, which this interpreter relies on.
-    patch_lang_tensor = interpreter._patch_lang_tensor
-
-    def patch_with_index(tensor, scope):
-        patch_lang_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patch_with_index
+    mend_scalars()
     pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
     def randn(*size):

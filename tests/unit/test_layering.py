@@ -56,6 +56,7 @@ LAYERS = (
 FREE = (
     "megatron_mlra",
     "megatron_mlra.cpu_backend",
+    "megatron_mlra.latent_sizes",
     "megatron_mlra.tensor_parallel_fit",
     "megatron_mlra.upstream_fixes",
     "megatron_mlra.version",

@@ -6,28 +6,19 @@ TRITON_INTERPRET=1: other tests of the session keep their own Triton. bf16 is le
 """
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") != "1":
+from interpreted import INTERPRETING, mend_scalars, run_interpreted
+
+if not INTERPRETING:
 
     def test_kernels_under_the_interpreter():
-        child = subprocess.run(
-            [sys.executable, "-m", "pytest", "-v", "-x", "--durations=5", __file__],
-            env={**os.environ, "TRITON_INTERPRET": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
-        assert " passed" in child.stdout and "skipped" not in child.stdout
+        printed = run_interpreted(__file__)
+        assert " passed" in printed and "skipped" not in printed
 
 else:
-    from triton.runtime import interpreter
-
     from mlra_kernels.latent_decode import (
         decode_metadata,
         latent_cache_append,
@@ -38,14 +29,7 @@ else:
     from mlra_kernels.latent_decode.reference import FP8_DTYPE, split_cache
     from test_mlra_kernels_reference import paged_case
 
-    # NumPy 2.5 no longer turns a one-element array into an int, which this interpreter relies on.
-    patch_lang_tensor = interpreter._patch_lang_tensor
-
-    def patch_with_index(tensor, scope):
-        patch_lang_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patch_with_index
+    mend_scalars()
     pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
 
     def metadata_for(case, deterministic=False):
