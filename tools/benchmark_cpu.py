@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_mlra.accounting import ModelShape, parameters
+from megatron_mlra.command_line import run
 
 ROOT = Path(__file__).resolve().parent.parent
 TURNS = 3
@@ -196,4 +197,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

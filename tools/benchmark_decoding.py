@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import triton
 
+from megatron_mlra.command_line import run
 from megatron_mlra.inference.benchmark import (
     Case,
     gate,
@@ -150,4 +151,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,8 +1,7 @@
 """Convert, inspect and compare checkpoints (docs/checkpoints.md)."""
 
-import sys
-
 from megatron_mlra.checkpoint.cli import main
+from megatron_mlra.command_line import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -1,8 +1,8 @@
 """Write the demo's corpus, English and code that every Python carries, as JSON lines."""
 
 import os
-import sys
 
+from megatron_mlra.command_line import run
 from megatron_mlra.preprocess.cli import OneLineParser
 from megatron_mlra.preprocess.demo_corpus import write_demo_corpus
 
@@ -28,4 +28,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

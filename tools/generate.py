@@ -1,8 +1,7 @@
 """Continue prompts with a trained model; see docs/inference.md."""
 
-import sys
-
+from megatron_mlra.command_line import run
 from megatron_mlra.inference.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -25,9 +25,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megatron_mlra.command_line import run
+
 ROOT = Path(__file__).parents[1]
 # Restarted ranks must not find in torchrun's own store the addresses of those that are gone.
 ENV = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+START = re.compile(r"^training [^|]*: [\d,]+ parameters")
 STEP = re.compile(r"^step ([\d,]+)/[\d,]+ \| lm loss ([\d.]+|nan)")
 
 
@@ -42,8 +45,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--save-interval", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
     args, rest = parser.parse_known_args(argv)
-    if args.kills >= args.steps:
-        print(f"error: --kills {args.kills} needs more than {args.steps} --steps", file=sys.stderr)
+    # A kill after the last checkpoint but one may come when all is done.
+    last = args.steps - args.save_interval
+    if args.kills >= last:
+        least = args.kills + args.save_interval + 1
+        print(f"error: --kills {args.kills} needs at least --steps {least}", file=sys.stderr)
         return 2
     if args.work.exists() and any(args.work.iterdir()):
         print(f"error: --work {args.work} is not empty; use another folder", file=sys.stderr)
@@ -54,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: the run left alone failed; see {alone.folder}", file=sys.stderr)
         return 1
     chosen = random.Random(args.seed)
-    moments = sorted(chosen.sample(range(1, args.steps), args.kills))
+    moments = sorted(chosen.sample(range(1, last), args.kills))
     killed = Job(args, "killed", rest)
     code = killed.run([(step, chosen.randrange(args.ranks), chosen.random()) for step in moments])
     different = [n for n in range(1, args.steps + 1) if alone.losses.get(n) != killed.losses.get(n)]
@@ -103,20 +109,22 @@ class Job:
         """
         self.folder.mkdir()
         begin, kills = time.perf_counter(), list(kills)
-        killed_at, reached, last = None, 0, begin
+        killed_at, back, reached, last = None, False, 0, begin
         with open(self.folder / "errors.txt", "w") as errors:
             job = subprocess.Popen(
                 self.command, stdout=subprocess.PIPE, stderr=errors, text=True, env=ENV
             )
         with tqdm(total=self.steps, desc=self.folder.name, unit="step") as bar:
             for line in job.stdout:
+                back = back or bool(START.match(line))
                 if not (found := STEP.match(line)):
                     continue
                 now, step = time.perf_counter(), int(found[1].replace(",", ""))
                 if self.losses.setdefault(step, found[2]) != found[2]:
                     bar.write(f"step {step}: loss {found[2]}, before the kill {self.losses[step]}")
                     self.losses[step] = found[2]
-                if killed_at is not None:
+                # Steps that were printed before the kill may still be in the pipe.
+                if killed_at is not None and back:
                     self.lost[-1] += step <= reached
                     if step <= reached:
                         continue
@@ -124,10 +132,10 @@ class Job:
                     killed_at = None
                 bar.update(max(0, step - reached))
                 pause, last, reached = now - last, now, max(step, reached)
-                if kills and step >= kills[0][0]:
+                if kills and killed_at is None and step >= kills[0][0]:
                     _, rank, part = kills.pop(0)
                     time.sleep(part * min(pause, 1.0))
-                    killed_at = time.perf_counter()
+                    killed_at, back = time.perf_counter(), False
                     self.lost.append(0)
                     kill_rank(job.pid, rank)
                     self._drop_old_checkpoints()
@@ -169,4 +177,4 @@ def report(result: dict) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -228,6 +228,17 @@ def test_errors_are_one_line(argv, message, capsys):
     assert message in err and err.count("\n") == 1 and err.startswith("error: ")
 
 
+def test_a_reader_that_leaves_early_ends_it_quietly():
+    # More JSON than a pipe holds.
+    command = [sys.executable, ROOT / "tools/plan.py", "--config", CONFIGS / "mlra4_70b.yaml"]
+    command += ["--gpus", "1024", "--json", "--top", "200"]
+    tool = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert tool.stdout.readline() == b"{\n"
+    tool.stdout.close()
+    assert tool.wait(60) == 141
+    assert tool.stderr.read() == b""
+
+
 def test_a_size_that_is_no_number_is_one_line(capsys, tmp_path):
     config = tmp_path / "odd.yaml"
     config.write_text(f"base: {CONFIGS / 'mlra4_7b.yaml'}\nhidden_size: wide\n")
