@@ -53,7 +53,7 @@ def train() -> int:
     from megatron_mlra.accounting import ModelShape, parameters
     from megatron_mlra.checkpoint import checksums, integrity
     from megatron_mlra.cpu_backend import enable_cpu_backend
-    from megatron_mlra.fault_tolerance import resume
+    from megatron_mlra.fault_tolerance import batches, heartbeat, resume
     from megatron_mlra.progress import Progress, Stopped
 
     args, output, started = None, None, False
@@ -92,16 +92,20 @@ def train() -> int:
             console.say(console.accelerated_parts(args))
         Progress(args, shape).install()
         resume.install(args)
+        batches.install()
+        stop_watch = heartbeat.install(args, arguments.run_folder(args))
         container = pretrain_cfg_container_from_args(args, config)
-        training.pretrain(
-            container, data.build_datasets, ModelType.encoder_or_decoder, model.forward_step
-        )
+        try:
+            training.pretrain(
+                container, data.build_datasets, ModelType.encoder_or_decoder, model.forward_step
+            )
+        except Stopped as stop:
+            if args.rank == 0:
+                console.say(str(stop))
+            if stop.code:
+                return stop.code
+        stop_watch()
         torch.distributed.barrier()
-    except Stopped as stop:
-        if args.rank == 0:
-            console.say(str(stop))
-        if stop.code:
-            return stop.code
     except SystemExit as end:
         if args is None:  # --help
             raise

@@ -22,8 +22,8 @@ nodes=${NODES:-1}
 gpus=${GPUS_PER_NODE:-$({ nvidia-smi -L 2>/dev/null || true; } | grep -c . || true)}
 [ "$gpus" -ge 1 ] || gpus=1
 
-# A collective that waits longer than --distributed-timeout-minutes ends the job instead of the
-# watchdog of a scheduler; the flight recorder then says which ranks were missing from which one.
+# A rank that hangs is named after --hang-timeout-seconds. Should that fail, a collective ends the job
+# after --distributed-timeout-minutes, and the flight recorder says which ranks were missing.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
 export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}
 export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}

@@ -71,6 +71,7 @@ def check_arguments(args: Namespace) -> None:
     _check_replaced(args)
     _check_values(args)
     _check_retention(args)
+    _check_hang_timeout(args)
     _check_schedule(args)
     _check_precision(args)
     _check_parallel(args)
@@ -130,6 +131,21 @@ def _check_retention(args: Namespace) -> None:
         raise ValueError(
             f"--keep-last {args.keep_last} and --save-retain-interval {args.save_retain_interval}"
             " exclude each other; use one"
+        )
+
+
+def _check_hang_timeout(args: Namespace) -> None:
+    seconds, minutes = args.hang_timeout_seconds, args.distributed_timeout_minutes
+    if not seconds:
+        return
+    if seconds < 1:
+        raise ValueError(
+            f"--hang-timeout-seconds {seconds:g} is too short; use at least 1, or 0 for never"
+        )
+    if seconds >= 60 * minutes:
+        raise ValueError(
+            f"--hang-timeout-seconds {seconds:g} comes after --distributed-timeout-minutes"
+            f" {minutes}, which names no rank; use less than {60 * minutes}, or raise the latter"
         )
 
 

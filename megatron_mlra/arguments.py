@@ -144,6 +144,13 @@ def add_mlra_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="keep the newest K checkpoints of --save and delete older ones (default: keep all)",
     )
     group.add_argument(
+        "--hang-timeout-seconds",
+        type=float,
+        metavar="SECONDS",
+        help="end the job, naming the rank, when one has not answered or has kept the others"
+        " waiting for this long (0: never; default: 0.8 of --distributed-timeout-minutes)",
+    )
+    group.add_argument(
         "--dry-run",
         type=int,
         metavar="GPUS",

@@ -149,11 +149,6 @@ def fail(error: BaseException, output: MegatronOutput | None, started: bool) -> 
 def message(error: BaseException) -> str:
     """An error in one line, whatever raised it."""
     text = " ".join(str(error).split())
-    # Megatron's validate_result: which rank, node and device is in the log.
-    rejected = re.search(r"iteration (\d+): Unexpected result (\S+) \(message='(.*)'\)", text)
-    if rejected:
-        step, value, what = rejected.groups()
-        return f"step {step}: {what}: {value}; lower --lr, or look at the batch"
     if re.search(r"Connection (closed by peer|reset)|Broken pipe|gloo.*timed? ?out", text, re.I):
         return "another rank is gone; its own error, or the launcher, says why"
     if text.startswith("OptimizerParamScheduler: class input value"):

@@ -19,7 +19,7 @@ from megatron.training.models.gpt import GPTModelConfig
 from torch import Tensor
 
 from megatron_mlra.data import get_batch
-from megatron_mlra.fault_tolerance import batches
+from megatron_mlra.fault_tolerance import batches, heartbeat
 from megatron_mlra.layer_specs import block_spec, layer_spec
 
 
@@ -42,7 +42,10 @@ def _layers(config: GPTModelConfig, vp_stage: int | None = None):
 def forward_step(data_iterator: Iterator, model: GPTModel) -> tuple[Tensor, Callable]:
     """One micro-batch: per-token losses `[b, s]` (or the stage's output) and how to reduce them."""
     vp_stage = get_attr_wrapped_model(model, "vp_stage")
+    during = "" if torch.is_grad_enabled() else "validation: "
+    heartbeat.mark(during + "loading data")
     batch = get_batch(data_iterator, vp_stage)
+    heartbeat.mark(during + "forward")
     output = model(
         batch["tokens"],
         batch["position_ids"],
@@ -60,6 +63,7 @@ def loss_function(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, di
     Raises:
         RuntimeError: for a NaN or infinite loss, unless --no-check-for-nan-in-loss-and-grad.
     """
+    heartbeat.mark("backward" if torch.is_grad_enabled() else "validation: the loss")
     losses = losses.view(-1).float()
     mask = loss_mask.view(-1).float()
     loss = torch.sum(losses * mask)

@@ -1,12 +1,14 @@
 """Runs the training entry many times on one import: forks a process for each run.
 
 Reads one JSON job a line from stdin, answers one JSON line. A job {"argv", "folder", "ranks",
-"env", "free_bytes", "file_bytes", "nan_at", "samples"} starts a run and is answered
+"env", "free_bytes", "file_bytes", "nan_at",
+"nan_gradient_at", "samples", "asleep"} starts a run and is answered
 {"pids": [...]}; {"wait": pid} is answered with its exit {"code": ...}, negative for a signal.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -15,6 +17,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -78,6 +81,10 @@ def be_entry(entry: types.ModuleType, job: dict, rank: int, env: dict) -> int:
         record_samples(folder / f"samples-{rank}.txt")
     if "nan_at" in job:
         inject_nan(job["nan_at"])
+    if "nan_gradient_at" in job:
+        inject_nan(job["nan_gradient_at"], in_gradient=True)
+    for sleep in job.get("asleep", []):
+        fall_asleep(rank, **sleep)
     if "file_bytes" in job:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_bytes"],) * 2)
     sys.argv = ["pretrain_mlra.py", *job["argv"]]
@@ -116,8 +123,28 @@ def record_samples(path: Path) -> None:
     batches.note = note_and_write
 
 
-def inject_nan(step: int) -> None:
-    """Make the training loss of a step NaN."""
+def fall_asleep(
+    rank: int, ranks: list[int], place: str, seconds: float, step: int | None = None
+) -> None:
+    """Have a function, module:name, take longer on some ranks, once; `step` says in which."""
+    if rank not in ranks:
+        return
+    from megatron.training import get_args
+
+    module, name = place.split(":")
+    module = importlib.import_module(module)
+    function, left = getattr(module, name), [seconds]
+
+    def slow(*args, **named):
+        if left and (step is None or get_args().curr_iteration + 1 == step):
+            time.sleep(left.pop())
+        return function(*args, **named)
+
+    setattr(module, name, slow)
+
+
+def inject_nan(step: int, in_gradient: bool = False) -> None:
+    """Make the training loss of a step NaN, or its gradient alone."""
     from megatron.training import get_args
 
     from megatron_mlra import model
@@ -125,8 +152,12 @@ def inject_nan(step: int) -> None:
     loss_function = model.loss_function
 
     def with_nan(mask, losses):
-        at_step = get_args().curr_iteration + 1 == step
-        return loss_function(mask, losses * float("nan") if at_step else losses)
+        if get_args().curr_iteration + 1 == step:
+            if in_gradient:
+                losses.register_hook(lambda gradient: gradient * float("nan"))
+            else:
+                losses = losses * float("nan")
+        return loss_function(mask, losses)
 
     model.loss_function = with_nan
 

@@ -157,6 +157,39 @@ def test_nan_ends_the_run_and_harms_no_checkpoint(entry, preset, whole, save):
     assert (resumed.code, resumed.err) == (0, "")
 
 
+@pytest.mark.parametrize(
+    ("layout", "ranks", "said"),
+    [
+        ([], 1, [r"20 (document \d+ from token \d+), 21 (document .*), 22 (.*), 23 (document .*)"]),
+        # The second of two tensor-parallel ranks loads nothing, and knows the numbers.
+        (["--tensor-model-parallel-size", 2], 2, [r"20 (document .*), 23 (.*)", "20, 21, 22, 23"]),
+        # Two replicas: each names its own half.
+        ([], 2, [r"20 (document .*), 21 (document .*)", r"22 (document .*), 23 (document .*)"]),
+    ],
+    ids=["alone", "TP2", "DP2"],
+)
+def test_a_gradient_that_is_nan_under_a_finite_loss(entry, preset, tmp_path, layout, ranks, said):
+    flags = ["--save", tmp_path / "save", "--save-interval", 50, *layout]
+    # The first rank to leave must not take the others with it.
+    asleep = [{"ranks": [0], "place": "megatron_mlra.console:fail", "seconds": 2}] * (ranks > 1)
+    job = {"ranks": ranks, "nan_gradient_at": 6, "asleep": asleep}
+    run = entry.run(tmp_path, "--config", preset, *flags, **job)
+    assert run.code == 1
+    for rank, samples in enumerate(said):
+        where = f" (rank {rank})" if ranks > 1 else ""
+        replica = rank if not layout else 0
+        samples = re.sub(r"[()]", r"\\\g<0>", samples)
+        assert re.search(
+            rf"^error{re.escape(where)}: step 6: found NaN in local grad norm for bucket #0 in"
+            rf" backward pass before data-parallel communication collective: nan, on data-parallel"
+            rf" rank {replica}, one of samples {samples}; lower --lr, or look at the batch$",
+            run.err,
+            re.MULTILINE,
+        ), run.err
+    log = (tmp_path / "save/megatron.log").read_text()
+    assert "all samples of this rank in step 6: [[20, " in log
+
+
 def test_absurd_learning_rate_ends_the_run(entry, preset, tmp_path):
     run = entry.run(tmp_path, "--config", preset, "--lr", 1e30, "--lr-warmup-iters", 0)
     assert run.code == 1

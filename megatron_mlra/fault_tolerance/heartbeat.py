@@ -1,0 +1,327 @@
+"""Every rank says that it lives and how far it is; a hang ends the job with the rank named.
+
+Rank 0 keeps the beats in a store of its own, reads them all and judges; every other rank writes its
+beat and reads two keys: the verdict, and rank 0's beat. One that no longer reaches rank 0 names it.
+All this is done by threads that release the GIL while they wait, so that a main thread stuck in a
+collective does not matter; one that never gives the GIL back is found by the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import functools
+import linecache
+import os
+import resource
+import socket
+import sys
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.training import training
+from torch.distributed import TCPStore, distributed_c10d
+
+from megatron_mlra.fault_tolerance.hang import Beat, Heard, Verdict, judge, silent_host
+
+SHARE_OF_TIMEOUT = 0.8
+"""Default limit, as a share of --distributed-timeout-minutes: a hang is named before a collective
+gives up, and nothing is ended that would not be ended a little later."""
+
+_CONNECT = timedelta(seconds=60)
+_VERDICT = "verdict"
+_OFF = "off"
+
+
+class _Progress:
+    """Where the training loop is: written by the main thread, read by the watch."""
+
+    def __init__(self) -> None:
+        # One tuple, replaced as a whole: step, phase, bounded, marks.
+        self.now = (0, "starting", False, 0)
+        self.past_first_step = False
+
+    def mark(self, phase: str, *, step: int | None = None, bounded: bool = True) -> None:
+        before, _, _, marks = self.now
+        # What a first step compiles and allocates may take any time.
+        bounded = bounded and self.past_first_step
+        self.now = (before if step is None else step, phase, bounded, marks + 1)
+
+
+_progress = _Progress()
+
+
+def mark(phase: str) -> None:
+    """The training loop comes to `phase` of the step it is in."""
+    _progress.mark(phase)
+
+
+@contextmanager
+def unbounded(phase: str) -> Iterator[None]:
+    """A phase that may take any time, as long as no other rank waits for it."""
+    _, before, bounded, _ = _progress.now
+    _progress.mark(phase, bounded=False)
+    yield
+    _progress.mark(before, bounded=bounded)
+
+
+def limit_of(args: Namespace) -> float:
+    """Seconds after which a hang ends the job; 0 for never."""
+    if args.world_size == 1:
+        return 0.0
+    if args.hang_timeout_seconds is None:
+        return SHARE_OF_TIMEOUT * 60 * args.distributed_timeout_minutes
+    return args.hang_timeout_seconds
+
+
+def install(args: Namespace, folder: Path) -> Callable[[], None]:
+    """Mark the trainer's phases, and watch all ranks from the moment they can reach each other.
+
+    Args:
+        args: of the run.
+        folder: where a rank that hangs leaves the stacks of its threads, if it can.
+
+    Returns:
+        what ends the watch; to be called by every rank before one may leave.
+    """
+    limit = limit_of(args)
+    if not limit:
+        return lambda: None
+    watch = Watch(args.rank, args.world_size, limit, folder)
+    initialize, train_step, train = (
+        training.initialize_megatron,
+        training.train_step,
+        training.train,
+    )
+
+    @functools.wraps(initialize)
+    def initialize_and_watch(*rest, **named):
+        result = initialize(*rest, **named)
+        watch.start()
+        return result
+
+    @functools.wraps(train_step)
+    def marked_step(*rest, **named):
+        _progress.mark("before its batch", step=args.curr_iteration + 1)
+        result = train_step(*rest, **named)
+        _progress.past_first_step = True
+        _progress.mark("after its update")
+        return result
+
+    @functools.wraps(train)
+    def train_and_mark(*rest, **named):
+        try:
+            return train(*rest, **named)
+        finally:
+            _progress.mark("ending", bounded=False)
+
+    training.initialize_megatron = initialize_and_watch
+    training.train_step = marked_step
+    training.train = train_and_mark
+    for name in ("save_checkpoint", "maybe_finalize_async_save"):
+        setattr(training, name, unbounded("saving")(getattr(training, name)))
+    return watch.stop
+
+
+class Watch:
+    """The threads of one rank."""
+
+    def __init__(self, rank: int, world_size: int, limit: float, folder: Path) -> None:
+        self.rank, self.world_size, self.limit, self.folder = rank, world_size, limit, folder
+        self.interval = min(15.0, limit / 20)
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        self.device = f"GPU {local}" if torch.cuda.is_available() else f"local rank {local}"
+        self.speaks = local == 0  # one rank of each machine
+        self.main = threading.main_thread().ident
+        self.ended = threading.Event()
+        self.threads: list[threading.Thread] = []
+        self.beats = 0
+        self.last: tuple[int, int] | None = None
+        self.since = 0.0
+        self.probe: threading.Thread | None = None
+        self.host_beat: Beat | None = None
+        self.reached = 0.0
+
+    def start(self) -> None:
+        """Meet the other ranks; returns when this rank's first beat is kept."""
+        where: list[tuple[str, int] | None] = [None]
+        if self.rank == 0:
+            _allow_connections(self.world_size)
+            address = os.environ["MASTER_ADDR"]
+            self.store = TCPStore(address, 0, None, True, _CONNECT, wait_for_workers=False)
+            for key in (_VERDICT, *map(_key, range(self.world_size))):
+                self.store.set(key, "")
+            where = [(address, self.store.port)]
+        dist.broadcast_object_list(where)
+        if self.rank:
+            self.store = TCPStore(*where[0], None, False, _CONNECT, wait_for_workers=False)
+        self.store.set(_key(self.rank), self._beat(time.monotonic()).write())
+        dist.barrier()
+        rounds = [self._judge_all] if self.rank == 0 else [self._follow, self._guard]
+        for run in rounds:
+            thread = threading.Thread(target=self._until_broken, args=(run,), daemon=True)
+            thread.start()
+            self.threads.append(thread)
+
+    def stop(self) -> None:
+        """End the threads. The store stays, for ranks that are not there yet."""
+        self.ended.set()
+        for thread in self.threads:
+            thread.join(5)
+
+    def _until_broken(self, run: Callable[[], None]) -> None:
+        try:
+            run()
+        except Exception:
+            # A fault of the watch ends the watch on all ranks, not the job.
+            self.ended.set()
+            with contextlib.suppress(RuntimeError):
+                self.store.set(_VERDICT, _OFF)
+            raise
+
+    def _judge_all(self) -> None:
+        """Rank 0: read all beats, judge."""
+        keys = [_VERDICT, *map(_key, range(self.world_size))]
+        seen = [""] * self.world_size
+        changed = [time.monotonic()] * self.world_size
+        while (lost := self._sleep()) is not None:
+            now = time.monotonic()
+            self.store.set(_key(0), self._beat(now, lost).write())
+            verdict, *texts = [text.decode() for text in self.store.multi_get(keys)]
+            if verdict == _OFF:
+                return
+            changed = [
+                now if new != old else then + lost
+                for new, old, then in zip(texts, seen, changed, strict=True)
+            ]
+            seen = texts
+            heard = [
+                Heard(Beat.read(text), now - then)
+                for text, then in zip(texts, changed, strict=True)
+            ]
+            if found := judge(heard, self.limit):
+                self._say(found)
+                self.store.set(_VERDICT, found.write())
+                # The store ends with this process: the others must have read it.
+                time.sleep(2 * self.interval + 1)
+                self._leave(found)
+
+    def _follow(self) -> None:
+        """Any other rank: leave a beat, heed the verdict, see rank 0's beat change."""
+        seen = ""
+        while (lost := self._sleep()) is not None:
+            try:
+                self.store.set(_key(self.rank), self._beat(time.monotonic(), lost).write())
+                verdict, host = (
+                    text.decode() for text in self.store.multi_get([_VERDICT, _key(0)])
+                )
+            except RuntimeError:
+                return  # Rank 0 is gone; `_guard` counts on.
+            if verdict == _OFF:
+                self.ended.set()
+                return
+            if verdict:
+                found = Verdict.read(verdict)
+                self._say(found)
+                self._leave(found)
+            if host != seen:
+                seen, self.host_beat, self.reached = host, Beat.read(host), time.monotonic()
+
+    def _guard(self) -> None:
+        """Count the time since rank 0 was reached, whatever becomes of a request to it."""
+        while (lost := self._sleep()) is not None:
+            self.reached += lost
+            silence = time.monotonic() - self.reached
+            if self.host_beat and silence > self.limit:
+                # Rank 0 may have been the only one of the only machine to speak.
+                self.speaks = self.speaks or self.rank == 1
+                found = silent_host(self.host_beat, silence)
+                self._say(found)
+                self._leave(found)
+
+    def _sleep(self) -> float | None:
+        """Until the next round; None to end. Returns the seconds for which this process itself was
+        stopped (with the whole job, perhaps), which count against nobody."""
+        begin = time.monotonic()
+        if self.ended.wait(self.interval):
+            return None
+        late = time.monotonic() - begin - self.interval
+        return late if late > max(1.0, self.limit / 4) else 0.0
+
+    def _beat(self, now: float, lost: float = 0.0) -> Beat:
+        step, phase, bounded, marks = _progress.now
+        progress = (marks, _collectives())
+        if progress != self.last:
+            self.last, self.since = progress, now
+        self.since += lost
+        idle = now - self.since
+        waiting, at = _communication(self.main)
+        if not waiting and idle > self.limit / 2 and torch.cuda.is_initialized():
+            waiting = self._gpu_is_busy()
+        self.beats += 1
+        who = (self.rank, socket.gethostname(), os.getpid(), self.device)
+        return Beat(*who, self.beats, step, marks, phase, bounded, waiting, at, idle)
+
+    def _gpu_is_busy(self) -> bool:
+        """Whether work is queued on this rank's GPU. The host of a rank that waits inside a
+        collective of NCCL may stand anywhere; that of one which the others wait for has an idle
+        GPU. The driver may not answer, so another thread asks."""
+        if self.probe is None or not self.probe.is_alive():
+            answer: list[bool] = []
+            stream = torch.cuda.default_stream(int(os.environ.get("LOCAL_RANK", 0)))
+            self.probe = threading.Thread(target=lambda: answer.append(stream.query()), daemon=True)
+            self.probe.start()
+            self.probe.join(min(2.0, self.interval))
+            return answer != [True]
+        return True
+
+    def _say(self, verdict: Verdict) -> None:
+        if self.speaks:
+            # Not through sys.stderr: the main thread may hold its lock.
+            line = f"error: {verdict.line} (--hang-timeout-seconds {self.limit:g})\n"
+            os.write(2, line.encode())
+
+    def _leave(self, verdict: Verdict) -> None:
+        if self.rank in verdict.ranks:
+            log = self.folder / f"hang-rank-{self.rank}.log"
+            with contextlib.suppress(OSError), open(log, "w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+        os._exit(1)
+
+
+def _key(rank: int) -> str:
+    return f"beat/{rank}"
+
+
+def _collectives() -> int:
+    """Collectives that this rank has started, over all its groups."""
+    return sum(pg._get_sequence_number_for_group() for pg in list(distributed_c10d._world.pg_map))
+
+
+def _communication(thread: int) -> tuple[bool, str]:
+    """Whether a thread is inside communication, and the line of code it is at."""
+    frame = sys._current_frames()[thread]
+    code = frame.f_code
+    at = f"{Path(code.co_filename).name}:{frame.f_lineno} ({code.co_name})"
+    # A request that Megatron waits for is a call from its own code.
+    line = linecache.getline(code.co_filename, frame.f_lineno)
+    waiting = "/megatron/core/" in code.co_filename and ".wait(" in line
+    while frame and not waiting:
+        waiting = frame.f_code.co_filename == distributed_c10d.__file__
+        frame = frame.f_back
+    return waiting, at
+
+
+def _allow_connections(world_size: int) -> None:
+    """Each rank holds one connection to rank 0; a common limit on open files is 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = soft + 2 * world_size if soft < 4 * world_size + 1024 else soft
+    wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
