@@ -17,9 +17,6 @@ from typing import Any, NoReturn
 
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
-from megatron.core.tensor_parallel.layers import (
-    _grad_accum_fusion_available as HAVE_FUSED_WEIGHT_GRADIENT,
-)
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
@@ -37,6 +34,7 @@ from megatron_mlra.cpu_backend import CPU_DEFAULTS
 from megatron_mlra.fp8 import FP8_LINEARS
 from megatron_mlra.planner.gpus import GPUS
 from megatron_mlra.presets import did_you_mean, load_preset
+from megatron_mlra.upstream_fixes import accumulate_weight_gradients_in_products
 
 ATTENTION_KINDS = ("mlra", "gqa", "gta", "mfa", "tpa")
 
@@ -179,7 +177,7 @@ def accelerated_defaults() -> dict[str, Any]:
         return dict(CPU_DEFAULTS)
     return {
         "transformer_impl": "transformer_engine" if HAVE_TE else "local",
-        "gradient_accumulation_fusion": HAVE_FUSED_WEIGHT_GRADIENT,
+        "gradient_accumulation_fusion": accumulate_weight_gradients_in_products(),
         "no_persist_layer_norm": not HAVE_TE,
     }
 

@@ -64,11 +64,11 @@ def accelerated_parts(args: Namespace) -> str:
     else:
         te_note = "Transformer Engine no (without it: no FP8, no fused norms, attention by torch)"
     if args.gradient_accumulation_fusion:
-        apex_note = "APEX yes"
+        sum_note = "weight gradients summed in their products yes"
     else:
-        apex_note = "APEX no (weight gradients are accumulated in a pass of their own)"
+        sum_note = "weight gradients summed in their products no (in a pass of their own)"
     triton_note = "Triton yes" if has("triton") else "Triton no (decoding runs its torch reference)"
-    return f"accelerated parts: {te_note}; {apex_note}; {triton_note}"
+    return f"accelerated parts: {te_note}; {sum_note}; {triton_note}"
 
 
 class MegatronOutput(io.TextIOBase):

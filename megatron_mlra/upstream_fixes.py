@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import sys
+import types
 
 import torch
 
@@ -55,6 +57,33 @@ def repair_torch_adamw_resume() -> None:
     cls.state_dict = state_dict_with_state
     cls._set_main_param_and_optimizer_states = set_with_step
     cls.load_state_dict = load_with_own_steps
+
+
+@functools.cache
+def accumulate_weight_gradients_in_products() -> bool:
+    """Weight gradients are added to their float32 buffer inside the product, not in a pass of
+    their own, for which Megatron asks for APEX; Transformer Engine's matrix product does it too.
+
+    Returns:
+        Whether that is possible here.
+    """
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+    from megatron.core.tensor_parallel import layers
+
+    if not layers._grad_accum_fusion_available and HAVE_TE:
+        from transformer_engine.pytorch.cpp_extensions import general_gemm
+
+        def accumulate(inputs: torch.Tensor, grad_output: torch.Tensor, out: torch.Tensor) -> None:
+            """out `[o, i]` += grad_output `[t, o]`^T inputs `[t, i]`."""
+            general_gemm(
+                inputs, grad_output, out.dtype, layout="NT", out=out, accumulate=True, grad=True
+            )
+
+        apex = types.ModuleType("fused_weight_gradient_mlp_cuda")
+        apex.wgrad_gemm_accum_fp32 = apex.wgrad_gemm_accum_fp16 = accumulate
+        layers.fused_weight_gradient_mlp_cuda = sys.modules[apex.__name__] = apex
+        layers._grad_accum_fusion_available = True
+    return layers._grad_accum_fusion_available
 
 
 @functools.cache

@@ -45,7 +45,9 @@ def _run(case: Case, load: Load, weights: dict[str, Tensor] | None, *flags: str)
     torch.manual_seed(1)
     cut = Load(LAYERS, SEQUENCES * TOKENS, 1, load.ffn_multiple, load.flags)
     short = Case(case.variant, case.recipe, case.form, min(TOKENS, case.seq_length))
-    args, config = parse_case(short, cut, "--no-zero-init-output", *flags)
+    args, config = parse_case(
+        short, cut, "--no-zero-init-output", "--no-gradient-accumulation-fusion", *flags
+    )
     model = build_model(short, args, config)
     named = {} if weights is None else _by_checkpoint_name(model)
     with torch.no_grad():

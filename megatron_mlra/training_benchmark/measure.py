@@ -141,7 +141,9 @@ def measure_sublayer(case: Case, load: Load, repeats: int) -> SublayerResult:
     """Forward and backward of one attention sublayer on random hidden states."""
     free_memory()
     single = Load(1, load.tokens, 1, load.ffn_multiple, load.flags)
-    args, config = parse_case(case, single, "--no-zero-init-output")
+    args, config = parse_case(
+        case, single, "--no-zero-init-output", "--no-gradient-accumulation-fusion"
+    )
     attention = build_model(case, args, config).decoder.layers[0].self_attention
     shape = (case.seq_length, args.micro_batch_size, args.hidden_size)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
@@ -195,7 +197,9 @@ def profile(trainee: Trainee, trace: Path) -> None:
 
 
 def free_memory() -> None:
-    """Let go of the previous case."""
+    """Let go of the previous case, and of code compiled for its shapes: functions that see a second
+    shape are compiled again for any shape, which is slower (SwiGLU three times)."""
     gc.collect()
+    torch.compiler.reset()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

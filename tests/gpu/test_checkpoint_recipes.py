@@ -58,10 +58,14 @@ def sharded(model) -> dict:
 
 
 @pytest.mark.parametrize("saved", RUNS)
-def test_loads_into_every_other(saved: str, tmp_path: Path) -> None:
+def test_loads_into_every_other(
+    saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.validation import StrictHandling
 
+    # Transformer Engine pickles the factors of the delayed recipe; these files are the test's own.
+    monkeypatch.setenv("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1")
     source = build(saved)
     # Scaling factors of the delayed recipe are there only once it has run.
     logits(source)
@@ -70,7 +74,7 @@ def test_loads_into_every_other(saved: str, tmp_path: Path) -> None:
     weights = {
         key: entry.data.detach().clone()
         for key, entry in sharded(source).items()
-        if isinstance(getattr(entry, "data", None), torch.Tensor)
+        if isinstance(getattr(entry, "data", None), torch.Tensor) and "_extra_state" not in key
     }
     for name in RUNS:
         target = build(name)

@@ -156,3 +156,61 @@ def test_first_and_last_layers_stay_bf16() -> None:
         name[-1] for name, weight in weights.items() if isinstance(weight, QuantizedTensor)
     }
     assert quantized == {"1"}
+
+
+def test_packed_documents_equal_separate_ones() -> None:
+    """A whole model in the thd layout: logits, and every gradient of the summed loss."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    from megatron_mlra.layer_specs import block_spec
+    from tiny import VOCAB, Layout, make_config
+
+    config = make_config(Layout(), transformer_impl="transformer_engine", **SIZES)
+    model = GPTModel(
+        config, block_spec(config), VOCAB, 512,
+        share_embeddings_and_output_weights=True, position_embedding_type="rope",
+    ).cuda()  # fmt: skip
+    bounds = torch.tensor((0, 1, 130, 301, 512), dtype=torch.int32, device="cuda")
+    tokens = torch.randint(VOCAB, (1, 512), generator=torch.Generator().manual_seed(1)).cuda()
+    weights = torch.randn(1, 512, VOCAB, generator=torch.Generator().manual_seed(2)).cuda()
+    packed = PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds,
+        max_seqlen_q=211, max_seqlen_kv=211,
+    )  # fmt: skip
+    positions = torch.cat([torch.arange(n) for n in bounds.diff().tolist()])[None].cuda()
+
+    def run_part(part: slice, packed: PackedSeqParams | None) -> torch.Tensor:
+        logits = model(tokens[:, part], positions[:, part], None, packed_seq_params=packed)
+        (logits.float() * weights[:, part]).sum().backward()
+        return logits.detach()
+
+    whole = run_part(slice(None), packed)
+    gradients = {name: p.grad.float() for name, p in model.named_parameters()}
+    model.zero_grad()
+    edges = zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
+    separate = torch.cat([run_part(slice(*edge), None) for edge in edges], dim=1)
+    assert difference(whole.float(), separate.float()) <= BF16_TOLERANCE
+    for name, param in model.named_parameters():
+        assert difference(gradients[name], param.grad.float()) <= BF16_TOLERANCE, name
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "tensorwise"])
+def test_weight_gradients_summed_in_their_products(recipe: str) -> None:
+    """Two micro-batches through DDP, against gradients that are added in a pass of their own."""
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    from megatron_mlra.training_benchmark.case import Case, Load, Trainee
+
+    def gradients(*flags: str) -> dict[str, torch.Tensor]:
+        torch.manual_seed(1)
+        model_parallel_cuda_manual_seed(1)
+        load = Load(2, 512, 2, flags=("--no-zero-init-output", *flags))
+        trainee = Trainee(Case("mlra4_350m", recipe, "auto", 256), load)
+        assert trainee.config.gradient_accumulation_fusion == (not flags)
+        trainee.step()
+        return {name: p.main_grad.clone() for name, p in trainee.model.named_parameters()}
+
+    expected = gradients("--no-gradient-accumulation-fusion")
+    for name, gradient in gradients().items():
+        assert difference(gradient, expected[name]) <= BF16_TOLERANCE / 3, name
