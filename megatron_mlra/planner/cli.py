@@ -30,7 +30,9 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--seq-length", type=int, help="in place of the preset's")
     flags.add_argument("--global-batch-size", type=int, help="in place of the preset's")
     flags.add_argument("--tp-layout", choices=("head", "latent"), default="head")
-    flags.add_argument("--cp", type=int, default=1, help="context-parallel size to plan with")
+    flags.add_argument(
+        "--cp", type=int, help="context-parallel size; default: tried where sequences are long"
+    )
     flags.add_argument("--fp8", action="store_true", help="matrix products of layers in FP8")
     flags.add_argument("--top", type=int, default=5, help="layouts to print")
     flags.add_argument("--decode-gpus", type=int, default=8, help="GPUs of one decoding replica")
@@ -70,9 +72,10 @@ def plan(args: argparse.Namespace) -> Report:
         ValueError: one line that names the flag and the fix.
     """
     for name in ("gpus", "top", "cp", "decode_gpus", "decode_batch"):
-        if getattr(args, name) < 1:
+        value = getattr(args, name)
+        if value is not None and value < 1:
             flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} is {getattr(args, name)}; use at least 1")
+            raise ValueError(f"--{flag} is {value}; use at least 1")
     if min(args.contexts) < 1:
         raise ValueError(f"--contexts {min(args.contexts)}; use at least 1")
     if args.plot and not Path(args.plot).parent.is_dir():

@@ -101,6 +101,8 @@ def why_not(shape: ModelShape, layout: Layout, global_batch: int, domain: int) -
         return f"EP{layout.ep} does not divide {shape.num_experts} experts"
     if (layout.dp * layout.cp * layout.tp) % (layout.ep * layout.tp):
         return f"EP{layout.ep} does not divide DP{layout.dp} x CP{layout.cp}"
+    if layout.cp > 1 and shape.attention not in ("mlra", "gqa"):
+        return f"CP{layout.cp} does not work with attention {shape.attention}"
     if shape.seq_length % (tp * layout.cp * (2 if layout.cp > 1 else 1)):
         return f"TP{tp} x CP{layout.cp} does not divide {shape.seq_length} tokens"
     per_step = layout.dp * layout.micro_batch

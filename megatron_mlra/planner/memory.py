@@ -147,7 +147,12 @@ def _attention_items(
     items["output"] = e * h * d_v / tp
     if shape.output_gate:
         items["gate"] = (4 + 2 * e) * h * d_v / tp
-    return _without(items, drop, shape, local, core_key, latents)
+    items = _without(items, drop, shape, local, core_key, latents)
+    # Context parallel gathers latents: what is made of them is of the whole sequence.
+    return {
+        name: size * (layout.cp if name in ("key", "value", "latents") else 1)
+        for name, size in items.items()
+    }
 
 
 def _without(items, drop, shape, local, core_key, latents) -> dict[str, float]:

@@ -84,7 +84,7 @@ class Report:
 
         console = Console(highlight=False)
         if not console.is_terminal:
-            console = Console(highlight=False, width=110)
+            console = Console(highlight=False, width=130)
         for part in tables(self):
             console.print(part)
 
@@ -98,7 +98,7 @@ def build(
     global_batch: int,
     assume: Assumptions,
     tp_layout: str,
-    cp: int,
+    cp: int | None,
     fp8: bool,
     top: int,
     contexts: tuple[int, ...],

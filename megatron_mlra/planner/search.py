@@ -12,6 +12,9 @@ from megatron_mlra.planner.memory import GIB, Memory, memory
 from megatron_mlra.planner.step import Step, predict
 
 MICRO_BATCHES = (1, 2, 4, 8)
+CONTEXT_PARALLEL = (1, 2, 4, 8, 16)
+LEAST_TOKENS = 4096
+"""Of a sequence on a rank, for more context parallelism to be tried."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,25 @@ class Misfit:
     why: str
 
 
-def layouts(shape: ModelShape, gpus: int, gpu: GPU, tp_layout: str, cp: int) -> Iterator[Layout]:
-    """Every cut of `gpus`, without regard to what fits."""
+def layouts(
+    shape: ModelShape, gpus: int, gpu: GPU, tp_layout: str, cp: int | None
+) -> Iterator[Layout]:
+    """Every cut of `gpus`, without regard to what fits; cp None tries context parallelism for long
+    sequences."""
+    for size in context_sizes(shape) if cp is None else (cp,):
+        yield from _layouts(shape, gpus, gpu, tp_layout, size)
+
+
+def context_sizes(shape: ModelShape) -> list[int]:
+    """Context-parallel sizes worth a try."""
+    return [
+        cp
+        for cp in CONTEXT_PARALLEL
+        if cp == 1 or (shape.attention in ("mlra", "gqa") and shape.seq_length >= cp * LEAST_TOKENS)
+    ]
+
+
+def _layouts(shape: ModelShape, gpus: int, gpu: GPU, tp_layout: str, cp: int) -> Iterator[Layout]:
     divisors = [n for n in range(1, gpus + 1) if gpus % n == 0]
     for tp in divisors:
         if tp > gpu.domain or attention_misfit(shape, tp, tp_layout):
@@ -73,7 +93,7 @@ def search(
     gpu: GPU,
     assume: Assumptions,
     tp_layout: str = "head",
-    cp: int = 1,
+    cp: int | None = None,
     fp8: bool = False,
 ) -> tuple[list[Plan], list[Misfit]]:
     """Layouts that fit, the fastest first, one for each cut (its best micro-batch and recompute);

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from megatron_mlra.accounting import ModelShape, parameters, train_flops_per_token
-from megatron_mlra.communication import tp_communication
+from megatron_mlra.communication import cp_communication, tp_communication
 from megatron_mlra.planner.gpus import GPU, Assumptions
 from megatron_mlra.planner.layout import Layout
 from megatron_mlra.planner.memory import layer_activations, output_activations, rank_parameters
@@ -96,6 +96,9 @@ def micro_batch_seconds(
     output = 6.0 * p.embedding
     linear = flops.hardware - core - output
     again = 0.0
+    if shape.attention == "mlra" and not shape.absorbed:
+        # The materialized form expands keys and values of the whole sequence on each rank.
+        linear += (layout.cp - 1) * 6.0 * shape.num_layers * p.attention["linear_kv_up_proj"]
     if layout.recompute == "full":
         again, core = linear / 3, core * 4 / 3
     elif layout.recompute != "none":
@@ -138,10 +141,7 @@ def traffic(shape: ModelShape, layout: Layout, micro_batches: int) -> Traffic:
         tensor = e * tokens * layers * (attention.wire_numbers + mlp)
         if layout.recompute == "full":
             tensor += e * tokens * layers * (attention.wire_numbers + mlp) / 3
-    context = 0.0
-    if layout.cp > 1:
-        width = context_numbers(shape)
-        context = e * tokens * layers * 2 * (layout.cp - 1) * width
+    context = e * tokens * layers * context_numbers(shape, layout)
     pipeline = 0.0
     if layout.pp > 1:
         pipeline = 2 * e * tokens * d * layout.sequence_share * layout.vpp
@@ -158,11 +158,18 @@ def traffic(shape: ModelShape, layout: Layout, micro_batches: int) -> Traffic:
     return Traffic(tensor, context, pipeline, data, expert)
 
 
-def context_numbers(shape: ModelShape) -> int:
-    """Numbers a token and layer that context parallelism gathers: what a cache would hold."""
+def context_numbers(shape: ModelShape, layout: Layout) -> float:
+    """Numbers a GPU sends per token of its own and layer, forward and backward, over its
+    context-parallel group: MLRA gathers latents; Megatron's attention passes keys and values around
+    a ring, and in backward them again and their gradients."""
+    cp, full = layout.cp, layout.recompute == "full"
     if shape.attention == "mlra":
-        return shape.kv_lora_rank + shape.qk_rope_head_dim
-    return 2 * (shape.num_query_groups or shape.num_attention_heads) * shape.kv_channels
+        sent = cp_communication(shape, cp, layout.tp, layout.tp_layout)
+        # Of the whole sequence, `cp` times the rank's tokens.
+        again = sum(c.wire_numbers(cp) for c in sent.forward) if full else 0.0
+        return cp * (sent.wire_numbers + again)
+    groups = max(1.0, (shape.num_query_groups or shape.num_attention_heads) / layout.tp)
+    return (4 if full else 3) * (cp - 1) * 2 * groups * shape.kv_channels
 
 
 def predict(

@@ -1,8 +1,8 @@
 """What a small real model holds in memory, for the planner to be held against.
 
 Usage: memory_driver.py FOLDER. Writes one JSON a case: bytes saved for backward at the end of the
-forward (unique storages, parameters not among them), of the optimizer's state, of weights and
-gradient buffers.
+forward (unique storages, parameters not among them), sent over the context-parallel group, of the
+optimizer's state, of weights and gradient buffers.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from megatron_mlra.cpu_backend import enable_cpu_backend
 enable_cpu_backend()
 
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from megatron.core import mpu  # noqa: E402
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
@@ -46,6 +48,11 @@ LATENT = {
 GQA = {"attention": "gqa", "kv_channels": 32, "num_query_groups": 2}
 VOCAB, SEQ, BATCH = 512, 128, 2
 MLA = {"num_latent_heads": 1, "num_branches": 1}
+FULL = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
 SELECTIVE = {"recompute_granularity": "selective"}
 
 CASES: dict[str, tuple[Layout, dict[str, Any]]] = {
@@ -57,18 +64,15 @@ CASES: dict[str, tuple[Layout, dict[str, Any]]] = {
     "mlra4_core": (Layout(), SELECTIVE | {"recompute_modules": ["core_attn"]}),
     "mlra4_up_proj": (Layout(), SELECTIVE | {"recompute_modules": ["mla_up_proj"]}),
     "mlra4_both": (Layout(), SELECTIVE | {"recompute_modules": ["core_attn", "mla_up_proj"]}),
-    "mlra4_full": (
-        Layout(),
-        {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
-        },
-    ),
+    "mlra4_full": (Layout(), FULL),
     "mla": (Layout(), MLA),
     "gqa": (Layout(), GQA),
     "mlra4_tp2": (Layout(tp=2), {"sequence_parallel": True}),
     "mlra4_tp2_latent": (Layout(tp=2), {"sequence_parallel": True, "latent_tp_layout": "latent"}),
+    "mlra4_cp2": (Layout(cp=2), {}),
+    "mlra4_materialized_cp2": (Layout(cp=2), {"core_form": "materialized"}),
+    "mlra4_full_cp2": (Layout(cp=2), FULL),
+    "mlra4_tp2_cp2": (Layout(tp=2, cp=2), {"sequence_parallel": True}),
     "mlra4_dp2": (Layout(dp=2, distributed_optimizer=True), {}),
 }
 
@@ -118,19 +122,41 @@ def measure(layout: Layout, overrides: dict[str, Any]) -> dict[str, int]:
 
     kept: list[torch.Tensor] = []
     attention.rebuilt_in_backward = rebuilt_in_backward
-    tokens = torch.randint(VOCAB, (BATCH, SEQ))
+    own = SEQ // layout.cp
+    tokens = torch.randint(VOCAB, (BATCH, own))
+    sent = count_context_traffic()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = wrapped(tokens, torch.arange(SEQ).expand(BATCH, SEQ), None, labels=tokens)
+        loss = wrapped(tokens, torch.arange(own).expand(BATCH, own), None, labels=tokens)
     activations = sum(t.untyped_storage().nbytes() for t in saved.values())
     saved.clear()
     loss.sum().backward()
     optimizer.step()
     return {
         "activations": activations,
+        "context": sum(sent),
         "weights": sum(p.nbytes for p in model.parameters()),
         "gradients": sum(b.grad_data.nbytes for b in wrapped.buffers),
         "optimizer": optimizer_bytes(optimizer, weights),
     }
+
+
+def count_context_traffic() -> list[float]:
+    """Bytes that this rank sends over its context-parallel group, collective by collective; a ring
+    passes (cp - 1) / cp of the whole."""
+    context, sent = mpu.get_context_parallel_group(), []
+
+    def counted(collective, whole):
+        def run(output, source, *rest, group=None, **named):
+            if group is context:
+                share = (group.size() - 1) / group.size()
+                sent.append(share * whole(output, source).nbytes)
+            return collective(output, source, *rest, group=group, **named)
+
+        return run
+
+    dist.all_gather_into_tensor = counted(dist.all_gather_into_tensor, lambda out, _: out)
+    dist.reduce_scatter_tensor = counted(dist.reduce_scatter_tensor, lambda _, source: source)
+    return sent
 
 
 def optimizer_bytes(optimizer, weights: set[int]) -> int:

@@ -7,6 +7,7 @@ import pytest
 from megatron_mlra.accounting import ModelShape
 from megatron_mlra.planner.layout import Layout
 from megatron_mlra.planner.memory import optimizer_bytes, rank_parameters, saved_activations
+from megatron_mlra.planner.step import traffic
 
 CASES = {
     "mlra4": {},
@@ -22,6 +23,10 @@ CASES = {
     "gqa": {},
     "mlra4_tp2": {"tp": 2},
     "mlra4_tp2_latent": {"tp": 2, "tp_layout": "latent"},
+    "mlra4_cp2": {"cp": 2},
+    "mlra4_materialized_cp2": {"cp": 2},
+    "mlra4_full_cp2": {"cp": 2, "recompute": "full"},
+    "mlra4_tp2_cp2": {"tp": 2, "cp": 2},
     "mlra4_dp2": {"dp": 2},
 }
 
@@ -57,7 +62,7 @@ def planned(name: str) -> tuple[ModelShape, Layout]:
             "qk_nope_head_dim": 32,
             "qk_rope_head_dim": 16,
             "v_head_dim": 32,
-            "absorbed": name not in ("mla", "mlra4_materialized"),
+            "absorbed": name not in ("mla", "mlra4_materialized", "mlra4_materialized_cp2"),
         }
     options = {"micro_batch": 2, "distributed_optimizer": name == "mlra4_dp2"} | CASES[name]
     return ModelShape(**sizes), Layout(**options)
@@ -68,6 +73,12 @@ def test_activations_are_within_a_tenth(name, measured):
     shape, layout = planned(name)
     said = saved_activations(shape, layout, "local", half=name != "mlra4_fp32")
     assert said == pytest.approx(measured[f"{name}-0"]["activations"], rel=0.1)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "cp2" in name])
+def test_context_parallel_sends_what_was_said(name, measured):
+    shape, layout = planned(name)
+    assert traffic(shape, layout, 1).context == measured[f"{name}-0"]["context"] > 0
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -20,7 +20,7 @@ from megatron_mlra.planner.memory import (
     optimizer_bytes,
     rank_parameters,
 )
-from megatron_mlra.planner.search import search
+from megatron_mlra.planner.search import context_sizes, search
 from megatron_mlra.planner.step import core_flops_per_token, predict, traffic
 from megatron_mlra.presets import preset_values
 
@@ -129,6 +129,49 @@ def test_traffic_by_hand():
     attention = 4 * d + 2 * compressed + 2 * 2 * (1 + 1)
     assert sent.tensor == pytest.approx(2 * s * 24 / 2 * (5 * d + attention))
     assert sent.pipeline == sent.context == sent.expert == 0
+
+
+def test_context_parallel_traffic_by_hand():
+    # The whole sequence's latents and RoPE keys, 4 x 128 + 64 numbers a token, less the rank's own
+    # share; their gradients the same way.
+    model = replace(shape("mlra4_2.9b"), seq_length=32768)
+    layout = Layout(tp=2, cp=4, dp=2, micro_batch=2)
+    gathered = 3 / 4 * 2 * 32768 * 576
+    assert traffic(model, layout, 5).context == 5 * 24 * 2 * gathered * 2
+    full = replace(layout, recompute="full")
+    assert traffic(model, full, 5).context == 5 * 24 * 3 * gathered * 2
+    # In the latent layout a rank reads its own two latents.
+    latent = replace(layout, tp_layout="latent")
+    assert traffic(model, latent, 5).context == 5 * 24 * 2 * 3 / 4 * 2 * 32768 * 320 * 2
+    # Megatron's ring: keys and values of the rank's groups forward, again and with their gradients
+    # backward.
+    gqa = replace(shape("gqa_2.9b"), seq_length=32768)
+    groups, dim = gqa.num_query_groups / 2, gqa.kv_channels
+    ring = 3 * (4 - 1) * 2 * groups * dim * 2 * 32768 / 4
+    assert traffic(gqa, layout, 5).context == 5 * gqa.num_layers * ring * 2
+
+
+def test_context_parallel_shares_activations_but_not_what_is_gathered():
+    model = replace(shape("mlra4_2.9b"), seq_length=32768)
+    one, four = (memory(model, Layout(cp=cp)) for cp in (1, 4))
+    assert four.weights == one.weights and four.optimizer * 4 == one.optimizer
+    # Key and value latents of the whole sequence on every rank: 4 x (128 + 64) and 4 x 128 numbers.
+    gathered = 24 * 32768 * 2 * (4 * 192 + 4 * 128)
+    assert four.activations - gathered == pytest.approx((one.activations - gathered) / 4)
+
+
+def test_context_parallel_is_tried_where_sequences_are_long():
+    model, h100, assume = shape("mlra4_7b"), GPUS["h100"], Assumptions()
+    sizes = [context_sizes(replace(model, seq_length=s)) for s in (4096, 16384, 131072)]
+    assert sizes == [[1], [1, 2, 4], [1, 2, 4, 8, 16]]
+    assert context_sizes(replace(shape("gta_2.9b"), seq_length=131072)) == [1]
+    long = replace(model, seq_length=131072)
+    best = search(long, 64, 32, h100, assume)[0][0]
+    without = search(long, 64, 32, h100, assume, cp=1)[0]
+    assert best.layout.cp > 1
+    assert best.layout.flags(long)["context_parallel_size"] == best.layout.cp
+    assert not without or best.step.seconds < without[0].step.seconds
+    assert {plan.layout.cp for plan in search(long, 64, 32, h100, assume, cp=8)[0]} == {8}
 
 
 def test_search_prefers_what_fits_and_says_what_does_not():
