@@ -38,7 +38,7 @@ def main(folder: Path) -> None:
 
     enable_cpu_backend()
     logging.disable(logging.WARNING)
-    args, builder = entry_model(folder / "preset.yaml")
+    args, builder = entry_model()
     torch.cuda.current_device = lambda: torch.device("meta")
     ranks, metadata = [], {}
     for pp in range(PP):
@@ -67,13 +67,11 @@ def rank_id(tp: int, dp: int, pp: int) -> int:
     return tp + TP * (dp + DP * pp)
 
 
-def entry_model(preset: Path) -> tuple[Namespace, Any]:
+def entry_model() -> tuple[Namespace, Any]:
     """What pretrain_mlra.py does up to the model."""
     from megatron_mlra import arguments, model
 
-    # The preset's interleaving cuts the same layers into smaller chunks: left out here.
-    preset.write_text(f"base: {CONFIG}\nnum_layers_per_virtual_pipeline_stage: null\n")
-    args = arguments.parse(["--config", str(preset), *map(str, ARGV)])
+    args = arguments.parse(["--config", str(CONFIG), *map(str, ARGV)])
     with contextlib.redirect_stdout(io.StringIO()):
         config = model.model_config(args, arguments.validate(args))
     return args, config.get_builder_cls()(config)
@@ -85,26 +83,38 @@ def one_rank(args: Namespace, builder: Any) -> tuple[dict[str, Any], list[list[A
     from megatron.core import parallel_state as mpu
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import apply_factories
+    from megatron.core.enums import ModelType
     from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.models import build_virtual_pipeline_stages
 
     mpu.initialize_model_parallel(
         args.tensor_model_parallel_size,
         args.pipeline_model_parallel_size,
+        args.virtual_pipeline_model_parallel_size,
         create_gloo_process_groups=False,
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    model = builder.build_model(groups).to("meta")
+    chunks = build_virtual_pipeline_stages(
+        builder.build_model,
+        groups,
+        args.virtual_pipeline_model_parallel_size,
+        ModelType.encoder_or_decoder,
+    )
+    chunks = [chunk.to("meta") for chunk in chunks]
     facts = {
         "coordinates": [groups.tp.rank(), groups.pp.rank(), groups.dp_cp.rank()],
         "groups": [torch.distributed.get_process_group_ranks(g) for g in (groups.tp, groups.pp)],
-        "layers": [layer.layer_number for layer in model.decoder.layers],
-        "parameters": {name: list(p.shape) for name, p in model.named_parameters()},
+        "layers": [[layer.layer_number for layer in chunk.decoder.layers] for chunk in chunks],
+        "parameters": [
+            {name: list(p.shape) for name, p in chunk.named_parameters()} for chunk in chunks
+        ],
     }
     data_groups = [fake_group(dp, DP) for dp in range(DP)]
-    facts["optimizer"] = optimizer_ranges(args, model, groups, data_groups)
+    owned = [optimizer_ranges(chunk, groups, data_groups) for chunk in chunks]
+    facts["optimizer"] = [sum(parts) for parts in zip(*owned, strict=True)]
     shards = []
     for group in data_groups:
-        state = model.sharded_state_dict(metadata={"dp_cp_group": group})
+        state = [chunk.sharded_state_dict(metadata={"dp_cp_group": group}) for chunk in chunks]
         apply_factories(state)
         entries = [e.without_data() for e in nested_values(state) if hasattr(e, "replica_id")]
         shards.append(entries)
@@ -119,8 +129,8 @@ def fake_group(rank: int, size: int) -> Any:
     return FakeProcessGroup._create_internal(rank, size, FakeProcessGroup.Options())
 
 
-def optimizer_ranges(args: Namespace, model: Any, groups: Any, data_groups: list[Any]) -> list[int]:
-    """Elements of this rank's parameters that each data-parallel rank's optimizer owns.
+def optimizer_ranges(model: Any, groups: Any, data_groups: list[Any]) -> list[int]:
+    """Elements of a model chunk's parameters that each data-parallel rank's optimizer owns.
 
     Raises:
         AssertionError: if the ranges of one parameter do not tile it.

@@ -10,6 +10,9 @@ import pytest
 from dry_run_driver import DP, PP, TP, WORLD, rank_id
 
 LAYER = "decoder.layers.{}."
+CHUNKS = 2
+"""Model chunks of a pipeline stage: the preset's five layers a chunk."""
+LAYERS = 5
 
 
 @pytest.fixture(scope="module")
@@ -45,18 +48,23 @@ def layer_shapes(model) -> dict[str, tuple[list[int], bool]]:
     }
 
 
-def rank_shapes(model, pp: int) -> dict[str, tuple[list[int], bool]]:
-    """The same of everything a rank of this pipeline stage holds."""
+def chunk_shapes(model, pp: int, chunk: int) -> dict[str, tuple[list[int], bool]]:
+    """The same of everything a rank of this pipeline stage holds in one chunk."""
     d, vocab = model["hidden_size"], model["vocab_size"]
     shapes = {}
-    if pp == 0:
+    if (pp, chunk) == (0, 0):
         shapes["embedding.word_embeddings.weight"] = ([vocab // TP, d], True)
-    for i in range(model["num_layers"] // PP):
+    for i in range(LAYERS):
         shapes |= {LAYER.format(i) + name: shape for name, shape in layer_shapes(model).items()}
-    if pp == PP - 1:
+    if (pp, chunk) == (PP - 1, CHUNKS - 1):
         shapes["decoder.final_layernorm.weight"] = ([d], False)
         shapes["output_layer.weight"] = ([vocab // TP, d], True)
     return shapes
+
+
+def numbers(rank) -> int:
+    """Parameters that a rank holds."""
+    return sum(math.prod(shape) for chunk in rank["parameters"] for shape in chunk.values())
 
 
 def test_it_is_the_70b_model(model):
@@ -82,16 +90,23 @@ def test_ranks_are_where_megatron_puts_them(dry_run):
 
 def test_shapes_of_every_rank(dry_run, model):
     for rank in dry_run["ranks"]:
-        expected = {name: shape for name, (shape, _) in rank_shapes(model, rank["pp"]).items()}
+        expected = [
+            {name: shape for name, (shape, _) in chunk_shapes(model, rank["pp"], chunk).items()}
+            for chunk in range(CHUNKS)
+        ]
         assert rank["parameters"] == expected, f"rank {rank['rank']}"
 
 
 def test_parameters_sum_to_the_accounting_and_the_preset(dry_run, model):
     total = 0
     for rank in dry_run["ranks"]:
-        split = {name for name, (_, split) in rank_shapes(model, rank["pp"]).items() if split}
-        counts = {name: math.prod(shape) for name, shape in rank["parameters"].items()}
-        total += sum(count for name, count in counts.items() if name in split or rank["tp"] == 0)
+        for chunk, held in enumerate(rank["parameters"]):
+            expected = chunk_shapes(model, rank["pp"], chunk)
+            total += sum(
+                math.prod(shape)
+                for name, shape in held.items()
+                if expected[name][1] or rank["tp"] == 0
+            )
     assert total == model["counts"]["total"]
     assert total == sum(key["elements"] for key in dry_run["keys"].values())
 
@@ -125,19 +140,20 @@ def test_megatron_accepts_the_sharding(dry_run):
 def test_distributed_optimizer_owns_every_element_once(dry_run):
     # The driver fails where the ranges of one parameter leave a gap or overlap.
     for rank in dry_run["ranks"]:
-        held = sum(math.prod(shape) for shape in rank["parameters"].values())
+        held = numbers(rank)
         assert len(rank["optimizer"]) == DP
         assert sum(rank["optimizer"]) == held
         assert max(rank["optimizer"]) <= 1.001 * held / DP
 
 
 def test_pipeline_balance(dry_run, model):
-    layers_a_stage = model["num_layers"] // PP
+    assert model["num_layers"] == PP * CHUNKS * LAYERS
     stages = {}
     for rank in dry_run["ranks"]:
-        first = rank["pp"] * layers_a_stage + 1
-        assert rank["layers"] == list(range(first, first + layers_a_stage))
-        held = sum(math.prod(shape) for shape in rank["parameters"].values())
+        # Interleaved: the stages take turns.
+        firsts = [LAYERS * (chunk * PP + rank["pp"]) + 1 for chunk in range(CHUNKS)]
+        assert rank["layers"] == [list(range(first, first + LAYERS)) for first in firsts]
+        held = numbers(rank)
         assert stages.setdefault(rank["pp"], held) == held, "tensor-parallel ranks differ"
     embedding = model["vocab_size"] * model["hidden_size"] // TP
     middle = stages[1]
