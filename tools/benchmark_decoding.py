@@ -73,6 +73,7 @@ def plot(records: list[dict[str, Any]], title: str, path: str) -> None:
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     panels = sorted({(r["tp"], r["batch"]) for r in records if "us" in r})
     figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.4), squeeze=False)
@@ -81,7 +82,14 @@ def plot(records: list[dict[str, Any]], title: str, path: str) -> None:
         for label in dict.fromkeys(r["label"] for r in mine):
             points = sorted((r["context"] / K, r["us"] / 1e3) for r in mine if r["label"] == label)
             ax.plot(*zip(*points, strict=True), marker="o", label=label)
-        ax.set(xscale="log", yscale="log", xlabel="context, thousands of tokens")
+        ax.set(xscale="log", yscale="log", xlabel="context, K tokens")
+        for axis, ticks in (
+            (ax.xaxis, sorted({r["context"] / K for r in mine})),
+            (ax.yaxis, [1, 2, 3, 5, 10, 20, 30, 50, 100]),
+        ):
+            axis.set_ticks(ticks)
+            axis.set_major_formatter(ScalarFormatter())
+            axis.set_minor_formatter(NullFormatter())
         ax.set_title(f"{'whole model' if tp == 1 else f'one of {tp} ranks'}, batch {batch}")
         ax.grid(True, which="both", alpha=0.3)
         ax.legend(fontsize=7)

@@ -14,6 +14,10 @@ TOLERANCE = {"bf16": 0.03, "fp8": 0.45}
 gradient. FP8 rounds values to 1/16 (e4m3) and gradients to 1/8 (e5m2) of themselves; the query's
 gradients, differences of terms near each other in an untrained model, show it magnified."""
 
+DELAYED_PASSES = 4
+"""Delayed scaling takes its factors from the pass before and starts with 1, which makes small
+gradients 0; those of a linear are right one pass after those of the linears behind it."""
+
 
 def check(case: Case, load: Load) -> float:
     """The largest relative gradient difference of a 2-layer cut of the case.
@@ -60,9 +64,12 @@ def _run(case: Case, load: Load, weights: dict[str, Tensor] | None, *flags: str)
     shape = (args.micro_batch_size, short.seq_length + 1)
     tokens = torch.randint(args.padded_vocab_size, shape, generator=generator).cuda()
     positions = torch.arange(short.seq_length, device=tokens.device)[None]
-    losses = model(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous())
-    loss = losses.float().mean()
-    loss.backward()
+    labels = tokens[:, 1:].contiguous()
+    for _ in range(DELAYED_PASSES if case.recipe == "delayed" else 1):
+        model.zero_grad()
+        model.set_is_first_microbatch()
+        loss = model(tokens[:, :-1].contiguous(), positions, None, labels=labels).float().mean()
+        loss.backward()
     return loss.detach(), {n: p.grad.float() for n, p in named.items()}
 
 
