@@ -161,7 +161,14 @@ class Watch:
             where = [(address, self.store.port)]
         dist.broadcast_object_list(where)
         if self.rank:
-            self.store = TCPStore(*where[0], None, False, _CONNECT, wait_for_workers=False)
+            address, port = where[0]
+            try:
+                self.store = TCPStore(address, port, None, False, _CONNECT, wait_for_workers=False)
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"rank {self.rank} cannot reach rank 0's heartbeats at {address}:{port}"
+                    f" ({error}); open ports between the nodes, or use --hang-timeout-seconds 0"
+                ) from error
         self.store.set(_key(self.rank), self._beat(time.monotonic()).write())
         dist.barrier()
         rounds = [self._judge_all] if self.rank == 0 else [self._follow, self._guard]

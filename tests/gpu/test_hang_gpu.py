@@ -1,0 +1,78 @@
+"""Who hangs under NCCL: the rank whose GPU has nothing to do, wherever the others' hosts stand.
+
+python -m pytest -m gpu tests/gpu/test_hang_gpu.py
+
+The second test needs two GPUs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.gpu
+
+ROOT = Path(__file__).parents[2]
+ASLEEP = """
+import os, time
+import pretrain_mlra
+pretrain_mlra.has_gpu()
+from megatron.training import get_args
+from megatron_mlra import model
+get_batch = model.get_batch
+def slow(*rest):
+    if os.environ["RANK"] == "1" and get_args().curr_iteration + 1 == 4:
+        time.sleep(600)
+    return get_batch(*rest)
+model.get_batch = slow
+pretrain_mlra.leave(pretrain_mlra.main())
+"""
+
+
+def test_a_gpu_with_queued_work_is_busy(tmp_path):
+    from megatron_mlra.fault_tolerance.heartbeat import Watch
+
+    watch = Watch(rank=0, world_size=2, limit=100, folder=tmp_path)
+    torch.cuda.synchronize()
+    assert not watch._gpu_is_busy()
+    torch.cuda._sleep(10**10)
+    assert watch._gpu_is_busy()
+    torch.cuda.synchronize()
+    assert not watch._gpu_is_busy()
+
+
+def two_ranks(folder: Path) -> subprocess.CompletedProcess:
+    """A run of two data-parallel ranks of which one falls asleep before its batch of step 4."""
+    (folder / "asleep.py").write_text(ASLEEP)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", folder / "asleep.py"]
+    command += ["--config", ROOT / "examples/configs/debug.yaml", "--mock-data", "--bf16"]
+    command += ["--micro-batch-size", "4", "--train-iters", "50", "--eval-iters", "0"]
+    command += ["--save", folder / "save", "--hang-timeout-seconds", "20"]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [*map(str, command)],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_one_that_waits_for_nccl_is_not_named(tmp_path):
+    run = two_ranks(tmp_path)
+    assert run.returncode != 0
+    named = [line for line in run.stderr.splitlines() if "hangs" in line]
+    assert len(named) == 1, run.stderr
+    assert re.match(
+        r"error: rank 1 \(host \S+, pid \d+, GPU 1\) hangs: alive, but no progress for \d+ s; at"
+        r" step 4, loading data, asleep.py:\d+ \(slow\) \(--hang-timeout-seconds 20\)",
+        named[0],
+    ), named[0]
