@@ -104,6 +104,7 @@ def train() -> int:
                 console.say(str(stop))
             if stop.code:
                 return stop.code
+        torch.distributed.barrier()
         stop_watch()
         torch.distributed.barrier()
     except SystemExit as end:

@@ -134,18 +134,23 @@ def _check_retention(args: Namespace) -> None:
         )
 
 
+def collective_seconds(args: Namespace) -> float:
+    """How long a collective may wait once training runs, before torch ends the process."""
+    return args.distributed_timeout_seconds_after_init or 60 * args.distributed_timeout_minutes
+
+
 def _check_hang_timeout(args: Namespace) -> None:
-    seconds, minutes = args.hang_timeout_seconds, args.distributed_timeout_minutes
+    seconds, collective = args.hang_timeout_seconds, collective_seconds(args)
     if not seconds:
         return
     if seconds < 1:
         raise ValueError(
             f"--hang-timeout-seconds {seconds:g} is too short; use at least 1, or 0 for never"
         )
-    if seconds >= 60 * minutes:
+    if seconds >= collective:
         raise ValueError(
-            f"--hang-timeout-seconds {seconds:g} comes after --distributed-timeout-minutes"
-            f" {minutes}, which names no rank; use less than {60 * minutes}, or raise the latter"
+            f"--hang-timeout-seconds {seconds:g} comes after the {collective:g} seconds of a"
+            " collective, which name no rank; use less, or raise --distributed-timeout-minutes"
         )
 
 

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from megatron.training import training
 from torch.distributed import TCPStore, distributed_c10d
 
+from megatron_mlra.argument_checks import collective_seconds
 from megatron_mlra.fault_tolerance.hang import Beat, Heard, Verdict, judge, silent_host
 
 SHARE_OF_TIMEOUT = 0.8
@@ -77,7 +78,7 @@ def limit_of(args: Namespace) -> float:
     if args.world_size == 1:
         return 0.0
     if args.hang_timeout_seconds is None:
-        return SHARE_OF_TIMEOUT * 60 * args.distributed_timeout_minutes
+        return SHARE_OF_TIMEOUT * collective_seconds(args)
     return args.hang_timeout_seconds
 
 
@@ -89,7 +90,7 @@ def install(args: Namespace, folder: Path) -> Callable[[], None]:
         folder: where a rank that hangs leaves the stacks of its threads, if it can.
 
     Returns:
-        what ends the watch; to be called by every rank before one may leave.
+        what ends the watch, once all ranks are done; no rank may leave before all have called it.
     """
     limit = limit_of(args)
     if not limit:
@@ -178,7 +179,7 @@ class Watch:
             self.threads.append(thread)
 
     def stop(self) -> None:
-        """End the threads. The store stays, for ranks that are not there yet."""
+        """End the threads. Rank 0's store stays, for ranks that are not there yet."""
         self.ended.set()
         for thread in self.threads:
             thread.join(5)
@@ -267,7 +268,8 @@ class Watch:
         progress = (marks, _collectives())
         if progress != self.last:
             self.last, self.since = progress, now
-        self.since += lost
+        else:
+            self.since += lost
         idle = now - self.since
         waiting, at = _communication(self.main)
         if not waiting and idle > self.limit / 2 and torch.cuda.is_initialized():
@@ -308,8 +310,12 @@ def _key(rank: int) -> str:
 
 
 def _collectives() -> int:
-    """Collectives that this rank has started, over all its groups."""
-    return sum(pg._get_sequence_number_for_group() for pg in list(distributed_c10d._world.pg_map))
+    """Collectives that this rank has started, over all its groups that count them."""
+    count = 0
+    for group in list(distributed_c10d._world.pg_map):
+        with contextlib.suppress(RuntimeError):
+            count += group._get_sequence_number_for_group()
+    return count
 
 
 def _communication(thread: int) -> tuple[bool, str]:

@@ -110,7 +110,10 @@ def test_a_whole_job_may_be_stopped(entry, preset, tmp_path):
     ("seconds", "why"),
     [
         (-1, "is too short; use at least 1, or 0 for never"),
-        (600, "comes after --distributed-timeout-minutes 10, which names no rank; use less than"),
+        (
+            600,
+            "comes after the 600 seconds of a collective, which name no rank; use less, or raise",
+        ),
     ],
 )
 def test_limits_that_make_no_sense(entry, preset, tmp_path, seconds, why):
