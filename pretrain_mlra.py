@@ -71,9 +71,9 @@ def train() -> int:
         global_vars.rebuild_tokenizer(args)
         shape = ModelShape.from_args(args)
         if args.dry_run:
-            console.say(console.summary(args, shape))
-            for line in dry_run.describe(args, config.transformer, shape, sys.argv[1:]):
-                console.say(line)
+            described = dry_run.describe(args, config.transformer, shape, sys.argv[1:])
+            # At once, so that a reader may leave early.
+            console.say("\n".join([console.summary(args, shape), *described]))
             return 0
         integrity.check_save(args, parameters(shape).total)
         integrity.check_load(args)
