@@ -46,7 +46,7 @@ def test_a_stopped_process_is_named(entry, preset, tmp_path, frozen):
         rf" \(--hang-timeout-seconds {LIMIT}\)",
         the_line(err),
     ), err
-    assert LIMIT / 2 < took < 2 * LIMIT
+    assert LIMIT / 2 < took < 60
 
 
 ASLEEP = {
@@ -77,25 +77,25 @@ def test_a_rank_that_keeps_the_others_waiting_is_named(entry, preset, tmp_path, 
 
 
 def test_slow_phases_are_no_hang(entry, preset, tmp_path):
-    both, seconds = [0, 1], 3
+    both, seconds = [0, 1], 6
     asleep = [
         {"ranks": both, "place": BUILD_DATASETS, "seconds": seconds},
         {"ranks": both, "place": GET_BATCH, "seconds": seconds, "step": 1},
         {"ranks": both, "place": SAVE, "seconds": seconds, "step": 3},
     ]
-    flags = ["--hang-timeout-seconds", seconds - 1, "--save", "run", "--save-interval", 3]
+    flags = ["--hang-timeout-seconds", seconds - 2, "--save", "run", "--save-interval", 3]
     flags += ["--train-iters", 4, "--eval-iters", 0]
     run = entry.run(tmp_path, "--config", preset, *flags, ranks=2, asleep=asleep)
     assert (run.code, run.err) == (0, ""), run.err
 
 
 def test_a_whole_job_may_be_stopped(entry, preset, tmp_path):
-    out, flags = tmp_path / "stdout-1.txt", ["--hang-timeout-seconds", 2, "--train-iters", 100000]
+    out, flags = tmp_path / "stdout-1.txt", ["--hang-timeout-seconds", 3, "--train-iters", 100000]
     pids = entry.start(tmp_path, "--config", preset, *LIVES, *flags, ranks=2)
     wait_for(out, "step 3/")
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
-    time.sleep(4)
+    time.sleep(5)
     said = len(out.read_text().splitlines())
     for pid in pids:
         os.kill(pid, signal.SIGCONT)
