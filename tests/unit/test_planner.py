@@ -274,7 +274,7 @@ def test_errors_are_one_line(argv, message, capsys):
 def test_a_reader_that_leaves_early_ends_it_quietly():
     # More JSON than a pipe holds.
     command = [sys.executable, ROOT / "tools/plan.py", "--config", CONFIGS / "mlra4_70b.yaml"]
-    command += ["--gpus", "1024", "--json", "--top", "200"]
+    command += ["--gpus", "1024", "--json", "--contexts", *map(str, range(1000, 1200))]
     tool = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert tool.stdout.readline() == b"{\n"
     tool.stdout.close()
