@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_mlra.checkpoint.experts import ExpertSizes, expert_args
 from megatron_mlra.latent_sizes import LatentSizes
 
 ATTENTIONS = ("latent", "gqa")
@@ -30,8 +31,9 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelDescription(LatentSizes):
-    """A dense decoder with latent attention (MLA, GLA, MLRA) or grouped queries (MHA, MQA, GQA).
+class ModelDescription(LatentSizes, ExpertSizes):
+    """A decoder with latent attention (MLA, GLA, MLRA) or grouped queries (MHA, MQA, GQA), dense or
+    a mixture of experts.
 
     RMSNorm, SwiGLU, RoPE (half-split pairs) and no biases are the family's, so they have no field.
 
@@ -123,14 +125,14 @@ class ModelDescription(LatentSizes):
 
     @property
     def variant(self) -> str:
-        """The name people use: 'MLA', 'GLA-2', 'MLRA-4', 'MHA', 'GQA', ..., ' gated' behind it."""
+        """The name people use: 'MLA', 'GLA-2', 'MLRA-4', 'GQA', ..., then ' gated', ' MoE'."""
         if self.attention == "gqa":
             name = {1: "MQA", self.num_attention_heads: "MHA"}.get(self.num_query_groups, "GQA")
         elif self.num_branches > 1:
             name = f"MLRA-{self.num_branches}"
         else:
             name = f"GLA-{self.num_latent_heads}" if self.num_latent_heads > 1 else "MLA"
-        return name + (" gated" if self.output_gate else "")
+        return name + " gated" * self.output_gate + " MoE" * bool(self.num_experts)
 
     # -- from and to Megatron ----------------------------------------------------------------------
 
@@ -189,6 +191,10 @@ class ModelDescription(LatentSizes):
             "bf16": self.dtype == "bfloat16",
             "fp16": self.dtype == "float16",
         }
+        experts = expert_args(self)
+        if experts:
+            fields |= {"num_moe_experts": experts.pop("num_experts"), **experts}
+            fields["moe_router_load_balancing_type"] = "none"
         if self.attention == "gqa":
             fields |= {
                 "attention": "gqa",
@@ -252,6 +258,9 @@ class ModelDescription(LatentSizes):
             if whole % part:
                 shown = name if name == "2" else f"{name} {part}"
                 raise CheckpointError(f"{shown} does not divide {whole_name} {whole}")
+        problem = self.experts_problem(self.num_layers)
+        if problem:
+            raise CheckpointError(problem)
 
     def _default_softmax_scale(self) -> float:
         if self.attention == "gqa":

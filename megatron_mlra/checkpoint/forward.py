@@ -1,4 +1,4 @@
-"""Logits of a checkpoint, layer by layer: memory holds one layer, whatever the model's size.
+"""Logits of a checkpoint, layer by layer: memory holds one layer (of its routed experts, one).
 
 Plain torch over `functional.py`, in float32. Letters: s tokens, b sequences, d hidden size, h query
 heads, g key/value heads, c head dim, V vocabulary.
@@ -7,6 +7,7 @@ heads, g key/value heads, c head dim, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from megatron_mlra.checkpoint.description import ModelDescription
 from megatron_mlra.checkpoint.folders import CheckpointFolder
 from megatron_mlra.checkpoint.names import (
     EMBEDDING,
+    EXPERT_BIAS,
+    EXPERTS,
     FINAL_NORM,
     OUTPUT,
     layer_prefix,
@@ -22,6 +25,7 @@ from megatron_mlra.checkpoint.names import (
 )
 from megatron_mlra.checkpoint.rotary import rotary_tables
 from megatron_mlra.functional import apply_rope, attend, mlra_attention, rms_norm
+from megatron_mlra.routing import choose_experts
 
 ROWS = 8192
 """Rows of the vocabulary that are multiplied at a time."""
@@ -38,37 +42,66 @@ def hidden_states(folder: CheckpointFolder, tokens: Tensor) -> Iterator[Tensor]:
     x = folder.tensor(EMBEDDING)[tokens.T].float()
     yield x
     for i in range(model.num_layers):
+
+        def read(name: str, prefix: str = layer_prefix(i)) -> Tensor:
+            return folder.tensor(prefix + name).float()
+
         weights = {
-            name.removesuffix(".weight"): folder.tensor(layer_prefix(i) + name).float()
-            for name in layer_tensors(model)
+            name.removesuffix(".weight"): read(name)
+            for name in layer_tensors(model, i)
+            if not name.startswith(EXPERTS)
         }
-        x = layer(x, weights, model, angles)
+        x = attention_block(x, weights, model, angles)
+        normed = rms_norm(x, weights["pre_mlp_layernorm"], model.layernorm_epsilon)
+        mlp = partial(experts, read=read) if model.is_moe(i) else swiglu
+        x = x + mlp(normed, weights, model)
         yield x
 
 
-def layer(
+def attention_block(
     x: Tensor, weights: dict[str, Tensor], model: ModelDescription, angles: tuple[Tensor, Tensor]
 ) -> Tensor:
-    """One transformer layer, `[s, b, d]` -> `[s, b, d]`."""
-    eps = model.layernorm_epsilon
-    normed = rms_norm(x, weights["input_layernorm"], eps)
+    """Norm, attention and residual, `[s, b, d]` -> `[s, b, d]`."""
+    normed = rms_norm(x, weights["input_layernorm"], model.layernorm_epsilon)
     prefix = "self_attention."
     attention = {
         name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)
     }
     if model.attention == "gqa":
-        x = x + grouped_attention(normed, attention, model, angles)
-    else:
-        x = x + mlra_attention(
-            normed,
-            attention,
-            model,
-            absorbed=model.latent_dim <= model.qk_nope_head_dim,
-            angles=angles,
-        )
-    normed = rms_norm(x, weights["pre_mlp_layernorm"], eps)
-    gate, up = (normed @ weights["mlp.linear_fc1"].T).chunk(2, dim=-1)
-    return x + (torch.nn.functional.silu(gate) * up) @ weights["mlp.linear_fc2"].T
+        return x + grouped_attention(normed, attention, model, angles)
+    absorbed = model.latent_dim <= model.qk_nope_head_dim
+    return x + mlra_attention(normed, attention, model, absorbed=absorbed, angles=angles)
+
+
+def swiglu(
+    x: Tensor, weights: dict[str, Tensor], _: ModelDescription, prefix: str = "mlp."
+) -> Tensor:
+    """A dense MLP, or the shared experts, `[..., d]` -> the same."""
+    gate, up = (x @ weights[f"{prefix}linear_fc1"].T).chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate) * up) @ weights[f"{prefix}linear_fc2"].T
+
+
+def experts(
+    x: Tensor,
+    weights: dict[str, Tensor],
+    model: ModelDescription,
+    read: Callable[[str], Tensor],
+) -> Tensor:
+    """Routed and shared experts, `[s, b, d]` -> the same; `read` gives an expert's weights."""
+    tokens = x.flatten(0, 1)
+    bias = weights.get(EXPERT_BIAS)
+    scales, chosen = choose_experts(tokens, weights["mlp.router"], bias, model)
+    out = torch.zeros_like(tokens)
+    for e in chosen.unique().tolist():
+        names = ("linear_fc1", "linear_fc2")
+        expert = {name: read(f"{EXPERTS}{e}.{name}.weight") for name in names}
+        rows, slots = (chosen == e).nonzero(as_tuple=True)
+        part = swiglu(tokens[rows], expert, model, prefix="")
+        out.index_add_(0, rows, part * scales[rows, slots, None])
+    out = out.view_as(x)
+    if model.moe_shared_expert_intermediate_size:
+        out = out + swiglu(x, weights, model, prefix="mlp.shared_experts.")
+    return out
 
 
 def grouped_attention(

@@ -17,8 +17,14 @@ import torch
 from megatron_mlra.checkpoint.description import CheckpointError
 from megatron_mlra.checkpoint.folders import CheckpointFolder, check_tensors, read_config
 from megatron_mlra.checkpoint.huggingface_config import from_hf_config, to_hf_config
-from megatron_mlra.checkpoint.huggingface_names import HF_EMBEDDING, HF_OUTPUT, rules
+from megatron_mlra.checkpoint.huggingface_names import (
+    HF_EMBEDDING,
+    HF_EXPERT_BIAS,
+    HF_OUTPUT,
+    rules,
+)
 from megatron_mlra.checkpoint.huggingface_tokenizer import write_tokenizer
+from megatron_mlra.checkpoint.names import dtype_of
 from megatron_mlra.checkpoint.rules import their_shapes
 from megatron_mlra.checkpoint.safetensors_writer import MAX_SHARD_BYTES, write_safetensors
 from megatron_mlra.checkpoint.staging import written_aside
@@ -39,7 +45,8 @@ class HuggingFaceFolder(CheckpointFolder):
         config = read_config(path)
         self.files = WeightFiles(path)
         try:
-            dtype = common_dtype(self.files.dtypes, path)
+            weights = {n: d for n, d in self.files.dtypes.items() if not n.endswith(HF_EXPERT_BIAS)}
+            dtype = common_dtype(weights, path)
             self.description = from_hf_config(config, dtype)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
@@ -57,7 +64,7 @@ class HuggingFaceFolder(CheckpointFolder):
     def tensor(self, name: str) -> torch.Tensor:
         """See CheckpointFolder."""
         rule = self.rules[name]
-        dtype = getattr(torch, self.description.dtype)
+        dtype = getattr(torch, dtype_of(name, self.description.dtype))
         return rule.join([self.files.tensor(their).to(dtype) for their in rule.theirs])
 
 
@@ -94,9 +101,9 @@ def write_huggingface(
         with written_aside(destination, stream.bytes) as folder:
             text = json.dumps(config, indent=2, sort_keys=True)
             (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-            write_safetensors(
-                folder, their_shapes(model, table), stream.dtype, parts(), max_shard_bytes
-            )
+            shapes = their_shapes(model, table)
+            dtypes = {t: stream.dtype_of(name) for name in table for t in table[name].theirs}
+            write_safetensors(folder, shapes, dtypes, parts(), max_shard_bytes)
             stream.finish()
             if model.attention == "latent":
                 for file in sorted(CODE.glob("*_mlra.py")):

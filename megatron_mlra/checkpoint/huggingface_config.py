@@ -39,6 +39,8 @@ def to_hf_config(model: ModelDescription) -> dict[str, Any]:
     Raises:
         CheckpointError: transformers has no such model, and this project exports none.
     """
+    if model.num_experts:
+        raise CheckpointError(f"a mixture of experts ({model.variant}) cannot be exported")
     config: dict[str, Any] = {theirs: getattr(model, ours) for theirs, ours in _COMMON.items()}
     config |= {"hidden_act": "silu", "dtype": model.dtype, "rope_parameters": _rope(model)}
     config |= {"bos_token_id": None, "eos_token_id": model.eod_token_id}

@@ -7,11 +7,12 @@ Llama.
 from __future__ import annotations
 
 from megatron_mlra.checkpoint.description import ModelDescription
-from megatron_mlra.checkpoint.names import layer_tensors
+from megatron_mlra.checkpoint.names import EXPERT_BIAS, EXPERTS, layer_tensors
 from megatron_mlra.checkpoint.rules import Rule, grouped_queries, rows, same, whole_table
 
 HF_EMBEDDING = "model.embed_tokens.weight"
 HF_OUTPUT = "lm_head.weight"
+HF_EXPERT_BIAS = "mlp.gate.e_score_correction_bias"
 
 _ATTENTION = {
     "linear_q_proj": "q_proj",
@@ -30,7 +31,7 @@ def rules(model: ModelDescription) -> dict[str, Rule]:
     """Canonical name -> rule, for every tensor of the model, in canonical order."""
     return whole_table(
         model,
-        _layer(model),
+        lambda layer: _layer(model, layer),
         embedding=HF_EMBEDDING,
         prefix="model.layers.{}.",
         final_norm="model.norm.weight",
@@ -38,7 +39,8 @@ def rules(model: ModelDescription) -> dict[str, Rule]:
     )
 
 
-def _layer(model: ModelDescription) -> dict[str, Rule]:
+def _layer(model: ModelDescription, layer: int) -> dict[str, Rule]:
+    tensors = layer_tensors(model, layer)
     attention = {
         f"self_attention.{ours}.weight": same(f"self_attn.{theirs}.weight")
         for ours, theirs in _ATTENTION.items()
@@ -48,9 +50,26 @@ def _layer(model: ModelDescription) -> dict[str, Rule]:
         attention["self_attention.linear_qkv.weight"] = grouped_queries(model, *names)
     return {
         "input_layernorm.weight": same("input_layernorm.weight"),
-        **{name: rule for name, rule in attention.items() if name in layer_tensors(model)},
+        **{name: rule for name, rule in attention.items() if name in tensors},
         "pre_mlp_layernorm.weight": same("post_attention_layernorm.weight"),
-        # Gate, then up.
-        "mlp.linear_fc1.weight": rows("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-        "mlp.linear_fc2.weight": same("mlp.down_proj.weight"),
+        **(_experts(model) if model.is_moe(layer) else _mlp("mlp.", "mlp.")),
     }
+
+
+def _mlp(ours: str, theirs: str) -> dict[str, Rule]:
+    return {
+        # Gate, then up.
+        f"{ours}linear_fc1.weight": rows(f"{theirs}gate_proj.weight", f"{theirs}up_proj.weight"),
+        f"{ours}linear_fc2.weight": same(f"{theirs}down_proj.weight"),
+    }
+
+
+def _experts(model: ModelDescription) -> dict[str, Rule]:
+    table = {"mlp.router.weight": same("mlp.gate.weight")}
+    if model.moe_router_enable_expert_bias:
+        table[EXPERT_BIAS] = same(HF_EXPERT_BIAS)
+    for e in range(model.num_experts):
+        table |= _mlp(f"{EXPERTS}{e}.", f"mlp.experts.{e}.")
+    if model.moe_shared_expert_intermediate_size:
+        table |= _mlp("mlp.shared_experts.", "mlp.shared_experts.")
+    return table

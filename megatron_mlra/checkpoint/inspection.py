@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 
 from megatron_mlra.checkpoint.folders import CheckpointFolder
 from megatron_mlra.checkpoint.names import expected_tensors
@@ -31,16 +33,23 @@ def lines(folder: CheckpointFolder) -> list[str]:
         )
     else:
         out.append(f"{m.num_query_groups} key/value heads of {m.head_dim}")
+    if m.num_experts:
+        out.append(
+            f"{sum(m.moe_layer_pattern)} layers of {m.num_experts} experts of"
+            f" {m.moe_ffn_hidden_size}, shared {m.moe_shared_expert_intermediate_size}:"
+            f" {'' if m.normalizes_topk else 'unnormalised '}top {m.moe_router_topk} of"
+            f" {m.moe_router_score_function}, times {m.moe_router_topk_scaling_factor:g}"
+            f"{', chosen with a bias' if m.moe_router_enable_expert_bias else ''}"
+        )
     step = getattr(folder, "iteration", None)
     if step is not None:
         out.append(f"step {step:,}")
     files = ", ".join(path.name for path in folder.tokenizer_files())
     out.append(f"tokenizer: {m.tokenizer_type or 'not named'}, files: {files or 'none'}")
-    first = "decoder.layers.0."
-    for name, shape in shapes.items():
-        if name.startswith(first):
-            rest = name.removeprefix(first)
-            out.append(f"  decoder.layers.*.{rest} {list(shape)} x {m.num_layers}")
-        elif not name.startswith("decoder.layers."):
-            out.append(f"  {name} {list(shape)}")
+    kinds = Counter(
+        f"{re.sub(r'(?<=[.])[0-9]+(?=[.])', '*', name)} {list(shape)}"
+        for name, shape in shapes.items()
+    )
+    for kind, times in kinds.items():
+        out.append(f"  {kind}" + (f" x {times}" if "*" in kind else ""))
     return out

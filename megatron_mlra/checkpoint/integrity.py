@@ -55,6 +55,10 @@ ARCHITECTURE = (
     "moe_layer_freq",
     "moe_router_topk",
     "moe_shared_expert_intermediate_size",
+    "moe_router_pre_softmax",
+    "moe_router_score_function",
+    "moe_router_topk_scaling_factor",
+    "moe_router_enable_expert_bias",
 )
 """Arguments that make two models different functions of their weights."""
 

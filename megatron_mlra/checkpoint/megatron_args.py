@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_mlra.checkpoint.description import YARN, CheckpointError, ModelDescription
+from megatron_mlra.checkpoint.experts import expert_args, expert_fields
 
 
 def description_fields(args: Any) -> dict[str, Any]:
@@ -39,6 +40,10 @@ def description_fields(args: Any) -> dict[str, Any]:
         "tokenizer_model": values.get("tokenizer_model"),
         "eod_token_id": values.get("null_tokenizer_eod_id"),
     }
+    try:
+        fields |= expert_fields(values, fields["num_layers"])
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
     if values.get("attention") == "mlra":
         fields |= {
             "attention": "latent",
@@ -101,6 +106,7 @@ def megatron_args(description: ModelDescription) -> dict[str, Any]:
         "bf16": description.dtype == "bfloat16",
         "fp16": description.dtype == "float16",
         "softmax_scale": description.softmax_scale,
+        **expert_args(description),
     }
     if description.attention == "gqa":
         return args | {
@@ -136,7 +142,6 @@ _NEEDED = {
     "softmax_type": "vanilla",
 }
 _REFUSED = (
-    "num_experts",
     "qk_layernorm",
     "mtp_num_layers",
     "rotary_interleaved",

@@ -14,7 +14,7 @@ from megatron_mlra.checkpoint.folders import (
     check_tensors,
     tokenizer_files,
 )
-from megatron_mlra.checkpoint.names import VOCABULARY, expected_tensors
+from megatron_mlra.checkpoint.names import EXPERTS, VOCABULARY, dtype_of, expected_tensors
 from megatron_mlra.checkpoint.torch_dist import TorchDistFolder
 from megatron_mlra.checkpoint.weight_files import common_dtype
 
@@ -50,7 +50,11 @@ class MegatronFolder(CheckpointFolder):
             raise CheckpointError(f"checkpoint {self.folder}: {error}") from None
         self.iteration = state.get("iteration")
         self._places = self._map()
-        dtypes = {name: self.files.dtype(key) for name, (key, _) in self._places.items()}
+        dtypes = {
+            name: self.files.dtype(key)
+            for name, (key, _) in self._places.items()
+            if dtype_of(name, "") != "float32"
+        }
         dtype = common_dtype(dtypes, self.folder)
         self.description = self.description.replace(dtype=dtype)
 
@@ -59,7 +63,7 @@ class MegatronFolder(CheckpointFolder):
         tensor = self.files.tensor(*self._places[name])
         if name in VOCABULARY:
             tensor = tensor[: self.description.vocab_size]
-        return tensor.to(getattr(torch, self.description.dtype))
+        return tensor.to(getattr(torch, dtype_of(name, self.description.dtype)))
 
     def tokenizer_files(self) -> list[Path]:
         """Files beside the weights, else those the run read its tokenizer from, where they are."""
@@ -72,25 +76,33 @@ class MegatronFolder(CheckpointFolder):
             found = [model]
         return found
 
-    def _map(self) -> dict[str, tuple[str, int | None]]:
-        """Canonical name -> (stored name, layer of the stack)."""
+    def _map(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Canonical name -> (stored name, where in its first dimensions: layer, expert)."""
         renamed = RENAMED | (RENAMED_GQA if self.description.attention == "gqa" else {})
         found: dict[str, tuple[int, ...]] = {}
-        places: dict[str, tuple[str, int | None]] = {}
+        places: dict[str, tuple[str, tuple[int, ...]]] = {}
         for key, shape in self.files.shapes().items():
             if _STATE.match(key):
                 continue
             match = _LAYER.fullmatch(key)
             if match is None:
-                found[key], places[key] = shape, (key, None)
+                found[key], places[key] = shape, (key, ())
                 continue
             layer, rest = match.groups()
             rest = renamed.get(rest, rest)
-            layers = range(shape[0]) if layer is None else [int(layer)]
-            for i in layers:
-                name = f"decoder.layers.{i}.{rest}"
-                found[name] = shape[1:] if layer is None else shape
-                places[name] = (key, i if layer is None else None)
+            if layer is None:
+                each = [(f"decoder.layers.{i}.", (i,)) for i in range(shape[0])]
+            else:
+                each = [(f"decoder.layers.{layer}.", ())]
+            if rest.startswith(EXPERTS):
+                each = [
+                    (f"{prefix}{EXPERTS}{e}.", (*at, e))
+                    for prefix, at in each
+                    for e in range(shape[len(at)])
+                ]
+                rest = rest.removeprefix(EXPERTS)
+            for prefix, at in each:
+                found[prefix + rest], places[prefix + rest] = shape[len(at) :], (key, at)
         expected = expected_tensors(self.description)
         for name in VOCABULARY:
             if name in found and name in expected and found[name][0] > expected[name][0]:

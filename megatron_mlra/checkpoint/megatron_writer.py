@@ -38,6 +38,7 @@ from megatron_mlra.checkpoint.description import CheckpointError, ModelDescripti
 from megatron_mlra.checkpoint.folders import TRACKER, CheckpointFolder
 from megatron_mlra.checkpoint.megatron_folder import RENAMED, RENAMED_GQA
 from megatron_mlra.checkpoint.names import (
+    EXPERTS,
     FINAL_NORM,
     OUTPUT,
     VOCABULARY,
@@ -172,7 +173,9 @@ class StreamingPlanner(SavePlanner):
 
 
 class _Planner(StreamingPlanner):
-    """A model's weights as Megatron stores them: layers stacked, each one a block."""
+    """A model's weights as Megatron stores them: experts stacked, and layers of one kind; each one
+    a block.
+    """
 
     def __init__(self, stream: TensorStream, padded_vocab_size: int) -> None:
         super().__init__()
@@ -181,7 +184,7 @@ class _Planner(StreamingPlanner):
         self.rows = padded_vocab_size
         renamed = RENAMED | (RENAMED_GQA if self.model.attention == "gqa" else {})
         self.stored = {name: key for key, name in renamed.items()}
-        self.canonical: dict[tuple[str, int], str] = {}
+        self.canonical: dict[tuple[str, tuple[int, ...]], str] = {}
         self.objects: dict[str, bytes] = {}
 
     def plan(self) -> None:
@@ -197,28 +200,51 @@ class _Planner(StreamingPlanner):
         self.objects[COMMON_KEY] = saved_object([common])
         for key, data in self.objects.items():
             self.add_bytes(key, len(data))
-        layers, dtype = self.model.num_layers, self.stream.dtype
         for name, shape in self.stream.shapes.items():
-            if name.startswith("decoder.layers."):
-                continue
-            if name in VOCABULARY:
-                shape = (self.rows, *shape[1:])
-            self.add_tensor(name, shape, dtype, [((0,) * len(shape), shape)])
-            self.canonical[name, 0] = name
-        for name, shape in layer_tensors(self.model).items():
-            key = f"decoder.layers.{self.stored.get(name, name)}"
-            zeros = (0,) * len(shape)
-            blocks = [((i, *zeros), (1, *shape)) for i in range(layers)]
-            self.add_tensor(key, (layers, *shape), dtype, blocks)
-            for i in range(layers):
-                self.canonical[key, i] = layer_prefix(i) + name
+            if not name.startswith("decoder.layers."):
+                rows = self.rows if name in VOCABULARY else shape[0]
+                self._add(name, (rows, *shape[1:]), {name: ()})
+        layers = range(self.model.num_layers)
+        if self.model.stacks_layers:
+            self._add_layers("decoder.layers.", {i: (i,) for i in layers})
+        else:
+            for i in layers:
+                self._add_layers(layer_prefix(i), {i: ()})
+
+    def _add_layers(self, prefix: str, layers: dict[int, tuple[int, ...]]) -> None:
+        """Plan layers of one kind: number -> index in the tensors that stack them."""
+        is_moe = self.model.is_moe(next(iter(layers)))
+        for name, shape in layer_tensors(self.model, next(iter(layers))).items():
+            expert, _, rest = name.removeprefix(EXPERTS).partition(".")
+            if not name.startswith(EXPERTS):
+                fused = self.stored.get(name, name)
+                # Megatron fuses no norm into a router.
+                key = name if is_moe and fused.startswith("mlp.") else fused
+                parts = {layer_prefix(i) + name: at for i, at in layers.items()}
+                self._add(prefix + key, shape, parts)
+            elif expert == "0":
+                parts = {
+                    f"{layer_prefix(i)}{EXPERTS}{e}.{rest}": (*at, e)
+                    for i, at in layers.items()
+                    for e in range(self.model.num_experts)
+                }
+                self._add(prefix + EXPERTS + rest, shape, parts)
+
+    def _add(self, key: str, shape: tuple[int, ...], parts: dict[str, tuple[int, ...]]) -> None:
+        """Plan a tensor that stacks tensors of this shape: canonical name -> leading indices."""
+        zeros = (0,) * len(shape)
+        blocks = {name: ((*at, *zeros), (*(1 for _ in at), *shape)) for name, at in parts.items()}
+        name, last = next(reversed(parts.items()))
+        stack = tuple(i + 1 for i in last)
+        dtype = self.stream.dtype_of(name)
+        self.add_tensor(key, (*stack, *shape), dtype, list(blocks.values()))
+        self.canonical |= {(key, offsets): name for name, (offsets, _) in blocks.items()}
 
     def data(self, key: str, offsets: tuple[int, ...]) -> torch.Tensor | bytes:
         """A tensor of the source, or the bytes of an object."""
         if key in self.objects:
             return self.objects[key]
-        layer = offsets[0] if key.startswith("decoder.layers.") else 0
-        name = self.canonical[key, layer]
+        name = self.canonical[key, offsets]
         tensor = self.stream.take(name)
         if name in VOCABULARY and self.rows > tensor.size(0):
             padding = tensor.new_zeros(self.rows - tensor.size(0), tensor.size(1))
@@ -246,30 +272,44 @@ def saved_arguments(model: ModelDescription, padded_vocab_size: int) -> argparse
     return argparse.Namespace(**args)
 
 
-_STATEFUL = ("mlp.linear_fc1", "mlp.linear_fc2", "input_layernorm", "pre_mlp_layernorm")
-_STATEFUL_ATTENTION = (
-    "linear_q_down_proj",
-    "linear_q_up_proj",
-    "linear_q_proj",
-    "linear_kv_down_proj",
-    "linear_gate_proj",
-    "linear_qkv",
-    "linear_proj",
-    "core_attention",
+_STATEFUL = (
+    "input_layernorm",
+    "pre_mlp_layernorm",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+    "mlp.shared_experts.linear_fc1",
+    "mlp.shared_experts.linear_fc2",
+    "self_attention.linear_q_down_proj",
+    "self_attention.linear_q_up_proj",
+    "self_attention.linear_q_proj",
+    "self_attention.linear_kv_down_proj",
+    "self_attention.linear_gate_proj",
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "self_attention.core_attention",
 )
 """Modules that keep an (empty) extra state in checkpoints, Megatron's or Transformer Engine's."""
 
 
 def _extra_states(model: ModelDescription) -> list[str]:
     """Keys of extra states. A run asks for those of the modules it has and ignores the others."""
-    modules = [*_STATEFUL, *(f"self_attention.{name}" for name in _STATEFUL_ATTENTION)]
-    keys = [
-        f"decoder.layers.{module}._extra_state/shard_{i}_{model.num_layers}"
-        for i in range(model.num_layers)
-        for module in modules
-    ]
-    outside = (FINAL_NORM, OUTPUT)
-    return keys + [f"{name.removesuffix('weight')}_extra_state/shard_0_1" for name in outside]
+    layers, experts = model.num_layers, model.num_experts
+    keys = [f"{name.removesuffix('weight')}_extra_state/shard_0_1" for name in (FINAL_NORM, OUTPUT)]
+    for i in range(layers):
+        if model.stacks_layers:
+            prefix, at, size = "decoder.layers.", f"{i}", f"{layers}"
+            expert_at, expert_size = f"{i}.", f"{layers}.{experts}"
+        else:
+            prefix, at, size = layer_prefix(i), "0", "1"
+            expert_at, expert_size = "", f"{experts}"
+        keys += [f"{prefix}{module}._extra_state/shard_{at}_{size}" for module in _STATEFUL]
+        if model.is_moe(i):
+            keys += [
+                f"{prefix}{EXPERTS}{linear}._extra_state/shard_{expert_at}{e}_{expert_size}"
+                for linear in ("linear_fc1", "linear_fc2")
+                for e in range(experts)
+            ]
+    return keys
 
 
 def saved_object(value: Any) -> bytes:

@@ -1,4 +1,4 @@
-"""Canonical names and shapes of a model's weights: Megatron's names, one entry a layer.
+"""Canonical names and shapes of a model's weights: Megatron's names, one entry a layer and expert.
 
 Shapes are global (no tensor parallelism) and without vocabulary padding. The vectors are norms.
 """
@@ -12,6 +12,10 @@ OUTPUT = "output_layer.weight"
 FINAL_NORM = "decoder.final_layernorm.weight"
 VOCABULARY = (EMBEDDING, OUTPUT)
 """Tensors whose rows are the vocabulary."""
+EXPERTS = "mlp.experts.experts."
+"""What the names of a layer's routed experts start with; then the expert's number."""
+EXPERT_BIAS = "mlp.router.expert_bias"
+"""Kept in float32 whatever the dtype of the weights is, as Megatron does."""
 
 
 def layer_prefix(layer: int) -> str:
@@ -19,24 +23,44 @@ def layer_prefix(layer: int) -> str:
     return f"decoder.layers.{layer}."
 
 
-def layer_tensors(description: ModelDescription) -> dict[str, tuple[int, ...]]:
+def dtype_of(name: str, dtype: str) -> str:
+    """The dtype of a canonical tensor in a model whose weights have this one."""
+    return "float32" if name.endswith(EXPERT_BIAS) else dtype
+
+
+def layer_tensors(description: ModelDescription, layer: int) -> dict[str, tuple[int, ...]]:
     """Name behind the layer's prefix -> shape.
 
     - `self_attention.linear_kv_down_proj.weight` `[d_c + d_r, d]`: latents, then the RoPE key
     - `self_attention.linear_kv_up_proj.weight` `[N, h, d_h + d_v, d_l]`: keys first
     - `self_attention.linear_qkv.weight` ('gqa'): for each query group its query heads, gated its
       gate heads, then one key and one value head
-    - `mlp.linear_fc1.weight` `[2 ffn, d]`: gate rows, then up rows
+    - `mlp.linear_fc1.weight` `[2 ffn, d]`: gate rows, then up rows; in a layer with experts
+      `mlp.experts.experts.{e}.linear_fc1.weight` and `mlp.shared_experts.linear_fc1.weight`
+    - `mlp.router.weight` `[E, d]`
     """
     m = description
-    d, ffn = m.hidden_size, m.ffn_hidden_size
+    d = m.hidden_size
     return {
         "input_layernorm.weight": (d,),
         **{f"self_attention.{name}.weight": shape for name, shape in _attention(m).items()},
         "pre_mlp_layernorm.weight": (d,),
-        "mlp.linear_fc1.weight": (2 * ffn, d),
-        "mlp.linear_fc2.weight": (d, ffn),
+        **(_experts(m) if m.is_moe(layer) else _mlp("mlp.", d, m.ffn_hidden_size)),
     }
+
+
+def _mlp(prefix: str, d: int, ffn: int) -> dict[str, tuple[int, ...]]:
+    return {f"{prefix}linear_fc1.weight": (2 * ffn, d), f"{prefix}linear_fc2.weight": (d, ffn)}
+
+
+def _experts(m: ModelDescription) -> dict[str, tuple[int, ...]]:
+    d, shared = m.hidden_size, m.moe_shared_expert_intermediate_size
+    shapes: dict[str, tuple[int, ...]] = {"mlp.router.weight": (m.num_experts, d)}
+    if m.moe_router_enable_expert_bias:
+        shapes[EXPERT_BIAS] = (m.num_experts,)
+    for e in range(m.num_experts):
+        shapes |= _mlp(f"{EXPERTS}{e}.", d, m.moe_ffn_hidden_size)
+    return shapes | (_mlp("mlp.shared_experts.", d, shared) if shared else {})
 
 
 def _attention(m: ModelDescription) -> dict[str, tuple[int, ...]]:
@@ -72,8 +96,8 @@ def expected_tensors(description: ModelDescription) -> dict[str, tuple[int, ...]
     """Every tensor of the model, by canonical name, in the order a forward pass needs them."""
     m = description
     tensors: dict[str, tuple[int, ...]] = {EMBEDDING: (m.vocab_size, m.hidden_size)}
-    shapes = layer_tensors(m)
     for layer in range(m.num_layers):
+        shapes = layer_tensors(m, layer)
         tensors |= {layer_prefix(layer) + name: shape for name, shape in shapes.items()}
     tensors[FINAL_NORM] = (m.hidden_size,)
     if not m.tie_embeddings:

@@ -186,7 +186,8 @@ def write_research(
             (folder / "config.json").write_text(json.dumps(research_config(model), indent=2) + "\n")
             if file_format == "safetensors":
                 shapes = their_shapes(model, table)
-                write_safetensors(folder, shapes, stream.dtype, parts(list(table)), max_shard_bytes)
+                dtypes = dict.fromkeys(shapes, stream.dtype)
+                write_safetensors(folder, shapes, dtypes, parts(list(table)), max_shard_bytes)
             else:
                 _write_bins(folder, model, list(table), parts, stream.bytes)
             stream.finish()
@@ -234,6 +235,11 @@ def research_config(model: ModelDescription) -> dict[str, Any]:
 def _check_exportable(model: ModelDescription) -> None:
     """What the research code fixes."""
     latent = model.attention == "latent"
+    if model.num_experts:
+        raise CheckpointError(
+            f"the research code has no mixture of experts, and this model {model.num_experts}"
+            " experts; use export-hf"
+        )
     for name, value, needed in (
         ("rotary_base", model.rotary_base, 10000),
         ("layernorm_epsilon", model.layernorm_epsilon, 1e-6),

@@ -18,9 +18,10 @@ RESEARCH_OUTPUT = "lm_head.weight"
 
 def rules(model: ModelDescription) -> dict[str, Rule]:
     """Canonical name -> rule, for every tensor of the model, in canonical order."""
+    layer = _layer(model)
     return whole_table(
         model,
-        _layer(model),
+        lambda _: layer,
         embedding=RESEARCH_EMBEDDING,
         prefix="transformer.h.{}.",
         final_norm="layernorm.weight",

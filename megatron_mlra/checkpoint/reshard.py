@@ -142,7 +142,7 @@ class _Copy(StreamingPlanner):
             known = self.replaced.get(key)
             return self.stored.raw(key) if known is None else known
         stacked = _STACKED.match(key) and len(self.shapes[key]) > 1
-        tensor = self.stored.tensor(key, offsets[0] if stacked else None).to(self._dtype(key))
+        tensor = self.stored.tensor(key, offsets[:1] if stacked else ()).to(self._dtype(key))
         self.bar.update(tensor.numel() * tensor.element_size())
         return tensor.contiguous()
 

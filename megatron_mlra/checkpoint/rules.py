@@ -66,7 +66,7 @@ def grouped_queries(model: ModelDescription, *names: str) -> Rule:
 
 def whole_table(
     model: ModelDescription,
-    layer: Mapping[str, Rule],
+    layer: Callable[[int], Mapping[str, Rule]],
     *,
     embedding: str,
     prefix: str,
@@ -76,13 +76,13 @@ def whole_table(
     """Canonical name -> rule, for every tensor of the model, in canonical order.
 
     Args:
-        layer: rules of one layer, by canonical name behind its prefix.
+        layer: number of a layer -> its rules, by canonical name behind its prefix.
         embedding, final_norm, output: their names outside the layers.
         prefix: theirs of a layer, with `{}` for its number.
     """
     table = {EMBEDDING: same(embedding)}
     for i in range(model.num_layers):
-        for name, rule in layer.items():
+        for name, rule in layer(i).items():
             theirs = tuple(prefix.format(i) + their for their in rule.theirs)
             table[layer_prefix(i) + name] = Rule(theirs, rule.split, rule.join)
     table[FINAL_NORM] = same(final_norm)

@@ -22,7 +22,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 def write_safetensors(
     folder: Path,
     shapes: Mapping[str, tuple[int, ...]],
-    dtype: torch.dtype,
+    dtypes: Mapping[str, torch.dtype],
     tensors: Iterable[tuple[str, torch.Tensor]],
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
@@ -30,12 +30,13 @@ def write_safetensors(
 
     Args:
         shapes: name -> shape of every tensor, in the order `tensors` yields them.
-        dtype: of all of them.
+        dtypes: name -> dtype of each.
 
     Raises:
         CheckpointError: `tensors` yields another name, shape or dtype, or too few.
     """
-    shards = _shards(shapes, dtype, max_shard_bytes)
+    sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
+    shards = _shards(sizes, max_shard_bytes)
     files = (
         ["model.safetensors"]
         if len(shards) == 1
@@ -44,19 +45,19 @@ def write_safetensors(
     source = iter(tensors)
     for file, names in zip(files, shards, strict=True):
         with (folder / file).open("wb") as stream:
-            stream.write(_header({name: shapes[name] for name in names}, dtype))
+            stream.write(_header({name: shapes[name] for name in names}, dtypes))
             for name in names:
                 found, tensor = next(source, (None, None))
-                if found != name or tuple(tensor.shape) != shapes[name] or tensor.dtype != dtype:
+                expected = (name, shapes[name], dtypes[name])
+                if found is None or (found, tuple(tensor.shape), tensor.dtype) != expected:
                     raise CheckpointError(f"{found or 'nothing'} came where {name} is written")
                 flat = tensor.detach().contiguous().view(-1)
                 stream.write(memoryview(flat.view(torch.uint8).numpy()))
     if next(source, None) is not None:
         raise CheckpointError("more tensors came than are written")
     if len(shards) > 1:
-        size = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        write_index(folder / "model.safetensors.index.json", size, where)
+        write_index(folder / "model.safetensors.index.json", sum(sizes.values()), where)
 
 
 def write_index(file: Path, total_bytes: int, files: Mapping[str, str]) -> None:
@@ -65,14 +66,11 @@ def write_index(file: Path, total_bytes: int, files: Mapping[str, str]) -> None:
     file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _shards(
-    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, limit: int
-) -> list[list[str]]:
+def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     """Names of each file, at most `limit` bytes unless one tensor alone is larger."""
     shards: list[list[str]] = [[]]
     size = 0
-    for name, shape in shapes.items():
-        more = math.prod(shape) * dtype.itemsize
+    for name, more in sizes.items():
         if shards[-1] and size + more > limit:
             shards.append([])
             size = 0
@@ -81,13 +79,13 @@ def _shards(
     return shards
 
 
-def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
+def _header(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype]) -> bytes:
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
     for name, shape in shapes.items():
-        end = start + math.prod(shape) * dtype.itemsize
+        end = start + math.prod(shape) * dtypes[name].itemsize
         entries[name] = {
-            "dtype": DTYPE_NAMES[dtype],
+            "dtype": DTYPE_NAMES[dtypes[name]],
             "shape": list(shape),
             "data_offsets": [start, end],
         }

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from megatron_mlra.checkpoint.description import DTYPES, CheckpointError, ModelDescription
 from megatron_mlra.checkpoint.folders import CheckpointFolder
-from megatron_mlra.checkpoint.names import expected_tensors
+from megatron_mlra.checkpoint.names import dtype_of, expected_tensors
 
 
 class TensorStream:
@@ -33,11 +33,17 @@ class TensorStream:
         """The source's, in the dtype of the tensors handed out."""
         self.dtype: torch.dtype = getattr(torch, self.description.dtype)
         self.shapes = expected_tensors(self.description)
-        self.bytes = sum(math.prod(s) for s in self.shapes.values()) * self.dtype.itemsize
+        self.bytes = sum(
+            math.prod(shape) * self.dtype_of(name).itemsize for name, shape in self.shapes.items()
+        )
         self._waiting = set(self.shapes)
         self._bar = tqdm(
             total=self.bytes, unit="B", unit_scale=True, disable=not progress, mininterval=0.5
         )
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """What `take` hands this tensor out in."""
+        return getattr(torch, dtype_of(name, self.description.dtype))
 
     def take(self, name: str) -> torch.Tensor:
         """The tensor of a canonical name, once.
@@ -54,7 +60,7 @@ class TensorStream:
                 f"{self.source.path}: {name} is {list(tensor.shape)}, not {list(self.shapes[name])}"
             )
         self._waiting.remove(name)
-        tensor = tensor.to(self.dtype)
+        tensor = tensor.to(self.dtype_of(name))
         self._bar.update(tensor.numel() * tensor.element_size())
         return tensor
 

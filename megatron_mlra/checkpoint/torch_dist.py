@@ -50,33 +50,31 @@ class TorchDistFolder:
         """Dtype of a stored tensor."""
         return self.metadata.state_dict_metadata[name].properties.dtype
 
-    def tensor(self, name: str, layer: int | None = None) -> torch.Tensor:
-        """A stored tensor, or of one that stacks layers in front, one layer.
+    def tensor(self, name: str, at: tuple[int, ...] = ()) -> torch.Tensor:
+        """A stored tensor, or its part at these indices of its first dimensions (layer, expert).
 
         Raises:
             CheckpointError: a block of it is missing or cannot be read.
         """
         try:
-            return self._assemble(name, layer)
+            return self._assemble(name, at)
         except (RuntimeError, IndexError, TypeError, AttributeError) as error:
             said = " ".join(str(error).split())
             raise CheckpointError(
                 f"checkpoint {self.path}: .metadata describes {name} wrongly ({said:.200})"
             ) from None
 
-    def _assemble(self, name: str, layer: int | None) -> torch.Tensor:
+    def _assemble(self, name: str, at: tuple[int, ...]) -> torch.Tensor:
         entry = self.metadata.state_dict_metadata[name]
-        shape = tuple(entry.size) if layer is None else tuple(entry.size)[1:]
-        wanted = [c for c in entry.chunks if layer is None or _holds(c, layer)]
-        if len(wanted) == 1 and tuple(wanted[0].sizes)[-len(shape) :] == shape:
-            return self._block(name, wanted[0], layer).view(shape)
+        shape = tuple(entry.size)[len(at) :]
+        wanted = [chunk for chunk in entry.chunks if _holds(chunk, at)]
+        if len(wanted) == 1 and tuple(wanted[0].sizes)[len(at) :] == shape:
+            return self._block(name, wanted[0], at).view(shape)
         out = torch.empty(shape, dtype=entry.properties.dtype)
         filled = 0
         for chunk in wanted:
-            offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
-            block = self._block(name, chunk, layer)
-            if layer is not None:
-                offsets, sizes = offsets[1:], sizes[1:]
+            offsets, sizes = tuple(chunk.offsets)[len(at) :], tuple(chunk.sizes)[len(at) :]
+            block = self._block(name, chunk, at)
             out[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))] = block
             filled += block.numel()
         if filled != out.numel():
@@ -85,7 +83,7 @@ class TorchDistFolder:
             )
         return out
 
-    def _block(self, name: str, chunk: Any, layer: int | None) -> torch.Tensor:
+    def _block(self, name: str, chunk: Any, at: tuple[int, ...]) -> torch.Tensor:
         info = self.stored.get((name, tuple(chunk.offsets)))
         if info is None:
             raise CheckpointError(f"checkpoint {self.path}: a block of {name} is not stored")
@@ -96,8 +94,7 @@ class TorchDistFolder:
                 f"checkpoint {self.path}: a block of {name} has {block.numel()} numbers, not"
                 f" {torch.Size(expected).numel()}"
             )
-        block = block.view(expected)
-        return block if layer is None else block[layer - chunk.offsets[0]]
+        return block.view(expected)[tuple(i - o for i, o in zip(at, chunk.offsets, strict=False))]
 
     def _load(self, info: Any, name: str) -> torch.Tensor:
         try:
@@ -176,8 +173,9 @@ class _Part(io.RawIOBase):
         return count
 
 
-def _holds(chunk: Any, layer: int) -> bool:
-    return chunk.offsets[0] <= layer < chunk.offsets[0] + chunk.sizes[0]
+def _holds(chunk: Any, at: tuple[int, ...]) -> bool:
+    places = zip(at, chunk.offsets, chunk.sizes, strict=False)
+    return all(first <= i < first + count for i, first, count in places)
 
 
 def read_metadata(path: Path) -> Metadata:

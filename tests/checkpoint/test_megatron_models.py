@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_driver import MODELS
+from megatron_driver import MODELS, MOE_LAYOUTS, MOE_MODELS
 from megatron_mlra.checkpoint.folders import open_checkpoint
 from megatron_mlra.checkpoint.forward import hidden_states
 from megatron_mlra.checkpoint.forward import logits as streamed_logits
+from megatron_mlra.checkpoint.megatron_writer import write_megatron
 from research_model import VARIANTS, logits
 from test_conversion import assert_same_tensors, weights_of
 
@@ -81,3 +82,27 @@ def test_huggingface_and_back(variant, saved, convert, tmp_path):
         assert code == 0 and "within the tolerance 0.0001" in said
         code, error = convert("verify", source, back, "--transformers")
         assert code == 2 and "is a megatron folder; transformers runs exported folders" in error
+
+
+@pytest.mark.parametrize("layout", MOE_LAYOUTS)
+@pytest.mark.parametrize("variant", MOE_MODELS)
+def test_mixture_of_experts(variant, layout, saved, convert, tmp_path):
+    source = saved / f"{variant} {layout}"
+    expected = torch.load(saved / f"{variant} {layout}.logits.pt")
+    assert expected.abs().max() > 1
+    opened = open_checkpoint(source)
+    assert opened.description.variant == variant
+    with torch.no_grad():
+        *_, state = hidden_states(opened, batch())
+        found = streamed_logits(opened, state).transpose(0, 1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+    back = tmp_path / "back"
+    write_megatron(opened, back, progress=False)
+    assert_same_tensors(source, back)
+    description = opened.description.replace(tokenizer_type="NullTokenizer")
+    assert open_checkpoint(back).description == description
+    code, said = convert("inspect", source)
+    assert code == 0 and " 6 experts of 24" in said
+    code, error = convert("export-official", source, tmp_path / "official")
+    assert code == 2 and "the research code has no mixture of experts" in error

@@ -212,12 +212,34 @@ def test_a_checkpoint_of_another_attention(research, megatron, convert, tmp_path
     args = open_checkpoint(megatron).args
     for name, value, said in (
         ("attention", "tpa", "attention 'tpa' cannot be converted"),
-        ("num_experts", 8, "a model with num_experts (8) cannot be converted"),
+        ("mtp_num_layers", 1, "a model with mtp_num_layers (1) cannot be converted"),
         ("normalization", "LayerNorm", "normalization 'LayerNorm' cannot be converted"),
         ("kv_lora_rank", None, "name no kv_lora_rank"),
     ):
         with pytest.raises(ValueError) as refused:
             description_fields(vars(args) | {name: value})
+        assert said in str(refused.value)
+
+
+def test_routing_that_nothing_here_computes(megatron):
+    from megatron_mlra.checkpoint.description import ModelDescription
+    from megatron_mlra.checkpoint.folders import open_checkpoint
+
+    args = vars(open_checkpoint(megatron).args)
+    args |= {"num_experts": 8, "moe_router_topk": 2, "moe_layer_freq": 1}
+    assert ModelDescription.from_megatron_args(args).variant == "MLRA-4 MoE"
+    for name, value, said in (
+        ("moe_router_num_groups", 4, "a model with moe_router_num_groups (4) cannot be converted"),
+        ("moe_shared_expert_gate", True, "a model with moe_shared_expert_gate (True)"),
+        ("moe_router_load_balancing_type", "sinkhorn", "type 'sinkhorn' cannot be converted"),
+        ("moe_router_score_function", "sqrtsoftplus", "'softmax' and 'sigmoid' are"),
+        ("moe_router_dtype", "fp64", "moe_router_dtype 'fp64' is not supported"),
+        ("moe_router_enable_expert_bias", True, "needs moe_router_score_function sigmoid"),
+        ("moe_router_topk", 9, "moe_router_topk is 9, of 8 experts"),
+        ("moe_layer_freq", [1], "needs a 0 or 1 for each of 2 layers"),
+    ):
+        with pytest.raises(ValueError) as refused:
+            ModelDescription.from_megatron_args(args | {name: value})
         assert said in str(refused.value)
 
 

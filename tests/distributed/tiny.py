@@ -295,11 +295,12 @@ class Tiny:
 
     def logits(self) -> Tensor | None:
         """Logits `[BATCH, SEQ, VOCAB]` of batch 0 on the last pipeline stage, else None."""
+        per_rank = BATCH // self.layout.dp
         parts = get_forward_backward_func()(
             forward_step_func=_logits_step,
-            data_iterator=self._batches(0, BATCH),
+            data_iterator=self._batches(0, per_rank),
             model=self.chunks[0],
-            num_microbatches=BATCH,
+            num_microbatches=per_rank,
             seq_length=SEQ,
             micro_batch_size=1,
             decoder_seq_length=SEQ,
@@ -308,10 +309,15 @@ class Tiny:
         )
         if not parts:
             return None
-        mine = torch.cat(parts).contiguous()
-        shards = [torch.empty_like(mine) for _ in range(self.layout.tp)]
-        torch.distributed.all_gather(shards, mine, group=mpu.get_tensor_model_parallel_group())
-        return torch.cat(shards, dim=-1)
+        logits = torch.cat(parts)
+        for group, dim in (
+            (mpu.get_tensor_model_parallel_group(), -1),
+            (mpu.get_data_parallel_group(), 0),
+        ):
+            shards = [torch.empty_like(logits) for _ in range(group.size())]
+            torch.distributed.all_gather(shards, logits.contiguous(), group=group)
+            logits = torch.cat(shards, dim=dim)
+        return logits
 
 
 def save_logits(tiny: Tiny, path: Path) -> None:

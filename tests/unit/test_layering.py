@@ -42,6 +42,7 @@ LAYERS = (
     ),
     (
         "megatron_mlra.functional",
+        "megatron_mlra.routing",
         "megatron_mlra.config",
         "megatron_mlra.fp8",
         "megatron_mlra.baseline_config",
