@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_mlra.checkpoint.description import CheckpointError, ModelDescription
@@ -30,6 +30,17 @@ _LATENT = (
     "variance_scaling",
     "softmax_scale",
 )
+_EXPERTS = {
+    "num_experts": "num_experts",
+    "num_experts_per_tok": "moe_router_topk",
+    "moe_intermediate_size": "moe_ffn_hidden_size",
+    "shared_expert_intermediate_size": "moe_shared_expert_intermediate_size",
+    "scoring_func": "moe_router_score_function",
+    "routed_scaling_factor": "moe_router_topk_scaling_factor",
+    "use_expert_bias": "moe_router_enable_expert_bias",
+}
+_MLP_TYPES = ("dense", "sparse")
+_ROUTER_DTYPES = {None: None, "fp32": "float32"}
 _YARN = ("original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
@@ -39,8 +50,6 @@ def to_hf_config(model: ModelDescription) -> dict[str, Any]:
     Raises:
         CheckpointError: transformers has no such model, and this project exports none.
     """
-    if model.num_experts:
-        raise CheckpointError(f"a mixture of experts ({model.variant}) cannot be exported")
     config: dict[str, Any] = {theirs: getattr(model, ours) for theirs, ours in _COMMON.items()}
     config |= {"hidden_act": "silu", "dtype": model.dtype, "rope_parameters": _rope(model)}
     config |= {"bos_token_id": None, "eos_token_id": model.eod_token_id}
@@ -54,6 +63,7 @@ def to_hf_config(model: ModelDescription) -> dict[str, Any]:
                 "AutoModelForCausalLM": "modeling_mlra.MLRAForCausalLM",
             },
             **{name: getattr(model, name) for name in _LATENT},
+            **_experts(model),
         }
     _check_llama(model)
     return config | {
@@ -93,6 +103,8 @@ def from_hf_config(config: Mapping[str, Any], dtype: str) -> ModelDescription:
     fields |= _rope_fields(config.get("rope_parameters") or {"rope_theta": 10000.0})
     if config.get("model_type") == "mlra":
         fields |= {name: needed(name) for name in _LATENT}
+        if config.get("num_experts"):
+            fields |= _expert_fields(config, needed)
         return ModelDescription(attention="latent", **fields)
     heads = fields["num_attention_heads"]
     return ModelDescription(
@@ -101,6 +113,43 @@ def from_hf_config(config: Mapping[str, Any], dtype: str) -> ModelDescription:
         head_dim=config.get("head_dim") or fields["hidden_size"] // heads,
         **fields,
     )
+
+
+def _experts(model: ModelDescription) -> dict[str, Any]:
+    """The keys of a mixture of experts."""
+    if not model.num_experts:
+        return {}
+    return {theirs: getattr(model, ours) for theirs, ours in _EXPERTS.items()} | {
+        "mlp_layer_types": [_MLP_TYPES[is_moe] for is_moe in model.moe_layer_pattern],
+        "norm_topk_prob": model.normalizes_topk,
+        "router_dtype": _ROUTER_DTYPES[model.moe_router_dtype],
+    }
+
+
+def _expert_fields(config: Mapping[str, Any], needed: Callable[[str], Any]) -> dict[str, Any]:
+    fields = {ours: needed(theirs) for theirs, ours in _EXPERTS.items()}
+    types = config.get("mlp_layer_types") or ["sparse"] * needed("num_hidden_layers")
+    dtypes = {theirs: ours for ours, theirs in _ROUTER_DTYPES.items()}
+    for name, value, allowed in (
+        *(("mlp_layer_types", kind, _MLP_TYPES) for kind in types),
+        ("router_dtype", config.get("router_dtype"), tuple(dtypes)),
+    ):
+        if value not in allowed:
+            raise CheckpointError(
+                f"config.json: {name} {value!r} has no counterpart; {allowed} have"
+            )
+    normalizes = bool(needed("norm_topk_prob"))
+    softmax = fields["moe_router_score_function"] == "softmax"
+    if not softmax and normalizes != (fields["moe_router_topk"] > 1):
+        raise CheckpointError(
+            f"config.json: norm_topk_prob {normalizes} with sigmoid scores and"
+            f" {fields['moe_router_topk']} experts a token has no counterpart in Megatron"
+        )
+    return fields | {
+        "moe_layer_pattern": tuple(map(_MLP_TYPES.index, types)),
+        "moe_router_pre_softmax": softmax and not normalizes,
+        "moe_router_dtype": dtypes[config.get("router_dtype")],
+    }
 
 
 def _rope(model: ModelDescription) -> dict[str, Any]:
@@ -138,6 +187,10 @@ def _rope_fields(rope: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_llama(model: ModelDescription) -> None:
     """What transformers' Llama fixes."""
+    if model.num_experts:
+        raise CheckpointError(
+            f"a {model.variant} model has no Hugging Face counterpart: Llama has no experts"
+        )
     if model.output_gate:
         raise CheckpointError(
             f"a {model.variant} model has no Hugging Face counterpart: Llama has no output gate;"

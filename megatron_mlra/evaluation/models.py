@@ -79,7 +79,9 @@ def load_model(source: CheckpointFolder, dtype: str | None = None) -> torch.nn.M
     model_class, config_class = _classes(config["model_type"])
     wanted = getattr(torch, dtype or source.description.dtype)
     model = model_class._from_config(config_class(**config), dtype=wanted)
+    stored = model.state_dict()
     parameters = dict(model.named_parameters())
+    parameters |= {name: buffer for name, buffer in model.named_buffers() if name in stored}
     with torch.no_grad():
         for name, rule in rules(source.description).items():
             for their, part in zip(rule.theirs, rule.split(source.tensor(name)), strict=True):

@@ -8,6 +8,7 @@ d_r `qk_rope_head_dim`, d_v `v_head_dim`.
 from transformers import PreTrainedConfig
 
 DECODE_BACKENDS = ("auto", "torch", "mlra_kernels", "reference")
+SCORING_FUNCTIONS = ("softmax", "sigmoid")
 
 
 class MLRAConfig(PreTrainedConfig):
@@ -44,6 +45,24 @@ class MLRAConfig(PreTrainedConfig):
     N^-1/2; off sets all three to 1."""
     softmax_scale: float | None = None
     """Factor of the attention scores; None is (d_h + d_r)^-1/2."""
+    num_experts: int = 0
+    """Routed experts of a layer; 0 is a dense model."""
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    """Hidden size of one routed expert."""
+    shared_expert_intermediate_size: int = 0
+    """Hidden size of all shared experts together; 0 for none."""
+    mlp_layer_types: list[str] | None = None
+    """"dense" or "sparse" for each layer; None: all sparse where there are experts."""
+    scoring_func: str = "softmax"
+    """"softmax" over the experts, or "sigmoid" of each."""
+    norm_topk_prob: bool = False
+    """Divide the weights of a token's experts by their sum."""
+    routed_scaling_factor: float = 1.0
+    use_expert_bias: bool = False
+    """Of "sigmoid": add e_score_correction_bias to the scores that experts are chosen by."""
+    router_dtype: str | None = None
+    """Of the router's product: None for the activations', or "float32"."""
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
@@ -99,6 +118,11 @@ class MLRAConfig(PreTrainedConfig):
         """N^-1/2, or 1."""
         return self.num_branches**-0.5 if self.variance_scaling else 1.0
 
+    def layer_has_experts(self, layer: int) -> bool:
+        """Whether a layer's MLP is a mixture of experts."""
+        types = self.mlp_layer_types
+        return self.num_experts > 0 and (types is None or types[layer] == "sparse")
+
     def check(self) -> None:
         """Raise ValueError where the fields do not fit each other, those changed later too."""
         L, N, h = self.num_latent_heads, self.num_branches, self.num_attention_heads
@@ -116,10 +140,28 @@ class MLRAConfig(PreTrainedConfig):
             raise ValueError(
                 f"rope_type is {self.rope_parameters['rope_type']!r}; use default or yarn"
             )
+        if self.num_experts:
+            self._check_experts()
         if self.decode_backend not in DECODE_BACKENDS:
             raise ValueError(
                 f"decode_backend is {self.decode_backend!r};"
                 f" use one of {', '.join(DECODE_BACKENDS)}"
+            )
+
+    def _check_experts(self) -> None:
+        k, E, types = self.num_experts_per_tok, self.num_experts, self.mlp_layer_types
+        if not 1 <= k <= E:
+            raise ValueError(f"num_experts_per_tok is {k}; use 1 to num_experts {E}")
+        if self.scoring_func not in SCORING_FUNCTIONS:
+            raise ValueError(
+                f"scoring_func is {self.scoring_func!r}; use one of {', '.join(SCORING_FUNCTIONS)}"
+            )
+        if types is not None and (
+            len(types) != self.num_hidden_layers or set(types) - {"dense", "sparse"}
+        ):
+            raise ValueError(
+                f"mlp_layer_types is {types}; name 'dense' or 'sparse' for each of"
+                f" {self.num_hidden_layers} layers"
             )
 
 

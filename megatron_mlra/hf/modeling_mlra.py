@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
@@ -21,23 +20,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_mlra import LatentUpProjection, MLRAAttention, MLRARMSNorm, rope_cos_sin
 from .configuration_mlra import MLRAConfig
+from .mlp_mlra import MLRAMLP, MLRAExperts, MLRARouter
 from .paged_cache_mlra import paged_step
-
-
-class MLRAMLP(nn.Module):
-    """SwiGLU: `down(act(gate(x)) * up(x))`."""
-
-    def __init__(self, config: MLRAConfig) -> None:
-        super().__init__()
-        d, ffn = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(d, ffn, bias=False)
-        self.up_proj = nn.Linear(d, ffn, bias=False)
-        self.down_proj = nn.Linear(ffn, d, bias=False)
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[..., d]` -> `[..., d]`."""
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
 class MLRADecoderLayer(GradientCheckpointingLayer):
@@ -48,7 +32,8 @@ class MLRADecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = MLRARMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = MLRAAttention(config, layer_idx)
         self.post_attention_layernorm = MLRARMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLRAMLP(config)
+        is_moe = config.layer_has_experts(layer_idx)
+        self.mlp = MLRAExperts(config) if is_moe else MLRAMLP(config, config.intermediate_size)
 
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
         """`[b, s, d]` -> the same."""
@@ -67,6 +52,7 @@ class MLRAPreTrainedModel(PreTrainedModel):
     _no_split_modules = ("MLRADecoderLayer",)
     _skip_keys_device_placement = ("past_key_values", "step")
     _supports_sdpa = True
+    _keep_in_fp32_modules_strict = ("e_score_correction_bias",)
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": MLRADecoderLayer,
         "attentions": MLRAAttention,
@@ -77,6 +63,8 @@ class MLRAPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, LatentUpProjection):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, MLRARouter) and self.config.use_expert_bias:
+            init.zeros_(module.e_score_correction_bias)
 
 
 class MLRAModel(MLRAPreTrainedModel):

@@ -15,6 +15,7 @@ from megatron_mlra.checkpoint.folders import open_checkpoint
 from megatron_mlra.checkpoint.forward import hidden_states
 from megatron_mlra.checkpoint.forward import logits as streamed_logits
 from megatron_mlra.checkpoint.megatron_writer import write_megatron
+from megatron_mlra.evaluation.models import load_model
 from research_model import VARIANTS, logits
 from test_conversion import assert_same_tensors, weights_of
 
@@ -106,3 +107,17 @@ def test_mixture_of_experts(variant, layout, saved, convert, tmp_path):
     assert code == 0 and " 6 experts of 24" in said
     code, error = convert("export-official", source, tmp_path / "official")
     assert code == 2 and "the research code has no mixture of experts" in error
+
+    exported = tmp_path / "exported"
+    code, error = convert("export-hf", source, exported)
+    if variant == "GQA MoE":
+        assert code == 2 and "Llama has no experts" in error and not exported.exists()
+        return
+    assert code == 0
+    code, said = convert("verify", source, exported, "--transformers")
+    assert code == 0 and "within the tolerance 0.0001" in said
+    assert convert("import-hf", exported, tmp_path / "imported")[0] == 0
+    assert_same_tensors(source, tmp_path / "imported")
+    with torch.no_grad():
+        evaluated = load_model(opened)(batch()).logits
+    torch.testing.assert_close(evaluated, expected, rtol=0, atol=1e-4)

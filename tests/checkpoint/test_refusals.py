@@ -243,6 +243,33 @@ def test_routing_that_nothing_here_computes(megatron):
         assert said in str(refused.value)
 
 
+def test_exported_experts_that_megatron_has_not():
+    from megatron_mlra.checkpoint.huggingface_config import from_hf_config, to_hf_config
+    from random_checkpoint import latent
+
+    model = latent(
+        4,
+        4,
+        num_experts=4,
+        moe_router_topk=2,
+        moe_ffn_hidden_size=16,
+        moe_layer_pattern=(0, 1),
+        moe_router_score_function="sigmoid",
+    )
+    config = to_hf_config(model)
+    assert from_hf_config(config, "float32") == model.replace(tokenizer_type=None)
+    for name, value, said in (
+        ("norm_topk_prob", False, "norm_topk_prob False with sigmoid scores"),
+        ("router_dtype", "float64", "router_dtype 'float64' has no counterpart"),
+        ("mlp_layer_types", ["dense", "moe"], "mlp_layer_types 'moe' has no counterpart"),
+        ("mlp_layer_types", ["sparse"], "needs a 0 or 1 for each of 2 layers"),
+        ("scoring_func", "sqrtsoftplus", "'sqrtsoftplus' is not supported"),
+    ):
+        with pytest.raises(ValueError) as refused:
+            from_hf_config(config | {name: value}, "float32")
+        assert said in str(refused.value)
+
+
 def test_destinations(research, convert, tmp_path, monkeypatch):
     source = research("MLRA-4")
     (tmp_path / "there").mkdir()

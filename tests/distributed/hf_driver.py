@@ -51,6 +51,7 @@ def _run(folder: Path) -> None:
             bias_dropout_fusion=False,
             bias_activation_fusion=False,
             persist_layer_norm=False,
+            moe_token_dispatcher_type="alltoall",
         )
         rows = -(-description.vocab_size // 128) * 128
         model = GPTModel(
@@ -71,7 +72,9 @@ def _run(folder: Path) -> None:
         direction = torch.randn(logits.shape, generator=generator)
         (logits * direction).mean().backward()
         gradients = {
-            key: param.grad[: description.vocab_size] if key in VOCABULARY else param.grad
+            key.replace("local_experts", "experts"): param.grad[: description.vocab_size]
+            if key in VOCABULARY
+            else param.grad
             for key, param in model.named_parameters()
         }
         result = {"tokens": tokens, "logits": logits.detach(), "direction": direction}

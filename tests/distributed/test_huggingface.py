@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM
 from hf_cases import CASES
 from megatron_mlra.checkpoint.folders import open_checkpoint
 from megatron_mlra.checkpoint.huggingface import write_huggingface
-from megatron_mlra.checkpoint.huggingface_names import rules
+from megatron_mlra.checkpoint.huggingface_names import HF_EXPERT_BIAS, rules
 from megatron_mlra.checkpoint.megatron_writer import write_megatron
+from megatron_mlra.checkpoint.names import EXPERT_BIAS
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +45,9 @@ def test_logits_and_gradients_equal_megatrons(case):
     (logits * expected["direction"]).mean().backward()
     found = {name: param.grad for name, param in model.named_parameters()}
     table = rules(description)
-    assert set(table) == set(expected["gradients"])
+    biases = {name for name in table if name.endswith(EXPERT_BIAS)}
+    assert bool(biases) == description.moe_router_enable_expert_bias
+    assert set(table) - biases == set(expected["gradients"])
     for name, gradient in expected["gradients"].items():
         joined = table[name].join([found[their] for their in table[name].theirs])
         scale = gradient.abs().max()
@@ -70,6 +73,11 @@ def test_sharded_export_in_bfloat16(case, tmp_path):
     assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 1
     model = load(tmp_path / "hf", dtype="auto")
     assert model.dtype == torch.bfloat16
+    biases = {n: b for n, b in model.state_dict().items() if n.endswith(HF_EXPERT_BIAS)}
+    for name, rule in rules(description).items():
+        if rule.theirs[0] in biases:
+            assert torch.equal(biases.pop(rule.theirs[0]), source.tensor(name))
+    assert not biases
     assert model.config.vocab_size == description.vocab_size
     error = (model(expected["tokens"]).logits.float() - expected["logits"]).abs().mean()
     assert error < 0.05 * expected["logits"].std()
