@@ -153,20 +153,24 @@ def test_disk_full_during_a_save(entry, preset, whole, small_disk, tmp_path, mod
     command += ["--tensorboard-dir", tmp_path / "tensorboard", "--log-interval", 1]
     run = entry.run(tmp_path, *command)
     assert run.code == 1
-    assert re.match(
-        rf"error: the checkpoint of step 6 could not be saved to {save}: (\[Errno 28\] )?No space"
-        r" left on device.*; that of step 4 is intact\n",
+    said = re.match(
+        rf"error: the checkpoint of step (\d) could not be saved to {save}: (\[Errno 28\] )?No space"
+        r" left on device.*; that of step (\d) is intact\n",
         run.err,
-    ), run.err
-    assert "step 6/8" in run.out
-    assert latest_step(save) == 4
-    assert damage(save / "iter_0000004") is None
+    )
+    assert said, run.err
+    failed, intact = int(said[1]), int(said[3])
+    # On a busy machine steps 4 and 6 may be written at the same time, and either meet the end.
+    assert (failed, intact) in ([(6, 4), (4, 2)] if mode else [(6, 4)])
+    assert f"step {failed}/8" in run.out
+    assert latest_step(save) == intact
+    assert damage(save / f"iter_{intact:07}") is None
     # Room is made, and the run goes on.
     subprocess.run(["mount", "-o", "remount,size=30m", str(small_disk)], check=True)
     shutil.rmtree(tmp_path / "tensorboard")
     run = entry.run(tmp_path, *command)
     assert (run.code, run.err) == (0, "")
-    assert run.losses == {step: whole.losses[step] for step in (5, 6, 7, 8)}
+    assert run.losses == {step: whole.losses[step] for step in range(intact + 1, 9)}
 
 
 def test_ranks_killed_and_restarted_by_torchrun(preset, tmp_path):
