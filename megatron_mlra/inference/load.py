@@ -61,8 +61,6 @@ def load_model(
     Raises:
         ValueError: an option that does not fit the model or the device, before anything is read.
     """
-    if model.num_experts:
-        raise ValueError(f"a mixture of experts ({model.variant}) cannot be decoded")
     device, parallel = torch.device(device), parallel or TensorParallel()
     dtype = _dtype(model, options, device)
     cache_dtype = _cache_dtype(options, dtype, model)

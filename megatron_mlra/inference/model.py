@@ -17,6 +17,7 @@ from torch.nn.functional import linear
 from megatron_mlra.checkpoint.description import ModelDescription
 from megatron_mlra.checkpoint.rotary import rotary_tables
 from megatron_mlra.inference.cache import GroupedCache, LatentCache
+from megatron_mlra.inference.mlp import run_mlp
 from megatron_mlra.inference.ops import Ops
 from megatron_mlra.inference.parallel import HeadShard, TensorParallel
 from megatron_mlra.inference.prefill import prefill_grouped, prefill_latent
@@ -126,7 +127,7 @@ class InferenceModel:
         for i, (layer, next_norm) in enumerate(zip(layers, following, strict=True)):
             out = linear(attend(i, layer.attention, normed, step), layer.attention.proj)
             x, normed = ops.add_rms_norm(self.parallel.all_reduce(out), x, layer.mlp_norm, eps)
-            out = linear(ops.silu_mul(linear(normed, layer.fc1)), layer.fc2)
+            out = run_mlp(normed, layer.mlp, self.model, ops.silu_mul, static=not step.segments)
             x, normed = ops.add_rms_norm(self.parallel.all_reduce(out), x, next_norm, eps)
         return normed
 

@@ -1,12 +1,12 @@
 """A rank's weights, cut from a checkpoint's global tensors one at a time and prepared once.
 
 Letters: h_o heads whose projections a rank owns, h_c heads of its core, n branches, g head groups,
-l latent dim, e = d_h + d_r, T tokens, f the rank's part of the MLP (padded to a multiple of 16).
+l latent dim, e = d_h + d_r, T tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +14,8 @@ from torch import Tensor
 
 from megatron_mlra.checkpoint.description import ModelDescription
 from megatron_mlra.checkpoint.names import EMBEDDING, FINAL_NORM, OUTPUT, layer_prefix
+from megatron_mlra.inference.mlp import DenseWeights, ExpertWeights, load_mlp
 from megatron_mlra.inference.parallel import HeadShard, check_tensor_parallel
-
-MLP_MULTIPLE = 16
-"""A rank's part of the MLP is padded to this: GEMMs want rows of whole 32 bytes."""
 
 
 @dataclass
@@ -59,10 +57,7 @@ class LayerWeights:
     input_norm: Tensor
     attention: LatentWeights | GroupedWeights
     mlp_norm: Tensor
-    fc1: Tensor
-    """`[2 f, d]`: gate rows, then up rows."""
-    fc2: Tensor
-    """`[d, f]`."""
+    mlp: DenseWeights | ExpertWeights
 
 
 @dataclass
@@ -77,18 +72,22 @@ class ModelWeights:
     """`[rows, d]`, rows = ceil(vocab / tp); a view of the embedding where that is possible."""
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor a decoding step reads in full, once each."""
-        out = [self.final_norm, self.output]
-        for layer in self.layers:
-            for part in (*vars(layer).values(), *vars(layer.attention).values()):
-                if isinstance(part, Tensor):
-                    out.append(part)
-        return out
+        """Every tensor a decoding step reads in full, once each: all experts, as a batch does."""
+        return [self.final_norm, self.output, *_tensors(self.layers)]
 
     @property
     def bytes_per_step(self) -> int:
         """Bytes of weights one decoding step reads: all but the embedding's other rows."""
         return sum(t.numel() * t.element_size() for t in self.tensors())
+
+
+def _tensors(part: object) -> Iterator[Tensor]:
+    """Those in a list or dataclass, and in what it holds."""
+    if isinstance(part, Tensor):
+        yield part
+    elif part is not None:
+        for inner in part if isinstance(part, list) else vars(part).values():
+            yield from _tensors(inner)
 
 
 def load_weights(
@@ -128,14 +127,12 @@ def load_weights(
         else:
             shard = HeadShard.plan(model, tp, rank, weight_mode)
             attention = _latent(model, get, shard, place)
-        fc1, fc2 = _mlp(model, get, tp, rank)
         layers.append(
             LayerWeights(
                 input_norm=place(get("input_layernorm")),
                 attention=attention,
                 mlp_norm=place(get("pre_mlp_layernorm")),
-                fc1=place(fc1),
-                fc2=place(fc2),
+                mlp=load_mlp(model, i, lambda name, at=prefix: read(at + name), tp, rank, place),
             )
         )
     embedding = place(read(EMBEDDING))
@@ -213,17 +210,3 @@ def _grouped(
         gate=place(gate.flatten(0, 1)[queries].flatten(0, 1)) if gates else None,
         proj=place(proj[:, rank * own * dim : (rank + 1) * own * dim]),
     )
-
-
-def _mlp(
-    model: ModelDescription, get: Callable[[str], Tensor], tp: int, rank: int
-) -> tuple[Tensor, Tensor]:
-    """fc1 `[2 f, d]`, fc2 `[d, f]`; rows added as padding are zero and change nothing."""
-    part = -(-model.ffn_hidden_size // (tp * MLP_MULTIPLE)) * MLP_MULTIPLE
-
-    def own(x: Tensor) -> Tensor:
-        x = x[rank * part : (rank + 1) * part]
-        return torch.nn.functional.pad(x, (0, 0, 0, part - x.size(0)))
-
-    gate, up = get("mlp.linear_fc1").chunk(2)
-    return torch.cat((own(gate), own(up))), own(get("mlp.linear_fc2").T).T

@@ -6,6 +6,7 @@ Usage: python inference_driver.py FOLDER. One import of Megatron serves all worl
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import random
@@ -21,6 +22,7 @@ from megatron_mlra.checkpoint.names import expected_tensors
 from megatron_mlra.inference.load import LoadOptions, load_model
 from megatron_mlra.inference.parallel import WEIGHT_MODES, TensorParallel
 from megatron_mlra.inference.runner import Chunk, Runner, pool_for
+from megatron_mlra.routing import choose_experts
 
 VOCAB, LENGTH = 123, 301
 PAGE = 16
@@ -48,6 +50,14 @@ YARN = {
 }
 
 
+EXPERTS = {
+    "num_experts": 6,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 24,
+    "moe_layer_pattern": (0, 1),
+}
+
+
 def _latent(latents: int, branches: int, **changes: Any) -> ModelDescription:
     sizes = {**SIZES, **LATENT, "num_latent_heads": latents, "num_branches": branches, **changes}
     return ModelDescription(**sizes)
@@ -72,6 +82,23 @@ MODELS: dict[str, ModelDescription] = {
     "MLRA-4-unscaled": _latent(4, 4, variance_scaling=False),
     "MLRA-4-no-q-lora": _latent(4, 4, q_lora_rank=None),
     "MLRA-4-yarn": _latent(4, 4, **YARN),
+    "MLRA-4-experts": _latent(
+        4,
+        4,
+        moe_router_pre_softmax=True,
+        moe_shared_expert_intermediate_size=40,
+        **EXPERTS,
+    ),
+    "MLA-sigmoid-experts": _latent(
+        1,
+        1,
+        moe_router_score_function="sigmoid",
+        moe_router_enable_expert_bias=True,
+        moe_router_topk_scaling_factor=2.5,
+        moe_router_dtype="fp32",
+        **EXPERTS | {"moe_layer_pattern": (1, 1)},
+    ),
+    "GQA-experts": _grouped(4, **EXPERTS, moe_shared_expert_intermediate_size=40),
     "GQA": _grouped(4),
     "GQA-gated": _grouped(4, output_gate=True, tie_embeddings=False),
     "MHA": _grouped(8),
@@ -81,8 +108,16 @@ EVERY_LENGTH = ("MLRA-4", "MLA")
 """Models that are decoded from a prompt of each length from 1 to 300."""
 SOME_LENGTHS = (1, 2, 15, 16, 17, 33, 100, 299, 300)
 PARALLEL = {
-    2: ("MLA", "GLA-2", "MLRA-2-gated", "MLRA-4", "MLRA-4-no-q-lora", "GQA-gated"),
-    4: ("MLA", "GLA-2", "GLA-4", "MLRA-2", "MLRA-4", "MLRA-4-gated", "GQA"),
+    2: (
+        "MLA",
+        "GLA-2",
+        "MLRA-2-gated",
+        "MLRA-4",
+        "MLRA-4-no-q-lora",
+        "GQA-gated",
+        "MLRA-4-experts",
+    ),
+    4: ("MLA", "GLA-2", "GLA-4", "MLRA-2", "MLRA-4", "MLRA-4-gated", "GQA", "GQA-experts"),
     8: ("MLA", "MLRA-2", "MLRA-4", "MLRA-8", "MQA"),
 }
 
@@ -115,6 +150,7 @@ def build_megatron(name: str) -> tuple[dict[str, Tensor], Tensor]:
     overrides |= {"transformer_impl": "local", "gradient_accumulation_fusion": False}
     overrides |= {"attention_dropout": 0.0, "hidden_dropout": 0.0, "persist_layer_norm": False}
     overrides |= {"masked_softmax_fusion": False, "bias_activation_fusion": False}
+    overrides |= {"moe_token_dispatcher_type": "alltoall"}
     config = model.to_config(**overrides)
     gpt = GPTModel(
         config,
@@ -129,7 +165,14 @@ def build_megatron(name: str) -> tuple[dict[str, Tensor], Tensor]:
         for key, param in gpt.named_parameters():
             norm = "norm" in key
             param.normal_(1.0 if norm else 0.0, 0.2 if norm else param.shape[-1] ** -0.5)
-    state = {k: v for k, v in gpt.state_dict().items() if isinstance(v, Tensor)}
+        for key, buffer in gpt.named_buffers():
+            if "expert_bias" in key:
+                buffer.normal_(0.0, 0.2)
+    state = {
+        k.replace("local_experts", "experts"): v
+        for k, v in gpt.state_dict().items()
+        if isinstance(v, Tensor)
+    }
     tensors = {}
     for key, shape in expected_tensors(model).items():
         tensors[key] = state.pop(key)[: shape[0]].clone()
@@ -248,6 +291,48 @@ def check_parallel(name: str, mode: str, tensors: dict[str, Tensor], full: Tenso
     return worst | {"bytes_per_token": session.model.cache.bytes_per_token}
 
 
+def check_routing() -> dict[str, bool]:
+    """Whether experts and weights of bfloat16 tokens are Megatron's router's, bit for bit."""
+    from megatron.core.transformer.moe.moe_utils import (
+        router_gating_linear,
+        topk_routing_with_score_function,
+    )
+
+    generator = torch.Generator().manual_seed(8)
+    x = torch.randn(400, 64, generator=generator).bfloat16()
+    weight = torch.randn(16, 64, generator=generator).bfloat16() / 8
+    bias = torch.randn(16, generator=generator) / 4
+    same = {}
+    for score, pre, with_bias, k, scale, dtype in (
+        ("softmax", True, False, 6, 1.0, None),
+        ("softmax", True, False, 6, 16.0, "fp32"),
+        ("softmax", False, False, 6, 1.0, None),
+        ("softmax", True, False, 1, 1.0, None),
+        ("sigmoid", False, True, 6, 2.5, "fp32"),
+        ("sigmoid", False, False, 1, 1.0, None),
+    ):
+        sizes = argparse.Namespace(
+            moe_router_topk=k,
+            moe_router_score_function=score,
+            moe_router_pre_softmax=pre,
+            moe_router_topk_scaling_factor=scale,
+            moe_router_dtype=dtype,
+        )
+        logits = router_gating_linear(x, weight, None, torch.float32 if dtype else x.dtype)
+        expected, _ = topk_routing_with_score_function(
+            logits,
+            k,
+            use_pre_softmax=pre,
+            scaling_factor=None if scale == 1.0 else scale,
+            score_function=score,
+            expert_bias=bias if with_bias else None,
+        )
+        weights, chosen = choose_experts(x, weight, bias if with_bias else None, sizes)
+        found = torch.zeros_like(expected).scatter(1, chosen, weights)
+        same[f"{score} pre={pre} bias={with_bias} k={k} {dtype}"] = torch.equal(found, expected)
+    return same
+
+
 def main(folder: Path) -> None:
     """Run every case; a failing one is recorded and the others go on."""
     from megatron_mlra.cpu_backend import enable_cpu_backend
@@ -272,6 +357,7 @@ def main(folder: Path) -> None:
 
         mpu.initialize_model_parallel()
         model_parallel_cuda_manual_seed(1)
+        record("routing", rank, check_routing)
         for name in MODELS:
             tensors, full = build_megatron(name)
             torch.save((tensors, full), folder / f"{name}.pt")

@@ -56,6 +56,11 @@ def numbers_a_token(name: str, tp: int) -> int:
     return latents * model.kv_lora_rank // model.num_latent_heads + model.qk_rope_head_dim
 
 
+def test_routing_is_megatrons_to_the_bit(results: Path) -> None:
+    same = read(results, "routing")
+    assert len(same) == 6 and all(same.values()), same
+
+
 @pytest.mark.parametrize("name", ["MLRA-4", "MLA"])
 def test_fp8_cache_stays_close(name: str, results: Path) -> None:
     error = read(results, f"fp8-{name}")["fp8"]

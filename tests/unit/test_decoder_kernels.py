@@ -105,6 +105,13 @@ else:
         "MLA": {**LATENT, "num_latent_heads": 1, "num_branches": 1, "kv_lora_rank": 128},
         "GQA": {"attention": "gqa", "num_query_groups": 2, "head_dim": 64},
     }
+    MODELS["MLA experts"] = MODELS["MLA"] | {
+        "num_experts": 5,
+        "moe_layer_pattern": (1,),
+        "moe_router_topk": 2,
+        "moe_ffn_hidden_size": 40,
+        "moe_shared_expert_intermediate_size": 48,
+    }
 
     @pytest.mark.parametrize("name", MODELS)
     def test_a_model_on_the_kernels_equals_the_reference(name):
