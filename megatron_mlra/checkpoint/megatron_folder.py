@@ -23,7 +23,9 @@ RENAMED = {"mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight"}
 
 RENAMED_GQA = {"self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight"}
 
-_STATE = re.compile(r"optimizer\.|rng_state|rerun_state|opt_param_scheduler|.*\._extra_state")
+_STATE = re.compile(
+    r"(?:chained_\d+\.)?optimizer\.|rng_state|rerun_state|opt_param_scheduler|.*\._extra_state"
+)
 _LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.+)")
 
 
