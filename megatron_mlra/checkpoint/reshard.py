@@ -24,6 +24,7 @@ from megatron_mlra.checkpoint.megatron_writer import (
     save_torch_dist,
     saved_object,
 )
+from megatron_mlra.checkpoint.names import EXPERT_BIAS
 from megatron_mlra.checkpoint.staging import written_aside
 from megatron_mlra.checkpoint.torch_dist import COMMON_FILE, COMMON_KEY, TorchDistFolder
 
@@ -122,7 +123,8 @@ class _Copy(StreamingPlanner):
 
     def _dtype(self, key: str) -> torch.dtype:
         dtype = self.stored.dtype(key)
-        return self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
+        cast = self.dtype is not None and dtype.is_floating_point and not key.endswith(EXPERT_BIAS)
+        return self.dtype if cast else dtype
 
     def plan(self) -> None:
         """Objects, then tensors."""

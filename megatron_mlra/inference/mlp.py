@@ -145,13 +145,13 @@ def _gathered(x: Tensor, scales: Tensor, chosen: Tensor, weights: ExpertWeights,
 def _all_experts(x: Tensor, scales: Tensor, chosen: Tensor, weights: ExpertWeights, silu_mul):
     """Every expert over every token, those not chosen times zero: each weight is read once, and
     decoding batches are too small for the extra FLOPs to take longer than that."""
-    experts = weights.router.size(0)
-    by_expert = x.new_zeros(x.size(0), experts).scatter(1, chosen, scales).T.unsqueeze(-1)
-    hidden = torch.matmul(x, weights.fc1.transpose(1, 2))  # [E, T, 2 f]
-    hidden = silu_mul(hidden.flatten(0, 1)).unflatten(0, (experts, -1))
+    tokens, experts = x.size(0), weights.router.size(0)
+    by_expert = x.new_zeros(tokens, experts).scatter(1, chosen, scales).view(-1, 1)
+    gate_up = linear(x, weights.fc1.flatten(0, 1))  # [T, E 2 f]
+    hidden = silu_mul(gate_up.view(tokens * experts, -1))
     # Not 0 * hidden: that of an expert which was not chosen may be infinite in float16.
     hidden = torch.where(by_expert == 0, 0, hidden * by_expert)
-    return hidden.transpose(0, 1).flatten(1) @ weights.fc2.flatten(0, 1)
+    return hidden.view(tokens, -1) @ weights.fc2.flatten(0, 1)
 
 
 def _part(ffn: int, tp: int) -> int:

@@ -83,6 +83,9 @@ class InferenceModel:
             shard = HeadShard.plan(model, self.parallel.size, self.parallel.rank, "replicated")
         self.shard = shard
         self.max_positions = max_positions
+        self.static_decoding = ops.name == "triton"
+        """Whether decoding steps may be captured; else experts run as in prefill, which a CPU does
+        several times faster."""
         self.device = weights.embedding.device
         self.tables = rotary_tables(model, max_positions, self.device)
 
@@ -121,13 +124,14 @@ class InferenceModel:
     def _hidden(self, step: Step) -> Tensor:
         ops, layers, eps = self.ops, self.weights.layers, self.model.layernorm_epsilon
         attend = self._grouped if self.model.attention == "gqa" else self._latent
+        static = self.static_decoding and not step.segments
         x = self.weights.embedding[step.tokens]  # [T, d]
         normed = ops.rms_norm(x, layers[0].input_norm, eps)
         following = [layer.input_norm for layer in layers[1:]] + [self.weights.final_norm]
         for i, (layer, next_norm) in enumerate(zip(layers, following, strict=True)):
             out = linear(attend(i, layer.attention, normed, step), layer.attention.proj)
             x, normed = ops.add_rms_norm(self.parallel.all_reduce(out), x, layer.mlp_norm, eps)
-            out = run_mlp(normed, layer.mlp, self.model, ops.silu_mul, static=not step.segments)
+            out = run_mlp(normed, layer.mlp, self.model, ops.silu_mul, static)
             x, normed = ops.add_rms_norm(self.parallel.all_reduce(out), x, next_norm, eps)
         return normed
 

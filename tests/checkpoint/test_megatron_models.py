@@ -15,6 +15,7 @@ from megatron_mlra.checkpoint.folders import open_checkpoint
 from megatron_mlra.checkpoint.forward import hidden_states
 from megatron_mlra.checkpoint.forward import logits as streamed_logits
 from megatron_mlra.checkpoint.megatron_writer import write_megatron
+from megatron_mlra.checkpoint.names import EXPERT_BIAS
 from megatron_mlra.evaluation.models import load_model
 from research_model import VARIANTS, logits
 from test_conversion import assert_same_tensors, weights_of
@@ -103,6 +104,15 @@ def test_mixture_of_experts(variant, layout, saved, convert, tmp_path):
     assert_same_tensors(source, back)
     description = opened.description.replace(tokenizer_type="NullTokenizer")
     assert open_checkpoint(back).description == description
+    write_megatron(opened, tmp_path / "half", dtype="bfloat16", progress=False)
+    argv = ("reshard", source, tmp_path / "weights", "--weights-only", "--dtype", "bfloat16")
+    assert convert(*argv)[0] == 0
+    assert_same_tensors(tmp_path / "half", tmp_path / "weights")
+    half = open_checkpoint(tmp_path / "half")
+    assert half.description.dtype == "bfloat16"
+    for name, tensor in opened.tensors():
+        wide = name.endswith(EXPERT_BIAS)
+        assert torch.equal(half.tensor(name), tensor if wide else tensor.bfloat16()), name
     code, said = convert("inspect", source)
     assert code == 0 and " 6 experts of 24" in said
     code, error = convert("export-official", source, tmp_path / "official")

@@ -11,6 +11,7 @@ import json
 import logging
 import random
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,11 +190,12 @@ class Session:
     """Sequences decoded by hand, so that a test chooses chunks, batches and pages."""
 
     def __init__(self, name: str, tensors: dict[str, Tensor], cache_tokens: int, **more) -> None:
-        parallel = more.pop("parallel", None)
+        parallel, static = more.pop("parallel", None), more.pop("static", False)
         options = LoadOptions(
             cache_tokens=cache_tokens, page_size=PAGE, backend="reference", **more
         )
         self.model = load_model(MODELS[name], tensors.__getitem__, options, parallel=parallel)
+        self.model.static_decoding = static
         # What was never written must never count.
         self.model.cache.data.fill_(float("nan"))
         self.runner = Runner(self.model, max_batch=4, max_pages=64)
@@ -278,7 +280,7 @@ def check_fp8(name: str, tensors: dict[str, Tensor], full: Tensor) -> dict[str, 
 def check_parallel(name: str, mode: str, tensors: dict[str, Tensor], full: Tensor) -> dict:
     """As `check_decoding`, in short; on every rank of this world."""
     parallel = TensorParallel.over_world(MODELS[name])
-    session = Session(name, tensors, 4 * 320, weight_mode=mode, parallel=parallel)
+    session = Session(name, tensors, 4 * 320, weight_mode=mode, parallel=parallel, static=True)
     sequences, worst = random_tokens(), {}
 
     def note(what: str, ours: Tensor, expected: Tensor) -> None:
@@ -362,6 +364,9 @@ def main(folder: Path) -> None:
             tensors, full = build_megatron(name)
             torch.save((tensors, full), folder / f"{name}.pt")
             record(f"1-{name}", rank, check_decoding, name, tensors, full)
+            if MODELS[name].num_experts:
+                static = partial(check_decoding, static=True)
+                record(f"static-{name}", rank, static, name, tensors, full)
             if name in ("MLRA-4", "MLA"):
                 record(f"fp8-{name}", rank, check_fp8, name, tensors, full)
 

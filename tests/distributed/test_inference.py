@@ -38,6 +38,11 @@ def test_cached_decoding_equals_full_forward(name: str, results: Path) -> None:
     assert max(worst.values()) <= TOLERANCE, worst
 
 
+@pytest.mark.parametrize("name", [name for name, model in MODELS.items() if model.num_experts])
+def test_steps_of_experts_that_can_be_captured(name: str, results: Path) -> None:
+    assert max(read(results, f"static-{name}").values()) <= TOLERANCE
+
+
 @pytest.mark.parametrize(("tp", "name", "mode"), parallel_cases(), ids=lambda value: str(value))
 def test_ranks_agree_with_full_forward(tp: int, name: str, mode: str, results: Path) -> None:
     for rank in range(tp):

@@ -154,8 +154,8 @@ def test_disk_full_during_a_save(entry, preset, whole, small_disk, tmp_path, mod
     run = entry.run(tmp_path, *command)
     assert run.code == 1
     said = re.match(
-        rf"error: the checkpoint of step (\d) could not be saved to {save}: (\[Errno 28\] )?No space"
-        r" left on device.*; that of step (\d) is intact\n",
+        rf"error: the checkpoint of step (\d) could not be saved to {save}: (\[Errno 28\] )?"
+        r"No space left on device.*; that of step (\d) is intact\n",
         run.err,
     )
     assert said, run.err

@@ -41,6 +41,17 @@ MODELS = {
     "MLRA-4 gated": latent(4, 4, 128, output_gate=True, tie_embeddings=False),
     "GLA-2": latent(2, 1, 128, q_lora_rank=None),
     "MLA": latent(1, 1, 256),
+    "MLRA-4 experts": latent(
+        4,
+        4,
+        64,
+        num_experts=16,
+        moe_router_topk=4,
+        moe_ffn_hidden_size=200,
+        moe_shared_expert_intermediate_size=300,
+        moe_layer_pattern=(0, 1),
+        moe_router_pre_softmax=True,
+    ),
     "GQA": ModelDescription(**SIZES, attention="gqa", num_query_groups=2, head_dim=64),
 }
 

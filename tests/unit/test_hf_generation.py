@@ -19,6 +19,15 @@ VARIANTS = {
     "GLA-4": {"num_latent_heads": 4, "num_branches": 1},
     "MLRA-2": {"num_latent_heads": 4, "num_branches": 2, "variance_scaling": False},
     "MLRA-4": {"num_latent_heads": 4, "num_branches": 4, "output_gate": True},
+    "MLRA-4 experts": {
+        "num_latent_heads": 4,
+        "num_branches": 4,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "mlp_layer_types": ["dense", "sparse"],
+    },
     "MLRA-8": {"num_latent_heads": 8, "num_branches": 8, "kv_lora_rank": 512, "q_lora_rank": None},
 }
 NEW = 6

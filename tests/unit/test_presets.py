@@ -1,6 +1,7 @@
 """Every preset: its keys are flags; its parameter count is right to the digit, counted thrice."""
 
 import argparse
+import math
 import re
 from pathlib import Path
 
@@ -18,7 +19,14 @@ from megatron.training.arguments import add_megatron_arguments
 from megatron_mlra.accounting import ModelShape, parameters
 from megatron_mlra.arguments import add_mlra_arguments, load_preset, parse
 from megatron_mlra.baseline_config import BaselineConfig
+from megatron_mlra.checkpoint.description import ModelDescription
+from megatron_mlra.checkpoint.huggingface_config import from_hf_config, to_hf_config
+from megatron_mlra.checkpoint.huggingface_names import rules
+from megatron_mlra.checkpoint.names import expected_tensors
+from megatron_mlra.checkpoint.rules import their_shapes
 from megatron_mlra.config import MLRAConfig
+from megatron_mlra.hf.configuration_mlra import MLRAConfig as HuggingFaceConfig
+from megatron_mlra.hf.modeling_mlra import MLRAForCausalLM
 from megatron_mlra.layer_specs import block_spec
 from megatron_mlra.projections import RMSNorm
 
@@ -92,6 +100,24 @@ def test_parameter_count(name, arguments, groups, monkeypatch):
     comment = (CONFIGS / f"{name}.yaml").read_text().partition("\n")[0]
     (stated,) = re.findall(r"^# .*: ([\d,]+) parameters\.$", comment)
     assert int(stated.replace(",", "")) == real
+
+
+@pytest.mark.parametrize("name", ["mla_moe_16b", "mlra4_moe_16b"])
+def test_a_mixture_of_experts_is_converted_whole(name, arguments):
+    model = ModelDescription.from_megatron_args(arguments(name))
+    count = parameters(ModelShape.from_args(arguments(name))).total
+    shapes = expected_tensors(model)
+    assert sum(math.prod(shape) for shape in shapes.values()) == count
+    assert (
+        from_hf_config(to_hf_config(model), model.dtype).replace(
+            tokenizer_type=model.tokenizer_type
+        )
+        == model
+    )
+    stored = their_shapes(model, rules(model))
+    with torch.device("meta"):
+        exported = MLRAForCausalLM(HuggingFaceConfig(**to_hf_config(model)))
+    assert {name: tuple(p.shape) for name, p in exported.named_parameters()} == stored
 
 
 def build_and_count(args: argparse.Namespace, groups, monkeypatch) -> int:
