@@ -25,7 +25,8 @@ def main() -> int:
     try:
         return train()
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print("error: interrupted", file=sys.stderr)
         return 130
 
 
@@ -51,7 +52,7 @@ def train() -> int:
 
     from megatron_mlra import arguments, console, data, dry_run, model, upstream_fixes
     from megatron_mlra.accounting import ModelShape, parameters
-    from megatron_mlra.checkpoint import checksums, integrity
+    from megatron_mlra.checkpoint import checksums, helper_processes, integrity
     from megatron_mlra.cpu_backend import enable_cpu_backend
     from megatron_mlra.fault_tolerance import batches, heartbeat, resume
     from megatron_mlra.progress import Progress, Stopped
@@ -67,6 +68,7 @@ def train() -> int:
         upstream_fixes.repair_torch_adamw_resume()
         upstream_fixes.name_failed_checkpoint_writes()
         checksums.install()
+        helper_processes.install(args.exit_signal)
         config = model.model_config(args, arguments.validate(args))
         global_vars.rebuild_tokenizer(args)
         shape = ModelShape.from_args(args)
@@ -83,7 +85,7 @@ def train() -> int:
 
         started = True
         arguments.join_world()
-        checksums.start_results_queue()
+        helper_processes.start_results_queue(args.exit_signal)
         global_vars.set_global_variables(args, build_tokenizer=False)
         if args.rank == 0:
             console.say(console.summary(args, shape))

@@ -1,16 +1,64 @@
-"""How the command lines of tools/ end when whoever reads their output leaves first."""
+"""What the command lines of tools/ share: errors of one line, whole files, a quiet end."""
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 CODE = 128 + signal.SIGPIPE
-"""Exit code then: a shell's, for a program that SIGPIPE ends."""
+"""Exit code where the reader of the output leaves first, as SIGPIPE gives a program in a shell."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, ``error: ...``, with exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and exit."""
+        self.exit(2, f"error: {message}\n")
+
+
+def read_text(file: str | Path) -> str:
+    """A UTF-8 text file.
+
+    Raises:
+        ValueError: it cannot be read; one line that names it.
+    """
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not UTF-8 text") from None
+
+
+def check_output(file: str | Path, flag: str) -> None:
+    """Refuse, before any work, an output file that could not be written in the end.
+
+    Raises:
+        ValueError: one line that names the flag.
+    """
+    path = Path(file).absolute()
+    if path.is_dir():
+        raise ValueError(f"{flag} {file} is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise ValueError(f"{flag} {file}: there is no folder {path.parent}; make it first")
+
+
+def write_text(file: str | Path, text: str) -> None:
+    """Write aside, then rename: an interrupted run leaves no half file."""
+    path = Path(file)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 class _Stdout(io.FileIO):

@@ -2,8 +2,7 @@
 
 import os
 
-from megatron_mlra.command_line import run
-from megatron_mlra.preprocess.cli import OneLineParser
+from megatron_mlra.command_line import OneLineParser, run
 from megatron_mlra.preprocess.demo_corpus import write_demo_corpus
 
 

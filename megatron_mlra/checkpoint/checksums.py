@@ -8,29 +8,23 @@ wait; here each writer hashes its own file behind its own write, and each rank c
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import json
 import multiprocessing
 import os
-import signal
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.managers import SyncManager
 from pathlib import Path
 
 import torch
 from megatron.core.dist_checkpointing import serialization
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME as MANIFEST
+
+from megatron_mlra.checkpoint.helper_processes import end_with_parent
 
 DIGEST = ".sha256"
 """Suffix of what a writer leaves beside its file until the manifest is written."""
 
-_PR_SET_PDEATHSIG = 1
-
-
-_manager: SyncManager | None = None
 # A persistent writer is another interpreter, which finds `write_and_hash` by its name.
 _preload = FileSystemWriterAsync.preload_tensors
 _write = FileSystemWriterAsync.write_preloaded_data_multithread
@@ -42,20 +36,6 @@ def install() -> None:
     FileSystemWriterAsync.preload_tensors = staticmethod(preload_tensors)
     serialization.save_integrity_manifest = write_manifest
     serialization.verify_integrity_manifest = lambda _: None
-
-
-def start_results_queue() -> None:
-    """What writers report to, which Megatron would start at its first save. A process of its own,
-    it must not outlive a rank that is killed: forked later, it would keep the GPU's memory taken.
-    """
-    global _manager
-    _manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-    _manager.start(_end_with_parent)
-    filesystem_async._results_queue = _manager.Queue()
-
-
-def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def preload_tensors(write_buckets: list, non_blocking: bool = True) -> list:
@@ -84,7 +64,7 @@ def write_and_hash(transforms, use_msc, rank, write_buckets, results_queue) -> N
     if multiprocessing.parent_process() is not None:
         # An asynchronous writer whose rank is killed must not go on: the restarted job may already
         # be saving the same step into the same files.
-        _end_with_parent()
+        end_with_parent()
     paths = [Path(bucket[0]) for bucket in write_buckets]
     for path in paths:
         _digest(path).unlink(missing_ok=True)

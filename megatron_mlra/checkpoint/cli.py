@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_mlra.checkpoint.description import DTYPES, CheckpointError
-from megatron_mlra.preprocess.cli import OneLineParser
-from megatron_mlra.preprocess.errors import InputError
+from megatron_mlra.command_line import OneLineParser, read_text
 from megatron_mlra.preprocess.signals import Interrupted, interruptible
 
 GIGABYTE = 10**9
@@ -106,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with interruptible():
             return args.run(args)
-    except (CheckpointError, InputError) as error:
+    except ValueError as error:
         return _fail(str(error), 2)
     except Interrupted as error:
         return _fail("interrupted; nothing written", 128 + error.number)
@@ -224,7 +223,7 @@ def _verify(args: argparse.Namespace) -> int:
 
     if not args.tolerance >= 0:
         raise CheckpointError(f"--tolerance {args.tolerance:g} is negative; use e.g. 1e-4")
-    text = None if args.text is None else Path(args.text).read_text(encoding="utf-8")
+    text = None if args.text is None else read_text(args.text)
     a, b = _open(args, args.a), _open(args, args.b)
     compare.check_same_function(a, b)
     named = b if not a.tokenizer_files() and b.tokenizer_files() else a

@@ -101,6 +101,7 @@ def write_huggingface(
         with written_aside(destination, stream.bytes) as folder:
             text = json.dumps(config, indent=2, sort_keys=True)
             (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+            missing = write_tokenizer(source, model, folder, tokenizer)
             shapes = their_shapes(model, table)
             dtypes = {t: stream.dtype_of(name) for name in table for t in table[name].theirs}
             write_safetensors(folder, shapes, dtypes, parts(), max_shard_bytes)
@@ -108,4 +109,4 @@ def write_huggingface(
             if model.attention == "latent":
                 for file in sorted(CODE.glob("*_mlra.py")):
                     shutil.copy(file, folder / file.name)
-            return write_tokenizer(source, model, folder, tokenizer)
+            return missing

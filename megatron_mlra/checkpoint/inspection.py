@@ -20,7 +20,8 @@ def lines(folder: CheckpointFolder) -> list[str]:
         f"{folder.path}: {folder.kind} checkpoint of {m.variant}, {count:,} parameters, {m.dtype}",
         f"{m.num_layers} layers, hidden {m.hidden_size}, ffn {m.ffn_hidden_size},"
         f" {m.num_attention_heads} heads, vocabulary {m.vocab_size} ({embedding}),"
-        f" {m.max_position_embeddings} positions, RoPE {m.rope_type} base {m.rotary_base:g},"
+        f" {m.max_position_embeddings} positions,"
+        f" {'YaRN' if m.rope_type == 'yarn' else 'RoPE'} base {m.rotary_base:g},"
         f" eps {m.layernorm_epsilon:g}",
     ]
     if m.attention == "latent":

@@ -73,16 +73,15 @@ def write_megatron(
     Raises:
         CheckpointError: see TensorStream and written_aside; or fewer rows than the vocabulary has.
     """
+    vocab = source.description.vocab_size
+    rows = padded_vocab_size
+    if rows is None:
+        rows = -(-vocab // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    if rows < vocab:
+        raise CheckpointError(f"padded_vocab_size {rows} is smaller than the vocabulary of {vocab}")
     with TensorStream(source, dtype, progress) as stream:
         model = stream.description
-        rows = (
-            padded_vocab_size or -(-model.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-        )
-        if rows < model.vocab_size:
-            raise CheckpointError(
-                f"padded_vocab_size {rows} is smaller than the vocabulary of {model.vocab_size}"
-            )
-        extra = (rows - model.vocab_size) * model.hidden_size * stream.dtype.itemsize
+        extra = (rows - vocab) * model.hidden_size * stream.dtype.itemsize
         needed = stream.bytes + extra * (1 if model.tie_embeddings else 2)
         with written_aside(destination, needed) as folder:
             weights = folder / "release"

@@ -7,13 +7,15 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
+
+from megatron_mlra import command_line
+from megatron_mlra.command_line import OneLineParser
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    command = argparse.ArgumentParser(
+    command = OneLineParser(
         prog="evaluate.py",
         description="Log-likelihoods and perplexity of a Megatron, research or exported folder.",
     )
@@ -41,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         results = _run(args)
         if args.json:
-            Path(args.json).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            command_line.write_text(args.json, json.dumps(results, indent=2) + "\n")
     except ModuleNotFoundError as error:
         print(f"error: {error}; install the extra megatron-mlra[hf]", file=sys.stderr)
         return 2
@@ -61,8 +63,8 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; use at least 1")
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise ValueError(f"--json {args.json}: its folder does not exist; make it first")
+    if args.json:
+        command_line.check_output(args.json, "--json")
     texts = {file: read_text(file) for file in args.text}
     tasks = {file: read_task(file) for file in args.task}
 
@@ -97,10 +99,7 @@ def read_text(file: str) -> str:
     Raises:
         ValueError: it is missing, empty or not UTF-8.
     """
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} cannot be read as UTF-8 text ({error})") from None
+    text = command_line.read_text(file)
     if not text:
         raise ValueError(f"{file} is empty")
     return text
@@ -124,8 +123,10 @@ def read_task(file: str) -> list[dict[str, Any]]:
         if problem:
             raise ValueError(f"{file}:{number}: {problem}")
         items.append(item)
-    if not items or len({"choices" in item for item in items}) > 1:
-        raise ValueError(f"{file} holds no items, or items with and without choices")
+    if not items:
+        raise ValueError(f"{file} holds no items")
+    if len({"choices" in item for item in items}) > 1:
+        raise ValueError(f"{file} holds items with and without choices; make two files of them")
     return items
 
 

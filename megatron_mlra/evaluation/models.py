@@ -39,6 +39,10 @@ def load_scorer(
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointError(f"dtype is {dtype!r}; use one of {', '.join(DTYPES)}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise CheckpointError(f"device is {device!r}; use cpu, cuda or e.g. cuda:1") from None
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise CheckpointError(f"device is {device!r} and there is no GPU; use cpu")
     source = open_checkpoint(path)

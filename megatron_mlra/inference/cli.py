@@ -8,12 +8,12 @@ import json
 import os
 import sys
 import time
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from megatron_mlra.checkpoint.folders import CheckpointFolder, open_checkpoint
+from megatron_mlra.command_line import OneLineParser, check_output, read_text, write_text
 from megatron_mlra.inference.cache import CACHE_DTYPES
 from megatron_mlra.inference.engine import Engine, Request
 from megatron_mlra.inference.load import DTYPES, LoadOptions, load_model
@@ -27,7 +27,7 @@ from megatron_mlra.preprocess.tokenizers import TOKENIZER_TYPES, Tokenizer
 
 def parser() -> argparse.ArgumentParser:
     """The flags."""
-    p = argparse.ArgumentParser(
+    p = OneLineParser(
         prog="generate.py",
         description="Continue prompts with a trained model (Megatron, exported or research folder)."
         " Under torchrun the model is cut over all processes.",
@@ -38,29 +38,49 @@ def parser() -> argparse.ArgumentParser:
         "--prompt-file", action="append", default=[],
         help="a prompt a line; .jsonl: an object a line with `prompt` (or `text`)",
     )  # fmt: skip
-    p.add_argument("--max-new-tokens", type=int, default=128)
-    p.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
-    p.add_argument("--top-k", type=int, default=0)
-    p.add_argument("--top-p", type=float, default=1.0)
-    p.add_argument("--seed", type=int, default=0, help="of the first prompt; the next adds one")
-    p.add_argument("--stop", action="append", default=[], help="text that ends an output")
+    p.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
+    p.add_argument("--temperature", type=float, default=0.0, help="default 0: the likeliest token")
+    p.add_argument("--top-k", type=int, default=0, help="draw from the K likeliest; default 0: all")
+    p.add_argument(
+        "--top-p", type=float, default=1.0,
+        help="draw from the likeliest that make up this probability; default: 1",
+    )  # fmt: skip
+    p.add_argument(
+        "--seed", type=int, default=0, help="of the first prompt (default: 0); the next adds one"
+    )
+    p.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        help="text that ends an output; may be given several times",
+    )
     p.add_argument("--ignore-eod", action="store_true", help="go on behind an end of document")
     p.add_argument("--logprobs", action="store_true", help="into --output, of every token")
     p.add_argument("--output", help="write prompts and outputs there, a JSON object a line")
-    p.add_argument("--tokenizer", choices=TOKENIZER_TYPES)
+    p.add_argument("--tokenizer", choices=TOKENIZER_TYPES,
+                   help="default: the checkpoint's own, or bytes for 257 tokens")  # fmt: skip
     p.add_argument("--tokenizer-model", help="as in tools/preprocess_data.py")
     p.add_argument("--vocab-size", type=int, help="true size, if a Megatron folder lacks it")
-    p.add_argument("--max-batch", type=int, default=32, help="prompts that run together")
-    p.add_argument("--chunk-size", type=int, default=2048, help="prompt tokens prefilled at a time")
+    p.add_argument("--max-batch", type=int, default=32, help="prompts run together (default: 32)")
+    p.add_argument(
+        "--chunk-size", type=int, default=2048, help="prompt tokens a prefill step (default: 2048)"
+    )
     p.add_argument("--context", type=int, help="longest prompt plus output; default: the model's")
     p.add_argument("--cache-tokens", type=int, help="default: what --max-batch prompts need")
-    p.add_argument("--page-size", type=int, default=64)
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    p.add_argument("--dtype", choices=DTYPES, default="auto")
-    p.add_argument("--cache-dtype", choices=CACHE_DTYPES, default="auto")
-    p.add_argument("--backend", choices=BACKENDS, default="auto")
-    p.add_argument("--weight-mode", choices=WEIGHT_MODES, default="replicated",
-                   help="of query and output projections under tensor parallelism")  # fmt: skip
+    p.add_argument("--page-size", type=int, default=64, help="tokens a cache page (default: 64)")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
+                   help="auto (default): a GPU where there is one")  # fmt: skip
+    p.add_argument("--dtype", choices=DTYPES, default="auto",
+                   help="auto (default): the checkpoint's, but float32 on a CPU")  # fmt: skip
+    p.add_argument(
+        "--cache-dtype", choices=CACHE_DTYPES, default="auto", help="auto (default): --dtype"
+    )
+    p.add_argument("--backend", choices=BACKENDS, default="auto",
+                   help="auto (default): triton where it runs, else torch (reference)")  # fmt: skip
+    p.add_argument(
+        "--weight-mode", choices=WEIGHT_MODES, default="replicated",
+        help="of query and output projections, tensor parallel (default: replicated)",
+    )  # fmt: skip
     p.add_argument("--no-graphs", action="store_true", help="no CUDA graphs of the decode step")
     return p
 
@@ -125,15 +145,20 @@ def _generate(args: argparse.Namespace, rank: int, device: str) -> int:
         )
         for i in range(len(texts))
     ]  # fmt: skip
-    if args.max_batch < 1:
-        raise ValueError(f"--max-batch is {args.max_batch}; use at least 1")
+    for flag, value in (("--max-batch", args.max_batch), ("--chunk-size", args.chunk_size)):
+        if value < 1:
+            raise ValueError(f"{flag} is {value}; use at least 1")
+    if args.output:
+        check_output(args.output, "--output")
     folder = open_checkpoint(args.checkpoint, args.vocab_size)
     tokenizer = checkpoint_tokenizer(folder, args.tokenizer, args.tokenizer_model)
     if not args.ignore_eod:
         params = [SamplingParams(**{**vars(p), "stop_ids": (tokenizer.eod,)}) for p in params]
     # An empty prompt starts where a document starts: behind the end of another one.
     prompts = [tokenizer.tokenize(text) or [tokenizer.eod] for text in texts]
-    context = args.context or folder.description.max_position_embeddings
+    context = (
+        args.context if args.context is not None else folder.description.max_position_embeddings
+    )
     longest = max(map(len, prompts)) + args.max_new_tokens
     if longest > context:
         raise ValueError(
@@ -147,18 +172,14 @@ def _generate(args: argparse.Namespace, rank: int, device: str) -> int:
     if rank == 0:
         _report(engine, requests, time.monotonic() - start)
         if args.output:
-            _write(Path(args.output), requests, texts)
+            _write(args.output, requests, texts)
     return 0
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
     texts = list(args.prompt)
     for name in args.prompt_file:
-        try:
-            lines = Path(name).read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError:
-            raise ValueError(f"--prompt-file {name} is not UTF-8") from None
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(read_text(name).splitlines(), start=1):
             if not line.strip():
                 continue
             texts.append(_json_prompt(name, number, line) if name.endswith(".jsonl") else line)
@@ -254,16 +275,14 @@ def _report(engine: Engine, requests: list[Request], seconds: float) -> None:
     )
 
 
-def _write(path: Path, requests: list[Request], texts: list[str]) -> None:
-    """Write aside, then rename: an interrupted run leaves no half file."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as file:
-        for request, text in zip(requests, texts, strict=True):
-            record = {
-                "prompt": text, "output": request.text, "finish_reason": request.finish_reason,
-                "tokens": request.output,
-            }  # fmt: skip
-            if request.params.logprobs:
-                record["logprobs"] = request.logprobs
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    aside.replace(path)
+def _write(file: str, requests: list[Request], texts: list[str]) -> None:
+    lines = []
+    for request, text in zip(requests, texts, strict=True):
+        record = {
+            "prompt": text, "output": request.text, "finish_reason": request.finish_reason,
+            "tokens": request.output,
+        }  # fmt: skip
+        if request.params.logprobs:
+            record["logprobs"] = request.logprobs
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    write_text(file, "".join(lines))

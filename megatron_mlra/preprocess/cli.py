@@ -6,21 +6,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
-from typing import NoReturn
+
+from megatron_mlra.command_line import OneLineParser
 
 from .errors import BadRecordError, InputError
 from .pipeline import PreprocessConfig, preprocess
 from .shards import DEFAULT_EOD
 from .signals import Interrupted, interruptible
 from .tokenizers import TOKENIZER_TYPES, TokenizerSpec
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are one line, ``error: ...``, with exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the message and exit."""
-        self.exit(2, f"error: {message}\n")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -124,7 +124,7 @@ def test_bad_prompt_files_name_the_line(checkpoint, capsys, tmp_path):
     assert code == 2 and err == f"error: {file}:2: not an object with `prompt` or `text`\n"
     file.write_bytes(b"\xff\xfe")
     code, _, err = generate(capsys, checkpoint, "--prompt-file", file)
-    assert code == 2 and err == f"error: --prompt-file {file} is not UTF-8\n"
+    assert code == 2 and err == f"error: {file} is not UTF-8 text\n"
 
 
 def test_streamed_text_never_shows_half_a_character():

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 from megatron_mlra.checkpoint.integrity import check_complete, latest_step
@@ -232,10 +233,16 @@ def test_full_disk_keeps_the_earlier_checkpoint(entry, preset, whole, save):
 def test_sigterm_saves_and_the_run_continues(entry, preset, tmp_path, ranks):
     save = tmp_path / "save"
     command = ["--config", preset, "--save", save, "--load", save, "--train-iters", 5000]
-    command += ["--save-interval", 5000, "--eval-interval", 5000, *(PARALLEL if ranks else ())]
+    command += ["--save-interval", 5000, "--eval-interval", 5000]
+    command += [*PARALLEL, "--async-save"] if ranks else []
     pids = entry.start(tmp_path, *command, ranks=ranks)
     wait_for(tmp_path / f"stdout-{max(ranks - 1, 0)}.txt", "step 4/5,000")
-    os.kill(pids[0], signal.SIGTERM)
+    # As schedulers do: to every process of the job, those that serve its saves among them.
+    ranks_of_the_job = [psutil.Process(pid) for pid in pids]
+    helpers = [child for rank in ranks_of_the_job for child in rank.children(recursive=True)]
+    assert helpers
+    for process in (*helpers, *ranks_of_the_job):
+        process.send_signal(signal.SIGTERM)
     run = entry.wait(tmp_path, pids)
     assert run.code == 0, run.err
     step = latest_step(save)
