@@ -41,7 +41,7 @@ def write_tokenizer(
     if model.eod_token_id is not None and not generation.exists():
         ids = {"eos_token_id": model.eod_token_id, "pad_token_id": model.eod_token_id}
         generation.write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
-    return missing
+    return missing and f"no tokenizer: {missing}; name one by --tokenizer byte or FOLDER"
 
 
 def _choose(source: CheckpointFolder, tokenizer: str | None) -> tuple[str | list[Path], str | None]:
@@ -60,22 +60,21 @@ def _choose(source: CheckpointFolder, tokenizer: str | None) -> tuple[str | list
         return files, None
     described = _described(source)
     if described is None:
-        return files, "no tokenizer: neither files beside the weights nor metadata of the data"
+        of_data = " or ".join(f"{prefix}.json" for prefix in _data_prefixes(source))
+        return files, f"no files beside the weights, and no {of_data or 'metadata of the data'}"
     if described.get("type") == "byte":
         return "byte", None
     named = Path(str(described.get("model")))
     if described.get("type") != "hf":
-        return files, f"no tokenizer: {described.get('type')} {named} has no tokenizer.json"
+        return files, f"{described.get('type')} {named} has no tokenizer.json"
     if not named.is_file() or _sha256(named) != described.get("sha256"):
-        return files, f"no tokenizer: {named} is gone or is not the file the data was made with"
+        return files, f"{named} is gone or is not the file the data was made with"
     return tokenizer_files(named.parent), None
 
 
 def _described(source: CheckpointFolder) -> Mapping[str, Any] | None:
     """The tokenizer that the metadata of a Megatron run's data names."""
-    data = getattr(getattr(source, "args", None), "data_path", None) or []
-    prefixes = [part for part in data if not _is_weight(part)]
-    for prefix in prefixes:
+    for prefix in _data_prefixes(source):
         try:
             metadata = read_metadata(prefix)
         except ValueError:
@@ -83,6 +82,12 @@ def _described(source: CheckpointFolder) -> Mapping[str, Any] | None:
         if metadata is not None and isinstance(metadata.get("tokenizer"), Mapping):
             return metadata["tokenizer"]
     return None
+
+
+def _data_prefixes(source: CheckpointFolder) -> list[str]:
+    """Where a Megatron run's data was."""
+    data = getattr(getattr(source, "args", None), "data_path", None) or []
+    return [part for part in data if not _is_weight(part)]
 
 
 def _is_weight(part: str) -> bool:

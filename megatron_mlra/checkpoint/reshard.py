@@ -62,6 +62,11 @@ def reshard(
     if dtype is not None and not weights_only:
         raise CheckpointError(f"dtype {dtype} does not fit the optimizer's state; add weights_only")
     root = Path(source)
+    if not ((root / TRACKER).is_file() or (root / ".metadata").is_file()):
+        raise CheckpointError(
+            f"{root} is not a Megatron folder: it has neither {TRACKER} nor .metadata; give the"
+            " --save of a run or its iter_* folder"
+        )
     folder = iteration_folder(root)
     stored = TorchDistFolder(folder)
     _check_layout(stored, weights_only)

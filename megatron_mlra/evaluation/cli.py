@@ -28,7 +28,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="JSON lines of {context, choices, answer} or {context, continuation}",
     )
-    command.add_argument("--tokenizer", help="'byte' or a folder with tokenizer.json")
+    command.add_argument(
+        "--tokenizer", help="'byte' or a folder with tokenizer.json; default: as generate.py"
+    )
     command.add_argument("--dtype", help="float32, bfloat16 or float16; default: the weights'")
     command.add_argument("--device", help="default: cuda where there is a GPU")
     command.add_argument("--batch-size", type=int, default=8, help="sequences a forward (8)")

@@ -14,6 +14,7 @@ from megatron_mlra.checkpoint.huggingface_config import to_hf_config
 from megatron_mlra.checkpoint.huggingface_names import rules
 from megatron_mlra.checkpoint.huggingface_tokenizer import write_tokenizer
 from megatron_mlra.evaluation.scoring import Scorer
+from megatron_mlra.preprocess.tokenizers import ByteTokenizer
 
 
 def load_scorer(
@@ -106,17 +107,21 @@ def _classes(model_type: str) -> tuple[Any, Any]:
 
 
 def load_tokenizer(source: CheckpointFolder, tokenizer: str | None = None) -> Any:
-    """The transformers tokenizer of a checkpoint.
+    """The transformers tokenizer of a checkpoint; bytes for a model of 257 tokens that names none.
 
     Raises:
         CheckpointError: there is none; the line says what to give.
     """
     from transformers import PreTrainedTokenizerFast
+    from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
     with tempfile.TemporaryDirectory() as folder:
         missing = write_tokenizer(source, source.description, Path(folder), tokenizer)
+        if missing is not None and source.description.vocab_size == ByteTokenizer.vocab_size:
+            missing = write_tokenizer(source, source.description, Path(folder), "byte")
         if missing is not None:
-            raise CheckpointError(f"{source.path}: {missing}; give --tokenizer")
+            raise CheckpointError(f"{source.path}: {missing}")
         if not (Path(folder) / "tokenizer.json").is_file():
             raise CheckpointError(f"{source.path} has no tokenizer.json; give --tokenizer")
-        return PreTrainedTokenizerFast.from_pretrained(folder)
+        # Long texts are cut into windows after they are tokenized.
+        return PreTrainedTokenizerFast.from_pretrained(folder, model_max_length=VERY_LARGE_INTEGER)

@@ -85,7 +85,8 @@ def test_tokenizer_follows_the_metadata_of_the_data(tmp_path):
         assert said in problem and "\n" not in problem
         assert not (tmp_path / f"none{i}" / "tokenizer.json").exists()
     problem = write_huggingface(RandomFolder(latent(4, 4)), tmp_path / "bare", progress=False)
-    assert problem.startswith("no tokenizer: neither files beside the weights nor metadata")
+    assert problem.startswith("no tokenizer: no files beside the weights, and no metadata of")
+    assert problem.endswith("name one by --tokenizer byte or FOLDER")
 
 
 def test_configuration(exported):

@@ -134,15 +134,26 @@ def test_perplexity_is_that_of_the_megatron_folder(exported, tmp_path, capsys):
     ("arguments", "said"),
     [
         ([], "nothing to evaluate; give --text or --task"),
-        (["--text", "missing.txt"], "missing.txt cannot be read as UTF-8 text"),
+        (["--text", "missing.txt"], "missing.txt: No such file or directory"),
         (["--text", __file__, "--batch-size", "0"], "--batch-size is 0; use at least 1"),
         (["--text", __file__, "--dtype", "int8"], "dtype is 'int8'; use one of float32"),
         (["--text", __file__, "--tokenizer", "nowhere"], "neither 'byte' nor a folder with"),
         (["--task", __file__], "not JSON"),
-        (["--text", __file__, "--json", "nowhere/out.json"], "its folder does not exist"),
+        (
+            ["--text", __file__, "--json", "nowhere/out.json"],
+            "--json nowhere/out.json: there is no",
+        ),
+        (["--text", __file__, "--json", "/"], "--json / is a folder; name a file in it"),
+        (["--text", __file__, "--device", "tpo"], "device is 'tpo'; use cpu, cuda or"),
+        (["--task", "mixed.jsonl"], "mixed.jsonl holds items with and without choices"),
+        (["--task", "blank.jsonl"], "blank.jsonl holds no items"),
     ],
 )
-def test_wrong_input_is_one_line(exported, capsys, arguments, said):
+def test_wrong_input_is_one_line(exported, capsys, tmp_path, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    items = ITEMS[0], {"context": "a", "continuation": "b"}
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    (tmp_path / "blank.jsonl").write_text("\n")
     assert main([str(exported), *arguments]) == 2
     error = capsys.readouterr().err
     assert said in error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import torch
 
 from megatron_mlra.checkpoint.cli import main
 from megatron_mlra.checkpoint.folders import open_checkpoint
+from megatron_mlra.checkpoint.megatron_writer import write_megatron
+from megatron_mlra.evaluation import cli as evaluation
+from megatron_mlra.inference import cli as generate
 from runs import Run
 
 LAYOUT = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
@@ -38,6 +42,14 @@ def trained(tmp_path_factory, entry, preset) -> Run:
     return run
 
 
+@pytest.fixture(scope="module")
+def byte_level(trained, tmp_path_factory) -> Path:
+    """The trained weights without the rows that no byte has: what `--vocab-size 257` saves."""
+    folder = tmp_path_factory.mktemp("bytes") / "megatron"
+    write_megatron(open_checkpoint(trained.folder / "save", 257), folder, progress=False)
+    return folder
+
+
 def first_validation(entry, preset, folder: Path, load: Path, *more: object, ranks: int = 0) -> str:
     """The validation loss with the weights of `load`, before a step."""
     argv = ["--config", preset, *VOCABULARY, "--load", load, "--eval-at-start", *more]
@@ -59,6 +71,27 @@ def test_converted_weights_have_the_same_loss(trained, entry, preset, tmp_path):
     argv = (*LAYOUT[:4], "--finetune")
     run = tmp_path / "run-parallel"
     assert first_validation(entry, preset, run, tmp_path / "back", *argv, ranks=4) == expected
+
+
+def test_every_kind_of_folder_writes_and_scores_alike(byte_level, tmp_path):
+    folders = {"megatron": byte_level, "official": tmp_path / "official", "hf": tmp_path / "hf"}
+    folders["back"] = tmp_path / "back"
+    convert("export-official", byte_level, folders["official"])
+    convert("export-hf", folders["official"], folders["hf"], "--tokenizer", "byte")
+    convert("import-hf", folders["hf"], folders["back"])
+    text = tmp_path / "text.txt"
+    text.write_text("def main(argv: list[str]) -> int:\n" * 3)
+    tokens, scores = {}, {}
+    for kind, folder in folders.items():
+        out = tmp_path / f"{kind}.json"
+        argv = ["--prompt", "def ", "--prompt", "", "--max-new-tokens", "12", "--temperature", "1"]
+        assert generate.main([str(folder), *argv, "--output", str(out)]) == 0
+        tokens[kind] = [json.loads(line)["tokens"] for line in out.read_text().splitlines()]
+        assert evaluation.main([str(folder), "--text", str(text), "--json", str(out)]) == 0
+        scores[kind] = json.loads(out.read_text())["text"][str(text)]
+    assert len(set(tokens["megatron"][0])) > 1
+    for kind in folders:
+        assert tokens[kind] == tokens["megatron"] and scores[kind] == scores["megatron"], kind
 
 
 def test_resharded_run_continues(trained, entry, preset, tmp_path):

@@ -92,6 +92,9 @@ def test_ranks_write_what_one_process_writes(checkpoint, capsys):
         (["--prompt", "x", "--max-new-tokens", 0], "max_new_tokens is 0; use at least 1"),
         (["--prompt", "x", "--top-p", 2, "--max-new-tokens", 4], "top_p is 2.0; use more than 0"),
         (["--prompt", "x", "--max-batch", 0], "--max-batch is 0; use at least 1"),
+        (["--prompt", "x", "--chunk-size", 0], "--chunk-size is 0; use at least 1"),
+        (["--prompt", "x", "--output", "/"], "--output / is a folder; name a file in it"),
+        (["--prompt", "x", "--output", "/no/x"], "--output /no/x: there is no folder /no; make"),
         (
             ["--prompt", "x", "--max-new-tokens", 4, "--backend", "triton"],
             "backend triton needs a CUDA device, this is cpu; use backend reference",
@@ -109,6 +112,14 @@ def test_bad_input_is_one_line(checkpoint, capsys, argv, message):
     code, out, err = generate(capsys, checkpoint, *argv, *device)
     assert code == 2 and not out
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
+def test_a_wrong_flag_is_one_line(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["folder", "--max-new-tokens", "many"])
+    err = capsys.readouterr().err
+    assert left.value.code == 2 and err.count("\n") == 1
+    assert err == "error: argument --max-new-tokens: invalid int value: 'many'\n"
 
 
 def test_a_folder_without_a_checkpoint_is_one_line(tmp_path, capsys):
