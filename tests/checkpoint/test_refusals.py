@@ -290,7 +290,7 @@ def test_destinations(research, convert, tmp_path, monkeypatch):
         (["inspect", "nowhere"], "nowhere is not a folder"),
         (["inspect", "."], "holds no checkpoint"),
         (["import-hf", "{source}", "out"], "is a research folder; import-hf reads huggingface"),
-        (["reshard", "{source}", "out"], "it has no .metadata"),
+        (["reshard", "{source}", "out"], "is not a Megatron folder: it has neither"),
         (["reshard", "{source}", "out", "--dtype", "bfloat16"], "add weights_only"),
         (["export-official", "{source}", "out", "--max-shard-gb", "0"], "--max-shard-gb 0 is not"),
         (["verify", "{source}", "{source}", "--tolerance", "-1"], "--tolerance -1 is negative"),
