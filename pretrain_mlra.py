@@ -78,6 +78,8 @@ def train() -> int:
             console.say("\n".join([console.summary(args, shape), *described]))
             return 0
         integrity.check_save(args, parameters(shape).total)
+        if args.tensorboard_dir is not None:
+            integrity.check_writable("--tensorboard-dir", args.tensorboard_dir)
         integrity.check_load(args)
         data.check_data(args)
         if output is not None:

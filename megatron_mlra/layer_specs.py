@@ -88,7 +88,13 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec:
 def block_spec(
     config: TransformerConfig, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage, dense or mixture-of-experts as `moe_layer_freq` says."""
+    """The layers of this pipeline stage, dense or mixture-of-experts as `moe_layer_freq` says.
+
+    With more than one stage, Megatron's parallel state must be initialised: it knows the stage.
+
+    Raises:
+        ValueError: `transformer_impl` is unknown, or Transformer Engine is not installed.
+    """
     specs = get_gpt_decoder_layer_specs(
         config, _use_transformer_engine(config), normalization=config.normalization
     )
@@ -97,7 +103,7 @@ def block_spec(
     layout = config.pipeline_model_parallel_layout
     if layout is not None:
         layers = [layers[i] for i in layout.get_layer_id_list(vp_stage=vp_stage)]
-    else:
+    elif config.pipeline_model_parallel_size > 1:
         offset = get_transformer_layer_offset(config, vp_stage=vp_stage)
         layers = layers[offset : offset + get_num_layers_to_build(config, vp_stage=vp_stage)]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_norm(config))

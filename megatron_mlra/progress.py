@@ -224,6 +224,8 @@ class Progress:
 
     def _wrap_train(self, train: Callable) -> Callable:
         def run(forward_step, model, optimizer, scheduler, data, validation, *rest, **named):
+            if self.args.iteration and self.args.rank == 0:
+                say(f"continuing after step {self.args.iteration:,} of {self.args.load}")
             if self.args.eval_at_start and self.args.do_valid:
                 process_non_loss, config, _, non_loss = rest[:4]
                 groups = {k: named[k] for k in ("p2p_communicator", "pg_collection") if k in named}

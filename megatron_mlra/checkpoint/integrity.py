@@ -180,9 +180,12 @@ def check_load(args: Namespace) -> None:
     if folder is None:
         if starts_anew:
             return
+        also = ""
+        if (Path(args.load) / "config.json").is_file():
+            also = "; an exported folder is made one by tools/convert_checkpoint.py import-hf"
         raise ValueError(
             f"--load {args.load} holds no checkpoint (no {TRACKER}); give the --save of an earlier"
-            " run"
+            f" run{also}"
         )
     check_architecture(folder, args)
 
@@ -243,6 +246,31 @@ def check_architecture(folder: Path, args: Namespace) -> None:
         raise ValueError(f"checkpoint {folder} is of another architecture: {'; '.join(different)}")
 
 
+def check_writable(flag: str, folder: str | Path) -> Path:
+    """Check that a folder, which need not exist, can be written.
+
+    Returns:
+        the nearest folder that exists.
+
+    Raises:
+        ValueError: it cannot; names the flag and the folder.
+    """
+    existing = folder = Path(folder)
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise ValueError(f"{flag} {folder} cannot be written: {existing} is not a folder")
+    try:
+        # Asked of the file system itself: permission bits say nothing about a read-only mount.
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{flag} {folder} cannot be written ({error.strerror}); use another folder"
+        ) from None
+    return existing
+
+
 def check_save(args: Namespace, parameters: int) -> None:
     """Check that `--save` can be written, has room for one checkpoint and none of another run.
 
@@ -255,19 +283,7 @@ def check_save(args: Namespace, parameters: int) -> None:
     if args.save is None:
         return
     folder = Path(args.save)
-    existing = folder
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        raise ValueError(f"--save {folder} cannot be written: {existing} is not a folder")
-    try:
-        # Asked of the file system itself: permission bits say nothing about a read-only mount.
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"--save {folder} cannot be written ({error.strerror}); use another folder"
-        ) from None
+    existing = check_writable("--save", folder)
     step = latest_step(folder)
     if step is not None and (args.load is None or Path(args.load).resolve() != folder.resolve()):
         raise ValueError(

@@ -137,6 +137,11 @@ FLAGS = [
     ),
     (["--save", "{corpus}.bin/run"], "cannot be written: {corpus}.bin is not a folder"),
     (["--save", "/proc/run"], "--save /proc/run cannot be written"),
+    (["--tensorboard-dir", "{corpus}.bin"], "--tensorboard-dir {corpus}.bin cannot be written: "),
+    (
+        ["--vocab-size", "100"],
+        "has a vocabulary of 257, the model one of 100; use --vocab-size 257",
+    ),
     (["--load", "nowhere"], "--load nowhere is not a folder; give the --save of an earlier run"),
     (["--load", "."], "--load . holds no checkpoint (no latest_checkpointed_iteration.txt)"),
 ]
@@ -302,7 +307,7 @@ DATA = {
         lambda f: damage_index(
             f, "text.json", lambda d: re.sub(rb'"vocab_size": \d+', b'"vocab_size": 300', d)
         ),
-        "has a vocabulary of 300, the model one of 272; use --vocab-size 300",
+        "has a vocabulary of 300, the model one of 257; use --vocab-size 300",
     ),
 }
 

@@ -47,6 +47,21 @@ def test_one_prompt_streams_its_continuation(checkpoint, capsys, tmp_path):
     assert re.search(r"first token after \d+ ms", err)
 
 
+def test_the_programs_in_the_docs_run(checkpoint, capsys):
+    for page, changes in (
+        ("inference.md", {"runs/demo/checkpoint": checkpoint, '"cuda"': '"cpu"', "=32)": "=8)"}),
+        ("checkpoints.md", {"runs/my": checkpoint}),
+    ):
+        (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.S)
+        for old, new in changes.items():
+            assert old in code
+            code = code.replace(old, str(new))
+        exec(code, names := {})
+        assert names["folder"].description.variant == "MLRA-4"
+    assert len(names["weight"].shape) == 4
+    assert capsys.readouterr().out.count("\n") == 8
+
+
 def test_files_of_prompts_give_what_single_prompts_give(checkpoint, capsys, tmp_path):
     lines, records = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
     lines.write_text("import\n\nclass A\n")

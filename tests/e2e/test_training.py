@@ -251,6 +251,7 @@ def test_sigterm_saves_and_the_run_continues(entry, preset, tmp_path, ranks):
     check_complete(save / f"iter_{step:07d}")
     resumed = entry.run(tmp_path, *command, "--exit-interval", 1, "--log-interval", 1, ranks=ranks)
     assert resumed.code == 0, resumed.err
+    assert f"continuing after step {step:,} of {save}\n" in resumed.out
     assert f"step {step + 1:,}/5,000" in resumed.out
 
 
