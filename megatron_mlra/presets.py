@@ -81,9 +81,19 @@ def _layer_pattern(text: str) -> list[int] | int:
     return pattern
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key given twice, of which PyYAML takes the last, is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.YAMLError(f"{twice[0]} is given twice; leave one")
+        return super().construct_mapping(node, deep)
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.load(path.read_text(), _Loader)
     except FileNotFoundError:
         siblings = [str(p) for p in path.parent.glob("*.yaml")]
         raise ValueError(

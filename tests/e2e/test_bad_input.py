@@ -200,6 +200,7 @@ PRESETS = [
     ("base: 3", "base is 3; use the name of another preset"),
     ("base: preset.yaml", "preset.yaml: base leads back to this file; remove it"),
     ("config: other.yaml", "unknown key 'config'"),
+    ("lr: 1.0e-3\nlr: 2.0e-3", "lr is given twice; leave one"),
     ("- a\n- b", "expected lines of `key: value`, found ['a', 'b']"),
     ("", "expected lines of `key: value`, found None"),
     ("a: [", "while parsing a flow node"),
