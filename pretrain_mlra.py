@@ -25,6 +25,7 @@ def main() -> int:
     try:
         return train()
     except KeyboardInterrupt:
+        hush_threads()
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print("error: interrupted", file=sys.stderr)
         return 130
@@ -123,14 +124,18 @@ def train() -> int:
     return 0
 
 
+def hush_threads() -> None:
+    """Threads that serve a child may find it gone before this process is: not their traceback."""
+    sys.excepthook = lambda *_: None
+
+
 def leave(code: int) -> None:
     """End the process. After a failure other ranks may wait in a collective, and data loaders for
     work: wait for neither."""
     sys.stderr.flush()
     if not code:
         return
-    # Threads that serve a child may find it gone before this process is.
-    sys.excepthook = lambda *_: None
+    hush_threads()
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(code)
