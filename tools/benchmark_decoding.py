@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import triton
 
-from megatron_mlra.command_line import run
+from megatron_mlra.command_line import run, write_text
 from megatron_mlra.inference.benchmark import (
     Case,
     gate,
@@ -151,7 +151,7 @@ def main() -> None:
         torch.cuda.empty_cache()
         if args.json:
             report = {**about, "records": records, "prefills": prefills, "failed": failed}
-            Path(args.json).write_text(json.dumps(report, indent=1))
+            write_text(args.json, json.dumps(report, indent=1))
     if args.png and records:
         plot(records, f"{about['gpu']}, {about['commit']}", args.png)
     if failed:

@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from statistics import mean
 
-from megatron_mlra.command_line import run
+from megatron_mlra.command_line import OneLineParser, check_output, run, write_text
 
 STEP = re.compile(r"^step ([\d,]+)/[\d,]+ \| lm loss ([\d.]+)", re.MULTILINE)
 VALIDATION = re.compile(r"^validation at step [\d,]+: lm loss ([\d.]+)", re.MULTILINE)
@@ -87,30 +87,38 @@ def smooth(values: list[float], window: int) -> list[float]:
     return [mean(values[i : i + window]) for i in range(len(values) - window + 1)]
 
 
-def main() -> None:
+def compare(args: argparse.Namespace) -> None:
     """Read, compare, draw."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    for flag, file in (("--json", args.json), ("--png", args.png)):
+        if file:
+            check_output(file, flag)
+    runs = {}
+    for text in args.runs:
+        name, equals, file = text.partition("=")
+        if not equals:
+            raise ValueError(f"{text}: use NAME=FILE")
+        runs[name] = read(Path(file))
+        if not 0 < args.last <= len(runs[name]["losses"]):
+            raise ValueError(f"--last {args.last}: {file} has {len(runs[name]['losses'])} steps")
+    print(table(runs, args.last))
+    if args.json:
+        write_text(args.json, json.dumps(runs) + "\n")
+    if args.png:
+        plot(runs, args.last, args.png)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = OneLineParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("runs", nargs="+", metavar="NAME=FILE", help="the first is compared with")
     parser.add_argument("--last", type=int, default=50, help="steps of a mean")
     parser.add_argument("--json", type=Path, help="where to write the losses")
     parser.add_argument("--png", type=Path, help="where to draw them")
     args = parser.parse_args()
-    runs = {}
-    for text in args.runs:
-        name, equals, file = text.partition("=")
-        if not equals:
-            parser.error(f"{text}: use NAME=FILE")
-        try:
-            runs[name] = read(Path(file))
-        except (OSError, ValueError) as error:
-            parser.error(str(error))
-        if not 0 < args.last <= len(runs[name]["losses"]):
-            parser.error(f"--last {args.last}: {file} has {len(runs[name]['losses'])} steps")
-    print(table(runs, args.last))
-    if args.json:
-        args.json.write_text(json.dumps(runs) + "\n")
-    if args.png:
-        plot(runs, args.last, args.png)
+    try:
+        compare(args)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def load_model(source: CheckpointFolder, dtype: str | None = None) -> torch.nn.M
     parameters |= {name: buffer for name, buffer in model.named_buffers() if name in stored}
     with torch.no_grad():
         for name, rule in rules(source.description).items():
-            for their, part in zip(rule.theirs, rule.split(source.tensor(name)), strict=True):
+            for their, part in rule.store(source.tensor(name)):
                 parameters.pop(their).copy_(part)
     assert not parameters, f"left as initialised: {list(parameters)}"
     return model.eval()

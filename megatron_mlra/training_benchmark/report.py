@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_mlra.command_line import write_text
 from megatron_mlra.training_benchmark.measure import Result, SublayerResult
 
 COLUMNS = (
@@ -78,10 +79,7 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     values = [asdict(row) for row in rows]
     result = {**environment(), "matmul_tflops": matmul, **settings, "rows": values}
-    target = folder / "training.json"
-    aside = target.with_suffix(".json.part")
-    aside.write_text(json.dumps(result, indent=1) + "\n")
-    aside.rename(target)
+    write_text(folder / "training.json", json.dumps(result, indent=1) + "\n")
     return result
 
 
