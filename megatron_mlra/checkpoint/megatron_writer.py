@@ -99,11 +99,14 @@ def save_torch_dist(planner: SavePlanner, folder: Path, files: int = 1) -> None:
     with warnings.catch_warnings():
         # "torch.distributed is unavailable, assuming a single process": that is the intent.
         warnings.simplefilter("ignore")
+        failure = None
         try:
             dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
         except CheckpointException as error:
             # It wraps whatever happens, interrupts too.
-            raise next(iter(error.failures.values()))[0] from None
+            failure = next(iter(error.failures.values()))[0]
+        if failure is not None:
+            raise failure
     backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     (folder / "metadata.json").write_text(json.dumps(backend))
 

@@ -206,7 +206,9 @@ def _write_bins(folder: Path, model: ModelDescription, names: list[str], parts, 
         file = f"pytorch_model-{i:05d}-of-{len(groups):05d}.bin"
         # clone: torch.save writes the whole storage that a view is part of.
         state = {name: tensor.contiguous().clone() for name, tensor in parts(group)}
-        torch.save(state, folder / file)
+        # Opened here, so that a full disk is an OSError.
+        with (folder / file).open("wb") as opened:
+            torch.save(state, opened)
         where |= dict.fromkeys(state, file)
     write_index(folder / "pytorch_model.bin.index.json", total, where)
 

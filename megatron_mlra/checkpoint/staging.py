@@ -48,8 +48,12 @@ def written_aside(destination: str | Path, needed_bytes: int) -> Iterator[Path]:
             # Rename replaces an empty folder, so that one is refused here once more.
             check_destination(destination, 0)
             partial.rename(destination)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
+            # torch.save, where a write fails, goes on to fail with an error of its own.
+            cause = error.__context__ if isinstance(error, RuntimeError) else error
+            if isinstance(cause, OSError) and cause.filename is None:
+                raise OSError(cause.errno, cause.strerror, str(destination)) from None
             raise
     finally:
         os.close(lock)

@@ -23,13 +23,20 @@ class Interrupted(KeyboardInterrupt):
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """Inside, the stop signals raise ``Interrupted``, so that clean-up code runs."""
+    seen: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
+        seen.append(number)
         raise Interrupted(number)
 
     earlier = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
     try:
         yield
+    except Exception as error:
+        if not seen:
+            raise
+        # C++ that called Python when the signal came (torch.save) raises an error of its own.
+        raise Interrupted(seen[0]) from error
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
+import resource
 import shutil
 import signal
 import subprocess
@@ -19,9 +21,9 @@ import torch
 
 from megatron_mlra.checkpoint import safe_pickle
 from megatron_mlra.checkpoint.torch_dist import read_metadata
-from research_model import VARIANTS, Sizes, save_research
+from megatron_mlra.preprocess.signals import Interrupted, interruptible
+from research_model import VARIANTS, save_research
 
-ROOT = Path(__file__).parents[2]
 SIZES = VARIANTS["MLRA-4"]
 UP = "transformer.h.1.attn.kv_b_proj"
 
@@ -304,16 +306,58 @@ def test_bad_arguments(argv, said, research, convert, tmp_path, monkeypatch):
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["import-official", "{research}"],
+        ["export-official", "{megatron}"],
+        ["export-official", "{megatron}", "--format", "bin"],
+        ["export-hf", "{megatron}"],
+        ["reshard", "{megatron}"],
+    ],
+    ids=" ".join,
+)
+def test_a_disk_that_fills(command, research, megatron, convert, tmp_path):
+    folders = {"research": research("MLRA-4"), "megatron": megatron}
+    name, source, *options = (word.format(**folders) for word in command)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        code, error = convert(name, source, tmp_path / "out", *options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2 and error.count("\n") == 1
+    assert error == f"error: [Errno 27] File too large: '{tmp_path / 'out'}'\n"
+    assert os.listdir(tmp_path) == ["megatron"]
+
+
+SLOWED = """
+import sys, time
+from megatron_mlra.checkpoint import cli, stream
+
+take = stream.TensorStream.take
+
+def slow(self, name):
+    if name.startswith("decoder.layers.1."):
+        time.sleep(300)
+    return take(self, name)
+
+stream.TensorStream.take = slow
+sys.exit(cli.main())
+"""
+"""The tool, never done with its second layer."""
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_conversion_leaves_no_destination(number, tmp_path):
-    source = save_research(tmp_path / "source", Sizes(vocab=400_000, layers=1))
-    out = tmp_path / "out"
-    command = [sys.executable, ROOT / "tools/convert_checkpoint.py", "import-official", source, out]
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    partial = tmp_path / "out.partial"
+def test_a_killed_conversion_leaves_no_destination(number, research, convert, tmp_path):
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    command = ["import-official", research("MLRA-4"), out]
+    running = subprocess.Popen(
+        [sys.executable, "-c", SLOWED, *command], stderr=subprocess.PIPE, text=True
+    )
     while not list(partial.glob("release/*.distcp")):
         assert running.poll() is None and not out.exists()
-        time.sleep(0.001)
+        time.sleep(0.01)
     running.send_signal(number)
     _, error = running.communicate(timeout=300)
     assert running.returncode in (-number, 128 + number)
@@ -321,6 +365,22 @@ def test_a_killed_conversion_leaves_no_destination(number, tmp_path):
     if number == signal.SIGTERM:
         assert "error: interrupted; nothing written" in error and not partial.exists()
     else:
-        done = subprocess.run([*command, "--quiet"], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
+        assert partial.exists()
+        assert convert(*command)[0] == 0
         assert out.exists() and not partial.exists()
+
+
+def test_an_interrupt_within_torch_save_is_one():
+    class Interrupting(io.BytesIO):
+        writes = 0
+
+        def write(self, data):
+            self.writes += 1
+            if self.writes == 2:
+                signal.raise_signal(signal.SIGTERM)
+            return super().write(data)
+
+    with pytest.raises(Interrupted) as raised, interruptible():
+        torch.save(torch.ones(3), Interrupting())
+    assert raised.value.number == signal.SIGTERM
+    assert isinstance(raised.value.__cause__, RuntimeError)
