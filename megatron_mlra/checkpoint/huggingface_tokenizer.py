@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from megatron_mlra.checkpoint.data_tokenizer import data_prefixes, data_tokenizer
 from megatron_mlra.checkpoint.description import CheckpointError, ModelDescription
 from megatron_mlra.checkpoint.folders import CheckpointFolder, tokenizer_files
-from megatron_mlra.preprocess import read_metadata
 
 END_OF_DOCUMENT = "<|endoftext|>"
 
@@ -58,48 +55,18 @@ def _choose(source: CheckpointFolder, tokenizer: str | None) -> tuple[str | list
     files = source.tokenizer_files()
     if any(file.name in ("tokenizer.json", "tokenizer.model") for file in files):
         return files, None
-    described = _described(source)
-    if described is None:
-        of_data = " or ".join(f"{prefix}.json" for prefix in _data_prefixes(source))
-        return files, f"no files beside the weights, and no {of_data or 'metadata of the data'}"
-    if described.get("type") == "byte":
-        return "byte", None
-    named = Path(str(described.get("model")))
-    if described.get("type") != "hf":
-        return files, f"{described.get('type')} {named} has no tokenizer.json"
-    if not named.is_file() or _sha256(named) != described.get("sha256"):
-        return files, f"{named} is gone or is not the file the data was made with"
-    return tokenizer_files(named.parent), None
-
-
-def _described(source: CheckpointFolder) -> Mapping[str, Any] | None:
-    """The tokenizer that the metadata of a Megatron run's data names."""
-    for prefix in _data_prefixes(source):
-        try:
-            metadata = read_metadata(prefix)
-        except ValueError:
-            metadata = None
-        if metadata is not None and isinstance(metadata.get("tokenizer"), Mapping):
-            return metadata["tokenizer"]
-    return None
-
-
-def _data_prefixes(source: CheckpointFolder) -> list[str]:
-    """Where a Megatron run's data was."""
-    data = getattr(getattr(source, "args", None), "data_path", None) or []
-    return [part for part in data if not _is_weight(part)]
-
-
-def _is_weight(part: str) -> bool:
     try:
-        float(part)
-    except ValueError:
-        return False
-    return True
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+        made_with = data_tokenizer(source)
+    except CheckpointError as error:
+        return files, str(error)
+    if made_with is None:
+        of_data = " or ".join(f"{prefix}.json" for prefix in data_prefixes(source))
+        return files, f"no files beside the weights, and no {of_data or 'metadata of the data'}"
+    if made_with.type == "byte":
+        return "byte", None
+    if made_with.type != "hf":
+        return files, f"{made_with.type} {made_with.model} has no tokenizer.json"
+    return tokenizer_files(Path(made_with.model).parent), None
 
 
 def _write_byte_tokenizer(model: ModelDescription, folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_mlra.checkpoint.data_tokenizer import data_tokenizer
 from megatron_mlra.checkpoint.folders import CheckpointFolder
 from megatron_mlra.preprocess.tokenizers import (
     ByteTokenizer,
@@ -20,7 +21,8 @@ UNFINISHED = "\ufffd"
 def checkpoint_tokenizer(
     folder: CheckpointFolder, type: str | None = None, model: str | None = None
 ) -> Tokenizer:
-    """The named tokenizer; without a name the tokenizer.json beside the weights, or bytes.
+    """The named tokenizer; without a name the tokenizer.json beside the weights, the one the run's
+    data was made with, or bytes.
 
     Bytes are taken for a model of 257 tokens, which is what that tokenizer has.
 
@@ -31,23 +33,26 @@ def checkpoint_tokenizer(
     vocab = folder.description.vocab_size
     if type is None and model is not None:
         type = "hf" if Path(model).is_dir() or model.endswith(".json") else "tiktoken"
-    if type is None:
-        if beside:
-            type, model = "hf", str(beside[0])
-        elif vocab == ByteTokenizer.vocab_size:
-            type = "byte"
-        else:
-            raise ValueError(
-                f"{folder.path} holds no tokenizer.json; name the tokenizer the model was trained"
-                " with: --tokenizer byte, or hf or tiktoken with --tokenizer-model"
-            )
-    elif type == "hf" and model is None and beside:
+    if type == "hf" and model is None and beside:
         model = str(beside[0])
-    tokenizer = build_tokenizer(TokenizerSpec(type, model))
+    if type is not None:
+        spec = TokenizerSpec(type, model)
+    elif beside:
+        spec = TokenizerSpec("hf", str(beside[0]))
+    else:
+        spec = data_tokenizer(folder)
+        if spec is None and vocab == ByteTokenizer.vocab_size:
+            spec = TokenizerSpec("byte")
+    if spec is None:
+        raise ValueError(
+            f"{folder.path} holds no tokenizer.json; name the tokenizer the model was trained"
+            " with: --tokenizer byte, or hf or tiktoken with --tokenizer-model"
+        )
+    tokenizer = build_tokenizer(spec)
     if tokenizer.vocab_size > vocab:
         raise ValueError(
-            f"the {type} tokenizer has {tokenizer.vocab_size} tokens and the model {vocab}; use the"
-            " tokenizer it was trained with"
+            f"the {spec.type} tokenizer has {tokenizer.vocab_size} tokens and the model {vocab};"
+            " use the tokenizer it was trained with"
         )
     return tokenizer
 

@@ -118,7 +118,7 @@ class HFTokenizer:
             )
         if token not in vocab:
             raise InputError(f"the end-of-document token {token!r} is not in {self._file}")
-        self.eod = vocab[token]
+        self._eod_token, self.eod = token, vocab[token]
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of a text, without special tokens."""
@@ -129,8 +129,13 @@ class HFTokenizer:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def describe(self) -> dict[str, Any]:
-        """Type, file and its SHA-256."""
-        return {"type": "hf", "model": str(self._file), "sha256": _sha256(self._file)}
+        """Type, file, its SHA-256, and the token that ends a document."""
+        return {
+            "type": "hf",
+            "model": str(self._file),
+            "sha256": file_sha256(self._file),
+            "eod_token": self._eod_token,
+        }
 
 
 class TiktokenTokenizer:
@@ -170,7 +175,7 @@ class TiktokenTokenizer:
         """Type, name or file, word pattern, and the SHA-256 of a file."""
         described = {"type": "tiktoken", "model": self._name, "pattern": self._encoding._pat_str}
         if self._file is not None:
-            described["sha256"] = _sha256(self._file)
+            described["sha256"] = file_sha256(self._file)
         return described
 
 
@@ -263,5 +268,5 @@ def _read_ranks(file: Path) -> dict[bytes, int]:
     return ranks
 
 
-def _sha256(file: Path) -> str:
+def file_sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()

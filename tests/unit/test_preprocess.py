@@ -4,6 +4,7 @@ import base64
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,7 @@ import pytest
 import zstandard
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from megatron_mlra.inference.tokenization import checkpoint_tokenizer
 from megatron_mlra.preprocess import ByteTokenizer, HFTokenizer, TiktokenTokenizer, read_metadata
 from megatron_mlra.preprocess.cli import main
 from megatron_mlra.preprocess.encode import token_dtype
@@ -251,6 +253,37 @@ def test_byte_tokenizer():
         assert tokenizer.tokenize(text) == list(text.encode())
         assert tokenizer.detokenize([*tokenizer.tokenize(text), 256]) == text
     assert tokenizer.detokenize([0xC3, 65, 300]) == "\ufffdA\ufffd"
+
+
+@pytest.mark.parametrize(
+    "options", [["hf"], ["hf", "<|pad|>"], ["tiktoken"], ["byte"]], ids="-".join
+)
+def test_a_model_speaks_what_its_data_was_made_with(options, tmp_path, read, hf_file, ranks_file):
+    file = tmp_path / "model"
+    source = {"hf": hf_file, "tiktoken": ranks_file}.get(options[0])
+    named = ["--tokenizer", options[0]]
+    if source:
+        file.write_bytes(source.read_bytes())
+        named += ["--tokenizer-model", str(file)]
+    if options[0] == "hf":
+        named += ["--eod-token", *(options[1:] or ["<|endoftext|>"])]
+    elif options[0] == "tiktoken":
+        named += ["--eod-id", "299", "--tiktoken-pattern", r"[^e]+|e"]
+    (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS[:1]))
+    assert run([tmp_path / "a.jsonl"], tmp_path / "out", *named) == 0
+    folder = SimpleNamespace(
+        path="model",
+        args=SimpleNamespace(data_path=["0.5", str(tmp_path / "absent"), str(tmp_path / "out")]),
+        tokenizer_files=list,
+        description=SimpleNamespace(vocab_size=512),
+    )
+    tokenizer = checkpoint_tokenizer(folder)
+    assert read(tmp_path / "out") == [[*tokenizer.tokenize(TEXTS[0]), tokenizer.eod]]
+    if source:
+        file.write_bytes(file.read_bytes() + b"\n")
+        with pytest.raises(ValueError, match="is not the file the data was made with"):
+            checkpoint_tokenizer(folder)
+        assert checkpoint_tokenizer(folder, "byte").vocab_size == 257
 
 
 def test_token_dtype_is_megatrons_rule(indexed_dataset):
