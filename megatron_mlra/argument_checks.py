@@ -232,10 +232,10 @@ def _check_parallel(args: Namespace) -> None:
             " do not see the mask; use at most 2 stages, not split into virtual ones"
         )
     core = resolve_core_backend(args.core_backend, args.transformer_impl)
-    if args.reset_attention_mask and core == "te":
+    if args.reset_attention_mask and core != "sdpa":
         raise ValueError(
-            "--reset-attention-mask: Transformer Engine's causal core does not see the mask; use"
-            " --core-backend sdpa, or --transformer-impl local"
+            f"--reset-attention-mask: the causal core of --core-backend {core} does not see the"
+            " mask; use --core-backend sdpa, or --transformer-impl local"
         )
 
 

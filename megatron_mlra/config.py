@@ -22,12 +22,12 @@ from megatron_mlra.latent_sizes import LatentSizes
 
 TP_LAYOUTS = ("head", "latent")
 CORE_FORMS = ("auto", "absorbed", "materialized")
-CORE_BACKENDS = ("auto", "sdpa", "te")
+CORE_BACKENDS = ("auto", "sdpa", "te", "latent")
 LATENT_KERNELS = ("auto", "torch", "triton")
 
 
 def resolve_core_backend(core_backend: str, transformer_impl: str) -> str:
-    """'sdpa' or 'te': `auto` follows the layers' implementation."""
+    """What is asked for; `auto` follows the layers' implementation: 'sdpa' or 'te'."""
     if core_backend != "auto":
         return core_backend
     return "te" if transformer_impl == "transformer_engine" else "sdpa"
@@ -77,7 +77,8 @@ class MLRAConfig(LatentSizes, MLATransformerConfig):
     values for N h heads; 'auto' absorbs where that costs no FLOPs, i.e. where d_l <= d_h."""
 
     core_backend: str = "auto"
-    """'sdpa' (torch), 'te' (Transformer Engine); 'auto' follows the layer specification."""
+    """'sdpa' (torch), 'te' (Transformer Engine), 'latent' (this project's kernels of the absorbed
+    form, on Hopper); 'auto' follows the layer specification."""
 
     latent_kernels: str = "auto"
     """Norms, absorbed queries and keys, and branch sums by 'torch' or by this project's 'triton'

@@ -157,6 +157,48 @@ class SDPACoreAttention(MegatronModule):
             )
 
 
+class LatentCoreAttention(MegatronModule):
+    """The absorbed core on Hopper GPUs, by `mlra_kernels.latent_attention`.
+
+    Keys hold their values, so the gradient of both comes back through `key`. The sums of it are
+    atomic: their last bits differ from run to run.
+    """
+
+    def __init__(
+        self,
+        config: MLRAConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float,
+        cp_comm_type: str | None = None,
+        pg_collection=None,
+    ) -> None:
+        super().__init__(config)
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: None = None,
+        packed_seq_params: None = None,
+        plan: TokenPlan | None = None,
+    ) -> Tensor:
+        """See the module's docstring; `value` is the first columns of `key`. It sees no mask."""
+        from mlra_kernels.latent_attention import latent_attention
+
+        spans = [(0, len(query), 0, len(key))] if plan is None else plan.spans
+        parts = [
+            latent_attention(query[a:b], key[start:stop], value.size(-1), self.softmax_scale)
+            for a, b, start, stop in spans
+        ]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(2)
+
+
 def _lower_right(s: int, t: int, device: torch.device) -> Tensor:
     """`[s, t]`, True where query i of s may read key j of t: j <= i + t - s."""
     return torch.ones(s, t, dtype=torch.bool, device=device).tril(t - s)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_layer_specs,
@@ -27,8 +28,10 @@ from megatron_mlra.attention import MLRASelfAttention, MLRASelfAttentionSubmodul
 from megatron_mlra.baseline_config import BaselineConfig
 from megatron_mlra.baselines import baseline_attention_spec
 from megatron_mlra.config import MLRAConfig, resolve_core_backend
-from megatron_mlra.core_attention import SDPACoreAttention, te_core_attention
+from megatron_mlra.core_attention import LatentCoreAttention, SDPACoreAttention, te_core_attention
 from megatron_mlra.projections import LatentColumnParallelLinear, RMSNorm
+
+_CORES = {"sdpa": SDPACoreAttention, "te": te_core_attention, "latent": LatentCoreAttention}
 
 
 def mlra_attention_spec(config: MLRAConfig) -> ModuleSpec:
@@ -36,7 +39,7 @@ def mlra_attention_spec(config: MLRAConfig) -> ModuleSpec:
     `config.core_backend`.
 
     Raises:
-        ValueError: for a part that is asked for and not installed.
+        ValueError: for a part that is asked for and not installed, or does not take this model.
     """
     use_te = _use_transformer_engine(config)
     backend = resolve_core_backend(config.core_backend, config.transformer_impl)
@@ -45,6 +48,8 @@ def mlra_attention_spec(config: MLRAConfig) -> ModuleSpec:
             "core_backend te needs Transformer Engine, which is not installed; install the extra"
             " megatron-mlra[te] or use core_backend sdpa"
         )
+    if backend == "latent":
+        _check_latent_core(config)
     if use_te:
         from megatron.core.extensions.transformer_engine import TERowParallelLinear
 
@@ -58,10 +63,31 @@ def mlra_attention_spec(config: MLRAConfig) -> ModuleSpec:
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=MLRASelfAttentionSubmodules(
             column_linear=column_linear,
-            core_attention=te_core_attention if backend == "te" else SDPACoreAttention,
+            core_attention=_CORES[backend],
             linear_proj=linear_proj,
         ),
     )
+
+
+def _check_latent_core(config: MLRAConfig) -> None:
+    latent, rope = config.latent_dim, config.qk_rope_head_dim
+    is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+    for wrong, said in (
+        (not config.absorbed, "attends in latent space; use core_form absorbed"),
+        (
+            config.attention_dropout,
+            f"has no dropout and attention_dropout is {config.attention_dropout}; use 0",
+        ),
+        (not (config.bf16 or config.fp16), "computes in bf16 or fp16; use one of them"),
+        (
+            latent not in (32, 64, 128) or rope not in (16, 32, 64),
+            "takes latent heads of 32, 64 or 128 dims and 16, 32 or 64 RoPE dims, not"
+            f" {latent} and {rope}; use those",
+        ),
+        (not is_hopper, "runs on Hopper GPUs (H100, H200); use one"),
+    ):
+        if wrong:
+            raise ValueError(f"core_backend latent {said}, or core_backend auto")
 
 
 def layer_spec(config: TransformerConfig) -> ModuleSpec:

@@ -74,7 +74,7 @@ FLAGS = [
     (["--rotary-base", "-1"], "rotary_base is -1; use a positive one, e.g. 10000"),
     (
         ["--reset-attention-mask", "--core-backend", "te"],
-        "--reset-attention-mask: Transformer Engine's causal core does not see the mask",
+        "--reset-attention-mask: the causal core of --core-backend te does not see the mask; use",
     ),
     (["--core-backend", "te"], "core_backend te needs Transformer Engine, which is not installed"),
     (["--normalization", "LayerNorm"], "normalization ('LayerNorm') does not work with MLRA: use"),
@@ -88,6 +88,25 @@ FLAGS = [
         "--distributed-backend nccl needs a GPU, and there is none",
     ),
     (["--latent-kernels", "triton"], "--latent-kernels triton needs a GPU"),
+    (
+        ["--core-backend", "latent", "--core-form", "materialized"],
+        "core_backend latent attends in latent space; use core_form absorbed, or core_backend auto",
+    ),
+    (["--core-backend", "latent"], "core_backend latent computes in bf16 or fp16; use one of them"),
+    (
+        ["--core-backend", "latent", "--bf16"],
+        "core_backend latent takes latent heads of 32, 64 or 128 dims and 16, 32 or 64 RoPE dims",
+    ),
+    (
+        [
+            "--core-backend=latent",
+            "--bf16",
+            "--kv-lora-rank=128",
+            "--qk-rope-head-dim=16",
+            "--qk-nope-head-dim=32",
+        ],
+        "core_backend latent runs on Hopper GPUs (H100, H200); use one, or core_backend auto",
+    ),
     (["--fp8-linears", "most"], "argument --fp8-linears: invalid choice: 'most'"),
     (["--fp8-format", "hybrid"], "--fp8-format hybrid needs Transformer Engine on a GPU; install"),
     # Parallelism without, or with too few, processes.

@@ -68,8 +68,16 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     ],
     ids=["cp2", "cp4", "packed", "packed cp2", "documents cut cp2"],
 )
-@pytest.mark.parametrize("form", ["absorbed", "materialized"])
-@pytest.mark.parametrize("backend", ["te", "sdpa"])
+@pytest.mark.parametrize(
+    ("backend", "form"),
+    [
+        ("te", "absorbed"),
+        ("te", "materialized"),
+        ("sdpa", "absorbed"),
+        ("sdpa", "materialized"),
+        ("latent", "absorbed"),
+    ],
+)
 def test_core_over_a_plan(backend, form, cp, bounds, cut_documents) -> None:
     core = core_of(backend, form)
     batch, heads = 1 if bounds else 2, 16
@@ -83,17 +91,19 @@ def test_core_over_a_plan(backend, form, cp, bounds, cut_documents) -> None:
     for rank in range(cp):
         plan = plan_of(cp, rank, bounds, cut_documents)
         q, k = draw(TOKENS // cp, heads, 192), draw(TOKENS, kv_heads, 192)
-        v = draw(TOKENS, kv_heads, 128)
-        out = core(q, k, v, None, plan=plan)
+        # The latent core's values are part of its keys.
+        leaves = [q, k] if backend == "latent" else [q, k, draw(TOKENS, kv_heads, 128)]
+        out = core(q, k, leaves[2] if len(leaves) == 3 else k[..., :128], None, plan=plan)
         upstream = torch.randn_like(out)
-        found = (out, *torch.autograd.grad(out, (q, k, v), upstream))
+        found = (out, *torch.autograd.grad(out, leaves, upstream))
 
-        wide = [x.detach().float().requires_grad_() for x in (q, k, v)]
+        wide = [x.detach().float().requires_grad_() for x in leaves]
+        v = wide[2] if len(wide) == 3 else wide[1][..., :128]
         parts = [
-            attend(wide[0][a:b], wide[1][start:stop], wide[2][start:stop], 192**-0.5)
+            attend(wide[0][a:b], wide[1][start:stop], v[start:stop], 192**-0.5)
             for a, b, start, stop in plan.spans
         ]
         expected = torch.cat(parts).flatten(2)
         wanted = (expected, *torch.autograd.grad(expected, wide, upstream.float()))
-        for name, ours, theirs in zip(("out", "q", "k", "v"), found, wanted, strict=True):
+        for name, ours, theirs in zip(["out", *"qkv"[: len(wide)]], found, wanted, strict=True):
             assert difference(ours, theirs) <= BF16_TOLERANCE, f"{name} on rank {rank} of {cp}"

@@ -112,10 +112,11 @@ def test_transformer_engine_equals_torch(variant: tuple[int, int, bool], core_fo
         assert difference(te_gradients[name], gradient) <= BF16_TOLERANCE, name
 
 
-def test_sdpa_under_transformer_engine() -> None:
+@pytest.mark.parametrize("backend", ["sdpa", "latent"])
+def test_other_cores_under_transformer_engine(backend: str) -> None:
     """The core's backend is a choice of its own."""
     expected, gradients, weights = run("local")
-    found, te_gradients, _ = run("transformer_engine", weights, core_backend="sdpa")
+    found, te_gradients, _ = run("transformer_engine", weights, core_backend=backend)
     assert difference(found, expected) <= BF16_TOLERANCE
     assert max(difference(te_gradients[n], g) for n, g in gradients.items()) <= BF16_TOLERANCE
 

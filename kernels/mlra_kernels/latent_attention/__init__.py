@@ -1,0 +1,5 @@
+"""Training's absorbed core attention on Hopper, whose values are part of its keys."""
+
+from mlra_kernels.latent_attention.ops import check_supported, latent_attention
+
+__all__ = ["check_supported", "latent_attention"]

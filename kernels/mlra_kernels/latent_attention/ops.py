@@ -1,0 +1,131 @@
+"""The absorbed core as one differentiable operation on Hopper GPUs."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from mlra_kernels.latent_attention.backward_kernel import latent_attention_backward, row_products
+from mlra_kernels.latent_attention.forward_kernel import latent_attention_forward
+
+QUERIES = 128
+"""Of a program, both passes: a warpgroup holds 64 rows of a product."""
+
+FORWARD_KEYS, BACKWARD_KEYS = 128, 64
+"""Keys of a tile."""
+
+STAGES = 3
+"""Tiles of keys in shared memory."""
+
+WARPS = 8
+
+_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+def latent_attention(query: Tensor, key: Tensor, latent_dim: int, scale: float) -> Tensor:
+    """Causal attention whose values are the first `latent_dim` columns of its keys.
+
+    Query i reads the keys up to i + t - s: the queries are the last of the sequence.
+
+    Args:
+        query: `[s, b, P, latent_dim + rope]`, P a multiple of G; bfloat16 or float16.
+        key: `[t, b, G, latent_dim + rope]`, t >= s; head p reads key head p G / P.
+        scale: of the scores before the softmax.
+
+    Returns:
+        `[s, b, P, latent_dim]`. The gradient of `key` holds what comes through the values too; it
+        is summed by atomic additions, so its last bits differ from run to run.
+
+    Raises:
+        ValueError: see check_supported, or the tensors are not on a Hopper GPU.
+    """
+    check_supported(query, key, latent_dim)
+    if not query.is_cuda or torch.cuda.get_device_capability(query.device)[0] != 9:
+        raise ValueError(f"latent_attention runs on Hopper GPUs, not on {query.device}")
+    return _LatentAttention.apply(query, key, latent_dim, scale)
+
+
+def check_supported(query: Tensor, key: Tensor, latent_dim: int) -> None:
+    """Refuse what the kernels do not take.
+
+    Raises:
+        ValueError: one line that names the value and what works.
+    """
+    width, rope = query.size(-1), query.size(-1) - latent_dim
+    for name, x in (("query", query), ("key", key)):
+        if x.dtype not in _DTYPES or x.dtype != query.dtype:
+            raise ValueError(f"{name} is {x.dtype}; latent_attention takes bfloat16 or float16")
+        if x.dim() != 4 or (x.size(1), x.size(3)) != (query.size(1), width) or len(x) < len(query):
+            raise ValueError(
+                f"query is {list(query.shape)} and {name} {list(x.shape)}; they are [s, b, P, e]"
+                " and [t, b, G, e] with t >= s"
+            )
+    if latent_dim not in (32, 64, 128) or rope not in (16, 32, 64):
+        raise ValueError(
+            f"latent dim {latent_dim} with {rope} RoPE dims; latent_attention takes 32, 64 or 128"
+            " with 16, 32 or 64"
+        )
+    if query.size(2) % key.size(2):
+        raise ValueError(f"{query.size(2)} query heads are no multiple of {key.size(2)} key heads")
+
+
+class _LatentAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, latent_dim: int, scale: float) -> Tensor:
+        query, key = query.contiguous(), key.contiguous()
+        s, b, pairs, width = query.shape
+        out = query.new_empty(s, b, pairs, latent_dim)
+        lse = query.new_empty(b, pairs, s, dtype=torch.float32)
+        rope = width - latent_dim
+        with torch.cuda.device_of(query):
+            latent_attention_forward[(triton.cdiv(s, QUERIES), pairs, b)](
+                _rows(query, QUERIES, latent_dim), _rows(query, QUERIES, rope),
+                _rows(key, FORWARD_KEYS, latent_dim), _rows(key, FORWARD_KEYS, rope),
+                _rows(out, QUERIES, latent_dim), lse, s, key.size(0), scale / math.log(2),
+                P=pairs, G=key.size(2), L=latent_dim, R=rope,
+                M=QUERIES, N=FORWARD_KEYS, STAGES=STAGES, num_warps=WARPS,
+            )  # fmt: skip
+        ctx.save_for_backward(query, key, out, lse)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        query, key, out, lse = ctx.saved_tensors
+        grad = grad.contiguous()
+        s, b, pairs, width = query.shape
+        latent_dim = out.size(-1)
+        rope = width - latent_dim
+        grad_query = torch.empty_like(query)
+        grad_key = torch.zeros_like(key, dtype=torch.float32)
+        delta = torch.empty_like(lse)
+        with torch.cuda.device_of(query):
+            row_products[(triton.cdiv(s, 32), pairs, b)](
+                out, grad, delta, s, b, P=pairs, L=latent_dim, T=32, num_warps=4
+            )
+            latent_attention_backward[(triton.cdiv(s, QUERIES), pairs, b)](
+                _rows(query, QUERIES, latent_dim), _rows(query, QUERIES, rope),
+                _rows(key, BACKWARD_KEYS, latent_dim), _rows(key, BACKWARD_KEYS, rope),
+                _rows(grad, QUERIES, latent_dim),
+                _rows(grad_query, QUERIES, latent_dim), _rows(grad_query, QUERIES, rope),
+                grad_key, lse, delta, s, key.size(0), b, ctx.scale, ctx.scale / math.log(2),
+                P=pairs, G=key.size(2), L=latent_dim, R=rope,
+                M=QUERIES, N=BACKWARD_KEYS, STAGES=STAGES, EVEN=key.size(0) % BACKWARD_KEYS == 0,
+                num_warps=WARPS,
+            )  # fmt: skip
+        return grad_query, grad_key.to(key.dtype), None, None
+
+
+def _rows(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """`[s, ...]`, contiguous, to the copy engine: blocks of rows and columns of `[s, the rest]`."""
+    block = [rows, columns]
+    layout = gl.NVMMASharedLayout.get_default_for(block, _DTYPES[x.dtype])
+    pitch = x[0].numel()
+    return TensorDescriptor(x, [x.size(0), pitch], [pitch, 1], block, layout)

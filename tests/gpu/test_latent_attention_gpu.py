@@ -1,0 +1,74 @@
+"""The absorbed core's Hopper kernels on a GPU, against float64.
+
+python -m pytest -m gpu tests/gpu/test_latent_attention_gpu.py
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mlra_kernels.latent_attention import latent_attention
+
+pytestmark = pytest.mark.gpu
+
+TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
+"""Relative difference of norms against float64 on the same rounded inputs."""
+
+# s, t, b, pairs, groups, latent, rope
+SHAPES = {
+    "MLRA-4 2.9B": (1024, 1024, 2, 96, 4, 128, 64),
+    "MLRA-2": (513, 513, 3, 16, 4, 64, 32),
+    "narrow": (300, 300, 1, 8, 8, 32, 16),
+    "wide latent, narrow RoPE": (256, 256, 2, 4, 1, 128, 16),
+    "the last queries": (200, 777, 1, 8, 4, 128, 64),
+    "one token": (1, 1, 1, 4, 4, 128, 64),
+}
+
+
+def oracle(query, key, grad, latent_dim, scale):
+    query, key = (x.double().requires_grad_() for x in (query, key))
+    keys = key.repeat_interleave(query.size(2) // key.size(2), 2)
+    x = torch.einsum("sbpe,tbpe->bpst", query, keys) * scale
+    future = torch.ones(x.shape[-2:], device=x.device).triu(1 + len(key) - len(query)).bool()
+    weights = x.masked_fill(future, -math.inf).softmax(-1)
+    out = torch.einsum("bpst,tbpl->sbpl", weights, keys[..., :latent_dim])
+    return out, *torch.autograd.grad(out, (query, key), grad.double())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_output_and_gradients(shape, dtype) -> None:
+    s, t, b, pairs, groups, latent, rope = shape
+    generator = torch.Generator("cuda").manual_seed(1)
+
+    def draw(tokens: int, heads: int, width: int) -> torch.Tensor:
+        x = torch.randn(tokens, b, heads, width, generator=generator, device="cuda")
+        return x.to(dtype)
+
+    query, key = draw(s, pairs, latent + rope), draw(t, groups, latent + rope)
+    grad, scale = draw(s, pairs, latent), (latent + rope) ** -0.5
+    leaves = [x.requires_grad_() for x in (query, key)]
+    out = latent_attention(*leaves, latent, scale)
+    found = (out, *torch.autograd.grad(out, leaves, grad))
+    expected = oracle(query.detach(), key.detach(), grad, latent, scale)
+    for what, ours, theirs in zip(("out", "query", "key"), found, expected, strict=True):
+        assert ours.dtype == dtype and ours.shape == theirs.shape
+        difference = (ours.double() - theirs).norm() / theirs.norm()
+        assert difference <= TOLERANCE[dtype], (what, float(difference))
+
+
+def test_repeated_launches_agree() -> None:
+    """Where warps run apart, some launch of many would read a tile too early."""
+    torch.manual_seed(1)
+    query = torch.randn(2048, 2, 96, 192, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    key = torch.randn(2048, 2, 4, 192, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    first = None
+    for _ in range(20):
+        out = latent_attention(query, key, 128, 192**-0.5)
+        grads = torch.autograd.grad(out, (query, key), out.detach())
+        first = first or (out, *grads)
+        assert torch.equal(out, first[0]) and torch.equal(grads[0], first[1])
+        assert (grads[1] - first[2]).float().norm() <= 1e-3 * first[2].float().norm()
