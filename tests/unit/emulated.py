@@ -3,8 +3,12 @@
 Checks what a kernel computes, where it reads and writes, whether its barriers' phases add up, and
 asynchrony at its two extremes. Eager, a matrix product or a bulk copy happens where it is begun;
 lazy, only where something waits for it. A buffer that is refilled or read too early gives other
-numbers in one of the two. Shared memory begins as NaN, and is NaN while a copy is under way. Not
-seen: layouts, and warps of a program that run apart.
+numbers in one of the two. Shared memory begins as NaN, and is NaN while a copy is under way.
+
+Warps of a program may run apart: what one of them waited for, another may still be reading. So a
+buffer may be written again only once every product that reads it was waited for and a barrier of
+all warps came after that; and what warps wrote, products may read only after a fence and a barrier.
+Not seen: layouts.
 """
 
 from __future__ import annotations
@@ -76,17 +80,24 @@ for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "mod", "a
 class _Shared:
     """Shared memory."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+    def __init__(self, tensor: Tensor, machine: _Machine) -> None:
+        self.tensor, self.machine = tensor, machine
+
+    @property
+    def place(self) -> int:
+        """Where it begins, which tells buffers and the slots of a ring apart."""
+        return self.tensor.data_ptr()
 
     def index(self, i: int) -> _Shared:
-        return _Shared(self.tensor[i])
+        return _Shared(self.tensor[i], self.machine)
 
     def permute(self, order: tuple[int, ...]) -> _Shared:
-        return _Shared(self.tensor.permute(order))
+        return _Shared(self.tensor.permute(order), self.machine)
 
     def store(self, value: Tensor) -> None:
         assert (value.dtype, value.shape) == (self.tensor.dtype, self.tensor.shape)
+        self.machine.overwrite(self)
+        self.machine.written[self.place] = "by warps"
         self.tensor.copy_(value)
 
 
@@ -117,6 +128,12 @@ class _Machine:
     def __init__(self, grid, program, lazy: bool, warps: int) -> None:
         self.grid, self.program, self.lazy, self.warps = grid, program, lazy, warps
         self.products: deque[Callable[[], None]] = deque()
+        self.reading: deque[tuple[int, ...]] = deque()
+        """Places that products not waited for read, in the order they begin."""
+        self.read: set[int] = set()
+        """Places that products waited for read, since the last barrier."""
+        self.written: dict[int, str] = {}
+        """Places that warps wrote: 'by warps', 'fenced', until a barrier."""
         self.tma = types.SimpleNamespace(
             async_copy_global_to_shared=self.copy_in,
             async_copy_shared_to_global=self.copy_out,
@@ -140,7 +157,7 @@ class _Machine:
             "gl": self,
             "tma": self.tma,
             "mbarrier": self.mbarrier,
-            "fence_async_shared": lambda: None,
+            "fence_async_shared": self.fence,
             "warpgroup_mma": self.product,
             "warpgroup_mma_wait": self.product_wait,
             "range": self.static_range,
@@ -156,7 +173,15 @@ class _Machine:
         return _Int(self.program[axis])
 
     def thread_barrier(self) -> None:
-        """Of the one thread there is."""
+        self.read.clear()
+        self.written = {at: how for at, how in self.written.items() if how != "fenced"}
+
+    def fence(self) -> None:
+        self.written = dict.fromkeys(self.written, "fenced")
+
+    def overwrite(self, buffer: _Shared) -> None:
+        assert all(buffer.place not in places for places in self.reading), "a product reads this"
+        assert buffer.place not in self.read, "another warp's product may still read this"
 
     def static_range(self, *bounds: int):
         return (_Int(i) for i in range(*bounds))
@@ -191,7 +216,7 @@ class _Machine:
     def allocate_shared_memory(self, dtype: torch.dtype, shape, layout):
         if layout is _Barrier:
             return types.SimpleNamespace(index=[_Barrier() for _ in range(shape[0])].__getitem__)
-        return _Shared(torch.full(shape, torch.nan, dtype=dtype))
+        return _Shared(torch.full(shape, torch.nan, dtype=dtype), self)
 
     def load(self, pointer: Pointer, mask: Tensor, other: float) -> Tensor:
         return torch.where(mask, pointer.data.flatten()[torch.where(mask, pointer.at, 0)], other)
@@ -217,6 +242,7 @@ class _Machine:
             to.tensor.zero_()[: part.size(0)] = part
             bar.arrived += source.block_type.nbytes
 
+        self.overwrite(to)
         to.tensor.fill_(torch.nan)
         bar.copies.append(land)
         if not self.lazy:
@@ -230,6 +256,7 @@ class _Machine:
 
     def copy_out(self, to: Descriptor, at, source: _Shared) -> None:
         (row, column), (_, columns) = at, to.block
+        assert source.place not in self.written, "warps wrote this, and no fence and barrier came"
         part = to.tensor[row : row + to.block[0], column : column + columns]
         part.copy_(source.tensor[: part.size(0)])
 
@@ -252,6 +279,9 @@ class _Machine:
             token.value = product + start if use_acc else product
 
         assert is_async
+        places = tuple(x.place for x in (a, b) if isinstance(x, _Shared))
+        assert not self.written.keys() & places, "warps wrote this, and no fence and barrier came"
+        self.reading.append(places)
         self.products.append(run)
         if not self.lazy:
             self.drain(0)
@@ -263,6 +293,8 @@ class _Machine:
 
     def product_wait(self, left: int, deps: list):
         self.drain(left)
+        while len(self.reading) > left:
+            self.read.update(self.reading.popleft())
         values = [d.value if isinstance(d, _Token) else d for d in deps]
         assert all(value is not None for value in values), "waits for too few products"
         return values[0] if len(values) == 1 else values

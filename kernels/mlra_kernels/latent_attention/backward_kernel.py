@@ -101,7 +101,7 @@ def latent_attention_backward(
     c_ring = gl.allocate_shared_memory(dtype, [STAGES, N, L], key_nope_desc.layout)
     r_ring = gl.allocate_shared_memory(dtype, [STAGES, N, R], key_rope_desc.layout)
     p_ring = gl.allocate_shared_memory(dtype, [2, M, N], square)
-    ds_tile = gl.allocate_shared_memory(dtype, [M, N], square)
+    ds_ring = gl.allocate_shared_memory(dtype, [2, M, N], square)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES + 2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES + 2):
         mbarrier.init(bars.index(i), count=1)
@@ -149,6 +149,8 @@ def latent_attention_backward(
         stage, after = j % STAGES, (j + 1) % STAGES
         dp = warpgroup_mma_wait(0, deps=[dp])
         ds = p * (dp * scale - delta[:, None])
+        # Two tiles of p and dS: other warps may still be at the products of the one before.
+        p_tile, ds_tile = p_ring.index(j & 1), ds_ring.index(j & 1)
         ds_tile.store(ds.to(dtype))
         fence_async_shared()
         gl.thread_barrier()
@@ -160,7 +162,7 @@ def latent_attention_backward(
         c, r = c_ring.index(after).permute((1, 0)), r_ring.index(after).permute((1, 0))
         x = warpgroup_mma(q_nope, c, zero, use_acc=False, is_async=True)
         x = warpgroup_mma(q_rope, r, x, is_async=True)
-        p_turned, ds_turned = p_ring.index(j & 1).permute((1, 0)), ds_tile.permute((1, 0))
+        p_turned, ds_turned = p_tile.permute((1, 0)), ds_tile.permute((1, 0))
         dc = warpgroup_mma(p_turned, do, zero_c, use_acc=False, is_async=True)
         dc = warpgroup_mma(ds_turned, q_nope, dc, is_async=True)
         dr = warpgroup_mma(ds_turned, q_rope, zero_r, use_acc=False, is_async=True)
