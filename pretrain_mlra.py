@@ -22,10 +22,10 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 def main() -> int:
     """Run one training job; returns the exit code."""
+    os.register_at_fork(after_in_child=hush_threads)
     try:
         return train()
     except KeyboardInterrupt:
-        hush_threads()
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print("error: interrupted", file=sys.stderr)
         return 130
@@ -125,7 +125,8 @@ def train() -> int:
 
 
 def hush_threads() -> None:
-    """Threads that serve a child may find it gone before this process is: not their traceback."""
+    """Threads hand tensors to other processes, which may be gone on the way out: no tracebacks of
+    theirs."""
     sys.excepthook = lambda *_: None
 
 
