@@ -105,6 +105,7 @@ def latent_attention_backward(
     bars = gl.allocate_shared_memory(gl.int64, [STAGES + 2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES + 2):
         mbarrier.init(bars.index(i), count=1)
+    fence_async_shared()  # the copy engine sees the barriers
 
     q_bar, do_bar = bars.index(STAGES), bars.index(STAGES + 1)
     load_rows(q_nope_desc, q_rope_desc, start, q_column, q_nope, q_rope, q_bar, L)

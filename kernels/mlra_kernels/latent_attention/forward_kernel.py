@@ -53,6 +53,7 @@ def latent_attention_forward(
     bars = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES + 1):
         mbarrier.init(bars.index(i), count=1)
+    fence_async_shared()  # the copy engine sees the barriers
 
     q_bar = bars.index(STAGES)
     load_rows(q_nope_desc, q_rope_desc, start, q_column, q_nope, q_rope, q_bar, L)
