@@ -77,12 +77,8 @@ if HAVE_TE:
             return out.unsqueeze(1)
 
 
-class SDPACoreAttention(MegatronModule):
-    """Causal attention by torch, on CPU and CUDA.
-
-    Raises:
-        ValueError: for packed sequences and attention biases, which need another backend.
-    """
+class _CoreAttention(MegatronModule):
+    """What Megatron gives to a core attention."""
 
     def __init__(
         self,
@@ -96,7 +92,14 @@ class SDPACoreAttention(MegatronModule):
     ) -> None:
         super().__init__(config)
         self.softmax_scale = softmax_scale
-        self.dropout = config.attention_dropout
+
+
+class SDPACoreAttention(_CoreAttention):
+    """Causal attention by torch, on CPU and CUDA.
+
+    Raises:
+        ValueError: for packed sequences and attention biases, which need another backend.
+    """
 
     def forward(
         self,
@@ -143,7 +146,7 @@ class SDPACoreAttention(MegatronModule):
         if allowed is None and s != t:
             # is_causal counts from the first query and key.
             allowed = causal_lower_right(s, t) if q.is_cuda else _lower_right(s, t, q.device)
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.config.attention_dropout if self.training else 0.0
         with _dropout_rng(dropout, self.config.sequence_parallel):
             return scaled_dot_product_attention(
                 q,
@@ -157,25 +160,12 @@ class SDPACoreAttention(MegatronModule):
             )
 
 
-class LatentCoreAttention(MegatronModule):
+class LatentCoreAttention(_CoreAttention):
     """The absorbed core on Hopper GPUs, by `mlra_kernels.latent_attention`.
 
     Keys hold their values, so the gradient of both comes back through `key`. The sums of it are
     atomic: their last bits differ from run to run.
     """
-
-    def __init__(
-        self,
-        config: MLRAConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
-        softmax_scale: float,
-        cp_comm_type: str | None = None,
-        pg_collection=None,
-    ) -> None:
-        super().__init__(config)
-        self.softmax_scale = softmax_scale
 
     def forward(
         self,

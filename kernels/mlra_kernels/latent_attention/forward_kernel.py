@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mlra_kernels.latent_attention.tiles import load_rows
+from mlra_kernels.latent_attention.tiles import load_rows, place_program
 
 LN2 = gl.constexpr(0.6931471805599453)
 MASKED = gl.constexpr(-1.0e30)
@@ -36,12 +36,7 @@ def latent_attention_forward(
     """
     warps: gl.constexpr = gl.num_warps()
     dtype: gl.constexpr = out_desc.dtype
-    pair, seq = gl.program_id(1), gl.program_id(2)
-    start = (gl.num_programs(0) - 1 - gl.program_id(0)) * M
-    q_column = (seq * P + pair) * (L + R)
-    k_column = (seq * G + pair // (P // G)) * (L + R)
-    place = start + t - s  # of the first query among the keys
-    tiles = gl.cdiv(gl.minimum(place + M, t), N)
+    pair, seq, start, place, q_column, k_column, tiles = place_program(s, t, P, G, L + R, M, N)
 
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, N, 16])
     values: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, L, 16])
