@@ -1,4 +1,4 @@
-"""Backends of the core attention: torch's scaled_dot_product_attention, Transformer Engine's.
+"""Backends of the core attention: torch's, Transformer Engine's, this project's on Hopper.
 
 Each takes query `[s, b, heads, d_k]`, key `[t, b, kv_heads, d_k]`, value `[t, b, kv_heads, d_v]`
 (grouped queries) and returns `[s, b, heads * d_v]`. A TokenPlan says which of the t keys each of

@@ -70,6 +70,8 @@ def mlra_attention_spec(config: MLRAConfig) -> ModuleSpec:
 
 
 def _check_latent_core(config: MLRAConfig) -> None:
+    from mlra_kernels.latent_attention import LATENT_DIMS, ROPE_DIMS
+
     latent, rope = config.latent_dim, config.qk_rope_head_dim
     is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
     for wrong, said in (
@@ -80,7 +82,7 @@ def _check_latent_core(config: MLRAConfig) -> None:
         ),
         (not (config.bf16 or config.fp16), "computes in bf16 or fp16; use one of them"),
         (
-            latent not in (32, 64, 128) or rope not in (16, 32, 64),
+            latent not in LATENT_DIMS or rope not in ROPE_DIMS,
             "takes latent heads of 32, 64 or 128 dims and 16, 32 or 64 RoPE dims, not"
             f" {latent} and {rope}; use those",
         ),

@@ -26,10 +26,10 @@ def data_tokenizer(source: CheckpointFolder) -> TokenizerSpec | None:
         if not isinstance(described, Mapping):
             continue
         kind, model = str(described.get("type")), described.get("model")
-        if "sha256" not in described:
+        if "sha256" not in described and kind != "hf":  # an hf tokenizer is always a file
             return TokenizerSpec(kind, model)
         file = Path(str(model))
-        if not file.is_file() or file_sha256(file) != described["sha256"]:
+        if not file.is_file() or file_sha256(file) != described.get("sha256"):
             raise CheckpointError(f"{file} is gone or is not the file the data was made with")
         if kind == "hf":
             return TokenizerSpec(kind, model, described.get("eod_token"))

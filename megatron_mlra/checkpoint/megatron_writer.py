@@ -103,7 +103,7 @@ def save_torch_dist(planner: SavePlanner, folder: Path, files: int = 1) -> None:
         try:
             dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
         except CheckpointException as error:
-            # It wraps whatever happens, interrupts too.
+            # It wraps whatever happens, interrupts too. Raised here, that would lose its context.
             failure = next(iter(error.failures.values()))[0]
         if failure is not None:
             raise failure

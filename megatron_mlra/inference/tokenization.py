@@ -33,12 +33,10 @@ def checkpoint_tokenizer(
     vocab = folder.description.vocab_size
     if type is None and model is not None:
         type = "hf" if Path(model).is_dir() or model.endswith(".json") else "tiktoken"
-    if type == "hf" and model is None and beside:
-        model = str(beside[0])
+    if model is None and beside and type in (None, "hf"):
+        type, model = "hf", str(beside[0])
     if type is not None:
         spec = TokenizerSpec(type, model)
-    elif beside:
-        spec = TokenizerSpec("hf", str(beside[0]))
     else:
         spec = data_tokenizer(folder)
         if spec is None and vocab == ByteTokenizer.vocab_size:

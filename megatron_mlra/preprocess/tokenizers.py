@@ -269,4 +269,5 @@ def _read_ranks(file: Path) -> dict[bytes, int]:
 
 
 def file_sha256(file: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
     return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -99,7 +99,7 @@ def latent_attention_forward(
         out, p = warpgroup_mma_wait(0, deps=[out, p])
         gl.thread_barrier()  # every warp is done with the stage of the tile before
         ahead = j + STAGES - 2
-        if (ahead >= STAGES - 1) & (ahead < tiles):
+        if ahead < tiles:
             load_rows(
                 key_nope_desc, key_rope_desc, (tiles - 1 - ahead) * N, k_column,
                 c_ring.index(ahead % STAGES), r_ring.index(ahead % STAGES),

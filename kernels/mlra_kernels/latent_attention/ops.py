@@ -14,6 +14,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from mlra_kernels.latent_attention.backward_kernel import latent_attention_backward, row_products
 from mlra_kernels.latent_attention.forward_kernel import latent_attention_forward
 
+LATENT_DIMS, ROPE_DIMS = (32, 64, 128), (16, 32, 64)
+"""What the kernels take."""
+
 QUERIES = 128
 """Of a program, both passes: a warpgroup holds 64 rows of a product."""
 
@@ -66,7 +69,7 @@ def check_supported(query: Tensor, key: Tensor, latent_dim: int) -> None:
                 f"query is {list(query.shape)} and {name} {list(x.shape)}; they are [s, b, P, e]"
                 " and [t, b, G, e] with t >= s"
             )
-    if latent_dim not in (32, 64, 128) or rope not in (16, 32, 64):
+    if latent_dim not in LATENT_DIMS or rope not in ROPE_DIMS:
         raise ValueError(
             f"latent dim {latent_dim} with {rope} RoPE dims; latent_attention takes 32, 64 or 128"
             " with 16, 32 or 64"
