@@ -107,7 +107,13 @@ def add_mlra_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     )
     group.add_argument("--latent-tp-layout", choices=TP_LAYOUTS, default="head")
     group.add_argument("--core-form", choices=CORE_FORMS, default="auto")
-    group.add_argument("--core-backend", choices=CORE_BACKENDS, default="auto")
+    group.add_argument(
+        "--core-backend",
+        choices=CORE_BACKENDS,
+        default="auto",
+        help="the core by torch, Transformer Engine or this project's kernels of the absorbed form"
+        " (auto: the last on Hopper GPUs with TE layers)",
+    )
     group.add_argument(
         "--fp8-linears",
         choices=FP8_LINEARS,

@@ -78,7 +78,8 @@ class MLRAConfig(LatentSizes, MLATransformerConfig):
 
     core_backend: str = "auto"
     """'sdpa' (torch), 'te' (Transformer Engine), 'latent' (this project's kernels of the absorbed
-    form, on Hopper); 'auto' follows the layer specification."""
+    form, on Hopper). 'auto' is sdpa with local layers; with Transformer Engine's, latent where it
+    fits, and te for packed documents and all else."""
 
     latent_kernels: str = "auto"
     """Norms, absorbed queries and keys, and branch sums by 'torch' or by this project's 'triton'

@@ -28,7 +28,12 @@ from megatron_mlra.attention import MLRASelfAttention, MLRASelfAttentionSubmodul
 from megatron_mlra.baseline_config import BaselineConfig
 from megatron_mlra.baselines import baseline_attention_spec
 from megatron_mlra.config import MLRAConfig, resolve_core_backend
-from megatron_mlra.core_attention import LatentCoreAttention, SDPACoreAttention, te_core_attention
+from megatron_mlra.core_attention import (
+    LatentCoreAttention,
+    SDPACoreAttention,
+    hopper_core_attention,
+    te_core_attention,
+)
 from megatron_mlra.projections import LatentColumnParallelLinear, RMSNorm
 
 _CORES = {"sdpa": SDPACoreAttention, "te": te_core_attention, "latent": LatentCoreAttention}
@@ -42,14 +47,7 @@ def mlra_attention_spec(config: MLRAConfig) -> ModuleSpec:
         ValueError: for a part that is asked for and not installed, or does not take this model.
     """
     use_te = _use_transformer_engine(config)
-    backend = resolve_core_backend(config.core_backend, config.transformer_impl)
-    if backend == "te" and not HAVE_TE:
-        raise ValueError(
-            "core_backend te needs Transformer Engine, which is not installed; install the extra"
-            " megatron-mlra[te] or use core_backend sdpa"
-        )
-    if backend == "latent":
-        _check_latent_core(config)
+    core_attention = _core_attention(config)
     if use_te:
         from megatron.core.extensions.transformer_engine import TERowParallelLinear
 
@@ -63,13 +61,29 @@ def mlra_attention_spec(config: MLRAConfig) -> ModuleSpec:
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=MLRASelfAttentionSubmodules(
             column_linear=column_linear,
-            core_attention=_CORES[backend],
+            core_attention=core_attention,
             linear_proj=linear_proj,
         ),
     )
 
 
-def _check_latent_core(config: MLRAConfig) -> None:
+def _core_attention(config: MLRAConfig):
+    backend = resolve_core_backend(config.core_backend, config.transformer_impl)
+    if backend == "te" and not HAVE_TE:
+        raise ValueError(
+            "core_backend te needs Transformer Engine, which is not installed; install the extra"
+            " megatron-mlra[te] or use core_backend sdpa"
+        )
+    misfit = _latent_core_misfit(config)
+    if backend == "latent" and misfit:
+        raise ValueError(f"core_backend latent {misfit}, or core_backend auto")
+    if config.core_backend == "auto" and backend == "te" and not misfit:
+        return hopper_core_attention
+    return _CORES[backend]
+
+
+def _latent_core_misfit(config: MLRAConfig) -> str | None:
+    """Why this project's kernels of the absorbed core cannot run, and what to use."""
     from mlra_kernels.latent_attention import LATENT_DIMS, ROPE_DIMS
 
     latent, rope = config.latent_dim, config.qk_rope_head_dim
@@ -82,6 +96,14 @@ def _check_latent_core(config: MLRAConfig) -> None:
         ),
         (not (config.bf16 or config.fp16), "computes in bf16 or fp16; use one of them"),
         (
+            config.deterministic_mode,
+            "sums gradients in any order and deterministic_mode is on; use core_backend te",
+        ),
+        (
+            config.fp8_dot_product_attention,
+            "has no FP8 and fp8_dot_product_attention is on; use core_backend te",
+        ),
+        (
             latent not in LATENT_DIMS or rope not in ROPE_DIMS,
             "takes latent heads of 32, 64 or 128 dims and 16, 32 or 64 RoPE dims, not"
             f" {latent} and {rope}; use those",
@@ -89,7 +111,8 @@ def _check_latent_core(config: MLRAConfig) -> None:
         (not is_hopper, "runs on Hopper GPUs (H100, H200); use one"),
     ):
         if wrong:
-            raise ValueError(f"core_backend latent {said}, or core_backend auto")
+            return said
+    return None
 
 
 def layer_spec(config: TransformerConfig) -> ModuleSpec:

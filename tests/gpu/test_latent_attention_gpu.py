@@ -56,7 +56,8 @@ def test_output_and_gradients(shape, dtype) -> None:
     expected = oracle(query.detach(), key.detach(), grad, latent, scale)
     for what, ours, theirs in zip(("out", "query", "key"), found, expected, strict=True):
         assert ours.dtype == dtype and ours.shape == theirs.shape
-        difference = (ours.double() - theirs).norm() / theirs.norm()
+        # A query with one key has no gradient.
+        difference = (ours.double() - theirs).norm() / theirs.norm().clamp(min=1)
         assert difference <= TOLERANCE[dtype], (what, float(difference))
 
 

@@ -8,109 +8,35 @@ numbers in one of the two. Shared memory begins as NaN, and is NaN while a copy 
 Warps of a program may run apart: what one of them waited for, another may still be reading. So a
 buffer may be written again only once every product that reads it was waited for and a barrier of
 all warps came after that; and what warps wrote, products may read only after a fence and a barrier.
-Not seen: layouts.
+Between the partitions of `gl.warp_specialize`, which run in threads that take turns, only an
+arrival that was waited for orders such accesses: each partition keeps a vector clock. Not seen:
+layouts.
 """
 
 from __future__ import annotations
 
 import itertools
 import sys
+import threading
 import types
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from emulated_memory import Barrier, Descriptor, Pointer, Shared
+
 
 def launch(kernel, grid: tuple[int, ...], *, lazy: bool, warps: int, **arguments) -> None:
-    """Run a `gluon.jit` function over a grid; tensors are given as Pointer or Descriptor."""
+    """Run a `gluon.jit` function over a grid; tensors are given as Pointer or Descriptor.
+
+    Lazy, partitions take turns in the reverse order too.
+    """
     for program in itertools.product(*map(range, grid)):
-        machine = _Machine(grid, program, lazy, warps)
+        machine = _Machine(grid, program, lazy, warps, [])
         _on(machine, kernel)(**arguments)
-        machine.drain(0)
-
-
-class Pointer:
-    """Elements of a tensor, counted from its first."""
-
-    def __init__(self, data: Tensor, at=0) -> None:
-        assert data.is_contiguous()
-        self.data, self.at = data, at
-
-    def __add__(self, offset) -> Pointer:
-        return Pointer(self.data, self.at + offset)
-
-    def __getitem__(self, index) -> Pointer:
-        return Pointer(self.data, self.at[index])
-
-
-class Descriptor:
-    """A 2-D tensor to the copy engine, in blocks; what lies outside reads as 0."""
-
-    layout = None
-
-    def __init__(self, tensor: Tensor, rows: int, columns: int) -> None:
-        assert tensor.dim() == 2 and tensor.is_contiguous()
-        self.tensor, self.block, self.dtype = tensor, (rows, columns), tensor.dtype
-        self.block_type = types.SimpleNamespace(nbytes=rows * columns * tensor.element_size())
-
-
-class _Int(int):
-    """A scalar of a kernel, which knows `.to`."""
-
-    def to(self, dtype: torch.dtype) -> _Int:
-        return self
-
-
-def _scalars(name: str) -> Callable:
-    plain = getattr(int, name)
-
-    def operation(self, other):
-        result = plain(self, other)
-        return _Int(result) if type(result) is int else result
-
-    return operation
-
-
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "mod", "and"):
-    setattr(_Int, f"__{_name}__", _scalars(f"__{_name}__"))
-
-
-class _Shared:
-    """Shared memory."""
-
-    def __init__(self, tensor: Tensor, machine: _Machine) -> None:
-        self.tensor, self.machine = tensor, machine
-
-    @property
-    def place(self) -> int:
-        """Where it begins, which tells buffers and the slots of a ring apart."""
-        return self.tensor.data_ptr()
-
-    def index(self, i: int) -> _Shared:
-        return _Shared(self.tensor[i], self.machine)
-
-    def permute(self, order: tuple[int, ...]) -> _Shared:
-        return _Shared(self.tensor.permute(order), self.machine)
-
-    def store(self, value: Tensor) -> None:
-        assert (value.dtype, value.shape) == (self.tensor.dtype, self.tensor.shape)
-        self.machine.overwrite(self)
-        self.machine.written[self.place] = "by warps"
-        self.tensor.copy_(value)
-
-
-class _Barrier:
-    """Completes a phase when as many bytes have arrived as are expected."""
-
-    def __init__(self) -> None:
-        self.phases, self.expected, self.arrived = 0, 0, 0
-        self.copies: list[Callable[[], None]] = []
-
-    def settle(self) -> None:
-        if self.expected and self.arrived == self.expected:
-            self.phases, self.expected, self.arrived = self.phases + 1, 0, 0
+        machine.finish()
 
 
 class _Token:
@@ -125,31 +51,47 @@ class _Machine:
     float32, int64 = torch.float32, torch.int64
     exp2, log2 = staticmethod(torch.exp2), staticmethod(torch.log2)
 
-    def __init__(self, grid, program, lazy: bool, warps: int) -> None:
+    def __init__(self, grid, program, lazy: bool, warps: int, peers: list[_Machine]) -> None:
         self.grid, self.program, self.lazy, self.warps = grid, program, lazy, warps
+        self.peers = peers
+        """Partitions of the program, this one included."""
+        self.acting = self
+        """The partition whose turn it is, on the machine that allocates."""
+        self.me = len(peers)
+        peers.append(self)
+        self.clock: Counter[int] = Counter({self.me: 1})
+        """Of every partition, up to where its work lies before what this one does next."""
+        self.yields: Callable[[], None] | None = None
+        self.steps = 0
+        """Waits that ended."""
         self.products: deque[Callable[[], None]] = deque()
         self.reading: deque[tuple[int, ...]] = deque()
         """Places that products not waited for read, in the order they begin."""
+        self.leaving: dict[int, Callable[[], None]] = {}
+        """Places that copies out read, and what they do, until they are waited for."""
         self.read: set[int] = set()
-        """Places that products waited for read, since the last barrier."""
+        """Places that were read by what was waited for, since the last barrier."""
         self.written: dict[int, str] = {}
         """Places that warps wrote: 'by warps', 'fenced', until a barrier."""
+        self.done: dict[str, dict[int, int]] = {"read": {}, "written": {}}
+        """When, by this partition's clock, all its warps were done with a place."""
         self.tma = types.SimpleNamespace(
             async_copy_global_to_shared=self.copy_in,
             async_copy_shared_to_global=self.copy_out,
-            store_wait=lambda pending: None,
+            store_wait=self.store_wait,
         )
         self.mbarrier = types.SimpleNamespace(
-            init=lambda bar, count: None,
+            init=self.init,
             expect=self.expect,
+            arrive=self.arrive,
             wait=self.wait,
             invalidate=self.invalidate,
-            MBarrierLayout=lambda: _Barrier,
+            MBarrierLayout=lambda: Barrier,
         )
         layout = types.SimpleNamespace(get_default_for=lambda shape, dtype: None)
         self.NVMMASharedLayout = layout
         self.NVMMADistributedLayout = self.SliceLayout = self.BlockedLayout = lambda *a: None
-        self.DotOperandLayout = self.SliceLayout
+        self.DotOperandLayout = self.SwizzledSharedLayout = self.SliceLayout
 
     def names(self) -> dict:
         """Globals that a kernel's code sees in place of Gluon's."""
@@ -158,6 +100,7 @@ class _Machine:
             "tma": self.tma,
             "mbarrier": self.mbarrier,
             "fence_async_shared": self.fence,
+            "async_add_shared_to_global": self.add_out,
             "warpgroup_mma": self.product,
             "warpgroup_mma_wait": self.product_wait,
             "range": self.static_range,
@@ -166,31 +109,79 @@ class _Machine:
     def num_warps(self) -> int:
         return self.warps
 
-    def num_programs(self, axis: int) -> _Int:
-        return _Int(self.grid[axis])
+    def num_programs(self, axis: int) -> int:
+        return self.grid[axis]
 
-    def program_id(self, axis: int) -> _Int:
-        return _Int(self.program[axis])
+    def program_id(self, axis: int) -> int:
+        return self.program[axis]
 
     def thread_barrier(self) -> None:
+        now = self.clock[self.me]
+        self.done["read"] |= dict.fromkeys(self.read, now)
         self.read.clear()
+        fenced = [at for at, how in self.written.items() if how == "fenced"]
+        self.done["written"] |= dict.fromkeys(fenced, now)
         self.written = {at: how for at, how in self.written.items() if how != "fenced"}
 
     def fence(self) -> None:
         self.written = dict.fromkeys(self.written, "fenced")
 
-    def overwrite(self, buffer: _Shared) -> None:
-        assert all(buffer.place not in places for places in self.reading), "a product reads this"
-        assert buffer.place not in self.read, "another warp's product may still read this"
+    def overwrite(self, buffer: Shared) -> None:
+        at = buffer.place
+        for peer in self.peers:
+            assert at not in peer.leaving, "a copy out reads this"
+            assert all(at not in places for places in peer.reading), "a product reads this"
+            assert at not in peer.read, "another warp's product may still read this"
+            assert peer is self or at not in peer.written, "another partition writes this"
+            when = max(peer.done[how].get(at, 0) for how in peer.done)
+            assert when <= self.clock[peer.me], "another partition may still read this"
+
+    def may_read(self, *places: int) -> None:
+        for peer in self.peers:
+            for at in places:
+                assert at not in peer.written, "warps wrote this, and no fence and barrier came"
+                when = peer.done["written"].get(at, 0)
+                assert when <= self.clock[peer.me], "another partition may still write this"
+
+    def warp_specialize(self, functions_and_args, worker_num_warps, worker_num_regs) -> None:
+        """Partitions in threads; one runs at a time, until it waits in vain."""
+        assert worker_num_regs and all(registers % 8 == 0 for registers in worker_num_regs)
+        turns = []
+        for i, (function, arguments) in enumerate(functions_and_args):
+            if i == 0:
+                machine = self
+            else:
+                warps = worker_num_warps[i - 1]
+                machine = _Machine(self.grid, self.program, self.lazy, warps, self.peers)
+                machine.clock.update(self.clock)
+            turns.append(_Turn(machine, _on(machine, function.kernel), arguments))
+        if self.lazy:
+            turns.reverse()
+        while turns:
+            before = [turn.machine.steps for turn in turns]
+            for turn in turns:
+                self.acting = turn.machine
+                turn.run()
+            left = [turn for turn in turns if not turn.over]
+            moved = before != [turn.machine.steps for turn in turns]
+            assert moved or len(left) < len(turns), "the partitions wait for each other"
+            turns = left
+        self.acting = self
+        for machine in self.peers[1:]:
+            machine.finish()
+
+    def finish(self) -> None:
+        self.drain(0)
+        assert not self.leaving, "a copy out is still under way"
 
     def static_range(self, *bounds: int):
-        return (_Int(i) for i in range(*bounds))
+        return range(*bounds)
 
-    def cdiv(self, a: int, b: int) -> _Int:
-        return _Int(-(-a // b))
+    def cdiv(self, a: int, b: int) -> int:
+        return -(-a // b)
 
-    def minimum(self, a: int, b: int) -> _Int:
-        return _Int(min(a, b))
+    def minimum(self, a: int, b: int) -> int:
+        return min(a, b)
 
     def maximum(self, a: Tensor, b: Tensor) -> Tensor:
         return torch.maximum(a, b)
@@ -210,13 +201,20 @@ class _Machine:
     def zeros(self, shape, dtype: torch.dtype, layout) -> Tensor:
         return torch.zeros(shape, dtype=dtype)
 
+    def full(self, shape, value: float, dtype: torch.dtype, layout) -> Tensor:
+        return torch.full(shape, value, dtype=dtype)
+
+    def inline_asm_elementwise(self, asm: str, constraints: str, args: list, *_, **__) -> Tensor:
+        assert asm == "mov.b32 $0, $1;"
+        return args[0]
+
     def convert_layout(self, x: Tensor, layout) -> Tensor:
         return x
 
     def allocate_shared_memory(self, dtype: torch.dtype, shape, layout):
-        if layout is _Barrier:
-            return types.SimpleNamespace(index=[_Barrier() for _ in range(shape[0])].__getitem__)
-        return _Shared(torch.full(shape, torch.nan, dtype=dtype), self)
+        if layout is Barrier:
+            return types.SimpleNamespace(index=[Barrier() for _ in range(shape[0])].__getitem__)
+        return Shared(torch.full(shape, torch.nan, dtype=dtype), self)
 
     def load(self, pointer: Pointer, mask: Tensor, other: float) -> Tensor:
         return torch.where(mask, pointer.data.flatten()[torch.where(mask, pointer.at, 0)], other)
@@ -224,21 +222,28 @@ class _Machine:
     def store(self, pointer: Pointer, value: Tensor, mask: Tensor) -> None:
         pointer.data.view(-1)[pointer.at[mask]] = value[mask]
 
-    def atomic_add(self, pointer: Pointer, value: Tensor, mask=True, sem: str = "") -> None:
-        at, mask = pointer.at.expand_as(value), torch.as_tensor(mask).expand_as(value)
-        assert value[mask].isfinite().all()
-        pointer.data.view(-1).index_add_(0, at[mask], value[mask])
+    def init(self, bar: Barrier, count: int) -> None:
+        bar.count = count
 
-    def expect(self, bar: _Barrier, size: int) -> None:
+    def arrive(self, bar: Barrier, count: int) -> None:
+        if self.warps == 1:
+            self.thread_barrier()
+        bar.arriving |= self.clock
+        self.clock[self.me] += 1
+        bar.arrivals += count
+        bar.settle()
+
+    def expect(self, bar: Barrier, size: int) -> None:
         bar.expected += size
+        bar.arrivals += 1
 
-    def copy_in(self, source: Descriptor, at, bar: _Barrier, to: _Shared) -> None:
+    def copy_in(self, source: Descriptor, at, bar: Barrier, to: Shared) -> None:
         (row, column), (rows, columns) = at, source.block
         assert to.tensor.shape == (rows, columns)
 
         def land() -> None:
             part = source.tensor[row : row + rows, column : column + columns]
-            assert part.size(1) == columns and part.size(0) > 0
+            assert part.size(1) == columns
             to.tensor.zero_()[: part.size(0)] = part
             bar.arrived += source.block_type.nbytes
 
@@ -248,39 +253,65 @@ class _Machine:
         if not self.lazy:
             self.land(bar)
 
-    def land(self, bar: _Barrier) -> None:
+    def land(self, bar: Barrier) -> None:
         for land in bar.copies:
             land()
         bar.copies.clear()
         bar.settle()
 
-    def copy_out(self, to: Descriptor, at, source: _Shared) -> None:
+    def copy_out(self, to: Descriptor, at, source: Shared, *, add: bool = False) -> None:
         (row, column), (_, columns) = at, to.block
-        assert source.place not in self.written, "warps wrote this, and no fence and barrier came"
+        self.may_read(source.place)
         part = to.tensor[row : row + to.block[0], column : column + columns]
-        part.copy_(source.tensor[: part.size(0)])
 
-    def wait(self, bar: _Barrier, phase: int, pred: bool = True) -> None:
-        if pred:
+        def leave() -> None:
+            value = source.tensor[: part.size(0)]
+            assert value.isfinite().all()
+            part.copy_(part + value if add else value)
+
+        if self.lazy:
+            self.leaving[source.place] = leave
+        else:
+            leave()
+            self.leaving[source.place] = lambda: None
+
+    def add_out(self, to: Descriptor, at, source: Shared) -> None:
+        self.copy_out(to, at, source, add=True)
+
+    def store_wait(self, pending: int) -> None:
+        assert pending == 0
+        for leave in self.leaving.values():
+            leave()
+        self.read.update(self.leaving)
+        self.leaving.clear()
+
+    def wait(self, bar: Barrier, phase: int, pred: bool = True) -> None:
+        if not pred:
+            return
+        self.land(bar)
+        while bar.phases % 2 == phase:
+            assert self.yields, "this wait never ends"
+            self.yields()
             self.land(bar)
-            assert bar.phases % 2 != phase, "this wait never ends"
+        self.clock |= bar.clock
+        self.steps += 1
 
-    def invalidate(self, bar: _Barrier) -> None:
+    def invalidate(self, bar: Barrier) -> None:
         assert not bar.expected and not bar.copies, "a copy is still under way"
 
-    def product(self, a, b: _Shared, acc, *, use_acc: bool = True, is_async: bool) -> _Token:
+    def product(self, a, b: Shared, acc, *, use_acc: bool = True, is_async: bool) -> _Token:
         token = _Token()
 
         def run() -> None:
-            left = a.tensor if isinstance(a, _Shared) else a
+            left = a.tensor if isinstance(a, Shared) else a
             start = acc.value if isinstance(acc, _Token) else acc
             product = left.float() @ b.tensor.float()
             assert product.shape == start.shape
             token.value = product + start if use_acc else product
 
         assert is_async
-        places = tuple(x.place for x in (a, b) if isinstance(x, _Shared))
-        assert not self.written.keys() & places, "warps wrote this, and no fence and barrier came"
+        places = tuple(x.place for x in (a, b) if isinstance(x, Shared))
+        self.may_read(*places)
         self.reading.append(places)
         self.products.append(run)
         if not self.lazy:
@@ -300,6 +331,37 @@ class _Machine:
         return values[0] if len(values) == 1 else values
 
 
+class _Turn:
+    """A partition in its own thread, which runs only inside `run`."""
+
+    def __init__(self, machine: _Machine, function: Callable, arguments: tuple) -> None:
+        self.machine, self.over = machine, False
+        self.error: BaseException | None = None
+        self.go, self.back = threading.Semaphore(0), threading.Semaphore(0)
+        machine.yields = self.wait
+
+        def body() -> None:
+            self.go.acquire()
+            try:
+                function(*arguments)
+            except BaseException as e:
+                self.error = e
+            self.over = True
+            self.back.release()
+
+        threading.Thread(target=body, daemon=True).start()
+
+    def wait(self) -> None:
+        self.back.release()
+        self.go.acquire()
+
+    def run(self) -> None:
+        self.go.release()
+        self.back.acquire()
+        if self.error:
+            raise self.error
+
+
 def _on(machine: _Machine, kernel) -> types.FunctionType:
     """The kernel's Python code over the machine's names, and so the functions it calls."""
     module = vars(sys.modules[kernel.fn.__module__])
@@ -311,4 +373,6 @@ def _on(machine: _Machine, kernel) -> types.FunctionType:
         elif type(value) is type(kernel):
             names[name] = _on(machine, value)
     names |= machine.names()
-    return types.FunctionType(kernel.fn.__code__, names, kernel.fn.__name__)
+    function = types.FunctionType(kernel.fn.__code__, names, kernel.fn.__name__)
+    function.kernel = kernel
+    return function

@@ -20,9 +20,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mlra_kernels.latent_attention.tiles import load_rows, place_program
+from mlra_kernels.latent_attention.tiles import (
+    async_add_shared_to_global,
+    load_rows,
+    opaque,
+    place_program,
+)
 
 LOG2E = gl.constexpr(1.4426950408889634)
+MASKED = gl.constexpr(float("-inf"))
 
 
 @gluon.jit
@@ -46,148 +52,154 @@ def row_products(
 
 
 @gluon.jit
-def _probabilities(
-    x, lse, log2_scale, places, first, place, N: gl.constexpr, layout: gl.constexpr
+def latent_attention_backward(
+    q_nope_desc, q_rope_desc, key_nope_desc, key_rope_desc, do_desc, dq_nope_desc, dq_rope_desc,
+    dkey_nope_desc, dkey_rope_desc, lse_ptr, delta_ptr, s, t, scale, log2_scale,
+    P: gl.constexpr, G: gl.constexpr, L: gl.constexpr, R: gl.constexpr,
+    M: gl.constexpr, N: gl.constexpr,
 ):  # fmt: skip
-    """exp(scale x - lse), lse in base 2, and 0 for keys behind the query."""
-    p = gl.exp2(x * log2_scale - lse[:, None])
-    if first + N > place:
-        columns = first + gl.arange(0, N, gl.SliceLayout(0, layout))
-        p = gl.where(places[:, None] >= columns[None, :], p, 0.0)
-    return p
+    """q, dq `[s, b, P, L + R]`; key `[t, b, G, L + R]`; dO `[s, b, P, L]`; lse, delta `[b, P, s]`
+    and dkey `[t, b, G, L + R]`, to which is added, both in float32.
+
+    Blocks of the descriptors: M / 2 queries, N keys. Programs: (query tile, the longest first;
+    pair; sequence), of 4 warps and the partitions' beside them. Two warpgroups take P, dS and dq of
+    half of the queries each; a third dc and dr; one warp loads tiles of keys, one adds the third's
+    sums to memory.
+    """
+    dtype: gl.constexpr = do_desc.dtype
+    m: gl.constexpr = M // 2
+    square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([m, N], dtype)
+    q_nope = gl.allocate_shared_memory(dtype, [2, m, L], q_nope_desc.layout)
+    q_rope = gl.allocate_shared_memory(dtype, [2, m, R], q_rope_desc.layout)
+    do = gl.allocate_shared_memory(dtype, [2, m, L], do_desc.layout)
+    c_ring = gl.allocate_shared_memory(dtype, [2, N, L], key_nope_desc.layout)
+    r_ring = gl.allocate_shared_memory(dtype, [2, N, R], key_rope_desc.layout)
+    p_tiles = gl.allocate_shared_memory(dtype, [2, m, N], square)
+    ds_tiles = gl.allocate_shared_memory(dtype, [2, m, N], square)
+    dc_tile = gl.allocate_shared_memory(gl.float32, [1, N, L], dkey_nope_desc.layout)
+    dr_tile = gl.allocate_shared_memory(gl.float32, [1, N, R], dkey_rope_desc.layout)
+    loaded = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    summed = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    added = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(loaded.index(i), count=1)
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(free.index(i), count=2)
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(taken.index(i), count=1)
+    mbarrier.init(summed.index(0), count=1)
+    mbarrier.init(added.index(0), count=1)
+    fence_async_shared()  # the copy engine sees the barriers
+
+    head, start, place, q_column, k_column, tiles = place_program(s, t, P, G, L + R, M, N)
+    tiles_0 = gl.cdiv(gl.minimum(place + m, t), N)  # the first half may read one less
+    queries, keys = (q_nope, q_rope, do, loaded), (c_ring, r_ring, full, free)
+    scores, sums = (p_tiles, ds_tiles, ready, taken), (dc_tile, dr_tile, summed, added)
+    rows = (lse_ptr, delta_ptr, head, start, place, s, scale, log2_scale)
+    dq = (dq_nope_desc, dq_rope_desc, q_column)
+    inputs = (q_nope_desc, q_rope_desc, do_desc, key_nope_desc, key_rope_desc)
+    dkey = (dkey_nope_desc, dkey_rope_desc, k_column)
+    columns = (q_column, head * L, k_column)
+    gl.warp_specialize(
+        [
+            (_attend, (0, queries, keys, scores, rows, dq, tiles_0, L, R, m, N)),
+            (_attend, (1, queries, keys, scores, rows, dq, tiles, L, R, m, N)),
+            (_sum, (queries, scores, sums, tiles_0, tiles, L, R, N)),
+            (_load, (queries, keys, inputs, start, columns, tiles, L, m, N)),
+            (_add, (sums, dkey, tiles, L, N)),
+        ],
+        [4, 4, 1, 1],
+        [192, 104, 24, 24],
+    )
 
 
 @gluon.jit
-def latent_attention_backward(
-    q_nope_desc, q_rope_desc, key_nope_desc, key_rope_desc, do_desc, dq_nope_desc, dq_rope_desc,
-    dkey_ptr, lse_ptr, delta_ptr, s, t, b, scale, log2_scale,
-    P: gl.constexpr, G: gl.constexpr, L: gl.constexpr, R: gl.constexpr,
-    M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, EVEN: gl.constexpr,
+def _load(
+    queries, keys, descs, start, columns, tiles, L: gl.constexpr, m: gl.constexpr, N: gl.constexpr
+):
+    """A warp: loads queries and dO, then keys into the stages that both halves are done with."""
+    q_nope, q_rope, do, loaded = queries
+    c_ring, r_ring, full, free = keys
+    q_nope_desc, q_rope_desc, do_desc, key_nope_desc, key_rope_desc = descs
+    q_column, do_column, k_column = columns
+    size: gl.constexpr = q_nope_desc.block_type.nbytes + q_rope_desc.block_type.nbytes
+    for half in gl.static_range(2):
+        row, bar = start + half * m, loaded.index(half)
+        mbarrier.expect(bar, size + do_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(q_nope_desc, [row, q_column], bar, q_nope.index(half))
+        tma.async_copy_global_to_shared(q_rope_desc, [row, q_column + L], bar, q_rope.index(half))
+        tma.async_copy_global_to_shared(do_desc, [row, do_column], bar, do.index(half))
+    for j in range(tiles):
+        stage = j & 1
+        mbarrier.wait(free.index(stage), (j // 2 + 1) & 1)
+        load_rows(
+            key_nope_desc, key_rope_desc, j * N, k_column,
+            c_ring.index(stage), r_ring.index(stage), full.index(stage), L,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _attend(
+    half: gl.constexpr, queries, keys, scores, rows, dq, tiles,
+    L: gl.constexpr, R: gl.constexpr, m: gl.constexpr, N: gl.constexpr,
 ):  # fmt: skip
-    """q, dq `[s, b, P, L + R]`; key `[t, b, G, L + R]`; dO `[s, b, P, L]`; lse, delta `[b, P, s]`
-    and dkey `[t, b, G, L + R]`, to which is added, in float32.
-
-    Programs: (query tile, the longest first; pair; sequence). EVEN: N divides t. Matrix products
-    end in the order they begin in, so a wait for all but n waits for the older ones:
-
-        dq of tile j | scores of tile j + 1 | dc, dr of tile j | dP of tile j + 1
-
-    The probabilities of j + 1 are made while dc is, the sums leave while dP is.
-    """
-    warps: gl.constexpr = gl.num_warps()
-    dtype: gl.constexpr = do_desc.dtype
-    pair, seq, start, place, q_column, k_column, tiles = place_program(s, t, P, G, L + R, M, N)
-
-    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, N, 16])
-    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, L, 16])
-    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, R, 16])
-    along: gl.constexpr = N // 16
-    across: gl.constexpr = warps // along
-    key_wide: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [along, across], [16, L // across, 16]
-    )
-    key_narrow: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [along, across], [16, R // across, 16]
-    )
-    square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, N], dtype)
-    q_nope = gl.allocate_shared_memory(dtype, [M, L], q_nope_desc.layout)
-    q_rope = gl.allocate_shared_memory(dtype, [M, R], q_rope_desc.layout)
-    do = gl.allocate_shared_memory(dtype, [M, L], do_desc.layout)
-    c_ring = gl.allocate_shared_memory(dtype, [STAGES, N, L], key_nope_desc.layout)
-    r_ring = gl.allocate_shared_memory(dtype, [STAGES, N, R], key_rope_desc.layout)
-    p_ring = gl.allocate_shared_memory(dtype, [2, M, N], square)
-    ds_ring = gl.allocate_shared_memory(dtype, [2, M, N], square)
-    bars = gl.allocate_shared_memory(gl.int64, [STAGES + 2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES + 2):
-        mbarrier.init(bars.index(i), count=1)
-    fence_async_shared()  # the copy engine sees the barriers
-
-    q_bar, do_bar = bars.index(STAGES), bars.index(STAGES + 1)
-    load_rows(q_nope_desc, q_rope_desc, start, q_column, q_nope, q_rope, q_bar, L)
-    for i in gl.static_range(STAGES - 1):
-        if i < tiles:
-            load_rows(
-                key_nope_desc, key_rope_desc, i * N, k_column,
-                c_ring.index(i), r_ring.index(i), bars.index(i), L,
-            )  # fmt: skip
-    mbarrier.expect(do_bar, do_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(do_desc, [start, (seq * P + pair) * L], do_bar, do)
-    rows = start + gl.arange(0, M, gl.SliceLayout(1, scores))
-    places = rows + (t - s)
-    at = (seq * P + pair) * s + rows
-    lse = gl.load(lse_ptr + at, rows < s, 0.0) * LOG2E
-    delta = gl.load(delta_ptr + at, rows < s, 0.0) * scale
-
-    zero = gl.zeros([M, N], gl.float32, scores)
-    dq_nope = gl.zeros([M, L], gl.float32, wide)
-    dq_rope = gl.zeros([M, R], gl.float32, narrow)
-    zero_c = gl.zeros([N, L], gl.float32, key_wide)
-    zero_r = gl.zeros([N, R], gl.float32, key_narrow)
-    n_wide = gl.arange(0, N, gl.SliceLayout(1, key_wide))
-    l_wide = gl.arange(0, L, gl.SliceLayout(0, key_wide))
-    n_narrow = gl.arange(0, N, gl.SliceLayout(1, key_narrow))
-    r_narrow = gl.arange(0, R, gl.SliceLayout(0, key_narrow))
-    pitch = b * G * (L + R)
-
-    mbarrier.wait(q_bar, 0)
-    mbarrier.wait(bars.index(0), 0)
-    c, r = c_ring.index(0).permute((1, 0)), r_ring.index(0).permute((1, 0))
-    x = warpgroup_mma(q_nope, c, zero, use_acc=False, is_async=True)
-    x = warpgroup_mma(q_rope, r, x, is_async=True)
-    mbarrier.wait(do_bar, 0)
-    dp = warpgroup_mma(do, c, zero, use_acc=False, is_async=True)
-    x = warpgroup_mma_wait(1, deps=[x])
-    p = _probabilities(x, lse, log2_scale, places, 0, place, N, scores)
-    p_ring.index(0).store(p.to(dtype))
+    """A warpgroup: P, dS and dq of half of the queries."""
+    q_nope_tiles, q_rope_tiles, do_tiles, loaded = queries
+    c_ring, r_ring, full, free = keys
+    p_tiles, ds_tiles, ready, taken = scores
+    lse_ptr, delta_ptr, head, start, place, s, scale, log2_scale = rows
+    dq_nope_desc, dq_rope_desc, q_column = dq
+    dtype: gl.constexpr = dq_nope_desc.dtype
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, L, 16])
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, R, 16])
+    start += half * m
+    place += half * m
+    row = start + gl.arange(0, m, gl.SliceLayout(1, layout))
+    places = place + gl.arange(0, m, gl.SliceLayout(1, layout))
+    lse = gl.load(lse_ptr + head * s + row, row < s, 0.0) * LOG2E
+    delta = gl.load(delta_ptr + head * s + row, row < s, 0.0) * scale
+    zero = gl.zeros([m, N], gl.float32, layout)
+    dq_nope = gl.zeros([m, L], gl.float32, wide)
+    dq_rope = gl.zeros([m, R], gl.float32, narrow)
+    mbarrier.wait(loaded.index(half), 0)
 
     for j in range(tiles):
-        first = j * N
-        stage, after = j % STAGES, (j + 1) % STAGES
+        stage = j & 1
+        # j >> 30 is 0, which the compiler does not know: it makes addresses anew for every tile.
+        # Kept, those of all products would not fit beside the accumulators.
+        h = half + (j >> 30)
+        p_tile, ds_tile = p_tiles.index(h), ds_tiles.index(h)
+        mbarrier.wait(full.index(stage), (j // 2) & 1)
+        c, r = c_ring.index(stage).permute((1, 0)), r_ring.index(stage).permute((1, 0))
+        x = warpgroup_mma(q_nope_tiles.index(h), c, zero, use_acc=False, is_async=True)
+        x = warpgroup_mma(q_rope_tiles.index(h), r, x, is_async=True)
+        x = warpgroup_mma_wait(0, deps=[x])
+        x = x * log2_scale - lse[:, None]
+        if (j + 1) * N > place:
+            columns = j * N + gl.arange(0, N, gl.SliceLayout(0, layout))
+            x = gl.where(places[:, None] >= columns[None, :], x, MASKED)
+        p = opaque(gl.exp2(x).to(dtype))
+        dp = warpgroup_mma(do_tiles.index(h), c, zero, use_acc=False, is_async=True)
+        mbarrier.wait(taken.index(half), (j + 1) & 1)
+        p_tile.store(p)
         dp = warpgroup_mma_wait(0, deps=[dp])
-        ds = p * (dp * scale - delta[:, None])
-        # Two tiles of p and dS: other warps may still be at the products of the one before.
-        p_tile, ds_tile = p_ring.index(j & 1), ds_ring.index(j & 1)
-        ds_tile.store(ds.to(dtype))
+        ds_tile.store((p.to(gl.float32) * (dp * scale - delta[:, None])).to(dtype))
         fence_async_shared()
         gl.thread_barrier()
-
+        mbarrier.arrive(ready.index(half), count=1)
         dq_nope = warpgroup_mma(ds_tile, c_ring.index(stage), dq_nope, is_async=True)
         dq_rope = warpgroup_mma(ds_tile, r_ring.index(stage), dq_rope, is_async=True)
-        # After the last tile comes an old one again, whose scores nobody uses.
-        mbarrier.wait(bars.index(after), ((j + 1) // STAGES) & 1, pred=j + 1 < tiles)
-        c, r = c_ring.index(after).permute((1, 0)), r_ring.index(after).permute((1, 0))
-        x = warpgroup_mma(q_nope, c, zero, use_acc=False, is_async=True)
-        x = warpgroup_mma(q_rope, r, x, is_async=True)
-        p_turned, ds_turned = p_tile.permute((1, 0)), ds_tile.permute((1, 0))
-        dc = warpgroup_mma(p_turned, do, zero_c, use_acc=False, is_async=True)
-        dc = warpgroup_mma(ds_turned, q_nope, dc, is_async=True)
-        dr = warpgroup_mma(ds_turned, q_rope, zero_r, use_acc=False, is_async=True)
-        dp = warpgroup_mma(do, c, zero, use_acc=False, is_async=True)
+        dq_nope, dq_rope = warpgroup_mma_wait(0, deps=[dq_nope, dq_rope])
+        gl.thread_barrier()
+        mbarrier.arrive(free.index(stage), count=1)
 
-        # Past the barrier above every warp is done with the tile before: its stage is free.
-        ahead = j + STAGES - 1
-        if ahead < tiles:
-            load_rows(
-                key_nope_desc, key_rope_desc, ahead * N, k_column,
-                c_ring.index(ahead % STAGES), r_ring.index(ahead % STAGES),
-                bars.index(ahead % STAGES), L,
-            )  # fmt: skip
-        dq_nope, dq_rope, x = warpgroup_mma_wait(4, deps=[dq_nope, dq_rope, x])
-        p = _probabilities(x, lse, log2_scale, places, first + N, place, N, scores)
-        p_ring.index((j + 1) & 1).store(p.to(dtype))
-        dc, dr = warpgroup_mma_wait(1, deps=[dc, dr])
-        to = dkey_ptr + (first.to(gl.int64) * pitch + k_column)
-        to_wide = (to + n_wide * pitch)[:, None] + l_wide[None, :]
-        to_narrow = (to + L + n_narrow * pitch)[:, None] + r_narrow[None, :]
-        if EVEN:
-            gl.atomic_add(to_wide, dc, sem="relaxed")
-            gl.atomic_add(to_narrow, dr, sem="relaxed")
-        else:
-            gl.atomic_add(to_wide, dc, (first + n_wide < t)[:, None], sem="relaxed")
-            gl.atomic_add(to_narrow, dr, (first + n_narrow < t)[:, None], sem="relaxed")
-
-    warpgroup_mma_wait(0, deps=[dp])
-    gl.thread_barrier()
+    mbarrier.wait(taken.index(half), (tiles + 1) & 1)  # nobody reads the queries any more
+    q_nope, q_rope = q_nope_tiles.index(half), q_rope_tiles.index(half)
     q_nope.store(dq_nope.to(dtype))
     q_rope.store(dq_rope.to(dtype))
     fence_async_shared()
@@ -195,5 +207,71 @@ def latent_attention_backward(
     tma.async_copy_shared_to_global(dq_nope_desc, [start, q_column], q_nope)
     tma.async_copy_shared_to_global(dq_rope_desc, [start, q_column + L], q_rope)
     tma.store_wait(0)
-    for i in gl.static_range(STAGES + 2):
-        mbarrier.invalidate(bars.index(i))
+
+
+@gluon.jit
+def _sum(queries, scores, sums, tiles_0, tiles, L: gl.constexpr, R: gl.constexpr, N: gl.constexpr):
+    """A warpgroup: dc and dr, a tile after the other."""
+    mbarrier.wait(queries[3].index(0), 0)
+    mbarrier.wait(queries[3].index(1), 0)
+    for j in range(tiles_0):
+        _sum_tile(j, True, queries, scores, sums, L, R, N)
+    for j in range(tiles_0, tiles):
+        _sum_tile(j, False, queries, scores, sums, L, R, N)
+
+
+@gluon.jit
+def _sum_tile(
+    j, both: gl.constexpr, queries, scores, sums,
+    L: gl.constexpr, R: gl.constexpr, N: gl.constexpr,
+):  # fmt: skip
+    """dc and dr of tile j from both halves of the queries or only the second. dc leaves its
+    registers before dr takes them."""
+    q_nope, q_rope, do, _ = queries
+    p_tiles, ds_tiles, ready, taken = scores
+    dc_tile, dr_tile, summed, added = sums
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, L, 16])
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, R, 16])
+    zero = j >> 30  # see _attend
+    one = 1 + zero
+    dc = gl.zeros([N, L], gl.float32, wide)
+    dr = gl.zeros([N, R], gl.float32, narrow)
+    if both:
+        mbarrier.wait(ready.index(0), j & 1)
+        p, ds = p_tiles.index(zero).permute((1, 0)), ds_tiles.index(zero).permute((1, 0))
+        dc = warpgroup_mma(p, do.index(zero), dc, use_acc=False, is_async=True)
+        dc = warpgroup_mma(ds, q_nope.index(zero), dc, is_async=True)
+    mbarrier.wait(ready.index(1), j & 1)
+    p, ds = p_tiles.index(one).permute((1, 0)), ds_tiles.index(one).permute((1, 0))
+    dc = warpgroup_mma(p, do.index(one), dc, use_acc=both, is_async=True)
+    dc = warpgroup_mma(ds, q_nope.index(one), dc, is_async=True)
+    dc = warpgroup_mma_wait(0, deps=[dc])
+    mbarrier.wait(added.index(0), (j + 1) & 1)
+    dc_tile.index(zero).store(dc)
+
+    if both:
+        ds_0 = ds_tiles.index(zero).permute((1, 0))
+        dr = warpgroup_mma(ds_0, q_rope.index(zero), dr, use_acc=False, is_async=True)
+    dr = warpgroup_mma(ds, q_rope.index(one), dr, use_acc=both, is_async=True)
+    dr = warpgroup_mma_wait(0, deps=[dr])
+    gl.thread_barrier()
+    if both:
+        mbarrier.arrive(taken.index(0), count=1)
+    mbarrier.arrive(taken.index(1), count=1)
+    dr_tile.index(zero).store(dr)
+    fence_async_shared()
+    gl.thread_barrier()
+    mbarrier.arrive(summed.index(0), count=1)
+
+
+@gluon.jit
+def _add(sums, dkey, tiles, L: gl.constexpr, N: gl.constexpr):
+    """A warp: adds the sums of every tile to memory."""
+    dc_tile, dr_tile, summed, added = sums
+    dkey_nope_desc, dkey_rope_desc, column = dkey
+    for j in range(tiles):
+        mbarrier.wait(summed.index(0), j & 1)
+        async_add_shared_to_global(dkey_nope_desc, [j * N, column], dc_tile.index(0))
+        async_add_shared_to_global(dkey_rope_desc, [j * N, column + L], dr_tile.index(0))
+        tma.store_wait(0)
+        mbarrier.arrive(added.index(0), count=1)

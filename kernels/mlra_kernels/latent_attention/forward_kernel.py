@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from mlra_kernels.latent_attention.tiles import load_rows, place_program
 
 LN2 = gl.constexpr(0.6931471805599453)
-MASKED = gl.constexpr(-1.0e30)
+MASKED = gl.constexpr(float("-inf"))
 
 
 @gluon.jit
@@ -30,93 +30,149 @@ def latent_attention_forward(
     """q `[s, b, P, L + R]`, key `[t, b, G, L + R]` -> out `[s, b, P, L]`, lse `[b, P, s]`.
 
     Query i reads the keys up to i + t - s. lse is the natural logarithm, float32; log2_scale =
-    softmax scale * log2(e). Programs: (query tile, the longest first; pair; sequence). Tiles of
-    keys come from the last, so only the first ones are masked; STAGES is at least 3: one is read,
-    one is waited for, one is under way.
+    softmax scale * log2(e). Blocks of the descriptors: M / 2 queries, N keys. Programs: (query
+    tile, the longest first; pair; sequence), of 4 warps and the partitions' beside them: two
+    warpgroups take half of the queries each, so that one's softmax runs while the other's products
+    do, and one warp loads. Tiles of keys come from the last, so only the first ones are masked.
     """
-    warps: gl.constexpr = gl.num_warps()
     dtype: gl.constexpr = out_desc.dtype
-    pair, seq, start, place, q_column, k_column, tiles = place_program(s, t, P, G, L + R, M, N)
-
-    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, N, 16])
-    values: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, L, 16])
-    operand: gl.constexpr = gl.DotOperandLayout(0, values, 2)
-    q_nope = gl.allocate_shared_memory(dtype, [M, L], q_nope_desc.layout)
-    q_rope = gl.allocate_shared_memory(dtype, [M, R], q_rope_desc.layout)
+    m: gl.constexpr = M // 2
+    q_nope = gl.allocate_shared_memory(dtype, [2, m, L], q_nope_desc.layout)
+    q_rope = gl.allocate_shared_memory(dtype, [2, m, R], q_rope_desc.layout)
     c_ring = gl.allocate_shared_memory(dtype, [STAGES, N, L], key_nope_desc.layout)
     r_ring = gl.allocate_shared_memory(dtype, [STAGES, N, R], key_rope_desc.layout)
-    bars = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES + 1):
-        mbarrier.init(bars.index(i), count=1)
+    row_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    anchor = gl.allocate_shared_memory(gl.float32, [2, m], row_layout)
+    loaded = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(loaded.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(free.index(i), count=2)
     fence_async_shared()  # the copy engine sees the barriers
 
-    q_bar = bars.index(STAGES)
-    load_rows(q_nope_desc, q_rope_desc, start, q_column, q_nope, q_rope, q_bar, L)
-    for i in gl.static_range(STAGES - 1):
-        if i < tiles:
-            load_rows(
-                key_nope_desc, key_rope_desc, (tiles - 1 - i) * N, k_column,
-                c_ring.index(i), r_ring.index(i), bars.index(i), L,
-            )  # fmt: skip
-    rows = start + gl.arange(0, M, gl.SliceLayout(1, scores))
-    places = rows + (t - s)
-    zero = gl.zeros([M, N], gl.float32, scores)
-    out = gl.zeros([M, L], gl.float32, values)
+    head, start, place, q_column, k_column, tiles = place_program(s, t, P, G, L + R, M, N)
+    queries, keys = (q_nope, q_rope, loaded), (c_ring, r_ring, full, free)
+    rows = (lse_ptr, head, start, place, s, log2_scale)
+    descs = (q_nope_desc, q_rope_desc, key_nope_desc, key_rope_desc)
+    gl.warp_specialize(
+        [
+            (_attend, (0, queries, keys, anchor, out_desc, rows, tiles, L, m, N, STAGES)),
+            (_attend, (1, queries, keys, anchor, out_desc, rows, tiles, L, m, N, STAGES)),
+            (_load, (queries, keys, descs, start, q_column, k_column, tiles, L, m, N, STAGES)),
+        ],
+        [4, 1],
+        [240, 24],
+    )
 
-    mbarrier.wait(q_bar, 0)
-    mbarrier.wait(bars.index(0), 0)
+
+@gluon.jit
+def _load(
+    queries, keys, descs, start, q_column, k_column, tiles,
+    L: gl.constexpr, m: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """A warp: loads the queries, then keys into the stages that both halves are done with."""
+    q_nope, q_rope, loaded = queries
+    c_ring, r_ring, full, free = keys
+    q_nope_desc, q_rope_desc, key_nope_desc, key_rope_desc = descs
+    for half in gl.static_range(2):
+        load_rows(
+            q_nope_desc, q_rope_desc, start + half * m, q_column,
+            q_nope.index(half), q_rope.index(half), loaded.index(half), L,
+        )  # fmt: skip
+    for j in range(tiles):
+        stage = j % STAGES
+        mbarrier.wait(free.index(stage), (j // STAGES + 1) & 1)
+        load_rows(
+            key_nope_desc, key_rope_desc, (tiles - 1 - j) * N, k_column,
+            c_ring.index(stage), r_ring.index(stage), full.index(stage), L,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _attend(
+    half: gl.constexpr, queries, keys, anchor, out_desc, rows, tiles,
+    L: gl.constexpr, m: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup: half of the queries."""
+    q_nope_tiles, q_rope_tiles, loaded = queries
+    c_ring, r_ring, full, free = keys
+    lse_ptr, head, start, place, s, log2_scale = rows
+    dtype: gl.constexpr = out_desc.dtype
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    values: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, L, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, values, 2)
+    of_rows: gl.constexpr = gl.SliceLayout(1, scores)
+    start += half * m
+    place += half * m
+    places = place + gl.arange(0, m, of_rows)
+    q_nope, q_rope = q_nope_tiles.index(half), q_rope_tiles.index(half)
+    zero = gl.zeros([m, N], gl.float32, scores)
+    out = gl.zeros([m, L], gl.float32, values)
+    top = gl.full([m], MASKED, gl.float32, of_rows)
+    total = gl.zeros([m], gl.float32, of_rows)
+
+    mbarrier.wait(loaded.index(half), 0)
+    mbarrier.wait(full.index(0), 0)
     c, r = c_ring.index(0).permute((1, 0)), r_ring.index(0).permute((1, 0))
     x = warpgroup_mma(q_nope, c, zero, use_acc=False, is_async=True)
     x = warpgroup_mma(q_rope, r, x, is_async=True)
     x = warpgroup_mma_wait(0, deps=[x])
-    columns = (tiles - 1) * N + gl.arange(0, N, gl.SliceLayout(0, scores))
-    # A row that is masked whole takes exp2(0); the next tile shrinks that to nothing.
-    x = gl.where(places[:, None] >= columns[None, :], x * log2_scale, MASKED)
-    top = gl.max(x, 1)
-    p = gl.exp2(x - top[:, None])
-    total = gl.sum(p, 1)
-    p = gl.convert_layout(p.to(dtype), operand)
-
+    weights, shrink, top, total = _softmax(
+        x, top, total, (tiles - 1) * N, places, place, log2_scale, N, scores
+    )
+    p = gl.convert_layout(weights.to(dtype), operand)
     for j in range(1, tiles):
-        first = (tiles - 1 - j) * N
         stage, before = j % STAGES, (j - 1) % STAGES
-        mbarrier.wait(bars.index(stage), (j // STAGES) & 1)
+        mbarrier.wait(full.index(stage), (j // STAGES) & 1)
         c, r = c_ring.index(stage).permute((1, 0)), r_ring.index(stage).permute((1, 0))
         x = warpgroup_mma(q_nope, c, zero, use_acc=False, is_async=True)
         x = warpgroup_mma(q_rope, r, x, is_async=True)
         out = warpgroup_mma(p, c_ring.index(before), out, is_async=True)
         # The softmax of this tile while the values of the one before are summed.
         x = warpgroup_mma_wait(1, deps=[x])
-        if first + N > place:
-            columns = first + gl.arange(0, N, gl.SliceLayout(0, scores))
-            x = gl.where(places[:, None] >= columns[None, :], x, MASKED)
-        higher = gl.maximum(top, gl.max(x, 1) * log2_scale)
-        weights = gl.exp2(x * log2_scale - higher[:, None])
-        shrink = gl.exp2(top - higher)
-        total = total * shrink + gl.sum(weights, 1)
-        top = higher
-        # Named, so that the probabilities being read keep their registers until here.
+        weights, shrink, top, total = _softmax(
+            x, top, total, (tiles - 1 - j) * N, places, place, log2_scale, N, scores
+        )
+        # Nobody reads it: ptxas would move the softmax behind the next wait.
+        anchor.index(half).store(total)
+        # p is named so that it keeps its registers until here.
         out, p = warpgroup_mma_wait(0, deps=[out, p])
-        gl.thread_barrier()  # every warp is done with the stage of the tile before
-        ahead = j + STAGES - 2
-        if ahead < tiles:
-            load_rows(
-                key_nope_desc, key_rope_desc, (tiles - 1 - ahead) * N, k_column,
-                c_ring.index(ahead % STAGES), r_ring.index(ahead % STAGES),
-                bars.index(ahead % STAGES), L,
-            )  # fmt: skip
+        gl.thread_barrier()
+        mbarrier.arrive(free.index(before), count=1)
         out = out * gl.convert_layout(shrink, gl.SliceLayout(1, values))[:, None]
         p = gl.convert_layout(weights.to(dtype), operand)
 
     out = warpgroup_mma(p, c_ring.index((tiles - 1) % STAGES), out, is_async=True)
-    gl.store(lse_ptr + (seq * P + pair) * s + rows, (top + gl.log2(total)) * LN2, rows < s)
+    row = start + gl.arange(0, m, of_rows)
+    gl.store(lse_ptr + head * s + row, (top + gl.log2(total)) * LN2, row < s)
     out = warpgroup_mma_wait(0, deps=[out])
     out = out / gl.convert_layout(total, gl.SliceLayout(1, values))[:, None]
-    gl.thread_barrier()
+    gl.thread_barrier()  # every warp is done with the queries
     q_nope.store(out.to(dtype))
     fence_async_shared()
     gl.thread_barrier()
-    tma.async_copy_shared_to_global(out_desc, [start, (seq * P + pair) * L], q_nope)
+    tma.async_copy_shared_to_global(out_desc, [start, head * L], q_nope)
     tma.store_wait(0)
-    for i in gl.static_range(STAGES + 1):
-        mbarrier.invalidate(bars.index(i))
+
+
+@gluon.jit
+def _softmax(
+    x, top, total, first, places, place, log2_scale, N: gl.constexpr, layout: gl.constexpr
+):
+    """Of the scores of the keys from `first` on; `place` is the first of `places`.
+
+    Returns: weights, to be divided by the total; by what the sums so far shrink; the new top score,
+    in base 2, and total.
+    """
+    if first + N > place:
+        columns = first + gl.arange(0, N, gl.SliceLayout(0, layout))
+        x = gl.where(places[:, None] >= columns[None, :], x, MASKED)
+    higher = gl.maximum(top, gl.max(x, 1) * log2_scale)
+    # The weights of a row that is masked whole so far are exp2(MASKED - 0).
+    base = gl.where(higher == MASKED, 0.0, higher)
+    weights = gl.exp2(x * log2_scale - base[:, None])
+    shrink = gl.exp2(top - base)
+    return weights, shrink, higher, total * shrink + gl.sum(weights, 1)

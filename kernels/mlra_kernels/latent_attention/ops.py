@@ -18,15 +18,18 @@ LATENT_DIMS, ROPE_DIMS = (32, 64, 128), (16, 32, 64)
 """What the kernels take."""
 
 QUERIES = 128
-"""Of a program, both passes: a warpgroup holds 64 rows of a product."""
+"""Of a program, both passes: two warpgroups take 64 each."""
 
 FORWARD_KEYS, BACKWARD_KEYS = 128, 64
 """Keys of a tile."""
 
 STAGES = 3
-"""Tiles of keys in shared memory."""
+"""Tiles of keys in shared memory, in forward."""
 
-WARPS = 8
+FORWARD_LAUNCH = {"num_warps": 4, "maxnreg": 168}
+BACKWARD_LAUNCH = {"num_warps": 4, "maxnreg": 128}
+"""Warps of the first partition, and registers of a thread before the partitions share them out:
+those of an H100's multiprocessor over 12 and 16 warps."""
 
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
@@ -87,12 +90,13 @@ class _LatentAttention(torch.autograd.Function):
         lse = query.new_empty(b, pairs, s, dtype=torch.float32)
         rope = width - latent_dim
         with torch.cuda.device_of(query):
+            half = QUERIES // 2
             latent_attention_forward[(triton.cdiv(s, QUERIES), pairs, b)](
-                _rows(query, QUERIES, latent_dim), _rows(query, QUERIES, rope),
+                _rows(query, half, latent_dim), _rows(query, half, rope),
                 _rows(key, FORWARD_KEYS, latent_dim), _rows(key, FORWARD_KEYS, rope),
-                _rows(out, QUERIES, latent_dim), lse, s, key.size(0), scale / math.log(2),
+                _rows(out, half, latent_dim), lse, s, key.size(0), scale / math.log(2),
                 P=pairs, G=key.size(2), L=latent_dim, R=rope,
-                M=QUERIES, N=FORWARD_KEYS, STAGES=STAGES, num_warps=WARPS,
+                M=QUERIES, N=FORWARD_KEYS, STAGES=STAGES, **FORWARD_LAUNCH,
             )  # fmt: skip
         ctx.save_for_backward(query, key, out, lse)
         ctx.scale = scale
@@ -113,15 +117,16 @@ class _LatentAttention(torch.autograd.Function):
             row_products[(triton.cdiv(s, 32), pairs, b)](
                 out, grad, delta, s, b, P=pairs, L=latent_dim, T=32, num_warps=4
             )
+            half = QUERIES // 2
             latent_attention_backward[(triton.cdiv(s, QUERIES), pairs, b)](
-                _rows(query, QUERIES, latent_dim), _rows(query, QUERIES, rope),
+                _rows(query, half, latent_dim), _rows(query, half, rope),
                 _rows(key, BACKWARD_KEYS, latent_dim), _rows(key, BACKWARD_KEYS, rope),
-                _rows(grad, QUERIES, latent_dim),
-                _rows(grad_query, QUERIES, latent_dim), _rows(grad_query, QUERIES, rope),
-                grad_key, lse, delta, s, key.size(0), b, ctx.scale, ctx.scale / math.log(2),
+                _rows(grad, half, latent_dim),
+                _rows(grad_query, half, latent_dim), _rows(grad_query, half, rope),
+                _rows(grad_key, BACKWARD_KEYS, latent_dim), _rows(grad_key, BACKWARD_KEYS, rope),
+                lse, delta, s, key.size(0), ctx.scale, ctx.scale / math.log(2),
                 P=pairs, G=key.size(2), L=latent_dim, R=rope,
-                M=QUERIES, N=BACKWARD_KEYS, STAGES=STAGES, EVEN=key.size(0) % BACKWARD_KEYS == 0,
-                num_warps=WARPS,
+                M=QUERIES, N=BACKWARD_KEYS, **BACKWARD_LAUNCH,
             )  # fmt: skip
         return grad_query, grad_key.to(key.dtype), None, None
 
@@ -129,6 +134,7 @@ class _LatentAttention(torch.autograd.Function):
 def _rows(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """`[s, ...]`, contiguous, to the copy engine: blocks of rows and columns of `[s, the rest]`."""
     block = [rows, columns]
-    layout = gl.NVMMASharedLayout.get_default_for(block, _DTYPES[x.dtype])
+    dtype = _DTYPES.get(x.dtype, gl.float32)
+    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
     pitch = x[0].numel()
     return TensorDescriptor(x, [x.size(0), pitch], [pitch, 1], block, layout)

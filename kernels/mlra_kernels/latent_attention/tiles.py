@@ -1,8 +1,25 @@
-"""What both kernels share: a program's place, and loading rows whose two parts lie side by side."""
+"""What both kernels share: a program's place, tiles whose two parts lie side by side in memory."""
 
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+
+@builtin
+def async_add_shared_to_global(tensor_desc, coord, src, _semantic=None):
+    """Begin to add a tile of shared memory to one in memory, as `tma.async_copy_shared_to_global`
+    copies it; Triton 3.6 has this operation of the copy engine and no name for it in Gluon."""
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
+    _semantic.builder.create_async_tma_reduce(kind, tensor_desc.handle, coord, src.handle)
+
+
+@gluon.jit
+def opaque(x):
+    """x of 2 bytes an element, kept in pairs in registers: LLVM would keep what it was made of."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], x.dtype, is_pure=True, pack=2)
 
 
 @gluon.jit
@@ -19,12 +36,13 @@ def place_program(
 ):  # fmt: skip
     """Of a program (query tile, the longest first; pair; sequence).
 
-    Returns: pair and sequence; its first query, and that one's place among the keys; columns of the
-    pair's queries and keys, W wide each; the tiles of N keys that its M queries read.
+    Returns: its (sequence, pair), counted through; its first query, and that one's place among the
+    keys; columns of the pair's queries and keys, W wide each; the tiles of N keys that its M
+    queries read.
     """
     pair, seq = gl.program_id(1), gl.program_id(2)
     start = (gl.num_programs(0) - 1 - gl.program_id(0)) * M
     place = start + t - s
-    q_column = (seq * P + pair) * W
+    head = seq * P + pair
     k_column = (seq * G + pair // (P // G)) * W
-    return pair, seq, start, place, q_column, k_column, gl.cdiv(gl.minimum(place + M, t), N)
+    return head, start, place, head * W, k_column, gl.cdiv(gl.minimum(place + M, t), N)

@@ -1,0 +1,86 @@
+"""Which core `--core-backend` stands for."""
+
+import pytest
+import torch
+
+from megatron_mlra import layer_specs
+from megatron_mlra.config import MLRAConfig
+from megatron_mlra.core_attention import (
+    LatentCoreAttention,
+    SDPACoreAttention,
+    hopper_core_attention,
+    te_core_attention,
+)
+
+SIZES = {
+    "num_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 128,
+    "qk_head_dim": 32,
+    "qk_pos_emb_head_dim": 16,
+    "v_head_dim": 32,
+    "normalization": "RMSNorm",
+    "add_bias_linear": False,
+    "attention_dropout": 0.0,
+    "bf16": True,
+}
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch) -> None:
+    monkeypatch.setattr(layer_specs, "HAVE_TE", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+
+
+def core_of(**overrides):
+    config = MLRAConfig(**SIZES)
+    for name, value in {"transformer_impl": "transformer_engine", **overrides}.items():
+        setattr(config, name, value)
+    return layer_specs._core_attention(config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "core"),
+    [
+        ({}, hopper_core_attention),
+        ({"transformer_impl": "local"}, SDPACoreAttention),
+        ({"core_backend": "te"}, te_core_attention),
+        ({"core_backend": "sdpa"}, SDPACoreAttention),
+        ({"core_backend": "latent"}, LatentCoreAttention),
+        ({"core_backend": "latent", "transformer_impl": "local"}, LatentCoreAttention),
+        ({"bf16": False}, te_core_attention),
+        ({"core_form": "materialized"}, te_core_attention),
+        ({"attention_dropout": 0.1}, te_core_attention),
+        ({"deterministic_mode": True}, te_core_attention),
+        ({"fp8_dot_product_attention": True}, te_core_attention),
+        ({"qk_pos_emb_head_dim": 8}, te_core_attention),
+    ],
+    ids=str,
+)
+def test_choice(overrides, core) -> None:
+    assert core_of(**overrides) is core
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (10, 0)])
+def test_other_gpus(capability, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert core_of() is te_core_attention
+    with pytest.raises(ValueError, match="core_backend latent runs on Hopper GPUs"):
+        core_of(core_backend="latent")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"deterministic_mode": True}, "sums gradients in any order and deterministic_mode is on"),
+        ({"fp8_dot_product_attention": True}, "has no FP8 and fp8_dot_product_attention is on"),
+        ({"attention_dropout": 0.1}, "has no dropout and attention_dropout is 0.1; use 0"),
+    ],
+    ids=str,
+)
+def test_refused(overrides, said) -> None:
+    with pytest.raises(ValueError, match=f"core_backend latent {said}.*, or core_backend auto"):
+        core_of(core_backend="latent", **overrides)
