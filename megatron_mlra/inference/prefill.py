@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_mlra.checkpoint.description import ModelDescription
 from megatron_mlra.inference.weights import LatentWeights
+from mlra_kernels.latent_attention import LATENT_DIMS, ROPE_DIMS, latent_attention_with_lse
 from mlra_kernels.latent_decode import merge_states
 from mlra_kernels.latent_decode.reference import merge_states_reference, split_cache
 
@@ -31,15 +32,22 @@ def attention_with_lse(
 ) -> tuple[Tensor, Tensor]:
     """Grouped-query attention and its log-sum-exp.
 
-    Flash attention (torch's own) on a GPU in half precision, else torch in float32.
+    On a GPU in half precision this project's kernels for values that are part of their keys where
+    these take the sizes (Hopper), else flash attention (torch's own); else torch in float32.
 
     Args:
-        q: `[c, heads, e]`; k: `[t, kv_heads, e]`; v: `[t, kv_heads, w]`.
+        q: `[c, heads, e]`; k: `[t, kv_heads, e]`; v: `[t, kv_heads, w]`, of which the absorbed
+            form's are the first w columns of k.
         causal: query i sees keys up to `t - c + i`.
 
     Returns:
         `[c, heads, w]` in q's dtype and `[c, heads]` float32.
     """
+    if _is_part(v, k) and _latent_kernels_take(q, v.size(-1)):
+        out, lse = latent_attention_with_lse(
+            q[:, None], k[:, None], v.size(-1), softmax_scale, causal=causal
+        )
+        return out[:, 0], lse[0].T
     if q.is_cuda and q.dtype != torch.float32 and q.size(-1) <= FLASH_MAX_DIM:
         return _flash(q, k, v, softmax_scale, causal)
     rows = max(1, SCORE_NUMBERS // (q.size(1) * k.size(0)))
@@ -49,6 +57,21 @@ def attention_with_lse(
         for first, part in zip(range(0, q.size(0), rows), q.split(rows), strict=True)
     ]
     return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
+
+
+def _is_part(v: Tensor, k: Tensor) -> bool:
+    """Whether v is the first columns of k, in memory."""
+    return v.data_ptr() == k.data_ptr() and v.stride() == k.stride()
+
+
+def _latent_kernels_take(q: Tensor, latent_dim: int) -> bool:
+    return (
+        q.is_cuda
+        and torch.cuda.get_device_capability(q.device)[0] == 9
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and latent_dim in LATENT_DIMS
+        and q.size(-1) - latent_dim in ROPE_DIMS
+    )
 
 
 def _attend(
@@ -70,7 +93,8 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple
     """torch's FlashAttention-2: queries and keys aligned at their ends, grouped heads native."""
     width = v.size(-1)
     if width < q.size(-1):
-        v = torch.nn.functional.pad(v, (0, q.size(-1) - width))
+        # It wants values as wide as keys.
+        v = k if _is_part(v, k) else torch.nn.functional.pad(v, (0, q.size(-1) - width))
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         q[None], k[None], v[None], None, None, q.size(0), k.size(0), 0.0, causal, False, scale=scale
     )
@@ -139,15 +163,14 @@ def prefill_latent(
         rows, k_rope = _rows(layer, pages, first, end, rope, latents, q.dtype)
         if absorbed:
             key = torch.cat((rows, k_rope[:, None].expand(-1, latents, -1)), dim=-1)
-            # The kernel wants values as wide as keys: the key itself, its last dims then dropped.
-            return key, key if key.is_cuda else rows
+            return key, key[..., :l]
         return _expand(rows, k_rope, weights, branches, groups, nope)
 
     parts = []
     for first, end, causal in blocks(start, c, layer[0].size(1)):
         key, value = keys_values(first, end)
         out, lse = attention_with_lse(query, key, value, model.softmax_scale, causal)
-        parts.append((out[..., :l] if absorbed else out, lse))
+        parts.append((out, lse))
     out = merged(parts)  # [c, n h, l or d_v]
     if absorbed:
         z = out.view(c, branches, h, l).permute(2, 0, 1, 3).flatten(2)  # [h, c, n l]

@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from mlra_kernels.latent_attention import latent_attention
+from mlra_kernels.latent_attention import latent_attention, latent_attention_with_lse
 
 pytestmark = pytest.mark.gpu
 
@@ -73,3 +73,17 @@ def test_repeated_launches_agree() -> None:
         first = first or (out, *grads)
         assert torch.equal(out, first[0]) and torch.equal(grads[0], first[1])
         assert (grads[1] - first[2]).float().norm() <= 1e-3 * first[2].float().norm()
+
+
+@pytest.mark.parametrize(("s", "t"), [(200, 777), (300, 64)])
+def test_every_key(s, t) -> None:
+    """Without a mask, and the logarithm of the denominators."""
+    torch.manual_seed(1)
+    query = torch.randn(s, 1, 24, 192, device="cuda", dtype=torch.bfloat16)
+    key = torch.randn(t, 1, 4, 192, device="cuda", dtype=torch.bfloat16)
+    out, lse = latent_attention_with_lse(query, key, 128, 192**-0.5, causal=False)
+    keys = key.double().repeat_interleave(6, 2)
+    x = torch.einsum("sbpe,tbpe->bpst", query.double(), keys) * 192**-0.5
+    expected = torch.einsum("bpst,tbpl->sbpl", x.softmax(-1), keys[..., :128])
+    assert (out.double() - expected).norm() <= TOLERANCE[torch.bfloat16] * expected.norm()
+    assert (lse - x.logsumexp(-1)).abs().max() <= 1e-4

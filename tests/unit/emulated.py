@@ -180,8 +180,8 @@ class _Machine:
     def cdiv(self, a: int, b: int) -> int:
         return -(-a // b)
 
-    def minimum(self, a: int, b: int) -> int:
-        return min(a, b)
+    def minimum(self, a, b: int):
+        return a.clamp(max=b) if isinstance(a, Tensor) else min(a, b)
 
     def maximum(self, a: Tensor, b: Tensor) -> Tensor:
         return torch.maximum(a, b)

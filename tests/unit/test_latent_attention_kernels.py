@@ -21,7 +21,8 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="needs Triton's compiler"
 )
 
-# s, t, b, pairs, groups, latent, rope, queries of a program, keys of a tile
+# s, t, b, pairs, groups, latent, rope, queries of a program, keys of a tile[, keys before the first
+# query's own place, without which the queries are the last]
 SHAPES = {
     "MLRA-4": (256, 256, 2, 8, 4, 32, 16, 64, 32),
     "wide tiles": (256, 256, 1, 4, 2, 32, 16, 128, 64),
@@ -30,15 +31,17 @@ SHAPES = {
     "less than a tile": (40, 40, 1, 2, 2, 32, 16, 64, 32),
     "the last queries": (100, 230, 1, 4, 2, 32, 16, 64, 32),
     "one query": (1, 65, 2, 4, 2, 32, 16, 64, 32),
+    "every key": (100, 230, 1, 4, 2, 32, 16, 64, 32, 230),
+    "every key of few": (150, 40, 1, 4, 2, 32, 16, 128, 64, 40),
 }
 
 
-def oracle(query, key, grad, latent_dim, scale):
+def oracle(query, key, grad, latent_dim, scale, past):
     """Output, lse and gradients in float64."""
     query, key = (x.double().requires_grad_() for x in (query, key))
     keys = key.repeat_interleave(query.size(2) // key.size(2), 2)
     x = torch.einsum("sbpe,tbpe->bpst", query, keys) * scale
-    x = x.masked_fill(torch.ones(x.shape[-2:]).triu(1 + len(key) - len(query)).bool(), -math.inf)
+    x = x.masked_fill(torch.ones(x.shape[-2:]).triu(1 + past).bool(), -math.inf)
     out = torch.einsum("bpst,tbpl->sbpl", x.softmax(-1), keys[..., :latent_dim])
     grads = torch.autograd.grad(out, (query, key), grad.double())
     return out.detach(), x.logsumexp(-1).detach(), *grads
@@ -52,14 +55,15 @@ def difference(found, expected) -> float:
 @pytest.mark.parametrize("stages", [3, 4])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_values_and_gradients(shape, stages, lazy):
-    s, t, b, pairs, groups, latent, rope, queries, keys = shape
+    s, t, b, pairs, groups, latent, rope, queries, keys = shape[:9]
+    past = shape[9] if len(shape) > 9 else t - s
     generator = torch.Generator().manual_seed(1)
     width, scale = latent + rope, 0.3
     query, key, grad = (
         torch.randn(tokens, b, heads, size, generator=generator)
         for tokens, heads, size in ((s, pairs, width), (t, groups, width), (s, pairs, latent))
     )
-    expected = oracle(query, key, grad, latent, scale)
+    expected = oracle(query, key, grad, latent, scale, past)
     out, lse = torch.empty(s, b, pairs, latent), torch.empty(b, pairs, s)
     delta, grad_query, grad_key = torch.empty_like(lse), torch.empty_like(query), key * 0
 
@@ -76,6 +80,7 @@ def test_values_and_gradients(shape, stages, lazy):
         "lse_ptr": Pointer(lse),
         "s": s,
         "t": t,
+        "past": past,
         "log2_scale": scale / math.log(2),
     } | {"P": pairs, "G": groups, "L": latent, "R": rope, "M": queries, "N": keys}
     run = {"lazy": lazy, "warps": 4}

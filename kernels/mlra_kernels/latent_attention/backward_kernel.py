@@ -54,7 +54,7 @@ def row_products(
 @gluon.jit
 def latent_attention_backward(
     q_nope_desc, q_rope_desc, key_nope_desc, key_rope_desc, do_desc, dq_nope_desc, dq_rope_desc,
-    dkey_nope_desc, dkey_rope_desc, lse_ptr, delta_ptr, s, t, scale, log2_scale,
+    dkey_nope_desc, dkey_rope_desc, lse_ptr, delta_ptr, s, t, past, scale, log2_scale,
     P: gl.constexpr, G: gl.constexpr, L: gl.constexpr, R: gl.constexpr,
     M: gl.constexpr, N: gl.constexpr,
 ):  # fmt: skip
@@ -95,7 +95,7 @@ def latent_attention_backward(
     mbarrier.init(added.index(0), count=1)
     fence_async_shared()  # the copy engine sees the barriers
 
-    head, start, place, q_column, k_column, tiles = place_program(s, t, P, G, L + R, M, N)
+    head, start, place, q_column, k_column, tiles = place_program(s, t, past, P, G, L + R, M, N)
     tiles_0 = gl.cdiv(gl.minimum(place + m, t), N)  # the first half may read one less
     queries, keys = (q_nope, q_rope, do, loaded), (c_ring, r_ring, full, free)
     scores, sums = (p_tiles, ds_tiles, ready, taken), (dc_tile, dr_tile, summed, added)

@@ -23,13 +23,13 @@ MASKED = gl.constexpr(float("-inf"))
 @gluon.jit
 def latent_attention_forward(
     q_nope_desc, q_rope_desc, key_nope_desc, key_rope_desc, out_desc, lse_ptr,
-    s, t, log2_scale,
+    s, t, past, log2_scale,
     P: gl.constexpr, G: gl.constexpr, L: gl.constexpr, R: gl.constexpr,
     M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """q `[s, b, P, L + R]`, key `[t, b, G, L + R]` -> out `[s, b, P, L]`, lse `[b, P, s]`.
 
-    Query i reads the keys up to i + t - s. lse is the natural logarithm, float32; log2_scale =
+    Query i reads the keys up to i + past. lse is the natural logarithm, float32; log2_scale =
     softmax scale * log2(e). Blocks of the descriptors: M / 2 queries, N keys. Programs: (query
     tile, the longest first; pair; sequence), of 4 warps and the partitions' beside them: two
     warpgroups take half of the queries each, so that one's softmax runs while the other's products
@@ -53,9 +53,9 @@ def latent_attention_forward(
         mbarrier.init(free.index(i), count=2)
     fence_async_shared()  # the copy engine sees the barriers
 
-    head, start, place, q_column, k_column, tiles = place_program(s, t, P, G, L + R, M, N)
+    head, start, place, q_column, k_column, tiles = place_program(s, t, past, P, G, L + R, M, N)
     queries, keys = (q_nope, q_rope, loaded), (c_ring, r_ring, full, free)
-    rows = (lse_ptr, head, start, place, s, log2_scale)
+    rows = (lse_ptr, head, start, place, s, t, log2_scale)
     descs = (q_nope_desc, q_rope_desc, key_nope_desc, key_rope_desc)
     gl.warp_specialize(
         [
@@ -99,15 +99,16 @@ def _attend(
     """A warpgroup: half of the queries."""
     q_nope_tiles, q_rope_tiles, loaded = queries
     c_ring, r_ring, full, free = keys
-    lse_ptr, head, start, place, s, log2_scale = rows
+    lse_ptr, head, start, place, s, t, log2_scale = rows
     dtype: gl.constexpr = out_desc.dtype
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     values: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, L, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, values, 2)
     of_rows: gl.constexpr = gl.SliceLayout(1, scores)
     start += half * m
-    place += half * m
-    places = place + gl.arange(0, m, of_rows)
+    # Past the last key there is nothing to read, and rows of zeros in the last tile.
+    places = gl.minimum(place + half * m + gl.arange(0, m, of_rows), t - 1)
+    place = gl.minimum(place + half * m, t - 1)
     q_nope, q_rope = q_nope_tiles.index(half), q_rope_tiles.index(half)
     zero = gl.zeros([m, N], gl.float32, scores)
     out = gl.zeros([m, L], gl.float32, values)

@@ -51,13 +51,29 @@ def latent_attention(query: Tensor, key: Tensor, latent_dim: int, scale: float) 
     Raises:
         ValueError: see check_supported, or the tensors are not on a Hopper GPU.
     """
-    check_supported(query, key, latent_dim)
-    if not query.is_cuda or torch.cuda.get_device_capability(query.device)[0] != 9:
-        raise ValueError(f"latent_attention runs on Hopper GPUs, not on {query.device}")
+    _check(query, key, latent_dim, causal=True)
     return _LatentAttention.apply(query, key, latent_dim, scale)
 
 
-def check_supported(query: Tensor, key: Tensor, latent_dim: int) -> None:
+def latent_attention_with_lse(
+    query: Tensor, key: Tensor, latent_dim: int, scale: float, *, causal: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The same without gradients, and the logarithm of each query's softmax denominator.
+
+    Args:
+        causal: off, every query reads all keys, and there may be fewer keys than queries.
+
+    Returns:
+        `[s, b, P, latent_dim]` in query's dtype and `[b, P, s]` float32.
+
+    Raises:
+        ValueError: see latent_attention.
+    """
+    _check(query, key, latent_dim, causal)
+    return _forward(query.contiguous(), key.contiguous(), latent_dim, scale, causal)
+
+
+def check_supported(query: Tensor, key: Tensor, latent_dim: int, *, causal: bool = True) -> None:
     """Refuse what the kernels do not take.
 
     Raises:
@@ -67,7 +83,8 @@ def check_supported(query: Tensor, key: Tensor, latent_dim: int) -> None:
     for name, x in (("query", query), ("key", key)):
         if x.dtype not in _DTYPES or x.dtype != query.dtype:
             raise ValueError(f"{name} is {x.dtype}; latent_attention takes bfloat16 or float16")
-        if x.dim() != 4 or (x.size(1), x.size(3)) != (query.size(1), width) or len(x) < len(query):
+        too_few = causal and len(x) < len(query)
+        if x.dim() != 4 or (x.size(1), x.size(3)) != (query.size(1), width) or too_few:
             raise ValueError(
                 f"query is {list(query.shape)} and {name} {list(x.shape)}; they are [s, b, P, e]"
                 " and [t, b, G, e] with t >= s"
@@ -81,23 +98,33 @@ def check_supported(query: Tensor, key: Tensor, latent_dim: int) -> None:
         raise ValueError(f"{query.size(2)} query heads are no multiple of {key.size(2)} key heads")
 
 
+def _check(query: Tensor, key: Tensor, latent_dim: int, causal: bool) -> None:
+    check_supported(query, key, latent_dim, causal=causal)
+    if not query.is_cuda or torch.cuda.get_device_capability(query.device)[0] != 9:
+        raise ValueError(f"latent_attention runs on Hopper GPUs, not on {query.device}")
+
+
+def _forward(query: Tensor, key: Tensor, latent_dim: int, scale: float, causal: bool):
+    s, b, pairs, width = query.shape
+    t, rope, half = key.size(0), width - latent_dim, QUERIES // 2
+    out = query.new_empty(s, b, pairs, latent_dim)
+    lse = query.new_empty(b, pairs, s, dtype=torch.float32)
+    with torch.cuda.device_of(query):
+        latent_attention_forward[(triton.cdiv(s, QUERIES), pairs, b)](
+            _rows(query, half, latent_dim), _rows(query, half, rope),
+            _rows(key, FORWARD_KEYS, latent_dim), _rows(key, FORWARD_KEYS, rope),
+            _rows(out, half, latent_dim), lse, s, t, t - s if causal else t,
+            scale / math.log(2), P=pairs, G=key.size(2), L=latent_dim, R=rope,
+            M=QUERIES, N=FORWARD_KEYS, STAGES=STAGES, **FORWARD_LAUNCH,
+        )  # fmt: skip
+    return out, lse
+
+
 class _LatentAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, latent_dim: int, scale: float) -> Tensor:
         query, key = query.contiguous(), key.contiguous()
-        s, b, pairs, width = query.shape
-        out = query.new_empty(s, b, pairs, latent_dim)
-        lse = query.new_empty(b, pairs, s, dtype=torch.float32)
-        rope = width - latent_dim
-        with torch.cuda.device_of(query):
-            half = QUERIES // 2
-            latent_attention_forward[(triton.cdiv(s, QUERIES), pairs, b)](
-                _rows(query, half, latent_dim), _rows(query, half, rope),
-                _rows(key, FORWARD_KEYS, latent_dim), _rows(key, FORWARD_KEYS, rope),
-                _rows(out, half, latent_dim), lse, s, key.size(0), scale / math.log(2),
-                P=pairs, G=key.size(2), L=latent_dim, R=rope,
-                M=QUERIES, N=FORWARD_KEYS, STAGES=STAGES, **FORWARD_LAUNCH,
-            )  # fmt: skip
+        out, lse = _forward(query, key, latent_dim, scale, causal=True)
         ctx.save_for_backward(query, key, out, lse)
         ctx.scale = scale
         return out
@@ -124,7 +151,7 @@ class _LatentAttention(torch.autograd.Function):
                 _rows(grad, half, latent_dim),
                 _rows(grad_query, half, latent_dim), _rows(grad_query, half, rope),
                 _rows(grad_key, BACKWARD_KEYS, latent_dim), _rows(grad_key, BACKWARD_KEYS, rope),
-                lse, delta, s, key.size(0), ctx.scale, ctx.scale / math.log(2),
+                lse, delta, s, key.size(0), key.size(0) - s, ctx.scale, ctx.scale / math.log(2),
                 P=pairs, G=key.size(2), L=latent_dim, R=rope,
                 M=QUERIES, N=BACKWARD_KEYS, **BACKWARD_LAUNCH,
             )  # fmt: skip

@@ -32,9 +32,10 @@ def load_rows(nope_desc, rope_desc, row, column, nope, rope, bar, L: gl.constexp
 
 @gluon.jit
 def place_program(
-    s, t, P: gl.constexpr, G: gl.constexpr, W: gl.constexpr, M: gl.constexpr, N: gl.constexpr
+    s, t, past, P: gl.constexpr, G: gl.constexpr, W: gl.constexpr, M: gl.constexpr, N: gl.constexpr
 ):  # fmt: skip
-    """Of a program (query tile, the longest first; pair; sequence).
+    """Of a program (query tile, the longest first; pair; sequence): its query i reads keys up to
+    i + past.
 
     Returns: its (sequence, pair), counted through; its first query, and that one's place among the
     keys; columns of the pair's queries and keys, W wide each; the tiles of N keys that its M
@@ -42,7 +43,7 @@ def place_program(
     """
     pair, seq = gl.program_id(1), gl.program_id(2)
     start = (gl.num_programs(0) - 1 - gl.program_id(0)) * M
-    place = start + t - s
+    place = start + past
     head = seq * P + pair
     k_column = (seq * G + pair // (P // G)) * W
     return head, start, place, head * W, k_column, gl.cdiv(gl.minimum(place + M, t), N)
