@@ -157,6 +157,7 @@ def _attend(
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, L, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, R, 16])
+    left: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
     start += half * m
     place += half * m
     row = start + gl.arange(0, m, gl.SliceLayout(1, layout))
@@ -188,13 +189,16 @@ def _attend(
         mbarrier.wait(taken.index(half), (j + 1) & 1)
         p_tile.store(p)
         dp = warpgroup_mma_wait(0, deps=[dp])
-        ds_tile.store((p.to(gl.float32) * (dp * scale - delta[:, None])).to(dtype))
+        ds = (p.to(gl.float32) * (dp * scale - delta[:, None])).to(dtype)
+        operand = gl.convert_layout(ds, left)
+        dq_nope = warpgroup_mma(operand, c_ring.index(stage), dq_nope, is_async=True)
+        dq_rope = warpgroup_mma(operand, r_ring.index(stage), dq_rope, is_async=True)
+        ds_tile.store(ds)
         fence_async_shared()
         gl.thread_barrier()
         mbarrier.arrive(ready.index(half), count=1)
-        dq_nope = warpgroup_mma(ds_tile, c_ring.index(stage), dq_nope, is_async=True)
-        dq_rope = warpgroup_mma(ds_tile, r_ring.index(stage), dq_rope, is_async=True)
-        dq_nope, dq_rope = warpgroup_mma_wait(0, deps=[dq_nope, dq_rope])
+        # Named, so that the operand keeps its registers until here.
+        dq_nope, dq_rope, operand = warpgroup_mma_wait(0, deps=[dq_nope, dq_rope, operand])
         gl.thread_barrier()
         mbarrier.arrive(free.index(stage), count=1)
 
