@@ -48,6 +48,8 @@ class Assumptions:
     """Share of the peak that a layer's matrix products reach, launches and gaps included."""
     core: float = 0.45
     """Share of the bf16 peak that the attention core reaches (on an H100 360 to 460 TFLOP/s)."""
+    latent_core: float = 0.55
+    """The same of this project's kernels of the absorbed form, on Hopper."""
     bandwidth: float = 0.8
     """Share of the memory's rate that elementwise work and the optimizer reach."""
     network: float = 0.75
@@ -62,10 +64,11 @@ class Assumptions:
     """Start-up time of one collective while decoding."""
 
     def __post_init__(self) -> None:
-        for name in ("gemm", "core", "bandwidth", "network", "memory"):
+        for name in ("gemm", "core", "latent_core", "bandwidth", "network", "memory"):
             value = getattr(self, name)
             if not 0 < value <= 1:
-                raise ValueError(f"--{name} is {value}; use a share above 0 and at most 1")
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} is {value}; use a share above 0 and at most 1")
         for name in ("passes", "dp_overlap", "collective_us"):
             value = getattr(self, name)
             if not 0 <= value < float("inf"):

@@ -109,7 +109,9 @@ def micro_batch_seconds(
     # Flash-style backwards repeat the score product: 7 products where 6 are counted.
     core *= 7 / 6
     peak = (gpu.fp8_tflops if fp8 else gpu.bf16_tflops) * 1e12 * assume.gemm
-    core_peak = gpu.bf16_tflops * 1e12 * assume.core
+    own = shape.attention == "mlra" and shape.absorbed and shape.latent_dim <= 128
+    share = assume.latent_core if own and gpu.name in ("h100", "h200") else assume.core
+    core_peak = gpu.bf16_tflops * 1e12 * share
     stage = tokens / layout.tp / layout.pp
     output_peak = gpu.bf16_tflops * 1e12 * assume.gemm
     last = tokens / layout.tp * output / output_peak
