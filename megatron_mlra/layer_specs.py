@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 
-import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_layer_specs,
@@ -84,10 +83,8 @@ def _core_attention(config: MLRAConfig):
 
 def _latent_core_misfit(config: MLRAConfig) -> str | None:
     """Why this project's kernels of the absorbed core cannot run, and what to use."""
-    from mlra_kernels.latent_attention import LATENT_DIMS, ROPE_DIMS
+    from mlra_kernels.latent_attention import misfit
 
-    latent, rope = config.latent_dim, config.qk_rope_head_dim
-    is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
     for wrong, said in (
         (not config.absorbed, "attends in latent space; use core_form absorbed"),
         (
@@ -103,16 +100,10 @@ def _latent_core_misfit(config: MLRAConfig) -> str | None:
             config.fp8_dot_product_attention,
             "has no FP8 and fp8_dot_product_attention is on; use core_backend te",
         ),
-        (
-            latent not in LATENT_DIMS or rope not in ROPE_DIMS,
-            "takes latent heads of 32, 64 or 128 dims and 16, 32 or 64 RoPE dims, not"
-            f" {latent} and {rope}; use those",
-        ),
-        (not is_hopper, "runs on Hopper GPUs (H100, H200); use one"),
     ):
         if wrong:
             return said
-    return None
+    return misfit(config.latent_dim, config.qk_rope_head_dim)
 
 
 def layer_spec(config: TransformerConfig) -> ModuleSpec:

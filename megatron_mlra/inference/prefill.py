@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_mlra.checkpoint.description import ModelDescription
 from megatron_mlra.inference.weights import LatentWeights
-from mlra_kernels.latent_attention import LATENT_DIMS, ROPE_DIMS, latent_attention_with_lse
+from mlra_kernels.latent_attention import latent_attention_with_lse, misfit
 from mlra_kernels.latent_decode import merge_states
 from mlra_kernels.latent_decode.reference import merge_states_reference, split_cache
 
@@ -65,13 +65,8 @@ def _is_part(v: Tensor, k: Tensor) -> bool:
 
 
 def _latent_kernels_take(q: Tensor, latent_dim: int) -> bool:
-    return (
-        q.is_cuda
-        and torch.cuda.get_device_capability(q.device)[0] == 9
-        and q.dtype in (torch.bfloat16, torch.float16)
-        and latent_dim in LATENT_DIMS
-        and q.size(-1) - latent_dim in ROPE_DIMS
-    )
+    half = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    return half and misfit(latent_dim, q.size(-1) - latent_dim) is None
 
 
 def _attend(

@@ -72,6 +72,13 @@ def test_other_gpus(capability, monkeypatch) -> None:
         core_of(core_backend="latent")
 
 
+def test_another_triton(monkeypatch) -> None:
+    monkeypatch.setattr("triton.__version__", "3.7.1")
+    assert core_of() is te_core_attention
+    with pytest.raises(ValueError, match=r"needs Triton 3.6 and 3.7.1 is installed; use that, or"):
+        core_of(core_backend="latent")
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [

@@ -120,6 +120,10 @@ def compiled(kernel, types, constants, folder, launch) -> tuple[str, int, int]:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     run = [str(tool), "--dump-resource-usage", "--dump-sass", str(file)]
     text = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+    (folder / "kernel.ptx").write_text(binary.asm["ptx"])
+    again = [str(tool.parent / "ptxas"), "--gpu-name=sm_90a", "-v", str(folder / "kernel.ptx")]
+    said = subprocess.run([*again, "-o", "/dev/null"], capture_output=True, text=True, check=True)
+    assert "Performance Loss" not in said.stderr, "products wait for each other: " + said.stderr
     return text, binary.metadata.shared, int(re.search(r"STACK:(\d+)", text)[1])
 
 

@@ -17,6 +17,9 @@ from mlra_kernels.latent_attention.forward_kernel import latent_attention_forwar
 LATENT_DIMS, ROPE_DIMS = (32, 64, 128), (16, 32, 64)
 """What the kernels take."""
 
+TRITON = "3.6"
+"""Gluon changes from one version to the next."""
+
 QUERIES = 128
 """Of a program, both passes: two warpgroups take 64 each."""
 
@@ -71,6 +74,26 @@ def latent_attention_with_lse(
     """
     _check(query, key, latent_dim, causal)
     return _forward(query.contiguous(), key.contiguous(), latent_dim, scale, causal)
+
+
+def misfit(latent_dim: int, rope_dim: int) -> str | None:
+    """Why the kernels cannot run such a model here, and what to use; None where they can."""
+    is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+    for wrong, said in (
+        (
+            latent_dim not in LATENT_DIMS or rope_dim not in ROPE_DIMS,
+            "takes latent heads of 32, 64 or 128 dims and 16, 32 or 64 RoPE dims, not"
+            f" {latent_dim} and {rope_dim}; use those",
+        ),
+        (not is_hopper, "runs on Hopper GPUs (H100, H200); use one"),
+        (
+            not triton.__version__.startswith(TRITON + "."),
+            f"needs Triton {TRITON} and {triton.__version__} is installed; use that",
+        ),
+    ):
+        if wrong:
+            return said
+    return None
 
 
 def check_supported(query: Tensor, key: Tensor, latent_dim: int, *, causal: bool = True) -> None:
