@@ -73,10 +73,9 @@ def _core_attention(config: MLRAConfig):
             "core_backend te needs Transformer Engine, which is not installed; install the extra"
             " megatron-mlra[te] or use core_backend sdpa"
         )
-    misfit = _latent_core_misfit(config)
-    if backend == "latent" and misfit:
+    if backend == "latent" and (misfit := _latent_core_misfit(config)):
         raise ValueError(f"core_backend latent {misfit}, or core_backend auto")
-    if config.core_backend == "auto" and backend == "te" and not misfit:
+    if backend == "te" and config.core_backend == "auto" and not _latent_core_misfit(config):
         return hopper_core_attention
     return _CORES[backend]
 

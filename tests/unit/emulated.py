@@ -61,6 +61,7 @@ class _Machine:
         peers.append(self)
         self.clock: Counter[int] = Counter({self.me: 1})
         """Of every partition, up to where its work lies before what this one does next."""
+        self.barriers: list[Barrier] = []
         self.yields: Callable[[], None] | None = None
         self.steps = 0
         """Waits that ended."""
@@ -85,7 +86,6 @@ class _Machine:
             expect=self.expect,
             arrive=self.arrive,
             wait=self.wait,
-            invalidate=self.invalidate,
             MBarrierLayout=lambda: Barrier,
         )
         layout = types.SimpleNamespace(get_default_for=lambda shape, dtype: None)
@@ -173,6 +173,8 @@ class _Machine:
     def finish(self) -> None:
         self.drain(0)
         assert not self.leaving, "a copy out is still under way"
+        for bar in self.barriers:
+            assert not bar.expected and not bar.copies, "a copy is still under way"
 
     def static_range(self, *bounds: int):
         return range(*bounds)
@@ -213,7 +215,9 @@ class _Machine:
 
     def allocate_shared_memory(self, dtype: torch.dtype, shape, layout):
         if layout is Barrier:
-            return types.SimpleNamespace(index=[Barrier() for _ in range(shape[0])].__getitem__)
+            barriers = [Barrier() for _ in range(shape[0])]
+            self.barriers += barriers
+            return types.SimpleNamespace(index=barriers.__getitem__)
         return Shared(torch.full(shape, torch.nan, dtype=dtype), self)
 
     def load(self, pointer: Pointer, mask: Tensor, other: float) -> Tensor:
@@ -285,9 +289,7 @@ class _Machine:
         self.read.update(self.leaving)
         self.leaving.clear()
 
-    def wait(self, bar: Barrier, phase: int, pred: bool = True) -> None:
-        if not pred:
-            return
+    def wait(self, bar: Barrier, phase: int) -> None:
         self.land(bar)
         while bar.phases % 2 == phase:
             assert self.yields, "this wait never ends"
@@ -295,9 +297,6 @@ class _Machine:
             self.land(bar)
         self.clock |= bar.clock
         self.steps += 1
-
-    def invalidate(self, bar: Barrier) -> None:
-        assert not bar.expected and not bar.copies, "a copy is still under way"
 
     def product(self, a, b: Shared, acc, *, use_acc: bool = True, is_async: bool) -> _Token:
         token = _Token()

@@ -19,9 +19,6 @@ class Pointer:
     def __add__(self, offset) -> Pointer:
         return Pointer(self.data, self.at + offset)
 
-    def __getitem__(self, index) -> Pointer:
-        return Pointer(self.data, self.at[index])
-
 
 class Descriptor:
     """A 2-D tensor to the copy engine, in blocks; what lies outside reads as 0."""

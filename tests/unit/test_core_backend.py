@@ -32,7 +32,7 @@ SIZES = {
 def installed(monkeypatch) -> None:
     monkeypatch.setattr(layer_specs, "HAVE_TE", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
 
 
 def core_of(**overrides):
@@ -66,7 +66,7 @@ def test_choice(overrides, core) -> None:
 
 @pytest.mark.parametrize("capability", [(8, 0), (10, 0)])
 def test_other_gpus(capability, monkeypatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     assert core_of() is te_core_attention
     with pytest.raises(ValueError, match="core_backend latent runs on Hopper GPUs"):
         core_of(core_backend="latent")

@@ -21,14 +21,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from mlra_kernels.latent_attention.tiles import (
+    MASKED,
     async_add_shared_to_global,
-    load_rows,
+    load_keys,
     opaque,
     place_program,
 )
 
 LOG2E = gl.constexpr(1.4426950408889634)
-MASKED = gl.constexpr(float("-inf"))
 
 
 @gluon.jit
@@ -123,7 +123,6 @@ def _load(
 ):
     """A warp: loads queries and dO, then keys into the stages that both halves are done with."""
     q_nope, q_rope, do, loaded = queries
-    c_ring, r_ring, full, free = keys
     q_nope_desc, q_rope_desc, do_desc, key_nope_desc, key_rope_desc = descs
     q_column, do_column, k_column = columns
     size: gl.constexpr = q_nope_desc.block_type.nbytes + q_rope_desc.block_type.nbytes
@@ -133,13 +132,7 @@ def _load(
         tma.async_copy_global_to_shared(q_nope_desc, [row, q_column], bar, q_nope.index(half))
         tma.async_copy_global_to_shared(q_rope_desc, [row, q_column + L], bar, q_rope.index(half))
         tma.async_copy_global_to_shared(do_desc, [row, do_column], bar, do.index(half))
-    for j in range(tiles):
-        stage = j & 1
-        mbarrier.wait(free.index(stage), (j // 2 + 1) & 1)
-        load_rows(
-            key_nope_desc, key_rope_desc, j * N, k_column,
-            c_ring.index(stage), r_ring.index(stage), full.index(stage), L,
-        )  # fmt: skip
+    load_keys(key_nope_desc, key_rope_desc, keys, k_column, 0, N, tiles, L, 2)
 
 
 @gluon.jit

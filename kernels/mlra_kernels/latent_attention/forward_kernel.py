@@ -14,10 +14,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mlra_kernels.latent_attention.tiles import load_rows, place_program
+from mlra_kernels.latent_attention.tiles import MASKED, load_keys, load_rows, place_program
 
 LN2 = gl.constexpr(0.6931471805599453)
-MASKED = gl.constexpr(float("-inf"))
 
 
 @gluon.jit
@@ -75,20 +74,14 @@ def _load(
 ):  # fmt: skip
     """A warp: loads the queries, then keys into the stages that both halves are done with."""
     q_nope, q_rope, loaded = queries
-    c_ring, r_ring, full, free = keys
     q_nope_desc, q_rope_desc, key_nope_desc, key_rope_desc = descs
     for half in gl.static_range(2):
         load_rows(
             q_nope_desc, q_rope_desc, start + half * m, q_column,
             q_nope.index(half), q_rope.index(half), loaded.index(half), L,
         )  # fmt: skip
-    for j in range(tiles):
-        stage = j % STAGES
-        mbarrier.wait(free.index(stage), (j // STAGES + 1) & 1)
-        load_rows(
-            key_nope_desc, key_rope_desc, (tiles - 1 - j) * N, k_column,
-            c_ring.index(stage), r_ring.index(stage), full.index(stage), L,
-        )  # fmt: skip
+    last = (tiles - 1) * N
+    load_keys(key_nope_desc, key_rope_desc, keys, k_column, last, -N, tiles, L, STAGES)
 
 
 @gluon.jit

@@ -78,14 +78,16 @@ def latent_attention_with_lse(
 
 def misfit(latent_dim: int, rope_dim: int) -> str | None:
     """Why the kernels cannot run such a model here, and what to use; None where they can."""
-    is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
     for wrong, said in (
         (
-            latent_dim not in LATENT_DIMS or rope_dim not in ROPE_DIMS,
+            not _takes_sizes(latent_dim, rope_dim),
             "takes latent heads of 32, 64 or 128 dims and 16, 32 or 64 RoPE dims, not"
             f" {latent_dim} and {rope_dim}; use those",
         ),
-        (not is_hopper, "runs on Hopper GPUs (H100, H200); use one"),
+        (
+            not (torch.cuda.is_available() and _is_hopper()),
+            "runs on Hopper GPUs (H100, H200); use one",
+        ),
         (
             not triton.__version__.startswith(TRITON + "."),
             f"needs Triton {TRITON} and {triton.__version__} is installed; use that",
@@ -112,7 +114,7 @@ def check_supported(query: Tensor, key: Tensor, latent_dim: int, *, causal: bool
                 f"query is {list(query.shape)} and {name} {list(x.shape)}; they are [s, b, P, e]"
                 " and [t, b, G, e] with t >= s"
             )
-    if latent_dim not in LATENT_DIMS or rope not in ROPE_DIMS:
+    if not _takes_sizes(latent_dim, rope):
         raise ValueError(
             f"latent dim {latent_dim} with {rope} RoPE dims; latent_attention takes 32, 64 or 128"
             " with 16, 32 or 64"
@@ -121,9 +123,17 @@ def check_supported(query: Tensor, key: Tensor, latent_dim: int, *, causal: bool
         raise ValueError(f"{query.size(2)} query heads are no multiple of {key.size(2)} key heads")
 
 
+def _takes_sizes(latent_dim: int, rope_dim: int) -> bool:
+    return latent_dim in LATENT_DIMS and rope_dim in ROPE_DIMS
+
+
+def _is_hopper(device: torch.device | None = None) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
 def _check(query: Tensor, key: Tensor, latent_dim: int, causal: bool) -> None:
     check_supported(query, key, latent_dim, causal=causal)
-    if not query.is_cuda or torch.cuda.get_device_capability(query.device)[0] != 9:
+    if not (query.is_cuda and _is_hopper(query.device)):
         raise ValueError(f"latent_attention runs on Hopper GPUs, not on {query.device}")
 
 

@@ -6,6 +6,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+MASKED = gl.constexpr(float("-inf"))
+"""A score of a key that a query does not read."""
+
 
 @builtin
 def async_add_shared_to_global(tensor_desc, coord, src, _semantic=None):
@@ -28,6 +31,22 @@ def load_rows(nope_desc, rope_desc, row, column, nope, rope, bar, L: gl.constexp
     mbarrier.expect(bar, nope_desc.block_type.nbytes + rope_desc.block_type.nbytes)
     tma.async_copy_global_to_shared(nope_desc, [row, column], bar, nope)
     tma.async_copy_global_to_shared(rope_desc, [row, column + L], bar, rope)
+
+
+@gluon.jit
+def load_keys(
+    nope_desc, rope_desc, keys, column, first, step, tiles, L: gl.constexpr, STAGES: gl.constexpr
+):
+    """Load `tiles` tiles of keys, the rows from `first` and every `step` on, one after the other
+    into the stages of a ring, each once all its readers have said that it is free."""
+    c_ring, r_ring, full, free = keys
+    for j in range(tiles):
+        stage = j % STAGES
+        mbarrier.wait(free.index(stage), (j // STAGES + 1) & 1)
+        load_rows(
+            nope_desc, rope_desc, first + j * step, column,
+            c_ring.index(stage), r_ring.index(stage), full.index(stage), L,
+        )  # fmt: skip
 
 
 @gluon.jit
