@@ -273,9 +273,9 @@ class MLRASelfAttention(Attention):
     ) -> AbstractContextManager:
         """Where the absorbed core keeps the way to its query instead of the query."""
         config = self.config
-        # These cores are called for every span, and each call would rebuild the whole query.
+        # torch's core is called for every span, and each call would rebuild the whole query.
         backend = resolve_core_backend(config.core_backend, config.transformer_impl)
-        many_calls = backend != "te" and len(plan.spans) > 2
+        many_calls = backend == "sdpa" and len(plan.spans) > 2
         if many_calls or not (config.absorbed and config.recompute_absorbed_query):
             return nullcontext()
         w_uk = self._up_projections[0].detach()

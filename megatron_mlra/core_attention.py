@@ -30,9 +30,6 @@ if HAVE_TE:
     class TECoreAttention(TEDotProductAttention):
         """Transformer Engine's attention over the spans of a TokenPlan."""
 
-        latent_scale: float | None = None
-        """Given, this project's kernels take what is not packed, with this scale of the scores."""
-
         def forward(
             self,
             query: Tensor,
@@ -42,12 +39,9 @@ if HAVE_TE:
             plan: TokenPlan | None = None,
         ) -> Tensor:
             """See the module's docstring; it sees no mask."""
-            packed = plan is not None and plan.is_packed
-            if self.latent_scale is not None and not packed:
-                return _attend_to_latents(query, key, value, plan, self.latent_scale)
             if plan is None or plan.is_whole:
                 return super().forward(query, key, value, None, AttnMaskType.causal)
-            if packed:
+            if plan.is_packed:
                 return self._packed(query, key, value, plan)
             parts = [
                 super(TECoreAttention, self).forward(
@@ -185,20 +179,11 @@ class LatentCoreAttention(_CoreAttention):
         plan: TokenPlan | None = None,
     ) -> Tensor:
         """See the module's docstring; `value` is the first columns of `key`. It sees no mask."""
-        return _attend_to_latents(query, key, value, plan, self.softmax_scale)
+        from mlra_kernels.latent_attention import latent_attention
 
-
-def _attend_to_latents(
-    query: Tensor, key: Tensor, value: Tensor, plan: TokenPlan | None, scale: float
-) -> Tensor:
-    from mlra_kernels.latent_attention import latent_attention
-
-    spans = [(0, len(query), 0, len(key))] if plan is None else plan.spans
-    parts = [
-        latent_attention(query[a:b], key[start:stop], value.size(-1), scale)
-        for a, b, start, stop in spans
-    ]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(2)
+        ranges = None if plan is None or plan.is_whole else plan.key_ranges
+        out = latent_attention(query, key, value.size(-1), self.softmax_scale, ranges)
+        return out.flatten(2)
 
 
 def _lower_right(s: int, t: int, device: torch.device) -> Tensor:
@@ -250,11 +235,3 @@ def te_core_attention(
         v_channels=v_channels,
         pg_collection=pg_collection,
     )
-
-
-def hopper_core_attention(config: MLRAConfig, *args, softmax_scale: float, **kwargs):
-    """Transformer Engine's attention for packed documents, `mlra_kernels.latent_attention` for all
-    else."""
-    core = te_core_attention(config, *args, softmax_scale=softmax_scale, **kwargs)
-    core.latent_scale = softmax_scale
-    return core

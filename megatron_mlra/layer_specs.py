@@ -30,7 +30,6 @@ from megatron_mlra.config import MLRAConfig, resolve_core_backend
 from megatron_mlra.core_attention import (
     LatentCoreAttention,
     SDPACoreAttention,
-    hopper_core_attention,
     te_core_attention,
 )
 from megatron_mlra.projections import LatentColumnParallelLinear, RMSNorm
@@ -76,7 +75,7 @@ def _core_attention(config: MLRAConfig):
     if backend == "latent" and (misfit := _latent_core_misfit(config)):
         raise ValueError(f"core_backend latent {misfit}, or core_backend auto")
     if backend == "te" and config.core_backend == "auto" and not _latent_core_misfit(config):
-        return hopper_core_attention
+        return LatentCoreAttention
     return _CORES[backend]
 
 

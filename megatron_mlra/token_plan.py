@@ -96,6 +96,14 @@ class TokenPlan:
             index,
         )
 
+    @cached_property
+    @torch.inference_mode(False)
+    def key_ranges(self) -> Tensor:
+        """The spans as `mlra_kernels.latent_attention` takes them, on the device of the tokens."""
+        from mlra_kernels.latent_attention import key_ranges
+
+        return key_ranges(self.spans).to(self.key_positions.device)
+
 
 def plan_tokens(
     local: int,

@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from mlra_kernels.latent_attention import latent_attention, latent_attention_with_lse
+from mlra_kernels.latent_attention import key_ranges, latent_attention, latent_attention_with_lse
 
 pytestmark = pytest.mark.gpu
 
@@ -28,19 +28,46 @@ SHAPES = {
 }
 
 
-def oracle(query, key, grad, latent_dim, scale):
+# Spans of queries and their keys beside the sizes: documents, and a rank's share of some.
+SPANS = {
+    "documents": (
+        (1000, 1000, 1, 24, 4, 128, 64),
+        ((0, 1, 0, 1), (1, 300, 1, 300), (300, 307, 300, 307), (307, 1000, 307, 1000)),
+    ),
+    "a rank's chunks": ((512, 2048, 2, 8, 4, 128, 64), ((0, 256, 0, 256), (256, 512, 0, 2048))),
+    "a rank's documents": (
+        (400, 800, 1, 8, 2, 64, 32),
+        ((0, 130, 0, 130), (130, 260, 0, 520), (260, 330, 520, 590), (330, 400, 520, 800)),
+    ),
+    "short documents": (
+        (600, 600, 1, 4, 1, 32, 16),
+        tuple((a, a + 5, a, a + 5) for a in range(0, 600, 5)),
+    ),
+}
+
+
+def oracle(query, key, grad, latent_dim, scale, ranges=None):
     query, key = (x.double().requires_grad_() for x in (query, key))
     keys = key.repeat_interleave(query.size(2) // key.size(2), 2)
     x = torch.einsum("sbpe,tbpe->bpst", query, keys) * scale
-    future = torch.ones(x.shape[-2:], device=x.device).triu(1 + len(key) - len(query)).bool()
-    weights = x.masked_fill(future, -math.inf).softmax(-1)
+    at = torch.arange(len(key), device=x.device)
+    if ranges is None:
+        unread = at > at[len(key) - len(query) :, None]
+    else:
+        unread = (at < ranges[0, :, None]) | (at > ranges[1, :, None])
+    weights = x.masked_fill(unread, -math.inf).softmax(-1)
     out = torch.einsum("bpst,tbpl->sbpl", weights, keys[..., :latent_dim])
     return out, *torch.autograd.grad(out, (query, key), grad.double())
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_output_and_gradients(shape, dtype) -> None:
+@pytest.mark.parametrize(
+    ("shape", "spans"),
+    [*((shape, None) for shape in SHAPES.values()), *SPANS.values()],
+    ids=[*SHAPES, *SPANS],
+)
+def test_output_and_gradients(shape, spans, dtype) -> None:
+    ranges = key_ranges(spans).cuda() if spans else None
     s, t, b, pairs, groups, latent, rope = shape
     generator = torch.Generator("cuda").manual_seed(1)
 
@@ -51,9 +78,9 @@ def test_output_and_gradients(shape, dtype) -> None:
     query, key = draw(s, pairs, latent + rope), draw(t, groups, latent + rope)
     grad, scale = draw(s, pairs, latent), (latent + rope) ** -0.5
     leaves = [x.requires_grad_() for x in (query, key)]
-    out = latent_attention(*leaves, latent, scale)
+    out = latent_attention(*leaves, latent, scale, ranges)
     found = (out, *torch.autograd.grad(out, leaves, grad))
-    expected = oracle(query.detach(), key.detach(), grad, latent, scale)
+    expected = oracle(query.detach(), key.detach(), grad, latent, scale, ranges)
     for what, ours, theirs in zip(("out", "query", "key"), found, expected, strict=True):
         assert ours.dtype == dtype and ours.shape == theirs.shape
         # A query with one key has no gradient.

@@ -220,7 +220,10 @@ class _Machine:
             return types.SimpleNamespace(index=barriers.__getitem__)
         return Shared(torch.full(shape, torch.nan, dtype=dtype), self)
 
-    def load(self, pointer: Pointer, mask: Tensor, other: float) -> Tensor:
+    def load(self, pointer: Pointer, mask: Tensor | None = None, other: float = 0.0):
+        if mask is None:
+            value = pointer.data.view(-1)[pointer.at]
+            return value if value.dim() else value.item()
         return torch.where(mask, pointer.data.flatten()[torch.where(mask, pointer.at, 0)], other)
 
     def store(self, pointer: Pointer, value: Tensor, mask: Tensor) -> None:

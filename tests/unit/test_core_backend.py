@@ -8,7 +8,6 @@ from megatron_mlra.config import MLRAConfig
 from megatron_mlra.core_attention import (
     LatentCoreAttention,
     SDPACoreAttention,
-    hopper_core_attention,
     te_core_attention,
 )
 
@@ -45,7 +44,7 @@ def core_of(**overrides):
 @pytest.mark.parametrize(
     ("overrides", "core"),
     [
-        ({}, hopper_core_attention),
+        ({}, LatentCoreAttention),
         ({"transformer_impl": "local"}, SDPACoreAttention),
         ({"core_backend": "te"}, te_core_attention),
         ({"core_backend": "sdpa"}, SDPACoreAttention),

@@ -119,6 +119,8 @@ def test_every_token_attends_to_its_documents_past(cp, bounds, cut_documents):
         if plan.positions is not None:
             assert plan.positions.equal(place)
             assert plan.key_positions.equal(torch.arange(tokens) - first)
+            assert plan.key_ranges.tolist() == [first[own].tolist(), own]
+            assert (plan.key_ranges.diff() >= 0).all(), "neither end falls"
         seen += own
         work.append(int((place + 1).sum()))
     assert sorted(seen) == list(range(tokens))

@@ -2,9 +2,16 @@
 
 from mlra_kernels.latent_attention.ops import (
     check_supported,
+    key_ranges,
     latent_attention,
     latent_attention_with_lse,
     misfit,
 )
 
-__all__ = ["check_supported", "latent_attention", "latent_attention_with_lse", "misfit"]
+__all__ = [
+    "check_supported",
+    "key_ranges",
+    "latent_attention",
+    "latent_attention_with_lse",
+    "misfit",
+]

@@ -21,11 +21,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from mlra_kernels.latent_attention.tiles import (
-    MASKED,
     async_add_shared_to_global,
+    keys_read_by_all,
     load_keys,
+    mask,
     opaque,
     place_program,
+    tiles_read,
 )
 
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -54,15 +56,16 @@ def row_products(
 @gluon.jit
 def latent_attention_backward(
     q_nope_desc, q_rope_desc, key_nope_desc, key_rope_desc, do_desc, dq_nope_desc, dq_rope_desc,
-    dkey_nope_desc, dkey_rope_desc, lse_ptr, delta_ptr, s, t, past, scale, log2_scale,
+    dkey_nope_desc, dkey_rope_desc, lse_ptr, delta_ptr, ranges_ptr, s, t, past, scale, log2_scale,
     P: gl.constexpr, G: gl.constexpr, L: gl.constexpr, R: gl.constexpr,
-    M: gl.constexpr, N: gl.constexpr,
+    M: gl.constexpr, N: gl.constexpr, RANGES: gl.constexpr,
 ):  # fmt: skip
     """q, dq `[s, b, P, L + R]`; key `[t, b, G, L + R]`; dO `[s, b, P, L]`; lse, delta `[b, P, s]`
-    and dkey `[t, b, G, L + R]`, to which is added, both in float32.
+    and dkey `[t, b, G, L + R]`, to which is added, both in float32. Which keys a query reads: see
+    the forward.
 
-    Blocks of the descriptors: M / 2 queries, N keys. Programs: (query tile, the longest first;
-    pair; sequence), of 4 warps and the partitions' beside them. Two warpgroups take P, dS and dq of
+    Blocks of the descriptors: M / 2 queries, N keys. Programs: (query tile, the last first; pair;
+    sequence), of 4 warps and the partitions' beside them. Two warpgroups take P, dS and dq of
     half of the queries each; a third dc and dr; one warp loads tiles of keys, one adds the third's
     sums to memory.
     """
@@ -95,22 +98,28 @@ def latent_attention_backward(
     mbarrier.init(added.index(0), count=1)
     fence_async_shared()  # the copy engine sees the barriers
 
-    head, start, place, q_column, k_column, tiles = place_program(s, t, past, P, G, L + R, M, N)
-    tiles_0 = gl.cdiv(gl.minimum(place + m, t), N)  # the first half may read one less
+    head, start, q_column, k_column = place_program(P, G, L + R, M)
+    reading = (ranges_ptr, s, t, past)
+    first, tiles = tiles_read(start, M, reading, N, RANGES)
+    if RANGES:
+        tiles_0 = tiles
+    else:
+        _, tiles_0 = tiles_read(start, m, reading, N, RANGES)  # may be one less
     queries, keys = (q_nope, q_rope, do, loaded), (c_ring, r_ring, full, free)
     scores, sums = (p_tiles, ds_tiles, ready, taken), (dc_tile, dr_tile, summed, added)
-    rows = (lse_ptr, delta_ptr, head, start, place, s, scale, log2_scale)
+    rows = (lse_ptr, delta_ptr, head, start, s, scale, log2_scale)
+    read_0, read_1 = (reading, first, tiles_0), (reading, first, tiles)
     dq = (dq_nope_desc, dq_rope_desc, q_column)
     inputs = (q_nope_desc, q_rope_desc, do_desc, key_nope_desc, key_rope_desc)
     dkey = (dkey_nope_desc, dkey_rope_desc, k_column)
     columns = (q_column, head * L, k_column)
     gl.warp_specialize(
         [
-            (_attend, (0, queries, keys, scores, rows, dq, tiles_0, L, R, m, N)),
-            (_attend, (1, queries, keys, scores, rows, dq, tiles, L, R, m, N)),
+            (_attend, (0, queries, keys, scores, rows, dq, read_0, L, R, m, N, RANGES)),
+            (_attend, (1, queries, keys, scores, rows, dq, read_1, L, R, m, N, RANGES)),
             (_sum, (queries, scores, sums, tiles_0, tiles, L, R, N)),
-            (_load, (queries, keys, inputs, start, columns, tiles, L, m, N)),
-            (_add, (sums, dkey, tiles, L, N)),
+            (_load, (queries, keys, inputs, start, columns, first, tiles, L, m, N)),
+            (_add, (sums, dkey, first, tiles, L, N)),
         ],
         [4, 4, 1, 1],
         [192, 104, 24, 24],
@@ -119,8 +128,9 @@ def latent_attention_backward(
 
 @gluon.jit
 def _load(
-    queries, keys, descs, start, columns, tiles, L: gl.constexpr, m: gl.constexpr, N: gl.constexpr
-):
+    queries, keys, descs, start, columns, first, tiles,
+    L: gl.constexpr, m: gl.constexpr, N: gl.constexpr,
+):  # fmt: skip
     """A warp: loads queries and dO, then keys into the stages that both halves are done with."""
     q_nope, q_rope, do, loaded = queries
     q_nope_desc, q_rope_desc, do_desc, key_nope_desc, key_rope_desc = descs
@@ -132,19 +142,20 @@ def _load(
         tma.async_copy_global_to_shared(q_nope_desc, [row, q_column], bar, q_nope.index(half))
         tma.async_copy_global_to_shared(q_rope_desc, [row, q_column + L], bar, q_rope.index(half))
         tma.async_copy_global_to_shared(do_desc, [row, do_column], bar, do.index(half))
-    load_keys(key_nope_desc, key_rope_desc, keys, k_column, 0, N, tiles, L, 2)
+    load_keys(key_nope_desc, key_rope_desc, keys, k_column, first * N, N, tiles, L, 2)
 
 
 @gluon.jit
 def _attend(
-    half: gl.constexpr, queries, keys, scores, rows, dq, tiles,
-    L: gl.constexpr, R: gl.constexpr, m: gl.constexpr, N: gl.constexpr,
+    half: gl.constexpr, queries, keys, scores, rows, dq, read,
+    L: gl.constexpr, R: gl.constexpr, m: gl.constexpr, N: gl.constexpr, RANGES: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: P, dS and dq of half of the queries."""
     q_nope_tiles, q_rope_tiles, do_tiles, loaded = queries
     c_ring, r_ring, full, free = keys
     p_tiles, ds_tiles, ready, taken = scores
-    lse_ptr, delta_ptr, head, start, place, s, scale, log2_scale = rows
+    lse_ptr, delta_ptr, head, start, s, scale, log2_scale = rows
+    reading, first, tiles = read
     dq_nope_desc, dq_rope_desc, q_column = dq
     dtype: gl.constexpr = dq_nope_desc.dtype
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
@@ -152,12 +163,11 @@ def _attend(
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, R, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
     start += half * m
-    place += half * m
+    by_all = keys_read_by_all(start, m, reading, RANGES)
     row = start + gl.arange(0, m, gl.SliceLayout(1, layout))
-    places = place + gl.arange(0, m, gl.SliceLayout(1, layout))
     lse = gl.load(lse_ptr + head * s + row, row < s, 0.0) * LOG2E
     delta = gl.load(delta_ptr + head * s + row, row < s, 0.0) * scale
-    zero = gl.zeros([m, N], gl.float32, layout)
+    zeros = gl.zeros([m, N], gl.float32, layout)
     dq_nope = gl.zeros([m, L], gl.float32, wide)
     dq_rope = gl.zeros([m, R], gl.float32, narrow)
     mbarrier.wait(loaded.index(half), 0)
@@ -166,19 +176,18 @@ def _attend(
         stage = j & 1
         # j >> 30 is 0, which the compiler does not know: it makes addresses anew for every tile.
         # Kept, those of all products would not fit beside the accumulators.
-        h = half + (j >> 30)
+        zero = j >> 30
+        h = half + zero
         p_tile, ds_tile = p_tiles.index(h), ds_tiles.index(h)
         mbarrier.wait(full.index(stage), (j // 2) & 1)
         c, r = c_ring.index(stage).permute((1, 0)), r_ring.index(stage).permute((1, 0))
-        x = warpgroup_mma(q_nope_tiles.index(h), c, zero, use_acc=False, is_async=True)
+        x = warpgroup_mma(q_nope_tiles.index(h), c, zeros, use_acc=False, is_async=True)
         x = warpgroup_mma(q_rope_tiles.index(h), r, x, is_async=True)
         x = warpgroup_mma_wait(0, deps=[x])
         x = x * log2_scale - lse[:, None]
-        if (j + 1) * N > place:
-            columns = j * N + gl.arange(0, N, gl.SliceLayout(0, layout))
-            x = gl.where(places[:, None] >= columns[None, :], x, MASKED)
+        x = mask(x, (first + j) * N, start + zero, by_all, reading, m, N, layout, RANGES)
         p = opaque(gl.exp2(x).to(dtype))
-        dp = warpgroup_mma(do_tiles.index(h), c, zero, use_acc=False, is_async=True)
+        dp = warpgroup_mma(do_tiles.index(h), c, zeros, use_acc=False, is_async=True)
         mbarrier.wait(taken.index(half), (j + 1) & 1)
         p_tile.store(p)
         dp = warpgroup_mma_wait(0, deps=[dp])
@@ -262,13 +271,14 @@ def _sum_tile(
 
 
 @gluon.jit
-def _add(sums, dkey, tiles, L: gl.constexpr, N: gl.constexpr):
+def _add(sums, dkey, first, tiles, L: gl.constexpr, N: gl.constexpr):
     """A warp: adds the sums of every tile to memory."""
     dc_tile, dr_tile, summed, added = sums
     dkey_nope_desc, dkey_rope_desc, column = dkey
     for j in range(tiles):
         mbarrier.wait(summed.index(0), j & 1)
-        async_add_shared_to_global(dkey_nope_desc, [j * N, column], dc_tile.index(0))
-        async_add_shared_to_global(dkey_rope_desc, [j * N, column + L], dr_tile.index(0))
+        row = (first + j) * N
+        async_add_shared_to_global(dkey_nope_desc, [row, column], dc_tile.index(0))
+        async_add_shared_to_global(dkey_rope_desc, [row, column + L], dr_tile.index(0))
         tma.store_wait(0)
         mbarrier.arrive(added.index(0), count=1)

@@ -14,7 +14,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mlra_kernels.latent_attention.tiles import MASKED, load_keys, load_rows, place_program
+from mlra_kernels.latent_attention.tiles import (
+    MASKED,
+    keys_read_by_all,
+    load_keys,
+    load_rows,
+    mask,
+    place_program,
+    tiles_read,
+)
 
 LN2 = gl.constexpr(0.6931471805599453)
 
@@ -22,17 +30,18 @@ LN2 = gl.constexpr(0.6931471805599453)
 @gluon.jit
 def latent_attention_forward(
     q_nope_desc, q_rope_desc, key_nope_desc, key_rope_desc, out_desc, lse_ptr,
-    s, t, past, log2_scale,
+    ranges_ptr, s, t, past, log2_scale,
     P: gl.constexpr, G: gl.constexpr, L: gl.constexpr, R: gl.constexpr,
-    M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+    M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, RANGES: gl.constexpr,
 ):  # fmt: skip
     """q `[s, b, P, L + R]`, key `[t, b, G, L + R]` -> out `[s, b, P, L]`, lse `[b, P, s]`.
 
-    Query i reads the keys up to i + past. lse is the natural logarithm, float32; log2_scale =
-    softmax scale * log2(e). Blocks of the descriptors: M / 2 queries, N keys. Programs: (query
-    tile, the longest first; pair; sequence), of 4 warps and the partitions' beside them: two
-    warpgroups take half of the queries each, so that one's softmax runs while the other's products
-    do, and one warp loads. Tiles of keys come from the last, so only the first ones are masked.
+    Query i reads the keys up to i + past or, with RANGES, from ranges[0, i] to ranges[1, i], which
+    never fall: int32 `[2, s]`. lse is the natural logarithm, float32; log2_scale = softmax scale *
+    log2(e). Blocks of the descriptors: M / 2 queries, N keys. Programs: (query tile, the last
+    first; pair; sequence), of 4 warps and the partitions' beside them: two warpgroups take half of
+    the queries each, so that one's softmax runs while the other's products do, and one warp loads.
+    Tiles of keys come from the last.
     """
     dtype: gl.constexpr = out_desc.dtype
     m: gl.constexpr = M // 2
@@ -52,15 +61,18 @@ def latent_attention_forward(
         mbarrier.init(free.index(i), count=2)
     fence_async_shared()  # the copy engine sees the barriers
 
-    head, start, place, q_column, k_column, tiles = place_program(s, t, past, P, G, L + R, M, N)
+    head, start, q_column, k_column = place_program(P, G, L + R, M)
+    reading = (ranges_ptr, s, t, past)
+    first, tiles = tiles_read(start, M, reading, N, RANGES)
     queries, keys = (q_nope, q_rope, loaded), (c_ring, r_ring, full, free)
-    rows = (lse_ptr, head, start, place, s, t, log2_scale)
+    rows = (lse_ptr, head, start, s, log2_scale)
+    read = (reading, first, tiles)
     descs = (q_nope_desc, q_rope_desc, key_nope_desc, key_rope_desc)
     gl.warp_specialize(
         [
-            (_attend, (0, queries, keys, anchor, out_desc, rows, tiles, L, m, N, STAGES)),
-            (_attend, (1, queries, keys, anchor, out_desc, rows, tiles, L, m, N, STAGES)),
-            (_load, (queries, keys, descs, start, q_column, k_column, tiles, L, m, N, STAGES)),
+            (_attend, (0, queries, keys, anchor, out_desc, rows, read, L, m, N, STAGES, RANGES)),
+            (_attend, (1, queries, keys, anchor, out_desc, rows, read, L, m, N, STAGES, RANGES)),
+            (_load, (queries, keys, descs, start, q_column, k_column, read, L, m, N, STAGES)),
         ],
         [4, 1],
         [240, 24],
@@ -69,39 +81,40 @@ def latent_attention_forward(
 
 @gluon.jit
 def _load(
-    queries, keys, descs, start, q_column, k_column, tiles,
+    queries, keys, descs, start, q_column, k_column, read,
     L: gl.constexpr, m: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A warp: loads the queries, then keys into the stages that both halves are done with."""
     q_nope, q_rope, loaded = queries
     q_nope_desc, q_rope_desc, key_nope_desc, key_rope_desc = descs
+    _, first, tiles = read
     for half in gl.static_range(2):
         load_rows(
             q_nope_desc, q_rope_desc, start + half * m, q_column,
             q_nope.index(half), q_rope.index(half), loaded.index(half), L,
         )  # fmt: skip
-    last = (tiles - 1) * N
+    last = (first + tiles - 1) * N
     load_keys(key_nope_desc, key_rope_desc, keys, k_column, last, -N, tiles, L, STAGES)
 
 
 @gluon.jit
 def _attend(
-    half: gl.constexpr, queries, keys, anchor, out_desc, rows, tiles,
-    L: gl.constexpr, m: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+    half: gl.constexpr, queries, keys, anchor, out_desc, rows, read,
+    L: gl.constexpr, m: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, RANGES: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: half of the queries."""
     q_nope_tiles, q_rope_tiles, loaded = queries
     c_ring, r_ring, full, free = keys
-    lse_ptr, head, start, place, s, t, log2_scale = rows
+    lse_ptr, head, start, s, log2_scale = rows
+    reading, first, tiles = read
     dtype: gl.constexpr = out_desc.dtype
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     values: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, L, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, values, 2)
     of_rows: gl.constexpr = gl.SliceLayout(1, scores)
     start += half * m
-    # Past the last key there is nothing to read, and rows of zeros in the last tile.
-    places = gl.minimum(place + half * m + gl.arange(0, m, of_rows), t - 1)
-    place = gl.minimum(place + half * m, t - 1)
+    by_all = keys_read_by_all(start, m, reading, RANGES)
+    last = (first + tiles - 1) * N
     q_nope, q_rope = q_nope_tiles.index(half), q_rope_tiles.index(half)
     zero = gl.zeros([m, N], gl.float32, scores)
     out = gl.zeros([m, L], gl.float32, values)
@@ -114,9 +127,8 @@ def _attend(
     x = warpgroup_mma(q_nope, c, zero, use_acc=False, is_async=True)
     x = warpgroup_mma(q_rope, r, x, is_async=True)
     x = warpgroup_mma_wait(0, deps=[x])
-    weights, shrink, top, total = _softmax(
-        x, top, total, (tiles - 1) * N, places, place, log2_scale, N, scores
-    )
+    x = mask(x, last, start, by_all, reading, m, N, scores, RANGES)
+    weights, shrink, top, total = _softmax(x, top, total, log2_scale)
     p = gl.convert_layout(weights.to(dtype), operand)
     for j in range(1, tiles):
         stage, before = j % STAGES, (j - 1) % STAGES
@@ -127,9 +139,8 @@ def _attend(
         out = warpgroup_mma(p, c_ring.index(before), out, is_async=True)
         # The softmax of this tile while the values of the one before are summed.
         x = warpgroup_mma_wait(1, deps=[x])
-        weights, shrink, top, total = _softmax(
-            x, top, total, (tiles - 1 - j) * N, places, place, log2_scale, N, scores
-        )
+        x = mask(x, last - j * N, start, by_all, reading, m, N, scores, RANGES)
+        weights, shrink, top, total = _softmax(x, top, total, log2_scale)
         # Nobody reads it: ptxas would move the softmax behind the next wait.
         anchor.index(half).store(total)
         # p is named so that it keeps its registers until here.
@@ -153,17 +164,12 @@ def _attend(
 
 
 @gluon.jit
-def _softmax(
-    x, top, total, first, places, place, log2_scale, N: gl.constexpr, layout: gl.constexpr
-):
-    """Of the scores of the keys from `first` on; `place` is the first of `places`.
+def _softmax(x, top, total, log2_scale):
+    """Of a tile's scores.
 
     Returns: weights, to be divided by the total; by what the sums so far shrink; the new top score,
     in base 2, and total.
     """
-    if first + N > place:
-        columns = first + gl.arange(0, N, gl.SliceLayout(0, layout))
-        x = gl.where(places[:, None] >= columns[None, :], x, MASKED)
     higher = gl.maximum(top, gl.max(x, 1) * log2_scale)
     # The weights of a row that is masked whole so far are exp2(MASKED - 0).
     base = gl.where(higher == MASKED, 0.0, higher)

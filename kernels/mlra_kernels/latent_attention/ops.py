@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 import triton
@@ -37,15 +38,21 @@ those of an H100's multiprocessor over 12 and 16 warps."""
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
-def latent_attention(query: Tensor, key: Tensor, latent_dim: int, scale: float) -> Tensor:
+def latent_attention(
+    query: Tensor, key: Tensor, latent_dim: int, scale: float, ranges: Tensor | None = None
+) -> Tensor:
     """Causal attention whose values are the first `latent_dim` columns of its keys.
 
-    Query i reads the keys up to i + t - s: the queries are the last of the sequence.
+    Query i reads the keys up to i + t - s, as the queries are the last of the sequence, or those
+    that `ranges` says.
 
     Args:
         query: `[s, b, P, latent_dim + rope]`, P a multiple of G; bfloat16 or float16.
         key: `[t, b, G, latent_dim + rope]`, t >= s; head p reads key head p G / P.
         scale: of the scores before the softmax.
+        ranges: first and last key of each query, int32 `[2, s]` on the same device; neither may
+            fall from one query to the next, nor last lie before first or past t - 1, which is not
+            checked. Packed documents and a context-parallel rank's chunks are such (`key_ranges`).
 
     Returns:
         `[s, b, P, latent_dim]`. The gradient of `key` holds what comes through the values too; it
@@ -55,7 +62,10 @@ def latent_attention(query: Tensor, key: Tensor, latent_dim: int, scale: float) 
         ValueError: see check_supported, or the tensors are not on a Hopper GPU.
     """
     _check(query, key, latent_dim, causal=True)
-    return _LatentAttention.apply(query, key, latent_dim, scale)
+    if ranges is not None:
+        _check_ranges(ranges, query)
+        ranges = ranges.contiguous()
+    return _LatentAttention.apply(query, key, latent_dim, scale, ranges)
 
 
 def latent_attention_with_lse(
@@ -73,7 +83,23 @@ def latent_attention_with_lse(
         ValueError: see latent_attention.
     """
     _check(query, key, latent_dim, causal)
-    return _forward(query.contiguous(), key.contiguous(), latent_dim, scale, causal)
+    past = len(key) - len(query) if causal else len(key)
+    return _forward(query.contiguous(), key.contiguous(), latent_dim, scale, past, None)
+
+
+def key_ranges(spans: Iterable[tuple[int, int, int, int]]) -> Tensor:
+    """`ranges` of latent_attention, on the CPU.
+
+    Args:
+        spans: (first query, their end, first key, their end), which cover the queries in order: the
+            last query of a span reads all its keys, the one before one less.
+
+    Returns:
+        int32 `[2, s]`.
+    """
+    first = [torch.full((b - a,), start) for a, b, start, _ in spans]
+    last = [torch.arange(a - b, 0) + stop for a, b, _, stop in spans]
+    return torch.stack([torch.cat(first), torch.cat(last)]).to(torch.int32)
 
 
 def misfit(latent_dim: int, rope_dim: int) -> str | None:
@@ -137,7 +163,18 @@ def _check(query: Tensor, key: Tensor, latent_dim: int, causal: bool) -> None:
         raise ValueError(f"latent_attention runs on Hopper GPUs, not on {query.device}")
 
 
-def _forward(query: Tensor, key: Tensor, latent_dim: int, scale: float, causal: bool):
+def _check_ranges(ranges: Tensor, query: Tensor) -> None:
+    expected = (torch.int32, (2, len(query)), query.device)
+    if (ranges.dtype, tuple(ranges.shape), ranges.device) != expected:
+        raise ValueError(
+            f"ranges is {ranges.dtype} {list(ranges.shape)} on {ranges.device}; it is torch.int32"
+            f" {[2, len(query)]} on {query.device}"
+        )
+
+
+def _forward(
+    query: Tensor, key: Tensor, latent_dim: int, scale: float, past: int, ranges: Tensor | None
+) -> tuple[Tensor, Tensor]:
     s, b, pairs, width = query.shape
     t, rope, half = key.size(0), width - latent_dim, QUERIES // 2
     out = query.new_empty(s, b, pairs, latent_dim)
@@ -146,26 +183,26 @@ def _forward(query: Tensor, key: Tensor, latent_dim: int, scale: float, causal: 
         latent_attention_forward[(triton.cdiv(s, QUERIES), pairs, b)](
             _rows(query, half, latent_dim), _rows(query, half, rope),
             _rows(key, FORWARD_KEYS, latent_dim), _rows(key, FORWARD_KEYS, rope),
-            _rows(out, half, latent_dim), lse, s, t, t - s if causal else t,
-            scale / math.log(2), P=pairs, G=key.size(2), L=latent_dim, R=rope,
-            M=QUERIES, N=FORWARD_KEYS, STAGES=STAGES, **FORWARD_LAUNCH,
+            _rows(out, half, latent_dim), lse, ranges, s, t, past, scale / math.log(2),
+            P=pairs, G=key.size(2), L=latent_dim, R=rope, M=QUERIES, N=FORWARD_KEYS,
+            STAGES=STAGES, RANGES=ranges is not None, **FORWARD_LAUNCH,
         )  # fmt: skip
     return out, lse
 
 
 class _LatentAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, latent_dim: int, scale: float) -> Tensor:
+    def forward(ctx, query, key, latent_dim: int, scale: float, ranges: Tensor | None) -> Tensor:
         query, key = query.contiguous(), key.contiguous()
-        out, lse = _forward(query, key, latent_dim, scale, causal=True)
-        ctx.save_for_backward(query, key, out, lse)
+        out, lse = _forward(query, key, latent_dim, scale, len(key) - len(query), ranges)
+        ctx.save_for_backward(query, key, out, lse, ranges)
         ctx.scale = scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        query, key, out, lse = ctx.saved_tensors
+        query, key, out, lse, ranges = ctx.saved_tensors
         grad = grad.contiguous()
         s, b, pairs, width = query.shape
         latent_dim = out.size(-1)
@@ -184,11 +221,11 @@ class _LatentAttention(torch.autograd.Function):
                 _rows(grad, half, latent_dim),
                 _rows(grad_query, half, latent_dim), _rows(grad_query, half, rope),
                 _rows(grad_key, BACKWARD_KEYS, latent_dim), _rows(grad_key, BACKWARD_KEYS, rope),
-                lse, delta, s, key.size(0), key.size(0) - s, ctx.scale, ctx.scale / math.log(2),
-                P=pairs, G=key.size(2), L=latent_dim, R=rope,
-                M=QUERIES, N=BACKWARD_KEYS, **BACKWARD_LAUNCH,
+                lse, delta, ranges, s, key.size(0), key.size(0) - s, ctx.scale,
+                ctx.scale / math.log(2), P=pairs, G=key.size(2), L=latent_dim, R=rope, M=QUERIES,
+                N=BACKWARD_KEYS, RANGES=ranges is not None, **BACKWARD_LAUNCH,
             )  # fmt: skip
-        return grad_query, grad_key.to(key.dtype), None, None
+        return grad_query, grad_key.to(key.dtype), None, None, None
 
 
 def _rows(x: Tensor, rows: int, columns: int) -> TensorDescriptor:

@@ -50,19 +50,63 @@ def load_keys(
 
 
 @gluon.jit
-def place_program(
-    s, t, past, P: gl.constexpr, G: gl.constexpr, W: gl.constexpr, M: gl.constexpr, N: gl.constexpr
-):  # fmt: skip
-    """Of a program (query tile, the longest first; pair; sequence): its query i reads keys up to
-    i + past.
+def place_program(P: gl.constexpr, G: gl.constexpr, W: gl.constexpr, M: gl.constexpr):
+    """Of a program (query tile, the last first; pair; sequence).
 
-    Returns: its (sequence, pair), counted through; its first query, and that one's place among the
-    keys; columns of the pair's queries and keys, W wide each; the tiles of N keys that its M
-    queries read.
+    Returns: its (sequence, pair), counted through; its first query; columns of the pair's queries
+    and keys, W wide each.
     """
     pair, seq = gl.program_id(1), gl.program_id(2)
     start = (gl.num_programs(0) - 1 - gl.program_id(0)) * M
-    place = start + past
     head = seq * P + pair
-    k_column = (seq * G + pair // (P // G)) * W
-    return head, start, place, head * W, k_column, gl.cdiv(gl.minimum(place + M, t), N)
+    return head, start, head * W, (seq * G + pair // (P // G)) * W
+
+
+@gluon.jit
+def keys_read(query, reading, RANGES: gl.constexpr):
+    """First and last key of a query: of its range, or 0 and query + past.
+
+    Queries behind the last read as that one does, or rows of zeros in the last tile.
+    """
+    ranges_ptr, s, t, past = reading
+    if RANGES:
+        query = gl.minimum(query, s - 1)
+        first, last = gl.load(ranges_ptr + query), gl.load(ranges_ptr + s + query)
+    else:
+        first, last = 0, gl.minimum(query + past, t - 1)
+    return first, last
+
+
+@gluon.jit
+def tiles_read(start, count: gl.constexpr, reading, N: gl.constexpr, RANGES: gl.constexpr):
+    """Of the tiles of N keys that `count` queries from `start` on read: the first, how many."""
+    first, _ = keys_read(start, reading, RANGES)
+    _, last = keys_read(start + count - 1, reading, RANGES)
+    return first // N, last // N - first // N + 1
+
+
+@gluon.jit
+def keys_read_by_all(start, count: gl.constexpr, reading, RANGES: gl.constexpr):
+    """First and last of the keys that each of `count` queries from `start` on reads."""
+    first, _ = keys_read(start + count - 1, reading, RANGES)
+    _, last = keys_read(start, reading, RANGES)
+    return first, last
+
+
+@gluon.jit
+def mask(
+    x, key, start, by_all, reading, m: gl.constexpr, N: gl.constexpr, layout: gl.constexpr,
+    RANGES: gl.constexpr,
+):  # fmt: skip
+    """Scores x `[m, N]` of queries from `start` and keys from `key` on, MASKED where not read."""
+    partly = key + N - 1 > by_all[1]
+    if RANGES:
+        partly = partly | (key < by_all[0])
+    if partly:
+        queries = start + gl.arange(0, m, gl.SliceLayout(1, layout))
+        keys = (key + gl.arange(0, N, gl.SliceLayout(0, layout)))[None, :]
+        first, last = keys_read(queries, reading, RANGES)
+        x = gl.where(last[:, None] >= keys, x, MASKED)
+        if RANGES:
+            x = gl.where(first[:, None] <= keys, x, MASKED)
+    return x

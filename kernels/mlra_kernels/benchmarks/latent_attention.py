@@ -1,0 +1,151 @@
+"""Measure the absorbed core of training: forward and backward, whole sequences, documents, chunks.
+
+`python -m mlra_kernels.benchmarks.latent_attention` prints one line per workload of MLRA-4's 2.9B
+shape and ends with one JSON line. The output and the queries' gradient of two heads are compared
+with float32 attention first; a red comparison ends the run without a report.
+"""
+
+import argparse
+import json
+import math
+import random
+import sys
+from itertools import accumulate, pairwise
+
+import torch
+import triton
+
+from mlra_kernels.benchmarks.latent_decode import commit
+from mlra_kernels.benchmarks.timing import graph_microseconds
+from mlra_kernels.latent_attention import key_ranges, latent_attention
+
+PAIRS, GROUPS, LATENT, ROPE = 96, 4, 128, 64
+SCALE = (LATENT + ROPE) ** -0.5
+ERROR_LIMIT = 1e-2
+"""Relative difference of norms, bf16 against float32."""
+
+Span = tuple[int, int, int, int]
+"""See `key_ranges`."""
+
+
+def document_spans(tokens: int, mean: int, seed: int) -> list[Span]:
+    """Packed documents of log-normal lengths (sigma 1.2)."""
+    draw, sigma = random.Random(seed), 1.2
+    lengths: list[int] = []
+    while sum(lengths) < tokens:
+        lengths.append(max(1, round(draw.lognormvariate(math.log(mean) - sigma**2 / 2, sigma))))
+    lengths[-1] -= sum(lengths) - tokens
+    return [(a, b, a, b) for a, b in pairwise(accumulate(lengths, initial=0))]
+
+
+def workloads(tokens: int, mean: int, seed: int) -> dict[str, tuple[int, int, list[Span]]]:
+    """By name: sequences, keys of a sequence, spans; all of `tokens` queries together."""
+    found = {}
+    for length in (2048, 4096, 8192, 16384):
+        if tokens % length == 0:
+            found[f"sequences of {length}"] = tokens // length, length, [(0, length, 0, length)]
+    found[f"documents, {mean} on average"] = 1, tokens, document_spans(tokens, mean, seed)
+    half, whole = tokens // 2, 2 * tokens
+    for rank, (first, second) in enumerate(((half, whole), (tokens, whole - half))):
+        spans = [(0, half, 0, first), (half, tokens, 0, second)]
+        found[f"rank {rank} of 2, sequence of {whole}"] = 1, whole, spans
+    return found
+
+
+def scored_pairs(spans: list[Span]) -> int:
+    """(query, key) pairs of a head."""
+    return sum((b - a) * (stop - start) - (b - a) * (b - a - 1) // 2 for a, b, start, stop in spans)
+
+
+def flops(spans: list[Span], sequences: int) -> tuple[int, int]:
+    """Of forward and backward: 2 and 5 products over the scored pairs."""
+    width = LATENT + ROPE
+    work = 2 * PAIRS * sequences * scored_pairs(spans)
+    return work * (width + LATENT), work * (3 * width + 2 * LATENT)
+
+
+def error(query, key, grad, spans, out, grad_query) -> float:
+    """The largest relative difference of norms, of the first and the last head."""
+    worst = 0.0
+    for head in (0, PAIRS - 1):
+        group = head * GROUPS // PAIRS
+        pieces = []
+        for a, b, start, stop in spans:
+            q, k = query[a:b, 0, head].float(), key[start:stop, 0, group].float()
+            q = q.requires_grad_()
+            x = q @ k.T * SCALE
+            future = torch.ones_like(x, dtype=torch.bool).triu(1 + (stop - start) - (b - a))
+            expected = x.masked_fill(future, -math.inf).softmax(-1) @ k[:, :LATENT]
+            (wanted,) = torch.autograd.grad(expected, q, grad[a:b, 0, head].float())
+            pieces.append((expected.detach(), wanted))
+        for ours, theirs in zip((out, grad_query), zip(*pieces, strict=True), strict=True):
+            theirs = torch.cat(theirs)
+            difference = ours[:, 0, head].float() - theirs
+            worst = max(worst, (difference.norm() / theirs.norm()).item())
+    return worst
+
+
+def measure(name: str, sequences: int, keys: int, spans: list[Span]) -> dict:
+    """Check and time one workload."""
+    queries, whole = spans[-1][1], spans == [(0, keys, 0, keys)]
+    ranges = None if whole else key_ranges(spans).cuda()
+
+    def draw(tokens: int, heads: int, width: int) -> torch.Tensor:
+        return torch.randn(tokens, sequences, heads, width, device="cuda", dtype=torch.bfloat16)
+
+    query, key = draw(queries, PAIRS, LATENT + ROPE), draw(keys, GROUPS, LATENT + ROPE)
+    grad, leaves = draw(queries, PAIRS, LATENT), (query.requires_grad_(), key.requires_grad_())
+
+    def forward() -> torch.Tensor:
+        return latent_attention(query, key, LATENT, SCALE, ranges)
+
+    def both() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(forward(), leaves, grad)
+
+    off = error(query.detach(), key.detach(), grad, spans, forward().detach(), both()[0])
+    if not off <= ERROR_LIMIT:
+        sys.exit(f"RED: {name}: relative error {off:.2e}: nothing is reported until it is right")
+    ahead = graph_microseconds([forward], min_calls=3) / 1e3
+    back = graph_microseconds([both], min_calls=3) / 1e3 - ahead
+    work = flops(spans, sequences)
+    record = {
+        "workload": name, "spans": len(spans), "forward_ms": round(ahead, 3),
+        "forward_tflop_s": round(work[0] / ahead / 1e9), "backward_ms": round(back, 3),
+        "backward_tflop_s": round(work[1] / back / 1e9), "error": off,
+    }  # fmt: skip
+    print(
+        f"{name:32} {len(spans):4} spans  forward {ahead:7.2f} ms {record['forward_tflop_s']:4}"
+        f" TFLOP/s  backward {back:7.2f} ms {record['backward_tflop_s']:4} TFLOP/s"
+        f"  error {off:.1e}",
+        flush=True,
+    )
+    return record
+
+
+def main() -> None:
+    """Parse the command line, measure, report."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--tokens", type=int, default=16384, help="queries, in all sequences")
+    parser.add_argument("--mean-document", type=int, default=1000, help="tokens")
+    parser.add_argument("--json", help="where to write the records")
+    parser.add_argument("--commit", default=None, help="commit to name in the report")
+    parser.add_argument("--seed", type=int, default=1, help="of inputs and document lengths")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("this benchmark needs a Hopper GPU, and torch sees no GPU")
+    torch.manual_seed(args.seed)
+    report = {
+        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
+        "triton": triton.__version__, "commit": args.commit or commit(), "tokens": args.tokens,
+    }  # fmt: skip
+    print(", ".join(f"{k} {v}" for k, v in report.items()), flush=True)
+    planned = workloads(args.tokens, args.mean_document, args.seed)
+    report["records"] = [measure(name, *work) for name, work in planned.items()]
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(report, file, indent=1)
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
