@@ -158,9 +158,11 @@ class Progress:
             writer.add_scalar("tokens per second", rate, iteration)
             writer.add_scalar("model TFLOP per second and device", model, iteration)
             writer.add_scalar("hardware TFLOP per second and device", hardware, iteration)
+        # Documents that are kept apart score fewer pairs than the whole sequence, which is counted.
+        at_most = " at most" if self.args.dataloader_inter_document_masking else ""
         return [
             f"{rate:,.0f} tokens/s",
-            f"TFLOP/s a device: model {model:.3g}, hardware {hardware:.3g}",
+            f"TFLOP/s a device{at_most}: model {model:.3g}, hardware {hardware:.3g}",
         ]
 
     def _wrap_results(self, evaluate_and_print_results: Callable) -> Callable:
