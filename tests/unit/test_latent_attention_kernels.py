@@ -22,9 +22,6 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="needs Triton's compiler"
 )
 
-# s, t, b, pairs, groups, latent, rope, queries of a program, keys of a tile[, keys before the first
-# query's own place, without which the queries are the last; or spans of queries and their keys]
-
 
 def documents(*lengths: int) -> tuple[tuple[int, int, int, int], ...]:
     """Spans of packed documents."""
@@ -32,6 +29,8 @@ def documents(*lengths: int) -> tuple[tuple[int, int, int, int], ...]:
     return tuple((a, b, a, b) for a, b in itertools.pairwise(bounds))
 
 
+# s, t, b, pairs, groups, latent, rope, queries of a program, keys of a tile[, keys before the first
+# query's own place, without which the queries are the last; or spans of queries and their keys]
 SHAPES = {
     "MLRA-4": (256, 256, 2, 8, 4, 32, 16, 64, 32),
     "wide tiles": (256, 256, 1, 4, 2, 32, 16, 128, 64),
@@ -47,18 +46,10 @@ SHAPES = {
     "short documents": (130, 130, 1, 4, 2, 32, 16, 128, 64, documents(*[5] * 26)),
     "a rank's two chunks": (96, 384, 1, 4, 2, 32, 16, 64, 32, ((0, 48, 0, 96), (48, 96, 0, 384))),
     "a rank's documents": (
-        100,
-        200,
-        1,
-        4,
-        2,
-        32,
-        16,
-        64,
-        32,
+        100, 200, 1, 4, 2, 32, 16, 64, 32,
         ((0, 30, 0, 60), (30, 45, 60, 75), (45, 46, 75, 140), (46, 100, 140, 200)),
     ),
-}
+}  # fmt: skip
 
 
 def oracle(query, key, grad, latent_dim, scale, ranges):

@@ -17,7 +17,7 @@ import triton
 
 from mlra_kernels.benchmarks.latent_decode import commit
 from mlra_kernels.benchmarks.timing import graph_microseconds
-from mlra_kernels.latent_attention import key_ranges, latent_attention
+from mlra_kernels.latent_attention import key_ranges, latent_attention, misfit
 
 PAIRS, GROUPS, LATENT, ROPE = 96, 4, 128, 64
 SCALE = (LATENT + ROPE) ** -0.5
@@ -40,7 +40,7 @@ def document_spans(tokens: int, mean: int, seed: int) -> list[Span]:
 
 def workloads(tokens: int, mean: int, seed: int) -> dict[str, tuple[int, int, list[Span]]]:
     """By name: sequences, keys of a sequence, spans; all of `tokens` queries together."""
-    found = {}
+    found: dict[str, tuple[int, int, list[Span]]] = {}
     for length in (2048, 4096, 8192, 16384):
         if tokens % length == 0:
             found[f"sequences of {length}"] = tokens // length, length, [(0, length, 0, length)]
@@ -131,8 +131,8 @@ def main() -> None:
     parser.add_argument("--commit", default=None, help="commit to name in the report")
     parser.add_argument("--seed", type=int, default=1, help="of inputs and document lengths")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("this benchmark needs a Hopper GPU, and torch sees no GPU")
+    if said := misfit(LATENT, ROPE):
+        sys.exit(f"this benchmark {said}")
     torch.manual_seed(args.seed)
     report = {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -87,7 +87,7 @@ def latent_attention_with_lse(
     return _forward(query.contiguous(), key.contiguous(), latent_dim, scale, past, None)
 
 
-def key_ranges(spans: Iterable[tuple[int, int, int, int]]) -> Tensor:
+def key_ranges(spans: Sequence[tuple[int, int, int, int]]) -> Tensor:
     """`ranges` of latent_attention, on the CPU.
 
     Args:
