@@ -3,7 +3,8 @@
     python pretrain_mlra.py --config examples/configs/debug.yaml --data-path data/corpus
     torchrun --nproc-per-node 8 pretrain_mlra.py --config examples/configs/mlra4_2.9b.yaml ...
 
-All Megatron flags work; `--config` sets defaults, the command line wins.
+All Megatron flags work; `--config` sets defaults, the command line wins, and every switch has an
+opposite (`--no-bf16`).
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def train() -> int:
         if args.rank == 0:
             console.say(console.summary(args, shape))
             if on_cpu:
-                console.say("no GPU found: running on the CPU (gloo, torch attention)")
+                console.say(console.on_cpu(args))
             console.say(console.accelerated_parts(args))
         Progress(args, shape).install()
         resume.install(args)

@@ -33,7 +33,7 @@ from megatron_mlra.config import (
 from megatron_mlra.cpu_backend import CPU_DEFAULTS
 from megatron_mlra.fp8 import FP8_LINEARS
 from megatron_mlra.planner.gpus import GPUS
-from megatron_mlra.presets import did_you_mean, load_preset
+from megatron_mlra.presets import add_opposites, did_you_mean, load_preset
 from megatron_mlra.upstream_fixes import accumulate_weight_gradients_in_products
 
 ATTENTION_KINDS = ("mlra", "gqa", "gta", "mfa", "tpa")
@@ -209,6 +209,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
         preset = _config_path(argv)
         if preset is not None:
             parser.set_defaults(**load_preset(preset, parser))
+        add_opposites(parser)
         return parser
 
     saved, sys.argv = sys.argv, [sys.argv[0], *argv]

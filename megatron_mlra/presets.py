@@ -153,6 +153,28 @@ def _scalar(where: str, value: Any, action: argparse.Action) -> Any:
     return converted
 
 
+def add_opposites(parser: argparse.ArgumentParser) -> None:
+    """Give each switch, which could only be left out, a hidden opposite: a command line turns off
+    what a preset turned on, by `--no-bf16` for `--bf16`, `--rope-fusion` for `--no-rope-fusion`."""
+    known = parser._option_string_actions
+    for action in list(parser._actions):
+        if not isinstance(action, argparse._StoreTrueAction | argparse._StoreFalseAction):
+            continue
+        named = [option for option in action.option_strings if option.startswith("--")]
+        opposites = (
+            f"--{name.removeprefix('no-')}" if name.startswith("no-") else f"--no-{name}"
+            for name in (option.removeprefix("--") for option in named)
+        )
+        if free := [name for name in opposites if name not in known]:
+            parser.add_argument(
+                *free,
+                dest=action.dest,
+                action="store_false" if action.const else "store_true",
+                default=argparse.SUPPRESS,
+                help=argparse.SUPPRESS,
+            )
+
+
 def _names(parser: argparse.ArgumentParser) -> dict[str, tuple[argparse.Action, bool]]:
     """Every key a preset may use -> (action, whether the key is the flag's own name)."""
     names: dict[str, tuple[argparse.Action, bool]] = {}

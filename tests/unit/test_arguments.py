@@ -7,8 +7,10 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 from megatron.training.arguments import add_megatron_arguments
 
+from megatron_mlra import console
 from megatron_mlra.argument_checks import check_fp8_tokens
 from megatron_mlra.arguments import add_mlra_arguments, load_preset, parse
 from megatron_mlra.cpu_backend import CPU_DEFAULTS
@@ -71,6 +73,31 @@ def test_command_line_overrides_presets_and_presets_defaults():
     assert args.exit_signal_handler
     assert args.kv_channels == args.v_head_dim == 32
     assert args.tensorboard_dir == "runs/debug/tensorboard"
+
+
+def test_every_switch_has_an_opposite(tmp_path):
+    on = ["bf16", "no_check_for_nan_in_loss_and_grad", "disable_bias_linear", "variance_scaling"]
+    text = "".join(f"{name}: true\n" for name in on)
+    (tmp_path / "preset.yaml").write_text(f"base: {DEBUG}\n{text}")
+    argv = ["--config", str(tmp_path / "preset.yaml")]
+    args = parse(argv)
+    assert args.bf16 and not (args.check_for_nan_in_loss_and_grad or args.add_bias_linear)
+    opposites = ["--no-bf16", "--check-for-nan-in-loss-and-grad", "--no-disable-bias-linear"]
+    opposites += ["--no-variance-scaling"]
+    args = parse([*argv, *opposites])
+    assert not args.bf16 and args.check_for_nan_in_loss_and_grad and args.add_bias_linear
+    assert not args.variance_scaling, "an opposite of its own is kept"
+    assert parse([*argv, "--no-bf16", "--bf16"]).bf16, "the last one counts"
+
+
+@pytest.mark.parametrize(
+    ("bf16", "known", "slow"), [(True, False, True), (True, True, False), (False, False, False)]
+)
+def test_bf16_on_a_cpu_without_it_is_said_to_be_slow(bf16, known, slow, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: known)
+    line = console.on_cpu(Namespace(bf16=bf16))
+    assert line.startswith("no GPU found: running on the CPU (gloo, torch attention)")
+    assert ("try --no-bf16" in line) == slow
 
 
 def test_without_a_gpu_the_cpu_settings_are_defaults(monkeypatch):
