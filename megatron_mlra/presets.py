@@ -160,11 +160,11 @@ def add_opposites(parser: argparse.ArgumentParser) -> None:
     for action in list(parser._actions):
         if not isinstance(action, argparse._StoreTrueAction | argparse._StoreFalseAction):
             continue
-        named = [option for option in action.option_strings if option.startswith("--")]
-        opposites = (
-            f"--{name.removeprefix('no-')}" if name.startswith("no-") else f"--no-{name}"
-            for name in (option.removeprefix("--") for option in named)
-        )
+        opposites = [
+            f"--{name[5:]}" if name.startswith("--no-") else f"--no-{name[2:]}"
+            for name in action.option_strings
+            if name.startswith("--")
+        ]
         if free := [name for name in opposites if name not in known]:
             parser.add_argument(
                 *free,

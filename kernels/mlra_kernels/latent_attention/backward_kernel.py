@@ -102,7 +102,7 @@ def latent_attention_backward(
     reading = (ranges_ptr, s, t, past)
     first, tiles = tiles_read(start, M, reading, N, RANGES)
     if RANGES:
-        tiles_0 = tiles
+        tiles_0 = tiles  # both halves free the stages: neither may end more than 2 tiles early
     else:
         _, tiles_0 = tiles_read(start, m, reading, N, RANGES)  # may be one less
     queries, keys = (q_nope, q_rope, do, loaded), (c_ring, r_ring, full, free)
