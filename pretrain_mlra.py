@@ -52,12 +52,19 @@ def train() -> int:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from torch.distributed.checkpoint.api import CheckpointException
 
-    from megatron_mlra import arguments, console, data, dry_run, model, upstream_fixes
-    from megatron_mlra.accounting import ModelShape, parameters
-    from megatron_mlra.checkpoint import checksums, helper_processes, integrity
-    from megatron_mlra.cpu_backend import enable_cpu_backend
-    from megatron_mlra.fault_tolerance import batches, heartbeat, resume
-    from megatron_mlra.progress import Progress, Stopped
+    from megatron_mlra.cost.accounting import ModelShape, parameters
+    from megatron_mlra.fault_tolerance import (
+        checksums,
+        heartbeat,
+        helper_processes,
+        integrity,
+        resume,
+        samples,
+    )
+    from megatron_mlra.training import arguments, console, dry_run, steps, upstream_fixes
+    from megatron_mlra.training import batches as data
+    from megatron_mlra.training.cpu_backend import enable_cpu_backend
+    from megatron_mlra.training.progress import Progress, Stopped
 
     args, output, started = None, None, False
     try:
@@ -71,7 +78,7 @@ def train() -> int:
         upstream_fixes.name_failed_checkpoint_writes()
         checksums.install()
         helper_processes.install(args.exit_signal)
-        config = model.model_config(args, arguments.validate(args))
+        config = steps.model_config(args, arguments.validate(args))
         global_vars.rebuild_tokenizer(args)
         shape = ModelShape.from_args(args)
         if args.dry_run:
@@ -98,12 +105,12 @@ def train() -> int:
             console.say(console.accelerated_parts(args))
         Progress(args, shape).install()
         resume.install(args)
-        batches.install()
+        samples.install()
         stop_watch = heartbeat.install(args, arguments.run_folder(args))
         container = pretrain_cfg_container_from_args(args, config)
         try:
             training.pretrain(
-                container, data.build_datasets, ModelType.encoder_or_decoder, model.forward_step
+                container, data.build_datasets, ModelType.encoder_or_decoder, steps.forward_step
             )
         except Stopped as stop:
             if args.rank == 0:

@@ -21,8 +21,8 @@ import yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_mlra.accounting import ModelShape, parameters
-from megatron_mlra.command_line import run
+from megatron_mlra.command_line.parser import run
+from megatron_mlra.cost.accounting import ModelShape, parameters
 
 ROOT = Path(__file__).resolve().parent.parent
 TURNS = 3

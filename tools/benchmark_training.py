@@ -19,7 +19,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from megatron_mlra.command_line import run
+from megatron_mlra.command_line.parser import run
 
 warnings.filterwarnings("ignore")
 logging.getLogger("megatron").setLevel(logging.ERROR)
@@ -55,10 +55,10 @@ def main() -> int:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    from megatron_mlra import arguments
-    from megatron_mlra.cpu_backend import enable_cpu_backend
-    from megatron_mlra.training_benchmark import gate, measure, report
-    from megatron_mlra.training_benchmark.case import Case, Load
+    from megatron_mlra.benchmarks.training import gate, measure, report
+    from megatron_mlra.benchmarks.training.case import Case, Load
+    from megatron_mlra.training import arguments
+    from megatron_mlra.training.cpu_backend import enable_cpu_backend
 
     if on_cpu:
         enable_cpu_backend()

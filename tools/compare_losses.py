@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from statistics import mean
 
-from megatron_mlra.command_line import OneLineParser, check_output, run, write_text
+from megatron_mlra.command_line.parser import OneLineParser, check_output, run, write_text
 
 STEP = re.compile(r"^step ([\d,]+)/[\d,]+ \| lm loss ([\d.]+)", re.MULTILINE)
 VALIDATION = re.compile(r"^validation at step [\d,]+: lm loss ([\d.]+)", re.MULTILINE)

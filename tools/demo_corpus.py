@@ -2,8 +2,8 @@
 
 import os
 
-from megatron_mlra.command_line import OneLineParser, run
-from megatron_mlra.preprocess.demo_corpus import write_demo_corpus
+from megatron_mlra.command_line.parser import OneLineParser, run
+from megatron_mlra.data.demo_corpus import write_demo_corpus
 
 
 def main() -> int:

@@ -1,6 +1,6 @@
 """Continue prompts with a trained model; see docs/inference.md."""
 
-from megatron_mlra.command_line import run
+from megatron_mlra.command_line.parser import run
 from megatron_mlra.inference.cli import main
 
 if __name__ == "__main__":

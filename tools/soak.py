@@ -25,7 +25,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_mlra.command_line import run
+from megatron_mlra.command_line.parser import run
 
 ROOT = Path(__file__).parents[1]
 # Restarted ranks must not find in torchrun's own store the addresses of those that are gone.

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_mlra.checkpoint.description import DTYPES, CheckpointError
-from megatron_mlra.command_line import OneLineParser, read_text
-from megatron_mlra.preprocess.signals import Interrupted, interruptible
+from megatron_mlra.command_line.parser import OneLineParser, read_text
+from megatron_mlra.command_line.signals import Interrupted, interruptible
+from megatron_mlra.description.model import DTYPES, CheckpointError
 
 GIGABYTE = 10**9
 
@@ -119,7 +119,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _open(args: argparse.Namespace, path: str, kinds: Sequence[str] = ()):
-    from megatron_mlra.checkpoint.folders import open_checkpoint
+    from megatron_mlra.checkpoint.folder import open_checkpoint
 
     folder = open_checkpoint(path, args.vocab_size)
     if kinds and folder.kind not in kinds:
@@ -131,7 +131,7 @@ def _open(args: argparse.Namespace, path: str, kinds: Sequence[str] = ()):
 
 def _check_destination(args: argparse.Namespace) -> None:
     """Before the source is read, which may take a while."""
-    from megatron_mlra.checkpoint.staging import check_destination
+    from megatron_mlra.checkpoint.files.staging import check_destination
 
     check_destination(Path(args.destination), 0)
 
@@ -142,14 +142,14 @@ def _wrote(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from megatron_mlra.checkpoint.inspection import lines
+    from megatron_mlra.checkpoint.verify.summary import lines
 
     print("\n".join(lines(_open(args, args.source))))
     return 0
 
 
 def _import(args: argparse.Namespace) -> int:
-    from megatron_mlra.checkpoint.megatron_writer import write_megatron
+    from megatron_mlra.checkpoint.megatron.writer import write_megatron
 
     _check_destination(args)
     kind = "research" if args.command == "import-official" else "huggingface"
@@ -164,7 +164,7 @@ def _import(args: argparse.Namespace) -> int:
 
 
 def _export_official(args: argparse.Namespace) -> int:
-    from megatron_mlra.checkpoint.research import write_research
+    from megatron_mlra.checkpoint.research.folder import write_research
 
     max_shard_bytes = _shard_bytes(args)
     _check_destination(args)
@@ -180,7 +180,7 @@ def _export_official(args: argparse.Namespace) -> int:
 
 
 def _export_hf(args: argparse.Namespace) -> int:
-    from megatron_mlra.checkpoint.huggingface import write_huggingface
+    from megatron_mlra.checkpoint.huggingface.folder import write_huggingface
 
     max_shard_bytes = _shard_bytes(args)
     _check_destination(args)
@@ -204,7 +204,7 @@ def _shard_bytes(args: argparse.Namespace) -> int:
 
 
 def _reshard(args: argparse.Namespace) -> int:
-    from megatron_mlra.checkpoint.reshard import reshard
+    from megatron_mlra.checkpoint.megatron.reshard import reshard
 
     _check_destination(args)
     reshard(
@@ -219,7 +219,7 @@ def _reshard(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from megatron_mlra.checkpoint import compare
+    from megatron_mlra.checkpoint.verify import compare
 
     if not args.tolerance >= 0:
         raise CheckpointError(f"--tolerance {args.tolerance:g} is negative; use e.g. 1e-4")

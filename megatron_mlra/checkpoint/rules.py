@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_mlra.checkpoint.description import ModelDescription
-from megatron_mlra.checkpoint.names import (
+from megatron_mlra.description.model import ModelDescription
+from megatron_mlra.description.tensors import (
     EMBEDDING,
     FINAL_NORM,
     OUTPUT,

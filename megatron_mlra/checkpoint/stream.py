@@ -7,9 +7,9 @@ import math
 import torch
 from tqdm import tqdm
 
-from megatron_mlra.checkpoint.description import DTYPES, CheckpointError, ModelDescription
-from megatron_mlra.checkpoint.folders import CheckpointFolder
-from megatron_mlra.checkpoint.names import dtype_of, expected_tensors
+from megatron_mlra.checkpoint.folder import CheckpointFolder
+from megatron_mlra.description.model import DTYPES, CheckpointError, ModelDescription
+from megatron_mlra.description.tensors import dtype_of, expected_tensors
 
 
 class TensorStream:

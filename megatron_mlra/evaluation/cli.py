@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_mlra import command_line
-from megatron_mlra.command_line import OneLineParser
+from megatron_mlra.command_line import parser as command_line
+from megatron_mlra.command_line.parser import OneLineParser
 
 
 def parser() -> argparse.ArgumentParser:

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from megatron_mlra.checkpoint.description import DTYPES, CheckpointError
-from megatron_mlra.checkpoint.folders import CheckpointFolder, open_checkpoint
-from megatron_mlra.checkpoint.huggingface_config import to_hf_config
-from megatron_mlra.checkpoint.huggingface_names import rules
-from megatron_mlra.checkpoint.huggingface_tokenizer import write_tokenizer
+from megatron_mlra.checkpoint.folder import CheckpointFolder, open_checkpoint
+from megatron_mlra.checkpoint.huggingface.config import to_hf_config
+from megatron_mlra.checkpoint.huggingface.names import rules
+from megatron_mlra.checkpoint.huggingface.tokenizer import write_tokenizer
+from megatron_mlra.data.tokenizers import ByteTokenizer
+from megatron_mlra.description.model import DTYPES, CheckpointError
 from megatron_mlra.evaluation.scoring import Scorer
-from megatron_mlra.preprocess.tokenizers import ByteTokenizer
 
 
 def load_scorer(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_mlra.checkpoint.description import ModelDescription
+from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.inference.parallel import HeadShard
 
 CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16", "fp8")

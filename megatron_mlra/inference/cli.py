@@ -12,17 +12,17 @@ import time
 import torch
 from tqdm import tqdm
 
-from megatron_mlra.checkpoint.folders import CheckpointFolder, open_checkpoint
-from megatron_mlra.command_line import OneLineParser, check_output, read_text, write_text
+from megatron_mlra.checkpoint.folder import CheckpointFolder, open_checkpoint
+from megatron_mlra.command_line.parser import OneLineParser, check_output, read_text, write_text
+from megatron_mlra.data.tokenizers import TOKENIZER_TYPES, Tokenizer
+from megatron_mlra.inference.backends.reference import BACKENDS
 from megatron_mlra.inference.cache import CACHE_DTYPES
 from megatron_mlra.inference.engine import Engine, Request
 from megatron_mlra.inference.load import DTYPES, LoadOptions, load_model
-from megatron_mlra.inference.ops import BACKENDS
 from megatron_mlra.inference.parallel import WEIGHT_MODES, TensorParallel, check_tensor_parallel
 from megatron_mlra.inference.runner import Runner
 from megatron_mlra.inference.sampling import SamplingParams
 from megatron_mlra.inference.tokenization import GrowingText, checkpoint_tokenizer
-from megatron_mlra.preprocess.tokenizers import TOKENIZER_TYPES, Tokenizer
 
 
 def parser() -> argparse.ArgumentParser:

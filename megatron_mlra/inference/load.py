@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_mlra.checkpoint.description import DTYPES as WEIGHT_DTYPES
-from megatron_mlra.checkpoint.description import ModelDescription
+from megatron_mlra.description.model import DTYPES as WEIGHT_DTYPES
+from megatron_mlra.description.model import ModelDescription
+from megatron_mlra.inference.backends.reference import select_backend
 from megatron_mlra.inference.cache import CACHE_DTYPES, GroupedCache, LatentCache
 from megatron_mlra.inference.model import InferenceModel
-from megatron_mlra.inference.ops import select_backend
 from megatron_mlra.inference.parallel import (
     HeadShard,
     TensorParallel,

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from megatron_mlra.checkpoint.description import ModelDescription
-from megatron_mlra.checkpoint.names import EXPERTS
-from megatron_mlra.routing import choose_experts
+from megatron_mlra.description.model import ModelDescription
+from megatron_mlra.description.tensors import EXPERTS
+from megatron_mlra.maths.routing import choose_experts
 
 MLP_MULTIPLE = 16
 """A rank's part of an MLP is padded to this: GEMMs want rows of whole 32 bytes."""

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from megatron_mlra.checkpoint.description import ModelDescription
-from megatron_mlra.checkpoint.rotary import rotary_tables
+from megatron_mlra.description.model import ModelDescription
+from megatron_mlra.inference.backends.reference import Ops
 from megatron_mlra.inference.cache import GroupedCache, LatentCache
 from megatron_mlra.inference.mlp import run_mlp
-from megatron_mlra.inference.ops import Ops
 from megatron_mlra.inference.parallel import HeadShard, TensorParallel
 from megatron_mlra.inference.prefill import prefill_grouped, prefill_latent
 from megatron_mlra.inference.weights import GroupedWeights, LatentWeights, ModelWeights
+from megatron_mlra.maths.rope import rotary_tables
 
 
 @dataclass

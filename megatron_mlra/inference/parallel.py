@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_mlra.checkpoint.description import ModelDescription
-from megatron_mlra.partition import LatentShard
+from megatron_mlra.description.model import ModelDescription
+from megatron_mlra.sharding.partition import LatentShard
 
 WEIGHT_MODES = ("replicated", "sharded")
 """'replicated': a rank holds W_UQ and W_O of all heads it attends with, one all-reduce a layer.

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from megatron_mlra.checkpoint.description import ModelDescription
+from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.inference.weights import LatentWeights
 from mlra_kernels.latent_attention import latent_attention_with_lse, misfit
 from mlra_kernels.latent_decode import merge_states

@@ -5,14 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_mlra.checkpoint.data_tokenizer import data_tokenizer
-from megatron_mlra.checkpoint.folders import CheckpointFolder
-from megatron_mlra.preprocess.tokenizers import (
-    ByteTokenizer,
-    Tokenizer,
-    TokenizerSpec,
-    build_tokenizer,
-)
+from megatron_mlra.checkpoint.folder import CheckpointFolder
+from megatron_mlra.checkpoint.tokenizer import data_tokenizer
+from megatron_mlra.data.tokenizers import ByteTokenizer, Tokenizer, TokenizerSpec, build_tokenizer
 
 UNFINISHED = "\ufffd"
 """What bytes that are no whole character decode to."""

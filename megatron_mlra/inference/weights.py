@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_mlra.checkpoint.description import ModelDescription
-from megatron_mlra.checkpoint.names import EMBEDDING, FINAL_NORM, OUTPUT, layer_prefix
+from megatron_mlra.description.model import ModelDescription
+from megatron_mlra.description.tensors import EMBEDDING, FINAL_NORM, OUTPUT, layer_prefix
 from megatron_mlra.inference.mlp import DenseWeights, ExpertWeights, load_mlp
 from megatron_mlra.inference.parallel import HeadShard, check_tensor_parallel
 

@@ -9,10 +9,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_mlra.accounting import ModelShape
+from megatron_mlra.cost.accounting import ModelShape
 from megatron_mlra.planner.gpus import GPUS, Assumptions, find
 from megatron_mlra.planner.report import Report, build
-from megatron_mlra.presets import preset_values
+from megatron_mlra.training.presets import preset_values
 
 CONTEXTS = (8192, 131072, 1048576)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
-from megatron_mlra.accounting import ModelShape, kv_cache_elements, parameters
+from megatron_mlra.cost.accounting import ModelShape, kv_cache_elements, parameters
 from megatron_mlra.planner.gpus import GPU, Assumptions
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_mlra.accounting import ModelShape
-from megatron_mlra.tensor_parallel_fit import misfit
+from megatron_mlra.cost.accounting import ModelShape
+from megatron_mlra.sharding.fit import misfit
 
 RECOMPUTES = ("none", "core", "up_proj", "core+up_proj", "full")
 """What backward computes again: names of the planner; `Layout.flags` has Megatron's."""

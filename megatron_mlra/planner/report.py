@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
-from megatron_mlra.accounting import (
+from megatron_mlra.cost.accounting import (
     ModelShape,
     kv_cache_bytes_per_token,
     parameters,

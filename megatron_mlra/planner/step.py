@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from megatron_mlra.accounting import ModelShape, parameters, train_flops_per_token
-from megatron_mlra.communication import cp_communication, tp_communication
+from megatron_mlra.cost.accounting import ModelShape, parameters, train_flops_per_token
+from megatron_mlra.cost.traffic import cp_communication, tp_communication
 from megatron_mlra.planner.gpus import GPU, Assumptions
 from megatron_mlra.planner.layout import Layout
 from megatron_mlra.planner.memory import layer_activations, output_activations, rank_parameters

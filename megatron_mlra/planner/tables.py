@@ -7,7 +7,11 @@ from dataclasses import asdict
 
 from rich.table import Table
 
-from megatron_mlra.accounting import kv_cache_bytes_per_token, parameters, train_flops_per_token
+from megatron_mlra.cost.accounting import (
+    kv_cache_bytes_per_token,
+    parameters,
+    train_flops_per_token,
+)
 from megatron_mlra.planner.report import Report, gib
 
 

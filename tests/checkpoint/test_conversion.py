@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed import checkpoint as dcp
 
-from megatron_mlra.checkpoint.folders import open_checkpoint
-from megatron_mlra.checkpoint.forward import hidden_states
-from megatron_mlra.checkpoint.forward import logits as streamed_logits
-from megatron_mlra.checkpoint.torch_dist import read_metadata
+from megatron_mlra.checkpoint.folder import open_checkpoint
+from megatron_mlra.checkpoint.megatron.torch_dist import read_metadata
+from megatron_mlra.checkpoint.verify.forward import hidden_states
+from megatron_mlra.checkpoint.verify.forward import logits as streamed_logits
 from research_model import VARIANTS, logits, save_research
 
 TOKENS = torch.randint(128, (24,), generator=torch.Generator().manual_seed(3))

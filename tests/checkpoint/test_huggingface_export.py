@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from megatron_mlra.checkpoint.description import CheckpointError
-from megatron_mlra.checkpoint.folders import open_checkpoint
-from megatron_mlra.checkpoint.huggingface import write_huggingface
-from megatron_mlra.preprocess.tokenizers import ByteTokenizer
+from megatron_mlra.checkpoint.folder import open_checkpoint
+from megatron_mlra.checkpoint.huggingface.folder import write_huggingface
+from megatron_mlra.data.tokenizers import ByteTokenizer
+from megatron_mlra.description.model import CheckpointError
 from random_checkpoint import RandomFolder, grouped, latent
 
 UP = "model.layers.1.self_attn.kv_b_proj.weight"

@@ -7,8 +7,8 @@ import math
 
 import pytest
 
-from megatron_mlra.checkpoint.huggingface import write_huggingface
-from megatron_mlra.checkpoint.megatron_writer import write_megatron
+from megatron_mlra.checkpoint.huggingface.folder import write_huggingface
+from megatron_mlra.checkpoint.megatron.writer import write_megatron
 from megatron_mlra.evaluation.cli import main
 from megatron_mlra.evaluation.models import load_scorer
 from random_checkpoint import RandomFolder, grouped, latent
@@ -110,7 +110,7 @@ def test_harness_gives_the_scorers_log_likelihoods(exported, tasks):
 
 
 def test_perplexity_is_that_of_the_megatron_folder(exported, tmp_path, capsys):
-    from megatron_mlra.checkpoint.folders import open_checkpoint
+    from megatron_mlra.checkpoint.folder import open_checkpoint
 
     write_megatron(open_checkpoint(exported), tmp_path / "megatron", progress=False)
     text = tmp_path / "text.txt"

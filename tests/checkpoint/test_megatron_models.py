@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from megatron_driver import MODELS, MOE_LAYOUTS, MOE_MODELS
-from megatron_mlra.checkpoint.folders import open_checkpoint
-from megatron_mlra.checkpoint.forward import hidden_states
-from megatron_mlra.checkpoint.forward import logits as streamed_logits
-from megatron_mlra.checkpoint.megatron_writer import write_megatron
-from megatron_mlra.checkpoint.names import EXPERT_BIAS
+from megatron_mlra.checkpoint.folder import open_checkpoint
+from megatron_mlra.checkpoint.megatron.writer import write_megatron
+from megatron_mlra.checkpoint.verify.forward import hidden_states
+from megatron_mlra.checkpoint.verify.forward import logits as streamed_logits
+from megatron_mlra.description.tensors import EXPERT_BIAS
 from megatron_mlra.evaluation.models import load_model
 from research_model import VARIANTS, logits
 from test_conversion import assert_same_tensors, weights_of

@@ -19,9 +19,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_mlra.checkpoint import safe_pickle
-from megatron_mlra.checkpoint.torch_dist import read_metadata
-from megatron_mlra.preprocess.signals import Interrupted, interruptible
+from megatron_mlra.checkpoint.megatron import safe_pickle
+from megatron_mlra.checkpoint.megatron.torch_dist import read_metadata
+from megatron_mlra.command_line.signals import Interrupted, interruptible
 from research_model import VARIANTS, save_research
 
 SIZES = VARIANTS["MLRA-4"]
@@ -208,8 +208,8 @@ def test_pickled_code_is_not_run(research, megatron, convert, tmp_path):
 
 
 def test_a_checkpoint_of_another_attention(research, megatron, convert, tmp_path):
-    from megatron_mlra.checkpoint.folders import open_checkpoint
-    from megatron_mlra.checkpoint.megatron_args import description_fields
+    from megatron_mlra.checkpoint.folder import open_checkpoint
+    from megatron_mlra.description.megatron_args import description_fields
 
     args = open_checkpoint(megatron).args
     for name, value, said in (
@@ -224,8 +224,8 @@ def test_a_checkpoint_of_another_attention(research, megatron, convert, tmp_path
 
 
 def test_routing_that_nothing_here_computes(megatron):
-    from megatron_mlra.checkpoint.description import ModelDescription
-    from megatron_mlra.checkpoint.folders import open_checkpoint
+    from megatron_mlra.checkpoint.folder import open_checkpoint
+    from megatron_mlra.description.model import ModelDescription
 
     args = vars(open_checkpoint(megatron).args)
     args |= {"num_experts": 8, "moe_router_topk": 2, "moe_layer_freq": 1}
@@ -246,7 +246,7 @@ def test_routing_that_nothing_here_computes(megatron):
 
 
 def test_exported_experts_that_megatron_has_not():
-    from megatron_mlra.checkpoint.huggingface_config import from_hf_config, to_hf_config
+    from megatron_mlra.checkpoint.huggingface.config import from_hf_config, to_hf_config
     from random_checkpoint import latent
 
     model = latent(

@@ -34,7 +34,7 @@ def main(folder: Path) -> None:
     import torch
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from megatron_mlra.cpu_backend import enable_cpu_backend
+    from megatron_mlra.training.cpu_backend import enable_cpu_backend
 
     enable_cpu_backend()
     logging.disable(logging.WARNING)
@@ -69,7 +69,8 @@ def rank_id(tp: int, dp: int, pp: int) -> int:
 
 def entry_model() -> tuple[Namespace, Any]:
     """What pretrain_mlra.py does up to the model."""
-    from megatron_mlra import arguments, model
+    from megatron_mlra.training import arguments
+    from megatron_mlra.training import steps as model
 
     args = arguments.parse(["--config", str(CONFIG), *map(str, ARGV)])
     with contextlib.redirect_stdout(io.StringIO()):
@@ -225,7 +226,7 @@ def accounting(args: Namespace) -> dict[str, Any]:
     """What pure arithmetic says of the same arguments."""
     from dataclasses import asdict
 
-    from megatron_mlra.accounting import ModelShape, parameters, train_flops_per_token
+    from megatron_mlra.cost.accounting import ModelShape, parameters, train_flops_per_token
 
     shape = ModelShape.from_args(args)
     flops = train_flops_per_token(shape, args.seq_length).model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_mlra.checkpoint.description import ModelDescription
+from megatron_mlra.description.model import ModelDescription
 from random_checkpoint import grouped, latent
 
 YARN = {

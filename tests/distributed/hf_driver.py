@@ -15,8 +15,8 @@ from hf_cases import CASES
 
 
 def main(folder: Path) -> None:
-    import megatron_mlra.layer_specs  # noqa: F401  (loaded before the fork)
-    from megatron_mlra.cpu_backend import enable_cpu_backend
+    import megatron_mlra.layers.specs  # noqa: F401  (loaded before the fork)
+    from megatron_mlra.training.cpu_backend import enable_cpu_backend
     from world import run_world
 
     enable_cpu_backend()
@@ -30,9 +30,9 @@ def _run(folder: Path) -> None:
     from megatron.core import parallel_state as mpu
     from megatron.core.models.gpt import GPTModel
 
-    from megatron_mlra.checkpoint.megatron_writer import write_megatron
-    from megatron_mlra.checkpoint.names import VOCABULARY
-    from megatron_mlra.layer_specs import block_spec
+    from megatron_mlra.checkpoint.megatron.writer import write_megatron
+    from megatron_mlra.description.tensors import VOCABULARY
+    from megatron_mlra.layers.specs import block_spec
     from random_checkpoint import RandomFolder
     from tiny import Layout
 

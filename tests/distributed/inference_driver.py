@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mlra.checkpoint.description import ModelDescription
-from megatron_mlra.checkpoint.names import expected_tensors
+from megatron_mlra.description.model import ModelDescription
+from megatron_mlra.description.tensors import expected_tensors
 from megatron_mlra.inference.load import LoadOptions, load_model
 from megatron_mlra.inference.parallel import WEIGHT_MODES, TensorParallel
 from megatron_mlra.inference.runner import Chunk, Runner, pool_for
-from megatron_mlra.routing import choose_experts
+from megatron_mlra.maths.routing import choose_experts
 
 VOCAB, LENGTH = 123, 301
 PAGE = 16
@@ -144,7 +144,7 @@ def build_megatron(name: str) -> tuple[dict[str, Tensor], Tensor]:
     """Random global tensors of a model, and Megatron's logits `[4, LENGTH, VOCAB]` for them."""
     from megatron.core.models.gpt import GPTModel
 
-    from megatron_mlra.layer_specs import block_spec
+    from megatron_mlra.layers.specs import block_spec
 
     model = MODELS[name]
     overrides = {"pipeline_dtype": torch.float32, "use_cpu_initialization": True}
@@ -337,11 +337,11 @@ def check_routing() -> dict[str, bool]:
 
 def main(folder: Path) -> None:
     """Run every case; a failing one is recorded and the others go on."""
-    from megatron_mlra.cpu_backend import enable_cpu_backend
+    from megatron_mlra.training.cpu_backend import enable_cpu_backend
 
     enable_cpu_backend()
 
-    import megatron_mlra.layer_specs  # noqa: F401  (loaded once, before the forks)
+    import megatron_mlra.layers.specs  # noqa: F401  (loaded once, before the forks)
     from world import run_world
 
     logging.disable(logging.WARNING)

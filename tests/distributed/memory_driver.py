@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_mlra.cpu_backend import enable_cpu_backend
+from megatron_mlra.training.cpu_backend import enable_cpu_backend
 
 enable_cpu_backend()
 
@@ -24,9 +24,9 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 
-from megatron_mlra import attention  # noqa: E402
-from megatron_mlra.layer_specs import block_spec  # noqa: E402
-from megatron_mlra.upstream_fixes import repair_torch_adamw_resume  # noqa: E402
+from megatron_mlra.layers import attention  # noqa: E402
+from megatron_mlra.layers.specs import block_spec  # noqa: E402
+from megatron_mlra.training.upstream_fixes import repair_torch_adamw_resume  # noqa: E402
 from tiny import Layout, make_config  # noqa: E402
 from world import run_world  # noqa: E402
 

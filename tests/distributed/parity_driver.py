@@ -136,8 +136,8 @@ def cases() -> list[Case]:
 
 
 def main(folder: Path, pattern: str) -> None:
-    import megatron_mlra.layer_specs  # noqa: F401  (loaded once, before the forks)
-    from megatron_mlra.cpu_backend import enable_cpu_backend
+    import megatron_mlra.layers.specs  # noqa: F401  (loaded once, before the forks)
+    from megatron_mlra.training.cpu_backend import enable_cpu_backend
     from world import run_world
 
     enable_cpu_backend()

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from megatron_mlra.checkpoint.description import ModelDescription
-from megatron_mlra.checkpoint.folders import CheckpointFolder
-from megatron_mlra.checkpoint.names import expected_tensors
+from megatron_mlra.checkpoint.folder import CheckpointFolder
+from megatron_mlra.description.model import ModelDescription
+from megatron_mlra.description.tensors import expected_tensors
 
 SIZES: dict[str, Any] = {
     "num_layers": 2,

@@ -7,11 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_cases import CASES
-from megatron_mlra.checkpoint.folders import open_checkpoint
-from megatron_mlra.checkpoint.huggingface import write_huggingface
-from megatron_mlra.checkpoint.huggingface_names import HF_EXPERT_BIAS, rules
-from megatron_mlra.checkpoint.megatron_writer import write_megatron
-from megatron_mlra.checkpoint.names import EXPERT_BIAS
+from megatron_mlra.checkpoint.folder import open_checkpoint
+from megatron_mlra.checkpoint.huggingface.folder import write_huggingface
+from megatron_mlra.checkpoint.huggingface.names import HF_EXPERT_BIAS, rules
+from megatron_mlra.checkpoint.megatron.writer import write_megatron
+from megatron_mlra.description.tensors import EXPERT_BIAS
 
 
 @pytest.fixture(scope="session")

@@ -25,9 +25,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import Tensor
 
-from megatron_mlra.baseline_config import BaselineConfig
-from megatron_mlra.config import MLRAConfig
-from megatron_mlra.layer_specs import block_spec
+from megatron_mlra.layers.baselines.config import BaselineConfig
+from megatron_mlra.layers.config import MLRAConfig
+from megatron_mlra.layers.specs import block_spec
 
 VOCAB, SEQ, BATCH = 128, 32, 4
 

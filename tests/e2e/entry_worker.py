@@ -32,7 +32,7 @@ def main() -> None:
     import pretrain_mlra
 
     pretrain_mlra.has_gpu()
-    from megatron_mlra import arguments, console, data, model, progress  # noqa: F401
+    from megatron_mlra.training import arguments, console, progress, steps  # noqa: F401
 
     answers = os.fdopen(os.dup(1), "w")
     print("{}", file=answers, flush=True)
@@ -109,18 +109,18 @@ def record_samples(path: Path) -> None:
     import torch
     from megatron.training import get_args
 
-    from megatron_mlra.fault_tolerance import batches
+    from megatron_mlra.fault_tolerance import samples
 
-    note = batches.note
+    note = samples.note
 
     def note_and_write(loaded):
         note(loaded)
         if torch.is_grad_enabled():
             with open(path, "a") as file:
-                for number in loaded[batches.SOURCE][:, 0].tolist():
+                for number in loaded[samples.SOURCE][:, 0].tolist():
                     file.write(f"{get_args().curr_iteration + 1} {number}\n")
 
-    batches.note = note_and_write
+    samples.note = note_and_write
 
 
 def fall_asleep(
@@ -147,9 +147,9 @@ def inject_nan(step: int, in_gradient: bool = False) -> None:
     """Make the training loss of a step NaN, or its gradient alone."""
     from megatron.training import get_args
 
-    from megatron_mlra import model
+    from megatron_mlra.training import steps
 
-    loss_function = model.loss_function
+    loss_function = steps.loss_function
 
     def with_nan(mask, losses):
         if get_args().curr_iteration + 1 == step:
@@ -159,7 +159,7 @@ def inject_nan(step: int, in_gradient: bool = False) -> None:
                 losses = losses * float("nan")
         return loss_function(mask, losses)
 
-    model.loss_function = with_nan
+    steps.loss_function = with_nan
 
 
 if __name__ == "__main__":

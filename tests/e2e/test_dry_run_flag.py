@@ -4,8 +4,8 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-from megatron_mlra.config import MLRAConfig
-from megatron_mlra.dry_run import _command, _shard_map
+from megatron_mlra.layers.config import MLRAConfig
+from megatron_mlra.training.dry_run import _command, _shard_map
 from runs import ENV, ROOT
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mlra.checkpoint.checksums import MANIFEST, damage
-from megatron_mlra.checkpoint.integrity import check_complete, latest_step
+from megatron_mlra.fault_tolerance.checksums import MANIFEST, damage
+from megatron_mlra.fault_tolerance.integrity import check_complete, latest_step
 from runs import ENV, ROOT, wait_for
 
 

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
+from megatron_mlra.data.tokenizers import ByteTokenizer
 from megatron_mlra.inference.cli import main
 from megatron_mlra.inference.tokenization import GrowingText
-from megatron_mlra.preprocess.tokenizers import ByteTokenizer
 from runs import ENV, ROOT
 
 

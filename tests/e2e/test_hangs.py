@@ -13,9 +13,9 @@ from runs import wait_for
 
 LIMIT = 5
 LIVES = ["--hang-timeout-seconds", LIMIT, "--train-iters", 400, "--log-interval", 1]
-GET_BATCH = "megatron_mlra.model:get_batch"
+GET_BATCH = "megatron_mlra.training.steps:get_batch"
 SAVE = "megatron.training.training:save_checkpoint"
-BUILD_DATASETS = "megatron_mlra.data:build_datasets"
+BUILD_DATASETS = "megatron_mlra.training.batches:build_datasets"
 
 
 def who(rank: int, pid: int) -> str:

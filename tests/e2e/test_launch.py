@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mlra.checkpoint.retention import prune
+from megatron_mlra.fault_tolerance.retention import prune
 from runs import ENV, ROOT, wait_for
 
 LAUNCH = ROOT / "examples" / "launch.sh"

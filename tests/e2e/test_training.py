@@ -12,7 +12,7 @@ import sys
 import psutil
 import pytest
 
-from megatron_mlra.checkpoint.integrity import check_complete, latest_step
+from megatron_mlra.fault_tolerance.integrity import check_complete, latest_step
 from runs import ENV, ROOT, Run, scalars, wait_for
 
 
@@ -172,7 +172,9 @@ def test_nan_ends_the_run_and_harms_no_checkpoint(entry, preset, whole, save):
 def test_a_gradient_that_is_nan_under_a_finite_loss(entry, preset, tmp_path, layout, ranks, said):
     flags = ["--save", tmp_path / "save", "--save-interval", 50, *layout]
     # The first rank to leave must not take the others with it.
-    asleep = [{"ranks": [0], "place": "megatron_mlra.console:fail", "seconds": 2}] * (ranks > 1)
+    asleep = [{"ranks": [0], "place": "megatron_mlra.training.console:fail", "seconds": 2}] * (
+        ranks > 1
+    )
     job = {"ranks": ranks, "nan_gradient_at": 6, "asleep": asleep}
     run = entry.run(tmp_path, "--config", preset, *flags, **job)
     assert run.code == 1

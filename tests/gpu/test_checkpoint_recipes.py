@@ -26,7 +26,7 @@ RUNS = {
 def build(name: str):
     from megatron.core.models.gpt import GPTModel
 
-    from megatron_mlra.layer_specs import block_spec
+    from megatron_mlra.layers.specs import block_spec
     from tiny import SEQ, VOCAB, Layout, make_config
 
     implementation, precision = RUNS[name]

@@ -10,8 +10,8 @@ import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from megatron_mlra.functional import attend
-from megatron_mlra.token_plan import TokenPlan, plan_tokens
+from megatron_mlra.maths.attention import attend
+from megatron_mlra.sharding.token_plan import TokenPlan, plan_tokens
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("world")]
 
@@ -38,7 +38,7 @@ def core_of(backend: str, form: str) -> torch.nn.Module:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.enums import AttnMaskType
 
-    from megatron_mlra.layer_specs import mlra_attention_spec
+    from megatron_mlra.layers.specs import mlra_attention_spec
     from tiny import Layout, make_config
 
     config = make_config(Layout(), core_backend=backend, core_form=form, bf16=True, **SIZES)

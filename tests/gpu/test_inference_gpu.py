@@ -8,8 +8,8 @@ import random
 import pytest
 import torch
 
-from megatron_mlra.checkpoint.description import ModelDescription
-from megatron_mlra.inference.benchmark import Case, gate, random_reader
+from megatron_mlra.benchmarks.decoding.measure import Case, gate, random_reader
+from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.inference.engine import Engine
 from megatron_mlra.inference.load import LoadOptions, load_model
 from megatron_mlra.inference.runner import Chunk, Runner

@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_mlra import functional
-from mlra_kernels import latent_train
+from megatron_mlra.maths import attention
+from mlra_kernels import latent_projections
 
 pytestmark = pytest.mark.gpu
 
@@ -33,7 +33,7 @@ def operations(shape: tuple[int, ...]) -> dict[str, tuple[dict[str, torch.Tensor
         return torch.randn(sizes, generator=generator, device="cuda")
 
     positions = torch.arange(s, device="cuda")
-    tables = functional.rope_cos_sin(positions, rope, 10000.0, torch.float32)
+    tables = attention.rope_cos_sin(positions, rope, 10000.0, torch.float32)
     return {
         "rotate_absorb": ({"q": draw(s, b, h, nope + rope), "w": draw(n, h, nope, l)}, tables),
         "join_keys": ({"latents": draw(s, b, n, g, l), "k_rope": draw(s, b, rope)}, tables),
@@ -48,7 +48,7 @@ def operations(shape: tuple[int, ...]) -> dict[str, tuple[dict[str, torch.Tensor
 def test_output_and_every_gradient(shape, name: str, dtype: torch.dtype) -> None:
     inputs, constants = operations(shape)[name]
     results = []
-    for module, kind in ((functional, torch.float64), (latent_train, dtype)):
+    for module, kind in ((attention, torch.float64), (latent_projections, dtype)):
         leaves = [x.to(dtype).to(kind).requires_grad_() for x in inputs.values()]
         tables = [c.to(kind) if kind == torch.float64 and torch.is_tensor(c) else c
                   for c in constants]  # fmt: skip

@@ -12,13 +12,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_mlra.accounting import ModelShape
+from megatron_mlra.benchmarks.training import measure
+from megatron_mlra.benchmarks.training.case import Case, Load, parse_case
+from megatron_mlra.cost.accounting import ModelShape
 from megatron_mlra.planner.gpus import GPUS, Assumptions
 from megatron_mlra.planner.layout import Layout
 from megatron_mlra.planner.memory import GIB, memory
 from megatron_mlra.planner.step import predict
-from megatron_mlra.training_benchmark import measure
-from megatron_mlra.training_benchmark.case import Case, Load, parse_case
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("world")]
 

@@ -40,7 +40,7 @@ def run(implementation: str, weights: dict | None = None, **overrides):
     from megatron.core import parallel_state as mpu
     from megatron.core.models.gpt import GPTModel
 
-    from megatron_mlra.layer_specs import block_spec
+    from megatron_mlra.layers.specs import block_spec
     from tiny import SEQ, VOCAB, Layout, global_batch, make_config
 
     config = make_config(Layout(), transformer_impl=implementation, **{**SIZES, **overrides})
@@ -164,7 +164,7 @@ def test_packed_documents_equal_separate_ones() -> None:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.packed_seq_params import PackedSeqParams
 
-    from megatron_mlra.layer_specs import block_spec
+    from megatron_mlra.layers.specs import block_spec
     from tiny import VOCAB, Layout, make_config
 
     config = make_config(Layout(), transformer_impl="transformer_engine", **SIZES)
@@ -201,7 +201,7 @@ def test_weight_gradients_summed_in_their_products(recipe: str) -> None:
     """Two micro-batches through DDP, against gradients that are added in a pass of their own."""
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    from megatron_mlra.training_benchmark.case import Case, Load, Trainee
+    from megatron_mlra.benchmarks.training.case import Case, Load, Trainee
 
     def gradients(*flags: str) -> dict[str, torch.Tensor]:
         torch.manual_seed(1)

@@ -10,15 +10,15 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_mlra.accounting import (
+from megatron_mlra.cost.accounting import (
     ModelShape,
     kv_cache_bytes_per_token,
     kv_cache_elements,
     parameters,
     train_flops_per_token,
 )
-from megatron_mlra.communication import cp_communication, tp_communication
-from megatron_mlra.functional import mlra_attention
+from megatron_mlra.cost.traffic import cp_communication, tp_communication
+from megatron_mlra.maths.attention import mlra_attention
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 
@@ -50,7 +50,7 @@ def latent_shape(L: int, N: int, **overrides) -> ModelShape:
 
 def test_importing_it_loads_no_torch():
     code = (
-        "import sys, megatron_mlra.accounting as a;"
+        "import sys, megatron_mlra.cost.accounting as a;"
         "assert not {'torch', 'numpy', 'megatron.core'} & set(sys.modules), 'heavy import'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

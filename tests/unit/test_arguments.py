@@ -10,11 +10,11 @@ import pytest
 import torch
 from megatron.training.arguments import add_megatron_arguments
 
-from megatron_mlra import console
-from megatron_mlra.argument_checks import check_fp8_tokens
-from megatron_mlra.arguments import add_mlra_arguments, load_preset, parse
-from megatron_mlra.cpu_backend import CPU_DEFAULTS
-from megatron_mlra.progress import Throughput, recomputed
+from megatron_mlra.training import console
+from megatron_mlra.training.argument_checks import check_fp8_tokens
+from megatron_mlra.training.arguments import add_mlra_arguments, load_preset, parse
+from megatron_mlra.training.cpu_backend import CPU_DEFAULTS
+from megatron_mlra.training.progress import Throughput, recomputed
 
 DEBUG = str(Path(__file__).parents[2] / "examples" / "configs" / "debug.yaml")
 
@@ -124,7 +124,7 @@ def test_recomputed(granularity, modules, expected):
 
 def test_throughput_leaves_pauses_out(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("megatron_mlra.progress.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("megatron_mlra.training.progress.time.perf_counter", lambda: now[0])
     monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
     args = Namespace(consumed_train_samples=40, seq_length=10)  # as after a resume
     throughput = Throughput(args)

@@ -11,9 +11,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import build_module
 
-from megatron_mlra.accounting import ModelShape, parameters
-from megatron_mlra.baseline_config import BaselineConfig
-from megatron_mlra.baselines import baseline_attention_spec
+from megatron_mlra.cost.accounting import ModelShape, parameters
+from megatron_mlra.layers.baselines.attention import baseline_attention_spec
+from megatron_mlra.layers.baselines.config import BaselineConfig
 
 S, B = 7, 2
 # h 4 heads, d 20; no two sizes coincide, and all of them divide by 2.

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from megatron_mlra.config import MLRAConfig
+from megatron_mlra.layers.config import MLRAConfig
 
 # h 4 heads, L 4 latent heads, N 2 branches: G 2 head groups.
 BASE = {

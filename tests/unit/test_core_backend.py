@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from megatron_mlra import layer_specs
-from megatron_mlra.config import MLRAConfig
-from megatron_mlra.core_attention import (
+from megatron_mlra.layers import specs
+from megatron_mlra.layers.config import MLRAConfig
+from megatron_mlra.layers.core_attention import (
     LatentCoreAttention,
     SDPACoreAttention,
     te_core_attention,
@@ -29,7 +29,7 @@ SIZES = {
 
 @pytest.fixture(autouse=True)
 def installed(monkeypatch) -> None:
-    monkeypatch.setattr(layer_specs, "HAVE_TE", True)
+    monkeypatch.setattr(specs, "HAVE_TE", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
 
@@ -38,7 +38,7 @@ def core_of(**overrides):
     config = MLRAConfig(**SIZES)
     for name, value in {"transformer_impl": "transformer_engine", **overrides}.items():
         setattr(config, name, value)
-    return layer_specs._core_attention(config)
+    return specs._core_attention(config)
 
 
 @pytest.mark.parametrize(

@@ -115,11 +115,11 @@ else:
 
     @pytest.mark.parametrize("name", MODELS)
     def test_a_model_on_the_kernels_equals_the_reference(name):
-        from megatron_mlra.checkpoint.description import ModelDescription
-        from megatron_mlra.checkpoint.names import expected_tensors
+        from megatron_mlra.description.model import ModelDescription
+        from megatron_mlra.description.tensors import expected_tensors
+        from megatron_mlra.inference.backends.triton import TritonOps
         from megatron_mlra.inference.load import LoadOptions, load_model
         from megatron_mlra.inference.runner import Chunk, Runner
-        from megatron_mlra.inference.triton_ops import TritonOps
 
         model = ModelDescription(**SIZES, **MODELS[name])
         tensors = {

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mlra.checkpoint.names import expected_tensors
-from megatron_mlra.inference.benchmark import preset_description, random_reader
+from megatron_mlra.benchmarks.decoding.measure import preset_description, random_reader
+from megatron_mlra.description.tensors import expected_tensors
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "examples" / "configs"

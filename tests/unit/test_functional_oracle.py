@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_mlra.config import MLRAConfig
-from megatron_mlra.functional import mlra_attention
+from megatron_mlra.layers.config import MLRAConfig
+from megatron_mlra.maths.attention import mlra_attention
 from oracle import OracleConfig, config_values, reference, relative_error
 
 TOLERANCE = 1e-10

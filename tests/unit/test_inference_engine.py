@@ -14,8 +14,8 @@ import sys
 import pytest
 import torch
 
-from megatron_mlra.checkpoint.description import ModelDescription
-from megatron_mlra.checkpoint.names import expected_tensors
+from megatron_mlra.description.model import ModelDescription
+from megatron_mlra.description.tensors import expected_tensors
 from megatron_mlra.inference.cache import CacheFull, PagePool
 from megatron_mlra.inference.engine import Engine
 from megatron_mlra.inference.load import LoadOptions, load_model
@@ -335,7 +335,7 @@ def test_tensor_parallel_sizes_that_do_not_fit_name_those_that_do():
 def test_inference_runs_without_megatron():
     """Where only torch and Triton are installed, as on a serving machine."""
     code = (
-        "import sys, megatron_mlra.inference.cli, megatron_mlra.inference.benchmark\n"
+        "import sys, megatron_mlra.inference.cli, megatron_mlra.benchmarks.decoding.measure\n"
         "sys.exit([n for n in sys.modules if n.partition('.')[0] == 'megatron'] or None)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -14,15 +14,15 @@ import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.nn.functional import silu
 
-from megatron_mlra.checkpoint.description import ModelDescription
-from megatron_mlra.checkpoint.folders import open_checkpoint
-from megatron_mlra.checkpoint.forward import hidden_states, logits
-from megatron_mlra.checkpoint.megatron_writer import write_megatron
-from megatron_mlra.checkpoint.names import layer_tensors
+from megatron_mlra.checkpoint.folder import open_checkpoint
+from megatron_mlra.checkpoint.megatron.writer import write_megatron
+from megatron_mlra.checkpoint.verify.forward import hidden_states, logits
+from megatron_mlra.description.model import ModelDescription
+from megatron_mlra.description.tensors import layer_tensors
 from megatron_mlra.inference import mlp
+from megatron_mlra.inference.backends.reference import ReferenceOps
 from megatron_mlra.inference.cli import main
 from megatron_mlra.inference.mlp import load_mlp, run_mlp
-from megatron_mlra.inference.ops import ReferenceOps
 
 sys.path.append(str(Path(__file__).parents[1] / "distributed"))
 

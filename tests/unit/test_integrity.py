@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_mlra.checkpoint import integrity
+from megatron_mlra.fault_tolerance import integrity
 
 
 def save_args(folder, **changes):

@@ -18,8 +18,8 @@ if not INTERPRETING:
         assert " passed" in printed and "skipped" not in printed
 
 else:
-    from megatron_mlra import functional
-    from mlra_kernels import latent_train
+    from megatron_mlra.maths import attention as functional
+    from mlra_kernels import latent_projections
     from test_module_oracle import (  # noqa: F401
         BATCH,
         TOKENS,
@@ -54,7 +54,7 @@ else:
     def check(name: str, inputs: dict[str, torch.Tensor], constants: tuple, dtype) -> None:
         """Output and the gradient of every input of operation `name`, by both implementations."""
         results = []
-        for module, kind in ((functional, torch.float64), (latent_train, dtype)):
+        for module, kind in ((functional, torch.float64), (latent_projections, dtype)):
             leaves = {k: x.to(dtype).to(kind).requires_grad_() for k, x in inputs.items()}
             # As slices of wider tensors, which is how the attention holds several of them.
             held = {k: torch.cat((x, x), dim=-1)[..., : x.size(-1)] for k, x in leaves.items()}
@@ -110,5 +110,7 @@ else:
             core_form=form,
             latent_kernels="triton",
         )
-        assert attention.forms is latent_train and attention.q_norm.forms is latent_train
+        assert (
+            attention.forms is latent_projections and attention.q_norm.forms is latent_projections
+        )
         assert_near(run(attention, expected.x, expected.upstream), expected)

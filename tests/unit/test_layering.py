@@ -12,43 +12,47 @@ LONGEST_FILE = 420
 
 # Each layer imports only from layers below it, and from its own. A name stands for what is in it.
 LAYERS = (
-    ("pretrain_mlra", "tools", "megatron_mlra.training_benchmark"),
+    ("pretrain_mlra", "tools", "megatron_mlra.benchmarks.training"),
     (
-        "megatron_mlra.model",
-        "megatron_mlra.arguments",
-        "megatron_mlra.data",
-        "megatron_mlra.argument_checks",
-        "megatron_mlra.presets",
-        "megatron_mlra.console",
-        "megatron_mlra.progress",
-        "megatron_mlra.layer_specs",
+        "megatron_mlra.training.steps",
+        "megatron_mlra.training.arguments",
+        "megatron_mlra.training.batches",
+        "megatron_mlra.training.argument_checks",
+        "megatron_mlra.training.presets",
+        "megatron_mlra.training.console",
+        "megatron_mlra.training.progress",
+        "megatron_mlra.layers.specs",
         "megatron_mlra.inference",
         "megatron_mlra.checkpoint",
         "megatron_mlra.fault_tolerance",
-        "megatron_mlra.preprocess",
+        "megatron_mlra.data",
         "megatron_mlra.evaluation",
         "megatron_mlra.planner",
-        "megatron_mlra.dry_run",
-    ),
-    ("megatron_mlra.attention", "megatron_mlra.baselines", "megatron_mlra.te_linear"),
-    (
-        "megatron_mlra.projections",
-        "megatron_mlra.recompute",
-        "megatron_mlra.rotary",
-        "megatron_mlra.sharding",
-        "megatron_mlra.token_plan",
-        "megatron_mlra.context_parallel",
-        "megatron_mlra.core_attention",
+        "megatron_mlra.training.dry_run",
     ),
     (
-        "megatron_mlra.functional",
-        "megatron_mlra.routing",
-        "megatron_mlra.config",
-        "megatron_mlra.fp8",
-        "megatron_mlra.baseline_config",
-        "megatron_mlra.partition",
-        "megatron_mlra.accounting",
-        "megatron_mlra.communication",
+        "megatron_mlra.layers.attention",
+        "megatron_mlra.layers.baselines.attention",
+        "megatron_mlra.layers.transformer_engine",
+    ),
+    (
+        "megatron_mlra.layers.projections",
+        "megatron_mlra.layers.recompute",
+        "megatron_mlra.layers.rotary",
+        "megatron_mlra.sharding.tensor_parallel",
+        "megatron_mlra.sharding.token_plan",
+        "megatron_mlra.sharding.context_parallel",
+        "megatron_mlra.layers.core_attention",
+    ),
+    (
+        "megatron_mlra.maths.attention",
+        "megatron_mlra.maths.routing",
+        "megatron_mlra.layers.config",
+        "megatron_mlra.layers.fp8",
+        "megatron_mlra.layers.baselines.config",
+        "megatron_mlra.sharding.partition",
+        "megatron_mlra.cost.accounting",
+        "megatron_mlra.cost.traffic",
         "megatron_mlra.hf",
     ),
     ("mlra_kernels",),
@@ -56,11 +60,11 @@ LAYERS = (
 # Below every layer of megatron_mlra, beside mlra_kernels: they import nothing of this project.
 FREE = (
     "megatron_mlra",
-    "megatron_mlra.command_line",
-    "megatron_mlra.cpu_backend",
-    "megatron_mlra.latent_sizes",
-    "megatron_mlra.tensor_parallel_fit",
-    "megatron_mlra.upstream_fixes",
+    "megatron_mlra.command_line.parser",
+    "megatron_mlra.training.cpu_backend",
+    "megatron_mlra.description.latent",
+    "megatron_mlra.sharding.fit",
+    "megatron_mlra.training.upstream_fixes",
     "megatron_mlra.version",
 )
 
@@ -118,7 +122,9 @@ def roots(module: str) -> set[str]:
 
 
 def test_every_module_is_found_and_has_a_layer():
-    assert {"pretrain_mlra", "megatron_mlra.attention", "mlra_kernels.latent_decode"} <= set(FILES)
+    assert {"pretrain_mlra", "megatron_mlra.layers.attention", "mlra_kernels.latent_decode"} <= set(
+        FILES
+    )
     for module in FILES:
         depth(module)
 
@@ -142,8 +148,8 @@ def test_kernels_stand_alone(module):
 def test_preprocessing_needs_no_torch(module):
     assert not roots(module) & {"torch", "mlra_kernels"}
     own = {name for name in imports(module) if name.startswith("megatron_mlra.")}
-    assert own <= {"megatron_mlra.command_line"} | {
-        name for name in FILES if name.startswith("megatron_mlra.preprocess")
+    assert own <= {"megatron_mlra.command_line.parser"} | {
+        name for name in FILES if name.startswith("megatron_mlra.data")
     }
 
 
@@ -156,11 +162,11 @@ def test_exported_models_stand_alone(module):
 
 
 def test_the_maths_needs_no_megatron():
-    assert roots("megatron_mlra.functional") <= sys.stdlib_module_names | {"torch"}
+    assert roots("megatron_mlra.maths.attention") <= sys.stdlib_module_names | {"torch"}
 
 
 def test_accounting_is_plain_python():
-    assert roots("megatron_mlra.accounting") <= sys.stdlib_module_names
+    assert roots("megatron_mlra.cost.accounting") <= sys.stdlib_module_names
 
 
 @pytest.mark.parametrize("module", FREE)
@@ -182,11 +188,11 @@ def test_imports_are_seen_in_every_form(tmp_path, monkeypatch):
     assert imports("megatron_mlra.sample") == {
         "torch.distributed",
         "numpy",
-        "megatron_mlra.config",
-        "megatron_mlra.sharding",
-        "megatron_mlra.data",
-        "megatron_mlra.model",
-        "megatron_mlra.checkpoint.integrity",
+        "megatron_mlra.layers.config",
+        "megatron_mlra.sharding.tensor_parallel",
+        "megatron_mlra.training.batches",
+        "megatron_mlra.training.steps",
+        "megatron_mlra.fault_tolerance.integrity",
     }
 
 

@@ -11,10 +11,10 @@ from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.spec_utils import build_module
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from megatron_mlra.attention import MLRASelfAttention
-from megatron_mlra.config import MLRAConfig
-from megatron_mlra.layer_specs import mlra_attention_spec
-from megatron_mlra.recompute import rebuilt_in_backward
+from megatron_mlra.layers.attention import MLRASelfAttention
+from megatron_mlra.layers.config import MLRAConfig
+from megatron_mlra.layers.recompute import rebuilt_in_backward
+from megatron_mlra.layers.specs import mlra_attention_spec
 from oracle import (
     OracleConfig,
     config_values,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from megatron_mlra.token_plan import PackedDocuments, plan_tokens
+from megatron_mlra.sharding.token_plan import PackedDocuments, plan_tokens
 from oracle import reference, relative_error
 from test_module_oracle import FORMS, MLRA2, VARIANTS, build, groups, named, run  # noqa: F401
 

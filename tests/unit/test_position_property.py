@@ -6,9 +6,9 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import build_module
 
-from megatron_mlra.config import MLRAConfig
-from megatron_mlra.functional import mlra_attention
-from megatron_mlra.layer_specs import mlra_attention_spec
+from megatron_mlra.layers.config import MLRAConfig
+from megatron_mlra.layers.specs import mlra_attention_spec
+from megatron_mlra.maths.attention import mlra_attention
 from oracle import OracleConfig, config_values, mlra_oracle, oracle_weights, reference
 from oracle import relative_error as error
 

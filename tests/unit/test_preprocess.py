@@ -13,12 +13,12 @@ import pytest
 import zstandard
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from megatron_mlra.data import ByteTokenizer, HFTokenizer, TiktokenTokenizer, read_metadata
+from megatron_mlra.data.cli import main
+from megatron_mlra.data.encode import token_dtype
+from megatron_mlra.data.readers import BATCH_BYTES
+from megatron_mlra.data.writer import SUFFIXES
 from megatron_mlra.inference.tokenization import checkpoint_tokenizer
-from megatron_mlra.preprocess import ByteTokenizer, HFTokenizer, TiktokenTokenizer, read_metadata
-from megatron_mlra.preprocess.cli import main
-from megatron_mlra.preprocess.encode import token_dtype
-from megatron_mlra.preprocess.readers import BATCH_BYTES
-from megatron_mlra.preprocess.writer import SUFFIXES
 
 TEXTS = ["Hello, world\n", "naïve café ☕ 𓀀", 'tabs\tand "quotes"\r\nlines', "<|endoftext|>"]
 
@@ -320,7 +320,7 @@ def test_shards_with_eod_first_and_a_document_cut_by_a_shard(tmp_path, read, app
 
 
 def test_shards_with_eod_last_across_chunks(tmp_path, read, monkeypatch):
-    monkeypatch.setattr("megatron_mlra.preprocess.shards._CHUNK_TOKENS", 5)
+    monkeypatch.setattr("megatron_mlra.data.shards._CHUNK_TOKENS", 5)
     random = np.random.default_rng(0)
     documents = [[*random.integers(1, 9, size=n).tolist(), 0] for n in random.integers(1, 20, 60)]
     stream = [token for document in documents for token in document]

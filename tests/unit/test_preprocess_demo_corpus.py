@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mlra.preprocess import write_demo_corpus
-from megatron_mlra.preprocess.cli import main
+from megatron_mlra.data import write_demo_corpus
+from megatron_mlra.data.cli import main
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,7 +15,7 @@ import pytest
 import zstandard
 from tokenizers import Tokenizer, models
 
-from megatron_mlra.preprocess.cli import main
+from megatron_mlra.data.cli import main
 
 ROOT = Path(__file__).parents[2]
 GOOD = b'{"text": "good"}\n'
@@ -294,7 +294,7 @@ def test_existing_output_is_kept_unless_overwriting(capsys):
 
 
 def test_preprocess_imports_neither_torch_nor_megatron():
-    code = "import megatron_mlra.preprocess.cli, sys; print({'torch', 'megatron'} & {*sys.modules})"
+    code = "import megatron_mlra.data.cli, sys; print({'torch', 'megatron'} & {*sys.modules})"
     command = [sys.executable, "-c", code]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert shown.stdout == "set()\n"

@@ -13,8 +13,8 @@ import psutil
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from megatron_mlra.preprocess import pipeline
-from megatron_mlra.preprocess.cli import main
+from megatron_mlra.data import pipeline
+from megatron_mlra.data.cli import main
 
 ROOT = Path(__file__).parents[2]
 BYTE = ("--tokenizer", "byte")

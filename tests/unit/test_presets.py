@@ -16,19 +16,19 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import add_megatron_arguments
 
-from megatron_mlra.accounting import ModelShape, parameters
-from megatron_mlra.arguments import add_mlra_arguments, load_preset, parse
-from megatron_mlra.baseline_config import BaselineConfig
-from megatron_mlra.checkpoint.description import ModelDescription
-from megatron_mlra.checkpoint.huggingface_config import from_hf_config, to_hf_config
-from megatron_mlra.checkpoint.huggingface_names import rules
-from megatron_mlra.checkpoint.names import expected_tensors
+from megatron_mlra.checkpoint.huggingface.config import from_hf_config, to_hf_config
+from megatron_mlra.checkpoint.huggingface.names import rules
 from megatron_mlra.checkpoint.rules import their_shapes
-from megatron_mlra.config import MLRAConfig
+from megatron_mlra.cost.accounting import ModelShape, parameters
+from megatron_mlra.description.model import ModelDescription
+from megatron_mlra.description.tensors import expected_tensors
 from megatron_mlra.hf.configuration_mlra import MLRAConfig as HuggingFaceConfig
 from megatron_mlra.hf.modeling_mlra import MLRAForCausalLM
-from megatron_mlra.layer_specs import block_spec
-from megatron_mlra.projections import RMSNorm
+from megatron_mlra.layers.baselines.config import BaselineConfig
+from megatron_mlra.layers.config import MLRAConfig
+from megatron_mlra.layers.projections import RMSNorm
+from megatron_mlra.layers.specs import block_spec
+from megatron_mlra.training.arguments import add_mlra_arguments, load_preset, parse
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 BASES = {"paper_recipe", "large_recipe", "dense_70b_recipe", "qwen_8b_recipe"}

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from megatron_mlra.training_benchmark import report
-from megatron_mlra.training_benchmark.case import Case, Load, parse_case
-from megatron_mlra.training_benchmark.measure import Result, SublayerResult
+from megatron_mlra.benchmarks.training import report
+from megatron_mlra.benchmarks.training.case import Case, Load, parse_case
+from megatron_mlra.benchmarks.training.measure import Result, SublayerResult
 
 
 def result(case: Case, rate: float) -> Result:

@@ -1,0 +1,223 @@
+"""One measured configuration, built as the entry builds it: flags, DDP and optimizer.
+
+The rival is Megatron's own MLA under the same flags.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from megatron.training.argument_utils import core_transformer_config_from_args
+from megatron.training.training import get_megatron_ddp_config, get_megatron_optimizer_config
+
+from megatron_mlra.cost.accounting import ModelShape
+from megatron_mlra.layers.specs import block_spec
+from megatron_mlra.training import arguments
+
+CONFIGS = Path(__file__).resolve().parents[2] / "examples" / "configs"
+STOCK = "stock-mla"
+"""Megatron's MLA as it comes; `stock-mla-fused` turns on its RoPE fusion, which it has for YaRN
+only: with factor 1 that is plain RoPE."""
+
+RECIPES = ("bf16", "delayed", "tensorwise", "blockwise")
+FORMS = ("auto", "absorbed", "materialized")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one row of the results measures."""
+
+    variant: str
+    """`mlra4` for examples/configs/mlra4_2.9b.yaml, `mlra4_350m`, ..., a path, or stock-mla."""
+    recipe: str = "bf16"
+    form: str = "auto"
+    seq_length: int = 2048
+
+    @classmethod
+    def parse(cls, text: str) -> Case:
+        """`VARIANT[/RECIPE[/FORM[/SEQ_LENGTH]]]`.
+
+        Raises:
+            ValueError: for an unknown part; names what there is.
+        """
+        name, *rest = text.split("/") if not text.endswith(".yaml") else [text]
+        if len(rest) > 3 or (len(rest) == 3 and not (rest[2].isdecimal() and int(rest[2]))):
+            raise ValueError(f"--case {text}: use VARIANT/RECIPE/FORM/SEQ_LENGTH")
+        case = cls(name, *rest[:2], *(int(part) for part in rest[2:]))
+        case.preset()
+        for value, known in ((case.recipe, RECIPES), (case.form, FORMS)):
+            if value not in known:
+                raise ValueError(f"--case {text}: {value!r}; use one of {', '.join(known)}")
+        return case
+
+    @property
+    def is_stock(self) -> bool:
+        return self.variant.startswith(STOCK)
+
+    def preset(self) -> Path:
+        """The preset the sizes come from."""
+        if self.variant.endswith(".yaml"):
+            return Path(self.variant)
+        name = "mla" if self.is_stock else self.variant
+        for path in (CONFIGS / f"{name}_2.9b.yaml", CONFIGS / f"{name}.yaml"):
+            if path.exists():
+                return path
+        names = sorted(p.stem.removesuffix("_2.9b") for p in CONFIGS.glob("*.yaml"))
+        raise ValueError(f"--case {self.variant}: use {STOCK} or one of {', '.join(names)}")
+
+    def __str__(self) -> str:
+        return f"{self.variant}/{self.recipe}/{self.form}/{self.seq_length}"
+
+
+@dataclass(frozen=True)
+class Load:
+    """What every case runs."""
+
+    num_layers: int
+    tokens: int
+    """Of a micro-batch, in sequences of the case's length (at least one)."""
+    micro_batches: int = 1
+    ffn_multiple: int = 16
+    """MLP sizes are rounded up to it, as FP8 needs, in bf16 too."""
+    flags: tuple[str, ...] = ()
+    """More flags of the entry."""
+
+
+def parse_case(case: Case, load: Load, *more: str) -> tuple[Namespace, TransformerConfig]:
+    """Arguments and transformer config of a case, checked as the entry checks them."""
+    micro = max(1, load.tokens // case.seq_length)
+    argv = ["--config", str(case.preset()), "--core-form", case.form, "--mock-data"]
+    sizes = {
+        "num-layers": load.num_layers,
+        "seq-length": case.seq_length,
+        "max-position-embeddings": case.seq_length,
+        "micro-batch-size": micro,
+        "global-batch-size": micro * load.micro_batches,
+        "lr-warmup-iters": 0,
+    }
+    for name, value in sizes.items():
+        argv += [f"--{name}", str(value)]
+    if case.recipe != "bf16":
+        argv += ["--fp8-format", "hybrid", "--fp8-recipe", case.recipe]
+    argv += [*load.flags, *more]
+    with contextlib.redirect_stdout(io.StringIO()):
+        args = arguments.parse(argv)
+        ffn, step = args.ffn_hidden_size, load.ffn_multiple
+        args.ffn_hidden_size = -(-ffn // step) * step
+        config = arguments.validate(args)
+        if case.is_stock:
+            args.multi_latent_attention = True
+            if case.variant == f"{STOCK}-fused":
+                args.apply_rope_fusion, args.rope_type = True, "yarn"
+                args.rotary_scaling_factor = args.mscale = args.mscale_all_dim = 1.0
+                args.original_max_position_embeddings = case.seq_length
+            else:
+                args.rope_type = "rope"
+            config = core_transformer_config_from_args(args, MLATransformerConfig)
+    return args, config
+
+
+def build_model(case: Case, args: Namespace, config: TransformerConfig) -> GPTModel:
+    """The case's GPT on the current device."""
+    if case.is_stock:
+        spec = get_gpt_layer_with_transformer_engine_spec(multi_latent_attention=True)
+    else:
+        spec = block_spec(config)
+    model = GPTModel(
+        config,
+        spec,
+        args.padded_vocab_size,
+        args.max_position_embeddings,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_base=args.rotary_base,
+    )
+    return model.cuda()
+
+
+class Trainee:
+    """A model in training on random tokens."""
+
+    def __init__(self, case: Case, load: Load) -> None:
+        self.args, self.config = parse_case(case, load)
+        self.load = load
+        self.shape = ModelShape.from_args(self.args, seq_length=case.seq_length)
+        model = build_model(case, self.args, self.config)
+        if self.args.bf16:
+            model = Float16Module(self.config, model)
+        self.model = DistributedDataParallel(self.config, get_megatron_ddp_config(self.args), model)
+        optimizer, overrides = get_megatron_optimizer_config(self.args)
+        self.optimizer = get_megatron_optimizer(optimizer, [self.model], overrides)
+        self.config.grad_scale_func = self.optimizer.scale_loss
+        self.config.finalize_model_grads_func = finalize_model_grads
+        self.model.broadcast_params()
+        self.batch = self.args.micro_batch_size, case.seq_length
+        self.generator = torch.Generator().manual_seed(1)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.batch[0] * self.batch[1] * self.load.micro_batches
+
+    def step(self) -> tuple[float | torch.Tensor, Any]:
+        """One optimizer step; mean loss (on the device) and gradient norm."""
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        reported = get_forward_backward_func()(
+            forward_step_func=self._forward,
+            data_iterator=self._batches(),
+            model=[self.model],
+            num_microbatches=self.load.micro_batches,
+            seq_length=self.batch[1],
+            micro_batch_size=self.batch[0],
+            forward_only=False,
+        )
+        _, norm, _ = self.optimizer.step()
+        return sum(r["loss"] for r in reported) / len(reported), norm
+
+    def close(self) -> None:
+        """Free the device memory: Megatron's gradient hooks hold the model in a cycle that
+        Python's collector does not see."""
+        tensors = list(self.model.parameters())
+        for buffer in (*self.model.buffers, *self.model.expert_parallel_buffers):
+            tensors += [buffer.param_data, buffer.grad_data]
+        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            tensors += [p for group in part.optimizer.param_groups for p in group["params"]]
+            states = part.optimizer.state.values()
+            tensors += [x for state in states for x in state.values() if torch.is_tensor(x)]
+        for tensor in tensors:
+            if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+                tensor.untyped_storage().resize_(0)
+
+    def _batches(self) -> Iterator[torch.Tensor]:
+        batch, s = self.batch
+        while True:
+            vocabulary = self.args.padded_vocab_size
+            yield torch.randint(vocabulary, (batch, s + 1), generator=self.generator).cuda()
+
+    def _forward(self, batches: Iterator[torch.Tensor], model):
+        tokens = next(batches)
+        positions = torch.arange(self.batch[1], device=tokens.device)[None]
+        labels = tokens[:, 1:].contiguous()
+        losses = model(tokens[:, :-1].contiguous(), positions, None, labels=labels)
+        return losses, _mean_loss
+
+
+def _mean_loss(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    loss = losses.float().mean()
+    # The schedule divides the loss it is given in place, so the log gets its own copy.
+    return loss, {"loss": loss.detach().clone()}

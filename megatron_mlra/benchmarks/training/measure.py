@@ -1,0 +1,199 @@
+"""Timing of a case against the matrix rate of the same GPU in the same run."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from megatron_mlra.benchmarks.training.case import Case, Load, Trainee, build_model, parse_case
+from megatron_mlra.cost.accounting import parameters, train_flops_per_token
+
+
+@dataclass
+class Result:
+    """One row. Rates are per device, TFLOP/s; GiB are peaks of allocated memory."""
+
+    case: str
+    variant: str
+    recipe: str
+    form: str
+    seq_length: int
+    tokens: int
+    parameters: int
+    gate: float
+    """Largest relative gradient difference against the torch layers."""
+    step_ms: float
+    spread_ms: float
+    """Between the 20th and the 80th percentile of the steps."""
+    tokens_per_second: float
+    model_tflops: float
+    hardware_tflops: float
+    mfu: float
+    """hardware_tflops over the matrix rate."""
+    peak_gib: float
+    loss: float
+
+
+def matmul_tflops(size: int = 8192, repeats: int = 10) -> float:
+    """The rate of a square bf16 product of random matrices: median of single timings, TFLOP/s."""
+    if not torch.cuda.is_available():
+        size, repeats = 512, 3
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    a, b = (torch.randn(size, size, dtype=dtype).cuda() for _ in range(2))
+    times = time_calls(lambda: a @ b, repeats, 3)
+    return 2 * size**3 / median(times) / 1e9
+
+
+def time_calls(call, repeats: int, warmup: int) -> list[float]:
+    """Milliseconds of each of `repeats` calls, by device events where there is a device."""
+    for _ in range(warmup):
+        call()
+    if not torch.cuda.is_available():
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            call()
+            times.append(1e3 * (time.perf_counter() - start))
+        return times
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    torch.cuda.synchronize()
+    events[0].record()
+    for event in events[1:]:
+        call()
+        event.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
+
+
+def measure(
+    case: Case, load: Load, gate: float, matmul: float, steps: int, warmup: int, trace: Path | None
+) -> Result:
+    """Train for `warmup + steps` steps.
+
+    Args:
+        gate: what `gate.check` returned, for the row.
+        matmul: TFLOP/s that MFU is a share of.
+        trace: where to write a profiler trace of two more steps, or None.
+    """
+    free_memory()
+    trainee = Trainee(case, load)
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        times = sorted(time_calls(trainee.step, steps, warmup))
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        loss = float(trainee.step()[0])
+        if trace is not None:
+            profile(trainee, trace)
+    finally:
+        trainee.close()
+    step = median(times)
+    rate = 1e3 * trainee.tokens / step
+    flops = train_flops_per_token(trainee.shape)
+    return Result(
+        case=str(case),
+        variant=case.variant if case.is_stock else trainee.shape.variant,
+        recipe=case.recipe,
+        form="absorbed" if trainee.shape.absorbed else "materialized",
+        seq_length=case.seq_length,
+        tokens=trainee.tokens,
+        parameters=parameters(trainee.shape).total,
+        gate=gate,
+        step_ms=step,
+        spread_ms=times[int(0.8 * len(times))] - times[int(0.2 * len(times))],
+        tokens_per_second=rate,
+        model_tflops=flops.model * rate / 1e12,
+        hardware_tflops=flops.hardware * rate / 1e12,
+        mfu=flops.hardware * rate / 1e12 / matmul,
+        peak_gib=peak / 2**30,
+        loss=loss,
+    )
+
+
+@dataclass
+class SublayerResult:
+    """The attention sublayer alone: milliseconds, and MiB beyond weights and input."""
+
+    case: str
+    form: str
+    tokens: int
+    forward_ms: float
+    total_ms: float
+    """Forward and backward, every gradient."""
+    saved_mib: float
+    """Held between forward and backward, the output included."""
+    peak_mib: float
+
+
+def measure_sublayer(case: Case, load: Load, repeats: int) -> SublayerResult:
+    """Forward and backward of one attention sublayer on random hidden states."""
+    free_memory()
+    single = Load(1, load.tokens, 1, load.ffn_multiple, load.flags)
+    args, config = parse_case(
+        case, single, "--no-zero-init-output", "--no-gradient-accumulation-fusion"
+    )
+    attention = build_model(case, args, config).decoder.layers[0].self_attention
+    shape = (case.seq_length, args.micro_batch_size, args.hidden_size)
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    x = torch.randn(shape, dtype=dtype).cuda().requires_grad_()
+    upstream = torch.randn(shape, dtype=dtype).cuda()
+    held, leaves = [0, 0], [x, *attention.parameters()]
+    on_gpu = torch.cuda.is_available()
+
+    def forward():
+        for leaf in leaves:
+            leaf.grad = None
+        start = torch.cuda.memory_allocated() if on_gpu else 0
+        output, _ = attention(x, None)
+        held[0] = torch.cuda.memory_allocated() - start if on_gpu else 0
+        return output
+
+    def both():
+        start = torch.cuda.memory_allocated() if on_gpu else 0
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        forward().backward(upstream)
+        held[1] = torch.cuda.max_memory_allocated() - start if on_gpu else 0
+
+    total = median(time_calls(both, repeats, 5))
+    return SublayerResult(
+        case=str(case),
+        form="absorbed" if getattr(config, "absorbed", False) else "materialized",
+        tokens=shape[0] * shape[1],
+        forward_ms=median(time_calls(forward, repeats, 2)),
+        total_ms=total,
+        saved_mib=held[0] / 2**20,
+        peak_mib=held[1] / 2**20,
+    )
+
+
+def profile(trainee: Trainee, trace: Path) -> None:
+    """Write a Chrome trace of two steps, and beside it a table of its kernels by time."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(2):
+            trainee.step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    trace.parent.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(trace))
+    key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    table = profiler.key_averages().table(sort_by=key, row_limit=60, max_name_column_width=90)
+    trace.with_suffix(".txt").write_text(table)
+
+
+def free_memory() -> None:
+    """Let go of the previous case, and of code compiled for its shapes: functions that see a second
+    shape are compiled again for any shape, which is slower (SwiGLU three times)."""
+    gc.collect()
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

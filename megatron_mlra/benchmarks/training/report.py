@@ -1,0 +1,108 @@
+"""Results as a table, a JSON file and a plot."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from megatron_mlra.benchmarks.training.measure import Result, SublayerResult
+from megatron_mlra.command_line.parser import write_text
+
+COLUMNS = (
+    ("case", "{case}"),
+    ("form", "{form}"),
+    ("tokens/s", "{tokens_per_second:,.0f}"),
+    ("step ms", "{step_ms:.1f}"),
+    ("spread", "{spread_ms:.1f}"),
+    ("model TF/s", "{model_tflops:.0f}"),
+    ("hw TF/s", "{hardware_tflops:.0f}"),
+    ("MFU", "{mfu:.1%}"),
+    ("peak GiB", "{peak_gib:.1f}"),
+    ("gate", "{gate:.1e}"),
+)
+
+
+SUBLAYER_COLUMNS = (
+    ("case", "{case}"),
+    ("form", "{form}"),
+    ("forward ms", "{forward_ms:.2f}"),
+    ("forward + backward ms", "{total_ms:.2f}"),
+    ("saved MiB", "{saved_mib:.0f}"),
+    ("peak MiB", "{peak_mib:.0f}"),
+)
+
+
+def table(rows: list[Result] | list[SublayerResult]) -> str:
+    """A Markdown table of results."""
+    sublayers = bool(rows) and isinstance(rows[0], SublayerResult)
+    columns = SUBLAYER_COLUMNS if sublayers else COLUMNS
+    lines = [[name for name, _ in columns], ["---"] * len(columns)]
+    lines += [[text.format(**asdict(row)) for _, text in columns] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def line(row: Result | SublayerResult) -> str:
+    """What is printed of a result as soon as it is there."""
+    if isinstance(row, SublayerResult):
+        return f"{row.case}: {row.total_ms:.2f} ms, {row.saved_mib:.0f} MiB saved"
+    rate = f"{row.tokens_per_second:,.0f} tokens/s, MFU {row.mfu:.1%}"
+    return f"{row.case}: {rate}, {row.peak_gib:.1f} GiB, gate {row.gate:.2g}"
+
+
+def environment() -> dict[str, str]:
+    """What timings depend on: device, versions, commit."""
+    root = Path(__file__).resolve().parents[2]
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    found = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "commit": commit or "unknown",
+        "torch": torch.__version__,
+    }
+    for package in ("megatron-core", "transformer-engine", "triton", "nvidia-cudnn-frontend"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def write(
+    rows: list[Result] | list[SublayerResult], matmul: float, settings: dict, folder: Path
+) -> dict:
+    """Write training.json; returns its object."""
+    folder.mkdir(parents=True, exist_ok=True)
+    values = [asdict(row) for row in rows]
+    result = {**environment(), "matmul_tflops": matmul, **settings, "rows": values}
+    write_text(folder / "training.json", json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def plot(rows: list[Result], path: Path, device: str) -> None:
+    """Tokens/s over sequence length, a line for each variant, recipe and form."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        name = f"{row.variant} {row.recipe} {row.form}"
+        lines.setdefault(name, []).append((row.seq_length, row.tokens_per_second / 1e3))
+    for name, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("sequence length (tokens)")
+    axes.set_ylabel("thousand tokens/s")
+    axes.set_ylim(bottom=0)
+    axes.set_title(device, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)

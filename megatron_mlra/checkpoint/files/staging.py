@@ -1,0 +1,80 @@
+"""Folders that appear complete or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_mlra.description.model import CheckpointError
+
+_LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def written_aside(destination: str | Path, needed_bytes: int) -> Iterator[Path]:
+    """A folder to write into, which becomes `destination` when the block ends without an error.
+
+    It is `destination` with `.partial` behind it, removed on any error; what a killed process left
+    there is removed by the next one.
+
+    Args:
+        needed_bytes: what the block will write, compared with the free space first.
+
+    Raises:
+        CheckpointError: the destination exists or is being written, or the disk is too small.
+        OSError: it cannot be written.
+    """
+    destination = Path(destination)
+    check_destination(destination, needed_bytes)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    partial = destination.with_name(f"{destination.name}.partial")
+    partial.mkdir(exist_ok=True)
+    lock = os.open(partial / _LOCK, os.O_RDWR | os.O_CREAT)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise CheckpointError(f"{destination} is being written by another process") from None
+        try:
+            for left in partial.iterdir():
+                if left.name != _LOCK:
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+            yield partial
+            (partial / _LOCK).unlink()
+            # Rename replaces an empty folder, so that one is refused here once more.
+            check_destination(destination, 0)
+            partial.rename(destination)
+        except BaseException as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            # torch.save, where a write fails, goes on to fail with an error of its own.
+            cause = error.__context__ if isinstance(error, RuntimeError) else error
+            if isinstance(cause, OSError) and cause.filename is None:
+                raise OSError(cause.errno, cause.strerror, str(destination)) from None
+            raise
+    finally:
+        os.close(lock)
+
+
+def check_destination(destination: Path, needed_bytes: int) -> None:
+    """Refuse a destination that exists or lies on a disk with too little room.
+
+    Raises:
+        CheckpointError: names the destination and the fix or the bytes.
+    """
+    if os.path.lexists(destination):
+        raise CheckpointError(f"{destination} exists already; remove it, or choose another folder")
+    existing = destination.absolute().parent
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise CheckpointError(f"{destination} cannot be written: {existing} is not a folder")
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise CheckpointError(
+            f"{destination} has {free / 1e9:.2f} GB free and needs {needed_bytes / 1e9:.2f} GB;"
+            " free some, or use another disk"
+        )

@@ -1,0 +1,141 @@
+"""Checkpoint folders of every kind, behind one interface: the model and its tensors by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from megatron_mlra.description.model import CheckpointError, ModelDescription
+from megatron_mlra.description.tensors import expected_tensors
+
+__all__ = ["CheckpointError", "CheckpointFolder", "open_checkpoint"]
+
+TRACKER = "latest_checkpointed_iteration.txt"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+
+
+class CheckpointFolder:
+    """A model's weights in a folder: canonical names, global tensors, one at a time.
+
+    `tensor` reads lazily, so memory holds what the caller keeps.
+    """
+
+    kind: str
+    """'megatron', 'huggingface' or 'research'."""
+
+    path: Path
+    description: ModelDescription
+
+    def names(self) -> list[str]:
+        """Canonical names of all tensors, in the order a forward pass needs them."""
+        return list(expected_tensors(self.description))
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The whole tensor of a canonical name, on the CPU, in the description's dtype, which holds
+        every stored number exactly.
+
+        Raises:
+            CheckpointError: it cannot be read (truncated, damaged).
+            KeyError: the model has no such tensor.
+        """
+        raise NotImplementedError
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor, one after the other."""
+        for name in self.names():
+            yield name, self.tensor(name)
+
+    def tokenizer_files(self) -> list[Path]:
+        """Files of the tokenizer that lie beside the weights."""
+        return tokenizer_files(self.path)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Tokenizer files in a folder."""
+    named = [folder / name for name in TOKENIZER_FILES]
+    return [path for path in [*named, *sorted(folder.glob("*.tiktoken"))] if path.is_file()]
+
+
+def open_checkpoint(path: str | Path, vocab_size: int | None = None) -> CheckpointFolder:
+    """Open a Megatron `--save` folder (or one of its `iter_*`), a Hugging Face or research folder.
+
+    Args:
+        vocab_size: true vocabulary of a Megatron checkpoint, where its arguments do not name one.
+
+    Raises:
+        CheckpointError: no checkpoint, of no known kind, damaged, or not what its model needs; the
+        line names every tensor that is missing, unknown or of a wrong shape.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a folder; give a checkpoint's folder")
+    if (path / TRACKER).is_file() or (path / ".metadata").is_file():
+        from megatron_mlra.checkpoint.megatron.folder import MegatronFolder
+
+        return MegatronFolder(path, vocab_size)
+    config = read_config(path)
+    if config.get("model_type") in ("mlra", "llama"):
+        from megatron_mlra.checkpoint.huggingface.folder import HuggingFaceFolder
+
+        return HuggingFaceFolder(path)
+    if "n_layer" in config:
+        from megatron_mlra.checkpoint.research.folder import ResearchFolder
+
+        return ResearchFolder(path)
+    raise CheckpointError(
+        f"{path}/config.json is of model_type {config.get('model_type')!r}; an exported folder says"
+        " 'mlra' or 'llama' and a research folder has n_layer"
+    )
+
+
+def read_config(path: Path) -> dict:
+    """The folder's config.json.
+
+    Raises:
+        CheckpointError: there is none, or it is not JSON.
+    """
+    file = path / "config.json"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{path} holds no checkpoint: no {TRACKER}, .metadata or config.json; give the --save"
+            " of a run, its iter_* folder, or an exported folder"
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error})") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} is not a JSON object")
+    return config
+
+
+def check_tensors(
+    where: str | Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Compare stored tensors (name -> shape) with those the model needs.
+
+    Raises:
+        CheckpointError: names every tensor that is missing, unknown or of another shape.
+    """
+    problems = [f"missing {name}" for name in expected if name not in found]
+    problems += [f"unknown {name} {list(found[name])}" for name in found if name not in expected]
+    problems += [
+        f"{name} is {list(found[name])}, not {list(expected[name])}"
+        for name in expected
+        if name in found and tuple(found[name]) != tuple(expected[name])
+    ]
+    if problems:
+        raise CheckpointError(f"{where} does not fit its model: {'; '.join(problems)}")

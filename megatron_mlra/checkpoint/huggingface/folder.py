@@ -1,0 +1,112 @@
+"""Hugging Face folders: written from any checkpoint, and read back.
+
+Latent attention ships its own code (`megatron_mlra/hf`), so that
+`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` needs transformers alone.
+MHA, MQA and GQA are transformers' Llama.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from megatron_mlra.checkpoint.files.safetensors_writer import MAX_SHARD_BYTES, write_safetensors
+from megatron_mlra.checkpoint.files.staging import written_aside
+from megatron_mlra.checkpoint.files.weight_files import WeightFiles, common_dtype
+from megatron_mlra.checkpoint.folder import CheckpointFolder, check_tensors, read_config
+from megatron_mlra.checkpoint.huggingface.config import from_hf_config, to_hf_config
+from megatron_mlra.checkpoint.huggingface.names import (
+    HF_EMBEDDING,
+    HF_EXPERT_BIAS,
+    HF_OUTPUT,
+    rules,
+)
+from megatron_mlra.checkpoint.huggingface.tokenizer import write_tokenizer
+from megatron_mlra.checkpoint.rules import their_shapes
+from megatron_mlra.checkpoint.stream import TensorStream
+from megatron_mlra.description.model import CheckpointError
+from megatron_mlra.description.tensors import dtype_of
+
+CODE = Path(__file__).parents[1] / "hf"
+"""The files an exported model runs on."""
+
+
+class HuggingFaceFolder(CheckpointFolder):
+    """`config.json` (model_type `mlra` or `llama`) and `model*.safetensors` or `.bin` weights."""
+
+    kind = "huggingface"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        config = read_config(path)
+        self.files = WeightFiles(path)
+        try:
+            weights = {n: d for n, d in self.files.dtypes.items() if not n.endswith(HF_EXPERT_BIAS)}
+            dtype = common_dtype(weights, path)
+            self.description = from_hf_config(config, dtype)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        self.rules = rules(self.description)
+        shapes = dict(self.files.shapes)
+        if self.description.tie_embeddings and HF_OUTPUT in shapes:
+            if not torch.equal(*(self.files.tensor(n) for n in (HF_OUTPUT, HF_EMBEDDING))):
+                raise CheckpointError(
+                    f"{path}: tie_word_embeddings is true and {HF_OUTPUT} is not {HF_EMBEDDING}"
+                )
+            del shapes[HF_OUTPUT]
+        expected = their_shapes(self.description, self.rules)
+        check_tensors(f"{path} ({self.description.variant})", shapes, expected)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """See CheckpointFolder."""
+        rule = self.rules[name]
+        dtype = getattr(torch, dtype_of(name, self.description.dtype))
+        return rule.join([self.files.tensor(their).to(dtype) for their in rule.theirs])
+
+
+def write_huggingface(
+    source: CheckpointFolder,
+    destination: str | Path,
+    *,
+    dtype: str | None = None,
+    tokenizer: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: bool = True,
+) -> str | None:
+    """Write a folder for `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`.
+
+    Args:
+        dtype: of the weights, default the source's.
+        tokenizer: 'byte' or a tokenizer's folder; default: see `write_tokenizer`.
+
+    Returns:
+        None, or one line that says why the folder has no tokenizer.
+
+    Raises:
+        CheckpointError: transformers has no such model; or see TensorStream, written_aside.
+    """
+    with TensorStream(source, dtype, progress) as stream:
+        model = stream.description
+        config = to_hf_config(model)
+        table = rules(model)
+
+        def parts() -> Iterator[tuple[str, torch.Tensor]]:
+            for name in stream.shapes:
+                yield from table[name].store(stream.take(name))
+
+        with written_aside(destination, stream.bytes) as folder:
+            text = json.dumps(config, indent=2, sort_keys=True)
+            (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+            missing = write_tokenizer(source, model, folder, tokenizer)
+            shapes = their_shapes(model, table)
+            dtypes = {t: stream.dtype_of(name) for name in table for t in table[name].theirs}
+            write_safetensors(folder, shapes, dtypes, parts(), max_shard_bytes)
+            stream.finish()
+            if model.attention == "latent":
+                for file in sorted(CODE.glob("*_mlra.py")):
+                    shutil.copy(file, folder / file.name)
+            return missing

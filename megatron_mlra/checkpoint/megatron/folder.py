@@ -1,0 +1,130 @@
+"""Megatron checkpoint folders (torch_dist): what `pretrain_mlra.py --save` writes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+from megatron_mlra.checkpoint.files.weight_files import common_dtype
+from megatron_mlra.checkpoint.folder import (
+    TRACKER,
+    CheckpointFolder,
+    check_tensors,
+    tokenizer_files,
+)
+from megatron_mlra.checkpoint.megatron.torch_dist import TorchDistFolder
+from megatron_mlra.description.model import CheckpointError, ModelDescription
+from megatron_mlra.description.tensors import EXPERTS, VOCABULARY, dtype_of, expected_tensors
+
+RENAMED = {"mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight"}
+"""Norms that Transformer Engine fuses into the linear behind them, and that keep that name."""
+
+RENAMED_GQA = {"self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight"}
+
+_STATE = re.compile(
+    r"(?:chained_\d+\.)?optimizer\.|rng_state|rerun_state|opt_param_scheduler|.*\._extra_state"
+)
+_LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.+)")
+
+
+class MegatronFolder(CheckpointFolder):
+    """A `--save` folder (its latest checkpoint) or one `iter_*` folder."""
+
+    kind = "megatron"
+
+    def __init__(self, path: Path, vocab_size: int | None = None) -> None:
+        self.path = path
+        self.folder = iteration_folder(path)
+        self.files = TorchDistFolder(self.folder)
+        state = self.files.common_state()
+        args = state.get("args")
+        if args is None:
+            raise CheckpointError(
+                f"checkpoint {self.folder} names no arguments; it was not written by pretrain_mlra"
+            )
+        self.args = args
+        overrides = {} if vocab_size is None else {"vocab_size": vocab_size}
+        try:
+            self.description = ModelDescription.from_megatron_args(args, **overrides)
+        except CheckpointError as error:
+            raise CheckpointError(f"checkpoint {self.folder}: {error}") from None
+        self.iteration = state.get("iteration")
+        self._places = self._map()
+        dtypes = {
+            name: self.files.dtype(key)
+            for name, (key, _) in self._places.items()
+            if dtype_of(name, "") != "float32"
+        }
+        dtype = common_dtype(dtypes, self.folder)
+        self.description = self.description.replace(dtype=dtype)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """See CheckpointFolder; rows that pad the vocabulary are left out."""
+        tensor = self.files.tensor(*self._places[name])
+        if name in VOCABULARY:
+            tensor = tensor[: self.description.vocab_size]
+        return tensor.to(getattr(torch, dtype_of(name, self.description.dtype)))
+
+    def tokenizer_files(self) -> list[Path]:
+        """Files beside the weights, else those the run read its tokenizer from, where they are."""
+        named = self.description.tokenizer_model
+        model = Path(named) if named else None
+        found = tokenizer_files(self.path)
+        if not found and model is not None and model.is_dir():
+            found = tokenizer_files(model)
+        elif not found and model is not None and model.is_file():
+            found = [model]
+        return found
+
+    def _map(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Canonical name -> (stored name, where in its first dimensions: layer, expert)."""
+        renamed = RENAMED | (RENAMED_GQA if self.description.attention == "gqa" else {})
+        found: dict[str, tuple[int, ...]] = {}
+        places: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for key, shape in self.files.shapes().items():
+            if _STATE.match(key):
+                continue
+            match = _LAYER.fullmatch(key)
+            if match is None:
+                found[key], places[key] = shape, (key, ())
+                continue
+            layer, rest = match.groups()
+            rest = renamed.get(rest, rest)
+            if layer is None:
+                each = [(f"decoder.layers.{i}.", (i,)) for i in range(shape[0])]
+            else:
+                each = [(f"decoder.layers.{layer}.", ())]
+            if rest.startswith(EXPERTS):
+                each = [
+                    (f"{prefix}{EXPERTS}{e}.", (*at, e))
+                    for prefix, at in each
+                    for e in range(shape[len(at)])
+                ]
+                rest = rest.removeprefix(EXPERTS)
+            for prefix, at in each:
+                found[prefix + rest], places[prefix + rest] = shape[len(at) :], (key, at)
+        expected = expected_tensors(self.description)
+        for name in VOCABULARY:
+            if name in found and name in expected and found[name][0] > expected[name][0]:
+                found[name] = (expected[name][0], *found[name][1:])
+        check_tensors(f"checkpoint {self.folder}", found, expected)
+        return places
+
+
+def iteration_folder(path: Path) -> Path:
+    """The folder with the weights: `path` itself, or the one its tracker names.
+
+    Raises:
+        CheckpointError: the tracker names no folder that is there.
+    """
+    if not (path / TRACKER).is_file():
+        return path
+    step = (path / TRACKER).read_text().strip()
+    folder = path / (
+        "release" if step == "release" else f"iter_{int(step):07d}" if step.isdigit() else step
+    )
+    if not step or not folder.is_dir():
+        raise CheckpointError(f"checkpoint {folder} is missing, though {path / TRACKER} names it")
+    return folder

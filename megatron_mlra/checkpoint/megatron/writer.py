@@ -1,0 +1,321 @@
+"""Writing Megatron checkpoint folders (torch_dist) tensor by tensor, without a process group.
+
+`pretrain_mlra.py --load` reads them at any layout. Torch's distributed checkpoint writes the files;
+the planner below hands it one layer's tensor at a time, so memory holds one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    BytesIOWriteData,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+
+from megatron_mlra.checkpoint.files.staging import written_aside
+from megatron_mlra.checkpoint.folder import TRACKER, CheckpointFolder
+from megatron_mlra.checkpoint.megatron.folder import RENAMED, RENAMED_GQA
+from megatron_mlra.checkpoint.megatron.torch_dist import COMMON_KEY
+from megatron_mlra.checkpoint.stream import TensorStream
+from megatron_mlra.description.model import CheckpointError, ModelDescription
+from megatron_mlra.description.tensors import (
+    EXPERTS,
+    FINAL_NORM,
+    OUTPUT,
+    VOCABULARY,
+    layer_prefix,
+    layer_tensors,
+)
+
+VOCABULARY_MULTIPLE = 128
+"""Rows of the embedding are padded to a multiple, as Megatron does at one tensor-parallel rank."""
+
+
+def write_megatron(
+    source: CheckpointFolder,
+    destination: str | Path,
+    *,
+    dtype: str | None = None,
+    padded_vocab_size: int | None = None,
+    progress: bool = True,
+) -> None:
+    """Write a `--load` folder with the source's weights, and its arguments; no optimizer state.
+
+    It is a release checkpoint (tracker `release`): a run that loads it starts at step 0.
+
+    Args:
+        dtype: of the weights, default the source's.
+        padded_vocab_size: rows of the embedding, default the vocabulary rounded up to 128; added
+            rows are zero.
+
+    Raises:
+        CheckpointError: see TensorStream and written_aside; or fewer rows than the vocabulary has.
+    """
+    vocab = source.description.vocab_size
+    rows = padded_vocab_size
+    if rows is None:
+        rows = -(-vocab // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    if rows < vocab:
+        raise CheckpointError(f"padded_vocab_size {rows} is smaller than the vocabulary of {vocab}")
+    with TensorStream(source, dtype, progress) as stream:
+        model = stream.description
+        extra = (rows - vocab) * model.hidden_size * stream.dtype.itemsize
+        needed = stream.bytes + extra * (1 if model.tie_embeddings else 2)
+        with written_aside(destination, needed) as folder:
+            weights = folder / "release"
+            weights.mkdir()
+            save_torch_dist(_Planner(stream, rows), weights)
+            stream.finish()
+            for file in source.tokenizer_files():
+                shutil.copy(file, folder / file.name)
+            (folder / TRACKER).write_text("release")
+
+
+def save_torch_dist(planner: SavePlanner, folder: Path, files: int = 1) -> None:
+    """Let torch's distributed checkpoint write what a planner plans, in this process alone."""
+    writer = dcp.FileSystemWriter(folder, thread_count=files)
+    with warnings.catch_warnings():
+        # "torch.distributed is unavailable, assuming a single process": that is the intent.
+        warnings.simplefilter("ignore")
+        failure = None
+        try:
+            dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
+        except CheckpointException as error:
+            # It wraps whatever happens, interrupts too. Raised here, that would lose its context.
+            failure = next(iter(error.failures.values()))[0]
+        if failure is not None:
+            raise failure
+    backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    (folder / "metadata.json").write_text(json.dumps(backend))
+
+
+class StreamingPlanner(SavePlanner):
+    """Plans entries whose data is made when it is written. Subclasses add entries in `plan`."""
+
+    def __init__(self) -> None:
+        self.items: list[WriteItem] = []
+        self.entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+
+    def add_bytes(self, key: str, size: int) -> None:
+        """Plan an entry of bytes."""
+        self.entries[key] = BytesStorageMetadata()
+        self.items.append(
+            WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO, BytesIOWriteData(size))
+        )
+
+    def add_tensor(
+        self,
+        key: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        blocks: list[tuple[tuple[int, ...], tuple[int, ...]]],
+    ) -> None:
+        """Plan a tensor, stored as blocks of (offsets, sizes)."""
+        properties = TensorProperties(dtype=dtype)
+        chunks = [ChunkStorageMetadata(torch.Size(o), torch.Size(n)) for o, n in blocks]
+        self.entries[key] = TensorStorageMetadata(properties, torch.Size(shape), chunks)
+        for i, chunk in enumerate(chunks):
+            data = TensorWriteData(chunk, properties, torch.Size(shape))
+            index = MetadataIndex(key, chunk.offsets, i)
+            self.items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+
+    def plan(self) -> None:
+        """Add every entry, in the order it is written."""
+        raise NotImplementedError
+
+    def data(self, key: str, offsets: tuple[int, ...]) -> torch.Tensor | bytes:
+        """What an entry holds (a tensor's block, of any shape with as many numbers)."""
+        raise NotImplementedError
+
+    def set_up_planner(self, state_dict, storage_meta=None, is_coordinator=False) -> None:
+        """Nothing to do: the state is not in memory."""
+
+    def create_local_plan(self) -> SavePlan:
+        """All entries."""
+        self.plan()
+        return SavePlan(self.items)
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """The one plan, and what `.metadata` says of it."""
+        return all_plans, Metadata(self.entries)
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        """Unchanged."""
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        """The data of one entry, made now."""
+        index = write_item.index
+        data = self.data(index.fqn, tuple(index.offset or ()))
+        if write_item.type == WriteItemType.BYTE_IO:
+            return io.BytesIO(data)
+        return data.view(write_item.tensor_data.chunk.sizes)
+
+
+class _Planner(StreamingPlanner):
+    """A model's weights as Megatron stores them: experts stacked, and layers of one kind; each one
+    a block.
+    """
+
+    def __init__(self, stream: TensorStream, padded_vocab_size: int) -> None:
+        super().__init__()
+        self.stream = stream
+        self.model = stream.description
+        self.rows = padded_vocab_size
+        renamed = RENAMED | (RENAMED_GQA if self.model.attention == "gqa" else {})
+        self.stored = {name: key for key, name in renamed.items()}
+        self.canonical: dict[tuple[str, tuple[int, ...]], str] = {}
+        self.objects: dict[str, bytes] = {}
+
+    def plan(self) -> None:
+        """Bytes, embedding, layer by layer, final norm, output."""
+        for key in _extra_states(self.model):
+            self.objects[key] = saved_object([None])
+        common = {
+            "args": saved_arguments(self.model, self.rows),
+            "checkpoint_version": 3.0,
+            "iteration": 0,
+            "content_metadata": {"singleton_local_shards": False},
+        }
+        self.objects[COMMON_KEY] = saved_object([common])
+        for key, data in self.objects.items():
+            self.add_bytes(key, len(data))
+        for name, shape in self.stream.shapes.items():
+            if not name.startswith("decoder.layers."):
+                rows = self.rows if name in VOCABULARY else shape[0]
+                self._add(name, (rows, *shape[1:]), {name: ()})
+        layers = range(self.model.num_layers)
+        if self.model.stacks_layers:
+            self._add_layers("decoder.layers.", {i: (i,) for i in layers})
+        else:
+            for i in layers:
+                self._add_layers(layer_prefix(i), {i: ()})
+
+    def _add_layers(self, prefix: str, layers: dict[int, tuple[int, ...]]) -> None:
+        """Plan layers of one kind: number -> index in the tensors that stack them."""
+        is_moe = self.model.is_moe(next(iter(layers)))
+        for name, shape in layer_tensors(self.model, next(iter(layers))).items():
+            expert, _, rest = name.removeprefix(EXPERTS).partition(".")
+            if not name.startswith(EXPERTS):
+                fused = self.stored.get(name, name)
+                # Megatron fuses no norm into a router.
+                key = name if is_moe and fused.startswith("mlp.") else fused
+                parts = {layer_prefix(i) + name: at for i, at in layers.items()}
+                self._add(prefix + key, shape, parts)
+            elif expert == "0":
+                parts = {
+                    f"{layer_prefix(i)}{EXPERTS}{e}.{rest}": (*at, e)
+                    for i, at in layers.items()
+                    for e in range(self.model.num_experts)
+                }
+                self._add(prefix + EXPERTS + rest, shape, parts)
+
+    def _add(self, key: str, shape: tuple[int, ...], parts: dict[str, tuple[int, ...]]) -> None:
+        """Plan a tensor that stacks tensors of this shape: canonical name -> leading indices."""
+        zeros = (0,) * len(shape)
+        blocks = {name: ((*at, *zeros), (*(1 for _ in at), *shape)) for name, at in parts.items()}
+        name, last = next(reversed(parts.items()))
+        stack = tuple(i + 1 for i in last)
+        dtype = self.stream.dtype_of(name)
+        self.add_tensor(key, (*stack, *shape), dtype, list(blocks.values()))
+        self.canonical |= {(key, offsets): name for name, (offsets, _) in blocks.items()}
+
+    def data(self, key: str, offsets: tuple[int, ...]) -> torch.Tensor | bytes:
+        """A tensor of the source, or the bytes of an object."""
+        if key in self.objects:
+            return self.objects[key]
+        name = self.canonical[key, offsets]
+        tensor = self.stream.take(name)
+        if name in VOCABULARY and self.rows > tensor.size(0):
+            padding = tensor.new_zeros(self.rows - tensor.size(0), tensor.size(1))
+            tensor = torch.cat((tensor, padding))
+        return tensor.contiguous()
+
+
+def saved_arguments(model: ModelDescription, padded_vocab_size: int) -> argparse.Namespace:
+    """The arguments that a checkpoint of this model names, as of one process."""
+    args: dict[str, Any] = model.to_megatron_args()
+    args |= {
+        "padded_vocab_size": padded_vocab_size,
+        "params_dtype": getattr(torch, model.dtype),
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "world_size": 1,
+        "data_parallel_size": 1,
+        "ckpt_format": "torch_dist",
+        "no_save_optim": True,
+        "no_save_rng": True,
+        "consumed_train_samples": 0,
+        "skipped_train_samples": 0,
+        "consumed_valid_samples": 0,
+    }
+    return argparse.Namespace(**args)
+
+
+_STATEFUL = (
+    "input_layernorm",
+    "pre_mlp_layernorm",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+    "mlp.shared_experts.linear_fc1",
+    "mlp.shared_experts.linear_fc2",
+    "self_attention.linear_q_down_proj",
+    "self_attention.linear_q_up_proj",
+    "self_attention.linear_q_proj",
+    "self_attention.linear_kv_down_proj",
+    "self_attention.linear_gate_proj",
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "self_attention.core_attention",
+)
+"""Modules that keep an (empty) extra state in checkpoints, Megatron's or Transformer Engine's."""
+
+
+def _extra_states(model: ModelDescription) -> list[str]:
+    """Keys of extra states. A run asks for those of the modules it has and ignores the others."""
+    layers, experts = model.num_layers, model.num_experts
+    keys = [f"{name.removesuffix('weight')}_extra_state/shard_0_1" for name in (FINAL_NORM, OUTPUT)]
+    for i in range(layers):
+        if model.stacks_layers:
+            prefix, at, size = "decoder.layers.", f"{i}", f"{layers}"
+            expert_at, expert_size = f"{i}.", f"{layers}.{experts}"
+        else:
+            prefix, at, size = layer_prefix(i), "0", "1"
+            expert_at, expert_size = "", f"{experts}"
+        keys += [f"{prefix}{module}._extra_state/shard_{at}_{size}" for module in _STATEFUL]
+        if model.is_moe(i):
+            keys += [
+                f"{prefix}{EXPERTS}{linear}._extra_state/shard_{expert_at}{e}_{expert_size}"
+                for linear in ("linear_fc1", "linear_fc2")
+                for e in range(experts)
+            ]
+    return keys
+
+
+def saved_object(value: Any) -> bytes:
+    """An entry's bytes, as Megatron saves what is no tensor."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()

@@ -1,0 +1,53 @@
+"""The tokenizer that a Megatron run's data was made with, as the metadata beside the data says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_mlra.checkpoint.folder import CheckpointFolder
+from megatron_mlra.data import read_metadata
+from megatron_mlra.data.tokenizers import TokenizerSpec, file_sha256
+from megatron_mlra.description.model import CheckpointError
+
+
+def data_tokenizer(source: CheckpointFolder) -> TokenizerSpec | None:
+    """What the metadata of the first of the run's data that has any names; None without any.
+
+    Raises:
+        CheckpointError: the file it names is gone or is another one.
+    """
+    for prefix in data_prefixes(source):
+        try:
+            metadata = read_metadata(prefix)
+        except ValueError:
+            continue
+        described = metadata and metadata.get("tokenizer")
+        if not isinstance(described, Mapping):
+            continue
+        kind, model = str(described.get("type")), described.get("model")
+        if "sha256" not in described and kind != "hf":  # an hf tokenizer is always a file
+            return TokenizerSpec(kind, model)
+        file = Path(str(model))
+        if not file.is_file() or file_sha256(file) != described.get("sha256"):
+            raise CheckpointError(f"{file} is gone or is not the file the data was made with")
+        if kind == "hf":
+            return TokenizerSpec(kind, model, described.get("eod_token"))
+        return TokenizerSpec(
+            kind, model, eod_id=metadata.get("eod_id"), pattern=described.get("pattern")
+        )
+    return None
+
+
+def data_prefixes(source: CheckpointFolder) -> list[str]:
+    """Where a Megatron run's data was; of other folders nothing."""
+    data = getattr(getattr(source, "args", None), "data_path", None) or []
+    return [part for part in data if not _is_weight(part)]
+
+
+def _is_weight(part: str) -> bool:
+    try:
+        float(part)
+    except ValueError:
+        return False
+    return True

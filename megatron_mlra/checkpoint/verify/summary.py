@@ -1,0 +1,56 @@
+"""What `inspect` prints of a checkpoint."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+
+from megatron_mlra.checkpoint.folder import CheckpointFolder
+from megatron_mlra.description.tensors import expected_tensors
+
+
+def lines(folder: CheckpointFolder) -> list[str]:
+    """A summary of the model, then every kind of tensor with its shape and how many there are."""
+    m = folder.description
+    shapes = expected_tensors(m)
+    count = sum(math.prod(shape) for shape in shapes.values())
+    embedding = "tied" if m.tie_embeddings else "untied"
+    out = [
+        f"{folder.path}: {folder.kind} checkpoint of {m.variant}, {count:,} parameters, {m.dtype}",
+        f"{m.num_layers} layers, hidden {m.hidden_size}, ffn {m.ffn_hidden_size},"
+        f" {m.num_attention_heads} heads, vocabulary {m.vocab_size} ({embedding}),"
+        f" {m.max_position_embeddings} positions,"
+        f" {'YaRN' if m.rope_type == 'yarn' else 'RoPE'} base {m.rotary_base:g},"
+        f" eps {m.layernorm_epsilon:g}",
+    ]
+    if m.attention == "latent":
+        query = m.q_lora_rank if m.q_lora_rank is not None else "none"
+        scaling = "on" if m.variance_scaling else "off"
+        out.append(
+            f"{m.num_latent_heads} latents of {m.latent_dim}, {m.num_branches} branches, query rank"
+            f" {query}, head dims {m.qk_nope_head_dim} + {m.qk_rope_head_dim} RoPE, value"
+            f" {m.v_head_dim}, variance scaling {scaling}"
+        )
+    else:
+        out.append(f"{m.num_query_groups} key/value heads of {m.head_dim}")
+    if m.num_experts:
+        out.append(
+            f"{sum(m.moe_layer_pattern)} layers of {m.num_experts} experts of"
+            f" {m.moe_ffn_hidden_size}, shared {m.moe_shared_expert_intermediate_size}:"
+            f" {'' if m.normalizes_topk else 'unnormalised '}top {m.moe_router_topk} of"
+            f" {m.moe_router_score_function}, times {m.moe_router_topk_scaling_factor:g}"
+            f"{', chosen with a bias' if m.moe_router_enable_expert_bias else ''}"
+        )
+    step = getattr(folder, "iteration", None)
+    if step is not None:
+        out.append(f"step {step:,}")
+    files = ", ".join(path.name for path in folder.tokenizer_files())
+    out.append(f"tokenizer: {m.tokenizer_type or 'not named'}, files: {files or 'none'}")
+    kinds = Counter(
+        f"{re.sub(r'(?<=[.])[0-9]+(?=[.])', '*', name)} {list(shape)}"
+        for name, shape in shapes.items()
+    )
+    for kind, times in kinds.items():
+        out.append(f"  {kind}" + (f" x {times}" if "*" in kind else ""))
+    return out

@@ -1,0 +1,111 @@
+"""Command line of the preprocessing."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
+
+from megatron_mlra.command_line.parser import OneLineParser
+from megatron_mlra.command_line.signals import Interrupted, interruptible
+from megatron_mlra.data.errors import BadRecordError, InputError
+from megatron_mlra.data.pipeline import PreprocessConfig, preprocess
+from megatron_mlra.data.shards import DEFAULT_EOD
+from megatron_mlra.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The arguments of tools/preprocess_data.py."""
+    parser = OneLineParser(
+        description="Text, JSON lines, parquet or token shards to a Megatron indexed dataset."
+    )
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, metavar="FILE", help="files or quoted globs, in order")
+    add("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx, .json")
+    add("--tokenizer", choices=TOKENIZER_TYPES, help="required unless the input is token shards")
+    add(
+        "--tokenizer-model",
+        metavar="PATH",
+        help="hf: tokenizer.json or its folder; tiktoken: encoding name or ranks file",
+    )
+    add("--eod-token", metavar="TOKEN", help="hf: token that ends a document")
+    add(
+        "--eod-id",
+        type=int,
+        metavar="ID",
+        help=f"shards (default {DEFAULT_EOD}) and tiktoken ranks files",
+    )
+    add("--tiktoken-pattern", metavar="REGEX", help="ranks file: word pattern (default: GPT-2's)")
+    add(
+        "--vocab-size", type=int, metavar="N", help="token shards: vocabulary (default: EOD id + 1)"
+    )
+    add("--no-append-eod", action="store_true", help="do not end documents with the EOD id")
+    add("--json-key", default="text", help="key of the text in a JSON line (default: text)")
+    add("--parquet-column", default="text", help="column of the text (default: text)")
+    add("--split-lines", action="store_true", help="text files: every line is a document")
+    add("--workers", type=int, default=1, metavar="N", help="tokenising processes (default: 1)")
+    add("--on-error", choices=("fail", "skip"), default="fail", help="bad records (default: fail)")
+    add("--overwrite", action="store_true", help="replace earlier output")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code (2: wrong arguments or inputs, 1: failed)."""
+    args = build_parser().parse_args(argv)
+    try:
+        with interruptible():
+            metadata = preprocess(_config(args), report=_report_skipped, progress=True)
+    except BadRecordError as error:
+        return _fail(f"{error}; nothing written", 1)
+    except InputError as error:
+        return _fail(str(error), 2)
+    except BrokenProcessPool:
+        return _fail("a worker process died, perhaps for lack of memory; nothing written", 1)
+    except OSError as error:
+        return _fail(f"{error}; nothing written", 1)
+    except Interrupted as error:
+        return _fail("interrupted; temporary files removed", 128 + error.number)
+    print(
+        "{documents} documents, {tokens} tokens ({dtype}, vocabulary {vocab_size}, EOD {eod_id}), "
+        "{empty_documents} empty documents and {bad_records} bad records left out".format_map(
+            metadata
+        )
+    )
+    print(f"wrote {args.output_prefix}.bin, .idx and .json")
+    return 0
+
+
+def _config(args: argparse.Namespace) -> PreprocessConfig:
+    spec = None
+    if args.tokenizer is not None:
+        spec = TokenizerSpec(
+            type=args.tokenizer,
+            model=args.tokenizer_model,
+            eod_token=args.eod_token,
+            eod_id=args.eod_id,
+            pattern=args.tiktoken_pattern,
+        )
+    return PreprocessConfig(
+        inputs=tuple(args.input),
+        output_prefix=args.output_prefix,
+        tokenizer=spec,
+        json_key=args.json_key,
+        parquet_column=args.parquet_column,
+        split_lines=args.split_lines,
+        append_eod=not args.no_append_eod,
+        shard_eod_id=DEFAULT_EOD if args.eod_id is None else args.eod_id,
+        shard_vocab_size=args.vocab_size,
+        workers=args.workers,
+        on_error=args.on_error,
+        overwrite=args.overwrite,
+    )
+
+
+def _report_skipped(problem: str) -> None:
+    print(f"skipped {problem}", file=sys.stderr)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,131 @@
+"""Batches of raw documents to token arrays: the work of a worker process (imports no torch)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from megatron_mlra.data.errors import BadRecordError
+from megatron_mlra.data.readers import Batch
+from megatron_mlra.data.tokenizers import ByteTokenizer, Tokenizer
+
+UINT16_VOCAB_LIMIT = 65500
+"""Megatron's own rule: vocabularies below this size are stored as uint16, others as int32."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The tokens of a batch."""
+
+    source: int
+    """Index of the source."""
+    tokens: np.ndarray
+    """The documents one after the other, uint16 or int32 [sum of lengths]."""
+    lengths: np.ndarray
+    """Tokens of each document with its EOD, int64 [documents]; none is 0."""
+    problems: list[str] = field(default_factory=list)
+    """``file:line: reason`` of each bad record, in order."""
+    empty: int = 0
+    """Documents without text, which are left out."""
+    consumed: int = 0
+    """Bytes of the source this batch stands for."""
+
+
+def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
+    """The smallest type Megatron stores a vocabulary in."""
+    return np.uint16 if vocab_size < UINT16_VOCAB_LIMIT else np.int32
+
+
+class Encoder:
+    """Decodes, parses and tokenises batches."""
+
+    def __init__(self, tokenizer: Tokenizer, *, append_eod: bool, json_key: str) -> None:
+        self._tokenizer = tokenizer
+        self._append_eod = append_eod
+        self._json_key = json_key
+        self._dtype = token_dtype(tokenizer.vocab_size)
+
+    def encode(self, batch: Batch) -> Encoded:
+        """Tokens of a batch; a record that cannot be encoded becomes one of its problems."""
+        arrays: list[np.ndarray] = []
+        lengths: list[int] = []
+        problems: list[str] = []
+        empty = 0
+        for number, document in enumerate(batch.documents, start=batch.first):
+            if batch.parser in ("json", "text") and document.isspace():
+                continue
+            try:
+                ids = self._ids(self._text(document, batch.parser))
+            except BadRecordError as error:
+                problems.append(f"{_place(batch, number)}: {error}")
+                continue
+            if ids.size == 0:
+                empty += 1
+                continue
+            arrays.append(ids)
+            lengths.append(ids.size + self._append_eod)
+            if self._append_eod:
+                arrays.append(np.array([self._tokenizer.eod], dtype=self._dtype))
+        if batch.failure is not None:
+            number = batch.first + len(batch.documents)
+            problems.append(f"{_place(batch, number)}: {batch.failure}")
+        return Encoded(
+            source=batch.source,
+            tokens=np.concatenate(arrays) if arrays else np.empty(0, self._dtype),
+            lengths=np.array(lengths, dtype=np.int64),
+            problems=problems,
+            empty=empty,
+            consumed=batch.consumed,
+        )
+
+    def _ids(self, text: str) -> np.ndarray:
+        try:
+            if isinstance(self._tokenizer, ByteTokenizer):
+                return self._tokenizer.tokenize_array(text).astype(self._dtype)
+            return np.array(self._tokenizer.tokenize(text), dtype=self._dtype)
+        except Exception as error:  # of three packages; the record's place must not be lost
+            reason = f"the tokenizer failed: {type(error).__name__}: {error}"
+            raise BadRecordError(" ".join(reason.split())) from error
+
+    def _text(self, document: bytes | None, parser: str) -> str:
+        if document is None:
+            raise BadRecordError("the cell is null")
+        try:
+            text = document.decode("utf-8")
+        except UnicodeDecodeError as error:
+            line = document.count(b"\n", 0, error.start) + 1
+            where = f"line {line}, " if parser == "file" else ""
+            raise BadRecordError(
+                f"invalid UTF-8 ({where}byte 0x{document[error.start]:02x} at offset {error.start})"
+            ) from error
+        if parser in ("json", "text"):
+            text = text.rstrip("\r\n")
+        return self._json_text(text) if parser == "json" else text
+
+    def _json_text(self, line: str) -> str:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise BadRecordError(f"invalid JSON ({error.msg}: column {error.colno})") from error
+        except (ValueError, RecursionError) as error:
+            raise BadRecordError(f"invalid JSON ({error})") from error
+        if not isinstance(record, dict):
+            raise BadRecordError(f"not a JSON object but {type(record).__name__}")
+        if self._json_key not in record:
+            raise BadRecordError(f"no key {self._json_key!r}")
+        text = record[self._json_key]
+        if not isinstance(text, str):
+            kind = type(text).__name__
+            raise BadRecordError(f"the value of {self._json_key!r} is {kind}, not a string")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            code = ord(text[error.start])
+            raise BadRecordError(f"the text holds a lone surrogate, \\u{code:04x}") from error
+        return text
+
+
+def _place(batch: Batch, number: int) -> str:
+    return batch.path if batch.parser == "file" else f"{batch.path}:{number}"

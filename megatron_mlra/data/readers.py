@@ -1,0 +1,202 @@
+"""Readers: input files to batches of undecoded documents, in order and in bounded memory.
+
+The parent process reads and decompresses; decoding, parsing and tokenising a batch is the workers'.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+from megatron_mlra.data.errors import InputError, first_line, require
+from megatron_mlra.data.sources import Source
+
+BATCH_BYTES = 1 << 20
+_PARQUET_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Consecutive documents of one source."""
+
+    source: int
+    """Index of the source."""
+    path: str
+    parser: str
+    """json: a document is a JSON line; text: a line of text; file: a whole text file;
+    cell: a parquet cell."""
+    first: int
+    """Line or row number of the first document, from 1."""
+    documents: list[bytes | None] = field(default_factory=list)
+    """None: a null cell."""
+    consumed: int = 0
+    """Bytes of the source read since the batch before, for the progress bar."""
+    failure: str | None = None
+    """Why reading the source ended before its end, after ``documents``."""
+
+
+class ZstdReader(io.RawIOBase):
+    """Decompressed bytes of a .zst file, of several frames too.
+
+    Raises:
+        EOFError: on reading the end of a file whose last frame is cut off (the package's own stream
+            reader ends there without an error).
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._zstd = require("zstandard", "reading .zst")
+        self._file = file
+        self._compressed = b""
+        self._ready = memoryview(b"")
+        self._frame: Any = None
+
+    def readable(self) -> bool:
+        """True: the stream is for reading only."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill ``buffer`` with decompressed bytes; 0 at the end."""
+        while not self._ready:
+            self._compressed = self._compressed or self._file.read(1 << 17)
+            if not self._compressed:
+                if self._frame is not None:
+                    raise EOFError("the zstd stream ends in the middle of a frame")
+                return 0
+            if self._frame is None:
+                # Files written with --long need more than the default window.
+                decompressor = self._zstd.ZstdDecompressor(max_window_size=1 << 31)
+                self._frame = decompressor.decompressobj()
+            self._ready = memoryview(self._frame.decompress(self._compressed))
+            self._compressed = b""
+            if self._frame.eof:
+                self._compressed = self._frame.unused_data
+                self._frame = None
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+
+def check_readers(sources: list[Source], parquet_column: str) -> None:
+    """Check what can be checked without reading the sources.
+
+    Raises:
+        InputError: a package is missing, a file is not parquet, or it lacks the column.
+    """
+    if any(source.compression == ".zst" for source in sources):
+        require("zstandard", "reading .zst")
+    for source in sources:
+        if source.format == "parquet" and source.size:
+            with _open_parquet(source.path) as file:
+                _check_column(file, source.path, parquet_column)
+
+
+def read_batches(
+    index: int, source: Source, *, split_lines: bool, parquet_column: str
+) -> Iterator[Batch]:
+    """Batches of about ``BATCH_BYTES`` of one source; damage ends the last one's ``failure``."""
+    if source.size == 0:
+        yield Batch(index, source.path, "file", 1, failure="the file is empty (0 bytes)")
+    elif source.format == "parquet":
+        yield from _read_parquet(index, source, parquet_column)
+    elif source.format == "text" and not split_lines:
+        yield _read_file(index, source)
+    else:
+        yield from _read_lines(index, source)
+
+
+def _open(source: Source, raw: IO[bytes]) -> IO[bytes]:
+    if source.compression == ".gz":
+        return gzip.GzipFile(fileobj=raw)
+    if source.compression == ".zst":
+        return io.BufferedReader(ZstdReader(raw), BATCH_BYTES)
+    return raw
+
+
+def _damage(source: Source) -> tuple[type[Exception], ...]:
+    """What reading a damaged file of this compression raises."""
+    errors: tuple[type[Exception], ...] = (EOFError, OSError, zlib.error)
+    return (
+        (*errors, require("zstandard", ".zst").ZstdError)
+        if source.compression == ".zst"
+        else errors
+    )
+
+
+def _read_file(index: int, source: Source) -> Batch:
+    with open(source.path, "rb") as raw:
+        try:
+            data = _open(source, raw).read()
+        except _damage(source) as error:
+            return Batch(index, source.path, "file", 1, [], source.size, first_line(error))
+    return Batch(index, source.path, "file", 1, [data.removeprefix(b"\xef\xbb\xbf")], source.size)
+
+
+def _read_lines(index: int, source: Source) -> Iterator[Batch]:
+    parser = "json" if source.format == "jsonl" else "text"
+    first, position, held, failure = 1, 0, 0, None
+    lines: list[bytes | None] = []
+    with open(source.path, "rb") as raw:
+        file = _open(source, raw)
+        while True:
+            try:
+                line = file.readline()
+            except _damage(source) as error:
+                line, failure = b"", first_line(error)
+            if line and first == 1 and not lines:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if line:
+                lines.append(line)
+                held += len(line)
+            if held >= BATCH_BYTES or not line:
+                consumed = (raw.tell() if line else source.size) - position
+                yield Batch(index, source.path, parser, first, lines, consumed, failure)
+                if not line:
+                    return
+                first, position, held = first + len(lines), position + consumed, 0
+                lines = []
+
+
+def _open_parquet(path: str) -> Any:
+    parquet = require("pyarrow.parquet", "reading parquet")
+    try:
+        return parquet.ParquetFile(path)
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} is not a parquet file: {first_line(error)}") from error
+
+
+def _check_column(file: Any, path: str, column: str) -> None:
+    arrow = require("pyarrow", "reading parquet")
+    schema = file.schema_arrow
+    if column not in schema.names:
+        raise InputError(f"{path} has no column {column!r}: it has {', '.join(schema.names)}")
+    kind = schema.field(column).type
+    if arrow.types.is_dictionary(kind):
+        kind = kind.value_type
+    if kind not in (arrow.string(), arrow.large_string(), arrow.string_view()):
+        raise InputError(f"{path}: column {column!r} is {kind}, not string")
+
+
+def _read_parquet(index: int, source: Source, column: str) -> Iterator[Batch]:
+    arrow = require("pyarrow", "reading parquet")
+    first, position = 1, 0
+    with _open_parquet(source.path) as file:
+        rows = file.metadata.num_rows
+        batches = file.iter_batches(batch_size=_PARQUET_ROWS, columns=[column])
+        while True:
+            try:
+                table = next(batches, None)
+            except (ValueError, OSError) as error:
+                yield Batch(index, source.path, "cell", first, [], 0, first_line(error))
+                return
+            if table is None:
+                return
+            # Bytes, not str: a cell that is not UTF-8 is one bad record, not the end of the file.
+            cells = table.column(0).cast(arrow.large_string()).cast(arrow.large_binary())
+            end = source.size * (first - 1 + len(cells)) // rows
+            yield Batch(index, source.path, "cell", first, cells.to_pylist(), end - position)
+            first, position = first + len(cells), end

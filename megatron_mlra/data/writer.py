@@ -1,0 +1,147 @@
+"""Writes a Megatron indexed dataset so that it appears whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from megatron_mlra.command_line.signals import deferred
+from megatron_mlra.data.errors import InputError
+
+SUFFIXES = (".bin", ".idx", ".json")
+MAX_DOCUMENT_TOKENS = np.iinfo(np.int32).max
+"""The index stores lengths as int32."""
+
+
+class DatasetWriter:
+    """Context manager that writes ``PREFIX.bin``, ``PREFIX.idx`` and ``PREFIX.json``.
+
+    All is written to ``*.partial-PID`` beside the target; ``publish`` renames it into place. Left
+    without ``publish``, by an exception or a signal, it removes what it wrote and earlier output
+    stays as it was.
+    """
+
+    def __init__(self, prefix: str, dtype: type[np.number], *, overwrite: bool) -> None:
+        self._final = {suffix: prefix + suffix for suffix in SUFFIXES}
+        self._partial = {
+            suffix: f"{path}.partial-{os.getpid()}" for suffix, path in self._final.items()
+        }
+        self._dtype = dtype
+        self._overwrite = overwrite
+        self._builder: Any = None
+
+    def __enter__(self) -> DatasetWriter:
+        check_output(self._final[".bin"].removesuffix(".bin"), overwrite=self._overwrite)
+        try:
+            open(self._partial[".bin"], "wb").close()
+        except OSError as error:
+            raise InputError(f"cannot write {self._final['.bin']}: {error.strerror}") from error
+        return self
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Append documents: ``tokens`` [sum of lengths] one after the other, ``lengths`` [n]."""
+        if self._builder is None:
+            self._builder = _indexed_dataset().IndexedDatasetBuilder(
+                self._partial[".bin"], dtype=self._dtype
+            )
+        start = 0
+        for length in lengths.tolist():
+            if length > MAX_DOCUMENT_TOKENS:
+                raise InputError(
+                    f"a document has {length} tokens; an index holds {MAX_DOCUMENT_TOKENS} at most"
+                )
+            with _naming(self._final[".bin"]):
+                self._builder.add_document(tokens[start : start + length], [length])
+            start += length
+
+    def publish(self, metadata: dict[str, Any]) -> None:
+        """Complete the files and rename them into place, ``.bin`` before ``.idx``.
+
+        Earlier output goes first, index before data: at no moment does an index stand beside data
+        that it does not describe.
+        """
+        with _naming(self._final[".bin"]):
+            self._builder.finalize(self._partial[".idx"])
+        with open(self._partial[".json"], "w", encoding="utf-8") as file:
+            json.dump(metadata, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+        for path in self._partial.values():
+            _sync(path)
+        with deferred():
+            for suffix in (".json", ".idx"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._final[suffix])
+            for suffix in SUFFIXES:
+                os.replace(self._partial[suffix], self._final[suffix])
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._builder is not None:
+            # On a full disk closing flushes, and fails, once more.
+            with contextlib.suppress(OSError):
+                self._builder.data_file.close()
+        for path in self._partial.values():
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+
+
+def check_output(prefix: str, *, overwrite: bool) -> None:
+    """Check that output may be written at ``prefix``.
+
+    Raises:
+        InputError: the folder is missing, or output exists and ``overwrite`` is off.
+    """
+    if prefix.endswith((".bin", ".idx")):
+        raise InputError(f"--output-prefix {prefix}: leave out the suffix {prefix[-4:]}")
+    if not os.path.basename(prefix):
+        raise InputError(f"--output-prefix {prefix!r} names a folder: add a file name")
+    folder = os.path.dirname(prefix) or "."
+    if not os.path.isdir(folder):
+        raise InputError(f"output folder {folder} does not exist")
+    for suffix in SUFFIXES:
+        if os.path.isdir(prefix + suffix):
+            raise InputError(f"output {prefix + suffix} is a folder")
+        if os.path.exists(prefix + suffix) and not overwrite:
+            raise InputError(f"output {prefix + suffix} exists: pass --overwrite to replace it")
+
+
+def _indexed_dataset() -> Any:
+    # Importing Megatron takes seconds and warns about accelerators that no tokeniser needs.
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from megatron.core.datasets import indexed_dataset
+    finally:
+        logging.disable(logging.NOTSET)
+    return indexed_dataset
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Gives errors of writing, which know no file name, this one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or path
+        raise

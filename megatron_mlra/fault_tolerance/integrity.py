@@ -1,0 +1,308 @@
+"""Refuse a damaged or foreign checkpoint before loading, a disk too small before training."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_mlra.checkpoint.folder import TRACKER
+from megatron_mlra.checkpoint.megatron.torch_dist import check_files, read_metadata
+from megatron_mlra.description.model import CheckpointError
+
+_ITERATION = re.compile(r"iter_(\d+)").fullmatch
+
+ARCHITECTURE = (
+    "attention",
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_latent_heads",
+    "num_branches",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_head_dim",
+    "qk_pos_emb_head_dim",
+    "v_head_dim",
+    "output_gate",
+    "attention_output_gate",
+    "qk_layernorm",
+    "variance_scaling",
+    "tpa_q_rank",
+    "tpa_kv_rank",
+    "group_query_attention",
+    "num_query_groups",
+    "kv_channels",
+    "rotary_base",
+    "rope_type",
+    "rotary_scaling_factor",
+    "normalization",
+    "layernorm_epsilon",
+    "swiglu",
+    "add_bias_linear",
+    "untie_embeddings_and_output_weights",
+    "padded_vocab_size",
+    "num_experts",
+    "moe_ffn_hidden_size",
+    "moe_layer_freq",
+    "moe_router_topk",
+    "moe_shared_expert_intermediate_size",
+    "moe_router_pre_softmax",
+    "moe_router_score_function",
+    "moe_router_topk_scaling_factor",
+    "moe_router_enable_expert_bias",
+)
+"""Arguments that make two models different functions of their weights."""
+
+_LATENT = {"num_latent_heads", "num_branches", "q_lora_rank", "kv_lora_rank", "qk_head_dim"}
+_LATENT |= {"qk_pos_emb_head_dim", "v_head_dim", "variance_scaling"}
+_TPA = {"tpa_q_rank", "tpa_kv_rank"}
+_UNUSED = {
+    "mlra": _TPA,
+    "gqa": _LATENT | _TPA,
+    "gta": (_LATENT | _TPA) - {"qk_pos_emb_head_dim"},
+    "mfa": (_LATENT | _TPA) - {"q_lora_rank"},
+    "tpa": _LATENT,
+}
+"""Of these, what each kind of attention does not read."""
+
+
+def latest_step(folder: str | Path) -> int | None:
+    """The step of the checkpoint that `folder` names as its latest, None where there is none.
+
+    Raises:
+        ValueError: for a tracker file that names no step.
+    """
+    tracker = Path(folder) / TRACKER
+    if not tracker.is_file():
+        return None
+    text = tracker.read_text().strip()
+    if text == "release":
+        return 0
+    if not text:
+        # The job or its machine died between truncating the file and writing it. Whatever folder
+        # is complete was saved before, or just now.
+        return max(steps(folder), default=None)
+    if not text.isdigit():
+        raise ValueError(
+            f"checkpoint tracker {tracker} holds {text!r:.40}, not a step; write the step of a"
+            " complete iter_* folder into it"
+        )
+    return int(text)
+
+
+def mend_tracker(load: str | Path, step: int) -> None:
+    """Write `step` into a tracker file that was left empty, which Megatron cannot read."""
+    tracker = Path(load) / TRACKER
+    if tracker.is_file() and not tracker.read_text().strip():
+        aside = tracker.with_suffix(".tmp")
+        aside.write_text(str(step))
+        aside.rename(tracker)
+
+
+def candidates(load: str | Path, step: int | None = None) -> list[Path]:
+    """The folders that loading `load` may read, in order: what the tracker file names, then earlier
+    steps; only `step` if it is given. What is later than the tracker was never completed.
+
+    Raises:
+        ValueError: for a tracker file that names no step.
+    """
+    load = Path(load)
+    if step:
+        return [load / f"iter_{step:07d}"]
+    latest = latest_step(load)
+    if latest is None:
+        return []
+    if not latest:
+        return [load / "release"]
+    earlier = sorted((other for other in steps(load) if other < latest), reverse=True)
+    return [load / f"iter_{number:07d}" for number in (latest, *earlier)]
+
+
+def steps(folder: str | Path) -> set[int]:
+    """Steps of which `folder` holds an `iter_*` folder, complete or not."""
+    return {int(n[1]) for path in Path(folder).glob("iter_*") if (n := _ITERATION(path.name))}
+
+
+def first_usable(
+    folders: list[Path], check: Callable[[Path], None]
+) -> tuple[Path | None, list[str]]:
+    """The first folder that `check` does not refuse, and why those before it were.
+
+    Raises:
+        ValueError: if there are folders and all are refused; names the first.
+    """
+    refused: list[str] = []
+    for folder in folders:
+        try:
+            check(folder)
+        except ValueError as error:
+            refused.append(str(error))
+        else:
+            return folder, refused
+    if not refused:
+        return None, []
+    raise ValueError(f"{refused[0]}; {_others(folders)}")
+
+
+def _others(folders: list[Path]) -> str:
+    """What else could be loaded in place of these folders, none of which can."""
+    if len(folders) > 1:
+        return f"the {len(folders) - 1} earlier ones are damaged too"
+    there = sorted(path.name for path in folders[0].parent.glob("iter_*") if path != folders[0])
+    if not there:
+        return "there is no other"
+    return f"there is {', '.join(there)}: --ckpt-step names the step to load"
+
+
+def check_load(args: Namespace) -> None:
+    """Check what `--load` will read: complete, and of this architecture.
+
+    Raises:
+        ValueError: names the checkpoint, and the damaged file or the arguments that differ.
+    """
+    if args.load is None:
+        return
+    starts_anew = args.load == args.save and not args.exit_on_missing_checkpoint
+    if not Path(args.load).is_dir():
+        if starts_anew and not Path(args.load).exists():
+            return
+        raise ValueError(f"--load {args.load} is not a folder; give the --save of an earlier run")
+    folder, _ = first_usable(candidates(args.load, args.ckpt_step), _check_readable)
+    if folder is None:
+        if starts_anew:
+            return
+        also = ""
+        if (Path(args.load) / "config.json").is_file():
+            also = "; an exported folder is made one by tools/convert_checkpoint.py import-hf"
+        raise ValueError(
+            f"--load {args.load} holds no checkpoint (no {TRACKER}); give the --save of an earlier"
+            f" run{also}"
+        )
+    check_architecture(folder, args)
+
+
+def _check_readable(folder: Path) -> None:
+    check_complete(folder)
+    _common_state(folder)
+
+
+def _common_state(folder: Path) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        return dist_checkpointing.load_common_state_dict(str(folder))
+    except Exception as error:
+        raise ValueError(f"checkpoint {folder}: common state cannot be read ({error})") from None
+
+
+def check_complete(folder: Path) -> None:
+    """Check that every file a torch_dist checkpoint's metadata refers to is there, at full length.
+
+    Raises:
+        ValueError: names the first missing or short file.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"checkpoint {folder} is missing")
+    try:
+        check_files(folder, read_metadata(folder))
+    except CheckpointError as error:
+        raise ValueError(str(error)) from None
+
+
+def check_architecture(folder: Path, args: Namespace) -> None:
+    """Compare the arguments a checkpoint was saved with to these.
+
+    Raises:
+        ValueError: names every argument that differs, with both values.
+    """
+    saved = _common_state(folder).get("args")
+    if saved is None:
+        raise ValueError(
+            f"checkpoint {folder} names no arguments; it was not written by this trainer"
+        )
+    unused = set(_UNUSED[args.attention])
+    if not getattr(saved, "num_experts", None) and not args.num_experts:
+        unused |= {name for name in ARCHITECTURE if name.startswith("moe_")}
+    different = []
+    for name in ARCHITECTURE:
+        there, here = getattr(saved, name, None), getattr(args, name, None)
+        if name in unused:
+            continue
+        if there != here:
+            different.append(f"{name} is {there} there, {here} here")
+    if different:
+        raise ValueError(f"checkpoint {folder} is of another architecture: {'; '.join(different)}")
+
+
+def check_writable(flag: str, folder: str | Path) -> Path:
+    """Check that a folder, which need not exist, can be written.
+
+    Returns:
+        the nearest folder that exists.
+
+    Raises:
+        ValueError: it cannot; names the flag and the folder.
+    """
+    existing = folder = Path(folder)
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise ValueError(f"{flag} {folder} cannot be written: {existing} is not a folder")
+    try:
+        # Asked of the file system itself: permission bits say nothing about a read-only mount.
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{flag} {folder} cannot be written ({error.strerror}); use another folder"
+        ) from None
+    return existing
+
+
+def check_save(args: Namespace, parameters: int) -> None:
+    """Check that `--save` can be written, has room for one checkpoint and none of another run.
+
+    A checkpoint holds the weights and, with the optimizer, Adam's two moments in 32 bits and beside
+    16-bit weights a 32-bit copy of them.
+
+    Raises:
+        ValueError: names the folder, and the fix or the bytes needed.
+    """
+    if args.save is None:
+        return
+    folder = Path(args.save)
+    existing = check_writable("--save", folder)
+    step = latest_step(folder)
+    if step is not None and (args.load is None or Path(args.load).resolve() != folder.resolve()):
+        raise ValueError(
+            f"--save {folder} holds a checkpoint of step {step:,}, which this run would replace;"
+            f" add --load {folder} to continue it, or use another folder"
+        )
+    low = args.bf16 or args.fp16
+    needed = parameters * ((2 if low else 4) + (0 if args.no_save_optim else 12 if low else 8))
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ValueError(
+            f"--save {folder} has {free / 1e9:.1f} GB free and a checkpoint needs"
+            f" {needed / 1e9:.1f} GB; free some, or use another disk"
+        )
+
+
+def reason(error: BaseException) -> str:
+    """Why a checkpoint could not be written, in one line: the first rank's own error."""
+    while isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    # "Worker failure: An error is caught while starting worker 0, error: ..."
+    return " ".join(str(error).split()).rpartition(", error: ")[2]

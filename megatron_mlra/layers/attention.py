@@ -1,0 +1,348 @@
+"""MLRASelfAttention: Multi-Head Low-Rank Attention as a Megatron self-attention submodule.
+
+Letters in shape comments: s tokens of this rank, t of the whole sequence (s without context
+parallel), b batch, d hidden size, tp tensor-parallel size, h / tp own
+heads; n branches, h_c heads and g head groups of this rank's core (sharding.py), l latent dim, `e`
+d_h + d_r. With sequence parallel the input and output hold s / tp tokens.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import Attention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.utils import deprecate_inference_params
+from torch import Tensor
+
+from megatron_mlra.layers.config import MLRAConfig, resolve_core_backend
+from megatron_mlra.layers.fp8 import linear_config
+from megatron_mlra.layers.projections import (
+    LatentUpProjection,
+    ShardedRMSNorm,
+    latent_forms,
+    split_rows_factory,
+)
+from megatron_mlra.layers.recompute import rebuilt_in_backward
+from megatron_mlra.layers.rotary import rotary_tables
+from megatron_mlra.maths.attention import materialized_qkv, split_up_projection
+from megatron_mlra.sharding.context_parallel import ContextParallel
+from megatron_mlra.sharding.tensor_parallel import LatentParallel, LatentShard
+from megatron_mlra.sharding.token_plan import TokenPlan, plan_tokens
+
+
+@dataclass
+class MLRASelfAttentionSubmodules:
+    """What MLRASelfAttention is built from; layer_specs.py has the sets."""
+
+    column_linear: type
+    """Column-parallel linear that does not communicate its input: down, query, gate projections."""
+
+    core_attention: type
+    """See core_attention.py."""
+
+    linear_proj: type
+    """Row-parallel output projection."""
+
+
+class MLRASelfAttention(Attention):
+    """Self-attention of MLA, GLA and MLRA models, chosen by the config's two integers.
+
+    Parameters at tensor parallel size tp (`linear_q_proj` in place of the first three without
+    q_lora_rank):
+
+    - `linear_q_down_proj.weight` `[d_q / tp, d]`, `q_norm.weight` `[d_q / tp]`
+    - `linear_q_up_proj.weight` `[h / tp * (d_h + d_r), d_q]`
+    - `linear_kv_down_proj.weight` `[d_c / tp + d_r / tp, d]`, `kv_norm.weight` `[d_c / tp]`
+    - `linear_kv_up_proj.weight` `[n, h_c, d_h + d_v, l]`
+    - `linear_gate_proj.weight` `[h / tp * d_v, d]` (output_gate)
+    - `linear_proj.weight` `[d, h / tp * d_v]`
+
+    All are sharded, none is replicated, so no gradient needs a tensor-parallel sum of its own.
+    """
+
+    config: MLRAConfig
+
+    def __init__(
+        self,
+        config: MLRAConfig,
+        submodules: MLRASelfAttentionSubmodules,
+        layer_number: int,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        pp_layer_offset: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
+        super().__init__(
+            config=config,
+            submodules=submodules,
+            layer_number=layer_number,
+            attn_mask_type=attn_mask_type,
+            attention_type="self",
+            cp_comm_type=cp_comm_type,
+            pg_collection=pg_collection,
+            pp_layer_offset=pp_layer_offset,
+            name=name,
+        )
+        group = self.tp_group
+        self.shard = LatentShard.plan(config, group.size(), group.rank())
+        self.parallel = LatentParallel(config, self.shard, group, config.sequence_parallel)
+        self.context = ContextParallel(pg_collection.cp)
+        self.forms = latent_forms(config)
+        # Offloading keeps tensors by hooks of its own, which rebuilding would hide from it.
+        self.rebuilds_query = (
+            config.absorbed
+            and config.recompute_absorbed_query
+            and not (config.cpu_offloading or config.fine_grained_activation_offloading)
+        )
+        self.own_heads = config.num_attention_heads // group.size()
+        self.recompute_up_projection = (
+            config.recompute_granularity == "selective"
+            and "mla_up_proj" in config.recompute_modules
+        )
+
+        def column(input_size: int, output_size: int, linear_name: str) -> torch.nn.Module:
+            return submodules.column_linear(
+                input_size,
+                output_size,
+                config=linear_config(config, linear_name),
+                init_method=config.init_method,
+                gather_output=False,
+                bias=False,
+                skip_bias_add=False,
+                is_expert=False,
+                tp_group=group,
+                name=linear_name if name is None else f"{name}.{linear_name}",
+            )
+
+        d, d_q = config.hidden_size, config.q_lora_rank
+        query_size = config.num_attention_heads * config.qk_dim
+        if d_q is None:
+            self.linear_q_proj = column(d, query_size, "linear_q_proj")
+        else:
+            self.linear_q_down_proj = column(d, d_q, "linear_q_down_proj")
+            self.q_norm = ShardedRMSNorm(config, d_q, 1, config.q_scale, group)
+            self.linear_q_up_proj = column(d_q, query_size, "linear_q_up_proj")
+        d_c, d_r = config.kv_lora_rank, config.qk_rope_head_dim
+        self.linear_kv_down_proj = column(d, d_c + d_r, "linear_kv_down_proj")
+        self.kv_norm = ShardedRMSNorm(config, d_c, config.num_latent_heads, config.kv_scale, group)
+        self.linear_kv_up_proj = LatentUpProjection(config, self.shard, group, config.init_method)
+        if config.output_gate:
+            gate_size = config.num_attention_heads * config.v_head_dim
+            self.linear_gate_proj = column(d, gate_size, "linear_gate_proj")
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        key_value_states: Tensor | None = None,
+        inference_context=None,
+        rotary_pos_emb: Tensor | None = None,
+        rotary_pos_cos: Tensor | None = None,
+        rotary_pos_sin: Tensor | None = None,
+        rotary_pos_cos_sin: Tensor | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        position_ids: Tensor | None = None,
+        sequence_len_offset: int | None = None,
+        *,
+        inference_params=None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention over the whole sequence (training, evaluation).
+
+        Args:
+            hidden_states: `[s, b, d]`, or `[s / tp, b, d]` with sequence parallel.
+            attention_mask: None for causal, else see the core's backend; with context parallel
+                `[b or 1, 1, s, t]`, keys in the order of the sequence.
+            packed_seq_params: documents that b = 1 rows of tokens are made of, which attend to
+                themselves alone and whose positions start anew; see token_plan.py for how context
+                parallel cuts them.
+            sequence_len_offset: position of the first token, default 0.
+
+        Returns:
+            output, shaped as hidden_states, and the output projection's bias (None without biases).
+
+        Raises:
+            ValueError: for inference contexts, attention biases, packed sequences that do not fit
+                the tokens or come with a mask.
+        """
+        assert rotary_pos_emb is None, "MLRA rotates its own RoPE dims"
+        if deprecate_inference_params(inference_context, inference_params) is not None:
+            raise ValueError(
+                "Megatron's inference contexts hold expanded heads; MLRA caches latents"
+            )
+
+        if attention_bias is not None:
+            raise ValueError("MLRA attention takes no attention bias; leave it out")
+        if packed_seq_params is not None and attention_mask is not None:
+            raise ValueError("packed sequences say what is attended to; leave the mask out")
+
+        x = self.parallel.enter(hidden_states)  # [s, b, d]
+        q, latents, k_rope = self._compress(x)
+        plan = self._plan_tokens(q, packed_seq_params)
+        angles = self._rotary_angles(plan, sequence_len_offset or 0)
+        gather = self.context.start_gather(latents, k_rope)
+        if self.recompute_up_projection and self.training:
+            up_projection = tensor_parallel.CheckpointWithoutOutput(
+                fp8=self.config.fp8 or self.config.fp4 or None
+            )
+            latents, k_rope = gather.finish(plan)  # [t, b, n, g, l], [t, b, d_r]
+            qkv = up_projection.checkpoint(self._query_key_value, q, latents, k_rope, *angles)
+            z = self._attend(qkv, latents, attention_mask, plan)
+            up_projection.discard_output_and_register_recompute(z)
+        else:
+            q = self._query_heads(q)
+            latents, k_rope = gather.finish(plan)
+            qkv = self._assemble(q, latents, k_rope, *angles)
+            with self._query_rebuilt(qkv[0], q.detach(), angles[:2], plan):
+                z = self._attend(qkv, latents, attention_mask, plan)
+        del qkv  # backward rebuilds its query, so nothing else may hold it
+
+        out = self._combine_branches(z)  # [s, b, h / tp * d_v]
+        if self.config.output_gate:
+            gate, _ = self.linear_gate_proj(x)
+            out = out * torch.sigmoid(gate.float()).to(out.dtype)
+        return self.linear_proj(out)
+
+    def _compress(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query latent `[s, b, d_q]` (x itself without one), latents `[s, b, n, g, l]`, RoPE key
+        `[s, b, d_r]`, the latter not yet rotated."""
+        config, tp = self.config, self.shard.tp_size
+        c_q = None
+        if config.q_lora_rank is not None:
+            c_q, _ = self.linear_q_down_proj(x)
+            c_q = self.q_norm(c_q)  # [s, b, d_q / tp]
+        ckv, _ = self.linear_kv_down_proj(x)
+        widths = (config.kv_lora_rank // tp, config.qk_rope_head_dim // tp)
+        c, k_rope = ckv.split(widths, dim=-1)  # [s, b, d_c / tp], [s, b, d_r / tp]
+        c_q, latents, k_rope = self.parallel.gather_compressed(c_q, self.kv_norm(c), k_rope)
+        return (x if c_q is None else c_q), latents, k_rope
+
+    def _plan_tokens(self, q: Tensor, packed_seq_params: PackedSeqParams | None) -> TokenPlan:
+        """What the tokens of `q` `[s, b, .]` attend to."""
+        if packed_seq_params is not None and q.size(1) != 1:
+            raise ValueError(f"packed sequences come in one row of tokens, not {q.size(1)}")
+        cp = self.context.group
+        return plan_tokens(q.size(0), cp.size(), cp.rank(), packed_seq_params, q.device)
+
+    def _query_key_value(
+        self, q: Tensor, latents: Tensor, k_rope: Tensor, *angles: Tensor
+    ) -> tuple[Tensor, ...]:
+        """From the query latent on: what recomputation of the up-projections repeats."""
+        return self._assemble(self._query_heads(q), latents, k_rope, *angles)
+
+    def _query_heads(self, q: Tensor) -> Tensor:
+        """Query latent (or x) -> the core's heads `[s, b, h_c, e]`, not yet rotated."""
+        linear = self.linear_q_proj if self.config.q_lora_rank is None else self.linear_q_up_proj
+        q, _ = linear(q)
+        q = q.view(*q.shape[:-1], self.own_heads, self.config.qk_dim)  # [s, b, h / tp, e]
+        return self.parallel.exchange_queries(q)
+
+    def _assemble(
+        self,
+        q: Tensor,
+        latents: Tensor,
+        k_rope: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        key_cos: Tensor,
+        key_sin: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Query, key and (materialized) value; absorbed, the values are the latents."""
+        if not self.config.absorbed:
+            weight = self.linear_kv_up_proj.weight
+            return materialized_qkv(q, latents, k_rope, weight, (cos, sin), (key_cos, key_sin))
+        query = self.forms.rotate_absorb(q, self._up_projections[0], cos, sin)
+        return query, self.forms.join_keys(latents, k_rope, key_cos, key_sin)
+
+    @property
+    def _up_projections(self) -> tuple[Tensor, Tensor]:
+        """W_UK `[n, h_c, d_h, l]`, W_UV `[n, h_c, d_v, l]`."""
+        return split_up_projection(self.linear_kv_up_proj.weight, self.config.qk_nope_head_dim)
+
+    def _query_rebuilt(
+        self, query: Tensor, q: Tensor, angles: tuple[Tensor, Tensor], plan: TokenPlan
+    ) -> AbstractContextManager:
+        """Where the absorbed core keeps the way to its query instead of the query."""
+        config = self.config
+        # torch's core is called for every span, and each call would rebuild the whole query.
+        backend = resolve_core_backend(config.core_backend, config.transformer_impl)
+        many_calls = backend == "sdpa" and len(plan.spans) > 2
+        if many_calls or not (config.absorbed and config.recompute_absorbed_query):
+            return nullcontext()
+        w_uk = self._up_projections[0].detach()
+        return rebuilt_in_backward(query, lambda: self.forms.rotate_absorb(q, w_uk, *angles))
+
+    def _attend(
+        self,
+        qkv: tuple[Tensor, ...],
+        latents: Tensor,
+        attention_mask: Tensor | None,
+        plan: TokenPlan,
+    ) -> Tensor:
+        """The core's output `[s, b, n * h_c * (l or d_v)]`."""
+        query, key, *value = qkv
+        value = value[0] if value else latents.flatten(2, 3)
+        if self.checkpoint_core_attention and self.training:
+            return self._checkpointed_attention_forward(
+                query, key, value, attention_mask, core_attention_extra_kwargs={"plan": plan}
+            )
+        return self._run_core_attention(query, key, value, attention_mask, plan=plan)
+
+    def _run_core_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: None = None,
+        packed_seq_params: None = None,
+        *,
+        plan: TokenPlan,
+    ) -> Tensor:
+        """The core on its own, as recomputation repeats it: `[s, b, n * h_c * (l or d_v)]`.
+
+        The plan stands for packed_seq_params, which Megatron's checkpoint hands on as None.
+        """
+        return self.core_attention(query, key, value, attention_mask, plan=plan)
+
+    def _combine_branches(self, z: Tensor) -> Tensor:
+        """N^-1/2 sum over all branches of the core's output: `[s, b, h / tp * d_v]`, own heads."""
+        config, shard = self.config, self.shard
+        z = z.view(*z.shape[:2], shard.branches, shard.heads, -1)
+        if config.absorbed:
+            out = self.forms.sum_branches(z, self._up_projections[1], config.branch_scale)
+        else:
+            out = z.sum(2) * config.branch_scale
+        return self.parallel.reduce_branches(out).flatten(2)
+
+    def _rotary_angles(self, plan: TokenPlan, offset: int) -> tuple[Tensor, ...]:
+        """cos and sin of the queries `[s, d_r / 2]` and of the keys `[t, d_r / 2]`, float32."""
+        tables = rotary_tables(self.config).cos_sin(plan.tokens, offset)
+        if plan.positions is None:
+            return *tables, *tables
+        places = (plan.positions, plan.key_positions)
+        return tuple(table[place] for place in places for table in tables)
+
+    def get_query_key_value_tensors(self, *args, **kwargs):
+        """Unused: `_compress` and `_query_key_value` take its place."""
+        raise NotImplementedError
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """Megatron's, with the kv down-projection stored as latent rows, then RoPE rows."""
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        key = f"{prefix}linear_kv_down_proj.weight"
+        tp, config = self.shard.tp_size, self.config
+        if tp > 1:
+            blocks = (config.kv_lora_rank // tp, config.qk_rope_head_dim // tp)
+            sharded[key] = split_rows_factory(sharded[key], blocks, sharded_offsets)
+        return sharded

@@ -1,0 +1,327 @@
+"""Configuration of the latent attention family: MLA, GLA and MLRA are two integers apart.
+
+Letters used in messages and docstrings: L `num_latent_heads`, N `num_branches`, G = L / N head
+groups, h attention heads, d hidden size, d_c `kv_lora_rank`, d_l = d_c / L latent dim, d_q
+`q_lora_rank`, d_h `qk_nope_head_dim`, d_r `qk_rope_head_dim`, d_v `v_head_dim`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from megatron.core.models.common.embeddings import _yarn_get_mscale
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+from megatron_mlra.description.latent import LatentSizes
+from megatron_mlra.layers.fp8 import FP8_LINEARS, check_fp8
+from megatron_mlra.sharding import fit
+
+TP_LAYOUTS = ("head", "latent")
+CORE_FORMS = ("auto", "absorbed", "materialized")
+CORE_BACKENDS = ("auto", "sdpa", "te", "latent")
+LATENT_KERNELS = ("auto", "torch", "triton")
+
+
+def resolve_core_backend(core_backend: str, transformer_impl: str) -> str:
+    """What is asked for; `auto` follows the layers' implementation: 'sdpa' or 'te'."""
+    if core_backend != "auto":
+        return core_backend
+    return "te" if transformer_impl == "transformer_engine" else "sdpa"
+
+
+def resolve_latent_kernels(latent_kernels: str, transformer_impl: str) -> str:
+    """'torch' or 'triton': `auto` follows the layers' implementation."""
+    if latent_kernels != "auto":
+        return latent_kernels
+    return "triton" if transformer_impl == "transformer_engine" else "torch"
+
+
+@dataclass
+class MLRAConfig(LatentSizes, MLATransformerConfig):
+    """A Megatron transformer whose attention is MLA, GLA-n or MLRA-n.
+
+    MLA is (L, N) = (1, 1), GLA-2 (2, 1), GLA-4 (4, 1), MLRA-2 (4, 2), MLRA-4 (4, 4), MLRA-8 (8, 8).
+
+    Raises:
+        ValueError: for every combination that cannot work; the message names the value and one that
+        does.
+    """
+
+    num_latent_heads: int = 4
+    """Latent heads L that kv_lora_rank is cut into; each has its own norm and up-projection."""
+
+    num_branches: int = 4
+    """Latent heads N that serve each attention head; their attention outputs are summed."""
+
+    output_gate: bool = False
+    """Multiply the attention output by sigmoid(x W_G), elementwise, before the output
+    projection."""
+
+    variance_scaling: bool = True
+    """Scale the query latent by sqrt(d / d_q), each latent head by sqrt(d / d_l) and the branch sum
+    by N^-1/2. Off sets all three to 1."""
+
+    zero_init_output: bool = True
+    """Start the attention and MLP output projections at zero; off gives them init_method too."""
+
+    latent_tp_layout: str = "head"
+    """What a tensor-parallel rank owns of the core: 'head' (its heads, over all their latents) or
+    'latent' (its latents, over all their heads)."""
+
+    core_form: str = "auto"
+    """'absorbed' attends in latent space (L key/value heads), 'materialized' expands keys and
+    values for N h heads; 'auto' absorbs where that costs no FLOPs, i.e. where d_l <= d_h."""
+
+    core_backend: str = "auto"
+    """'sdpa' (torch), 'te' (Transformer Engine), 'latent' (this project's kernels of the absorbed
+    form, on Hopper). 'auto' is sdpa with local layers; with Transformer Engine's, latent where it
+    fits, and te for packed documents and all else."""
+
+    latent_kernels: str = "auto"
+    """Norms, absorbed queries and keys, and branch sums by 'torch' or by this project's 'triton'
+    kernels; 'auto' takes the kernels with Transformer Engine layers."""
+
+    recompute_absorbed_query: bool = True
+    """Rebuild the absorbed core's queries, N h (d_l + d_r) numbers a token, in backward from
+    the h (d_h + d_r) they are made of, instead of keeping both."""
+
+    fp8_linears: str = "wide"
+    """Which linears run in FP8 when `fp8` is set: 'wide' (MLP, output and gate projections) or
+    'all', the low-rank projections too."""
+
+    add_bias_linear: bool = False
+    """The method has no biases."""
+
+    rope_type: str = "rope"
+    """'rope' or 'yarn'; the half-split pairing (i, i + d_r/2) either way."""
+
+    def __post_init__(self) -> None:
+        self.multi_latent_attention = True
+        self._validate_variant()
+        # Attention sizes its output projection by kv_channels and divides num_query_groups by TP.
+        self.kv_channels = self.v_head_dim
+        self.num_query_groups = self.num_attention_heads
+        if self.init_method is None:
+            self.init_method = partial(torch.nn.init.normal_, mean=0.0, std=self.init_method_std)
+        self.output_layer_init_method = (
+            torch.nn.init.zeros_ if self.zero_init_output else self.init_method
+        )
+        self._validate_parallel()
+        self._validate_features()
+        check_fp8(self)
+        try:
+            super().__post_init__()
+        except (AssertionError, NotImplementedError) as error:
+            raise ValueError(str(error)) from error
+        if self.softmax_scale is None:
+            mscale = 1.0
+            if self.rope_type == "yarn":
+                mscale = _yarn_get_mscale(self.rotary_scaling_factor, self.mscale_all_dim)
+            # Explicit: in absorbed form the dot product has d_l + d_r terms, not d_h + d_r.
+            self.softmax_scale = mscale * mscale / math.sqrt(self.qk_dim)
+
+    # -- derived sizes -----------------------------------------------------------------------------
+
+    @property
+    def qk_nope_head_dim(self) -> int:
+        """d_h: query and key dims of a head without RoPE (Megatron's `qk_head_dim`)."""
+        return self.qk_head_dim
+
+    @property
+    def qk_rope_head_dim(self) -> int:
+        """d_r: dims of the RoPE query of a head and of the one shared RoPE key."""
+        return self.qk_pos_emb_head_dim
+
+    @property
+    def qk_dim(self) -> int:
+        """d_h + d_r: terms of a materialized attention score."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def heads_per_group(self) -> int:
+        """h / G: heads served by one latent head."""
+        return self.num_attention_heads // self.num_head_groups
+
+    @property
+    def absorbed(self) -> bool:
+        """Whether the core runs in latent space (`core_form` resolved)."""
+        if self.core_form == "auto":
+            return self.latent_dim <= self.qk_nope_head_dim
+        return self.core_form == "absorbed"
+
+    @property
+    def variant(self) -> str:
+        """The paper's name of this (L, N): 'MLA', 'GLA-2', 'MLRA-4', ..."""
+        if self.num_branches == 1:
+            return "MLA" if self.num_latent_heads == 1 else f"GLA-{self.num_latent_heads}"
+        return f"MLRA-{self.num_branches}"
+
+    # -- validation --------------------------------------------------------------------------------
+
+    def _validate_variant(self) -> None:
+        for name in (
+            "num_latent_heads",
+            "num_branches",
+            "num_attention_heads",
+            "hidden_size",
+            "kv_lora_rank",
+            "qk_head_dim",
+            "qk_pos_emb_head_dim",
+            "v_head_dim",
+            "num_layers",
+            "tensor_model_parallel_size",
+            "context_parallel_size",
+        ):
+            value = getattr(self, name)
+            if not _is_size(value):
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        if self.q_lora_rank is not None and not _is_size(self.q_lora_rank):
+            raise ValueError(
+                f"q_lora_rank is {self.q_lora_rank!r}; use at least 1, or leave it out for a query"
+                " projected straight from the hidden state"
+            )
+        L, N, h = self.num_latent_heads, self.num_branches, self.num_attention_heads
+        if self.kv_lora_rank % L:
+            fits = (n for n in _divisors(self.kv_lora_rank) if n % N == 0 and h % (n // N) == 0)
+            better = _nearest(fits, L)
+            raise ValueError(
+                f"num_latent_heads {L} does not divide kv_lora_rank {self.kv_lora_rank}; use"
+                f" {f'num_latent_heads {better} or ' if better else ''}kv_lora_rank"
+                f" {_next_multiple(self.kv_lora_rank, L)}"
+            )
+        if L % N:
+            raise ValueError(
+                f"num_branches {N} does not divide num_latent_heads {L}; use num_branches"
+                f" {_nearest((n for n in _divisors(L) if h % (L // n) == 0), N)}"
+            )
+        G = L // N
+        if h % G:
+            raise ValueError(
+                f"num_attention_heads {h} does not divide into {G} head groups (num_latent_heads"
+                f" {L} / num_branches {N}); use num_attention_heads {_next_multiple(h, G)}"
+            )
+        if self.qk_pos_emb_head_dim % 2:
+            raise ValueError(
+                f"qk_rope_head_dim {self.qk_pos_emb_head_dim} is odd and RoPE rotates pairs; use"
+                f" {self.qk_pos_emb_head_dim + 1}"
+            )
+        for name, allowed in (
+            ("latent_tp_layout", TP_LAYOUTS),
+            ("core_form", CORE_FORMS),
+            ("core_backend", CORE_BACKENDS),
+            ("latent_kernels", LATENT_KERNELS),
+            ("fp8_linears", FP8_LINEARS),
+            ("rope_type", ("rope", "yarn")),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}; use one of {', '.join(allowed)}")
+        for name, least, fix in (
+            ("rotary_base", 1e-9, "a positive one, e.g. 10000"),
+            ("layernorm_epsilon", 1e-30, "a positive one, e.g. 1e-6"),
+            ("attention_dropout", 0, "a probability from 0 to below 1"),
+        ):
+            value = getattr(self, name)
+            if not _is_at_least(value, least) or (name == "attention_dropout" and value >= 1):
+                raise ValueError(f"{name} is {value!r}; use {fix}")
+        if self.softmax_scale is not None and not _is_at_least(self.softmax_scale, 1e-30):
+            raise ValueError(
+                f"softmax_scale is {self.softmax_scale!r}; leave it out for (d_h + d_r)^-1/2"
+            )
+        if self.rope_type == "yarn":
+            for name in ("rotary_scaling_factor", "original_max_position_embeddings"):
+                value = getattr(self, name)
+                if not _is_at_least(value, 1):
+                    raise ValueError(
+                        f"{name} is {value!r}; YaRN extends a context, so use at least 1"
+                    )
+        if self.rotary_percent != 1.0:
+            raise ValueError(
+                f"rotary_percent is {self.rotary_percent}; use 1.0 and set qk_rope_head_dim, which"
+                " is the RoPE dims themselves"
+            )
+
+    def _validate_parallel(self) -> None:
+        tp = self.tensor_model_parallel_size
+        misfit = self._tensor_parallel_misfit(tp)
+        if misfit:
+            fits = (n for n in range(1, 2 * tp) if not self._tensor_parallel_misfit(n))
+            raise ValueError(
+                f"tensor parallel size {tp} {misfit[0]}; use tensor parallel size"
+                f" {_nearest(fits, tp)}{misfit[1]}"
+            )
+
+    def _tensor_parallel_misfit(self, tp: int) -> tuple[str, str] | None:
+        """What a tensor parallel size does not fit, and another way out; None for one that
+        works."""
+        return fit.misfit(
+            tp,
+            self.latent_tp_layout,
+            num_latent_heads=self.num_latent_heads,
+            num_branches=self.num_branches,
+            num_attention_heads=self.num_attention_heads,
+            q_lora_rank=self.q_lora_rank,
+            kv_lora_rank=self.kv_lora_rank,
+            qk_rope_head_dim=self.qk_rope_head_dim,
+        )
+
+    def _validate_features(self) -> None:
+        for name, fix in _REFUSED.items():
+            value = getattr(self, name)
+            if value:
+                raise ValueError(f"{name} ({value!r}) does not work with MLRA: {fix}")
+        for name, needed in (("softmax_type", "vanilla"), ("normalization", "RMSNorm")):
+            value = getattr(self, name)
+            if value != needed:
+                raise ValueError(f"{name} ({value!r}) does not work with MLRA: use {needed}")
+        offloaded = {"qkv_linear", "core_attn", "attn_proj"} & set(self.offload_modules or ())
+        if self.fine_grained_activation_offloading and offloaded:
+            raise ValueError(
+                f"offload_modules ({', '.join(sorted(offloaded))}) does not work with MLRA: use"
+                " recompute_modules core_attn, mla_up_proj"
+            )
+
+
+_REFUSED = {
+    "add_bias_linear": "it has no biases; use --disable-bias-linear",
+    "add_qkv_bias": "it has no biases; leave it out",
+    "qk_layernorm": "it always normalises its latents; leave it out",
+    "qk_clip": "its core does not report logits; leave it out",
+    "attention_output_gate": "use output_gate",
+    "apply_rope_fusion": "use --no-rope-fusion",
+    "rotary_interleaved": "its RoPE is half-split; leave it out",
+    "no_rope_freq": "every layer rotates its RoPE dims; leave it out",
+    "cache_mla_latents": "it is for Megatron's own MLA; leave it out",
+    "mla_down_proj_fusion": "it is for Megatron's own MLA; leave it out",
+    "experimental_attention_variant": "it replaces the attention; leave it out",
+    "flash_decode": "it caches expanded heads; leave it out",
+    "window_size": "it attends to the whole past; leave it out",
+    "apply_query_key_layer_scaling": "leave it out",
+    "delay_wgrad_compute": "leave it out",
+}
+"""Features of Megatron's own attentions: refused where they would be ignored."""
+
+
+def _next_multiple(value: int, factor: int) -> int:
+    return -(-value // factor) * factor
+
+
+def _divisors(value: int) -> list[int]:
+    return [n for n in range(1, value + 1) if value % n == 0]
+
+
+def _nearest(values: Iterable[int], wanted: int) -> int | None:
+    """The one of `values` nearest to `wanted` (the larger of two equally near)."""
+    return min(values, key=lambda n: (abs(n - wanted), -n), default=None)
+
+
+def _is_size(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_at_least(value, least: float) -> bool:
+    return isinstance(value, int | float) and value >= least and math.isfinite(value)

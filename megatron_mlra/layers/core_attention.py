@@ -1,0 +1,237 @@
+"""Backends of the core attention: torch's, Transformer Engine's, this project's on Hopper.
+
+Each takes query `[s, b, heads, d_k]`, key `[t, b, kv_heads, d_k]`, value `[t, b, kv_heads, d_v]`
+(grouped queries) and returns `[s, b, heads * d_v]`. A TokenPlan says which of the t keys each of
+the s queries attends to; without one, s = t and attention is causal. Which backend runs is chosen
+in layer_specs.py, never here.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+
+import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from megatron_mlra.layers.config import MLRAConfig
+from megatron_mlra.sharding.tensor_parallel import LatentShard
+from megatron_mlra.sharding.token_plan import TokenPlan
+
+if HAVE_TE:
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+    class TECoreAttention(TEDotProductAttention):
+        """Transformer Engine's attention over the spans of a TokenPlan."""
+
+        def forward(
+            self,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attention_mask: None = None,
+            plan: TokenPlan | None = None,
+        ) -> Tensor:
+            """See the module's docstring; it sees no mask."""
+            if plan is None or plan.is_whole:
+                return super().forward(query, key, value, None, AttnMaskType.causal)
+            if plan.is_packed:
+                return self._packed(query, key, value, plan)
+            parts = [
+                super(TECoreAttention, self).forward(
+                    query[a:b],
+                    key[start:stop],
+                    value[start:stop],
+                    None,
+                    AttnMaskType.causal_bottom_right,
+                )
+                for a, b, start, stop in plan.spans
+            ]
+            return torch.cat(parts)
+
+        def _packed(self, query: Tensor, key: Tensor, value: Tensor, plan: TokenPlan) -> Tensor:
+            """One call for all spans, whose keys are laid out one behind the other."""
+            varlen = plan.varlen
+            query, key, value = (x.squeeze(1) for x in (query, key, value))
+            if varlen.key_index is not None:
+                key, value = (x.index_select(0, varlen.key_index) for x in (key, value))
+            # Megatron's own forward knows no bottom-right mask of packed sequences.
+            out = super(TEDotProductAttention, self).forward(
+                query,
+                key,
+                value,
+                None,
+                qkv_format="thd",
+                attn_mask_type="padding_causal_bottom_right",
+                cu_seqlens_q=varlen.cu_seqlens_q,
+                cu_seqlens_kv=varlen.cu_seqlens_kv,
+                max_seqlen_q=varlen.max_seqlen_q,
+                max_seqlen_kv=varlen.max_seqlen_kv,
+            )
+            return out.unsqueeze(1)
+
+
+class _CoreAttention(MegatronModule):
+    """What Megatron gives to a core attention."""
+
+    def __init__(
+        self,
+        config: MLRAConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float,
+        cp_comm_type: str | None = None,
+        pg_collection=None,
+    ) -> None:
+        super().__init__(config)
+        self.softmax_scale = softmax_scale
+
+
+class SDPACoreAttention(_CoreAttention):
+    """Causal attention by torch, on CPU and CUDA.
+
+    Raises:
+        ValueError: for packed sequences and attention biases, which need another backend.
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params=None,
+        plan: TokenPlan | None = None,
+    ) -> Tensor:
+        """See the module's docstring; `attention_mask` `[b or 1, 1, s, t]`, True where not attended
+        to, replaces the plan (reset attention masks)."""
+        if packed_seq_params is not None or attention_bias is not None:
+            raise ValueError(
+                "core_backend sdpa takes neither packed sequences nor attention biases"
+            )
+        d_v = value.size(-1)
+        # torch's fused kernels want one head dim for all three, on CPU no grouped queries either.
+        width = max(key.size(-1), d_v)
+        query, key, value = (
+            x if x.size(-1) == width else pad(x, (0, width - x.size(-1)))
+            for x in (query, key, value)
+        )
+        if not query.is_cuda:
+            repeats = query.size(2) // key.size(2)
+            key, value = (x.repeat_interleave(repeats, dim=2) for x in (key, value))
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        if plan is None or plan.is_whole or attention_mask is not None:
+            out = self._attend(q, k, v, None if attention_mask is None else ~attention_mask)
+        else:
+            parts = []
+            for a, b, start, stop in plan.spans:
+                keys = (x[:, :, start:stop] for x in (k, v))
+                parts.append(self._attend(q[:, :, a:b], *keys))
+            out = torch.cat(parts, dim=2)
+        return out[..., :d_v].permute(2, 0, 1, 3).flatten(2)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """`[b, heads, s, .]`, `[b, kv_heads, t, .]`; causal from the last query and key up, unless
+        `allowed` says which keys are attended to."""
+        s, t = q.size(2), k.size(2)
+        if allowed is None and s != t:
+            # is_causal counts from the first query and key.
+            allowed = causal_lower_right(s, t) if q.is_cuda else _lower_right(s, t, q.device)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        with _dropout_rng(dropout, self.config.sequence_parallel):
+            return scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=allowed,
+                dropout_p=dropout,
+                is_causal=allowed is None,
+                scale=self.softmax_scale,
+                enable_gqa=q.size(1) != k.size(1),
+            )
+
+
+class LatentCoreAttention(_CoreAttention):
+    """The absorbed core on Hopper GPUs, by `mlra_kernels.latent_attention`.
+
+    Keys hold their values, so the gradient of both comes back through `key`. The sums of it are
+    atomic: their last bits differ from run to run.
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: None = None,
+        packed_seq_params: None = None,
+        plan: TokenPlan | None = None,
+    ) -> Tensor:
+        """See the module's docstring; `value` is the first columns of `key`. It sees no mask."""
+        from mlra_kernels.latent_attention import latent_attention
+
+        ranges = None if plan is None or plan.is_whole else plan.key_ranges
+        out = latent_attention(query, key, value.size(-1), self.softmax_scale, ranges)
+        return out.flatten(2)
+
+
+def _lower_right(s: int, t: int, device: torch.device) -> Tensor:
+    """`[s, t]`, True where query i of s may read key j of t: j <= i + t - s."""
+    return torch.ones(s, t, dtype=torch.bool, device=device).tril(t - s)
+
+
+def _dropout_rng(dropout: float, sequence_parallel: bool):
+    """The random state of Megatron's own core attention: per TP rank, except under sequence
+    parallel."""
+    if dropout == 0.0 or sequence_parallel:
+        return nullcontext()
+    return get_cuda_rng_tracker().fork()
+
+
+def te_core_attention(
+    config: MLRAConfig,
+    layer_number: int,
+    attn_mask_type: AttnMaskType,
+    attention_type: str,
+    softmax_scale: float,
+    cp_comm_type: str | None = None,
+    pg_collection=None,
+):
+    """Transformer Engine's attention, sized for this rank's (branch, head) pairs.
+
+    Transformer Engine divides heads and groups by the TP size, so both are given times it. Its own
+    context parallelism is off: latents are gathered before the core.
+    """
+    group = pg_collection.tp
+    shard = LatentShard.plan(config, group.size(), group.rank())
+    queries = shard.branches * shard.heads
+    sized = copy.copy(config)
+    sized.num_attention_heads = queries * shard.tp_size
+    sized.context_parallel_size = 1
+    if config.absorbed:
+        k_channels, v_channels = config.latent_dim + config.qk_rope_head_dim, config.latent_dim
+        sized.num_query_groups = shard.branches * shard.groups * shard.tp_size
+    else:
+        k_channels, v_channels = config.qk_dim, config.v_head_dim
+        sized.num_query_groups = sized.num_attention_heads
+    return TECoreAttention(
+        config=sized,
+        layer_number=layer_number,
+        attn_mask_type=attn_mask_type,
+        attention_type=attention_type,
+        softmax_scale=softmax_scale,
+        k_channels=k_channels,
+        v_channels=v_channels,
+        pg_collection=pg_collection,
+    )

@@ -1,0 +1,240 @@
+"""The parameters Megatron has no module for: sharded norms and the per-latent up-projection."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from megatron.core.utils import get_pg_rank
+from torch import Tensor
+
+from megatron_mlra.layers.config import MLRAConfig, resolve_latent_kernels
+from megatron_mlra.maths import attention
+from megatron_mlra.sharding.tensor_parallel import LatentShard, all_reduce_sum
+
+
+def latent_forms(config: MLRAConfig) -> ModuleType:
+    """The implementation of `latent_kernels`: modules of equal functions `rms_norm`,
+    `rotate_absorb`, `join_keys` and `sum_branches`."""
+    # Baselines share the norm, not the choice.
+    kernels = getattr(config, "latent_kernels", "torch")
+    if resolve_latent_kernels(kernels, config.transformer_impl) == "torch":
+        return attention
+    from mlra_kernels import latent_projections
+
+    return latent_projections
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm of a replicated hidden state, statistics in float32.
+
+    Unlike torch's, it carries the mark by which Megatron sums its gradient under sequence parallel.
+
+    Args:
+        config: supplies `sequence_parallel` and `params_dtype`.
+        hidden_size: the normalised last dim.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, config, hidden_size: int, eps: float = 1e-6, **_) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(_allocate((hidden_size,), config).fill_(1.0))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., hidden_size]` -> the same shape and dtype."""
+        return torch.nn.functional.rms_norm(
+            x.float(), self.weight.shape, self.weight.float(), self.eps
+        ).to(x.dtype)
+
+
+class ShardedRMSNorm(MegatronModule):
+    """RMSNorm of `num_norms` equal parts of a vector whose columns are split over ranks.
+
+    Rank r holds columns `[r w, (r + 1) w)`, w = size / tp, and their weights. Where w is a whole
+    number of parts, nothing is communicated; else one sum of squares a token and part is
+    all-reduced.
+
+    Args:
+        size: columns over all ranks (d_q, or d_c).
+        num_norms: parts normalised on their own (1, or L).
+        scale: factor on the result (variance scaling).
+    """
+
+    def __init__(
+        self, config: MLRAConfig, size: int, num_norms: int, scale: float, tp_group
+    ) -> None:
+        super().__init__(config)
+        self.tp_group = tp_group
+        self.eps = config.layernorm_epsilon
+        self.scale = scale
+        self.num_norms = num_norms
+        self.part = size // num_norms
+        self.width = size // tp_group.size()
+        self.is_local = self.width % self.part == 0
+        self.forms = latent_forms(config)
+        self.weight = torch.nn.Parameter(_allocate((self.width,), config).fill_(1.0))
+        set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., w]` -> `[..., w]`, the same dtype; statistics in float32."""
+        if self.is_local:
+            parts, weight = x.unflatten(-1, (-1, self.part)), self.weight.view(-1, self.part)
+            return self.forms.rms_norm(parts, weight, self.eps, self.scale).reshape(x.shape)
+        wide = x.float()
+        total = wide.square().sum(-1, keepdim=True)
+        mine = self.tp_group.rank() * self.width // self.part
+        if self.num_norms > 1:
+            total = torch.nn.functional.pad(total, (mine, self.num_norms - 1 - mine))
+        total = all_reduce_sum(total, self.tp_group)
+        mean_square = total[..., mine : mine + 1] / self.part
+        out = wide * torch.rsqrt(mean_square + self.eps)
+        return (out * (self.weight.float() * self.scale)).to(x.dtype)
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """`weight`, sharded along its only axis."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"weight": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+
+
+class LatentUpProjection(MegatronModule):
+    """W_UK and W_UV of the rank's (branch, head) pairs: one weight, `[n, h, d_h + d_v, d_l]`.
+
+    The global weight is `[N, num_attention_heads, d_h + d_v, d_l]` in either layout; per pair the
+    d_h key rows come first, then the d_v value rows.
+    """
+
+    def __init__(
+        self,
+        config: MLRAConfig,
+        shard: LatentShard,
+        tp_group,
+        init_method: Callable[[Tensor], None],
+    ) -> None:
+        super().__init__(config)
+        self.shard = shard
+        self.tp_group = tp_group
+        self.global_shape = (
+            config.num_branches,
+            config.num_attention_heads,
+            config.qk_nope_head_dim + config.v_head_dim,
+            config.latent_dim,
+        )
+        shape = (shard.branches, shard.heads, *self.global_shape[2:])
+        self.weight = torch.nn.Parameter(_allocate(shape, config))
+        set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
+        self.weight.allreduce = True
+        if config.perform_initialization:
+            self._initialize(init_method)
+
+    @torch.no_grad()
+    def _initialize(self, init_method: Callable[[Tensor], None]) -> None:
+        if not self.config.use_cpu_initialization:
+            with get_cuda_rng_tracker().fork():
+                init_method(self.weight)
+            return
+        # As Megatron does on a CPU: every rank draws the global weight and keeps its part.
+        whole = torch.empty(self.global_shape, dtype=torch.float32, device=self.weight.device)
+        init_method(whole)
+        shard = self.shard
+        part = whole.narrow(0, shard.branch_start, shard.branches)
+        self.weight.copy_(part.narrow(1, shard.head_start, shard.heads))
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """`weight` as a rectangle of the global weight, the same key and shape in both layouts."""
+        axis = len(sharded_offsets)
+        shard, (branches, heads) = self.shard, self.global_shape[:2]
+        key = f"{prefix}weight"
+        tensor = ShardedTensor.from_rank_offsets(
+            key,
+            self.weight,
+            *sharded_offsets,
+            (axis, shard.branch_start // shard.branches, branches // shard.branches),
+            (axis + 1, shard.head_start // shard.heads, heads // shard.heads),
+            replica_id=(0, 0, get_pg_rank(metadata["dp_cp_group"])),
+            prepend_axis_num=axis,
+        )
+        return {key: tensor}
+
+
+class LatentColumnParallelLinear(ColumnParallelLinear):
+    """Column-parallel linear that leaves its input's communication to LatentParallel.
+
+    Its input is what every rank holds in full, its input gradient a partial sum that the collective
+    behind the input completes: several projections then share one collective.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, disable_grad_reduce=True, **kwargs)
+        self.sequence_parallel = False
+
+
+def split_rows_factory(
+    sharded: ShardedTensor, blocks: tuple[int, ...], offsets
+) -> ShardedTensorFactory:
+    """Checkpoint a column-parallel weight whose local rows are blocks, each sharded on its own.
+
+    The local weight is `[sum(blocks), in]`; globally block i of all ranks forms rows
+    `[tp * sum(blocks[:i]), tp * sum(blocks[:i + 1]))`, so the stored weight does not depend on tp.
+
+    Args:
+        sharded: the weight as Megatron shards it (rows split evenly over ranks).
+        blocks: local rows of each block, in order.
+        offsets: the `sharded_offsets` of layers in front of the weight's own axes.
+    """
+    axis = len(offsets)
+    tp = sharded.axis_fragmentations[axis]
+    rank = sharded.global_offset[axis] // sharded.local_shape[0]
+    # from_rank_offsets counts in units of the local rows, so a block is cut into pieces of the
+    # common unit.
+    unit = math.gcd(*blocks)
+    total = tp * sum(blocks) // unit
+
+    @torch.no_grad()
+    def build(key, weight, replica_id, flattened_range):
+        assert flattened_range is None, "flattened optimizer states are not stored by factories"
+        pieces, start = [], 0
+        for block, rows in zip(weight.split(blocks), blocks, strict=True):
+            first = (start * tp + rank * rows) // unit
+            for i, piece in enumerate(block.split(unit)):
+                pieces.append(
+                    ShardedTensor.from_rank_offsets(
+                        key,
+                        piece,
+                        *offsets,
+                        (axis, first + i, total),
+                        replica_id=replica_id,
+                        prepend_axis_num=axis,
+                    )
+                )
+            start += rows
+        return pieces
+
+    return ShardedTensorFactory(
+        sharded.key, sharded.data, build, lambda pieces: torch.cat(pieces), sharded.replica_id
+    )
+
+
+def _allocate(shape: tuple[int, ...], config) -> Tensor:
+    device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+    if config.init_model_with_meta_device:
+        device = "meta"
+    return torch.empty(shape, dtype=config.params_dtype, device=device)

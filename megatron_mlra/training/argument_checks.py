@@ -1,0 +1,337 @@
+"""What is refused of a command line before Megatron reads it: what Megatron would ignore, find late
+or report as a bare assertion. Each check names the flag, its value and the fix."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+from argparse import Namespace
+
+import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
+
+from megatron_mlra.layers.config import resolve_core_backend
+from megatron_mlra.training.cpu_backend import CPU_DEFAULTS
+
+REQUIRED = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "seq_length",
+    "micro_batch_size",
+    "lr",
+)
+
+POSITIVE = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "seq_length",
+    "vocab_size",
+    "micro_batch_size",
+    "global_batch_size",
+    "train_iters",
+    "log_interval",
+    "eval_interval",
+    "save_interval",
+    "tensorboard_log_interval",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "tpa_q_rank",
+    "tpa_kv_rank",
+    "keep_last",
+)
+
+REPLACED = {
+    "multi_latent_attention": "is Megatron's own MLA; use --attention mlra",
+    "spec": "replaces the attention; use --attention",
+    "mtp_num_layers": "is not supported; leave it out",
+    "hybrid_layer_pattern": "builds Megatron's hybrid models; leave it out",
+    "hybrid_override_pattern": "builds Megatron's hybrid models; leave it out",
+    "heterogeneous_layers_config_path": "replaces the layers; leave it out",
+    "heterogeneous_layers_config_encoded_json": "replaces the layers; leave it out",
+    "hybrid_context_parallel": "is not supported; use --context-parallel-size alone",
+    "hierarchical_context_parallel_sizes": "is not supported; use --context-parallel-size alone",
+    "full_validation": "fails in Megatron 0.19.2 after the first evaluation; raise --eval-iters",
+    "sft": "reads conversations; use --packed-sequences to keep documents apart",
+    "perform_rl_step": "needs Megatron's RL package; leave it out",
+}
+"""Flags of Megatron that would not do here what they say."""
+
+
+def check_arguments(args: Namespace) -> None:
+    """Refuse what cannot work.
+
+    Raises:
+        ValueError: one line that names the flag and the fix.
+    """
+    _check_replaced(args)
+    _check_values(args)
+    _check_retention(args)
+    _check_hang_timeout(args)
+    _check_schedule(args)
+    _check_precision(args)
+    _check_parallel(args)
+    _check_context_parallel(args)
+    _check_packed(args)
+    _check_batches(args)
+    _check_packages(args)
+
+
+def flag(name: str) -> str:
+    """The flag of an argparse destination, for messages."""
+    return "--" + name.replace("_", "-")
+
+
+def _check_replaced(args: Namespace) -> None:
+    for name, why in REPLACED.items():
+        if getattr(args, name, None):
+            raise ValueError(f"{flag(name)} {why}")
+
+
+def _check_values(args: Namespace) -> None:
+    for name in REQUIRED:
+        if getattr(args, name) is None:
+            raise ValueError(f"{flag(name)} is missing; give it, or a preset with --config")
+    for name in POSITIVE:
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            raise ValueError(f"{flag(name)} is {value}; it must be at least 1")
+    if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None:
+        raise ValueError("--vocab-size is missing; give the size of the data's vocabulary")
+    padded = args.padded_vocab_size
+    if padded is not None and args.vocab_size is not None and padded < args.vocab_size:
+        raise ValueError(
+            f"padded_vocab_size {padded} is smaller than --vocab-size {args.vocab_size}; leave it"
+            " out"
+        )
+    if args.split is not None and not re.fullmatch(
+        r"\s*\d[\d.]*(\s*,\s*\d[\d.]*){0,2}", args.split
+    ):
+        raise ValueError(f"--split {args.split} is not three shares such as 969,30,1")
+    heads = args.num_attention_heads
+    if args.attention != "mlra" and args.kv_channels is None and args.hidden_size % heads:
+        raise ValueError(
+            f"--num-attention-heads {heads} does not divide --hidden-size {args.hidden_size}; give"
+            " --kv-channels"
+        )
+    position = args.max_position_embeddings
+    if position is not None and position < args.seq_length:
+        raise ValueError(
+            f"--max-position-embeddings {position} is shorter than --seq-length {args.seq_length};"
+            f" use {args.seq_length}, or leave it out"
+        )
+
+
+def _check_retention(args: Namespace) -> None:
+    if args.keep_last is not None and args.save_retain_interval is not None:
+        raise ValueError(
+            f"--keep-last {args.keep_last} and --save-retain-interval {args.save_retain_interval}"
+            " exclude each other; use one"
+        )
+
+
+def collective_seconds(args: Namespace) -> float:
+    """How long a collective may wait once training runs, before torch ends the process."""
+    return args.distributed_timeout_seconds_after_init or 60 * args.distributed_timeout_minutes
+
+
+def _check_hang_timeout(args: Namespace) -> None:
+    seconds, collective = args.hang_timeout_seconds, collective_seconds(args)
+    if not seconds:
+        return
+    if seconds < 1:
+        raise ValueError(
+            f"--hang-timeout-seconds {seconds:g} is too short; use at least 1, or 0 for never"
+        )
+    if seconds >= collective:
+        raise ValueError(
+            f"--hang-timeout-seconds {seconds:g} comes after the {collective:g} seconds of a"
+            " collective, which name no rank; use less, or raise --distributed-timeout-minutes"
+        )
+
+
+def _check_schedule(args: Namespace) -> None:
+    if args.train_iters is None and args.train_samples is None and not args.skip_train:
+        raise ValueError("--train-iters is missing; say how many steps to train")
+    if args.lr <= 0:
+        raise ValueError(f"--lr {args.lr:g} is not positive; use e.g. 3e-4")
+    if args.min_lr is not None and args.min_lr > args.lr:
+        raise ValueError(f"--min-lr {args.min_lr:g} is above --lr {args.lr:g}; use at most --lr")
+    decay = args.lr_decay_iters or args.train_iters
+    if decay and args.lr_warmup_iters >= decay:
+        raise ValueError(
+            f"--lr-warmup-iters {args.lr_warmup_iters} leaves nothing of the {decay} steps the rate"
+            f" decays over; use at most {decay - 1}"
+        )
+
+
+def _check_precision(args: Namespace) -> None:
+    if args.bf16 and args.fp16:
+        raise ValueError("--bf16 and --fp16 exclude each other; use --bf16")
+    if args.dry_run and not torch.cuda.is_available():
+        return  # about another machine's GPUs
+    for name in ("fp8", "fp4"):
+        if getattr(args, name) and not (HAVE_TE and args.transformer_impl == "transformer_engine"):
+            raise ValueError(
+                f"--{name}-format {getattr(args, name)} needs Transformer Engine on a GPU; install"
+                " the extra megatron-mlra[te] and leave --transformer-impl out, or use --bf16"
+            )
+    if args.fp8:
+        check_fp8_tokens(args)
+    if torch.cuda.is_available():
+        return
+    if args.latent_kernels == "triton":
+        raise ValueError("--latent-kernels triton needs a GPU, and there is none; use torch")
+    for name, value in CPU_DEFAULTS.items():
+        asked = getattr(args, name)
+        if asked != value:
+            fix = f"use {value}" if isinstance(value, str) else "leave it out"
+            shown = flag(name) + ("" if isinstance(asked, bool) else f" {asked}")
+            raise ValueError(f"{shown} needs a GPU, and there is none; {fix}")
+
+
+def check_fp8_tokens(args: Namespace) -> None:
+    """Tokens are a dim of FP8's weight gradients.
+
+    Raises:
+        ValueError: for a micro-batch of which a rank gets no multiple of 16.
+    """
+    ranks = args.context_parallel_size
+    ranks *= args.tensor_model_parallel_size if args.sequence_parallel else 1
+    for prefix in ("", "eval_"):
+        micro = getattr(args, f"{prefix}micro_batch_size") or args.micro_batch_size
+        if args.seq_length * micro % (16 * ranks):
+            step = 16 * ranks // math.gcd(16 * ranks, micro)
+            raise ValueError(
+                f"--seq-length {args.seq_length} with {flag(prefix + 'micro_batch_size')} {micro}:"
+                f" FP8 needs a multiple of 16 tokens a rank; use --seq-length"
+                f" {-(-args.seq_length // step) * step}"
+            )
+
+
+def _check_parallel(args: Namespace) -> None:
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    layout = f"--tensor-model-parallel-size {tp}"
+    for name in ("pipeline_model_parallel_size", "context_parallel_size"):
+        if getattr(args, name) > 1:
+            layout += f" x {flag(name)} {getattr(args, name)}"
+    ranks = tp * pp * args.context_parallel_size
+    if args.world_size % ranks:
+        raise ValueError(
+            f"{layout} needs a multiple of {ranks} processes and there are {args.world_size};"
+            f" launch with torchrun --nproc-per-node {ranks}"
+        )
+    # With its stages split further, a first or last stage has layers in the middle too.
+    if args.reset_attention_mask and (pp > 2 or (pp > 1 and _is_interleaved(args))):
+        raise ValueError(
+            f"--reset-attention-mask with --pipeline-model-parallel-size {pp}: stages in the middle"
+            " do not see the mask; use at most 2 stages, not split into virtual ones"
+        )
+    core = resolve_core_backend(args.core_backend, args.transformer_impl)
+    if args.reset_attention_mask and core != "sdpa":
+        raise ValueError(
+            f"--reset-attention-mask: the causal core of --core-backend {core} does not see the"
+            " mask; use --core-backend sdpa, or --transformer-impl local"
+        )
+
+
+def _check_context_parallel(args: Namespace) -> None:
+    cp = args.context_parallel_size
+    if cp == 1:
+        return
+    asked = f"--context-parallel-size {cp}"
+    _check_attention_of(args, asked)
+    tp = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    step = math.lcm(2 * cp, cp * tp)
+    if args.seq_length % step:
+        shared = f" and {tp} sequence-parallel ranks" if tp > 1 else ""
+        raise ValueError(
+            f"--seq-length {args.seq_length} does not divide into the {2 * cp} chunks of {asked}"
+            f"{shared}; use {-(-args.seq_length // step) * step}"
+        )
+    if args.attention == "mlra" and args.cp_comm_type != ["p2p"]:
+        raise ValueError(
+            f"--cp-comm-type {' '.join(args.cp_comm_type)} is for attentions that send keys and"
+            " values; MLRA gathers latents: leave it out"
+        )
+
+
+def _check_packed(args: Namespace) -> None:
+    if not args.dataloader_inter_document_masking:
+        return
+    _check_attention_of(args, "--packed-sequences")
+    if args.attention != "mlra" and args.context_parallel_size > 1:
+        raise ValueError(
+            f"--packed-sequences with --context-parallel-size {args.context_parallel_size}:"
+            f" --attention {args.attention} would need padded documents; use 1"
+        )
+    if args.reset_attention_mask:
+        raise ValueError(
+            "--packed-sequences and --reset-attention-mask both keep documents apart; leave out"
+            " --reset-attention-mask, the slower one"
+        )
+    micro = max(args.micro_batch_size, args.eval_micro_batch_size or 1)
+    if micro > 1 and args.pipeline_model_parallel_size > 1:
+        raise ValueError(
+            f"--packed-sequences sends one row of tokens between pipeline stages, and"
+            f" --micro-batch-size is {micro}; use 1"
+        )
+    if args.cuda_graph_impl != "none":
+        raise ValueError(
+            f"--cuda-graph-impl {args.cuda_graph_impl} replays one batch's documents on all with"
+            " --packed-sequences; use none"
+        )
+
+
+def _check_attention_of(args: Namespace, asked: str) -> None:
+    """Attentions other than MLRA: Megatron's own needs Transformer Engine, the others refuse."""
+    if args.attention == "mlra":
+        return
+    fix = "use --attention mlra"
+    if args.attention == "gqa":
+        if args.transformer_impl == "transformer_engine":
+            return
+        fix = "Megatron's own attention needs Transformer Engine and a GPU for it, or " + fix
+    raise ValueError(f"{asked} does not work with --attention {args.attention}: {fix}")
+
+
+def _is_interleaved(args: Namespace) -> bool:
+    return any(
+        getattr(args, name) is not None
+        for name in (
+            "num_layers_per_virtual_pipeline_stage",
+            "num_virtual_stages_per_pipeline_rank",
+            "pipeline_model_parallel_layout",
+        )
+    )
+
+
+def _check_batches(args: Namespace) -> None:
+    replicas = args.world_size // (
+        args.tensor_model_parallel_size
+        * args.pipeline_model_parallel_size
+        * args.context_parallel_size
+    )
+    for prefix in ("", "eval_"):
+        batch = getattr(args, f"{prefix}global_batch_size") or args.global_batch_size
+        micro = getattr(args, f"{prefix}micro_batch_size") or args.micro_batch_size
+        if batch is not None and batch % (micro * replicas):
+            nearest = -(-batch // (micro * replicas)) * micro * replicas
+            raise ValueError(
+                f"{flag(prefix + 'global_batch_size')} {batch} does not divide into micro-batches"
+                f" of {micro} on {replicas} data-parallel ranks; use {nearest}, or another"
+                f" {flag(prefix + 'micro_batch_size')}"
+            )
+
+
+def _check_packages(args: Namespace) -> None:
+    if args.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise ValueError(f"--wandb-project {args.wandb_project} needs wandb; pip install wandb")
+    if args.wandb_project and not args.wandb_exp_name:
+        raise ValueError(
+            f"--wandb-project {args.wandb_project} needs a name for this run; use --wandb-exp-name"
+        )

@@ -1,0 +1,269 @@
+"""Batches and datasets: Megatron's GPT datasets, checked before any memory is spent."""
+
+from __future__ import annotations
+
+import json
+import struct
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType
+from megatron.core.utils import (
+    flatten_batch_for_packed_sequences,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
+from megatron.training import get_args, get_tokenizer
+from megatron.training.utils import get_blend_and_blend_per_split
+
+from megatron_mlra.data.metadata import read_metadata
+from megatron_mlra.fault_tolerance import samples
+from megatron_mlra.sharding.token_plan import PackedDocuments, plan_tokens
+
+BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+
+
+def check_data(args: Namespace) -> None:
+    """Refuse missing, damaged or mismatched datasets.
+
+    Raises:
+        ValueError: names the file and what to do.
+    """
+    if args.mock_data or args.skip_train:
+        return
+    try:
+        blend, per_split = get_blend_and_blend_per_split(args)
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"data arguments: {error}") from None
+    blends = [b for b in (blend, *(per_split or ())) if b is not None]
+    if not blends:
+        raise ValueError(
+            "no data: give --data-path PREFIX (tools/preprocess_data.py writes PREFIX.bin and"
+            " PREFIX.idx) or --mock-data"
+        )
+    for prefixes, _weights in blends:
+        for prefix in prefixes:
+            _check_prefix(prefix, args)
+
+
+def _check_prefix(prefix: str, args: Namespace) -> None:
+    for suffix in (".idx", ".bin"):
+        path = Path(prefix + suffix)
+        if path.is_file():
+            continue
+        stem, dot, last = prefix.rpartition(".")
+        if dot and last in ("bin", "idx"):
+            raise ValueError(f"--data-path {prefix} names a file; leave .{last} out: {stem}")
+        raise ValueError(f"data file {path} does not exist; make it with tools/preprocess_data.py")
+    documents, expected = _indexed(prefix)
+    there = Path(prefix + ".bin").stat().st_size
+    if not expected:
+        raise ValueError(f"data file {prefix}.bin is empty; preprocess the data again")
+    if there < expected:
+        raise ValueError(
+            f"data file {prefix}.bin is truncated: {there:,} of {expected:,} bytes; preprocess the"
+            " data again"
+        )
+    if prefix in (args.data_path or ()):
+        _check_split(prefix, documents, args)
+    metadata = read_metadata(prefix)
+    if metadata is not None:
+        _check_tokens(prefix, metadata, args)
+
+
+def _check_split(prefix: str, documents: int, args: Namespace) -> None:
+    """Every part of --split that is asked for must get a document: Megatron would wait forever."""
+    parts = convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split))
+    for part, name in zip(parts, ("training", "validation", "test"), strict=True):
+        if part is not None and round(part[0] * documents) == round(part[1] * documents):
+            raise ValueError(
+                f"--split {args.split} leaves none of the {documents} documents of {prefix} for"
+                f" {name}; use more documents, another --split, or 1,0,0 with --eval-iters 0"
+            )
+    if parts[1] is None and args.eval_iters:
+        raise ValueError(
+            f"--split {args.split} leaves nothing for validation; use another, or --eval-iters 0"
+        )
+
+
+def _indexed(prefix: str) -> tuple[int, int]:
+    """Documents that PREFIX.idx lists, and the bytes of PREFIX.bin that it refers to.
+
+    Raises:
+        ValueError: the index is damaged.
+    """
+    damaged = ValueError(
+        f"data file {prefix}.idx is not a Megatron index; preprocess the data again"
+    )
+    with open(prefix + ".idx", "rb") as index:
+        header = index.read(len(_INDEX_HEADER) + 25)
+        if len(header) < len(_INDEX_HEADER) + 25 or not header.startswith(_INDEX_HEADER):
+            raise damaged
+        version, dtype, sequences, bounds = struct.unpack("<QBQQ", header[len(_INDEX_HEADER) :])
+        if version != 1 or dtype not in {kind.value for kind in DType}:
+            raise damaged
+        if not sequences:
+            return 0, 0
+        # Lengths (int32), then offsets (int64): the last of each.
+        index.seek(len(header) + 4 * (sequences - 1))
+        length = index.read(4)
+        index.seek(len(header) + 4 * sequences + 8 * (sequences - 1))
+        offset = index.read(8)
+    if len(length) < 4 or len(offset) < 8:
+        raise damaged
+    size = DType.size(DType.dtype_from_code(dtype))
+    return bounds - 1, struct.unpack("<q", offset)[0] + struct.unpack("<i", length)[0] * size
+
+
+def _check_tokens(prefix: str, metadata: dict[str, Any], args: Namespace) -> None:
+    """The data's vocabulary and end-of-document id against the model's."""
+    vocab_size, eod_id = metadata.get("vocab_size"), metadata.get("eod_id")
+    model_vocab = args.vocab_size or args.padded_vocab_size
+    if vocab_size is not None and model_vocab is not None and vocab_size > model_vocab:
+        raise ValueError(
+            f"data {prefix} has a vocabulary of {vocab_size}, the model one of {model_vocab}; use"
+            f" --vocab-size {vocab_size}"
+        )
+    if args.tokenizer_type != "NullTokenizer" or eod_id is None:
+        return
+    model_eod = args.null_tokenizer_eod_id
+    if model_eod is None:
+        model_eod = args.vocab_size - 1
+    if eod_id != model_eod:
+        raise ValueError(
+            f"data {prefix} ends documents with id {eod_id}, the model is told {model_eod}; use"
+            f" --null-tokenizer-eod-id {eod_id}"
+        )
+
+
+def build_datasets(sample_counts: list[int], vp_stage: int | None = None):
+    """Train, validation and test datasets (Megatron's provider interface)."""
+    args = get_args()
+    blend, per_split = get_blend_and_blend_per_split(args)
+    if args.eval_at_start and sample_counts[1] is not None:
+        train, validation, test = sample_counts
+        sample_counts = (train, validation + args.eval_iters * args.eval_global_batch_size, test)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=per_split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        split=args.split if per_split is None else None,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=get_tokenizer(),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        inter_document_masking=args.dataloader_inter_document_masking,
+        data_parallel_size=args.data_parallel_size,
+        sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
+    )
+
+    def is_built_here() -> bool:
+        # Every stage must know where packed documents end.
+        return mpu.get_tensor_model_parallel_rank() == 0 and (
+            args.dataloader_inter_document_masking
+            or mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
+            or mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
+        )
+
+    dataset = samples.SourcedMockDataset if args.mock_data else samples.SourcedDataset
+    return BlendedMegatronDatasetBuilder(dataset, sample_counts, is_built_here, config).build()
+
+
+build_datasets.is_distributed = True
+
+
+def get_batch(iterator: Iterator | None, vp_stage: int | None = None) -> dict[str, Any]:
+    """The next micro-batch on every rank of the first and last pipeline stage, of which each
+    context-parallel rank gets its share.
+
+    Returns:
+        tokens, labels, position_ids `[b, s]` int64, loss_mask `[b, s]` float32, attention_mask None
+        or `[b, 1, s, t]` bool (True: not attended to) and packed_seq_params. On stages in between
+        all but the last are None. Packed sequences are joined to one row, `[1, b s]`.
+    """
+    args = get_args()
+    first = mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
+    last = mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
+    is_packed = args.dataloader_inter_document_masking
+    if not (first or last or is_packed):
+        return dict.fromkeys((*BATCH_KEYS, "packed_seq_params"))
+    batch = dict.fromkeys(
+        (*BATCH_KEYS, "cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size")
+    )
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        loaded = next(iterator)
+        samples.note(loaded)
+        for key in batch:
+            if loaded.get(key) is not None:
+                batch[key] = loaded[key].cuda(non_blocking=True)
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=is_packed,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        micro_batch_size=args.micro_batch_size
+        if torch.is_grad_enabled()
+        else args.eval_micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=False,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=first,
+        is_pipeline_last_stage=last,
+    )
+    batch = flatten_batch_for_packed_sequences(batch)
+    packed = _packed_documents(batch, args.seq_length) if is_packed else None
+    cp_group = mpu.get_context_parallel_group()
+    if packed is None:
+        batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=cp_group)
+    elif cp_group.size() > 1:
+        _cut_documents(batch, packed, cp_group)
+    return {key: batch.get(key) for key in BATCH_KEYS} | {"packed_seq_params": packed}
+
+
+def _packed_documents(batch: dict[str, Any], tokens_per_sample: int) -> PackedDocuments:
+    """Where the documents of a flattened micro-batch end."""
+    lengths = batch["cu_seqlens"][0]
+    longest = int(batch["max_seqlen"])
+    return PackedDocuments(
+        qkv_format="thd",
+        cu_seqlens_q=lengths,
+        cu_seqlens_kv=lengths,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        tokens_per_sample=tokens_per_sample,
+        bounds=tuple(lengths.tolist()),
+    )
+
+
+def _cut_documents(
+    batch: dict[str, Any], packed: PackedDocuments, cp_group: dist.ProcessGroup
+) -> None:
+    """Leave of a flattened micro-batch what this context-parallel rank holds of every document."""
+    cp = cp_group.size()
+    device = packed.cu_seqlens_q.device
+    plan = plan_tokens(packed.bounds[-1] // cp, cp, cp_group.rank(), packed, device)
+    for key in ("tokens", "labels", "loss_mask", "position_ids"):
+        if batch.get(key) is not None:
+            batch[key] = plan.cut(batch[key], dim=1)

@@ -1,0 +1,177 @@
+"""What a person sees of a run: a summary, an error in one line. Megatron's output goes to a log."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import logging
+import os
+import re
+import sys
+import threading
+import traceback
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from megatron_mlra.cost.accounting import ModelShape, kv_cache_bytes_per_token, parameters
+
+
+def say(line: str) -> None:
+    """Print a line for a person, past the redirection of Megatron's output."""
+    tqdm.write(line, file=sys.__stdout__)
+    sys.__stdout__.flush()
+
+
+def summary(args: Namespace, shape: ModelShape) -> str:
+    """One line: what is trained, its size, its KV cache and the parallel layout."""
+    weight_bytes = 2 if args.bf16 or args.fp16 else 4
+    tp = args.tensor_model_parallel_size
+    layout = f"TP{tp} x PP{args.pipeline_model_parallel_size} x DP{args.data_parallel_size}"
+    if args.context_parallel_size > 1:
+        layout += f" x CP{args.context_parallel_size}"
+    if args.attention == "mlra" and tp > 1:
+        layout += f", {args.latent_tp_layout} layout"
+    if args.sequence_parallel:
+        layout += ", sequence parallel"
+    if args.dataloader_inter_document_masking:
+        layout += ", packed sequences"
+    total = parameters(shape).total
+    cache = kv_cache_bytes_per_token(shape, dtype_bytes=weight_bytes)
+    per_rank = kv_cache_bytes_per_token(shape, tp=tp, dtype_bytes=weight_bytes)
+    kv = f"{cache:,} KV bytes a token" + (f" ({per_rank:,} a TP rank)" if tp > 1 else "")
+    steps = args.train_iters or (args.train_samples or 0) // args.global_batch_size
+    tokens = args.global_batch_size * args.seq_length
+    return (
+        f"training {shape.variant}: {total:,} parameters, {kv}, {layout},"
+        f" {steps:,} steps of {tokens:,} tokens"
+    )
+
+
+def on_cpu(args: Namespace) -> str:
+    """One line: that there is no GPU, and what is slow without one."""
+    line = "no GPU found: running on the CPU (gloo, torch attention)"
+    if args.bf16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        # A product of [128, 4096] and [4096, 1024] by AVX2: 2.0 s in bf16, 0.02 s in float32.
+        line += "; it has no bf16 instructions, so products take up to 100 times as long as in"
+        line += " float32: try --no-bf16"
+    return line
+
+
+def accelerated_parts(args: Namespace) -> str:
+    """One line: which optional accelerators run, and what a missing one costs."""
+
+    def has(name: str) -> bool:
+        return importlib.util.find_spec(name) is not None
+
+    te = args.transformer_impl == "transformer_engine"
+    if te:
+        te_note = "Transformer Engine yes"
+    elif has("transformer_engine"):
+        te_note = "Transformer Engine installed, not chosen (--transformer-impl local)"
+    else:
+        te_note = "Transformer Engine no (without it: no FP8, no fused norms, attention by torch)"
+    if args.gradient_accumulation_fusion:
+        sum_note = "weight gradients summed in their products yes"
+    else:
+        sum_note = "weight gradients summed in their products no (in a pass of their own)"
+    triton_note = "Triton yes" if has("triton") else "Triton no (decoding runs its torch reference)"
+    return f"accelerated parts: {te_note}; {sum_note}; {triton_note}"
+
+
+class MegatronOutput(io.TextIOBase):
+    """Stands in for stdout, library logging and the tracebacks of threads: keeps what is printed
+    until the run has a log to write it to, so that a run that is refused leaves nothing behind.
+
+    Rank 0 and the last rank write a log; what the others print is dropped. `last_line` is what was
+    said last: the reason, where Megatron ends the process without an error.
+    """
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.path: Path | None = None
+        self.last_line = ""
+        self._rank, self._last_rank = rank, world_size - 1
+        self._held: list[str] = []
+        self._file: io.TextIOBase | None = None
+        sys.stdout = self
+        logging.basicConfig(stream=self, level=logging.INFO, force=True)
+        threading.excepthook = lambda hook: self.write(
+            "".join(traceback.format_exception(hook.exc_type, hook.exc_value, hook.exc_traceback))
+        )
+
+    def open(self, folder: Path) -> None:
+        """Write to a log in `folder` from now on, first what was kept."""
+        folder.mkdir(parents=True, exist_ok=True)
+        names = {self._last_rank: "megatron-last-rank.log", 0: "megatron.log"}
+        if name := names.get(self._rank):
+            self.path = folder / name
+            self._file = open(self.path, "a", buffering=1)  # noqa: SIM115  (for the process's life)
+            self._file.write("".join(self._held))
+        else:
+            self.path = folder / f"error-rank-{self._rank}.log"
+            self._file = open(os.devnull, "w")  # noqa: SIM115
+        self._held.clear()
+
+    def write(self, text: str) -> int:
+        """Keep or log `text`. A log that cannot be written (a full disk) never ends a run."""
+        if text.strip():
+            self.last_line = text.strip().splitlines()[-1]
+        if self._file is None:
+            self._held.append(text)
+        else:
+            with contextlib.suppress(OSError):
+                self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing is buffered: the file writes every line at once."""
+
+
+def fail(error: BaseException, output: MegatronOutput | None, started: bool) -> int:
+    """One line for an error that ends the run; once it has `started`, a traceback in its log.
+
+    Returns:
+        the exit code: 2 for what is put right before a run, 1 for what stopped one.
+    """
+    if isinstance(error, SystemExit):
+        error = RuntimeError(f"Megatron ended the run: {output.last_line if output else error}")
+    many = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if not started and many and os.environ.get("LOCAL_RANK", "0") != "0":
+        return 2  # the first rank of this machine says the same
+    where = f" (rank {os.environ.get('RANK', '?')})" if started and many else ""
+    tqdm.write(f"error{where}: {message(error)}", file=sys.stderr)
+    if started and output is None:  # --verbose-megatron
+        traceback.print_exception(error)
+    elif started and output.path is not None:
+        try:
+            with open(output.path, "a") as file:
+                traceback.print_exception(error, file=file)
+        except OSError:
+            pass
+        else:
+            print(f"  full log: {output.path}", file=sys.stderr)
+    sys.stderr.flush()
+    return 1 if started else 2
+
+
+def message(error: BaseException) -> str:
+    """An error in one line, whatever raised it."""
+    text = " ".join(str(error).split())
+    if re.search(r"Connection (closed by peer|reset)|Broken pipe|gloo.*timed? ?out", text, re.I):
+        return "another rank is gone; its own error, or the launcher, says why"
+    if text.startswith("OptimizerParamScheduler: class input value"):
+        return f"{text}; keep the checkpoint's, or add --override-opt-param-scheduler"
+    if text.startswith("Could not find parameter group with key"):
+        return (
+            "the checkpoint's optimizer was given another --lr, --min-lr or --weight-decay; keep"
+            " them, or add --no-load-optim"
+        )
+    if not text:
+        line = traceback.extract_tb(error.__traceback__)[-1].line
+        return f"{type(error).__name__} at `{line}`"
+    if isinstance(error, ValueError | AssertionError | RuntimeError | OSError):
+        return text
+    return f"{type(error).__name__}: {text}"

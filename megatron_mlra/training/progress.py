@@ -1,0 +1,331 @@
+"""Progress of a run in lines (and on a terminal a bar): steps, validation, checkpoints, throughput.
+
+Megatron's trainer has no hooks at these points, so `Progress` wraps functions of its module; what
+they do is unchanged.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from megatron.training import async_utils, get_tensorboard_writer, training
+from megatron.training.global_vars import get_signal_handler
+from torch.distributed.checkpoint.api import CheckpointException
+from tqdm import tqdm
+
+from megatron_mlra.cost.accounting import ModelShape, train_flops_per_token
+from megatron_mlra.fault_tolerance.integrity import latest_step, reason
+from megatron_mlra.fault_tolerance.retention import prune
+from megatron_mlra.training.console import say
+
+
+class Stopped(Exception):
+    """Training ended early and in order: a signal, or one of Megatron's --exit flags."""
+
+    def __init__(self, line: str, code: int) -> None:
+        super().__init__(line)
+        self.code = code
+
+
+class Throughput:
+    """Tokens a second of training steps alone: evaluation and saving stop the clock."""
+
+    def __init__(self, args: Namespace) -> None:
+        self.args = args
+        self.paused = 0.0
+        self.start: tuple[int, float] | None = None
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave out what happens inside."""
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.paused += time.perf_counter() - begin
+
+    def begin(self) -> None:
+        """Measure from here."""
+        self.start = (self.args.consumed_train_samples, time.perf_counter())
+        self.paused = 0.0
+
+    def rate(self) -> float | None:
+        """Tokens a second since `begin`, None before a step was measured; begins anew."""
+        if self.start is None:
+            return None
+        samples = self.args.consumed_train_samples - self.start[0]
+        seconds = time.perf_counter() - self.start[1] - self.paused
+        self.begin()
+        return samples * self.args.seq_length / seconds if samples and seconds > 0 else None
+
+
+class Progress:
+    """Progress in place of Megatron's log lines, and FLOPs that know branches."""
+
+    def __init__(self, args: Namespace, shape: ModelShape) -> None:
+        self.args = args
+        self.speaks = args.rank == args.world_size - 1
+        self.model_flops, self.hardware_flops = train_flops_per_token(
+            shape, args.seq_length, recompute=recomputed(args)
+        )
+        self.throughput = Throughput(args)
+        self.evaluating = ("validation", 0)
+        self.saving: list[int] = []
+        self.bar: tqdm | None = None
+
+    def install(self) -> None:
+        """Put the wrappers in place."""
+        training.num_floating_point_operations = self._flops
+        training.report_theoretical_memory = lambda *_, **__: None
+        training.training_log = self._wrap_log(training.training_log)
+        training.evaluate = self._wrap_evaluate(training.evaluate)
+        training.evaluate_and_print_results = self._wrap_results(
+            training.evaluate_and_print_results
+        )
+        training.save_checkpoint = self._wrap_save(training.save_checkpoint)
+        training.maybe_finalize_async_save = self._wrap_finalize(training.maybe_finalize_async_save)
+        training.train = self._wrap_train(training.train)
+
+    def _flops(self, args: Namespace, batch_size: int, *_, **__) -> float:
+        """Model FLOPs of one global batch: the method's, whatever form computes it."""
+        return self.model_flops * batch_size * args.seq_length
+
+    def _wrap_log(self, training_log: Callable) -> Callable:
+        def log(losses, totals, rate, iteration, scale, memory, skipped, grad_norm, *rest, **named):
+            flag = training_log(
+                losses, totals, rate, iteration, scale, memory, skipped, grad_norm, *rest, **named
+            )
+            if self.speaks:
+                self._step(losses, rate, iteration, grad_norm, skipped)
+            return flag
+
+        return log
+
+    def _step(
+        self,
+        losses: dict,
+        learning_rate: float | None,
+        iteration: int,
+        grad_norm: float | None,
+        skipped: int,
+    ) -> None:
+        args = self.args
+        self._move_bar(iteration)
+        if iteration % args.log_interval and iteration != args.train_iters:
+            if self.throughput.start is None:
+                # The first step also compiles and allocates, so the clock starts behind it.
+                torch.cuda.synchronize()
+                self.throughput.begin()
+            return
+        parts = [f"step {iteration:,}/{args.train_iters:,}"]
+        parts += [f"{name} {_value(loss):.4f}" for name, loss in losses.items()]
+        if skipped:
+            parts.append("skipped (overflow)")
+        if grad_norm is not None:
+            parts.append(f"grad norm {float(grad_norm):.3f}")
+        if learning_rate is not None:
+            parts.append(f"lr {learning_rate:.2e}")
+        torch.cuda.synchronize()
+        rate = self.throughput.rate()
+        if rate is None:
+            self.throughput.begin()
+        else:
+            parts += self._rates(iteration, rate)
+        say(" | ".join(parts))
+
+    def _move_bar(self, iteration: int) -> None:
+        if self.bar is None and sys.__stdout__.isatty():
+            self.bar = tqdm(
+                total=self.args.train_iters, initial=iteration - 1, unit="step", file=sys.__stdout__
+            )
+        if self.bar is not None:
+            self.bar.update(iteration - self.bar.n)
+
+    def _rates(self, iteration: int, rate: float) -> list[str]:
+        model, hardware = (
+            rate * flops / self.args.world_size / 1e12
+            for flops in (self.model_flops, self.hardware_flops)
+        )
+        if writer := get_tensorboard_writer():
+            writer.add_scalar("tokens per second", rate, iteration)
+            writer.add_scalar("model TFLOP per second and device", model, iteration)
+            writer.add_scalar("hardware TFLOP per second and device", hardware, iteration)
+        # Documents that are kept apart score fewer pairs than the whole sequence, which is counted.
+        at_most = " at most" if self.args.dataloader_inter_document_masking else ""
+        return [
+            f"{rate:,.0f} tokens/s",
+            f"TFLOP/s a device{at_most}: model {model:.3g}, hardware {hardware:.3g}",
+        ]
+
+    def _wrap_results(self, evaluate_and_print_results: Callable) -> Callable:
+        def run(prefix, forward_step, data, model, iteration, *rest, **named):
+            is_test = "test set" in prefix
+            self.evaluating = ("test" if is_test else "validation", iteration)
+            if is_test:
+                # Megatron would write it into the validation curve.
+                named["write_to_tensorboard"] = False
+            return evaluate_and_print_results(
+                prefix, forward_step, data, model, iteration, *rest, **named
+            )
+
+        return run
+
+    def _wrap_evaluate(self, evaluate: Callable) -> Callable:
+        def run(*args, **named):
+            with self.throughput.pause():
+                result = evaluate(*args, **named)
+            if self.speaks and result[0]:
+                losses = {name: _value(loss) for name, loss in result[0].items()}
+                said = [
+                    f"{name} {loss:.4f} (perplexity {math.exp(min(20, loss)):.2f})"
+                    for name, loss in losses.items()
+                ]
+                what, step = self.evaluating
+                say(f"{what} at step {step:,}: {', '.join(said)}")
+                if what == "test" and (writer := get_tensorboard_writer()):
+                    for name, loss in losses.items():
+                        writer.add_scalar(f"{name} test", loss, step)
+            return result
+
+        return run
+
+    def _evaluate_first(
+        self, forward_step, model, validation, process_non_loss, config, non_loss, **groups
+    ) -> None:
+        """The validation loss before the first step. Its samples are not counted as consumed, so
+        that a checkpoint does not depend on it."""
+        args = self.args
+        consumed = args.consumed_valid_samples
+        has_hooks = training.should_disable_forward_pre_hook(args)
+        if has_hooks:
+            training.disable_forward_pre_hook(model, param_sync=False)
+        training.evaluate_and_print_results(
+            f"iteration {args.iteration}",
+            forward_step,
+            validation,
+            model,
+            args.iteration,
+            process_non_loss,
+            config,
+            verbose=False,
+            write_to_tensorboard=True,
+            non_loss_data_func=non_loss,
+            **groups,
+        )
+        if has_hooks:
+            training.enable_forward_pre_hook(model)
+        args.consumed_valid_samples = consumed
+
+    def _wrap_train(self, train: Callable) -> Callable:
+        def run(forward_step, model, optimizer, scheduler, data, validation, *rest, **named):
+            if self.args.iteration and self.args.rank == 0:
+                say(f"continuing after step {self.args.iteration:,} of {self.args.load}")
+            if self.args.eval_at_start and self.args.do_valid:
+                process_non_loss, config, _, non_loss = rest[:4]
+                groups = {k: named[k] for k in ("p2p_communicator", "pg_collection") if k in named}
+                self._evaluate_first(
+                    forward_step, model, validation, process_non_loss, config, non_loss, **groups
+                )
+            try:
+                result = train(
+                    forward_step, model, optimizer, scheduler, data, validation, *rest, **named
+                )
+            except SystemExit as stop:
+                raise Stopped(self._why_stopped(), int(stop.code or 0)) from None
+            finally:
+                if self.bar is not None:
+                    self.bar.close()
+            return result
+
+        return run
+
+    def _why_stopped(self) -> str:
+        args = self.args
+        step = args.curr_iteration + 1
+        why = f"stopped after step {step:,}"
+        if args.exit_signal_handler and get_signal_handler()._signal_received:
+            why += f" by {args.exit_signal.name}"
+        if not args.save:
+            return f"{why}; nothing is saved without --save"
+        if latest_step(args.save) != step:
+            return why
+        return f"{why}, which is saved; continue with --load {args.save} --save {args.save}"
+
+    def _wrap_finalize(self, maybe_finalize_async_save: Callable) -> Callable:
+        def run(*args, **named):
+            if not self.saving:
+                return maybe_finalize_async_save(*args, **named)
+            try:
+                result = maybe_finalize_async_save(*args, **named)
+            except (Exception, CheckpointException) as error:
+                # The oldest was taken from the queue; others may be waiting behind it.
+                step = self.saving[-1 - _unfinished_saves()]
+                raise not_saved(self.args.save, step, error) from error
+            self.saving = self.saving[len(self.saving) - _unfinished_saves() :]
+            return result
+
+        return run
+
+    def _wrap_save(self, save_checkpoint: Callable) -> Callable:
+        def run(iteration, *rest, **named):
+            folder = self.args.save
+            start = time.perf_counter()
+            try:
+                with self.throughput.pause():
+                    result = save_checkpoint(iteration, *rest, **named)
+            except (Exception, CheckpointException) as error:
+                raise not_saved(folder, iteration, error) from error
+            if self.args.async_save:
+                self.saving.append(iteration)
+            if self.args.keep_last and self.args.rank == 0:
+                prune(folder, self.args.keep_last)
+            if self.speaks:
+                verb = "saving" if self.args.async_save else "saved"
+                seconds = time.perf_counter() - start
+                say(f"{verb} step {iteration:,} to {folder} ({seconds:.1f} s)")
+            return result
+
+        return run
+
+
+def not_saved(folder: str, step: int, error: BaseException) -> RuntimeError:
+    """The error of a checkpoint that could not be written, naming the one that remains."""
+    kept = latest_step(folder)
+    remains = "there is none earlier" if kept is None else f"that of step {kept:,} is intact"
+    why = reason(error)
+    if "unexpected pos" in why:
+        # What torch says when a write in the middle of a tensor comes out short.
+        why = f"No space left on device ({shutil.disk_usage(folder).free / 1e6:.1f} MB free)"
+    return RuntimeError(
+        f"the checkpoint of step {step:,} could not be saved to {folder}: {why}; {remains}"
+    )
+
+
+def _unfinished_saves() -> int:
+    return async_utils._get_async_calls_queue().get_num_unfinalized_calls()
+
+
+def recomputed(args: Namespace) -> str | None:
+    """What the backward pass computes again, as accounting.train_flops_per_token names it."""
+    if args.recompute_granularity == "full":
+        return "full"
+    if args.recompute_granularity != "selective":
+        return None
+    modules = args.recompute_modules or ["core_attn"]
+    if "core_attn" in modules:
+        return "core"
+    return "up_proj" if "mla_up_proj" in modules and args.attention == "mlra" else None
+
+
+def _value(loss) -> float:
+    """A logged loss as a number: a tensor, or a (sum, count) pair."""
+    loss = torch.as_tensor(loss).float().flatten()
+    return (loss[0] / loss[1]).item() if loss.numel() == 2 else loss.item()

@@ -1,0 +1,108 @@
+"""What Megatron's trainer is handed: the model's configuration, its forward step and loss."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.models.gpt import GPTModel
+from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_attr_wrapped_model
+from megatron.training import get_args
+from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.models.gpt import GPTModelConfig
+from torch import Tensor
+
+from megatron_mlra.fault_tolerance import heartbeat, samples
+from megatron_mlra.layers.specs import block_spec, layer_spec
+from megatron_mlra.training.batches import get_batch
+
+
+def model_config(args: Namespace, transformer: TransformerConfig) -> GPTModelConfig:
+    """Megatron's GPT with this project's layers; allocates nothing.
+
+    Raises:
+        ValueError: for a part of the layers that is asked for and not installed.
+    """
+    layer_spec(transformer)
+    config = gpt_config_from_args(args, config=transformer)
+    config.transformer_layer_spec = _layers
+    return config
+
+
+def _layers(config: GPTModelConfig, vp_stage: int | None = None):
+    return block_spec(config.transformer, vp_stage=vp_stage)
+
+
+def forward_step(data_iterator: Iterator, model: GPTModel) -> tuple[Tensor, Callable]:
+    """One micro-batch: per-token losses `[b, s]` (or the stage's output) and how to reduce them."""
+    vp_stage = get_attr_wrapped_model(model, "vp_stage")
+    during = "" if torch.is_grad_enabled() else "validation: "
+    heartbeat.mark(during + "loading data")
+    batch = get_batch(data_iterator, vp_stage)
+    heartbeat.mark(during + "forward")
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        batch["attention_mask"],
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+        packed_seq_params=batch["packed_seq_params"],
+    )
+    return output, partial(loss_function, batch["loss_mask"])
+
+
+def loss_function(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum of the unmasked token losses, their number, and both for the log.
+
+    Raises:
+        RuntimeError: for a NaN or infinite loss, unless --no-check-for-nan-in-loss-and-grad.
+    """
+    heartbeat.mark("backward" if torch.is_grad_enabled() else "validation: the loss")
+    losses = losses.view(-1).float()
+    mask = loss_mask.view(-1).float()
+    loss = torch.sum(losses * mask)
+    num_tokens = mask.sum().to(torch.int)
+    if get_args().check_for_nan_in_loss_and_grad:
+        _check_finite(loss)
+    # The schedule divides the loss it is given in place, so the log gets its own copy.
+    reported = torch.stack((loss.detach().clone(), num_tokens.float()))
+    if get_args().context_parallel_size > 1 and not get_args().calculate_per_token_loss:
+        loss = loss * _context_parallel_share(num_tokens)
+    return loss, num_tokens, {"lm loss": reported}
+
+
+def _context_parallel_share(num_tokens: Tensor) -> Tensor:
+    """What makes the mean over context-parallel ranks of loss / num_tokens that of their tokens.
+
+    The schedule divides each rank's sum by its own number of unmasked tokens and averages over
+    ranks; the share of rank r, `cp n_r / sum(n)`, undoes that where their numbers differ.
+    """
+    group = mpu.get_context_parallel_group()
+    whole = num_tokens.float()
+    dist.all_reduce(whole, group=group)
+    return group.size() * num_tokens / whole.clamp(min=1)
+
+
+def _check_finite(loss: Tensor) -> None:
+    machine = get_rerun_state_machine()
+    if machine.get_mode() == RerunMode.DISABLED:
+        if not torch.isfinite(loss):
+            step = f"step {get_args().curr_iteration + 1}: the loss"
+            where = step if torch.is_grad_enabled() else "the validation loss"
+            raise RuntimeError(
+                f"{where} is {loss.item()} on {samples.latest()}; lower --lr, or look at the batch"
+            )
+        return
+    for reject, what in ((torch.isnan, "NaN"), (torch.isinf, "infinite")):
+        machine.validate_result(
+            result=loss,
+            rejection_func=reject,
+            message=f"the loss is {what} on {samples.latest()}",
+            fatal=True,
+        )
