@@ -119,7 +119,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _open(args: argparse.Namespace, path: str, kinds: Sequence[str] = ()):
-    from megatron_mlra.checkpoint.folder import open_checkpoint
+    from megatron_mlra.checkpoint.formats import open_checkpoint
 
     folder = open_checkpoint(path, args.vocab_size)
     if kinds and folder.kind not in kinds:

@@ -11,8 +11,6 @@ import torch
 from megatron_mlra.description.model import CheckpointError, ModelDescription
 from megatron_mlra.description.tensors import expected_tensors
 
-__all__ = ["CheckpointError", "CheckpointFolder", "open_checkpoint"]
-
 TRACKER = "latest_checkpointed_iteration.txt"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -67,38 +65,6 @@ def tokenizer_files(folder: Path) -> list[Path]:
     """Tokenizer files in a folder."""
     named = [folder / name for name in TOKENIZER_FILES]
     return [path for path in [*named, *sorted(folder.glob("*.tiktoken"))] if path.is_file()]
-
-
-def open_checkpoint(path: str | Path, vocab_size: int | None = None) -> CheckpointFolder:
-    """Open a Megatron `--save` folder (or one of its `iter_*`), a Hugging Face or research folder.
-
-    Args:
-        vocab_size: true vocabulary of a Megatron checkpoint, where its arguments do not name one.
-
-    Raises:
-        CheckpointError: no checkpoint, of no known kind, damaged, or not what its model needs; the
-        line names every tensor that is missing, unknown or of a wrong shape.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is not a folder; give a checkpoint's folder")
-    if (path / TRACKER).is_file() or (path / ".metadata").is_file():
-        from megatron_mlra.checkpoint.megatron.folder import MegatronFolder
-
-        return MegatronFolder(path, vocab_size)
-    config = read_config(path)
-    if config.get("model_type") in ("mlra", "llama"):
-        from megatron_mlra.checkpoint.huggingface.folder import HuggingFaceFolder
-
-        return HuggingFaceFolder(path)
-    if "n_layer" in config:
-        from megatron_mlra.checkpoint.research.folder import ResearchFolder
-
-        return ResearchFolder(path)
-    raise CheckpointError(
-        f"{path}/config.json is of model_type {config.get('model_type')!r}; an exported folder says"
-        " 'mlra' or 'llama' and a research folder has n_layer"
-    )
 
 
 def read_config(path: Path) -> dict:

@@ -9,6 +9,17 @@ from megatron_mlra.description.experts import expert_args, expert_fields
 from megatron_mlra.description.model import YARN, CheckpointError, ModelDescription
 
 
+def from_megatron_args(args: Any, **overrides: Any) -> ModelDescription:
+    """The model that a Megatron run's arguments (a namespace or mapping) describe.
+
+    `overrides` are fields of ModelDescription and win.
+
+    Raises:
+        CheckpointError: for arguments of a model that cannot be described, named.
+    """
+    return ModelDescription(**description_fields(args) | overrides)
+
+
 def description_fields(args: Any) -> dict[str, Any]:
     """Fields of ModelDescription from a run's arguments (a namespace or mapping).
 
@@ -70,8 +81,11 @@ def description_fields(args: Any) -> dict[str, Any]:
     return fields
 
 
-def megatron_args(description: ModelDescription) -> dict[str, Any]:
-    """See ModelDescription.to_megatron_args."""
+def to_megatron_args(description: ModelDescription) -> dict[str, Any]:
+    """The arguments that `pretrain_mlra.py` builds this model from; no layout, no training.
+
+    `params_dtype` stays text, and `padded_vocab_size` is the writer's to choose.
+    """
     args: dict[str, Any] = {
         name: getattr(description, name)
         for name in (

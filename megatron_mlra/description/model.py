@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_mlra.description.experts import ExpertSizes, expert_args
+from megatron_mlra.description.experts import ExpertSizes
 from megatron_mlra.description.latent import LatentSizes
 
 ATTENTIONS = ("latent", "gqa")
@@ -133,84 +133,6 @@ class ModelDescription(LatentSizes, ExpertSizes):
         else:
             name = f"GLA-{self.num_latent_heads}" if self.num_latent_heads > 1 else "MLA"
         return name + " gated" * self.output_gate + " MoE" * bool(self.num_experts)
-
-    # -- from and to Megatron ----------------------------------------------------------------------
-
-    @classmethod
-    def from_megatron_args(cls, args: Any, **overrides: Any) -> ModelDescription:
-        """The model that a Megatron run's arguments (a namespace or mapping) describe.
-
-        `overrides` are fields of this class and win.
-
-        Raises:
-            CheckpointError: for arguments of a model this class cannot describe, named.
-        """
-        from megatron_mlra.description.megatron_args import description_fields
-
-        return cls(**description_fields(args) | overrides)
-
-    def to_megatron_args(self) -> dict[str, Any]:
-        """The arguments that `pretrain_mlra.py` builds this model from; no layout, no training.
-
-        `params_dtype` stays text, and `padded_vocab_size` is the writer's to choose.
-        """
-        from megatron_mlra.description.megatron_args import megatron_args
-
-        return megatron_args(self)
-
-    def to_config(self, **overrides: Any) -> Any:
-        """The transformer config: MLRAConfig, or BaselineConfig for 'gqa'. Imports Megatron.
-
-        `overrides` are fields of that config (layout, precision, backend) and win.
-        """
-        import torch
-
-        from megatron_mlra.layers.baselines.config import BaselineConfig
-        from megatron_mlra.layers.config import MLRAConfig
-
-        dtype = getattr(torch, self.dtype)
-        fields: dict[str, Any] = {
-            name: getattr(self, name)
-            for name in (
-                "num_layers",
-                "hidden_size",
-                "ffn_hidden_size",
-                "num_attention_heads",
-                "layernorm_epsilon",
-                "softmax_scale",
-                "rotary_base",
-            )
-        }
-        fields |= {
-            "normalization": "RMSNorm",
-            "gated_linear_unit": True,
-            "activation_func": torch.nn.functional.silu,
-            "add_bias_linear": False,
-            "params_dtype": dtype,
-            "pipeline_dtype": dtype,
-            "bf16": self.dtype == "bfloat16",
-            "fp16": self.dtype == "float16",
-        }
-        experts = expert_args(self)
-        if experts:
-            fields |= {"num_moe_experts": experts.pop("num_experts"), **experts}
-            fields["moe_router_load_balancing_type"] = "none"
-        if self.attention == "gqa":
-            fields |= {
-                "attention": "gqa",
-                "num_query_groups": self.num_query_groups,
-                "kv_channels": self.head_dim,
-                "attention_output_gate": self.output_gate,
-            }
-            return BaselineConfig(**fields | overrides)
-        names = ("num_latent_heads", "num_branches", "q_lora_rank", "kv_lora_rank", "v_head_dim")
-        names += ("output_gate", "variance_scaling", "rope_type", *YARN)
-        fields |= {name: getattr(self, name) for name in names}
-        fields |= {
-            "qk_head_dim": self.qk_nope_head_dim,
-            "qk_pos_emb_head_dim": self.qk_rope_head_dim,
-        }
-        return MLRAConfig(**fields | overrides)
 
     def replace(self, **changes: Any) -> ModelDescription:
         """A copy with some fields changed."""

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from megatron_mlra.checkpoint.folder import CheckpointFolder, open_checkpoint
+from megatron_mlra.checkpoint.folder import CheckpointFolder
+from megatron_mlra.checkpoint.formats import open_checkpoint
 from megatron_mlra.checkpoint.huggingface.config import to_hf_config
 from megatron_mlra.checkpoint.huggingface.names import rules
 from megatron_mlra.checkpoint.huggingface.tokenizer import write_tokenizer

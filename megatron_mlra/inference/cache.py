@@ -137,6 +137,16 @@ class GroupedCache:
         return self.allocated_bytes // (self.data.size(2) * self.page_size)
 
 
+def append_grouped(key: Tensor, value: Tensor, layer: Tensor, slots: Tensor) -> None:
+    """Write keys and values `[T, heads, dim]` to `[2, pages + 1, page_size, heads, dim]`."""
+    pages, page_size = layer.shape[1:3]
+    spare = (pages - 1) * page_size
+    slots = torch.where(slots < 0, spare, slots)
+    flat = layer.flatten(1, 2)
+    flat[0].index_copy_(0, slots, key)
+    flat[1].index_copy_(0, slots, value)
+
+
 class BlockTables:
     """Block tables of the running sequences on the device: row i belongs to batch row i."""
 

@@ -12,10 +12,11 @@ import time
 import torch
 from tqdm import tqdm
 
-from megatron_mlra.checkpoint.folder import CheckpointFolder, open_checkpoint
+from megatron_mlra.checkpoint.folder import CheckpointFolder
+from megatron_mlra.checkpoint.formats import open_checkpoint
 from megatron_mlra.command_line.parser import OneLineParser, check_output, read_text, write_text
 from megatron_mlra.data.tokenizers import TOKENIZER_TYPES, Tokenizer
-from megatron_mlra.inference.backends.reference import BACKENDS
+from megatron_mlra.inference.backends.select import BACKENDS
 from megatron_mlra.inference.cache import CACHE_DTYPES
 from megatron_mlra.inference.engine import Engine, Request
 from megatron_mlra.inference.load import DTYPES, LoadOptions, load_model

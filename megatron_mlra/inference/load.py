@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_mlra.description.model import DTYPES as WEIGHT_DTYPES
 from megatron_mlra.description.model import ModelDescription
-from megatron_mlra.inference.backends.reference import select_backend
+from megatron_mlra.inference.backends.select import select_backend
 from megatron_mlra.inference.cache import CACHE_DTYPES, GroupedCache, LatentCache
 from megatron_mlra.inference.model import InferenceModel
 from megatron_mlra.inference.parallel import (

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from megatron_mlra.description.model import ModelDescription
-from megatron_mlra.inference.backends.reference import Ops
+from megatron_mlra.inference.backends.base import Ops
 from megatron_mlra.inference.cache import GroupedCache, LatentCache
 from megatron_mlra.inference.mlp import run_mlp
 from megatron_mlra.inference.parallel import HeadShard, TensorParallel

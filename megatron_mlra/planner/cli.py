@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from megatron_mlra.cost.accounting import ModelShape
 from megatron_mlra.planner.gpus import GPUS, Assumptions, find
 from megatron_mlra.planner.report import Report, build
+from megatron_mlra.planner.tables import print_report
 from megatron_mlra.training.presets import preset_values
 
 CONTEXTS = (8192, 131072, 1048576)
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         print(json.dumps(report.to_json(), indent=1))
     else:
-        report.print()
+        print_report(report)
     return 0 if report.plans else 1
 
 

@@ -15,6 +15,11 @@ from megatron_mlra.planner.layout import Layout
 GIB = 2**30
 
 
+def gib(count: float) -> str:
+    """Bytes in GiB, for a table."""
+    return f"{count / GIB:.1f}"
+
+
 @dataclass(frozen=True)
 class Precision:
     """Bytes of a number: bf16 training with float32 gradients and main weights, or all float32."""

@@ -12,7 +12,6 @@ from megatron_mlra.cost.accounting import (
 )
 from megatron_mlra.planner.decoding import Decoding, decode, ways
 from megatron_mlra.planner.gpus import GPU, Assumptions
-from megatron_mlra.planner.memory import GIB
 from megatron_mlra.planner.search import Misfit, Plan, search
 from megatron_mlra.planner.step import traffic
 
@@ -76,18 +75,6 @@ class Report:
             "decoding": [row.to_json() for row in self.decodings],
         }
 
-    def print(self) -> None:
-        """Tables for a person, on stdout."""
-        from rich.console import Console
-
-        from megatron_mlra.planner.tables import tables
-
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console = Console(highlight=False, width=130)
-        for part in tables(self):
-            console.print(part)
-
 
 def build(
     *,
@@ -143,8 +130,3 @@ def build(
         decodings=decodings,
         layouts_traffic=both,
     )
-
-
-def gib(count: float) -> str:
-    """Bytes in GiB, for a table."""
-    return f"{count / GIB:.1f}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 
+from rich.console import Console
 from rich.table import Table
 
 from megatron_mlra.cost.accounting import (
@@ -12,7 +13,17 @@ from megatron_mlra.cost.accounting import (
     parameters,
     train_flops_per_token,
 )
-from megatron_mlra.planner.report import Report, gib
+from megatron_mlra.planner.memory import gib
+from megatron_mlra.planner.report import Report
+
+
+def print_report(report: Report) -> None:
+    """Print a report's tables for a person, on stdout."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=130)
+    for part in tables(report):
+        console.print(part)
 
 
 def tables(report: Report) -> Iterator[Table | str]:

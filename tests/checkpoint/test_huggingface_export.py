@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from megatron_mlra.checkpoint.folder import open_checkpoint
+from megatron_mlra.checkpoint.formats import open_checkpoint
 from megatron_mlra.checkpoint.huggingface.folder import write_huggingface
 from megatron_mlra.data.tokenizers import ByteTokenizer
 from megatron_mlra.description.model import CheckpointError

@@ -110,7 +110,7 @@ def test_harness_gives_the_scorers_log_likelihoods(exported, tasks):
 
 
 def test_perplexity_is_that_of_the_megatron_folder(exported, tmp_path, capsys):
-    from megatron_mlra.checkpoint.folder import open_checkpoint
+    from megatron_mlra.checkpoint.formats import open_checkpoint
 
     write_megatron(open_checkpoint(exported), tmp_path / "megatron", progress=False)
     text = tmp_path / "text.txt"

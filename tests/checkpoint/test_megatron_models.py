@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_driver import MODELS, MOE_LAYOUTS, MOE_MODELS
-from megatron_mlra.checkpoint.folder import open_checkpoint
+from megatron_mlra.checkpoint.formats import open_checkpoint
 from megatron_mlra.checkpoint.megatron.writer import write_megatron
 from megatron_mlra.checkpoint.verify.forward import hidden_states
 from megatron_mlra.checkpoint.verify.forward import logits as streamed_logits

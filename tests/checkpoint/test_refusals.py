@@ -208,7 +208,7 @@ def test_pickled_code_is_not_run(research, megatron, convert, tmp_path):
 
 
 def test_a_checkpoint_of_another_attention(research, megatron, convert, tmp_path):
-    from megatron_mlra.checkpoint.folder import open_checkpoint
+    from megatron_mlra.checkpoint.formats import open_checkpoint
     from megatron_mlra.description.megatron_args import description_fields
 
     args = open_checkpoint(megatron).args
@@ -224,12 +224,12 @@ def test_a_checkpoint_of_another_attention(research, megatron, convert, tmp_path
 
 
 def test_routing_that_nothing_here_computes(megatron):
-    from megatron_mlra.checkpoint.folder import open_checkpoint
-    from megatron_mlra.description.model import ModelDescription
+    from megatron_mlra.checkpoint.formats import open_checkpoint
+    from megatron_mlra.description.megatron_args import from_megatron_args
 
     args = vars(open_checkpoint(megatron).args)
     args |= {"num_experts": 8, "moe_router_topk": 2, "moe_layer_freq": 1}
-    assert ModelDescription.from_megatron_args(args).variant == "MLRA-4 MoE"
+    assert from_megatron_args(args).variant == "MLRA-4 MoE"
     for name, value, said in (
         ("moe_router_num_groups", 4, "a model with moe_router_num_groups (4) cannot be converted"),
         ("moe_shared_expert_gate", True, "a model with moe_shared_expert_gate (True)"),
@@ -241,7 +241,7 @@ def test_routing_that_nothing_here_computes(megatron):
         ("moe_layer_freq", [1], "needs a 0 or 1 for each of 2 layers"),
     ):
         with pytest.raises(ValueError) as refused:
-            ModelDescription.from_megatron_args(args | {name: value})
+            from_megatron_args(args | {name: value})
         assert said in str(refused.value)
 
 

@@ -32,6 +32,7 @@ def _run(folder: Path) -> None:
 
     from megatron_mlra.checkpoint.megatron.writer import write_megatron
     from megatron_mlra.description.tensors import VOCABULARY
+    from megatron_mlra.layers.from_description import to_config
     from megatron_mlra.layers.specs import block_spec
     from random_checkpoint import RandomFolder
     from tiny import Layout
@@ -41,7 +42,8 @@ def _run(folder: Path) -> None:
     generator = torch.Generator().manual_seed(3)
     for name, description in CASES.items():
         write_megatron(RandomFolder(description), folder / name, progress=False)
-        config = description.to_config(
+        config = to_config(
+            description,
             use_cpu_initialization=True,
             transformer_impl="local",
             attention_dropout=0.0,

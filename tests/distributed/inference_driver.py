@@ -144,6 +144,7 @@ def build_megatron(name: str) -> tuple[dict[str, Tensor], Tensor]:
     """Random global tensors of a model, and Megatron's logits `[4, LENGTH, VOCAB]` for them."""
     from megatron.core.models.gpt import GPTModel
 
+    from megatron_mlra.layers.from_description import to_config
     from megatron_mlra.layers.specs import block_spec
 
     model = MODELS[name]
@@ -152,7 +153,7 @@ def build_megatron(name: str) -> tuple[dict[str, Tensor], Tensor]:
     overrides |= {"attention_dropout": 0.0, "hidden_dropout": 0.0, "persist_layer_norm": False}
     overrides |= {"masked_softmax_fusion": False, "bias_activation_fusion": False}
     overrides |= {"moe_token_dispatcher_type": "alltoall"}
-    config = model.to_config(**overrides)
+    config = to_config(model, **overrides)
     gpt = GPTModel(
         config,
         block_spec(config),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_mlra.checkpoint.cli import main
-from megatron_mlra.checkpoint.folder import open_checkpoint
+from megatron_mlra.checkpoint.formats import open_checkpoint
 from megatron_mlra.checkpoint.megatron.writer import write_megatron
 from megatron_mlra.evaluation import cli as evaluation
 from megatron_mlra.inference import cli as generate

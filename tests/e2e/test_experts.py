@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mlra.checkpoint.cli import main as convert
-from megatron_mlra.checkpoint.folder import open_checkpoint
+from megatron_mlra.checkpoint.formats import open_checkpoint
 from megatron_mlra.inference.cli import main as generate
 from runs import Run
 

@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.nn.functional import silu
 
-from megatron_mlra.checkpoint.folder import open_checkpoint
+from megatron_mlra.checkpoint.formats import open_checkpoint
 from megatron_mlra.checkpoint.megatron.writer import write_megatron
 from megatron_mlra.checkpoint.verify.forward import hidden_states, logits
 from megatron_mlra.description.model import ModelDescription

@@ -20,7 +20,7 @@ from megatron_mlra.checkpoint.huggingface.config import from_hf_config, to_hf_co
 from megatron_mlra.checkpoint.huggingface.names import rules
 from megatron_mlra.checkpoint.rules import their_shapes
 from megatron_mlra.cost.accounting import ModelShape, parameters
-from megatron_mlra.description.model import ModelDescription
+from megatron_mlra.description.megatron_args import from_megatron_args
 from megatron_mlra.description.tensors import expected_tensors
 from megatron_mlra.hf.configuration_mlra import MLRAConfig as HuggingFaceConfig
 from megatron_mlra.hf.modeling_mlra import MLRAForCausalLM
@@ -104,7 +104,7 @@ def test_parameter_count(name, arguments, groups, monkeypatch):
 
 @pytest.mark.parametrize("name", ["mla_moe_16b", "mlra4_moe_16b"])
 def test_a_mixture_of_experts_is_converted_whole(name, arguments):
-    model = ModelDescription.from_megatron_args(arguments(name))
+    model = from_megatron_args(arguments(name))
     count = parameters(ModelShape.from_args(arguments(name))).total
     shapes = expected_tensors(model)
     assert sum(math.prod(shape) for shape in shapes.values()) == count

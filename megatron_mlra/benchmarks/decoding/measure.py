@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_mlra.description.megatron_args import from_megatron_args
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.description.tensors import expected_tensors
 from megatron_mlra.inference.load import LoadOptions, load_model
@@ -49,7 +50,7 @@ def preset_description(path: str | Path) -> ModelDescription:
         found = values.get("attention")
         raise ValueError(f"{path} has attention {found!r}; use one of mlra or gqa")
     values |= {"layernorm_epsilon": values.get("norm_epsilon", 1e-5), "params_dtype": "bfloat16"}
-    return ModelDescription.from_megatron_args(values)
+    return from_megatron_args(values)
 
 
 def random_reader(

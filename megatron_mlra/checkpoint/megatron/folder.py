@@ -15,7 +15,8 @@ from megatron_mlra.checkpoint.folder import (
     tokenizer_files,
 )
 from megatron_mlra.checkpoint.megatron.torch_dist import TorchDistFolder
-from megatron_mlra.description.model import CheckpointError, ModelDescription
+from megatron_mlra.description.megatron_args import from_megatron_args
+from megatron_mlra.description.model import CheckpointError
 from megatron_mlra.description.tensors import EXPERTS, VOCABULARY, dtype_of, expected_tensors
 
 RENAMED = {"mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight"}
@@ -47,7 +48,7 @@ class MegatronFolder(CheckpointFolder):
         self.args = args
         overrides = {} if vocab_size is None else {"vocab_size": vocab_size}
         try:
-            self.description = ModelDescription.from_megatron_args(args, **overrides)
+            self.description = from_megatron_args(args, **overrides)
         except CheckpointError as error:
             raise CheckpointError(f"checkpoint {self.folder}: {error}") from None
         self.iteration = state.get("iteration")

@@ -39,6 +39,7 @@ from megatron_mlra.checkpoint.folder import TRACKER, CheckpointFolder
 from megatron_mlra.checkpoint.megatron.folder import RENAMED, RENAMED_GQA
 from megatron_mlra.checkpoint.megatron.torch_dist import COMMON_KEY
 from megatron_mlra.checkpoint.stream import TensorStream
+from megatron_mlra.description.megatron_args import to_megatron_args
 from megatron_mlra.description.model import CheckpointError, ModelDescription
 from megatron_mlra.description.tensors import (
     EXPERTS,
@@ -256,7 +257,7 @@ class _Planner(StreamingPlanner):
 
 def saved_arguments(model: ModelDescription, padded_vocab_size: int) -> argparse.Namespace:
     """The arguments that a checkpoint of this model names, as of one process."""
-    args: dict[str, Any] = model.to_megatron_args()
+    args: dict[str, Any] = to_megatron_args(model)
     args |= {
         "padded_vocab_size": padded_vocab_size,
         "params_dtype": getattr(torch, model.dtype),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megatron_mlra.inference.backends.reference import append_grouped
+from megatron_mlra.inference.cache import append_grouped
 from mlra_kernels.decoder import add_rms_norm, rotate_heads, silu_mul
 from mlra_kernels.grouped_decode import grouped_decode
 from mlra_kernels.latent_decode import decode_metadata, latent_cache_append, latent_decode

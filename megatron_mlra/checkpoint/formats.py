@@ -1,0 +1,37 @@
+"""Which kind of checkpoint a folder is: the one door to all formats."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_mlra.checkpoint.folder import TRACKER, CheckpointFolder, read_config
+from megatron_mlra.checkpoint.huggingface.folder import HuggingFaceFolder
+from megatron_mlra.checkpoint.megatron.folder import MegatronFolder
+from megatron_mlra.checkpoint.research.folder import ResearchFolder
+from megatron_mlra.description.model import CheckpointError
+
+
+def open_checkpoint(path: str | Path, vocab_size: int | None = None) -> CheckpointFolder:
+    """Open a Megatron `--save` folder (or one of its `iter_*`), a Hugging Face or research folder.
+
+    Args:
+        vocab_size: true vocabulary of a Megatron checkpoint, where its arguments do not name one.
+
+    Raises:
+        CheckpointError: no checkpoint, of no known kind, damaged, or not what its model needs; the
+        line names every tensor that is missing, unknown or of a wrong shape.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a folder; give a checkpoint's folder")
+    if (path / TRACKER).is_file() or (path / ".metadata").is_file():
+        return MegatronFolder(path, vocab_size)
+    config = read_config(path)
+    if config.get("model_type") in ("mlra", "llama"):
+        return HuggingFaceFolder(path)
+    if "n_layer" in config:
+        return ResearchFolder(path)
+    raise CheckpointError(
+        f"{path}/config.json is of model_type {config.get('model_type')!r}; an exported folder says"
+        " 'mlra' or 'llama' and a research folder has n_layer"
+    )
