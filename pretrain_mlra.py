@@ -52,7 +52,8 @@ def train() -> int:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from torch.distributed.checkpoint.api import CheckpointException
 
-    from megatron_mlra.cost.accounting import ModelShape, parameters
+    from megatron_mlra.cost.parameters import parameters
+    from megatron_mlra.cost.shape import ModelShape
     from megatron_mlra.fault_tolerance import (
         checksums,
         heartbeat,

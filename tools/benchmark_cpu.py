@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_mlra.command_line.parser import run
-from megatron_mlra.cost.accounting import ModelShape, parameters
+from megatron_mlra.cost.parameters import parameters
+from megatron_mlra.cost.shape import ModelShape
 
 ROOT = Path(__file__).resolve().parent.parent
 TURNS = 3

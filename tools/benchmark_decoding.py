@@ -17,14 +17,9 @@ from typing import Any
 import torch
 import triton
 
-from megatron_mlra.benchmarks.decoding.measure import (
-    Case,
-    gate,
-    measure,
-    measure_prefill,
-    preset_description,
-)
+from megatron_mlra.benchmarks.decoding.measure import Case, gate, measure, measure_prefill
 from megatron_mlra.command_line.parser import run, write_text
+from megatron_mlra.description.presets import preset_description
 from mlra_kernels.benchmarks.timing import read_roof
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "configs"

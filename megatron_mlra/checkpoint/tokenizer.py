@@ -7,7 +7,13 @@ from pathlib import Path
 
 from megatron_mlra.checkpoint.folder import CheckpointFolder
 from megatron_mlra.data import read_metadata
-from megatron_mlra.data.tokenizers import TokenizerSpec, file_sha256
+from megatron_mlra.data.tokenizers import (
+    ByteTokenizer,
+    Tokenizer,
+    TokenizerSpec,
+    build_tokenizer,
+    file_sha256,
+)
 from megatron_mlra.description.model import CheckpointError
 
 
@@ -51,3 +57,40 @@ def _is_weight(part: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def checkpoint_tokenizer(
+    folder: CheckpointFolder, type: str | None = None, model: str | None = None
+) -> Tokenizer:
+    """The named tokenizer; without a name the tokenizer.json beside the weights, the one the run's
+    data was made with, or bytes.
+
+    Bytes are taken for a model of 257 tokens, which is what that tokenizer has.
+
+    Raises:
+        ValueError: none can be told, or it has more tokens than the model.
+    """
+    beside = [path for path in folder.tokenizer_files() if path.name == "tokenizer.json"]
+    vocab = folder.description.vocab_size
+    if type is None and model is not None:
+        type = "hf" if Path(model).is_dir() or model.endswith(".json") else "tiktoken"
+    if model is None and beside and type in (None, "hf"):
+        type, model = "hf", str(beside[0])
+    if type is not None:
+        spec = TokenizerSpec(type, model)
+    else:
+        spec = data_tokenizer(folder)
+        if spec is None and vocab == ByteTokenizer.vocab_size:
+            spec = TokenizerSpec("byte")
+    if spec is None:
+        raise ValueError(
+            f"{folder.path} holds no tokenizer.json; name the tokenizer the model was trained"
+            " with: --tokenizer byte, or hf or tiktoken with --tokenizer-model"
+        )
+    tokenizer = build_tokenizer(spec)
+    if tokenizer.vocab_size > vocab:
+        raise ValueError(
+            f"the {spec.type} tokenizer has {tokenizer.vocab_size} tokens and the model {vocab};"
+            " use the tokenizer it was trained with"
+        )
+    return tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import os
 import signal
@@ -10,6 +11,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
+
+from tqdm import tqdm
 
 CODE = 128 + signal.SIGPIPE
 """Exit code where the reader of the output leaves first, as SIGPIPE gives a program in a shell."""
@@ -87,3 +90,15 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     code = main()
     sys.stdout.flush()
     sys.exit(code)
+
+
+def say(line: str) -> None:
+    """Print a line for a person, past the redirection of Megatron's output."""
+    tqdm.write(line, file=sys.__stdout__)
+    sys.__stdout__.flush()
+
+
+def did_you_mean(name: str, known) -> str:
+    """'; did you mean X?' for the known name nearest to `name`, '' where none is near."""
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {near[0]}?" if near else ""

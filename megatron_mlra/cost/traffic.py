@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megatron_mlra.cost.accounting import ModelShape
+from megatron_mlra.cost.shape import ModelShape
 
 
 class Collective(NamedTuple):

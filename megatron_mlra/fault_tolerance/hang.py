@@ -8,6 +8,7 @@ main thread is: a victim is inside communication, the culprit is not.
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -141,3 +142,8 @@ def _busy(heard: Heard) -> str:
         f"hangs: alive, but no progress for {_idle(heard):.0f} s; at step {beat.step:,},"
         f" {beat.phase}, {beat.at}"
     )
+
+
+def collective_seconds(args: Namespace) -> float:
+    """How long a collective may wait once training runs, before torch ends the process."""
+    return args.distributed_timeout_seconds_after_init or 60 * args.distributed_timeout_minutes

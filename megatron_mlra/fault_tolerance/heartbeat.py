@@ -29,8 +29,14 @@ import torch.distributed as dist
 from megatron.training import training
 from torch.distributed import TCPStore, distributed_c10d
 
-from megatron_mlra.fault_tolerance.hang import Beat, Heard, Verdict, judge, silent_host
-from megatron_mlra.training.argument_checks import collective_seconds
+from megatron_mlra.fault_tolerance.hang import (
+    Beat,
+    Heard,
+    Verdict,
+    collective_seconds,
+    judge,
+    silent_host,
+)
 
 SHARE_OF_TIMEOUT = 0.8
 """Default limit, as a share of --distributed-timeout-minutes: a hang is named before a collective

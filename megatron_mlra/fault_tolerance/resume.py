@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from megatron.training import training
 
+from megatron_mlra.command_line.parser import say
 from megatron_mlra.fault_tolerance import checksums, integrity
-from megatron_mlra.training.console import say
 
 
 def install(args: Namespace) -> None:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from megatron_mlra.checkpoint.folder import CheckpointFolder
 from megatron_mlra.checkpoint.formats import open_checkpoint
+from megatron_mlra.checkpoint.tokenizer import checkpoint_tokenizer
 from megatron_mlra.command_line.parser import OneLineParser, check_output, read_text, write_text
 from megatron_mlra.data.tokenizers import TOKENIZER_TYPES, Tokenizer
 from megatron_mlra.inference.backends.select import BACKENDS
@@ -23,7 +24,7 @@ from megatron_mlra.inference.load import DTYPES, LoadOptions, load_model
 from megatron_mlra.inference.parallel import WEIGHT_MODES, TensorParallel, check_tensor_parallel
 from megatron_mlra.inference.runner import Runner
 from megatron_mlra.inference.sampling import SamplingParams
-from megatron_mlra.inference.tokenization import GrowingText, checkpoint_tokenizer
+from megatron_mlra.inference.tokenization import GrowingText
 
 
 def parser() -> argparse.ArgumentParser:

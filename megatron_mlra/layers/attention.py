@@ -38,7 +38,7 @@ from megatron_mlra.sharding.token_plan import TokenPlan, plan_tokens
 
 @dataclass
 class MLRASelfAttentionSubmodules:
-    """What MLRASelfAttention is built from; layer_specs.py has the sets."""
+    """What MLRASelfAttention is built from; specs.py has the sets."""
 
     column_linear: type
     """Column-parallel linear that does not communicate its input: down, query, gate projections."""

@@ -1,18 +1,17 @@
-"""Backends of the core attention: torch's, Transformer Engine's, this project's on Hopper.
+"""Backends of the core attention: torch's, and this project's on Hopper. Transformer Engine's is in
+transformer_engine.py.
 
 Each takes query `[s, b, heads, d_k]`, key `[t, b, kv_heads, d_k]`, value `[t, b, kv_heads, d_v]`
 (grouped queries) and returns `[s, b, heads * d_v]`. A TokenPlan says which of the t keys each of
 the s queries attends to; without one, s = t and attention is causal. Which backend runs is chosen
-in layer_specs.py, never here.
+in specs.py, never here.
 """
 
 from __future__ import annotations
 
-import copy
 from contextlib import nullcontext
 
 import torch
-from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -21,60 +20,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from megatron_mlra.layers.config import MLRAConfig
-from megatron_mlra.sharding.tensor_parallel import LatentShard
 from megatron_mlra.sharding.token_plan import TokenPlan
-
-if HAVE_TE:
-    from megatron.core.extensions.transformer_engine import TEDotProductAttention
-
-    class TECoreAttention(TEDotProductAttention):
-        """Transformer Engine's attention over the spans of a TokenPlan."""
-
-        def forward(
-            self,
-            query: Tensor,
-            key: Tensor,
-            value: Tensor,
-            attention_mask: None = None,
-            plan: TokenPlan | None = None,
-        ) -> Tensor:
-            """See the module's docstring; it sees no mask."""
-            if plan is None or plan.is_whole:
-                return super().forward(query, key, value, None, AttnMaskType.causal)
-            if plan.is_packed:
-                return self._packed(query, key, value, plan)
-            parts = [
-                super(TECoreAttention, self).forward(
-                    query[a:b],
-                    key[start:stop],
-                    value[start:stop],
-                    None,
-                    AttnMaskType.causal_bottom_right,
-                )
-                for a, b, start, stop in plan.spans
-            ]
-            return torch.cat(parts)
-
-        def _packed(self, query: Tensor, key: Tensor, value: Tensor, plan: TokenPlan) -> Tensor:
-            """One call for all spans, whose keys are laid out one behind the other."""
-            varlen = plan.varlen
-            query, key, value = (x.squeeze(1) for x in (query, key, value))
-            if varlen.key_index is not None:
-                key, value = (x.index_select(0, varlen.key_index) for x in (key, value))
-            # Megatron's own forward knows no bottom-right mask of packed sequences.
-            out = super(TEDotProductAttention, self).forward(
-                query,
-                key,
-                value,
-                None,
-                qkv_format="thd",
-                attn_mask_type="padding_causal_bottom_right",
-                cu_seqlens_q=varlen.cu_seqlens_q,
-                cu_seqlens_kv=varlen.cu_seqlens_kv,
-                max_seqlen_q=varlen.max_seqlen_q,
-                max_seqlen_kv=varlen.max_seqlen_kv,
-            )
-            return out.unsqueeze(1)
 
 
 class _CoreAttention(MegatronModule):
@@ -197,41 +143,3 @@ def _dropout_rng(dropout: float, sequence_parallel: bool):
     if dropout == 0.0 or sequence_parallel:
         return nullcontext()
     return get_cuda_rng_tracker().fork()
-
-
-def te_core_attention(
-    config: MLRAConfig,
-    layer_number: int,
-    attn_mask_type: AttnMaskType,
-    attention_type: str,
-    softmax_scale: float,
-    cp_comm_type: str | None = None,
-    pg_collection=None,
-):
-    """Transformer Engine's attention, sized for this rank's (branch, head) pairs.
-
-    Transformer Engine divides heads and groups by the TP size, so both are given times it. Its own
-    context parallelism is off: latents are gathered before the core.
-    """
-    group = pg_collection.tp
-    shard = LatentShard.plan(config, group.size(), group.rank())
-    queries = shard.branches * shard.heads
-    sized = copy.copy(config)
-    sized.num_attention_heads = queries * shard.tp_size
-    sized.context_parallel_size = 1
-    if config.absorbed:
-        k_channels, v_channels = config.latent_dim + config.qk_rope_head_dim, config.latent_dim
-        sized.num_query_groups = shard.branches * shard.groups * shard.tp_size
-    else:
-        k_channels, v_channels = config.qk_dim, config.v_head_dim
-        sized.num_query_groups = sized.num_attention_heads
-    return TECoreAttention(
-        config=sized,
-        layer_number=layer_number,
-        attn_mask_type=attn_mask_type,
-        attention_type=attention_type,
-        softmax_scale=softmax_scale,
-        k_channels=k_channels,
-        v_channels=v_channels,
-        pg_collection=pg_collection,
-    )

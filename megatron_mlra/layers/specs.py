@@ -27,14 +27,8 @@ from megatron_mlra.layers.attention import MLRASelfAttention, MLRASelfAttentionS
 from megatron_mlra.layers.baselines.attention import baseline_attention_spec
 from megatron_mlra.layers.baselines.config import BaselineConfig
 from megatron_mlra.layers.config import MLRAConfig, resolve_core_backend
-from megatron_mlra.layers.core_attention import (
-    LatentCoreAttention,
-    SDPACoreAttention,
-    te_core_attention,
-)
+from megatron_mlra.layers.core_attention import LatentCoreAttention, SDPACoreAttention
 from megatron_mlra.layers.projections import LatentColumnParallelLinear, RMSNorm
-
-_CORES = {"sdpa": SDPACoreAttention, "te": te_core_attention, "latent": LatentCoreAttention}
 
 
 def mlra_attention_spec(config: MLRAConfig) -> ModuleSpec:
@@ -66,6 +60,20 @@ def mlra_attention_spec(config: MLRAConfig) -> ModuleSpec:
 
 
 def _core_attention(config: MLRAConfig):
+    backend = core_backend(config)
+    if backend == "te":
+        from megatron_mlra.layers.transformer_engine import te_core_attention
+
+        return te_core_attention
+    return LatentCoreAttention if backend == "latent" else SDPACoreAttention
+
+
+def core_backend(config: MLRAConfig) -> str:
+    """The core that `config.core_backend` stands for: 'sdpa', 'te' or 'latent'.
+
+    Raises:
+        ValueError: if a requested backend is not installed, or does not support this model's sizes.
+    """
     backend = resolve_core_backend(config.core_backend, config.transformer_impl)
     if backend == "te" and not HAVE_TE:
         raise ValueError(
@@ -75,8 +83,8 @@ def _core_attention(config: MLRAConfig):
     if backend == "latent" and (misfit := _latent_core_misfit(config)):
         raise ValueError(f"core_backend latent {misfit}, or core_backend auto")
     if backend == "te" and config.core_backend == "auto" and not _latent_core_misfit(config):
-        return LatentCoreAttention
-    return _CORES[backend]
+        return "latent"
+    return backend
 
 
 def _latent_core_misfit(config: MLRAConfig) -> str | None:

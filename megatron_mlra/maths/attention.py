@@ -13,39 +13,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-
-def _wide(x: Tensor) -> Tensor:
-    """x in float32, or untouched where it is wider already."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float, scale: float = 1.0) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight * scale over the last dim; `weight` broadcasts to x."""
-    wide = _wide(x)
-    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * inverse * (_wide(weight) * scale)).to(x.dtype)
-
-
-def rope_cos_sin(
-    positions: Tensor, dim: int, base: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """cos and sin `[s, dim / 2]` of `positions[s] * base^(-2 i / dim)`, computed in `dtype`."""
-    exponent = torch.arange(0, dim, 2, dtype=dtype, device=positions.device) / dim
-    angle = positions.to(dtype)[:, None] * base**-exponent
-    return angle.cos(), angle.sin()
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + d_r / 2) of the last dim: half-split RoPE.
-
-    Args:
-        x: `[s, ..., d_r]`.
-        cos, sin: `[s, d_r / 2]`.
-    """
-    shape = (cos.size(0), *(1,) * (x.dim() - 2), cos.size(1))
-    cos, sin = cos.view(shape), sin.view(shape)
-    first, second = _wide(x).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+from megatron_mlra.maths.norms import rms_norm, widen
+from megatron_mlra.maths.rope import apply_rope, rope_cos_sin
 
 
 def split_up_projection(weight: Tensor, nope: int) -> tuple[Tensor, Tensor]:
@@ -115,7 +84,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool =
     """
     groups = q.size(2) // k.size(2)
     k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
-    scores = _wide(torch.einsum("sbhd,tbhd->bhst", q, k)) * softmax_scale
+    scores = widen(torch.einsum("sbhd,tbhd->bhst", q, k)) * softmax_scale
     if causal:
         s, t = scores.shape[-2:]
         future = torch.ones(s, t, dtype=torch.bool, device=q.device).triu(1 + t - s)
@@ -188,7 +157,7 @@ def mlra_attention(
     if positions is None:
         positions = torch.arange(s, device=x.device)
     if angles is None:
-        angles = rope_cos_sin(positions, rope, config.rotary_base, _wide(x).dtype)
+        angles = rope_cos_sin(positions, rope, config.rotary_base, widen(x).dtype)
     cos, sin = angles
 
     if config.q_lora_rank is None:

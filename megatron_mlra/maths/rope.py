@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_mlra.description.model import ModelDescription
+from megatron_mlra.maths.norms import widen
+
+
+class Rotary(Protocol):
+    """What RoPE tables are a function of; Rotary has these fields."""
+
+    attention: str
+    head_dim: int
+    qk_rope_head_dim: int
+    rotary_base: float
+    rope_type: str
+    rotary_scaling_factor: float
+    original_max_position_embeddings: int
+    beta_fast: float
+    beta_slow: float
+    mscale: float
+    mscale_all_dim: float
 
 
 def rotary_tables(
-    model: ModelDescription, positions: int, device: str | torch.device = "cpu"
+    model: Rotary, positions: int, device: str | torch.device = "cpu"
 ) -> tuple[Tensor, Tensor]:
     """cos and sin `[positions, dim / 2]` float32, times YaRN's concentration factor.
 
@@ -30,12 +47,12 @@ def rotary_tables(
     )
 
 
-def _magnitude(model: ModelDescription, mscale: float) -> float:
+def _magnitude(model: Rotary, mscale: float) -> float:
     factor = model.rotary_scaling_factor
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _yarn_frequencies(model: ModelDescription, frequencies: Tensor, dim: int) -> Tensor:
+def _yarn_frequencies(model: Rotary, frequencies: Tensor, dim: int) -> Tensor:
     """Fast pairs keep their frequency, slow ones are stretched, those between are mixed."""
 
     def pair(rotations: float) -> float:
@@ -48,3 +65,25 @@ def _yarn_frequencies(model: ModelDescription, frequencies: Tensor, dim: int) ->
     width = max(high - low, 0.001)
     ramp = ((torch.arange(dim // 2, dtype=torch.float64) - low) / width).clamp(0, 1)
     return frequencies * (1 - ramp) + frequencies / model.rotary_scaling_factor * ramp
+
+
+def rope_cos_sin(
+    positions: Tensor, dim: int, base: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos and sin `[s, dim / 2]` of `positions[s] * base^(-2 i / dim)`, computed in `dtype`."""
+    exponent = torch.arange(0, dim, 2, dtype=dtype, device=positions.device) / dim
+    angle = positions.to(dtype)[:, None] * base**-exponent
+    return angle.cos(), angle.sin()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + d_r / 2) of the last dim: half-split RoPE.
+
+    Args:
+        x: `[s, ..., d_r]`.
+        cos, sin: `[s, d_r / 2]`.
+    """
+    shape = (cos.size(0), *(1,) * (x.dim() - 2), cos.size(1))
+    cos, sin = cos.view(shape), sin.view(shape)
+    first, second = widen(x).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

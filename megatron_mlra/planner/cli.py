@@ -9,11 +9,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_mlra.cost.accounting import ModelShape
+from megatron_mlra.cost.shape import ModelShape
+from megatron_mlra.description.presets import preset_values
 from megatron_mlra.planner.gpus import GPUS, Assumptions, find
 from megatron_mlra.planner.report import Report, build
 from megatron_mlra.planner.tables import print_report
-from megatron_mlra.training.presets import preset_values
 
 CONTEXTS = (8192, 131072, 1048576)
 

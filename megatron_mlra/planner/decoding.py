@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
-from megatron_mlra.cost.accounting import ModelShape, kv_cache_elements, parameters
+from megatron_mlra.cost.cache import kv_cache_elements
+from megatron_mlra.cost.parameters import parameters
+from megatron_mlra.cost.shape import ModelShape
 from megatron_mlra.planner.gpus import GPU, Assumptions
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_mlra.cost.accounting import ModelShape
+from megatron_mlra.cost.shape import ModelShape
 from megatron_mlra.sharding.fit import misfit
 
 RECOMPUTES = ("none", "core", "up_proj", "core+up_proj", "full")

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from megatron_mlra.cost.accounting import ModelShape, parameters
+from megatron_mlra.cost.parameters import parameters
+from megatron_mlra.cost.shape import ModelShape
 from megatron_mlra.planner.layout import Layout
 
 GIB = 2**30

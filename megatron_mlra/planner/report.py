@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
-from megatron_mlra.cost.accounting import (
-    ModelShape,
-    kv_cache_bytes_per_token,
-    parameters,
-    train_flops_per_token,
-)
+from megatron_mlra.cost.cache import kv_cache_bytes_per_token
+from megatron_mlra.cost.flops import train_flops_per_token
+from megatron_mlra.cost.parameters import parameters
+from megatron_mlra.cost.shape import ModelShape
 from megatron_mlra.planner.decoding import Decoding, decode, ways
 from megatron_mlra.planner.gpus import GPU, Assumptions
 from megatron_mlra.planner.search import Misfit, Plan, search

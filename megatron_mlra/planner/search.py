@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_mlra.cost.accounting import ModelShape
+from megatron_mlra.cost.shape import ModelShape
 from megatron_mlra.planner.gpus import GPU, Assumptions
 from megatron_mlra.planner.layout import RECOMPUTES, Layout, attention_misfit, why_not
 from megatron_mlra.planner.memory import GIB, Memory, memory

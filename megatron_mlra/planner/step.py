@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from megatron_mlra.cost.accounting import ModelShape, parameters, train_flops_per_token
+from megatron_mlra.cost.flops import train_flops_per_token
+from megatron_mlra.cost.parameters import parameters
+from megatron_mlra.cost.shape import ModelShape
 from megatron_mlra.cost.traffic import cp_communication, tp_communication
 from megatron_mlra.planner.gpus import GPU, Assumptions
 from megatron_mlra.planner.layout import Layout

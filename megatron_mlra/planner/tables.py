@@ -8,11 +8,9 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.table import Table
 
-from megatron_mlra.cost.accounting import (
-    kv_cache_bytes_per_token,
-    parameters,
-    train_flops_per_token,
-)
+from megatron_mlra.cost.cache import kv_cache_bytes_per_token
+from megatron_mlra.cost.flops import train_flops_per_token
+from megatron_mlra.cost.parameters import parameters
 from megatron_mlra.planner.memory import gib
 from megatron_mlra.planner.report import Report
 

@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-from megatron_mlra.layers.config import MLRAConfig
+from megatron_mlra.description.latent import LatentSizes
 from megatron_mlra.sharding.partition import LatentShard
 
 
@@ -49,7 +49,7 @@ class LatentParallel:
 
     def __init__(
         self,
-        config: MLRAConfig,
+        config: LatentSizes,
         shard: LatentShard,
         group: dist.ProcessGroup,
         sequence_parallel: bool,

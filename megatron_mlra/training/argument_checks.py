@@ -11,6 +11,7 @@ from argparse import Namespace
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 
+from megatron_mlra.fault_tolerance.hang import collective_seconds
 from megatron_mlra.layers.config import resolve_core_backend
 from megatron_mlra.training.cpu_backend import CPU_DEFAULTS
 
@@ -132,11 +133,6 @@ def _check_retention(args: Namespace) -> None:
             f"--keep-last {args.keep_last} and --save-retain-interval {args.save_retain_interval}"
             " exclude each other; use one"
         )
-
-
-def collective_seconds(args: Namespace) -> float:
-    """How long a collective may wait once training runs, before torch ends the process."""
-    return args.distributed_timeout_seconds_after_init or 60 * args.distributed_timeout_minutes
 
 
 def _check_hang_timeout(args: Namespace) -> None:

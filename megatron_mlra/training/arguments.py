@@ -21,6 +21,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 
+from megatron_mlra.command_line.parser import did_you_mean
 from megatron_mlra.layers.baselines.config import BaselineConfig
 from megatron_mlra.layers.config import (
     CORE_BACKENDS,
@@ -33,7 +34,7 @@ from megatron_mlra.layers.fp8 import FP8_LINEARS
 from megatron_mlra.planner.gpus import GPUS
 from megatron_mlra.training.argument_checks import check_arguments
 from megatron_mlra.training.cpu_backend import CPU_DEFAULTS
-from megatron_mlra.training.presets import add_opposites, did_you_mean, load_preset
+from megatron_mlra.training.presets import add_opposites, load_preset
 from megatron_mlra.training.upstream_fixes import accumulate_weight_gradients_in_products
 
 ATTENTION_KINDS = ("mlra", "gqa", "gta", "mfa", "tpa")

@@ -17,13 +17,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from megatron_mlra.cost.accounting import ModelShape, kv_cache_bytes_per_token, parameters
-
-
-def say(line: str) -> None:
-    """Print a line for a person, past the redirection of Megatron's output."""
-    tqdm.write(line, file=sys.__stdout__)
-    sys.__stdout__.flush()
+from megatron_mlra.cost.cache import kv_cache_bytes_per_token
+from megatron_mlra.cost.parameters import parameters
+from megatron_mlra.cost.shape import ModelShape
 
 
 def summary(args: Namespace, shape: ModelShape) -> str:

@@ -7,7 +7,7 @@ from argparse import Namespace
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_mlra.cost.accounting import ModelShape
+from megatron_mlra.cost.shape import ModelShape
 from megatron_mlra.layers.config import MLRAConfig
 from megatron_mlra.planner.gpus import Assumptions, find
 from megatron_mlra.planner.layout import Layout

@@ -20,10 +20,11 @@ from megatron.training.global_vars import get_signal_handler
 from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
-from megatron_mlra.cost.accounting import ModelShape, train_flops_per_token
+from megatron_mlra.command_line.parser import say
+from megatron_mlra.cost.flops import train_flops_per_token
+from megatron_mlra.cost.shape import ModelShape
 from megatron_mlra.fault_tolerance.integrity import latest_step, reason
 from megatron_mlra.fault_tolerance.retention import prune
-from megatron_mlra.training.console import say
 
 
 class Stopped(Exception):

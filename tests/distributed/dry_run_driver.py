@@ -226,7 +226,9 @@ def accounting(args: Namespace) -> dict[str, Any]:
     """What pure arithmetic says of the same arguments."""
     from dataclasses import asdict
 
-    from megatron_mlra.cost.accounting import ModelShape, parameters, train_flops_per_token
+    from megatron_mlra.cost.flops import train_flops_per_token
+    from megatron_mlra.cost.parameters import parameters
+    from megatron_mlra.cost.shape import ModelShape
 
     shape = ModelShape.from_args(args)
     flops = train_flops_per_token(shape, args.seq_length).model

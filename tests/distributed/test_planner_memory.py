@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megatron_mlra.cost.accounting import ModelShape
+from megatron_mlra.cost.shape import ModelShape
 from megatron_mlra.planner.layout import Layout
 from megatron_mlra.planner.memory import optimizer_bytes, rank_parameters, saved_activations
 from megatron_mlra.planner.step import traffic

@@ -14,7 +14,7 @@ import torch
 
 from megatron_mlra.benchmarks.training import measure
 from megatron_mlra.benchmarks.training.case import Case, Load, parse_case
-from megatron_mlra.cost.accounting import ModelShape
+from megatron_mlra.cost.shape import ModelShape
 from megatron_mlra.planner.gpus import GPUS, Assumptions
 from megatron_mlra.planner.layout import Layout
 from megatron_mlra.planner.memory import GIB, memory

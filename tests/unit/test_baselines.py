@@ -11,7 +11,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import build_module
 
-from megatron_mlra.cost.accounting import ModelShape, parameters
+from megatron_mlra.cost.parameters import parameters
+from megatron_mlra.cost.shape import ModelShape
 from megatron_mlra.layers.baselines.attention import baseline_attention_spec
 from megatron_mlra.layers.baselines.config import BaselineConfig
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mlra.benchmarks.decoding.measure import preset_description, random_reader
+from megatron_mlra.benchmarks.decoding.measure import random_reader
+from megatron_mlra.description.presets import preset_description
 from megatron_mlra.description.tensors import expected_tensors
 
 ROOT = Path(__file__).parents[2]

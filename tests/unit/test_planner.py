@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mlra.cost.accounting import ModelShape, parameters
+from megatron_mlra.cost.parameters import parameters
+from megatron_mlra.cost.shape import ModelShape
+from megatron_mlra.description.presets import preset_values
 from megatron_mlra.planner.cli import main, shape_of
 from megatron_mlra.planner.decoding import decode, ways
 from megatron_mlra.planner.gpus import GPUS, Assumptions, find
@@ -22,7 +24,6 @@ from megatron_mlra.planner.memory import (
 )
 from megatron_mlra.planner.search import context_sizes, search
 from megatron_mlra.planner.step import core_flops_per_token, predict, traffic
-from megatron_mlra.training.presets import preset_values
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "examples" / "configs"

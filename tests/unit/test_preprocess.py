@@ -13,12 +13,12 @@ import pytest
 import zstandard
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from megatron_mlra.checkpoint.tokenizer import checkpoint_tokenizer
 from megatron_mlra.data import ByteTokenizer, HFTokenizer, TiktokenTokenizer, read_metadata
 from megatron_mlra.data.cli import main
 from megatron_mlra.data.encode import token_dtype
 from megatron_mlra.data.readers import BATCH_BYTES
 from megatron_mlra.data.writer import SUFFIXES
-from megatron_mlra.inference.tokenization import checkpoint_tokenizer
 
 TEXTS = ["Hello, world\n", "naïve café ☕ 𓀀", 'tabs\tand "quotes"\r\nlines', "<|endoftext|>"]
 

@@ -19,7 +19,8 @@ from megatron.training.arguments import add_megatron_arguments
 from megatron_mlra.checkpoint.huggingface.config import from_hf_config, to_hf_config
 from megatron_mlra.checkpoint.huggingface.names import rules
 from megatron_mlra.checkpoint.rules import their_shapes
-from megatron_mlra.cost.accounting import ModelShape, parameters
+from megatron_mlra.cost.parameters import parameters
+from megatron_mlra.cost.shape import ModelShape
 from megatron_mlra.description.megatron_args import from_megatron_args
 from megatron_mlra.description.tensors import expected_tensors
 from megatron_mlra.hf.configuration_mlra import MLRAConfig as HuggingFaceConfig

@@ -5,20 +5,17 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_mlra.description.megatron_args import from_megatron_args
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.description.tensors import expected_tensors
 from megatron_mlra.inference.load import LoadOptions, load_model
 from megatron_mlra.inference.model import InferenceModel
 from megatron_mlra.inference.parallel import TensorParallel
 from megatron_mlra.inference.runner import Chunk, Runner
-from megatron_mlra.training.presets import preset_values
 
 PAGE = 64
 SPARE_BYTES = 4 << 30
@@ -35,22 +32,6 @@ class Case:
     """1: the whole model; else one rank's share, without its collectives."""
     weight_mode: str = "replicated"
     cache_dtype: str = "auto"
-
-
-def preset_description(path: str | Path) -> ModelDescription:
-    """The model of a YAML preset (its own keys over those of its `base`), in bfloat16.
-
-    Raises:
-        ValueError: the file is missing, or describes no model of this package.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"{path} does not exist; use one of examples/configs/*.yaml")
-    values = preset_values(path)
-    if values.get("attention") not in ("mlra", "gqa"):
-        found = values.get("attention")
-        raise ValueError(f"{path} has attention {found!r}; use one of mlra or gqa")
-    values |= {"layernorm_epsilon": values.get("norm_epsilon", 1e-5), "params_dtype": "bfloat16"}
-    return from_megatron_args(values)
 
 
 def random_reader(

@@ -12,7 +12,8 @@ from statistics import median
 import torch
 
 from megatron_mlra.benchmarks.training.case import Case, Load, Trainee, build_model, parse_case
-from megatron_mlra.cost.accounting import parameters, train_flops_per_token
+from megatron_mlra.cost.flops import train_flops_per_token
+from megatron_mlra.cost.parameters import parameters
 
 
 @dataclass

@@ -23,8 +23,9 @@ from megatron_mlra.description.tensors import (
     layer_prefix,
     layer_tensors,
 )
-from megatron_mlra.maths.attention import apply_rope, attend, mlra_attention, rms_norm
-from megatron_mlra.maths.rope import rotary_tables
+from megatron_mlra.maths.attention import attend, mlra_attention
+from megatron_mlra.maths.norms import rms_norm
+from megatron_mlra.maths.rope import apply_rope, rotary_tables
 from megatron_mlra.maths.routing import choose_experts
 
 ROWS = 8192

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from megatron_mlra.inference.cache import append_grouped
-from megatron_mlra.maths.attention import apply_rope, rms_norm
+from megatron_mlra.maths.norms import rms_norm
+from megatron_mlra.maths.rope import apply_rope
 from mlra_kernels.latent_decode import reference
 
 

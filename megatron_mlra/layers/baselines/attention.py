@@ -32,7 +32,7 @@ from torch import Tensor
 from megatron_mlra.layers.baselines.config import BaselineConfig
 from megatron_mlra.layers.core_attention import SDPACoreAttention
 from megatron_mlra.layers.projections import LatentColumnParallelLinear, ShardedRMSNorm
-from megatron_mlra.maths.attention import apply_rope, rope_cos_sin
+from megatron_mlra.maths.rope import apply_rope, rope_cos_sin
 
 
 @dataclass

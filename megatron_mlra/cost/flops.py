@@ -1,0 +1,82 @@
+"""Training FLOPs per token. Pure Python."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from megatron_mlra.cost.parameters import parameters
+from megatron_mlra.cost.shape import ModelShape
+
+RECOMPUTES = (None, "core", "up_proj", "full")
+
+
+class TrainFlops(NamedTuple):
+    """Floating-point operations (a multiply-add is two) of one training step, per token."""
+
+    model: float
+    """What the method needs."""
+    hardware: float
+    """What the chosen form runs."""
+
+
+def train_flops_per_token(
+    shape: ModelShape,
+    seq_length: int | None = None,
+    recompute: str | None = None,
+    fused_core: bool = False,
+) -> TrainFlops:
+    """Training FLOPs per token: forward plus a backward of twice the forward.
+
+    Counted: every matrix product. A weight matrix of P parameters costs 2 P forward, the output
+    layer 2 V d; TPA adds 2 h c (R_q + 2 R_kv) for assembling heads from factors. The core costs
+    2 N h (score terms + value terms) k, with the **causal half** k = (s + 1) / 2, the mean number
+    of keys that a query sees. Terms of a score and of a value product:
+
+    - model FLOPs: d_h + d_r and d_v for the latent family, in all N branches, whatever form is run;
+    - hardware FLOPs: d_l + d_r and d_l where absorbed. Up-projecting latents, or absorbing W_UK and
+      applying W_UV, cost the same 2 N h d_l (d_h + d_v), so the term of the weights does not
+      change.
+
+    `recompute` adds its extra forward to the hardware FLOPs: 'core' the score and value products,
+    'up_proj' what lies between the compressed latents and the core (the query's up-projection; W_UK
+    absorbed, W_UK and W_UV materialized), 'full' all layers. `fused_core` adds the score product
+    that flash-style kernels repeat in their backward; it is off by default, as is usual where
+    hardware FLOPs are compared.
+    """
+    if recompute not in RECOMPUTES:
+        raise ValueError(f"recompute is {recompute!r}; use None, 'core', 'up_proj' or 'full'")
+    s = shape.seq_length if seq_length is None else seq_length
+    if s < 1:
+        raise ValueError(f"seq_length is {s}; use at least 1")
+    n, h, c, p = shape.num_layers, shape.num_attention_heads, shape.kv_channels, parameters(shape)
+    keys = (s + 1) / 2
+    mlp = p.mlp * n
+    if shape.num_experts:
+        mlp = p.mlp * shape.num_dense_layers + p.moe_active * (n - shape.num_dense_layers)
+    layers = 2.0 * (n * sum(p.attention.values()) + mlp)
+    if shape.attention == "tpa":
+        layers += n * 2 * h * c * (shape.tpa_q_rank + 2 * shape.tpa_kv_rank)
+    output = 2.0 * p.embedding
+    heads, score, value, run_score, run_value = h, c, c, c, c
+    up_proj = 0.0
+    if shape.attention == "mlra":
+        d_h, d_r, d_l, d_v = (
+            shape.qk_nope_head_dim,
+            shape.qk_rope_head_dim,
+            shape.latent_dim,
+            shape.v_head_dim,
+        )
+        heads, score, value = shape.num_branches * h, d_h + d_r, d_v
+        run_score, run_value = (d_l + d_r, d_l) if shape.absorbed else (score, value)
+        before_core = d_h if shape.absorbed else d_h + d_v
+        query = "linear_q_proj" if shape.q_lora_rank is None else "linear_q_up_proj"
+        up_proj = 2.0 * n * (p.attention[query] + heads * d_l * before_core)
+    elif recompute == "up_proj":
+        raise ValueError(f"recompute is 'up_proj', but {shape.variant} has no latents; use 'core'")
+    core = 2.0 * n * heads * (score + value) * keys
+    run_core = 2.0 * n * heads * (run_score + run_value) * keys
+    extra = {None: 0.0, "core": run_core, "up_proj": up_proj, "full": layers + run_core}[recompute]
+    if fused_core:
+        extra += 2.0 * n * heads * run_score * keys
+    linear = 3.0 * (layers + output)
+    return TrainFlops(model=linear + 3 * core, hardware=linear + 3 * run_core + extra)
