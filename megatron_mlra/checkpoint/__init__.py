@@ -1,1 +1,11 @@
-"""Checkpoints: what is checked before one is loaded or written."""
+"""Checkpoints: folders of every format behind one interface, and conversion between them.
+
+Start with formats.py (which kind of folder this is), folder.py (the interface) and rules.py (how
+one tensor is stored elsewhere).
+
+May import:   description, maths, data, command_line; torch, and torch.distributed.checkpoint's
+              file format
+Imported by:  fault_tolerance, inference, evaluation
+Never:        Megatron modules: a conversion needs no process group
+Held by:      tests/unit/checkpoint, tests/e2e/test_converted.py
+"""

@@ -1,4 +1,12 @@
-"""Text to Megatron datasets (imports neither torch nor Megatron until it writes)."""
+"""Data: text to Megatron datasets, and tokenizers.
+
+Start with pipeline.py (the whole way) and tokenizers.py.
+
+May import:   command_line; numpy, pyarrow, tokenizers, and no torch
+Imported by:  checkpoint, evaluation, training
+Never:        torch or Megatron, until a dataset is written
+Held by:      tests/unit/data
+"""
 
 from megatron_mlra.data.demo_corpus import CorpusSize, write_demo_corpus
 from megatron_mlra.data.errors import BadRecordError, InputError

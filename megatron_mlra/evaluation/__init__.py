@@ -1,1 +1,9 @@
-"""Log-likelihoods and perplexity of checkpoints, on local text and tasks."""
+"""Log-likelihoods and perplexity of checkpoints, on local text and tasks.
+
+Start with cli.py.
+
+May import:   checkpoint, hf, data, description, command_line; torch, transformers
+Imported by:  nothing of the package
+Never:        training code
+Held by:      tests/unit/checkpoint/test_lm_eval.py
+"""

@@ -1,1 +1,10 @@
-"""Surviving faults: which checkpoint to continue from, which batch was bad, which rank hangs."""
+"""Surviving faults: whole saves, bad batches, hanging ranks, and where a run goes on.
+
+Start with integrity.py and resume.py (checkpoints), heartbeat.py and hang.py (ranks), samples.py
+(batches).
+
+May import:   checkpoint, description, command_line; torch, Megatron's checkpointing
+Imported by:  training
+Never:        training: the entry hands in what a guard needs
+Held by:      tests/unit/fault_tolerance, tests/e2e/test_faults.py, tests/e2e/test_hangs.py
+"""

@@ -1,4 +1,9 @@
 """What an exported Hugging Face folder ships with: self-contained, nothing of this project.
 
-The files import torch and transformers only, and `mlra_kernels` where it is installed and used.
+Start with modeling_mlra.py.
+
+May import:   mlra_kernels where it is installed and used; torch, transformers
+Imported by:  evaluation, checkpoint (as files)
+Never:        any other package of this project: these files are copied into exported folders
+Held by:      tests/unit/hf, tests/distributed/test_huggingface.py
 """

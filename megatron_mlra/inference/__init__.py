@@ -1,1 +1,9 @@
-"""Inference: paged latent cache, absorbed prefill and decoding, continuous batching."""
+"""Inference: paged latent cache, absorbed prefill and decoding, continuous batching.
+
+Start with engine.py (requests), runner.py (one step), model.py (one layer).
+
+May import:   checkpoint, description, maths, sharding, data, command_line, mlra_kernels; torch
+Imported by:  benchmarks
+Never:        Megatron
+Held by:      tests/unit/inference, tests/distributed/test_inference.py
+"""

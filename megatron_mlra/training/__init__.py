@@ -1,1 +1,10 @@
-""""""
+"""What pretrain_mlra.py stands on: arguments, presets, batches, steps, console, progress, dry run.
+
+Start with arguments.py, then the order of pretrain_mlra.py.
+
+May import:   layers, fault_tolerance, cost, planner, sharding, data, description, command_line;
+              torch, Megatron
+Imported by:  benchmarks
+Never:        checkpoint formats
+Held by:      tests/unit/training, tests/e2e
+"""

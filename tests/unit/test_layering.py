@@ -1,6 +1,7 @@
-"""Imports go one way, the arithmetic-only parts import nothing heavy, and files stay readable."""
+"""Imports go one way: a package's docstring says what it may import; no file is in a circle."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -9,71 +10,18 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CODE = ("pretrain_mlra.py", "megatron_mlra", "kernels", "tools", "tests")
 LONGEST_FILE = 420
-
-# Each layer imports only from layers below it, and from its own. A name stands for what is in it.
-LAYERS = (
-    ("pretrain_mlra", "tools", "megatron_mlra.benchmarks.training"),
-    (
-        "megatron_mlra.training.steps",
-        "megatron_mlra.training.arguments",
-        "megatron_mlra.training.batches",
-        "megatron_mlra.training.argument_checks",
-        "megatron_mlra.training.presets",
-        "megatron_mlra.training.console",
-        "megatron_mlra.training.progress",
-        "megatron_mlra.layers.specs",
-        "megatron_mlra.inference",
-        "megatron_mlra.checkpoint",
-        "megatron_mlra.fault_tolerance",
-        "megatron_mlra.data",
-        "megatron_mlra.evaluation",
-        "megatron_mlra.planner",
-        "megatron_mlra.training.dry_run",
-    ),
-    (
-        "megatron_mlra.layers.attention",
-        "megatron_mlra.layers.baselines.attention",
-        "megatron_mlra.layers.transformer_engine",
-    ),
-    (
-        "megatron_mlra.layers.projections",
-        "megatron_mlra.layers.recompute",
-        "megatron_mlra.layers.rotary",
-        "megatron_mlra.sharding.tensor_parallel",
-        "megatron_mlra.sharding.token_plan",
-        "megatron_mlra.sharding.context_parallel",
-        "megatron_mlra.layers.core_attention",
-    ),
-    (
-        "megatron_mlra.maths.attention",
-        "megatron_mlra.maths.routing",
-        "megatron_mlra.layers.config",
-        "megatron_mlra.layers.fp8",
-        "megatron_mlra.layers.baselines.config",
-        "megatron_mlra.sharding.partition",
-        "megatron_mlra.cost.shape",
-        "megatron_mlra.cost.traffic",
-        "megatron_mlra.hf",
-    ),
-    ("mlra_kernels",),
-)
-# Below every layer of megatron_mlra, beside mlra_kernels: they import nothing of this project.
-FREE = (
-    "megatron_mlra",
-    "megatron_mlra.command_line.parser",
-    "megatron_mlra.training.cpu_backend",
-    "megatron_mlra.description.latent",
-    "megatron_mlra.sharding.fit",
-    "megatron_mlra.training.upstream_fixes",
-    "megatron_mlra.version",
-)
+PACKAGE = ROOT / "megatron_mlra"
+ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+HEADINGS = ("May import:", "Imported by:", "Never:", "Held by:")
+# The public face: it names where its names live, and imports them when they are used.
+FACE = "megatron_mlra"
 
 
 def source_files() -> dict[str, Path]:
     """Module name -> file, of everything that is not a test."""
     files = {"pretrain_mlra": ROOT / "pretrain_mlra.py"}
     for package, folder in (
-        ("megatron_mlra", ROOT / "megatron_mlra"),
+        ("megatron_mlra", PACKAGE),
         ("mlra_kernels", ROOT / "kernels" / "mlra_kernels"),
         ("tools", ROOT / "tools"),
     ):
@@ -87,7 +35,8 @@ FILES = source_files()
 
 
 def imports(module: str) -> set[str]:
-    """Every module that this one imports, at its top or inside a function, by absolute name."""
+    """Every module that this one imports, at its top, inside a function or for type checking only,
+    by absolute name."""
     path = FILES[module]
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     found = set()
@@ -106,14 +55,18 @@ def imports(module: str) -> set[str]:
     return found
 
 
-def depth(module: str) -> int:
-    """Index of the layer a module of this project is in."""
-    if module in FREE:
-        return len(LAYERS) - 1
-    for i, names in enumerate(LAYERS):
-        if any(module == name or module.startswith(f"{name}.") for name in names):
-            return i
-    raise AssertionError(f"{module} is in no layer; add it to LAYERS")
+def room(module: str) -> str:
+    """The package of megatron_mlra that a module lies in, else its own top-level package."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "megatron_mlra" and len(parts) > 1 else parts[0]
+
+
+def may_import(name: str) -> set[str]:
+    """The packages of this project that a package's docstring allows, single modules included."""
+    doc = ast.get_docstring(ast.parse((PACKAGE / name / "__init__.py").read_text()))
+    said = re.search(r"^May import:(.*?)^Imported by:", doc, re.S | re.M)[1]
+    words = set(re.findall(r"[\w.]+", said.partition(";")[0]))
+    return {word.rstrip(".") for word in words} & {*ROOMS, "mlra_kernels", "sharding.partition"}
 
 
 def roots(module: str) -> set[str]:
@@ -121,19 +74,94 @@ def roots(module: str) -> set[str]:
     return {name.partition(".")[0] for name in imports(module)}
 
 
-def test_every_module_is_found_and_has_a_layer():
-    assert {"pretrain_mlra", "megatron_mlra.layers.attention", "mlra_kernels.latent_decode"} <= set(
-        FILES
-    )
+def test_every_module_lies_in_a_package():
+    assert {"pretrain_mlra", "megatron_mlra.layers.attention", "mlra_kernels.latent_decode"} <= {
+        *FILES
+    }
+    flat = {path.name for path in PACKAGE.glob("*.py")}
+    assert flat == {"__init__.py", "version.py"}
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_every_package_says_its_place(name):
+    doc = ast.get_docstring(ast.parse((PACKAGE / name / "__init__.py").read_text()))
+    assert "Start with " in doc
+    assert [heading for heading in HEADINGS if f"\n{heading}" in doc] == [*HEADINGS]
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_packages_import_what_their_docstring_allows(name):
+    allowed = may_import(name)
     for module in FILES:
-        depth(module)
+        if room(module) != name or module == FACE:
+            continue
+        used = {other for other in imports(module) if other in FILES and room(other) != name}
+        wrong = {
+            other
+            for other in used
+            if room(other) not in allowed
+            and other.removeprefix("megatron_mlra.") not in allowed
+            and other != "megatron_mlra.version"
+        }
+        assert not wrong, f"{module} imports {sorted(wrong)}; {name} may import {sorted(allowed)}"
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The strongly connected components of more than one module (Tarjan)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(module: str) -> None:
+        index[module] = low[module] = len(index)
+        stack.append(module)
+        for other in graph[module]:
+            if other not in index:
+                visit(other)
+                low[module] = min(low[module], low[other])
+            elif other in stack:
+                low[module] = min(low[module], index[other])
+        if low[module] == index[module]:
+            component = stack[stack.index(module) :]
+            del stack[stack.index(module) :]
+            if len(component) > 1:
+                found.append(sorted(component))
+
+    for module in graph:
+        if module not in index:
+            visit(module)
+    return found
+
+
+def test_no_file_is_in_a_circle():
+    graph = {
+        module: {other for other in imports(module) if other in FILES and other != module}
+        for module in FILES
+        if module != FACE
+    }
+    graph = {module: others & graph.keys() for module, others in graph.items()}
+    assert circles(graph) == []
+
+
+def test_no_package_is_in_a_circle():
+    graph: dict[str, set[str]] = {}
+    for module in FILES:
+        if module != FACE:
+            others = {room(other) for other in imports(module) if other in FILES and other != FACE}
+            graph.setdefault(room(module), set()).update(others - {room(module)})
+    graph = {name: others & graph.keys() for name, others in graph.items()}
+    assert circles(graph) == []
+
+
+def test_circles_are_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+    assert circles({"a": {"b"}, "b": set()}) == []
 
 
 @pytest.mark.parametrize("module", FILES)
-def test_imports_go_one_way(module):
-    wrong = {name for name in imports(module) if name in FILES and depth(name) < depth(module)}
-    assert not wrong, f"{module} imports {sorted(wrong)} from above it"
-    assert "tests" not in roots(module)
+def test_nothing_imports_the_tests(module):
+    assert "tests" not in roots(module) and "support" not in roots(module)
 
 
 @pytest.mark.parametrize("module", [name for name in FILES if name.startswith("mlra_kernels")])
@@ -144,34 +172,39 @@ def test_kernels_stand_alone(module):
     assert roots(module) <= allowed
 
 
-@pytest.mark.parametrize("module", [name for name in FILES if ".preprocess" in name])
+@pytest.mark.parametrize("module", [name for name in FILES if room(name) == "data"])
 def test_preprocessing_needs_no_torch(module):
     assert not roots(module) & {"torch", "mlra_kernels"}
-    own = {name for name in imports(module) if name.startswith("megatron_mlra.")}
-    assert own <= {"megatron_mlra.command_line.parser"} | {
-        name for name in FILES if name.startswith("megatron_mlra.data")
-    }
 
 
-@pytest.mark.parametrize("module", [name for name in FILES if ".hf" in name])
+@pytest.mark.parametrize("module", [name for name in FILES if room(name) == "hf"])
 def test_exported_models_stand_alone(module):
-    own = {name for name in imports(module) if name.startswith("megatron_mlra")}
-    assert all(name.startswith("megatron_mlra.hf.") for name in own)
     allowed = {"torch", "transformers", "mlra_kernels", "megatron_mlra"}
     assert roots(module) <= sys.stdlib_module_names | allowed
 
 
-def test_the_maths_needs_no_megatron():
-    assert roots("megatron_mlra.maths.attention") <= sys.stdlib_module_names | {"torch"}
+@pytest.mark.parametrize("module", [name for name in FILES if room(name) == "maths"])
+def test_the_maths_needs_only_torch(module):
+    assert roots(module) <= sys.stdlib_module_names | {"torch", "megatron_mlra"}
 
 
-def test_accounting_is_plain_python():
-    assert roots("megatron_mlra.cost.shape") <= sys.stdlib_module_names
+PURE = ("cost", "description", "planner", "command_line")
 
 
-@pytest.mark.parametrize("module", FREE)
-def test_free_modules_import_nothing_of_this_project(module):
-    assert not roots(module) & {"megatron_mlra", "mlra_kernels", "pretrain_mlra", "tools"}
+@pytest.mark.parametrize("module", [name for name in FILES if room(name) in PURE])
+def test_plain_python(module):
+    assert not roots(module) & {"torch", "megatron", "mlra_kernels", "transformer_engine"}
+
+
+def test_transformer_engine_is_imported_in_one_file():
+    for module in FILES:
+        named = {name for name in imports(module) if "transformer_engine" in name}
+        if room(module) == "layers" and module != "megatron_mlra.layers.transformer_engine":
+            # HAVE_TE and the row-parallel linear are Megatron's own names.
+            assert named <= {
+                "megatron.core.extensions.transformer_engine",
+                "megatron_mlra.layers.transformer_engine",
+            }
 
 
 def test_imports_are_seen_in_every_form(tmp_path, monkeypatch):
@@ -179,21 +212,36 @@ def test_imports_are_seen_in_every_form(tmp_path, monkeypatch):
     path.write_text(
         "import torch.distributed as dist\n"
         "from . import config\n"
-        "from .sharding import LatentShard\n"
-        "from megatron_mlra import data, model\n"
-        "from megatron_mlra.checkpoint import integrity\n"
+        "from .specs import block_spec\n"
+        "from megatron_mlra.training import batches, steps\n"
+        "from megatron_mlra.fault_tolerance import integrity\n"
         "def f():\n    import numpy\n"
     )
-    monkeypatch.setitem(FILES, "megatron_mlra.sample", path)
-    assert imports("megatron_mlra.sample") == {
+    monkeypatch.setitem(FILES, "megatron_mlra.layers.sample", path)
+    assert imports("megatron_mlra.layers.sample") == {
         "torch.distributed",
         "numpy",
         "megatron_mlra.layers.config",
-        "megatron_mlra.sharding.tensor_parallel",
+        "megatron_mlra.layers.specs",
         "megatron_mlra.training.batches",
         "megatron_mlra.training.steps",
         "megatron_mlra.fault_tolerance.integrity",
     }
+
+
+def test_the_public_face_is_lazy_and_true():
+    import megatron_mlra
+
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    named = {
+        alias.name: node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("megatron_mlra.")
+        for alias in node.names
+    }
+    assert named.pop("__version__") == "megatron_mlra.version"
+    assert named == megatron_mlra._HOMES
+    assert set(megatron_mlra.__all__) == {"__version__", *named}
 
 
 def test_files_stay_short():

@@ -1,1 +1,1 @@
-""""""
+"""Decoding steps of whole models, measured."""

@@ -1,1 +1,1 @@
-""""""
+"""Whether two checkpoints are the same model: the paper's forward pass, compared."""
