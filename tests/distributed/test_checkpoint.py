@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint_driver import LOADED, MODELS
+from support.drivers.checkpoint import LOADED, MODELS
 
 
 @pytest.fixture(scope="module")
 def results(run_driver) -> Path:
     """Save once, load in every layout."""
-    return run_driver("checkpoint_driver", timeout=600)
+    return run_driver("checkpoint", timeout=600)
 
 
 @pytest.mark.parametrize("layout", LOADED)

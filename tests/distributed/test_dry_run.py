@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from dry_run_driver import DP, PP, TP, WORLD, rank_id
+from support.drivers.dry_run import DP, PP, TP, WORLD, rank_id
 
 LAYER = "decoder.layers.{}."
 CHUNKS = 2
@@ -17,7 +17,7 @@ LAYERS = 5
 
 @pytest.fixture(scope="module")
 def dry_run(run_driver):
-    return json.loads((run_driver("dry_run_driver", timeout=600) / "dry_run.json").read_text())
+    return json.loads((run_driver("dry_run", timeout=600) / "dry_run.json").read_text())
 
 
 @pytest.fixture(scope="module")

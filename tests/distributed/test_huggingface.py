@@ -6,18 +6,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hf_cases import CASES
 from megatron_mlra.checkpoint.formats import open_checkpoint
 from megatron_mlra.checkpoint.huggingface.folder import write_huggingface
 from megatron_mlra.checkpoint.huggingface.names import HF_EXPERT_BIAS, rules
 from megatron_mlra.checkpoint.megatron.writer import write_megatron
 from megatron_mlra.description.tensors import EXPERT_BIAS
+from support.hf_cases import CASES
 
 
 @pytest.fixture(scope="session")
 def megatron(run_driver):
     """Folder of Megatron checkpoints, with each one's logits and gradients beside it."""
-    return run_driver("hf_driver", 300)
+    return run_driver("hf", 300)
 
 
 @pytest.fixture(scope="session", params=CASES)

@@ -1,6 +1,6 @@
 """Cached decoding equals the full forward, for every variant, on 1, 2, 4 and 8 ranks.
 
-All cases run in one driver, which imports Megatron once (inference_driver.py).
+All cases run in one driver, which imports Megatron once (support/drivers/inference.py).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from inference_driver import MODELS, parallel_cases
+from support.drivers.inference import MODELS, parallel_cases
 
 TOLERANCE = 1e-4
 """Largest difference of a logit; logits are of order 1."""
@@ -21,7 +21,7 @@ FP8_TOLERANCE = 0.08
 @pytest.fixture(scope="module")
 def results(run_driver) -> Path:
     """Run all cases once."""
-    return run_driver("inference_driver", timeout=900)
+    return run_driver("inference", timeout=900)
 
 
 def read(results: Path, case: str, rank: int = 0) -> dict:

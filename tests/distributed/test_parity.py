@@ -1,6 +1,7 @@
 """Every parallel layout trains as one rank does: loss, every gradient, grad norm, replicas.
 
-All cases run in real gloo processes of one driver, which imports Megatron once (parity_driver.py).
+All cases run in real gloo processes of one driver, support/drivers/parity.py, which imports
+Megatron once.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from parity_driver import Case, _file, cases
+from support.drivers.parity import Case, _file, cases
 
 GRADIENT_TOLERANCE = 1e-5
 """Largest gradient difference over the largest gradient of the same parameter."""
@@ -19,7 +20,7 @@ GRADIENT_TOLERANCE = 1e-5
 @pytest.fixture(scope="module")
 def results(run_driver) -> Path:
     """Run all cases once."""
-    return run_driver("parity_driver", timeout=900)
+    return run_driver("parity", timeout=900)
 
 
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from runs import ENV, ROOT, TINY, Entry, Run
+from support import ENV, ROOT
+from support.runs import TINY, Entry, Run
 
 
 @pytest.fixture(scope="session")

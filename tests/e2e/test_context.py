@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from runs import Run, scalars
+from support.runs import Run, scalars
 
 CP, PP = "--context-parallel-size", "--pipeline-model-parallel-size"
 TP2 = ["--tensor-model-parallel-size", 2, "--sequence-parallel"]

@@ -14,7 +14,7 @@ from megatron_mlra.checkpoint.formats import open_checkpoint
 from megatron_mlra.checkpoint.megatron.writer import write_megatron
 from megatron_mlra.evaluation import cli as evaluation
 from megatron_mlra.inference import cli as generate
-from runs import Run
+from support.runs import Run
 
 LAYOUT = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
 LAYOUT += ["--use-distributed-optimizer"]

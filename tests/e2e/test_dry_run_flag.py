@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 from megatron_mlra.layers.config import MLRAConfig
 from megatron_mlra.training.dry_run import _command, _shard_map
-from runs import ENV, ROOT
+from support import ENV, ROOT
 
 
 def test_a_launch_of_1024_gpus_is_described_and_nothing_started(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from megatron_mlra.checkpoint.cli import main as convert
 from megatron_mlra.checkpoint.formats import open_checkpoint
 from megatron_mlra.inference.cli import main as generate
-from runs import Run
+from support.runs import Run
 
 # As the 16B preset's, smaller.
 EXPERTS = """

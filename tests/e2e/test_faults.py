@@ -16,7 +16,8 @@ import pytest
 
 from megatron_mlra.fault_tolerance.checksums import MANIFEST, damage
 from megatron_mlra.fault_tolerance.integrity import check_complete, latest_step
-from runs import ENV, ROOT, wait_for
+from support import ENV, ROOT
+from support.runs import wait_for
 
 
 def flip_a_byte(path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from megatron_mlra.data.tokenizers import ByteTokenizer
 from megatron_mlra.inference.cli import main
 from megatron_mlra.inference.tokenization import GrowingText
-from runs import ENV, ROOT
+from support import ENV, ROOT
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from runs import wait_for
+from support.runs import wait_for
 
 LIMIT = 5
 LIVES = ["--hang-timeout-seconds", LIMIT, "--train-iters", 400, "--log-interval", 1]

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_mlra.fault_tolerance.retention import prune
-from runs import ENV, ROOT, wait_for
+from support import ENV, ROOT
+from support.runs import wait_for
 
 LAUNCH = ROOT / "examples" / "launch.sh"
 

@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from megatron_mlra.fault_tolerance.integrity import check_complete, latest_step
-from runs import ENV, ROOT, Run, scalars, wait_for
+from support import ENV, ROOT
+from support.runs import Run, scalars, wait_for
 
 
 def at_step_4(source, folder):

@@ -1,16 +1,11 @@
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory):
     """One rank, with Megatron's groups."""
-    from tiny import Layout
+    from support.tiny import Layout
 
     store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("world") / "store"), 1)
     torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)

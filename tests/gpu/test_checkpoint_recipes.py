@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_transformer_engine import SIZES
+
+from support.te_sizes import SIZES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("world")]
 
@@ -27,7 +28,7 @@ def build(name: str):
     from megatron.core.models.gpt import GPTModel
 
     from megatron_mlra.layers.specs import block_spec
-    from tiny import SEQ, VOCAB, Layout, make_config
+    from support.tiny import SEQ, VOCAB, Layout, make_config
 
     implementation, precision = RUNS[name]
     config = make_config(Layout(), transformer_impl=implementation, **SIZES, **precision)
@@ -42,7 +43,7 @@ def build(name: str):
 
 
 def logits(model) -> torch.Tensor:
-    from tiny import SEQ, global_batch
+    from support.tiny import SEQ, global_batch
 
     tokens = global_batch(0).cuda()[:, :-1].contiguous()
     positions = torch.arange(SEQ, device="cuda")[None].expand(len(tokens), -1)

@@ -39,7 +39,7 @@ def core_of(backend: str, form: str) -> torch.nn.Module:
     from megatron.core.transformer.enums import AttnMaskType
 
     from megatron_mlra.layers.specs import mlra_attention_spec
-    from tiny import Layout, make_config
+    from support.tiny import Layout, make_config
 
     config = make_config(Layout(), core_backend=backend, core_form=form, bf16=True, **SIZES)
     groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])

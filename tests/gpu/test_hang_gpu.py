@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from support import ROOT
+
 pytestmark = pytest.mark.gpu
 
-ROOT = Path(__file__).parents[2]
 ASLEEP = """
 import os, time
 import pretrain_mlra

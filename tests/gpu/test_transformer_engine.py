@@ -8,6 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from support.te_sizes import SIZES
+
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("world")]
 
 BF16_TOLERANCE = 3e-2
@@ -17,23 +19,6 @@ FP8_TOLERANCE = 0.3
 """The same between FP8 and bf16: FP8 rounds values to 1/16 (e4m3) and gradients to 1/8 (e5m2) of
 themselves, in every product of two layers."""
 
-SIZES = {
-    "hidden_size": 256,
-    "ffn_hidden_size": 512,
-    "num_attention_heads": 8,
-    "q_lora_rank": 128,
-    "kv_lora_rank": 256,
-    "qk_head_dim": 64,
-    "qk_pos_emb_head_dim": 32,
-    "v_head_dim": 64,
-    "bf16": True,
-    "params_dtype": torch.bfloat16,
-    "pipeline_dtype": torch.bfloat16,
-    "use_cpu_initialization": False,
-    "zero_init_output": False,
-    "init_method_std": 0.05,
-}
-
 
 def run(implementation: str, weights: dict | None = None, **overrides):
     """One forward and backward; logits, gradients by global name, and the weights used."""
@@ -41,7 +26,7 @@ def run(implementation: str, weights: dict | None = None, **overrides):
     from megatron.core.models.gpt import GPTModel
 
     from megatron_mlra.layers.specs import block_spec
-    from tiny import SEQ, VOCAB, Layout, global_batch, make_config
+    from support.tiny import SEQ, VOCAB, Layout, global_batch, make_config
 
     config = make_config(Layout(), transformer_impl=implementation, **{**SIZES, **overrides})
     model = GPTModel(
@@ -165,7 +150,7 @@ def test_packed_documents_equal_separate_ones() -> None:
     from megatron.core.packed_seq_params import PackedSeqParams
 
     from megatron_mlra.layers.specs import block_spec
-    from tiny import VOCAB, Layout, make_config
+    from support.tiny import VOCAB, Layout, make_config
 
     config = make_config(Layout(), transformer_impl="transformer_engine", **SIZES)
     model = GPTModel(

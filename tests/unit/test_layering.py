@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from support import ROOT
+
 CODE = ("pretrain_mlra.py", "megatron_mlra", "kernels", "tools", "tests")
 LONGEST_FILE = 420
 PACKAGE = ROOT / "megatron_mlra"

@@ -1,0 +1,269 @@
+"""Train the tiny model in many parallel layouts and compare each with one rank: one JSON a case.
+
+Usage: python -m support.drivers.parity FOLDER [PATTERN]
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import logging
+import math
+import sys
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from support.variants import VARIANTS, fits
+
+STEPS = 5
+DOCUMENTS = {"MLRA-4 odd documents": (0, 5, 6, 19, 32), "MLRA-4 even documents": (0, 8, 32)}
+"""Models whose sequences are packed: cumulative lengths. Context parallel cuts even documents, and
+sequences of odd ones."""
+
+
+@dataclass
+class Case:
+    """One layout of one model, compared with `reference`'s single rank."""
+
+    name: str
+    layout: dict[str, Any]
+    config: dict[str, Any]
+    reference: str
+    errors: dict[str, float] = field(default_factory=dict)
+
+
+def references() -> dict[str, dict[str, Any]]:
+    """Models trained on one rank: name -> config."""
+    models = {name: dict(variant) for name, variant in VARIANTS.items()}
+    models["MLRA-4 gated"] = {**VARIANTS["MLRA-4"], "output_gate": True}
+    models["MLRA-4 unscaled, no q latent"] = {
+        **VARIANTS["MLRA-4"],
+        "variance_scaling": False,
+        "q_lora_rank": None,
+    }
+    models["MLRA-4 deep"] = {**VARIANTS["MLRA-4"], "num_layers": 4}
+    models["GLA-2 deep"] = {**VARIANTS["GLA-2"], "num_layers": 4}
+    models["MLRA-4 MoE"] = {
+        **VARIANTS["MLRA-4"],
+        "num_moe_experts": 4,
+        "moe_router_topk": 2,
+        "moe_ffn_hidden_size": 48,
+        "moe_aux_loss_coeff": 0.0,
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "alltoall",
+    }
+    models |= dict.fromkeys(DOCUMENTS, VARIANTS["MLRA-4"])
+    models["GQA"] = {"attention": "gqa", "num_query_groups": 4}
+    models["GTA"] = {"attention": "gta", "num_query_groups": 4, "qk_pos_emb_head_dim": 8}
+    models["MFA"] = {"attention": "mfa", "q_lora_rank": 32}
+    models["TPA"] = {"attention": "tpa"}
+    return models
+
+
+def cases() -> list[Case]:
+    """All comparisons."""
+    found = []
+
+    def add(reference: str, layout: dict[str, Any], **config: Any) -> None:
+        parts = [reference] + [f"{k}{v}" for k, v in layout.items()]
+        parts += [str(v) if isinstance(v, str) else k for k, v in config.items() if v]
+        found.append(Case(" ".join(parts), layout, config, reference))
+
+    for variant in VARIANTS:
+        for tp in (2, 4):
+            for style in ("head", "latent"):
+                if not fits(VARIANTS[variant], tp, style):
+                    continue
+                for sp in (False, True):
+                    add(variant, {"tp": tp}, latent_tp_layout=style, sequence_parallel=sp)
+    for style in ("head", "latent"):
+        add("MLRA-4", {"tp": 8}, latent_tp_layout=style, sequence_parallel=True)
+        add("MLRA-2", {"tp": 8}, latent_tp_layout=style)
+        add("MLRA-4 gated", {"tp": 2}, latent_tp_layout=style, sequence_parallel=True)
+        add("MLRA-4 unscaled, no q latent", {"tp": 2}, latent_tp_layout=style)
+        add("MLRA-4", {"tp": 2}, latent_tp_layout=style, core_form="materialized")
+        for modules in (["core_attn"], ["mla_up_proj"], ["core_attn", "mla_up_proj"]):
+            recompute = {"recompute_granularity": "selective", "recompute_modules": modules}
+            add("MLRA-4", {"tp": 2}, latent_tp_layout=style, **recompute)
+            found[-1].name += " " + " ".join(modules)
+    full = {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    }
+    add("MLRA-4", {"tp": 2}, sequence_parallel=True, **full)
+    add("MLRA-4 deep", {"pp": 2})
+    add("GLA-2 deep", {"pp": 2})
+    add("MLRA-4 deep", {"pp": 2, "vpp": 2})
+    add("MLRA-4 deep", {"tp": 2, "pp": 2}, sequence_parallel=True)
+    add("MLRA-4 deep", {"tp": 2, "pp": 2}, latent_tp_layout="latent")
+    add("MLRA-4", {"dp": 2})
+    add("MLRA-4", {"dp": 2, "distributed_optimizer": True})
+    add("MLRA-4", {"tp": 2, "dp": 2, "distributed_optimizer": True}, sequence_parallel=True)
+    add("MLRA-4 MoE", {"tp": 2}, sequence_parallel=True)
+    add("MLRA-4 MoE", {"dp": 2, "ep": 2})
+    add("MLRA-4", {"cp": 2})
+    add("MLRA-4", {"cp": 4})
+    for variant in ("MLA", "GLA-2", "MLRA-2"):
+        add(variant, {"cp": 2})
+    add("MLRA-4", {"cp": 2}, core_form="materialized")
+    add("MLRA-4 gated", {"cp": 2})
+    add("MLRA-4", {"cp": 2}, recompute_absorbed_query=False)
+    for modules in (["core_attn"], ["mla_up_proj"], ["core_attn", "mla_up_proj"]):
+        recompute = {"recompute_granularity": "selective", "recompute_modules": modules}
+        add("MLRA-4", {"cp": 2}, **recompute)
+        found[-1].name += " " + " ".join(modules)
+    add("MLRA-4", {"cp": 2}, **full)
+    for style in ("head", "latent"):
+        add("MLRA-4", {"tp": 2, "cp": 2}, latent_tp_layout=style, sequence_parallel=True)
+    add("MLRA-4", {"tp": 2, "cp": 4}, core_form="materialized")
+    add("MLRA-4 deep", {"pp": 2, "cp": 2})
+    add("MLRA-4", {"cp": 2, "dp": 2, "distributed_optimizer": True})
+    add("MLRA-4 MoE", {"cp": 2, "ep": 2})
+    for documents in DOCUMENTS:
+        add(documents, {"cp": 2})
+        add(documents, {"cp": 2}, core_form="materialized")
+        add(documents, {"cp": 4})
+        add(documents, {"tp": 2, "cp": 2}, latent_tp_layout="latent")
+    add("MLRA-4 odd documents", {"tp": 2}, sequence_parallel=True)
+    for baseline in ("GQA", "GTA", "MFA", "TPA"):
+        add(baseline, {"tp": 2}, sequence_parallel=True)
+    return found
+
+
+def main(folder: Path, pattern: str) -> None:
+    import megatron_mlra.layers.specs  # noqa: F401  (loaded once, before the forks)
+    from megatron_mlra.training.cpu_backend import enable_cpu_backend
+    from support.world import run_world
+
+    enable_cpu_backend()
+    logging.disable(logging.WARNING)
+    wanted = [case for case in cases() if fnmatch.fnmatch(case.name, pattern)]
+    models = {n: c for n, c in references().items() if any(case.reference == n for case in wanted)}
+
+    def train_references(_rank: int) -> None:
+        import torch
+
+        from support.tiny import Layout, Tiny, make_config
+
+        layout = Layout()
+        layout.initialize()
+        for name, overrides in models.items():
+            config = make_config(layout, **overrides, zero_init_output=False)
+            tiny = Tiny.build(config, layout, _packing(name))
+            start = tiny.collect("weight")
+            steps = [tiny.step(seed) for seed in range(STEPS)]
+            torch.save(
+                {"start": start, "steps": steps, "end": tiny.collect("weight")},
+                folder / f"{_file(name)}.pt",
+            )
+
+    run_world(1, train_references, folder / "world-references")
+    by_layout: dict[str, list[Case]] = {}
+    for case in wanted:
+        by_layout.setdefault(json.dumps(case.layout), []).append(case)
+    for i, (layout, group) in enumerate(by_layout.items()):
+        size = _size(json.loads(layout))
+
+        def train(rank: int, group: list[Case] = group) -> None:
+            _train_group(group, folder, rank)
+
+        try:
+            run_world(size, train, folder / f"world-{i}")
+        except RuntimeError as error:
+            for case in group:
+                path = folder / f"{_file(case.name)}.json"
+                if not path.exists():
+                    path.write_text(json.dumps({"failed": str(error)}))
+
+
+def _packing(reference: str):
+    from support.tiny import Packing
+
+    bounds = DOCUMENTS.get(reference)
+    return Packing(bounds, cut_documents="even" in reference) if bounds else None
+
+
+def _size(layout: dict[str, Any]) -> int:
+    return math.prod(layout.get(axis, 1) for axis in ("tp", "pp", "cp", "dp"))
+
+
+def _train_group(group: list[Case], folder: Path, rank: int) -> None:
+    """Train all cases of one layout in one world; rank 0 writes their results."""
+    from support.tiny import Layout
+
+    layout = Layout(**group[0].layout)
+    layout.initialize()
+    for case in group:
+        result = _compare(case, layout, folder)
+        if rank == 0:
+            (folder / f"{_file(case.name)}.json").write_text(json.dumps(result))
+
+
+def _compare(case: Case, layout, folder: Path) -> dict[str, Any]:
+    import torch
+
+    from support.tiny import Tiny, make_config
+
+    reference = torch.load(folder / f"{_file(case.reference)}.pt")
+    overrides = {**references()[case.reference], **case.config}
+    config = make_config(layout, **overrides, zero_init_output=False)
+    tiny = Tiny.build(config, layout, _packing(case.reference))
+    tiny.load(reference["start"])
+    steps = [tiny.step(seed) for seed in range(STEPS)]
+    expected = reference["steps"]
+
+    theirs, ours = expected[0]["gradients"], steps[0]["gradients"]
+    gradients = {}
+    for name in theirs.keys() | ours.keys():
+        if name not in theirs or name not in ours:
+            gradients[name] = float("inf")
+            continue
+        largest = theirs[name].abs().max()
+        assert largest > 0, f"the reference gradient of {name} is zero: nothing is compared"
+        difference = float((theirs[name] - ours[name]).abs().max() / largest)
+        gradients[name] = float("inf") if difference != difference else difference
+    end = tiny.collect("weight")
+    weights = max(
+        float((end[n] - w).abs().max() / w.abs().max()) for n, w in reference["end"].items()
+    )
+
+    digests: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(digests, tiny.replicas())
+    seen: dict[Any, str] = {}
+    split = sorted(
+        {
+            place[0]
+            for part in digests
+            for place, digest in part
+            if seen.setdefault(place, digest) != digest
+        }
+    )
+    return {
+        "loss": _relative([s["loss"] for s in steps], [s["loss"] for s in expected]),
+        "gradients": gradients,
+        "grad_norm": _relative(
+            [s["grad_norm"] for s in steps[:1]], [s["grad_norm"] for s in expected[:1]]
+        ),
+        "weights": weights,
+        "replicas": split,
+        "num_gradients": len(theirs),
+    }
+
+
+def _relative(ours: list[float], theirs: list[float]) -> float:
+    return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
+
+
+def _file(name: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in name)
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "*")
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)

@@ -1,0 +1,166 @@
+"""Runs the training entry many times on one import: forks a process for each run.
+
+Reads one JSON job a line from stdin, answers one JSON line. A job {"argv", "folder", "ranks",
+"env", "free_bytes", "file_bytes", "nan_at",
+"nan_gradient_at", "samples", "asleep"} starts a run and is answered
+{"pids": [...]}; {"wait": pid} is answered with its exit {"code": ...}, negative for a signal.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import socket
+import sys
+import time
+import types
+from pathlib import Path
+
+from support import ROOT
+
+
+def main() -> None:
+    """Serve jobs until stdin closes."""
+    sys.path.insert(0, str(ROOT))
+    from megatron.training import training  # noqa: F401
+
+    import pretrain_mlra
+
+    pretrain_mlra.has_gpu()
+    from megatron_mlra.training import arguments, console, progress, steps  # noqa: F401
+
+    answers = os.fdopen(os.dup(1), "w")
+    print("{}", file=answers, flush=True)
+    for line in sys.stdin:
+        job = json.loads(line)
+        if "wait" in job:
+            answer = {"code": os.waitstatus_to_exitcode(os.waitpid(job["wait"], 0)[1])}
+        else:
+            answer = {"pids": start(pretrain_mlra, job)}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def start(entry: types.ModuleType, job: dict) -> list[int]:
+    """Fork the ranks of a run."""
+    ranks = job.get("ranks", 0)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pids = []
+    for rank in range(ranks or 1):
+        pid = os.fork()
+        if pid == 0:
+            env = job.get("env", {})
+            if ranks:
+                env |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}
+                env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            os._exit(be_entry(entry, job, rank, env))
+        pids.append(pid)
+    return pids
+
+
+def be_entry(entry: types.ModuleType, job: dict, rank: int, env: dict) -> int:
+    """Become `python pretrain_mlra.py ARGV`, with stdout and stderr in files."""
+    folder = Path(job["folder"])
+    os.chdir(folder)
+    # A shell that starts the tests in the background has them ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.update({name: str(value) for name, value in env.items()})
+    for fd, name in ((1, "stdout"), (2, "stderr")):
+        file = os.open(folder / f"{name}-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, fd)
+    if "free_bytes" in job:
+        usage = types.SimpleNamespace(free=job["free_bytes"])
+        shutil.disk_usage = lambda _: usage
+    if job.get("samples"):
+        record_samples(folder / f"samples-{rank}.txt")
+    if "nan_at" in job:
+        inject_nan(job["nan_at"])
+    if "nan_gradient_at" in job:
+        inject_nan(job["nan_gradient_at"], in_gradient=True)
+    for sleep in job.get("asleep", []):
+        fall_asleep(rank, **sleep)
+    if "file_bytes" in job:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_bytes"],) * 2)
+    sys.argv = ["pretrain_mlra.py", *job["argv"]]
+    try:
+        code = entry.main()
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        # As the interpreter would: a traceback and 1.
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    entry.leave(code)
+    # This process ends by os._exit, which leaves running what the interpreter's end would not.
+    for child in multiprocessing.active_children():
+        child.kill()
+    sys.stdout.flush()
+    return 0
+
+
+def record_samples(path: Path) -> None:
+    """Append the step and the number of every training sample that this rank's loader yields."""
+    import torch
+    from megatron.training import get_args
+
+    from megatron_mlra.fault_tolerance import samples
+
+    note = samples.note
+
+    def note_and_write(loaded):
+        note(loaded)
+        if torch.is_grad_enabled():
+            with open(path, "a") as file:
+                for number in loaded[samples.SOURCE][:, 0].tolist():
+                    file.write(f"{get_args().curr_iteration + 1} {number}\n")
+
+    samples.note = note_and_write
+
+
+def fall_asleep(
+    rank: int, ranks: list[int], place: str, seconds: float, step: int | None = None
+) -> None:
+    """Have a function, module:name, take longer on some ranks, once; `step` says in which."""
+    if rank not in ranks:
+        return
+    from megatron.training import get_args
+
+    module, name = place.split(":")
+    module = importlib.import_module(module)
+    function, left = getattr(module, name), [seconds]
+
+    def slow(*args, **named):
+        if left and (step is None or get_args().curr_iteration + 1 == step):
+            time.sleep(left.pop())
+        return function(*args, **named)
+
+    setattr(module, name, slow)
+
+
+def inject_nan(step: int, in_gradient: bool = False) -> None:
+    """Make the training loss of a step NaN, or its gradient alone."""
+    from megatron.training import get_args
+
+    from megatron_mlra.training import steps
+
+    loss_function = steps.loss_function
+
+    def with_nan(mask, losses):
+        if get_args().curr_iteration + 1 == step:
+            if in_gradient:
+                losses.register_hook(lambda gradient: gradient * float("nan"))
+            else:
+                losses = losses * float("nan")
+        return loss_function(mask, losses)
+
+    steps.loss_function = with_nan
+
+
+if __name__ == "__main__":
+    main()

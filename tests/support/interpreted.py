@@ -1,0 +1,39 @@
+"""Tests of Triton kernels under Triton's interpreter, on the CPU.
+
+Triton fixes at import whether it interprets, so such a test file runs itself in a child process
+with TRITON_INTERPRET=1: other tests of the session keep their own Triton. bf16 is left to the GPU
+tests (the interpreter computes its dot products wrongly).
+"""
+
+import os
+import subprocess
+import sys
+
+from support import ENV
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def run_interpreted(file: str) -> str:
+    """Run a test file in a child that interprets; what its pytest printed, if all passed."""
+    child = subprocess.run(
+        [sys.executable, "-m", "pytest", "-v", "-x", "--durations=5", file],
+        env=ENV | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
+    return child.stdout
+
+
+def mend_scalars() -> None:
+    """NumPy 2.5 no longer turns a one-element array into an int, as the interpreter needs."""
+    from triton.runtime import interpreter
+
+    patch_lang_tensor = interpreter._patch_lang_tensor
+
+    def patch_with_index(tensor, scope):
+        patch_lang_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_with_index

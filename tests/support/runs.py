@@ -1,0 +1,111 @@
+"""Running the training entry from tests, and reading what it did."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from support import ENV
+
+TINY = """
+base: {root}/examples/configs/debug.yaml
+num_layers: 2
+hidden_size: 64
+ffn_hidden_size: 128
+num_attention_heads: 4
+q_lora_rank: 32
+kv_lora_rank: 64
+qk_head_dim: 16
+qk_pos_emb_head_dim: 8
+v_head_dim: 16
+seq_length: 32
+max_position_embeddings: 32
+data_path: {corpus}
+split: 80,10,10
+train_iters: 8
+lr_warmup_iters: 2
+min_lr: 2.0e-4
+global_batch_size: 4
+micro_batch_size: 2
+log_interval: 2
+eval_interval: 4
+eval_iters: 2
+save_interval: 4
+"""
+
+
+@dataclass
+class Run:
+    """A run of the entry that has ended."""
+
+    code: int
+    out: str
+    err: str
+    folder: Path
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """Step -> training loss, from TensorBoard's event files under the run's folder."""
+        return scalars(self.folder, "lm loss")
+
+
+def scalars(folder: Path, name: str) -> dict[int, float]:
+    """Step -> value of one curve in the event files under `folder`."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    values: dict[int, float] = {}
+    for events in sorted({path.parent for path in folder.rglob("events.out.*")}):
+        curves = EventAccumulator(str(events), size_guidance={"scalars": 0})
+        curves.Reload()
+        if name in curves.Tags()["scalars"]:
+            values |= {event.step: event.value for event in curves.Scalars(name)}
+    return values
+
+
+class Entry:
+    """Starts runs in processes forked from one that has Megatron imported."""
+
+    def __init__(self) -> None:
+        self.worker = subprocess.Popen(
+            [sys.executable, "-m", "support.entry_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=ENV,
+        )
+        self.worker.stdout.readline()
+
+    def _ask(self, question: dict) -> dict:
+        self.worker.stdin.write(json.dumps(question) + "\n")
+        self.worker.stdin.flush()
+        return json.loads(self.worker.stdout.readline())
+
+    def start(self, folder: Path, *argv: object, **job: object) -> list[int]:
+        """Start a run in `folder`; returns the process ids of its ranks."""
+        folder.mkdir(parents=True, exist_ok=True)
+        return self._ask({"argv": [*map(str, argv)], "folder": str(folder), **job})["pids"]
+
+    def wait(self, folder: Path, pids: list[int]) -> Run:
+        """Wait for a started run; the first failing rank's exit code."""
+        codes = [self._ask({"wait": pid})["code"] for pid in pids]
+
+        def said(name: str) -> str:
+            return "".join((folder / f"{name}-{i}.txt").read_text() for i in range(len(pids)))
+
+        return Run(next(filter(None, codes), 0), said("stdout"), said("stderr"), folder)
+
+    def run(self, folder: Path, *argv: object, **job: object) -> Run:
+        """Run to the end."""
+        return self.wait(folder, self.start(folder, *argv, **job))
+
+
+def wait_for(file: Path, text: str, seconds: float = 60) -> None:
+    """Wait until `file` holds `text`."""
+    deadline = time.monotonic() + seconds
+    while not (file.exists() and text in file.read_text()):
+        assert time.monotonic() < deadline, f"{file} never said {text!r}"
+        time.sleep(0.02)

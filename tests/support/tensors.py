@@ -1,0 +1,26 @@
+"""Weights of checkpoint folders, compared."""
+
+from __future__ import annotations
+
+import torch
+from safetensors.torch import load_file
+
+from megatron_mlra.checkpoint.formats import open_checkpoint
+
+
+def assert_same_tensors(a, b) -> None:
+    a, b = open_checkpoint(a), open_checkpoint(b)
+    assert a.names() == b.names()
+    for name, tensor in a.tensors():
+        other = b.tensor(name)
+        assert tensor.dtype == other.dtype and torch.equal(tensor, other), name
+
+
+def weights_of(folder) -> dict[str, torch.Tensor]:
+    """Everything a transformers-style folder stores, by its own names."""
+    weights = {}
+    for file in sorted(folder.glob("*.bin")):
+        weights |= torch.load(file, weights_only=True)
+    for file in sorted(folder.glob("*.safetensors")):
+        weights |= load_file(file)
+    return weights

@@ -1,0 +1,86 @@
+"""The decoding benchmark apart from its GPU: presets, cases, bytes, its table and plot."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import subprocess
+import sys
+
+import pytest
+
+from megatron_mlra.benchmarks.decoding.measure import random_reader
+from megatron_mlra.description.presets import preset_description
+from megatron_mlra.description.tensors import expected_tensors
+from support import ROOT
+
+CONFIGS = ROOT / "examples" / "configs"
+TOOL = ROOT / "tools" / "benchmark_decoding.py"
+
+
+@pytest.fixture(scope="module")
+def tool():
+    """The tool as a module."""
+    spec = importlib.util.spec_from_file_location("benchmark_decoding", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters"),
+    [("mlra4", 2873220096), ("mla", 2872052736), ("mlra2_gated", 2872630272), ("gqa", 2872593408)],
+)
+def test_presets_are_the_papers_models(preset, parameters):
+    model = preset_description(CONFIGS / f"{preset}_2.9b.yaml")
+    assert sum(math.prod(shape) for shape in expected_tensors(model).values()) == parameters
+
+
+@pytest.mark.parametrize("preset", ["gta", "nowhere"])
+def test_other_presets_are_refused(preset):
+    with pytest.raises(ValueError, match="use one"):
+        preset_description(CONFIGS / f"{preset}_2.9b.yaml")
+
+
+def test_cases_hold_every_model_whole_and_as_a_share(tool):
+    presets = [CONFIGS / f"{name}_2.9b.yaml" for name in ("mlra4", "mla", "gqa")]
+    assert [case.label for case in tool.cases([4, 1], presets)] == [
+        "MLRA-4 1/4", "MLRA-4 FP8 1/4", "MLRA-4 sharded 1/4", "MLA 1/4", "GQA-8 1/4",
+        "MLRA-4 whole", "MLRA-4 FP8 whole", "MLA whole", "GQA-6 whole",
+    ]  # fmt: skip
+
+
+def test_random_weights_repeat_and_are_not_zero():
+    model = preset_description(CONFIGS / "mlra4_2.9b.yaml").replace(
+        num_layers=1, hidden_size=64, ffn_hidden_size=48, vocab_size=100
+    )
+    first, again, other = (random_reader(model, "cpu", seed=seed) for seed in (1, 1, 2))
+    name = "decoder.layers.0.self_attention.linear_proj.weight"
+    assert first(name).equal(again(name)) and not first(name).equal(other(name))
+    assert 0.015 < float(first(name).float().std()) < 0.025
+    assert 0.9 < float(first("decoder.final_layernorm.weight").float().mean()) < 1.1
+
+
+def test_table_and_plot(tool, tmp_path):
+    common = {"label": "MLRA-4 1/4", "tp": 4, "weight_bytes": 2 * 10**9}
+    records = [
+        common
+        | {"batch": 1, "context": 4096 * 8**i, "cache_bytes": 10**7, "us": 900.0 + i}
+        | {"roof_us": 600.0, "share": 0.667}
+        for i in range(2)
+    ]
+    records.append(common | {"batch": 32, "context": 524288, "cache_bytes": 155 * 10**9})
+    lines = tool.table(records).splitlines()
+    assert lines[2] == "| MLRA-4 1/4 | 1 | 4K | 900 | 600 | 67 % | 2.00 | 0.01 |"
+    assert lines[4] == "| MLRA-4 1/4 | 32 | 512K | does not fit | | | 2.00 | 155.00 |"
+    assert len({line.count("|") for line in lines}) == 1
+    tool.plot(records, "a GPU", str(tmp_path / "plot.png"))
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_a_gpu_it_says_so_in_one_line():
+    done = subprocess.run(
+        [sys.executable, TOOL], capture_output=True, text=True, env={"CUDA_VISIBLE_DEVICES": ""}
+    )
+    assert done.returncode == 1
+    assert done.stderr == "error: this benchmark needs a CUDA GPU, and torch sees none\n"

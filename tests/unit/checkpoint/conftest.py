@@ -1,0 +1,39 @@
+"""What the conversion tests share: research folders, and the command line in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_mlra.checkpoint.cli import main
+from support.research_model import VARIANTS, save_research
+
+
+@pytest.fixture(scope="session")
+def research(tmp_path_factory) -> Callable[[str], Path]:
+    """The research folder of a variant, by name; not to be changed."""
+    root = tmp_path_factory.mktemp("research")
+
+    def folder(variant: str) -> Path:
+        path = root / variant
+        return path if path.exists() else save_research(path, VARIANTS[variant])
+
+    return folder
+
+
+@pytest.fixture
+def convert(capsys) -> Callable[..., tuple[int, str]]:
+    """Run tools/convert_checkpoint.py's main: (exit code, stdout or, failed, stderr)."""
+
+    def run(*argv: object) -> tuple[int, str]:
+        quiet = [] if argv[0] == "inspect" else ["--quiet"]
+        try:
+            code = main([*map(str, argv), *quiet])
+        except SystemExit as end:
+            code = end.code
+        said = capsys.readouterr()
+        return code, said.err if code and said.err else said.out
+
+    return run

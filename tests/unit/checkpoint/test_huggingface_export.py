@@ -1,0 +1,210 @@
+"""What an exported folder holds besides weights, and what is refused on the way out and in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from argparse import Namespace
+
+import pytest
+import tokenizers
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from megatron_mlra.checkpoint.formats import open_checkpoint
+from megatron_mlra.checkpoint.huggingface.folder import write_huggingface
+from megatron_mlra.data.tokenizers import ByteTokenizer
+from megatron_mlra.description.model import CheckpointError
+from support.random_checkpoint import RandomFolder, grouped, latent
+
+UP = "model.layers.1.self_attn.kv_b_proj.weight"
+
+
+@pytest.fixture
+def exported(tmp_path):
+    """An exported folder of MLRA-4, to be changed at will."""
+    folder = tmp_path / "exported"
+    write_huggingface(RandomFolder(latent(4, 4)), folder, tokenizer="byte", progress=False)
+    return folder
+
+
+def trained_on(tmp_path, tokenizer):
+    """A Megatron run's checkpoint whose data has metadata naming this tokenizer."""
+    metadata = {"version": 1, "vocab_size": 257, "eod_id": 256, "tokenizer": tokenizer}
+    (tmp_path / "data.json").write_text(json.dumps(metadata))
+    source = RandomFolder(latent(4, 4), tmp_path)
+    source.args = Namespace(data_path=["0.5", str(tmp_path / "data")])
+    return source
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "plain",
+        "  two  spaces\n\ttab\r\n",
+        "ünï 日本語 🙂",
+        "<|endoftext|> \x00\x7f",
+        "'s 12 a\u00a0b",
+    ],
+)
+def test_byte_tokenizer_is_the_one_of_the_data(exported, text):
+    ours, theirs = ByteTokenizer(), AutoTokenizer.from_pretrained(exported, trust_remote_code=True)
+    ids = theirs(text)["input_ids"]
+    assert ids == ours.tokenize(text)
+    assert theirs.decode(ids) == text
+    assert (theirs.eos_token_id, len(theirs)) == (ours.eod, ours.vocab_size)
+
+
+def test_tokenizer_follows_the_metadata_of_the_data(tmp_path):
+    byte = trained_on(tmp_path, {"type": "byte"})
+    assert write_huggingface(byte, tmp_path / "byte", progress=False) is None
+    assert (tmp_path / "byte" / "tokenizer.json").is_file()
+
+    made = tmp_path / "made"
+    made.mkdir()
+    words = tokenizers.models.WordLevel({"a": 0, "<eod>": 1}, unk_token="a")
+    tokenizers.Tokenizer(words).save(str(made / "tokenizer.json"))
+    (made / "tokenizer_config.json").write_text('{"eos_token": "<eod>"}')
+    digest = hashlib.sha256((made / "tokenizer.json").read_bytes()).hexdigest()
+    described = {"type": "hf", "model": str(made / "tokenizer.json"), "sha256": digest}
+    assert (
+        write_huggingface(trained_on(tmp_path, described), tmp_path / "hf", progress=False) is None
+    )
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "hf" / name).read_bytes() == (made / name).read_bytes()
+
+    for i, (tokenizer, said) in enumerate(
+        [
+            (described | {"sha256": "0"}, "is gone or is not the file the data was made with"),
+            ({"type": "tiktoken", "model": "gpt2"}, "no tokenizer: tiktoken gpt2 has no tokenizer"),
+        ]
+    ):
+        source = trained_on(tmp_path, tokenizer)
+        problem = write_huggingface(source, tmp_path / f"none{i}", progress=False)
+        assert said in problem and "\n" not in problem
+        assert not (tmp_path / f"none{i}" / "tokenizer.json").exists()
+    problem = write_huggingface(RandomFolder(latent(4, 4)), tmp_path / "bare", progress=False)
+    assert problem.startswith("no tokenizer: no files beside the weights, and no metadata of")
+    assert problem.endswith("name one by --tokenizer byte or FOLDER")
+
+
+def test_configuration(exported):
+    config = AutoConfig.from_pretrained(exported, trust_remote_code=True)
+    assert (config.model_type, config.eos_token_id, config.dtype) == ("mlra", 256, torch.float32)
+    assert config.softmax_scale == pytest.approx((16 + 8) ** -0.5)
+    generation = GenerationConfig.from_pretrained(exported)
+    assert (generation.eos_token_id, generation.pad_token_id) == (256, 256)
+
+
+@pytest.mark.parametrize(
+    ("description", "said"),
+    [
+        (grouped(2, output_gate=True), "Llama has no output gate; use export-official"),
+        (grouped(2, softmax_scale=0.1), "softmax_scale is 0.1, and Llama's is head_dim^-1/2"),
+        (grouped(2, hidden_size=60), "hidden_size 60 is no multiple of num_attention_heads 8"),
+    ],
+)
+def test_what_transformers_has_not_is_refused(description, said, tmp_path):
+    with pytest.raises(CheckpointError) as refused:
+        write_huggingface(RandomFolder(description), tmp_path / "out", progress=False)
+    assert said in str(refused.value) and "\n" not in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("description", "tokenizer", "said"),
+    [
+        (latent(4, 4, vocab_size=256, eod_token_id=None), "byte", "has 256 with end of document"),
+        (latent(4, 4, vocab_size=300, eod_token_id=299), "byte", "ends documents with id 256"),
+        (latent(4, 4), "nowhere", "tokenizer nowhere is neither 'byte' nor a folder"),
+    ],
+)
+def test_tokenizers_that_do_not_fit_are_refused(description, tokenizer, said, tmp_path):
+    with pytest.raises(CheckpointError, match=said):
+        write_huggingface(
+            RandomFolder(description), tmp_path / "out", tokenizer=tokenizer, progress=False
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def removed(weights):
+    del weights[UP]
+
+
+def renamed(weights):
+    weights[UP.replace("kv_b", "kv_c")] = weights.pop(UP)
+
+
+def reshaped(weights):
+    weights[UP] = weights[UP][:, :-1].contiguous()
+
+
+def of_another_variant(weights):
+    weights[UP] = weights[UP].view(2, 16, 40, 16)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (removed, [f"missing {UP}"]),
+        (renamed, [f"missing {UP}", "unknown model.layers.1.self_attn.kv_c_proj.weight"]),
+        (reshaped, [f"{UP} is [4, 7, 40, 16], not [4, 8, 40, 16]"]),
+        (of_another_variant, [f"{UP} is [2, 16, 40, 16], not [4, 8, 40, 16]"]),
+    ],
+)
+def test_damaged_weights_are_refused_by_name(exported, damage, said):
+    weights = load_file(exported / "model.safetensors")
+    damage(weights)
+    save_file(weights, exported / "model.safetensors")
+    with pytest.raises(CheckpointError) as refused:
+        open_checkpoint(exported)
+    assert all(part in str(refused.value) for part in said)
+
+
+def test_truncated_weights_are_refused(exported):
+    file = exported / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"model.safetensors cannot be read, truncated\?"):
+        open_checkpoint(exported)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_branches": None}, "num_branches is None; it must be a whole number"),
+        ({"num_branches": 3}, "num_branches 3 does not divide num_latent_heads 4"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' has no counterpart; only 'silu' has"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type 'llama3' has no counterpart"),
+        (
+            {"rope_parameters": {"rope_type": "yarn"}},
+            "rope_parameters name no factor, original_max",
+        ),
+        ({"rms_norm_eps": ...}, "config.json names no rms_norm_eps"),
+        ({"model_type": "gpt2"}, "config.json is of model_type 'gpt2'"),
+    ],
+)
+def test_wrong_configurations_are_refused(exported, changes, said):
+    config = json.loads((exported / "config.json").read_text())
+    for name, value in changes.items():
+        if value is ...:
+            del config[name]
+        else:
+            config[name] = value
+    (exported / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError) as refused:
+        open_checkpoint(exported)
+    assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_saved_again_by_transformers_it_is_still_read(exported, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True)
+    model.save_pretrained(tmp_path / "again")
+    first, again = open_checkpoint(exported), open_checkpoint(tmp_path / "again")
+    assert again.description == first.description
+    assert all(torch.equal(first.tensor(name), again.tensor(name)) for name in first.names())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    tokens = torch.arange(20)[None]
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)

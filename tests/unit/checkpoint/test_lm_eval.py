@@ -1,0 +1,160 @@
+"""lm-evaluation-harness on an exported folder, against this project's scorer."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from megatron_mlra.checkpoint.huggingface.folder import write_huggingface
+from megatron_mlra.checkpoint.megatron.writer import write_megatron
+from megatron_mlra.evaluation.cli import main
+from megatron_mlra.evaluation.models import load_scorer
+from support.random_checkpoint import RandomFolder, grouped, latent
+
+CHOICES = """
+task: local_choices
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{context}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+target_delimiter: ""
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+ROLLING = """
+task: local_text
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list: [{{metric: byte_perplexity}}]
+"""
+ITEMS = [
+    {"context": "Two and two is", "choices": [" four", " fünf", " a cat's"], "answer": 0},
+    {"context": "x" * 90 + " then", "choices": [" y", " zebra crossing"], "answer": 1},
+    {"context": "", "choices": ["Empty", "None at all"], "answer": 0},
+    {"context": "Ends with a space ", "choices": ["so", "or not"], "answer": 1},
+]
+TEXTS = ["short", "ünïcode text that is longer than one window of 64 tokens. " * 4, "z" * 64]
+
+
+@pytest.fixture(scope="module", params=["MLRA-4", "GQA"])
+def exported(request, tmp_path_factory):
+    """An exported folder of random weights, sharp enough that choices differ."""
+    description = latent(4, 4) if request.param == "MLRA-4" else grouped(2)
+    folder = tmp_path_factory.mktemp("eval") / request.param
+    write_huggingface(RandomFolder(description), folder, tokenizer="byte", progress=False)
+    return folder
+
+
+@pytest.fixture
+def tasks(tmp_path, monkeypatch):
+    """Folder of both tasks with their data; nothing of it comes from a network."""
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = {"choices": ITEMS, "text": [{"text": text} for text in TEXTS]}
+    for name, template in (("choices", CHOICES), ("text", ROLLING)):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows[name]))
+        (tmp_path / f"{name}.yaml").write_text(template.format(file=file))
+    return tmp_path
+
+
+def test_harness_gives_the_scorers_log_likelihoods(exported, tasks):
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    found = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(exported), "trust_remote_code": True, "dtype": "float32"},
+        tasks=["local_choices", "local_text"],
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+        device="cpu",
+        batch_size=3,
+        log_samples=True,
+        bootstrap_iters=0,
+    )
+    samples = {
+        name: sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
+        for name in ("local_choices", "local_text")
+    }
+    theirs = [pair for sample in samples["local_choices"] for pair in sample["resps"]]
+    scorer = load_scorer(exported, device="cpu", batch_size=5)
+    ours = scorer.continuations(
+        [(item["context"], choice) for item in ITEMS for choice in item["choices"]]
+    )
+    assert len(theirs) == len(ours) == 9
+    for (pair,), score in zip(theirs, ours, strict=True):
+        assert float(pair[0]) == pytest.approx(score.log_likelihood, abs=1e-4)
+        assert str(pair[1]) == str(score.is_greedy)
+    rolling = [float(sample["resps"][0][0]) for sample in samples["local_text"]]
+    mine = [score.log_likelihood for score in scorer.texts(TEXTS)]
+    assert rolling == pytest.approx(mine, abs=1e-3)
+
+    code = main(
+        [str(exported), "--task", str(tasks / "choices.jsonl"), "--json", str(tasks / "out.json")]
+    )
+    assert code == 0
+    accuracy = json.loads((tasks / "out.json").read_text())["task"][str(tasks / "choices.jsonl")]
+    results = found["results"]["local_choices"]
+    assert accuracy == {
+        name: pytest.approx(results[f"{name},none"]) for name in ("acc", "acc_norm")
+    }
+
+
+def test_perplexity_is_that_of_the_megatron_folder(exported, tmp_path, capsys):
+    from megatron_mlra.checkpoint.formats import open_checkpoint
+
+    write_megatron(open_checkpoint(exported), tmp_path / "megatron", progress=False)
+    text = tmp_path / "text.txt"
+    text.write_text(TEXTS[1])
+    for folder, more in ((exported, []), (tmp_path / "megatron", ["--tokenizer", "byte"])):
+        out = tmp_path / f"{folder.name}.json"
+        assert main([str(folder), "--text", str(text), "--json", str(out), *more]) == 0
+    first, second = (
+        json.loads((tmp_path / f"{name}.json").read_text())["text"][str(text)]
+        for name in (exported.name, "megatron")
+    )
+    assert first == second
+    assert first["tokens"] == first["bytes"] == len(TEXTS[1].encode())
+    assert first["perplexity"] == pytest.approx(
+        math.exp(first["bits_per_byte"] * math.log(2)), rel=1e-9
+    )
+    assert "bits a byte" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "nothing to evaluate; give --text or --task"),
+        (["--text", "missing.txt"], "missing.txt: No such file or directory"),
+        (["--text", __file__, "--batch-size", "0"], "--batch-size is 0; use at least 1"),
+        (["--text", __file__, "--dtype", "int8"], "dtype is 'int8'; use one of float32"),
+        (["--text", __file__, "--tokenizer", "nowhere"], "neither 'byte' nor a folder with"),
+        (["--task", __file__], "not JSON"),
+        (
+            ["--text", __file__, "--json", "nowhere/out.json"],
+            "--json nowhere/out.json: there is no",
+        ),
+        (["--text", __file__, "--json", "/"], "--json / is a folder; name a file in it"),
+        (["--text", __file__, "--device", "tpo"], "device is 'tpo'; use cpu, cuda or"),
+        (["--task", "mixed.jsonl"], "mixed.jsonl holds items with and without choices"),
+        (["--task", "blank.jsonl"], "blank.jsonl holds no items"),
+    ],
+)
+def test_wrong_input_is_one_line(exported, capsys, tmp_path, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    items = ITEMS[0], {"context": "a", "continuation": "b"}
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    (tmp_path / "blank.jsonl").write_text("\n")
+    assert main([str(exported), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.startswith("error: ") and error.count("\n") == 1

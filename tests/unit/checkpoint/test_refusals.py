@@ -1,0 +1,386 @@
+"""Damaged, foreign and hostile checkpoints are refused by name; nothing is left half written."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_mlra.checkpoint.megatron import safe_pickle
+from megatron_mlra.checkpoint.megatron.torch_dist import read_metadata
+from megatron_mlra.command_line.signals import Interrupted, interruptible
+from support.research_model import VARIANTS, save_research
+
+SIZES = VARIANTS["MLRA-4"]
+UP = "transformer.h.1.attn.kv_b_proj"
+
+
+class Code:
+    """A pickle that, loaded, makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def removed(weights):
+    del weights[UP]
+
+
+def renamed(weights):
+    weights["transformer.h.1.attn.kv_c_proj"] = weights.pop(UP)
+
+
+def reshaped(weights):
+    weights[UP] = weights[UP][:, :, :-1].contiguous()
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (removed, [f"missing {UP}"]),
+        (renamed, [f"missing {UP}", "unknown transformer.h.1.attn.kv_c_proj [4, 16, 256]"]),
+        (reshaped, [f"{UP} is [4, 16, 255], not [4, 16, 256]"]),
+    ],
+)
+def test_wrong_tensors(damage, said, convert, tmp_path):
+    weights = SIZES.weights()
+    damage(weights)
+    source = save_research(tmp_path / "source", SIZES, weights)
+    code, error = convert("import-official", source, tmp_path / "out")
+    assert code == 2 and error.count("\n") == 1
+    assert "(MLRA-4) does not fit its model: " in error
+    for part in said:
+        assert part in error
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def test_layers_of_two_variants(convert, tmp_path):
+    weights = SIZES.weights()
+    weights[UP] = VARIANTS["GLA-4"].weights()[UP]
+    source = save_research(tmp_path / "source", SIZES, weights)
+    code, error = convert("inspect", source)
+    assert code == 2 and f"{UP} is [4, 16, 64], not [4, 16, 256]" in error
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"n_head": None}, "config.json: n_head is None"),
+        ({"n_head": 6}, "no latents that serve 6 heads of 16"),
+        ({"q_lora_rank": 16}, "transformer.h.0.attn.q_a_proj.weight is [32, 64], not [16, 64]"),
+        ({"vocab_size": 130}, "transformer.wte.weight is [128, 64], not [130, 64]"),
+        ({"n_layer": 3}, "missing transformer.h.2.input_layernorm.weight"),
+        ({"n_layer": 1}, "unknown transformer.h.1."),
+    ],
+)
+def test_config_of_another_model(changes, said, convert, tmp_path):
+    source = save_research(tmp_path / "source", SIZES)
+    config = {k: v for k, v in (SIZES.config() | changes).items() if v is not None}
+    (source / "config.json").write_text(json.dumps(config))
+    code, error = convert("inspect", source)
+    assert code == 2 and said in error and error.count("\n") == 1
+
+
+@pytest.fixture
+def megatron(research, convert, tmp_path) -> Path:
+    folder = tmp_path / "megatron"
+    assert convert("import-official", research("MLRA-4"), folder)[0] == 0
+    return folder
+
+
+def test_truncated_and_missing_files(research, megatron, convert, tmp_path):
+    cut = tmp_path / "cut"
+    shutil.copytree(research("MLRA-4"), cut)
+    os.truncate(cut / "pytorch_model.bin", 20_000)
+    code, error = convert("import-official", cut, tmp_path / "out")
+    assert code == 2 and "pytorch_model.bin cannot be read, truncated?" in error
+    for form in ("safetensors", "bin"):
+        shards = tmp_path / form
+        argv = ("--format", form, "--max-shard-gb", 1e-4)
+        assert convert("export-official", megatron, shards, *argv)[0] == 0
+        last = sorted(shards.glob(f"*0{'3' if form == 'bin' else '2'}-of-*.{form}"))[0]
+        os.truncate(last, last.stat().st_size - 1000)
+        code, error = convert("import-official", shards, tmp_path / "out")
+        assert code == 2 and f"{last.name} cannot be read, truncated?" in error
+        last.unlink()
+        code, error = convert("import-official", shards, tmp_path / "out")
+        assert code == 2 and f"is incomplete: {last.name} missing" in error
+    weights = megatron / "release" / "__0_0.distcp"
+    os.truncate(weights, weights.stat().st_size - 1)
+    code, error = convert("export-official", megatron, tmp_path / "out")
+    assert code == 2 and "is truncated: __0_0.distcp has " in error
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_damaged_bytes_inside_a_megatron_file(megatron, convert, tmp_path):
+    weights = megatron / "release" / "__0_0.distcp"
+    weights.write_bytes(weights.read_bytes().replace(b"PK\x03\x04", b"PK\x03\x05"))
+    code, error = convert("export-official", megatron, tmp_path / "out")
+    assert code == 2 and "cannot be read" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_tensors_of_a_megatron_folder(megatron, convert, tmp_path):
+    file = megatron / "release" / ".metadata"
+    intact = file.read_bytes()
+    key = "decoder.layers.self_attention.linear_proj.weight"
+    canonical = "decoder.layers.1.self_attention.linear_proj.weight"
+    metadata = read_metadata(file.parent)
+
+    def stored(change) -> str:
+        damaged = read_metadata(file.parent)
+        change(damaged.state_dict_metadata)
+        file.write_bytes(pickle.dumps(damaged))
+        code, error = convert("export-official", megatron, tmp_path / "out")
+        file.write_bytes(intact)
+        assert code == 2 and error.count("\n") == 1
+        return error
+
+    assert f"missing {canonical}" in stored(lambda entries: entries.pop(key))
+    error = stored(lambda entries: entries.update({"new.weight": entries.pop(key)}))
+    assert f"missing {canonical}" in error and "unknown new.weight [2, 64, 128]" in error
+    other = metadata.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"]
+    error = stored(lambda entries: entries.update({key: other}))
+    assert f"{canonical} is [64, 96], not [64, 128]" in error
+
+
+def test_metadata_that_leads_elsewhere(megatron, convert, tmp_path):
+    file = megatron / "release" / ".metadata"
+    key = "decoder.final_layernorm.weight"
+
+    def refused(change) -> str:
+        damaged = read_metadata(file.parent)
+        before = file.read_bytes()
+        change(damaged)
+        file.write_bytes(pickle.dumps(damaged))
+        code, error = convert("export-official", megatron, tmp_path / "out")
+        file.write_bytes(before)
+        assert code == 2 and error.count("\n") == 1 and not (tmp_path / "out").exists()
+        return error
+
+    def outside(metadata):
+        (index,) = (index for index in metadata.storage_data if index.fqn == key)
+        info = metadata.storage_data[index]
+        metadata.storage_data[index] = replace(info, relative_path="../release/__0_0.distcp")
+
+    def shorter(metadata):
+        metadata.state_dict_metadata[key].chunks[0].sizes = torch.Size([63])
+
+    def gone(metadata):
+        metadata.state_dict_metadata[key].chunks.clear()
+
+    assert ".metadata is not a torch_dist checkpoint's" in refused(outside)
+    assert f"a block of {key} has 64 numbers, not 63" in refused(shorter)
+    assert f"{key} has blocks for 0 of 64 numbers" in refused(gone)
+
+
+def test_pickled_code_is_not_run(research, megatron, convert, tmp_path):
+    mark = tmp_path / "mark"
+    source = save_research(tmp_path / "source", SIZES, {"x": Code(mark)})
+    code, error = convert("import-official", source, tmp_path / "out")
+    assert code == 2 and "holds more than tensors, and is not run" in error
+    torch.save({"args": Code(mark)}, megatron / "release" / "common.pt")
+    assert type(safe_pickle.load_torch(megatron / "release" / "common.pt")["args"]).__name__ == (
+        "Inert"
+    )
+    (megatron / "release" / ".metadata").write_bytes(pickle.dumps(Code(mark)))
+    code, error = convert("inspect", megatron)
+    assert code == 2 and ".metadata" in error
+    assert not mark.exists()
+    pickle.loads(pickle.dumps(Code(mark)))
+    assert mark.exists()
+
+
+def test_a_checkpoint_of_another_attention(research, megatron, convert, tmp_path):
+    from megatron_mlra.checkpoint.formats import open_checkpoint
+    from megatron_mlra.description.megatron_args import description_fields
+
+    args = open_checkpoint(megatron).args
+    for name, value, said in (
+        ("attention", "tpa", "attention 'tpa' cannot be converted"),
+        ("mtp_num_layers", 1, "a model with mtp_num_layers (1) cannot be converted"),
+        ("normalization", "LayerNorm", "normalization 'LayerNorm' cannot be converted"),
+        ("kv_lora_rank", None, "name no kv_lora_rank"),
+    ):
+        with pytest.raises(ValueError) as refused:
+            description_fields(vars(args) | {name: value})
+        assert said in str(refused.value)
+
+
+def test_routing_that_nothing_here_computes(megatron):
+    from megatron_mlra.checkpoint.formats import open_checkpoint
+    from megatron_mlra.description.megatron_args import from_megatron_args
+
+    args = vars(open_checkpoint(megatron).args)
+    args |= {"num_experts": 8, "moe_router_topk": 2, "moe_layer_freq": 1}
+    assert from_megatron_args(args).variant == "MLRA-4 MoE"
+    for name, value, said in (
+        ("moe_router_num_groups", 4, "a model with moe_router_num_groups (4) cannot be converted"),
+        ("moe_shared_expert_gate", True, "a model with moe_shared_expert_gate (True)"),
+        ("moe_router_load_balancing_type", "sinkhorn", "type 'sinkhorn' cannot be converted"),
+        ("moe_router_score_function", "sqrtsoftplus", "'softmax' and 'sigmoid' are"),
+        ("moe_router_dtype", "fp64", "moe_router_dtype 'fp64' is not supported"),
+        ("moe_router_enable_expert_bias", True, "needs moe_router_score_function sigmoid"),
+        ("moe_router_topk", 9, "moe_router_topk is 9, of 8 experts"),
+        ("moe_layer_freq", [1], "needs a 0 or 1 for each of 2 layers"),
+    ):
+        with pytest.raises(ValueError) as refused:
+            from_megatron_args(args | {name: value})
+        assert said in str(refused.value)
+
+
+def test_exported_experts_that_megatron_has_not():
+    from megatron_mlra.checkpoint.huggingface.config import from_hf_config, to_hf_config
+    from support.random_checkpoint import latent
+
+    model = latent(
+        4,
+        4,
+        num_experts=4,
+        moe_router_topk=2,
+        moe_ffn_hidden_size=16,
+        moe_layer_pattern=(0, 1),
+        moe_router_score_function="sigmoid",
+    )
+    config = to_hf_config(model)
+    assert from_hf_config(config, "float32") == model.replace(tokenizer_type=None)
+    for name, value, said in (
+        ("norm_topk_prob", False, "norm_topk_prob False with sigmoid scores"),
+        ("router_dtype", "float64", "router_dtype 'float64' has no counterpart"),
+        ("mlp_layer_types", ["dense", "moe"], "mlp_layer_types 'moe' has no counterpart"),
+        ("mlp_layer_types", ["sparse"], "needs a 0 or 1 for each of 2 layers"),
+        ("scoring_func", "sqrtsoftplus", "'sqrtsoftplus' is not supported"),
+    ):
+        with pytest.raises(ValueError) as refused:
+            from_hf_config(config | {name: value}, "float32")
+        assert said in str(refused.value)
+
+
+def test_destinations(research, convert, tmp_path, monkeypatch):
+    source = research("MLRA-4")
+    (tmp_path / "there").mkdir()
+    code, error = convert("import-official", source, tmp_path / "there")
+    assert code == 2 and "exists already; remove it, or choose another folder" in error
+    (tmp_path / "file").write_text("")
+    code, error = convert("import-official", source, tmp_path / "file" / "out")
+    assert code == 2 and "is not a folder" in error
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    code, error = convert("import-official", source, tmp_path / "out")
+    assert code == 2 and "has 0.00 GB free and needs 0.00 GB" in error
+    assert sorted(os.listdir(tmp_path)) == ["file", "there"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["inspect", "nowhere"], "nowhere is not a folder"),
+        (["inspect", "."], "holds no checkpoint"),
+        (["import-hf", "{source}", "out"], "is a research folder; import-hf reads huggingface"),
+        (["reshard", "{source}", "out"], "is not a Megatron folder: it has neither"),
+        (["reshard", "{source}", "out", "--dtype", "bfloat16"], "add weights_only"),
+        (["export-official", "{source}", "out", "--max-shard-gb", "0"], "--max-shard-gb 0 is not"),
+        (["verify", "{source}", "{source}", "--tolerance", "-1"], "--tolerance -1 is negative"),
+    ],
+)
+def test_bad_arguments(argv, said, research, convert, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, error = convert(*(word.format(source=research("MLA")) for word in argv))
+    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert said in error
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["import-official", "{research}"],
+        ["export-official", "{megatron}"],
+        ["export-official", "{megatron}", "--format", "bin"],
+        ["export-hf", "{megatron}"],
+        ["reshard", "{megatron}"],
+    ],
+    ids=" ".join,
+)
+def test_a_disk_that_fills(command, research, megatron, convert, tmp_path):
+    folders = {"research": research("MLRA-4"), "megatron": megatron}
+    name, source, *options = (word.format(**folders) for word in command)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        code, error = convert(name, source, tmp_path / "out", *options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2 and error.count("\n") == 1
+    assert error == f"error: [Errno 27] File too large: '{tmp_path / 'out'}'\n"
+    assert os.listdir(tmp_path) == ["megatron"]
+
+
+SLOWED = """
+import sys, time
+from megatron_mlra.checkpoint import cli, stream
+
+take = stream.TensorStream.take
+
+def slow(self, name):
+    if name.startswith("decoder.layers.1."):
+        time.sleep(300)
+    return take(self, name)
+
+stream.TensorStream.take = slow
+sys.exit(cli.main())
+"""
+"""The tool, never done with its second layer."""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_conversion_leaves_no_destination(number, research, convert, tmp_path):
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    command = ["import-official", research("MLRA-4"), out]
+    running = subprocess.Popen(
+        [sys.executable, "-c", SLOWED, *command], stderr=subprocess.PIPE, text=True
+    )
+    while not list(partial.glob("release/*.distcp")):
+        assert running.poll() is None and not out.exists()
+        time.sleep(0.01)
+    running.send_signal(number)
+    _, error = running.communicate(timeout=300)
+    assert running.returncode in (-number, 128 + number)
+    assert not out.exists()
+    if number == signal.SIGTERM:
+        assert "error: interrupted; nothing written" in error and not partial.exists()
+    else:
+        assert partial.exists()
+        assert convert(*command)[0] == 0
+        assert out.exists() and not partial.exists()
+
+
+def test_an_interrupt_within_torch_save_is_one():
+    class Interrupting(io.BytesIO):
+        writes = 0
+
+        def write(self, data):
+            self.writes += 1
+            if self.writes == 2:
+                signal.raise_signal(signal.SIGTERM)
+            return super().write(data)
+
+    with pytest.raises(Interrupted) as raised, interruptible():
+        torch.save(torch.ones(3), Interrupting())
+    assert raised.value.number == signal.SIGTERM
+    assert isinstance(raised.value.__cause__, RuntimeError)

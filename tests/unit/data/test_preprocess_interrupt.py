@@ -1,0 +1,147 @@
+"""Preprocessing that is cut short: nothing new is left behind, earlier output stays."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from megatron_mlra.data import pipeline
+from megatron_mlra.data.cli import main
+from support import ROOT
+
+BYTE = ("--tokenizer", "byte")
+
+
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path, monkeypatch):
+    """Every test runs in a folder of its own, which holds one good input."""
+    monkeypatch.chdir(tmp_path)
+    Path("good.jsonl").write_text('{"text": "good"}\n')
+
+
+def earlier_output() -> dict[str, bytes]:
+    assert main(["--input", "good.jsonl", "--output-prefix", "out", *BYTE]) == 0
+    return {name: Path(name).read_bytes() for name in ("out.bin", "out.idx", "out.json")}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_exception_keeps_earlier_output(monkeypatch, error):
+    earlier = earlier_output()
+    before = sorted(os.listdir())
+    read_batches = pipeline.read_batches
+
+    def interrupted(*arguments, **keywords):
+        yield from read_batches(*arguments, **keywords)
+        raise error
+
+    monkeypatch.setattr(pipeline, "read_batches", interrupted)
+    with pytest.raises(error):
+        main(["--input", "good.jsonl", "--output-prefix", "out", "--overwrite", *BYTE])
+    assert sorted(os.listdir()) == before
+    assert {name: Path(name).read_bytes() for name in earlier} == earlier
+
+
+def test_full_disk(capsys):
+    """A file size limit makes write fail as a full disk does."""
+    earlier = earlier_output()
+    capsys.readouterr()
+    Path("a.txt").write_text("x" * 300_000)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        argv = ["--input", "a.txt", "--output-prefix", "out", "--overwrite", *BYTE]
+        assert main(argv) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    error = capsys.readouterr().err
+    assert error.endswith("File too large: 'out.bin'; nothing written\n") and error.count("\n") == 1
+    assert sorted(os.listdir()) == ["a.txt", "good.jsonl", *sorted(earlier)]
+    assert {name: Path(name).read_bytes() for name in earlier} == earlier
+
+
+@pytest.fixture
+def long_run():
+    """A run with two workers in a session of its own, stopped once it has written tokens.
+
+    Yields the process, its children, and a check that the folder is as it was.
+    """
+    earlier = earlier_output()
+    tokenizer = Tokenizer(models.BPE({chr(i): i for i in range(97, 123)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save("t.json")
+    line = json.dumps({"text": "some words of a document " * 40}) + "\n"
+    Path("big.jsonl").write_text(line * 40_000)
+    argv = ["--input", "big.jsonl", "--output-prefix", "out", "--overwrite", "--workers", "2"]
+    argv += ["--tokenizer", "hf", "--tokenizer-model", "t.json", "--eod-token", "a"]
+    before = sorted(os.listdir())
+
+    def check() -> None:
+        assert sorted(os.listdir()) == before
+        assert {name: Path(name).read_bytes() for name in earlier} == earlier
+
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tools/preprocess_data.py"), *argv],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        partial = Path(f"out.bin.partial-{process.pid}")
+        deadline = time.monotonic() + 60
+        while not (partial.exists() and partial.stat().st_size):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        yield process, psutil.Process(process.pid).children(recursive=True), check
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_to_the_process_group(long_run, number):
+    """As a terminal's Ctrl-C or a scheduler's kill: parent and workers all get the signal."""
+    process, children, check = long_run
+    os.killpg(process.pid, number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert error == "error: interrupted; temporary files removed\n"
+    check()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert len(children) >= 2 and not alive
+
+
+def test_signal_during_the_renames_waits_for_their_end(monkeypatch):
+    earlier = earlier_output()
+    Path("good.jsonl").write_bytes(b'{"text": "other"}\n')
+    replace = os.replace
+
+    def signalled(source, target):
+        replace(source, target)
+        if target.endswith(".bin"):
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(os, "replace", signalled)
+    argv = ["--input", "good.jsonl", "--output-prefix", "out", "--overwrite", *BYTE]
+    assert main(argv) == 128 + signal.SIGTERM
+    assert all(Path(name).read_bytes() != content for name, content in earlier.items())
+    assert sorted(os.listdir()) == ["good.jsonl", *sorted(earlier)]
+
+
+def test_killed_worker(long_run):
+    """As the kernel does when memory runs out."""
+    process, children, check = long_run
+    workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    workers[0].kill()
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert error.startswith("error: a worker process died") and error.count("\n") == 1
+    check()

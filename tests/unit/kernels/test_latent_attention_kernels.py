@@ -1,0 +1,224 @@
+"""The absorbed core's kernels without a GPU: emulated against float64, and compiled for Hopper."""
+
+import itertools
+import math
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from mlra_kernels.latent_attention import backward_kernel, check_supported, forward_kernel, ops
+from support.emulated import launch
+from support.emulated_memory import Descriptor, Pointer
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="needs Triton's compiler"
+)
+
+
+def documents(*lengths: int) -> tuple[tuple[int, int, int, int], ...]:
+    """Spans of packed documents."""
+    bounds = itertools.accumulate(lengths, initial=0)
+    return tuple((a, b, a, b) for a, b in itertools.pairwise(bounds))
+
+
+# s, t, b, pairs, groups, latent, rope, queries of a program, keys of a tile[, keys before the first
+# query's own place, without which the queries are the last; or spans of queries and their keys]
+SHAPES = {
+    "MLRA-4": (256, 256, 2, 8, 4, 32, 16, 64, 32),
+    "wide tiles": (256, 256, 1, 4, 2, 32, 16, 128, 64),
+    "as many keys as queries": (128, 128, 1, 4, 1, 32, 16, 64, 64),
+    "ragged end": (200, 200, 2, 4, 4, 32, 16, 64, 32),
+    "less than a tile": (40, 40, 1, 2, 2, 32, 16, 64, 32),
+    "the last queries": (100, 230, 1, 4, 2, 32, 16, 64, 32),
+    "one query": (1, 65, 2, 4, 2, 32, 16, 64, 32),
+    "every key": (100, 230, 1, 4, 2, 32, 16, 64, 32, 230),
+    "every key of few": (150, 40, 1, 4, 2, 32, 16, 128, 64, 40),
+    "two documents": (256, 256, 1, 4, 2, 32, 16, 64, 32, ((0, 128, 0, 128), (128, 256, 128, 256))),
+    "documents": (200, 200, 2, 4, 2, 32, 16, 64, 32, documents(1, 70, 3, 66, 33, 27)),
+    "short documents": (130, 130, 1, 4, 2, 32, 16, 128, 64, documents(*[5] * 26)),
+    "a rank's two chunks": (96, 384, 1, 4, 2, 32, 16, 64, 32, ((0, 48, 0, 96), (48, 96, 0, 384))),
+    "a rank's documents": (
+        100, 200, 1, 4, 2, 32, 16, 64, 32,
+        ((0, 30, 0, 60), (30, 45, 60, 75), (45, 46, 75, 140), (46, 100, 140, 200)),
+    ),
+}  # fmt: skip
+
+
+def oracle(query, key, grad, latent_dim, scale, ranges):
+    """Output, lse and gradients in float64."""
+    at = torch.arange(len(key))
+    query, key = (x.double().requires_grad_() for x in (query, key))
+    keys = key.repeat_interleave(query.size(2) // key.size(2), 2)
+    x = torch.einsum("sbpe,tbpe->bpst", query, keys) * scale
+    x = x.masked_fill((at < ranges[0, :, None]) | (at > ranges[1, :, None]), -math.inf)
+    out = torch.einsum("bpst,tbpl->sbpl", x.softmax(-1), keys[..., :latent_dim])
+    grads = torch.autograd.grad(out, (query, key), grad.double())
+    return out.detach(), x.logsumexp(-1).detach(), *grads
+
+
+def difference(found, expected) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("lazy", [False, True], ids=["eager", "lazy"])
+@pytest.mark.parametrize("stages", [3, 4])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_values_and_gradients(shape, stages, lazy):
+    s, t, b, pairs, groups, latent, rope, queries, keys = shape[:9]
+    said = shape[9] if len(shape) > 9 else t - s
+    past = said if isinstance(said, int) else None
+    if past is None:
+        ranges = ops.key_ranges(said)
+    else:
+        ranges = torch.stack([torch.zeros(s), torch.arange(past, past + s)])
+    generator = torch.Generator().manual_seed(1)
+    width, scale = latent + rope, 0.3
+    query, key, grad = (
+        torch.randn(tokens, b, heads, size, generator=generator)
+        for tokens, heads, size in ((s, pairs, width), (t, groups, width), (s, pairs, latent))
+    )
+    expected = oracle(query, key, grad, latent, scale, ranges)
+    out, lse = torch.empty(s, b, pairs, latent), torch.empty(b, pairs, s)
+    delta, grad_query, grad_key = torch.empty_like(lse), torch.empty_like(query), key * 0
+
+    def rows(x, count, columns):
+        return Descriptor(x.flatten(1), count, columns)
+
+    half = queries // 2
+    grid = (triton.cdiv(s, queries), pairs, b)
+    inputs = {
+        "q_nope_desc": rows(query, half, latent),
+        "q_rope_desc": rows(query, half, rope),
+        "key_nope_desc": rows(key, keys, latent),
+        "key_rope_desc": rows(key, keys, rope),
+        "lse_ptr": Pointer(lse),
+        "s": s,
+        "t": t,
+        "ranges_ptr": Pointer(ranges),
+        "past": past,
+        "log2_scale": scale / math.log(2),
+    } | {"P": pairs, "G": groups, "L": latent, "R": rope, "M": queries, "N": keys}
+    inputs["RANGES"] = past is None
+    run = {"lazy": lazy, "warps": 4}
+    launch(
+        forward_kernel.latent_attention_forward, grid, **run, **inputs,
+        out_desc=rows(out, half, latent), STAGES=stages,
+    )  # fmt: skip
+    assert difference(out, expected[0]) < 1e-6 and difference(lse, expected[1]) < 1e-6
+
+    products = {"a_ptr": Pointer(out), "b_ptr": Pointer(grad), "out_ptr": Pointer(delta)}
+    products |= {"s": s, "b": b, "P": pairs, "L": latent, "T": 32}
+    launch(backward_kernel.row_products, (triton.cdiv(s, 32), pairs, b), **run, **products)
+    launch(
+        backward_kernel.latent_attention_backward, grid, **run, **inputs,
+        do_desc=rows(grad, half, latent), dq_nope_desc=rows(grad_query, half, latent),
+        dq_rope_desc=rows(grad_query, half, rope), delta_ptr=Pointer(delta), scale=scale,
+        dkey_nope_desc=rows(grad_key, keys, latent), dkey_rope_desc=rows(grad_key, keys, rope),
+    )  # fmt: skip
+    assert difference(grad_query, expected[2]) < 2e-6
+    assert difference(grad_key, expected[3]) < 2e-6
+
+
+def compiled(kernel, types, constants, folder, launch) -> tuple[str, int, int]:
+    """SASS, shared memory of a program and stack of a thread, in bytes."""
+    signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+    signature |= dict.fromkeys(constants, "constexpr")
+    at = {name: (i,) for i, name in enumerate(kernel.arg_names)}
+    pointers = {at[n]: [["tt.divisibility", 16]] for n, kind in types.items() if kind[0] == "*"}
+    values = {at[name]: value for name, value in constants.items()}
+    binary = triton.compile(
+        GluonASTSource(kernel, signature, values, pointers),
+        target=GPUTarget("cuda", 90, 32),
+        options=launch,
+    )
+    file = folder / "kernel.cubin"
+    file.write_bytes(binary.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    run = [str(tool), "--dump-resource-usage", "--dump-sass", str(file)]
+    text = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+    (folder / "kernel.ptx").write_text(binary.asm["ptx"])
+    again = [str(tool.parent / "ptxas"), "--gpu-name=sm_90a", "-v", str(folder / "kernel.ptx")]
+    said = subprocess.run([*again, "-o", "/dev/null"], capture_output=True, text=True, check=True)
+    assert "Performance Loss" not in said.stderr, "products wait for each other: " + said.stderr
+    return text, binary.metadata.shared, int(re.search(r"STACK:(\d+)", text)[1])
+
+
+def rows_type(rows: int, columns: int, dtype=gl.bfloat16) -> str:
+    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], dtype)
+    return f"tensordesc<{dtype}[{rows}, {columns}],{layout!r}>"
+
+
+@pytest.mark.parametrize(("latent", "rope"), [(128, 64), (64, 32), (32, 16)])
+@pytest.mark.parametrize("ranges", [False, True], ids=["causal", "ranges"])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_compiles_for_hopper(backward, ranges, latent, rope, tmp_path):
+    keys = ops.BACKWARD_KEYS if backward else ops.FORWARD_KEYS
+    half = ops.QUERIES // 2
+    constants = {"P": 24, "G": 4, "L": latent, "R": rope, "M": ops.QUERIES, "N": keys}
+    constants["RANGES"] = ranges
+    of_queries = {"nope": rows_type(half, latent), "rope": rows_type(half, rope)}
+    types = {f"q_{part}_desc": kind for part, kind in of_queries.items()}
+    types |= {"key_nope_desc": rows_type(keys, latent), "key_rope_desc": rows_type(keys, rope)}
+    types |= {"lse_ptr": "*fp32", "log2_scale": "fp32"}
+    if ranges:
+        types["ranges_ptr"] = "*i32"
+    else:
+        constants["ranges_ptr"] = None
+    if backward:
+        kernel, launch = backward_kernel.latent_attention_backward, ops.BACKWARD_LAUNCH
+        types |= {f"dq_{part}_desc": kind for part, kind in of_queries.items()}
+        types |= {"do_desc": of_queries["nope"], "scale": "fp32", "delta_ptr": "*fp32"}
+        types |= {"dkey_nope_desc": rows_type(keys, latent, gl.float32)}
+        types |= {"dkey_rope_desc": rows_type(keys, rope, gl.float32)}
+    else:
+        kernel, launch = forward_kernel.latent_attention_forward, ops.FORWARD_LAUNCH
+        types["out_desc"] = of_queries["nope"]
+        constants["STAGES"] = ops.STAGES
+    sass, shared, stack = compiled(kernel, types, constants, tmp_path, launch)
+    assert "HGMMA" in sass and "UTMALDG" in sass and ("UTMAREDG" in sass) == backward
+    assert shared <= 232448, "more shared memory than a block of an H100 has"
+    # One value that is needed after the loop.
+    assert stack <= 8 * (backward and ranges), f"{stack} bytes of registers do not fit"
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "latent_dim", "said"),
+    [
+        ((8, 1, 4, 192), (8, 1, 2, 192), 100, "latent dim 100 with 92 RoPE dims"),
+        ((8, 1, 4, 192), (8, 1, 3, 192), 128, "4 query heads are no multiple of 3 key heads"),
+        (
+            (8, 1, 4, 192),
+            (7, 1, 2, 192),
+            128,
+            r"query is \[8, 1, 4, 192\] and key \[7, 1, 2, 192\]",
+        ),
+    ],
+)
+def test_shapes_that_do_not_fit(query, key, latent_dim, said):
+    tensors = (torch.empty(shape, dtype=torch.bfloat16) for shape in (query, key))
+    with pytest.raises(ValueError, match=said):
+        check_supported(*tensors, latent_dim)
+
+
+def test_ranges_that_do_not_fit():
+    query = torch.empty(8, 1, 4, 192)
+    for ranges in (torch.zeros(2, 7, dtype=torch.int32), torch.zeros(2, 8)):
+        with pytest.raises(ValueError, match=r"; it is torch.int32 \[2, 8\] on cpu"):
+            ops._check_ranges(ranges, query)
+
+
+def test_other_dtypes_and_devices():
+    query = torch.empty(8, 1, 4, 192)
+    with pytest.raises(ValueError, match=r"query is torch.float32; latent_attention takes bfloat"):
+        ops.latent_attention(query, query, 128, 1.0)
+    query = query.bfloat16()
+    with pytest.raises(ValueError, match="runs on Hopper GPUs, not on cpu"):
+        ops.latent_attention(query, query, 128, 1.0)

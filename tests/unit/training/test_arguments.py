@@ -1,0 +1,161 @@
+"""Presets as argparse defaults, and how a run's flags become one namespace."""
+
+from __future__ import annotations
+
+import argparse
+from argparse import Namespace
+
+import pytest
+import torch
+from megatron.training.arguments import add_megatron_arguments
+
+from megatron_mlra.training import console
+from megatron_mlra.training.argument_checks import check_fp8_tokens
+from megatron_mlra.training.arguments import add_mlra_arguments, load_preset, parse
+from megatron_mlra.training.cpu_backend import CPU_DEFAULTS
+from megatron_mlra.training.progress import Throughput, recomputed
+from support import CONFIGS
+
+DEBUG = str(CONFIGS / "debug.yaml")
+
+
+@pytest.fixture(scope="module")
+def parser():
+    return add_mlra_arguments(add_megatron_arguments(argparse.ArgumentParser()))
+
+
+def load(parser, tmp_path, text):
+    (tmp_path / "preset.yaml").write_text(text)
+    return load_preset(tmp_path / "preset.yaml", parser)
+
+
+def test_values_are_what_flags_would_store(parser, tmp_path):
+    assert load(
+        parser,
+        tmp_path,
+        "num_layers: 2\n"
+        "lr: 1e-3\n"
+        "qk_rope_head_dim: 16\n"
+        "disable_bias_linear: true\n"
+        "swiglu: true\n"
+        "variance_scaling: false\n"
+        "data_path: 0.5 a 0.5 b\n"
+        "recompute_modules: [core_attn, mlp]\n"
+        "train_data_path: [a, b]\n"
+        "moe_layer_freq: 2\n"
+        "save: 7\n"
+        "q_lora_rank: null\n",
+    ) == {
+        "num_layers": 2,
+        "lr": 1e-3,
+        "qk_pos_emb_head_dim": 16,
+        "add_bias_linear": False,
+        "swiglu": True,
+        "variance_scaling": False,
+        "data_path": ["0.5", "a", "0.5", "b"],
+        "recompute_modules": ["core_attn", "mlp"],
+        "train_data_path": ["a", "b"],
+        "moe_layer_freq": 2,
+        "save": "7",
+        "q_lora_rank": None,
+    }
+
+
+def test_a_preset_overrides_its_base(parser, tmp_path):
+    (tmp_path / "base.yaml").write_text("num_layers: 2\nhidden_size: 64")
+    values = load(parser, tmp_path, "base: base.yaml\nnum_layers: 3")
+    assert values == {"num_layers": 3, "hidden_size": 64}
+
+
+def test_command_line_overrides_presets_and_presets_defaults():
+    args = parse(["--config", DEBUG, "--num-layers", "2", "--log-interval", "7"])
+    assert (args.num_layers, args.hidden_size, args.log_interval) == (2, 256, 7)
+    assert args.exit_signal_handler
+    assert args.kv_channels == args.v_head_dim == 32
+    assert args.tensorboard_dir == "runs/debug/tensorboard"
+
+
+def test_every_switch_has_an_opposite(tmp_path):
+    on = ["bf16", "no_check_for_nan_in_loss_and_grad", "disable_bias_linear", "variance_scaling"]
+    text = "".join(f"{name}: true\n" for name in on)
+    (tmp_path / "preset.yaml").write_text(f"base: {DEBUG}\n{text}")
+    argv = ["--config", str(tmp_path / "preset.yaml")]
+    args = parse(argv)
+    assert args.bf16 and not (args.check_for_nan_in_loss_and_grad or args.add_bias_linear)
+    opposites = ["--no-bf16", "--check-for-nan-in-loss-and-grad", "--no-disable-bias-linear"]
+    opposites += ["--no-variance-scaling"]
+    args = parse([*argv, *opposites])
+    assert not args.bf16 and args.check_for_nan_in_loss_and_grad and args.add_bias_linear
+    assert not args.variance_scaling, "an opposite of its own is kept"
+    assert parse([*argv, "--no-bf16", "--bf16"]).bf16, "the last one counts"
+
+
+@pytest.mark.parametrize(
+    ("bf16", "known", "slow"), [(True, False, True), (True, True, False), (False, False, False)]
+)
+def test_bf16_on_a_cpu_without_it_is_said_to_be_slow(bf16, known, slow, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: known)
+    line = console.on_cpu(Namespace(bf16=bf16))
+    assert line.startswith("no GPU found: running on the CPU (gloo, torch attention)")
+    assert ("try --no-bf16" in line) == slow
+
+
+def test_without_a_gpu_the_cpu_settings_are_defaults(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    args = vars(parse(["--config", DEBUG]))
+    assert {name: args[name] for name in CPU_DEFAULTS} == CPU_DEFAULTS
+
+
+@pytest.mark.parametrize(
+    ("granularity", "modules", "expected"),
+    [
+        (None, None, None),
+        ("full", None, "full"),
+        ("selective", None, "core"),
+        ("selective", ["core_attn", "mlp"], "core"),
+        ("selective", ["mla_up_proj"], "up_proj"),
+        ("selective", ["mlp"], None),
+    ],
+)
+def test_recomputed(granularity, modules, expected):
+    args = Namespace(attention="mlra", recompute_granularity=granularity, recompute_modules=modules)
+    assert recomputed(args) == expected
+
+
+def test_throughput_leaves_pauses_out(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("megatron_mlra.training.progress.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+    args = Namespace(consumed_train_samples=40, seq_length=10)  # as after a resume
+    throughput = Throughput(args)
+    assert throughput.rate() is None
+    throughput.begin()
+    now[0] += 2
+    with throughput.pause():
+        now[0] += 50
+    now[0] += 3
+    args.consumed_train_samples += 20
+    assert throughput.rate() == 20 * 10 / 5
+    now[0] += 1
+    args.consumed_train_samples += 4
+    assert throughput.rate() == 40
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({"seq_length": 2048, "micro_batch_size": 1}, None),
+        ({"seq_length": 12, "micro_batch_size": 4}, None),
+        ({"seq_length": 12, "micro_batch_size": 2}, "use --seq-length 16"),
+        ({"seq_length": 72, "sequence_parallel": True}, "use --seq-length 96"),
+    ],
+)
+def test_fp8_needs_sixteen_tokens_a_rank(settings, wanted):
+    args = {"seq_length": 64, "micro_batch_size": 1, "sequence_parallel": False}
+    args |= {"tensor_model_parallel_size": 2, "context_parallel_size": 1}
+    args |= {"eval_micro_batch_size": None} | settings
+    if wanted is None:
+        check_fp8_tokens(Namespace(**args))
+        return
+    with pytest.raises(ValueError, match=f"^--seq-length .*; {wanted}$"):
+        check_fp8_tokens(Namespace(**args))
