@@ -53,7 +53,7 @@ def train() -> int:
     from torch.distributed.checkpoint.api import CheckpointException
 
     from megatron_mlra.cost.parameters import parameters
-    from megatron_mlra.cost.shape import ModelShape
+    from megatron_mlra.description.megatron_args import from_megatron_args
     from megatron_mlra.fault_tolerance import (
         checksums,
         heartbeat,
@@ -81,7 +81,7 @@ def train() -> int:
         helper_processes.install(args.exit_signal)
         config = steps.model_config(args, arguments.validate(args))
         global_vars.rebuild_tokenizer(args)
-        shape = ModelShape.from_args(args)
+        shape = from_megatron_args(args)
         if args.dry_run:
             described = dry_run.describe(args, config.transformer, shape, sys.argv[1:])
             # At once, so that a reader may leave early.

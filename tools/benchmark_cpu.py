@@ -23,7 +23,8 @@ from torch.nn import functional as F
 
 from megatron_mlra.command_line.parser import run
 from megatron_mlra.cost.parameters import parameters
-from megatron_mlra.cost.shape import ModelShape
+from megatron_mlra.description.megatron_args import from_megatron_args
+from megatron_mlra.description.model import ModelDescription
 
 ROOT = Path(__file__).resolve().parent.parent
 TURNS = 3
@@ -32,7 +33,7 @@ TURNS = 3
 class Attention(nn.Module):
     """MLRA on `[b, s, d]`, absorbed or materialized, by torch's scaled_dot_product_attention."""
 
-    def __init__(self, shape: ModelShape, eps: float, rotary_base: float) -> None:
+    def __init__(self, shape: ModelDescription, eps: float, rotary_base: float) -> None:
         super().__init__()
         self.shape, self.eps = shape, eps
         d, d_q, l = shape.hidden_size, shape.q_lora_rank, shape.latent_dim
@@ -90,7 +91,7 @@ class Attention(nn.Module):
 class Layer(nn.Module):
     """Attention and a SwiGLU MLP, each behind an RMSNorm and beside a residual."""
 
-    def __init__(self, shape: ModelShape, eps: float, rotary_base: float) -> None:
+    def __init__(self, shape: ModelDescription, eps: float, rotary_base: float) -> None:
         super().__init__()
         d, f = shape.hidden_size, shape.ffn_hidden_size
         self.norm1, self.norm2 = nn.RMSNorm(d, eps), nn.RMSNorm(d, eps)
@@ -106,9 +107,9 @@ class Layer(nn.Module):
 class Model(nn.Module):
     """Logits `[b, s, V]` of tokens `[b, s]`; embeddings tied, output projections zero at first."""
 
-    def __init__(self, shape: ModelShape, eps: float, rotary_base: float) -> None:
+    def __init__(self, shape: ModelDescription, eps: float, rotary_base: float) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(shape.vocab_size, shape.hidden_size)
+        self.embedding = nn.Embedding(shape.embedding_rows, shape.hidden_size)
         layers = (Layer(shape, eps, rotary_base) for _ in range(shape.num_layers))
         self.layers, self.norm = nn.Sequential(*layers), nn.RMSNorm(shape.hidden_size, eps)
         for name, weight in self.named_parameters():
@@ -177,7 +178,7 @@ def main() -> None:
     sizes = {preset["micro_batch_size"], preset["global_batch_size"]}
     if preset["attention"] != "mlra" or preset["bf16"] or len(sizes) > 1:
         parser.error(f"{args.config}: use an mlra preset in float32, one micro-batch a step")
-    shape = ModelShape.from_args(preset)
+    shape = from_megatron_args(preset)
     model = Model(shape, preset["norm_epsilon"], preset["rotary_base"])
     count, expected = sum(p.numel() for p in model.parameters()), parameters(shape).total
     if count != expected:

@@ -40,7 +40,7 @@ def cases(tps: list[int], presets: list[str]) -> list[Case]:
                 label = f"GQA-{model.num_query_groups}"
             where = "whole" if tp == 1 else f"1/{tp}"
             out.append(Case(f"{label} {where}", model, tp))
-            if model.attention == "latent" and model.num_branches > 1:
+            if model.attention == "mlra" and model.num_branches > 1:
                 out.append(Case(f"{label} FP8 {where}", model, tp, cache_dtype="fp8"))
                 if tp > 1:
                     out.append(Case(f"{label} sharded {where}", model, tp, weight_mode="sharded"))

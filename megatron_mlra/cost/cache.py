@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from megatron_mlra.cost.shape import ModelShape
+from megatron_mlra.description.model import ModelDescription
 
 
-def kv_cache_elements(shape: ModelShape, tp: int = 1, layout: str = "latent") -> int:
+def kv_cache_elements(shape: ModelDescription, tp: int = 1, layout: str = "latent") -> int:
     """Cached numbers per token and layer on one of `tp` tensor-parallel ranks (tp = 1: all).
 
     Latent layout max(L / tp, 1) d_l + d_r; head layout d_c + d_r on every rank; GQA max(g / tp, 1)
@@ -14,7 +14,7 @@ def kv_cache_elements(shape: ModelShape, tp: int = 1, layout: str = "latent") ->
     """
     if layout not in ("latent", "head"):
         raise ValueError(f"layout is {layout!r}; use latent or head")
-    c, d_r = shape.kv_channels, shape.qk_rope_head_dim
+    c, d_r = shape.head_dim, shape.qk_rope_head_dim
 
     def share(count: int) -> int:
         return -(-count // tp)
@@ -32,7 +32,7 @@ def kv_cache_elements(shape: ModelShape, tp: int = 1, layout: str = "latent") ->
 
 
 def kv_cache_bytes_per_token(
-    shape: ModelShape, tp: int = 1, dtype_bytes: int = 2, layout: str = "latent"
+    shape: ModelDescription, tp: int = 1, dtype_bytes: int = 2, layout: str = "latent"
 ) -> int:
     """Bytes a cached token takes on one rank, all layers: n * elements * dtype_bytes."""
     return shape.num_layers * kv_cache_elements(shape, tp, layout) * dtype_bytes

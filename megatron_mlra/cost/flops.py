@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from megatron_mlra.cost.parameters import parameters
-from megatron_mlra.cost.shape import ModelShape
+from megatron_mlra.description.model import ModelDescription
 
 RECOMPUTES = (None, "core", "up_proj", "full")
 
@@ -20,7 +20,7 @@ class TrainFlops(NamedTuple):
 
 
 def train_flops_per_token(
-    shape: ModelShape,
+    shape: ModelDescription,
     seq_length: int | None = None,
     recompute: str | None = None,
     fused_core: bool = False,
@@ -48,7 +48,7 @@ def train_flops_per_token(
     s = shape.seq_length if seq_length is None else seq_length
     if s < 1:
         raise ValueError(f"seq_length is {s}; use at least 1")
-    n, h, c, p = shape.num_layers, shape.num_attention_heads, shape.kv_channels, parameters(shape)
+    n, h, c, p = shape.num_layers, shape.num_attention_heads, shape.head_dim, parameters(shape)
     keys = (s + 1) / 2
     mlp = p.mlp * n
     if shape.num_experts:
@@ -72,7 +72,9 @@ def train_flops_per_token(
         query = "linear_q_proj" if shape.q_lora_rank is None else "linear_q_up_proj"
         up_proj = 2.0 * n * (p.attention[query] + heads * d_l * before_core)
     elif recompute == "up_proj":
-        raise ValueError(f"recompute is 'up_proj', but {shape.variant} has no latents; use 'core'")
+        raise ValueError(
+            f"recompute is 'up_proj', but {shape.attention_variant} has no latents; use 'core'"
+        )
     core = 2.0 * n * heads * (score + value) * keys
     run_core = 2.0 * n * heads * (run_score + run_value) * keys
     extra = {None: 0.0, "core": run_core, "up_proj": up_proj, "full": layers + run_core}[recompute]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_mlra.cost.shape import ModelShape
+from megatron_mlra.description.model import ModelDescription
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Parameters:
     """What one token uses; `total` for a dense model."""
 
 
-def parameters(shape: ModelShape) -> Parameters:
+def parameters(shape: ModelDescription) -> Parameters:
     """Count every parameter of the model.
 
     total = V d (twice if untied) + d + n (attention + attention norms + 2 d) + dense layers * mlp
@@ -43,11 +43,11 @@ def parameters(shape: ModelShape) -> Parameters:
     d, f, n = shape.hidden_size, shape.ffn_hidden_size, shape.num_layers
     matrices = 3 if shape.swiglu else 2
     weights, norms = _attention_weights(shape), _attention_norms(shape)
-    embedding, mlp = shape.vocab_size * d, matrices * d * f
-    output = 0 if shape.tied_embeddings else embedding
-    shared = d * shape.num_experts + matrices * d * shape.moe_shared_ffn_hidden_size
+    embedding, mlp = shape.embedding_rows * d, matrices * d * f
+    output = 0 if shape.tie_embeddings else embedding
+    shared = d * shape.num_experts + matrices * d * shape.moe_shared_expert_intermediate_size
     expert = matrices * d * shape.moe_ffn_hidden_size
-    moe, active = shared + shape.num_experts * expert, shared + shape.moe_topk * expert
+    moe, active = shared + shape.num_experts * expert, shared + shape.moe_router_topk * expert
     moe_layers = n - shape.num_dense_layers if shape.num_experts else 0
     rest = (
         embedding
@@ -71,11 +71,11 @@ def parameters(shape: ModelShape) -> Parameters:
     )
 
 
-def _attention_weights(shape: ModelShape) -> dict[str, int]:
+def _attention_weights(shape: ModelDescription) -> dict[str, int]:
     d, h, c, g = (
         shape.hidden_size,
         shape.num_attention_heads,
-        shape.kv_channels,
+        shape.head_dim,
         shape.num_query_groups,
     )
     if shape.attention == "mlra":
@@ -113,12 +113,12 @@ def _attention_weights(shape: ModelShape) -> dict[str, int]:
     return weights | {"linear_proj": h * c * d}
 
 
-def _attention_norms(shape: ModelShape) -> dict[str, int]:
+def _attention_norms(shape: ModelDescription) -> dict[str, int]:
     norms = {}
     if shape.attention in ("mlra", "mfa") and shape.q_lora_rank is not None:
         norms["q_norm"] = shape.q_lora_rank
     if shape.attention == "mlra":
         norms["kv_norm"] = shape.kv_lora_rank  # L weights of d_l
     if shape.attention == "gqa" and shape.qk_layernorm:
-        norms["qk_layernorm"] = 2 * shape.kv_channels
+        norms["qk_layernorm"] = 2 * shape.head_dim
     return norms

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megatron_mlra.cost.shape import ModelShape
+from megatron_mlra.description.model import ModelDescription
 
 
 class Collective(NamedTuple):
@@ -51,7 +51,7 @@ class Communication:
 
 
 def tp_communication(
-    shape: ModelShape, tp: int, layout: str = "head", sequence_parallel: bool = False
+    shape: ModelDescription, tp: int, layout: str = "head", sequence_parallel: bool = False
 ) -> Communication:
     """Collectives of one layer's attention at tensor-parallel size `tp`, numbers per token.
 
@@ -117,7 +117,7 @@ def tp_communication(
 
 
 def cp_communication(
-    shape: ModelShape, cp: int, tp: int = 1, layout: str = "head"
+    shape: ModelDescription, cp: int, tp: int = 1, layout: str = "head"
 ) -> Communication:
     """Collectives of one layer's attention at context-parallel size `cp`, numbers per token of the
     whole sequence, on each of `tp` tensor-parallel ranks.
@@ -145,9 +145,9 @@ def cp_communication(
     )
 
 
-def _shared_numbers(shape: ModelShape, tp: int) -> int:
+def _shared_numbers(shape: ModelDescription, tp: int) -> int:
     """What all heads share and is gathered from column-parallel projections, numbers per token."""
-    c = shape.kv_channels
+    c = shape.head_dim
     if shape.attention == "gta":
         return shape.qk_rope_head_dim
     if shape.attention == "mfa":

@@ -82,6 +82,11 @@ class ExpertSizes:
         return bool(self.num_experts and self.moe_layer_pattern[layer])
 
     @property
+    def num_dense_layers(self) -> int:
+        """Layers of a mixture of experts whose MLP is dense; 0 in a dense model."""
+        return self.moe_layer_pattern.count(0)
+
+    @property
     def stacks_layers(self) -> bool:
         """Whether Megatron stores all layers as one tensor: it does where they are of one kind."""
         return len(set(self.moe_layer_pattern)) <= 1
@@ -113,6 +118,12 @@ class ExpertSizes:
             )
         if self.moe_router_topk > self.num_experts:
             return f"moe_router_topk is {self.moe_router_topk}, of {self.num_experts} experts"
+        return None
+
+    def routing_problem(self) -> str | None:
+        """One line for routing that checkpoints, exports and inference of this project lack."""
+        if not self.num_experts:
+            return None
         for name, allowed in (
             ("moe_router_score_function", SCORE_FUNCTIONS),
             ("moe_router_dtype", ROUTER_DTYPES),
@@ -127,31 +138,47 @@ class ExpertSizes:
         return None
 
 
-def expert_fields(args: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
-    """Fields of ExpertSizes from a run's arguments; ValueError for routing that is unsupported."""
+def refused_experts(args: Mapping[str, Any]) -> str | None:
+    """One line for routing, in a run's arguments, that cannot be converted."""
     if not args.get("num_experts"):
-        return {}
+        return None
     for name in REFUSED:
         if args.get(name):
-            raise ValueError(f"a model with {name} ({args[name]!r}) cannot be converted")
+            return f"a model with {name} ({args[name]!r}) cannot be converted"
     balancing = args.get("moe_router_load_balancing_type")
     for kind in balancing if isinstance(balancing, list | tuple) else [balancing]:
         if kind in REFUSED_BALANCING:
-            raise ValueError(f"moe_router_load_balancing_type {kind!r} cannot be converted")
-    freq = args.get("moe_layer_freq", 1)
+            return f"moe_router_load_balancing_type {kind!r} cannot be converted"
+    return None
+
+
+def expert_fields(args: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+    """Fields of ExpertSizes from a run's arguments, a preset or a config.
+
+    Raises:
+        ValueError: for a moe_layer_freq that is no pattern of the layers.
+    """
+    experts = args.get("num_experts") or args.get("num_moe_experts")
+    if not experts:
+        return {}
+    freq = args.get("moe_layer_freq") or 1
     if isinstance(freq, int):
         pattern = tuple(int(i % freq == 0) for i in range(num_layers))
-    else:
+    elif isinstance(freq, list | tuple) and len(freq) == num_layers:
         pattern = tuple(freq)
+    else:
+        raise ValueError(
+            f"moe_layer_freq is {freq!r}; use an integer or {num_layers} zeros and ones"
+        )
     fields = {name: args[name] for name in _SAME if args.get(name) is not None}
     if fields.get("moe_router_score_function", "softmax") != "softmax":
         fields["moe_router_pre_softmax"] = False
     return fields | {
-        "num_experts": args["num_experts"],
+        "num_experts": experts,
         "moe_layer_pattern": pattern,
         "moe_ffn_hidden_size": args.get("moe_ffn_hidden_size") or args["ffn_hidden_size"],
         "moe_shared_expert_intermediate_size": args.get("moe_shared_expert_intermediate_size") or 0,
-        "moe_router_topk": args.get("moe_router_topk", 2),
+        "moe_router_topk": args.get("moe_router_topk") or 2,
         "moe_router_topk_scaling_factor": float(args.get("moe_router_topk_scaling_factor") or 1.0),
     }
 

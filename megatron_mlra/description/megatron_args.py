@@ -5,80 +5,125 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_mlra.description.experts import expert_args, expert_fields
+from megatron_mlra.description.experts import expert_args, expert_fields, refused_experts
 from megatron_mlra.description.model import YARN, CheckpointError, ModelDescription
 
 
 def from_megatron_args(args: Any, **overrides: Any) -> ModelDescription:
-    """The model that a Megatron run's arguments (a namespace or mapping) describe.
+    """The model of a run's arguments, a preset (a mapping) or a Megatron config.
 
-    `overrides` are fields of ModelDescription and win.
-
-    Raises:
-        CheckpointError: for arguments of a model that cannot be described, named.
-    """
-    return ModelDescription(**description_fields(args) | overrides)
-
-
-def description_fields(args: Any) -> dict[str, Any]:
-    """Fields of ModelDescription from a run's arguments (a namespace or mapping).
+    Megatron's names are read (`qk_head_dim`, `padded_vocab_size`, `num_experts`, ...); `overrides`
+    are fields of ModelDescription and win. Without `padded_vocab_size`, the embedding is padded as
+    Megatron pads it. Whether its checkpoints can be converted, check_convertible says.
 
     Raises:
-        CheckpointError: for arguments of a model that cannot be described, named.
+        CheckpointError: the arguments make no model; the line names one of them.
     """
-    values = dict(args) if isinstance(args, Mapping) else dict(vars(args))
-    _refuse_unsupported(values)
+    values = _mapping(args)
 
-    def needed(name: str) -> Any:
-        if values.get(name) is None:
-            raise CheckpointError(f"the checkpoint's arguments name no {name}")
-        return values[name]
+    def get(*names: str, default: Any = None) -> Any:
+        return next((values[name] for name in names if values.get(name) is not None), default)
 
-    heads = needed("num_attention_heads")
+    kind = get("attention", default="mlra" if get("num_latent_heads") else "gqa")
+    kind = overrides.get("attention", kind)
+    d, h = get("hidden_size", default=0), get("num_attention_heads", default=0)
+    swiglu = bool(get("swiglu", "gated_linear_unit", default=False))
+    ffn = get("ffn_hidden_size", default=(d * 8 // 3) // 64 * 64 if swiglu else 4 * d)
+    untied = get("untie_embeddings_and_output_weights")
+    tied = (
+        get("share_embeddings_and_output_weights", default=True) if untied is None else not untied
+    )
     fields: dict[str, Any] = {
-        name: needed(name) for name in ("num_layers", "hidden_size", "ffn_hidden_size")
+        "attention": kind,
+        "num_layers": get("num_layers", default=0),
+        "hidden_size": d,
+        "ffn_hidden_size": ffn,
+        "num_attention_heads": h,
+        "vocab_size": get("vocab_size", "padded_vocab_size", default=0),
+        "padded_vocab_size": get("padded_vocab_size") or _padded(values),
+        "seq_length": get("seq_length", default=0),
+        "swiglu": swiglu,
+        "tie_embeddings": bool(tied),
+        "rotary_base": float(get("rotary_base", default=10000)),
+        "layernorm_epsilon": float(get("layernorm_epsilon", "norm_epsilon", default=1e-5)),
+        "max_position_embeddings": get("max_position_embeddings", "seq_length", default=2048),
+        "dtype": str(get("params_dtype", default="float32")).removeprefix("torch."),
+        "softmax_scale": get("softmax_scale"),
+        "tokenizer_type": get("tokenizer_type"),
+        "tokenizer_model": get("tokenizer_model"),
+        "eod_token_id": get("null_tokenizer_eod_id"),
     }
-    fields |= {
-        "num_attention_heads": heads,
-        "vocab_size": values.get("vocab_size") or needed("padded_vocab_size"),
-        "rotary_base": float(values.get("rotary_base", 10000)),
-        "layernorm_epsilon": float(needed("layernorm_epsilon")),
-        "tie_embeddings": not values.get("untie_embeddings_and_output_weights", False),
-        "max_position_embeddings": needed("max_position_embeddings"),
-        "dtype": str(values.get("params_dtype", "float32")).removeprefix("torch."),
-        "softmax_scale": values.get("softmax_scale"),
-        "tokenizer_type": values.get("tokenizer_type"),
-        "tokenizer_model": values.get("tokenizer_model"),
-        "eod_token_id": values.get("null_tokenizer_eod_id"),
-    }
+    if kind == "mlra":
+        fields |= {
+            "num_latent_heads": get("num_latent_heads", default=4),
+            "num_branches": get("num_branches", default=4),
+            "q_lora_rank": get("q_lora_rank"),
+            "kv_lora_rank": get("kv_lora_rank", default=0),
+            "qk_nope_head_dim": get("qk_head_dim", default=128),
+            "qk_rope_head_dim": get("qk_pos_emb_head_dim", default=64),
+            "v_head_dim": get("v_head_dim", default=128),
+            "output_gate": bool(get("output_gate", default=False)),
+            "variance_scaling": bool(get("variance_scaling", default=True)),
+            "rope_type": get("rope_type", default="rope"),
+            "core_form": get("core_form", default="auto"),
+        }
+        fields |= {name: values[name] for name in YARN if values.get(name) is not None}
+    else:
+        grouped = get("group_query_attention", default=True)
+        fields |= {
+            "num_query_groups": get("num_query_groups", default=h) if grouped else h,
+            "head_dim": get("kv_channels", default=d // h if h else 0),
+        }
+        if kind == "gqa":
+            fields["output_gate"] = bool(get("attention_output_gate", default=False))
+            fields["qk_layernorm"] = bool(get("qk_layernorm", default=False))
+        elif kind == "gta":
+            fields["qk_rope_head_dim"] = get("qk_pos_emb_head_dim", default=0)
+        elif kind == "mfa":
+            fields["q_lora_rank"] = get("q_lora_rank")
+        else:
+            fields |= {name: get(name, default=0) for name in ("tpa_q_rank", "tpa_kv_rank")}
     try:
-        fields |= expert_fields(values, fields["num_layers"])
+        fields |= expert_fields(values | {"ffn_hidden_size": ffn}, fields["num_layers"])
     except ValueError as error:
         raise CheckpointError(str(error)) from None
+    if "vocab_size" in overrides:
+        fields["padded_vocab_size"] = 0
+    return ModelDescription(**fields | overrides)
+
+
+def _mapping(args: Any) -> dict[str, Any]:
+    """The values of a namespace, mapping or configuration object by name."""
+    return dict(args) if isinstance(args, Mapping) else dict(vars(args))
+
+
+def _padded(values: Mapping[str, Any]) -> int:
+    """Megatron's padding of a vocabulary, as VocabUtility does it."""
+    multiple = values.get("make_vocab_size_divisible_by") or 128
+    multiple *= values.get("tensor_model_parallel_size") or 1
+    return -(-(values.get("vocab_size") or 0) // multiple) * multiple
+
+
+def check_convertible(args: Any) -> None:
+    """Check that a checkpoint of a run with these arguments can be converted.
+
+    Raises:
+        CheckpointError: names the argument that is missing, or the value that cannot.
+    """
+    values = _mapping(args)
+    _refuse_unsupported(values)
+    needed = ["num_attention_heads", "num_layers", "hidden_size", "ffn_hidden_size"]
+    needed += ["layernorm_epsilon", "max_position_embeddings"]
+    if not values.get("vocab_size"):
+        needed.append("padded_vocab_size")
     if values.get("attention") == "mlra":
-        fields |= {
-            "attention": "latent",
-            "qk_nope_head_dim": needed("qk_head_dim"),
-            "qk_rope_head_dim": needed("qk_pos_emb_head_dim"),
-            "q_lora_rank": values.get("q_lora_rank"),
-            "output_gate": bool(values.get("output_gate")),
-            "variance_scaling": bool(values.get("variance_scaling", True)),
-            "rope_type": values.get("rope_type") or "rope",
-        }
-        for name in ("num_latent_heads", "num_branches", "kv_lora_rank", "v_head_dim"):
-            fields[name] = needed(name)
-        for name in YARN:
-            if values.get(name) is not None:
-                fields[name] = values[name]
-    else:
-        groups = values.get("num_query_groups") if values.get("group_query_attention") else None
-        fields |= {
-            "attention": "gqa",
-            "num_query_groups": groups or heads,
-            "head_dim": values.get("kv_channels") or fields["hidden_size"] // heads,
-            "output_gate": bool(values.get("attention_output_gate")),
-        }
-    return fields
+        needed += ["qk_head_dim", "qk_pos_emb_head_dim"]
+        needed += ["num_latent_heads", "num_branches", "kv_lora_rank", "v_head_dim"]
+    for name in needed:
+        if values.get(name) is None:
+            raise CheckpointError(f"the checkpoint's arguments name no {name}")
+    if problem := refused_experts(values) or from_megatron_args(values).routing_problem():
+        raise CheckpointError(problem)
 
 
 def to_megatron_args(description: ModelDescription) -> dict[str, Any]:
@@ -103,7 +148,7 @@ def to_megatron_args(description: ModelDescription) -> dict[str, Any]:
     if float(description.rotary_base).is_integer():
         args["rotary_base"] = int(description.rotary_base)
     args |= {
-        "attention": "mlra" if description.attention == "latent" else "gqa",
+        "attention": description.attention,
         "encoder_num_layers": description.num_layers,
         "seq_length": description.max_position_embeddings,
         "untie_embeddings_and_output_weights": not description.tie_embeddings,

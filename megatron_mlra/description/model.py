@@ -1,19 +1,22 @@
-"""What a checkpoint's weights are a function of: the model, apart from how it is stored or run.
+"""The one description of a model: its attention, sizes and scales, apart from storage and layout.
 
-Pure Python, so that reading a folder needs neither torch nor Megatron. Letters as in config.py.
+Everything else that speaks of a model reads it from here: checkpoints of every format, inference,
+costs, the planner. Pure Python, so that reading a folder or pricing a run needs neither torch nor
+Megatron. Letters: d hidden size, h attention heads, L latent heads, N branches, d_q, d_c, d_h, d_r,
+d_v the sizes of a latent attention (docs/numerics.md).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_mlra.description.experts import ExpertSizes
 from megatron_mlra.description.latent import LatentSizes
 
-ATTENTIONS = ("latent", "gqa")
+ATTENTIONS = ("mlra", "gqa", "gta", "mfa", "tpa")
 DTYPES = ("float32", "bfloat16", "float16")
 YARN = (
     "rotary_scaling_factor",
@@ -26,16 +29,30 @@ YARN = (
 """Fields, and Megatron's arguments, of YaRN."""
 
 
+_SIZES = {
+    "mlra": (
+        *("num_latent_heads", "num_branches", "kv_lora_rank"),
+        *("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+    ),
+    "gqa": ("num_query_groups", "head_dim"),
+    "gta": ("num_query_groups", "head_dim", "qk_rope_head_dim"),
+    "mfa": ("q_lora_rank", "head_dim"),
+    "tpa": ("head_dim", "tpa_q_rank", "tpa_kv_rank"),
+}
+"""Sizes that each kind of attention needs."""
+
+
 class CheckpointError(ValueError):
     """A checkpoint is damaged, foreign or not convertible; one line, names what and the fix."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelDescription(LatentSizes, ExpertSizes):
-    """A decoder with latent attention (MLA, GLA, MLRA) or grouped queries (MHA, MQA, GQA), dense or
-    a mixture of experts.
+    """A decoder with one kind of attention, dense or a mixture of experts.
 
-    RMSNorm, SwiGLU, RoPE (half-split pairs) and no biases are the family's, so they have no field.
+    RMSNorm, RoPE (half-split pairs) and no biases are the family's, so they have no field. Sizes
+    that an attention does not have stay 0. Checkpoints of 'mlra' and 'gqa' can be converted
+    (`megatron_args.check_convertible`); all kinds can be priced.
 
     Raises:
         CheckpointError: for sizes that make no model.
@@ -48,47 +65,54 @@ class ModelDescription(LatentSizes, ExpertSizes):
     vocab_size: int
     """The true size, without the rows that pad Megatron's embedding."""
 
-    attention: str = "latent"
-    """'latent' (MLA, GLA, MLRA) or 'gqa' (MHA, MQA, GQA)."""
+    attention: str = "mlra"
+    """'mlra' (MLA, GLA and MLRA), 'gqa' (MHA, MQA and GQA), 'gta', 'mfa' or 'tpa'."""
 
     num_latent_heads: int = 0
-    """L of 'latent'."""
+    """L of 'mlra'."""
 
     num_branches: int = 0
-    """N of 'latent'."""
+    """N of 'mlra'."""
 
     q_lora_rank: int | None = None
-    """d_q of 'latent'; None projects queries straight from the hidden state."""
+    """d_q of 'mlra' (None projects queries straight from the hidden state), and the shared query
+    size of 'mfa'."""
 
     kv_lora_rank: int = 0
-    """d_c of 'latent'."""
+    """d_c of 'mlra'."""
 
     qk_nope_head_dim: int = 0
-    """d_h of 'latent'."""
+    """d_h of 'mlra'."""
 
     qk_rope_head_dim: int = 0
-    """d_r of 'latent'."""
+    """d_r of 'mlra' and 'gta'."""
 
     v_head_dim: int = 0
-    """d_v of 'latent'."""
+    """d_v of 'mlra'."""
 
     num_query_groups: int = 0
-    """Key/value heads of 'gqa'."""
+    """Key/value heads of 'gqa' and 'gta'."""
 
     head_dim: int = 0
-    """Dims of a query, key or value head of 'gqa'; RoPE turns all of them."""
+    """Dims of a query, key or value head of 'gqa' (RoPE turns all of them), 'gta', 'mfa', 'tpa'."""
+
+    tpa_q_rank: int = 0
+    tpa_kv_rank: int = 0
+
+    qk_layernorm: bool = False
+    """Of 'gqa': an RMSNorm on each query and key head."""
 
     output_gate: bool = False
-    """sigmoid(x W_G) on the attention output."""
+    """sigmoid(x W_G) on the attention output ('mlra' and 'gqa')."""
 
     variance_scaling: bool = True
-    """Of 'latent': scale query latent, latents and branch sum; off sets all three to 1."""
+    """Of 'mlra': scale query latent, latents and branch sum; off sets all three to 1."""
 
     softmax_scale: float | None = None
     """t; None becomes (d_h + d_r)^-1/2 (times YaRN's factor) or head_dim^-1/2."""
 
     rope_type: str = "rope"
-    """'rope', or for 'latent' 'yarn'."""
+    """'rope', or for 'mlra' 'yarn'."""
 
     rotary_base: float = 10000.0
     rotary_scaling_factor: float = 1.0
@@ -103,6 +127,7 @@ class ModelDescription(LatentSizes, ExpertSizes):
     mscale_all_dim: float = 0.0
 
     layernorm_epsilon: float = 1e-6
+    swiglu: bool = True
     tie_embeddings: bool = True
     max_position_embeddings: int = 2048
     dtype: str = "float32"
@@ -116,6 +141,17 @@ class ModelDescription(LatentSizes, ExpertSizes):
 
     eod_token_id: int | None = None
 
+    # -- how it is run; two models that differ in these alone are the same ------------------------
+
+    padded_vocab_size: int = field(default=0, compare=False)
+    """Rows of the embedding where it is padded, else 0."""
+
+    seq_length: int = field(default=0, compare=False)
+    """Tokens of a training sequence where a run is priced, else 0."""
+
+    core_form: str = field(default="auto", compare=False)
+    """Of 'mlra': 'absorbed' or 'materialized' attention, or 'auto'."""
+
     def __post_init__(self) -> None:
         self._validate()
         if self.softmax_scale is None:
@@ -126,13 +162,32 @@ class ModelDescription(LatentSizes, ExpertSizes):
     @property
     def variant(self) -> str:
         """The name people use: 'MLA', 'GLA-2', 'MLRA-4', 'GQA', ..., then ' gated', ' MoE'."""
+        return self.attention_variant + " MoE" * bool(self.num_experts)
+
+    @property
+    def attention_variant(self) -> str:
+        """The variant without ' MoE'."""
         if self.attention == "gqa":
             name = {1: "MQA", self.num_attention_heads: "MHA"}.get(self.num_query_groups, "GQA")
+        elif self.attention != "mlra":
+            name = self.attention.upper()
         elif self.num_branches > 1:
             name = f"MLRA-{self.num_branches}"
         else:
             name = f"GLA-{self.num_latent_heads}" if self.num_latent_heads > 1 else "MLA"
-        return name + " gated" * self.output_gate + " MoE" * bool(self.num_experts)
+        return name + " gated" * self.output_gate
+
+    @property
+    def embedding_rows(self) -> int:
+        """V: rows of the embedding and of the output layer, padding among them."""
+        return self.padded_vocab_size or self.vocab_size
+
+    @property
+    def absorbed(self) -> bool:
+        """Whether the core of 'mlra' attends in latent space; 'auto' does where d_l <= d_h."""
+        if self.core_form != "auto":
+            return self.core_form == "absorbed"
+        return self.attention == "mlra" and self.latent_dim <= self.qk_nope_head_dim
 
     def replace(self, **changes: Any) -> ModelDescription:
         """A copy with some fields changed."""
@@ -141,42 +196,31 @@ class ModelDescription(LatentSizes, ExpertSizes):
     # -- validation --------------------------------------------------------------------------------
 
     def _validate(self) -> None:
+        if self.attention not in ATTENTIONS:
+            raise CheckpointError(
+                f"attention is {self.attention!r}; use one of {', '.join(ATTENTIONS)}"
+            )
         sizes = ["num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"]
-        sizes += ["vocab_size", "max_position_embeddings"]
-        if self.attention == "latent":
-            sizes += ["num_latent_heads", "num_branches", "kv_lora_rank"]
-            sizes += ["qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]
-            if self.q_lora_rank is not None:
-                sizes.append("q_lora_rank")
-        elif self.attention == "gqa":
-            sizes += ["num_query_groups", "head_dim"]
-        else:
-            raise CheckpointError(f"attention is {self.attention!r}; use one of {ATTENTIONS}")
+        sizes += ["vocab_size", "max_position_embeddings", *_SIZES[self.attention]]
+        if self.attention == "mlra" and self.q_lora_rank is not None:
+            sizes.append("q_lora_rank")
         for name in sizes:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise CheckpointError(
                     f"{name} is {value!r}; it must be a whole number of at least 1"
                 )
-        for name, allowed in (("dtype", DTYPES), ("rope_type", ("rope", "yarn"))):
+        for name, allowed in (
+            ("dtype", DTYPES),
+            ("rope_type", ("rope", "yarn")),
+            ("core_form", ("auto", "absorbed", "materialized")),
+        ):
             if getattr(self, name) not in allowed:
                 value = getattr(self, name)
                 raise CheckpointError(f"{name} is {value!r}; use one of {', '.join(allowed)}")
-        h = self.num_attention_heads
-        if self.attention == "gqa":
-            divides = [("num_query_groups", self.num_query_groups, "num_attention_heads", h)]
-            divides.append(("2", 2, "head_dim", self.head_dim))
-            if self.rope_type != "rope":
-                raise CheckpointError(f"rope_type {self.rope_type!r} needs latent attention")
-        else:
-            L, N = self.num_latent_heads, self.num_branches
-            divides = [
-                ("num_latent_heads", L, "kv_lora_rank", self.kv_lora_rank),
-                ("num_branches", N, "num_latent_heads", L),
-                ("num_latent_heads / num_branches", max(L // N, 1), "num_attention_heads", h),
-                ("2", 2, "qk_rope_head_dim", self.qk_rope_head_dim),
-            ]
-        for name, part, whole_name, whole in divides:
+        if self.attention != "mlra" and self.rope_type != "rope":
+            raise CheckpointError(f"rope_type {self.rope_type!r} needs latent attention")
+        for name, part, whole_name, whole in self._divisors():
             if whole % part:
                 shown = name if name == "2" else f"{name} {part}"
                 raise CheckpointError(f"{shown} does not divide {whole_name} {whole}")
@@ -184,8 +228,27 @@ class ModelDescription(LatentSizes, ExpertSizes):
         if problem:
             raise CheckpointError(problem)
 
-    def _default_softmax_scale(self) -> float:
+    def _divisors(self) -> list[tuple[str, int, str, int]]:
+        """(name, part, name, whole) of everything that must divide."""
+        h = self.num_attention_heads
+        if self.attention == "mlra":
+            L, N = self.num_latent_heads, self.num_branches
+            return [
+                ("num_latent_heads", L, "kv_lora_rank", self.kv_lora_rank),
+                ("num_branches", N, "num_latent_heads", L),
+                ("num_latent_heads / num_branches", max(L // N, 1), "num_attention_heads", h),
+                ("2", 2, "qk_rope_head_dim", self.qk_rope_head_dim),
+            ]
         if self.attention == "gqa":
+            groups = self.num_query_groups
+            return [
+                ("num_query_groups", groups, "num_attention_heads", h),
+                ("2", 2, "head_dim", self.head_dim),
+            ]
+        return []
+
+    def _default_softmax_scale(self) -> float:
+        if self.attention != "mlra":
             return self.head_dim**-0.5
         factor = 1.0
         if self.rope_type == "yarn" and self.rotary_scaling_factor > 1:

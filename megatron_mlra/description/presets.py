@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from megatron_mlra.command_line.parser import did_you_mean
-from megatron_mlra.description.megatron_args import from_megatron_args
+from megatron_mlra.description.megatron_args import check_convertible, from_megatron_args
 from megatron_mlra.description.model import ModelDescription
 
 ALIASES = {"qk_nope_head_dim": "qk_head_dim", "qk_rope_head_dim": "qk_pos_emb_head_dim"}
@@ -97,5 +97,6 @@ def preset_description(path: str | Path) -> ModelDescription:
     if values.get("attention") not in ("mlra", "gqa"):
         found = values.get("attention")
         raise ValueError(f"{path} has attention {found!r}; use one of mlra or gqa")
-    values |= {"layernorm_epsilon": values.get("norm_epsilon", 1e-5), "params_dtype": "bfloat16"}
-    return from_megatron_args(values)
+    values |= {"layernorm_epsilon": values.get("norm_epsilon", 1e-5)}
+    check_convertible(values)
+    return from_megatron_args(values, dtype="bfloat16")

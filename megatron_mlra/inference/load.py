@@ -77,7 +77,7 @@ def load_model(
     ops = select_backend(options.backend, model, dtype, device)
     pages = -(-options.cache_tokens // options.page_size)
     shard = None
-    if model.attention == "latent":
+    if model.attention == "mlra":
         shard = HeadShard.plan(model, parallel.size, parallel.rank, options.weight_mode)
         cache = LatentCache(model, shard, pages, options.page_size, cache_dtype, device)
     else:

@@ -79,7 +79,7 @@ class InferenceModel:
     ) -> None:
         self.model, self.weights, self.cache, self.ops = model, weights, cache, ops
         self.parallel = parallel or TensorParallel()
-        if shard is None and model.attention == "latent":
+        if shard is None and model.attention == "mlra":
             shard = HeadShard.plan(model, self.parallel.size, self.parallel.rank, "replicated")
         self.shard = shard
         self.max_positions = max_positions

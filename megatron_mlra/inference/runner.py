@@ -147,5 +147,5 @@ class Runner:
 def pool_for(model: InferenceModel) -> PagePool:
     """A free list over all pages of the model's cache."""
     data, page_size = model.cache.data, model.cache.page_size
-    pages = data.size(1) if model.model.attention == "latent" else data.size(2) - 1
+    pages = data.size(1) if model.model.attention == "mlra" else data.size(2) - 1
     return PagePool(pages, page_size)

@@ -9,7 +9,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_mlra.cost.shape import ModelShape
+from megatron_mlra.description.megatron_args import from_megatron_args
+from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.description.presets import preset_values
 from megatron_mlra.planner.gpus import GPUS, Assumptions, find
 from megatron_mlra.planner.report import Report, build
@@ -107,14 +108,14 @@ def plan(args: argparse.Namespace) -> Report:
     )
 
 
-def shape_of(values: dict[str, Any], seq_length: int | None = None) -> ModelShape:
+def shape_of(values: dict[str, Any], seq_length: int | None = None) -> ModelDescription:
     """The shape of a preset's values; `seq_length` replaces the preset's.
 
     Raises:
         ValueError: for a size that is missing or not positive.
     """
     try:
-        shape = ModelShape.from_args({"swiglu": True} | values)
+        shape = from_megatron_args({"swiglu": True} | values)
     except TypeError as error:
         raise ValueError(f"--config: a size is not a number ({error})") from None
     if seq_length is not None:

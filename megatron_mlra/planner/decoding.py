@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 
 from megatron_mlra.cost.cache import kv_cache_elements
 from megatron_mlra.cost.parameters import parameters
-from megatron_mlra.cost.shape import ModelShape
+from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.planner.gpus import GPU, Assumptions
 
 
@@ -44,7 +44,7 @@ class Way:
     """An attention and how its cache is cut over devices."""
 
     name: str
-    shape: ModelShape
+    shape: ModelDescription
     heads: int
     """Devices over which heads (or latents) are cut; the rest cut the tokens of the cache."""
     gathered: int
@@ -55,7 +55,7 @@ class Way:
     """Of a layer's attention; the MLP adds one."""
 
 
-def ways(shape: ModelShape, devices: int) -> list[Way]:
+def ways(shape: ModelDescription, devices: int) -> list[Way]:
     """This model and what a user might pick instead, all of this model's heads and layers.
 
     The others differ in the attention alone: MLA with every device holding all latents, MLA with
@@ -63,7 +63,7 @@ def ways(shape: ModelShape, devices: int) -> list[Way]:
     over devices), GLA-4 and GQA with 8 key/value heads.
     """
     if shape.attention != "mlra":
-        c = shape.kv_channels
+        c = shape.head_dim
         d_c, d_h, d_r, d_q = 4 * c, c, c // 2, None
     else:
         d_c = shape.kv_lora_rank
@@ -78,11 +78,11 @@ def ways(shape: ModelShape, devices: int) -> list[Way]:
         "v_head_dim": d_v,
     }
 
-    def family(L: int, N: int) -> ModelShape:
+    def family(L: int, N: int) -> ModelDescription:
         return replace(shape, **latent, num_latent_heads=L, num_branches=N)
 
     groups = shape.num_query_groups if shape.attention == "gqa" else 8
-    gqa = replace(shape, attention="gqa", num_query_groups=groups, kv_channels=d_h)
+    gqa = replace(shape, attention="gqa", num_query_groups=groups, head_dim=d_h, rope_type="rope")
     found = [
         _latent_way("MLRA-4", family(4, 4), devices),
         Way("MLA", family(1, 1), devices, 0, 0, 1),
@@ -94,13 +94,13 @@ def ways(shape: ModelShape, devices: int) -> list[Way]:
         found.insert(
             1, _sharded_tokens(f"MLRA-4, tokens cut x{devices // 4}", family(4, 4), 4, devices)
         )
-    own = shape.variant.removesuffix(" gated")
+    own = shape.attention_variant.removesuffix(" gated")
     if own not in {way.name for way in found} and shape.attention == "mlra":
         found.insert(0, _latent_way(own, shape, devices))
     return found
 
 
-def _latent_way(name: str, shape: ModelShape, devices: int) -> Way:
+def _latent_way(name: str, shape: ModelDescription, devices: int) -> Way:
     """Latent heads over devices: queries to the latents, branch outputs back to the heads."""
     h, d_v = shape.num_attention_heads, shape.v_head_dim
     if shape.num_branches == 1:
@@ -111,7 +111,7 @@ def _latent_way(name: str, shape: ModelShape, devices: int) -> Way:
     )
 
 
-def _sharded_tokens(name: str, shape: ModelShape, heads: int, devices: int) -> Way:
+def _sharded_tokens(name: str, shape: ModelDescription, heads: int, devices: int) -> Way:
     """The cache's tokens over devices: absorbed queries out, partial outputs and their LSE back."""
     h, l, d_r = shape.num_attention_heads, shape.latent_dim, shape.qk_rope_head_dim
     return Way(name, shape, heads, h * (l + d_r), h * (l + 1), 4)
@@ -127,7 +127,7 @@ def decode(
     per_token = -(-shape.num_layers * elements * e // cut)
     cache = per_token * context * batch
     rate = gpu.memory_gb_s * 1e9 * assume.bandwidth
-    weights = e * (parameters(shape).active - (0 if shape.tied_embeddings else _embedding(shape)))
+    weights = e * (parameters(shape).active - (0 if shape.tie_embeddings else _embedding(shape)))
     link = gpu.link_gb_s if devices <= gpu.domain else gpu.network_gb_s
     sent = e * batch * shape.num_layers * (way.gathered + way.returned) * (devices - 1) / devices
     sent += 2 * 2 * e * batch * shape.num_layers * shape.hidden_size * (devices - 1) / devices
@@ -147,5 +147,5 @@ def decode(
     )
 
 
-def _embedding(shape: ModelShape) -> int:
-    return shape.vocab_size * shape.hidden_size
+def _embedding(shape: ModelDescription) -> int:
+    return shape.embedding_rows * shape.hidden_size

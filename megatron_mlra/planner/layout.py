@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_mlra.cost.shape import ModelShape
+from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.sharding.fit import misfit
 
 RECOMPUTES = ("none", "core", "up_proj", "core+up_proj", "full")
@@ -51,7 +51,7 @@ class Layout:
             parts.append(f"EP{self.ep}")
         return " ".join(parts)
 
-    def flags(self, shape: ModelShape) -> dict[str, Any]:
+    def flags(self, shape: ModelDescription) -> dict[str, Any]:
         """The same as keys of a preset."""
         values: dict[str, Any] = {
             "tensor_model_parallel_size": self.tp,
@@ -83,7 +83,7 @@ class Layout:
         return asdict(self)
 
 
-def why_not(shape: ModelShape, layout: Layout, global_batch: int, domain: int) -> str | None:
+def why_not(shape: ModelDescription, layout: Layout, global_batch: int, domain: int) -> str | None:
     """What of a model and batch a layout does not divide, in one line; None where all fits."""
     tp, n = layout.tp, shape.num_layers
     if tp > domain:
@@ -91,9 +91,13 @@ def why_not(shape: ModelShape, layout: Layout, global_batch: int, domain: int) -
     reason = attention_misfit(shape, tp, layout.tp_layout)
     if reason:
         return f"TP{tp} {reason}"
-    for name in ("ffn_hidden_size", "vocab_size", "moe_ffn_hidden_size"):
-        if getattr(shape, name) % tp:
-            return f"TP{tp} does not divide {name} {getattr(shape, name)}"
+    for name, size in (
+        ("ffn_hidden_size", shape.ffn_hidden_size),
+        ("vocab_size", shape.embedding_rows),
+        ("moe_ffn_hidden_size", shape.moe_ffn_hidden_size),
+    ):
+        if size % tp:
+            return f"TP{tp} does not divide {name} {size}"
     if n % (layout.pp * layout.vpp):
         chunks = layout.pp * layout.vpp
         return f"PP{layout.pp} x {layout.vpp} does not divide {n} layers into {chunks} chunks"
@@ -113,7 +117,7 @@ def why_not(shape: ModelShape, layout: Layout, global_batch: int, domain: int) -
     return None
 
 
-def attention_misfit(shape: ModelShape, tp: int, tp_layout: str) -> str | None:
+def attention_misfit(shape: ModelDescription, tp: int, tp_layout: str) -> str | None:
     """What of the attention a tensor-parallel size does not divide."""
     if shape.attention == "mlra":
         found = misfit(
@@ -132,9 +136,9 @@ def attention_misfit(shape: ModelShape, tp: int, tp_layout: str) -> str | None:
     if shape.attention == "gta":
         sizes |= {"num_query_groups": groups, "qk_pos_emb_head_dim": shape.qk_rope_head_dim}
     elif shape.attention == "mfa":
-        sizes |= {"q_lora_rank": shape.q_lora_rank or 0, "2 * kv_channels": 2 * shape.kv_channels}
+        sizes |= {"q_lora_rank": shape.q_lora_rank or 0, "2 * kv_channels": 2 * shape.head_dim}
     elif shape.attention == "tpa":
-        sizes["tpa_kv_rank * kv_channels"] = shape.tpa_kv_rank * shape.kv_channels
+        sizes["tpa_kv_rank * kv_channels"] = shape.tpa_kv_rank * shape.head_dim
     for name, size in sizes.items():
         if size % tp:
             return f"does not divide {name} {size}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from megatron_mlra.cost.parameters import parameters
-from megatron_mlra.cost.shape import ModelShape
+from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.planner.layout import Layout
 
 GIB = 2**30
@@ -58,14 +58,14 @@ class Memory:
         return asdict(self) | {"total": self.total}
 
 
-def rank_parameters(shape: ModelShape, layout: Layout, stage: int = 0) -> tuple[int, int]:
+def rank_parameters(shape: ModelDescription, layout: Layout, stage: int = 0) -> tuple[int, int]:
     """Parameters of one rank of a pipeline stage: (dense, experts)."""
     p, tp, n = parameters(shape), layout.tp, shape.num_layers
     attention = sum(p.attention.values())
     replicated = 0
     if shape.attention == "gqa":
-        kv = 2 * shape.num_query_groups * shape.kv_channels * shape.hidden_size
-        own = -(-shape.num_query_groups // tp) * 2 * shape.kv_channels * shape.hidden_size
+        kv = 2 * shape.num_query_groups * shape.head_dim * shape.hidden_size
+        own = -(-shape.num_query_groups // tp) * 2 * shape.head_dim * shape.hidden_size
         attention += tp * own - kv
         replicated = sum(p.attention_norms.values())
     elif shape.attention != "mlra":
@@ -80,7 +80,7 @@ def rank_parameters(shape: ModelShape, layout: Layout, stage: int = 0) -> tuple[
         matrices = 3 if shape.swiglu else 2
         expert = matrices * shape.hidden_size * shape.moe_ffn_hidden_size
         experts_of_layer = shape.num_experts // layout.ep * (expert // tp)
-        shared = matrices * shape.hidden_size * shape.moe_shared_ffn_hidden_size // tp
+        shared = matrices * shape.hidden_size * shape.moe_shared_expert_intermediate_size // tp
         router = shape.hidden_size * shape.num_experts
     dense = experts = 0
     for is_moe in moe[first : first + count]:
@@ -90,18 +90,20 @@ def rank_parameters(shape: ModelShape, layout: Layout, stage: int = 0) -> tuple[
         dense += p.embedding // tp
     if stage == layout.pp - 1:
         dense += p.final_norm + p.output_layer // tp
-        if shape.tied_embeddings and layout.pp > 1:
+        if shape.tie_embeddings and layout.pp > 1:
             dense += p.embedding // tp
     return dense, experts
 
 
-def attention_activations(shape: ModelShape, layout: Layout, implementation: str, e: int) -> float:
+def attention_activations(
+    shape: ModelDescription, layout: Layout, implementation: str, e: int
+) -> float:
     """Bytes per token that one layer's attention saves, its input among them."""
     return sum(_attention_items(shape, layout, implementation, e).values())
 
 
 def _attention_items(
-    shape: ModelShape, layout: Layout, implementation: str, e: int
+    shape: ModelDescription, layout: Layout, implementation: str, e: int
 ) -> dict[str, float]:
     d, h, tp = shape.hidden_size, shape.num_attention_heads, layout.tp
     local, full = implementation == "local", not layout.sequence_parallel or tp == 1
@@ -179,9 +181,9 @@ def _without(items, drop, shape, local, core_key, latents) -> dict[str, float]:
 
 
 def _baseline_items(
-    shape: ModelShape, layout: Layout, local: bool, e: int, share: float
+    shape: ModelDescription, layout: Layout, local: bool, e: int, share: float
 ) -> dict[str, float]:
-    d, tp, c = shape.hidden_size, layout.tp, shape.kv_channels
+    d, tp, c = shape.hidden_size, layout.tp, shape.head_dim
     heads = shape.num_attention_heads / tp
     groups = max(1.0, (shape.num_query_groups or shape.num_attention_heads) / tp)
     if shape.attention in ("mfa", "tpa"):
@@ -206,7 +208,7 @@ def _baseline_items(
 
 
 def layer_activations(
-    shape: ModelShape, layout: Layout, implementation: str, e: int, moe: bool = False
+    shape: ModelDescription, layout: Layout, implementation: str, e: int, moe: bool = False
 ) -> float:
     """Bytes per token that one layer saves for backward, `layout.recompute` applied."""
     d, tp = shape.hidden_size, layout.tp
@@ -217,23 +219,25 @@ def layer_activations(
     norm = (2 * 4 if local else e) * d * share
     products = (5 if local else 3) if shape.swiglu else 2
     if moe:
-        routed = shape.moe_topk * (e * d + products * e * shape.moe_ffn_hidden_size / tp)
-        shared = products * e * shape.moe_shared_ffn_hidden_size / tp
+        routed = shape.moe_router_topk * (e * d + products * e * shape.moe_ffn_hidden_size / tp)
+        shared = products * e * shape.moe_shared_expert_intermediate_size / tp
         mlp = e * d * share + routed + shared + 4 * shape.num_experts * share
     else:
         mlp = e * d * share + products * e * shape.ffn_hidden_size / tp
     return 2 * norm + attention_activations(shape, layout, implementation, e) + mlp
 
 
-def output_activations(shape: ModelShape, layout: Layout, implementation: str, e: int) -> float:
+def output_activations(
+    shape: ModelDescription, layout: Layout, implementation: str, e: int
+) -> float:
     """Bytes per token of the final norm, the output layer's input and the softmax."""
     norm = (2 * 4 if implementation == "local" else e) * shape.hidden_size
     kept = (norm + e * shape.hidden_size) * layout.sequence_share
-    return kept + 4 * shape.vocab_size / layout.tp
+    return kept + 4 * shape.embedding_rows / layout.tp
 
 
 def saved_activations(
-    shape: ModelShape,
+    shape: ModelDescription,
     layout: Layout,
     implementation: str = "transformer_engine",
     half: bool = True,
@@ -249,7 +253,7 @@ def saved_activations(
     return tokens * (layers + output_activations(shape, layout, implementation, e))
 
 
-def _moe_layers(shape: ModelShape) -> list[bool]:
+def _moe_layers(shape: ModelDescription) -> list[bool]:
     if not shape.num_experts:
         return [False] * shape.num_layers
     return [i >= shape.num_dense_layers for i in range(shape.num_layers)]
@@ -266,7 +270,7 @@ def optimizer_bytes(dense: int, experts: int, layout: Layout, half: bool = True)
 
 
 def memory(
-    shape: ModelShape,
+    shape: ModelDescription,
     layout: Layout,
     implementation: str = "transformer_engine",
     half: bool = True,
@@ -280,7 +284,7 @@ def memory(
 
 
 def _stage_memory(
-    shape: ModelShape, layout: Layout, stage: int, implementation: str, half: bool
+    shape: ModelDescription, layout: Layout, stage: int, implementation: str, half: bool
 ) -> Memory:
     e, precision = 2 if half else 4, Precision.of(half)
     dense, experts = rank_parameters(shape, layout, stage)
@@ -296,7 +300,7 @@ def _stage_memory(
     activations, working = tokens * layers * in_flight, 0.0
     if stage == pp - 1:
         activations += tokens * output_activations(shape, layout, implementation, e)
-        working += tokens * (4 + e) * shape.vocab_size / layout.tp
+        working += tokens * (4 + e) * shape.embedding_rows / layout.tp
     if layout.recompute == "full":
         whole = Layout(**(layout.to_json() | {"recompute": "none"}))
         working += tokens * layer_activations(shape, whole, implementation, e, kinds[-1])

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from megatron_mlra.cost.cache import kv_cache_bytes_per_token
 from megatron_mlra.cost.flops import train_flops_per_token
 from megatron_mlra.cost.parameters import parameters
-from megatron_mlra.cost.shape import ModelShape
+from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.planner.decoding import Decoding, decode, ways
 from megatron_mlra.planner.gpus import GPU, Assumptions
 from megatron_mlra.planner.search import Misfit, Plan, search
@@ -21,7 +21,7 @@ class Report:
     """What was asked and what came out."""
 
     name: str
-    shape: ModelShape
+    shape: ModelDescription
     gpus: int
     gpu: GPU
     global_batch: int
@@ -44,7 +44,7 @@ class Report:
         counts = parameters(self.shape)
         return {
             "name": self.name,
-            "variant": self.shape.variant,
+            "variant": self.shape.attention_variant,
             "shape": asdict(self.shape),
             "gpus": self.gpus,
             "gpu": asdict(self.gpu),
@@ -77,7 +77,7 @@ class Report:
 def build(
     *,
     name: str,
-    shape: ModelShape,
+    shape: ModelDescription,
     gpus: int,
     gpu: GPU,
     global_batch: int,
@@ -98,7 +98,7 @@ def build(
     plans, misfits = search(shape, gpus, global_batch, gpu, assume, tp_layout, cp, fp8)
     surcharge = {}
     if shape.attention == "mlra" and shape.num_latent_heads > 1:
-        mla = replace(shape, num_latent_heads=1, num_branches=1, absorbed=False)
+        mla = replace(shape, num_latent_heads=1, num_branches=1, core_form="materialized")
         for length in SURCHARGE_LENGTHS:
             ours, theirs = (train_flops_per_token(x, length).model for x in (shape, mla))
             surcharge[length] = ours / theirs

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_mlra.cost.shape import ModelShape
+from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.planner.gpus import GPU, Assumptions
 from megatron_mlra.planner.layout import RECOMPUTES, Layout, attention_misfit, why_not
 from megatron_mlra.planner.memory import GIB, Memory, memory
@@ -50,7 +50,7 @@ class Misfit:
 
 
 def layouts(
-    shape: ModelShape, gpus: int, gpu: GPU, tp_layout: str, cp: int | None
+    shape: ModelDescription, gpus: int, gpu: GPU, tp_layout: str, cp: int | None
 ) -> Iterator[Layout]:
     """Every cut of `gpus`, without regard to what fits; cp None tries context parallelism for long
     sequences."""
@@ -58,7 +58,7 @@ def layouts(
         yield from _layouts(shape, gpus, gpu, tp_layout, size)
 
 
-def context_sizes(shape: ModelShape) -> list[int]:
+def context_sizes(shape: ModelDescription) -> list[int]:
     """Context-parallel sizes worth a try."""
     return [
         cp
@@ -67,7 +67,9 @@ def context_sizes(shape: ModelShape) -> list[int]:
     ]
 
 
-def _layouts(shape: ModelShape, gpus: int, gpu: GPU, tp_layout: str, cp: int) -> Iterator[Layout]:
+def _layouts(
+    shape: ModelDescription, gpus: int, gpu: GPU, tp_layout: str, cp: int
+) -> Iterator[Layout]:
     divisors = [n for n in range(1, gpus + 1) if gpus % n == 0]
     for tp in divisors:
         if tp > gpu.domain or attention_misfit(shape, tp, tp_layout):
@@ -87,7 +89,7 @@ def _layouts(shape: ModelShape, gpus: int, gpu: GPU, tp_layout: str, cp: int) ->
 
 
 def search(
-    shape: ModelShape,
+    shape: ModelDescription,
     gpus: int,
     global_batch: int,
     gpu: GPU,

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 
 from megatron_mlra.cost.flops import train_flops_per_token
 from megatron_mlra.cost.parameters import parameters
-from megatron_mlra.cost.shape import ModelShape
 from megatron_mlra.cost.traffic import cp_communication, tp_communication
+from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.planner.gpus import GPU, Assumptions
 from megatron_mlra.planner.layout import Layout
 from megatron_mlra.planner.memory import layer_activations, output_activations, rank_parameters
@@ -77,7 +77,7 @@ class Step:
         }
 
 
-def core_flops_per_token(shape: ModelShape, hardware: bool) -> float:
+def core_flops_per_token(shape: ModelDescription, hardware: bool) -> float:
     """Score and value products of all layers, forward and backward: what grows with the length."""
     at = train_flops_per_token
     name = "hardware" if hardware else "model"
@@ -88,7 +88,7 @@ def core_flops_per_token(shape: ModelShape, hardware: bool) -> float:
 
 
 def micro_batch_seconds(
-    shape: ModelShape, layout: Layout, gpu: GPU, assume: Assumptions, fp8: bool
+    shape: ModelDescription, layout: Layout, gpu: GPU, assume: Assumptions, fp8: bool
 ) -> tuple[float, float]:
     """(compute, elementwise) of one micro-batch on the slowest stage, forward and backward."""
     tokens = layout.micro_batch * shape.seq_length / layout.cp
@@ -132,7 +132,7 @@ def _without_recompute(layout: Layout) -> Layout:
     return Layout(**(layout.to_json() | {"recompute": "none"}))
 
 
-def traffic(shape: ModelShape, layout: Layout, micro_batches: int) -> Traffic:
+def traffic(shape: ModelDescription, layout: Layout, micro_batches: int) -> Traffic:
     """Bytes one GPU sends a step: ring algorithms, bf16 activations, float32 gradients."""
     e, d, tp = 2, shape.hidden_size, layout.tp
     tokens = layout.micro_batch * shape.seq_length / layout.cp * micro_batches
@@ -158,11 +158,11 @@ def traffic(shape: ModelShape, layout: Layout, micro_batches: int) -> Traffic:
     if layout.ep > 1:
         moe = (shape.num_layers - shape.num_dense_layers) / layout.pp
         share = (layout.ep - 1) / layout.ep * layout.sequence_share
-        expert = 4 * e * tokens * moe * shape.moe_topk * d * share
+        expert = 4 * e * tokens * moe * shape.moe_router_topk * d * share
     return Traffic(tensor, context, pipeline, data, expert)
 
 
-def context_numbers(shape: ModelShape, layout: Layout) -> float:
+def context_numbers(shape: ModelDescription, layout: Layout) -> float:
     """Numbers a GPU sends per token of its own and layer, forward and backward, over its
     context-parallel group: MLRA gathers latents; Megatron's attention passes keys and values around
     a ring, and in backward them again and their gradients."""
@@ -173,11 +173,11 @@ def context_numbers(shape: ModelShape, layout: Layout) -> float:
         again = sum(c.wire_numbers(cp) for c in sent.forward) if full else 0.0
         return cp * (sent.wire_numbers + again)
     groups = max(1.0, (shape.num_query_groups or shape.num_attention_heads) / layout.tp)
-    return (4 if full else 3) * (cp - 1) * 2 * groups * shape.kv_channels
+    return (4 if full else 3) * (cp - 1) * 2 * groups * shape.head_dim
 
 
 def predict(
-    shape: ModelShape,
+    shape: ModelDescription,
     layout: Layout,
     global_batch: int,
     gpu: GPU,

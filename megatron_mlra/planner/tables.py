@@ -45,7 +45,7 @@ def _head(report: Report) -> Iterator[str]:
     flops = train_flops_per_token(shape)
     active = "" if counts.active == counts.total else f" ({counts.active:,} a token)"
     yield (
-        f"[bold]{report.name}[/]: {shape.variant}, {counts.total:,} parameters{active},"
+        f"[bold]{report.name}[/]: {shape.attention_variant}, {counts.total:,} parameters{active},"
         f" {report.global_batch:,} sequences of {shape.seq_length:,} tokens a step on"
         f" {report.gpus:,} x {report.gpu.name}{', FP8' if report.fp8 else ''}"
     )

@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from megatron_mlra.cost.cache import kv_cache_bytes_per_token
 from megatron_mlra.cost.parameters import parameters
-from megatron_mlra.cost.shape import ModelShape
+from megatron_mlra.description.model import ModelDescription
 
 
-def summary(args: Namespace, shape: ModelShape) -> str:
+def summary(args: Namespace, shape: ModelDescription) -> str:
     """One line: what is trained, its size, its KV cache and the parallel layout."""
     weight_bytes = 2 if args.bf16 or args.fp16 else 4
     tp = args.tensor_model_parallel_size
@@ -42,7 +42,7 @@ def summary(args: Namespace, shape: ModelShape) -> str:
     steps = args.train_iters or (args.train_samples or 0) // args.global_batch_size
     tokens = args.global_batch_size * args.seq_length
     return (
-        f"training {shape.variant}: {total:,} parameters, {kv}, {layout},"
+        f"training {shape.attention_variant}: {total:,} parameters, {kv}, {layout},"
         f" {steps:,} steps of {tokens:,} tokens"
     )
 

@@ -7,7 +7,7 @@ from argparse import Namespace
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_mlra.cost.shape import ModelShape
+from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.layers.config import MLRAConfig
 from megatron_mlra.planner.gpus import Assumptions, find
 from megatron_mlra.planner.layout import Layout
@@ -24,7 +24,7 @@ MOST_RANKS = 16
 
 
 def describe(
-    args: Namespace, config: TransformerConfig, shape: ModelShape, argv: list[str]
+    args: Namespace, config: TransformerConfig, shape: ModelDescription, argv: list[str]
 ) -> list[str]:
     """The plan, the shard map of one layer and the command, as lines.
 
@@ -61,7 +61,7 @@ def layout_of(args: Namespace) -> Layout:
     )
 
 
-def _plan(args: Namespace, shape: ModelShape) -> list[str]:
+def _plan(args: Namespace, shape: ModelDescription) -> list[str]:
     gpu, layout = find(args.dry_run_gpu), layout_of(args)
     held = memory(shape, layout, half=args.bf16 or args.fp16)
     fp8 = bool(args.fp8) and bool(gpu.fp8_tflops)

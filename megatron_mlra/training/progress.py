@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from megatron_mlra.command_line.parser import say
 from megatron_mlra.cost.flops import train_flops_per_token
-from megatron_mlra.cost.shape import ModelShape
+from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.fault_tolerance.integrity import latest_step, reason
 from megatron_mlra.fault_tolerance.retention import prune
 
@@ -71,7 +71,7 @@ class Throughput:
 class Progress:
     """Progress in place of Megatron's log lines, and FLOPs that know branches."""
 
-    def __init__(self, args: Namespace, shape: ModelShape) -> None:
+    def __init__(self, args: Namespace, shape: ModelDescription) -> None:
         self.args = args
         self.speaks = args.rank == args.world_size - 1
         self.model_flops, self.hardware_flops = train_flops_per_token(

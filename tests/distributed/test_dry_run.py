@@ -50,7 +50,7 @@ def layer_shapes(model) -> dict[str, tuple[list[int], bool]]:
 
 def chunk_shapes(model, pp: int, chunk: int) -> dict[str, tuple[list[int], bool]]:
     """The same of everything a rank of this pipeline stage holds in one chunk."""
-    d, vocab = model["hidden_size"], model["vocab_size"]
+    d, vocab = model["hidden_size"], model["padded_vocab_size"]
     shapes = {}
     if (pp, chunk) == (0, 0):
         shapes["embedding.word_embeddings.weight"] = ([vocab // TP, d], True)
@@ -69,7 +69,7 @@ def numbers(rank) -> int:
 
 def test_it_is_the_70b_model(model):
     assert (model["num_layers"], model["num_attention_heads"]) == (80, 64)
-    assert not model["tied_embeddings"]
+    assert not model["tie_embeddings"]
     assert 65e9 < model["counts"]["total"] < 75e9
 
 
@@ -155,7 +155,7 @@ def test_pipeline_balance(dry_run, model):
         assert rank["layers"] == [list(range(first, first + LAYERS)) for first in firsts]
         held = numbers(rank)
         assert stages.setdefault(rank["pp"], held) == held, "tensor-parallel ranks differ"
-    embedding = model["vocab_size"] * model["hidden_size"] // TP
+    embedding = model["padded_vocab_size"] * model["hidden_size"] // TP
     middle = stages[1]
     assert stages == {
         0: middle + embedding,
@@ -164,6 +164,6 @@ def test_pipeline_balance(dry_run, model):
     }
     # The last stage also computes the output layer, which costs a little more than one of its ten
     # layers; the first only looks rows up.
-    output = 6 * model["vocab_size"] * model["hidden_size"]
+    output = 6 * model["padded_vocab_size"] * model["hidden_size"]
     stage = (model["flops_per_token"] - output) / PP
     assert 1.10 < (stage + output) / stage < 1.11

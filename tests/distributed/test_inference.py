@@ -50,7 +50,7 @@ def test_ranks_agree_with_full_forward(tp: int, name: str, mode: str, results: P
         bytes_per_token = worst.pop("bytes_per_token")
         assert set(worst) == {"prefill", "ragged", "reuse"}
         assert max(worst.values()) <= TOLERANCE, worst
-        if MODELS[name].attention == "latent":
+        if MODELS[name].attention == "mlra":
             assert bytes_per_token == 2 * 4 * numbers_a_token(name, tp)
 
 

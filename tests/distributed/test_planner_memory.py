@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megatron_mlra.cost.shape import ModelShape
+from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.planner.layout import Layout
 from megatron_mlra.planner.memory import optimizer_bytes, rank_parameters, saved_activations
 from megatron_mlra.planner.step import traffic
@@ -40,7 +40,10 @@ def measured(run_driver):
     return found
 
 
-def planned(name: str) -> tuple[ModelShape, Layout]:
+MATERIALIZED = ("mla", "mlra4_materialized", "mlra4_materialized_cp2")
+
+
+def planned(name: str) -> tuple[ModelDescription, Layout]:
     sizes = {
         "num_layers": 3,
         "hidden_size": 256,
@@ -51,7 +54,7 @@ def planned(name: str) -> tuple[ModelShape, Layout]:
         "output_gate": name == "mlra4_gated",
     }
     if name == "gqa":
-        sizes |= {"attention": "gqa", "kv_channels": 32, "num_query_groups": 2}
+        sizes |= {"attention": "gqa", "head_dim": 32, "num_query_groups": 2}
     else:
         latents = 1 if name == "mla" else 4
         sizes |= {
@@ -62,10 +65,10 @@ def planned(name: str) -> tuple[ModelShape, Layout]:
             "qk_nope_head_dim": 32,
             "qk_rope_head_dim": 16,
             "v_head_dim": 32,
-            "absorbed": name not in ("mla", "mlra4_materialized", "mlra4_materialized_cp2"),
+            "core_form": "materialized" if name in MATERIALIZED else "absorbed",
         }
     options = {"micro_batch": 2, "distributed_optimizer": name == "mlra4_dp2"} | CASES[name]
-    return ModelShape(**sizes), Layout(**options)
+    return ModelDescription(**sizes), Layout(**options)
 
 
 @pytest.mark.parametrize("name", CASES)

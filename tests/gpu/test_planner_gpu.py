@@ -14,7 +14,7 @@ import torch
 
 from megatron_mlra.benchmarks.training import measure
 from megatron_mlra.benchmarks.training.case import Case, Load, parse_case
-from megatron_mlra.cost.shape import ModelShape
+from megatron_mlra.description.megatron_args import from_megatron_args
 from megatron_mlra.planner.gpus import GPUS, Assumptions
 from megatron_mlra.planner.layout import Layout
 from megatron_mlra.planner.memory import GIB, memory
@@ -52,7 +52,7 @@ def test_a_training_step(text, tokens, micro_batches, recompute):
     case = Case.parse(text)
     layout = Layout(micro_batch=max(1, tokens // case.seq_length), recompute=recompute)
     load = Load(LAYERS, tokens, micro_batches)
-    shape = ModelShape.from_args(parse_case(case, load)[0], seq_length=case.seq_length)
+    shape = from_megatron_args(parse_case(case, load)[0], seq_length=case.seq_length)
     load = Load(LAYERS, tokens, micro_batches, flags=(*FLAGS, *flags_of(layout.flags(shape))))
     held = memory(shape, layout)
 

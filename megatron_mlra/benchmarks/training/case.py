@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.training import get_megatron_ddp_config, get_megatron_optimizer_config
 
-from megatron_mlra.cost.shape import ModelShape
+from megatron_mlra.description.megatron_args import from_megatron_args
 from megatron_mlra.layers.specs import block_spec
 from megatron_mlra.training import arguments
 
@@ -155,7 +155,7 @@ class Trainee:
     def __init__(self, case: Case, load: Load) -> None:
         self.args, self.config = parse_case(case, load)
         self.load = load
-        self.shape = ModelShape.from_args(self.args, seq_length=case.seq_length)
+        self.shape = from_megatron_args(self.args, seq_length=case.seq_length)
         model = build_model(case, self.args, self.config)
         if self.args.bf16:
             model = Float16Module(self.config, model)

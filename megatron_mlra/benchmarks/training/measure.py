@@ -99,7 +99,7 @@ def measure(
     flops = train_flops_per_token(trainee.shape)
     return Result(
         case=str(case),
-        variant=case.variant if case.is_stock else trainee.shape.variant,
+        variant=case.variant if case.is_stock else trainee.shape.attention_variant,
         recipe=case.recipe,
         form="absorbed" if trainee.shape.absorbed else "materialized",
         seq_length=case.seq_length,

@@ -53,7 +53,7 @@ def to_hf_config(model: ModelDescription) -> dict[str, Any]:
     config: dict[str, Any] = {theirs: getattr(model, ours) for theirs, ours in _COMMON.items()}
     config |= {"hidden_act": "silu", "dtype": model.dtype, "rope_parameters": _rope(model)}
     config |= {"bos_token_id": None, "eos_token_id": model.eod_token_id}
-    if model.attention == "latent":
+    if model.attention == "mlra":
         return config | {
             "model_type": "mlra",
             "architectures": ["MLRAForCausalLM"],
@@ -105,7 +105,10 @@ def from_hf_config(config: Mapping[str, Any], dtype: str) -> ModelDescription:
         fields |= {name: needed(name) for name in _LATENT}
         if config.get("num_experts"):
             fields |= _expert_fields(config, needed)
-        return ModelDescription(attention="latent", **fields)
+        model = ModelDescription(attention="mlra", **fields)
+        if problem := model.routing_problem():
+            raise CheckpointError(problem)
+        return model
     heads = fields["num_attention_heads"]
     return ModelDescription(
         attention="gqa",

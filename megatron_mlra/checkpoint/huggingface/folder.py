@@ -106,7 +106,7 @@ def write_huggingface(
             dtypes = {t: stream.dtype_of(name) for name in table for t in table[name].theirs}
             write_safetensors(folder, shapes, dtypes, parts(), max_shard_bytes)
             stream.finish()
-            if model.attention == "latent":
+            if model.attention == "mlra":
                 for file in sorted(CODE.glob("*_mlra.py")):
                     shutil.copy(file, folder / file.name)
             return missing

@@ -15,7 +15,7 @@ from megatron_mlra.checkpoint.folder import (
     tokenizer_files,
 )
 from megatron_mlra.checkpoint.megatron.torch_dist import TorchDistFolder
-from megatron_mlra.description.megatron_args import from_megatron_args
+from megatron_mlra.description.megatron_args import check_convertible, from_megatron_args
 from megatron_mlra.description.model import CheckpointError
 from megatron_mlra.description.tensors import EXPERTS, VOCABULARY, dtype_of, expected_tensors
 
@@ -48,6 +48,7 @@ class MegatronFolder(CheckpointFolder):
         self.args = args
         overrides = {} if vocab_size is None else {"vocab_size": vocab_size}
         try:
+            check_convertible(args)
             self.description = from_megatron_args(args, **overrides)
         except CheckpointError as error:
             raise CheckpointError(f"checkpoint {self.folder}: {error}") from None

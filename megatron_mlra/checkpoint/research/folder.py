@@ -118,7 +118,7 @@ def infer_fields(
     d_h = needed("qk_nope_head_dim")
     L, N = _latents(shapes, h, d_h)
     return fields | {
-        "attention": "latent",
+        "attention": "mlra",
         "num_latent_heads": L,
         "num_branches": N,
         "q_lora_rank": needed("q_lora_rank"),
@@ -222,7 +222,7 @@ def research_config(model: ModelDescription) -> dict[str, Any]:
         "eos_token_id": model.eod_token_id,
         "torch_dtype": model.dtype,
     }
-    if model.attention == "latent":
+    if model.attention == "mlra":
         for name in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"):
             config[name] = getattr(model, name)
         if not model.variance_scaling:
@@ -232,7 +232,7 @@ def research_config(model: ModelDescription) -> dict[str, Any]:
 
 def _check_exportable(model: ModelDescription) -> None:
     """What the research code fixes."""
-    latent = model.attention == "latent"
+    latent = model.attention == "mlra"
     if model.num_experts:
         raise CheckpointError(
             f"the research code has no mixture of experts, and this model {model.num_experts}"

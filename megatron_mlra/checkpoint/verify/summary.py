@@ -24,7 +24,7 @@ def lines(folder: CheckpointFolder) -> list[str]:
         f" {'YaRN' if m.rope_type == 'yarn' else 'RoPE'} base {m.rotary_base:g},"
         f" eps {m.layernorm_epsilon:g}",
     ]
-    if m.attention == "latent":
+    if m.attention == "mlra":
         query = m.q_lora_rank if m.q_lora_rank is not None else "none"
         scaling = "on" if m.variance_scaling else "off"
         out.append(

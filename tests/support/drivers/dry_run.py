@@ -229,9 +229,9 @@ def accounting(args: Namespace) -> dict[str, Any]:
 
     from megatron_mlra.cost.flops import train_flops_per_token
     from megatron_mlra.cost.parameters import parameters
-    from megatron_mlra.cost.shape import ModelShape
+    from megatron_mlra.description.megatron_args import from_megatron_args
 
-    shape = ModelShape.from_args(args)
+    shape = from_megatron_args(args)
     flops = train_flops_per_token(shape, args.seq_length).model
     return {**asdict(shape), "counts": asdict(parameters(shape)), "flops_per_token": flops}
 

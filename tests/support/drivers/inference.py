@@ -130,7 +130,7 @@ def parallel_cases() -> list[tuple[int, str, str]]:
         for tp, names in PARALLEL.items()
         for name in names
         for mode in WEIGHT_MODES
-        if MODELS[name].attention == "latent" or mode == WEIGHT_MODES[0]
+        if MODELS[name].attention == "mlra" or mode == WEIGHT_MODES[0]
     ]
 
 

@@ -1,4 +1,4 @@
-"""accounting.py against method tables and against counts made another way."""
+"""Costs against method tables and against counts made another way."""
 
 import subprocess
 import sys
@@ -12,40 +12,44 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_mlra.cost.cache import kv_cache_bytes_per_token, kv_cache_elements
 from megatron_mlra.cost.flops import train_flops_per_token
 from megatron_mlra.cost.parameters import parameters
-from megatron_mlra.cost.shape import ModelShape
 from megatron_mlra.cost.traffic import cp_communication, tp_communication
+from megatron_mlra.description.megatron_args import from_megatron_args
+from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.maths.attention import mlra_attention
 from support import CONFIGS
 
+FORM = {True: "absorbed", False: "materialized"}
 
-def shape_of(name: str, **overrides) -> ModelShape:
+
+def shape_of(name: str, **overrides) -> ModelDescription:
     preset = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     base = yaml.safe_load((CONFIGS / preset.pop("base")).read_text())
-    return ModelShape.from_args(base | preset, **overrides)
+    return from_megatron_args(base | preset, **overrides)
 
 
-def latent_shape(L: int, N: int, **overrides) -> ModelShape:
+SIZES = {
+    "num_layers": 3,
+    "hidden_size": 40,
+    "ffn_hidden_size": 56,
+    "num_attention_heads": 8,
+    "vocab_size": 96,
+    "q_lora_rank": 28,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 14,
+}
+
+
+def latent_shape(L: int, N: int, **overrides) -> ModelDescription:
     """A small member of the latent family in which no two sizes coincide."""
-    sizes = {
-        "num_layers": 3,
-        "hidden_size": 40,
-        "ffn_hidden_size": 56,
-        "num_attention_heads": 8,
-        "vocab_size": 96,
-        "num_latent_heads": L,
-        "num_branches": N,
-        "q_lora_rank": 28,
-        "kv_lora_rank": 24,
-        "qk_nope_head_dim": 10,
-        "qk_rope_head_dim": 4,
-        "v_head_dim": 14,
-    }
-    return ModelShape(**(sizes | overrides))
+    chosen = {"num_latent_heads": L, "num_branches": N, "core_form": "materialized"}
+    return ModelDescription(**(SIZES | chosen | overrides))
 
 
 def test_importing_it_loads_no_torch():
     code = (
-        "import sys, megatron_mlra.cost.shape as a;"
+        "import sys, megatron_mlra.cost.parameters as a;"
         "assert not {'torch', 'numpy', 'megatron.core'} & set(sys.modules), 'heavy import'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -91,7 +95,7 @@ def test_training_surcharge_over_mla(preset, ratios):
         assert surcharge == pytest.approx(ratio, abs=0.002)
 
 
-def core_products(shape: ModelShape, s: int, absorbed: bool) -> None:
+def core_products(shape: ModelDescription, s: int, absorbed: bool) -> None:
     """Score and value products of all cores over a sequence, a query at a time: causal by loop."""
     d_r, d_l = shape.qk_rope_head_dim, shape.latent_dim
     score, value = shape.qk_nope_head_dim + d_r, shape.v_head_dim
@@ -103,7 +107,7 @@ def core_products(shape: ModelShape, s: int, absorbed: bool) -> None:
             p @ torch.empty(keys, value)
 
 
-def linear_products(shape: ModelShape, s: int, absorbed: bool) -> None:
+def linear_products(shape: ModelDescription, s: int, absorbed: bool) -> None:
     """Every weight product of one forward, from the method's steps."""
     d, f, h = shape.hidden_size, shape.ffn_hidden_size, shape.num_attention_heads
     d_q, d_c, d_l = shape.q_lora_rank, shape.kv_lora_rank, shape.latent_dim
@@ -129,7 +133,7 @@ def linear_products(shape: ModelShape, s: int, absorbed: bool) -> None:
         product(s, h * d_v, d)
         product(s, d, 2 * f)
         product(s, f, d)
-    product(s, d, shape.vocab_size)
+    product(s, d, shape.embedding_rows)
 
 
 def counted(run) -> int:
@@ -143,7 +147,7 @@ def counted(run) -> int:
     ("L", "N", "gate"), [(1, 1, False), (2, 1, True), (4, 2, False), (4, 4, True)]
 )
 def test_training_flops_against_torchs_counter(L, N, gate, absorbed):
-    shape, s = latent_shape(L, N, output_gate=gate, absorbed=absorbed), 5
+    shape, s = latent_shape(L, N, output_gate=gate, core_form=FORM[absorbed]), 5
     flops = train_flops_per_token(shape, s)
     linear = counted(lambda: linear_products(shape, s, absorbed))
     method = counted(lambda: core_products(shape, s, False))
@@ -154,7 +158,7 @@ def test_training_flops_against_torchs_counter(L, N, gate, absorbed):
     assert with_core.model == flops.model
     assert (with_core.hardware - flops.hardware) * s == pytest.approx(core, rel=1e-12)
     with_all = train_flops_per_token(shape, s, recompute="full")
-    output = 2 * s * shape.hidden_size * shape.vocab_size
+    output = 2 * s * shape.hidden_size * shape.embedding_rows
     extra = linear + core - output
     assert (with_all.hardware - flops.hardware) * s == pytest.approx(extra, rel=1e-12)
 
@@ -162,12 +166,15 @@ def test_training_flops_against_torchs_counter(L, N, gate, absorbed):
 @pytest.mark.parametrize("absorbed", [False, True])
 @pytest.mark.parametrize(("L", "N"), [(1, 1), (2, 1), (4, 2), (4, 4)])
 def test_hardware_flops_against_the_attention_itself(L, N, absorbed):
-    shape = latent_shape(L, N, num_layers=1, output_gate=True, absorbed=absorbed)
+    shape = latent_shape(L, N, num_layers=1, output_gate=True, core_form=FORM[absorbed])
     d, h, s, p = shape.hidden_size, shape.num_attention_heads, 6, parameters(shape)
     d_h, d_v, d_l = shape.qk_nope_head_dim, shape.v_head_dim, shape.latent_dim
     q_out = h * (d_h + shape.qk_rope_head_dim)
     config = SimpleNamespace(
-        **vars(shape),
+        **SIZES,
+        num_latent_heads=L,
+        num_branches=N,
+        output_gate=True,
         latent_dim=d_l,
         num_head_groups=L // N,
         q_scale=1.0,
@@ -202,7 +209,7 @@ def test_recompute_of_the_up_projection_and_fused_cores():
     extra = train_flops_per_token(shape, s, "up_proj").hardware - plain
     # 3 layers, W_UQ [28, 8 * 14], and 4 * 8 (branch, head) pairs of d_l = 6, d_h + d_v = 24.
     assert extra == pytest.approx(3 * 2 * (28 * 8 * 14 + 32 * 6 * 24))
-    absorbed = latent_shape(4, 4, absorbed=True)
+    absorbed = latent_shape(4, 4, core_form="absorbed")
     plain = train_flops_per_token(absorbed, s).hardware
     extra = train_flops_per_token(absorbed, s, "up_proj").hardware - plain
     assert extra == pytest.approx(3 * 2 * (28 * 8 * 14 + 32 * 6 * 10))
@@ -212,12 +219,12 @@ def test_recompute_of_the_up_projection_and_fused_cores():
 
 def test_absorbing_is_free_for_mlra4_and_not_for_mla():
     for name, free in (("mlra4_2.9b", True), ("mla_2.9b", False)):
-        flops = train_flops_per_token(shape_of(name, absorbed=True), 4096)
+        flops = train_flops_per_token(shape_of(name, core_form="absorbed"), 4096)
         assert (flops.hardware == flops.model) is free
 
 
 def test_mixture_of_experts():
-    shape = ModelShape.from_args(
+    shape = from_megatron_args(
         {
             "num_layers": 4,
             "hidden_size": 32,
@@ -239,7 +246,7 @@ def test_mixture_of_experts():
     attention, norms = 32 * 8 * (4 + 4) + 32 * 32, 64
     expert, shared = 3 * 32 * 24, 3 * 32 * 16 + 32 * 8
     rest = 128 * 32 + 32 + 4 * (attention + norms) + 3 * 32 * 96
-    assert shape.vocab_size == 128, "100 padded to a multiple of 128"
+    assert shape.embedding_rows == 128, "100 padded to a multiple of 128"
     assert p.total == rest + 3 * (8 * expert + shared)
     assert p.active == rest + 3 * (2 * expert + shared)
     used = 2 * (p.active - 32 - 4 * norms) + 4 * 2 * 4 * 16 * (7 + 1) / 2
@@ -294,7 +301,7 @@ def test_communication_of_both_layouts():
     [
         ({"attention": "mqa"}, "attention is 'mqa'; use one of mlra"),
         ({"kv_lora_rank": 0}, "kv_lora_rank is 0"),
-        ({"heads": 3}, "heads"),
+        ({"num_branches": 3}, "num_branches 3 does not divide num_latent_heads 4"),
     ],
 )
 def test_bad_shapes_are_refused(overrides, message):

@@ -19,7 +19,6 @@ from megatron_mlra.checkpoint.huggingface.config import from_hf_config, to_hf_co
 from megatron_mlra.checkpoint.huggingface.names import rules
 from megatron_mlra.checkpoint.rules import their_shapes
 from megatron_mlra.cost.parameters import parameters
-from megatron_mlra.cost.shape import ModelShape
 from megatron_mlra.description.megatron_args import from_megatron_args
 from megatron_mlra.description.tensors import expected_tensors
 from megatron_mlra.hf.configuration_mlra import MLRAConfig as HuggingFaceConfig
@@ -92,7 +91,7 @@ def test_all_published_configurations_have_a_preset():
 @pytest.mark.parametrize("name", PRESETS)
 def test_parameter_count(name, arguments, groups, monkeypatch):
     args = arguments(name)
-    counted = parameters(ModelShape.from_args(args))
+    counted = parameters(from_megatron_args(args))
     real = build_and_count(args, groups, monkeypatch)
     assert real == counted.total
     assert (counted.active < real) == bool(args.num_experts)
@@ -105,7 +104,7 @@ def test_parameter_count(name, arguments, groups, monkeypatch):
 @pytest.mark.parametrize("name", ["mla_moe_16b", "mlra4_moe_16b"])
 def test_a_mixture_of_experts_is_converted_whole(name, arguments):
     model = from_megatron_args(arguments(name))
-    count = parameters(ModelShape.from_args(arguments(name))).total
+    count = parameters(from_megatron_args(arguments(name))).total
     shapes = expected_tensors(model)
     assert sum(math.prod(shape) for shape in shapes.values()) == count
     assert (
@@ -184,11 +183,11 @@ def test_the_vocabulary_is_the_same_at_every_tensor_parallel_size(arguments):
 @pytest.mark.parametrize("name", TWINS)
 def test_twins_are_of_one_size(name, arguments):
     twin, known = TWINS[name]
-    shapes = [ModelShape.from_args(arguments(n)) for n in (name, twin)]
+    shapes = [from_megatron_args(arguments(n)) for n in (name, twin)]
     ours, theirs = (parameters(shape).total for shape in shapes)
     assert abs(ours / theirs - 1) < 1e-3
     assert known in (None, theirs)
-    assert shapes[0].variant == "MLRA-4"
+    assert shapes[0].attention_variant == "MLRA-4"
     for field in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "seq_length"):
         assert getattr(shapes[0], field) == getattr(shapes[1], field)
 

@@ -12,7 +12,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import build_module
 
 from megatron_mlra.cost.parameters import parameters
-from megatron_mlra.cost.shape import ModelShape
+from megatron_mlra.description.megatron_args import from_megatron_args
 from megatron_mlra.layers.baselines.attention import baseline_attention_spec
 from megatron_mlra.layers.baselines.config import BaselineConfig
 
@@ -175,7 +175,7 @@ def assert_close(actual, expected, tolerance, what) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_match_the_accounting_by_name(kind, alone):
     config = config_of(kind)
-    counted = parameters(ModelShape.from_args(config, vocab_size=128))
+    counted = parameters(from_megatron_args(config, vocab_size=128))
     expected = counted.attention | counted.attention_norms
     real = {n.removesuffix(".weight"): p for n, p in build(config, alone, alone).named_parameters()}
     assert {name: p.numel() for name, p in real.items()} == expected

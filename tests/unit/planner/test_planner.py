@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_mlra.cost.parameters import parameters
-from megatron_mlra.cost.shape import ModelShape
+from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.description.presets import preset_values
 from megatron_mlra.planner.cli import main, shape_of
 from megatron_mlra.planner.decoding import decode, ways
@@ -30,7 +30,7 @@ LARGE = ("mlra4_7b", "mla_7b", "mlra4_70b", "gqa_70b", "mlra4_qwen_8b", "gqa_qwe
 MOE = ("mlra4_moe_16b", "mla_moe_16b")
 
 
-def shape(name: str) -> ModelShape:
+def shape(name: str) -> ModelDescription:
     return shape_of(preset_values(CONFIGS / f"{name}.yaml"))
 
 
@@ -146,7 +146,7 @@ def test_context_parallel_traffic_by_hand():
     # Megatron's ring: keys and values of the rank's groups forward, again and with their gradients
     # backward.
     gqa = replace(shape("gqa_2.9b"), seq_length=32768)
-    groups, dim = gqa.num_query_groups / 2, gqa.kv_channels
+    groups, dim = gqa.num_query_groups / 2, gqa.head_dim
     ring = 3 * (4 - 1) * 2 * groups * dim * 2 * 32768 / 4
     assert traffic(gqa, layout, 5).context == 5 * gqa.num_layers * ring * 2
 
@@ -231,7 +231,9 @@ def test_one_gpus_step_is_met(gpu, preset, ffn, length, tokens_per_second, gib):
 def test_what_one_gpus_attention_saved_is_met(form, mib):
     # The sublayer alone in the same place: 8,192 tokens, MiB beyond weights and input, with output.
     form = dict(form)
-    model = replace(shape("mlra4_2.9b"), absorbed=form.pop("absorbed"))
+    model = replace(
+        shape("mlra4_2.9b"), core_form="absorbed" if form.pop("absorbed") else "materialized"
+    )
     saved = attention_activations(model, Layout(**form), "transformer_engine", 2)
     assert saved * 8192 / 2**20 == pytest.approx(mib, rel=0.03)
 
