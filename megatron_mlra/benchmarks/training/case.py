@@ -28,7 +28,7 @@ from megatron_mlra.description.megatron_args import from_megatron_args
 from megatron_mlra.layers.specs import block_spec
 from megatron_mlra.training import arguments
 
-CONFIGS = Path(__file__).resolve().parents[2] / "examples" / "configs"
+CONFIGS = Path(__file__).resolve().parents[3] / "examples" / "configs"
 STOCK = "stock-mla"
 """Megatron's MLA as it comes; `stock-mla-fused` turns on its RoPE fusion, which it has for YaRN
 only: with factor 1 that is plain RoPE."""

@@ -56,7 +56,7 @@ def line(row: Result | SublayerResult) -> str:
 
 def environment() -> dict[str, str]:
     """What timings depend on: device, versions, commit."""
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     found = {

@@ -31,7 +31,7 @@ from megatron_mlra.checkpoint.stream import TensorStream
 from megatron_mlra.description.model import CheckpointError
 from megatron_mlra.description.tensors import dtype_of
 
-CODE = Path(__file__).parents[1] / "hf"
+CODE = Path(__file__).parents[2] / "hf"
 """The files an exported model runs on."""
 
 
