@@ -127,7 +127,7 @@ def check_same_function(a: CheckpointFolder, b: CheckpointFolder) -> None:
     different = [
         f"{field.name} is {left} and {right}"
         for field in dataclasses.fields(a.description)
-        if field.name not in _STORAGE
+        if field.compare and field.name not in _STORAGE
         for left, right in [(getattr(f.description, field.name) for f in (a, b))]
         if left != right
     ]
