@@ -1,4 +1,10 @@
-"""Training FLOPs per token. Pure Python."""
+"""Training FLOPs per token. Pure Python.
+
+Letters: V vocabulary (padded), d hidden size, f MLP size, h attention heads, n layers, s sequence
+length, g key/value heads of GQA and GTA, c head dim of GQA, GTA, MFA and TPA; of the latent family
+L latent heads, N branches, G = L / N head groups, d_q, d_c, d_l = d_c / L, d_h, d_r, d_v. Linear
+layers have no biases.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Tensor- and context-parallel communication of one layer's attention: pure Python; letters of
-accounting.py."""
+"""Tensor- and context-parallel communication of one layer's attention. Pure Python; letters of
+flops.py."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_mlra.description.model import ModelDescription
+from megatron_mlra.sharding.partition import LatentShard
 
 
 class Collective(NamedTuple):
@@ -135,9 +136,8 @@ def cp_communication(
         raise ValueError(f"layout is {layout!r}; use head or latent")
     if cp == 1:
         return Communication(cp, (), ())
-    L, N = shape.num_latent_heads, shape.num_branches
-    latents = N * max(L // N // tp, 1) if layout == "head" else max(L // tp, 1)
-    numbers = latents * shape.latent_dim + shape.qk_rope_head_dim
+    shard = LatentShard.plan(shape, tp, 0, layout)
+    numbers = shard.branches * shard.groups * shape.latent_dim + shape.qk_rope_head_dim
     return Communication(
         cp,
         (Collective("latents", "all_gather", numbers),),

@@ -16,6 +16,7 @@ from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.description.tensors import EMBEDDING, FINAL_NORM, OUTPUT, layer_prefix
 from megatron_mlra.inference.mlp import DenseWeights, ExpertWeights, load_mlp
 from megatron_mlra.inference.parallel import HeadShard, check_tensor_parallel
+from megatron_mlra.sharding.placement import placements, serving_share
 
 
 @dataclass
@@ -149,46 +150,33 @@ def load_weights(
 def _latent(
     model: ModelDescription, get: Callable[[str], Tensor], shard: HeadShard, place: Callable
 ) -> LatentWeights:
-    core, l = shard.core, model.latent_dim
-    nope, v = model.qk_nope_head_dim, model.v_head_dim
-    e = nope + model.qk_rope_head_dim
-    own = slice(shard.own_start, shard.own_start + shard.own_heads)
+    core, nope = shard.core, model.qk_nope_head_dim
+    share = serving_share(model, core, shard.own_start, shard.own_heads)
+    placed = placements(model)
 
-    def own_heads(weight: Tensor, size: int) -> Tensor:
-        return weight.unflatten(0, (model.num_attention_heads, size))[own].flatten(0, 1)
+    def own(name: str) -> Tensor:
+        whole = get(f"self_attention.{name}")
+        parts = [whole[box] for box in placed[name].boxes(share)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def own_latents(x: Tensor) -> Tensor:
-        """`[N G l, ...]` -> `[n, g, l, ...]`."""
-        x = x.unflatten(0, (model.num_branches, model.num_head_groups, l))
-        x = x.narrow(0, core.branch_start, core.branches)
-        return x.narrow(1, core.group_start, core.groups)
-
-    latents, rope = get("self_attention.linear_kv_down_proj").split(
-        (model.kv_lora_rank, model.qk_rope_head_dim)
-    )
-    down = [own_latents(latents).flatten(0, 2), rope]
-    q_norm = None
+    down, q_norm = [own("linear_kv_down_proj")], None
     if model.q_lora_rank is None:
-        q_up = get("self_attention.linear_q_proj")
+        q_up = own("linear_q_proj")
     else:
-        down.insert(0, get("self_attention.linear_q_down_proj"))
-        q_norm = get("self_attention.q_norm").float() * model.q_scale
-        q_up = get("self_attention.linear_q_up_proj")
-    up = get("self_attention.linear_kv_up_proj").narrow(0, core.branch_start, core.branches)
-    up = up.narrow(1, core.head_start, core.heads)  # [n, h_c, d_h + d_v, l]
+        down.insert(0, own("linear_q_down_proj"))
+        q_norm = place(own("q_norm").float() * model.q_scale)
+        q_up = own("linear_q_up_proj")
+    up = own("linear_kv_up_proj")  # [n, h_c, d_h + d_v, l]
     w_uk, w_uv = up[:, :, :nope], up[:, :, nope:]
-    gate = None
-    if model.output_gate:
-        gate = place(own_heads(get("self_attention.linear_gate_proj"), v))
     return LatentWeights(
         down=place(torch.cat(down)),
-        q_norm=None if q_norm is None else place(q_norm),
-        q_up=place(own_heads(q_up, e)),
-        kv_norm=place(own_latents(get("self_attention.kv_norm")).flatten(0, 1)),
+        q_norm=q_norm,
+        q_up=place(q_up),
+        kv_norm=place(own("kv_norm").unflatten(0, (-1, model.latent_dim))),
         w_uk=place(w_uk.permute(1, 2, 0, 3).flatten(2)),
         w_uv=place(w_uv.permute(1, 0, 3, 2).flatten(1, 2).float() * model.branch_scale),
-        gate=gate,
-        proj=place(own_heads(get("self_attention.linear_proj").T, v).T),
+        gate=place(own("linear_gate_proj")) if model.output_gate else None,
+        proj=place(own("linear_proj")),
     )
 
 

@@ -32,7 +32,9 @@ from megatron_mlra.layers.recompute import rebuilt_in_backward
 from megatron_mlra.layers.rotary import rotary_tables
 from megatron_mlra.maths.attention import materialized_qkv, split_up_projection
 from megatron_mlra.sharding.context_parallel import ContextParallel
-from megatron_mlra.sharding.tensor_parallel import LatentParallel, LatentShard
+from megatron_mlra.sharding.partition import LatentShard
+from megatron_mlra.sharding.placement import placements, training_share
+from megatron_mlra.sharding.tensor_parallel import LatentParallel
 from megatron_mlra.sharding.token_plan import TokenPlan, plan_tokens
 
 
@@ -109,7 +111,10 @@ class MLRASelfAttention(Attention):
             and "mla_up_proj" in config.recompute_modules
         )
 
-        def column(input_size: int, output_size: int, linear_name: str) -> torch.nn.Module:
+        placed = placements(config)
+
+        def column(linear_name: str) -> torch.nn.Module:
+            output_size, input_size = placed[linear_name].shape
             return submodules.column_linear(
                 input_size,
                 output_size,
@@ -123,21 +128,18 @@ class MLRASelfAttention(Attention):
                 name=linear_name if name is None else f"{name}.{linear_name}",
             )
 
-        d, d_q = config.hidden_size, config.q_lora_rank
-        query_size = config.num_attention_heads * config.qk_dim
-        if d_q is None:
-            self.linear_q_proj = column(d, query_size, "linear_q_proj")
+        if config.q_lora_rank is None:
+            self.linear_q_proj = column("linear_q_proj")
         else:
-            self.linear_q_down_proj = column(d, d_q, "linear_q_down_proj")
-            self.q_norm = ShardedRMSNorm(config, d_q, 1, config.q_scale, group)
-            self.linear_q_up_proj = column(d_q, query_size, "linear_q_up_proj")
-        d_c, d_r = config.kv_lora_rank, config.qk_rope_head_dim
-        self.linear_kv_down_proj = column(d, d_c + d_r, "linear_kv_down_proj")
-        self.kv_norm = ShardedRMSNorm(config, d_c, config.num_latent_heads, config.kv_scale, group)
+            self.linear_q_down_proj = column("linear_q_down_proj")
+            self.q_norm = ShardedRMSNorm(config, config.q_lora_rank, 1, config.q_scale, group)
+            self.linear_q_up_proj = column("linear_q_up_proj")
+        self.linear_kv_down_proj = column("linear_kv_down_proj")
+        d_c, L = config.kv_lora_rank, config.num_latent_heads
+        self.kv_norm = ShardedRMSNorm(config, d_c, L, config.kv_scale, group)
         self.linear_kv_up_proj = LatentUpProjection(config, self.shard, group, config.init_method)
         if config.output_gate:
-            gate_size = config.num_attention_heads * config.v_head_dim
-            self.linear_gate_proj = column(d, gate_size, "linear_gate_proj")
+            self.linear_gate_proj = column("linear_gate_proj")
 
     def forward(
         self,
@@ -341,8 +343,9 @@ class MLRASelfAttention(Attention):
         """Megatron's, with the kv down-projection stored as latent rows, then RoPE rows."""
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         key = f"{prefix}linear_kv_down_proj.weight"
-        tp, config = self.shard.tp_size, self.config
-        if tp > 1:
-            blocks = (config.kv_lora_rank // tp, config.qk_rope_head_dim // tp)
+        if self.shard.tp_size > 1:
+            placed = placements(self.config)["linear_kv_down_proj"]
+            boxes = placed.boxes(training_share(self.config, self.shard))
+            blocks = tuple(rows.stop - rows.start for (rows,) in boxes)
             sharded[key] = split_rows_factory(sharded[key], blocks, sharded_offsets)
         return sharded

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_mlra.layers.config import MLRAConfig, resolve_latent_kernels
 from megatron_mlra.maths import attention
+from megatron_mlra.sharding.placement import local_shape, placements, training_share
 from megatron_mlra.sharding.tensor_parallel import LatentShard, all_reduce_sum
 
 
@@ -132,14 +133,10 @@ class LatentUpProjection(MegatronModule):
         super().__init__(config)
         self.shard = shard
         self.tp_group = tp_group
-        self.global_shape = (
-            config.num_branches,
-            config.num_attention_heads,
-            config.qk_nope_head_dim + config.v_head_dim,
-            config.latent_dim,
-        )
-        shape = (shard.branches, shard.heads, *self.global_shape[2:])
-        self.weight = torch.nn.Parameter(_allocate(shape, config))
+        placed = placements(config)["linear_kv_up_proj"]
+        share = training_share(config, shard)
+        self.global_shape, (self.box,) = placed.shape, placed.boxes(share)
+        self.weight = torch.nn.Parameter(_allocate(local_shape(placed, share), config))
         set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
         self.weight.allreduce = True
         if config.perform_initialization:
@@ -154,21 +151,23 @@ class LatentUpProjection(MegatronModule):
         # As Megatron does on a CPU: every rank draws the global weight and keeps its part.
         whole = torch.empty(self.global_shape, dtype=torch.float32, device=self.weight.device)
         init_method(whole)
-        shard = self.shard
-        part = whole.narrow(0, shard.branch_start, shard.branches)
-        self.weight.copy_(part.narrow(1, shard.head_start, shard.heads))
+        self.weight.copy_(whole[self.box])
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """`weight` as a rectangle of the global weight, the same key and shape in both layouts."""
         axis = len(sharded_offsets)
-        shard, (branches, heads) = self.shard, self.global_shape[:2]
         key = f"{prefix}weight"
+        cut = [
+            (axis + i, part.start // size, whole // size)
+            for i, (part, size, whole) in enumerate(
+                zip(self.box, self.weight.shape, self.global_shape, strict=False)
+            )
+        ]
         tensor = ShardedTensor.from_rank_offsets(
             key,
             self.weight,
             *sharded_offsets,
-            (axis, shard.branch_start // shard.branches, branches // shard.branches),
-            (axis + 1, shard.head_start // shard.heads, heads // shard.heads),
+            *cut,
             replica_id=(0, 0, get_pg_rank(metadata["dp_cp_group"])),
             prepend_axis_num=axis,
         )

@@ -1,6 +1,6 @@
 """What one GPU of a training run holds: weights, gradients, optimizer, activations.
 
-Letters of accounting.py; `e` bytes of a number (2 in bf16). Activations are what torch keeps for
+Letters of cost/flops.py; `e` bytes of a number (2 in bf16). Activations are what torch keeps for
 backward, counted where the layers keep it: `local` as the torch layers do on a CPU, held to them by
 tests/distributed/test_planner_memory.py; `transformer_engine` as the fused layers do.
 """
@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from megatron_mlra.cost.parameters import parameters
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.planner.layout import Layout
+from megatron_mlra.sharding.partition import LatentShard
 
 GIB = 2**30
 
@@ -110,16 +111,9 @@ def _attention_items(
     drop = layout.recompute.split("+")
     if shape.attention != "mlra":
         return _baseline_items(shape, layout, local, e, 1.0 if full else 1 / tp)
-    L, N = shape.num_latent_heads, shape.num_branches
-    G, l = L // N, shape.latent_dim
+    shard = LatentShard.plan(shape, tp, 0, layout.tp_layout)
+    n, heads, groups, l = shard.branches, shard.heads, shard.groups, shape.latent_dim
     d_h, d_r, d_v = shape.qk_nope_head_dim, shape.qk_rope_head_dim, shape.v_head_dim
-    if layout.tp_layout == "head":
-        n, heads = N, h / tp
-    elif N % tp == 0:
-        n, heads = N // tp, h
-    else:
-        n, heads = 1, h * N / tp
-    groups = max(1, heads * G / h)
     # torch's norm keeps its input and its result in float32, the fused one its input as it came.
     norm = 2 * 4 if local else e
     items: dict[str, float] = {"input": e * d}

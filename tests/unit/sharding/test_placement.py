@@ -1,0 +1,105 @@
+"""The table of every weight: ranks' parts make the whole, and the documentation shows it."""
+
+import math
+
+import numpy as np
+import pytest
+
+from megatron_mlra.description.model import ModelDescription
+from megatron_mlra.description.tensors import layer_tensors
+from megatron_mlra.inference.parallel import HeadShard
+from megatron_mlra.sharding.fit import misfit
+from megatron_mlra.sharding.partition import LatentShard
+from megatron_mlra.sharding.placement import (
+    local_shape,
+    markdown_table,
+    placements,
+    serving_share,
+    training_share,
+)
+from support import ROOT
+
+FAMILY = [(1, 1), (2, 1), (4, 1), (4, 2), (4, 4), (8, 8)]
+
+
+def model(L: int, N: int, **changes: object) -> ModelDescription:
+    sizes = {
+        "num_layers": 1,
+        "hidden_size": 24,
+        "ffn_hidden_size": 32,
+        "num_attention_heads": 16,
+        "vocab_size": 64,
+        "num_latent_heads": L,
+        "num_branches": N,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 64,
+        "qk_nope_head_dim": 6,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 10,
+        "output_gate": True,
+    }
+    return ModelDescription(**(sizes | changes))
+
+
+@pytest.mark.parametrize("q_lora_rank", [32, None])
+@pytest.mark.parametrize(("L", "N"), FAMILY)
+def test_names_and_shapes_are_those_of_checkpoints(L, N, q_lora_rank):
+    described = model(L, N, q_lora_rank=q_lora_rank)
+    stored = {
+        name.removeprefix("self_attention.").removesuffix(".weight"): shape
+        for name, shape in layer_tensors(described, 0).items()
+        if name.startswith("self_attention.")
+    }
+    assert {name: placed.shape for name, placed in placements(described).items()} == stored
+
+
+@pytest.mark.parametrize("layout", ["head", "latent"])
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+@pytest.mark.parametrize(("L", "N"), FAMILY)
+def test_training_parts_make_the_whole_once(L, N, tp, layout):
+    described = model(L, N)
+    sizes = {
+        name: getattr(described, name)
+        for name in (
+            *("num_latent_heads", "num_branches", "num_attention_heads"),
+            *("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim"),
+        )
+    }
+    if misfit(tp, layout, **sizes):
+        return
+    for name, placed in placements(described).items():
+        count = np.zeros(placed.shape, dtype=int)
+        for rank in range(tp):
+            share = training_share(described, LatentShard.plan(described, tp, rank, layout))
+            parts = placed.boxes(share)
+            for box in parts:
+                count[box] += 1
+            joined = np.concatenate([count[box] for box in parts])
+            assert joined.shape == local_shape(placed, share)
+            assert joined.size == math.prod(placed.shape) // tp
+        assert (count == 1).all(), name
+
+
+@pytest.mark.parametrize("weight_mode", ["replicated", "sharded"])
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+@pytest.mark.parametrize(("L", "N"), FAMILY)
+def test_served_parts_cover_the_whole(L, N, tp, weight_mode):
+    described = model(L, N)
+    counts = {}
+    for name, placed in placements(described).items():
+        counts[name] = np.zeros(placed.shape, dtype=int)
+        for rank in range(tp):
+            shard = HeadShard.plan(described, tp, rank, weight_mode)
+            share = serving_share(described, shard.core, shard.own_start, shard.own_heads)
+            for box in placed.boxes(share):
+                counts[name][box] += 1
+        assert (counts[name] > 0).all(), name
+    assert (counts["linear_kv_up_proj"] == 1).all()
+    assert (counts["linear_kv_down_proj"][-described.qk_rope_head_dim :] == tp).all()
+    assert (counts["kv_norm"] == max(1, tp // L)).all()
+    if weight_mode == "sharded":
+        assert (counts["linear_proj"] == 1).all()
+
+
+def test_the_documentation_shows_the_table():
+    assert markdown_table(model(4, 4)) in (ROOT / "docs/parallelism.md").read_text()
