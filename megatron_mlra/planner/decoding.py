@@ -1,7 +1,7 @@
 """What decoding costs at a context length: cache bytes a device, and a floor of a token's time.
 
 The floor loads the weights and the cache once and sends what the layout exchanges; kernels,
-sampling and scheduling come on top, for every attention alike. Letters of accounting.py.
+sampling and scheduling come on top, for every attention alike. Letters of cost/flops.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Predicted time of a training step, from stated rates; letters of accounting.py.
+"""Predicted time of a training step, from stated rates; letters of cost/flops.py.
 
 A step is m micro-batches through pp stages (1F1B or interleaved), then gradients and optimizer:
 

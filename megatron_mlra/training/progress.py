@@ -315,7 +315,7 @@ def _unfinished_saves() -> int:
 
 
 def recomputed(args: Namespace) -> str | None:
-    """What the backward pass computes again, as accounting.train_flops_per_token names it."""
+    """What the backward pass computes again, as cost.flops.train_flops_per_token names it."""
     if args.recompute_granularity == "full":
         return "full"
     if args.recompute_granularity != "selective":
