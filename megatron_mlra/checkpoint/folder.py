@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 
+from megatron_mlra.checkpoint.files.inside import inside
+from megatron_mlra.command_line.foreign_text import read_json
 from megatron_mlra.description.model import CheckpointError, ModelDescription
 from megatron_mlra.description.tensors import expected_tensors
 
+CONFIG_BYTES = 4 << 20
+"""Most bytes of a config.json."""
+PROBLEMS_SHOWN = 200
 TRACKER = "latest_checkpointed_iteration.txt"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -60,11 +65,57 @@ class CheckpointFolder:
         """Files of the tokenizer that lie beside the weights."""
         return tokenizer_files(self.path)
 
+    def named_tokenizer(self) -> list[Path]:
+        """Files of the tokenizer that the checkpoint only names, wherever they lie.
 
-def tokenizer_files(folder: Path) -> list[Path]:
-    """Tokenizer files in a folder."""
-    named = [folder / name for name in TOKENIZER_FILES]
-    return [path for path in [*named, *sorted(folder.glob("*.tiktoken"))] if path.is_file()]
+        They may be read by the user's own process, and are never copied: the path is the choice of
+        whoever made the checkpoint.
+        """
+        return []
+
+
+def tokenizer_files(folder: Path, *, follow_links: bool = False) -> list[Path]:
+    """Tokenizer files in a folder.
+
+    Args:
+        follow_links: out of the folder too, for files that are read and not copied.
+
+    Raises:
+        CheckpointError: one is a link out of the folder.
+    """
+    names = [*TOKENIZER_FILES, *sorted(path.name for path in folder.glob("*.tiktoken"))]
+    there = [folder / name for name in names if (folder / name).is_file()]
+    return there if follow_links else [inside(folder, path.name) for path in there]
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a file of this name belongs to a tokenizer."""
+    return name in TOKENIZER_FILES or name.endswith(".tiktoken")
+
+
+def tracked_step(folder: Path) -> str | None:
+    """What the tracker file of a `--save` folder says: 'release', the digits of a step, or '' (a
+    job died while it wrote). None without a tracker file.
+
+    Raises:
+        CheckpointError: it says anything else, which is not taken for a path.
+    """
+    tracker = inside(folder, TRACKER)
+    if not tracker.is_file():
+        return None
+    try:
+        with tracker.open("rb") as file:
+            text = file.read(64).decode("utf-8", errors="replace").strip()
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint tracker {tracker} cannot be read ({error.strerror})"
+        ) from None
+    if text not in ("", "release") and not re.fullmatch("[0-9]{1,18}", text):
+        raise CheckpointError(
+            f"checkpoint tracker {tracker} holds {text!r:.40}, not a step; write the step of a"
+            " complete iter_* folder into it"
+        )
+    return text
 
 
 def read_config(path: Path) -> dict:
@@ -73,16 +124,16 @@ def read_config(path: Path) -> dict:
     Raises:
         CheckpointError: there is none, or it is not JSON.
     """
-    file = path / "config.json"
+    file = inside(path, "config.json")
     if not file.is_file():
         raise CheckpointError(
             f"{path} holds no checkpoint: no {TRACKER}, .metadata or config.json; give the --save"
             " of a run, its iter_* folder, or an exported folder"
         )
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file, CONFIG_BYTES)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error})") from None
+        raise CheckpointError(str(error)) from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} is not a JSON object")
     return config
@@ -97,11 +148,18 @@ def check_tensors(
         CheckpointError: names every tensor that is missing, unknown or of another shape.
     """
     problems = [f"missing {name}" for name in expected if name not in found]
-    problems += [f"unknown {name} {list(found[name])}" for name in found if name not in expected]
+    problems += [
+        f"unknown {name if name.isprintable() else repr(name)} {list(found[name])}"
+        for name in found
+        if name not in expected
+    ]
     problems += [
         f"{name} is {list(found[name])}, not {list(expected[name])}"
         for name in expected
         if name in found and tuple(found[name]) != tuple(expected[name])
     ]
     if problems:
+        if len(problems) > PROBLEMS_SHOWN:
+            more = len(problems) - PROBLEMS_SHOWN
+            problems[PROBLEMS_SHOWN:] = [f"and {more:,} more"]
         raise CheckpointError(f"{where} does not fit its model: {'; '.join(problems)}")

@@ -24,6 +24,16 @@ def open_checkpoint(path: str | Path, vocab_size: int | None = None) -> Checkpoi
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder; give a checkpoint's folder")
+    try:
+        return _open(path, vocab_size)
+    except (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
+        said = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{path}: its config or arguments are no model's ({type(error).__name__}: {said:.200})"
+        ) from None
+
+
+def _open(path: Path, vocab_size: int | None) -> CheckpointFolder:
     if (path / TRACKER).is_file() or (path / ".metadata").is_file():
         return MegatronFolder(path, vocab_size)
     config = read_config(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,6 +34,8 @@ def data_tokenizer(source: CheckpointFolder) -> TokenizerSpec | None:
             continue
         kind, model = str(described.get("type")), described.get("model")
         if "sha256" not in described and kind != "hf":  # an hf tokenizer is always a file
+            if model is not None and (os.sep in str(model) or Path(str(model)).exists()):
+                raise CheckpointError(f"{prefix}.json names the file {model} without its sha256")
             return TokenizerSpec(kind, model)
         file = Path(str(model))
         if not file.is_file() or file_sha256(file) != described.get("sha256"):
@@ -70,7 +73,8 @@ def checkpoint_tokenizer(
     Raises:
         ValueError: none can be told, or it has more tokens than the model.
     """
-    beside = [path for path in folder.tokenizer_files() if path.name == "tokenizer.json"]
+    files = folder.tokenizer_files() or folder.named_tokenizer()
+    beside = [path for path in files if path.name == "tokenizer.json"]
     vocab = folder.description.vocab_size
     if type is None and model is not None:
         type = "hf" if Path(model).is_dir() or model.endswith(".json") else "tiktoken"

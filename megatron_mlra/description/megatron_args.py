@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_mlra.description.experts import expert_args, expert_fields, refused_experts
-from megatron_mlra.description.model import YARN, CheckpointError, ModelDescription
+from megatron_mlra.description.model import MOST_LAYERS, YARN, CheckpointError, ModelDescription
 
 
 def from_megatron_args(args: Any, **overrides: Any) -> ModelDescription:
@@ -83,6 +83,10 @@ def from_megatron_args(args: Any, **overrides: Any) -> ModelDescription:
             fields["q_lora_rank"] = get("q_lora_rank")
         else:
             fields |= {name: get(name, default=0) for name in ("tpa_q_rank", "tpa_kv_rank")}
+    if isinstance(fields["num_layers"], int) and fields["num_layers"] > MOST_LAYERS:
+        raise CheckpointError(
+            f"num_layers is {fields['num_layers']}; it can be at most {MOST_LAYERS}"
+        )
     try:
         fields |= expert_fields(values | {"ffn_hidden_size": ffn}, fields["num_layers"])
     except ValueError as error:

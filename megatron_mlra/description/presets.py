@@ -6,8 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from megatron_mlra.command_line.foreign_text import read_yaml
 from megatron_mlra.command_line.parser import did_you_mean
 from megatron_mlra.description.megatron_args import check_convertible, from_megatron_args
 from megatron_mlra.description.model import ModelDescription
@@ -60,26 +59,16 @@ def _layer_pattern(text: str) -> list[int] | int:
     return pattern
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which a key given twice, of which PyYAML takes the last, is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.YAMLError(f"{twice[0]} is given twice; leave one")
-        return super().construct_mapping(node, deep)
-
-
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.load(path.read_text(), _Loader)
+        values = read_yaml(path)
     except FileNotFoundError:
         siblings = [str(p) for p in path.parent.glob("*.yaml")]
         raise ValueError(
             f"--config {path}: no such file{did_you_mean(str(path), siblings)}"
         ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {path}: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise ValueError(f"--config {path}: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"--config {path}: expected lines of `key: value`, found {values!r:.60}")
     return values

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_mlra.command_line import parser as command_line
+from megatron_mlra.command_line.foreign_text import parse_json
 from megatron_mlra.command_line.parser import OneLineParser
 
 
@@ -118,7 +119,7 @@ def read_task(file: str) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            item = json.loads(line)
+            item = parse_json(line)
         except ValueError as error:
             raise ValueError(f"{file}:{number}: not JSON ({error})") from None
         problem = _problem(item)

@@ -12,6 +12,7 @@ from megatron_mlra.description.model import DTYPES as WEIGHT_DTYPES
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.inference.backends.select import select_backend
 from megatron_mlra.inference.cache import CACHE_DTYPES, GroupedCache, LatentCache
+from megatron_mlra.inference.checks import whole
 from megatron_mlra.inference.model import InferenceModel
 from megatron_mlra.inference.parallel import (
     HeadShard,
@@ -64,15 +65,12 @@ def load_model(
     device, parallel = torch.device(device), parallel or TensorParallel()
     dtype = _dtype(model, options, device)
     cache_dtype = _cache_dtype(options, dtype, model)
-    if options.page_size < 16 or options.page_size % 16:
+    if whole("page size", options.page_size) % 16:
         raise ValueError(f"page size is {options.page_size}; use a multiple of 16, best 64")
-    if options.cache_tokens < 1:
-        raise ValueError(f"cache tokens is {options.cache_tokens}; use at least 1")
+    whole("cache tokens", options.cache_tokens)
     max_positions = model.max_position_embeddings
     if options.max_positions is not None:
-        max_positions = options.max_positions
-    if max_positions < 1:
-        raise ValueError(f"max positions is {max_positions}; use at least 1")
+        max_positions = whole("max positions", options.max_positions)
     check_tensor_parallel(model, parallel.size)
     ops = select_backend(options.backend, model, dtype, device)
     pages = -(-options.cache_tokens // options.page_size)
@@ -86,7 +84,9 @@ def load_model(
     weights = load_weights(
         model, read, parallel.size, parallel.rank, options.weight_mode, dtype, device, progress
     )
-    return InferenceModel(model, weights, cache, ops, max_positions, parallel, shard)
+    # Nothing is at a position that the cache has no room for, whatever the checkpoint declares.
+    rows = min(max_positions, pages * options.page_size)
+    return InferenceModel(model, weights, cache, ops, max_positions, parallel, shard, rows)
 
 
 def _dtype(model: ModelDescription, options: LoadOptions, device: torch.device) -> torch.dtype:

@@ -11,6 +11,7 @@ from argparse import Namespace
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 
+from megatron_mlra.command_line.parser import flag
 from megatron_mlra.fault_tolerance.hang import collective_seconds
 from megatron_mlra.layers.config import resolve_core_backend
 from megatron_mlra.training.cpu_backend import CPU_DEFAULTS
@@ -80,11 +81,6 @@ def check_arguments(args: Namespace) -> None:
     _check_packed(args)
     _check_batches(args)
     _check_packages(args)
-
-
-def flag(name: str) -> str:
-    """The flag of an argparse destination, for messages."""
-    return "--" + name.replace("_", "-")
 
 
 def _check_replaced(args: Namespace) -> None:

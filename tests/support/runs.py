@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from support import ENV
+from support import ENV, ROOT
 
 TINY = """
 base: {root}/examples/configs/debug.yaml
@@ -36,6 +36,17 @@ eval_interval: 4
 eval_iters: 2
 save_interval: 4
 """
+
+
+def write_corpus(folder: Path) -> Path:
+    """Write some 60 KB of tokenised bytes; returns their prefix."""
+    source = ROOT / "megatron_mlra" / "layers" / "config.py"
+    lines = [json.dumps({"text": part}) for part in source.read_text().split("\n\n")]
+    (folder / "text.jsonl").write_text("\n".join(lines * 4))
+    command = [sys.executable, ROOT / "tools/preprocess_data.py", "--tokenizer", "byte"]
+    command += ["--input", folder / "text.jsonl", "--output-prefix", folder / "text"]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder / "text"
 
 
 @dataclass

@@ -1,1 +1,1 @@
-"""Bytes of checkpoints on disk: weights read lazily, safetensors written, outputs staged."""
+"""Files of checkpoints: what they may hold and how large they may be, before anything is made."""

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 from megatron_mlra.checkpoint.files.safetensors_writer import MAX_SHARD_BYTES, write_safetensors
 from megatron_mlra.checkpoint.files.staging import written_aside
+from megatron_mlra.checkpoint.files.tokenizer_copy import say_nothing
 from megatron_mlra.checkpoint.files.weight_files import WeightFiles, common_dtype
 from megatron_mlra.checkpoint.folder import CheckpointFolder, check_tensors, read_config
-from megatron_mlra.checkpoint.huggingface.config import from_hf_config, to_hf_config
+from megatron_mlra.checkpoint.huggingface.config import AUTO_MAP, from_hf_config, to_hf_config
 from megatron_mlra.checkpoint.huggingface.names import (
     HF_EMBEDDING,
     HF_EXPERT_BIAS,
@@ -28,7 +29,7 @@ from megatron_mlra.checkpoint.huggingface.names import (
 from megatron_mlra.checkpoint.huggingface.tokenizer import write_tokenizer
 from megatron_mlra.checkpoint.rules import their_shapes
 from megatron_mlra.checkpoint.stream import TensorStream
-from megatron_mlra.description.model import CheckpointError
+from megatron_mlra.description.model import CheckpointError, check_layers
 from megatron_mlra.description.tensors import dtype_of
 
 CODE = Path(__file__).parents[2] / "hf"
@@ -47,6 +48,8 @@ class HuggingFaceFolder(CheckpointFolder):
         try:
             weights = {n: d for n, d in self.files.dtypes.items() if not n.endswith(HF_EXPERT_BIAS)}
             dtype = common_dtype(weights, path)
+            layers = config.get("num_hidden_layers")
+            check_layers("config.json: num_hidden_layers", layers, len(self.files.shapes))
             self.description = from_hf_config(config, dtype)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
@@ -68,6 +71,26 @@ class HuggingFaceFolder(CheckpointFolder):
         return rule.join([self.files.tensor(their).to(dtype) for their in rule.theirs])
 
 
+def check_own_code(folder: Path) -> None:
+    """Refuse to have transformers run code of a folder that an export of this version has not.
+
+    Raises:
+        CheckpointError: names the first file or entry that differs.
+    """
+    own = {path.name: path.read_bytes() for path in CODE.glob("*_mlra.py")}
+    for path in sorted(folder.rglob("*")):
+        is_code = path.suffix in (".py", ".so", ".pyc")
+        if is_code and (path.parent != folder or own.get(path.name) != path.read_bytes()):
+            raise CheckpointError(
+                f"{path} is not the code that this version exports, and is not run; export the"
+                " folder again"
+            )
+    config = read_config(folder)
+    named = config.get("auto_map")
+    if named != (AUTO_MAP if config.get("model_type") == "mlra" else None):
+        raise CheckpointError(f"{folder}/config.json: auto_map names other code ({named!r:.200})")
+
+
 def write_huggingface(
     source: CheckpointFolder,
     destination: str | Path,
@@ -76,12 +99,14 @@ def write_huggingface(
     tokenizer: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: bool = True,
+    say: Callable[[str], object] = say_nothing,
 ) -> str | None:
     """Write a folder for `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`.
 
     Args:
         dtype: of the weights, default the source's.
         tokenizer: 'byte' or a tokenizer's folder; default: see `write_tokenizer`.
+        say: is told which tokenizer files were copied from where.
 
     Returns:
         None, or one line that says why the folder has no tokenizer.
@@ -101,12 +126,12 @@ def write_huggingface(
         with written_aside(destination, stream.bytes) as folder:
             text = json.dumps(config, indent=2, sort_keys=True)
             (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-            missing = write_tokenizer(source, model, folder, tokenizer)
+            missing = write_tokenizer(source, model, folder, tokenizer, say=say)
             shapes = their_shapes(model, table)
             dtypes = {t: stream.dtype_of(name) for name in table for t in table[name].theirs}
             write_safetensors(folder, shapes, dtypes, parts(), max_shard_bytes)
             stream.finish()
             if model.attention == "mlra":
                 for file in sorted(CODE.glob("*_mlra.py")):
-                    shutil.copy(file, folder / file.name)
+                    shutil.copyfile(file, folder / file.name)
             return missing

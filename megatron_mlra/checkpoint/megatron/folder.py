@@ -7,16 +7,18 @@ from pathlib import Path
 
 import torch
 
+from megatron_mlra.checkpoint.files.inside import inside
 from megatron_mlra.checkpoint.files.weight_files import common_dtype
 from megatron_mlra.checkpoint.folder import (
     TRACKER,
     CheckpointFolder,
     check_tensors,
     tokenizer_files,
+    tracked_step,
 )
 from megatron_mlra.checkpoint.megatron.torch_dist import TorchDistFolder
 from megatron_mlra.description.megatron_args import check_convertible, from_megatron_args
-from megatron_mlra.description.model import CheckpointError
+from megatron_mlra.description.model import CheckpointError, check_layers
 from megatron_mlra.description.tensors import EXPERTS, VOCABULARY, dtype_of, expected_tensors
 
 RENAMED = {"mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight"}
@@ -48,6 +50,7 @@ class MegatronFolder(CheckpointFolder):
         self.args = args
         overrides = {} if vocab_size is None else {"vocab_size": vocab_size}
         try:
+            check_layers("num_layers", getattr(args, "num_layers", None), self._stored_layers())
             check_convertible(args)
             self.description = from_megatron_args(args, **overrides)
         except CheckpointError as error:
@@ -69,16 +72,21 @@ class MegatronFolder(CheckpointFolder):
             tensor = tensor[: self.description.vocab_size]
         return tensor.to(getattr(torch, dtype_of(name, self.description.dtype)))
 
-    def tokenizer_files(self) -> list[Path]:
-        """Files beside the weights, else those the run read its tokenizer from, where they are."""
+    def named_tokenizer(self) -> list[Path]:
+        """See CheckpointFolder: the run's --tokenizer-model, a folder or a file."""
         named = self.description.tokenizer_model
-        model = Path(named) if named else None
-        found = tokenizer_files(self.path)
-        if not found and model is not None and model.is_dir():
-            found = tokenizer_files(model)
-        elif not found and model is not None and model.is_file():
-            found = [model]
-        return found
+        if not named or "\0" in named:
+            return []
+        model = Path(named)
+        if model.is_dir():
+            return tokenizer_files(model, follow_links=True)
+        return [model] if model.is_file() else []
+
+    def _stored_layers(self) -> int:
+        """Layers that the stored tensors can make: one per name, or those of stacked ones."""
+        shapes = self.files.shapes()
+        stacked = [s[0] for key, s in shapes.items() if s and key.startswith("decoder.layers.")]
+        return max(len(shapes), *stacked, 0)
 
     def _map(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Canonical name -> (stored name, where in its first dimensions: layer, expert)."""
@@ -95,14 +103,16 @@ class MegatronFolder(CheckpointFolder):
             layer, rest = match.groups()
             rest = renamed.get(rest, rest)
             if layer is None:
-                each = [(f"decoder.layers.{i}.", (i,)) for i in range(shape[0])]
+                # One more than the model has is enough to be refused.
+                stacked = min(shape[0] if shape else 0, self.description.num_layers + 1)
+                each = [(f"decoder.layers.{i}.", (i,)) for i in range(stacked)]
             else:
                 each = [(f"decoder.layers.{layer}.", ())]
             if rest.startswith(EXPERTS):
                 each = [
                     (f"{prefix}{EXPERTS}{e}.", (*at, e))
                     for prefix, at in each
-                    for e in range(shape[len(at)])
+                    for e in range(min(shape[len(at)], self.description.num_experts + 1))
                 ]
                 rest = rest.removeprefix(EXPERTS)
             for prefix, at in each:
@@ -121,12 +131,14 @@ def iteration_folder(path: Path) -> Path:
     Raises:
         CheckpointError: the tracker names no folder that is there.
     """
-    if not (path / TRACKER).is_file():
+    step = tracked_step(path)
+    if step is None:
         return path
-    step = (path / TRACKER).read_text().strip()
-    folder = path / (
-        "release" if step == "release" else f"iter_{int(step):07d}" if step.isdigit() else step
-    )
+    folder = path if not step else inside(path, _folder_of(step))
     if not step or not folder.is_dir():
         raise CheckpointError(f"checkpoint {folder} is missing, though {path / TRACKER} names it")
     return folder
+
+
+def _folder_of(step: str) -> str:
+    return step if step == "release" else f"iter_{int(step):07d}"

@@ -6,8 +6,7 @@ Its `config.json` does not name the variant, so names and shapes of the weights 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,14 @@ from megatron_mlra.checkpoint.files.safetensors_writer import (
     write_safetensors,
 )
 from megatron_mlra.checkpoint.files.staging import written_aside
+from megatron_mlra.checkpoint.files.tokenizer_copy import copy_tokenizer, say_nothing
 from megatron_mlra.checkpoint.files.weight_files import WeightFiles, common_dtype
 from megatron_mlra.checkpoint.folder import CheckpointFolder, check_tensors, read_config
+from megatron_mlra.checkpoint.own_tokenizer import chosen_tokenizer, own_tokenizer
 from megatron_mlra.checkpoint.research.names import RESEARCH_EMBEDDING, RESEARCH_OUTPUT, rules
 from megatron_mlra.checkpoint.rules import their_shapes
 from megatron_mlra.checkpoint.stream import TensorStream
-from megatron_mlra.description.model import CheckpointError, ModelDescription
+from megatron_mlra.description.model import CheckpointError, ModelDescription, check_layers
 from megatron_mlra.description.tensors import layer_prefix
 
 FORMATS = ("safetensors", "bin")
@@ -45,6 +46,7 @@ class ResearchFolder(CheckpointFolder):
         if tied:
             shapes.pop(RESEARCH_OUTPUT, None)
         try:
+            check_layers("config.json: n_layer", config.get("n_layer"), len(shapes))
             fields = infer_fields(config, shapes)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
@@ -156,13 +158,20 @@ def write_research(
     dtype: str | None = None,
     file_format: str = "safetensors",
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    tokenizer: str | None = None,
     progress: bool = True,
-) -> None:
+    say: Callable[[str], object] = say_nothing,
+) -> str | None:
     """Write a folder as the research code saves one.
 
     Args:
         dtype: of the weights, default the source's.
         file_format: 'safetensors', or 'bin' (one file a layer).
+        tokenizer: a folder with tokenizer files; default: the files beside the weights.
+        say: is told which tokenizer files were copied from where.
+
+    Returns:
+        None, or one line that says which tokenizer was not copied.
 
     Raises:
         CheckpointError: the research code has no such model; or see TensorStream, written_aside.
@@ -187,8 +196,12 @@ def write_research(
             else:
                 _write_bins(folder, model, list(table), parts, stream.bytes)
             stream.finish()
-            for file in source.tokenizer_files():
-                shutil.copy(file, folder / file.name)
+            if tokenizer is not None:
+                copy_tokenizer(chosen_tokenizer(tokenizer), folder, say)
+                return None
+            copy_tokenizer(source.tokenizer_files(), folder, say)
+            _, missing = own_tokenizer(source)
+            return missing if source.named_tokenizer() else None
 
 
 def _write_bins(folder: Path, model: ModelDescription, names: list[str], parts, total) -> None:

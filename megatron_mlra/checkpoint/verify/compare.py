@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_mlra.checkpoint.folder import CheckpointFolder
+from megatron_mlra.checkpoint.huggingface.folder import check_own_code
 from megatron_mlra.checkpoint.verify.forward import hidden_states, output_head
 from megatron_mlra.data.tokenizers import TokenizerSpec, build_tokenizer
 from megatron_mlra.description.model import CheckpointError
@@ -83,11 +84,13 @@ def compare_with_transformers(
     which shares nothing with the conversion. B is in memory as a whole, in float32.
 
     Raises:
-        CheckpointError: the two describe different functions, or B is of another kind.
+        CheckpointError: the two describe different functions, B is of another kind, or its code is
+        not that of this version.
     """
     check_same_function(a, b)
     if b.kind != "huggingface":
         raise CheckpointError(f"{b.path} is a {b.kind} folder; transformers runs exported folders")
+    check_own_code(b.path)
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -153,7 +156,8 @@ def sample_tokens(
     source = "given text" if text is not None else "sample text"
     if text is None:
         text = Path(textwrap.__file__).read_text(encoding="utf-8")
-    found = [path for path in folder.tokenizer_files() if path.name == "tokenizer.json"]
+    files = folder.tokenizer_files() or folder.named_tokenizer()
+    found = [path for path in files if path.name == "tokenizer.json"]
     named = tokenizer or (str(found[0]) if found else "byte")
     spec = TokenizerSpec("byte") if named == "byte" else TokenizerSpec("hf", named)
     ids = build_tokenizer(spec).tokenize(text)

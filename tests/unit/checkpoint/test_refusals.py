@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -19,7 +20,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_mlra.checkpoint.megatron import safe_pickle
 from megatron_mlra.checkpoint.megatron.torch_dist import read_metadata
 from megatron_mlra.command_line.signals import Interrupted, interruptible
 from support.research_model import VARIANTS, save_research
@@ -145,7 +145,15 @@ def test_tensors_of_a_megatron_folder(megatron, convert, tmp_path):
 
     def stored(change) -> str:
         damaged = read_metadata(file.parent)
-        change(damaged.state_dict_metadata)
+        entries = damaged.state_dict_metadata
+        change(entries)
+        # An index whose blocks and entries differ is refused for that, before its model is known.
+        renamed = {} if "new.weight" not in entries else {key: "new.weight"}
+        damaged.storage_data = {
+            dataclasses.replace(at, fqn=renamed.get(at.fqn, at.fqn)): info
+            for at, info in damaged.storage_data.items()
+            if renamed.get(at.fqn, at.fqn) in entries
+        }
         file.write_bytes(pickle.dumps(damaged))
         code, error = convert("export-official", megatron, tmp_path / "out")
         file.write_bytes(intact)
@@ -196,12 +204,11 @@ def test_pickled_code_is_not_run(research, megatron, convert, tmp_path):
     code, error = convert("import-official", source, tmp_path / "out")
     assert code == 2 and "holds more than tensors, and is not run" in error
     torch.save({"args": Code(mark)}, megatron / "release" / "common.pt")
-    assert type(safe_pickle.load_torch(megatron / "release" / "common.pt")["args"]).__name__ == (
-        "Inert"
-    )
+    code, error = convert("export-official", megatron, tmp_path / "out")
+    assert code == 2 and "holds code, which is not run: posix.mkdir in common.pt" in error
     (megatron / "release" / ".metadata").write_bytes(pickle.dumps(Code(mark)))
     code, error = convert("inspect", megatron)
-    assert code == 2 and ".metadata" in error
+    assert code == 1 and "posix.mkdir in .metadata" in error
     assert not mark.exists()
     pickle.loads(pickle.dumps(Code(mark)))
     assert mark.exists()

@@ -1,0 +1,84 @@
+"""Megatron's loads, by the readers that run nothing.
+
+torch's reader of torch_dist checkpoints unpickles `.metadata`, and every entry that is no tensor,
+with Python's unpickler, which runs whatever they name. A check beforehand would leave the files
+time to change, and each rank reads them for itself, so the two readers themselves are replaced.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+# Importing Megatron registers the classes that its checkpoints hold as safe with torch.
+import megatron.core  # noqa: F401
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint._nested_dict import set_element
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+
+from megatron_mlra.checkpoint.files import torch_dist_index
+from megatron_mlra.checkpoint.files.torch_file import (
+    TorchFileError,
+    check_entry,
+    load_entry,
+)
+from megatron_mlra.description.model import CheckpointError
+
+_slice_file = FileSystemReader._slice_file
+
+
+def install() -> None:
+    """Replace torch's readers of `.metadata` and of entries, in this process; Megatron's are made
+    of them."""
+    FileSystemReader.read_metadata = read_metadata
+    FileSystemReader._slice_file = slice_file
+    DefaultLoadPlanner.load_bytes = load_bytes
+
+
+def read_metadata(self: FileSystemReader, *_, **named) -> Metadata:
+    """FileSystemReader.read_metadata, running nothing.
+
+    Raises:
+        CheckpointError: it names code, or is damaged.
+    """
+    file = Path(self._get_metadata_path(named.get("rank")))
+    index = torch_dist_index.read_metadata(file.parent, file.name)
+    if getattr(index, "storage_meta", None) is None:
+        index.storage_meta = StorageMeta()
+    index.storage_meta.load_id = self.load_id
+    return index
+
+
+def slice_file(self: FileSystemReader, file, info):
+    """FileSystemReader._slice_file: the part of a file with one entry, looked into before torch
+    takes a tensor's size from it.
+
+    Raises:
+        CheckpointError: the entry names code, or does not hold what it says.
+    """
+    part = _slice_file(self, file, info)
+    try:
+        check_entry(part, info.length)
+    except TorchFileError as error:
+        where = f"{info.relative_path} at byte {info.offset:,}"
+        raise CheckpointError(f"checkpoint {self.path}: the entry in {where}: {error}") from None
+    part.seek(0)
+    return part
+
+
+def load_bytes(self: DefaultLoadPlanner, read_item, value: io.BytesIO) -> None:
+    """DefaultLoadPlanner.load_bytes, running nothing.
+
+    Raises:
+        CheckpointError: the entry names code, or is damaged.
+    """
+    name = read_item.dest_index.fqn
+    try:
+        loaded = load_entry(value, value.getbuffer().nbytes)
+    except TorchFileError as error:
+        raise CheckpointError(f"checkpoint entry {name:.100}: {error}") from None
+    if self.flatten_state_dict:
+        set_element(self.original_state_dict, self.mappings[name], loaded)
+    else:
+        self.state_dict[name] = loaded

@@ -1,0 +1,14 @@
+"""Launch: one node's ranks are started, watched, told to stop, and their end is told to all hosts.
+
+    python -m megatron_mlra.launch [flags of torchrun] pretrain_mlra.py [flags of the entry]
+
+torchrun's agent starts and restarts the ranks. What is added: a stop signal saves in every phase, a
+refused command line (exit code 2) is not started again, and hosts know of each other.
+
+Start with cli.py; examples/launch.sh is the script that calls it.
+
+May import:   nothing of the package; torch.distributed's elastic agent
+Imported by:  nothing of the package
+Never:        Megatron: a host is up in a second
+Held by:      tests/unit/launch, tests/e2e/test_launch.py, tests/cluster
+"""
