@@ -55,6 +55,7 @@ def train() -> int:
     from megatron_mlra import arguments, console, data, dry_run, model, upstream_fixes
     from megatron_mlra.accounting import ModelShape, parameters
     from megatron_mlra.checkpoint import checksums, helper_processes, integrity
+    from megatron_mlra.checkpoint.files import guarded_loads
     from megatron_mlra.cpu_backend import enable_cpu_backend
     from megatron_mlra.fault_tolerance import batches, heartbeat, resume
     from megatron_mlra.progress import Progress, Stopped
@@ -69,6 +70,7 @@ def train() -> int:
         upstream_fixes.use_prebuilt_dataset_helpers()
         upstream_fixes.repair_torch_adamw_resume()
         upstream_fixes.name_failed_checkpoint_writes()
+        guarded_loads.install()
         checksums.install()
         helper_processes.install(args.exit_signal)
         config = model.model_config(args, arguments.validate(args))

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
+from megatron_mlra.foreign_text import read_yaml
 
 ALIASES = {"qk_nope_head_dim": "qk_head_dim", "qk_rope_head_dim": "qk_pos_emb_head_dim"}
 """Flags whose argparse destination has another name."""
@@ -81,26 +81,16 @@ def _layer_pattern(text: str) -> list[int] | int:
     return pattern
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which a key given twice, of which PyYAML takes the last, is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.YAMLError(f"{twice[0]} is given twice; leave one")
-        return super().construct_mapping(node, deep)
-
-
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.load(path.read_text(), _Loader)
+        values = read_yaml(path)
     except FileNotFoundError:
         siblings = [str(p) for p in path.parent.glob("*.yaml")]
         raise ValueError(
             f"--config {path}: no such file{did_you_mean(str(path), siblings)}"
         ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {path}: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise ValueError(f"--config {path}: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"--config {path}: expected lines of `key: value`, found {values!r:.60}")
     return values

@@ -17,12 +17,12 @@ from pathlib import Path
 from statistics import median
 
 import torch
-import yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_mlra.accounting import ModelShape, parameters
 from megatron_mlra.command_line import run
+from megatron_mlra.presets import preset_values
 
 ROOT = Path(__file__).resolve().parent.parent
 TURNS = 3
@@ -148,13 +148,6 @@ def megatron_rates(config: Path, steps: int) -> list[float]:
     return [float(rate.replace(",", "")) for rate in found]
 
 
-def read_preset(path: Path) -> dict:
-    """The values of a preset over those of its `base`."""
-    values = yaml.safe_load(path.read_text())
-    base = values.pop("base", None)
-    return (read_preset(path.parent / base) if base else {}) | values
-
-
 def machine() -> dict:
     """What a timing depends on."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
@@ -172,7 +165,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="measured, in each of the two ways")
     parser.add_argument("--warmup", type=int, default=3, help="steps left out of every turn")
     args = parser.parse_args()
-    preset = read_preset(args.config)
+    preset = preset_values(args.config)
     sizes = {preset["micro_batch_size"], preset["global_batch_size"]}
     if preset["attention"] != "mlra" or preset["bf16"] or len(sizes) > 1:
         parser.error(f"{args.config}: use an mlra preset in float32, one micro-batch a step")

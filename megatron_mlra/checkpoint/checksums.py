@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME as MANIFEST
 
 from megatron_mlra.checkpoint.helper_processes import end_with_parent
+from megatron_mlra.foreign_text import read_json
 
 DIGEST = ".sha256"
 """Suffix of what a writer leaves beside its file until the manifest is written."""
@@ -120,9 +121,12 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
     if not (folder / MANIFEST).is_file():
         return None
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
+        files = read_json(folder / MANIFEST)["files"]
+        plain = all(Path(name).name == name and isinstance(files[name], str) for name in files)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} cannot be read ({error})"
+    if not plain:
+        return f"{MANIFEST} names what is no file of the folder"
     for name in sorted(files)[part::parts]:
         try:
             found = sha256(folder / name)

@@ -100,7 +100,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code (1: verify found a difference, 2: refused)."""
+    """Run the command line; returns the exit code (1: verify found a difference, or
+    inspect code; 2: refused)."""
     args = build_parser().parse_args(argv)
     try:
         with interruptible():
@@ -142,9 +143,13 @@ def _wrote(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    from megatron_mlra.checkpoint.files.torch_dist_index import ForbiddenNames
     from megatron_mlra.checkpoint.inspection import lines
 
-    print("\n".join(lines(_open(args, args.source))))
+    try:
+        print("\n".join(lines(_open(args, args.source))))
+    except ForbiddenNames as error:
+        return _fail(str(error), 1)
     return 0
 
 

@@ -15,6 +15,11 @@ from megatron_mlra.latent_sizes import LatentSizes
 
 ATTENTIONS = ("latent", "gqa")
 DTYPES = ("float32", "bfloat16", "float16")
+MOST_LAYERS = 10_000
+MOST_TENSORS = 1_000_000
+"""Layers, and tensors with one per layer and expert, beyond which no model is described: a table of
+their names would fill the memory."""
+MOST_POSITIONS = 2**31 - 1
 YARN = (
     "rotary_scaling_factor",
     "original_max_position_embeddings",
@@ -28,6 +33,20 @@ YARN = (
 
 class CheckpointError(ValueError):
     """A checkpoint is damaged, foreign or not convertible; one line, names what and the fix."""
+
+
+def check_layers(name: str, layers: Any, stored: int) -> None:
+    """Refuse a number of layers that the stored tensors cannot make, before a table of it is.
+
+    Args:
+        name: of the number, for the message.
+        stored: tensors, or layers of stacked ones, that there are.
+
+    Raises:
+        CheckpointError: names both numbers.
+    """
+    if isinstance(layers, int) and layers > min(stored, MOST_LAYERS):
+        raise CheckpointError(f"{name} is {layers}, and the weights are {stored} tensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +255,12 @@ class ModelDescription(LatentSizes, ExpertSizes):
                 raise CheckpointError(
                     f"{name} is {value!r}; it must be a whole number of at least 1"
                 )
+        for name, most in (
+            ("num_layers", MOST_LAYERS),
+            ("max_position_embeddings", MOST_POSITIONS),
+        ):
+            if getattr(self, name) > most:
+                raise CheckpointError(f"{name} is {getattr(self, name)}; it can be at most {most}")
         for name, allowed in (("dtype", DTYPES), ("rope_type", ("rope", "yarn"))):
             if getattr(self, name) not in allowed:
                 value = getattr(self, name)
@@ -261,6 +286,11 @@ class ModelDescription(LatentSizes, ExpertSizes):
         problem = self.experts_problem(self.num_layers)
         if problem:
             raise CheckpointError(problem)
+        tensors = 2 * self.num_experts * sum(self.moe_layer_pattern)
+        if tensors > MOST_TENSORS:
+            raise CheckpointError(
+                f"num_experts is {self.num_experts}: {tensors} tensors, of at most {MOST_TENSORS}"
+            )
 
     def _default_softmax_scale(self) -> float:
         if self.attention == "gqa":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -10,9 +9,13 @@ import torch
 
 from megatron_mlra.checkpoint.description import CheckpointError, ModelDescription
 from megatron_mlra.checkpoint.names import expected_tensors
+from megatron_mlra.foreign_text import read_json
 
 __all__ = ["CheckpointError", "CheckpointFolder", "open_checkpoint"]
 
+CONFIG_BYTES = 4 << 20
+"""Most bytes of a config.json."""
+PROBLEMS_SHOWN = 200
 TRACKER = "latest_checkpointed_iteration.txt"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -82,6 +85,16 @@ def open_checkpoint(path: str | Path, vocab_size: int | None = None) -> Checkpoi
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder; give a checkpoint's folder")
+    try:
+        return _open(path, vocab_size)
+    except (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
+        said = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{path}: its config or arguments are no model's ({type(error).__name__}: {said:.200})"
+        ) from None
+
+
+def _open(path: Path, vocab_size: int | None) -> CheckpointFolder:
     if (path / TRACKER).is_file() or (path / ".metadata").is_file():
         from megatron_mlra.checkpoint.megatron_folder import MegatronFolder
 
@@ -114,9 +127,9 @@ def read_config(path: Path) -> dict:
             " of a run, its iter_* folder, or an exported folder"
         )
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file, CONFIG_BYTES)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error})") from None
+        raise CheckpointError(str(error)) from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} is not a JSON object")
     return config
@@ -131,11 +144,18 @@ def check_tensors(
         CheckpointError: names every tensor that is missing, unknown or of another shape.
     """
     problems = [f"missing {name}" for name in expected if name not in found]
-    problems += [f"unknown {name} {list(found[name])}" for name in found if name not in expected]
+    problems += [
+        f"unknown {name if name.isprintable() else repr(name)} {list(found[name])}"
+        for name in found
+        if name not in expected
+    ]
     problems += [
         f"{name} is {list(found[name])}, not {list(expected[name])}"
         for name in expected
         if name in found and tuple(found[name]) != tuple(expected[name])
     ]
     if problems:
+        if len(problems) > PROBLEMS_SHOWN:
+            more = len(problems) - PROBLEMS_SHOWN
+            problems[PROBLEMS_SHOWN:] = [f"and {more:,} more"]
         raise CheckpointError(f"{where} does not fit its model: {'; '.join(problems)}")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_mlra.checkpoint.description import CheckpointError
+from megatron_mlra.checkpoint.description import CheckpointError, check_layers
 from megatron_mlra.checkpoint.folders import CheckpointFolder, check_tensors, read_config
 from megatron_mlra.checkpoint.huggingface_config import from_hf_config, to_hf_config
 from megatron_mlra.checkpoint.huggingface_names import (
@@ -47,6 +47,8 @@ class HuggingFaceFolder(CheckpointFolder):
         try:
             weights = {n: d for n, d in self.files.dtypes.items() if not n.endswith(HF_EXPERT_BIAS)}
             dtype = common_dtype(weights, path)
+            layers = config.get("num_hidden_layers")
+            check_layers("config.json: num_hidden_layers", layers, len(self.files.shapes))
             self.description = from_hf_config(config, dtype)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None

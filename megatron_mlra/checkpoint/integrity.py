@@ -10,12 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_mlra.checkpoint.description import CheckpointError
 from megatron_mlra.checkpoint.folders import TRACKER
-from megatron_mlra.checkpoint.torch_dist import check_files, read_metadata
+from megatron_mlra.checkpoint.torch_dist import TorchDistFolder
 
 _ITERATION = re.compile(r"iter_(\d+)").fullmatch
 
@@ -201,24 +199,19 @@ def _common_state(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: it cannot be read.
     """
-    try:
-        return dist_checkpointing.load_common_state_dict(str(folder))
-    except Exception as error:
-        raise ValueError(f"checkpoint {folder}: common state cannot be read ({error})") from None
+    return TorchDistFolder(folder).common_state()
 
 
 def check_complete(folder: Path) -> None:
-    """Check that every file a torch_dist checkpoint's metadata refers to is there, at full length.
+    """Check that every file a torch_dist checkpoint's metadata refers to is there, at full length,
+    and that what Megatron unpickles holds no code.
 
     Raises:
-        ValueError: names the first missing or short file.
+        ValueError: names the first missing or short file, or the code.
     """
     if not folder.is_dir():
         raise ValueError(f"checkpoint {folder} is missing")
-    try:
-        check_files(folder, read_metadata(folder))
-    except CheckpointError as error:
-        raise ValueError(str(error)) from None
+    TorchDistFolder(folder)
 
 
 def check_architecture(folder: Path, args: Namespace) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_mlra.checkpoint.description import CheckpointError, ModelDescription
+from megatron_mlra.checkpoint.description import CheckpointError, ModelDescription, check_layers
 from megatron_mlra.checkpoint.folders import (
     TRACKER,
     CheckpointFolder,
@@ -47,6 +47,7 @@ class MegatronFolder(CheckpointFolder):
         self.args = args
         overrides = {} if vocab_size is None else {"vocab_size": vocab_size}
         try:
+            check_layers("num_layers", getattr(args, "num_layers", None), self._stored_layers())
             self.description = ModelDescription.from_megatron_args(args, **overrides)
         except CheckpointError as error:
             raise CheckpointError(f"checkpoint {self.folder}: {error}") from None
@@ -78,6 +79,12 @@ class MegatronFolder(CheckpointFolder):
             found = [model]
         return found
 
+    def _stored_layers(self) -> int:
+        """Layers that the stored tensors can make: one per name, or those of stacked ones."""
+        shapes = self.files.shapes()
+        stacked = [s[0] for key, s in shapes.items() if s and key.startswith("decoder.layers.")]
+        return max(len(shapes), *stacked, 0)
+
     def _map(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Canonical name -> (stored name, where in its first dimensions: layer, expert)."""
         renamed = RENAMED | (RENAMED_GQA if self.description.attention == "gqa" else {})
@@ -93,14 +100,16 @@ class MegatronFolder(CheckpointFolder):
             layer, rest = match.groups()
             rest = renamed.get(rest, rest)
             if layer is None:
-                each = [(f"decoder.layers.{i}.", (i,)) for i in range(shape[0])]
+                # One more than the model has is enough to be refused.
+                stacked = min(shape[0] if shape else 0, self.description.num_layers + 1)
+                each = [(f"decoder.layers.{i}.", (i,)) for i in range(stacked)]
             else:
                 each = [(f"decoder.layers.{layer}.", ())]
             if rest.startswith(EXPERTS):
                 each = [
                     (f"{prefix}{EXPERTS}{e}.", (*at, e))
                     for prefix, at in each
-                    for e in range(shape[len(at)])
+                    for e in range(min(shape[len(at)], self.description.num_experts + 1))
                 ]
                 rest = rest.removeprefix(EXPERTS)
             for prefix, at in each:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_mlra.checkpoint.description import CheckpointError, ModelDescription
+from megatron_mlra.checkpoint.description import CheckpointError, ModelDescription, check_layers
 from megatron_mlra.checkpoint.folders import CheckpointFolder, check_tensors, read_config
 from megatron_mlra.checkpoint.names import layer_prefix
 from megatron_mlra.checkpoint.research_names import (
@@ -49,6 +49,7 @@ class ResearchFolder(CheckpointFolder):
         if tied:
             shapes.pop(RESEARCH_OUTPUT, None)
         try:
+            check_layers("config.json: n_layer", config.get("n_layer"), len(shapes))
             fields = infer_fields(config, shapes)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None

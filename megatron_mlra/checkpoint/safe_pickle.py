@@ -1,7 +1,9 @@
-"""Reading pickles from checkpoints without running what is in them.
+"""Reading pickles of strangers: no code runs, and no file grows in memory beyond its size.
 
-A pickle names functions to call. Here the few that checkpoints are made of keep their meaning, and
-every other name becomes an inert object that remembers nothing: no file can run code.
+A pickle is a program of one-byte operations that names functions to call. Here the few classes that
+checkpoints are made of keep their meaning. Every other name becomes an inert object, and is listed
+unless a checkpoint may hold it. Python's own unpickler in Python does the rest: unlike the one in C
+it keeps its memo in a dictionary, so that a memo index of 2^31 allocates nothing.
 """
 
 from __future__ import annotations
@@ -10,74 +12,374 @@ import argparse
 import collections
 import io
 import pickle
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PosixPath
+from typing import Any, BinaryIO, ClassVar
 
 import torch
 from torch.distributed.checkpoint import filesystem, metadata
 
-_KNOWN: dict[tuple[str, str], Any] = {
+from megatron_mlra.checkpoint.files.pickle_names import HARMLESS
+
+OPERATIONS = 20_000_000
+"""Most operations of a pickle; the index of a checkpoint needs about 75 per stored block."""
+EXPANDED = 1_000_000
+"""Most values of a pickle, shared ones counted as often as they appear, beside 8 per operation."""
+DEPTH = 100
+"""Most levels of containers in containers."""
+NAMES_SHOWN = 20
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+_BUILT = {
     ("argparse", "Namespace"): argparse.Namespace,
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
+    **{
+        (_METADATA, name): getattr(metadata, name)
+        for name in (
+            "Metadata",
+            "MetadataIndex",
+            "TensorStorageMetadata",
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "TensorProperties",
+            "StorageMeta",
+        )
+    },
+}
+"""Classes whose objects are made empty and then given their attributes."""
+
+_CALLED = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
+    (_METADATA, "_MEM_FORMAT_ENCODING"): metadata._MEM_FORMAT_ENCODING,
+    ("pathlib", "PosixPath"): PosixPath,
 }
-for _name in (
-    "Metadata",
-    "MetadataIndex",
-    "TensorStorageMetadata",
-    "BytesStorageMetadata",
-    "ChunkStorageMetadata",
-    "TensorProperties",
-    "StorageMeta",
-    "_MEM_FORMAT_ENCODING",
-):
-    _KNOWN["torch.distributed.checkpoint.metadata", _name] = getattr(metadata, _name)
+"""What may be called, with plain values."""
+
+_DTYPES = {("torch", n): d for n, d in vars(torch).items() if isinstance(d, torch.dtype)}
+
+_STORAGES = {
+    ("torch", f"{name}Storage"): size
+    for name, size in (
+        *(("Byte", 1), ("Char", 1), ("Bool", 1), ("Short", 2), ("Half", 2), ("BFloat16", 2)),
+        *(("Int", 4), ("Float", 4), ("Long", 8), ("Double", 8)),
+        *(("ComplexFloat", 8), ("ComplexDouble", 16)),
+    )
+} | {("torch.storage", "UntypedStorage"): 1}
+"""Bytes of one number of each kind of storage."""
 
 
 class Inert:
-    """Stands for an object of a class that checkpoints do not need."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    def __call__(self, *_: Any, **__: Any) -> Inert:
-        return self
-
-    def append(self, _: Any) -> None:
-        """Lists of an unknown class lose their items."""
-
-    def extend(self, _: Any) -> None:
-        """As append."""
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
+    """Stands for an object of a class that is not needed here."""
 
 
-class Unpickler(pickle.Unpickler):
-    """Knows the classes checkpoints are made of; `torch.load` takes this module as its pickle."""
+@dataclass(frozen=True)
+class _Storage:
+    """Stands for a class of tensor storage."""
+
+    itemsize: int
+
+
+@dataclass(frozen=True)
+class Unpickled:
+    """What a pickle holds."""
+
+    value: Any
+    refused: tuple[str, ...]
+    """Names of classes and functions that no checkpoint has, each once, in the order found."""
+
+
+def load(
+    file: BinaryIO | bytes,
+    records: Mapping[str, int] | None = None,
+    stored: int = 0,
+    harmless: frozenset[str] = HARMLESS,
+) -> Unpickled:
+    """The next pickle of `file`, running nothing; objects of classes not needed here are Inert.
+
+    Args:
+        records: bytes of each `data/` record beside the pickle, which its storages must fill.
+        stored: bytes that a storage may have where there are no records.
+        harmless: names that are Inert and not listed.
+
+    Raises:
+        ValueError: it is damaged, or would take more memory or time than its size allows.
+    """
+    source = io.BytesIO(file) if isinstance(file, bytes) else file
+    reader = _Reader(source, records, stored, harmless)
+    try:
+        value = reader.load()
+    except ValueError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"no pickle ({type(error).__name__} {said:.100})") from None
+    _check_expanded(value, EXPANDED + 8 * reader.operations)
+    return Unpickled(value, tuple(reader.refused))
+
+
+class _Reader(pickle._Unpickler):
+    """Makes plain values and objects of the known classes alone."""
+
+    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        records: Mapping[str, int] | None,
+        stored: int,
+        harmless: frozenset[str],
+    ) -> None:
+        super().__init__(file)
+        self.records, self.stored, self.harmless = records, stored, harmless
+        self.operations = 0
+        self.refused: dict[str, None] = {}
+
+    def load(self) -> Any:
+        unframer = pickle._Unframer(self._file_read, self._file_readline)
+        self.read, self.readline = unframer.read, unframer.readline
+        self._unframer = unframer
+        self.stack, self.metastack = [], []
+        self.append = self.stack.append
+        read, dispatch = self.read, self.dispatch
+        try:
+            for self.operations in range(1, OPERATIONS + 1):
+                key = read(1)
+                if not key:
+                    raise ValueError("a pickle that ends too early")
+                dispatch[key[0]](self)
+        except pickle._Stop as stop:
+            return stop.value
+        raise ValueError(f"a pickle of more than {OPERATIONS:,} operations")
+
+    # -- names -------------------------------------------------------------------------------------
 
     def find_class(self, module: str, name: str) -> Any:
         """The known class, or Inert."""
-        known = _KNOWN.get((module, name))
-        if known is None and module == "torch":
-            dtype = getattr(torch, name, None)
-            known = dtype if isinstance(dtype, torch.dtype) else None
-        return Inert if known is None else known
+        at = (module, name)
+        if at in _STORAGES and (self.records is not None or self.stored):
+            return _Storage(_STORAGES[at])
+        for known in (_BUILT, _CALLED, _DTYPES):
+            if at in known:
+                return known[at]
+        full = f"{module}.{name}"
+        if full not in self.harmless and at not in _STORAGES:
+            self.refused[full if full.isprintable() else repr(full)] = None
+        return Inert
+
+    def get_extension(self, code: int) -> None:
+        raise ValueError("a pickle with an extension code")
+
+    def persistent_load(self, pid: Any) -> Any:
+        """A tensor's storage: its size must be that of the record with its bytes."""
+        plain = isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == "storage"
+        if not plain or not isinstance(pid[1], _Storage):
+            raise ValueError("a pickle that refers to something beside tensors")
+        _, kind, key, _, count = pid[:5]
+        if type(key) is not str or type(count) is not int or count < 0:
+            raise ValueError("a tensor without a record")
+        size = count * kind.itemsize
+        if self.records is None:
+            if size > self.stored:
+                raise ValueError(f"a tensor of {size:,} bytes, in a file of {self.stored:,}")
+        elif self.records.get(key) != size:
+            found = self.records.get(key)
+            said = "has no record" if found is None else f"has a record of {found:,}"
+            raise ValueError(f"a tensor of {size:,} bytes that {said}")
+        return Inert()
+
+    # -- operations that make objects --------------------------------------------------------------
+
+    def _make(self, func: Any, args: Any) -> Any:
+        """The result of a call."""
+        if func is Inert or isinstance(func, Inert | _Storage):
+            return Inert()
+        if not any(func is known for known in _CALLED.values()):
+            raise ValueError("a pickle that calls what is no constructor")
+        if func is collections.OrderedDict:
+            if args != ():
+                raise ValueError("a pickle that fills a dictionary by a call")
+            return func()
+        if func is PosixPath and type(args) is tuple and set(map(type, args)) <= {str}:
+            return func(*args)
+        if type(args) is not tuple or len(args) != 1:
+            raise ValueError(f"a pickle that calls {func.__name__} wrongly")
+        _check_key(args[0])
+        return func(args[0])
+
+    def _new(self, cls: Any, args: Any) -> Any:
+        """An object without attributes."""
+        if any(cls is known for known in _BUILT.values()) and args == ():
+            return cls.__new__(cls)
+        return self._make(cls, args)
+
+    def load_reduce(self) -> None:
+        args = self.stack.pop()
+        self.stack[-1] = self._make(self.stack[-1], args)
+
+    def load_newobj(self) -> None:
+        args = self.stack.pop()
+        self.stack[-1] = self._new(self.stack[-1], args)
+
+    def load_newobj_ex(self) -> None:
+        named = self.stack.pop()
+        args = self.stack.pop()
+        if named and self.stack[-1] is not Inert:
+            raise ValueError("a pickle that makes an object from named values")
+        self.stack[-1] = self._new(self.stack[-1], args)
+
+    def _instantiate(self, klass: Any, args: list[Any]) -> None:
+        self.append(self._new(klass, tuple(args)))
+
+    def load_build(self) -> None:
+        state = self.stack.pop()
+        made = self.stack[-1]
+        if isinstance(made, Inert | collections.OrderedDict):
+            return
+        if not any(type(made) is known for known in _BUILT.values()):
+            raise ValueError("a pickle that changes what is no object of it")
+        if isinstance(made, metadata.TensorProperties):
+            kinds = (torch.dtype, torch.layout, bool, metadata._MEM_FORMAT_ENCODING, bool)
+            if type(state) is not tuple or tuple(map(type, state)) != kinds:
+                raise ValueError("properties of a tensor that are none")
+            made.__setstate__(state)
+            return
+        if type(state) is not dict or any(type(key) is not str for key in state):
+            raise ValueError("an object without attributes")
+        vars(made).update(state)
+
+    # -- operations that fill containers -----------------------------------------------------------
+
+    def load_append(self) -> None:
+        item = self.stack.pop()
+        self._extend([item])
+
+    def load_appends(self) -> None:
+        self._extend(self.pop_mark())
+
+    def _extend(self, items: list[Any]) -> None:
+        into = self.stack[-1]
+        if type(into) is list:
+            into.extend(items)
+        elif not isinstance(into, Inert):
+            raise ValueError("a pickle that appends to what is no list")
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set([key, value])
+
+    def load_setitems(self) -> None:
+        self._set(self.pop_mark())
+
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        self.append({})
+        self._set(items)
+
+    def _set(self, items: list[Any]) -> None:
+        into = self.stack[-1]
+        if isinstance(into, Inert):
+            return
+        if type(into) not in (dict, collections.OrderedDict) or len(items) % 2:
+            raise ValueError("a pickle that sets items of what is no dictionary")
+        for i in range(0, len(items), 2):
+            key = items[i]
+            if type(key) is not str:
+                _check_key(key)
+            into[key] = items[i + 1]
+
+    def load_additems(self) -> None:
+        items = self.pop_mark()
+        if isinstance(self.stack[-1], Inert):
+            return
+        if type(self.stack[-1]) is not set:
+            raise ValueError("a pickle that adds to what is no set")
+        for item in items:
+            _check_key(item)
+        self.stack[-1].update(items)
+
+    def load_frozenset(self) -> None:
+        items = self.pop_mark()
+        for item in items:
+            _check_key(item)
+        self.append(frozenset(items))
+
+    # -- operations that name a size ---------------------------------------------------------------
+
+    def load_bytearray8(self) -> None:
+        size = int.from_bytes(self.read(8), "little")
+        # Read before it is allocated: a file shorter than it says gives less.
+        self.append(bytearray(self.read(min(size, 1 << 40))))
+
+    def _put(self, index: int) -> None:
+        # Others read with the unpickler in C, whose memo is an array.
+        if not 0 <= index <= self.operations:
+            raise ValueError(f"a pickle with a memo of {index:,} values")
+        self.memo[index] = self.stack[-1]
+
+    def load_put(self) -> None:
+        self._put(int(self.readline()[:-1]))
+
+    def load_long_binput(self) -> None:
+        self._put(int.from_bytes(self.read(4), "little"))
 
 
-def load(file: Any, **_: Any) -> Any:
-    """pickle.load, running nothing."""
-    return Unpickler(file).load()
+for _name in (
+    *("reduce", "newobj", "newobj_ex", "build", "append", "appends", "setitem", "setitems", "dict"),
+    *("additems", "frozenset", "bytearray8", "put", "long_binput"),
+):
+    _REPLACED = getattr(pickle._Unpickler, f"load_{_name}")
+    for _code, _function in pickle._Unpickler.dispatch.items():
+        if _function is _REPLACED:
+            _Reader.dispatch[_code] = getattr(_Reader, f"load_{_name}")
+
+_ATOMS = (str, int, float, bool, bytes, type(None), torch.dtype)
 
 
-def load_torch(data: bytes | Path) -> Any:
-    """torch.load of plain values and Megatron's arguments; objects of other classes are Inert."""
-    import megatron_mlra.checkpoint.safe_pickle as this_module
+def _check_key(key: Any) -> None:
+    """A key or argument is hashed as soon as it is used, which for tuples within tuples takes time
+    that doubles with each level."""
+    parts = (key,)
+    if type(key) is metadata.MetadataIndex:
+        parts = tuple(vars(key).values())
+    for part in parts:
+        if type(part) in (tuple, torch.Size):
+            if all(type(item) in _ATOMS for item in part):
+                continue
+        elif type(part) in _ATOMS or isinstance(part, Inert):
+            continue
+        raise ValueError("a pickle with a key of nested values")
 
-    source = io.BytesIO(data) if isinstance(data, bytes) else data
-    return torch.load(source, map_location="cpu", weights_only=False, pickle_module=this_module)
+
+def _check_expanded(value: Any, budget: int) -> None:
+    """Values that contain one another many times over are small here and endless to walk."""
+    left, waiting = budget, [(value, 0)]
+    built = tuple(_BUILT.values())
+    while waiting:
+        item, depth = waiting.pop()
+        left -= 1
+        if isinstance(item, str | bytes | bytearray):
+            left -= len(item) >> 6
+            inside: Any = ()
+        elif isinstance(item, dict):
+            inside = [*item, *item.values()]
+        elif isinstance(item, list | tuple | set | frozenset):
+            inside = item
+        elif isinstance(item, built):
+            inside = list(vars(item).values())
+        else:
+            continue
+        if left < len(inside):
+            raise ValueError(f"a pickle whose values are more than {budget:,} when written out")
+        if inside and depth == DEPTH:
+            raise ValueError(f"a pickle of more than {DEPTH} levels")
+        waiting.extend((each, depth + 1) for each in inside)
+
+
+def shown(names: Any) -> str:
+    """Names for a line of text, the first few of them, each cut to a sane length."""
+    names = list(names)
+    more = f" and {len(names) - NAMES_SHOWN:,} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(f"{name:.100}" for name in names[:NAMES_SHOWN]) + more

@@ -10,29 +10,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_mlra.checkpoint import safe_pickle
 from megatron_mlra.checkpoint.description import CheckpointError
+from megatron_mlra.checkpoint.files.torch_dist_index import (
+    COMMON_FILE,
+    check_files,
+    check_objects,
+    read_metadata,
+)
+from megatron_mlra.checkpoint.files.torch_file import check_stored, load_entry, read_object
 
 COMMON_KEY = "common_state/shard_0_1"
-COMMON_FILE = "common.pt"
 
 
 class TorchDistFolder:
     """An `iter_*` folder: sizes without reading, blocks of tensors on demand.
 
+    Nothing in it is run: what loaders unpickle is looked into before anything is read.
+
     Raises:
-        CheckpointError: the folder is incomplete; names the missing or short file.
+        CheckpointError: the folder is incomplete; names the missing or short file. Or it holds
+        code; lists the names.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metadata = read_metadata(path)
         check_files(path, self.metadata)
-        if any(info.transform_descriptors for info in self.metadata.storage_data.values()):
-            raise CheckpointError(f"checkpoint {path} is compressed, which is not supported")
+        check_objects(path, self.metadata)
         self.stored = {
             (index.fqn, tuple(index.offset or ())): info
             for index, info in self.metadata.storage_data.items()
@@ -100,7 +106,7 @@ class TorchDistFolder:
         try:
             with open(self.path / info.relative_path, "rb", buffering=0) as file:
                 part = io.BufferedReader(_Part(file, info.offset, info.length))
-                value = torch.load(part, map_location="cpu", weights_only=True)
+                value = load_entry(part, info.length)
         except Exception as error:
             raise CheckpointError(
                 f"checkpoint {self.path}: {name} in {info.relative_path} cannot be read"
@@ -108,7 +114,10 @@ class TorchDistFolder:
             ) from None
         if not isinstance(value, torch.Tensor):
             raise CheckpointError(f"checkpoint {self.path}: {name} is no tensor")
-        return value
+        try:
+            return check_stored(value)
+        except ValueError as error:
+            raise CheckpointError(f"checkpoint {self.path}: {name} is {error}") from None
 
     def _bytes(self, info: Any) -> bytes:
         with open(self.path / info.relative_path, "rb") as file:
@@ -126,17 +135,12 @@ class TorchDistFolder:
             CheckpointError: there is none, or it cannot be read.
         """
         try:
-            info = self.stored.get((COMMON_KEY, ()))
-            if info is not None:
-                state = safe_pickle.load_torch(self._bytes(info))
-            else:
-                state = safe_pickle.load_torch(self.path / COMMON_FILE)
-        except CheckpointError:
-            raise
-        except Exception as error:
+            stored = (COMMON_KEY, ()) in self.stored
+            data = self.raw(COMMON_KEY) if stored else (self.path / COMMON_FILE).read_bytes()
+            state = read_object(io.BytesIO(data), len(data)).value
+        except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"checkpoint {self.path}: its arguments cannot be read"
-                f" ({' '.join(str(error).split()):.200})"
+                f"checkpoint {self.path}: its arguments cannot be read ({error})"
             ) from None
         if isinstance(state, list) and len(state) == 1:
             state = state[0]
@@ -176,50 +180,3 @@ class _Part(io.RawIOBase):
 def _holds(chunk: Any, at: tuple[int, ...]) -> bool:
     places = zip(at, chunk.offsets, chunk.sizes, strict=False)
     return all(first <= i < first + count for i, first, count in places)
-
-
-def read_metadata(path: Path) -> Metadata:
-    """A checkpoint's `.metadata`; nothing pickled in it is run.
-
-    Raises:
-        CheckpointError: it is missing or damaged.
-    """
-    file = path / ".metadata"
-    if not file.is_file():
-        raise CheckpointError(f"checkpoint {path} is incomplete: it has no .metadata")
-    try:
-        with file.open("rb") as stream:
-            metadata = safe_pickle.load(stream)
-        tensors, stored = metadata.state_dict_metadata, metadata.storage_data
-        sound = isinstance(tensors, dict) and isinstance(stored, dict)
-        sound = sound and all(
-            isinstance(index, MetadataIndex)
-            and isinstance(info, _StorageInfo)
-            and Path(info.relative_path).name == info.relative_path
-            for index, info in stored.items()
-        )
-    except Exception as error:
-        raise CheckpointError(f"checkpoint {path}: .metadata cannot be read ({error})") from None
-    if not sound:
-        raise CheckpointError(f"checkpoint {path}: .metadata is not a torch_dist checkpoint's")
-    return metadata
-
-
-def check_files(path: Path, metadata: Metadata) -> None:
-    """Check that every file the metadata refers to is there, at full length.
-
-    Raises:
-        CheckpointError: names the first missing or short file.
-    """
-    needed: dict[str, int] = {}
-    for item in metadata.storage_data.values():
-        end = item.offset + item.length
-        needed[item.relative_path] = max(end, needed.get(item.relative_path, 0))
-    for name, size in sorted(needed.items()):
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"checkpoint {path} is incomplete: {name} is missing")
-        if file.stat().st_size < size:
-            raise CheckpointError(
-                f"checkpoint {path} is truncated: {name} has {file.stat().st_size} of {size} bytes"
-            )

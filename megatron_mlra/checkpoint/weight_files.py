@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +9,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_mlra.checkpoint.description import CheckpointError
+from megatron_mlra.checkpoint.files import torch_file
+from megatron_mlra.checkpoint.files.safetensors_file import check_safetensors
+from megatron_mlra.checkpoint.files.torch_dist_index import ForbiddenNames
+from megatron_mlra.foreign_text import read_json
 
 STEMS = (("model", "safetensors"), ("pytorch_model", "bin"))
 
@@ -58,10 +61,12 @@ class WeightFiles:
 
     def _read_index(self, index: Path) -> dict[str, str]:
         try:
-            where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            where = read_json(index)["weight_map"]
             plain = all(isinstance(f, str) and Path(f).name == f for f in where.values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index} is not an index of shards ({error!r})") from None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(str(error)) from None
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} is not an index of shards ({error!r:.200})") from None
         if not plain:
             raise CheckpointError(f"{index} names files outside its folder")
         missing = sorted({f for f in where.values() if not (self.folder / f).is_file()})
@@ -73,9 +78,10 @@ class WeightFiles:
         if file.endswith(".bin"):
             return list(self._bin(file))
         try:
+            check_safetensors(self.folder / file)
             with safe_open(self.folder / file, framework="pt") as opened:
                 return list(opened.keys())
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise self._damaged(file, error) from None
 
     def _measure(self, file: str) -> None:
@@ -100,28 +106,26 @@ class WeightFiles:
         if self._open is None or self._open[0] != file:
             path = self.folder / file
             try:
-                try:
-                    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-                except RuntimeError as error:
-                    if "mmap can only be used" not in str(error):
-                        raise
-                    # Files of before torch 1.6 are no zip archives and cannot be mapped.
-                    state = torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as error:
+                state = torch_file.load_tensors(path)
+            except (OSError, torch_file.TorchFileError) as error:
                 raise self._damaged(file, error) from None
             if not isinstance(state, Mapping) or not all(
-                isinstance(tensor, torch.Tensor) for tensor in state.values()
+                isinstance(name, str) and isinstance(tensor, torch.Tensor)
+                for name, tensor in state.items()
             ):
                 raise CheckpointError(f"{path} is no dictionary of tensors")
+            for name, tensor in state.items():
+                try:
+                    torch_file.check_stored(tensor)
+                except torch_file.TorchFileError as error:
+                    raise CheckpointError(f"{path}: {name:.100} is {error}") from None
             self._open = (file, state)
         return self._open[1]
 
     def _damaged(self, file: str, error: Exception) -> CheckpointError:
         said = " ".join(str(error).split())
-        if "weights_only" in said.lower() or "Unsupported global" in said:
-            return CheckpointError(
-                f"{self.folder / file} holds more than tensors, and is not run: {said:.300}"
-            )
+        if isinstance(error, torch_file.ForbiddenCode):
+            return ForbiddenNames(f"{self.folder / file} {said}")
         return CheckpointError(f"{self.folder / file} cannot be read, truncated? ({said:.200})")
 
 

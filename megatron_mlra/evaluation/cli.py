@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_mlra import command_line
 from megatron_mlra.command_line import OneLineParser
+from megatron_mlra.foreign_text import parse_json
 
 
 def parser() -> argparse.ArgumentParser:
@@ -118,7 +119,7 @@ def read_task(file: str) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            item = json.loads(line)
+            item = parse_json(line)
         except ValueError as error:
             raise ValueError(f"{file}:{number}: not JSON ({error})") from None
         problem = _problem(item)

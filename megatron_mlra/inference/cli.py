@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from megatron_mlra.checkpoint.folders import CheckpointFolder, open_checkpoint
 from megatron_mlra.command_line import OneLineParser, check_output, read_text, write_text
+from megatron_mlra.foreign_text import parse_json
 from megatron_mlra.inference.cache import CACHE_DTYPES
 from megatron_mlra.inference.engine import Engine, Request
 from megatron_mlra.inference.load import DTYPES, LoadOptions, load_model
@@ -190,7 +191,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 
 def _json_prompt(name: str, number: int, line: str) -> str:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
         text = record.get("prompt", record.get("text"))
     except (ValueError, AttributeError):
         text = None

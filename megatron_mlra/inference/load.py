@@ -71,6 +71,8 @@ def load_model(
     max_positions = model.max_position_embeddings
     if options.max_positions is not None:
         max_positions = options.max_positions
+    # No sequence is longer than the cache, whatever the checkpoint says of its context.
+    max_positions = min(max_positions, max(options.cache_tokens, 1) + options.page_size)
     if max_positions < 1:
         raise ValueError(f"max positions is {max_positions}; use at least 1")
     check_tensor_parallel(model, parallel.size)

@@ -11,6 +11,7 @@ from megatron_mlra.command_line import OneLineParser
 
 from .errors import BadRecordError, InputError
 from .pipeline import PreprocessConfig, preprocess
+from .readers import RECORD_BYTES
 from .shards import DEFAULT_EOD
 from .signals import Interrupted, interruptible
 from .tokenizers import TOKENIZER_TYPES, TokenizerSpec
@@ -44,6 +45,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--no-append-eod", action="store_true", help="do not end documents with the EOD id")
     add("--json-key", default="text", help="key of the text in a JSON line (default: text)")
     add("--parquet-column", default="text", help="column of the text (default: text)")
+    add(
+        "--max-record-mb",
+        type=float,
+        default=RECORD_BYTES / 1e6,
+        metavar="MB",
+        help="most decompressed megabytes of a line or text file (default: %(default)g)",
+    )
     add("--split-lines", action="store_true", help="text files: every line is a document")
     add("--workers", type=int, default=1, metavar="N", help="tokenising processes (default: 1)")
     add("--on-error", choices=("fail", "skip"), default="fail", help="bad records (default: fail)")
@@ -93,6 +101,7 @@ def _config(args: argparse.Namespace) -> PreprocessConfig:
         tokenizer=spec,
         json_key=args.json_key,
         parquet_column=args.parquet_column,
+        record_bytes=int(args.max_record_mb * 1e6) if args.max_record_mb < 1e9 else 0,
         split_lines=args.split_lines,
         append_eod=not args.no_append_eod,
         shard_eod_id=DEFAULT_EOD if args.eod_id is None else args.eod_id,

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from megatron_mlra.foreign_text import parse_json
+
 from .errors import BadRecordError
 from .readers import Batch
 from .tokenizers import ByteTokenizer, Tokenizer
@@ -54,7 +56,8 @@ class Encoder:
         problems: list[str] = []
         empty = 0
         for number, document in enumerate(batch.documents, start=batch.first):
-            if batch.parser in ("json", "text") and document.isspace():
+            line = batch.parser in ("json", "text") and isinstance(document, bytes)
+            if line and document.isspace():
                 continue
             try:
                 ids = self._ids(self._text(document, batch.parser))
@@ -89,9 +92,13 @@ class Encoder:
             reason = f"the tokenizer failed: {type(error).__name__}: {error}"
             raise BadRecordError(" ".join(reason.split())) from error
 
-    def _text(self, document: bytes | None, parser: str) -> str:
+    def _text(self, document: bytes | int | None, parser: str) -> str:
         if document is None:
             raise BadRecordError("the cell is null")
+        if isinstance(document, int):
+            raise BadRecordError(
+                f"the record has more than {document / 1e6:g} MB: raise --max-record-mb"
+            )
         try:
             text = document.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -106,10 +113,10 @@ class Encoder:
 
     def _json_text(self, line: str) -> str:
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except json.JSONDecodeError as error:
             raise BadRecordError(f"invalid JSON ({error.msg}: column {error.colno})") from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise BadRecordError(f"invalid JSON ({error})") from error
         if not isinstance(record, dict):
             raise BadRecordError(f"not a JSON object but {type(record).__name__}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from megatron_mlra.foreign_text import read_json
 
 from .errors import InputError
 
@@ -23,7 +24,7 @@ def read_metadata(prefix: str) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        metadata = json.loads(file.read_text(encoding="utf-8"))
+        metadata = read_json(file)
         version = metadata["version"]
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{file} is not a dataset's metadata: tokenise the data again") from error

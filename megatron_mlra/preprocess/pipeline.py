@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .encode import Encoded, Encoder, token_dtype
 from .errors import BadRecordError, InputError
 from .metadata import METADATA_VERSION
-from .readers import Batch, check_readers, read_batches
+from .readers import RECORD_BYTES, Batch, check_readers, read_batches
 from .shards import DEFAULT_EOD, check_shards, read_shards
 from .signals import deferred
 from .sources import Source, find_sources
@@ -42,6 +42,8 @@ class PreprocessConfig:
     """Key of the text in a JSON line."""
     parquet_column: str = "text"
     """Column of the text in a parquet file."""
+    record_bytes: int = RECORD_BYTES
+    """Most bytes of one line or text file, decompressed."""
     split_lines: bool = False
     """Every line of a text file is a document; otherwise the file is one."""
     append_eod: bool = True
@@ -113,6 +115,8 @@ def _check(config: PreprocessConfig) -> list[Source]:
     """The sources, after every check that reads no document."""
     if config.workers < 1:
         raise InputError(f"--workers {config.workers}: use 1 or more")
+    if config.record_bytes < 1:
+        raise InputError(f"--max-record-mb {config.record_bytes / 1e6:g}: use e.g. 1000")
     if config.on_error not in ("fail", "skip"):
         raise InputError(f"--on-error {config.on_error}: use fail or skip")
     sources = find_sources(config.inputs)
@@ -197,6 +201,7 @@ def _encode(
             source,
             split_lines=config.split_lines,
             parquet_column=config.parquet_column,
+            record_bytes=config.record_bytes,
         )
     )
     if config.workers == 1:

@@ -16,7 +16,11 @@ from .errors import InputError, first_line, require
 from .sources import Source
 
 BATCH_BYTES = 1 << 20
+RECORD_BYTES = 256_000_000
+"""Most bytes of one record, unless the caller says otherwise."""
 _PARQUET_ROWS = 64
+_ZSTD_PIECE = 2048
+"""Compressed bytes given to zstd at a time: they can stand for 64 MiB, 128 KiB per 3 bytes."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,8 @@ class Batch:
     cell: a parquet cell."""
     first: int
     """Line or row number of the first document, from 1."""
-    documents: list[bytes | None] = field(default_factory=list)
-    """None: a null cell."""
+    documents: list[bytes | int | None] = field(default_factory=list)
+    """None: a null cell. A number: a record of more bytes than that, left unread."""
     consumed: int = 0
     """Bytes of the source read since the batch before, for the progress bar."""
     failure: str | None = None
@@ -61,7 +65,7 @@ class ZstdReader(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Fill ``buffer`` with decompressed bytes; 0 at the end."""
         while not self._ready:
-            self._compressed = self._compressed or self._file.read(1 << 17)
+            self._compressed = self._compressed or self._file.read(_ZSTD_PIECE)
             if not self._compressed:
                 if self._frame is not None:
                     raise EOFError("the zstd stream ends in the middle of a frame")
@@ -96,17 +100,23 @@ def check_readers(sources: list[Source], parquet_column: str) -> None:
 
 
 def read_batches(
-    index: int, source: Source, *, split_lines: bool, parquet_column: str
+    index: int,
+    source: Source,
+    *,
+    split_lines: bool,
+    parquet_column: str,
+    record_bytes: int = RECORD_BYTES,
 ) -> Iterator[Batch]:
-    """Batches of about ``BATCH_BYTES`` of one source; damage ends the last one's ``failure``."""
+    """Batches of about ``BATCH_BYTES`` of one source; damage ends the last one's ``failure``. Of a
+    line or file of more than ``record_bytes``, decompressed, no more is held in memory."""
     if source.size == 0:
         yield Batch(index, source.path, "file", 1, failure="the file is empty (0 bytes)")
     elif source.format == "parquet":
         yield from _read_parquet(index, source, parquet_column)
     elif source.format == "text" and not split_lines:
-        yield _read_file(index, source)
+        yield _read_file(index, source, record_bytes)
     else:
-        yield from _read_lines(index, source)
+        yield from _read_lines(index, source, record_bytes)
 
 
 def _open(source: Source, raw: IO[bytes]) -> IO[bytes]:
@@ -127,24 +137,32 @@ def _damage(source: Source) -> tuple[type[Exception], ...]:
     )
 
 
-def _read_file(index: int, source: Source) -> Batch:
+def _read_file(index: int, source: Source, most: int) -> Batch:
     with open(source.path, "rb") as raw:
         try:
-            data = _open(source, raw).read()
+            data = _open(source, raw).read(most + 1)
         except _damage(source) as error:
             return Batch(index, source.path, "file", 1, [], source.size, first_line(error))
+    if len(data) > most:
+        return Batch(index, source.path, "file", 1, [most], source.size)
     return Batch(index, source.path, "file", 1, [data.removeprefix(b"\xef\xbb\xbf")], source.size)
 
 
-def _read_lines(index: int, source: Source) -> Iterator[Batch]:
+def _read_lines(index: int, source: Source, most: int) -> Iterator[Batch]:
     parser = "json" if source.format == "jsonl" else "text"
     first, position, held, failure = 1, 0, 0, None
-    lines: list[bytes | None] = []
+    lines: list[bytes | int | None] = []
     with open(source.path, "rb") as raw:
         file = _open(source, raw)
         while True:
             try:
-                line = file.readline()
+                line = file.readline(most + 1)
+                if len(line) > most:
+                    end = line
+                    while end and not end.endswith(b"\n"):
+                        end = file.readline(BATCH_BYTES)
+                    lines.append(most)
+                    continue
             except _damage(source) as error:
                 line, failure = b"", first_line(error)
             if line and first == 1 and not lines:

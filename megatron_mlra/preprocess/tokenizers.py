@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from megatron_mlra.foreign_text import read_json
+
 from .errors import InputError, first_line, require
 
 TOKENIZER_TYPES = ("byte", "hf", "tiktoken")
+TOKENIZER_BYTES = 256 << 20
+"""Most bytes of a tokenizer's file; one of 256,000 tokens has 33 MB."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,8 @@ class HFTokenizer:
         """
         library = require("tokenizers", "the hf tokenizer")
         self._file = _tokenizer_json(Path(model))
+        if self._file.stat().st_size > TOKENIZER_BYTES:
+            raise InputError(f"{self._file} has more than {TOKENIZER_BYTES:,} bytes")
         try:
             self._tokenizer = library.Tokenizer.from_file(str(self._file))
         except Exception as error:  # the package raises plain Exception
@@ -212,10 +217,13 @@ def _eos_token(config: Path) -> str | None:
     if not config.is_file():
         return None
     try:
-        token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+        token = read_json(config).get("eos_token")
     except (ValueError, AttributeError) as error:
         raise InputError(f"{config} is not a JSON object: {first_line(error)}") from error
-    return token.get("content") if isinstance(token, dict) else token
+    token = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(token, str | None):
+        raise InputError(f"{config}: eos_token is {token!r:.60}, not text")
+    return token
 
 
 def _named_encoding(library: Any, name: str) -> Any:
@@ -251,6 +259,8 @@ def _ranks_encoding(library: Any, file: Path, eod_id: int | None, pattern: str |
 
 def _read_ranks(file: Path) -> dict[bytes, int]:
     ranks: dict[bytes, int] = {}
+    if file.stat().st_size > TOKENIZER_BYTES:
+        raise InputError(f"{file} has more than {TOKENIZER_BYTES:,} bytes")
     for number, line in enumerate(file.read_bytes().splitlines(), start=1):
         if not line:
             continue

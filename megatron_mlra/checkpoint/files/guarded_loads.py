@@ -1,0 +1,58 @@
+"""Megatron's loads, by the readers that run nothing.
+
+torch's reader of torch_dist checkpoints unpickles `.metadata`, and every entry that is no tensor,
+with Python's unpickler, which runs whatever they name. A check beforehand would leave the files
+time to change, and each rank reads them for itself, so the two readers themselves are replaced.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint._nested_dict import set_element
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+
+from megatron_mlra.checkpoint.description import CheckpointError
+from megatron_mlra.checkpoint.files import torch_dist_index
+from megatron_mlra.checkpoint.files.torch_file import TorchFileError, load_entry
+
+
+def install() -> None:
+    """Replace torch's readers of `.metadata` and of entries that are no tensors, in this process;
+    Megatron's are made of them."""
+    FileSystemReader.read_metadata = read_metadata
+    DefaultLoadPlanner.load_bytes = load_bytes
+
+
+def read_metadata(self: FileSystemReader, *_, **named) -> Metadata:
+    """FileSystemReader.read_metadata, running nothing.
+
+    Raises:
+        CheckpointError: it names code, or is damaged.
+    """
+    file = Path(self._get_metadata_path(named.get("rank")))
+    index = torch_dist_index.read_metadata(file.parent, file.name)
+    if getattr(index, "storage_meta", None) is None:
+        index.storage_meta = StorageMeta()
+    index.storage_meta.load_id = self.load_id
+    return index
+
+
+def load_bytes(self: DefaultLoadPlanner, read_item, value: io.BytesIO) -> None:
+    """DefaultLoadPlanner.load_bytes, running nothing.
+
+    Raises:
+        CheckpointError: the entry names code, or is damaged.
+    """
+    name = read_item.dest_index.fqn
+    try:
+        loaded = load_entry(value, value.getbuffer().nbytes)
+    except TorchFileError as error:
+        raise CheckpointError(f"checkpoint entry {name:.100}: {error}") from None
+    if self.flatten_state_dict:
+        set_element(self.original_state_dict, self.mappings[name], loaded)
+    else:
+        self.state_dict[name] = loaded

@@ -1,0 +1,48 @@
+"""Names of classes and functions in the pickles of checkpoints that are no code of a stranger's."""
+
+from __future__ import annotations
+
+HARMLESS = frozenset(
+    f"{module}.{name}"
+    for module, names in {
+        "_codecs": "encode",
+        "builtins": "bytearray complex set",
+        "collections": "Counter",
+        "io": "BytesIO",
+        "_io": "BytesIO",
+        "pathlib": "PosixPath",
+        "signal": "Signals",
+        "types": "SimpleNamespace",
+        "numpy": "dtype ndarray",
+        "numpy.core.multiarray": "_reconstruct",
+        "numpy._core.multiarray": "_reconstruct",
+        "numpy.dtypes": "UInt32DType",
+        "torch": "Generator Tensor device",
+        "torch._C": "Generator",
+        "torch._tensor": "_rebuild_from_type_v2",
+        "torch._utils": "_rebuild_parameter _rebuild_tensor _rebuild_tensor_v2 _rebuild_tensor_v3",
+        "torch.nn.parameter": "Parameter",
+        "megatron.core.enums": "ModelType",
+        "megatron.core.optimizer.optimizer_config": "OptimizerConfig",
+        "megatron.core.rerun_state_machine": "RerunDiagnostic RerunMode RerunState",
+        "megatron.core.transformer.enums": "AttnBackend CudaGraphModule CudaGraphScope"
+        " InferenceCudaGraphScope",
+    }.items()
+    for name in names.split()
+)
+"""Names that a checkpoint may hold, and that torch and Megatron load with `weights_only=True`."""
+
+FP8_STATE = frozenset(
+    f"{module}.{name}"
+    for module, names in {
+        "torch.storage": "UntypedStorage _load_from_bytes",
+        "transformer_engine.common.recipe": "DelayedScaling Float8CurrentScaling"
+        " Float8BlockScaling MXFP8BlockScaling NVFP4BlockScaling Format _FormatHelper MMParams"
+        " QParams",
+        "megatron.core.extensions.transformer_engine": "TEDelayedScaling",
+        "megatron.core.safe_globals": "safe_load_from_bytes",
+    }.items()
+    for name in names.split()
+)
+"""Names of the pickle that Transformer Engine keeps in a tensor of its extra state. Megatron makes
+`_load_from_bytes` one that loads tensors alone."""

@@ -1,0 +1,232 @@
+"""The index of a torch_dist checkpoint (`.metadata`), read and compared with the files beside it.
+
+It says which bytes of which file hold which block of which tensor. Loaders unpickle it, and the
+entries that are no tensors, before anything else, so both are looked into here.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron_mlra.checkpoint import safe_pickle
+from megatron_mlra.checkpoint.description import CheckpointError
+from megatron_mlra.checkpoint.files.torch_file import (
+    ForbiddenCode,
+    TorchFileError,
+    read_extra_state,
+    read_object,
+)
+
+INDEX = ".metadata"
+COMMON_FILE = "common.pt"
+INDEX_BYTES = 256 << 20
+"""Most bytes of an index, which may not have more than the files beside it and a mebibyte."""
+OBJECT_BYTES = 256 << 20
+"""Most bytes of an entry that is no tensor."""
+_TENSOR_DIMS = 64
+
+
+class ForbiddenNames(CheckpointError):
+    """A checkpoint names code; the line lists the names and where they are."""
+
+
+def read_metadata(folder: Path, name: str = INDEX) -> Metadata:
+    """A checkpoint's index, whole: every field is of its type; nothing pickled in it is run.
+
+    Raises:
+        ForbiddenNames: it names code.
+        CheckpointError: it is missing, damaged or too large.
+    """
+    file = folder / name
+    if not file.is_file():
+        raise CheckpointError(f"checkpoint {folder} is incomplete: it has no {name}")
+    try:
+        size = file.stat().st_size
+        beside = sum(p.stat().st_size for p in folder.iterdir() if p.is_file() and p != file)
+        most = min(INDEX_BYTES, beside + (1 << 20))
+        if size > most:
+            raise CheckpointError(
+                f"checkpoint {folder}: {name} has {size:,} bytes, more than the files it describes"
+                f" can need ({most:,})"
+            )
+        found = safe_pickle.load(file.read_bytes())
+    except CheckpointError:
+        raise
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {folder}: {name} cannot be read ({error})") from None
+    if found.refused:
+        raise ForbiddenNames(_forbidden(folder, {name: found.refused}))
+    wrong = _misfit(found.value)
+    if wrong:
+        raise CheckpointError(
+            f"checkpoint {folder}: {name} is not a torch_dist checkpoint's ({wrong})"
+        )
+    return found.value
+
+
+def _misfit(index: object) -> str | None:
+    """What of an index is not of its type, the first of it."""
+    if not isinstance(index, Metadata):
+        return "no Metadata"
+    entries = getattr(index, "state_dict_metadata", None)
+    stored = getattr(index, "storage_data", None)
+    if type(entries) is not dict or type(stored) is not dict:
+        return "no entries"
+    for name, entry in entries.items():
+        if type(name) is not str:
+            return "an entry without a name"
+        if type(entry) is BytesStorageMetadata:
+            continue
+        if type(entry) is not TensorStorageMetadata:
+            return f"{name:.100} is neither a tensor nor bytes"
+        parts = vars(entry)
+        properties, chunks = parts.get("properties"), parts.get("chunks")
+        if (
+            not _is_size(parts.get("size"))
+            or type(properties) is not TensorProperties
+            or type(properties.dtype) is not torch.dtype
+            or type(chunks) is not list
+            or not all(_is_chunk(chunk, len(parts["size"])) for chunk in chunks)
+        ):
+            return f"{name:.100} has no size, dtype or blocks"
+    for at, info in stored.items():
+        if type(at) is not MetadataIndex or type(info) is not _StorageInfo:
+            return "a block without a place"
+        key, place = vars(at), vars(info)
+        file = place.get("relative_path")
+        if type(key.get("fqn")) is not str or key["fqn"] not in entries:
+            return "a block of no entry"
+        if not (key.get("offset") is None or _is_size(key["offset"])):
+            return f"a block of {key['fqn']:.100} at no offset"
+        if type(file) is not str or Path(file).name != file or "\0" in file:
+            return f"a block of {key['fqn']:.100} outside the folder"
+        if not _are_counts((place.get("offset"), place.get("length"))):
+            return f"a block of {key['fqn']:.100} of no length"
+    return None
+
+
+def _are_counts(values: Iterable[object]) -> bool:
+    return all(type(value) is int and 0 <= value < 1 << 62 for value in values)
+
+
+def _is_size(value: object) -> bool:
+    """Whether it is the size of a tensor, whose numbers can be counted."""
+    return (
+        isinstance(value, tuple)
+        and len(value) <= _TENSOR_DIMS
+        and _are_counts(value)
+        and math.prod(value) < 1 << 62
+    )
+
+
+def _is_chunk(chunk: object, dims: int) -> bool:
+    if type(chunk) is not ChunkStorageMetadata:
+        return False
+    sizes = [vars(chunk).get(name) for name in ("offsets", "sizes")]
+    return all(_is_size(size) and len(size) == dims for size in sizes)
+
+
+def check_files(folder: Path, index: Metadata) -> None:
+    """Check that every file the index refers to is there at full length, that no two blocks share
+    bytes, and that the blocks hold as many bytes as their tensors have numbers.
+
+    Raises:
+        CheckpointError: names the first file that is missing or short, or the first such block.
+    """
+    places = sorted(
+        ((info.relative_path, info.offset, info.length, at.fqn) for at, info in _blocks(index)),
+    )
+    needed: dict[str, int] = {}
+    stored: dict[str, int] = {}
+    for file, start, length, name in places:
+        if start < needed.get(file, 0) or not length:
+            raise CheckpointError(
+                f"checkpoint {folder}: .metadata gives {name:.100} bytes of {file:.100} that are"
+                " another's"
+            )
+        needed[file] = start + length
+        stored[name] = stored.get(name, 0) + length
+    for file, size in needed.items():
+        path = folder / file
+        if not path.is_file():
+            raise CheckpointError(f"checkpoint {folder} is incomplete: {file} is missing")
+        if path.stat().st_size < size:
+            raise CheckpointError(
+                f"checkpoint {folder} is truncated: {file} has {path.stat().st_size} of {size}"
+                " bytes"
+            )
+    if any(info.transform_descriptors for _, info in _blocks(index)):
+        raise CheckpointError(f"checkpoint {folder} is compressed, which is not supported")
+    for name, entry in index.state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            size = math.prod(entry.size) * entry.properties.dtype.itemsize
+            if size > stored.get(name, 0):
+                raise CheckpointError(
+                    f"checkpoint {folder}: {name:.100} is {list(entry.size)}, {size:,} bytes, and"
+                    f" {stored.get(name, 0):,} bytes are stored"
+                )
+
+
+def _blocks(index: Metadata) -> Iterable[tuple[MetadataIndex, _StorageInfo]]:
+    return index.storage_data.items()
+
+
+def check_objects(folder: Path, index: Metadata) -> None:
+    """Look into everything that is no tensor and that a loader unpickles.
+
+    Raises:
+        ForbiddenNames: names of code, and the entries they are in.
+        CheckpointError: an entry cannot be read.
+    """
+    forbidden: dict[str, tuple[str, ...]] = {}
+    common = folder / COMMON_FILE
+    if common.is_file():
+        forbidden[COMMON_FILE] = _refused(folder, COMMON_FILE, common, 0, common.stat().st_size)
+    for at, info in _blocks(index):
+        if not isinstance(index.state_dict_metadata[at.fqn], TensorStorageMetadata):
+            file = folder / info.relative_path
+            forbidden[at.fqn] = _refused(folder, at.fqn, file, info.offset, info.length)
+    forbidden = {name: refused for name, refused in forbidden.items() if refused}
+    if forbidden:
+        raise ForbiddenNames(_forbidden(folder, forbidden))
+
+
+def _refused(folder: Path, name: str, file: Path, start: int, length: int) -> tuple[str, ...]:
+    """Names of code in one entry."""
+    try:
+        if length > OBJECT_BYTES:
+            raise TorchFileError(f"{length:,} bytes, of at most {OBJECT_BYTES:,}")
+        with file.open("rb") as opened:
+            opened.seek(start)
+            entry = io.BytesIO(opened.read(length))
+        if "._extra_state" in name:
+            return read_extra_state(entry, length)
+        return read_object(entry, length).refused
+    except ForbiddenCode as error:
+        return (f"({error})",)
+    except (OSError, TorchFileError) as error:
+        raise CheckpointError(
+            f"checkpoint {folder}: {name:.100} in {file.name} cannot be read ({error})"
+        ) from None
+
+
+def _forbidden(folder: Path, names: dict[str, tuple[str, ...]]) -> str:
+    where = "; ".join(f"{safe_pickle.shown(found)} in {at:.100}" for at, found in names.items())
+    return (
+        f"checkpoint {folder} holds code, which is not run: {where:.2000}; no checkpoint has these"
+        " names, so ask who made it"
+    )

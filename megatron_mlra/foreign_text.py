@@ -1,0 +1,127 @@
+"""JSON and YAML of strangers: bounded in size and depth, and of finite numbers.
+
+Python's parsers recurse once per level and take numbers beyond a float's range for infinite; YAML's
+aliases make a few bytes stand for many gigabytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, NoReturn
+
+JSON_BYTES = 32 << 20
+"""Most bytes of a JSON file. An index of 100,000 tensors has 10 MB."""
+YAML_BYTES = 1 << 18
+"""Most bytes of a YAML file. A preset has some 3 kB."""
+DEPTH = 100
+"""Most levels of brackets."""
+
+# A string may be without its end: the search must not start again at every quote within it.
+_TOKENS = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
+
+
+def read_json(file: str | Path, most: int = JSON_BYTES) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        ValueError: it cannot be read, has more than `most` bytes or too many levels, or a number
+            that is not finite; one line that names the file.
+    """
+    text = _read(Path(file), most)
+    try:
+        return parse_json(text, finite=True)
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error})") from None
+
+
+def parse_json(text: str, finite: bool = False) -> Any:
+    """The value of a JSON text, of any size.
+
+    Args:
+        finite: refuse NaN, Infinity and numbers beyond a float's range.
+
+    Raises:
+        ValueError: it is none, or has too many levels.
+    """
+    if text.count("[") + text.count("{") > DEPTH:
+        depth = 0
+        for found in _TOKENS.finditer(text):
+            if (token := found[0]) in "[{":
+                depth += 1
+                if depth > DEPTH:
+                    raise ValueError(f"more than {DEPTH} levels of brackets")
+            elif token in "]}":
+                depth -= 1
+    if not finite:
+        return json.loads(text)
+    return json.loads(text, parse_constant=_refuse, parse_float=_float)
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"it holds {constant}, which is no number")
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"it holds {text:.30}, which is beyond a float's range")
+    return value
+
+
+def read_yaml(file: str | Path) -> Any:
+    """The value of a YAML file without aliases, in which no key is given twice.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        ValueError: it cannot be read; one line without the file's name.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """YAML of which PyYAML would take the last of a key given twice, and expand aliases."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                name = self.peek_event().anchor
+                raise yaml.YAMLError(f"alias *{name:.40}: write the value out")
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+            seen = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode):
+                    value = self.construct_object(key)
+                    if value in seen:
+                        raise yaml.YAMLError(f"{value} is given twice; leave one")
+                    seen.add(value)
+            return super().construct_mapping(node, deep)
+
+    text = _read(Path(file), YAML_BYTES, named=False)
+    try:
+        return yaml.load(text, Loader)
+    except RecursionError:
+        raise ValueError("too many levels") from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
+
+
+def _read(file: Path, most: int, named: bool = True) -> str:
+    """A UTF-8 file of at most that many bytes, if it is a plain file."""
+    name = f"{file}: " if named else ""
+    try:
+        if file.exists() and not file.is_file():
+            raise ValueError(f"{name}it is no plain file")
+        with file.open("rb") as opened:
+            data = opened.read(most + 1)
+        if len(data) > most:
+            raise ValueError(f"{name}it has more than {most:,} bytes")
+        return data.decode("utf-8")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{name}{error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{name}it is not UTF-8 text") from None
