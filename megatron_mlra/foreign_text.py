@@ -41,7 +41,7 @@ def parse_json(text: str, finite: bool = False) -> Any:
     """The value of a JSON text, of any size.
 
     Args:
-        finite: refuse NaN, Infinity and numbers beyond a float's range.
+        finite: refuse NaN, Infinity and numbers beyond a float's or 64 bits' range.
 
     Raises:
         ValueError: it is none, or has too many levels.
@@ -57,11 +57,18 @@ def parse_json(text: str, finite: bool = False) -> Any:
                 depth -= 1
     if not finite:
         return json.loads(text)
-    return json.loads(text, parse_constant=_refuse, parse_float=_float)
+    return json.loads(text, parse_constant=_refuse, parse_float=_float, parse_int=_int)
 
 
 def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"it holds {constant}, which is no number")
+
+
+def _int(text: str) -> int:
+    value = int(text)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"it holds {text:.30}, which has more than 64 bits")
+    return value
 
 
 def _float(text: str) -> float:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+# Importing Megatron registers the classes that its checkpoints hold as safe with torch.
+import megatron.core  # noqa: F401
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner

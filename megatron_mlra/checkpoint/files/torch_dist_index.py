@@ -219,9 +219,8 @@ def _refused(folder: Path, name: str, file: Path, start: int, length: int) -> tu
     except ForbiddenCode as error:
         return (f"({error})",)
     except (OSError, TorchFileError) as error:
-        raise CheckpointError(
-            f"checkpoint {folder}: {name:.100} in {file.name} cannot be read ({error})"
-        ) from None
+        where = name if name == file.name else f"{name:.100} in {file.name}"
+        raise CheckpointError(f"checkpoint {folder}: {where} cannot be read ({error})") from None
 
 
 def _forbidden(folder: Path, names: dict[str, tuple[str, ...]]) -> str:

@@ -76,6 +76,9 @@ def read_archive(file: BinaryIO, size: int) -> Archive:
         unpacked, packed, offset = wide
         if signature != b"PK\1\2" or at > length or flags & 1:
             raise TorchFileError("an archive with a damaged directory")
+        own = _text(name).partition("/")[2]
+        if own.startswith("code/") or own in ("constants.pkl", "model.json"):
+            raise ForbiddenCode("is a TorchScript archive, whose code is not run")
         if method or packed != unpacked:
             raise TorchFileError("an archive with compressed records")
         places.append((offset, unpacked, _text(name)))
@@ -132,8 +135,6 @@ def _records(
     behind = 0
     for offset, length, name in places:
         own = name.partition("/")[2]
-        if own.startswith("code/") or own in ("constants.pkl", "model.json"):
-            raise ForbiddenCode("is a TorchScript archive, whose code is not run")
         plain = own.startswith("data/") and own.count("/") == 1
         if len(roots) != 1 or own in records or not (plain or own in _RECORDS):
             raise TorchFileError(f"an archive with the record {name!r:.60}, unknown to torch.save")

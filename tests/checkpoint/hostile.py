@@ -1,0 +1,220 @@
+"""Hostile files: made from an honest folder, each acting or growing where a reader trusts it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+
+from megatron_mlra.checkpoint.torch_dist import COMMON_KEY, read_metadata
+
+
+class Code:
+    """A pickle that, loaded, makes a folder."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = str(canary)
+
+    def __reduce__(self):
+        return os.mkdir, (self.canary,)
+
+
+class Writer(torch.nn.Module):
+    """A TorchScript module whose loading writes a file: `torch.load` runs __setstate__."""
+
+    def __init__(self, canary: str) -> None:
+        super().__init__()
+        self.canary = canary
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[str, bool]:
+        return self.canary, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, bool]) -> None:
+        self.canary = state[0]
+        self.training = state[1]
+        torch.save([torch.ones(1)], self.canary)
+
+    def forward(self) -> str:
+        return self.canary
+
+
+def script(canary: Path) -> bytes:
+    """A TorchScript archive; run, it makes the canary."""
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(Writer(str(canary))), file)
+    return file.getvalue()
+
+
+def saved(value: object) -> bytes:
+    """What `torch.save` writes of a value."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def change_index(folder: Path, change: Callable[[object], object]) -> None:
+    """Rewrite `.metadata` after a change to it."""
+    index = read_metadata(folder)
+    change(index)
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+
+
+def replace_entry(folder: Path, name: str, data: bytes) -> None:
+    """Put these bytes behind the entry `name` of a torch_dist folder, which is then no tensor."""
+    index = read_metadata(folder)
+    file = folder / "__0_0.distcp"
+    start = file.stat().st_size
+    with file.open("ab") as opened:
+        opened.write(data)
+    at = next((at for at in index.storage_data if at.fqn == name), MetadataIndex(name))
+    info = next(iter(index.storage_data.values()))
+    index.state_dict_metadata[name] = BytesStorageMetadata()
+    index.storage_data[at] = type(info)(info.relative_path, start, len(data))
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+
+
+def code_in_index(folder: Path, canary: Path) -> None:
+    """A `.metadata` that is complete, and runs code as well."""
+
+    def add(index) -> None:
+        index.planner_data = Code(canary)
+
+    change_index(folder, add)
+
+
+def code_in_common_state(folder: Path, canary: Path) -> None:
+    replace_entry(folder, COMMON_KEY, saved([{"args": Code(canary)}]))
+
+
+def script_in_common_state(folder: Path, canary: Path) -> None:
+    replace_entry(folder, COMMON_KEY, script(canary))
+
+
+def code_in_common_file(folder: Path, canary: Path) -> None:
+    (folder / "common.pt").write_bytes(saved({"args": Code(canary)}))
+
+
+def script_in_common_file(folder: Path, canary: Path) -> None:
+    (folder / "common.pt").write_bytes(script(canary))
+
+
+def code_in_random_state(folder: Path, canary: Path) -> None:
+    replace_entry(folder, "rng_state/shard_0.0_1.1", saved(Code(canary)))
+
+
+def code_in_extra_state(folder: Path, canary: Path) -> None:
+    """As Transformer Engine keeps its scales: a pickle within a tensor of bytes."""
+    inside = torch.frombuffer(bytearray(pickle.dumps(Code(canary))), dtype=torch.uint8)
+    replace_entry(folder, "decoder.layers.mlp.linear_fc1._extra_state/shard_0_1", saved(inside))
+
+
+CODE = (
+    code_in_index,
+    code_in_common_state,
+    script_in_common_state,
+    code_in_common_file,
+    script_in_common_file,
+    code_in_random_state,
+    code_in_extra_state,
+)
+"""Ways to put code into a torch_dist folder, all of which a loader would unpickle."""
+
+
+# -- pickles that grow -----------------------------------------------------------------------------
+
+
+def memo_bomb() -> bytes:
+    """Asks for a memo of 2^31 values: the unpickler in C allocates 16 GiB or more for it."""
+    return b"\x80\x02Nr" + struct.pack("<I", (1 << 31) - 1) + b"."
+
+
+def bytearray_bomb() -> bytes:
+    """Says that an array of 1 TiB follows."""
+    return b"\x80\x05\x96" + struct.pack("<Q", 1 << 40) + b"."
+
+
+def nested_key() -> bytes:
+    """A key of tuples that hold the one before twice: hashing it takes 2^60 steps."""
+    return b"\x80\x02}(K\x01" + b"2\x86" * 60 + b"Nu."
+
+
+def laughing_lists() -> bytes:
+    """Lists that hold the one before ten times: 10^12 values where they are written out."""
+    lists = [b"]q\x00K\x01a"]
+    lists += [b"]q%c(%be" % (i, b"h%c" % (i - 1) * 10) for i in range(1, 13)]
+    return b"\x80\x02" + b"".join(lists) + b"."
+
+
+def deep_tuples() -> bytes:
+    """100,000 tuples, one in the other."""
+    return b"\x80\x02N" + b"\x85" * 100_000 + b"."
+
+
+PICKLES = {
+    f.__name__: f() for f in (memo_bomb, bytearray_bomb, nested_key, laughing_lists, deep_tuples)
+}
+
+# -- archives that do not hold what they say -------------------------------------------------------
+
+
+def repacked(data: bytes, change: dict[str, bytes] | None = None, method: int = 0) -> bytes:
+    """A torch archive written once more, some records changed or added."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w", method) as new:
+        records = {name: old.read(name) for name in old.namelist()}
+        root = next(iter(records)).partition("/")[0]
+        for name, content in (change or {}).items():
+            records[f"{root}/{name}"] = content
+        for name, content in records.items():
+            new.writestr(name, content)
+    return out.getvalue()
+
+
+def archives() -> dict[str, tuple[bytes, str]]:
+    """By name: an archive that is refused, and why."""
+    honest = saved({"w": torch.ones(64)})
+    # The bytes of a tensor are a record of their own as well.
+    start = honest.index(b"PK\3\4", 4)
+    inner = honest[start : honest.index(b"PK\7\x08", start)]
+    overlapping = bytearray(saved({"w": torch.frombuffer(bytearray(inner), dtype=torch.uint8)}))
+    entry = overlapping.index(b"archive/.format_version", overlapping.index(b"PK\1\2")) - 46
+    overlapping[entry + 42 : entry + 46] = struct.pack("<I", overlapping.index(inner, start + 1))
+    renamed = bytearray(honest)
+    at = renamed.index(b"archive/data/0")
+    renamed[at : at + 14] = b"archive/data/1"
+    return {
+        "compressed": (
+            repacked(honest, {"data/0": bytes(1 << 22)}, zipfile.ZIP_DEFLATED),
+            "compressed records",
+        ),
+        "larger than its record": (repacked(honest, {"data/0": bytes(8)}), "has a record of 8"),
+        "without its record": (
+            honest.replace(b"archive/data/0", b"archive/data/7"),
+            "has no record",
+        ),
+        "with one more record": (repacked(honest, {"x.py": b""}), "record 'archive/x.py'"),
+        "overlapping": (bytes(overlapping), "lie in one another"),
+        "of two names": (bytes(renamed), "does not describe its records"),
+        "with something in front": (b"MZ" + honest, "no pickle"),
+        "with something behind": (honest + b"PK", "does not end with its directory"),
+        "expanded": (
+            saved({"w": torch.ones(1).expand(1 << 40)}),
+            "of which 4 bytes are stored",
+        ),
+    }
+
+
+def write_config(folder: Path, **changes: object) -> None:
+    """Change values of a folder's config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
