@@ -15,6 +15,7 @@ from tqdm import tqdm
 from megatron_mlra.checkpoint.description import CheckpointError
 from megatron_mlra.checkpoint.folders import CheckpointFolder
 from megatron_mlra.checkpoint.forward import hidden_states, output_head
+from megatron_mlra.checkpoint.huggingface import check_own_code
 from megatron_mlra.preprocess.tokenizers import TokenizerSpec, build_tokenizer
 
 TOLERANCE = 1e-4
@@ -83,11 +84,14 @@ def compare_with_transformers(
     which shares nothing with the conversion. B is in memory as a whole, in float32.
 
     Raises:
-        CheckpointError: the two describe different functions, or B is of another kind.
+        CheckpointError: the two describe different functions, B is of another kind, or its code is
+        not that of this version.
     """
     check_same_function(a, b)
     if b.kind != "huggingface":
         raise CheckpointError(f"{b.path} is a {b.kind} folder; transformers runs exported folders")
+    if b.description.attention == "latent":
+        check_own_code(b.path)
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(

@@ -16,7 +16,7 @@ import torch
 
 from megatron_mlra.checkpoint.description import CheckpointError, check_layers
 from megatron_mlra.checkpoint.folders import CheckpointFolder, check_tensors, read_config
-from megatron_mlra.checkpoint.huggingface_config import from_hf_config, to_hf_config
+from megatron_mlra.checkpoint.huggingface_config import AUTO_MAP, from_hf_config, to_hf_config
 from megatron_mlra.checkpoint.huggingface_names import (
     HF_EMBEDDING,
     HF_EXPERT_BIAS,
@@ -68,6 +68,25 @@ class HuggingFaceFolder(CheckpointFolder):
         rule = self.rules[name]
         dtype = getattr(torch, dtype_of(name, self.description.dtype))
         return rule.join([self.files.tensor(their).to(dtype) for their in rule.theirs])
+
+
+def check_own_code(folder: Path) -> None:
+    """Refuse to have transformers run code of a folder that an export of this version has not.
+
+    Raises:
+        CheckpointError: names the first file or entry that differs.
+    """
+    own = {path.name: path.read_bytes() for path in CODE.glob("*_mlra.py")}
+    for path in sorted(folder.rglob("*")):
+        is_code = path.suffix in (".py", ".so", ".pyc")
+        if is_code and (path.parent != folder or own.get(path.name) != path.read_bytes()):
+            raise CheckpointError(
+                f"{path} is not the code that this version exports, and is not run; export the"
+                " folder again"
+            )
+    named = read_config(folder).get("auto_map")
+    if named != AUTO_MAP:
+        raise CheckpointError(f"{folder}/config.json: auto_map names other code ({named!r:.200})")
 
 
 def write_huggingface(

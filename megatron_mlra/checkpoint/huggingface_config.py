@@ -8,6 +8,13 @@ from typing import Any
 
 from megatron_mlra.checkpoint.description import CheckpointError, ModelDescription
 
+AUTO_MAP = {
+    "AutoConfig": "configuration_mlra.MLRAConfig",
+    "AutoModel": "modeling_mlra.MLRAModel",
+    "AutoModelForCausalLM": "modeling_mlra.MLRAForCausalLM",
+}
+"""Which classes of the exported code transformers takes."""
+
 _COMMON = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -57,11 +64,7 @@ def to_hf_config(model: ModelDescription) -> dict[str, Any]:
         return config | {
             "model_type": "mlra",
             "architectures": ["MLRAForCausalLM"],
-            "auto_map": {
-                "AutoConfig": "configuration_mlra.MLRAConfig",
-                "AutoModel": "modeling_mlra.MLRAModel",
-                "AutoModelForCausalLM": "modeling_mlra.MLRAForCausalLM",
-            },
+            "auto_map": AUTO_MAP,
             **{name: getattr(model, name) for name in _LATENT},
             **_experts(model),
         }

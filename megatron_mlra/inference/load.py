@@ -71,8 +71,6 @@ def load_model(
     max_positions = model.max_position_embeddings
     if options.max_positions is not None:
         max_positions = options.max_positions
-    # No sequence is longer than the cache, whatever the checkpoint says of its context.
-    max_positions = min(max_positions, max(options.cache_tokens, 1) + options.page_size)
     if max_positions < 1:
         raise ValueError(f"max positions is {max_positions}; use at least 1")
     check_tensor_parallel(model, parallel.size)
@@ -88,7 +86,9 @@ def load_model(
     weights = load_weights(
         model, read, parallel.size, parallel.rank, options.weight_mode, dtype, device, progress
     )
-    return InferenceModel(model, weights, cache, ops, max_positions, parallel, shard)
+    # Nothing is at a position that the cache has no room for, whatever the checkpoint declares.
+    rows = min(max_positions, pages * options.page_size)
+    return InferenceModel(model, weights, cache, ops, max_positions, parallel, shard, rows)
 
 
 def _dtype(model: ModelDescription, options: LoadOptions, device: torch.device) -> torch.dtype:

@@ -64,7 +64,8 @@ class InferenceModel:
         cache: this rank's, of all layers.
         ops: the backend.
         parallel: tensor-parallel collectives; `shard` (latent attention) goes with them.
-        max_positions: rows of the RoPE tables: the longest sequence.
+        max_positions: the longest sequence.
+        table_rows: rows of the RoPE tables, default `max_positions`.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class InferenceModel:
         max_positions: int,
         parallel: TensorParallel | None = None,
         shard: HeadShard | None = None,
+        table_rows: int | None = None,
     ) -> None:
         self.model, self.weights, self.cache, self.ops = model, weights, cache, ops
         self.parallel = parallel or TensorParallel()
@@ -87,7 +89,7 @@ class InferenceModel:
         """Whether decoding steps may be captured; else experts run as in prefill, which a CPU does
         several times faster."""
         self.device = weights.embedding.device
-        self.tables = rotary_tables(model, max_positions, self.device)
+        self.tables = rotary_tables(model, table_rows or max_positions, self.device)
 
     @torch.inference_mode()
     def forward(self, step: Step, rows: Tensor | None = None) -> Tensor:

@@ -324,3 +324,21 @@ def test_an_entry_of_an_old_format(tmp_path):
     with pytest.raises(torch_file.ForbiddenCode, match=r"posix\.mkdir"):
         torch_file.load_tensors(file)
     assert not (tmp_path / "canary").exists()
+
+
+def test_code_that_transformers_would_run(honest, convert, tmp_path):
+    exported = tmp_path / "hf"
+    assert convert("export-hf", honest, exported)[0] == 0
+    code = (exported / "modeling_mlra.py").read_text()
+    canary = f"\nopen({str(tmp_path / 'canary')!r}, 'w')\n"
+    (exported / "modeling_mlra.py").write_text(code + canary)
+    argv = ("verify", honest, exported, "--transformers", "--tokens", "8")
+    status, error = convert(*argv)
+    assert status == 2 and "modeling_mlra.py is not the code that this version exports" in error
+    (exported / "modeling_mlra.py").write_text(code)
+    config = json.loads((exported / "config.json").read_text())
+    theirs = {k: f"someone/model--{v}" for k, v in config["auto_map"].items()}
+    hostile.write_config(exported, auto_map=theirs)
+    status, error = convert(*argv)
+    assert status == 2 and "auto_map names other code" in error
+    assert not (tmp_path / "canary").exists()
