@@ -147,7 +147,10 @@ def _inspect(args: argparse.Namespace) -> int:
     from megatron_mlra.checkpoint.inspection import lines
 
     try:
-        print("\n".join(lines(_open(args, args.source))))
+        folder = _open(args, args.source)
+        if folder.kind == "megatron":
+            folder.files.check_tensors()
+        print("\n".join(lines(folder)))
     except ForbiddenNames as error:
         return _fail(str(error), 1)
     return 0

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mlra.checkpoint.folders import TRACKER
 from megatron_mlra.checkpoint.torch_dist import TorchDistFolder
+from megatron_mlra.foreign_text import read_json
 
 _ITERATION = re.compile(r"iter_(\d+)").fullmatch
 
@@ -212,6 +213,8 @@ def check_complete(folder: Path) -> None:
     if not folder.is_dir():
         raise ValueError(f"checkpoint {folder} is missing")
     TorchDistFolder(folder)
+    if (folder / "metadata.json").is_file():
+        read_json(folder / "metadata.json")
 
 
 def check_architecture(folder: Path, args: Namespace) -> None:

@@ -19,7 +19,12 @@ from megatron_mlra.checkpoint.files.torch_dist_index import (
     check_objects,
     read_metadata,
 )
-from megatron_mlra.checkpoint.files.torch_file import check_stored, load_entry, read_object
+from megatron_mlra.checkpoint.files.torch_file import (
+    check_entry,
+    check_stored,
+    load_entry,
+    read_object,
+)
 
 COMMON_KEY = "common_state/shard_0_1"
 
@@ -123,6 +128,22 @@ class TorchDistFolder:
         with open(self.path / info.relative_path, "rb") as file:
             file.seek(info.offset)
             return file.read(info.length)
+
+    def check_tensors(self) -> None:
+        """Look into every tensor's entry, without reading its numbers.
+
+        Raises:
+            CheckpointError: one names code, or does not hold what it says.
+        """
+        for (name, _), info in self.stored.items():
+            try:
+                with open(self.path / info.relative_path, "rb", buffering=0) as file:
+                    part = io.BufferedReader(_Part(file, info.offset, info.length), 512)
+                    check_entry(part, info.length)
+            except (OSError, ValueError) as error:
+                raise CheckpointError(
+                    f"checkpoint {self.path}: {name} in {info.relative_path}: {error}"
+                ) from None
 
     def raw(self, name: str) -> bytes:
         """The bytes of an entry that is no tensor."""

@@ -23,7 +23,7 @@ import hostile
 from megatron_mlra.checkpoint import safe_pickle
 from megatron_mlra.checkpoint.files import guarded_loads, torch_file
 from megatron_mlra.checkpoint.files.pickle_names import HARMLESS
-from megatron_mlra.checkpoint.torch_dist import COMMON_KEY, TorchDistFolder
+from megatron_mlra.checkpoint.torch_dist import COMMON_KEY, TorchDistFolder, read_metadata
 from megatron_mlra.evaluation import cli as evaluation
 from megatron_mlra.inference import cli as generate
 
@@ -103,6 +103,7 @@ def test_weights_that_are_code(research, convert, tmp_path):
 
 
 def test_megatrons_own_loads_run_nothing(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(FileSystemReader, "_slice_file", FileSystemReader._slice_file)
     for cls, name in ((FileSystemReader, "read_metadata"), (DefaultLoadPlanner, "load_bytes")):
         monkeypatch.setattr(cls, name, getattr(cls, name))  # restored after the test
     release, canary = folder / "release", tmp_path / "canary"
@@ -130,14 +131,38 @@ def test_megatrons_own_loads_run_nothing(folder, tmp_path, monkeypatch):
     assert not canary.exists()
 
 
+def test_a_tensor_larger_than_its_record(folder, convert, monkeypatch):
+    for cls, name in ((FileSystemReader, "read_metadata"), (FileSystemReader, "_slice_file")):
+        monkeypatch.setattr(cls, name, getattr(cls, name))
+    monkeypatch.setattr(DefaultLoadPlanner, "load_bytes", DefaultLoadPlanner.load_bytes)
+    name, release = "decoder.final_layernorm.weight", folder / "release"
+    index = read_metadata(release)
+    (info,) = (info for at, info in index.storage_data.items() if at.fqn == name)
+    file = release / info.relative_path
+    data = bytearray(file.read_bytes())
+    count = data.index(b"K@", info.offset)  # the storage's 64 numbers
+    data[count : count + 2] = b"K\xff"
+    file.write_bytes(data)
+    code, error = convert("inspect", folder)
+    assert code == 2 and f"{name} in __0_0.distcp: a tensor of 1,020 bytes that has a" in error
+    guarded_loads.install()
+    with pytest.raises(CheckpointException, match="a tensor of 1,020 bytes"):
+        torch.distributed.checkpoint.load(
+            {name: torch.empty(64)}, storage_reader=FileSystemReader(release), no_dist=True
+        )
+
+
 def test_honest_state_passes_the_guard(folder, monkeypatch):
+    monkeypatch.setattr(FileSystemReader, "_slice_file", FileSystemReader._slice_file)
     for cls, name in ((FileSystemReader, "read_metadata"), (DefaultLoadPlanner, "load_bytes")):
         monkeypatch.setattr(cls, name, getattr(cls, name))
     guarded_loads.install()
-    state = {COMMON_KEY: io.BytesIO()}
+    name = "decoder.final_layernorm.weight"
+    state = {COMMON_KEY: io.BytesIO(), name: torch.zeros(64)}
     reader = FileSystemReader(folder / "release")
     torch.distributed.checkpoint.load(state, storage_reader=reader, no_dist=True)
     ours = TorchDistFolder(folder / "release").common_state()["args"]
+    assert torch.equal(state[name], TorchDistFolder(folder / "release").tensor(name))
     assert vars(state[COMMON_KEY][0]["args"]) == vars(ours)
 
 

@@ -19,13 +19,20 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from megatron_mlra.checkpoint.description import CheckpointError
 from megatron_mlra.checkpoint.files import torch_dist_index
-from megatron_mlra.checkpoint.files.torch_file import TorchFileError, load_entry
+from megatron_mlra.checkpoint.files.torch_file import (
+    TorchFileError,
+    check_entry,
+    load_entry,
+)
+
+_slice_file = FileSystemReader._slice_file
 
 
 def install() -> None:
-    """Replace torch's readers of `.metadata` and of entries that are no tensors, in this process;
-    Megatron's are made of them."""
+    """Replace torch's readers of `.metadata` and of entries, in this process; Megatron's are made
+    of them."""
     FileSystemReader.read_metadata = read_metadata
+    FileSystemReader._slice_file = slice_file
     DefaultLoadPlanner.load_bytes = load_bytes
 
 
@@ -41,6 +48,23 @@ def read_metadata(self: FileSystemReader, *_, **named) -> Metadata:
         index.storage_meta = StorageMeta()
     index.storage_meta.load_id = self.load_id
     return index
+
+
+def slice_file(self: FileSystemReader, file, info):
+    """FileSystemReader._slice_file: the part of a file with one entry, looked into before torch
+    takes a tensor's size from it.
+
+    Raises:
+        CheckpointError: the entry names code, or does not hold what it says.
+    """
+    part = _slice_file(self, file, info)
+    try:
+        check_entry(part, info.length)
+    except TorchFileError as error:
+        where = f"{info.relative_path} at byte {info.offset:,}"
+        raise CheckpointError(f"checkpoint {self.path}: the entry in {where}: {error}") from None
+    part.seek(0)
+    return part
 
 
 def load_bytes(self: DefaultLoadPlanner, read_item, value: io.BytesIO) -> None:

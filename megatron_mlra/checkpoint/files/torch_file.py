@@ -233,9 +233,8 @@ def load_tensors(path: Path) -> Any:
         raise TorchFileError(f"{' '.join(str(error).split()):.200}") from None
 
 
-def load_entry(file: BinaryIO, size: int) -> Any:
-    """`torch.load` of an entry of a checkpoint's file: a tensor, or values that torch and Megatron
-    hold for safe.
+def check_entry(file: BinaryIO, size: int) -> None:
+    """Look into an entry of a checkpoint's file.
 
     Raises:
         TorchFileError: see `read_object`; or it names what no checkpoint has.
@@ -243,6 +242,16 @@ def load_entry(file: BinaryIO, size: int) -> Any:
     refused = read_object(file, size).refused
     if refused:
         raise ForbiddenCode(f"holds code, which is not run: {safe_pickle.shown(refused)}")
+
+
+def load_entry(file: BinaryIO, size: int) -> Any:
+    """`torch.load` of an entry of a checkpoint's file: a tensor, or values that torch and Megatron
+    hold for safe.
+
+    Raises:
+        TorchFileError: see `check_entry`.
+    """
+    check_entry(file, size)
     file.seek(0)
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
