@@ -15,11 +15,13 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from megatron_mlra.checkpoint.description import CheckpointError
 from megatron_mlra.checkpoint.files.torch_dist_index import (
     COMMON_FILE,
+    ForbiddenNames,
     check_files,
     check_objects,
     read_metadata,
 )
 from megatron_mlra.checkpoint.files.torch_file import (
+    ForbiddenCode,
     check_entry,
     check_stored,
     load_entry,
@@ -133,16 +135,18 @@ class TorchDistFolder:
         """Look into every tensor's entry, without reading its numbers.
 
         Raises:
-            CheckpointError: one names code, or does not hold what it says.
+            ForbiddenNames: one names code.
+            CheckpointError: one does not hold what it says.
         """
-        for (name, _), info in self.stored.items():
+        for index, info in self.metadata.storage_data.items():
             try:
                 with open(self.path / info.relative_path, "rb", buffering=0) as file:
                     part = io.BufferedReader(_Part(file, info.offset, info.length), 512)
                     check_entry(part, info.length)
             except (OSError, ValueError) as error:
-                raise CheckpointError(
-                    f"checkpoint {self.path}: {name} in {info.relative_path}: {error}"
+                kind = ForbiddenNames if isinstance(error, ForbiddenCode) else CheckpointError
+                raise kind(
+                    f"checkpoint {self.path}: {index.fqn} in {info.relative_path}: {error}"
                 ) from None
 
     def raw(self, name: str) -> bytes:
