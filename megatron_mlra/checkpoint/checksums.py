@@ -20,6 +20,8 @@ from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME as MANIFEST
 
+from megatron_mlra.checkpoint.description import CheckpointError
+from megatron_mlra.checkpoint.files.inside import inside
 from megatron_mlra.checkpoint.helper_processes import end_with_parent
 
 DIGEST = ".sha256"
@@ -125,7 +127,12 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
         return f"{MANIFEST} cannot be read ({error})"
     for name in sorted(files)[part::parts]:
         try:
-            found = sha256(folder / name)
+            file = inside(folder, name)
+            if not file.is_file():
+                return f"{name} is missing"
+            found = sha256(file)
+        except CheckpointError as error:
+            return str(error)
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
         if found != files[name]:

@@ -13,7 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_mlra.checkpoint.description import CheckpointError
-from megatron_mlra.checkpoint.folders import CheckpointFolder
+from megatron_mlra.checkpoint.files.inside import inside
+from megatron_mlra.checkpoint.folders import CheckpointFolder, read_config
 from megatron_mlra.checkpoint.forward import hidden_states, output_head
 from megatron_mlra.preprocess.tokenizers import TokenizerSpec, build_tokenizer
 
@@ -88,6 +89,7 @@ def compare_with_transformers(
     check_same_function(a, b)
     if b.kind != "huggingface":
         raise CheckpointError(f"{b.path} is a {b.kind} folder; transformers runs exported folders")
+    check_own_code(b.path)
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -97,6 +99,22 @@ def compare_with_transformers(
     head = output_head(a)
     parts = ((head(ours[:, i]), model(tokens[i : i + 1]).logits[0]) for i in range(len(tokens)))
     return measure(parts, tolerance)
+
+
+def check_own_code(folder: Path) -> None:
+    """Refuse an exported folder whose config.json names code that does not lie in the folder.
+
+    Raises:
+        CheckpointError: names the entry.
+    """
+    named = read_config(folder).get("auto_map") or {}
+    for entry in named.values() if isinstance(named, dict) else [named]:
+        module, _, _ = str(entry).partition(".")
+        if not module.isidentifier() or not inside(folder, f"{module}.py").is_file():
+            raise CheckpointError(
+                f"{folder}/config.json names code elsewhere ({entry!r:.80} in auto_map), which is"
+                " not run; --transformers runs code in the folder"
+            )
 
 
 def measure(parts: Iterable[tuple[Tensor, Tensor]], tolerance: float) -> Comparison:
@@ -153,7 +171,8 @@ def sample_tokens(
     source = "given text" if text is not None else "sample text"
     if text is None:
         text = Path(textwrap.__file__).read_text(encoding="utf-8")
-    found = [path for path in folder.tokenizer_files() if path.name == "tokenizer.json"]
+    files = folder.tokenizer_files() or folder.named_tokenizer()
+    found = [path for path in files if path.name == "tokenizer.json"]
     named = tokenizer or (str(found[0]) if found else "byte")
     spec = TokenizerSpec("byte") if named == "byte" else TokenizerSpec("hf", named)
     ids = build_tokenizer(spec).tokenize(text)

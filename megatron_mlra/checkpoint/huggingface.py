@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -76,12 +76,14 @@ def write_huggingface(
     tokenizer: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: bool = True,
+    say: Callable[[str], object] = str,
 ) -> str | None:
     """Write a folder for `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`.
 
     Args:
         dtype: of the weights, default the source's.
         tokenizer: 'byte' or a tokenizer's folder; default: see `write_tokenizer`.
+        say: is told which tokenizer files were copied from where.
 
     Returns:
         None, or one line that says why the folder has no tokenizer.
@@ -101,12 +103,12 @@ def write_huggingface(
         with written_aside(destination, stream.bytes) as folder:
             text = json.dumps(config, indent=2, sort_keys=True)
             (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-            missing = write_tokenizer(source, model, folder, tokenizer)
+            missing = write_tokenizer(source, model, folder, tokenizer, say=say)
             shapes = their_shapes(model, table)
             dtypes = {t: stream.dtype_of(name) for name in table for t in table[name].theirs}
             write_safetensors(folder, shapes, dtypes, parts(), max_shard_bytes)
             stream.finish()
             if model.attention == "latent":
                 for file in sorted(CODE.glob("*_mlra.py")):
-                    shutil.copy(file, folder / file.name)
+                    shutil.copyfile(file, folder / file.name)
             return missing

@@ -14,7 +14,7 @@ from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mlra.checkpoint.description import CheckpointError
-from megatron_mlra.checkpoint.folders import TRACKER
+from megatron_mlra.checkpoint.folders import TRACKER, tracked_step
 from megatron_mlra.checkpoint.torch_dist import check_files, read_metadata
 
 _ITERATION = re.compile(r"iter_(\d+)").fullmatch
@@ -81,21 +81,15 @@ def latest_step(folder: str | Path) -> int | None:
     Raises:
         ValueError: for a tracker file that names no step.
     """
-    tracker = Path(folder) / TRACKER
-    if not tracker.is_file():
+    text = tracked_step(Path(folder))
+    if text is None:
         return None
-    text = tracker.read_text().strip()
     if text == "release":
         return 0
     if not text:
         # The job or its machine died between truncating the file and writing it. Whatever folder
         # is complete was saved before, or just now.
         return max(steps(folder), default=None)
-    if not text.isdigit():
-        raise ValueError(
-            f"checkpoint tracker {tracker} holds {text!r:.40}, not a step; write the step of a"
-            " complete iter_* folder into it"
-        )
     return int(text)
 
 

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 
 from megatron_mlra.checkpoint import safe_pickle
 from megatron_mlra.checkpoint.description import CheckpointError
+from megatron_mlra.checkpoint.files.inside import inside
 
 COMMON_KEY = "common_state/shard_0_1"
 COMMON_FILE = "common.pt"
@@ -130,7 +131,7 @@ class TorchDistFolder:
             if info is not None:
                 state = safe_pickle.load_torch(self._bytes(info))
             else:
-                state = safe_pickle.load_torch(self.path / COMMON_FILE)
+                state = safe_pickle.load_torch(inside(self.path, COMMON_FILE))
         except CheckpointError:
             raise
         except Exception as error:
@@ -184,7 +185,7 @@ def read_metadata(path: Path) -> Metadata:
     Raises:
         CheckpointError: it is missing or damaged.
     """
-    file = path / ".metadata"
+    file = inside(path, ".metadata")
     if not file.is_file():
         raise CheckpointError(f"checkpoint {path} is incomplete: it has no .metadata")
     try:
@@ -216,7 +217,7 @@ def check_files(path: Path, metadata: Metadata) -> None:
         end = item.offset + item.length
         needed[item.relative_path] = max(end, needed.get(item.relative_path, 0))
     for name, size in sorted(needed.items()):
-        file = path / name
+        file = inside(path, name)
         if not file.is_file():
             raise CheckpointError(f"checkpoint {path} is incomplete: {name} is missing")
         if file.stat().st_size < size:
