@@ -23,6 +23,7 @@ from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME as MANIF
 from megatron_mlra.checkpoint.description import CheckpointError
 from megatron_mlra.checkpoint.files.inside import inside
 from megatron_mlra.checkpoint.helper_processes import end_with_parent
+from megatron_mlra.command_line import aside
 
 DIGEST = ".sha256"
 """Suffix of what a writer leaves beside its file until the manifest is written."""
@@ -102,12 +103,12 @@ def write_manifest(folder: str | Path) -> None:
         elif path.is_file() and path.name != MANIFEST:
             digest = _digest(path)
             files[path.name] = digest.read_text() if digest.exists() else sha256(path)
-    aside = folder / f".{MANIFEST}.tmp"
-    with open(aside, "w") as file:
+    partial = aside(folder / f".{MANIFEST}.tmp")
+    with open(partial, "x") as file:
         json.dump({"algorithm": "sha256", "files": files}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    aside.rename(folder / MANIFEST)
+    partial.rename(folder / MANIFEST)
     for path in digests:
         path.unlink()
 

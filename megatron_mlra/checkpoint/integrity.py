@@ -13,6 +13,7 @@ from typing import Any
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_mlra import command_line
 from megatron_mlra.checkpoint.description import CheckpointError
 from megatron_mlra.checkpoint.folders import TRACKER, tracked_step
 from megatron_mlra.checkpoint.torch_dist import check_files, read_metadata
@@ -97,9 +98,7 @@ def mend_tracker(load: str | Path, step: int) -> None:
     """Write `step` into a tracker file that was left empty, which Megatron cannot read."""
     tracker = Path(load) / TRACKER
     if tracker.is_file() and not tracker.read_text().strip():
-        aside = tracker.with_suffix(".tmp")
-        aside.write_text(str(step))
-        aside.rename(tracker)
+        command_line.write_text(tracker, str(step))
 
 
 def candidates(load: str | Path, step: int | None = None) -> list[Path]:
