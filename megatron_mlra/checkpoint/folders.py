@@ -73,14 +73,18 @@ class CheckpointFolder:
         return []
 
 
-def tokenizer_files(folder: Path) -> list[Path]:
+def tokenizer_files(folder: Path, *, follow_links: bool = False) -> list[Path]:
     """Tokenizer files in a folder.
+
+    Args:
+        follow_links: out of the folder too, for files that are read and not copied.
 
     Raises:
         CheckpointError: one is a link out of the folder.
     """
     names = [*TOKENIZER_FILES, *sorted(path.name for path in folder.glob("*.tiktoken"))]
-    return [inside(folder, name) for name in names if (folder / name).is_file()]
+    there = [folder / name for name in names if (folder / name).is_file()]
+    return there if follow_links else [inside(folder, path.name) for path in there]
 
 
 def is_tokenizer_file(name: str) -> bool:

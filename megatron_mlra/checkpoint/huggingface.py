@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from megatron_mlra.checkpoint.description import CheckpointError
+from megatron_mlra.checkpoint.files.tokenizer_copy import say_nothing
 from megatron_mlra.checkpoint.folders import CheckpointFolder, check_tensors, read_config
 from megatron_mlra.checkpoint.huggingface_config import from_hf_config, to_hf_config
 from megatron_mlra.checkpoint.huggingface_names import (
@@ -76,7 +77,7 @@ def write_huggingface(
     tokenizer: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: bool = True,
-    say: Callable[[str], object] = str,
+    say: Callable[[str], object] = say_nothing,
 ) -> str | None:
     """Write a folder for `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`.
 

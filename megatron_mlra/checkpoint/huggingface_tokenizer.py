@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_mlra.checkpoint.description import CheckpointError, ModelDescription
-from megatron_mlra.checkpoint.files.tokenizer_copy import copy_tokenizer
+from megatron_mlra.checkpoint.files.tokenizer_copy import copy_tokenizer, say_nothing
 from megatron_mlra.checkpoint.folders import CheckpointFolder
 from megatron_mlra.checkpoint.tokenizer import chosen_tokenizer, own_tokenizer
 
@@ -21,7 +21,7 @@ def write_tokenizer(
     tokenizer: str | None = None,
     *,
     outside: bool = False,
-    say: Callable[[str], object] = str,
+    say: Callable[[str], object] = say_nothing,
 ) -> str | None:
     """Write or copy the model's tokenizer files, and `generation_config.json`, into `folder`.
 

@@ -76,7 +76,7 @@ class MegatronFolder(CheckpointFolder):
             return []
         model = Path(named)
         if model.is_dir():
-            return tokenizer_files(model)
+            return tokenizer_files(model, follow_links=True)
         return [model] if model.is_file() else []
 
     def _map(self) -> dict[str, tuple[str, tuple[int, ...]]]:

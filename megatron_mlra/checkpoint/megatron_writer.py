@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from megatron_mlra.checkpoint.description import CheckpointError, ModelDescription
-from megatron_mlra.checkpoint.files.tokenizer_copy import copy_tokenizer
+from megatron_mlra.checkpoint.files.tokenizer_copy import copy_tokenizer, say_nothing
 from megatron_mlra.checkpoint.folders import TRACKER, CheckpointFolder
 from megatron_mlra.checkpoint.megatron_folder import RENAMED, RENAMED_GQA
 from megatron_mlra.checkpoint.names import (
@@ -61,7 +61,7 @@ def write_megatron(
     dtype: str | None = None,
     padded_vocab_size: int | None = None,
     progress: bool = True,
-    say: Callable[[str], object] = str,
+    say: Callable[[str], object] = say_nothing,
 ) -> None:
     """Write a `--load` folder with the source's weights, and its arguments; no optimizer state.
 

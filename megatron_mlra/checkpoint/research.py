@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron_mlra.checkpoint.description import CheckpointError, ModelDescription
-from megatron_mlra.checkpoint.files.tokenizer_copy import copy_tokenizer
+from megatron_mlra.checkpoint.files.tokenizer_copy import copy_tokenizer, say_nothing
 from megatron_mlra.checkpoint.folders import CheckpointFolder, check_tensors, read_config
 from megatron_mlra.checkpoint.names import layer_prefix
 from megatron_mlra.checkpoint.research_names import (
@@ -163,7 +163,7 @@ def write_research(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     tokenizer: str | None = None,
     progress: bool = True,
-    say: Callable[[str], object] = str,
+    say: Callable[[str], object] = say_nothing,
 ) -> str | None:
     """Write a folder as the research code saves one.
 

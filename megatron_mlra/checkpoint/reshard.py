@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from megatron_mlra.checkpoint.description import DTYPES, CheckpointError
 from megatron_mlra.checkpoint.files.inside import inside
-from megatron_mlra.checkpoint.files.tokenizer_copy import copy_tokenizer
+from megatron_mlra.checkpoint.files.tokenizer_copy import copy_tokenizer, say_nothing
 from megatron_mlra.checkpoint.folders import TRACKER, tokenizer_files
 from megatron_mlra.checkpoint.megatron_folder import iteration_folder
 from megatron_mlra.checkpoint.megatron_writer import (
@@ -45,7 +45,7 @@ def reshard(
     weights_only: bool = False,
     dtype: str | None = None,
     progress: bool = True,
-    say: Callable[[str], object] = str,
+    say: Callable[[str], object] = say_nothing,
 ) -> None:
     """Rewrite a `--save` folder's latest checkpoint, or one `iter_*` folder.
 

@@ -61,13 +61,14 @@ def own_tokenizer(
         if made_with.type != "hf":
             has_none = f"{made_with.type} {made_with.model} has no tokenizer.json"
             return beside, f"no tokenizer: {has_none}; {_NAME_ONE}"
-        named = tokenizer_files(Path(made_with.model).parent)
+        model = Path(made_with.model)
+        named = tokenizer_files(model.parent, follow_links=True) or [model]
     if outside:
         return named, None
-    where = named[0].parent.absolute()
+    first = named[0].absolute()
     return beside, (
-        f"no tokenizer: {named[0].absolute()}, which the checkpoint names, lies outside of it and"
-        f" is not copied unless you name it: --tokenizer {where}"
+        f"no tokenizer: {first}, which the checkpoint names, lies outside of it and is not copied"
+        f" unless you name it: --tokenizer {first.parent}"
     )
 
 

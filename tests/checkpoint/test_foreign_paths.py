@@ -73,7 +73,7 @@ def test_a_name_stays_in_its_folder(tmp_path):
         with pytest.raises(CheckpointError, match="which is no name of a file in it"):
             inside(folder, name)
     for name in ("out", "out/folder2", "neighbour"):
-        with pytest.raises(CheckpointError, match="is a link out of the checkpoint, to "):
+        with pytest.raises(CheckpointError, match="is a link out of its folder, to "):
             inside(folder, name)
 
 
@@ -113,7 +113,7 @@ def test_a_step_that_is_a_link_elsewhere(megatron, convert, tmp_path):
     shutil.move(megatron / "release", tmp_path / "other")
     (megatron / "release").symlink_to(tmp_path / "other")
     code, error = convert("inspect", megatron)
-    assert code == 2 and f"is a link out of the checkpoint, to {tmp_path / 'other'}" in error
+    assert code == 2 and f"is a link out of its folder, to {tmp_path / 'other'}" in error
     # Whoever names the folder itself has chosen it.
     assert iteration_folder(megatron / "release") == megatron / "release"
     assert convert("inspect", megatron / "release")[0] == 0
@@ -126,7 +126,7 @@ def test_files_of_a_step_that_are_links(name, megatron, convert, tmp_path):
     (megatron / "release" / name).symlink_to(tmp_path / name)
     for command in (["inspect", megatron], ["reshard", megatron, tmp_path / "out"]):
         code, error = convert(*command)
-        assert code == 2 and f"release/{name} is a link out of the checkpoint" in error
+        assert code == 2 and f"release/{name} is a link out of its folder" in error
     assert not (tmp_path / "out").exists()
 
 
@@ -148,7 +148,7 @@ def test_files_of_a_research_folder_that_are_links(name, research, convert, tmp_
     shutil.move(source / name, tmp_path / name)
     (source / name).symlink_to(tmp_path / name)
     code, error = convert("import-official", source, tmp_path / "out")
-    assert code == 2 and f"{name} is a link out of the checkpoint" in error
+    assert code == 2 and f"{name} is a link out of its folder" in error
     assert not (tmp_path / "out").exists()
 
 
@@ -161,7 +161,7 @@ def test_shards_that_lie_elsewhere(megatron, convert, tmp_path):
     shutil.move(shards / first, tmp_path / first)
     (shards / first).symlink_to(tmp_path / first)
     code, error = convert("inspect", shards)
-    assert code == 2 and f"{first} is a link out of the checkpoint" in error
+    assert code == 2 and f"{first} is a link out of its folder" in error
     for elsewhere in (f"../{first}", str(tmp_path / first)):
         moved = {k: elsewhere if v == first else v for k, v in written["weight_map"].items()}
         index.write_text(json.dumps(written | {"weight_map": moved}))
@@ -181,7 +181,7 @@ def test_a_tokenizer_file_that_is_a_link_is_not_copied(
 ):
     (megatron / name).symlink_to(secret)
     code, error = convert(*command, megatron, tmp_path / "out")
-    assert code == 2 and f"{name} is a link out of the checkpoint, to {secret}" in error
+    assert code == 2 and f"{name} is a link out of its folder, to {secret}" in error
     assert not (tmp_path / "out").exists()
     code, error = convert("inspect", megatron)
     assert code == 2 and str(secret) in error
@@ -204,6 +204,19 @@ def test_what_the_arguments_name_is_not_copied(command, named, megatron, secret,
         code, said = convert(*argv)
         assert code == 0 and f"copied tokenizer.json from {secret.parent}/tokenizer.json\n" in said
         assert (tmp_path / "given" / "tokenizer.json").read_text() == SECRET
+
+
+def test_a_named_tokenizer_of_links_is_read_and_not_copied(megatron, secret, convert, tmp_path):
+    named = tmp_path / "named"
+    named.mkdir()
+    (named / "tokenizer.json").symlink_to(secret)
+    with_arguments(megatron, tokenizer_model=str(named))
+    assert open_checkpoint(megatron).named_tokenizer() == [named / "tokenizer.json"]
+    code, said = convert("export-hf", megatron, tmp_path / "out")
+    assert code == 0 and f"--tokenizer {named}\n" in said
+    assert holds_no("a private", tmp_path / "out")
+    code, error = convert("export-hf", megatron, tmp_path / "given", "--tokenizer", named)
+    assert code == 2 and "is a link out of its folder" in error
 
 
 def test_data_that_the_arguments_name_names_no_file_to_copy(megatron, secret, convert, tmp_path):

@@ -104,10 +104,8 @@ def test_ranks_write_what_one_process_writes(checkpoint, capsys):
         ([], "there is no prompt; use --prompt TEXT or --prompt-file FILE"),
         (["--prompt-file", "/nowhere"], "/nowhere: No such file or directory"),
         (["--prompt", "x", "--max-new-tokens", 40], "make 41 tokens, more than the context of 32;"),
-        (
-            ["--prompt", "x", "--max-new-tokens", 0],
-            "max_new_tokens is 0; use a whole number",
-        ),
+        (["--prompt", "x", "--max-new-tokens", 0], "max_new_tokens is 0; use a whole number"),
+        (["--prompt", "x", "--temperature", 1e-40], "temperature is 1e-40; use 0 (greedy) or more"),
         (["--prompt", "x", "--top-p", 2, "--max-new-tokens", 4], "top_p is 2.0; use more than 0"),
         (["--prompt", "x", "--max-batch", 0], "--max-batch is 0; use at least 1"),
         (["--prompt", "x", "--chunk-size", 0], "--chunk-size is 0; use at least 1"),

@@ -29,7 +29,7 @@ def inside(folder: str | Path, name: str) -> Path:
     target = Path(os.path.realpath(path))
     if not any(target.is_relative_to(allowed) for allowed in (root, *_blobs(root))):
         raise CheckpointError(
-            f"{path} is a link out of the checkpoint, to {target}, and is not followed; put a copy"
+            f"{path} is a link out of its folder, to {target}, and is not followed; put a copy"
             " in its place if the link is yours"
         )
     return path

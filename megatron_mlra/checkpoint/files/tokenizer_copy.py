@@ -15,6 +15,10 @@ CODE = "auto_map"
 """Where a tokenizer's configuration names Python code that `trust_remote_code` would run."""
 
 
+def say_nothing(_line: str) -> None:
+    """For callers that need not hear what was copied."""
+
+
 def copy_tokenizer(files: Iterable[Path], folder: Path, say: Callable[[str], object]) -> None:
     """Copy files as `tokenizer_files` found them, and say of each where it came from.
 
