@@ -12,7 +12,14 @@ train=(pretrain_mlra.py --config examples/configs/debug.yaml --data-path "$run/c
 # On a busy machine threads that wait actively slow each other down many times over.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 
-mkdir -p "$run"
+# The demo deletes what it made before. So it works only in a folder that it made itself.
+if [ ! -e "$run" ] && [ ! -L "$run" ]; then
+  mkdir -p "$run"
+  : >"$run/.made-by-the-demo"
+elif [ -L "$run" ] || [ ! -f "$run/.made-by-the-demo" ]; then
+  echo "error: $run is there and was not made by this demo, which deletes folders in it; move it" >&2
+  exit 2
+fi
 echo "== 1. a corpus that every Python carries: the standard library's sources and help texts"
 if [ ! -f "$run/corpus.idx" ]; then
   "$python" tools/demo_corpus.py "$run/corpus.jsonl" --overwrite
@@ -21,7 +28,7 @@ if [ ! -f "$run/corpus.idx" ]; then
 fi
 
 echo "== 2. pretraining, byte by byte"
-rm -rf "$run/checkpoint" "$run/resumed"
+rm -rf -- "${run:?}/checkpoint" "${run:?}/resumed"
 "$python" "${train[@]}" --save "$run/checkpoint" --save-interval "$resume_at" \
   --eval-at-start --eval-iters 16 |
   tee "$run/train.txt"

@@ -50,15 +50,29 @@ def check_output(file: str | Path, flag: str) -> None:
         raise ValueError(f"{flag} {file}: there is no folder {path.parent}; make it first")
 
 
+def aside(path: str | Path) -> Path:
+    """`path`, a name that only this program uses to write a file before it is renamed, made free.
+
+    Of a link that lies there the link is removed, so that nothing is written where it points.
+
+    Raises:
+        OSError: a folder lies there.
+    """
+    path = Path(path)
+    path.unlink(missing_ok=True)
+    return path
+
+
 def write_text(file: str | Path, text: str) -> None:
     """Write aside, then rename: an interrupted run leaves no half file."""
     path = Path(file)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = aside(path.with_name(f".{path.name}.{os.getpid()}"))
     try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
+        with partial.open("x", encoding="utf-8") as opened:
+            opened.write(text)
+        partial.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 class _Stdout(io.FileIO):

@@ -129,7 +129,7 @@ def _indexed(prefix: str) -> tuple[int, int]:
 def _check_tokens(prefix: str, metadata: dict[str, Any], args: Namespace) -> None:
     """The data's vocabulary and end-of-document id against the model's."""
     vocab_size, eod_id = metadata.get("vocab_size"), metadata.get("eod_id")
-    model_vocab = args.vocab_size or args.padded_vocab_size
+    model_vocab = batches.vocabulary(args)
     if vocab_size is not None and model_vocab is not None and vocab_size > model_vocab:
         raise ValueError(
             f"data {prefix} has a vocabulary of {vocab_size}, the model one of {model_vocab}; use"
@@ -211,6 +211,7 @@ def get_batch(iterator: Iterator | None, vp_stage: int | None = None) -> dict[st
     if mpu.get_tensor_model_parallel_rank() == 0:
         loaded = next(iterator)
         batches.note(loaded)
+        batches.check(loaded)
         for key in batch:
             if loaded.get(key) is not None:
                 batch[key] = loaded[key].cuda(non_blocking=True)

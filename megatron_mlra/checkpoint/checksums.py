@@ -20,7 +20,10 @@ from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME as MANIFEST
 
+from megatron_mlra.checkpoint.description import CheckpointError
+from megatron_mlra.checkpoint.files.inside import inside
 from megatron_mlra.checkpoint.helper_processes import end_with_parent
+from megatron_mlra.command_line import aside
 from megatron_mlra.foreign_text import read_json
 
 DIGEST = ".sha256"
@@ -101,12 +104,12 @@ def write_manifest(folder: str | Path) -> None:
         elif path.is_file() and path.name != MANIFEST:
             digest = _digest(path)
             files[path.name] = digest.read_text() if digest.exists() else sha256(path)
-    aside = folder / f".{MANIFEST}.tmp"
-    with open(aside, "w") as file:
+    partial = aside(folder / f".{MANIFEST}.tmp")
+    with open(partial, "x") as file:
         json.dump({"algorithm": "sha256", "files": files}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    aside.rename(folder / MANIFEST)
+    partial.rename(folder / MANIFEST)
     for path in digests:
         path.unlink()
 
@@ -129,7 +132,12 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
         return f"{MANIFEST} names what is no file of the folder"
     for name in sorted(files)[part::parts]:
         try:
-            found = sha256(folder / name)
+            file = inside(folder, name)
+            if not file.is_file():
+                return f"{name} is missing"
+            found = sha256(file)
+        except CheckpointError as error:
+            return str(error)
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
         if found != files[name]:

@@ -70,9 +70,15 @@ def build_parser() -> argparse.ArgumentParser:
             )
         if name == "export-hf":
             added.add_argument(
-                "--tokenizer", help="byte, or a tokenizer's folder; default: the source's"
+                "--tokenizer",
+                help="byte, or a tokenizer's folder; default: the files beside SRC's weights",
             )
         if name == "export-official":
+            added.add_argument(
+                "--tokenizer",
+                metavar="FOLDER",
+                help="tokenizer to copy; default: the files beside SRC's weights",
+            )
             added.add_argument(
                 "--format", choices=("safetensors", "bin"), default="safetensors", help="of files"
             )
@@ -165,6 +171,7 @@ def _import(args: argparse.Namespace) -> int:
         _open(args, args.source, (kind,)),
         args.destination,
         dtype=args.dtype,
+        say=print,
         padded_vocab_size=args.padded_vocab_size,
         progress=not args.quiet,
     )
@@ -176,14 +183,18 @@ def _export_official(args: argparse.Namespace) -> int:
 
     max_shard_bytes = _shard_bytes(args)
     _check_destination(args)
-    write_research(
+    problem = write_research(
         _open(args, args.source, ("megatron", "huggingface")),
         args.destination,
         dtype=args.dtype,
         file_format=args.format,
         max_shard_bytes=max_shard_bytes,
+        tokenizer=args.tokenizer,
         progress=not args.quiet,
+        say=print,
     )
+    if problem:
+        print(problem)
     return _wrote(args)
 
 
@@ -199,6 +210,7 @@ def _export_hf(args: argparse.Namespace) -> int:
         tokenizer=args.tokenizer,
         max_shard_bytes=max_shard_bytes,
         progress=not args.quiet,
+        say=print,
     )
     if problem:
         print(problem)
@@ -221,6 +233,7 @@ def _reshard(args: argparse.Namespace) -> int:
         files=args.files,
         weights_only=args.weights_only,
         dtype=args.dtype,
+        say=print,
         progress=not args.quiet,
     )
     return _wrote(args)

@@ -90,8 +90,7 @@ def compare_with_transformers(
     check_same_function(a, b)
     if b.kind != "huggingface":
         raise CheckpointError(f"{b.path} is a {b.kind} folder; transformers runs exported folders")
-    if b.description.attention == "latent":
-        check_own_code(b.path)
+    check_own_code(b.path)
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -157,7 +156,8 @@ def sample_tokens(
     source = "given text" if text is not None else "sample text"
     if text is None:
         text = Path(textwrap.__file__).read_text(encoding="utf-8")
-    found = [path for path in folder.tokenizer_files() if path.name == "tokenizer.json"]
+    files = folder.tokenizer_files() or folder.named_tokenizer()
+    found = [path for path in files if path.name == "tokenizer.json"]
     named = tokenizer or (str(found[0]) if found else "byte")
     spec = TokenizerSpec("byte") if named == "byte" else TokenizerSpec("hf", named)
     ids = build_tokenizer(spec).tokenize(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,6 +28,8 @@ def data_tokenizer(source: CheckpointFolder) -> TokenizerSpec | None:
             continue
         kind, model = str(described.get("type")), described.get("model")
         if "sha256" not in described and kind != "hf":  # an hf tokenizer is always a file
+            if model is not None and (os.sep in str(model) or Path(str(model)).exists()):
+                raise CheckpointError(f"{prefix}.json names the file {model} without its sha256")
             return TokenizerSpec(kind, model)
         file = Path(str(model))
         if not file.is_file() or file_sha256(file) != described.get("sha256"):

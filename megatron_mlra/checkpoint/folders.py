@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 
 from megatron_mlra.checkpoint.description import CheckpointError, ModelDescription
+from megatron_mlra.checkpoint.files.inside import inside
 from megatron_mlra.checkpoint.names import expected_tensors
 from megatron_mlra.foreign_text import read_json
 
@@ -65,11 +67,52 @@ class CheckpointFolder:
         """Files of the tokenizer that lie beside the weights."""
         return tokenizer_files(self.path)
 
+    def named_tokenizer(self) -> list[Path]:
+        """Files of the tokenizer that the checkpoint only names, wherever they lie.
 
-def tokenizer_files(folder: Path) -> list[Path]:
-    """Tokenizer files in a folder."""
-    named = [folder / name for name in TOKENIZER_FILES]
-    return [path for path in [*named, *sorted(folder.glob("*.tiktoken"))] if path.is_file()]
+        They may be read by the user's own process, and are never copied: the path is the choice of
+        whoever made the checkpoint.
+        """
+        return []
+
+
+def tokenizer_files(folder: Path, *, follow_links: bool = False) -> list[Path]:
+    """Tokenizer files in a folder.
+
+    Args:
+        follow_links: out of the folder too, for files that are read and not copied.
+
+    Raises:
+        CheckpointError: one is a link out of the folder.
+    """
+    names = [*TOKENIZER_FILES, *sorted(path.name for path in folder.glob("*.tiktoken"))]
+    there = [folder / name for name in names if (folder / name).is_file()]
+    return there if follow_links else [inside(folder, path.name) for path in there]
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a file of this name belongs to a tokenizer."""
+    return name in TOKENIZER_FILES or name.endswith(".tiktoken")
+
+
+def tracked_step(folder: Path) -> str | None:
+    """What the tracker file of a `--save` folder says: 'release', the digits of a step, or '' (a
+    job died while it wrote). None without a tracker file.
+
+    Raises:
+        CheckpointError: it says anything else, which is not taken for a path.
+    """
+    tracker = inside(folder, TRACKER)
+    if not tracker.is_file():
+        return None
+    with tracker.open("rb") as file:
+        text = file.read(64).decode("utf-8", errors="replace").strip()
+    if text not in ("", "release") and not re.fullmatch("[0-9]{1,18}", text):
+        raise CheckpointError(
+            f"checkpoint tracker {tracker} holds {text!r:.40}, not a step; write the step of a"
+            " complete iter_* folder into it"
+        )
+    return text
 
 
 def open_checkpoint(path: str | Path, vocab_size: int | None = None) -> CheckpointFolder:
@@ -120,7 +163,7 @@ def read_config(path: Path) -> dict:
     Raises:
         CheckpointError: there is none, or it is not JSON.
     """
-    file = path / "config.json"
+    file = inside(path, "config.json")
     if not file.is_file():
         raise CheckpointError(
             f"{path} holds no checkpoint: no {TRACKER}, .metadata or config.json; give the --save"

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 from megatron_mlra.checkpoint.description import CheckpointError, check_layers
+from megatron_mlra.checkpoint.files.tokenizer_copy import say_nothing
 from megatron_mlra.checkpoint.folders import CheckpointFolder, check_tensors, read_config
 from megatron_mlra.checkpoint.huggingface_config import AUTO_MAP, from_hf_config, to_hf_config
 from megatron_mlra.checkpoint.huggingface_names import (
@@ -84,8 +85,9 @@ def check_own_code(folder: Path) -> None:
                 f"{path} is not the code that this version exports, and is not run; export the"
                 " folder again"
             )
-    named = read_config(folder).get("auto_map")
-    if named != AUTO_MAP:
+    config = read_config(folder)
+    named = config.get("auto_map")
+    if named != (AUTO_MAP if config.get("model_type") == "mlra" else None):
         raise CheckpointError(f"{folder}/config.json: auto_map names other code ({named!r:.200})")
 
 
@@ -97,12 +99,14 @@ def write_huggingface(
     tokenizer: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: bool = True,
+    say: Callable[[str], object] = say_nothing,
 ) -> str | None:
     """Write a folder for `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`.
 
     Args:
         dtype: of the weights, default the source's.
         tokenizer: 'byte' or a tokenizer's folder; default: see `write_tokenizer`.
+        say: is told which tokenizer files were copied from where.
 
     Returns:
         None, or one line that says why the folder has no tokenizer.
@@ -122,12 +126,12 @@ def write_huggingface(
         with written_aside(destination, stream.bytes) as folder:
             text = json.dumps(config, indent=2, sort_keys=True)
             (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-            missing = write_tokenizer(source, model, folder, tokenizer)
+            missing = write_tokenizer(source, model, folder, tokenizer, say=say)
             shapes = their_shapes(model, table)
             dtypes = {t: stream.dtype_of(name) for name in table for t in table[name].theirs}
             write_safetensors(folder, shapes, dtypes, parts(), max_shard_bytes)
             stream.finish()
             if model.attention == "latent":
                 for file in sorted(CODE.glob("*_mlra.py")):
-                    shutil.copy(file, folder / file.name)
+                    shutil.copyfile(file, folder / file.name)
             return missing

@@ -3,70 +3,55 @@
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-from megatron_mlra.checkpoint.data_tokenizer import data_prefixes, data_tokenizer
 from megatron_mlra.checkpoint.description import CheckpointError, ModelDescription
-from megatron_mlra.checkpoint.folders import CheckpointFolder, tokenizer_files
+from megatron_mlra.checkpoint.files.tokenizer_copy import copy_tokenizer, say_nothing
+from megatron_mlra.checkpoint.folders import CheckpointFolder
+from megatron_mlra.checkpoint.tokenizer import chosen_tokenizer, own_tokenizer
 
 END_OF_DOCUMENT = "<|endoftext|>"
 
 
 def write_tokenizer(
-    source: CheckpointFolder, model: ModelDescription, folder: Path, tokenizer: str | None = None
+    source: CheckpointFolder,
+    model: ModelDescription,
+    folder: Path,
+    tokenizer: str | None = None,
+    *,
+    outside: bool = False,
+    say: Callable[[str], object] = say_nothing,
 ) -> str | None:
     """Write or copy the model's tokenizer files, and `generation_config.json`, into `folder`.
 
     Args:
         tokenizer: 'byte', or a folder with tokenizer files; default: the files beside the weights,
-            else what the metadata of a Megatron run's data names.
+            or bytes where the metadata of a Megatron run's data says so.
+        outside: also copy files that the checkpoint only names, into a folder that nobody gets.
+        say: is told which files were copied from where.
 
     Returns:
         None, or one line that says why there is no tokenizer.
 
     Raises:
-        CheckpointError: `tokenizer` is neither, or does not fit the vocabulary.
+        CheckpointError: `tokenizer` is neither, or does not fit the vocabulary; or a file is a link
+            out of its folder.
     """
-    files, missing = _choose(source, tokenizer)
+    missing = None
+    if tokenizer is None:
+        files, missing = own_tokenizer(source, outside)
+    else:
+        files = "byte" if tokenizer == "byte" else chosen_tokenizer(tokenizer)
     if files == "byte":
         _write_byte_tokenizer(model, folder)
-    elif files:
-        for file in files:
-            shutil.copy(file, folder / file.name)
+    else:
+        copy_tokenizer(files, folder, say)
     generation = folder / "generation_config.json"
     if model.eod_token_id is not None and not generation.exists():
         ids = {"eos_token_id": model.eod_token_id, "pad_token_id": model.eod_token_id}
         generation.write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
-    return missing and f"no tokenizer: {missing}; name one by --tokenizer byte or FOLDER"
-
-
-def _choose(source: CheckpointFolder, tokenizer: str | None) -> tuple[str | list[Path], str | None]:
-    """'byte' or the files to copy, and what is missing."""
-    if tokenizer == "byte":
-        return "byte", None
-    if tokenizer is not None:
-        files = tokenizer_files(Path(tokenizer))
-        if not any(file.name == "tokenizer.json" for file in files):
-            raise CheckpointError(
-                f"tokenizer {tokenizer} is neither 'byte' nor a folder with a tokenizer.json"
-            )
-        return files, None
-    files = source.tokenizer_files()
-    if any(file.name in ("tokenizer.json", "tokenizer.model") for file in files):
-        return files, None
-    try:
-        made_with = data_tokenizer(source)
-    except CheckpointError as error:
-        return files, str(error)
-    if made_with is None:
-        of_data = " or ".join(f"{prefix}.json" for prefix in data_prefixes(source))
-        return files, f"no files beside the weights, and no {of_data or 'metadata of the data'}"
-    if made_with.type == "byte":
-        return "byte", None
-    if made_with.type != "hf":
-        return files, f"{made_with.type} {made_with.model} has no tokenizer.json"
-    return tokenizer_files(Path(made_with.model).parent), None
+    return missing
 
 
 def _write_byte_tokenizer(model: ModelDescription, folder: Path) -> None:

@@ -46,7 +46,8 @@ def lines(folder: CheckpointFolder) -> list[str]:
     if step is not None:
         out.append(f"step {step:,}")
     files = ", ".join(path.name for path in folder.tokenizer_files())
-    out.append(f"tokenizer: {m.tokenizer_type or 'not named'}, files: {files or 'none'}")
+    named = f", --tokenizer-model: {m.tokenizer_model}" if m.tokenizer_model else ""
+    out.append(f"tokenizer: {m.tokenizer_type or 'not named'}, files: {files or 'none'}{named}")
     kinds = Counter(
         f"{re.sub(r'(?<=[.])[0-9]+(?=[.])', '*', name)} {list(shape)}"
         for name, shape in shapes.items()

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_mlra.checkpoint.folders import TRACKER
+from megatron_mlra import command_line
+from megatron_mlra.checkpoint.folders import TRACKER, tracked_step
 from megatron_mlra.checkpoint.torch_dist import TorchDistFolder
 from megatron_mlra.foreign_text import read_json
 
@@ -80,21 +81,15 @@ def latest_step(folder: str | Path) -> int | None:
     Raises:
         ValueError: for a tracker file that names no step.
     """
-    tracker = Path(folder) / TRACKER
-    if not tracker.is_file():
+    text = tracked_step(Path(folder))
+    if text is None:
         return None
-    text = tracker.read_text().strip()
     if text == "release":
         return 0
     if not text:
         # The job or its machine died between truncating the file and writing it. Whatever folder
         # is complete was saved before, or just now.
         return max(steps(folder), default=None)
-    if not text.isdigit():
-        raise ValueError(
-            f"checkpoint tracker {tracker} holds {text!r:.40}, not a step; write the step of a"
-            " complete iter_* folder into it"
-        )
     return int(text)
 
 
@@ -102,9 +97,7 @@ def mend_tracker(load: str | Path, step: int) -> None:
     """Write `step` into a tracker file that was left empty, which Megatron cannot read."""
     tracker = Path(load) / TRACKER
     if tracker.is_file() and not tracker.read_text().strip():
-        aside = tracker.with_suffix(".tmp")
-        aside.write_text(str(step))
-        aside.rename(tracker)
+        command_line.write_text(tracker, str(step))
 
 
 def candidates(load: str | Path, step: int | None = None) -> list[Path]:

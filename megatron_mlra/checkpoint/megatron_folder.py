@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 
 from megatron_mlra.checkpoint.description import CheckpointError, ModelDescription, check_layers
+from megatron_mlra.checkpoint.files.inside import inside
 from megatron_mlra.checkpoint.folders import (
     TRACKER,
     CheckpointFolder,
     check_tensors,
     tokenizer_files,
+    tracked_step,
 )
 from megatron_mlra.checkpoint.names import EXPERTS, VOCABULARY, dtype_of, expected_tensors
 from megatron_mlra.checkpoint.torch_dist import TorchDistFolder
@@ -68,16 +70,15 @@ class MegatronFolder(CheckpointFolder):
             tensor = tensor[: self.description.vocab_size]
         return tensor.to(getattr(torch, dtype_of(name, self.description.dtype)))
 
-    def tokenizer_files(self) -> list[Path]:
-        """Files beside the weights, else those the run read its tokenizer from, where they are."""
+    def named_tokenizer(self) -> list[Path]:
+        """See CheckpointFolder: the run's --tokenizer-model, a folder or a file."""
         named = self.description.tokenizer_model
-        model = Path(named) if named else None
-        found = tokenizer_files(self.path)
-        if not found and model is not None and model.is_dir():
-            found = tokenizer_files(model)
-        elif not found and model is not None and model.is_file():
-            found = [model]
-        return found
+        if not named or "\0" in named:
+            return []
+        model = Path(named)
+        if model.is_dir():
+            return tokenizer_files(model, follow_links=True)
+        return [model] if model.is_file() else []
 
     def _stored_layers(self) -> int:
         """Layers that the stored tensors can make: one per name, or those of stacked ones."""
@@ -128,12 +129,14 @@ def iteration_folder(path: Path) -> Path:
     Raises:
         CheckpointError: the tracker names no folder that is there.
     """
-    if not (path / TRACKER).is_file():
+    step = tracked_step(path)
+    if step is None:
         return path
-    step = (path / TRACKER).read_text().strip()
-    folder = path / (
-        "release" if step == "release" else f"iter_{int(step):07d}" if step.isdigit() else step
-    )
+    folder = path if not step else inside(path, _folder_of(step))
     if not step or not folder.is_dir():
         raise CheckpointError(f"checkpoint {folder} is missing, though {path / TRACKER} names it")
     return folder
+
+
+def _folder_of(step: str) -> str:
+    return step if step == "release" else f"iter_{int(step):07d}"

@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from megatron_mlra.checkpoint.description import CheckpointError, ModelDescription
+from megatron_mlra.checkpoint.files.tokenizer_copy import copy_tokenizer, say_nothing
 from megatron_mlra.checkpoint.folders import TRACKER, CheckpointFolder
 from megatron_mlra.checkpoint.megatron_folder import RENAMED, RENAMED_GQA
 from megatron_mlra.checkpoint.names import (
@@ -60,6 +61,7 @@ def write_megatron(
     dtype: str | None = None,
     padded_vocab_size: int | None = None,
     progress: bool = True,
+    say: Callable[[str], object] = say_nothing,
 ) -> None:
     """Write a `--load` folder with the source's weights, and its arguments; no optimizer state.
 
@@ -69,6 +71,7 @@ def write_megatron(
         dtype: of the weights, default the source's.
         padded_vocab_size: rows of the embedding, default the vocabulary rounded up to 128; added
             rows are zero.
+        say: is told which tokenizer files were copied from where.
 
     Raises:
         CheckpointError: see TensorStream and written_aside; or fewer rows than the vocabulary has.
@@ -88,8 +91,7 @@ def write_megatron(
             weights.mkdir()
             save_torch_dist(_Planner(stream, rows), weights)
             stream.finish()
-            for file in source.tokenizer_files():
-                shutil.copy(file, folder / file.name)
+            copy_tokenizer(source.tokenizer_files(), folder, say)
             (folder / TRACKER).write_text("release")
 
 

@@ -6,14 +6,14 @@ Its `config.json` does not name the variant, so names and shapes of the weights 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_mlra.checkpoint.description import CheckpointError, ModelDescription, check_layers
+from megatron_mlra.checkpoint.files.tokenizer_copy import copy_tokenizer, say_nothing
 from megatron_mlra.checkpoint.folders import CheckpointFolder, check_tensors, read_config
 from megatron_mlra.checkpoint.names import layer_prefix
 from megatron_mlra.checkpoint.research_names import (
@@ -29,6 +29,7 @@ from megatron_mlra.checkpoint.safetensors_writer import (
 )
 from megatron_mlra.checkpoint.staging import written_aside
 from megatron_mlra.checkpoint.stream import TensorStream
+from megatron_mlra.checkpoint.tokenizer import chosen_tokenizer, own_tokenizer
 from megatron_mlra.checkpoint.weight_files import WeightFiles, common_dtype
 
 FORMATS = ("safetensors", "bin")
@@ -161,13 +162,20 @@ def write_research(
     dtype: str | None = None,
     file_format: str = "safetensors",
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    tokenizer: str | None = None,
     progress: bool = True,
-) -> None:
+    say: Callable[[str], object] = say_nothing,
+) -> str | None:
     """Write a folder as the research code saves one.
 
     Args:
         dtype: of the weights, default the source's.
         file_format: 'safetensors', or 'bin' (one file a layer).
+        tokenizer: a folder with tokenizer files; default: the files beside the weights.
+        say: is told which tokenizer files were copied from where.
+
+    Returns:
+        None, or one line that says which tokenizer was not copied.
 
     Raises:
         CheckpointError: the research code has no such model; or see TensorStream, written_aside.
@@ -192,8 +200,12 @@ def write_research(
             else:
                 _write_bins(folder, model, list(table), parts, stream.bytes)
             stream.finish()
-            for file in source.tokenizer_files():
-                shutil.copy(file, folder / file.name)
+            if tokenizer is not None:
+                copy_tokenizer(chosen_tokenizer(tokenizer), folder, say)
+                return None
+            copy_tokenizer(source.tokenizer_files(), folder, say)
+            _, missing = own_tokenizer(source)
+            return missing if source.named_tokenizer() else None
 
 
 def _write_bins(folder: Path, model: ModelDescription, names: list[str], parts, total) -> None:

@@ -10,6 +10,7 @@ import argparse
 import math
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch
 from tqdm import tqdm
 
 from megatron_mlra.checkpoint.description import DTYPES, CheckpointError
+from megatron_mlra.checkpoint.files.inside import inside
+from megatron_mlra.checkpoint.files.tokenizer_copy import copy_tokenizer, say_nothing
 from megatron_mlra.checkpoint.folders import TRACKER, tokenizer_files
 from megatron_mlra.checkpoint.megatron_folder import iteration_folder
 from megatron_mlra.checkpoint.megatron_writer import (
@@ -42,6 +45,7 @@ def reshard(
     weights_only: bool = False,
     dtype: str | None = None,
     progress: bool = True,
+    say: Callable[[str], object] = say_nothing,
 ) -> None:
     """Rewrite a `--save` folder's latest checkpoint, or one `iter_*` folder.
 
@@ -50,6 +54,7 @@ def reshard(
         weights_only: leave out optimizer, schedule and random states. The copy is a release
             checkpoint: a run that loads it starts at step 0.
         dtype: of the weights; needs `weights_only`, since an optimizer's state fits its weights.
+        say: is told which tokenizer files were copied from where.
 
     Raises:
         CheckpointError: the source is damaged, or its optimizer state is bound to its layout; or
@@ -80,9 +85,8 @@ def reshard(
         (partial / name).mkdir()
         save_torch_dist(planner, partial / name, files)
         if (folder / COMMON_FILE).is_file() and not weights_only:
-            shutil.copy(folder / COMMON_FILE, partial / name / COMMON_FILE)
-        for file in tokenizer_files(root):
-            shutil.copy(file, partial / file.name)
+            shutil.copyfile(inside(folder, COMMON_FILE), partial / name / COMMON_FILE)
+        copy_tokenizer(tokenizer_files(root), partial, say)
         step = name.removeprefix("iter_").lstrip("0") or "0"
         (partial / TRACKER).write_text(step)
 

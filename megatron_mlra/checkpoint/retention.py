@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
 from megatron_mlra.checkpoint.integrity import check_complete, latest_step, steps
+
+_DELETED = re.compile(r"\.deleted-iter_\d{7,}").fullmatch
 
 
 def prune(folder: str | Path, keep: int) -> list[int]:
@@ -21,7 +24,9 @@ def prune(folder: str | Path, keep: int) -> list[int]:
     if latest is None:
         return []
     for left in folder.glob(".deleted-iter_*"):
-        shutil.rmtree(left, ignore_errors=True)
+        # Not what only begins like this; of a link neither the link nor what it points to.
+        if _DELETED(left.name) and left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
     named = {step: folder / f"iter_{step:07d}" for step in steps(folder)}
     found = {step: path for step, path in named.items() if path.is_dir() and not path.is_symlink()}
     older = [step for step in sorted(found, reverse=True) if step < latest]
@@ -33,7 +38,10 @@ def prune(folder: str | Path, keep: int) -> list[int]:
             kept += 1
             continue
         aside = folder / f".deleted-{found[step].name}"
-        os.rename(found[step], aside)
+        try:
+            os.rename(found[step], aside)
+        except OSError:  # Something else of this name is in the way.
+            continue
         shutil.rmtree(aside, ignore_errors=True)
         deleted.append(step)
     return deleted

@@ -11,7 +11,10 @@ from pathlib import Path
 
 from megatron_mlra.checkpoint.description import CheckpointError
 
-_LOCK = ".lock"
+MARKER = ".megatron-mlra-conversion"
+"""A file in a folder that is being written: only this tool makes it, and holds a lock on it."""
+
+_SAYS = b"A conversion of megatron-mlra writes this folder, and empties it to start again.\n"
 
 
 @contextlib.contextmanager
@@ -19,21 +22,21 @@ def written_aside(destination: str | Path, needed_bytes: int) -> Iterator[Path]:
     """A folder to write into, which becomes `destination` when the block ends without an error.
 
     It is `destination` with `.partial` behind it, removed on any error; what a killed process left
-    there is removed by the next one.
+    there is removed by the next one, told by its marker from a folder of somebody else.
 
     Args:
         needed_bytes: what the block will write, compared with the free space first.
 
     Raises:
-        CheckpointError: the destination exists or is being written, or the disk is too small.
+        CheckpointError: the destination exists or is being written, its `.partial` is somebody
+            else's, or the disk is too small.
         OSError: it cannot be written.
     """
     destination = Path(destination)
     check_destination(destination, needed_bytes)
     destination.parent.mkdir(parents=True, exist_ok=True)
     partial = destination.with_name(f"{destination.name}.partial")
-    partial.mkdir(exist_ok=True)
-    lock = os.open(partial / _LOCK, os.O_RDWR | os.O_CREAT)
+    lock = _own(partial)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -41,10 +44,11 @@ def written_aside(destination: str | Path, needed_bytes: int) -> Iterator[Path]:
             raise CheckpointError(f"{destination} is being written by another process") from None
         try:
             for left in partial.iterdir():
-                if left.name != _LOCK:
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+                if left.name != MARKER:
+                    is_folder = left.is_dir() and not left.is_symlink()
+                    shutil.rmtree(left) if is_folder else left.unlink()
             yield partial
-            (partial / _LOCK).unlink()
+            (partial / MARKER).unlink()
             # Rename replaces an empty folder, so that one is refused here once more.
             check_destination(destination, 0)
             partial.rename(destination)
@@ -57,6 +61,32 @@ def written_aside(destination: str | Path, needed_bytes: int) -> Iterator[Path]:
             raise
     finally:
         os.close(lock)
+
+
+def _own(partial: Path) -> int:
+    """Make the folder, or take over what a killed conversion left: the descriptor of its marker.
+
+    What else lies at that path, a link to a folder among it, is somebody's, and would be emptied.
+
+    Raises:
+        CheckpointError: it is there and is no folder with this tool's marker.
+    """
+    try:
+        partial.mkdir()
+    except FileExistsError:
+        if not partial.is_symlink() and partial.is_dir():
+            with contextlib.suppress(OSError):
+                marker = os.open(partial / MARKER, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+                if os.read(marker, len(_SAYS) + 1) == _SAYS:
+                    return marker
+                os.close(marker)
+        raise CheckpointError(
+            f"{partial} is in the way, and is no folder that a conversion left (it has no"
+            f" {MARKER}); move or remove it, or choose another destination"
+        ) from None
+    marker = os.open(partial / MARKER, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    os.write(marker, _SAYS)
+    return marker
 
 
 def check_destination(destination: Path, needed_bytes: int) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_mlra.checkpoint.description import CheckpointError
+from megatron_mlra.checkpoint.files.inside import inside
 from megatron_mlra.checkpoint.files.torch_dist_index import (
     COMMON_FILE,
     ForbiddenNames,
@@ -160,9 +161,13 @@ class TorchDistFolder:
             CheckpointError: there is none, or it cannot be read.
         """
         try:
-            stored = (COMMON_KEY, ()) in self.stored
-            data = self.raw(COMMON_KEY) if stored else (self.path / COMMON_FILE).read_bytes()
+            if (COMMON_KEY, ()) in self.stored:
+                data = self.raw(COMMON_KEY)
+            else:
+                data = inside(self.path, COMMON_FILE).read_bytes()
             state = read_object(io.BytesIO(data), len(data)).value
+        except CheckpointError:
+            raise
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"checkpoint {self.path}: its arguments cannot be read ({error})"

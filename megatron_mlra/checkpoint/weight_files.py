@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_mlra.checkpoint.description import CheckpointError
 from megatron_mlra.checkpoint.files import torch_file
+from megatron_mlra.checkpoint.files.inside import inside
 from megatron_mlra.checkpoint.files.safetensors_file import check_safetensors
 from megatron_mlra.checkpoint.files.torch_dist_index import ForbiddenNames
 from megatron_mlra.foreign_text import read_json
@@ -48,11 +49,11 @@ class WeightFiles:
     def _find(self) -> dict[str, str]:
         """Tensor name -> file name."""
         for stem, suffix in STEMS:
-            index = self.folder / f"{stem}.{suffix}.index.json"
+            index = inside(self.folder, f"{stem}.{suffix}.index.json")
             if index.is_file():
                 return self._read_index(index)
             single = f"{stem}.{suffix}"
-            if (self.folder / single).is_file():
+            if inside(self.folder, single).is_file():
                 return dict.fromkeys(self._names(single), single)
         raise CheckpointError(
             f"{self.folder} holds no weights: no model.safetensors or pytorch_model.bin, nor an"
@@ -69,7 +70,7 @@ class WeightFiles:
             raise CheckpointError(f"{index} is not an index of shards ({error!r:.200})") from None
         if not plain:
             raise CheckpointError(f"{index} names files outside its folder")
-        missing = sorted({f for f in where.values() if not (self.folder / f).is_file()})
+        missing = sorted({f for f in where.values() if not inside(self.folder, f).is_file()})
         if missing:
             raise CheckpointError(f"{self.folder} is incomplete: {', '.join(missing)} missing")
         return where

@@ -116,7 +116,7 @@ def load_tokenizer(source: CheckpointFolder, tokenizer: str | None = None) -> An
     from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
     with tempfile.TemporaryDirectory() as folder:
-        missing = write_tokenizer(source, source.description, Path(folder), tokenizer)
+        missing = write_tokenizer(source, source.description, Path(folder), tokenizer, outside=True)
         if missing is not None and source.description.vocab_size == ByteTokenizer.vocab_size:
             missing = write_tokenizer(source, source.description, Path(folder), "byte")
         if missing is not None:

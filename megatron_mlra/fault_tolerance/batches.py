@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import re
+from argparse import Namespace
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core import mpu
 from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
@@ -13,25 +15,63 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training import get_args, training
 from torch import Tensor
 
+from megatron_mlra.fault_tolerance.heartbeat import tell
+
 _MOST_NAMED = 4
 
 SOURCE = "source"
 """Key of what a sample is made from: its number in the dataset, its first document and the token in
 it, int64 `[3]`."""
 
+BAD_TOKEN = "bad_token"
+"""Key of what is wrong with a sample's token ids, a line; empty where nothing is."""
+
 _latest: Tensor | None = None
 _step: list[list[int]] = []
 
 
 class _WithSource:
-    """Samples that say what they are made from."""
+    """Samples that say what they are made from, and which of their token ids the model has not.
+
+    Ids are looked at before Megatron, which replaces those that equal the padding's, touches them.
+    A loader's process raises nothing: its error would be a traceback in a message.
+    """
+
+    def __init__(self, *rest: Any, **named: Any) -> None:
+        self.vocabulary = vocabulary(get_args())
+        self._bad_token = ""
+        super().__init__(*rest, **named)
+
+    def _query_document_sample_shuffle_indices(self, idx: int):
+        text, documents, lengths = super()._query_document_sample_shuffle_indices(idx)
+        self._bad_token = ""
+        # Behind the documents the last sample of an epoch is padded.
+        ids = text[: sum(lengths)]
+        if ids.size and (ids.min() < 0 or ids.max() >= self.vocabulary):
+            place = int(((ids < 0) | (ids >= self.vocabulary)).argmax())
+            _, token = self.sample_index[self.shuffle_index[idx]]
+            self._bad_token = self._say_bad(documents, lengths, int(token), place, int(ids[place]))
+        return text, documents, lengths
+
+    def _say_bad(self, documents, lengths: list[int], token: int, place: int, value: int) -> str:
+        """The line about the id at `place` of a sample that begins at `token` of its document."""
+        starts = np.cumsum([0, *lengths])
+        part = int(np.searchsorted(starts, place, side="right")) - 1
+        token = place - int(starts[part]) + (token if part == 0 else 0)
+        where = f"data {self.dataset_path}: " if self.dataset_path else ""
+        return (
+            f"{where}document {documents[part]}, token {token} has id {value}, outside the"
+            f" model's vocabulary of {self.vocabulary}; preprocess the data with the model's"
+            " tokenizer, or give its size by --vocab-size"
+        )
 
     def __getitem__(self, idx: int | None) -> dict[str, Any]:
         sample = super().__getitem__(idx)
         place, token = self.sample_index[self.shuffle_index[idx or 0]]
         number = -1 if idx is None else int(idx)
         document = int(self.document_index[place])
-        return sample | {SOURCE: torch.tensor([number, document, int(token)])}
+        origin = torch.tensor([number, document, int(token)])
+        return sample | {SOURCE: origin, BAD_TOKEN: self._bad_token}
 
 
 class SourcedDataset(_WithSource, GPTDataset):
@@ -40,6 +80,28 @@ class SourcedDataset(_WithSource, GPTDataset):
 
 class SourcedMockDataset(_WithSource, MockGPTDataset):
     """Megatron's mock dataset with `SOURCE`."""
+
+
+def vocabulary(args: Namespace) -> int:
+    """How many token ids the data may have: the true size of the vocabulary where it is given.
+
+    Rows that only pad the embedding belong to no token, so an id of one is another tokenizer's.
+    """
+    return args.vocab_size or args.padded_vocab_size
+
+
+def check(loaded: dict[str, Any]) -> None:
+    """Refuse a micro-batch with a token id that the model has not; ends all ranks by that line.
+
+    A tensor-parallel rank would take an id that is not in its part of the embedding for another
+    rank's, and train on a vector of zeros.
+
+    Raises:
+        ValueError: names the data, the document, the token in it and the id.
+    """
+    if bad := next(filter(None, loaded.get(BAD_TOKEN, ())), None):
+        tell(bad)
+        raise ValueError(bad)
 
 
 def install() -> None:

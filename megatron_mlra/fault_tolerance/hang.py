@@ -58,10 +58,12 @@ class Heard:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The ranks that hang, and a line that names them."""
+    """What ends the job: the ranks that hang and a line that names them, or a line of one rank."""
 
     ranks: tuple[int, ...]
     line: str
+    told_on: str | None = None
+    """The host of the rank that ends the job by this line of its own; None for a hang."""
 
     def write(self) -> str:
         """As JSON."""
@@ -71,7 +73,7 @@ class Verdict:
     def read(cls, text: str) -> Verdict:
         """From `write`."""
         fields = json.loads(text)
-        return cls(tuple(fields["ranks"]), fields["line"])
+        return cls(tuple(fields["ranks"]), fields["line"], fields["told_on"])
 
 
 def judge(heard: Sequence[Heard], limit: float) -> Verdict | None:

@@ -57,6 +57,7 @@ class _Progress:
 
 
 _progress = _Progress()
+_watch: Watch | None = None
 
 
 def mark(phase: str) -> None:
@@ -71,6 +72,16 @@ def unbounded(phase: str) -> Iterator[None]:
     _progress.mark(phase, bounded=False)
     yield
     _progress.mark(before, bounded=bounded)
+
+
+def tell(line: str) -> None:
+    """End all ranks by a line that this rank would fail with: the others wait for it in a
+    collective, and would say at most that it is gone. Each host prints the line once.
+
+    Returns only without a watch, for the caller to raise.
+    """
+    if _watch is not None and _watch.threads:
+        _watch.tell(line)
 
 
 def limit_of(args: Namespace) -> float:
@@ -95,7 +106,8 @@ def install(args: Namespace, folder: Path) -> Callable[[], None]:
     limit = limit_of(args)
     if not limit:
         return lambda: None
-    watch = Watch(args.rank, args.world_size, limit, folder)
+    global _watch
+    watch = _watch = Watch(args.rank, args.world_size, limit, folder)
     initialize, train_step, train = (
         training.initialize_megatron,
         training.train_step,
@@ -184,6 +196,21 @@ class Watch:
         for thread in self.threads:
             thread.join(5)
 
+    def tell(self, line: str) -> None:
+        """See the function `tell`."""
+        mine = first = Verdict((self.rank,), f"(rank {self.rank}): {line}", socket.gethostname())
+        with contextlib.suppress(RuntimeError):  # Rank 0, where the store is, is gone.
+            first = Verdict.read(self.store.compare_set(_VERDICT, "", mine.write()).decode())
+        self.stop()
+        if first == mine:
+            os.write(2, f"error {mine.line}\n".encode())
+        else:
+            self._say(first)
+        # Whoever sees this process end before it has read the verdict says that a rank is gone.
+        # Rank 0 reads within an interval, and stays two more for the others.
+        time.sleep(4 * self.interval + 2)
+        self._leave(first)
+
     def _until_broken(self, run: Callable[[], None]) -> None:
         try:
             run()
@@ -205,6 +232,7 @@ class Watch:
             verdict, *texts = [text.decode() for text in self.store.multi_get(keys)]
             if verdict == _OFF:
                 return
+            told = Verdict.read(verdict) if verdict else None
             changed = [
                 now if new != old else then + lost
                 for new, old, then in zip(texts, seen, changed, strict=True)
@@ -214,7 +242,7 @@ class Watch:
                 Heard(Beat.read(text), now - then)
                 for text, then in zip(texts, changed, strict=True)
             ]
-            if found := judge(heard, self.limit):
+            if found := told or judge(heard, self.limit):
                 self._say(found)
                 self.store.set(_VERDICT, found.write())
                 # The store ends with this process: the others must have read it.
@@ -292,13 +320,15 @@ class Watch:
         return True
 
     def _say(self, verdict: Verdict) -> None:
-        if self.speaks:
-            # Not through sys.stderr: the main thread may hold its lock.
+        # Not through sys.stderr: the main thread may hold its lock.
+        if verdict.told_on is None and self.speaks:
             line = f"error: {verdict.line} (--hang-timeout-seconds {self.limit:g})\n"
             os.write(2, line.encode())
+        elif verdict.told_on not in (None, socket.gethostname()) and self.speaks:
+            os.write(2, f"error {verdict.line}\n".encode())
 
     def _leave(self, verdict: Verdict) -> None:
-        if self.rank in verdict.ranks:
+        if verdict.told_on is None and self.rank in verdict.ranks:
             log = self.folder / f"hang-rank-{self.rank}.log"
             with contextlib.suppress(OSError), open(log, "w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_mlra.checkpoint.description import ModelDescription
+from megatron_mlra.inference.checks import whole
 from megatron_mlra.inference.parallel import HeadShard
 
 CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16", "fp8")
@@ -15,14 +16,16 @@ class CacheFull(ValueError):
     """More tokens than the cache, or what is left of it, can hold."""
 
 
+def _pages(num_pages: int, page_size: int) -> tuple[int, int]:
+    return whole("number of pages", num_pages), whole("page size", page_size)
+
+
 class PagePool:
     """The free list over `num_pages` pages of `page_size` tokens."""
 
     def __init__(self, num_pages: int, page_size: int) -> None:
-        if num_pages < 1 or page_size < 1:
-            raise ValueError(f"{num_pages} pages of {page_size} tokens; use at least 1 of each")
-        self.num_pages, self.page_size = num_pages, page_size
-        self._free = list(range(num_pages - 1, -1, -1))
+        self.num_pages, self.page_size = _pages(num_pages, page_size)
+        self._free = list(range(self.num_pages - 1, -1, -1))
 
     @property
     def free(self) -> int:
@@ -71,7 +74,7 @@ class LatentCache:
     ) -> None:
         fp8 = dtype == torch.float8_e4m3fn
         latents = shard.core.branches * shard.core.groups
-        self.page_size = page_size
+        num_pages, self.page_size = _pages(num_pages, page_size)
         width = latents * model.latent_dim + model.qk_rope_head_dim * (2 if fp8 else 1)
         self.data = torch.empty(
             model.num_layers, num_pages, page_size, width, dtype=dtype, device=device
@@ -115,7 +118,7 @@ class GroupedCache:
     ) -> None:
         if dtype == torch.float8_e4m3fn:
             raise ValueError(f"an FP8 cache needs latent attention, this is {model.variant}")
-        self.page_size = page_size
+        num_pages, self.page_size = _pages(num_pages, page_size)
         self.data = torch.empty(
             (model.num_layers, 2, num_pages + 1, page_size, kv_heads, model.head_dim),
             dtype=dtype,
@@ -141,7 +144,8 @@ class BlockTables:
     """Block tables of the running sequences on the device: row i belongs to batch row i."""
 
     def __init__(self, rows: int, max_pages: int, device: str | torch.device) -> None:
-        self.device_table = torch.zeros(rows, max_pages, dtype=torch.int32, device=device)
+        shape = whole("rows", rows), whole("max_pages", max_pages)
+        self.device_table = torch.zeros(shape, dtype=torch.int32, device=device)
 
     def set(self, row: int, pages: list[int]) -> None:
         """Make `pages` the table of a row."""

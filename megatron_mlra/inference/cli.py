@@ -174,7 +174,11 @@ def _generate(args: argparse.Namespace, rank: int, device: str) -> int:
         _report(engine, requests, time.monotonic() - start)
         if args.output:
             _write(args.output, requests, texts)
-    return 0
+    failed = [request for request in requests if request.finish_reason == "error"]
+    if rank == 0:
+        for request in failed:
+            print(f"error: prompt {request.id + 1}: {request.error}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
@@ -253,7 +257,11 @@ def _stream(
             continue
         done = request.finish_reason is not None
         if single is not None:
-            print(growing.more(request.output, done), end="\n" if done else "", flush=True)
+            text = ""
+            # The engine detokenizes the whole output at its end, and reports what fails there.
+            with contextlib.suppress(Exception):
+                text = growing.more(request.output, done)
+            print(text, end="\n" if done else "", flush=True)
         elif done:
             title = f"[{request.id}] " if len(requests) > 1 else ""
             print(f"{title}{texts[request.id]}{request.text}", flush=True)
@@ -261,16 +269,16 @@ def _stream(
 
 def _report(engine: Engine, requests: list[Request], seconds: float) -> None:
     tokens = sum(len(r.output) for r in requests)
-    first = sorted(r.first_token - r.submitted for r in requests)
+    first = sorted(r.first_token - r.submitted for r in requests if r.first_token is not None)
     gaps = [
         (r.last_token - r.first_token) / (len(r.output) - 1) for r in requests if len(r.output) > 1
     ]
     cache = engine.runner.model.cache
     a_token = f", {1e3 * sum(gaps) / len(gaps):.1f} ms a token of a request" if gaps else ""
+    wait = f" first token after {1e3 * first[len(first) // 2]:.0f} ms (median);" if first else ""
     print(
         f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s{a_token};"
-        f" first token after {1e3 * first[len(first) // 2]:.0f} ms (median);"
-        f" KV cache {cache.bytes_per_token} bytes a token and rank,"
+        f"{wait} KV cache {cache.bytes_per_token} bytes a token and rank,"
         f" {cache.allocated_bytes} bytes allocated",
         file=sys.stderr,
     )
@@ -285,5 +293,7 @@ def _write(file: str, requests: list[Request], texts: list[str]) -> None:
         }  # fmt: skip
         if request.params.logprobs:
             record["logprobs"] = request.logprobs
+        if request.error is not None:
+            record["error"] = request.error
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     write_text(file, "".join(lines))

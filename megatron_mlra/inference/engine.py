@@ -3,24 +3,36 @@
 A request gets all pages it can need when it is admitted, so a running one never runs out of cache
 and never loses pages to another. Requests are admitted in order of arrival: one that does not fit
 yet waits, and so do those behind it; one that can never fit is refused when it is submitted.
+An exception inside a step ends the request that it belongs to and no other.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
+import torch
+
 from megatron_mlra.inference.cache import CacheFull
+from megatron_mlra.inference.checks import shown, whole
 from megatron_mlra.inference.runner import Chunk, Runner, pool_for
 from megatron_mlra.inference.sampling import SamplingParams, sample
 
 
-@dataclass
+@dataclass(frozen=True)
+class Draw:
+    """The next token of a request."""
+
+    token: int
+    logprob: float | None
+
+
+@dataclass(eq=False)
 class Request:
-    """One prompt and what has become of it."""
+    """One prompt and what has become of it. Equal to itself alone."""
 
     id: int
     prompt: list[int]
@@ -30,7 +42,9 @@ class Request:
     text: str = ""
     """Of the output, cut in front of a stop text (with a detokenizer)."""
     finish_reason: str | None = None
-    """'stop', 'length', 'cancelled'; None while it runs."""
+    """'stop', 'length', 'cancelled', 'error'; None while it runs."""
+    error: str | None = None
+    """What ended a request whose finish reason is 'error', in one line."""
     submitted: float = 0.0
     """time.monotonic() of submission, of the first and of the last token."""
     first_token: float | None = None
@@ -53,6 +67,9 @@ class Engine:
         detokenize: ids to text; needed for stop texts and `Request.text`.
         max_length: longest prompt plus output; None takes the model's positions.
 
+    Raises:
+        ValueError: a size that is not a whole number of at least 1, or no callable `detokenize`.
+
     Under tensor parallelism every rank submits the same requests in the same order: logits are the
     same on all ranks, and so are the draws.
     """
@@ -64,12 +81,16 @@ class Engine:
         detokenize: Callable[[list[int]], str] | None = None,
         max_length: int | None = None,
     ) -> None:
-        if chunk_size < 1:
-            raise ValueError(f"chunk size is {chunk_size}; use at least 1")
-        self.runner, self.chunk_size, self.detokenize = runner, chunk_size, detokenize
-        self.max_length = min(max_length or runner.model.max_positions, runner.model.max_positions)
+        self.chunk_size = whole("chunk size", chunk_size)
+        if detokenize is not None and not callable(detokenize):
+            raise ValueError(f"detokenize is {shown(detokenize)}; use a function of a list of ids")
+        self.runner, self.detokenize = runner, detokenize
+        self.max_length = runner.model.max_positions
+        if max_length is not None:
+            self.max_length = min(whole("max length", max_length), self.max_length)
         self.pool = pool_for(runner.model)
-        self.waiting: deque[Request] = deque()
+        self.waiting: OrderedDict[int, Request] = OrderedDict()
+        """By id, in order of arrival."""
         self.prefilling: deque[Request] = deque()
         self.running: list[Request] = []
         self._ids = itertools.count()
@@ -79,55 +100,90 @@ class Engine:
         """Whether any request is not finished."""
         return bool(self.waiting or self.prefilling or self.running)
 
-    def submit(self, prompt: list[int], params: SamplingParams | None = None) -> Request:
+    def submit(self, prompt: Iterable[int], params: SamplingParams | None = None) -> Request:
         """Queue a prompt.
 
         Raises:
-            ValueError: an empty prompt, an id outside the vocabulary, or a length beyond the model.
+            ValueError: an empty prompt, an id outside the vocabulary, or a length beyond the model
+                or the runner.
             CacheFull: it needs more pages than the cache has.
         """
-        params = params or SamplingParams()
-        request = Request(next(self._ids), list(prompt), params, submitted=time.monotonic())
-        self._check(request)
-        self.waiting.append(request)
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"params is {shown(params)}; use SamplingParams")
+        request = Request(next(self._ids), self._tokens(prompt), params)
+        self._check_length(request)
+        request.submitted = time.monotonic()
+        self.waiting[request.id] = request
         return request
 
-    def _check(self, request: Request) -> None:
-        vocab, tokens = self.runner.model.model.vocab_size, len(request.prompt)
-        if not tokens:
+    def _tokens(self, prompt: Iterable[int]) -> list[int]:
+        if isinstance(prompt, str | bytes) or not isinstance(prompt, Iterable):
+            raise ValueError(f"the prompt is {shown(prompt)}; give a list of token ids")
+        ids = list(prompt)
+        if not ids:
             raise ValueError("the prompt is empty; give at least one token")
-        bad = next((t for t in request.prompt if not 0 <= t < vocab), None)
-        if bad is not None:
-            raise ValueError(f"prompt token {bad} is outside the vocabulary of {vocab}")
-        total = tokens + request.params.max_new_tokens
-        if total > self.max_length:
+        vocab = self.runner.model.model.vocab_size
+        for place, token in enumerate(ids):
+            try:
+                ids[place] = whole("token", token, 0, vocab - 1)
+            except ValueError:
+                raise ValueError(
+                    f"prompt token {shown(token)} is outside the vocabulary of {vocab};"
+                    f" use ids from 0 to {vocab - 1}"
+                ) from None
+        return ids
+
+    def _check_length(self, request: Request) -> None:
+        tokens, params = len(request.prompt), request.params
+        if tokens + params.max_new_tokens > self.max_length:
             raise ValueError(
-                f"a prompt of {tokens} tokens and {request.params.max_new_tokens} new ones exceed"
+                f"a prompt of {tokens} tokens and {params.max_new_tokens} new ones exceed"
                 f" the context of {self.max_length}; use at most"
                 f" {max(0, self.max_length - tokens)} new tokens or a shorter prompt"
             )
-        if request.params.stop and self.detokenize is None:
+        if params.stop and self.detokenize is None:
             raise ValueError("stop texts need a tokenizer; use stop_ids")
-        needed = self.pool.pages_for(request.limit)
+        needed, page_size = self.pool.pages_for(request.limit), self.pool.page_size
+        if needed > self.runner.max_pages:
+            raise ValueError(
+                f"{request.limit} tokens need {needed} pages of {page_size}, the runner takes"
+                f" {self.runner.max_pages} a sequence; use fewer new tokens, a shorter prompt, or"
+                f" Runner(max_pages={needed})"
+            )
         if needed > self.pool.num_pages:
             raise CacheFull(
-                f"{request.limit} tokens need {needed} pages of {self.pool.page_size}, the cache"
+                f"{request.limit} tokens need {needed} pages of {page_size}, the cache"
                 f" has {self.pool.num_pages}; use a larger cache or fewer new tokens"
             )
 
     def cancel(self, request: Request) -> None:
-        """End a request now; others are not touched."""
+        """End a request now; others are not touched. One that has ended stays as it is.
+
+        Raises:
+            ValueError: not a request of this engine.
+        """
+        if not isinstance(request, Request):
+            raise ValueError(f"{shown(request)} is not a request; give what submit returned")
         if request.finish_reason is None:
-            for queue in (self.waiting, self.prefilling):
-                if request in queue:
-                    queue.remove(request)
+            if not self._holds(request):
+                raise ValueError(f"request {request.id} was submitted to another engine")
             self._finish(request, "cancelled")
+
+    def _holds(self, request: Request) -> bool:
+        waits = self.waiting.get(request.id) is request
+        return waits or request in self.prefilling or request in self.running
 
     def step(self) -> list[Request]:
         """Admit, prefill one chunk of prompts, decode one token for all that run.
 
         Returns:
-            the requests that got a token.
+            the requests that got a token or ended by an error.
+
+        Raises:
+            torch.AcceleratorError: the device is lost, and with it every request.
+            Exception: what a step of a tensor-parallel rank raised. The ranks are no longer in
+                lockstep then, so that no request can go on.
         """
         self._admit()
         # Rows of the decode step are settled before a prefill adds to them.
@@ -137,7 +193,7 @@ class Engine:
         return advanced
 
     def run(self) -> Iterator[Request]:
-        """Step until nothing is left; yields each request as it gets a token."""
+        """Step until nothing is left; yields each request as it gets a token or fails."""
         while self.busy:
             yield from self.step()
 
@@ -145,62 +201,116 @@ class Engine:
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) + len(self.prefilling) < self.runner.max_batch:
-            request = self.waiting[0]
+            request = next(iter(self.waiting.values()))
             if self.pool.pages_for(request.limit) > self.pool.free:
                 return
             request.pages = self.pool.take(request.limit)
-            self.prefilling.append(self.waiting.popleft())
+            del self.waiting[request.id]
+            self.prefilling.append(request)
 
     def _prefill(self) -> list[Request]:
-        chunks: list[Chunk] = []
-        taken: list[Request] = []
+        chunks: dict[Request, Chunk] = {}
         room = self.chunk_size
-        while self.prefilling and room:
-            request = self.prefilling[0]
+        for request in self.prefilling:
             tokens = request.prompt[request.cached : request.cached + room]
-            chunks.append(Chunk(tokens, request.cached, request.pages))
-            taken.append(request)
-            request.cached += len(tokens)
+            chunks[request] = Chunk(tokens, request.cached, request.pages)
             room -= len(tokens)
-            if request.cached < len(request.prompt):
+            if not room:
                 break
-            self.prefilling.popleft()
-        logits = self.runner.prefill(chunks)
-        rows = [i for i, request in enumerate(taken) if request.cached == len(request.prompt)]
-        ready = [taken[i] for i in rows]
-        if not ready:
-            return []
-        for request in ready:
-            self.runner.tables.set(len(self.running), request.pages)
-            self.running.append(request)
-        self._take_tokens(ready, logits[rows])
-        return ready
+
+        def run(requests: list[Request]) -> list[Draw | Exception | None]:
+            logits = self.runner.prefill([chunks[request] for request in requests])
+            ends = [request.cached + len(chunks[request].tokens) for request in requests]
+            rows = [i for i, request in enumerate(requests) if ends[i] == len(request.prompt)]
+            draws = iter(self._draw([requests[i] for i in rows], logits[rows]) if rows else ())
+            return [next(draws) if i in rows else None for i in range(len(requests))]
+
+        requests = list(chunks)
+        results = dict(zip(requests, self._isolated(requests, run), strict=True))
+        for request, result in results.items():
+            request.cached += len(chunks[request].tokens)
+            if isinstance(result, Draw):
+                self.prefilling.remove(request)
+                self.runner.tables.set(len(self.running), request.pages)
+                self.running.append(request)
+        return self._take({r: result for r, result in results.items() if result is not None})
 
     def _decode(self) -> list[Request]:
         batch = list(self.running)
-        logits = self.runner.decode(
-            [request.output[-1] for request in batch],
-            [request.cached for request in batch],
-            [request.pages for request in batch],
-        )
+
+        def run(requests: list[Request]) -> list[Draw | Exception]:
+            borrowed = requests != batch
+            if borrowed:
+                self.runner.tables.set(0, requests[0].pages)
+            try:
+                logits = self.runner.decode(
+                    [request.output[-1] for request in requests],
+                    [request.cached for request in requests],
+                    [request.pages for request in requests],
+                )
+            finally:
+                if borrowed:
+                    self.runner.tables.set(0, batch[0].pages)
+            return self._draw(requests, logits)
+
+        results = dict(zip(batch, self._isolated(batch, run), strict=True))
         for request in batch:
             request.cached += 1
-        self._take_tokens(batch, logits)
-        return batch
+        return self._take(results)
 
-    def _take_tokens(self, requests: list[Request], logits) -> None:
+    def _isolated(self, requests: list[Request], run: Callable[[list[Request]], list]) -> list:
+        """`run` of all requests; where that fails, of one after the other.
+
+        Returns:
+            what `run` gives each request, or the exception that ends it.
+        """
+        try:
+            return run(requests)
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            if self.runner.model.parallel.size > 1:
+                raise
+            if len(requests) == 1:
+                return [error]
+        return [self._isolated([request], run)[0] for request in requests]
+
+    def _draw(self, requests: list[Request], logits: torch.Tensor) -> list[Draw | Exception]:
         positions = [len(request.prompt) + len(request.output) for request in requests]
-        tokens, logprobs = sample(logits, [r.params for r in requests], positions)
+        tokens, logprobs = sample(logits, [request.params for request in requests], positions)
+        return [
+            Draw(token, logprobs and logprobs[i])
+            if token >= 0
+            else ArithmeticError("the model gave NaN or infinite logits")
+            for i, token in enumerate(tokens)
+        ]
+
+    def _take(self, results: dict[Request, Draw | Exception]) -> list[Request]:
+        """Append each request's token, and end what has its last one or an exception.
+
+        Returns:
+            the requests that got a token or ended by an error.
+        """
         now = time.monotonic()
-        for i, (request, token) in enumerate(zip(requests, tokens, strict=True)):
-            request.output.append(token)
+        for request, result in results.items():
+            if request.finish_reason is not None:
+                continue  # Another request's detokenizer has cancelled it.
+            if isinstance(result, Exception):
+                self._fail(request, result)
+                continue
+            request.output.append(result.token)
             if request.params.logprobs:
-                request.logprobs.append(logprobs[i])
+                request.logprobs.append(result.logprob)
             request.first_token = request.first_token or now
             request.last_token = now
-            reason = self._reason_to_stop(request)
-            if reason:
-                self._finish(request, reason)
+            try:
+                reason = self._reason_to_stop(request)
+            except Exception as error:
+                self._fail(request, error)
+            else:
+                if reason:
+                    self._finish(request, reason)
+        return list(results)
 
     def _reason_to_stop(self, request: Request) -> str | None:
         params = request.params
@@ -214,10 +324,21 @@ class Engine:
             return "stop"
         return "length" if len(request.output) == params.max_new_tokens else None
 
+    def _fail(self, request: Request, error: Exception) -> None:
+        request.error = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+        self._finish(request, "error")
+
     def _finish(self, request: Request, reason: str) -> None:
-        request.finish_reason = reason
         if self.detokenize is not None and not (reason == "stop" and request.params.stop):
-            request.text = self.detokenize(request.output)
+            try:
+                request.text = self.detokenize(request.output)
+            except Exception as error:
+                reason = "error"
+                request.error = request.error or f"{type(error).__name__}: {error}"
+        request.finish_reason = reason
+        self.waiting.pop(request.id, None)
+        if request in self.prefilling:
+            self.prefilling.remove(request)
         if request in self.running:
             # The last row takes the free one's place, so that rows stay without gaps.
             row, last = self.running.index(request), len(self.running) - 1

@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_mlra.checkpoint.description import DTYPES as WEIGHT_DTYPES
 from megatron_mlra.checkpoint.description import ModelDescription
 from megatron_mlra.inference.cache import CACHE_DTYPES, GroupedCache, LatentCache
+from megatron_mlra.inference.checks import whole
 from megatron_mlra.inference.model import InferenceModel
 from megatron_mlra.inference.ops import select_backend
 from megatron_mlra.inference.parallel import (
@@ -64,15 +65,12 @@ def load_model(
     device, parallel = torch.device(device), parallel or TensorParallel()
     dtype = _dtype(model, options, device)
     cache_dtype = _cache_dtype(options, dtype, model)
-    if options.page_size < 16 or options.page_size % 16:
+    if whole("page size", options.page_size) % 16:
         raise ValueError(f"page size is {options.page_size}; use a multiple of 16, best 64")
-    if options.cache_tokens < 1:
-        raise ValueError(f"cache tokens is {options.cache_tokens}; use at least 1")
+    whole("cache tokens", options.cache_tokens)
     max_positions = model.max_position_embeddings
     if options.max_positions is not None:
-        max_positions = options.max_positions
-    if max_positions < 1:
-        raise ValueError(f"max positions is {max_positions}; use at least 1")
+        max_positions = whole("max positions", options.max_positions)
     check_tensor_parallel(model, parallel.size)
     ops = select_backend(options.backend, model, dtype, device)
     pages = -(-options.cache_tokens // options.page_size)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mlra.checkpoint.description import ModelDescription
+from megatron_mlra.inference.checks import whole
 from megatron_mlra.partition import LatentShard
 
 WEIGHT_MODES = ("replicated", "sharded")
@@ -55,6 +56,7 @@ class HeadShard:
 
 def check_tensor_parallel(model: ModelDescription, tp: int) -> None:
     """Raise ValueError, with the sizes that work, unless `model` can be cut over `tp` ranks."""
+    tp = whole("tensor parallel size", tp)
     if not _fits(model, tp):
         works = [n for n in range(1, 129) if _fits(model, n)]
         h = model.num_attention_heads
@@ -85,6 +87,9 @@ class TensorParallel:
         size, rank: of the tensor-parallel group.
         group: process group; None without one, or for one rank's share run on its own.
         exchange_group: the ranks of `HeadShard.exchange`.
+
+    Raises:
+        ValueError: no whole number of at least 1 as the size, or a rank that is not below it.
     """
 
     def __init__(
@@ -94,7 +99,8 @@ class TensorParallel:
         group: dist.ProcessGroup | None = None,
         exchange_group: dist.ProcessGroup | None = None,
     ) -> None:
-        self.size, self.rank = size, rank
+        self.size = whole("tensor parallel size", size)
+        self.rank = whole("tensor parallel rank", rank, 0, self.size - 1)
         self.group, self.exchange_group = group, exchange_group
 
     @classmethod

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_mlra.inference.cache import BlockTables, PagePool
+from megatron_mlra.inference.checks import whole
 from megatron_mlra.inference.model import InferenceModel, Segment, Step
 
 
@@ -39,7 +40,8 @@ class Runner:
             use; a batch runs in the next larger one, its spare rows empty.
 
     Raises:
-        ValueError: graphs asked for where the backend cannot be captured.
+        ValueError: a size that is not a whole number of at least 1, or graphs asked for where the
+            backend cannot be captured.
     """
 
     def __init__(
@@ -50,8 +52,9 @@ class Runner:
                 f"CUDA graphs need backend triton, this is {model.ops.name}; leave graphs out"
             )
         self.model = model
+        self.max_batch = max_batch = whole("max_batch", max_batch)
+        self.max_pages = whole("max_pages", max_pages)
         self.tables = BlockTables(max_batch, max_pages, model.device)
-        self.max_batch = max_batch
         # Rows: tokens, positions, slots. Captured steps read these addresses.
         self._inputs = torch.zeros(3, max_batch, dtype=torch.int64, device=model.device)
         self._lengths = torch.zeros(max_batch, dtype=torch.int32, device=model.device)

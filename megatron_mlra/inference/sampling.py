@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import random
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from megatron_mlra.inference.checks import real, shown, whole
+
+SEEDS = (-(2**63), 2**64 - 1)
+"""The least and the largest seed: what 64 bits hold, signed or not."""
 
 
 @dataclass(frozen=True)
@@ -15,7 +20,7 @@ class SamplingParams:
     """How one request's tokens are chosen.
 
     Raises:
-        ValueError: a value that means nothing, with one that does.
+        ValueError: a value of another type or without a meaning; names one that has.
     """
 
     max_new_tokens: int = 128
@@ -28,26 +33,52 @@ class SamplingParams:
     seed: int = 0
     """Draws depend on it and on the position alone, not on what else is in the batch."""
     stop_ids: tuple[int, ...] = ()
-    """Tokens that end the request (and are part of its output)."""
+    """Tokens that end the request (and are part of its output). A single int is one token."""
     stop: tuple[str, ...] = ()
-    """Texts that end the request; the output ends in front of them."""
+    """Texts that end the request; the output ends in front of them. A single str is one text."""
     logprobs: bool = False
     """Report each token's log-probability under the model (before temperature and cuts)."""
 
     def __post_init__(self) -> None:
-        for name, good, fix in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            (
-                "temperature",
-                math.isfinite(self.temperature) and self.temperature >= 0,
-                "0 (greedy) or more",
+        """Check every field, and store it as the type that the field names."""
+        warmth, share = "0 (greedy) or more, at least 1.2e-38", "more than 0, at most 1"
+        checked = {
+            "max_new_tokens": whole("max_new_tokens", self.max_new_tokens),
+            "temperature": real("temperature", self.temperature, warmth),
+            "top_k": whole("top_k", self.top_k, 0),
+            "top_p": real("top_p", self.top_p, f"{share} (in float32: at least 1.2e-38)"),
+            "seed": whole("seed", self.seed, *SEEDS),
+            "stop_ids": tuple(
+                whole("a token of stop_ids", token, 0) for token in _listed(self, "stop_ids", int)
             ),
-            ("top_k", self.top_k >= 0, "0 (all) or more"),
-            ("top_p", 0 < self.top_p <= 1, "more than 0, at most 1"),
-            ("stop", all(self.stop), "texts that are not empty"),
+            "stop": _listed(self, "stop", str),
+        }
+        for name, good, fix in (
+            ("temperature", checked["temperature"] >= 0, warmth),
+            ("top_p", 0 < checked["top_p"] <= 1, share),
+            (
+                "stop",
+                all(isinstance(text, str) and text for text in checked["stop"]),
+                "texts that are not empty",
+            ),
+            ("logprobs", isinstance(self.logprobs, bool), "True or False"),
         ):
             if not good:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; use {fix}")
+                raise ValueError(f"{name} is {shown(getattr(self, name))}; use {fix}")
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+
+def _listed(params: SamplingParams, name: str, single: type) -> tuple:
+    """A field's values as a tuple; one value of the type `single` is a tuple of one."""
+    value = getattr(params, name)
+    if isinstance(value, single):
+        return (value,)
+    if not isinstance(value, Collection) or isinstance(value, str | bytes | Mapping):
+        raise ValueError(
+            f"{name} is {shown(value)}; use a tuple of {single.__name__}, or a single one"
+        )
+    return tuple(value)
 
 
 def uniform(seed: int, position: int) -> float:
@@ -65,8 +96,12 @@ def sample(
         params, positions: of each row; the position seeds its draw.
 
     Returns:
-        tokens, and their log-probabilities where any row asks for them.
+        tokens, -1 for a row whose largest logit is NaN or infinite; and the log-probabilities of
+        the tokens where any row asks for them.
     """
+    sound = logits.amax(-1).isfinite()
+    # A row without a likeliest token must not reach the draws, whose gather it would break.
+    logits = torch.where(sound[:, None], logits, 0.0)
     if all(p.temperature == 0 for p in params):
         chosen = logits.argmax(-1)
     else:
@@ -74,7 +109,7 @@ def sample(
     logprobs = None
     if any(p.logprobs for p in params):
         logprobs = logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0].tolist()
-    return chosen.tolist(), logprobs
+    return torch.where(sound, chosen, -1).tolist(), logprobs
 
 
 def _draw(logits: Tensor, params: list[SamplingParams], positions: list[int]) -> Tensor:
@@ -85,17 +120,18 @@ def _draw(logits: Tensor, params: list[SamplingParams], positions: list[int]) ->
 
     # A greedy row keeps its first token alone, so its temperature may be anything.
     temperature = column([p.temperature or 1.0 for p in params])
-    top_k = column([1 if p.temperature == 0 else p.top_k or vocab for p in params])
+    top_k = column([1 if p.temperature == 0 else min(p.top_k or vocab, vocab) for p in params])
     top_p = column([p.top_p for p in params])
     draws = column([uniform(p.seed, at) for p, at in zip(params, positions, strict=True)])
     # Stable: equal logits keep the order of their ids, as argmax does.
     ordered, ids = torch.sort(logits, dim=-1, descending=True, stable=True)
-    probabilities = (ordered / temperature).softmax(-1)
+    # The largest logit becomes 0, which no temperature takes beyond float32.
+    probabilities = ((ordered - ordered[:, :1]) / temperature).softmax(-1)
     rank = torch.arange(vocab, device=device)
     probabilities = probabilities.masked_fill(rank >= top_k, 0.0)
     probabilities = probabilities / probabilities.sum(-1, keepdim=True)
     before = probabilities.cumsum(-1) - probabilities
-    probabilities = probabilities.masked_fill(before >= top_p, 0.0)
+    probabilities = probabilities.masked_fill((before >= top_p) & (rank > 0), 0.0)
     sums = probabilities.cumsum(-1)
     index = torch.searchsorted(sums, draws * sums[:, -1:], right=True)
     last = (probabilities > 0).sum(-1, keepdim=True) - 1

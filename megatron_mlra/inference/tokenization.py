@@ -29,7 +29,8 @@ def checkpoint_tokenizer(
     Raises:
         ValueError: none can be told, or it has more tokens than the model.
     """
-    beside = [path for path in folder.tokenizer_files() if path.name == "tokenizer.json"]
+    files = folder.tokenizer_files() or folder.named_tokenizer()
+    beside = [path for path in files if path.name == "tokenizer.json"]
     vocab = folder.description.vocab_size
     if type is None and model is not None:
         type = "hf" if Path(model).is_dir() or model.endswith(".json") else "tiktoken"

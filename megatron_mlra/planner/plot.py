@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from megatron_mlra.command_line import aside
 from megatron_mlra.planner.memory import GIB
 from megatron_mlra.planner.report import Report
 
@@ -42,10 +43,10 @@ def draw(report: Report, path: Path) -> None:
         decoding.plot([r.context for r in rows], [r.floor_ms for r in rows], "o-", label=name)
     decoding.set(xscale="log", yscale="log", xlabel="context", ylabel="least ms a token")
     decoding.legend(fontsize="small")
-    aside = path.with_name(f".{path.name}.partial")
-    figure.savefig(aside, format=path.suffix.lstrip("."), dpi=120)
+    partial = aside(path.with_name(f".{path.name}.partial"))
+    figure.savefig(partial, format=path.suffix.lstrip("."), dpi=120)
     plt.close(figure)
-    os.replace(aside, path)
+    os.replace(partial, path)
 
 
 def _stack(axes, labels: list[str], parts: dict[str, list[float]]) -> None:

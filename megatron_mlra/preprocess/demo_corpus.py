@@ -17,7 +17,8 @@ import sysconfig
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+
+from megatron_mlra.command_line import aside
 
 SKIPPED_FOLDERS = frozenset(
     {
@@ -62,9 +63,9 @@ def write_demo_corpus(path: str | os.PathLike[str], max_bytes: int, seed: int = 
     documents = _documents()
     random.Random(seed).shuffle(documents)
     count = size = 0
-    partial = Path(f"{os.fspath(path)}.partial-{os.getpid()}")
+    partial = aside(f"{os.fspath(path)}.partial-{os.getpid()}")
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        with partial.open("x", encoding="utf-8") as file:
             for text in documents:
                 length = len(text.encode("utf-8"))
                 if size + length > max_bytes:

@@ -13,10 +13,15 @@ from typing import Any
 
 import numpy as np
 
+from megatron_mlra.command_line import aside
+
 from .errors import InputError
+from .metadata import read_metadata
 from .signals import deferred
 
 SUFFIXES = (".bin", ".idx", ".json")
+INDEX_HEADER = b"MMIDIDX\x00\x00"
+"""How a Megatron index begins."""
 MAX_DOCUMENT_TOKENS = np.iinfo(np.int32).max
 """The index stores lengths as int32."""
 
@@ -41,7 +46,9 @@ class DatasetWriter:
     def __enter__(self) -> DatasetWriter:
         check_output(self._final[".bin"].removesuffix(".bin"), overwrite=self._overwrite)
         try:
-            open(self._partial[".bin"], "wb").close()
+            for path in self._partial.values():
+                aside(path)
+            open(self._partial[".bin"], "xb").close()
         except OSError as error:
             raise InputError(f"cannot write {self._final['.bin']}: {error.strerror}") from error
         return self
@@ -70,7 +77,7 @@ class DatasetWriter:
         """
         with _naming(self._final[".bin"]):
             self._builder.finalize(self._partial[".idx"])
-        with open(self._partial[".json"], "w", encoding="utf-8") as file:
+        with open(self._partial[".json"], "x", encoding="utf-8") as file:
             json.dump(metadata, file, indent=2, ensure_ascii=False)
             file.write("\n")
         for path in self._partial.values():
@@ -113,8 +120,39 @@ def check_output(prefix: str, *, overwrite: bool) -> None:
     for suffix in SUFFIXES:
         if os.path.isdir(prefix + suffix):
             raise InputError(f"output {prefix + suffix} is a folder")
-        if os.path.exists(prefix + suffix) and not overwrite:
+        if os.path.lexists(prefix + suffix) and not overwrite:
             raise InputError(f"output {prefix + suffix} exists: pass --overwrite to replace it")
+    if overwrite:
+        _check_replaceable(prefix)
+
+
+def _check_replaceable(prefix: str) -> None:
+    """What --overwrite replaces must be a dataset, not a file that only has such a name.
+
+    Raises:
+        InputError: names the file; it stays as it is.
+    """
+    known = {
+        ".idx": lambda path: _begins(path, INDEX_HEADER),
+        # Data has no header of its own.
+        ".bin": lambda path: os.path.lexists(prefix + ".idx") or not os.path.getsize(path),
+        ".json": lambda path: "tokenizer" in (read_metadata(prefix) or {}),
+    }
+    for suffix, is_known in known.items():
+        path = prefix + suffix
+        try:
+            if os.path.lexists(path) and not (os.path.isfile(path) and is_known(path)):
+                raise InputError(path)
+        except (InputError, OSError):
+            raise InputError(
+                f"output {path} is no part of a dataset, so --overwrite leaves it: remove it, or"
+                " use another --output-prefix"
+            ) from None
+
+
+def _begins(path: str, header: bytes) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(header)) == header
 
 
 def _indexed_dataset() -> Any:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from megatron_mlra.checkpoint.description import CheckpointError
 from megatron_mlra.checkpoint.folders import open_checkpoint
 from megatron_mlra.checkpoint.huggingface import write_huggingface
+from megatron_mlra.evaluation.models import load_tokenizer
 from megatron_mlra.preprocess.tokenizers import ByteTokenizer
 from random_checkpoint import RandomFolder, grouped, latent
 
@@ -68,9 +69,13 @@ def test_tokenizer_follows_the_metadata_of_the_data(tmp_path):
     (made / "tokenizer_config.json").write_text('{"eos_token": "<eod>"}')
     digest = hashlib.sha256((made / "tokenizer.json").read_bytes()).hexdigest()
     described = {"type": "hf", "model": str(made / "tokenizer.json"), "sha256": digest}
-    assert (
-        write_huggingface(trained_on(tmp_path, described), tmp_path / "hf", progress=False) is None
-    )
+    source = trained_on(tmp_path, described)
+    # The metadata's path is the checkpoint's choice: evaluation reads it, an export leaves it.
+    problem = write_huggingface(source, tmp_path / "unnamed", progress=False)
+    assert problem.endswith(f"is not copied unless you name it: --tokenizer {made}")
+    assert not (tmp_path / "unnamed" / "tokenizer.json").exists()
+    assert load_tokenizer(source).eos_token == "<eod>"
+    assert write_huggingface(source, tmp_path / "hf", tokenizer=made, progress=False) is None
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "hf" / name).read_bytes() == (made / name).read_bytes()
 

@@ -168,7 +168,7 @@ def test_bad_prompts_are_refused(prompt, message):
         ({"temperature": math.nan}, "temperature is nan"),
         ({"top_k": -1}, "top_k is -1"),
         ({"top_p": 0.0}, "top_p is 0.0; use more than 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0; use at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; use a whole number of at least 1"),
         ({"stop": ("",)}, "stop is"),
     ],
 )

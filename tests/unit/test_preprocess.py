@@ -275,6 +275,7 @@ def test_a_model_speaks_what_its_data_was_made_with(options, tmp_path, read, hf_
         path="model",
         args=SimpleNamespace(data_path=["0.5", str(tmp_path / "absent"), str(tmp_path / "out")]),
         tokenizer_files=list,
+        named_tokenizer=list,
         description=SimpleNamespace(vocab_size=512),
     )
     tokenizer = checkpoint_tokenizer(folder)

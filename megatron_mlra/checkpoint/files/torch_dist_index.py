@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_mlra.checkpoint import safe_pickle
 from megatron_mlra.checkpoint.description import CheckpointError
+from megatron_mlra.checkpoint.files.inside import inside
 from megatron_mlra.checkpoint.files.torch_file import (
     ForbiddenCode,
     TorchFileError,
@@ -51,7 +52,7 @@ def read_metadata(folder: Path, name: str = INDEX) -> Metadata:
         ForbiddenNames: it names code.
         CheckpointError: it is missing, damaged or too large.
     """
-    file = folder / name
+    file = inside(folder, name)
     if not file.is_file():
         raise CheckpointError(f"checkpoint {folder} is incomplete: it has no {name}")
     try:
@@ -161,7 +162,7 @@ def check_files(folder: Path, index: Metadata) -> None:
         needed[file] = start + length
         stored[name] = stored.get(name, 0) + length
     for file, size in needed.items():
-        path = folder / file
+        path = inside(folder, file)
         if not path.is_file():
             raise CheckpointError(f"checkpoint {folder} is incomplete: {file} is missing")
         if path.stat().st_size < size:
@@ -193,12 +194,12 @@ def check_objects(folder: Path, index: Metadata) -> None:
         CheckpointError: an entry cannot be read.
     """
     forbidden: dict[str, tuple[str, ...]] = {}
-    common = folder / COMMON_FILE
+    common = inside(folder, COMMON_FILE)
     if common.is_file():
         forbidden[COMMON_FILE] = _refused(folder, COMMON_FILE, common, 0, common.stat().st_size)
     for at, info in _blocks(index):
         if not isinstance(index.state_dict_metadata[at.fqn], TensorStorageMetadata):
-            file = folder / info.relative_path
+            file = inside(folder, info.relative_path)
             forbidden[at.fqn] = _refused(folder, at.fqn, file, info.offset, info.length)
     forbidden = {name: refused for name, refused in forbidden.items() if refused}
     if forbidden:

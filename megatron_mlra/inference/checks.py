@@ -1,0 +1,56 @@
+"""Checks of the numbers that callers hand to the inference code."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+
+FLOAT32 = torch.finfo(torch.float32)
+
+
+def shown(value: Any) -> str:
+    """`value` for an error: at most 60 letters, and none of an object that cannot be printed."""
+    try:
+        return f"{value!r:.60}"
+    except Exception:  # An int of 10,000 digits, for one.
+        return f"a {type(value).__name__} too long to print"
+
+
+def whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
+    """`value` as an int; numpy's and torch's integers count, floats and booleans do not.
+
+    Args:
+        name: what the value is, for the error.
+        least, most: the bounds, both allowed.
+
+    Raises:
+        ValueError: names the value and what to use.
+    """
+    bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except (TypeError, ValueError):
+        number = None
+    if number is None or number < least or (most is not None and number > most):
+        raise ValueError(f"{name} is {shown(value)}; use a whole number {bounds}")
+    return number
+
+
+def real(name: str, value: Any, fix: str) -> float:
+    """`value` as a float that float32 holds: 0, or from 1.2e-38 to 3.4e38 in magnitude.
+
+    Args:
+        fix: what to use instead, for the error.
+
+    Raises:
+        ValueError: not a number, NaN, infinite, or nothing but 0 or infinity in float32.
+    """
+    try:
+        number = None if isinstance(value, bool | str) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        number = None
+    if number is None or not (number == 0 or FLOAT32.tiny <= abs(number) <= FLOAT32.max):
+        raise ValueError(f"{name} is {shown(value)}; use {fix}")
+    return number
