@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME as MANIFEST
 
-from megatron_mlra.checkpoint.helper_processes import end_with_parent
+from megatron_mlra.checkpoint.writer_process import end_with_parent
 
 DIGEST = ".sha256"
 """Suffix of what a writer leaves beside its file until the manifest is written."""

@@ -205,17 +205,22 @@ def read_metadata(path: Path) -> Metadata:
     return metadata
 
 
+def needed_files(metadata: Metadata) -> dict[str, int]:
+    """Every file that the metadata refers to, and the bytes it must have at least."""
+    needed: dict[str, int] = {}
+    for item in metadata.storage_data.values():
+        end = item.offset + item.length
+        needed[item.relative_path] = max(end, needed.get(item.relative_path, 0))
+    return needed
+
+
 def check_files(path: Path, metadata: Metadata) -> None:
     """Check that every file the metadata refers to is there, at full length.
 
     Raises:
         CheckpointError: names the first missing or short file.
     """
-    needed: dict[str, int] = {}
-    for item in metadata.storage_data.values():
-        end = item.offset + item.length
-        needed[item.relative_path] = max(end, needed.get(item.relative_path, 0))
-    for name, size in sorted(needed.items()):
+    for name, size in sorted(needed_files(metadata).items()):
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"checkpoint {path} is incomplete: {name} is missing")
