@@ -115,7 +115,7 @@ def train() -> int:
             output.open(arguments.run_folder(args))
 
         started = True
-        saved_files.install(world.hosts, lock.is_mine if lock else lambda: True)
+        saved_files.install(world.hosts, lock.successor if lock else lambda: None)
         helper_processes.start_results_queue(args.exit_signal)
         global_vars.set_global_variables(args, build_tokenizer=False)
         if args.rank == 0:
@@ -153,6 +153,8 @@ def train() -> int:
         kill_children()
         return code
     except (Exception, CheckpointException) as error:
+        if started and args.save and not os.path.isdir(args.save):
+            error = save_is_gone(args, error)
         code = console.fail(error, output, started)
         # Behind the error's line: the log's folder may be what is broken.
         with contextlib.suppress(Exception):
@@ -179,6 +181,17 @@ def claim(lock: RunLock, args: Namespace) -> None:
 
     lock.acquire()
     integrity.check_unused(args)
+
+
+def save_is_gone(args: Namespace, error: BaseException) -> RuntimeError:
+    """What to say of an error in a run whose folder was deleted, or unmounted, under it."""
+    step = getattr(args, "curr_iteration", args.iteration) + 1
+    gone = RuntimeError(
+        f"--save {args.save} is gone (deleted, or unmounted) at step {step:,}: its checkpoints are"
+        f" lost with it ({' '.join(str(error).split())})"
+    )
+    gone.__cause__ = error
+    return gone
 
 
 def end_at_once(line: str) -> None:

@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 from megatron.training import initialize
 
-from megatron_mlra.checkpoint.writer_process import end_with_parent, write_for_rank
+from megatron_mlra.checkpoint import writer_process
 
 _manager: SyncManager | None = None
 
@@ -27,15 +27,17 @@ def install(exit_signal: signal.Signals, lock: Path | None) -> None:
     """Have Megatron's persistent writer, which it may start early, not see `exit_signal`, end with
     its rank, and hold the `lock` of the save folder, if any."""
     start_writer = initialize.init_persistent_async_worker
-    loop = PersistentAsyncCaller.async_loop
+    writer_process.replaced = PersistentAsyncCaller.async_loop
 
     def start_unseen(*args, **named) -> None:
-        PersistentAsyncCaller.async_loop = staticmethod(functools.partial(write_for_rank, lock))
+        PersistentAsyncCaller.async_loop = staticmethod(
+            functools.partial(writer_process.write_for_rank, lock)
+        )
         try:
             with _children_without(exit_signal):
                 start_writer(*args, **named)
         finally:
-            PersistentAsyncCaller.async_loop = staticmethod(loop)
+            PersistentAsyncCaller.async_loop = staticmethod(writer_process.replaced)
 
     initialize.init_persistent_async_worker = start_unseen
 
@@ -47,7 +49,7 @@ def start_results_queue(exit_signal: signal.Signals) -> None:
     global _manager
     _manager = SyncManager(ctx=multiprocessing.get_context("fork"))
     with _children_without(exit_signal):
-        _manager.start(end_with_parent)
+        _manager.start(writer_process.end_with_parent)
     filesystem_async._results_queue = _manager.Queue()
 
 

@@ -11,11 +11,15 @@ import os
 import select
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_mlra.fault_tolerance import run_lock
 
 _PR_SET_PDEATHSIG = 1
+
+replaced: Callable[..., None] | None = None
+"""Megatron's loop, in a process where it is replaced by `write_for_rank`."""
 
 
 def write_for_rank(lock: Path | None, *args) -> None:
@@ -28,6 +32,9 @@ def write_for_rank(lock: Path | None, *args) -> None:
     end_with_rank(multiprocessing.parent_process().pid)
     if lock is not None:
         run_lock.hold(lock)
+    if replaced is not None:
+        replaced(*args)  # a fork of the rank, which starts this function in its place
+        return
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
     PersistentAsyncCaller.async_loop(*args)

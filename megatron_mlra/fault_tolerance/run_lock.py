@@ -107,9 +107,15 @@ class RunLock:
         threading.Thread(target=self._beat, name="run lock", daemon=True).start()
 
     def is_mine(self) -> bool:
-        """Whether the lock file still names this run."""
+        """Whether the lock file names this run."""
         there = self._read()
         return isinstance(there, Owner) and there.token == self.owner.token
+
+    def successor(self) -> Owner | None:
+        """The other run that owns the folder now, if any."""
+        there = self._read()
+        taken = isinstance(there, Owner) and there.token != self.owner.token
+        return there if taken else None
 
     def release(self) -> None:
         """End the beat and remove the lock, and the folder if this run made it and left it empty.

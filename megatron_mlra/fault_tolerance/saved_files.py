@@ -21,12 +21,12 @@ from megatron_mlra.fault_tolerance.shared_folder import comes_true
 _WRITER = re.compile(r"__(\d+)_\d+\.distcp").fullmatch
 
 
-def install(hosts: list[str], is_owner: Callable[[], bool]) -> None:
+def install(hosts: list[str], successor: Callable[[], object]) -> None:
     """Have every save looked at by rank 0 before it counts: its tracker is written afterwards.
 
     Args:
         hosts: name of each rank's host.
-        is_owner: whether this run still owns the folder it saves to.
+        successor: the other run that owns the folder now, if any.
     """
     finalize = state_dict_saver.save_state_dict_async_finalize
 
@@ -34,8 +34,8 @@ def install(hosts: list[str], is_owner: Callable[[], bool]) -> None:
         finalize(storage_writer, global_metadata, dist_wrapper)
         why = [None]
         if dist_wrapper.is_coordinator:
-            if not is_owner():
-                why = ["the folder belongs to another run now"]
+            if other := successor():
+                why = [f"the folder belongs to another run now ({other})"]
             else:
                 why = [missing(Path(storage_writer.path), hosts)]
         torch.distributed.broadcast_object_list(

@@ -1,4 +1,4 @@
-"""Hosts that disagree, folders that are not shared, two runs on one folder: refused at the start."""
+"""Hosts that disagree, folders that are not shared, two runs on one folder, a lost tracker file."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def test_hosts_with_other_bytes_behind_the_data_path(entry, preset, corpus, tmp_
     ]
     line = refusal(entry.run(tmp_path, "--config", preset, ranks=2, hosts=hosts))
     assert re.match(
-        rf"error: rank 1 \(host node2\) differs from rank 0 \(host node1\) in the content of {corpus}"
-        r".bin: SHA-256 \w{12} of samples, where rank 0 has SHA-256 \w{12} of samples; start",
+        r"error: rank 1 \(host node2\) differs from rank 0 \(host node1\) in the content of"
+        rf" {corpus}.bin: SHA-256 \w+ of samples, where rank 0 has SHA-256 \w+ of samples; start",
         line,
     ), line
 
@@ -85,6 +85,7 @@ def test_a_mount_that_is_gone_in_mid_run(entry, preset, tmp_path, mode):
     other.mkdir()
     hosts = [{"name": "node1"}, {"name": "node2", "later": [[str(other), str(save)]]}]
     flags = ["--config", preset, "--save", save, "--load", save, *mode]
+    flags += ["--tensorboard-dir", tmp_path / "tensorboard"]
     run = entry.run(tmp_path, *flags, ranks=2, hosts=hosts)
     assert run.code == 1
     assert re.search(
@@ -121,11 +122,27 @@ def test_two_runs_on_one_folder(entry, preset, tmp_path):
     entry.wait(first, pids)
     assert (save / NAME).exists()
     begin = time.monotonic()
-    after = entry.run(second, *flags, "--train-iters", (latest_step(save) or 0) + 2)
+    after = entry.run(second, *flags, *endless, "--exit-interval", 1)
     assert (after.code, after.err) == (0, "")
     assert "waiting" not in after.out
     assert time.monotonic() - begin < 60
     assert not (save / NAME).exists()
+
+
+def test_a_folder_deleted_in_mid_run(entry, preset, tmp_path):
+    save = tmp_path / "save"
+    flags = ["--config", preset, "--save", save, "--load", save, "--save-interval", 3]
+    pids = entry.start(tmp_path, *flags, "--train-iters", 100000, "--log-interval", 1)
+    wait_for(tmp_path / "stdout-0.txt", "saved step 3")
+    shutil.rmtree(save)
+    run = entry.wait(tmp_path, pids)
+    assert run.code == 1
+    assert re.match(
+        rf"error: --save {save} is gone \(deleted, or unmounted\) at step \d+: its checkpoints are"
+        r" lost with it \(",
+        run.err,
+    ), run.err
+    assert "Traceback" not in run.err
 
 
 @pytest.fixture
