@@ -258,4 +258,5 @@ class _Talk:
 
 
 def _key(name: str) -> str:
-    return f"handshake/{name}"
+    # The launcher's store may still hold what ranks said before a restart.
+    return f"handshake/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}"
