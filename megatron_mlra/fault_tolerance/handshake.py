@@ -25,7 +25,7 @@ from typing import Any
 
 from torch.distributed import Store, TCPStore
 
-from megatron_mlra.fault_tolerance.shared_folder import probe, sees
+from megatron_mlra.fault_tolerance import shared_folder
 
 Fingerprint = dict[str, dict[str, str]]
 """Fingerprints by kind ('code', 'data', ...), those first whose differences explain the others."""
@@ -53,7 +53,6 @@ def meet(
     seconds: float,
     save: str | None = None,
     enter: Callable[[], None] = lambda: None,
-    host: str | None = None,
 ) -> World:
     """Meet the other ranks; every rank returns, or every rank raises the same line.
 
@@ -63,12 +62,11 @@ def meet(
         save: folder that all ranks must see, if any.
         enter: called on rank 0 once all ranks are there and agree, before the folder is looked
             at; what it raises ends all ranks.
-        host: name of this machine, for messages.
 
     Raises:
         ValueError: one line that names the rank, its host and what is wrong.
     """
-    host = host or socket.gethostname()
+    host = socket.gethostname()
     if world_size == 1:
         enter()
         return World([host])
@@ -88,7 +86,7 @@ def _lead(
         talk.leave("reference", fingerprint)
         _check_same(talk.collect("different", hosts), hosts)
         enter()
-        with probe(save) as name:
+        with shared_folder.probe(save) as name:
             talk.leave("probe", name)
             _check_shared(talk.collect("sees", hosts), hosts, save)
     except Exception as error:
@@ -110,7 +108,7 @@ def _follow(talk: _Talk, fingerprint: Fingerprint, save: str | None) -> list[str
             different = _differences(here, fingerprint[kind])
     talk.leave(f"different/{talk.rank}", different)
     name = talk.ask("probe")
-    talk.leave(f"sees/{talk.rank}", name is None or sees(save, name))
+    talk.leave(f"sees/{talk.rank}", name is None or shared_folder.sees(save, name))
     return talk.ask("verdict")
 
 
@@ -136,9 +134,9 @@ def _check_same(answers: dict[int, list], hosts: dict[int, str]) -> None:
 def _check_shared(answers: dict[int, bool], hosts: dict[int, str], save: str | None) -> None:
     """Refuse a folder that not all ranks see."""
     if blind := [rank for rank in sorted(answers) if not answers[rank]]:
-        sees = "does" if len(blind) == 1 else "do"
+        do = "does" if len(blind) == 1 else "do"
         raise ValueError(
-            f"--save {save} is not shared: {_named(blind, hosts)} {sees} not see what rank 0 (host"
+            f"--save {save} is not shared: {_named(blind, hosts)} {do} not see what rank 0 (host"
             f" {hosts[0]}) writes there; use a folder that all hosts see"
         )
 
@@ -236,7 +234,9 @@ class _Talk:
         ranks = [rank for rank in range(self.world_size) if rank or kind == "host"]
         keys = [_key(f"{kind}/{rank}") for rank in ranks]
         try:
-            left = max(1.0, self.deadline - time.monotonic())
+            # To look at a folder takes some time, however long rank 0 waited for its lock.
+            least = 2 * shared_folder.PATIENCE if kind == "sees" else 1.0
+            left = max(least, self.deadline - time.monotonic())
             self.store.wait(keys, timedelta(seconds=left))
         except RuntimeError:
             there = [rank for rank, key in zip(ranks, keys, strict=True) if self.store.check([key])]

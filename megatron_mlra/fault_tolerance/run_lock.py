@@ -15,6 +15,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -28,6 +29,10 @@ BEAT = 5.0
 """Seconds between two touches of the lock by its owner."""
 STALE = 60.0
 """Seconds without a touch after which an owner on another machine counts as gone."""
+_HALF_WRITTEN = 2.0
+"""Seconds for which a lock file may lie empty between its creation and its first byte."""
+_LONGEST = 65536
+"""Bytes of a lock file that are read."""
 _WRITERS = 15.0
 """Seconds for which a lock waits for the asynchronous writers of an owner that has ended."""
 
@@ -59,6 +64,25 @@ class Owner:
             job=os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID") or "",
             since=time.strftime("%Y-%m-%d %H:%M:%S"),
         )
+
+    @classmethod
+    def read(cls, text: str) -> Owner:
+        """The owner that a lock file names.
+
+        Raises:
+            ValueError, TypeError, KeyError, RecursionError: the file holds something else.
+        """
+        found = json.loads(text)
+        owner = cls(**{field.name: found[field.name] for field in fields(cls)})
+        # Whoever can write to the folder wrote this: it becomes part of a path, and of a message.
+        texts = [value for name, value in asdict(owner).items() if name != "pid"]
+        if not (
+            re.fullmatch("[0-9a-f]{32}", owner.token)
+            and isinstance(owner.pid, int)
+            and all(isinstance(value, str) and value.isprintable() for value in texts)
+        ):
+            raise ValueError("this is no owner of a lock")
+        return owner
 
     def __str__(self) -> str:
         job = f", job {self.job}" if self.job else ""
@@ -149,15 +173,15 @@ class RunLock:
 
     def _read(self) -> Owner | str | None:
         """The owner; the text of a file that names none; None where there is no lock."""
-        deadline, text = time.monotonic() + 2, ""
+        deadline, text = time.monotonic() + _HALF_WRITTEN, ""
         while True:
             try:
-                text = self.path.read_text()
-                found = json.loads(text)
-                return Owner(**{field.name: found[field.name] for field in fields(Owner)})
+                with open(self.path, "rb") as file:
+                    text = file.read(_LONGEST).decode(errors="replace")
+                return Owner.read(text)
             except FileNotFoundError:
                 return None
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, RecursionError):
                 # Created by another run in this moment, and not written yet.
                 if time.monotonic() > deadline:
                     return text

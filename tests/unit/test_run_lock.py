@@ -12,12 +12,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from megatron_mlra.fault_tolerance import run_lock
-from megatron_mlra.fault_tolerance.run_lock import NAME, RunLock
+from megatron_mlra.fault_tolerance.run_lock import NAME, Owner, RunLock
 
 OWN = """
 import os, sys, time
@@ -151,10 +152,21 @@ def test_an_owner_that_was_stopped_and_succeeded_ends(owner, tmp_path):
     lock.release()
 
 
-def test_a_lock_that_names_nobody_is_taken_once_it_is_old(tmp_path):
-    (tmp_path / NAME).write_text('{"half')
-    os.utime(tmp_path / NAME, (1, 1))
-    acquire(tmp_path)
+def test_a_lock_that_names_nobody_is_taken_once_it_is_old(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "_HALF_WRITTEN", 0.2)
+    other = Owner.this_process()
+    for text in (
+        '{"half',
+        json.dumps(asdict(other) | {"token": "../../outside"}),
+        json.dumps(asdict(other) | {"host": "\x1b[2J"}),
+        "[" * 100000,
+    ):
+        (tmp_path / NAME).write_text(text)
+        os.utime(tmp_path / NAME, (1, 1))
+        lock = RunLock(tmp_path)
+        assert lock.successor() is None
+        if text == '{"half':
+            acquire(tmp_path)
 
 
 def test_a_lock_deleted_under_its_owner_comes_back(owner, tmp_path):
