@@ -185,7 +185,7 @@ def claim(lock: RunLock, args: Namespace) -> None:
 
 def save_is_gone(args: Namespace, error: BaseException) -> RuntimeError:
     """What to say of an error in a run whose folder was deleted, or unmounted, under it."""
-    step = getattr(args, "curr_iteration", args.iteration) + 1
+    step = getattr(args, "curr_iteration", 0) + 1
     gone = RuntimeError(
         f"--save {args.save} is gone (deleted, or unmounted) at step {step:,}: its checkpoints are"
         f" lost with it ({' '.join(str(error).split())})"
@@ -204,7 +204,8 @@ def kill_children() -> None:
     """End the writers of checkpoints and the data loaders of a run that failed."""
     hush_threads()
     # torch's handler raises an error for a data loader that is killed.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    with contextlib.suppress(ValueError):  # outside the main thread, there is none
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     children = multiprocessing.active_children()
     for child in children:
         child.kill()

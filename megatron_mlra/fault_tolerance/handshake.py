@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import Store, TCPStore
+from torch.distributed import PrefixStore, Store, TCPStore
 
 from megatron_mlra.fault_tolerance import shared_folder
 
@@ -73,7 +73,7 @@ def meet(
     talk = _Talk(rank, world_size, seconds)
     talk.leave(f"host/{rank}", host)
     hosts = _follow(talk, fingerprint, save) if rank else _lead(talk, fingerprint, save, enter)
-    return World(hosts, talk.store)
+    return World(hosts, PrefixStore(_key("world"), talk.store))
 
 
 def _lead(

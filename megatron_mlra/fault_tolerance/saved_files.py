@@ -34,10 +34,13 @@ def install(hosts: list[str], successor: Callable[[], object]) -> None:
         finalize(storage_writer, global_metadata, dist_wrapper)
         why = [None]
         if dist_wrapper.is_coordinator:
-            if other := successor():
-                why = [f"the folder belongs to another run now ({other})"]
-            else:
-                why = [missing(Path(storage_writer.path), hosts)]
+            try:
+                if other := successor():
+                    why = [f"the folder belongs to another run now ({other})"]
+                else:
+                    why = [missing(Path(storage_writer.path), hosts)]
+            except OSError as error:
+                why = [str(error)]
         torch.distributed.broadcast_object_list(
             why, src=dist_wrapper.coordinator_rank, group=dist_wrapper.group
         )
