@@ -9,11 +9,19 @@ opposite (`--no-bf16`).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from megatron_mlra.fault_tolerance.run_lock import RunLock
 
 # Megatron warns about every optional package at import; the summary names what matters.
 warnings.filterwarnings("ignore")
@@ -57,12 +65,15 @@ def train() -> int:
     from megatron_mlra.checkpoint import checksums, helper_processes, integrity
     from megatron_mlra.checkpoint.files import guarded_loads
     from megatron_mlra.cpu_backend import enable_cpu_backend
-    from megatron_mlra.fault_tolerance import batches, heartbeat, resume
+    from megatron_mlra.fault_tolerance import batches, fingerprint, heartbeat, resume, saved_files
+    from megatron_mlra.fault_tolerance.handshake import meet
+    from megatron_mlra.fault_tolerance.run_lock import RunLock
     from megatron_mlra.progress import Progress, Stopped
 
-    args, output, started = None, None, False
+    args, output, started, lock = None, None, False, None
     try:
         args = arguments.parse()
+        given = fingerprint.of_arguments(args)
         if not args.verbose_megatron:
             output = console.MegatronOutput(args.rank, args.world_size)
         if on_cpu:
@@ -72,7 +83,9 @@ def train() -> int:
         upstream_fixes.name_failed_checkpoint_writes()
         guarded_loads.install()
         checksums.install()
-        helper_processes.install(args.exit_signal)
+        if args.save is not None:
+            lock = RunLock(args.save, say=console.say, lost=end_at_once)
+        helper_processes.install(args.exit_signal, lock.path if lock else None)
         config = model.model_config(args, arguments.validate(args))
         global_vars.rebuild_tokenizer(args)
         shape = ModelShape.from_args(args)
@@ -86,11 +99,25 @@ def train() -> int:
             integrity.check_writable("--tensorboard-dir", args.tensorboard_dir)
         integrity.check_load(args)
         data.check_data(args)
+
+        arguments.join_world()
+        same = {"code": fingerprint.of_code(), "arguments": given}
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the ranks of a host see the same files
+            same["data"] = fingerprint.of_data(args)
+        same["derived arguments"] = fingerprint.of_arguments(args)
+        world = meet(
+            args.rank,
+            args.world_size,
+            same,
+            seconds=60 * args.distributed_timeout_minutes,
+            save=args.save,
+            enter=lambda: lock and claim(lock, args),
+        )
         if output is not None:
             output.open(arguments.run_folder(args))
 
         started = True
-        arguments.join_world()
+        saved_files.install(world.hosts, lock.successor if lock else lambda: None)
         helper_processes.start_results_queue(args.exit_signal)
         global_vars.set_global_variables(args, build_tokenizer=False)
         if args.rank == 0:
@@ -101,11 +128,17 @@ def train() -> int:
         Progress(args, shape).install()
         resume.install(args)
         batches.install()
-        stop_watch = heartbeat.install(args, arguments.run_folder(args))
+        stop_watch = heartbeat.install(
+            args, arguments.run_folder(args), lambda: lock and lock.release_within(5)
+        )
         container = pretrain_cfg_container_from_args(args, config)
         try:
             training.pretrain(
-                container, data.build_datasets, ModelType.encoder_or_decoder, model.forward_step
+                container,
+                data.build_datasets,
+                ModelType.encoder_or_decoder,
+                model.forward_step,
+                store=world.store,
             )
         except Stopped as stop:
             if args.rank == 0:
@@ -118,11 +151,22 @@ def train() -> int:
     except SystemExit as end:
         if args is None:  # --help
             raise
-        return console.fail(end, output, started)
+        code = console.fail(end, output, started)
+        kill_children()
+        return code
     except (Exception, CheckpointException) as error:
-        if writer := global_vars.get_tensorboard_writer():
-            writer.flush()
-        return console.fail(error, output, started)
+        if started and args.save and not os.path.isdir(args.save):
+            error = save_is_gone(args, error)
+        code = console.fail(error, output, started)
+        # Behind the error's line: the log's folder may be what is broken.
+        with contextlib.suppress(Exception):
+            if writer := global_vars.get_tensorboard_writer():
+                writer.flush()
+        kill_children()
+        return code
+    finally:
+        if lock is not None:
+            lock.release()
     torch.distributed.destroy_process_group()
     return 0
 
@@ -133,15 +177,51 @@ def hush_threads() -> None:
     sys.excepthook = lambda *_: None
 
 
+def claim(lock: RunLock, args: Namespace) -> None:
+    """Make `--save` this run's own, for all ranks; what it holds was looked at before."""
+    from megatron_mlra.checkpoint import integrity
+
+    lock.acquire()
+    integrity.check_unused(args)
+
+
+def save_is_gone(args: Namespace, error: BaseException) -> RuntimeError:
+    """What to say of an error in a run whose folder was deleted, or unmounted, under it."""
+    step = getattr(args, "curr_iteration", 0) + 1
+    gone = RuntimeError(
+        f"--save {args.save} is gone (deleted, or unmounted) at step {step:,}: its checkpoints are"
+        f" lost with it ({' '.join(str(error).split())})"
+    )
+    gone.__cause__ = error
+    return gone
+
+
+def end_at_once(line: str) -> None:
+    """End this process from any thread, whatever the main thread waits for."""
+    os.write(2, f"error: {line}\n".encode())
+    os._exit(1)
+
+
+def kill_children() -> None:
+    """End the writers of checkpoints and the data loaders of a run that failed."""
+    hush_threads()
+    # torch's handler raises an error for a data loader that is killed.
+    with contextlib.suppress(ValueError):  # outside the main thread, there is none
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    children = multiprocessing.active_children()
+    for child in children:
+        child.kill()
+    for child in children:
+        child.join(5)
+
+
 def leave(code: int) -> None:
     """End the process. After a failure other ranks may wait in a collective, and data loaders for
     work: wait for neither."""
     sys.stderr.flush()
     if not code:
         return
-    hush_threads()
-    for child in multiprocessing.active_children():
-        child.kill()
+    kill_children()
     os._exit(code)
 
 

@@ -22,7 +22,7 @@ from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME as MANIF
 
 from megatron_mlra.checkpoint.description import CheckpointError
 from megatron_mlra.checkpoint.files.inside import inside
-from megatron_mlra.checkpoint.helper_processes import end_with_parent
+from megatron_mlra.checkpoint.writer_process import end_with_parent
 from megatron_mlra.command_line import aside
 from megatron_mlra.foreign_text import read_json
 

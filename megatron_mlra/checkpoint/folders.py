@@ -105,8 +105,13 @@ def tracked_step(folder: Path) -> str | None:
     tracker = inside(folder, TRACKER)
     if not tracker.is_file():
         return None
-    with tracker.open("rb") as file:
-        text = file.read(64).decode("utf-8", errors="replace").strip()
+    try:
+        with tracker.open("rb") as file:
+            text = file.read(64).decode("utf-8", errors="replace").strip()
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint tracker {tracker} cannot be read ({error.strerror})"
+        ) from None
     if text not in ("", "release") and not re.fullmatch("[0-9]{1,18}", text):
         raise CheckpointError(
             f"checkpoint tracker {tracker} holds {text!r:.40}, not a step; write the step of a"

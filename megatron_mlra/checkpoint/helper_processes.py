@@ -7,27 +7,37 @@ schedulers (and `timeout`) send to every process of a job.
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import functools
 import multiprocessing
 import signal
 from collections.abc import Iterator
 from multiprocessing.managers import SyncManager
+from pathlib import Path
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 from megatron.training import initialize
 
-_PR_SET_PDEATHSIG = 1
+from megatron_mlra.checkpoint import writer_process
 
 _manager: SyncManager | None = None
 
 
-def install(exit_signal: signal.Signals) -> None:
-    """Have Megatron's persistent writer, which it may start early, not see `exit_signal`."""
+def install(exit_signal: signal.Signals, lock: Path | None) -> None:
+    """Have Megatron's persistent writer, which it may start early, not see `exit_signal`, end with
+    its rank, and hold the `lock` of the save folder, if any."""
     start_writer = initialize.init_persistent_async_worker
+    writer_process.replaced = PersistentAsyncCaller.async_loop
 
     def start_unseen(*args, **named) -> None:
-        with _children_without(exit_signal):
-            start_writer(*args, **named)
+        PersistentAsyncCaller.async_loop = staticmethod(
+            functools.partial(writer_process.write_for_rank, lock)
+        )
+        try:
+            with _children_without(exit_signal):
+                start_writer(*args, **named)
+        finally:
+            PersistentAsyncCaller.async_loop = staticmethod(writer_process.replaced)
 
     initialize.init_persistent_async_worker = start_unseen
 
@@ -39,13 +49,8 @@ def start_results_queue(exit_signal: signal.Signals) -> None:
     global _manager
     _manager = SyncManager(ctx=multiprocessing.get_context("fork"))
     with _children_without(exit_signal):
-        _manager.start(end_with_parent)
+        _manager.start(writer_process.end_with_parent)
     filesystem_async._results_queue = _manager.Queue()
-
-
-def end_with_parent() -> None:
-    """Have this process killed when the thread that started it ends."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tempfile
@@ -13,6 +14,7 @@ from typing import Any
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mlra import command_line
+from megatron_mlra.checkpoint.checksums import MANIFEST
 from megatron_mlra.checkpoint.folders import TRACKER, tracked_step
 from megatron_mlra.checkpoint.torch_dist import TorchDistFolder
 from megatron_mlra.foreign_text import read_json
@@ -76,10 +78,10 @@ _UNUSED = {
 
 
 def latest_step(folder: str | Path) -> int | None:
-    """The step of the checkpoint that `folder` names as its latest, None where there is none.
+    """The step of the checkpoint that `folder` names as its latest, None where it names none.
 
     Raises:
-        ValueError: for a tracker file that names no step.
+        ValueError: for a tracker file that names no step, or cannot be read.
     """
     text = tracked_step(Path(folder))
     if text is None:
@@ -94,34 +96,67 @@ def latest_step(folder: str | Path) -> int | None:
 
 
 def mend_tracker(load: str | Path, step: int) -> None:
-    """Write `step` into a tracker file that was left empty, which Megatron cannot read."""
+    """Write `step` into a tracker file that is empty, which Megatron cannot read, or gone."""
     tracker = Path(load) / TRACKER
-    if tracker.is_file() and not tracker.read_text().strip():
+    if not tracker.is_file() or not tracker.read_text().strip():
         command_line.write_text(tracker, str(step))
 
 
 def candidates(load: str | Path, step: int | None = None) -> list[Path]:
-    """The folders that loading `load` may read, in order: what the tracker file names, then earlier
-    steps; only `step` if it is given. What is later than the tracker was never completed.
+    """Checkpoint folders to load from, best first: the one that the tracker names, then earlier
+    steps; only `step` if it is given. What is later than the tracker was never completed. Without a
+    tracker: every step whose save came to its end, newest first.
 
     Raises:
-        ValueError: for a tracker file that names no step.
+        ValueError: for a tracker file that names no step, a folder that cannot be read.
     """
     load = Path(load)
     if step:
         return [load / f"iter_{step:07d}"]
     latest = latest_step(load)
     if latest is None:
-        return []
+        return saved_without_tracker(load)
     if not latest:
         return [load / "release"]
     earlier = sorted((other for other in steps(load) if other < latest), reverse=True)
     return [load / f"iter_{number:07d}" for number in (latest, *earlier)]
 
 
+def saved_without_tracker(folder: str | Path) -> list[Path]:
+    """Checkpoints of a folder that has no tracker file, newest first: it was lost, or the folders
+    were copied without it. A run that was killed in its first save leaves neither a tracker nor any
+    of the files that are written last.
+
+    Raises:
+        ValueError: the folder cannot be read, or holds a `release` checkpoint.
+    """
+    folder = Path(folder)
+    if (folder / "release").is_dir():
+        raise ValueError(
+            f"{folder} holds release/, but no {TRACKER}; write the word release into that file"
+        )
+    newest_first = sorted(steps(folder), reverse=True)
+    paths = [folder / f"iter_{number:07d}" for number in newest_first]
+    return [path for path in paths if any((path / name).exists() for name in _WRITTEN_LAST)]
+
+
+_WRITTEN_LAST = (".metadata", "metadata.json", MANIFEST)
+"""Files of a checkpoint that are written once all tensors are."""
+
+
 def steps(folder: str | Path) -> set[int]:
-    """Steps of which `folder` holds an `iter_*` folder, complete or not."""
-    return {int(n[1]) for path in Path(folder).glob("iter_*") if (n := _ITERATION(path.name))}
+    """Steps of which `folder` holds an `iter_*` folder, complete or not.
+
+    Raises:
+        ValueError: the folder is there but cannot be read: what it holds is unknown.
+    """
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return set()
+    except OSError as error:
+        raise ValueError(f"checkpoint folder {folder} cannot be read ({error.strerror})") from None
+    return {int(found[1]) for name in names if (found := _ITERATION(name))}
 
 
 def first_usable(
@@ -165,7 +200,7 @@ def check_load(args: Namespace) -> None:
         return
     starts_anew = args.load == args.save and not args.exit_on_missing_checkpoint
     if not Path(args.load).is_dir():
-        if starts_anew and not Path(args.load).exists():
+        if starts_anew and not os.path.lexists(args.load):
             return
         raise ValueError(f"--load {args.load} is not a folder; give the --save of an earlier run")
     folder, _ = first_usable(candidates(args.load, args.ckpt_step), _check_readable)
@@ -273,12 +308,7 @@ def check_save(args: Namespace, parameters: int) -> None:
         return
     folder = Path(args.save)
     existing = check_writable("--save", folder)
-    step = latest_step(folder)
-    if step is not None and (args.load is None or Path(args.load).resolve() != folder.resolve()):
-        raise ValueError(
-            f"--save {folder} holds a checkpoint of step {step:,}, which this run would replace;"
-            f" add --load {folder} to continue it, or use another folder"
-        )
+    check_unused(args)
     low = args.bf16 or args.fp16
     needed = parameters * ((2 if low else 4) + (0 if args.no_save_optim else 12 if low else 8))
     free = shutil.disk_usage(existing).free
@@ -286,6 +316,25 @@ def check_save(args: Namespace, parameters: int) -> None:
         raise ValueError(
             f"--save {folder} has {free / 1e9:.1f} GB free and a checkpoint needs"
             f" {needed / 1e9:.1f} GB; free some, or use another disk"
+        )
+
+
+def check_unused(args: Namespace) -> None:
+    """Check that `--save` holds no checkpoints, unless this run continues them.
+
+    Raises:
+        ValueError: it does; names the newest, and the fix.
+    """
+    folder = Path(args.save)
+    if args.load is not None and Path(args.load).resolve() == folder.resolve():
+        return
+    step = latest_step(folder)
+    if step is None and (saved := saved_without_tracker(folder)):
+        step = int(saved[0].name.removeprefix("iter_"))
+    if step is not None:
+        raise ValueError(
+            f"--save {folder} holds a checkpoint of step {step:,}, which this run would replace;"
+            f" add --load {folder} to continue it, or use another folder"
         )
 
 

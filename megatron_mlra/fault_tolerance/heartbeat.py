@@ -93,12 +93,15 @@ def limit_of(args: Namespace) -> float:
     return args.hang_timeout_seconds
 
 
-def install(args: Namespace, folder: Path) -> Callable[[], None]:
+def install(
+    args: Namespace, folder: Path, before_leaving: Callable[[], object] = lambda: None
+) -> Callable[[], None]:
     """Mark the trainer's phases, and watch all ranks from the moment they can reach each other.
 
     Args:
         args: of the run.
         folder: where a rank that hangs leaves the stacks of its threads, if it can.
+        before_leaving: called by the thread that ends this process for a hang.
 
     Returns:
         what ends the watch, once all ranks are done; no rank may leave before all have called it.
@@ -107,7 +110,7 @@ def install(args: Namespace, folder: Path) -> Callable[[], None]:
     if not limit:
         return lambda: None
     global _watch
-    watch = _watch = Watch(args.rank, args.world_size, limit, folder)
+    watch = _watch = Watch(args.rank, args.world_size, limit, folder, before_leaving)
     initialize, train_step, train = (
         training.initialize_megatron,
         training.train_step,
@@ -146,7 +149,15 @@ def install(args: Namespace, folder: Path) -> Callable[[], None]:
 class Watch:
     """The threads of one rank."""
 
-    def __init__(self, rank: int, world_size: int, limit: float, folder: Path) -> None:
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        limit: float,
+        folder: Path,
+        before_leaving: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.before_leaving = before_leaving
         self.rank, self.world_size, self.limit, self.folder = rank, world_size, limit, folder
         self.interval = min(15.0, limit / 20)
         local = int(os.environ.get("LOCAL_RANK", 0))
@@ -332,6 +343,7 @@ class Watch:
             log = self.folder / f"hang-rank-{self.rank}.log"
             with contextlib.suppress(OSError), open(log, "w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
+        self.before_leaving()
         os._exit(1)
 
 

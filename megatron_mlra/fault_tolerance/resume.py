@@ -9,6 +9,7 @@ import torch
 from megatron.training import training
 
 from megatron_mlra.checkpoint import checksums, integrity
+from megatron_mlra.checkpoint.folders import TRACKER
 from megatron_mlra.console import say
 
 
@@ -50,7 +51,17 @@ def whole_step(args: Namespace) -> int | None:
         return None
     step = int(folder.name.removeprefix("iter_"))
     if args.rank == 0:
-        integrity.mend_tracker(args.load, step)
+        if not args.ckpt_step and integrity.latest_step(args.load) is None:
+            say(
+                f"warning: {args.load} has no {TRACKER} (lost, or not copied along): continuing"
+                f" from the newest whole checkpoint, that of step {step:,}"
+            )
+        try:
+            integrity.mend_tracker(args.load, step)
+        except OSError:
+            # Another run's folder may be read-only, and need not be mended to be loaded from.
+            if args.load == args.save:
+                raise
     torch.distributed.barrier()
     return step
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -144,7 +145,15 @@ def test_tensors_of_a_megatron_folder(megatron, convert, tmp_path):
 
     def stored(change) -> str:
         damaged = read_metadata(file.parent)
-        change(damaged.state_dict_metadata)
+        entries = damaged.state_dict_metadata
+        change(entries)
+        # An index whose blocks and entries differ is refused for that, before its model is known.
+        renamed = {} if "new.weight" not in entries else {key: "new.weight"}
+        damaged.storage_data = {
+            dataclasses.replace(at, fqn=renamed.get(at.fqn, at.fqn)): info
+            for at, info in damaged.storage_data.items()
+            if renamed.get(at.fqn, at.fqn) in entries
+        }
         file.write_bytes(pickle.dumps(damaged))
         code, error = convert("export-official", megatron, tmp_path / "out")
         file.write_bytes(intact)

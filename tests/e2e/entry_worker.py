@@ -2,7 +2,7 @@
 
 Reads one JSON job a line from stdin, answers one JSON line. A job {"argv", "folder", "ranks",
 "env", "free_bytes", "file_bytes", "nan_at",
-"nan_gradient_at", "samples", "asleep"} starts a run and is answered
+"nan_gradient_at", "samples", "asleep", "hosts"} starts a run and is answered
 {"pids": [...]}; {"wait": pid} is answered with its exit {"code": ...}, negative for a signal.
 """
 
@@ -16,6 +16,7 @@ import resource
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 import types
@@ -71,6 +72,9 @@ def be_entry(entry: types.ModuleType, job: dict, rank: int, env: dict) -> int:
     # A shell that starts the tests in the background has them ignore it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update({name: str(value) for name, value in env.items()})
+    argv = job["argv"]
+    if "hosts" in job:
+        argv = [*argv, *be_on_host(**job["hosts"][rank])]
     for fd, name in ((1, "stdout"), (2, "stderr")):
         file = os.open(folder / f"{name}-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, fd)
@@ -87,7 +91,7 @@ def be_entry(entry: types.ModuleType, job: dict, rank: int, env: dict) -> int:
         fall_asleep(rank, **sleep)
     if "file_bytes" in job:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_bytes"],) * 2)
-    sys.argv = ["pretrain_mlra.py", *job["argv"]]
+    sys.argv = ["pretrain_mlra.py", *argv]
     try:
         code = entry.main()
     except SystemExit as end:
@@ -102,6 +106,42 @@ def be_entry(entry: types.ModuleType, job: dict, rank: int, env: dict) -> int:
         child.kill()
     sys.stdout.flush()
     return 0
+
+
+def be_on_host(
+    name: str,
+    argv: list[str] | None = None,
+    mounts: list[list[str]] | None = None,
+    later: list[list[str]] | None = None,
+) -> list[str]:
+    """Move this process to a host of its own: a name, and other files behind some paths.
+
+    Args:
+        argv: more flags that this rank is started with, which are returned.
+        mounts: (what, where) of files or folders that lie elsewhere on this host.
+        later: the same, from the moment on when training starts.
+    """
+    os.unshare(os.CLONE_NEWUTS | os.CLONE_NEWNS)
+    socket.sethostname(name)
+    os.environ["LOCAL_RANK"] = "0"
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+
+    def mount(pairs: list[list[str]]) -> None:
+        for what, where in pairs:
+            subprocess.run(["mount", "--bind", what, where], check=True)
+
+    mount(mounts or [])
+    if later:
+        from megatron.training import training
+
+        train = training.train
+
+        def mount_and_train(*rest, **named):
+            mount(later)
+            return train(*rest, **named)
+
+        training.train = mount_and_train
+    return argv or []
 
 
 def record_samples(path: Path) -> None:

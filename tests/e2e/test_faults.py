@@ -106,6 +106,21 @@ def runs_still(pid: str) -> bool:
         return False
 
 
+def test_killed_before_the_first_asynchronous_save(entry, preset, tmp_path):
+    save = tmp_path / "save"
+    command = ["--config", preset, "--save", save, "--load", save, "--async-save"]
+    (pid,) = entry.start(tmp_path, *command, "--log-interval", 1, "--train-iters", 100000)
+    wait_for(tmp_path / "stdout-0.txt", "step 1/")
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    os.kill(pid, signal.SIGKILL)
+    assert entry.wait(tmp_path, [pid]).code == -signal.SIGKILL
+    assert len(children) >= 2  # the results queue, the writer
+    deadline = time.monotonic() + 10
+    while left := [child for child in children if runs_still(child)]:
+        assert time.monotonic() < deadline, f"processes {left} outlived their rank"
+        time.sleep(0.02)
+
+
 def test_killed_during_an_asynchronous_save(entry, preset, whole, save, tmp_path):
     # The writer of step 8 finds its file held up: a pipe that nobody reads.
     for left in (save / "iter_0000008").iterdir():

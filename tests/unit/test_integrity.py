@@ -3,7 +3,9 @@ damaged in tests/e2e/test_bad_input.py, on checkpoints of real runs."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
 from argparse import Namespace
 from types import SimpleNamespace
 
@@ -36,6 +38,35 @@ def test_candidates_are_the_latest_step_and_those_before(tmp_path):
         found = [path.name for path in integrity.candidates(tmp_path)]
         assert found == [f"iter_{step:07d}" for step in steps]
     assert [path.name for path in integrity.candidates(tmp_path, 12)] == ["iter_0000012"]
+
+
+def test_without_a_tracker_every_finished_save_is_a_candidate(tmp_path):
+    for step, last in ((4, ".metadata"), (8, "metadata.json"), (12, "__0_0.distcp")):
+        (tmp_path / f"iter_{step:07d}").mkdir()
+        (tmp_path / f"iter_{step:07d}" / last).touch()
+    found = [path.name for path in integrity.candidates(tmp_path)]
+    assert found == ["iter_0000008", "iter_0000004"]
+    with pytest.raises(ValueError, match="holds a checkpoint of step 8, which this run would"):
+        integrity.check_save(save_args(tmp_path), 1)
+    (tmp_path / "release").mkdir()
+    with pytest.raises(ValueError, match="write the word release into that file"):
+        integrity.candidates(tmp_path)
+
+
+def test_a_folder_that_cannot_be_read_is_not_empty(tmp_path):
+    (tmp_path / integrity.TRACKER).write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="cannot be read"):
+        integrity.latest_step(tmp_path)
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o311)  # to be entered, not to be listed
+        before = os.geteuid()
+        os.seteuid(65534 if before == 0 else before)
+        try:
+            with pytest.raises(ValueError, match=r"cannot be read \(Permission denied\)"):
+                integrity.candidates(folder)
+        finally:
+            os.seteuid(before)
+            os.chmod(folder, 0o700)
 
 
 def test_first_usable_says_why_others_are_not(tmp_path):

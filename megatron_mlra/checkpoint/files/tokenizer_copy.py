@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_mlra.checkpoint.description import CheckpointError
 from megatron_mlra.checkpoint.folders import is_tokenizer_file
+from megatron_mlra.foreign_text import read_json
 
 CODE = "auto_map"
 """Where a tokenizer's configuration names Python code that `trust_remote_code` would run."""
@@ -52,7 +53,7 @@ def _with_code(file: Path) -> dict | None:
         CheckpointError: it is no JSON object.
     """
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read ({error})") from None
     if not isinstance(config, dict):

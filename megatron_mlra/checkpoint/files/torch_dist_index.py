@@ -182,6 +182,15 @@ def check_files(folder: Path, index: Metadata) -> None:
                 )
 
 
+def needed_files(index: Metadata) -> dict[str, int]:
+    """Every file that an index refers to, and the bytes it must have at least."""
+    needed: dict[str, int] = {}
+    for _, info in _blocks(index):
+        end = info.offset + info.length
+        needed[info.relative_path] = max(end, needed.get(info.relative_path, 0))
+    return needed
+
+
 def _blocks(index: Metadata) -> Iterable[tuple[MetadataIndex, _StorageInfo]]:
     return index.storage_data.items()
 

@@ -1,0 +1,66 @@
+"""The process that writes a rank's asynchronous checkpoints, tied to its rank from its first line.
+
+It imports nothing heavy before it is tied: a rank may be killed while its writer starts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import select
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_mlra.fault_tolerance import run_lock
+
+_PR_SET_PDEATHSIG = 1
+
+replaced: Callable[..., None] | None = None
+"""Megatron's loop, in a process where it is replaced by `write_for_rank`."""
+
+
+def write_for_rank(lock: Path | None, *args) -> None:
+    """Megatron's loop of a persistent writer, in a process that ends with its rank.
+
+    Args:
+        lock: of the save folder, which counts as held while this process lives.
+        args: of Megatron's loop.
+    """
+    end_with_rank(multiprocessing.parent_process().pid)
+    if lock is not None:
+        run_lock.hold(lock)
+    if replaced is not None:
+        replaced(*args)  # a fork of the rank, which starts this function in its place
+        return
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    PersistentAsyncCaller.async_loop(*args)
+
+
+def end_with_rank(rank: int) -> None:
+    """Have this process killed when the process `rank`, which need not be its parent, ends.
+
+    A writer's parent is the server that forked it. The server ends once all copies of a pipe are
+    closed, and data loaders that outlive a killed rank for some seconds have copies.
+    """
+    end_with_parent()
+    try:
+        ended = os.pidfd_open(rank)
+    except ProcessLookupError:
+        os._exit(1)
+    except OSError:
+        return  # a kernel or a container without it
+
+    def wait() -> None:
+        select.select([ended], [], [])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, name="end with rank", daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """Have this process killed when the thread that started it ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,91 @@
+"""What all hosts of a run must agree on: the code, the arguments, the bytes of the data.
+
+A fingerprint is a dictionary of short texts, by what a message calls them. Two hosts agree if their
+fingerprints are equal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from megatron.training.utils import get_blend_and_blend_per_split
+
+import megatron_mlra
+import mlra_kernels
+from megatron_mlra.argument_checks import flag
+
+PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "flash-attn")
+"""Installed packages whose versions change what is computed."""
+
+LOCAL = {"rank", "local_rank", "config", "tensorboard_dir", "wandb_save_dir"}
+"""Arguments that may differ between ranks. The values of a preset are arguments themselves; logs
+are written by one rank."""
+
+BLOCK = 4096
+"""Bytes of one sample of a data file."""
+BLOCKS = 1024
+"""Samples of all data files together, where there are fewer files than that."""
+
+
+def of_arguments(args: Namespace) -> dict[str, str]:
+    """Every argument but those that may differ between ranks, by its flag."""
+    return {
+        flag(name): value if isinstance(value, str) else repr(value)
+        for name, value in sorted(vars(args).items())
+        if name not in LOCAL
+    }
+
+
+def of_code() -> dict[str, str]:
+    """Versions of packages, and a digest of this project's own source."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[f"the version of {name}"] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[f"the version of {name}"] = "not installed"
+    found["the version of torch"] = torch.__version__  # with its build, such as +cu128
+    for module in (megatron_mlra, mlra_kernels):
+        folder = Path(next(iter(module.__path__)))
+        digest = hashlib.sha256()
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
+        found[f"the source of {module.__name__}"] = f"SHA-256 {digest.hexdigest()[:12]}"
+    return found
+
+
+def of_data(args: Namespace) -> dict[str, str]:
+    """Size of every data file, and a digest of blocks spread evenly over it."""
+    if args.mock_data or args.skip_train:
+        return {}
+    blend, per_split = get_blend_and_blend_per_split(args)
+    blends = [b for b in (blend, *(per_split or ())) if b is not None]
+    paths = sorted({prefix + end for names, _ in blends for prefix in names for end in _FILES})
+    paths = [path for path in paths if Path(path).is_file()]
+    blocks = max(4, min(64, BLOCKS // max(len(paths), 1)))
+    with ThreadPoolExecutor(16) as threads:
+        samples = list(threads.map(lambda path: _sample(path, blocks), paths))
+    found = {}
+    for path, (size, digest) in zip(paths, samples, strict=True):
+        found[f"the size of {path}"] = f"{size:,} bytes"
+        found[f"the content of {path}"] = f"SHA-256 {digest[:12]} of samples"
+    return found
+
+
+_FILES = (".bin", ".idx")
+
+
+def _sample(path: str, blocks: int) -> tuple[int, str]:
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        last = max(size - BLOCK, 0)
+        for i in range(blocks):
+            digest.update(os.pread(file.fileno(), BLOCK, last * i // (blocks - 1)))
+    return size, digest.hexdigest()

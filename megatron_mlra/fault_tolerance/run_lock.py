@@ -1,0 +1,334 @@
+"""One run at a time in a `--save` folder: a lock file that names its owner and beats.
+
+The lock is `run.lock` in the folder, created so that of several runs exactly one succeeds. Its
+owner touches it every `BEAT` seconds. Another run takes the lock over if the owner is gone:
+
+- on the owner's machine, as soon as its process and its asynchronous writers have ended;
+- on any other machine, once the lock has not been touched for `STALE` seconds.
+
+Only rank 0 holds the lock, for all ranks of its run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+NAME = "run.lock"
+BEAT = 5.0
+"""Seconds between two touches of the lock by its owner."""
+STALE = 60.0
+"""Seconds without a touch after which an owner on another machine counts as gone."""
+_HALF_WRITTEN = 2.0
+"""Seconds for which a lock file may lie empty between its creation and its first byte."""
+_LONGEST = 65536
+"""Bytes of a lock file that are read."""
+_WRITERS = 15.0
+"""Seconds for which a lock waits for the asynchronous writers of an owner that has ended."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who holds a lock, as its file says."""
+
+    token: str
+    host: str
+    pid: int
+    born: str
+    """When the process started, in ticks since the machine did: process ids are used again."""
+    machine: str
+    """The running kernel and its process ids' namespace: where `pid` means this process."""
+    job: str
+    since: str
+
+    @classmethod
+    def this_process(cls) -> Owner:
+        """This process, as the owner of a lock."""
+        pid = os.getpid()
+        return cls(
+            token=uuid.uuid4().hex,
+            host=socket.gethostname(),
+            pid=pid,
+            born=_born(pid) or "",
+            machine=_machine(),
+            job=os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID") or "",
+            since=time.strftime("%Y-%m-%d %H:%M:%S"),
+        )
+
+    @classmethod
+    def read(cls, text: str) -> Owner:
+        """The owner that a lock file names.
+
+        Raises:
+            ValueError, TypeError, KeyError, RecursionError: the file holds something else.
+        """
+        found = json.loads(text)
+        owner = cls(**{field.name: found[field.name] for field in fields(cls)})
+        # Whoever can write to the folder wrote this: it becomes part of a path, and of a message.
+        texts = [value for name, value in asdict(owner).items() if name != "pid"]
+        if not (
+            re.fullmatch("[0-9a-f]{32}", owner.token)
+            and isinstance(owner.pid, int)
+            and all(isinstance(value, str) and value.isprintable() for value in texts)
+        ):
+            raise ValueError("this is no owner of a lock")
+        return owner
+
+    def __str__(self) -> str:
+        job = f", job {self.job}" if self.job else ""
+        return f"host {self.host}, pid {self.pid}{job}, since {self.since}"
+
+
+class RunLock:
+    """The lock of one folder.
+
+    Args:
+        folder: made where it does not exist.
+        say: told what the lock waits for, where that takes longer than a moment.
+        lost: told, by a thread, that the lock has another owner now: this process was stopped for
+            longer than `STALE`, and must not write to the folder any more.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        say: Callable[[str], None] = lambda _: None,
+        lost: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.folder = Path(folder)
+        self.path = self.folder / NAME
+        self.owner = Owner.this_process()
+        self._say, self._lost = say, lost
+        self._ended = threading.Event()
+        self._made = False
+
+    def acquire(self) -> None:
+        """Become the owner, and beat from now on.
+
+        Raises:
+            ValueError: another run owns the folder; names it, and how to release the lock.
+        """
+        self._made = not self.folder.exists()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        while not self._create(self.path):
+            there = self._read()
+            if there is None:
+                continue
+            if not self._is_gone(there):
+                raise ValueError(self._refusal(there))
+            if self._replace(there):
+                break
+        threading.Thread(target=self._beat, name="run lock", daemon=True).start()
+
+    def is_mine(self) -> bool:
+        """Whether the lock file names this run."""
+        there = self._read()
+        return isinstance(there, Owner) and there.token == self.owner.token
+
+    def successor(self) -> Owner | None:
+        """The other run that owns the folder now, if any."""
+        there = self._read()
+        taken = isinstance(there, Owner) and there.token != self.owner.token
+        return there if taken else None
+
+    def release(self) -> None:
+        """End the beat and remove the lock, and the folder if this run made it and left it empty.
+
+        Where a writer of this run has not ended, the lock stays: the next run waits for it.
+        """
+        self._ended.set()
+        with contextlib.suppress(OSError):
+            if self.is_mine() and not _is_held(self.path):
+                self.path.unlink()
+            if self._made:
+                self.folder.rmdir()
+
+    def release_within(self, seconds: float) -> None:
+        """Release, for a process that must end even if the file server does not answer."""
+        thread = threading.Thread(target=self.release, daemon=True)
+        thread.start()
+        thread.join(seconds)
+
+    def _create(self, path: Path) -> bool:
+        try:
+            # The file system creates the file for one process alone, over NFS too.
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        except FileExistsError:
+            return False
+        with open(file, "w") as stream:
+            json.dump(asdict(self.owner), stream, indent=1)
+            stream.flush()
+            os.fsync(stream.fileno())
+        return True
+
+    def _read(self) -> Owner | str | None:
+        """The owner; the text of a file that names none; None where there is no lock."""
+        deadline, text = time.monotonic() + _HALF_WRITTEN, ""
+        while True:
+            try:
+                with open(self.path, "rb") as file:
+                    text = file.read(_LONGEST).decode(errors="replace")
+                return Owner.read(text)
+            except FileNotFoundError:
+                return None
+            except (ValueError, TypeError, KeyError, RecursionError):
+                # Created by another run in this moment, and not written yet.
+                if time.monotonic() > deadline:
+                    return text
+            time.sleep(0.05)
+
+    def _is_gone(self, there: Owner | str) -> bool:
+        if isinstance(there, Owner) and there.machine == self.owner.machine:
+            return _born(there.pid) != there.born and self._writers_end()
+        return self._stops_beating(there)
+
+    def _writers_end(self) -> bool:
+        """Whether the asynchronous writers of an owner that has ended have ended as well."""
+        deadline = time.monotonic() + _WRITERS
+        while _is_held(self.path):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+        return True
+
+    def _stops_beating(self, there: Owner | str) -> bool:
+        """Watch the lock until a touch shows that its owner lives, or none came for `STALE`."""
+        first = _touched(self.path)
+        if first is None:
+            return True
+        # The clock of the file system alone: those of two machines may differ.
+        left = STALE - (self._now_of_folder() - first)
+        if left > 0:
+            who = there if isinstance(there, Owner) else "an unnamed run"
+            self._say(
+                f"--save {self.folder} is locked by {who}: waiting up to {left:.0f} s to see"
+                " whether that run is alive"
+            )
+        deadline = time.monotonic() + left
+        while time.monotonic() < deadline:
+            time.sleep(min(1.0, left))
+            if _touched(self.path) != first:
+                return self._read() != there
+        return True
+
+    def _now_of_folder(self) -> float:
+        probe = self.folder / f".{NAME}.{self.owner.token}.now"
+        probe.touch()
+        try:
+            return probe.stat().st_mtime
+        finally:
+            probe.unlink()
+
+    def _replace(self, gone: Owner | str) -> bool:
+        """Take the lock over from an owner that is gone; False if another run was faster."""
+        token = gone.token if isinstance(gone, Owner) else "unnamed"
+        # Of all runs that find this owner gone, the one that creates this file replaces its lock.
+        claim = self.folder / f".{NAME}.after-{token}"
+        if not self._create(claim):
+            age = self._now_of_folder() - (_touched(claim) or self._now_of_folder())
+            if age > STALE:
+                raise ValueError(
+                    f"--save {self.folder} was being taken over by a run that ended in the act;"
+                    f" make sure that no run uses the folder, then delete {claim} and {self.path}"
+                )
+            time.sleep(0.05)
+            return False
+        try:
+            if self._read() != gone:
+                return False
+            mine = self.folder / f".{NAME}.{self.owner.token}"
+            self._create(mine)
+            mine.rename(self.path)
+            return True
+        finally:
+            claim.unlink()
+
+    def _refusal(self, there: Owner | str) -> str:
+        who = str(there) if isinstance(there, Owner) else f"an unnamed run ({there!r:.40})"
+        alive = "is alive"
+        if isinstance(there, Owner) and there.machine == self.owner.machine and _is_held(self.path):
+            alive = "still writes a checkpoint"
+        return (
+            f"--save {self.folder} is in use by another run ({who}), which {alive}; end that run"
+            f" or use another --save (if it is gone for certain, delete {self.path})"
+        )
+
+    def _beat(self) -> None:
+        while not self._ended.wait(BEAT):
+            try:
+                there = self._read()
+                if there is None and self.folder.is_dir():
+                    # Deleted by hand. The folder is this run's as long as no other has come.
+                    self._create(self.path)
+                elif isinstance(there, Owner) and there.token != self.owner.token:
+                    break
+                else:
+                    os.utime(self.path)
+            except OSError:
+                continue  # a file server that does not answer now, or a folder that is gone
+        if not self._ended.is_set():
+            self._lost(
+                f"--save {self.folder} belongs to another run now ({there}): the lock of this one"
+                f" was deleted, or not touched for {STALE:.0f} s; nothing more is written"
+            )
+
+
+def hold(path: str | Path) -> None:
+    """Have this process, an asynchronous writer, count as part of the lock's owner until it ends.
+
+    That is told by a lock of the operating system, on the owner's machine alone: file servers
+    differ in what they do with the locks of a machine that is gone.
+    """
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        if json.loads(Path(path).read_text())["machine"] == _machine():
+            fcntl.flock(os.open(path, os.O_RDONLY), fcntl.LOCK_SH)  # open for the process's life
+
+
+def _is_held(path: Path) -> bool:
+    try:
+        file = os.open(path, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # a file system without such locks
+    finally:
+        os.close(file)
+    return False
+
+
+def _touched(path: Path) -> float | None:
+    """When a file was last touched, None if it is gone. Opening it asks the file server anew."""
+    try:
+        with open(path, "rb") as file:
+            return os.fstat(file.fileno()).st_mtime
+    except FileNotFoundError:
+        return None
+
+
+def _machine() -> str:
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+
+
+def _born(pid: int) -> str | None:
+    """When a process started, None if it does not run."""
+    try:
+        # The name in parentheses may hold anything.
+        rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if rest[0] in "ZX" else rest[19]

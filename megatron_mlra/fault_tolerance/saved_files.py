@@ -1,0 +1,92 @@
+"""Rank 0 looks at every checkpoint before it counts: are all ranks' files there, in full?
+
+Megatron moves its tracker file once rank 0 has written the metadata, whatever became of the other
+ranks' files: on a folder that is not shared, or a mount that is gone, no whole checkpoint exists.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from megatron.core.dist_checkpointing.strategies import state_dict_saver
+
+from megatron_mlra.checkpoint.description import CheckpointError
+from megatron_mlra.checkpoint.files.torch_dist_index import needed_files, read_metadata
+from megatron_mlra.fault_tolerance.shared_folder import comes_true
+
+_WRITER = re.compile(r"__(\d+)_\d+\.distcp").fullmatch
+
+
+def install(hosts: list[str], successor: Callable[[], object]) -> None:
+    """Have every save looked at by rank 0 before it counts: its tracker is written afterwards.
+
+    Args:
+        hosts: name of each rank's host.
+        successor: the other run that owns the folder now, if any.
+    """
+    finalize = state_dict_saver.save_state_dict_async_finalize
+
+    def finalize_and_look(storage_writer, global_metadata, dist_wrapper) -> None:
+        finalize(storage_writer, global_metadata, dist_wrapper)
+        why = [None]
+        if dist_wrapper.is_coordinator:
+            try:
+                if other := successor():
+                    why = [f"the folder belongs to another run now ({other})"]
+                else:
+                    why = [missing(Path(storage_writer.path), hosts)]
+            except OSError as error:
+                why = [str(error)]
+        torch.distributed.broadcast_object_list(
+            why, src=dist_wrapper.coordinator_rank, group=dist_wrapper.group
+        )
+        if why[0] is not None:
+            raise RuntimeError(why[0])
+
+    state_dict_saver.save_state_dict_async_finalize = finalize_and_look
+
+
+def missing(folder: Path, hosts: list[str]) -> str | None:
+    """What of a checkpoint that was just written this host does not see, within `PATIENCE`.
+
+    Args:
+        hosts: name of each rank's host.
+
+    Returns:
+        a line that names the file and the host that wrote it, or None.
+    """
+    try:
+        needed = needed_files(read_metadata(folder))
+    except CheckpointError as error:
+        return str(error)
+    left: dict[str, str] = {}
+
+    def all_there() -> bool:
+        left.clear()
+        for name, size in needed.items():
+            try:
+                # Opening a file asks the file server for its size; a look alone may not.
+                with open(folder / name, "rb") as file:
+                    there = os.fstat(file.fileno()).st_size
+            except OSError as error:
+                left[name] = error.strerror
+            else:
+                if there < size:
+                    left[name] = f"{there:,} of {size:,} bytes"
+        return not left
+
+    if comes_true(all_there, folder):
+        return None
+    name = min(left)
+    writer = _WRITER(name)
+    rank = int(writer[1]) if writer else 0
+    host = hosts[rank] if rank < len(hosts) else "?"
+    return (
+        f"host {hosts[0]} does not see what other ranks wrote: {name} of rank {rank} (host {host}):"
+        f" {left[name]}{f', and {len(left) - 1} more files' if len(left) > 1 else ''}; is the"
+        " folder shared by all hosts?"
+    )

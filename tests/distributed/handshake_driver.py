@@ -1,0 +1,83 @@
+"""Starts ranks that do nothing but meet, each with a host name and mounts of its own.
+
+Reads one JSON world a line from stdin: the folder, the seconds, and a list of ranks, each {"host",
+"fingerprint", and what it does instead: "absent", "dies", "blind", "refuses"}. Answers with one
+JSON line: a list of what each rank came to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+from megatron_mlra.fault_tolerance import handshake, shared_folder
+
+
+def main() -> None:
+    """Serve worlds until stdin closes."""
+    for line in sys.stdin:
+        print(json.dumps(run(*json.loads(line))), flush=True)
+
+
+def run(folder: str, seconds: float, ranks: list[dict]) -> list[dict | None]:
+    """Fork the ranks, gather what they say."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
+    said = []
+    for rank, how in enumerate(ranks):
+        if how.get("absent"):
+            continue
+        read, write = os.pipe()
+        if os.fork() == 0:
+            os.write(write, json.dumps(be(rank, len(ranks), folder, seconds, how)).encode())
+            os._exit(0)
+        os.close(write)
+        said.append(read)
+    answers = []
+    for read in said:
+        with open(read) as pipe:
+            answers.append(json.loads(pipe.read() or "null"))
+        os.wait()
+    return answers
+
+
+def be(rank: int, world_size: int, folder: str, seconds: float, how: dict) -> dict:
+    """One rank: the hosts it met, or the line it was refused with."""
+    os.unshare(os.CLONE_NEWUTS | os.CLONE_NEWNS)
+    socket.sethostname(how["host"])
+    shared_folder.PATIENCE = 1.0
+    if how.get("blind"):
+        subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], check=True)
+    if how.get("dies"):
+        # Once it has said where it is.
+        handshake._follow = lambda *_: os._exit(0)
+
+    def enter() -> None:
+        if how.get("refuses"):
+            raise ValueError(how["refuses"])
+
+    begin = time.monotonic()
+    try:
+        world = handshake.meet(
+            rank, world_size, how["fingerprint"], seconds=seconds, save=folder, enter=enter
+        )
+    except ValueError as error:
+        return {"line": str(error)}
+    took = time.monotonic() - begin
+    # Rank 0 hosts the store, and goes on living in a run.
+    world.store.set(f"done/{rank}", "")
+    world.store.wait([f"done/{i}" for i in range(world_size)])
+    if rank == 0:
+        time.sleep(0.5)
+    return {"hosts": world.hosts, "seconds": took}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""The lock of a save folder, contended for by real processes, in one and in several machines' eyes.
+
+A process in a process-id namespace of its own counts as one on another machine: nobody outside can
+tell by its process id whether it lives.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from megatron_mlra.fault_tolerance import run_lock
+from megatron_mlra.fault_tolerance.run_lock import NAME, Owner, RunLock
+
+OWN = """
+import os, sys, time
+from megatron_mlra.fault_tolerance import run_lock
+run_lock.BEAT, run_lock.STALE = 0.2, 2.0
+def lost(line):
+    print(line, flush=True)
+    os._exit(3)
+lock = run_lock.RunLock(sys.argv[1], lost=lost)
+lock.acquire()
+if sys.argv[2:] == ["with writer"]:
+    held, hold = os.pipe()
+    if os.fork() == 0:
+        run_lock.hold(lock.path)
+        os.write(hold, b".")
+        time.sleep(60)
+    os.read(held, 1)
+print("mine", flush=True)
+time.sleep(60)
+"""
+ELSEWHERE = ["unshare", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
+
+
+@pytest.fixture
+def owner(tmp_path):
+    """Starts processes that own the lock of a folder until they are killed."""
+    started = []
+
+    def start(*argv: str, elsewhere: bool = False) -> subprocess.Popen:
+        command = [sys.executable, "-c", OWN, str(tmp_path), *argv]
+        if elsewhere:
+            if subprocess.run([*ELSEWHERE, "true"], capture_output=True).returncode:
+                pytest.skip("namespaces cannot be made here")
+            command = [*ELSEWHERE, "sh", "-c", 'hostname node9; exec "$@"', "sh", *command]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout.readline() == "mine\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    monkeypatch.setattr(run_lock, "BEAT", 0.2)
+    monkeypatch.setattr(run_lock, "STALE", 2.0)
+
+
+def acquire(folder: Path) -> float:
+    """Take the lock and leave it; returns the seconds it took."""
+    begin = time.monotonic()
+    lock = RunLock(folder)
+    lock.acquire()
+    took = time.monotonic() - begin
+    assert lock.is_mine()
+    lock.release()
+    assert [path.name for path in folder.iterdir()] == []
+    return took
+
+
+def test_a_folder_in_use_is_refused_and_left_alone(owner, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "812")
+    process = owner()
+    before = (tmp_path / NAME).read_text()
+    with pytest.raises(ValueError, match="in use by another run") as refused:
+        RunLock(tmp_path).acquire()
+    line = str(refused.value)
+    assert f"pid {process.pid}, job 812, since 20" in line
+    assert line.endswith(f"(if it is gone for certain, delete {tmp_path / NAME})")
+    assert [path.name for path in tmp_path.iterdir()] == [NAME]
+    assert (tmp_path / NAME).read_text() == before
+
+
+def test_a_dead_owner_is_succeeded_at_once(owner, tmp_path):
+    process = owner()
+    process.kill()
+    process.wait()
+    assert acquire(tmp_path) < 1
+
+
+def test_a_process_id_that_is_used_again_is_another_process(owner, tmp_path):
+    process = owner()
+    process.kill()
+    process.wait()
+    there = json.loads((tmp_path / NAME).read_text())
+    (tmp_path / NAME).write_text(json.dumps(there | {"pid": os.getpid()}))
+    assert acquire(tmp_path) < 1
+
+
+def test_a_writer_that_outlives_its_rank_is_waited_for(owner, tmp_path, monkeypatch):
+    process = owner("with writer")
+    (writer,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    process.wait()
+    monkeypatch.setattr(run_lock, "_WRITERS", 0.3)
+    with pytest.raises(ValueError, match="still writes a checkpoint"):
+        RunLock(tmp_path).acquire()
+    os.kill(int(writer), signal.SIGKILL)
+    monkeypatch.setattr(run_lock, "_WRITERS", 10)
+    acquire(tmp_path)
+
+
+def test_an_owner_on_another_machine_is_judged_by_its_beat(owner, tmp_path):
+    process = owner(elsewhere=True)
+    said = []
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match=r"host node9, pid .* is alive"):
+        RunLock(tmp_path, said.append).acquire()
+    # As soon as it beats, not once it could have been gone.
+    assert time.monotonic() - begin < 1.9
+    assert len(said) == 1
+    assert "waiting up to" in said[0]
+    process.kill()
+    process.wait()
+    assert 0.5 < acquire(tmp_path) < 10
+
+
+def test_an_owner_that_was_stopped_and_succeeded_ends(owner, tmp_path):
+    process = owner(elsewhere=True)
+    inner = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(inner[0]), signal.SIGSTOP)
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    os.kill(int(inner[0]), signal.SIGCONT)
+    assert "belongs to another run now" in process.stdout.readline()
+    assert process.wait(10) == 3
+    assert lock.is_mine()
+    lock.release()
+
+
+def test_a_lock_that_names_nobody_is_taken_once_it_is_old(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "_HALF_WRITTEN", 0.2)
+    other = Owner.this_process()
+    for text in (
+        '{"half',
+        json.dumps(asdict(other) | {"token": "../../outside"}),
+        json.dumps(asdict(other) | {"host": "\x1b[2J"}),
+        "[" * 100000,
+    ):
+        (tmp_path / NAME).write_text(text)
+        os.utime(tmp_path / NAME, (1, 1))
+        lock = RunLock(tmp_path)
+        assert lock.successor() is None
+        if text == '{"half':
+            acquire(tmp_path)
+
+
+def test_a_lock_deleted_under_its_owner_comes_back(owner, tmp_path):
+    owner()
+    (tmp_path / NAME).unlink()
+    deadline = time.monotonic() + 10
+    while not (tmp_path / NAME).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    with pytest.raises(ValueError, match="in use"):
+        RunLock(tmp_path).acquire()
+
+
+def test_a_folder_made_for_nothing_is_removed(tmp_path):
+    lock = RunLock(tmp_path / "runs" / "new")
+    lock.acquire()
+    lock.release()
+    assert not (tmp_path / "runs" / "new").exists()
+
+
+CONTEND = """
+import os, sys, time
+from megatron_mlra.fault_tolerance import run_lock
+folder, inside = sys.argv[1], sys.argv[1] + "-inside"
+turns = 0
+while turns < 15:
+    pid = os.fork()
+    if pid == 0:
+        lock = run_lock.RunLock(folder)
+        try:
+            lock.acquire()
+        except ValueError:
+            os._exit(1)
+        try:
+            os.close(os.open(inside, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            os._exit(7)
+        time.sleep(0.002)
+        os.unlink(inside)
+        if turns % 3 == 0:
+            lock.release()
+        os._exit(0)  # else it dies as the owner
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if code == 7:
+        sys.exit("two owners at once")
+    if code not in (0, 1):
+        sys.exit(f"a contender failed with {code}")
+    turns += code == 0
+"""
+
+
+def test_there_are_never_two_owners(tmp_path):
+    folder = tmp_path / "save"
+    contenders = [subprocess.Popen([sys.executable, "-c", CONTEND, folder]) for _ in range(5)]
+    codes = [contender.wait(120) for contender in contenders]
+    assert codes == [0] * 5
+    assert {path.name for path in folder.iterdir()} <= {NAME}
