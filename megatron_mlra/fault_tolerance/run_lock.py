@@ -24,6 +24,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from megatron_mlra.foreign_text import parse_json, read_json
+
 NAME = "run.lock"
 BEAT = 5.0
 """Seconds between two touches of the lock by its owner."""
@@ -72,7 +74,7 @@ class Owner:
         Raises:
             ValueError, TypeError, KeyError, RecursionError: the file holds something else.
         """
-        found = json.loads(text)
+        found = parse_json(text)
         owner = cls(**{field.name: found[field.name] for field in fields(cls)})
         # Whoever can write to the folder wrote this: it becomes part of a path, and of a message.
         texts = [value for name, value in asdict(owner).items() if name != "pid"]
@@ -290,7 +292,7 @@ def hold(path: str | Path) -> None:
     differ in what they do with the locks of a machine that is gone.
     """
     with contextlib.suppress(OSError, ValueError, KeyError):
-        if json.loads(Path(path).read_text())["machine"] == _machine():
+        if read_json(path)["machine"] == _machine():
             fcntl.flock(os.open(path, os.O_RDONLY), fcntl.LOCK_SH)  # open for the process's life
 
 
