@@ -12,8 +12,11 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import warnings
+
+from megatron_mlra.fault_tolerance import stopping
 
 # Megatron warns about every optional package at import; the summary names what matters.
 warnings.filterwarnings("ignore")
@@ -23,6 +26,7 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 def main() -> int:
     """Run one training job; returns the exit code."""
+    stopping.listen(signal.SIGTERM)
     os.register_at_fork(after_in_child=hush_threads)
     try:
         return train()
@@ -30,6 +34,8 @@ def main() -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print("error: interrupted", file=sys.stderr)
         return 130
+    finally:
+        stopping.close()
 
 
 def has_gpu() -> bool:
@@ -52,16 +58,19 @@ def train() -> int:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from torch.distributed.checkpoint.api import CheckpointException
 
-    from megatron_mlra import arguments, console, data, dry_run, model, upstream_fixes
+    from megatron_mlra import arguments, console, data, dry_run, model, progress, upstream_fixes
     from megatron_mlra.accounting import ModelShape, parameters
     from megatron_mlra.checkpoint import checksums, helper_processes, integrity
     from megatron_mlra.cpu_backend import enable_cpu_backend
     from megatron_mlra.fault_tolerance import batches, heartbeat, resume
-    from megatron_mlra.progress import Progress, Stopped
 
     args, output, started = None, None, False
     try:
         args = arguments.parse()
+        if args.exit_signal_handler:
+            stopping.listen(args.exit_signal)
+        else:
+            stopping.ignore_no_more()
         if not args.verbose_megatron:
             output = console.MegatronOutput(args.rank, args.world_size)
         if on_cpu:
@@ -91,21 +100,24 @@ def train() -> int:
         arguments.join_world()
         helper_processes.start_results_queue(args.exit_signal)
         global_vars.set_global_variables(args, build_tokenizer=False)
+        if args.exit_signal_handler:
+            stopping.hand_over(global_vars.get_signal_handler())
         if args.rank == 0:
             console.say(console.summary(args, shape))
             if on_cpu:
                 console.say(console.on_cpu(args))
             console.say(console.accelerated_parts(args))
-        Progress(args, shape).install()
+        progress.Progress(args, shape).install()
         resume.install(args)
         batches.install()
         stop_watch = heartbeat.install(args, arguments.run_folder(args))
+        progress.stop_once_met()
         container = pretrain_cfg_container_from_args(args, config)
         try:
             training.pretrain(
                 container, data.build_datasets, ModelType.encoder_or_decoder, model.forward_step
             )
-        except Stopped as stop:
+        except progress.Stopped as stop:
             if args.rank == 0:
                 console.say(str(stop))
             if stop.code:
