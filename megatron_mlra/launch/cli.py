@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     except TimeoutError as error:
         say(f"error: {error}")
         return 1
-    code, why = _run(args, control)
+    code, why = _run(args, control, watch.hosts)
     control.finished = True
     if code and watch.hosts is not None:
         watch.hosts.report(code, why)
@@ -121,7 +121,7 @@ def _join(args: Namespace, control: Control):
     return joined
 
 
-def _run(args: Namespace, control: Control) -> tuple[int, str]:
+def _run(args: Namespace, control: Control, hosts) -> tuple[int, str]:
     """torchrun; returns the exit code and, for other hosts, the reason."""
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -150,8 +150,9 @@ def _run(args: Namespace, control: Control) -> tuple[int, str]:
     except RendezvousError as error:
         if control.over is not None:
             return control.over, ""
-        if control.ran:
-            line = f"the host where all meet ({args.rdzv_endpoint}) is gone, or has ended"
+        if control.ran or (hosts is not None and hosts.reached is not None):
+            host, _, port = args.rdzv_endpoint.rpartition(":")
+            line = f"host {host}, where all meet ({host}:{port}), is gone or has ended"
             say(f"error: {line}")
             return 1, line
         name = type(error).__name__.removeprefix("Rendezvous").removesuffix("Error").lower()

@@ -77,7 +77,7 @@ def missing(cluster: Cluster) -> None:
         )
     launchers[0].kill()
     assert launchers[1].wait(60) == 1, outs[1].read_text()
-    until(outs[1], r"^error: host node3, where all meet \(node3:29512\), gives no sign of life for")
+    until(outs[1], r"^error: host node3, where all meet \(node3:29512\), (is gone|gives no sign)")
     launchers[0].wait(10)
 
 
