@@ -75,9 +75,10 @@ told_to_end() {
     why=requeued
     echo "slurm.sh: SLURM requeues this job; saving first if a step has begun"
   elif [ "$reason" = TimeLimit ]; then
-    why=limit
-    echo "slurm.sh: the time limit is over; requeueing"
-    scontrol requeue "$id" || true
+    # Now and not at the end: a scancel that comes in between must hold.
+    why=requeued
+    echo "slurm.sh: the time limit is over; requeueing, and saving first if a step has begun"
+    scontrol requeue "$id" || why=limit
   else
     why=ended
     echo "slurm.sh: SLURM ends this job (scancel); saving first if a step has begun"

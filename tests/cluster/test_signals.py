@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import time
 
 import pytest
 
@@ -39,8 +40,10 @@ def time_limit(cluster: Cluster) -> None:
     job.scontrol("update", "JobId", "JOB", "TimeLimit=1")
     job.wait("requeued", lambda: job.fields()["Restarts"] == "2", 120)
     job.wait("saved twice", lambda: len(saved_by_signal(job.said)) == 2, 60)
+    # Before it starts again, perhaps before its script has ended: nothing revives it.
     job.cancel()
-    job.end()
+    assert job.end() == "CANCELLED"
+    time.sleep(15)
     assert job.fields()["JobState"] == "CANCELLED"
     assert saved_by_signal(job.said)[1] == job.saved_step() > step
 
