@@ -12,8 +12,13 @@ import sys
 import threading
 import time
 from argparse import Namespace
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from megatron_mlra.launch.control import REFUSED, STOP_SIGNALS, Control, Ended, say
+from megatron_mlra.launch.control import LINGER, REFUSED, STOP_SIGNALS, Control, Ended, say
+
+if TYPE_CHECKING:
+    from megatron_mlra.launch.hosts import Hosts
 
 DEFAULT_JOIN_TIMEOUT = 600.0
 """Seconds, torchrun's own."""
@@ -72,7 +77,7 @@ class Watch(threading.Thread):
     def __init__(self, control: Control, stopped_code: int) -> None:
         super().__init__(daemon=True)
         self.control, self.stopped_code = control, stopped_code
-        self.hosts = None
+        self.hosts: Hosts | None = None
 
     def run(self) -> None:
         """Until the process ends."""
@@ -84,13 +89,11 @@ class Watch(threading.Thread):
             code = self.control.exit_code(self.stopped_code)
             if code is not None:
                 if self.hosts is not None and self.hosts.reached is not None:
-                    from megatron_mlra.launch.hosts import LINGER
-
                     time.sleep(LINGER)
                 os._exit(code)
 
 
-def _join(args: Namespace, control: Control):
+def _join(args: Namespace, control: Control) -> Hosts:
     """Check what torchrun needs of several hosts, and have them know of each other."""
     from megatron_mlra.launch import hosts, network
 
@@ -121,7 +124,7 @@ def _join(args: Namespace, control: Control):
     return joined
 
 
-def _run(args: Namespace, control: Control, hosts) -> tuple[int, str]:
+def _run(args: Namespace, control: Control, hosts: Hosts | None) -> tuple[int, str]:
     """torchrun; returns the exit code and, for other hosts, the reason."""
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -167,7 +170,7 @@ def _run(args: Namespace, control: Control, hosts) -> tuple[int, str]:
 
 
 @contextlib.contextmanager
-def _quiet_cpp():
+def _quiet_cpp() -> Iterator[None]:
     """Import torch such that its C++ side prints no warnings here; the ranks are as they were."""
     name = "TORCH_CPP_LOG_LEVEL"
     chosen = name in os.environ

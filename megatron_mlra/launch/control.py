@@ -15,6 +15,11 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 REFUSED = 2
 """Exit code of a rank whose command line or input was refused: another start would end alike."""
 
+INTERVAL = 1.0
+"""Seconds between two words of hosts to each other."""
+LINGER = 3 * INTERVAL + 1
+"""Seconds for which a launcher that ends waits, so that all hosts read why."""
+
 
 class Phase(Enum):
     """What the agent's thread does."""

@@ -15,16 +15,14 @@ from datetime import timedelta
 
 from torch.distributed import TCPStore
 
-from megatron_mlra.launch.control import Control, say
+from megatron_mlra.launch.control import INTERVAL, LINGER, Control, say
 
-INTERVAL = 1.0
-"""Seconds between two rounds."""
 SILENT = 15.0
-"""Seconds without a call after which a host counts as gone."""
+"""Seconds without a call after which a host counts as gone, and the others are told."""
+DEAD = 60.0
+"""Seconds without the first host, after which the others end: nothing can go on without it."""
 LATE = 60.0
 """Seconds after which hosts that have not come are asked for."""
-LINGER = 3 * INTERVAL + 1
-"""Seconds for which a launcher that ends waits, so that all hosts read why."""
 
 _COUNT, _NEWS, _BEAT = "mlra/count", "mlra/news", "mlra/beat"
 
@@ -73,7 +71,9 @@ class Judge:
                 self.gone.discard(number)
             elif call.code is None and number not in self.gone:
                 silence = now - self.heard[number][1]
-                if silence > SILENT:
+                if any(n > number and other.host == call.host for n, other in calls.items()):
+                    self.gone.add(number)  # another launcher there took its place
+                elif silence > SILENT:
                     self.gone.add(number)
                     self._say(
                         f"host {call.host} gives no sign of life for {silence:.0f} s; if it does"
@@ -99,9 +99,9 @@ class Judge:
                         f"{name} is {here} on host {first.host} and {there} on host {call.host};"
                         " give all hosts the same",
                     )
-        if live and len(live) > int(live[0].nodes):
-            hosts = ", ".join(call.host for call in live)
-            self._end(2, f"NODES is {live[0].nodes}, but {len(live)} have come: {hosts}")
+        hosts = sorted({call.host for call in live})
+        if live and len(hosts) > int(live[0].nodes):
+            self._end(2, f"NODES is {live[0].nodes}, but more have come: {', '.join(hosts)}")
 
     def _ask_for_missing(self, live: list[Call], now: float) -> None:
         wanted = int(live[0].nodes) if live else 0
@@ -134,12 +134,16 @@ class Hosts:
         """Whether the store is on this host."""
         self.join_timeout = join_timeout
         self.reached: float | None = None
+        self._number: int | None = None
+        self._judge: Judge | None = None
         self._told = 0
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self, judges: bool) -> None:
         """Begin to call."""
         self.judges = judges
+        if judges:
+            self._judge = Judge(self.join_timeout, time.monotonic())
         self._thread.start()
 
     def report(self, code: int, why: str) -> None:
@@ -152,7 +156,7 @@ class Hosts:
         if self.reached is None or self.judges or self.call.code is not None:
             return
         silence = time.monotonic() - self.reached
-        if silence > SILENT:
+        if silence > DEAD:
             host, port = self.endpoint
             self.control.end(
                 1,
@@ -161,17 +165,21 @@ class Hosts:
             )
 
     def _run(self) -> None:
-        try:
-            self._rounds()
-        except RuntimeError as error:
-            # The store ends with its host's launcher, in order or not; `check` counts on.
-            if self.reached is None:
-                say(f"note: hosts cannot hear of each other: {str(error).splitlines()[0]}")
+        while True:
+            try:
+                self._rounds()
+            except RuntimeError as error:
+                if self.reached is None:
+                    say(f"note: hosts cannot hear of each other: {str(error).splitlines()[0]}")
+                    return
+                # A request failed, or the store has ended with its host's launcher: `check` counts.
+                time.sleep(INTERVAL)
 
     def _rounds(self) -> None:
         store = self._connect()
-        number = store.add(_COUNT, 1)
-        judge = Judge(self.join_timeout, time.monotonic()) if self.judges else None
+        if self._number is None or self._number > store.add(_COUNT, 0):
+            self._number = store.add(_COUNT, 1)
+        number, judge = self._number, self._judge
         beat = ""
         while True:
             begin = time.monotonic()

@@ -34,6 +34,12 @@ def test_a_silent_host_is_named_once_and_may_come_back():
     assert len(it.news.lines) == 1 and it.news.code is None
 
 
+def test_a_launcher_that_is_started_again_counts_once():
+    rounds = [(n, {1: call("a", n), 2: call("b", n)}) for n in range(5)]
+    rounds += [(n, {1: call("a", n), 2: call("b", 4), 3: call("b", n)}) for n in range(5, 60)]
+    assert judge(*rounds).news.lines == []
+
+
 def test_missing_hosts_are_asked_for_once():
     it = judge(*((n, {1: call("a", n, "3"), 2: call("b", n, "3")}) for n in range(200)))
     (line,) = it.news.lines
@@ -63,7 +69,7 @@ def test_the_first_reason_ends_all():
         ),
         (
             {1: call("a"), 2: call("b"), 3: call("c")},
-            "NODES is 2, but 3 have come: a, b, c",
+            "NODES is 2, but more have come: a, b, c",
         ),
     ],
 )
