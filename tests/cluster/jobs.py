@@ -125,13 +125,16 @@ class Job:
 
     def wait(self, what: str, seen: Callable[[], bool], seconds: float = 240) -> None:
         """Wait for something to be so; time in which the job waits for nodes is not counted."""
-        deadline = time.monotonic() + seconds
+        now = asked = time.monotonic()
+        deadline = now + seconds
         while not seen():
-            if time.monotonic() > deadline:
-                waits = self.fields()["JobState"] == "PENDING"
-                assert waits, f"never {what}:\n{self.said[-4000:]}"
-                deadline = time.monotonic() + 60
+            if now > asked + 2:
+                asked = now
+                if self.fields()["JobState"] == "PENDING":
+                    deadline = now + seconds
+            assert now < deadline, f"never {what}:\n{self.said[-4000:]}"
             time.sleep(0.2)
+            now = time.monotonic()
 
     def wait_for(self, pattern: str, times: int = 1, seconds: float = 240) -> None:
         """Wait until the output matches a pattern so many times."""
