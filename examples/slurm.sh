@@ -61,20 +61,26 @@ export NODES RDZV_ID=$id
 # Told from 0, so that a run which was only stopped does not count as done.
 export STOPPED_CODE=75
 
-why=
-# What follows from each signal is said at once: SLURM may kill this script before the end.
-near_limit() {
-  why=limit
-  echo "slurm.sh: the time is nearly up; saving, then requeueing"
-  to_step
-}
-told_to_end() {
-  local before=${SLURM_RESTART_COUNT:-0} restarts reason
-  restarts=$(field Restarts) reason=$(field Reason)
+why='' told=no heard=no job=''
+# srun hands SIGUSR1 on to every process of the step; at SIGTERM it would kill the step.
+# Two signals may come at once: the traps are so plain that one may interrupt the other.
+trap 'heard=yes; kill -USR1 "$job" 2>/dev/null || true' USR1
+trap 'told=yes heard=yes; kill -USR1 "$job" 2>/dev/null || true' TERM
+
+# What follows from a signal is said at once: SLURM may kill this script before the end.
+heed() {
+  local before=${SLURM_RESTART_COUNT:-0} restarts
+  kill -USR1 "$job" 2>/dev/null || true # again, if there was no step yet
+  if [ "$told" = no ]; then
+    why=limit
+    echo "slurm.sh: the time is nearly up; saving, then requeueing"
+    return
+  fi
+  restarts=$(field Restarts)
   if number "$restarts" && number "$before" && [ "$restarts" -gt "$before" ]; then
     why=requeued
     echo "slurm.sh: SLURM requeues this job; saving first if a step has begun"
-  elif [ "$reason" = TimeLimit ]; then
+  elif [ "$(field Reason)" = TimeLimit ]; then
     # Now and not at the end: a scancel that comes in between must hold.
     why=requeued
     echo "slurm.sh: the time limit is over; requeueing, and saving first if a step has begun"
@@ -83,21 +89,21 @@ told_to_end() {
     why=ended
     echo "slurm.sh: SLURM ends this job (scancel); saving first if a step has begun"
   fi
-  to_step
 }
-# srun hands SIGUSR1 on to every process of the step; at SIGTERM it would kill the step.
-to_step() { kill -USR1 "$job" 2>/dev/null || true; }
-trap near_limit USR1
-trap told_to_end TERM
 
 srun --kill-on-bad-exit=1 "$root/examples/launch.sh" "$preset" "$save" --data-path "$data" "$@" &
 job=$!
 code=0
-wait "$job" || code=$?
-# A trapped signal ends `wait`, not the job.
-while kill -0 "$job" 2>/dev/null; do
-  code=0
-  wait "$job" || code=$?
+while true; do
+  if [ "$heard" = yes ]; then
+    heard=no
+    heed
+  fi
+  # A trapped signal ends `wait`, not the step. 127: its code was taken already.
+  now=0
+  wait "$job" || now=$?
+  [ "$now" -eq 127 ] || code=$now
+  [ "$heard" = yes ] || break
 done
 
 case $why in
