@@ -2,7 +2,7 @@
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test lint format setup
+.PHONY: demo test test-cluster lint format setup
 
 setup: $(VENV)/.installed
 
@@ -14,6 +14,11 @@ demo: setup
 
 test: setup
 	$(PY) -m pytest
+
+# A real SLURM on this machine (tests/cluster/slurm.sh), which apt-get installs if it is missing.
+test-cluster: setup
+	@[ "$$(id -u)" = 0 ] || { echo "error: make test-cluster needs root" >&2; exit 2; }
+	$(PY) -m pytest -m cluster tests/cluster
 
 lint: setup
 	$(VENV)/bin/ruff check .

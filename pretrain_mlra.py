@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from megatron_mlra.fault_tolerance.run_lock import RunLock
 
+from megatron_mlra.fault_tolerance import stopping
+
 # Megatron warns about every optional package at import; the summary names what matters.
 warnings.filterwarnings("ignore")
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -31,6 +33,7 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 def main() -> int:
     """Run one training job; returns the exit code."""
+    stopping.listen(signal.SIGTERM)
     os.register_at_fork(after_in_child=hush_threads)
     try:
         return train()
@@ -38,6 +41,8 @@ def main() -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print("error: interrupted", file=sys.stderr)
         return 130
+    finally:
+        stopping.close()
 
 
 def has_gpu() -> bool:
@@ -60,7 +65,7 @@ def train() -> int:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from torch.distributed.checkpoint.api import CheckpointException
 
-    from megatron_mlra import arguments, console, data, dry_run, model, upstream_fixes
+    from megatron_mlra import arguments, console, data, dry_run, model, progress, upstream_fixes
     from megatron_mlra.accounting import ModelShape, parameters
     from megatron_mlra.checkpoint import checksums, helper_processes, integrity
     from megatron_mlra.checkpoint.files import guarded_loads
@@ -68,12 +73,15 @@ def train() -> int:
     from megatron_mlra.fault_tolerance import batches, fingerprint, heartbeat, resume, saved_files
     from megatron_mlra.fault_tolerance.handshake import meet
     from megatron_mlra.fault_tolerance.run_lock import RunLock
-    from megatron_mlra.progress import Progress, Stopped
 
     args, output, started, lock = None, None, False, None
     try:
         args = arguments.parse()
         given = fingerprint.of_arguments(args)
+        if args.exit_signal_handler:
+            stopping.listen(args.exit_signal)
+        else:
+            stopping.ignore_no_more()
         if not args.verbose_megatron:
             output = console.MegatronOutput(args.rank, args.world_size)
         if on_cpu:
@@ -120,17 +128,20 @@ def train() -> int:
         saved_files.install(world.hosts, lock.successor if lock else lambda: None)
         helper_processes.start_results_queue(args.exit_signal)
         global_vars.set_global_variables(args, build_tokenizer=False)
+        if args.exit_signal_handler:
+            stopping.hand_over(global_vars.get_signal_handler())
         if args.rank == 0:
             console.say(console.summary(args, shape))
             if on_cpu:
                 console.say(console.on_cpu(args))
             console.say(console.accelerated_parts(args))
-        Progress(args, shape).install()
+        progress.Progress(args, shape).install()
         resume.install(args)
         batches.install()
         stop_watch = heartbeat.install(
             args, arguments.run_folder(args), lambda: lock and lock.release_within(5)
         )
+        progress.stop_once_met()
         container = pretrain_cfg_container_from_args(args, config)
         try:
             training.pretrain(
@@ -140,7 +151,7 @@ def train() -> int:
                 model.forward_step,
                 store=world.store,
             )
-        except Stopped as stop:
+        except progress.Stopped as stop:
             if args.rank == 0:
                 console.say(str(stop))
             if stop.code:

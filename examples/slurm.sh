@@ -3,6 +3,8 @@
 #
 #   sbatch --nodes 128 examples/slurm.sh PRESET DATA SAVE [flags of pretrain_mlra.py ...]
 #
+# Paths are relative to the folder sbatch is called in. Environment: that of examples/launch.sh, and
+#   MOST_CRASHES   starts in a row without a new checkpoint, after which the job stays down (3)
 #SBATCH --job-name=mlra
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
@@ -14,54 +16,107 @@
 # Ten minutes before the limit, to this script alone: time for a step and a checkpoint.
 #SBATCH --signal=B:USR1@600
 set -euo pipefail
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 
 fail() { echo "error: $*" >&2; exit 2; }
+number() { [[ $1 =~ ^[0-9]{1,9}$ ]]; }
 [ $# -ge 3 ] || fail "usage: sbatch examples/slurm.sh PRESET DATA SAVE [flags ...]"
 preset=$1 data=$2 save=$3
 shift 3
+id=${SLURM_JOB_ID:-}
+number "$id" || fail "this is a SLURM job: sbatch examples/slurm.sh PRESET DATA SAVE [flags ...]"
 
-# Crash-loop guard: this many starts in a row without a new checkpoint, and the job stays down.
+# SLURM runs a copy of this script from a folder of its own; it knows where the script was.
+field() { scontrol show job "$id" | sed -n "s/.*\b$1=\([^ ]*\).*/\1/p" | head -n 1; }
+here=$(scontrol show job "$id" | sed -n 's/^ *Command=//p')
+root=${here%%/examples/slurm.sh*}
+[ -x "$root/examples/launch.sh" ] || root=${SLURM_SUBMIT_DIR:-.}
+[ -x "$root/examples/launch.sh" ] ||
+  fail "there is no examples/launch.sh in $root; submit the script by its path: sbatch CHECKOUT/examples/slurm.sh ..."
+
+# Crash-loop guard. The file may be anybody's: only digits of it are used.
 most_crashes=${MOST_CRASHES:-3}
-mkdir -p "$save"
+number "$most_crashes" || fail "MOST_CRASHES is '$most_crashes'; give a number"
+mkdir -p "$save" || fail "the folder $save cannot be made"
 tracker=$save/latest_checkpointed_iteration.txt
 guard=$save/starts_without_progress.txt
-step() { cat "$tracker" 2>/dev/null || echo none; }
-read -r last crashes < <(cat "$guard" 2>/dev/null || echo "new 0") || true
-[ "$last" = "$(step)" ] || crashes=0
+step() {
+  local found=
+  read -r found <"$tracker" || true
+  if number "$found"; then echo "$found"; else echo none; fi
+} 2>/dev/null
+last=new crashes=0
+{ read -r last crashes <"$guard" || true; } 2>/dev/null
+number "$crashes" && [ "$last" = "$(step)" ] || crashes=0
 if [ "$crashes" -ge "$most_crashes" ]; then
   fail "$crashes starts in a row made no progress beyond step $(step); look at $save, then remove $guard"
 fi
-echo "$(step) $((crashes + 1))" >"$guard.partial" && mv "$guard.partial" "$guard"
+echo "$(step) $((10#$crashes + 1))" >"$guard.partial" && mv "$guard.partial" "$guard"
 
 NODES=${SLURM_JOB_NUM_NODES:-1}
-if [ "$NODES" -gt 1 ]; then
+if [ "$NODES" != 1 ]; then
   first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-  export RDZV_ENDPOINT=$first:$((20000 + SLURM_JOB_ID % 20000))
+  export RDZV_ENDPOINT=$first:$((20000 + 10#$id % 20000))
 fi
-export NODES GPUS_PER_NODE=${GPUS_PER_NODE:-8} RDZV_ID=${SLURM_JOB_ID:-mlra}
+export NODES RDZV_ID=$id
+# Told from 0, so that a run which was only stopped does not count as done.
+export STOPPED_CODE=75
 
-requeue=no
-on_limit() {
-  requeue=yes
-  echo "time is nearly up: saving, then requeueing"
-  kill -TERM "$job" # srun hands it to launch.sh on every node
+why='' told=no heard=no job=''
+# srun hands SIGUSR1 on to every process of the step; at SIGTERM it would kill the step.
+# Two signals may come at once: the traps are so plain that one may interrupt the other.
+trap 'heard=yes; kill -USR1 "$job" 2>/dev/null || true' USR1
+trap 'told=yes heard=yes; kill -USR1 "$job" 2>/dev/null || true' TERM
+
+# What follows from a signal is said at once: SLURM may kill this script before the end.
+heed() {
+  local before=${SLURM_RESTART_COUNT:-0} restarts
+  kill -USR1 "$job" 2>/dev/null || true # again, if there was no step yet
+  if [ "$told" = no ]; then
+    why=limit
+    echo "slurm.sh: the time is nearly up; saving, then requeueing"
+    return
+  fi
+  restarts=$(field Restarts)
+  if number "$restarts" && number "$before" && [ "$restarts" -gt "$before" ]; then
+    why=requeued
+    echo "slurm.sh: SLURM requeues this job; saving first if a step has begun"
+  elif [ "$(field Reason)" = TimeLimit ]; then
+    # Now and not at the end: a scancel that comes in between must hold.
+    why=requeued
+    echo "slurm.sh: the time limit is over; requeueing, and saving first if a step has begun"
+    scontrol requeue "$id" || why=limit
+  else
+    why=ended
+    echo "slurm.sh: SLURM ends this job (scancel); saving first if a step has begun"
+  fi
 }
-trap on_limit USR1
-trap 'kill -TERM "$job"' TERM
 
-srun --kill-on-bad-exit=1 examples/launch.sh "$preset" "$save" --data-path "$data" "$@" &
+srun --kill-on-bad-exit=1 "$root/examples/launch.sh" "$preset" "$save" --data-path "$data" "$@" &
 job=$!
 code=0
-wait "$job" || code=$?
-# A trapped signal ends `wait`, not the job.
-while kill -0 "$job" 2>/dev/null; do
-  code=0
-  wait "$job" || code=$?
+while true; do
+  if [ "$heard" = yes ]; then
+    heard=no
+    heed
+  fi
+  # A trapped signal ends `wait`, not the step. 127: its code was taken already.
+  now=0
+  wait "$job" || now=$?
+  [ "$now" -eq 127 ] || code=$now
+  [ "$heard" = yes ] || break
 done
 
-if [ "$requeue" = yes ] || [ "$code" -ne 0 ]; then
-  echo "ended with $code at step $(step); requeueing"
-  exec scontrol requeue "$SLURM_JOB_ID"
+case $why in
+  ended) echo "slurm.sh: ended by SLURM at step $(step); sbatch again to go on"; exit "$code" ;;
+  requeued) echo "slurm.sh: stopped at step $(step); SLURM starts this job again"; exit "$code" ;;
+esac
+if [ "$code" -eq 2 ]; then
+  # Not a crash: the count is as it was, a second launch into the folder of a running job included.
+  if [ "$last" = new ]; then rm -f "$guard"; else echo "$last $crashes" >"$guard"; fi
+  fail "the command line or the input was refused; see above. Not requeued: it would end alike"
+fi
+if [ "$why" = limit ] || [ "$code" -ne 0 ]; then
+  echo "slurm.sh: ended with $code at step $(step); requeueing"
+  exec scontrol requeue "$id"
 fi
 rm -f "$guard"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import json
 import logging
 import os
 import re
 import sys
 import threading
+import time
 import traceback
 from argparse import Namespace
 from pathlib import Path
@@ -138,6 +140,7 @@ def fail(error: BaseException, output: MegatronOutput | None, started: bool) -> 
     """
     if isinstance(error, SystemExit):
         error = RuntimeError(f"Megatron ended the run: {output.last_line if output else error}")
+    _tell_launcher(message(error))
     many = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if not started and many and os.environ.get("LOCAL_RANK", "0") != "0":
         return 2  # the first rank of this machine says the same
@@ -157,11 +160,25 @@ def fail(error: BaseException, output: MegatronOutput | None, started: bool) -> 
     return 1 if started else 2
 
 
+def _tell_launcher(text: str) -> None:
+    """Leave the reason where torchrun's agent reads it, which hands it on to the other hosts."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with contextlib.suppress(OSError), open(file, "w") as out:
+            json.dump({"message": text, "timestamp": int(time.time())}, out)
+
+
 def message(error: BaseException) -> str:
     """An error in one line, whatever raised it."""
     text = " ".join(str(error).split())
+    if re.search(r"Connection refused.*\[?127\.|connect.*\[?127\..*refused", text, re.I):
+        return (
+            "another rank gave its address as 127.*, which only its own host reaches: set"
+            " GLOO_SOCKET_IFNAME to the interface that the hosts share, or LOCAL_ADDR"
+        )
     if re.search(r"Connection (closed by peer|reset)|Broken pipe|gloo.*timed? ?out", text, re.I):
-        return "another rank is gone; its own error, or the launcher, says why"
+        peer = re.search(r"\[(?:::ffff:)?([0-9a-f.:]+)\]:\d+", text)
+        where = f" (at {peer[1]})" if peer else ""
+        return f"another rank{where} is gone; its own error, or the launcher, says why"
     if text.startswith("OptimizerParamScheduler: class input value"):
         return f"{text}; keep the checkpoint's, or add --override-opt-param-scheduler"
     if text.startswith("Could not find parameter group with key"):

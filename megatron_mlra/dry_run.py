@@ -145,18 +145,22 @@ def _stages(args: Namespace) -> list[str]:
 
 
 def _command(args: Namespace, argv: list[str]) -> str:
-    kept, skip = [], False
-    for word in argv:
-        name, _, value = word.partition("=")
-        if name not in FLAGS and not skip:
+    """The launch by examples/launch.sh, which adds what torchrun needs besides."""
+    named = {"--config": "$PRESET", "--save": "$SAVE"}
+    kept, words = [], iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name in FLAGS or name in named:
+            value = value if equals else next(words, "")
+            if name in named:
+                named[name] = shlex.quote(value)
+        else:
             kept.append(word)
-        skip = name in FLAGS and not value
     per_node = min(NODE, args.world_size)
     nodes = args.world_size // per_node
-    where = f"--nnodes {nodes}"
-    if nodes == 1:
-        where = "--standalone"
-    else:
-        where += " --rdzv-backend c10d --rdzv-endpoint $HOST:29500 --rdzv-id $JOB"
-    entry = f"pretrain_mlra.py {shlex.join(kept)}"
-    return f"command: torchrun {where} --nproc-per-node {per_node} {entry}"
+    env = f"GPUS_PER_NODE={per_node}"
+    if nodes > 1:
+        env = f"NODES={nodes} {env} RDZV_ENDPOINT=$HOST:29500 RDZV_ID=$JOB"
+    launch = f"examples/launch.sh {named['--config']} {named['--save']}"
+    everywhere = ", the same on every node" if nodes > 1 else ""
+    return f"command{everywhere}: {env} {launch} {shlex.join(kept)}".rstrip()

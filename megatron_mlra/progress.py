@@ -16,7 +16,6 @@ from contextlib import contextmanager
 
 import torch
 from megatron.training import async_utils, get_tensorboard_writer, training
-from megatron.training.global_vars import get_signal_handler
 from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
@@ -24,6 +23,7 @@ from megatron_mlra.accounting import ModelShape, train_flops_per_token
 from megatron_mlra.checkpoint.integrity import latest_step, reason
 from megatron_mlra.checkpoint.retention import prune
 from megatron_mlra.console import say
+from megatron_mlra.fault_tolerance import stopping
 
 
 class Stopped(Exception):
@@ -228,6 +228,7 @@ class Progress:
         def run(forward_step, model, optimizer, scheduler, data, validation, *rest, **named):
             if self.args.iteration and self.args.rank == 0:
                 say(f"continuing after step {self.args.iteration:,} of {self.args.load}")
+            stop_if_asked()
             if self.args.eval_at_start and self.args.do_valid:
                 process_non_loss, config, _, non_loss = rest[:4]
                 groups = {k: named[k] for k in ("p2p_communicator", "pg_collection") if k in named}
@@ -251,8 +252,7 @@ class Progress:
         args = self.args
         step = args.curr_iteration + 1
         why = f"stopped after step {step:,}"
-        if args.exit_signal_handler and get_signal_handler()._signal_received:
-            why += f" by {args.exit_signal.name}"
+        why += stopping.by()
         if not args.save:
             return f"{why}; nothing is saved without --save"
         if latest_step(args.save) != step:
@@ -294,6 +294,28 @@ class Progress:
             return result
 
         return run
+
+
+def stop_if_asked() -> None:
+    """Stop before the first step where any rank was asked to; called by all ranks together.
+
+    Raises:
+        Stopped: with the line that says so.
+    """
+    if stopping.any_rank_asked():
+        raise Stopped(f"stopped before the first step{stopping.by()}; nothing new to save", 0)
+
+
+def stop_once_met() -> None:
+    """Heed a stop that came before the ranks met, ahead of building and loading the model."""
+    initialize = training.initialize_megatron
+
+    def initialize_or_stop(*args, **named):
+        result = initialize(*args, **named)
+        stop_if_asked()
+        return result
+
+    training.initialize_megatron = initialize_or_stop
 
 
 def not_saved(folder: str, step: int, error: BaseException) -> RuntimeError:

@@ -20,7 +20,9 @@ done
 "$python" -c 'import venv, ensurepip' 2>/dev/null || fail "Python $wanted lacks venv; install your system's python$wanted-venv"
 
 if [ ! -x "$venv/bin/python" ]; then
-  free=$(($(df -Pk . | awk 'NR == 2 {print $4}') / 1048576))
+  # Digits alone: within (( )) bash would run code that stands in a device's name.
+  kilobytes=$(df -Pk . | awk 'NR == 2 {print $4}' | tr -cd 0-9)
+  free=$((10#${kilobytes:-0} / 1048576))
   [ "$free" -ge 12 ] || fail "$free GB are free here and PyTorch with its CUDA libraries needs 12; free some or move the checkout"
   echo "creating $venv with $("$python" --version)"
   "$python" -m venv "$venv"

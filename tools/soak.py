@@ -2,10 +2,10 @@
 
     python tools/soak.py --config examples/configs/debug.yaml --data-path data/text --work runs/soak
 
-Both runs are launched by torchrun, which restarts the job after each kill (SIGKILL, a random rank,
-a random moment); the job continues from its last checkpoint. The exit code is 0 if all steps' loss
-is the same in both. Times: `restart` from the kill to the first step that was not there before the
-kill, `lost` the steps that had to be repeated.
+Both runs are launched as by examples/launch.sh, which restarts the job after each kill (SIGKILL, a
+random rank, a random moment); the job continues from its last checkpoint. The exit code is 0 if all
+steps' loss is the same in both. Times: `restart` from the kill to the first step that was not there
+before the kill, `lost` the steps that had to be repeated.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_mlra.command_line import run
+from megatron_mlra.launch.control import REFUSED
 
 ROOT = Path(__file__).parents[1]
 # Restarted ranks must not find in torchrun's own store the addresses of those that are gone.
@@ -56,9 +57,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     args.work.mkdir(parents=True, exist_ok=True)
     alone = Job(args, "alone", rest)
-    if alone.run([]):
-        print(f"error: the run left alone failed; see {alone.folder}", file=sys.stderr)
-        return 1
+    if code := alone.run([]):
+        refused = (alone.folder / "errors.txt").read_text().strip() if code == REFUSED else ""
+        line = refused or f"error: the run left alone failed; see {alone.folder}"
+        print(line, file=sys.stderr)
+        return code
     chosen = random.Random(args.seed)
     moments = sorted(chosen.sample(range(1, last), args.kills))
     killed = Job(args, "killed", rest)
@@ -82,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class Job:
-    """A torchrun job whose printed steps are read as they come."""
+    """A launched job whose printed steps are read as they come."""
 
     def __init__(self, args: argparse.Namespace, name: str, rest: list[str]) -> None:
         self.steps, self.folder = args.steps, args.work / name
@@ -92,7 +95,7 @@ class Job:
         self.seconds = 0.0
         save = self.folder / "save"
         self.command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *(sys.executable, "-m", "megatron_mlra.launch", "--standalone"),
             *("--nproc-per-node", str(args.ranks), "--max-restarts", str(args.kills + 5)),
             *("--monitor-interval", "0.1", str(ROOT / "pretrain_mlra.py")),
             *("--config", args.config, "--save", str(save), "--load", str(save)),
@@ -105,7 +108,7 @@ class Job:
         """Run to the end; each kill is (after which step, which rank, what part of a step later).
 
         Returns:
-            torchrun's exit code.
+            the launcher's exit code.
         """
         self.folder.mkdir()
         begin, kills = time.perf_counter(), list(kills)
@@ -148,7 +151,7 @@ class Job:
 
 
 def kill_rank(launcher: int, rank: int) -> None:
-    """SIGKILL the process of one rank of a torchrun job."""
+    """SIGKILL the process of one rank of a launched job."""
     for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
         environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
         if f"RANK={rank}".encode() in environment:

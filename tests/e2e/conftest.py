@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from runs import ENV, ROOT, TINY, Entry, Run
+from runs import ENV, ROOT, TINY, Entry, Run, write_corpus
 
 
 @pytest.fixture(scope="session")
@@ -26,14 +25,7 @@ def entry():
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """Prefix of some 60 KB of tokenised bytes."""
-    folder = tmp_path_factory.mktemp("corpus")
-    source = ROOT / "megatron_mlra" / "config.py"
-    lines = [json.dumps({"text": part}) for part in source.read_text().split("\n\n")]
-    (folder / "text.jsonl").write_text("\n".join(lines * 4))
-    command = [sys.executable, ROOT / "tools/preprocess_data.py", "--tokenizer", "byte"]
-    command += ["--input", folder / "text.jsonl", "--output-prefix", folder / "text"]
-    subprocess.run(command, check=True, capture_output=True)
-    return folder / "text"
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="session")

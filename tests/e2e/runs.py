@@ -40,6 +40,17 @@ save_interval: 4
 """
 
 
+def write_corpus(folder: Path) -> Path:
+    """Write some 60 KB of tokenised bytes; returns their prefix."""
+    source = ROOT / "megatron_mlra" / "config.py"
+    lines = [json.dumps({"text": part}) for part in source.read_text().split("\n\n")]
+    (folder / "text.jsonl").write_text("\n".join(lines * 4))
+    command = [sys.executable, ROOT / "tools/preprocess_data.py", "--tokenizer", "byte"]
+    command += ["--input", folder / "text.jsonl", "--output-prefix", folder / "text"]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder / "text"
+
+
 @dataclass
 class Run:
     """A run of the entry that has ended."""

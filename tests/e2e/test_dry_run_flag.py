@@ -22,8 +22,10 @@ def test_a_launch_of_1024_gpus_is_described_and_nothing_started(tmp_path):
     assert ", fits in " in memory
     assert sum(line.startswith("  rank ") for line in said) == 4
     assert sum(line.startswith("  stage ") for line in said) == 4
-    assert said[-1].startswith("command: torchrun --nnodes 128 ")
-    assert said[-1].endswith(f"--data-path nowhere --save {tmp_path / 'save'}")
+    assert said[-1] == (
+        "command, the same on every node: NODES=128 GPUS_PER_NODE=8 RDZV_ENDPOINT=$HOST:29500"
+        f" RDZV_ID=$JOB examples/launch.sh {config} {tmp_path / 'save'} --data-path nowhere"
+    )
 
 
 def shard_map(tp: int, layout: str) -> list[str]:
@@ -59,7 +61,7 @@ def test_the_shard_map_names_every_rank_and_shortens_many():
 def test_the_command_is_the_same_without_the_dry_run():
     argv = ["--config", "a b.yaml", "--dry-run", "16", "--dry-run-gpu=h200", "--bf16"]
     said = _command(SimpleNamespace(world_size=16), argv)
-    assert said.startswith("command: torchrun --nnodes 2 ")
-    assert said.endswith("--nproc-per-node 8 pretrain_mlra.py --config 'a b.yaml' --bf16")
-    said = _command(SimpleNamespace(world_size=4), argv)
-    assert "--standalone --nproc-per-node 4 " in said
+    assert said.startswith("command, the same on every node: NODES=2 GPUS_PER_NODE=8 ")
+    assert said.endswith(" examples/launch.sh 'a b.yaml' $SAVE --bf16")
+    said = _command(SimpleNamespace(world_size=4), ["--save=x", *argv])
+    assert said == "command: GPUS_PER_NODE=4 examples/launch.sh 'a b.yaml' x --bf16"

@@ -25,6 +25,7 @@ LAYERS = (
         "megatron_mlra.inference",
         "megatron_mlra.checkpoint",
         "megatron_mlra.fault_tolerance",
+        "megatron_mlra.launch",
         "megatron_mlra.preprocess",
         "megatron_mlra.evaluation",
         "megatron_mlra.planner",

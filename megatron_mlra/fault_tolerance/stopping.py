@@ -1,0 +1,90 @@
+"""Signals that ask a run to stop, heeded from the entry's first line to its last step.
+
+This module is imported before torch, so it needs the standard library alone.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+_numbers: set[signal.Signals] = set()
+_asked: signal.Signals | None = None
+_handler: Any = None
+_told: list[int] = []
+
+
+def listen(*numbers: signal.Signals) -> None:
+    """Note these signals from here on, and any that waited.
+
+    The launcher starts ranks with SIGTERM blocked: one that comes while Python starts waits, where
+    it would otherwise kill the rank and be lost. Threads other than the main one can set nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    _numbers.update(numbers)
+    for number in _numbers:
+        signal.signal(number, _note)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _numbers)
+
+
+def close() -> None:
+    """Ignore the signals from here on: the run has ended, and its process is on the way out.
+
+    Python itself would restore their default action before it ends, and a stop that comes late, as
+    the word of another host does, would turn an end in order into a killed rank.
+    """
+    if threading.current_thread() is threading.main_thread():
+        for number in _numbers:
+            signal.signal(number, signal.SIG_IGN)
+
+
+def ignore_no_more() -> None:
+    """Let the signals end the process, as they do by default (`--no-exit-signal-handler`)."""
+    for number in _numbers:
+        signal.signal(number, signal.SIG_DFL)
+    if _asked is not None:
+        signal.raise_signal(_asked)
+
+
+def hand_over(handler: Any) -> None:
+    """Have Megatron's handler know of signals that came before it, and of all our signals.
+
+    Args:
+        handler: Megatron's DistributedSignalHandler, which asks all ranks at the end of each step.
+    """
+    global _handler
+    _handler = handler
+    handler._signal_received = _asked is not None
+    ask_all = handler.signals_received
+
+    def signals_received() -> list[int]:
+        received = ask_all()
+        _told[:] = [rank for rank, was_told in enumerate(received) if was_told]
+        return received
+
+    handler.signals_received = signals_received
+    listen()
+
+
+def any_rank_asked() -> bool:
+    """Whether any rank was asked to stop: the same answer on all, who must all call this."""
+    return _handler is not None and any(_handler.signals_received())
+
+
+def by() -> str:
+    """What stops the run, in words for the end of a clause; empty if no signal does."""
+    if _asked is not None:
+        return f" by {_asked.name}"
+    if not _told:
+        return ""
+    return f" by a signal to rank {', '.join(map(str, _told[:4]))}"
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    global _asked
+    _asked = signal.Signals(number)
+    if _handler is not None:
+        _handler._signal_received = True

@@ -1,0 +1,8 @@
+"""Launch: one node's ranks are started, watched, told to stop, and their end is told to all hosts.
+
+    python -m megatron_mlra.launch [flags of torchrun] pretrain_mlra.py [flags of the entry]
+
+torchrun's agent starts and restarts the ranks. What is added: a stop signal saves in every phase, a
+refused command line (exit code 2) is not started again, and hosts know of each other.
+Start with cli.py; examples/launch.sh is the script that calls it.
+"""

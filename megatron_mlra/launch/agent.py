@@ -1,0 +1,109 @@
+"""torchrun's agent, which hands a stop on to its ranks and does not restart what was refused."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from megatron_mlra.launch.control import REFUSED, Control, Ended, Phase, say
+
+GRACE = 3.0
+"""Seconds for the ranks beside one that failed to say what they know; then they are killed."""
+
+
+class Agent(LocalElasticAgent):
+    """One host's agent."""
+
+    def __init__(self, *args, control: Control, **named) -> None:
+        super().__init__(*args, **named)
+        self.control = control
+        self.told: set[int] = set()
+
+    def _invoke_run(self, *args, **named) -> RunResult:
+        self.control.phase = Phase.RUNNING
+        try:
+            return super()._invoke_run(*args, **named)
+        finally:
+            self.control.phase = Phase.PARTING
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        with self.control.during(Phase.MEETING):
+            super()._rendezvous(worker_group)
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict:
+        started = super()._start_workers(worker_group)
+        self.control.ran = True
+        context = self._pcontext
+        close = context.close
+
+        def close_soon(death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
+            if death_sig in (None, signal.SIGTERM):
+                # SIGTERM asks ranks to save, which they cannot without those that failed.
+                deadline = time.monotonic() + GRACE
+                while _alive(context.pids().values()) and time.monotonic() < deadline:
+                    time.sleep(0.1)
+                death_sig = signal.SIGKILL
+            close(death_sig, timeout)
+
+        context.close = close_soon
+        return started
+
+    def _exit_barrier(self) -> None:
+        with self.control.during(Phase.PARTING):
+            super()._exit_barrier()
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        if self.control.over is not None:
+            raise Ended
+        result = super()._monitor_workers(worker_group)
+        if self.control.asked:
+            # A rank that fails now is not started again: it would miss the stop.
+            self._remaining_restarts = 0
+            for pid in set(self._pcontext.pids().values()) - self.told:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
+                self.told.add(pid)
+        if result.is_failed():
+            failures = result.failures
+            if any(failure.exitcode == REFUSED for failure in failures.values()):
+                self._remaining_restarts = 0
+            if self._remaining_restarts > 0:
+                most = worker_group.spec.max_restarts
+                number = most - self._remaining_restarts + 1
+                say(f"{describe(failures)}; restart {number} of {most}")
+        return result
+
+
+def _alive(pids) -> bool:
+    """Whether one of these children runs still."""
+    for pid in pids:
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
+            if file.read().rpartition(")")[2].split()[0] != "Z":
+                return True
+    return False
+
+
+def describe(failures: dict[int, ProcessFailure]) -> str:
+    """How ranks ended, in one clause: the first that failed, its reason if it gave one."""
+    rank, first = min(failures.items(), key=lambda item: item[1].timestamp)
+    if first.exitcode < 0:
+        what = f"rank {rank} was killed by {signal.Signals(-first.exitcode).name}"
+    else:
+        what = f"rank {rank} ended with exit code {first.exitcode}"
+    if len(failures) > 1:
+        what += f" ({len(failures) - 1} more ended too)"
+    return what
+
+
+def reason(failures: dict[int, ProcessFailure]) -> str:
+    """What the first rank that failed gave as its reason; empty if it could say nothing."""
+    for failure in sorted(failures.values(), key=lambda failure: failure.timestamp):
+        if failure.exitcode > 0 and failure.error_file_data.get("message"):
+            return failure.message
+    return ""

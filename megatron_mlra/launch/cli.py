@@ -1,0 +1,182 @@
+"""The launcher's command line: torchrun's flags, then the entry's script and its flags."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from megatron_mlra.launch.control import LINGER, REFUSED, STOP_SIGNALS, Control, Ended, say
+
+if TYPE_CHECKING:
+    from megatron_mlra.launch.hosts import Hosts
+
+DEFAULT_JOIN_TIMEOUT = 600.0
+"""Seconds, torchrun's own."""
+
+
+def main(argv: list[str]) -> int:
+    """Start this host's ranks, see them to their end.
+
+    Args:
+        argv: flags of torchrun, the script, its flags.
+
+    Returns:
+        0 when the ranks have ended in order; STOPPED_CODE (environment, default 0) when they did so
+        by a signal; 2 when the command line or the input was refused; 1 otherwise.
+    """
+    # From here on a stop waits for its thread. The ranks inherit this, until they can heed it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    control = Control()
+    stopped_code = int(os.environ.get("STOPPED_CODE", "0"))
+    watch = Watch(control, stopped_code)
+    watch.start()
+    try:
+        with _quiet_cpp():
+            from torch.distributed import run as torchrun
+    except ImportError as error:
+        say(
+            f"error: {sys.executable} cannot import torch ({error}); set PYTHON to the Python of"
+            " the environment that has it, for example PYTHON=.venv/bin/python"
+        )
+        return REFUSED
+    args = torchrun.get_args_parser().parse_args(argv)
+    args.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
+    if "LOGLEVEL" not in os.environ:
+        logging.disable(logging.ERROR)
+    try:
+        if args.standalone:
+            args.local_addr = args.local_addr or "127.0.0.1"
+        else:
+            watch.hosts = _join(args, control)
+    except ValueError as error:
+        say(f"error: {error}")
+        return REFUSED
+    except TimeoutError as error:
+        say(f"error: {error}")
+        return 1
+    code, why = _run(args, control, watch.hosts)
+    control.finished = True
+    if code and watch.hosts is not None:
+        watch.hosts.report(code, why)
+    return stopped_code if control.asked and not code else code
+
+
+class Watch(threading.Thread):
+    """Hears the stop signals, and ends the process where its agent cannot."""
+
+    def __init__(self, control: Control, stopped_code: int) -> None:
+        super().__init__(daemon=True)
+        self.control, self.stopped_code = control, stopped_code
+        self.hosts: Hosts | None = None
+
+    def run(self) -> None:
+        """Until the process ends."""
+        while True:
+            if heard := signal.sigtimedwait(STOP_SIGNALS, 0.5):
+                self.control.ask(signal.Signals(heard.si_signo).name)
+            if self.hosts is not None:
+                self.hosts.check()
+            code = self.control.exit_code(self.stopped_code)
+            if code is not None:
+                if self.hosts is not None and self.hosts.reached is not None:
+                    time.sleep(LINGER)
+                os._exit(code)
+
+
+def _join(args: Namespace, control: Control) -> Hosts:
+    """Check what torchrun needs of several hosts, and have them know of each other."""
+    from megatron_mlra.launch import hosts, network
+
+    if not args.nnodes.isdigit() or int(args.nnodes) < 1:
+        raise ValueError(
+            f"NODES {args.nnodes} is no number of hosts; a number that changes (as 1:2) is not"
+            " supported"
+        )
+    host, port = network.parse_endpoint(args.rdzv_endpoint)
+    here = socket.gethostname()
+    network.resolve(host, port, here)
+    found = network.own_address((host, port), args.local_addr)
+    conf = dict(item.split("=", 1) for item in args.rdzv_conf.split(",") if "=" in item)
+    join_timeout = float(conf.get("join_timeout", DEFAULT_JOIN_TIMEOUT))
+    first = network.meet(host, port, join_timeout, say, here)
+    if found is not None:
+        address, interface = found
+        if args.local_addr is None:
+            say(
+                f"note: {here} is a loopback address on {here} itself; other hosts are given"
+                f" {address} ({interface}); LOCAL_ADDR and GLOO_SOCKET_IFNAME choose another"
+            )
+        args.local_addr = address
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    call = hosts.Call(here, os.getpid(), args.nnodes, args.rdzv_id)
+    joined = hosts.Hosts(control, call, (host, port), join_timeout)
+    joined.start(judges=first)
+    return joined
+
+
+def _run(args: Namespace, control: Control, hosts: Hosts | None) -> tuple[int, str]:
+    """torchrun; returns the exit code and, for other hosts, the reason."""
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.launcher import api
+
+    from megatron_mlra.launch import agent
+
+    api.LocalElasticAgent = functools.partial(agent.Agent, control=control)
+    try:
+        torchrun.run(args)
+    except ChildFailedError as error:
+        failures, most = error.failures, args.max_restarts
+        refused = any(failure.exitcode == REFUSED for failure in failures.values())
+        told = agent.reason(failures)
+        why = f"{agent.describe(failures)}{f': {told}' if told else ''}"
+        if not refused:
+            no_more = "the run was told to stop" if control.asked else f"MAX_RESTARTS {most}"
+            say(f"error: {agent.describe(failures)}; not started again ({no_more})")
+        return (REFUSED if refused else 1), why
+    except SignalException as stop:
+        return 128 + stop.sigval, f"by {stop.sigval.name}"
+    except Ended:
+        return control.over, ""
+    except RendezvousError as error:
+        if control.over is not None:
+            return control.over, ""
+        if control.ran or (hosts is not None and hosts.reached is not None):
+            host, _, port = args.rdzv_endpoint.rpartition(":")
+            line = f"host {host}, where all meet ({host}:{port}), is gone or has ended"
+            say(f"error: {line}")
+            return 1, line
+        name = type(error).__name__.removeprefix("Rendezvous").removesuffix("Error").lower()
+        line = (
+            f"the hosts did not meet at {args.rdzv_endpoint} ({name}); compare NODES,"
+            f" RDZV_ENDPOINT and RDZV_ID ({args.nnodes}, {args.rdzv_endpoint}, {args.rdzv_id} here)"
+            " on all"
+        )
+        say(f"error: {line}")
+        return 1, line
+    return 0, ""
+
+
+@contextlib.contextmanager
+def _quiet_cpp() -> Iterator[None]:
+    """Import torch such that its C++ side prints no warnings here; the ranks are as they were."""
+    name = "TORCH_CPP_LOG_LEVEL"
+    chosen = name in os.environ
+    os.environ.setdefault(name, "FATAL")
+    try:
+        yield
+    finally:
+        if not chosen:
+            del os.environ[name]

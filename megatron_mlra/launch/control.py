@@ -1,0 +1,93 @@
+"""What the threads of one launcher share: whether a stop was asked, and whether all is over."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""SIGUSR1 too: srun hands it on to a step, where it answers SIGTERM by killing the step."""
+
+REFUSED = 2
+"""Exit code of a rank whose command line or input was refused: another start would end alike."""
+
+INTERVAL = 1.0
+"""Seconds between two words of hosts to each other."""
+LINGER = 3 * INTERVAL + 1
+"""Seconds for which a launcher that ends waits, so that all hosts read why."""
+
+
+class Phase(Enum):
+    """What the agent's thread does."""
+
+    MEETING = "waiting for the other hosts"
+    RUNNING = "watching its ranks"
+    PARTING = "waiting for the other hosts to finish"
+
+
+def say(line: str) -> None:
+    """One line on stderr, whatever other threads do."""
+    os.write(2, f"{line}\n".encode())
+
+
+class Ended(Exception):
+    """This launcher ends for a reason that lies outside its own ranks."""
+
+
+class Control:
+    """State of one launcher. The agent's thread polls it; other threads change it."""
+
+    def __init__(self) -> None:
+        self.asked = ""
+        """What asked the run to stop, in words; empty while nothing did."""
+        self.over: int | None = None
+        """Exit code, once this launcher is to end without waiting for its ranks."""
+        self.finished = False
+        """Whether the agent has returned: what other hosts do no longer matters."""
+        self.ran = False
+        """Whether ranks have been started."""
+        self.phase = Phase.MEETING
+        self._lock = threading.Lock()
+
+    def ask(self, who: str) -> None:
+        """Ask the run to stop in order: its ranks save and end."""
+        with self._lock:
+            if self.asked or self.finished:
+                return
+            self.asked = who
+
+    def end(self, code: int, line: str) -> None:
+        """End this launcher; its ranks are killed."""
+        with self._lock:
+            if self.over is None and not self.finished:
+                say(line)
+                self.over = code
+
+    def exit_code(self, stopped_code: int) -> int | None:
+        """Exit code where the process can end at once, without its agent: None where it cannot.
+
+        The agent's thread sees neither a stop nor an end while it waits for other hosts.
+        """
+        with self._lock:
+            if self.finished or self.phase is Phase.RUNNING:
+                return None
+            if self.over is not None:
+                return self.over
+            if not self.asked or self.phase is Phase.PARTING:
+                return None
+            say(f"stopped by {self.asked} while no rank ran; there is nothing new to save")
+            return stopped_code
+
+    @contextmanager
+    def during(self, phase: Phase) -> Iterator[None]:
+        """The agent's thread is in `phase` inside."""
+        before = self.phase
+        self.phase = phase
+        try:
+            yield
+        finally:
+            self.phase = before

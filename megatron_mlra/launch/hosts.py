@@ -1,0 +1,236 @@
+"""The hosts of one run know of each other: who is there, who was told to stop, who has failed.
+
+Each launcher writes a call into the store in which torchrun's agents meet. The launchers on the
+store's own host read all calls and write news, which all others read: two keys a round, however
+many hosts there are.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+
+from torch.distributed import TCPStore
+
+from megatron_mlra.launch.control import INTERVAL, LINGER, Control, say
+
+SILENT = 15.0
+"""Seconds without a call after which a host counts as gone, and the others are told."""
+DEAD = 60.0
+"""Seconds without the first host, after which the others end: nothing can go on without it."""
+LATE = 60.0
+"""Seconds after which hosts that have not come are asked for."""
+
+_COUNT, _NEWS, _BEAT = "mlra/count", "mlra/news", "mlra/beat"
+
+
+@dataclass
+class Call:
+    """What a launcher says of itself."""
+
+    host: str
+    pid: int
+    nodes: str
+    """Its NODES."""
+    run: str
+    """Its RDZV_ID."""
+    beat: int = 0
+    asked: str = ""
+    code: int | None = None
+    """Its exit code, once it has ended."""
+    why: str = ""
+
+
+@dataclass
+class News:
+    """What all hosts are told."""
+
+    asked: str = ""
+    code: int | None = None
+    lines: list[str] = field(default_factory=list)
+
+
+class Judge:
+    """Makes news of calls. Free of threads and sockets."""
+
+    def __init__(self, join_timeout: float, now: float) -> None:
+        self.join_timeout, self.began = join_timeout, now
+        self.news = News()
+        self.heard: dict[int, tuple[int, float]] = {}
+        self.gone: set[int] = set()
+        self.asked_for = False
+
+    def read(self, calls: dict[int, Call], now: float) -> News:
+        """Take up one round of calls, by number; returns the news so far."""
+        for number, call in calls.items():
+            if call.beat != self.heard.get(number, (-1, 0.0))[0]:
+                self.heard[number] = (call.beat, now)
+                self.gone.discard(number)
+            elif call.code is None and number not in self.gone:
+                silence = now - self.heard[number][1]
+                if any(n > number and other.host == call.host for n, other in calls.items()):
+                    self.gone.add(number)  # another launcher there took its place
+                elif silence > SILENT:
+                    self.gone.add(number)
+                    self._say(
+                        f"host {call.host} gives no sign of life for {silence:.0f} s; if it does"
+                        f" not come back, the others wait {self.join_timeout:.0f} s (JOIN_TIMEOUT)"
+                    )
+            if call.asked and not self.news.asked:
+                self.news.asked = f"{call.asked} (host {call.host})"
+            if call.code:
+                self._end(call.code, f"host {call.host} ended: {call.why}")
+        live = [c for n, c in calls.items() if n not in self.gone and c.code is None]
+        self._compare(live)
+        self._ask_for_missing(live, now)
+        return self.news
+
+    def _compare(self, live: list[Call]) -> None:
+        for name, value in (("NODES", "nodes"), ("RDZV_ID", "run")):
+            first = live[0] if live else None
+            for call in live[1:]:
+                here, there = getattr(first, value), getattr(call, value)
+                if here != there:
+                    self._end(
+                        2,
+                        f"{name} is {here} on host {first.host} and {there} on host {call.host};"
+                        " give all hosts the same",
+                    )
+        hosts = sorted({call.host for call in live})
+        if live and len(hosts) > int(live[0].nodes):
+            self._end(2, f"NODES is {live[0].nodes}, but more have come: {', '.join(hosts)}")
+
+    def _ask_for_missing(self, live: list[Call], now: float) -> None:
+        wanted = int(live[0].nodes) if live else 0
+        if len(live) < wanted and now - self.began > LATE and not self.asked_for and not self.gone:
+            self.asked_for = True
+            hosts = ", ".join(call.host for call in live[:8])
+            self._say(
+                f"{wanted - len(live)} of {wanted} hosts are missing after {LATE:.0f} s; here:"
+                f" {hosts}. On the others compare NODES, RDZV_ENDPOINT and RDZV_ID; waiting"
+                f" {self.join_timeout:.0f} s in all (JOIN_TIMEOUT)"
+            )
+
+    def _say(self, line: str) -> None:
+        self.news.lines.append(line)
+
+    def _end(self, code: int, line: str) -> None:
+        if self.news.code is None:
+            self.news.code = code
+            self._say(line)
+
+
+class Hosts:
+    """One launcher's part: a thread that calls and heeds the news."""
+
+    def __init__(
+        self, control: Control, call: Call, endpoint: tuple[str, int], join_timeout: float
+    ) -> None:
+        self.control, self.call, self.endpoint = control, call, endpoint
+        self.judges = False
+        """Whether the store is on this host."""
+        self.join_timeout = join_timeout
+        self.reached: float | None = None
+        self._number: int | None = None
+        self._judge: Judge | None = None
+        self._told = 0
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def start(self, judges: bool) -> None:
+        """Begin to call."""
+        self.judges = judges
+        if judges:
+            self._judge = Judge(self.join_timeout, time.monotonic())
+        self._thread.start()
+
+    def report(self, code: int, why: str) -> None:
+        """Tell all hosts how this launcher ends; returns when they can have read it."""
+        self.call.code, self.call.why = code, why
+        self._thread.join(LINGER)
+
+    def check(self) -> None:
+        """Called by another thread: the store's host may be gone, and a request to it hang."""
+        if self.reached is None or self.judges or self.call.code is not None:
+            return
+        silence = time.monotonic() - self.reached
+        if silence > DEAD:
+            host, port = self.endpoint
+            self.control.end(
+                1,
+                f"error: host {host}, where all meet ({host}:{port}), gives no sign of life for"
+                f" {silence:.0f} s",
+            )
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self._rounds()
+            except RuntimeError as error:
+                if self.reached is None:
+                    say(f"note: hosts cannot hear of each other: {str(error).splitlines()[0]}")
+                    return
+                # A request failed, or the store has ended with its host's launcher: `check` counts.
+                time.sleep(INTERVAL)
+
+    def _rounds(self) -> None:
+        store = self._connect()
+        if self._number is None or self._number > store.add(_COUNT, 0):
+            self._number = store.add(_COUNT, 1)
+        number, judge = self._number, self._judge
+        beat = ""
+        while True:
+            begin = time.monotonic()
+            self.call.beat += 1
+            self.call.asked = self.control.asked
+            store.set(_key(number), json.dumps(asdict(self.call)))
+            if judge:
+                numbers = range(1, store.add(_COUNT, 0) + 1)
+                there = [n for n in numbers if store.check([_key(n)])]
+                texts = store.multi_get([_key(n) for n in there])
+                calls = {n: Call(**json.loads(t)) for n, t in zip(there, texts, strict=True)}
+                news = judge.read(calls, begin)
+                store.multi_set([_NEWS, _BEAT], [json.dumps(asdict(news)), str(self.call.beat)])
+                self.reached = begin
+                self._heed(news)
+            elif store.check([_NEWS, _BEAT]):
+                text, now_beat = (value.decode() for value in store.multi_get([_NEWS, _BEAT]))
+                if now_beat != beat:
+                    beat, self.reached = now_beat, time.monotonic()
+                self._heed(News(**json.loads(text)))
+            time.sleep(INTERVAL)
+            if self.reached is not None and time.monotonic() - begin > INTERVAL + SILENT / 3:
+                # This process itself was stopped, with the whole job perhaps.
+                self.reached = time.monotonic()
+
+    def _connect(self) -> TCPStore:
+        """The store; the agents' own, so nobody waits for it longer than they do."""
+        deadline = time.monotonic() + self.join_timeout
+        while True:
+            try:
+                host, port = self.endpoint
+                timeout = timedelta(seconds=SILENT)
+                return TCPStore(host, port, None, False, timeout, wait_for_workers=False)
+            except RuntimeError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(INTERVAL)
+
+    def _heed(self, news: News) -> None:
+        own = self.call.code is not None
+        for line in news.lines[self._told :]:
+            last = news.code is not None and line == news.lines[-1]
+            # This host has said its own reason already.
+            if not own and not last:
+                say(f"note: {line}")
+        self._told = len(news.lines)
+        if news.asked:
+            self.control.ask(news.asked)
+        if news.code is not None and not own:
+            self.control.end(news.code, f"error: {news.lines[-1]}")
+
+
+def _key(number: int) -> str:
+    return f"mlra/call/{number}"

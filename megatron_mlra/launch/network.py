@@ -1,0 +1,182 @@
+"""Names, addresses and ports, tried before torchrun: its errors come late and at great length."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+import psutil
+from torch.distributed import TCPStore
+from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname
+
+PATIENCE = 20.0
+"""Seconds of silence from the first host before a line says so."""
+_PROBE = 10.0
+
+
+def parse_endpoint(endpoint: str) -> tuple[str, int]:
+    """Host and port.
+
+    Raises:
+        ValueError: it is not HOST:PORT.
+    """
+    host, colon, port = endpoint.rpartition(":")
+    if not (colon and host and port.isdigit() and 0 < int(port) < 65536):
+        raise ValueError(f"RDZV_ENDPOINT {endpoint} is not HOST:PORT, for example node001:29500")
+    return host.strip("[]"), int(port)
+
+
+def resolve(host: str, port: int, here: str) -> None:
+    """See that there is such a host.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        socket.getaddrinfo(host, port)
+    except socket.gaierror:
+        raise ValueError(
+            f"RDZV_ENDPOINT {host}:{port}: there is no host {host}, as {here} sees it"
+        ) from None
+
+
+def meet(host: str, port: int, join_timeout: float, say: Callable[[str], None], here: str) -> bool:
+    """See that the hosts can meet at host:port, waiting for the first one to be there.
+
+    Returns:
+        whether this host is the first one, which holds the store.
+
+    Raises:
+        ValueError: the port is another program's.
+        TimeoutError: nobody came.
+    """
+    taken = f"port {port} of {host} is taken by another program; choose another (RDZV_ENDPOINT)"
+    if _matches_machine_hostname(host) and _is_free(port):
+        return True
+    begin, said = time.monotonic(), False
+    while not _answers(host, port):
+        waited = time.monotonic() - begin
+        hint = "is it the first host's name, and is the run started there?"
+        if waited > join_timeout:
+            raise TimeoutError(
+                f"nothing answered at RDZV_ENDPOINT {host}:{port} for {join_timeout:.0f} s"
+                f" (JOIN_TIMEOUT), as {here} sees it; {hint}"
+            )
+        if waited > PATIENCE and not said:
+            said = True
+            say(
+                f"note: nothing answers at RDZV_ENDPOINT {host}:{port} yet; {hint}"
+                f" Waiting {join_timeout:.0f} s in all (JOIN_TIMEOUT)"
+            )
+        time.sleep(1)
+    if not _is_store(host, port):
+        raise ValueError(taken)
+    return False
+
+
+def own_address(endpoint: tuple[str, int], chosen: str | None) -> tuple[str, str] | None:
+    """This host's address for the others, and its interface, where its own name does not say.
+
+    On Debian a host's own name is 127.0.1.1 to itself; gloo would give that address to the others.
+
+    Args:
+        endpoint: where all meet.
+        chosen: the address that was chosen by hand (`--local-addr`, LOCAL_ADDR).
+
+    Returns:
+        None where nothing has to be chosen: the own name is an address that others can reach.
+
+    Raises:
+        ValueError: one line; nothing or too much to choose from.
+    """
+    if chosen is None and not _is_loopback(socket.gethostname()):
+        return None
+    addresses = _addresses()
+    if chosen is not None:
+        if chosen not in addresses:
+            there = ", ".join(addresses) or "none"
+            raise ValueError(f"LOCAL_ADDR {chosen} is no address of this host; there are: {there}")
+        return chosen, addresses[chosen]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(endpoint)
+            way_out = probe.getsockname()[0]
+        except OSError:
+            way_out = ""
+    if way_out in addresses:
+        return way_out, addresses[way_out]
+    if len(addresses) == 1:
+        return next(iter(addresses.items()))
+    there = ", ".join(f"{address} ({name})" for address, name in addresses.items()) or "none"
+    raise ValueError(
+        f"this host's own name, {socket.gethostname()}, is a loopback address, which other hosts"
+        f" cannot reach; set LOCAL_ADDR to one of: {there}"
+    )
+
+
+def _is_loopback(name: str) -> bool:
+    """Whether a name means this machine alone; so does one that means nothing."""
+    try:
+        found = {item[4][0] for item in socket.getaddrinfo(name, None, socket.AF_INET)}
+    except socket.gaierror:
+        return True
+    return all(ipaddress.ip_address(address).is_loopback for address in found)
+
+
+def _addresses() -> dict[str, str]:
+    """Address -> interface, of IPv4 addresses that other machines may reach."""
+    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    return {
+        entry.address: name
+        for name, entries in psutil.net_if_addrs().items()
+        for entry in entries
+        if name in up
+        and entry.family is socket.AF_INET
+        and not ipaddress.ip_address(entry.address).is_loopback
+    }
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+            probe.listen(1)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return False
+            raise ValueError(f"port {port} cannot be used: {os.strerror(error.errno)}") from None
+    return True
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def _is_store(host: str, port: int) -> bool:
+    """Whether torch's store answers there. Other programs may never answer: a thread asks."""
+    answer: list[bool] = []
+
+    def ask() -> None:
+        try:
+            timeout = timedelta(seconds=_PROBE)
+            store = TCPStore(host, port, None, False, timeout, wait_for_workers=False)
+            store.add("mlra/probe", 1)
+            answer.append(True)
+        except (RuntimeError, ValueError):
+            pass
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_PROBE)
+    return bool(answer)

@@ -1,0 +1,175 @@
+"""What a scheduler does to a job, in every phase of it: the job saves where a step had begun, ends
+or goes on as was asked, and its output says which."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+
+import pytest
+
+from jobs import LIVES, ONE, PAIR, Cluster
+from megatron_mlra.checkpoint.integrity import check_complete
+
+pytestmark = pytest.mark.cluster
+
+
+def saved_by_signal(said: str) -> list[int]:
+    """Steps after which a start was stopped and saved."""
+    return [
+        int(step) for step in re.findall(r"stopped after step (\d+) by .*, which is saved", said)
+    ]
+
+
+def time_limit(cluster: Cluster) -> None:
+    """The warning before the limit: saved, requeued, continued. The limit itself: the same."""
+    job = cluster.submit("limit", *LIVES, options=(*PAIR, "--time", 30))
+    job.wait_for(r"^step 3/")
+    job.scontrol("update", "JobId", "JOB", "TimeLimit=9")
+    job.wait_for(r"^slurm.sh: ended with 75 at step \d+; requeueing", seconds=90)
+    (step,) = saved_by_signal(job.said)
+    assert job.saved_step() == step
+    check_complete(job.save / f"iter_{step:07d}")
+    assert job.said.count("the time is nearly up; saving, then requeueing") == 1
+    job.wait("requeued", lambda: job.fields()["Restarts"] == "1", 30)
+    job.scontrol("update", "JobId", "JOB", "TimeLimit=30")
+    job.wait_for(rf"^continuing after step {step:,} ")
+    job.wait_for(rf"^step {step + 1:,}/")
+    job.scontrol("update", "JobId", "JOB", "TimeLimit=1")
+    job.wait("requeued", lambda: job.fields()["Restarts"] == "2", 120)
+    job.wait("saved twice", lambda: len(saved_by_signal(job.said)) == 2, 60)
+    # Before it starts again, perhaps before its script has ended: nothing revives it.
+    job.cancel()
+    assert job.end() == "CANCELLED"
+    time.sleep(15)
+    assert job.fields()["JobState"] == "CANCELLED"
+    assert saved_by_signal(job.said)[1] == job.saved_step() > step
+
+
+def one_node_then_requeue_then_cancel(cluster: Cluster) -> None:
+    """SIGTERM to one node in a step; scontrol requeue in a step; scancel in a step."""
+    job = cluster.submit("steps", *LIVES, options=PAIR)
+    job.wait_for(r"^step 3/")
+    (launcher,) = job.processes(job.hosts()[1], "megatron_mlra.launch")
+    os.kill(launcher, signal.SIGTERM)
+    job.wait_for(r"^slurm.sh: ended with 75 at step \d+; requeueing", seconds=60)
+    (first,) = saved_by_signal(job.said)
+
+    job.wait_for(rf"^step {first + 2:,}/")
+    job.scontrol("requeue", "JOB")
+    job.wait_for(r"^slurm.sh: SLURM requeues this job; saving first", seconds=30)
+    job.wait_for(r"^slurm.sh: stopped at step \d+; SLURM starts this job again", seconds=60)
+    second = saved_by_signal(job.said)[-1]
+    assert second > first and job.saved_step() == second
+
+    job.wait_for(rf"^step {second + 2:,}/")
+    job.cancel()
+    assert job.end() == "CANCELLED"
+    job.wait_for(r"^slurm.sh: ended by SLURM at step \d+; sbatch again to go on", seconds=5)
+    third = saved_by_signal(job.said)[-1]
+    assert third > second and job.saved_step() == third
+    check_complete(job.save / f"iter_{third:07d}")
+    assert job.fields()["Restarts"] == "2" and "restart 1 of" not in job.said
+
+
+def cancel_at_start(cluster: Cluster) -> None:
+    """scancel while the ranks import: no rank is started again, the job is not revived."""
+    job = cluster.submit("start", *LIVES, options=PAIR)
+    job.wait_running()
+    host = job.hosts()[0]
+    job.wait("starting its rank", lambda: len(job.processes(host, "pretrain_mlra.py")) > 1)
+    job.cancel()
+    assert job.end() == "CANCELLED"
+    said = job.said
+    assert "slurm.sh: SLURM ends this job (scancel)" in said
+    assert "restart 1 of" not in said and "Traceback" not in said
+    assert not list(job.save.glob("iter_*"))
+    assert job.fields()["Restarts"] == "0"
+
+
+def cancel_in_a_save(cluster: Cluster) -> None:
+    """scancel while a checkpoint is written: it is finished, then that of the step is written."""
+    # Mostly embeddings: a checkpoint of some 200 MB behind a step of a moment.
+    wide = ("--padded-vocab-size", 131072, "--hidden-size", 128)
+    flags = (*LIVES[:-1], 1, *wide, "--keep-last", 2)
+    job = cluster.submit("save", *flags, options=ONE)
+    job.wait_for(r"^saved step 2 ")
+
+    def saving() -> bool:
+        folders = sorted(job.save.glob("iter_*"))
+        return bool(folders) and not (folders[-1] / "metadata.json").exists()
+
+    job.wait("in a save", saving)
+    job.cancel()
+    assert job.end() == "CANCELLED"
+    (step,) = saved_by_signal(job.said)
+    assert job.saved_step() == step
+    check_complete(job.save / f"iter_{step:07d}")
+    assert job.fields()["Restarts"] == "0"
+
+
+def preempted(cluster: Cluster) -> None:
+    """A job of higher priority takes the node: SIGTERM to the step alone, then the node is gone."""
+    job = cluster.submit("preempted", *LIVES, options=ONE)
+    job.wait_for(r"^step 3/")
+    (host,) = job.hosts()
+    urgent = ("sbatch", "--partition", "urgent", "--nodelist", host, "--exclusive", "--output")
+    cluster.on("head", *urgent, "/dev/null", "--wrap", "sleep 2")
+    job.wait_for(r"^slurm.sh: ended with 75 at step \d+; requeueing", seconds=90)
+    (step,) = saved_by_signal(job.said)
+    job.wait_for(rf"^continuing after step {step:,} ")
+    job.wait_for(rf"^step {step + 1:,}/")
+    job.cancel()
+    assert job.end() == "CANCELLED"
+
+
+def refused(cluster: Cluster) -> None:
+    """Four processes for four GPUs; what they refuse is neither restarted nor requeued."""
+    eight = ("--tensor-model-parallel-size", 8)
+    job = cluster.submit("refused", *eight, options=("--nodes", 1, "--gpus-per-node", 4))
+    assert job.end(300) == "FAILED"
+    assert "8 needs a multiple of 8 processes and there are 4" in job.said
+    assert job.said.count("needs a multiple") == 1 and "restart 1 of" not in job.said
+    assert "the command line or the input was refused" in job.said
+    fields = job.fields()
+    assert (fields["Restarts"], fields["ExitCode"]) == ("0", "2:0")
+
+
+def typo(cluster: Cluster) -> None:
+    """A typo in the preset's name ends the job at once."""
+    job = cluster.submit("typo", options=ONE, preset="mlra4_7bb")
+    assert job.end(300) == "FAILED"
+    assert "error: there is no preset examples/configs/mlra4_7bb.yaml" in job.said
+    fields = job.fields()
+    assert (fields["Restarts"], fields["ExitCode"]) == ("0", "2:0")
+
+
+def hostile_guard(cluster: Cluster) -> None:
+    """Code in the crash-loop guard's file is text."""
+    save = cluster.folder / "work" / "hostile"
+    save.mkdir()
+    code = f"a[$(touch${{IFS}}{save}/ran)]"
+    (save / "starts_without_progress.txt").write_text(f"none {code}\n")
+    (save / "latest_checkpointed_iteration.txt").write_text(f"{code}\n")
+    job = cluster.submit("hostile", options=ONE, preset="mlra4_7bb")
+    assert job.end(300) == "FAILED"
+    assert not (save / "ran").exists()
+
+
+CASES = [
+    time_limit,
+    one_node_then_requeue_then_cancel,
+    cancel_at_start,
+    cancel_in_a_save,
+    preempted,
+    refused,
+    typo,
+    hostile_guard,
+]
+
+
+@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
+def test_job(cases, case):
+    cases[case].result()
