@@ -53,6 +53,7 @@ def train() -> int:
     from torch.distributed.checkpoint.api import CheckpointException
 
     from megatron_mlra.cost.accounting import ModelShape, parameters
+    from megatron_mlra.evaluation import held_out
     from megatron_mlra.fault_tolerance import (
         checksums,
         heartbeat,
@@ -103,6 +104,7 @@ def train() -> int:
             if on_cpu:
                 console.say(console.on_cpu(args))
             console.say(console.accelerated_parts(args))
+        held_out.install(args, arguments.run_folder(args))
         Progress(args, shape).install()
         resume.install(args)
         samples.install()
