@@ -68,6 +68,7 @@ def train() -> int:
     from megatron_mlra.checkpoint.files import guarded_loads
     from megatron_mlra.cost.parameters import parameters
     from megatron_mlra.description.megatron_args import from_megatron_args
+    from megatron_mlra.evaluation import held_out
     from megatron_mlra.fault_tolerance import (
         checksums,
         fingerprint,
@@ -145,6 +146,7 @@ def train() -> int:
             if on_cpu:
                 console.say(console.on_cpu(args))
             console.say(console.accelerated_parts(args))
+        held_out.install(args, arguments.run_folder(args))
         progress.Progress(args, shape).install()
         resume.install(args)
         samples.install()

@@ -70,6 +70,7 @@ def load_scorer(
         batch_size,
         device,
         progress,
+        source.description.vocab_size,
     )
 
 

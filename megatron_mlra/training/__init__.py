@@ -2,8 +2,8 @@
 
 Start with arguments.py, then the order of pretrain_mlra.py.
 
-May import:   layers, fault_tolerance, cost, planner, sharding, data, description, command_line;
-              torch, Megatron
+May import:   layers, fault_tolerance, cost, planner, sharding, data, description,
+              evaluation, command_line; torch, Megatron
 Imported by:  benchmarks
 Never:        checkpoint formats
 Held by:      tests/unit/training, tests/e2e
