@@ -26,7 +26,7 @@ def load_preset(path: str | Path, parser: argparse.ArgumentParser) -> dict[str, 
     """
     known = _names(parser)
     defaults: dict[str, Any] = {}
-    for file, values in _chain(Path(path)):
+    for file, values in preset_chain(Path(path)):
         for key, value in values.items():
             if key not in known:
                 raise ValueError(
@@ -45,14 +45,14 @@ def preset_values(path: str | Path) -> dict[str, Any]:
         ValueError: for a missing file, bad YAML or a base that leads back.
     """
     merged: dict[str, Any] = {}
-    for _, values in _chain(Path(path)):
+    for _, values in preset_chain(Path(path)):
         merged |= {ALIASES.get(key, key): value for key, value in values.items()}
     if isinstance(merged.get("moe_layer_freq"), str):
         merged["moe_layer_freq"] = _layer_pattern(merged["moe_layer_freq"])
     return merged
 
 
-def _chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+def preset_chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
     """A preset and its bases with their own values, each behind the ones it overrides."""
     chain: list[tuple[Path, dict[str, Any]]] = []
     while True:

@@ -1,0 +1,247 @@
+"""Documents as paragraphs, from a clone of books, unpacked packages, and parquet files.
+
+Every reader yields `(name, paragraphs)` in an order that depends on file names alone.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import subprocess
+import zipfile
+from collections.abc import Iterable, Iterator
+from html.parser import HTMLParser
+from multiprocessing import Pool
+from pathlib import Path
+
+Document = tuple[str, list[str]]
+"""A name, unique in its source, and the text in paragraphs."""
+
+HELD_OUT_PACKAGES = {
+    "docs": ("postgresql-doc-15", "git-doc", "debian-policy", "developers-reference"),
+    "dictionary": ("dict-foldoc", "dict-jargon"),
+}
+"""Validation set -> the packages of which it is made, whole."""
+
+TRAINING_PACKAGES = (
+    "dict-gcide",
+    "dict-wn",
+    "anarchism",
+    "debian-handbook",
+    "linux-doc-6.1",
+    "openjdk-17-doc",
+    "perl-doc",
+    "python3.11-doc",
+    "rust-doc",
+    "sqlite3-doc",
+    "botocore",
+)
+
+_SUFFIXES = {
+    "perl-doc": (".pod",),
+    "linux-doc-6.1": (".rst.gz", ".txt.gz"),
+    "python3.11-doc": (".txt",),
+    "git-doc": (".txt",),
+}
+"""Files of a package that hold its text; of those not named here, the pages in HTML."""
+
+_NOT_PROSE = re.compile(
+    # Listings and indexes; other languages; pages that repeat others by rule.
+    r"/class-use/|/index-files/|package-(tree|use|summary)\.html|/html/src/|/implementors/"
+    r"|/translations/|/arch/|/search|_[a-z]{2}\.pod|/handbook/html/(?!en-US)|/RelNotes/"
+)
+
+
+def paragraphs(text: str) -> list[str]:
+    """Text split at blank lines; lines keep their own ends and indents."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return [part.strip("\n").rstrip() for part in re.split(r"\n[ \t]*\n", text) if part.strip()]
+
+
+def books(clone: Path) -> Iterator[Document]:
+    """The books of a Git clone (bare or not): `Author/Title.md` of its HEAD.
+
+    Files that the clone lists and does not hold, as partial clones do, are left out.
+    """
+
+    def git(*args: str, feed: bytes | None = None) -> bytes:
+        return subprocess.run(
+            ["git", "-C", str(clone), *args], input=feed, capture_output=True, check=True
+        ).stdout
+
+    listed = git("ls-tree", "-r", "-z", "HEAD").decode().split("\0")[:-1]
+    entries = [(line.split("\t", 1)[1], line.split()[2]) for line in listed]
+    entries = sorted((name, blob) for name, blob in entries if "/" in name and name[-3:] == ".md")
+    asked = "".join(f"{blob}\n" for _, blob in entries).encode()
+    held = git("cat-file", "--batch-check", feed=asked).decode().splitlines()
+    for (name, blob), answer in zip(entries, held, strict=True):
+        if not answer.endswith(" missing"):
+            yield name[:-3], paragraphs(git("cat-file", "blob", blob).decode("utf-8", "replace"))
+
+
+def package(folder: Path, name: str, workers: int = 1) -> Iterator[Document]:
+    """The documents of one unpacked package under `folder`.
+
+    Raises:
+        ValueError: it is not there or holds no document; the line says what to run.
+    """
+    root = folder / name
+    if name == "botocore":
+        readers = [_botocore(wheel) for wheel in sorted(root.glob("*.whl"))]
+    elif name.startswith("dict-"):
+        readers = [_dictionary(file) for file in sorted(root.rglob("*.dict.dz"))]
+    else:
+        readers = [_pages(root, _SUFFIXES.get(name, (".html",)), workers)]
+    found = 0
+    for document in (document for reader in readers for document in reader):
+        found += 1
+        yield document
+    if not found:
+        raise ValueError(
+            f"{root}: no documents of {name} there; run examples/reproduce/get_packages.sh {folder}"
+        )
+
+
+def fineweb(files: Iterable[Path]) -> Iterator[Document]:
+    """The column `text` of parquet files."""
+    import pyarrow.parquet as parquet
+
+    for file in files:
+        number = 0
+        for batch in parquet.ParquetFile(file).iter_batches(1024, columns=["text"]):
+            for text in batch.column(0).to_pylist():
+                yield f"{file.name}:{number}", paragraphs(text)
+                number += 1
+
+
+def fetch_fineweb(folder: Path, shards: int) -> list[Path]:
+    """Download the first shards of FineWeb-Edu's 100B sample; needs a network."""
+    from huggingface_hub import HfApi, hf_hub_download
+
+    repository = {"repo_id": "HuggingFaceFW/fineweb-edu", "repo_type": "dataset"}
+    names = HfApi().list_repo_files(**repository)
+    names = sorted(n for n in names if n.startswith("sample/100BT/") and n.endswith(".parquet"))
+    return [
+        Path(hf_hub_download(**repository, filename=name, local_dir=folder))
+        for name in names[:shards]
+    ]
+
+
+def _pages(root: Path, suffixes: tuple[str, ...], workers: int) -> Iterator[Document]:
+    files = sorted(
+        path
+        for path in root.rglob("*")
+        if path.name.endswith(suffixes) and path.is_file() and not path.is_symlink()
+    )
+    files = [path for path in files if not _NOT_PROSE.search(str(path.relative_to(root)))]
+    names = [str(path.relative_to(root)) for path in files]
+    if workers == 1:
+        yield from zip(names, map(_page, files), strict=True)
+        return
+    with Pool(workers) as pool:
+        yield from zip(names, pool.imap(_page, files, chunksize=16), strict=True)
+
+
+def _page(path: Path) -> list[str]:
+    raw = path.read_bytes()
+    if path.suffix == ".gz":
+        raw = gzip.decompress(raw)
+    text = raw.decode("utf-8", "replace")
+    return html_paragraphs(text) if path.suffix == ".html" else paragraphs(text)
+
+
+_HIDDEN = frozenset("script style nav header footer head svg button noscript form select".split())
+_INLINE = frozenset(
+    "a abbr b bdi bdo big cite code data del dfn em font i ins kbd label mark q s samp small span"
+    " strike strong sub sup time tt u var wbr".split()
+)
+_VOID = frozenset("area base br col embed hr img input link meta source track wbr".split())
+
+
+class _Text(HTMLParser):
+    """Paragraphs of a page: what lies between two tags that are not inline."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.found: list[str] = []
+        self.parts: list[str] = []
+        self.hidden: list[str] = []
+        self.pre = 0
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        if self.hidden:
+            if tag == self.hidden[-1]:
+                self.hidden.append(tag)
+            return
+        if tag in _HIDDEN:
+            self.flush()
+            self.hidden.append(tag)
+        elif tag == "br":
+            self.parts.append("\n")
+        elif tag not in _INLINE:
+            self.flush()
+            self.pre += tag == "pre"
+
+    def handle_endtag(self, tag: str) -> None:
+        if self.hidden:
+            if tag == self.hidden[-1]:
+                self.hidden.pop()
+        elif tag not in _INLINE and tag not in _VOID:
+            self.flush()
+            self.pre = max(0, self.pre - (tag == "pre"))
+
+    def handle_data(self, data: str) -> None:
+        if not self.hidden:
+            self.parts.append(data if self.pre else re.sub(r"\s+", " ", data))
+
+    def flush(self) -> None:
+        text = "".join(self.parts)
+        self.parts = []
+        lines = text.split("\n") if self.pre else [line.strip() for line in text.split("\n")]
+        text = "\n".join(line.rstrip() for line in lines).strip("\n")
+        if text.strip():
+            self.found.append(text)
+
+
+def html_paragraphs(page: str) -> list[str]:
+    """The paragraphs of a page in HTML, without its menus and scripts."""
+    reader = _Text()
+    reader.feed(page)
+    reader.close()
+    reader.flush()
+    return reader.found
+
+
+_TAG_LINE = re.compile(r"^\s*\[[^\[\]\n]{1,40}\]\s*$\n?", re.MULTILINE)
+
+
+def _dictionary(file: Path, entries: int = 100) -> Iterator[Document]:
+    """A dictd dictionary, in documents of some hundred paragraphs. Lines that hold only the name of
+    an entry's source are left out."""
+    text = gzip.decompress(file.read_bytes()).decode("utf-8", "replace")
+    blocks = paragraphs(_TAG_LINE.sub("", text))
+    for start in range(0, len(blocks), entries):
+        yield f"{file.stem}:{start}", blocks[start : start + entries]
+
+
+def _botocore(wheel: Path) -> Iterator[Document]:
+    """The documentation strings of botocore's service descriptions, a document each service."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = [n for n in archive.namelist() if re.search(r"/service-2\.json(\.gz)?$", n)]
+        for name in sorted(names):
+            raw = archive.read(name)
+            described = json.loads(gzip.decompress(raw) if name.endswith(".gz") else raw)
+            yield name, [p for page in _strings(described) for p in html_paragraphs(page)]
+
+
+def _strings(node: object) -> Iterator[str]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key == "documentation" and isinstance(value, str):
+                yield value
+            else:
+                yield from _strings(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _strings(value)

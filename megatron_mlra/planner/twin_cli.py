@@ -1,0 +1,83 @@
+"""The command line of tools/twin.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_mlra.accounting import ModelShape, kv_cache_bytes_per_token, parameters
+from megatron_mlra.command_line import OneLineParser, check_output, write_text
+from megatron_mlra.planner.twin import VARIANTS, Twin, twin
+
+
+def parser() -> OneLineParser:
+    """The flags."""
+    flags = OneLineParser(
+        prog="twin.py",
+        description="The preset of another attention at the same number of parameters (0.1 %).",
+    )
+    flags.add_argument("preset", type=Path, help="preset to be equal to, a YAML file")
+    flags.add_argument("--attention", required=True, metavar="NAME", help=", ".join(VARIANTS))
+    flags.add_argument("--output", type=Path, metavar="FILE.yaml", help="default: print it")
+    flags.add_argument("--overwrite", action="store_true", help="replace FILE.yaml")
+    return flags
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write or print the twin and print both models; returns the exit code."""
+    flags = parser()
+    args = flags.parse_args(argv)
+    try:
+        if args.output is not None:
+            check_output(args.output, "--output")
+            if args.output.exists() and not args.overwrite:
+                raise ValueError(f"--output {args.output} exists; pass --overwrite to replace it")
+        found = twin(args.preset, args.attention)
+        folder = args.output.parent if args.output else args.preset.parent
+        text = found.to_yaml(folder, args.preset.stem)
+        if args.output is not None:
+            write_text(args.output, text)
+    except (ValueError, OSError) as error:
+        flags.error(" ".join(str(error).split()))
+    print(table(found, args.preset.stem))
+    print(f"wrote {args.output}" if args.output else "\n" + text.rstrip())
+    return 0
+
+
+def table(found: Twin, source: str) -> str:
+    """Both models, a row each."""
+    rows = [
+        (
+            "",
+            "attention",
+            "MLP size",
+            "parameters",
+            "without embedding",
+            "difference",
+            "KV bytes per token and device, TP1 / 4 / 8",
+        )
+    ]
+    for name, shape in ((source, found.source), ("twin", found.shape)):
+        total = parameters(shape).total
+        kv = (kv_cache_bytes_per_token(shape, tp) for tp in (1, 4, 8))
+        rows.append(
+            (
+                name,
+                shape.variant,
+                f"{_mlp(shape):,}",
+                f"{total:,}",
+                f"{total - parameters(shape).embedding - parameters(shape).output_layer:,}",
+                "" if shape is found.source else f"{100 * found.difference:+.4f} %",
+                " / ".join(f"{each:,}" for each in kv),
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _mlp(shape: ModelShape) -> int:
+    """The MLP size that gives way: of a mixture of experts, the shared or the routed experts'."""
+    if not shape.num_experts:
+        return shape.ffn_hidden_size
+    return shape.moe_shared_ffn_hidden_size or shape.moe_ffn_hidden_size
