@@ -56,6 +56,7 @@ def train() -> int:
     from megatron_mlra.accounting import ModelShape, parameters
     from megatron_mlra.checkpoint import checksums, helper_processes, integrity
     from megatron_mlra.cpu_backend import enable_cpu_backend
+    from megatron_mlra.evaluation import held_out
     from megatron_mlra.fault_tolerance import batches, heartbeat, resume
     from megatron_mlra.progress import Progress, Stopped
 
@@ -96,6 +97,7 @@ def train() -> int:
             if on_cpu:
                 console.say(console.on_cpu(args))
             console.say(console.accelerated_parts(args))
+        held_out.install(args, arguments.run_folder(args))
         Progress(args, shape).install()
         resume.install(args)
         batches.install()

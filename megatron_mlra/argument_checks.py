@@ -13,6 +13,7 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 
 from megatron_mlra.config import resolve_core_backend
 from megatron_mlra.cpu_backend import CPU_DEFAULTS
+from megatron_mlra.evaluation.token_stream import named_sets
 
 REQUIRED = (
     "num_layers",
@@ -77,6 +78,7 @@ def check_arguments(args: Namespace) -> None:
     _check_parallel(args)
     _check_context_parallel(args)
     _check_packed(args)
+    _check_held_out(args)
     _check_batches(args)
     _check_packages(args)
 
@@ -285,6 +287,23 @@ def _check_packed(args: Namespace) -> None:
             f"--cuda-graph-impl {args.cuda_graph_impl} replays one batch's documents on all with"
             " --packed-sequences; use none"
         )
+
+
+def _check_held_out(args: Namespace) -> None:
+    if not named_sets(args.held_out):
+        return
+    for name in (
+        "dataloader_inter_document_masking",
+        "reset_attention_mask",
+        "reset_position_ids",
+        "create_attention_mask_in_dataloader",
+    ):
+        if getattr(args, name):
+            shown = "packed_sequences" if name.startswith("dataloader") else name
+            raise ValueError(
+                f"--held-out scores documents in one stream, {flag(shown)} keeps them apart; leave"
+                " one out"
+            )
 
 
 def _check_attention_of(args: Namespace, asked: str) -> None:

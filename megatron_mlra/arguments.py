@@ -165,6 +165,18 @@ def add_mlra_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         "--dry-run-gpu", choices=GPUS, default="h100", help="the GPU that --dry-run plans with"
     )
     group.add_argument(
+        "--held-out",
+        nargs="+",
+        metavar="NAME=PREFIX",
+        help="datasets to score whole and in order behind the last step (held_out.json in --save)",
+    )
+    group.add_argument(
+        "--data-seed",
+        type=int,
+        metavar="SEED",
+        help="of the order of the data; default: --seed, which also draws the initial weights",
+    )
+    group.add_argument(
         "--eval-at-start",
         action="store_true",
         help="print the validation loss before the first step too",

@@ -27,6 +27,7 @@ from megatron.core.utils import (
 from megatron.training import get_args, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 
+from megatron_mlra.evaluation.token_stream import named_sets
 from megatron_mlra.fault_tolerance import batches
 from megatron_mlra.preprocess.metadata import read_metadata
 from megatron_mlra.token_plan import PackedDocuments, plan_tokens
@@ -55,6 +56,8 @@ def check_data(args: Namespace) -> None:
     for prefixes, _weights in blends:
         for prefix in prefixes:
             _check_prefix(prefix, args)
+    for prefix in named_sets(args.held_out).values():
+        _check_prefix(prefix, args)
 
 
 def _check_prefix(prefix: str, args: Namespace) -> None:
@@ -155,7 +158,7 @@ def build_datasets(sample_counts: list[int], vp_stage: int | None = None):
         train, validation, test = sample_counts
         sample_counts = (train, validation + args.eval_iters * args.eval_global_batch_size, test)
     config = GPTDatasetConfig(
-        random_seed=args.seed,
+        random_seed=args.seed if args.data_seed is None else args.data_seed,
         sequence_length=args.seq_length,
         blend=blend,
         blend_per_split=per_split,

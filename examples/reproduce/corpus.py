@@ -1,9 +1,9 @@
-"""Build the text of the evidence: real English, deduplicated, with whole books and packages held out.
+"""Build the text of the evidence: real English, deduplicated, whole books and packages held out.
 
     python examples/reproduce/corpus.py --books CLONE --packages FOLDER --out DATA
 
-CLONE is a Git clone (bare or not) of the repository mlschmitt/classic-books-markdown; FOLDER is what
-get_packages.sh filled. Writes DATA/train.jsonl, DATA/{books,docs,dictionary}.jsonl and
+CLONE is a Git clone (bare or not) of the repository mlschmitt/classic-books-markdown; FOLDER is
+what get_packages.sh filled. Writes DATA/train.jsonl, DATA/{books,docs,dictionary}.jsonl and
 DATA/corpus.json (counts and SHA-256 of each). With --fineweb N, the first N shards of FineWeb-Edu
 take the place of books and packages, and a hundredth of their documents is the set `fineweb`.
 """
@@ -33,7 +33,7 @@ from corpus_sources import (
 from megatron_mlra.command_line import OneLineParser, run
 
 SHORTEST_PARAGRAPH = 80
-"""Characters from which on a paragraph may come only once: shorter ones are dialogue and headings."""
+"""Characters from which on a paragraph may come only once: shorter ones are dialogue, headings."""
 SHORTEST_DOCUMENT = 200
 NGRAM = 13
 """Words in a row by which texts are compared."""
@@ -41,7 +41,7 @@ SAMPLED = 16
 """Of how many n-grams one is remembered, to find near duplicates among training documents."""
 HELD_OUT_BOOKS = 40
 """One book in so many is held out, chosen by the hash of its name."""
-COMMON = frozenset("the of and to a in is that for it".split())
+COMMON = frozenset({"the", "of", "and", "to", "a", "in", "is", "that", "for", "it"})
 LEAST_COMMON = 0.06
 """Share of such words below which a document is no English prose."""
 

@@ -26,15 +26,25 @@ HELD_OUT_PACKAGES = {
 
 TRAINING_PACKAGES = (
     "dict-gcide",
-    "dict-wn",
     "anarchism",
+    "apache2-doc",
     "debian-handbook",
+    "erlang-doc",
+    "libreoffice-help-en-us",
     "linux-doc-6.1",
+    "nodejs-doc",
+    "octave-doc",
     "openjdk-17-doc",
     "perl-doc",
+    "python-django-doc",
+    "python-pandas-doc",
+    "python-sqlalchemy-doc",
     "python3.11-doc",
+    "qtbase5-doc-html",
+    "racket-doc",
     "rust-doc",
     "sqlite3-doc",
+    "vim-doc",
     "botocore",
 )
 
@@ -47,9 +57,10 @@ _SUFFIXES = {
 """Files of a package that hold its text; of those not named here, the pages in HTML."""
 
 _NOT_PROSE = re.compile(
-    # Listings and indexes; other languages; pages that repeat others by rule.
-    r"/class-use/|/index-files/|package-(tree|use|summary)\.html|/html/src/|/implementors/"
-    r"|/translations/|/arch/|/search|_[a-z]{2}\.pod|/handbook/html/(?!en-US)|/RelNotes/"
+    # Listings, source code and indexes; other languages; pages that repeat others by rule.
+    r"/class-use/|/index-files/|package-(tree|use|summary)\.html|/html/src/|/_modules/"
+    r"|/implementors/|/arch/|/search|/RelNotes/"
+    r"|/translations/|_[a-z]{2}\.pod|-handbook/html/(?!en-US)|/manual/(?!en/)"
 )
 
 
@@ -151,12 +162,14 @@ def _page(path: Path) -> list[str]:
     return html_paragraphs(text) if path.suffix == ".html" else paragraphs(text)
 
 
-_HIDDEN = frozenset("script style nav header footer head svg button noscript form select".split())
-_INLINE = frozenset(
+_HIDDEN = "script style nav header footer head svg button noscript form select"
+_INLINE = (
     "a abbr b bdi bdo big cite code data del dfn em font i ins kbd label mark q s samp small span"
-    " strike strong sub sup time tt u var wbr".split()
+    " strike strong sub sup time tt u var wbr"
 )
-_VOID = frozenset("area base br col embed hr img input link meta source track wbr".split())
+_VOID = "area base br col embed hr img input link meta source track wbr"
+HIDDEN, INLINE, VOID = (frozenset(words.split()) for words in (_HIDDEN, _INLINE, _VOID))
+"""Tags whose text is left out, that do not end a paragraph, and that have no end."""
 
 
 class _Text(HTMLParser):
@@ -174,12 +187,12 @@ class _Text(HTMLParser):
             if tag == self.hidden[-1]:
                 self.hidden.append(tag)
             return
-        if tag in _HIDDEN:
+        if tag in HIDDEN:
             self.flush()
             self.hidden.append(tag)
         elif tag == "br":
             self.parts.append("\n")
-        elif tag not in _INLINE:
+        elif tag not in INLINE:
             self.flush()
             self.pre += tag == "pre"
 
@@ -187,7 +200,7 @@ class _Text(HTMLParser):
         if self.hidden:
             if tag == self.hidden[-1]:
                 self.hidden.pop()
-        elif tag not in _INLINE and tag not in _VOID:
+        elif tag not in INLINE and tag not in VOID:
             self.flush()
             self.pre = max(0, self.pre - (tag == "pre"))
 

@@ -4,9 +4,10 @@
 # Needs a Debian or Ubuntu machine that reaches its package registries: apt-get, dpkg, pip.
 set -euo pipefail
 folder=${1:?usage: get_packages.sh FOLDER}
-debian=(linux-doc-6.1 openjdk-17-doc rust-doc anarchism python3.11-doc postgresql-doc-15 perl-doc sqlite3-doc debian-handbook
-        git-doc debian-policy developers-reference
-        dict-gcide dict-wn dict-foldoc dict-jargon)
+debian=(anarchism apache2-doc debian-handbook erlang-doc libreoffice-help-en-us linux-doc-6.1 nodejs-doc octave-doc
+        openjdk-17-doc perl-doc python-django-doc python-pandas-doc python-sqlalchemy-doc python3.11-doc qtbase5-doc-html
+        racket-doc rust-doc sqlite3-doc vim-doc dict-gcide
+        postgresql-doc-15 git-doc debian-policy developers-reference dict-foldoc dict-jargon)
 
 mkdir -p "$folder/archives"
 cd "$folder/archives"

@@ -9,8 +9,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from megatron_mlra import command_line
 from megatron_mlra.command_line import OneLineParser
+from megatron_mlra.evaluation.token_stream import named_sets, read_stream
 
 
 def parser() -> argparse.ArgumentParser:
@@ -21,6 +24,13 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("checkpoint", help="folder of a checkpoint")
     command.add_argument("--text", nargs="+", default=[], metavar="FILE", help="UTF-8 text files")
+    command.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="NAME=PREFIX",
+        help="datasets of tools/preprocess_data.py: the loss that training's --held-out reports",
+    )
     command.add_argument(
         "--task",
         nargs="+",
@@ -59,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> dict[str, Any]:
-    if not args.text and not args.task:
-        raise ValueError("nothing to evaluate; give --text or --task")
+    if not args.text and not args.task and not args.data:
+        raise ValueError("nothing to evaluate; give --text, --data or --task")
     for name in ("batch_size", "max_length"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -69,6 +79,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
         command_line.check_output(args.json, "--json")
     texts = {file: read_text(file) for file in args.text}
     tasks = {file: read_task(file) for file in args.task}
+    streams = {name: read_stream(prefix) for name, prefix in named_sets(args.data).items()}
 
     from megatron_mlra.evaluation.models import load_scorer
 
@@ -82,13 +93,16 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     )
     if args.max_length is not None:
         scorer.max_length = args.max_length
-    results: dict[str, Any] = {"checkpoint": args.checkpoint, "text": {}, "task": {}}
+    results: dict[str, Any] = {"checkpoint": args.checkpoint, "text": {}, "data": {}, "task": {}}
     for file, text in texts.items():
         found = results["text"][file] = perplexity(scorer.texts([text])[0], text)
         print(
             f"{file}: perplexity {found['perplexity']:.4f} a token,"
             f" {found['bits_per_byte']:.4f} bits a byte, {found['tokens']} tokens"
         )
+    for name, tokens in streams.items():
+        found = results["data"][name] = stream_loss(scorer, tokens, name)
+        print(f"{name}: loss {found['loss']:.4f} nats a token, {found['tokens']} tokens")
     for file, items in tasks.items():
         found = results["task"][file] = run_task(scorer, items)
         print(f"{file}: {', '.join(f'{name} {value:.4f}' for name, value in found.items())}")
@@ -160,6 +174,21 @@ def perplexity(score: Any, text: str) -> dict[str, float]:
         "tokens": score.num_tokens,
         "bytes": num_bytes,
     }
+
+
+def stream_loss(scorer: Any, tokens: np.ndarray, name: str) -> dict[str, float]:
+    """Nats per token of a dataset's tokens, and their number.
+
+    Raises:
+        ValueError: the dataset has ids that the model has not.
+    """
+    if scorer.vocab_size is not None and int(tokens.max()) >= scorer.vocab_size:
+        raise ValueError(
+            f"--data {name} holds token {int(tokens.max())} and the model has {scorer.vocab_size};"
+            " give data made with the model's tokenizer"
+        )
+    score = scorer.stream(tokens, scorer.prefix_id)
+    return {"loss": -score.log_likelihood / score.num_tokens, "tokens": score.num_tokens}
 
 
 def run_task(scorer: Any, items: list[dict[str, Any]]) -> dict[str, float]:

@@ -69,6 +69,7 @@ def load_scorer(
         batch_size,
         device,
         progress,
+        source.description.vocab_size,
     )
 
 

@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from megatron_mlra.evaluation.token_stream import windows
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Scorer:
         max_length: tokens the model takes at once.
         batch_size: sequences a forward.
         progress: show a bar.
+        vocab_size: ids that the model has.
     """
 
     def __init__(
@@ -55,7 +59,9 @@ class Scorer:
         batch_size: int = 8,
         device: torch.device | str = "cpu",
         progress: bool = False,
+        vocab_size: int | None = None,
     ) -> None:
+        self.vocab_size = vocab_size
         self.logits, self.encode, self.prefix_id = logits, encode, prefix_id
         self.max_length, self.batch_size = max_length, batch_size
         self.device, self.progress = device, progress
@@ -69,6 +75,16 @@ class Scorer:
         windows = [list(self._windows(self.encode(text))) for text in texts]
         scores = iter(self._score([request for text in windows for request in text]))
         return [_sum([next(scores) for _ in text]) for text in windows]
+
+    def stream(self, tokens: np.ndarray, first: int) -> Score:
+        """The score of a dataset's tokens, in the windows of token_stream.py.
+
+        Args:
+            tokens: all tokens of the dataset.
+            first: the token that the stream follows, the end of a document.
+        """
+        cut = windows(tokens, first, self.max_length)
+        return _sum(self._score([_Request(a.tolist(), b.tolist()) for a, b in cut]))
 
     def _pair(self, context: str, continuation: str) -> _Request:
         kept = context.rstrip()

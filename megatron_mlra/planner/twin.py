@@ -57,6 +57,11 @@ class Twin:
     shape: ModelShape
 
     @property
+    def title(self) -> str:
+        """The twin's attention as people call it."""
+        return self.shape.variant + " unscaled" * self.variant.endswith("-unscaled")
+
+    @property
     def difference(self) -> float:
         """Parameters of the twin relative to the source, minus 1."""
         return parameters(self.shape).total / parameters(self.source).total - 1
@@ -64,7 +69,7 @@ class Twin:
     def to_yaml(self, folder: Path, source: str) -> str:
         """The twin as a preset in `folder`, of a source by that name."""
         head = (
-            f"# {self.shape.variant}: the twin of {source}, {parameters(self.shape).total:,}"
+            f"# {self.title}: the twin of {source}, {parameters(self.shape).total:,}"
             f" parameters ({100 * self.difference:+.4f} %).\n"
         )
         values = dict(self.values)

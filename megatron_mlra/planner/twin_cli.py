@@ -57,13 +57,16 @@ def table(found: Twin, source: str) -> str:
             "KV bytes per token and device, TP1 / 4 / 8",
         )
     ]
-    for name, shape in ((source, found.source), ("twin", found.shape)):
+    for name, shape, title in (
+        (source, found.source, found.source.variant),
+        ("twin", found.shape, found.title),
+    ):
         total = parameters(shape).total
         kv = (kv_cache_bytes_per_token(shape, tp) for tp in (1, 4, 8))
         rows.append(
             (
                 name,
-                shape.variant,
+                title,
                 f"{_mlp(shape):,}",
                 f"{total:,}",
                 f"{total - parameters(shape).embedding - parameters(shape).output_layer:,}",

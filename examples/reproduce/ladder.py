@@ -1,0 +1,156 @@
+"""The runs of a ladder file: which there are, at which learning rate, and which are left."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import yaml
+
+from megatron_mlra.command_line import write_text
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One training run."""
+
+    phase: str
+    size: str
+    mechanism: str
+    seed: int
+    """Of the initial weights."""
+    peak_lr: float
+    share: float
+    """Of one pass over the text."""
+
+    @property
+    def id(self) -> str:
+        """A name that no other run has, fit for a file."""
+        return f"{self.phase}_{self.size}_{self.mechanism}_lr{self.peak_lr:.2e}_seed{self.seed}"
+
+
+@dataclass
+class Ladder:
+    """A ladder file and the results that are there."""
+
+    file: Path
+    results: Path
+    """Folder of one JSON per finished run."""
+    told: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        try:
+            self.told = yaml.safe_load(self.file.read_text())
+            for phase in self.told["phases"]:
+                if not {"name", "size", "share", "seeds", "mechanisms"} <= set(phase):
+                    raise ValueError(f"phase {phase} lacks name, size, share, seeds or mechanisms")
+                if ("rates" in phase) == ("rate_of" in phase):
+                    raise ValueError(f"phase {phase['name']} needs rates or rate_of")
+                for name in phase["mechanisms"]:
+                    if not self.preset(phase["size"], name).is_file():
+                        raise ValueError(f"{self.preset(phase['size'], name)} does not exist")
+        except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"{self.file}: {' '.join(str(error).split())}") from None
+
+    def preset(self, size: str, mechanism: str) -> Path:
+        """The preset of a model."""
+        return self.file.parent / self.told["presets"] / f"{size}_{mechanism}.yaml"
+
+    def done(self) -> dict[str, dict[str, Any]]:
+        """Run id -> its result."""
+        found = (json.loads(file.read_text()) for file in sorted(self.results.glob("*_seed*.json")))
+        return {result["id"]: result for result in found}
+
+    def write(self, result: dict[str, Any]) -> str:
+        """Add a result; a line about it."""
+        write_text(self.results / f"{result['id']}.json", json.dumps(result) + "\n")
+        if result.get("diverged"):
+            return f"diverged: {result['diverged']}"
+        losses = ", ".join(f"{k} {v['loss']:.4f}" for k, v in result["held_out"].items())
+        return f"{losses}; {result['tokens_per_second'] or 0:,} tokens/s"
+
+    def runs(self, done: dict[str, dict[str, Any]]) -> Iterator[RunSpec]:
+        """All runs whose learning rate is known by now, in order: seeds outermost, so that all
+        mechanisms have a seed before one has two."""
+        for phase in self.told["phases"]:
+            for seed in range(1, phase["seeds"] + 1):
+                for mechanism in phase["mechanisms"]:
+                    for rate in self._rates(phase, mechanism, done):
+                        yield RunSpec(
+                            phase["name"], phase["size"], mechanism, seed, rate, phase["share"]
+                        )
+
+    def left(self, done: dict[str, dict[str, Any]]) -> list[RunSpec]:
+        """The runs that are known and not done."""
+        return [run for run in self.runs(done) if run.id not in done]
+
+    def waiting(self, done: dict[str, dict[str, Any]]) -> int:
+        """How many runs have no learning rate before others end."""
+        return sum(
+            phase["seeds"]
+            for phase in self.told["phases"]
+            for mechanism in phase["mechanisms"]
+            if "rate_of" in phase and self.best_rate(mechanism, done, phase["rate_of"]) is None
+        )
+
+    def best_rate(
+        self, mechanism: str, done: dict[str, dict[str, Any]], phase_name: str = "sweep"
+    ) -> float | None:
+        """The swept rate of the lowest mean held-out loss, None before the sweep is complete."""
+        for phase in self.told["phases"]:
+            if phase["name"] == phase_name and mechanism in phase["mechanisms"]:
+                losses = self._swept(phase, mechanism, done)
+                rates = self._rates(phase, mechanism, done)
+                if all(rate in losses for rate in rates) and min(losses.values()) < math.inf:
+                    return min(losses, key=losses.__getitem__)
+        return None
+
+    def _rates(self, phase: dict, mechanism: str, done: dict[str, dict[str, Any]]) -> list[float]:
+        if "rate_of" in phase:
+            best = self.best_rate(mechanism, done, phase["rate_of"])
+            return [] if best is None else [float(f"{best * phase.get('rate_factor', 1):.2e}")]
+        rates = sorted(map(float, phase["rates"]))
+        losses = self._swept(phase, mechanism, done)
+        for _ in range(phase.get("extend", 0)):
+            if len(rates) < 2 or not all(rate in losses for rate in rates):
+                break
+            best = min(rates, key=losses.__getitem__)
+            if best == rates[0]:
+                rates.insert(0, float(f"{best * best / rates[1]:.2e}"))
+            elif best == rates[-1]:
+                rates.append(float(f"{best * best / rates[-2]:.2e}"))
+        return rates
+
+    def _swept(
+        self, phase: dict, mechanism: str, done: dict[str, dict[str, Any]]
+    ) -> dict[float, float]:
+        """Rate -> mean loss over seeds; a run that diverged counts as infinite."""
+        by_rate: dict[float, list[float]] = {}
+        for result in done.values():
+            if (result["phase"], result["mechanism"]) == (phase["name"], mechanism):
+                by_rate.setdefault(result["peak_lr"], []).append(mean_loss(result))
+        return {
+            rate: fmean(losses) for rate, losses in by_rate.items() if len(losses) >= phase["seeds"]
+        }
+
+    def seconds(self, run: RunSpec, tokens: int, done: dict[str, dict[str, Any]]) -> float:
+        """What a run on that many tokens is expected to take from its start to its end."""
+        alike = [r for r in done.values() if r["size"] == run.size and r.get("tokens_per_second")]
+        same = [r for r in alike if r["mechanism"] == run.mechanism] or alike
+        expected = self.told["expected"]
+        speed = expected[run.size]["tokens_per_second"]
+        if same:
+            speed = median(r["tokens_per_second"] for r in same)
+        return expected["start_seconds"] + tokens / speed
+
+
+def mean_loss(result: dict[str, Any]) -> float:
+    """Mean of the held-out sets' losses, each set with the same weight; infinite if it diverged."""
+    if result.get("diverged"):
+        return math.inf
+    return fmean(found["loss"] for found in result["held_out"].values())

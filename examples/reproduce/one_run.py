@@ -1,0 +1,32 @@
+"""Train one model: imports first, then waits for its GPU, so that a run's start costs no GPU time.
+
+python examples/reproduce/one_run.py LOCK FLAGS_OF_PRETRAIN...
+"""
+
+from __future__ import annotations
+
+import fcntl
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import pretrain_mlra
+
+
+def main() -> int:
+    """Import, take the lock, train; returns the exit code."""
+    pretrain_mlra.has_gpu()
+    from megatron.training import training  # noqa: F401
+
+    from megatron_mlra import arguments, data, model, progress  # noqa: F401
+
+    lock = open(sys.argv[1], "w")  # noqa: SIM115  held until the process ends
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    print("has the device", flush=True)
+    sys.argv = ["pretrain_mlra.py", *sys.argv[2:]]
+    return pretrain_mlra.main()
+
+
+if __name__ == "__main__":
+    pretrain_mlra.leave(main())

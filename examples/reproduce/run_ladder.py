@@ -1,0 +1,279 @@
+"""Train the models of a ladder that are not trained yet, one on each GPU, within a time budget.
+
+    python examples/reproduce/run_ladder.py --tokens TOKENS --results RESULTS --minutes 9
+    python examples/reproduce/run_ladder.py --tokens TOKENS --results RESULTS --status
+
+TOKENS is what tokenized.py wrote. RESULTS gets one small JSON for each finished run. A run that
+does not fit into the budget is not begun (with --partial it is begun, stopped in time and resumed
+by the next call, if --work is still there).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ladder import Ladder, RunSpec
+from run_results import BEGUN, Corpus, collect, divergence, last_error, latest_step
+
+from megatron_mlra.command_line import OneLineParser, run
+from megatron_mlra.presets import preset_values
+
+HERE = Path(__file__).parent
+SAVING = 25.0
+"""Seconds before the end of the budget at which runs in progress are told to save and stop."""
+
+
+@dataclass
+class Job:
+    """A run in progress."""
+
+    spec: RunSpec
+    process: subprocess.Popen
+    folder: Path
+    seconds: float
+    """What is expected to be left of it when it begins."""
+    attempts: int
+    """How many times it had begun before."""
+    begun: float | None = None
+    """When it got its GPU."""
+
+    def left(self) -> float:
+        """Seconds until it ends, as expected."""
+        if self.begun is None:
+            return self.seconds
+        return max(5.0, self.seconds - (time.monotonic() - self.begun))
+
+
+@dataclass
+class Runner:
+    """Lanes of jobs: one GPU each, or the CPU."""
+
+    ladder: Ladder
+    corpus: Corpus
+    work: Path
+    gpus: list[str]
+    """Names; empty: the CPU."""
+    deadline: float
+    partial: bool
+    keep: bool
+    commit: str
+    lanes: list[list[Job]] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    """Run id -> what its last line of error said."""
+
+    def run(self) -> int:
+        """Work until nothing is left that fits; returns the number of finished runs."""
+        self.lanes = [[] for _ in self.gpus or ("cpu",)]
+        finished = 0
+        while True:
+            for number, lane in enumerate(self.lanes):
+                finished += self._reap(number, lane)
+                self._fill(number, lane)
+            if not any(self.lanes):
+                return finished
+            if time.monotonic() > self.deadline - SAVING:
+                return finished + self._stop()
+            time.sleep(0.3)
+
+    def _fill(self, number: int, lane: list[Job]) -> None:
+        """Start the next run, or, while one trains, the imports of the one behind it."""
+        if len(lane) > 1 or (lane and lane[0].begun is None):
+            return
+        busy = {job.spec.id for each in self.lanes for job in each} | set(self.failed)
+        done = self.ladder.done()
+        left = self.deadline - SAVING - time.monotonic() - sum(job.left() for job in lane)
+        for spec in self.ladder.left(done):
+            if spec.id in busy:
+                continue
+            steps = self.corpus.steps(spec, self.ladder)
+            at = latest_step(self.work / spec.id / "checkpoint")
+            batch = self.ladder.told["tokens_per_step"]
+            seconds = self.ladder.seconds(spec, (steps - at) * batch, done)
+            if seconds > left and not (self.partial and not lane and left > 60):
+                continue
+            lane.append(self._start(number, spec, steps, at, seconds))
+            return
+
+    def _start(self, number: int, spec: RunSpec, steps: int, at: int, seconds: float) -> Job:
+        folder = self.work / spec.id
+        folder.mkdir(parents=True, exist_ok=True)
+        command = self.command(number, spec, steps, at)
+        env = dict(os.environ, PYTHONUNBUFFERED="1", OMP_NUM_THREADS="1")
+        if self.gpus:
+            env["CUDA_VISIBLE_DEVICES"] = str(number)
+        (folder / "log.txt").touch()
+        attempts = (folder / "log.txt").read_text(errors="replace").count(BEGUN)
+        with open(folder / "log.txt", "a") as log:
+            process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
+            )
+        where = f"GPU {number}" if self.gpus else "CPU"
+        from_step = f" from step {at:,}" if at else ""
+        print(f"{where}: {spec.id}, {steps:,} steps{from_step}, about {seconds:.0f} s", flush=True)
+        return Job(spec, process, folder, seconds, attempts)
+
+    def command(self, number: int, spec: RunSpec, steps: int, at: int) -> list[str]:
+        """The training command of a run."""
+        told, folder = self.ladder.told, self.work / spec.id
+        flags = [
+            *("--config", self.ladder.preset(spec.size, spec.mechanism)),
+            *("--data-path", self.corpus.prefix("train"), "--train-iters", steps),
+            *("--held-out", *(f"{n}={self.corpus.prefix(n)}" for n in told["held_out"])),
+            *("--lr", f"{spec.peak_lr:.6g}", "--min-lr", f"{spec.peak_lr / 10:.6g}"),
+            *("--seed", spec.seed, "--data-seed", told["data_seed"]),
+            *("--data-cache-path", self.work / f"cache{number}", "--save", folder / "checkpoint"),
+        ]
+        if at:
+            flags += ["--load", folder / "checkpoint"]
+        flags += told["gpu_flags"] if self.gpus else told["cpu_flags"]
+        lock = self.work / f"device{number}.lock"
+        return [sys.executable, *map(str, (HERE / "one_run.py", lock, *flags))]
+
+    def _reap(self, number: int, lane: list[Job]) -> int:
+        """Take the jobs of a lane that have ended; the number of finished runs."""
+        finished = 0
+        for job in list(lane):
+            log = (job.folder / "log.txt").read_text(errors="replace")
+            if job.begun is None and log.count(BEGUN) > job.attempts:
+                job.begun = time.monotonic()
+            if job.process.poll() is None:
+                continue
+            lane.remove(job)
+            finished += self._ended(job, number, log)
+        return finished
+
+    def _ended(self, job: Job, number: int, log: str) -> bool:
+        """Write the result of a job; whether it is done."""
+        scored = (job.folder / "checkpoint" / "held_out.json").is_file()
+        diverged = divergence(log) if job.process.returncode else None
+        if job.process.returncode == 0 and not scored:
+            print(f"{job.spec.id}: stopped at step {latest_step(job.folder / 'checkpoint'):,}")
+            return False
+        if job.process.returncode and diverged is None:
+            self.failed[job.spec.id] = last_error(log)
+            print(f"{job.spec.id}: failed: {last_error(log)}", flush=True)
+            return False
+        gpu = self.gpus[number] if self.gpus else "CPU"
+        result = collect(job.spec, self.ladder, self.corpus, job.folder, log, diverged)
+        result |= {"device": gpu, "commit": self.commit}
+        said = self.ladder.write(result)
+        print(f"{job.spec.id}: {said}", flush=True)
+        if not self.keep:
+            subprocess.run(["rm", "-rf", str(job.folder / "checkpoint")], check=True)
+        return True
+
+    def _stop(self) -> int:
+        """The budget is over: let jobs save, end those that only wait for a GPU."""
+        jobs = [(number, job) for number, lane in enumerate(self.lanes) for job in lane]
+        for _, job in jobs:
+            job.process.send_signal(signal.SIGTERM if job.begun else signal.SIGKILL)
+        for _, job in jobs:
+            try:
+                job.process.wait(60)
+            except subprocess.TimeoutExpired:
+                job.process.kill()
+                job.process.wait()
+        for lane in self.lanes:
+            lane[:] = [job for job in lane if job.begun]
+        return sum(self._reap(number, lane) for number, lane in enumerate(self.lanes))
+
+
+def gpu_names() -> list[str]:
+    """The GPUs of this machine, by nvidia-smi."""
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    lines = [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]
+    return [line.split(": ", 1)[1].split(" (UUID")[0] for line in lines]
+
+
+def commit() -> str:
+    """The commit of this checkout, '' outside of one."""
+    asked = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+
+
+def status(ladder: Ladder, corpus: Corpus, work: Path) -> str:
+    """What is done, interrupted and left, and what is next."""
+    done = ladder.done()
+    left = ladder.left(done)
+    batch = ladder.told["tokens_per_step"]
+    seconds = sum(ladder.seconds(r, corpus.steps(r, ladder) * batch, done) for r in left)
+    lines = [
+        f"{len(done)} runs are done, {len(left)} are left (about {seconds / 3600:.1f} hours of one"
+        f" GPU), {ladder.waiting(done)} wait for a learning rate"
+    ]
+    for spec in left:
+        if at := latest_step(work / spec.id / "checkpoint"):
+            lines.append(f"interrupted: {spec.id} at step {at:,}")
+    lines += [f"next: {spec.id}" for spec in left[:5]]
+    return "\n".join(lines)
+
+
+def check_presets(ladder: Ladder) -> None:
+    """Refuse presets whose step is not the ladder's.
+
+    Raises:
+        ValueError: names the preset.
+    """
+    wanted = ladder.told["tokens_per_step"]
+    for phase in ladder.told["phases"]:
+        for mechanism in phase["mechanisms"]:
+            preset = ladder.preset(phase["size"], mechanism)
+            values = preset_values(preset)
+            tokens = values["global_batch_size"] * values["seq_length"]
+            if tokens != wanted:
+                raise ValueError(f"{preset} takes {tokens} tokens a step, the ladder {wanted}")
+
+
+def main() -> int:
+    """Run the command line; returns the exit code: 1 where a run failed."""
+    parser = OneLineParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--ladder", type=Path, default=HERE / "ladder.yaml", help="what to train")
+    parser.add_argument("--tokens", type=Path, required=True, help="folder of tokenized.py")
+    parser.add_argument("--results", type=Path, required=True, help="folder of finished runs")
+    parser.add_argument("--work", type=Path, default=Path("runs/ladder"), help="logs, checkpoints")
+    parser.add_argument("--minutes", type=float, default=1e6, help="time budget of this call")
+    parser.add_argument("--partial", action="store_true", help="begin runs that do not fit, too")
+    parser.add_argument("--keep-checkpoints", action="store_true", help="of finished runs, too")
+    parser.add_argument("--commit", default=commit(), help="to note where this is no checkout")
+    parser.add_argument("--status", action="store_true", help="say what is left, train nothing")
+    args = parser.parse_args()
+    deadline = time.monotonic() + 60 * args.minutes
+    try:
+        args.results.mkdir(parents=True, exist_ok=True)
+        ladder, corpus = Ladder(args.ladder, args.results), Corpus(args.tokens)
+        check_presets(ladder)
+        corpus.check(["train", *ladder.told["held_out"]])
+        if args.status:
+            print(status(ladder, corpus, args.work))
+            return 0
+        args.work.mkdir(parents=True, exist_ok=True)
+        runner = Runner(
+            ladder,
+            corpus,
+            args.work.resolve(),
+            gpu_names(),
+            deadline,
+            args.partial,
+            args.keep_checkpoints,
+            args.commit,
+        )
+        finished = runner.run()
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    print(f"{finished} runs finished\n{status(ladder, corpus, args.work)}")
+    for name, why in runner.failed.items():
+        print(f"failed: {name}: {why}")
+    return 1 if runner.failed else 0
+
+
+if __name__ == "__main__":
+    run(main)

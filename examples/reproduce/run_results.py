@@ -1,0 +1,137 @@
+"""What a finished run leaves: one small JSON, made from its log and its held-out losses."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from ladder import Ladder, RunSpec
+
+from megatron_mlra.accounting import ModelShape, kv_cache_bytes_per_token, parameters
+from megatron_mlra.presets import preset_values
+
+BEGUN = "has the device"
+"""What one_run.py prints once it trains."""
+
+_STEP = re.compile(r"^step ([\d,]+)/[\d,]+ \| lm loss ([\d.]+)(?:.*? ([\d,]+) tokens/s)?", re.M)
+_NOT_FINITE = re.compile(r"^error: .*(?:loss is|gradient|grad).*(?:nan|inf)", re.M | re.I)
+
+
+@dataclass
+class Corpus:
+    """The datasets that tokenized.py wrote."""
+
+    folder: Path
+
+    @cached_property
+    def told(self) -> dict[str, Any]:
+        """tokens.json."""
+        file = self.folder / "tokens.json"
+        try:
+            return json.loads(file.read_text())
+        except OSError:
+            raise ValueError(
+                f"{file} does not exist; run tokenized.py --out {self.folder}"
+            ) from None
+
+    def prefix(self, name: str) -> Path:
+        """The prefix of a dataset."""
+        return (self.folder / name).resolve()
+
+    def check(self, names: list[str]) -> None:
+        """Refuse a folder without these datasets.
+
+        Raises:
+            ValueError: names what is missing.
+        """
+        for name in names:
+            if name not in self.told["sets"] or not self.prefix(name).with_suffix(".idx").is_file():
+                raise ValueError(f"{self.folder} has no dataset {name}; run tokenized.py")
+
+    def steps(self, run: RunSpec, ladder: Ladder) -> int:
+        """Steps of a run, so that no token is seen twice."""
+        values = preset_values(ladder.preset(run.size, run.mechanism))
+        samples = (self.told["sets"]["train"]["tokens"] - 1) // values["seq_length"]
+        steps = int(samples // values["global_batch_size"] * run.share)
+        if steps <= values.get("lr_warmup_iters", 0):
+            raise ValueError(f"{self.folder}: the text is {steps} steps, fewer than the warm-up")
+        return steps
+
+
+def latest_step(checkpoint: Path) -> int:
+    """The step that an interrupted run can go on from, 0 for none."""
+    file = checkpoint / "latest_checkpointed_iteration.txt"
+    return int(file.read_text()) if file.is_file() else 0
+
+
+def last_error(log: str) -> str:
+    """The line that says why a run failed."""
+    lines = [line for line in log.splitlines() if line.strip()] or ["no output"]
+    return next((line for line in reversed(lines) if line.startswith("error:")), lines[-1])
+
+
+def divergence(log: str) -> str | None:
+    """The line of a loss or gradient that is not finite, None for another failure."""
+    found = _NOT_FINITE.search(log)
+    return log[found.start() : log.find("\n", found.end())] if found else None
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide the numbers."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "megatron-core", "transformer-engine", "triton", "megatron-mlra"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def collect(
+    run: RunSpec, ladder: Ladder, corpus: Corpus, folder: Path, log: str, diverged: str | None
+) -> dict[str, Any]:
+    """The result of a run that has ended."""
+    values = preset_values(ladder.preset(run.size, run.mechanism))
+    shape = ModelShape.from_args({"swiglu": True} | values)
+    counted = parameters(shape)
+    # A resumed run tells the steps behind its checkpoint twice: the later word holds.
+    steps = {int(s.replace(",", "")): (float(x), rate) for s, x, rate in _STEP.findall(log)}
+    rates = [int(rate.replace(",", "")) for _, rate in steps.values() if rate]
+    held_out = {}
+    if diverged is None:
+        told = json.loads((folder / "checkpoint" / "held_out.json").read_text())
+        held_out = {
+            name: {"loss": found["loss"], "tokens": found["tokens"]}
+            for name, found in told["sets"].items()
+        }
+    count = corpus.steps(run, ladder)
+    return {
+        "id": run.id,
+        "phase": run.phase,
+        "size": run.size,
+        "mechanism": run.mechanism,
+        "variant": shape.variant,
+        "seed": run.seed,
+        "data_seed": ladder.told["data_seed"],
+        "peak_lr": run.peak_lr,
+        "share": run.share,
+        "steps": count,
+        "train_tokens": count * ladder.told["tokens_per_step"],
+        "parameters": counted.total,
+        "without_embedding": counted.total - counted.embedding - counted.output_layer,
+        "kv_bytes_per_token": {str(tp): kv_cache_bytes_per_token(shape, tp) for tp in (1, 4, 8)},
+        "held_out": held_out,
+        **({"diverged": diverged} if diverged else {}),
+        "tokens_per_second": int(median(rates)) if rates else None,
+        "losses": [[step, loss] for step, (loss, _) in sorted(steps.items())],
+        "attempts": log.count(BEGUN),
+        "data_sha256": {name: found["sha256"] for name, found in corpus.told["sets"].items()},
+        "versions": versions(),
+    }

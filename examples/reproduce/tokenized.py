@@ -1,0 +1,119 @@
+"""Train the tokenizer on the training text and turn every set into a Megatron dataset.
+
+    python examples/reproduce/tokenized.py --text DATA --out TOKENS
+
+DATA is what corpus.py wrote. Writes TOKENS/tokenizer/, TOKENS/SET.bin, .idx, .json for each
+SET.jsonl, and TOKENS/tokens.json: tokens and SHA-256 of each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_mlra.command_line import OneLineParser, run, write_text
+from megatron_mlra.preprocess.metadata import read_metadata
+from megatron_mlra.preprocess.pipeline import PreprocessConfig, preprocess
+from megatron_mlra.preprocess.tokenizers import TokenizerSpec
+
+END = "<|endoftext|>"
+
+
+def sample(file: Path, megabytes: float) -> Iterator[str]:
+    """Texts spread evenly over a file of JSON lines, about so much in all."""
+    every = max(1, round(file.stat().st_size / (megabytes * 1e6)))
+    with open(file, encoding="utf-8") as lines:
+        for number, line in enumerate(lines):
+            if number % every == 0:
+                yield json.loads(line)["text"]
+
+
+def train_tokenizer(file: Path, folder: Path, vocab_size: int, megabytes: float) -> None:
+    """Byte-level BPE of a sample of the text, as `tokenizer.json` and `tokenizer_config.json`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sample(file, megabytes), trainer)
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise ValueError(
+            f"{file}: its text gives {tokenizer.get_vocab_size()} tokens, not --vocab-size"
+            f" {vocab_size}; use a smaller vocabulary or more text"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_text(folder / "tokenizer_config.json", json.dumps({"eos_token": END}) + "\n")
+
+
+def digest(file: Path) -> str:
+    """SHA-256 of a file."""
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def build(args) -> dict:
+    """Tokenizer, datasets and tokens.json; returns the latter.
+
+    Raises:
+        ValueError: there is no text, or too little for the vocabulary.
+    """
+    texts = sorted(args.text.glob("*.jsonl"))
+    if args.text / "train.jsonl" not in texts:
+        raise ValueError(f"{args.text}/train.jsonl does not exist; run corpus.py --out {args.text}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    tokenizer = args.out / "tokenizer"
+    if not (tokenizer / "tokenizer_config.json").is_file():
+        train_tokenizer(args.text / "train.jsonl", tokenizer, args.vocab_size, args.sample_mb)
+    report = {"tokenizer_sha256": digest(tokenizer / "tokenizer.json"), "sets": {}}
+    for file in texts:
+        prefix = args.out / file.stem
+        if read_metadata(prefix) is None:
+            preprocess(
+                PreprocessConfig(
+                    inputs=(str(file),),
+                    output_prefix=str(prefix),
+                    tokenizer=TokenizerSpec(type="hf", model=str(tokenizer), eod_token=END),
+                    workers=args.workers,
+                )
+            )
+        made = read_metadata(prefix)
+        report["sets"][file.stem] = {
+            "documents": made["documents"],
+            "tokens": made["tokens"],
+            "eod_id": made["eod_id"],
+            "sha256": digest(prefix.with_name(f"{prefix.name}.bin")),
+        }
+        print(f"{file.stem}: {report['sets'][file.stem]}", flush=True)
+    write_text(args.out / "tokens.json", json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def main() -> int:
+    """Run the command line; returns the exit code."""
+    parser = OneLineParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--text", type=Path, required=True, help="folder that corpus.py wrote")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the datasets")
+    parser.add_argument("--vocab-size", type=int, default=16384)
+    parser.add_argument(
+        "--sample-mb", type=float, default=60, help="text the tokenizer learns from"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="tokenising processes")
+    args = parser.parse_args()
+    try:
+        build(args)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,126 @@
+"""Whole held-out datasets scored behind the last training step (`--held-out NAME=PREFIX ...`).
+
+Megatron's validation draws samples, other ones at each evaluation. Here every token of each set is
+predicted once, in the order of the file (token_stream.py), so runs may be compared to the last
+digit. The results are printed, written to `held_out.json` in the run's folder and go to TensorBoard.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import mpu
+from megatron.training import get_tensorboard_writer, training
+
+from megatron_mlra.command_line import write_text
+from megatron_mlra.console import say
+from megatron_mlra.evaluation.token_stream import named_sets, read_stream, windows
+
+FILE = "held_out.json"
+
+
+def install(args: Namespace, folder: Path) -> None:
+    """Have training score the sets once its last step is done; writes into `folder`.
+
+    Called before progress.py wraps the same functions, so that Megatron's own evaluation is used,
+    without a line for each set.
+    """
+    sets = named_sets(args.held_out)
+    if not sets:
+        return
+    train, evaluate = training.train, training.evaluate
+
+    def train_and_score(
+        forward_step, model, optimizer, scheduler, data, validation, *rest, **named
+    ):
+        result = train(forward_step, model, optimizer, scheduler, data, validation, *rest, **named)
+        if result[0] >= args.train_iters:
+            groups = {k: named[k] for k in ("p2p_communicator", "pg_collection") if k in named}
+
+            def loss(batches: Any, iterations: int) -> float | None:
+                losses, _, _ = evaluate(
+                    forward_step, batches, model, None, rest[1], eval_iters=iterations, **groups
+                )
+                return float(losses["lm loss"]) if losses else None
+
+            score(args, sets, folder, loss, len(model))
+        return result
+
+    training.train = train_and_score
+
+
+def score(
+    args: Namespace,
+    sets: dict[str, str],
+    folder: Path,
+    evaluate: Callable[[Any, int], float | None],
+    chunks: int,
+) -> None:
+    """Score each set, print the losses (nats per token) and write them; on all ranks.
+
+    Args:
+        evaluate: micro-batches (of each model chunk) and the number of iterations -> mean loss per
+            token, None on ranks without the output layer.
+        chunks: model chunks of this rank.
+    """
+    consumed, results = args.consumed_valid_samples, {}
+    for name, prefix in sets.items():
+        tokens = read_stream(prefix)
+        rows = list(windows(tokens, end_of_document(args), args.seq_length))
+        batches = [micro_batches(rows, args) for _ in range(chunks)]
+        iterations = math.ceil(len(rows) / args.eval_global_batch_size)
+        loss = evaluate(batches if chunks > 1 else batches[0], iterations)
+        if loss is not None:
+            results[name] = {"loss": loss, "tokens": len(tokens), "prefix": prefix}
+    args.consumed_valid_samples = consumed
+    if results and args.rank == args.world_size - 1:
+        say(
+            f"held out at step {args.train_iters:,}: "
+            + ", ".join(
+                f"{name} {found['loss']:.4f} ({found['tokens']:,} tokens)"
+                for name, found in results.items()
+            )
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        told = {"step": args.train_iters, "seq_length": args.seq_length, "sets": results}
+        write_text(folder / FILE, json.dumps(told, indent=1) + "\n")
+        if writer := get_tensorboard_writer():
+            for name, found in results.items():
+                writer.add_scalar(f"lm loss held out {name}", found["loss"], args.train_iters)
+
+
+def end_of_document(args: Namespace) -> int:
+    """The token that a stream follows."""
+    if args.null_tokenizer_eod_id is not None:
+        return args.null_tokenizer_eod_id
+    return args.vocab_size - 1
+
+
+def micro_batches(
+    rows: list[tuple[np.ndarray, np.ndarray]], args: Namespace
+) -> Iterator[dict[str, torch.Tensor]]:
+    """This data-parallel rank's micro-batches `[b, s]` of all rows in order; what is missing of the
+    last ones has loss mask 0."""
+    size, length = args.eval_micro_batch_size, args.seq_length
+    replicas, rank = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
+    count = math.ceil(len(rows) / args.eval_global_batch_size) * args.eval_global_batch_size
+    for first in range(rank * size, count, replicas * size):
+        tokens, labels = np.zeros((2, size, length), np.int64)
+        mask = np.zeros((size, length), np.float32)
+        for row, (inputs, targets) in enumerate(rows[first : first + size]):
+            tokens[row, : len(inputs)] = inputs
+            labels[row, : len(targets)] = targets
+            mask[row, : len(targets)] = 1
+        yield {
+            "tokens": torch.from_numpy(tokens),
+            "labels": torch.from_numpy(labels),
+            "loss_mask": torch.from_numpy(mask),
+            "position_ids": torch.arange(length).repeat(size, 1),
+        }

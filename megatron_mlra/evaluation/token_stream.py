@@ -1,0 +1,62 @@
+"""A whole dataset as one stream of tokens, cut into windows that predict each token once.
+
+Documents follow one another as they lie in the dataset, as they do in training. The order and the
+windows depend on the dataset and the length of a window alone, so two models scored on one dataset
+are scored on the same predictions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+
+def named_sets(values: list[str] | None) -> dict[str, str]:
+    """Name -> prefix of `--held-out`'s words; a prefix alone is named by its last part.
+
+    Raises:
+        ValueError: a name comes twice.
+    """
+    sets: dict[str, str] = {}
+    for value in values or ():
+        name, equals, prefix = value.partition("=")
+        name, prefix = (name, prefix) if equals else (Path(value).name, value)
+        if name in sets:
+            raise ValueError(f"--held-out names {name} twice; use NAME=PREFIX with other names")
+        sets[name] = prefix
+    return sets
+
+
+def read_stream(prefix: str | Path) -> np.ndarray:
+    """All tokens of an indexed dataset `PREFIX.bin`, `PREFIX.idx`, in the order of its index.
+
+    Raises:
+        ValueError: the dataset is missing or empty; the line names the file and the fix.
+    """
+    for suffix in (".idx", ".bin"):
+        if not Path(f"{prefix}{suffix}").is_file():
+            raise ValueError(
+                f"data file {prefix}{suffix} does not exist; make it with tools/preprocess_data.py"
+            )
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    dataset = IndexedDataset(str(prefix))
+    parts = [dataset[i] for i in range(len(dataset))]
+    if not sum(map(len, parts)):
+        raise ValueError(f"data file {prefix}.bin is empty; preprocess the data again")
+    return np.concatenate(parts)
+
+
+def windows(tokens: np.ndarray, first: int, length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Inputs and targets `[length]` int64, of which the last pair may be shorter.
+
+    Args:
+        tokens: the stream, each of which is a target once.
+        first: the token that the stream follows, the end of a document.
+        length: tokens of a window.
+    """
+    stream = np.concatenate(([first], tokens)).astype(np.int64)
+    for start in range(0, len(tokens), length):
+        yield stream[start : start + length][: len(tokens) - start], stream[start + 1 :][:length]
