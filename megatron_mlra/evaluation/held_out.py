@@ -2,7 +2,7 @@
 
 Megatron's validation draws samples, other ones at each evaluation. Here every token of each set is
 predicted once, in the order of the file (token_stream.py), so runs may be compared to the last
-digit. The results are printed, written to `held_out.json` in the run's folder and go to TensorBoard.
+digit. The results are printed, written to `held_out.json` in the run's folder and to TensorBoard.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ def install(args: Namespace, folder: Path) -> None:
         return
     train, evaluate = training.train, training.evaluate
 
-    def train_and_score(
-        forward_step, model, optimizer, scheduler, data, validation, *rest, **named
-    ):
-        result = train(forward_step, model, optimizer, scheduler, data, validation, *rest, **named)
+    def train_and_score(forward_step, model, *rest, **named):
+        result = train(forward_step, model, *rest, **named)
         if result[0] >= args.train_iters:
+            # Behind optimizer, scheduler, two iterators and what takes other outputs.
+            config = rest[5]
             groups = {k: named[k] for k in ("p2p_communicator", "pg_collection") if k in named}
 
             def loss(batches: Any, iterations: int) -> float | None:
                 losses, _, _ = evaluate(
-                    forward_step, batches, model, None, rest[1], eval_iters=iterations, **groups
+                    forward_step, batches, model, None, config, eval_iters=iterations, **groups
                 )
                 return float(losses["lm loss"]) if losses else None
 

@@ -35,12 +35,13 @@ VARIANTS = (
 TOLERANCE = 1e-3
 """Largest relative difference of the parameter counts."""
 
-ATTENTION_KEYS = frozenset(
-    "attention num_latent_heads num_branches q_lora_rank kv_lora_rank qk_head_dim"
-    " qk_pos_emb_head_dim v_head_dim output_gate attention_output_gate variance_scaling"
-    " no_variance_scaling kv_channels group_query_attention num_query_groups tpa_q_rank"
-    " tpa_kv_rank core_form core_backend latent_kernels latent_tp_layout qk_layernorm".split()
-)
+_KEYS = """
+    attention num_latent_heads num_branches q_lora_rank kv_lora_rank qk_head_dim
+    qk_pos_emb_head_dim v_head_dim output_gate attention_output_gate variance_scaling
+    no_variance_scaling kv_channels group_query_attention num_query_groups tpa_q_rank
+    tpa_kv_rank core_form core_backend latent_kernels latent_tp_layout qk_layernorm
+"""
+ATTENTION_KEYS = frozenset(_KEYS.split())
 """Keys of a preset that describe its attention, by argparse destination or flag."""
 
 
