@@ -76,7 +76,7 @@ def build(args) -> dict:
     report = {"tokenizer_sha256": digest(tokenizer / "tokenizer.json"), "sets": {}}
     for file in texts:
         prefix = args.out / file.stem
-        if read_metadata(prefix) is None:
+        if read_metadata(str(prefix)) is None:
             preprocess(
                 PreprocessConfig(
                     inputs=(str(file),),
@@ -85,7 +85,7 @@ def build(args) -> dict:
                     workers=args.workers,
                 )
             )
-        made = read_metadata(prefix)
+        made = read_metadata(str(prefix))
         report["sets"][file.stem] = {
             "documents": made["documents"],
             "tokens": made["tokens"],
