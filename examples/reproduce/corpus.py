@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+
 from corpus_sources import (
     HELD_OUT_PACKAGES,
     TRAINING_PACKAGES,
@@ -29,7 +30,6 @@ from corpus_sources import (
     fineweb,
     package,
 )
-
 from megatron_mlra.command_line import OneLineParser, run
 
 SHORTEST_PARAGRAPH = 80
@@ -50,27 +50,40 @@ _WORD = re.compile(r"[^\W_]+")
 
 def fingerprint(text: str) -> bytes:
     """Eight bytes that paragraphs share which differ in case, spaces and punctuation alone."""
-    letters = "".join(_WORD.findall(text.lower()))
+    letters = "".join(words_of(text))
     return hashlib.blake2b(letters.encode(), digest_size=8).digest()
 
 
-def ngrams(text: str) -> np.ndarray:
+def words_of(text: str) -> list[str]:
+    """Its words in lower case, without punctuation."""
+    return _WORD.findall(text.lower())
+
+
+_word_ids: dict[str, int] = {}
+
+
+def _word_id(word: str) -> int:
+    found = _word_ids.get(word)
+    if found is None:
+        digest = hashlib.blake2b(word.encode(), digest_size=8).digest()
+        found = _word_ids[word] = int.from_bytes(digest, "little")
+    return found
+
+
+def ngrams(words: list[str]) -> np.ndarray:
     """Hashes of every 13 words in a row, uint64, in order."""
-    words = _WORD.findall(text.lower())
     if len(words) < NGRAM:
         return np.empty(0, np.uint64)
-    joined = [hashlib.blake2b(word.encode(), digest_size=8).digest() for word in words]
-    ids = np.frombuffer(b"".join(joined), np.uint64)
+    ids = np.fromiter(map(_word_id, words), np.uint64, len(words))
     total = np.zeros(len(ids) - NGRAM + 1, np.uint64)
     for i in range(NGRAM):
         total = total * np.uint64(0x9E3779B97F4A7C15) + ids[i : i + len(total)]
     return total ^ (total >> np.uint64(29))
 
 
-def is_english(text: str) -> bool:
+def is_english(words: list[str]) -> bool:
     """Whether enough of its words are those that English prose cannot do without."""
-    words = _WORD.findall(text.lower())
-    return bool(words) and sum(word in COMMON for word in words) >= LEAST_COMMON * len(words)
+    return bool(words) and sum(map(COMMON.__contains__, words)) >= LEAST_COMMON * len(words)
 
 
 def held_out_book(name: str) -> bool:
@@ -107,10 +120,11 @@ class Filter:
         text = "\n\n".join(kept)
         if len(text) < SHORTEST_DOCUMENT or len(text) < 0.2 * sum(map(len, parts)):
             return self._drop("remainder of a repeated or short document", text)
-        if english and not is_english(text):
+        words = words_of(text)
+        if english and not is_english(words):
             return self._drop("not English prose", text)
-        grams = ngrams(text)
-        sample = [int(gram) for gram in grams if not gram % SAMPLED]
+        grams = ngrams(words)
+        sample = grams[grams % np.uint64(SAMPLED) == 0].tolist()
         if len(sample) >= 8 and sum(g in self.sampled for g in sample) > len(sample) / 2:
             return self._drop("near duplicate", text)
         if len(self.held_out) and len(grams) and self.shared(grams).mean() > 0.1:

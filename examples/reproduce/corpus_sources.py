@@ -57,8 +57,9 @@ _SUFFIXES = {
 """Files of a package that hold its text; of those not named here, the pages in HTML."""
 
 _NOT_PROSE = re.compile(
-    # Listings, source code and indexes; other languages; pages that repeat others by rule.
-    r"/class-use/|/index-files/|package-(tree|use|summary)\.html|/html/src/|/_modules/"
+    # Listings, source code and indexes; pages that repeat others by rule (Rust's core those of its
+    # std); other languages.
+    r"/class-use/|/index-files/|package-(tree|use|summary)\.html|/html/(src|core)/|/_modules/"
     r"|/implementors/|/arch/|/search|/RelNotes/"
     r"|/translations/|_[a-z]{2}\.pod|-handbook/html/(?!en-US)|/manual/(?!en/)"
 )
@@ -226,7 +227,7 @@ def html_paragraphs(page: str) -> list[str]:
     return reader.found
 
 
-_TAG_LINE = re.compile(r"^\s*\[[^\[\]\n]{1,40}\]\s*$\n?", re.MULTILINE)
+_TAG_LINE = re.compile(r"^[ \t]*\[[^\[\]\n]{1,40}\][ \t]*\n", re.MULTILINE)
 
 
 def _dictionary(file: Path, entries: int = 100) -> Iterator[Document]:

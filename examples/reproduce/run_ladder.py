@@ -11,6 +11,7 @@ by the next call, if --work is still there).
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,10 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ladder import Ladder, RunSpec
-from run_results import BEGUN, Corpus, collect, divergence, last_error, latest_step
-
 from megatron_mlra.command_line import OneLineParser, run
 from megatron_mlra.presets import preset_values
+from run_results import BEGUN, Corpus, collect, divergence, last_error, latest_step
 
 HERE = Path(__file__).parent
 SAVING = 25.0
@@ -110,6 +110,7 @@ class Runner:
         (folder / "log.txt").touch()
         attempts = (folder / "log.txt").read_text(errors="replace").count(BEGUN)
         with open(folder / "log.txt", "a") as log:
+            print("$", shlex.join(command), file=log, flush=True)
             process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
             )

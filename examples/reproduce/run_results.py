@@ -13,7 +13,6 @@ from statistics import median
 from typing import Any
 
 from ladder import Ladder, RunSpec
-
 from megatron_mlra.accounting import ModelShape, kv_cache_bytes_per_token, parameters
 from megatron_mlra.presets import preset_values
 

@@ -28,9 +28,11 @@ from megatron_mlra.config import MLRAConfig
 from megatron_mlra.hf.configuration_mlra import MLRAConfig as HuggingFaceConfig
 from megatron_mlra.hf.modeling_mlra import MLRAForCausalLM
 from megatron_mlra.layer_specs import block_spec
+from megatron_mlra.planner.twin import twin
 from megatron_mlra.projections import RMSNorm
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
+LADDER = CONFIGS.parent / "reproduce" / "presets"
 BASES = {"paper_recipe", "large_recipe", "dense_70b_recipe", "qwen_8b_recipe"}
 
 PUBLISHED = {
@@ -100,6 +102,24 @@ def test_parameter_count(name, arguments, groups, monkeypatch):
     comment = (CONFIGS / f"{name}.yaml").read_text().partition("\n")[0]
     (stated,) = re.findall(r"^# .*: ([\d,]+) parameters\.$", comment)
     assert int(stated.replace(",", "")) == real
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_ladder_presets_are_twins(size, arguments, groups, monkeypatch):
+    """Every model of the evidence is what tools/twin.py makes of that size's MLA, and has within
+    0.1 % as many real parameters, in sizes that are multiples of 8."""
+    reference = LADDER / f"{size}_mla.yaml"
+    args = arguments(f"../reproduce/presets/{size}_mla")
+    target = build_and_count(args, groups, monkeypatch)
+    files = sorted(LADDER.glob(f"{size}_*.yaml"))
+    assert len(files) == {"small": 13, "large": 5}[size]
+    for file in files:
+        args = arguments(f"../reproduce/presets/{file.stem}")
+        assert abs(build_and_count(args, groups, monkeypatch) / target - 1) <= 1e-3
+        assert args.ffn_hidden_size % 8 == 0
+        if file != reference:
+            made = twin(reference, file.stem.partition("_")[2])
+            assert made.to_yaml(LADDER, reference.stem) == file.read_text()
 
 
 @pytest.mark.parametrize("name", ["mla_moe_16b", "mlra4_moe_16b"])

@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from corpus import held_out_book
 from corpus_sources import HELD_OUT_PACKAGES, TRAINING_PACKAGES
-
 from megatron_mlra.command_line import OneLineParser, run
 
 

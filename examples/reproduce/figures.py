@@ -1,0 +1,197 @@
+"""The figures of the evidence: one colour for each mechanism in all of them, seeds as points."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from comparison import REFERENCE, Row, half_width
+
+NAMES = {
+    "mla": "MLA",
+    "mla-gated": "MLA gated",
+    "gla2": "GLA-2",
+    "gla4": "GLA-4",
+    "mlra2": "MLRA-2",
+    "mlra4": "MLRA-4",
+    "mlra4-gated": "MLRA-4 gated",
+    "mlra4-unscaled": "MLRA-4 unscaled",
+    "mha": "MHA",
+    "gqa": "GQA",
+    "gta": "GTA",
+    "mfa": "MFA",
+    "tpa": "TPA",
+}
+COLORS = {
+    "mla": "#1f5fa8",
+    "mla-gated": "#7fb2e5",
+    "gla2": "#1a8a4a",
+    "gla4": "#8fce7a",
+    "mlra2": "#f2a33a",
+    "mlra4": "#d1332e",
+    "mlra4-gated": "#8e1b6b",
+    "mlra4-unscaled": "#e88a86",
+    "mha": "#555555",
+    "gqa": "#111111",
+    "gta": "#00a3a3",
+    "mfa": "#8c6239",
+    "tpa": "#a98fd0",
+}
+
+
+def _axes(columns: int) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3})
+    return pyplot.subplots(
+        1, columns, figsize=(12, 7), dpi=100, layout="constrained", squeeze=False
+    )
+
+
+def _finish(figure: Any, path: Path, mechanisms: list[str]) -> None:
+    """A legend below the axes, over no data, and the file."""
+    from matplotlib import pyplot
+    from matplotlib.lines import Line2D
+
+    marks = [
+        Line2D([], [], color=COLORS[m], marker="o", linestyle="", label=NAMES[m])
+        for m in mechanisms
+    ]
+    figure.legend(
+        handles=marks, loc="outside lower center", ncols=min(7, len(marks)), frameon=False
+    )
+    aside = path.with_name(f".{path.name}.partial")
+    figure.savefig(aside, format="png")
+    pyplot.close(figure)
+    aside.replace(path)
+
+
+def loss_against_cache(rows: list[Row], path: Path, what: str) -> None:
+    """Held-out loss over the cache's bytes per token and device, at TP 1, 4 and 8. Mechanisms of
+    the same cache are drawn side by side."""
+    figure, axes = _axes(3)
+    rows = [row for row in rows if row.results]
+    for panel, tp in zip(axes[0], ("1", "4", "8"), strict=True):
+        for row in rows:
+            x = _beside(rows, row, tp)
+            losses = row.losses()
+            panel.plot([x] * len(losses), losses, "o", color=COLORS[row.mechanism], alpha=0.45)
+            width = half_width(losses)
+            panel.errorbar(
+                x,
+                row.mean(),
+                yerr=None if math.isnan(width) else width,
+                fmt="_",
+                markersize=16,
+                capsize=4,
+                color=COLORS[row.mechanism],
+            )
+        _powers(panel, [row.results[0]["kv_bytes_per_token"][tp] for row in rows])
+        panel.set_title(f"TP{tp}")
+        panel.set_xlabel("KV cache, bytes per token and device")
+    axes[0][0].set_ylabel("held-out loss, nats per token (mean of the sets)")
+    low = min(min(row.losses()) for row in rows)
+    high = max(max(row.losses()) for row in rows)
+    for panel in axes[0]:
+        panel.set_ylim(low - 0.1 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
+    figure.suptitle(f"{what}: {verdict(rows)}")
+    _finish(figure, path, [row.mechanism for row in rows])
+
+
+def _beside(rows: list[Row], row: Row, tp: str) -> float:
+    """Where to draw a mechanism: its cache, shifted where others have the same."""
+    x = row.results[0]["kv_bytes_per_token"][tp]
+    same = [other for other in rows if other.results[0]["kv_bytes_per_token"][tp] == x]
+    return x * 1.045 ** (same.index(row) - (len(same) - 1) / 2)
+
+
+def _powers(panel: Any, values: list[int]) -> None:
+    """A logarithmic axis with ticks at powers of two, as plain numbers."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    first, last = math.floor(math.log2(min(values))), math.ceil(math.log2(max(values)))
+    ticks = [2**n for n in range(first, max(last, first + 1) + 1)]
+    panel.set_xscale("log", base=2)
+    panel.xaxis.set_major_locator(FixedLocator(ticks))
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    panel.set_xlim(ticks[0] / 1.2, ticks[-1] * 1.2)
+
+
+def sweep(results: list[dict[str, Any]], path: Path) -> None:
+    """Held-out loss over the peak learning rate."""
+    from ladder import mean_loss
+
+    figure, ((panel,),) = _axes(1)
+    mechanisms = [m for m in NAMES if any(r["mechanism"] == m for r in results)]
+    rates = sorted({r["peak_lr"] for r in results})
+    for mechanism in mechanisms:
+        found = sorted(
+            (r["peak_lr"], mean_loss(r))
+            for r in results
+            if r["mechanism"] == mechanism and not r.get("diverged")
+        )
+        panel.plot(*zip(*found, strict=True), "o-", color=COLORS[mechanism])
+    panel.set_xscale("log")
+    panel.set_xticks(rates, [f"{1e3 * rate:g}e-3" for rate in rates])
+    panel.minorticks_off()
+    panel.set(
+        xlabel="peak learning rate", ylabel="held-out loss, nats per token, after half a pass"
+    )
+    best = {
+        m: min((mean_loss(r), r["peak_lr"]) for r in results if r["mechanism"] == m)[1]
+        for m in mechanisms
+    }
+    shared = sorted({f"{1e3 * rate:g}e-3" for rate in best.values()})
+    figure.suptitle(f"Sweep of the peak learning rate: best at {' or '.join(shared)}")
+    _finish(figure, path, mechanisms)
+
+
+def curves(rows: list[Row], path: Path, what: str, window: int = 10) -> None:
+    """Training loss relative to MLA's, means over seeds and over neighbouring log lines."""
+    figure, ((panel,),) = _axes(1)
+    rows = [row for row in rows if row.results]
+    reference = next((row for row in rows if row.mechanism == REFERENCE), rows[0])
+    base = _curve(reference)
+    for row in rows:
+        curve = _curve(row)
+        steps = sorted(set(curve) & set(base))
+        gaps = [curve[s] - base[s] for s in steps]
+        span = min(window, len(steps))
+        smooth = [sum(gaps[i : i + span]) / span for i in range(len(gaps) - span + 1)]
+        panel.plot(steps[span - 1 :], smooth, color=COLORS[row.mechanism])
+    panel.set(
+        xlabel="step", ylabel=f"training loss minus that of {NAMES[reference.mechanism]}, nats"
+    )
+    figure.suptitle(f"{what}: {verdict(rows)}")
+    _finish(figure, path, [row.mechanism for row in rows])
+
+
+def _curve(row: Row) -> dict[int, float]:
+    """Step -> training loss, mean over seeds."""
+    found: dict[int, list[float]] = {}
+    for result in row.results:
+        for step, loss in result["losses"]:
+            found.setdefault(step, []).append(loss)
+    return {step: sum(losses) / len(losses) for step, losses in found.items()}
+
+
+def verdict(rows: list[Row]) -> str:
+    """In a few words, which differences to MLA count."""
+    reference = next((row for row in rows if row.mechanism == REFERENCE and row.results), None)
+    if reference is None:
+        return "MLA is not trained yet"
+    better = [NAMES[r.mechanism] for r in rows if r.counts and r.mean() < reference.mean()]
+    worse = [NAMES[r.mechanism] for r in rows if r.counts and r.mean() > reference.mean()]
+    if not better and not worse:
+        return "no difference to MLA counts"
+    parts = []
+    if better:
+        parts.append(f"better than MLA: {', '.join(better)}")
+    if worse:
+        parts.append(f"worse: {', '.join(worse)}")
+    return "; ".join(parts)

@@ -1,0 +1,101 @@
+"""tools/twin.py: the paper's own twins to the digit, what it writes and what it refuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_mlra.accounting import ModelShape, parameters
+from megatron_mlra.planner.twin import VARIANTS, twin
+from megatron_mlra.presets import preset_values
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "examples" / "configs"
+# The paper's configurations were made equal to MHA's: variant -> MLP size.
+PUBLISHED = {
+    "mha": 8192,
+    "mqa": 10152,
+    "gqa": 9728,
+    "mla": 9448,
+    "gla2": 10048,
+    "gla4": 10136,
+    "mlra2": 10048,
+    "mlra4": 9880,
+    "mla-gated": 8424,
+    "gla2-gated": 9024,
+    "mlra2-gated": 9024,
+    "mlra4-gated": 8856,
+    "gqa-gated": 8704,
+    "gta": 9960,
+    "mfa": 8024,
+    "tpa": 10760,
+}
+
+
+def run(*argv: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "tools/twin.py", *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("variant", PUBLISHED)
+def test_twins_of_the_papers_mha_are_its_configurations(variant):
+    found = twin(CONFIGS / "mha_2.9b.yaml", variant)
+    name = variant.replace("-", "_")
+    assert found.shape == ModelShape.from_args(preset_values(CONFIGS / f"{name}_2.9b.yaml"))
+    assert found.shape.ffn_hidden_size == PUBLISHED[variant]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("source", ["mlra4_2.9b", "gqa_qwen_8b", "mlra4_70b", "mlra4_moe_16b"])
+def test_every_twin_is_equal_within_a_thousandth(source, variant, tmp_path):
+    preset = CONFIGS / f"{source}.yaml"
+    found = twin(preset, variant)
+    written = tmp_path / "twin.yaml"
+    written.write_text(found.to_yaml(tmp_path, source))
+    values = preset_values(written)
+    shape = ModelShape.from_args({"swiglu": True} | values)
+    assert shape == found.shape
+    whole = parameters(ModelShape.from_args({"swiglu": True} | preset_values(preset))).total
+    assert abs(parameters(shape).total / whole - 1) <= 1e-3
+    # What says nothing of attention is kept.
+    kept = ("num_layers", "hidden_size", "seq_length", "lr", "train_iters", "num_experts")
+    assert [values.get(k) for k in kept] == [preset_values(preset).get(k) for k in kept]
+    ranks = values.get("tensor_model_parallel_size") or 1
+    assert shape.ffn_hidden_size % ranks == 0
+    assert values.get("variance_scaling", True) != variant.endswith("-unscaled")
+    assert found.title.endswith("unscaled") == variant.endswith("-unscaled")
+
+
+def test_a_latent_twin_keeps_the_sources_sizes():
+    values = twin(CONFIGS / "mlra4_70b.yaml", "mla").values
+    assert (values["q_lora_rank"], values["kv_lora_rank"]) == (2880, 512)
+    assert twin(CONFIGS / "mlra4_70b.yaml", "gla2").values["q_lora_rank"] == 1920
+    assert "q_lora_rank" not in twin(CONFIGS / "mlra4_moe_16b.yaml", "gla2").values
+
+
+def test_the_command_writes_the_preset_and_prints_both(tmp_path):
+    made = run(CONFIGS / "mha_2.9b.yaml", "--attention", "mlra4", "--output", tmp_path / "t.yaml")
+    assert made.returncode == 0, made.stderr
+    head, source, found, wrote = made.stdout.splitlines()
+    assert "parameters" in head and "2,872,593,408" in source and "+0.0218 %" in found
+    assert wrote == f"wrote {tmp_path / 't.yaml'}"
+    assert preset_values(tmp_path / "t.yaml") == preset_values(CONFIGS / "mlra4_2.9b.yaml")
+    again = run(CONFIGS / "mha_2.9b.yaml", "--attention", "mla", "--output", tmp_path / "t.yaml")
+    assert again.returncode == 2 and "--overwrite" in again.stderr
+
+
+def test_bad_input_is_one_line(tmp_path):
+    tiny = ROOT / "examples/reproduce/rehearsal/presets/tiny_mla.yaml"
+    for argv, said in (
+        ((CONFIGS / "mha_2.9b.yaml", "--attention", "gla3"), "--attention is 'gla3'; use one of"),
+        ((CONFIGS / "no.yaml", "--attention", "mla"), "no such file"),
+        ((tiny, "--attention", "mlra4"), "use a larger preset"),
+        ((tiny, "--attention", "mla", "--output", tmp_path / "a" / "b.yaml"), "no folder"),
+    ):
+        failed = run(*argv)
+        assert failed.returncode == 2
+        assert failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
+        assert said in failed.stderr
