@@ -9,7 +9,8 @@ import fcntl
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+# In place of this script's folder, whose modules have everyday names.
+sys.path[0] = str(Path(__file__).parents[2])
 
 import pretrain_mlra
 

@@ -71,6 +71,8 @@ class Runner:
         """Work until nothing is left that fits; returns the number of finished runs."""
         self.lanes = [[] for _ in self.gpus or ("cpu",)]
         finished = 0
+        # As a budget that ends now: runs in progress save.
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "deadline", 0.0))
         while True:
             for number, lane in enumerate(self.lanes):
                 finished += self._reap(number, lane)
@@ -111,9 +113,7 @@ class Runner:
         attempts = (folder / "log.txt").read_text(errors="replace").count(BEGUN)
         with open(folder / "log.txt", "a") as log:
             print("$", shlex.join(command), file=log, flush=True)
-            process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
-            )
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
         where = f"GPU {number}" if self.gpus else "CPU"
         from_step = f" from step {at:,}" if at else ""
         print(f"{where}: {spec.id}, {steps:,} steps{from_step}, about {seconds:.0f} s", flush=True)

@@ -1,4 +1,4 @@
-"""The evidence's whole chain on a CPU: sources, text, tokens, two tiny models, tables and figures."""
+"""The evidence's chain on a CPU: sources, text, tokens, two tiny models, tables and figures."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from runs import ENV, ROOT
 
 HERE = ROOT / "examples" / "reproduce"
