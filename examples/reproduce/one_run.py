@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 # In place of this script's folder, whose modules have everyday names.
-sys.path[0] = str(Path(__file__).parents[2])
+sys.path.remove(str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import pretrain_mlra
 
