@@ -146,6 +146,13 @@ def sections(ladder: Ladder, folder: Path) -> tuple[list[Table], list[tuple[str,
             f" all). {_sentence(figures.verdict(rows))} With the spread seen here, a difference"
             f" below {number(smallest_detectable(rows))} nats would mostly be missed."
         )
+        gated = {row.mechanism: row for row in rows if row.results}
+        if {"mlra4-gated", "mla-gated"} <= set(gated):
+            delta, low, high = difference(gated["mlra4-gated"], gated["mla-gated"])
+            notes.append(
+                f"MLRA-4 gated minus MLA gated: {number(delta, '+')} (95 % interval"
+                f" {number(low, '+')} to {number(high, '+')}; not tested)."
+            )
         tables.append(quality(rows, f"Held-out loss, size {name} ({what})"))
         tables.append(seeds(rows, f"Each run's mean held-out loss, size {name}"))
         tables.append(cost(rows, f"Cost, size {name}"))
