@@ -104,7 +104,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the datasets")
     parser.add_argument("--vocab-size", type=int, default=16384)
     parser.add_argument(
-        "--sample-mb", type=float, default=60, help="text the tokenizer learns from"
+        "--sample-mb", type=float, default=40, help="text the tokenizer learns from"
     )
     parser.add_argument("--workers", type=int, default=2, help="tokenising processes")
     args = parser.parse_args()
