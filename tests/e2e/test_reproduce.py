@@ -20,7 +20,7 @@ LADDER = HERE / "rehearsal" / "ladder.yaml"
 def call(*command: object, code: int = 0) -> str:
     """Run to the end; what it printed."""
     done = subprocess.run(
-        [*map(str, command)], capture_output=True, text=True, env=ENV, timeout=900
+        [*map(str, command)], capture_output=True, text=True, env=ENV, timeout=2400
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout
