@@ -25,7 +25,7 @@ from megatron_mlra.presets import preset_values
 from run_results import BEGUN, Corpus, collect, divergence, last_error, latest_step
 
 HERE = Path(__file__).parent
-SAVING = 25.0
+SAVING = 20.0
 """Seconds before the end of the budget at which runs in progress are told to save and stop."""
 
 

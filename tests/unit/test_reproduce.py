@@ -166,9 +166,9 @@ def test_a_diverged_rate_is_never_the_best(ladder):
 
 def test_times_come_from_runs_of_the_same_kind(ladder):
     run, *_ = ladder.left({})
-    assert ladder.seconds(run, 48_000_000, {}) == 35 + 100
+    assert ladder.seconds(run, 48_000_000, {}) == 25 + 100
     done = {"a": finish(ladder, run)}
-    assert ladder.seconds(run, 50_000_000, done) == 35 + 100
+    assert ladder.seconds(run, 50_000_000, done) == 25 + 100
 
 
 def test_a_ladder_that_names_no_preset_is_refused(tmp_path):
