@@ -57,7 +57,9 @@ class Corpus:
     def steps(self, run: RunSpec, ladder: Ladder) -> int:
         """Steps of a run, so that no token is seen twice."""
         values = preset_values(ladder.preset(run.size, run.mechanism))
-        samples = (self.told["sets"]["train"]["tokens"] - 1) // values["seq_length"]
+        tokens = self.told["sets"]["train"]["tokens"]
+        tokens = min(tokens, ladder.told.get("pass_tokens", tokens))
+        samples = (tokens - 1) // values["seq_length"]
         steps = int(samples // values["global_batch_size"] * run.share)
         if steps <= values.get("lr_warmup_iters", 0):
             raise ValueError(f"{self.folder}: the text is {steps} steps, fewer than the warm-up")
