@@ -1,0 +1,86 @@
+"""`--held-out`: the whole set once, at any layout, after a resume too; `--data-seed`."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from megatron_mlra.evaluation.token_stream import read_stream
+
+
+@pytest.fixture(scope="module")
+def trained(entry, preset, corpus, tmp_path_factory):
+    """A run of 4 steps that scores its own corpus, by two names."""
+    folder = tmp_path_factory.mktemp("held_out")
+    flags = ("--config", preset, "--train-iters", 4, "--eval-iters", 0, "--split", "1,0,0")
+    sets = ("--held-out", f"whole={corpus}", corpus)
+    run = entry.run(folder, *flags, *sets, "--save", folder / "save")
+    assert run.code == 0, run.err
+    return run, flags, sets
+
+
+def told(folder) -> dict:
+    return json.loads((folder / "save" / "held_out.json").read_text())
+
+
+def test_the_whole_set_is_scored_behind_the_last_step(trained, corpus):
+    run, _, _ = trained
+    found = told(run.folder)
+    assert found["step"] == 4 and list(found["sets"]) == ["whole", "text"]
+    assert found["sets"]["whole"]["tokens"] == len(read_stream(corpus))
+    assert found["sets"]["whole"]["loss"] == found["sets"]["text"]["loss"]
+    loss = found["sets"]["whole"]["loss"]
+    assert 0 < loss < np.log(272)
+    assert f"held out at step 4: whole {loss:.4f} ({len(read_stream(corpus)):,} tokens)" in run.out
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        (),
+        ("--micro-batch-size", 1),
+        ("--tensor-model-parallel-size", 2, "--sequence-parallel"),
+        ("--pipeline-model-parallel-size", 2),
+        ("--context-parallel-size", 2),
+    ],
+    ids=["dp2", "dp2-micro1", "tp2", "pp2", "cp2"],
+)
+def test_every_layout_gives_the_same_loss(entry, trained, layout, tmp_path):
+    run, flags, sets = trained
+    load = ("--load", run.folder / "save", "--save", tmp_path / "save")
+    again = entry.run(tmp_path, *flags, *sets, *load, *layout, ranks=2)
+    assert again.code == 0, again.err
+    loss = told(tmp_path)["sets"]["whole"]["loss"]
+    assert abs(loss - told(run.folder)["sets"]["whole"]["loss"]) < 1e-5
+
+
+def test_data_seed_orders_the_data_apart_from_the_weights(entry, trained, tmp_path):
+    """Megatron names the index of an order after what decides it: the same with other weights,
+    another with another data seed."""
+    _, flags, _ = trained
+    losses, orders = {}, {}
+    for name, seeds in (("a", (1, 7)), ("b", (2, 7)), ("c", (1, 8))):
+        cache = ("--data-cache-path", tmp_path / name / "cache")
+        chosen = ("--seed", seeds[0], "--data-seed", seeds[1])
+        run = entry.run(tmp_path / name, *flags, *chosen, *cache)
+        assert run.code == 0, run.err
+        losses[name] = tuple(run.losses.values())
+        orders[name] = {path.name for path in (tmp_path / name / "cache").rglob("*.npy")}
+    assert orders["a"] == orders["b"] and not orders["a"] & orders["c"]
+    assert len(set(losses.values())) == 3 and orders["a"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--held-out", "a=nowhere"), "nowhere.idx does not exist; make it with"),
+        (("--held-out", "a=x", "a=y"), "--held-out names a twice"),
+        (("--held-out", "a=x", "--packed-sequences"), "--packed-sequences keeps them apart"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(entry, preset, tmp_path, flags, said):
+    run = entry.run(tmp_path, "--config", preset, *flags)
+    assert run.code == 2 and said in run.err
+    assert run.err.count("\n") == 1
