@@ -61,6 +61,15 @@ ALLOWED = {
     # What the ranks of a job tell one another over its own store.
     "megatron_mlra/fault_tolerance/hang.py": {"json.loads"},
     "megatron_mlra/fault_tolerance/handshake.py": {"json.loads", "zlib"},
+    "megatron_mlra/launch/hosts.py": {"json.loads"},
+    # Writes a preset.
+    "megatron_mlra/planner/twin.py": {"yaml"},
+    # The user's own results and ladder, and packages of the distribution.
+    "examples/reproduce/ladder.py": {"json.loads", "yaml"},
+    "examples/reproduce/run_results.py": {"json.loads"},
+    "examples/reproduce/tokenized.py": {"json.loads"},
+    "examples/reproduce/corpus_sources.py": {"gzip", "json.loads", "zipfile"},
+    "examples/reproduce/rehearsal/sources.py": {"gzip", "zipfile"},
 }
 """File -> what it may use. To be added to with a reason, not for convenience."""
 
