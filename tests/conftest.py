@@ -22,3 +22,12 @@ def run_driver(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, float
         return folder
 
     return run
+
+
+@pytest.fixture(scope="module")
+def groups():
+    """Process groups of a world of one, for modules that are built in the test's process."""
+    from support.modules import world_of_one
+
+    with world_of_one() as collection:
+        yield collection

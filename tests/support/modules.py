@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -42,8 +45,8 @@ VARIANTS = {
 MLRA2 = VARIANTS["MLRA-2"]
 
 
-@pytest.fixture(scope="module")
-def groups():
+@contextmanager
+def world_of_one() -> Iterator[ProcessGroupCollection]:
     """Process groups of a world of one; Megatron's CUDA device and random state are the CPU's."""
     started = not dist.is_initialized()
     if started:

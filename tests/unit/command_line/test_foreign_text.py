@@ -16,7 +16,7 @@ from megatron_mlra.description.presets import preset_values
 
 MEASURED = """
 import resource, sys
-from megatron_mlra.preprocess.cli import main
+from megatron_mlra.data.cli import main
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 code = main(sys.argv[1:])
 print(code, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)

@@ -20,8 +20,15 @@ if not INTERPRETING:
 else:
     from megatron_mlra.maths import attention as functional
     from mlra_kernels import latent_projections
-    from support.modules import BATCH, TOKENS, VARIANTS, assert_near, build, run
-    from unit.layers.test_module_oracle import reference
+    from support.modules import (
+        BATCH,
+        TOKENS,
+        VARIANTS,
+        assert_near,
+        build,
+        run,
+    )
+    from support.oracle import reference
 
     mend_scalars()
 
@@ -97,7 +104,6 @@ else:
         expected = reference(VARIANTS[variant], TOKENS, BATCH)
         attention = build(
             VARIANTS[variant],
-            groups,
             expected.parameters,
             core_form=form,
             latent_kernels="triton",

@@ -9,7 +9,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_mlra.sharding.token_plan import PackedDocuments, plan_tokens
-from support.modules import FORMS, MLRA2, VARIANTS, build, groups, named, run  # noqa: F401
+from support.modules import FORMS, MLRA2, VARIANTS, build, named, run
 from support.oracle import reference, relative_error
 
 BOUNDS = (0, 1, 6, 9, 16)
@@ -40,7 +40,7 @@ def run_packed(attention, x, upstream, packed) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("variant", ["MLA", "GLA-2", "MLRA-2", "MLRA-4"])
 @pytest.mark.parametrize("recompute", [[], ["core_attn"], ["mla_up_proj"]])
-def test_packed_equals_separate(groups, variant, form, recompute):  # noqa: F811
+def test_packed_equals_separate(groups, variant, form, recompute):
     case = VARIANTS[variant]
     expected = reference(case, BOUNDS[-1], 1)
     options = {"core_form": form}
@@ -60,7 +60,7 @@ def test_packed_equals_separate(groups, variant, form, recompute):  # noqa: F811
         assert relative_error(value, separate) <= TOLERANCE, name
 
 
-def test_padding_is_attended_to_by_no_token(groups):  # noqa: F811
+def test_padding_is_attended_to_by_no_token(groups):
     expected = reference(MLRA2, 8, 1)
     attention = build(MLRA2, groups, expected.parameters)
     lengths = packing(0, 3, 6, padded=(0, 4, 8))
@@ -175,7 +175,7 @@ def test_lengths_that_do_not_fit_are_refused(local, cp, packed, error):
         plan_tokens(local, cp, 0, packed, CPU)
 
 
-def test_packed_rows_and_masks_are_refused(groups):  # noqa: F811
+def test_packed_rows_and_masks_are_refused(groups):
     expected = reference(MLRA2, 8, 2)
     attention = build(MLRA2, groups, expected.parameters)
     with pytest.raises(ValueError, match="packed sequences come in one row of tokens, not 2"):
