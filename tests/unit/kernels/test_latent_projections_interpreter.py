@@ -104,6 +104,7 @@ else:
         expected = reference(VARIANTS[variant], TOKENS, BATCH)
         attention = build(
             VARIANTS[variant],
+            groups,
             expected.parameters,
             core_form=form,
             latent_kernels="triton",

@@ -76,6 +76,7 @@ def test_recomputation_changes_no_gradient(modules, form, groups):
     plain = build(case, groups, expected.parameters, core_form=form)
     recomputing = build(
         case,
+        groups,
         expected.parameters,
         core_form=form,
         recompute_granularity="selective",
