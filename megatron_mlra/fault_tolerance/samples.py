@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from argparse import Namespace
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from megatron.core import mpu
 from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
 from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.training import get_args, training
+from megatron.training import get_args
 from torch import Tensor
 
 from megatron_mlra.fault_tolerance.heartbeat import tell
@@ -104,12 +105,11 @@ def check(loaded: dict[str, Any]) -> None:
         raise ValueError(bad)
 
 
-def install() -> None:
-    """Have the trainer's error for a NaN or infinite gradient name the samples of the step.
+def name_bad(train_step: Callable) -> Callable:
+    """Megatron's `train_step`, whose error for a NaN or infinite gradient names the step's samples.
 
-    Megatron looks at gradients once a step, when those of all its micro-batches are summed up.
+    Megatron looks at gradients once per step, when those of all its micro-batches are summed up.
     """
-    train_step = training.train_step
 
     @functools.wraps(train_step)
     def named_step(*rest, **named):
@@ -130,7 +130,7 @@ def install() -> None:
             told.add_note(f"all samples of this rank in step {step}: {_of_step()}")
             raise told from error
 
-    training.train_step = named_step
+    return named_step
 
 
 def note(loaded: dict[str, Any]) -> None:

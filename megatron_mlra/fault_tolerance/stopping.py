@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -58,15 +59,18 @@ def hand_over(handler: Any) -> None:
     global _handler
     _handler = handler
     handler._signal_received = _asked is not None
-    ask_all = handler.signals_received
+    listen()
 
-    def signals_received() -> list[int]:
-        received = ask_all()
+
+def remember_told(ask_all: Callable[[Any], list[int]]) -> Callable[[Any], list[int]]:
+    """Megatron's `signals_received`, whose answer is kept for `by`."""
+
+    def signals_received(handler: Any) -> list[int]:
+        received = ask_all(handler)
         _told[:] = [rank for rank, was_told in enumerate(received) if was_told]
         return received
 
-    handler.signals_received = signals_received
-    listen()
+    return signals_received
 
 
 def any_rank_asked() -> bool:

@@ -19,7 +19,7 @@ from megatron_mlra.fault_tolerance import run_lock
 _PR_SET_PDEATHSIG = 1
 
 replaced: Callable[..., None] | None = None
-"""Megatron's loop, in a process where it is replaced by `write_for_rank`."""
+"""Megatron's loop, in a process where `write_for_rank` stands in its place."""
 
 
 def write_for_rank(lock: Path | None, *args) -> None:

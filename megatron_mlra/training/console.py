@@ -17,11 +17,13 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
+from megatron.training import get_tensorboard_writer
 from tqdm import tqdm
 
 from megatron_mlra.cost.cache import kv_cache_bytes_per_token
 from megatron_mlra.cost.parameters import parameters
 from megatron_mlra.description.model import ModelDescription
+from megatron_mlra.training.ending import kill_children
 
 
 def summary(args: Namespace, shape: ModelDescription) -> str:
@@ -154,6 +156,35 @@ def fail(error: BaseException, output: MegatronOutput | None, started: bool) -> 
             print(f"  full log: {output.path}", file=sys.stderr)
     sys.stderr.flush()
     return 1 if started else 2
+
+
+def fail_run(
+    error: BaseException, args: Namespace | None, output: MegatronOutput | None, started: bool
+) -> int:
+    """`fail`, behind which nothing of the run lives on or stays unwritten."""
+    if isinstance(error, SystemExit):
+        code = fail(error, output, started)
+    else:
+        if started and args.save and not os.path.isdir(args.save):
+            error = _save_is_gone(args, error)
+        code = fail(error, output, started)
+        # Behind the error's line: the log's folder may be what is broken.
+        with contextlib.suppress(Exception):
+            if writer := get_tensorboard_writer():
+                writer.flush()
+    kill_children()
+    return code
+
+
+def _save_is_gone(args: Namespace, error: BaseException) -> RuntimeError:
+    """What to say of an error in a run whose folder was deleted, or unmounted, under it."""
+    step = getattr(args, "curr_iteration", 0) + 1
+    gone = RuntimeError(
+        f"--save {args.save} is gone (deleted, or unmounted) at step {step:,}: its checkpoints are"
+        f" lost with it ({' '.join(str(error).split())})"
+    )
+    gone.__cause__ = error
+    return gone
 
 
 def _tell_launcher(text: str) -> None:

@@ -67,7 +67,8 @@ def may_import(name: str) -> set[str]:
     doc = ast.get_docstring(ast.parse((PACKAGE / name / "__init__.py").read_text()))
     said = re.search(r"^May import:(.*?)^Imported by:", doc, re.S | re.M)[1]
     words = set(re.findall(r"[\w.]+", said.partition(";")[0]))
-    return {word.rstrip(".") for word in words} & {*ROOMS, "mlra_kernels", "sharding.partition"}
+    modules = {name.removeprefix("megatron_mlra.") for name in FILES}
+    return {word.rstrip(".") for word in words} & {*ROOMS, "mlra_kernels", *modules}
 
 
 def roots(module: str) -> set[str]:
