@@ -9,7 +9,7 @@ from pathlib import Path
 
 RANK = """
 import multiprocessing, os, sys, time
-from megatron_mlra.checkpoint.writer_process import end_with_rank
+from megatron_mlra.fault_tolerance.writer_process import end_with_rank
 
 def writer(ready):
     end_with_rank(multiprocessing.parent_process().pid)
