@@ -246,6 +246,11 @@ def test_the_public_face_is_lazy_and_true():
     assert set(megatron_mlra.__all__) == {"__version__", *named}
 
 
+def test_tools_are_thin_shells():
+    lengths = {p.stem: len(p.read_text().splitlines()) for p in (ROOT / "tools").glob("*.py")}
+    assert lengths.pop("demo_corpus") < 35 and max(lengths.values()) <= 10
+
+
 def test_files_stay_short():
     paths = [ROOT / name for name in CODE]
     files = [f for path in paths for f in ([path] if path.is_file() else path.rglob("*.py"))]
