@@ -66,7 +66,7 @@ DEFAULTS = {
     # A checkpoint loads at any layout, for which saving gathers the optimizer's state on one
     # data-parallel rank; `dist_ckpt_optim_fully_reshardable: false` in a preset saves in parallel.
     "dist_ckpt_optim_fully_reshardable": True,
-    # Checksums of a checkpoint's files, by checkpoint/checksums.py; off only by a preset.
+    # Checksums of a checkpoint's files, by fault_tolerance/checksums.py; off only by a preset.
     "verify_integrity": True,
 }
 """Defaults that differ from Megatron's, below presets and the command line."""
