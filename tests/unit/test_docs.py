@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
-import importlib
+import importlib.util
 import re
 from pathlib import Path
 
@@ -123,3 +123,12 @@ def test_commands_are_found():
     text = "`tools/plan.py --gpus 8 \\\n  --gpu h100` and --other\npretrain_mlra.py --x | y --z"
     found = [(tool or entry, FLAG.findall(rest)) for tool, entry, rest in COMMAND.findall(text)]
     assert found == [("plan", ["--gpus", "--gpu"]), ("pretrain_mlra", ["--x"])]
+
+
+def test_the_drawing_of_packages_is_theirs(tmp_path):
+    figures = ROOT / "docs" / "figures"
+    spec = importlib.util.spec_from_file_location("draw", figures / "draw.py")
+    spec.loader.exec_module(draw := importlib.util.module_from_spec(spec))
+    draw.architecture(tmp_path / "new.svg")
+    drawn = (figures / "architecture.svg").read_text()
+    assert (tmp_path / "new.svg").read_text() == drawn, "run python docs/figures/draw.py"
