@@ -84,7 +84,7 @@ def own_tokenizer(
 
 
 def data_tokenizer(source: CheckpointFolder) -> TokenizerSpec | None:
-    """What the metadata of the first of the run's data that has any names; None without any.
+    """The tokenizer that the first metadata beside the run's data names; None without any.
 
     Raises:
         CheckpointError: the file it names is gone or is another one.

@@ -2,8 +2,9 @@
 
 Rank 0 keeps the beats in a store of its own, reads them all and judges; every other rank writes its
 beat and reads two keys: the verdict, and rank 0's beat. One that no longer reaches rank 0 names it.
-All this is done by threads that release the GIL while they wait, so that a main thread stuck in a
-collective does not matter; one that never gives the GIL back is found by the others.
+Threads do all of this, and release the GIL while they wait: they go on while the main thread is
+stuck in a collective. A main thread that never gives the GIL back silences its rank, and the other
+ranks notice.
 """
 
 from __future__ import annotations
@@ -80,8 +81,9 @@ def unbounded(phase: str) -> Iterator[None]:
 
 
 def tell(line: str) -> None:
-    """End all ranks by a line that this rank would fail with: the others wait for it in a
-    collective, and would say at most that it is gone. Each host prints the line once.
+    """End all ranks by the line that this rank would fail with. Without it the other ranks, which
+    wait for this rank in a collective, could only say that it is gone. Each host prints the line
+    once.
 
     Returns only without a watch, for the caller to raise.
     """

@@ -32,10 +32,12 @@ _step: list[list[int]] = []
 
 
 class _WithSource:
-    """Samples that say what they are made from, and which of their token ids the model has not.
+    """Samples with two more entries: their source, and a line about a token id outside the model's
+    vocabulary.
 
-    Ids are looked at before Megatron, which replaces those that equal the padding's, touches them.
-    A loader's process raises nothing: its error would be a traceback in a message.
+    Ids are checked before Megatron replaces those that equal the padding id. The loader's process
+    leaves the line in the sample and raises nothing: an error there would arrive as a traceback
+    inside another message.
     """
 
     def __init__(self, *rest: Any, **named: Any) -> None:
@@ -86,13 +88,14 @@ class SourcedMockDataset(_WithSource, MockGPTDataset):
 def vocabulary(args: Namespace) -> int:
     """How many token ids the data may have: the true size of the vocabulary where it is given.
 
-    Rows that only pad the embedding belong to no token, so an id of one is another tokenizer's.
+    Rows that only pad the embedding belong to no token: an id of such a row comes from another
+    tokenizer.
     """
     return args.vocab_size or args.padded_vocab_size
 
 
 def check(loaded: dict[str, Any]) -> None:
-    """Refuse a micro-batch with a token id that the model has not; ends all ranks by that line.
+    """Refuse a micro-batch with a token id outside the vocabulary; the line ends all ranks.
 
     A tensor-parallel rank would take an id that is not in its part of the embedding for another
     rank's, and train on a vector of zeros.

@@ -1,7 +1,8 @@
 """Rank 0 looks at every checkpoint before it counts: are all ranks' files there, in full?
 
-Megatron moves its tracker file once rank 0 has written the metadata, whatever became of the other
-ranks' files: on a folder that is not shared, or a mount that is gone, no whole checkpoint exists.
+Megatron moves its tracker file once rank 0 has written the metadata. It does not look at the files
+of other ranks: on a folder that is not shared, or on a mount that is gone, the tracker would name a
+checkpoint that is not whole.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def look_behind(
 
 
 def missing(folder: Path, hosts: list[str]) -> str | None:
-    """What of a checkpoint that was just written this host does not see, within `PATIENCE`.
+    """The first file of a checkpoint just written that this host does not see within `PATIENCE`.
 
     Args:
         hosts: name of each rank's host.

@@ -20,8 +20,9 @@ _told: list[int] = []
 def listen(*numbers: signal.Signals) -> None:
     """Note these signals from here on, and any that waited.
 
-    The launcher starts ranks with SIGTERM blocked: one that comes while Python starts waits, where
-    it would otherwise kill the rank and be lost. Threads other than the main one can set nothing.
+    The launcher starts ranks with SIGTERM blocked, so that a signal that comes while Python starts
+    waits. Unblocked, it would kill the rank before anything could heed it. Only the main thread can
+    set handlers; in other threads this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         return
@@ -34,8 +35,8 @@ def listen(*numbers: signal.Signals) -> None:
 def close() -> None:
     """Ignore the signals from here on: the run has ended, and its process is on the way out.
 
-    Python itself would restore their default action before it ends, and a stop that comes late, as
-    the word of another host does, would turn an end in order into a killed rank.
+    Python restores the default action of signals before it ends. A stop signal that comes that
+    late, relayed by another host for example, would then kill a rank that had ended in order.
     """
     if threading.current_thread() is threading.main_thread():
         for number in _numbers:

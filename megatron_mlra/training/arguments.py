@@ -179,7 +179,7 @@ def add_mlra_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
 
 
 def accelerated_defaults() -> dict[str, Any]:
-    """The one automatic choice of accelerated parts: used where installed and there is a GPU."""
+    """The only automatic choice of accelerated parts: each is used on a GPU, if installed."""
     if not torch.cuda.is_available():
         return dict(CPU_DEFAULTS)
     return {
@@ -237,7 +237,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
 
 
 def validate(args: Namespace) -> MLRAConfig | BaselineConfig:
-    """Megatron's own validation, which prints and derives what is left open, then the model's.
+    """Megatron's own validation, which also derives values that were not given; then the model's.
 
     Returns:
         the transformer config; nothing is allocated for it.

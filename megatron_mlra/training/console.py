@@ -1,4 +1,4 @@
-"""What a person sees of a run: a summary, an error in one line. Megatron's output goes to a log."""
+"""The lines that a person reads: a summary, an error. Megatron's output goes to a log."""
 
 from __future__ import annotations
 
@@ -83,11 +83,11 @@ def accelerated_parts(args: Namespace) -> str:
 
 
 class MegatronOutput(io.TextIOBase):
-    """Stands in for stdout, library logging and the tracebacks of threads: keeps what is printed
-    until the run has a log to write it to, so that a run that is refused leaves nothing behind.
+    """Stands in for stdout, library logging and the tracebacks of threads.
 
-    Rank 0 and the last rank write a log; what the others print is dropped. `last_line` is what was
-    said last: the reason, where Megatron ends the process without an error.
+    Output is kept in memory until the run has a log, so that a refused run leaves nothing behind.
+    Rank 0 and the last rank write a log; the output of other ranks is dropped. `last_line` is the
+    last line of output: where Megatron ends the process without an error, it is the reason.
     """
 
     def __init__(self, rank: int, world_size: int) -> None:
@@ -134,7 +134,7 @@ def fail(error: BaseException, output: MegatronOutput | None, started: bool) -> 
     """One line for an error that ends the run; once it has `started`, a traceback in its log.
 
     Returns:
-        the exit code: 2 for what is put right before a run, 1 for what stopped one.
+        the exit code: 2 for a run that did not start, 1 for one that was stopped.
     """
     if isinstance(error, SystemExit):
         error = RuntimeError(f"Megatron ended the run: {output.last_line if output else error}")
@@ -161,7 +161,7 @@ def fail(error: BaseException, output: MegatronOutput | None, started: bool) -> 
 def fail_run(
     error: BaseException, args: Namespace | None, output: MegatronOutput | None, started: bool
 ) -> int:
-    """`fail`, behind which nothing of the run lives on or stays unwritten."""
+    """`fail`; then write out the curves, and end the processes that served the run."""
     if isinstance(error, SystemExit):
         code = fail(error, output, started)
     else:
@@ -177,7 +177,7 @@ def fail_run(
 
 
 def _save_is_gone(args: Namespace, error: BaseException) -> RuntimeError:
-    """What to say of an error in a run whose folder was deleted, or unmounted, under it."""
+    """The error of a run whose folder was deleted, or unmounted, while it ran."""
     step = getattr(args, "curr_iteration", 0) + 1
     gone = RuntimeError(
         f"--save {args.save} is gone (deleted, or unmounted) at step {step:,}: its checkpoints are"

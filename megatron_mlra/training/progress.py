@@ -36,7 +36,7 @@ class Stopped(Exception):
 
 
 class Throughput:
-    """Tokens a second of training steps alone: evaluation and saving stop the clock."""
+    """Tokens per second of training steps alone: evaluation and saving stop the clock."""
 
     def __init__(self, args: Namespace) -> None:
         self.args = args
@@ -45,7 +45,7 @@ class Throughput:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Leave out what happens inside."""
+        """Stop the clock inside."""
         torch.cuda.synchronize()
         begin = time.perf_counter()
         try:
@@ -54,12 +54,12 @@ class Throughput:
             self.paused += time.perf_counter() - begin
 
     def begin(self) -> None:
-        """Measure from here."""
+        """Start measuring."""
         self.start = (self.args.consumed_train_samples, time.perf_counter())
         self.paused = 0.0
 
     def rate(self) -> float | None:
-        """Tokens a second since `begin`, None before a step was measured; begins anew."""
+        """Tokens per second since `begin`, None before a step was measured; begins anew."""
         if self.start is None:
             return None
         samples = self.args.consumed_train_samples - self.start[0]
@@ -194,8 +194,8 @@ class Progress:
     def _evaluate_first(
         self, forward_step, model, validation, process_non_loss, config, non_loss, **groups
     ) -> None:
-        """The validation loss before the first step. Its samples are not counted as consumed, so
-        that a checkpoint does not depend on it."""
+        """The validation loss before the first step. Its samples do not count as consumed,
+        so that a checkpoint does not depend on this validation."""
         args = self.args
         consumed = args.consumed_valid_samples
         has_hooks = training.should_disable_forward_pre_hook(args)
@@ -336,7 +336,7 @@ def _unfinished_saves() -> int:
 
 
 def recomputed(args: Namespace) -> str | None:
-    """What the backward pass computes again, as cost.flops.train_flops_per_token names it."""
+    """The part that the backward pass computes again, by its name in cost.flops."""
     if args.recompute_granularity == "full":
         return "full"
     if args.recompute_granularity != "selective":
