@@ -9,21 +9,14 @@ opposite (`--no-bf16`).
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import multiprocessing
 import os
 import signal
 import sys
 import warnings
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from argparse import Namespace
-
-    from megatron_mlra.fault_tolerance.run_lock import RunLock
 
 from megatron_mlra.fault_tolerance import stopping
+from megatron_mlra.training.ending import end_at_once, hush_threads, leave
 
 # Megatron warns about every optional package at import; the summary names what matters.
 warnings.filterwarnings("ignore")
@@ -65,25 +58,14 @@ def train() -> int:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from torch.distributed.checkpoint.api import CheckpointException
 
-    from megatron_mlra.checkpoint.files import guarded_loads
+    from megatron_mlra.command_line.parser import say
     from megatron_mlra.cost.parameters import parameters
     from megatron_mlra.description.megatron_args import from_megatron_args
-    from megatron_mlra.evaluation import held_out
-    from megatron_mlra.fault_tolerance import (
-        checksums,
-        fingerprint,
-        heartbeat,
-        helper_processes,
-        integrity,
-        resume,
-        samples,
-        saved_files,
-    )
-    from megatron_mlra.fault_tolerance.handshake import meet
+    from megatron_mlra.fault_tolerance import fingerprint, integrity
     from megatron_mlra.fault_tolerance.run_lock import RunLock
-    from megatron_mlra.training import arguments, console, dry_run, progress, steps, upstream_fixes
-    from megatron_mlra.training import batches as data
+    from megatron_mlra.training import arguments, batches, console, dry_run, hooks, progress, steps
     from megatron_mlra.training.cpu_backend import enable_cpu_backend
+    from megatron_mlra.training.meeting import meet_all
 
     args, output, started, lock = None, None, False, None
     try:
@@ -97,155 +79,64 @@ def train() -> int:
             output = console.MegatronOutput(args.rank, args.world_size)
         if on_cpu:
             enable_cpu_backend()
-        upstream_fixes.use_prebuilt_dataset_helpers()
-        upstream_fixes.repair_torch_adamw_resume()
-        upstream_fixes.name_failed_checkpoint_writes()
-        guarded_loads.install()
-        checksums.install()
         if args.save is not None:
-            lock = RunLock(args.save, say=console.say, lost=end_at_once)
-        helper_processes.install(args.exit_signal, lock.path if lock else None)
+            lock = RunLock(args.save, say=say, lost=end_at_once)
+        run = hooks.Run(args, on_cpu, lock)
+        hooks.apply(hooks.BEFORE_CHECKS, run)
         config = steps.model_config(args, arguments.validate(args))
         global_vars.rebuild_tokenizer(args)
-        shape = from_megatron_args(args)
+        run.shape = shape = from_megatron_args(args)
         if args.dry_run:
             described = dry_run.describe(args, config.transformer, shape, sys.argv[1:])
             # At once, so that a reader may leave early.
-            console.say("\n".join([console.summary(args, shape), *described]))
+            say("\n".join([console.summary(args, shape), *described]))
             return 0
         integrity.check_save(args, parameters(shape).total)
         if args.tensorboard_dir is not None:
             integrity.check_writable("--tensorboard-dir", args.tensorboard_dir)
         integrity.check_load(args)
-        data.check_data(args)
+        batches.check_data(args)
 
-        arguments.join_world()
-        same = {"code": fingerprint.of_code(), "arguments": given}
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # the ranks of a host see the same files
-            same["data"] = fingerprint.of_data(args)
-        same["derived arguments"] = fingerprint.of_arguments(args)
-        world = meet(
-            args.rank,
-            args.world_size,
-            same,
-            seconds=60 * args.distributed_timeout_minutes,
-            save=args.save,
-            enter=lambda: lock and claim(lock, args),
-        )
+        world = meet_all(args, given, lock)
         if output is not None:
             output.open(arguments.run_folder(args))
-
-        started = True
-        saved_files.install(world.hosts, lock.successor if lock else lambda: None)
-        helper_processes.start_results_queue(args.exit_signal)
+        started, run.hosts = True, world.hosts
+        hooks.apply(hooks.BEFORE_TRAINING, run)
         global_vars.set_global_variables(args, build_tokenizer=False)
         if args.exit_signal_handler:
             stopping.hand_over(global_vars.get_signal_handler())
         if args.rank == 0:
-            console.say(console.summary(args, shape))
+            say(console.summary(args, shape))
             if on_cpu:
-                console.say(console.on_cpu(args))
-            console.say(console.accelerated_parts(args))
-        held_out.install(args, arguments.run_folder(args))
-        progress.Progress(args, shape).install()
-        resume.install(args)
-        samples.install()
-        stop_watch = heartbeat.install(
-            args, arguments.run_folder(args), lambda: lock and lock.release_within(5)
-        )
-        progress.stop_once_met()
+                say(console.on_cpu(args))
+            say(console.accelerated_parts(args))
         container = pretrain_cfg_container_from_args(args, config)
         try:
             training.pretrain(
                 container,
-                data.build_datasets,
+                batches.build_datasets,
                 ModelType.encoder_or_decoder,
                 steps.forward_step,
                 store=world.store,
             )
         except progress.Stopped as stop:
             if args.rank == 0:
-                console.say(str(stop))
+                say(str(stop))
             if stop.code:
                 return stop.code
         torch.distributed.barrier()
-        stop_watch()
+        if run.watch:
+            run.watch.stop()
         torch.distributed.barrier()
-    except SystemExit as end:
-        if args is None:  # --help
+    except (SystemExit, Exception, CheckpointException) as error:
+        if args is None and isinstance(error, SystemExit):  # --help
             raise
-        code = console.fail(end, output, started)
-        kill_children()
-        return code
-    except (Exception, CheckpointException) as error:
-        if started and args.save and not os.path.isdir(args.save):
-            error = save_is_gone(args, error)
-        code = console.fail(error, output, started)
-        # Behind the error's line: the log's folder may be what is broken.
-        with contextlib.suppress(Exception):
-            if writer := global_vars.get_tensorboard_writer():
-                writer.flush()
-        kill_children()
-        return code
+        return console.fail_run(error, args, output, started)
     finally:
         if lock is not None:
             lock.release()
     torch.distributed.destroy_process_group()
     return 0
-
-
-def hush_threads() -> None:
-    """Threads hand tensors to other processes, which may be gone on the way out: no tracebacks of
-    theirs."""
-    sys.excepthook = lambda *_: None
-
-
-def claim(lock: RunLock, args: Namespace) -> None:
-    """Make `--save` this run's own, for all ranks; what it holds was looked at before."""
-    from megatron_mlra.fault_tolerance import integrity
-
-    lock.acquire()
-    integrity.check_unused(args)
-
-
-def save_is_gone(args: Namespace, error: BaseException) -> RuntimeError:
-    """What to say of an error in a run whose folder was deleted, or unmounted, under it."""
-    step = getattr(args, "curr_iteration", 0) + 1
-    gone = RuntimeError(
-        f"--save {args.save} is gone (deleted, or unmounted) at step {step:,}: its checkpoints are"
-        f" lost with it ({' '.join(str(error).split())})"
-    )
-    gone.__cause__ = error
-    return gone
-
-
-def end_at_once(line: str) -> None:
-    """End this process from any thread, whatever the main thread waits for."""
-    os.write(2, f"error: {line}\n".encode())
-    os._exit(1)
-
-
-def kill_children() -> None:
-    """End the writers of checkpoints and the data loaders of a run that failed."""
-    hush_threads()
-    # torch's handler raises an error for a data loader that is killed.
-    with contextlib.suppress(ValueError):  # outside the main thread, there is none
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    children = multiprocessing.active_children()
-    for child in children:
-        child.kill()
-    for child in children:
-        child.join(5)
-
-
-def leave(code: int) -> None:
-    """End the process. After a failure other ranks may wait in a collective, and data loaders for
-    work: wait for neither."""
-    sys.stderr.flush()
-    if not code:
-        return
-    kill_children()
-    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""What follows from the sizes of a latent attention, wherever they are described."""
+"""Sizes and scales derived from a latent attention's fields.
+
+A mixin: each configuration class stores the fields, this computes the rest.
+"""
 
 from __future__ import annotations
 

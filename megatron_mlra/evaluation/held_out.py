@@ -25,16 +25,16 @@ from megatron_mlra.evaluation.token_stream import named_sets, read_stream, windo
 FILE = "held_out.json"
 
 
-def install(args: Namespace, folder: Path) -> None:
-    """Have training score the sets once its last step is done; writes into `folder`.
+def score_behind(train: Callable[..., Any], args: Namespace, folder: Path) -> Callable[..., Any]:
+    """Training that scores the sets once its last step is done; writes into `folder`.
 
-    Called before progress.py wraps the same functions, so that Megatron's own evaluation is used,
-    without a line for each set.
+    Made before progress.py wraps Megatron's evaluation, which is therefore used without a line for
+    each set.
     """
     sets = named_sets(args.held_out)
     if not sets:
-        return
-    train, evaluate = training.train, training.evaluate
+        return train
+    evaluate = training.evaluate
 
     def train_and_score(forward_step, model, *rest, **named):
         result = train(forward_step, model, *rest, **named)
@@ -52,7 +52,7 @@ def install(args: Namespace, folder: Path) -> None:
             score(args, sets, folder, loss, len(model))
         return result
 
-    training.train = train_and_score
+    return train_and_score
 
 
 def score(

@@ -3,7 +3,8 @@
 Start with integrity.py and resume.py (checkpoints), heartbeat.py and hang.py (ranks), samples.py
 (batches).
 
-May import:   checkpoint, description, command_line, mlra_kernels; torch, Megatron's checkpointing
+May import:   checkpoint, description, command_line, launch.control; torch, Megatron's
+              checkpointing
 Imported by:  training
 Never:        training: the entry hands in what a guard needs
 Held by:      tests/unit/fault_tolerance, tests/e2e/test_faults.py, tests/e2e/test_hangs.py

@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME as MANIFEST
 
@@ -29,17 +28,10 @@ from megatron_mlra.fault_tolerance.writer_process import end_with_parent
 DIGEST = ".sha256"
 """Suffix of what a writer leaves beside its file until the manifest is written."""
 
-# A persistent writer is another interpreter, which finds `write_and_hash` by its name.
+# Megatron's own, which `preload_tensors` and `write_and_hash` replace (training/hooks.py). A
+# persistent writer is another interpreter, which finds `write_and_hash` by its name.
 _preload = FileSystemWriterAsync.preload_tensors
 _write = FileSystemWriterAsync.write_preloaded_data_multithread
-
-
-def install() -> None:
-    """Have Megatron's saves write the manifest, and its loads leave checking to `damage`."""
-    FileSystemWriterAsync.write_preloaded_data_multithread = staticmethod(write_and_hash)
-    FileSystemWriterAsync.preload_tensors = staticmethod(preload_tensors)
-    serialization.save_integrity_manifest = write_manifest
-    serialization.verify_integrity_manifest = lambda _: None
 
 
 def preload_tensors(write_buckets: list, non_blocking: bool = True) -> list:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import importlib.resources
 import os
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +17,6 @@ from pathlib import Path
 import torch
 from megatron.training.utils import get_blend_and_blend_per_split
 
-import megatron_mlra
-import mlra_kernels
 from megatron_mlra.command_line.parser import flag
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "flash-attn")
@@ -51,12 +50,12 @@ def of_code() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[f"the version of {name}"] = "not installed"
     found["the version of torch"] = torch.__version__  # with its build, such as +cu128
-    for module in (megatron_mlra, mlra_kernels):
-        folder = Path(next(iter(module.__path__)))
+    for name in ("megatron_mlra", "mlra_kernels"):
+        folder = Path(str(importlib.resources.files(name)))
         digest = hashlib.sha256()
         for path in sorted(folder.rglob("*.py")):
             digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
-        found[f"the source of {module.__name__}"] = f"SHA-256 {digest.hexdigest()[:12]}"
+        found[f"the source of {name}"] = f"SHA-256 {digest.hexdigest()[:12]}"
     return found
 
 

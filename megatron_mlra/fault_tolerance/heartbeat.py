@@ -2,8 +2,9 @@
 
 Rank 0 keeps the beats in a store of its own, reads them all and judges; every other rank writes its
 beat and reads two keys: the verdict, and rank 0's beat. One that no longer reaches rank 0 names it.
-All this is done by threads that release the GIL while they wait, so that a main thread stuck in a
-collective does not matter; one that never gives the GIL back is found by the others.
+Threads do all of this, and release the GIL while they wait: they go on while the main thread is
+stuck in a collective. A main thread that never gives the GIL back silences its rank, and the other
+ranks notice.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.training import training
 from torch.distributed import TCPStore, distributed_c10d
 
 from megatron_mlra.fault_tolerance.hang import (
@@ -81,8 +81,9 @@ def unbounded(phase: str) -> Iterator[None]:
 
 
 def tell(line: str) -> None:
-    """End all ranks by a line that this rank would fail with: the others wait for it in a
-    collective, and would say at most that it is gone. Each host prints the line once.
+    """End all ranks by the line that this rank would fail with. Without it the other ranks, which
+    wait for this rank in a collective, could only say that it is gone. Each host prints the line
+    once.
 
     Returns only without a watch, for the caller to raise.
     """
@@ -99,35 +100,24 @@ def limit_of(args: Namespace) -> float:
     return args.hang_timeout_seconds
 
 
-def install(
+def watch(
     args: Namespace, folder: Path, before_leaving: Callable[[], object] = lambda: None
-) -> Callable[[], None]:
-    """Mark the trainer's phases, and watch all ranks from the moment they can reach each other.
+) -> Watch | None:
+    """The watch over all ranks, not yet started; None where a hang never ends the job.
 
     Args:
         args: of the run.
         folder: where a rank that hangs leaves the stacks of its threads, if it can.
         before_leaving: called by the thread that ends this process for a hang.
-
-    Returns:
-        what ends the watch, once all ranks are done; no rank may leave before all have called it.
     """
-    limit = limit_of(args)
-    if not limit:
-        return lambda: None
     global _watch
-    watch = _watch = Watch(args.rank, args.world_size, limit, folder, before_leaving)
-    initialize, train_step, train = (
-        training.initialize_megatron,
-        training.train_step,
-        training.train,
-    )
+    limit = limit_of(args)
+    _watch = Watch(args.rank, args.world_size, limit, folder, before_leaving) if limit else None
+    return _watch
 
-    @functools.wraps(initialize)
-    def initialize_and_watch(*rest, **named):
-        result = initialize(*rest, **named)
-        watch.start()
-        return result
+
+def mark_step(train_step: Callable, args: Namespace) -> Callable:
+    """Megatron's `train_step`, its begin and its end marked."""
 
     @functools.wraps(train_step)
     def marked_step(*rest, **named):
@@ -137,6 +127,12 @@ def install(
         _progress.mark("after its update")
         return result
 
+    return marked_step
+
+
+def mark_end(train: Callable) -> Callable:
+    """Megatron's `train`, its end marked: what comes behind it may take any time."""
+
     @functools.wraps(train)
     def train_and_mark(*rest, **named):
         try:
@@ -144,12 +140,7 @@ def install(
         finally:
             _progress.mark("ending", bounded=False)
 
-    training.initialize_megatron = initialize_and_watch
-    training.train_step = marked_step
-    training.train = train_and_mark
-    for name in ("save_checkpoint", "maybe_finalize_async_save"):
-        setattr(training, name, unbounded("saving")(getattr(training, name)))
-    return watch.stop
+    return train_and_mark
 
 
 class Watch:
@@ -178,6 +169,17 @@ class Watch:
         self.probe: threading.Thread | None = None
         self.host_beat: Beat | None = None
         self.reached = 0.0
+
+    def start_after(self, initialize: Callable) -> Callable:
+        """Megatron's `initialize_megatron`, behind which ranks can reach each other."""
+
+        @functools.wraps(initialize)
+        def initialize_and_watch(*rest, **named):
+            result = initialize(*rest, **named)
+            self.start()
+            return result
+
+        return initialize_and_watch
 
     def start(self) -> None:
         """Meet the other ranks; returns when this rank's first beat is kept."""
@@ -208,7 +210,8 @@ class Watch:
             self.threads.append(thread)
 
     def stop(self) -> None:
-        """End the threads. Rank 0's store stays, for ranks that are not there yet."""
+        """End the threads, once all ranks are done: no rank may leave before all have called it.
+        Rank 0's store stays, for ranks that are not there yet."""
         self.ended.set()
         for thread in self.threads:
             thread.join(5)

@@ -1,7 +1,8 @@
 """Processes that serve a rank's saves: the queue that writers report to, the asynchronous writer.
 
-They must not outlive a rank that is killed, and must outlive the signal that asks it to save, which
-schedulers (and `timeout`) send to every process of a job.
+Two rules. A helper dies with its rank (else it would keep writing into a checkpoint that the
+restarted job is writing). But it ignores the stop signal, which schedulers send to every process of
+a job: the rank still needs its helpers for that last save.
 """
 
 from __future__ import annotations
@@ -10,47 +11,44 @@ import contextlib
 import functools
 import multiprocessing
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.managers import SyncManager
 from pathlib import Path
-
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
-from megatron.training import initialize
+from queue import Queue
 
 from megatron_mlra.fault_tolerance import writer_process
 
 _manager: SyncManager | None = None
 
 
-def install(exit_signal: signal.Signals, lock: Path | None) -> None:
-    """Have Megatron's persistent writer, which it may start early, not see `exit_signal`, end with
-    its rank, and hold the `lock` of the save folder, if any."""
-    start_writer = initialize.init_persistent_async_worker
-    writer_process.replaced = PersistentAsyncCaller.async_loop
+def tied(loop: Callable[..., None], lock: Path | None) -> Callable[..., None]:
+    """Megatron's loop of a persistent writer, in a process that ends with its rank.
+
+    Args:
+        loop: Megatron's function.
+        lock: of the save folder, which counts as held while the writer lives.
+    """
+    writer_process.replaced = loop
+    return functools.partial(writer_process.write_for_rank, lock)
+
+
+def unseen(start_writer: Callable[..., None], exit_signal: signal.Signals) -> Callable[..., None]:
+    """Megatron's `init_persistent_async_worker`, whose process does not see `exit_signal`."""
 
     def start_unseen(*args, **named) -> None:
-        PersistentAsyncCaller.async_loop = staticmethod(
-            functools.partial(writer_process.write_for_rank, lock)
-        )
-        try:
-            with _children_without(exit_signal):
-                start_writer(*args, **named)
-        finally:
-            PersistentAsyncCaller.async_loop = staticmethod(writer_process.replaced)
+        with _children_without(exit_signal):
+            start_writer(*args, **named)
 
-    initialize.init_persistent_async_worker = start_unseen
+    return start_unseen
 
 
-def start_results_queue(exit_signal: signal.Signals) -> None:
-    """What writers report to, which Megatron would start at its first save: forked later, it would
-    keep a killed rank's GPU memory taken.
-    """
+def results_queue(exit_signal: signal.Signals) -> Queue:
+    """The queue that writers report to, its process started now and not at the first save."""
     global _manager
     _manager = SyncManager(ctx=multiprocessing.get_context("fork"))
     with _children_without(exit_signal):
         _manager.start(writer_process.end_with_parent)
-    filesystem_async._results_queue = _manager.Queue()
+    return _manager.Queue()
 
 
 @contextlib.contextmanager

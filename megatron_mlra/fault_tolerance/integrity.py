@@ -181,7 +181,7 @@ def first_usable(
 
 
 def _others(folders: list[Path]) -> str:
-    """What else could be loaded in place of these folders, none of which can."""
+    """Which steps could be loaded in place of these folders, all of which were refused."""
     if len(folders) > 1:
         return f"the {len(folders) - 1} earlier ones are damaged too"
     there = sorted(path.name for path in folders[0].parent.glob("iter_*") if path != folders[0])
@@ -223,7 +223,7 @@ def _check_readable(folder: Path) -> None:
 
 
 def _common_state(folder: Path) -> dict[str, Any]:
-    """What a checkpoint holds beside tensors.
+    """The entries of a checkpoint that are no tensors.
 
     Raises:
         ValueError: it cannot be read.

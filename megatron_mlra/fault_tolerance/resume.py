@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from megatron.training import training
 
 from megatron_mlra.checkpoint.folder import TRACKER
 from megatron_mlra.command_line.parser import say
 from megatron_mlra.fault_tolerance import checksums, integrity
 
 
-def install(args: Namespace) -> None:
-    """Before Megatron loads, choose the step: the newest whose files are what was saved."""
-    load_checkpoint = training.load_checkpoint
+def choose_step(load_checkpoint: Callable, args: Namespace) -> Callable:
+    """Megatron's `load_checkpoint`, told the step: the newest whose files are what was saved."""
 
     def load(*rest, **named):
         asked = args.ckpt_step
@@ -26,7 +25,7 @@ def install(args: Namespace) -> None:
         finally:
             args.ckpt_step = asked
 
-    training.load_checkpoint = load
+    return load
 
 
 def whole_step(args: Namespace) -> int | None:

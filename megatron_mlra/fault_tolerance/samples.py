@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from argparse import Namespace
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from megatron.core import mpu
 from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
 from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.training import get_args, training
+from megatron.training import get_args
 from torch import Tensor
 
 from megatron_mlra.fault_tolerance.heartbeat import tell
@@ -31,10 +32,12 @@ _step: list[list[int]] = []
 
 
 class _WithSource:
-    """Samples that say what they are made from, and which of their token ids the model has not.
+    """Samples with two more entries: their source, and a line about a token id outside the model's
+    vocabulary.
 
-    Ids are looked at before Megatron, which replaces those that equal the padding's, touches them.
-    A loader's process raises nothing: its error would be a traceback in a message.
+    Ids are checked before Megatron replaces those that equal the padding id. The loader's process
+    leaves the line in the sample and raises nothing: an error there would arrive as a traceback
+    inside another message.
     """
 
     def __init__(self, *rest: Any, **named: Any) -> None:
@@ -85,13 +88,14 @@ class SourcedMockDataset(_WithSource, MockGPTDataset):
 def vocabulary(args: Namespace) -> int:
     """How many token ids the data may have: the true size of the vocabulary where it is given.
 
-    Rows that only pad the embedding belong to no token, so an id of one is another tokenizer's.
+    Rows that only pad the embedding belong to no token: an id of such a row comes from another
+    tokenizer.
     """
     return args.vocab_size or args.padded_vocab_size
 
 
 def check(loaded: dict[str, Any]) -> None:
-    """Refuse a micro-batch with a token id that the model has not; ends all ranks by that line.
+    """Refuse a micro-batch with a token id outside the vocabulary; the line ends all ranks.
 
     A tensor-parallel rank would take an id that is not in its part of the embedding for another
     rank's, and train on a vector of zeros.
@@ -104,12 +108,11 @@ def check(loaded: dict[str, Any]) -> None:
         raise ValueError(bad)
 
 
-def install() -> None:
-    """Have the trainer's error for a NaN or infinite gradient name the samples of the step.
+def name_bad(train_step: Callable) -> Callable:
+    """Megatron's `train_step`, whose error for a NaN or infinite gradient names the step's samples.
 
-    Megatron looks at gradients once a step, when those of all its micro-batches are summed up.
+    Megatron looks at gradients once per step, when those of all its micro-batches are summed up.
     """
-    train_step = training.train_step
 
     @functools.wraps(train_step)
     def named_step(*rest, **named):
@@ -130,7 +133,7 @@ def install() -> None:
             told.add_note(f"all samples of this rank in step {step}: {_of_step()}")
             raise told from error
 
-    training.train_step = named_step
+    return named_step
 
 
 def note(loaded: dict[str, Any]) -> None:

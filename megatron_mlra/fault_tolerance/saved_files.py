@@ -1,7 +1,8 @@
 """Rank 0 looks at every checkpoint before it counts: are all ranks' files there, in full?
 
-Megatron moves its tracker file once rank 0 has written the metadata, whatever became of the other
-ranks' files: on a folder that is not shared, or a mount that is gone, no whole checkpoint exists.
+Megatron moves its tracker file once rank 0 has written the metadata. It does not look at the files
+of other ranks: on a folder that is not shared, or on a mount that is gone, the tracker would name a
+checkpoint that is not whole.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from megatron.core.dist_checkpointing.strategies import state_dict_saver
 
 from megatron_mlra.checkpoint.files.torch_dist_index import needed_files, read_metadata
 from megatron_mlra.description.model import CheckpointError
@@ -21,14 +21,17 @@ from megatron_mlra.fault_tolerance.shared_folder import comes_true
 _WRITER = re.compile(r"__(\d+)_\d+\.distcp").fullmatch
 
 
-def install(hosts: list[str], successor: Callable[[], object]) -> None:
-    """Have every save looked at by rank 0 before it counts: its tracker is written afterwards.
+def look_behind(
+    finalize: Callable[..., None], hosts: list[str], successor: Callable[[], object]
+) -> Callable[..., None]:
+    """Megatron's `save_state_dict_async_finalize`, behind which rank 0 looks at the save. The
+    tracker is written afterwards.
 
     Args:
+        finalize: Megatron's function.
         hosts: name of each rank's host.
         successor: the other run that owns the folder now, if any.
     """
-    finalize = state_dict_saver.save_state_dict_async_finalize
 
     def finalize_and_look(storage_writer, global_metadata, dist_wrapper) -> None:
         finalize(storage_writer, global_metadata, dist_wrapper)
@@ -47,11 +50,11 @@ def install(hosts: list[str], successor: Callable[[], object]) -> None:
         if why[0] is not None:
             raise RuntimeError(why[0])
 
-    state_dict_saver.save_state_dict_async_finalize = finalize_and_look
+    return finalize_and_look
 
 
 def missing(folder: Path, hosts: list[str]) -> str | None:
-    """What of a checkpoint that was just written this host does not see, within `PATIENCE`.
+    """The first file of a checkpoint just written that this host does not see within `PATIENCE`.
 
     Args:
         hosts: name of each rank's host.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -19,8 +20,9 @@ _told: list[int] = []
 def listen(*numbers: signal.Signals) -> None:
     """Note these signals from here on, and any that waited.
 
-    The launcher starts ranks with SIGTERM blocked: one that comes while Python starts waits, where
-    it would otherwise kill the rank and be lost. Threads other than the main one can set nothing.
+    The launcher starts ranks with SIGTERM blocked, so that a signal that comes while Python starts
+    waits. Unblocked, it would kill the rank before anything could heed it. Only the main thread can
+    set handlers; in other threads this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         return
@@ -33,8 +35,8 @@ def listen(*numbers: signal.Signals) -> None:
 def close() -> None:
     """Ignore the signals from here on: the run has ended, and its process is on the way out.
 
-    Python itself would restore their default action before it ends, and a stop that comes late, as
-    the word of another host does, would turn an end in order into a killed rank.
+    Python restores the default action of signals before it ends. A stop signal that comes that
+    late, relayed by another host for example, would then kill a rank that had ended in order.
     """
     if threading.current_thread() is threading.main_thread():
         for number in _numbers:
@@ -58,15 +60,18 @@ def hand_over(handler: Any) -> None:
     global _handler
     _handler = handler
     handler._signal_received = _asked is not None
-    ask_all = handler.signals_received
+    listen()
 
-    def signals_received() -> list[int]:
-        received = ask_all()
+
+def remember_told(ask_all: Callable[[Any], list[int]]) -> Callable[[Any], list[int]]:
+    """Megatron's `signals_received`, whose answer is kept for `by`."""
+
+    def signals_received(handler: Any) -> list[int]:
+        received = ask_all(handler)
         _told[:] = [rank for rank, was_told in enumerate(received) if was_told]
         return received
 
-    handler.signals_received = signals_received
-    listen()
+    return signals_received
 
 
 def any_rank_asked() -> bool:

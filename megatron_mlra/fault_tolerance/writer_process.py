@@ -19,7 +19,7 @@ from megatron_mlra.fault_tolerance import run_lock
 _PR_SET_PDEATHSIG = 1
 
 replaced: Callable[..., None] | None = None
-"""Megatron's loop, in a process where it is replaced by `write_for_rank`."""
+"""Megatron's loop, in a process where `write_for_rank` stands in its place."""
 
 
 def write_for_rank(lock: Path | None, *args) -> None:
@@ -43,8 +43,8 @@ def write_for_rank(lock: Path | None, *args) -> None:
 def end_with_rank(rank: int) -> None:
     """Have this process killed when the process `rank`, which need not be its parent, ends.
 
-    A writer's parent is the server that forked it. The server ends once all copies of a pipe are
-    closed, and data loaders that outlive a killed rank for some seconds have copies.
+    A writer's parent is the fork server, not the rank. The fork server ends once all copies of a
+    pipe are closed. Data loaders hold copies, and outlive a killed rank by some seconds.
     """
     end_with_parent()
     try:

@@ -21,11 +21,11 @@ from megatron_mlra.data.tokenizers import TOKENIZER_TYPES, Tokenizer
 from megatron_mlra.inference.backends.select import BACKENDS
 from megatron_mlra.inference.cache import CACHE_DTYPES
 from megatron_mlra.inference.engine import Engine, Request
+from megatron_mlra.inference.growing_text import GrowingText
 from megatron_mlra.inference.load import DTYPES, LoadOptions, load_model
 from megatron_mlra.inference.parallel import WEIGHT_MODES, TensorParallel, check_tensor_parallel
 from megatron_mlra.inference.runner import Runner
 from megatron_mlra.inference.sampling import SamplingParams
-from megatron_mlra.inference.tokenization import GrowingText
 
 
 def parser() -> argparse.ArgumentParser:

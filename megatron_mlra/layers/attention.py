@@ -238,7 +238,7 @@ class MLRASelfAttention(Attention):
     def _query_key_value(
         self, q: Tensor, latents: Tensor, k_rope: Tensor, *angles: Tensor
     ) -> tuple[Tensor, ...]:
-        """From the query latent on: what recomputation of the up-projections repeats."""
+        """The part behind the query latent, which recomputation of the up-projections repeats."""
         return self._assemble(self._query_heads(q), latents, k_rope, *angles)
 
     def _query_heads(self, q: Tensor) -> Tensor:
@@ -313,7 +313,8 @@ class MLRASelfAttention(Attention):
     ) -> Tensor:
         """The core on its own, as recomputation repeats it: `[s, b, n * h_c * (l or d_v)]`.
 
-        The plan stands for packed_seq_params, which Megatron's checkpoint hands on as None.
+        Megatron's activation checkpointing passes `packed_seq_params=None`; the plan already holds
+        what it said.
         """
         return self.core_attention(query, key, value, attention_mask, plan=plan)
 

@@ -109,8 +109,8 @@ class SDPACoreAttention(_CoreAttention):
 class LatentCoreAttention(_CoreAttention):
     """The absorbed core on Hopper GPUs, by `mlra_kernels.latent_attention`.
 
-    Keys hold their values, so the gradient of both comes back through `key`. The sums of it are
-    atomic: their last bits differ from run to run.
+    The values are the first columns of the keys, so one gradient, that of `key`, covers both. It
+    is summed with atomic additions and is therefore not reproducible to the last bit.
     """
 
     def forward(

@@ -1,4 +1,4 @@
-"""The parameters Megatron has no module for: sharded norms and the per-latent up-projection."""
+"""Modules that Megatron lacks: sharded norms and the up-projection of each latent."""
 
 from __future__ import annotations
 
@@ -177,8 +177,8 @@ class LatentUpProjection(MegatronModule):
 class LatentColumnParallelLinear(ColumnParallelLinear):
     """Column-parallel linear that leaves its input's communication to LatentParallel.
 
-    Its input is what every rank holds in full, its input gradient a partial sum that the collective
-    behind the input completes: several projections then share one collective.
+    Every rank holds the whole input. The gradient of the input is a partial sum, which the
+    collective behind the input completes, so that several projections share one collective.
     """
 
     def __init__(self, *args, **kwargs) -> None:

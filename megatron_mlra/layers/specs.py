@@ -36,7 +36,8 @@ def mlra_attention_spec(config: MLRAConfig) -> ModuleSpec:
     `config.core_backend`.
 
     Raises:
-        ValueError: for a part that is asked for and not installed, or does not take this model.
+        ValueError: if a requested backend is not installed, or does not support this model's
+            sizes.
     """
     use_te = _use_transformer_engine(config)
     core_attention = _core_attention(config)

@@ -1,6 +1,6 @@
 """Stated rates of GPUs, and what share of them a run is assumed to reach.
 
-The shares are set by one GPU's steps in docs/training_performance.md, which they meet within 8 %;
+The shares are set by one GPU's steps in docs/performance/training.md, which they meet within 8 %;
 shares of links and of overlap are guesses, to be replaced by what a cluster measures.
 """
 

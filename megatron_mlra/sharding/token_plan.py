@@ -2,9 +2,10 @@
 to.
 
 A sequence of T tokens is one document, or several packed one behind the other. Each token attends
-to its own document's past and itself. A rank holds T / cp tokens as chunks: keys exist for the
-whole sequence (context_parallel.py), so a chunk's part of a document attends to a prefix of that
-document, which `Span` names.
+to its own document's past and itself. A rank holds T / cp tokens as chunks. After the
+context-parallel gather (context_parallel.py) every rank has the keys of the whole sequence. The
+queries of one chunk that belong to one document therefore attend to that document from its start
+up to themselves. `Span` holds those two ranges: the queries and their keys.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """What pretrain_mlra.py stands on: arguments, presets, batches, steps, console, progress, dry run.
 
-Start with arguments.py, then the order of pretrain_mlra.py.
+Start with arguments.py, then the order of pretrain_mlra.py. hooks.py lists everything that a run
+replaces in Megatron and torch.
 
-May import:   layers, fault_tolerance, cost, planner, sharding, data, description,
-              evaluation, command_line; torch, Megatron
+May import:   layers, fault_tolerance, cost, planner, sharding, data, description, evaluation,
+              command_line, checkpoint.files.guarded_loads; torch, Megatron
 Imported by:  benchmarks
 Never:        checkpoint formats
 Held by:      tests/unit/training, tests/e2e

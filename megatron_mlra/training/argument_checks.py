@@ -1,5 +1,8 @@
-"""What is refused of a command line before Megatron reads it: what Megatron would ignore, find late
-or report as a bare assertion. Each check names the flag, its value and the fix."""
+"""Checks of the command line, before Megatron sees it.
+
+They refuse flags that Megatron would silently ignore, would reject only minutes later, or would
+reject by an assertion without a message. Each check names the flag, its value and the fix.
+"""
 
 from __future__ import annotations
 
@@ -189,7 +192,7 @@ def _check_precision(args: Namespace) -> None:
 
 
 def check_fp8_tokens(args: Namespace) -> None:
-    """Tokens are a dim of FP8's weight gradients.
+    """FP8 needs multiples of 16 tokens, since tokens are a dim of its weight gradients.
 
     Raises:
         ValueError: for a micro-batch of which a rank gets no multiple of 16.

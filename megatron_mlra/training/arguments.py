@@ -66,7 +66,7 @@ DEFAULTS = {
     # A checkpoint loads at any layout, for which saving gathers the optimizer's state on one
     # data-parallel rank; `dist_ckpt_optim_fully_reshardable: false` in a preset saves in parallel.
     "dist_ckpt_optim_fully_reshardable": True,
-    # Checksums of a checkpoint's files, by checkpoint/checksums.py; off only by a preset.
+    # Checksums of a checkpoint's files, by fault_tolerance/checksums.py; off only by a preset.
     "verify_integrity": True,
 }
 """Defaults that differ from Megatron's, below presets and the command line."""
@@ -191,7 +191,7 @@ def add_mlra_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
 
 
 def accelerated_defaults() -> dict[str, Any]:
-    """The one automatic choice of accelerated parts: used where installed and there is a GPU."""
+    """The only automatic choice of accelerated parts: each is used on a GPU, if installed."""
     if not torch.cuda.is_available():
         return dict(CPU_DEFAULTS)
     return {
@@ -249,7 +249,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
 
 
 def validate(args: Namespace) -> MLRAConfig | BaselineConfig:
-    """Megatron's own validation, which prints and derives what is left open, then the model's.
+    """Megatron's own validation, which also derives values that were not given; then the model's.
 
     Returns:
         the transformer config; nothing is allocated for it.

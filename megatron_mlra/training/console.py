@@ -1,4 +1,4 @@
-"""What a person sees of a run: a summary, an error in one line. Megatron's output goes to a log."""
+"""The lines that a person reads: a summary, an error. Megatron's output goes to a log."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
+from megatron.training import get_tensorboard_writer
 from tqdm import tqdm
 
 from megatron_mlra.cost.cache import kv_cache_bytes_per_token
 from megatron_mlra.cost.parameters import parameters
 from megatron_mlra.description.model import ModelDescription
+from megatron_mlra.training.ending import kill_children
 
 
 def summary(args: Namespace, shape: ModelDescription) -> str:
@@ -81,11 +83,11 @@ def accelerated_parts(args: Namespace) -> str:
 
 
 class MegatronOutput(io.TextIOBase):
-    """Stands in for stdout, library logging and the tracebacks of threads: keeps what is printed
-    until the run has a log to write it to, so that a run that is refused leaves nothing behind.
+    """Stands in for stdout, library logging and the tracebacks of threads.
 
-    Rank 0 and the last rank write a log; what the others print is dropped. `last_line` is what was
-    said last: the reason, where Megatron ends the process without an error.
+    Output is kept in memory until the run has a log, so that a refused run leaves nothing behind.
+    Rank 0 and the last rank write a log; the output of other ranks is dropped. `last_line` is the
+    last line of output: where Megatron ends the process without an error, it is the reason.
     """
 
     def __init__(self, rank: int, world_size: int) -> None:
@@ -132,7 +134,7 @@ def fail(error: BaseException, output: MegatronOutput | None, started: bool) -> 
     """One line for an error that ends the run; once it has `started`, a traceback in its log.
 
     Returns:
-        the exit code: 2 for what is put right before a run, 1 for what stopped one.
+        the exit code: 2 for a run that did not start, 1 for one that was stopped.
     """
     if isinstance(error, SystemExit):
         error = RuntimeError(f"Megatron ended the run: {output.last_line if output else error}")
@@ -154,6 +156,35 @@ def fail(error: BaseException, output: MegatronOutput | None, started: bool) -> 
             print(f"  full log: {output.path}", file=sys.stderr)
     sys.stderr.flush()
     return 1 if started else 2
+
+
+def fail_run(
+    error: BaseException, args: Namespace | None, output: MegatronOutput | None, started: bool
+) -> int:
+    """`fail`; then write out the curves, and end the processes that served the run."""
+    if isinstance(error, SystemExit):
+        code = fail(error, output, started)
+    else:
+        if started and args.save and not os.path.isdir(args.save):
+            error = _save_is_gone(args, error)
+        code = fail(error, output, started)
+        # Behind the error's line: the log's folder may be what is broken.
+        with contextlib.suppress(Exception):
+            if writer := get_tensorboard_writer():
+                writer.flush()
+    kill_children()
+    return code
+
+
+def _save_is_gone(args: Namespace, error: BaseException) -> RuntimeError:
+    """The error of a run whose folder was deleted, or unmounted, while it ran."""
+    step = getattr(args, "curr_iteration", 0) + 1
+    gone = RuntimeError(
+        f"--save {args.save} is gone (deleted, or unmounted) at step {step:,}: its checkpoints are"
+        f" lost with it ({' '.join(str(error).split())})"
+    )
+    gone.__cause__ = error
+    return gone
 
 
 def _tell_launcher(text: str) -> None:

@@ -95,8 +95,7 @@ def enable_cpu_backend() -> None:
     # These read the CUDA random state when first imported, so before it is replaced.
     import megatron.core.tensor_parallel.random as megatron_random
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
-    import megatron.training.initialize as initialize
-    import megatron.training.training as training
+    import megatron.training.training  # noqa: F401
 
     stream = _NoStream()
     properties = types.SimpleNamespace(
@@ -132,15 +131,6 @@ def enable_cpu_backend() -> None:
     megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     warnings.filterwarnings("ignore", message="CPU RNG state changed within GPU RNG context")
     token_dispatcher.maybe_move_tensor_to_cpu = _as_host_value
-    start_writer = initialize.init_persistent_async_worker
-    # The asynchronous checkpoint writer must be a fork to know these replacements too.
-    initialize.init_persistent_async_worker = lambda rank, _mode: start_writer(rank, "fork")
-    training.initialize_megatron = functools.partial(
-        training.initialize_megatron, allow_no_cuda=True
-    )
-    # It warms up compiled functions, of which there are none here, on random numbers, as many as a
-    # micro-batch has on a rank: initial weights would depend on it.
-    training.set_jit_fusion_options = lambda **_: None
     _CudaAsCpu().__enter__()
 
 

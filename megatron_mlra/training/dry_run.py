@@ -1,4 +1,4 @@
-"""`--dry-run`: what a launch would be, from the checked arguments, without starting anything."""
+"""`--dry-run`: the plan of a launch, from the checked arguments. Nothing is started."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def _stages(args: Namespace) -> list[str]:
 
 
 def _command(args: Namespace, argv: list[str]) -> str:
-    """The launch by examples/launch.sh, which adds what torchrun needs besides."""
+    """The launch by examples/launch.sh, which adds the flags that torchrun needs."""
     named = {"--config": "$PRESET", "--save": "$SAVE"}
     kept, words = [], iter(argv)
     for word in words:

@@ -1,7 +1,7 @@
 """Progress of a run in lines (and on a terminal a bar): steps, validation, checkpoints, throughput.
 
-Megatron's trainer has no hooks at these points, so `Progress` wraps functions of its module; what
-they do is unchanged.
+`Progress.wrap_X` returns Megatron's function X with lines around it; what X does is unchanged.
+training/hooks.py puts them in place.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Stopped(Exception):
 
 
 class Throughput:
-    """Tokens a second of training steps alone: evaluation and saving stop the clock."""
+    """Tokens per second of training steps alone: evaluation and saving stop the clock."""
 
     def __init__(self, args: Namespace) -> None:
         self.args = args
@@ -45,7 +45,7 @@ class Throughput:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Leave out what happens inside."""
+        """Stop the clock inside."""
         torch.cuda.synchronize()
         begin = time.perf_counter()
         try:
@@ -54,12 +54,12 @@ class Throughput:
             self.paused += time.perf_counter() - begin
 
     def begin(self) -> None:
-        """Measure from here."""
+        """Start measuring."""
         self.start = (self.args.consumed_train_samples, time.perf_counter())
         self.paused = 0.0
 
     def rate(self) -> float | None:
-        """Tokens a second since `begin`, None before a step was measured; begins anew."""
+        """Tokens per second since `begin`, None before a step was measured; begins anew."""
         if self.start is None:
             return None
         samples = self.args.consumed_train_samples - self.start[0]
@@ -82,24 +82,13 @@ class Progress:
         self.saving: list[int] = []
         self.bar: tqdm | None = None
 
-    def install(self) -> None:
-        """Put the wrappers in place."""
-        training.num_floating_point_operations = self._flops
-        training.report_theoretical_memory = lambda *_, **__: None
-        training.training_log = self._wrap_log(training.training_log)
-        training.evaluate = self._wrap_evaluate(training.evaluate)
-        training.evaluate_and_print_results = self._wrap_results(
-            training.evaluate_and_print_results
-        )
-        training.save_checkpoint = self._wrap_save(training.save_checkpoint)
-        training.maybe_finalize_async_save = self._wrap_finalize(training.maybe_finalize_async_save)
-        training.train = self._wrap_train(training.train)
-
-    def _flops(self, args: Namespace, batch_size: int, *_, **__) -> float:
+    def flops(self, args: Namespace, batch_size: int, *_, **__) -> float:
         """Model FLOPs of one global batch: the method's, whatever form computes it."""
         return self.model_flops * batch_size * args.seq_length
 
-    def _wrap_log(self, training_log: Callable) -> Callable:
+    def wrap_log(self, training_log: Callable) -> Callable:
+        """Megatron's `training_log` with a line per logged step."""
+
         def log(losses, totals, rate, iteration, scale, memory, skipped, grad_norm, *rest, **named):
             flag = training_log(
                 losses, totals, rate, iteration, scale, memory, skipped, grad_norm, *rest, **named
@@ -166,7 +155,9 @@ class Progress:
             f"TFLOP/s a device{at_most}: model {model:.3g}, hardware {hardware:.3g}",
         ]
 
-    def _wrap_results(self, evaluate_and_print_results: Callable) -> Callable:
+    def wrap_results(self, evaluate_and_print_results: Callable) -> Callable:
+        """Megatron's `evaluate_and_print_results`; test losses stay out of validation's curve."""
+
         def run(prefix, forward_step, data, model, iteration, *rest, **named):
             is_test = "test set" in prefix
             self.evaluating = ("test" if is_test else "validation", iteration)
@@ -179,7 +170,9 @@ class Progress:
 
         return run
 
-    def _wrap_evaluate(self, evaluate: Callable) -> Callable:
+    def wrap_evaluate(self, evaluate: Callable) -> Callable:
+        """Megatron's `evaluate` with a line for its losses; its time is not training's."""
+
         def run(*args, **named):
             with self.throughput.pause():
                 result = evaluate(*args, **named)
@@ -201,8 +194,8 @@ class Progress:
     def _evaluate_first(
         self, forward_step, model, validation, process_non_loss, config, non_loss, **groups
     ) -> None:
-        """The validation loss before the first step. Its samples are not counted as consumed, so
-        that a checkpoint does not depend on it."""
+        """The validation loss before the first step. Its samples do not count as consumed,
+        so that a checkpoint does not depend on this validation."""
         args = self.args
         consumed = args.consumed_valid_samples
         has_hooks = training.should_disable_forward_pre_hook(args)
@@ -225,7 +218,9 @@ class Progress:
             training.enable_forward_pre_hook(model)
         args.consumed_valid_samples = consumed
 
-    def _wrap_train(self, train: Callable) -> Callable:
+    def wrap_train(self, train: Callable) -> Callable:
+        """Megatron's `train` that validates first where asked to, and says how it ended."""
+
         def run(forward_step, model, optimizer, scheduler, data, validation, *rest, **named):
             if self.args.iteration and self.args.rank == 0:
                 say(f"continuing after step {self.args.iteration:,} of {self.args.load}")
@@ -260,7 +255,9 @@ class Progress:
             return why
         return f"{why}, which is saved; continue with --load {args.save} --save {args.save}"
 
-    def _wrap_finalize(self, maybe_finalize_async_save: Callable) -> Callable:
+    def wrap_finalize(self, maybe_finalize_async_save: Callable) -> Callable:
+        """Megatron's `maybe_finalize_async_save` whose error names the step that was not saved."""
+
         def run(*args, **named):
             if not self.saving:
                 return maybe_finalize_async_save(*args, **named)
@@ -275,7 +272,9 @@ class Progress:
 
         return run
 
-    def _wrap_save(self, save_checkpoint: Callable) -> Callable:
+    def wrap_save(self, save_checkpoint: Callable) -> Callable:
+        """Megatron's `save_checkpoint` with a line for the save; old checkpoints are pruned."""
+
         def run(iteration, *rest, **named):
             folder = self.args.save
             start = time.perf_counter()
@@ -307,16 +306,16 @@ def stop_if_asked() -> None:
         raise Stopped(f"stopped before the first step{stopping.by()}; nothing new to save", 0)
 
 
-def stop_once_met() -> None:
-    """Heed a stop that came before the ranks met, ahead of building and loading the model."""
-    initialize = training.initialize_megatron
+def stop_after(initialize: Callable) -> Callable:
+    """Megatron's `initialize_megatron`, behind which a stop that came earlier is heeded: before
+    the model is built and loaded."""
 
     def initialize_or_stop(*args, **named):
         result = initialize(*args, **named)
         stop_if_asked()
         return result
 
-    training.initialize_megatron = initialize_or_stop
+    return initialize_or_stop
 
 
 def not_saved(folder: str, step: int, error: BaseException) -> RuntimeError:
@@ -337,7 +336,7 @@ def _unfinished_saves() -> int:
 
 
 def recomputed(args: Namespace) -> str | None:
-    """What the backward pass computes again, as cost.flops.train_flops_per_token names it."""
+    """The part that the backward pass computes again, by its name in cost.flops."""
     if args.recompute_granularity == "full":
         return "full"
     if args.recompute_granularity != "selective":

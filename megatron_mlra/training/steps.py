@@ -1,4 +1,4 @@
-"""What Megatron's trainer is handed: the model's configuration, its forward step and loss."""
+"""The parts that Megatron's trainer takes: a model's configuration, a forward step, a loss."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def model_config(args: Namespace, transformer: TransformerConfig) -> GPTModelCon
     """Megatron's GPT with this project's layers; allocates nothing.
 
     Raises:
-        ValueError: for a part of the layers that is asked for and not installed.
+        ValueError: if a requested backend is not installed, or does not support these sizes.
     """
     layer_spec(transformer)
     config = gpt_config_from_args(args, config=transformer)
@@ -78,10 +78,11 @@ def loss_function(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, di
 
 
 def _context_parallel_share(num_tokens: Tensor) -> Tensor:
-    """What makes the mean over context-parallel ranks of loss / num_tokens that of their tokens.
+    """The factor of this rank's loss that makes the average over context-parallel ranks a mean over
+    tokens.
 
-    The schedule divides each rank's sum by its own number of unmasked tokens and averages over
-    ranks; the share of rank r, `cp n_r / sum(n)`, undoes that where their numbers differ.
+    The schedule divides the sum of rank r by its number of unmasked tokens n_r, then averages over
+    ranks. Where ranks have different numbers, the factor `cp n_r / sum(n)` undoes that.
     """
     group = mpu.get_context_parallel_group()
     whole = num_tokens.float()

@@ -1,46 +1,48 @@
-"""Repairs of megatron-core 0.19.2, each applied once and only where it is needed."""
+"""Repairs of megatron-core 0.19.2, each only where it is needed.
+
+The functions of (what stands there, the run) are rows of training/hooks.py, which names their
+targets. Without Transformer Engine or APEX, Megatron's distributed optimizer wraps torch's AdamW,
+whose state it does not know how to resume: three of them are about that.
+"""
 
 from __future__ import annotations
 
 import functools
 import sys
 import types
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 
 
-@functools.cache
-def use_prebuilt_dataset_helpers() -> None:
-    """The wheel ships its dataset index builder built, but no Makefile to build it with.
+def use_prebuilt_dataset_helpers(compile_helpers: Callable, run: Any) -> Callable:
+    """`compile_helpers` without its Makefile, which the wheel does not ship.
 
     Raises:
         ImportError: if the built helper is missing for this Python.
     """
     import megatron.core.datasets.helpers_cpp  # noqa: F401  (fails here, not mid-training)
-    import megatron.core.datasets.utils as utils
 
-    utils.compile_helpers = lambda: None
+    return lambda: None
 
 
-@functools.cache
-def repair_torch_adamw_resume() -> None:
-    """Without Transformer Engine or APEX the distributed optimizer wraps torch's AdamW, and on
-    resume wants a step before there is any state, misses `step` among the states it loads, then
-    shares one step tensor among all parameters."""
-    from megatron.core.optimizer import distrib_optimizer
+def state_dict_with_state(state_dict: Callable, run: Any) -> Callable:
+    """`state_dict`, which on resume wants a step before there is any state."""
 
-    if distrib_optimizer.HAVE_APEX_OR_TE:
-        return
-    cls = distrib_optimizer.DistributedOptimizer
-    set_states, load_state_dict = cls._set_main_param_and_optimizer_states, cls.load_state_dict
-    state_dict = cls.state_dict
-
-    def state_dict_with_state(self):
+    def with_state(self):
         if not self.optimizer.state and isinstance(self.optimizer, torch.optim.Adam):
             for param in (p for group in self.optimizer.param_groups for p in group["params"]):
                 moments = {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
                 self.optimizer.state[param] = {"step": torch.tensor(0.0), **moments}
         return state_dict(self)
+
+    return state_dict if HAVE_APEX_OR_TE else with_state
+
+
+def set_states_with_step(set_states: Callable, run: Any) -> Callable:
+    """`_set_main_param_and_optimizer_states`, which misses `step` among the states it loads."""
 
     def set_with_step(self, model_param, tensors):
         group, order = self.model_param_group_index_map[model_param]
@@ -48,15 +50,31 @@ def repair_torch_adamw_resume() -> None:
         step = self.optimizer.state[main_param].get("step")
         set_states(self, model_param, {"step": step, **tensors})
 
-    def load_with_own_steps(self, state_dict):
+    return set_states if HAVE_APEX_OR_TE else set_with_step
+
+
+def load_with_own_steps(load_state_dict: Callable, run: Any) -> Callable:
+    """`load_state_dict`, which shares one step tensor among all parameters."""
+
+    def load(self, state_dict):
         load_state_dict(self, state_dict)
         for state in self.optimizer.state.values():
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()
 
-    cls.state_dict = state_dict_with_state
-    cls._set_main_param_and_optimizer_states = set_with_step
-    cls.load_state_dict = load_with_own_steps
+    return load_state_dict if HAVE_APEX_OR_TE else load
+
+
+def raise_failed_writes(write: Callable, run: Any) -> Callable:
+    """`write_preloaded_data`, whose caller reports only the type of the error that it returns."""
+
+    def write_or_raise(*args, **kwargs):
+        result = write(*args, **kwargs)
+        if kwargs.get("results_queue") is None and isinstance(result[1], Exception):
+            raise result[1]
+        return result
+
+    return write_or_raise
 
 
 @functools.cache
@@ -84,19 +102,3 @@ def accumulate_weight_gradients_in_products() -> bool:
         layers.fused_weight_gradient_mlp_cuda = sys.modules[apex.__name__] = apex
         layers._grad_accum_fusion_available = True
     return layers._grad_accum_fusion_available
-
-
-@functools.cache
-def name_failed_checkpoint_writes() -> None:
-    """A checkpoint file cannot be written: of the error the writer reports only its type."""
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-
-    write = FileSystemWriterAsync.write_preloaded_data
-
-    def write_or_raise(*args, **kwargs):
-        result = write(*args, **kwargs)
-        if kwargs.get("results_queue") is None and isinstance(result[1], Exception):
-            raise result[1]
-        return result
-
-    FileSystemWriterAsync.write_preloaded_data = staticmethod(write_or_raise)

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_mlra.data.tokenizers import ByteTokenizer
 from megatron_mlra.inference.cli import main
-from megatron_mlra.inference.tokenization import GrowingText
+from megatron_mlra.inference.growing_text import GrowingText
 from support import ENV, ROOT
 
 

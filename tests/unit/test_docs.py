@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
-import importlib
+import importlib.util
 import re
+from pathlib import Path
 
 import pytest
 
@@ -12,13 +14,19 @@ from support import ROOT
 
 PAGES = {
     str(path.relative_to(ROOT)): path
-    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("kernels/**/*.md"))
+    for folder in ("", "docs", "docs/*", "examples", "kernels/**")
+    for path in ROOT.glob(f"{folder}/*.md".lstrip("/"))
 }
 # What a path in a text may start with, and where what a run makes lies.
 TOP = ("docs", "examples", "kernels", "megatron_mlra", "tests", "tools")
+# Tools that hand on to the entry the flags that they do not know.
+PASS_ON = {"benchmark_training", "soak"}
 PATH = re.compile(rf"(?<![\w/.-])(?:{'|'.join(TOP)})/[\w./-]+\.(?:py|sh|yaml|md|json|png)\b")
 LINK = re.compile(r"\]\(([^)\s#]+)(#[^)\s]*)?\)")
 SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+# A command of a text, up to the end of its line, which a backslash continues, or of its `quotes`.
+COMMAND = re.compile(r"(?:tools/(\w+)|\b(pretrain_mlra))\.py((?:\\\n|[^\n`|&;#])*)")
+FLAG = re.compile(r"(?<=\s)--[a-z][\w-]*")
 SNIPPETS = [
     pytest.param(code, id=f"{page}-{i}")
     for page, path in PAGES.items()
@@ -71,3 +79,56 @@ def test_readme_snippet_runs_as_printed():
     layers = names["transformer_layer_spec"].layer_specs
     attentions = [layer.submodules.self_attention.module.__name__ for layer in layers]
     assert attentions == ["MLRASelfAttention"] * 24
+
+
+def flags_of(tool: str) -> set[str]:
+    """The flags that the package of a tool's command line defines."""
+    shell = ast.parse((ROOT / "tools" / f"{tool}.py").read_text())
+    homes = [node.module for node in ast.walk(shell) if isinstance(node, ast.ImportFrom)]
+    folders = {ROOT / Path(*home.split(".")).parent for home in homes if "command_line" not in home}
+    files = [ROOT / "tools" / f"{tool}.py", *(f for d in folders for f in d.glob("*.py"))]
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    arguments = [arg for node in nodes if isinstance(node, ast.Call) for arg in node.args]
+    words = {str(arg.value) for arg in arguments if isinstance(arg, ast.Constant)}
+    # The planner makes a flag of each field of its assumptions.
+    fields = {ast.unparse(node.target) for node in nodes if isinstance(node, ast.AnnAssign)}
+    words |= {f"--{field.replace('_', '-')}" for field in fields}
+    return {"--help"} | {word for word in words if word.startswith("--")}
+
+
+@pytest.fixture(scope="module")
+def entry_flags() -> set[str]:
+    """Every flag of the training entry, opposites included."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_mlra.training.arguments import add_mlra_arguments
+    from megatron_mlra.training.presets import add_opposites
+
+    parser = add_mlra_arguments(add_megatron_arguments(argparse.ArgumentParser()))
+    add_opposites(parser)
+    return {*parser._option_string_actions}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_have_flags_that_exist(page, entry_flags):
+    for tool, entry, rest in COMMAND.findall(PAGES[page].read_text()):
+        known = entry_flags if entry else flags_of(tool)
+        if tool in PASS_ON:
+            known = known | entry_flags
+        unknown = {*FLAG.findall(rest)} - known
+        assert not unknown, f"{page}: {tool or entry}.py has no {sorted(unknown)}"
+
+
+def test_commands_are_found():
+    text = "`tools/plan.py --gpus 8 \\\n  --gpu h100` and --other\npretrain_mlra.py --x | y --z"
+    found = [(tool or entry, FLAG.findall(rest)) for tool, entry, rest in COMMAND.findall(text)]
+    assert found == [("plan", ["--gpus", "--gpu"]), ("pretrain_mlra", ["--x"])]
+
+
+def test_the_drawing_of_packages_is_theirs(tmp_path):
+    figures = ROOT / "docs" / "figures"
+    spec = importlib.util.spec_from_file_location("draw", figures / "draw.py")
+    spec.loader.exec_module(draw := importlib.util.module_from_spec(spec))
+    draw.architecture(tmp_path / "new.svg")
+    drawn = (figures / "architecture.svg").read_text()
+    assert (tmp_path / "new.svg").read_text() == drawn, "run python docs/figures/draw.py"

@@ -1,6 +1,6 @@
 """Tile shapes of the decoding kernel: one small table from shape to configuration.
 
-The measurements behind the choices are in docs/log_kernels.md.
+The measurements behind the choices are in docs/log/kernels.md.
 """
 
 from dataclasses import astuple, dataclass

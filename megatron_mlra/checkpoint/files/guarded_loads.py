@@ -2,7 +2,8 @@
 
 torch's reader of torch_dist checkpoints unpickles `.metadata`, and every entry that is no tensor,
 with Python's unpickler, which runs whatever they name. A check beforehand would leave the files
-time to change, and each rank reads them for itself, so the two readers themselves are replaced.
+time to change, and each rank reads them for itself. A run therefore puts the functions of this file
+in place of torch's own (training/hooks.py); Megatron's readers are made of torch's.
 """
 
 from __future__ import annotations
@@ -26,14 +27,6 @@ from megatron_mlra.checkpoint.files.torch_file import (
 from megatron_mlra.description.model import CheckpointError
 
 _slice_file = FileSystemReader._slice_file
-
-
-def install() -> None:
-    """Replace torch's readers of `.metadata` and of entries, in this process; Megatron's are made
-    of them."""
-    FileSystemReader.read_metadata = read_metadata
-    FileSystemReader._slice_file = slice_file
-    DefaultLoadPlanner.load_bytes = load_bytes
 
 
 def read_metadata(self: FileSystemReader, *_, **named) -> Metadata:

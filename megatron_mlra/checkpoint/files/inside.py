@@ -1,4 +1,4 @@
-"""Names that come out of a checkpoint: they may name what lies in its folder, and nothing else.
+"""Names that a checkpoint holds: they may name files of its folder, and nothing else.
 
 Whoever made a checkpoint chose its file names and its symbolic links. A name with `..`, or a link
 to a private file, would have a tool read that file and write its content into an exported folder.

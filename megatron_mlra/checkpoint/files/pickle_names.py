@@ -1,4 +1,4 @@
-"""Names of classes and functions in the pickles of checkpoints that are no code of a stranger's."""
+"""Classes and functions that pickles of checkpoints may name: none runs a stranger's code."""
 
 from __future__ import annotations
 

@@ -196,7 +196,7 @@ def _blocks(index: Metadata) -> Iterable[tuple[MetadataIndex, _StorageInfo]]:
 
 
 def check_objects(folder: Path, index: Metadata) -> None:
-    """Look into everything that is no tensor and that a loader unpickles.
+    """Check every entry that a loader unpickles: everything that is no tensor.
 
     Raises:
         ForbiddenNames: names of code, and the entries they are in.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_mlra.checkpoint.files.tokenizer_copy import copy_tokenizer, say_nothing
 from megatron_mlra.checkpoint.folder import CheckpointFolder
-from megatron_mlra.checkpoint.own_tokenizer import chosen_tokenizer, own_tokenizer
+from megatron_mlra.checkpoint.tokenizer import chosen_tokenizer, own_tokenizer
 from megatron_mlra.description.model import CheckpointError, ModelDescription
 
 END_OF_DOCUMENT = "<|endoftext|>"

@@ -21,10 +21,10 @@ from megatron_mlra.checkpoint.files.staging import written_aside
 from megatron_mlra.checkpoint.files.tokenizer_copy import copy_tokenizer, say_nothing
 from megatron_mlra.checkpoint.files.weight_files import WeightFiles, common_dtype
 from megatron_mlra.checkpoint.folder import CheckpointFolder, check_tensors, read_config
-from megatron_mlra.checkpoint.own_tokenizer import chosen_tokenizer, own_tokenizer
 from megatron_mlra.checkpoint.research.names import RESEARCH_EMBEDDING, RESEARCH_OUTPUT, rules
 from megatron_mlra.checkpoint.rules import their_shapes
 from megatron_mlra.checkpoint.stream import TensorStream
+from megatron_mlra.checkpoint.tokenizer import chosen_tokenizer, own_tokenizer
 from megatron_mlra.description.model import CheckpointError, ModelDescription, check_layers
 from megatron_mlra.description.tensors import layer_prefix
 

@@ -1,4 +1,4 @@
-"""Whether two checkpoints are the same function: logits on text, to a tolerance."""
+"""Whether two checkpoints compute the same logits on a text, within a tolerance."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Logits of a checkpoint, layer by layer: memory holds one layer (of its routed experts, one).
 
-Plain torch over `functional.py`, in float32. Letters: s tokens, b sequences, d hidden size, h query
-heads, g key/value heads, c head dim, V vocabulary.
+Plain torch over `maths/attention.py`, in float32. Letters: s tokens, b sequences, d hidden size, h
+query heads, g key/value heads, c head dim, V vocabulary.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # n
 
 from megatron_mlra.layers import attention  # noqa: E402
 from megatron_mlra.layers.specs import block_spec  # noqa: E402
-from megatron_mlra.training.upstream_fixes import repair_torch_adamw_resume  # noqa: E402
+from megatron_mlra.training import hooks  # noqa: E402
 from support.tiny import Layout, make_config  # noqa: E402
 from support.world import run_world  # noqa: E402
 
@@ -173,7 +174,7 @@ def optimizer_bytes(optimizer, weights: set[int]) -> int:
 
 
 def main(folder: Path) -> None:
-    repair_torch_adamw_resume()
+    hooks.apply(hooks.TORCH_ADAMW, hooks.Run(Namespace()))
     for name, (layout, overrides) in CASES.items():
 
         def work(rank: int, layout=layout, overrides=overrides, name=name) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import subprocess
 import sys
 
 import pytest
 
+from megatron_mlra.benchmarks.decoding import cli as tool
 from megatron_mlra.benchmarks.decoding.measure import random_reader
 from megatron_mlra.description.presets import preset_description
 from megatron_mlra.description.tensors import expected_tensors
@@ -16,15 +16,6 @@ from support import ROOT
 
 CONFIGS = ROOT / "examples" / "configs"
 TOOL = ROOT / "tools" / "benchmark_decoding.py"
-
-
-@pytest.fixture(scope="module")
-def tool():
-    """The tool as a module."""
-    spec = importlib.util.spec_from_file_location("benchmark_decoding", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize(
@@ -42,7 +33,7 @@ def test_other_presets_are_refused(preset):
         preset_description(CONFIGS / f"{preset}_2.9b.yaml")
 
 
-def test_cases_hold_every_model_whole_and_as_a_share(tool):
+def test_cases_hold_every_model_whole_and_as_a_share():
     presets = [CONFIGS / f"{name}_2.9b.yaml" for name in ("mlra4", "mla", "gqa")]
     assert [case.label for case in tool.cases([4, 1], presets)] == [
         "MLRA-4 1/4", "MLRA-4 FP8 1/4", "MLRA-4 sharded 1/4", "MLA 1/4", "GQA-8 1/4",
@@ -61,7 +52,7 @@ def test_random_weights_repeat_and_are_not_zero():
     assert 0.9 < float(first("decoder.final_layernorm.weight").float().mean()) < 1.1
 
 
-def test_table_and_plot(tool, tmp_path):
+def test_table_and_plot(tmp_path):
     common = {"label": "MLRA-4 1/4", "tp": 4, "weight_bytes": 2 * 10**9}
     records = [
         common

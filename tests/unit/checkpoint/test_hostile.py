@@ -102,10 +102,14 @@ def test_weights_that_are_code(research, convert, tmp_path):
     assert not (tmp_path / "canary").exists()
 
 
+def guard(monkeypatch) -> None:
+    """Guard torch's readers as training/hooks.py does, until the test ends."""
+    monkeypatch.setattr(FileSystemReader, "read_metadata", guarded_loads.read_metadata)
+    monkeypatch.setattr(FileSystemReader, "_slice_file", guarded_loads.slice_file)
+    monkeypatch.setattr(DefaultLoadPlanner, "load_bytes", guarded_loads.load_bytes)
+
+
 def test_megatrons_own_loads_run_nothing(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(FileSystemReader, "_slice_file", FileSystemReader._slice_file)
-    for cls, name in ((FileSystemReader, "read_metadata"), (DefaultLoadPlanner, "load_bytes")):
-        monkeypatch.setattr(cls, name, getattr(cls, name))  # restored after the test
     release, canary = folder / "release", tmp_path / "canary"
 
     def load() -> dict:
@@ -118,7 +122,7 @@ def test_megatrons_own_loads_run_nothing(folder, tmp_path, monkeypatch):
     load()
     assert canary.exists(), "torch's own reader no longer runs code: the guard can go"
     canary.rmdir()
-    guarded_loads.install()
+    guard(monkeypatch)
     for make in (hostile.code_in_common_state, hostile.script_in_common_state):
         make(release, canary)
         with pytest.raises(CheckpointException, match="not run"):
@@ -132,9 +136,6 @@ def test_megatrons_own_loads_run_nothing(folder, tmp_path, monkeypatch):
 
 
 def test_a_tensor_larger_than_its_record(folder, convert, monkeypatch):
-    for cls, name in ((FileSystemReader, "read_metadata"), (FileSystemReader, "_slice_file")):
-        monkeypatch.setattr(cls, name, getattr(cls, name))
-    monkeypatch.setattr(DefaultLoadPlanner, "load_bytes", DefaultLoadPlanner.load_bytes)
     name, release = "decoder.final_layernorm.weight", folder / "release"
     index = read_metadata(release)
     (info,) = (info for at, info in index.storage_data.items() if at.fqn == name)
@@ -145,7 +146,7 @@ def test_a_tensor_larger_than_its_record(folder, convert, monkeypatch):
     file.write_bytes(data)
     code, error = convert("inspect", folder)
     assert code == 2 and f"{name} in __0_0.distcp: a tensor of 1,020 bytes that has a" in error
-    guarded_loads.install()
+    guard(monkeypatch)
     with pytest.raises(CheckpointException, match="a tensor of 1,020 bytes"):
         torch.distributed.checkpoint.load(
             {name: torch.empty(64)}, storage_reader=FileSystemReader(release), no_dist=True
@@ -153,10 +154,7 @@ def test_a_tensor_larger_than_its_record(folder, convert, monkeypatch):
 
 
 def test_honest_state_passes_the_guard(folder, monkeypatch):
-    monkeypatch.setattr(FileSystemReader, "_slice_file", FileSystemReader._slice_file)
-    for cls, name in ((FileSystemReader, "read_metadata"), (DefaultLoadPlanner, "load_bytes")):
-        monkeypatch.setattr(cls, name, getattr(cls, name))
-    guarded_loads.install()
+    guard(monkeypatch)
     name = "decoder.final_layernorm.weight"
     state = {COMMON_KEY: io.BytesIO(), name: torch.zeros(64)}
     reader = FileSystemReader(folder / "release")

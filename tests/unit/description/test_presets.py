@@ -32,8 +32,6 @@ from megatron_mlra.training.arguments import add_mlra_arguments, load_preset, pa
 from support import CONFIGS
 
 LADDER = CONFIGS.parent / "reproduce" / "presets"
-BASES = {"paper_recipe", "large_recipe", "dense_70b_recipe", "qwen_8b_recipe"}
-
 PUBLISHED = {
     "mlra4_2.9b": 2873220096,
     "mlra2_2.9b": 2872630272,
@@ -60,7 +58,7 @@ TWINS = {
     "mlra4_moe_16b": ("mla_moe_16b", 15706484224),  # DeepSeek-V2-Lite
 }
 LARGE = {name for preset, (twin, _) in TWINS.items() for name in (preset, twin)}
-PRESETS = sorted(p.stem for p in CONFIGS.glob("*.yaml") if p.stem not in BASES)
+PRESETS = sorted(p.stem for p in CONFIGS.glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +86,14 @@ def arguments():
 
 def test_all_published_configurations_have_a_preset():
     assert set(PUBLISHED) | {"debug", "mlra4_350m"} | LARGE == set(PRESETS)
+
+
+def test_the_table_of_presets_is_theirs():
+    table = (CONFIGS.parent / "README.md").read_text()
+    rows = re.findall(r"^\| \[(\S+)\]\(configs/\1\.yaml\) \| (.*?) \| ([\d,]+) \|", table, re.M)
+    heads = [(CONFIGS / f"{name}.yaml").read_text().partition("\n")[0] for name, *_ in rows]
+    assert heads == [f"# {what}: {count} parameters." for _, what, count in rows]
+    assert sorted(name for name, *_ in rows) == PRESETS
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -35,7 +35,7 @@ def test_a_signal_that_waited_is_heeded_and_handed_over():
 def test_another_rank_is_named():
     done = run(
         "stopping.listen(signal.SIGTERM)\n"
-        "handler.signals_received = lambda: [False, True]\n"
+        "Handler.signals_received = stopping.remember_told(lambda handler: [False, True])\n"
         "stopping.hand_over(handler)\n"
         "print(stopping.any_rank_asked(), stopping.by())\n"
     )

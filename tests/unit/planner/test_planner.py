@@ -212,7 +212,7 @@ def test_more_of_a_resource_never_costs_time():
     ],
 )
 def test_one_gpus_step_is_met(gpu, preset, ffn, length, tokens_per_second, gib):
-    # docs/training_performance.md: six layers, 2 micro-batches of 16,384.
+    # docs/performance/training.md: six layers, 2 micro-batches of 16,384.
     model = replace(shape(preset), num_layers=6, ffn_hidden_size=ffn, seq_length=length)
     layout = Layout(micro_batch=16384 // length)
     assert memory(model, layout).total / GIB == pytest.approx(gib, rel=0.1)

@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint, and text that grows token by token."""
+"""Text that grows token by token."""
 
 from __future__ import annotations
 

@@ -1,0 +1,165 @@
+"""Draw the two figures of README.md and docs/architecture.md: `python docs/figures/draw.py`.
+
+results.png is drawn from the result files in docs/results, architecture.svg from the "May import"
+lines of the packages' docstrings. Needs matplotlib (pip install -e .[dev]).
+"""
+
+import ast
+import json
+import re
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+RESULTS = ROOT / "docs" / "results"
+COLOURS = {"MLRA-4": "#0b6fb8", "MLA": "#c8501e", "GQA-8": "#7a7a7a"}
+K = 1024
+
+
+def results(path: Path) -> None:
+    """Decoding of one TP4 rank's share, and training, against MLA and GQA: 1,200 x 700 pixels."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    decoding = json.loads((RESULTS / "2026-11-24_h100_decoding.json").read_text())
+    training = json.loads((RESULTS / "2026-11-24_h200_training.json").read_text())
+    pyplot.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 7), width_ratios=(1.15, 1, 1))
+    _one_sequence(axes[0], decoding["records"])
+    _many_sequences(axes[1], decoding["records"])
+    _training(axes[2], training["rows"])
+    figure.suptitle(
+        "MLRA-4 against MLA and GQA, 2.9B shape, bf16, all in the same code", x=0.012, ha="left"
+    )
+    source = (
+        f"Decoding: one TP4 rank's share without collectives, {decoding['gpu']}, commit"
+        f" {decoding['commit']}, 2026-11-24 (docs/results/2026-11-24_h100_decoding.json).\n"
+        f"Training: a cut of 6 layers, {training['device']}, commit {training['commit']},"
+        " 2026-11-24 (docs/results/2026-11-24_h200_training.json); MLA is Megatron's own;"
+        " GQA not measured."
+    )
+    figure.text(0.012, 0.015, source, fontsize=8.5, color="#444444")
+    figure.tight_layout(rect=(0, 0.06, 1, 0.99), w_pad=2.5)
+    figure.savefig(path, dpi=100)
+
+
+def _time(records: list[dict], name: str, batch: int, context: int) -> float | None:
+    """Milliseconds per token of a TP4 rank's share; None where the cache does not fit."""
+    wanted = (f"{name} 1/4", batch, context * K)
+    (found,) = (r for r in records if (r["label"], r["batch"], r["context"]) == wanted)
+    return found["us"] / 1e3 if "us" in found else None
+
+
+def _one_sequence(ax, records: list[dict]) -> None:
+    contexts = (4, 32, 128, 512)
+    ends = {}
+    for name, colour in COLOURS.items():
+        times = [_time(records, name, 1, context) for context in contexts]
+        ax.plot(range(4), times, marker="o", color=colour, linewidth=2.2)
+        ends[name] = times[-1]
+    for name, lift in (("MLRA-4", 0.0), ("MLA", 0.22), ("GQA-8", -0.22)):
+        text = f" {name} {ends[name]:.1f}"
+        ax.text(3.03, ends[name] + lift, text, color=COLOURS[name], va="center", weight="bold")
+    ax.set_xticks(range(4), [f"{context}K" for context in contexts])
+    ax.set(xlim=(-0.2, 4.1), ylim=(0, 7.6), xlabel="tokens of context")
+    ax.set_title("Decoding 1 sequence\nms per token, lower is better", loc="left", fontsize=11)
+
+
+def _many_sequences(ax, records: list[dict]) -> None:
+    contexts = (4, 32, 128)
+    for i, (name, colour) in enumerate(COLOURS.items()):
+        for j, context in enumerate(contexts):
+            x, time = j + 0.28 * (i - 1), _time(records, name, 32, context)
+            ax.bar(x, time or 0, 0.26, color=colour)
+            said = f"{time:.1f}" if time else f"{name}: does not fit in 80 GB"
+            size, turn = (9.5, 0) if time else (9, 90)
+            ax.text(x, (time or 0) + 0.2, said, ha="center", color=colour, size=size, rotation=turn)
+            if context == 32:
+                ax.text(x, 0.3, name, ha="center", color="white", rotation=90, weight="bold")
+    ax.set_xticks(range(3), [f"{context}K" for context in contexts])
+    ax.set(ylim=(0, 17), xlabel="tokens of context per sequence")
+    ax.set_title("Decoding 32 sequences\nms per token, lower is better", loc="left", fontsize=11)
+
+
+def _training(ax, rows: list[dict]) -> None:
+    rates = {row["case"]: row["tokens_per_second"] / 1e3 for row in rows}
+    lengths = (2048, 4096, 8192)
+    for i, (name, case) in enumerate((("MLRA-4", "mlra4"), ("MLA", "stock-mla"))):
+        for j, length in enumerate(lengths):
+            x, rate = j + 0.38 * (i - 0.5), rates[f"{case}/bf16/auto/{length}"]
+            ax.bar(x, rate, 0.36, color=COLOURS[name])
+            ax.text(x, rate + 1, f"{rate:.0f}", ha="center", color=COLOURS[name], size=9.5)
+            ax.text(x, 2, name, ha="center", color="white", rotation=90, weight="bold")
+    ax.set_xticks(range(3), [f"{length // K}K" for length in lengths])
+    ax.set(ylim=(0, 100), xlabel="tokens per sequence")
+    ax.set_title("Training\n1,000 tokens/s, higher is better", loc="left", fontsize=11)
+
+
+def packages() -> dict[str, tuple[str, set[str]]]:
+    """Name of each package -> (what its docstring says it is, the packages it may import)."""
+    found = {}
+    for path in sorted((ROOT / "megatron_mlra").glob("*/__init__.py")):
+        doc = ast.get_docstring(ast.parse(path.read_text()))
+        said = re.search(r"^May import:(.*?)^Imported by:", doc, re.S | re.M)[1]
+        words = {word.split(".")[0] for word in re.findall(r"[\w.]+", said.partition(";")[0])}
+        found[path.parent.name] = (doc.splitlines()[0], words)
+    found["mlra_kernels"] = ("Kernels: decoding and training, torch and Triton only.", set())
+    return {name: (doc, words & found.keys() - {name}) for name, (doc, words) in found.items()}
+
+
+def architecture(path: Path) -> None:
+    """The packages in rows, each above all that it imports; arrows that others imply are left
+    out."""
+    graph = {name: uses for name, (_, uses) in packages().items()}
+
+    def reach(name: str) -> set[str]:
+        return graph[name].union(*map(reach, graph[name]))
+
+    def depth(name: str) -> int:
+        return 1 + max(map(depth, graph[name]), default=-1)
+
+    arrows = {
+        (name, use)
+        for name, uses in graph.items()
+        for use in uses
+        if not any(use in reach(other) for other in uses - {use})
+    }
+    rows: dict[int, list[str]] = {}
+    for name in sorted(graph):
+        rows.setdefault(depth(name), []).append(name)
+    width, step, box = 1000, 92, (138, 40)
+    height = step * len(rows)
+    at: dict[str, tuple[float, float]] = {}
+    for level, names in sorted(rows.items()):
+        # Each package near the middle of what it imports.
+        middle = {n: sum(at[u][0] for u in graph[n]) / len(graph[n]) if level else 0 for n in names}
+        for i, name in enumerate(sorted(names, key=lambda n: (middle[n], n))):
+            x = width * (i + 0.5) / len(names)
+            at[name] = (x, height - step * (level + 0.5))
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"'
+        ' font-family="sans-serif" font-size="15">',
+        '<defs><marker id="a" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="8" markerHeight="8"'
+        ' orient="auto"><path d="M0,0 L8,4 L0,8 z" fill="#888"/></marker></defs>',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+    ]
+    for name, use in sorted(arrows):
+        (x, y), (u, v) = at[name], at[use]
+        lines.append(
+            f'<line x1="{x:.0f}" y1="{y + box[1] / 2:.0f}" x2="{u:.0f}" y2="{v - box[1] / 2:.0f}"'
+            ' stroke="#888" marker-end="url(#a)"/>'
+        )
+    for name, (x, y) in sorted(at.items()):
+        lines.append(
+            f'<rect x="{x - box[0] / 2:.0f}" y="{y - box[1] / 2:.0f}" width="{box[0]}"'
+            f' height="{box[1]}" rx="6" fill="#e8f1f8" stroke="#0b6fb8"/>'
+            f'<text x="{x:.0f}" y="{y + 5:.0f}" text-anchor="middle">{name}</text>'
+        )
+    path.write_text("\n".join([*lines, "</svg>", ""]))
+
+
+if __name__ == "__main__":
+    architecture(HERE / "architecture.svg")
+    results(HERE / "results.png")

@@ -1,0 +1,190 @@
+"""Training speed on the CPU: pretrain_mlra.py against a plain torch loop of the same model.
+
+Both run on the same threads in float32, with the same batch, attention core and torch AdamW, and
+take turns, so that both see the same load. Letters: b batch, s tokens, d hidden size, h heads, n
+branches, g head groups, l latent dim.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megatron_mlra.cost.parameters import parameters
+from megatron_mlra.description.megatron_args import from_megatron_args
+from megatron_mlra.description.model import ModelDescription
+from megatron_mlra.description.presets import preset_values
+
+ROOT = Path(__file__).resolve().parents[2]
+TURNS = 3
+
+
+class Attention(nn.Module):
+    """MLRA on `[b, s, d]`, absorbed or materialized, by torch's scaled_dot_product_attention."""
+
+    def __init__(self, shape: ModelDescription, eps: float, rotary_base: float) -> None:
+        super().__init__()
+        self.shape, self.eps = shape, eps
+        d, d_q, l = shape.hidden_size, shape.q_lora_rank, shape.latent_dim
+        h, v = shape.num_attention_heads, shape.v_head_dim
+        nope, rope = shape.qk_nope_head_dim, shape.qk_rope_head_dim
+        self.q_down, self.q_norm = nn.Linear(d, d_q, bias=False), nn.RMSNorm(d_q, eps)
+        self.q_up = nn.Linear(d_q, h * (nope + rope), bias=False)
+        self.kv_down = nn.Linear(d, shape.kv_lora_rank + rope, bias=False)
+        self.kv_norm = nn.Parameter(torch.ones(shape.num_latent_heads, l))
+        self.kv_up = nn.Parameter(torch.empty(shape.num_branches, h, nope + v, l))
+        self.out = nn.Linear(h * v, d, bias=False)
+        self.q_scale, self.kv_scale = (d / d_q) ** 0.5, (d / l) ** 0.5
+        frequency = rotary_base ** -(torch.arange(0, rope, 2) / rope)
+        angle = torch.arange(shape.seq_length)[:, None, None] * frequency  # [s, 1, d_r / 2]
+        self.cos, self.sin = angle.cos(), angle.sin()
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Half-split RoPE of `[b, s, heads, d_r]`."""
+        (x, y), cos, sin = x.chunk(2, dim=-1), self.cos, self.sin
+        return torch.cat((x * cos - y * sin, y * cos + x * sin), dim=-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape, (b, s, _) = self.shape, x.shape
+        L, n, h = shape.num_latent_heads, shape.num_branches, shape.num_attention_heads
+        nope, rope = shape.qk_nope_head_dim, shape.qk_rope_head_dim
+        q = self.q_up(self.q_norm(self.q_down(x)) * self.q_scale).view(b, s, h, nope + rope)
+        q, q_rope = q.split((nope, rope), dim=-1)
+        q_rope = self.rotate(q_rope).unsqueeze(2).expand(-1, -1, n, -1, -1)
+        c, k_rope = self.kv_down(x).split((shape.kv_lora_rank, rope), dim=-1)
+        c = F.rms_norm(c.unflatten(-1, (L, -1)), (shape.latent_dim,), eps=self.eps)
+        c = c * (self.kv_norm * self.kv_scale)  # [b, s, n * g, l]
+        k_rope = self.rotate(k_rope.unsqueeze(2))  # [b, s, 1, d_r]
+        w_uk, w_uv = self.kv_up.split((nope, shape.v_head_dim), dim=2)
+        if shape.absorbed:
+            q = torch.einsum("bshd,nhdl->bsnhl", q, w_uk)
+            key = value = c
+        else:
+            q = q.unsqueeze(2).expand(-1, -1, n, -1, -1)
+            up = self.kv_up.unflatten(1, (L // n, -1))  # [n, g, h / g, d_h + d_v, l]
+            kv = torch.einsum("bsngl,ngjel->bsngje", c.unflatten(2, (n, -1)), up).flatten(2, 4)
+            key, value = kv.split((nope, shape.v_head_dim), dim=-1)
+        key = torch.cat((key, k_rope.expand(-1, -1, key.size(2), -1)), dim=-1)
+        qkv = (torch.cat((q, q_rope), dim=-1).flatten(2, 3), key, value)
+        # Padded and repeated as core_attention.py does on a CPU.
+        d_v, width = value.size(-1), max(key.size(-1), value.size(-1))
+        q, k, v = (F.pad(x, (0, width - x.size(-1))) if x.size(-1) < width else x for x in qkv)
+        k, v = (x.repeat_interleave(n * h // key.size(2), dim=2) for x in (k, v))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        z = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=(nope + rope) ** -0.5)
+        z = z[..., :d_v].transpose(1, 2).unflatten(2, (n, h))  # [b, s, n, h, l or d_v]
+        out = torch.einsum("bsnhl,nhvl->bshv", z, w_uv) if shape.absorbed else z.sum(2)
+        return self.out((out * n**-0.5).flatten(2))
+
+
+class Layer(nn.Module):
+    """Attention and a SwiGLU MLP, each behind an RMSNorm and beside a residual."""
+
+    def __init__(self, shape: ModelDescription, eps: float, rotary_base: float) -> None:
+        super().__init__()
+        d, f = shape.hidden_size, shape.ffn_hidden_size
+        self.norm1, self.norm2 = nn.RMSNorm(d, eps), nn.RMSNorm(d, eps)
+        self.attention = Attention(shape, eps, rotary_base)
+        self.up, self.out = nn.Linear(d, 2 * f, bias=False), nn.Linear(f, d, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        gate, up = self.up(self.norm2(x)).chunk(2, dim=-1)
+        return x + self.out(F.silu(gate) * up)
+
+
+class Model(nn.Module):
+    """Logits `[b, s, V]` of tokens `[b, s]`; embeddings tied, output projections zero at first."""
+
+    def __init__(self, shape: ModelDescription, eps: float, rotary_base: float) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(shape.embedding_rows, shape.hidden_size)
+        layers = (Layer(shape, eps, rotary_base) for _ in range(shape.num_layers))
+        self.layers, self.norm = nn.Sequential(*layers), nn.RMSNorm(shape.hidden_size, eps)
+        for name, weight in self.named_parameters():
+            if "norm" not in name:
+                nn.init.normal_(weight, std=0.0 if name.endswith("out.weight") else 0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.linear(self.norm(self.layers(self.embedding(tokens))), self.embedding.weight)
+
+
+def plain_rates(model: Model, optimizer, preset: dict, steps: int) -> list[float]:
+    """Tokens/s of each of `steps` training steps on random tokens."""
+    b, s, rates = preset["global_batch_size"], preset["seq_length"], []
+    for _ in range(steps):
+        start = time.perf_counter()
+        tokens = torch.randint(preset["vocab_size"], (b, s + 1))
+        loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
+        optimizer.step()
+        rates.append(b * s / (time.perf_counter() - start))
+    return rates
+
+
+def megatron_rates(config: Path, steps: int) -> list[float]:
+    """Tokens/s that pretrain_mlra.py prints for `steps` steps, the ones after its first."""
+    threads = str(torch.get_num_threads())
+    env = os.environ | {"OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""}
+    flags = f"--mock-data --train-iters {steps + 1} --lr-warmup-iters 0 --log-interval 1"
+    command = [sys.executable, ROOT / "pretrain_mlra.py", "--config", config, *flags.split()]
+    with tempfile.TemporaryDirectory() as folder:
+        command += ["--eval-iters", "0", "--tensorboard-dir", f"{folder}/tensorboard"]
+        run = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    found = re.findall(r"^step .*\| ([\d,]+) tokens/s", run.stdout, re.MULTILINE)
+    if run.returncode or len(found) != steps:
+        sys.exit(f"error: pretrain_mlra.py failed\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
+    return [float(rate.replace(",", "")) for rate in found]
+
+
+def machine() -> dict:
+    """What a timing depends on."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    info = Path("/proc/cpuinfo")
+    found = info.exists() and re.search(r"model name\s*: (.*)", info.read_text())
+    cpu, threads = found[1] if found else "unknown", torch.get_num_threads()
+    return {"torch": torch.__version__, "cpu": cpu, "threads": threads, "commit": commit}
+
+
+def main() -> None:
+    """Measure, then print a table and one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, default=ROOT / "examples/configs/debug.yaml")
+    parser.add_argument("--steps", type=int, default=30, help="measured, in each of the two ways")
+    parser.add_argument("--warmup", type=int, default=3, help="steps left out of every turn")
+    args = parser.parse_args()
+    preset = preset_values(args.config)
+    sizes = {preset["micro_batch_size"], preset["global_batch_size"]}
+    if preset["attention"] != "mlra" or preset["bf16"] or len(sizes) > 1:
+        parser.error(f"{args.config}: use an mlra preset in float32, one micro-batch a step")
+    shape = from_megatron_args(preset)
+    model = Model(shape, preset["norm_epsilon"], preset["rotary_base"])
+    count, expected = sum(p.numel() for p in model.parameters()), parameters(shape).total
+    if count != expected:
+        sys.exit(f"error: the plain model has {count:,} parameters, {args.config} {expected:,}")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=preset["lr"])
+    megatron, plain, ratios, per_turn = [], [], [], -(-args.steps // TURNS)
+    for _ in range(TURNS):
+        megatron += megatron_rates(args.config.resolve(), args.warmup + per_turn)[args.warmup :]
+        plain += plain_rates(model, optimizer, preset, args.warmup + per_turn)[args.warmup :]
+        ratios.append(round(median(megatron[-per_turn:]) / median(plain[-per_turn:]), 3))
+    fast, base = median(megatron), median(plain)
+    result = {"config": args.config.name, "parameters": count, "steps": len(plain)} | machine()
+    result |= {"pretrain_mlra": round(fast), "plain_torch": round(base), "turn_ratios": ratios}
+    result["ratio"] = round(fast / base, 3)
+    for name, value in result.items():
+        print(f"{name:14} {value}{' tokens/s' if name in ('pretrain_mlra', 'plain_torch') else ''}")
+    print(json.dumps(result))

@@ -1,0 +1,153 @@
+"""Measure time per output token on one GPU: MLRA against MLA and GQA, whole and one rank's share.
+
+Random weights and a cache filled with random numbers: times do not depend on their values. A share
+at tensor parallel size N is the work of one of N ranks without its collectives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from megatron_mlra.benchmarks.decoding.measure import Case, gate, measure, measure_prefill
+from megatron_mlra.command_line.parser import write_text
+from megatron_mlra.description.presets import preset_description
+from mlra_kernels.benchmarks.timing import read_roof
+
+CONFIGS = Path(__file__).parents[3] / "examples" / "configs"
+K = 1024
+
+
+def cases(tps: list[int], presets: list[str]) -> list[Case]:
+    """What is measured: every preset whole and as a share, the variations of the first one."""
+    out = []
+    for tp in tps:
+        for preset in presets:
+            model = preset_description(preset)
+            label = model.variant
+            if model.attention == "gqa":
+                if model.num_query_groups % tp:
+                    # Six key heads cannot be cut in four; eight are the usual choice.
+                    model = model.replace(num_query_groups=8)
+                label = f"GQA-{model.num_query_groups}"
+            where = "whole" if tp == 1 else f"1/{tp}"
+            out.append(Case(f"{label} {where}", model, tp))
+            if model.attention == "mlra" and model.num_branches > 1:
+                out.append(Case(f"{label} FP8 {where}", model, tp, cache_dtype="fp8"))
+                if tp > 1:
+                    out.append(Case(f"{label} sharded {where}", model, tp, weight_mode="sharded"))
+    return out
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Markdown: microseconds, share of the roof and cache, by case, batch and context."""
+    lines = [
+        "| case | batch | context | us a step | roof us | share | weights GB | cache GB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in records:
+        sizes = f"{r['weight_bytes'] / 1e9:.2f} | {r['cache_bytes'] / 1e9:.2f}"
+        timed = "does not fit | |"
+        if "us" in r:
+            timed = f"{r['us']:.0f} | {r['roof_us']:.0f} | {100 * r['share']:.0f} %"
+        lines.append(f"| {r['label']} | {r['batch']} | {r['context'] // K}K | {timed} | {sizes} |")
+    return "\n".join(lines)
+
+
+def plot(records: list[dict[str, Any]], title: str, path: str) -> None:
+    """Time per output token over context, one panel for each of whole or share, and batch."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+    panels = sorted({(r["tp"], r["batch"]) for r in records if "us" in r})
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.4), squeeze=False)
+    for ax, (tp, batch) in zip(axes[0], panels, strict=True):
+        mine = [r for r in records if (r["tp"], r["batch"]) == (tp, batch) and "us" in r]
+        for label in dict.fromkeys(r["label"] for r in mine):
+            points = sorted((r["context"] / K, r["us"] / 1e3) for r in mine if r["label"] == label)
+            ax.plot(*zip(*points, strict=True), marker="o", label=label)
+        ax.set(xscale="log", yscale="log", xlabel="context, K tokens")
+        for axis, ticks in (
+            (ax.xaxis, sorted({r["context"] / K for r in mine})),
+            (ax.yaxis, [1, 2, 3, 5, 10, 20, 30, 50, 100]),
+        ):
+            axis.set_ticks(ticks)
+            axis.set_major_formatter(ScalarFormatter())
+            axis.set_minor_formatter(NullFormatter())
+        ax.set_title(f"{'whole model' if tp == 1 else f'one of {tp} ranks'}, batch {batch}")
+        ax.grid(True, which="both", alpha=0.3)
+        ax.legend(fontsize=7)
+    axes[0][0].set_ylabel("milliseconds an output token")
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    """Gate, measure, report."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    default = [str(CONFIGS / f"{name}_2.9b.yaml") for name in ("mlra4", "mla", "gqa")]
+    parser.add_argument("--configs", nargs="+", default=default, help="YAML presets")
+    parser.add_argument("--tp", type=int, nargs="+", default=[4, 1], help="shares to measure")
+    parser.add_argument(
+        "--contexts", type=int, nargs="+", default=[4 * K, 32 * K, 128 * K, 512 * K]
+    )
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--prefill", type=int, nargs="*", default=[], help="prompt lengths to time")
+    parser.add_argument("--prefill-chunk", type=int, default=4096)
+    parser.add_argument("--json", help="where to write the records")
+    parser.add_argument("--png", help="where to draw time over context")
+    parser.add_argument("--commit", default=None, help="commit to name in the report")
+    parser.add_argument("--seed", type=int, default=None, help="default: the clock")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("error: this benchmark needs a CUDA GPU, and torch sees none")
+    try:
+        todo = cases(args.tp, args.configs)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    seed = args.seed if args.seed is not None else time.time_ns() % 2**20
+    roof = read_roof()
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    about = {
+        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
+        "triton": triton.__version__, "commit": args.commit or done.stdout.strip() or "unknown",
+        "read_gb_s": round(roof / 1e9), "seed": seed,
+    }  # fmt: skip
+    print(", ".join(f"{k} {v}" for k, v in about.items()), flush=True)
+    records, prefills, failed = [], [], []
+    for case in todo:
+        start = time.monotonic()
+        try:
+            error = gate(case, seed)
+            torch.cuda.empty_cache()
+            found = measure(case, args.contexts, args.batches, roof, seed)
+            records += [record | {"gate_error": error} for record in found]
+            took = time.monotonic() - start
+            print(f"{case.label}: error {error:.1e}, {took:.0f} s\n{table(found)}", flush=True)
+            if case.weight_mode == "replicated" and case.cache_dtype == "auto":
+                for length in args.prefill:
+                    prefills.append(measure_prefill(case, length, args.prefill_chunk, seed))
+                    print(json.dumps(prefills[-1]), flush=True)
+        except (RuntimeError, ValueError) as problem:
+            failed.append(case.label)
+            print(f"error: {case.label}: {problem}", file=sys.stderr, flush=True)
+        torch.cuda.empty_cache()
+        if args.json:
+            report = {**about, "records": records, "prefills": prefills, "failed": failed}
+            write_text(args.json, json.dumps(report, indent=1))
+    if args.png and records:
+        plot(records, f"{about['gpu']}, {about['commit']}", args.png)
+    if failed:
+        sys.exit(f"error: not reported: {', '.join(failed)}")

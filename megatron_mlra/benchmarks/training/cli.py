@@ -1,0 +1,108 @@
+"""Training speed of MLRA, its relatives and Megatron's own MLA on one GPU.
+
+    python tools/benchmark_training.py --case mlra4 --case stock-mla --out runs/benchmark
+
+Each case is VARIANT[/RECIPE[/FORM[/SEQ_LENGTH]]], e.g. mlra4/tensorwise/absorbed/4096: a preset of
+examples/configs cut to --num-layers, or stock-mla (stock-mla-fused with its RoPE fusion). It is
+checked against the torch layers, then timed through Megatron's DDP, schedule and optimizer. Flags
+this tool does not know go to Megatron.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+warnings.filterwarnings("ignore")
+logging.getLogger("megatron").setLevel(logging.ERROR)
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+DEFAULT_CASES = [
+    f"{variant}/bf16/auto/{s}" for s in (2048, 4096, 8192) for variant in ("stock-mla", "mlra4")
+]
+
+
+def main() -> int:
+    """Measure every case; returns 1 if one could not be."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", action="append", help="see above; may be repeated")
+    parser.add_argument("--num-layers", type=int, default=6)
+    parser.add_argument("--tokens", type=int, default=16384, help="of a micro-batch")
+    parser.add_argument("--micro-batches", type=int, default=1, help="of a step")
+    parser.add_argument("--steps", type=int, default=10, help="timed")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before")
+    parser.add_argument("--profile", action="store_true", help="write a trace of two more steps")
+    parser.add_argument(
+        "--sublayer", action="store_true", help="time the attention sublayer alone, ungated"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark_training"))
+    args, flags = parser.parse_known_args()
+
+    import torch
+
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    from megatron_mlra.benchmarks.training import gate, measure, report
+    from megatron_mlra.benchmarks.training.case import Case, Load
+    from megatron_mlra.training import arguments
+    from megatron_mlra.training.cpu_backend import enable_cpu_backend
+
+    if on_cpu:
+        enable_cpu_backend()
+    try:
+        cases = [Case.parse(text) for text in args.case or DEFAULT_CASES]
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    load = Load(args.num_layers, args.tokens, args.micro_batches, flags=tuple(flags))
+    arguments.join_world()
+    torch.distributed.init_process_group("gloo" if on_cpu else "nccl")
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+
+    matmul = measure.matmul_tflops()
+    print(f"bf16 matrix product: {matmul:.0f} TFLOP/s", flush=True)
+    rows, failed, gates = [], [], {}
+    for case in cases:
+        key = (case.variant, case.recipe, case.form)
+        try:
+            if args.sublayer:
+                row = measure.measure_sublayer(case, load, args.steps)
+            else:
+                if key not in gates:
+                    gates[key] = gate.check(case, load)
+                name = "_".join(str(case).split("/")[-4:]) + ".json"
+                trace = args.out / name if args.profile else None
+                row = measure.measure(
+                    case, load, gates[key], matmul, args.steps, args.warmup, trace
+                )
+        except (ValueError, RuntimeError, AssertionError) as error:
+            failed.append(f"{case}: {' '.join(str(error).split())[:400]}")
+            print(f"error: {failed[-1]}", file=sys.stderr, flush=True)
+            measure.free_memory()
+            continue
+        rows.append(row)
+        print(report.line(row), flush=True)
+    settings = {name: getattr(args, name) for name in ("num_layers", "tokens", "micro_batches")}
+    settings |= {"steps": args.steps, "flags": flags, "failed": failed}
+    result = report.write(rows, matmul, settings, args.out)
+    print(report.table(rows))
+    if len(rows) > 1 and not args.sublayer:
+        if importlib.util.find_spec("matplotlib"):
+            report.plot(rows, args.out / "training.png", result["device"])
+        else:
+            print("no plot: matplotlib is not installed")
+    print(json.dumps(result))
+    torch.distributed.destroy_process_group()
+    return 1 if failed else 0

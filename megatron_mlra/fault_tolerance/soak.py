@@ -1,0 +1,178 @@
+"""Kill ranks of a small run at random, and compare its end with that of a run left alone.
+
+    python tools/soak.py --config examples/configs/debug.yaml --data-path data/text --work runs/soak
+
+Both runs are launched as by examples/launch.sh, which restarts the job after each kill (SIGKILL, a
+random rank, a random moment); the job continues from its last checkpoint. The exit code is 0 if all
+steps' loss is the same in both. Times: `restart` from the kill to the first step that was not there
+before the kill, `lost` the steps that had to be repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megatron_mlra.launch.control import REFUSED
+
+ROOT = Path(__file__).parents[2]
+# Restarted ranks must not find in torchrun's own store the addresses of those that are gone.
+ENV = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+START = re.compile(r"^training [^|]*: [\d,]+ parameters")
+STEP = re.compile(r"^step ([\d,]+)/[\d,]+ \| lm loss ([\d.]+|nan)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run both; prints and writes `soak.json` into --work. 1 for a difference, 2 for bad input."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, help="preset of the training entry")
+    parser.add_argument("--work", type=Path, required=True, help="folder for logs and checkpoints")
+    parser.add_argument("--kills", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--save-interval", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0, help="of the kills")
+    args, rest = parser.parse_known_args(argv)
+    # A kill after the last checkpoint but one may come when all is done.
+    last = args.steps - args.save_interval
+    if args.kills >= last:
+        least = args.kills + args.save_interval + 1
+        print(f"error: --kills {args.kills} needs at least --steps {least}", file=sys.stderr)
+        return 2
+    if args.work.exists() and any(args.work.iterdir()):
+        print(f"error: --work {args.work} is not empty; use another folder", file=sys.stderr)
+        return 2
+    args.work.mkdir(parents=True, exist_ok=True)
+    alone = Job(args, "alone", rest)
+    if code := alone.run([]):
+        refused = (alone.folder / "errors.txt").read_text().strip() if code == REFUSED else ""
+        line = refused or f"error: the run left alone failed; see {alone.folder}"
+        print(line, file=sys.stderr)
+        return code
+    chosen = random.Random(args.seed)
+    moments = sorted(chosen.sample(range(1, last), args.kills))
+    killed = Job(args, "killed", rest)
+    code = killed.run([(step, chosen.randrange(args.ranks), chosen.random()) for step in moments])
+    different = [n for n in range(1, args.steps + 1) if alone.losses.get(n) != killed.losses.get(n)]
+    result = {
+        "steps": args.steps,
+        "kills": len(killed.restarts),
+        "exit_code": code,
+        "final_loss_alone": alone.losses.get(args.steps),
+        "final_loss_killed": killed.losses.get(args.steps),
+        "steps_that_differ": len(different),
+        "seconds_alone": round(alone.seconds, 1),
+        "seconds_killed": round(killed.seconds, 1),
+        "restart_seconds": [round(seconds, 2) for seconds in killed.restarts],
+        "lost_steps": killed.lost,
+    }
+    (args.work / "soak.json").write_text(json.dumps(result, indent=1))
+    report(result)
+    return int(bool(code or different or len(killed.restarts) < args.kills))
+
+
+class Job:
+    """A launched job whose printed steps are read as they come."""
+
+    def __init__(self, args: argparse.Namespace, name: str, rest: list[str]) -> None:
+        self.steps, self.folder = args.steps, args.work / name
+        self.losses: dict[int, str] = {}
+        self.restarts: list[float] = []
+        self.lost: list[int] = []
+        self.seconds = 0.0
+        save = self.folder / "save"
+        self.command = [
+            *(sys.executable, "-m", "megatron_mlra.launch", "--standalone"),
+            *("--nproc-per-node", str(args.ranks), "--max-restarts", str(args.kills + 5)),
+            *("--monitor-interval", "0.1", str(ROOT / "pretrain_mlra.py")),
+            *("--config", args.config, "--save", str(save), "--load", str(save)),
+            *("--train-iters", str(args.steps), "--lr-decay-iters", str(args.steps)),
+            *("--save-interval", str(args.save_interval), "--log-interval", "1"),
+            *("--eval-iters", "0", "--split", "1,0,0", *rest),
+        ]
+
+    def run(self, kills: list[tuple[int, int, float]]) -> int:
+        """Run to the end; each kill is (after which step, which rank, what part of a step later).
+
+        Returns:
+            the launcher's exit code.
+        """
+        self.folder.mkdir()
+        begin, kills = time.perf_counter(), list(kills)
+        killed_at, back, reached, last = None, False, 0, begin
+        with open(self.folder / "errors.txt", "w") as errors:
+            job = subprocess.Popen(
+                self.command, stdout=subprocess.PIPE, stderr=errors, text=True, env=ENV
+            )
+        with tqdm(total=self.steps, desc=self.folder.name, unit="step") as bar:
+            for line in job.stdout:
+                back = back or bool(START.match(line))
+                if not (found := STEP.match(line)):
+                    continue
+                now, step = time.perf_counter(), int(found[1].replace(",", ""))
+                if self.losses.setdefault(step, found[2]) != found[2]:
+                    bar.write(f"step {step}: loss {found[2]}, before the kill {self.losses[step]}")
+                    self.losses[step] = found[2]
+                # Steps that were printed before the kill may still be in the pipe.
+                if killed_at is not None and back:
+                    self.lost[-1] += step <= reached
+                    if step <= reached:
+                        continue
+                    self.restarts.append(now - killed_at)
+                    killed_at = None
+                bar.update(max(0, step - reached))
+                pause, last, reached = now - last, now, max(step, reached)
+                if kills and killed_at is None and step >= kills[0][0]:
+                    _, rank, part = kills.pop(0)
+                    time.sleep(part * min(pause, 1.0))
+                    killed_at, back = time.perf_counter(), False
+                    self.lost.append(0)
+                    kill_rank(job.pid, rank)
+                    self._drop_old_checkpoints()
+        self.seconds = time.perf_counter() - begin
+        return job.wait()
+
+    def _drop_old_checkpoints(self) -> None:
+        for folder in sorted((self.folder / "save").glob("iter_*"))[:-4]:
+            shutil.rmtree(folder)
+
+
+def kill_rank(launcher: int, rank: int) -> None:
+    """SIGKILL the process of one rank of a launched job."""
+    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        if f"RANK={rank}".encode() in environment:
+            os.kill(int(child), signal.SIGKILL)
+            return
+    raise RuntimeError(f"the job has no process of rank {rank}")
+
+
+def report(result: dict) -> None:
+    """The result for a person."""
+    print(
+        f"{result['kills']} kills in {result['steps']} steps: final loss"
+        f" {result['final_loss_killed']}, left alone {result['final_loss_alone']};"
+        f" {result['steps_that_differ']} steps differ"
+    )
+    if result["restart_seconds"]:
+        times = sorted(result["restart_seconds"])
+        print(
+            f"from a kill to the next new step: median {statistics.median(times):.1f} s, longest"
+            f" {times[-1]:.1f} s; steps repeated: {sum(result['lost_steps'])}"
+        )
+    print(
+        f"{result['seconds_killed']:.0f} s in all, left alone {result['seconds_alone']:.0f} s;"
+        " every figure is in soak.json"
+    )

@@ -1,0 +1,331 @@
+"""What a run replaces in Megatron and in torch: every function, in order, each with its reason.
+
+Megatron's trainer has no hooks at these points, so a run sets attributes of its modules and
+classes. This file is the whole list. A row names its target once: where several parts of this
+project stand around one function, they stand in that row, the innermost first. Two things lie
+elsewhere, because tests and argument defaults use them without a run: cpu_backend.py (CUDA devices
+read as the CPU) and `accumulate_weight_gradients_in_products` of upstream_fixes.py.
+
+Read in megatron-core 0.19.2 and torch 2.11.0. A new version of either: read the targets again,
+then change `READ_IN`, which a test compares with what is installed.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import pkgutil
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_mlra.checkpoint.files import guarded_loads
+from megatron_mlra.description.model import ModelDescription
+from megatron_mlra.evaluation import held_out
+from megatron_mlra.fault_tolerance import (
+    checksums,
+    heartbeat,
+    helper_processes,
+    resume,
+    samples,
+    saved_files,
+    stopping,
+)
+from megatron_mlra.fault_tolerance.run_lock import RunLock
+from megatron_mlra.training import arguments, progress, upstream_fixes
+
+READ_IN = {"megatron-core": "0.19.2", "torch": "2.11.0"}
+"""The versions in which the targets were read."""
+
+
+@dataclass
+class Run:
+    """What wrappers know of the run they belong to.
+
+    Attributes:
+        args: parsed; validated before `BEFORE_TRAINING`.
+        on_cpu: whether there is no GPU.
+        lock: of `--save`, if any.
+        shape: the model, known before `BEFORE_TRAINING`.
+        hosts: name of each rank's host, known before `BEFORE_TRAINING`.
+    """
+
+    args: Namespace
+    on_cpu: bool = False
+    lock: RunLock | None = None
+    shape: ModelDescription | None = None
+    hosts: list[str] = field(default_factory=list)
+
+    @functools.cached_property
+    def progress(self) -> progress.Progress:
+        """The run's lines and its bar."""
+        return progress.Progress(self.args, self.shape)
+
+    @functools.cached_property
+    def watch(self) -> heartbeat.Watch | None:
+        """The watch over hanging ranks, where the run has one."""
+        return heartbeat.watch(self.args, arguments.run_folder(self.args), self._leave_folder)
+
+    def _leave_folder(self) -> None:
+        if self.lock:
+            self.lock.release_within(5)
+
+
+Wrapper = Callable[[Any, Run], Any]
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One attribute that a run replaces.
+
+    Attributes:
+        target: its dotted name, through modules and classes.
+        why: the reason, one line.
+        by: functions of (what stands there, the run) that return what stands there afterwards, the
+            innermost first; one that returns its argument changes nothing.
+    """
+
+    target: str
+    why: str
+    by: tuple[Wrapper, ...]
+
+    def find(self) -> tuple[Any, str]:
+        """The module or class that holds the target, and the target's name in it.
+
+        Raises:
+            ImportError, AttributeError: it is not there in the installed version.
+        """
+        place, _, name = self.target.rpartition(".")
+        owner = pkgutil.resolve_name(place)
+        getattr(owner, name)
+        return owner, name
+
+
+def instead(replacement: Any) -> Wrapper:
+    """A wrapper that leaves nothing of what it replaces."""
+    return lambda _, run: replacement
+
+
+READER = "torch.distributed.checkpoint.FileSystemReader"
+PLANNER = "torch.distributed.checkpoint.default_planner.DefaultLoadPlanner"
+SAVING = "megatron.core.dist_checkpointing"
+WRITER = f"{SAVING}.strategies.filesystem_async.FileSystemWriterAsync"
+OPTIMIZER = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
+TRAINER = "megatron.training.training"
+
+BEFORE_CHECKS = (
+    Hook(
+        "megatron.core.datasets.utils.compile_helpers",
+        "the wheel ships the index builder built, without the Makefile that Megatron would run",
+        (upstream_fixes.use_prebuilt_dataset_helpers,),
+    ),
+    Hook(
+        f"{READER}.read_metadata",
+        "torch unpickles `.metadata`, which runs whatever code it names",
+        (instead(guarded_loads.read_metadata),),
+    ),
+    Hook(
+        f"{READER}._slice_file",
+        "torch takes a tensor's size from an entry, and allocates it, before looking at the entry",
+        (instead(guarded_loads.slice_file),),
+    ),
+    Hook(
+        f"{PLANNER}.load_bytes",
+        "torch unpickles entries that are no tensors, which runs whatever code they name",
+        (instead(guarded_loads.load_bytes),),
+    ),
+)
+"""Applied before arguments are validated: a validation may read a checkpoint."""
+
+TORCH_ADAMW = (
+    Hook(
+        f"{OPTIMIZER}.state_dict",
+        "a resume with torch's AdamW asks for states before there are any",
+        (upstream_fixes.state_dict_with_state,),
+    ),
+    Hook(
+        f"{OPTIMIZER}._set_main_param_and_optimizer_states",
+        "a resume with torch's AdamW misses `step` among the states it loads",
+        (upstream_fixes.set_states_with_step,),
+    ),
+    Hook(
+        f"{OPTIMIZER}.load_state_dict",
+        "a resume with torch's AdamW shares one step tensor among all parameters",
+        (upstream_fixes.load_with_own_steps,),
+    ),
+)
+"""For the optimizer without Transformer Engine or APEX."""
+
+BEFORE_TRAINING = (
+    *TORCH_ADAMW,
+    # Saving a checkpoint.
+    Hook(
+        f"{WRITER}.write_preloaded_data",
+        "of a file that cannot be written Megatron reports only the type of the error",
+        (upstream_fixes.raise_failed_writes,),
+    ),
+    Hook(
+        f"{WRITER}.write_preloaded_data_multithread",
+        "each writer hashes its own file; Megatron has one rank hash all while the others wait",
+        (instead(checksums.write_and_hash),),
+    ),
+    Hook(
+        f"{WRITER}.preload_tensors",
+        "Megatron copies no tensor that is on the CPU: an asynchronous save would hold later steps",
+        (instead(checksums.preload_tensors),),
+    ),
+    Hook(
+        f"{SAVING}.serialization.save_integrity_manifest",
+        "the manifest is made of the writers' own hashes",
+        (instead(checksums.write_manifest),),
+    ),
+    Hook(
+        f"{SAVING}.serialization.verify_integrity_manifest",
+        "all ranks have checked the files, each a share, before Megatron loads (resume.py)",
+        (instead(lambda _: None),),
+    ),
+    Hook(
+        f"{SAVING}.strategies.state_dict_saver.save_state_dict_async_finalize",
+        "a save counts only once rank 0 sees every rank's files, and owns the folder",
+        (lambda finalize, run: saved_files.look_behind(finalize, run.hosts, _successor(run)),),
+    ),
+    Hook(
+        f"{SAVING}.strategies.async_utils.PersistentAsyncCaller.async_loop",
+        "an asynchronous writer ends with its rank, and holds the lock of `--save`",
+        (lambda loop, run: helper_processes.tied(loop, run.lock.path if run.lock else None),),
+    ),
+    Hook(
+        "megatron.training.initialize.init_persistent_async_worker",
+        "the writer must not see the stop signal; on a CPU it must be a fork, to know these hooks",
+        (
+            lambda start, run: (lambda rank, _: start(rank, "fork")) if run.on_cpu else start,
+            lambda start, run: helper_processes.unseen(start, run.args.exit_signal),
+        ),
+    ),
+    Hook(
+        f"{SAVING}.strategies.filesystem_async._results_queue",
+        "started at the first save, its process would keep a killed rank's GPU memory taken",
+        (lambda _, run: helper_processes.results_queue(run.args.exit_signal),),
+    ),
+    # Starting.
+    Hook(
+        "megatron.training.dist_signal_handler.DistributedSignalHandler.signals_received",
+        "the last line of a stopped run names the rank that was asked",
+        (lambda ask, run: stopping.remember_told(ask),),
+    ),
+    Hook(
+        f"{TRAINER}.set_jit_fusion_options",
+        "on a CPU there is nothing to warm up, and the random numbers spent on it would make"
+        " initial weights depend on the micro-batch",
+        (lambda warm_up, run: (lambda **_: None) if run.on_cpu else warm_up,),
+    ),
+    Hook(
+        f"{TRAINER}.initialize_megatron",
+        "Megatron refuses to train without a GPU; ranks watch each other from here on; a stop that"
+        " came before the ranks met is heeded ahead of building and loading the model",
+        (
+            lambda start, run: (
+                functools.partial(start, allow_no_cuda=True) if run.on_cpu else start
+            ),
+            lambda start, run: run.watch.start_after(start) if run.watch else start,
+            lambda start, run: progress.stop_after(start),
+        ),
+    ),
+    Hook(
+        f"{TRAINER}.load_checkpoint",
+        "the step to load is the newest whose files are what was saved",
+        (lambda load, run: resume.choose_step(load, run.args),),
+    ),
+    # Training.
+    Hook(
+        f"{TRAINER}.train",
+        "lines at its start and end, validation before the first step, held-out sets behind the"
+        " last; its end may take any time",
+        (
+            lambda train, run: held_out.score_behind(
+                train, run.args, arguments.run_folder(run.args)
+            ),
+            lambda train, run: run.progress.wrap_train(train),
+            lambda train, run: heartbeat.mark_end(train) if run.watch else train,
+        ),
+    ),
+    Hook(
+        f"{TRAINER}.train_step",
+        "the error for a NaN gradient names the samples; the heartbeat tells where a step is",
+        (
+            lambda step, run: samples.name_bad(step),
+            lambda step, run: heartbeat.mark_step(step, run.args) if run.watch else step,
+        ),
+    ),
+    Hook(
+        f"{TRAINER}.training_log",
+        "one readable line per logged step",
+        (lambda log, run: run.progress.wrap_log(log),),
+    ),
+    Hook(
+        f"{TRAINER}.num_floating_point_operations",
+        "Megatron's formula knows no branches",
+        (lambda _, run: run.progress.flops,),
+    ),
+    Hook(
+        f"{TRAINER}.report_theoretical_memory",
+        "Megatron's formula knows no latent heads; tools/plan.py has one that does",
+        (instead(lambda *_, **__: None),),
+    ),
+    Hook(
+        f"{TRAINER}.evaluate",
+        "a line per validation, and time that does not count as training",
+        (lambda evaluate, run: run.progress.wrap_evaluate(evaluate),),
+    ),
+    Hook(
+        f"{TRAINER}.evaluate_and_print_results",
+        "Megatron writes the test loss into the validation curve",
+        (lambda evaluate, run: run.progress.wrap_results(evaluate),),
+    ),
+    Hook(
+        f"{TRAINER}.save_checkpoint",
+        "a line per save, old saves pruned, a failed save named; it may take any time",
+        (
+            lambda save, run: run.progress.wrap_save(save),
+            lambda save, run: heartbeat.unbounded("saving")(save) if run.watch else save,
+        ),
+    ),
+    Hook(
+        f"{TRAINER}.maybe_finalize_async_save",
+        "an asynchronous save that failed is named by its step; it may take any time",
+        (
+            lambda end, run: run.progress.wrap_finalize(end),
+            lambda end, run: heartbeat.unbounded("saving")(end) if run.watch else end,
+        ),
+    ),
+)
+"""Applied once all ranks have met, before Megatron trains."""
+
+_applied: set[str] = set()
+
+
+def apply(hooks: tuple[Hook, ...], run: Run) -> None:
+    """Put `hooks` in place, for the life of the process.
+
+    Raises:
+        RuntimeError: one of them is in place already; nothing is changed then.
+        ImportError, AttributeError: the installed version has no such target.
+    """
+    targets = [hook.target for hook in hooks]
+    again = [name for name in targets if name in _applied or targets.count(name) > 1]
+    if again:
+        raise RuntimeError(f"{again[0]} is replaced already: a process can start one run")
+    places = [hook.find() for hook in hooks]
+    for hook, (owner, name) in zip(hooks, places, strict=True):
+        _applied.add(hook.target)
+        before = after = getattr(owner, name)
+        for wrap in hook.by:
+            after = wrap(after, run)
+        if after is not before:
+            is_static = isinstance(inspect.getattr_static(owner, name), staticmethod)
+            setattr(owner, name, staticmethod(after) if is_static else after)
+
+
+def _successor(run: Run) -> Callable[[], object]:
+    return run.lock.successor if run.lock else lambda: None

@@ -1,0 +1,37 @@
+"""All ranks meet before a run: the same code, arguments and data, and a `--save` of their own."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+
+from megatron_mlra.fault_tolerance import fingerprint, integrity
+from megatron_mlra.fault_tolerance.handshake import World, meet
+from megatron_mlra.fault_tolerance.run_lock import RunLock
+from megatron_mlra.training.arguments import join_world
+
+
+def meet_all(args: Namespace, given: dict[str, str], lock: RunLock | None) -> World:
+    """Wait for all ranks of the run; rank 0 takes the lock for them.
+
+    Args:
+        args: validated.
+        given: the fingerprint of the arguments as they were parsed.
+        lock: of `--save`, if any.
+
+    Raises:
+        ValueError: names the host that differs, and in what; or what is wrong with `--save`.
+    """
+
+    def claim() -> None:
+        if lock is not None:
+            lock.acquire()
+            integrity.check_unused(args)  # what the folder holds was looked at before
+
+    join_world()
+    same = {"code": fingerprint.of_code(), "arguments": given}
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # the ranks of a host see the same files
+        same["data"] = fingerprint.of_data(args)
+    same["derived arguments"] = fingerprint.of_arguments(args)
+    seconds = 60 * args.distributed_timeout_minutes
+    return meet(args.rank, args.world_size, same, seconds=seconds, save=args.save, enter=claim)
