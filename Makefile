@@ -1,12 +1,14 @@
 # Everything a newcomer needs: each target sets up what it uses.
 VENV := .venv
 PY := $(VENV)/bin/python
+# vLLM has an environment of its own: it pins older versions of what the project uses.
+VENV_VLLM := .venv-vllm
 
-.PHONY: demo test lint format setup
+.PHONY: demo test test-vllm lint format setup
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt tools/setup.sh
+$(VENV)/.installed: pyproject.toml kernels/pyproject.toml constraints.txt tools/setup.sh
 	bash tools/setup.sh $(VENV)
 
 demo: setup
@@ -14,6 +16,12 @@ demo: setup
 
 test: setup
 	$(PY) -m pytest
+
+$(VENV_VLLM)/.installed: kernels/pyproject.toml constraints-vllm.txt tools/setup_vllm.sh $(VENV)/.installed
+	bash tools/setup_vllm.sh $(VENV_VLLM) $(PY)
+
+test-vllm: setup $(VENV_VLLM)/.installed
+	$(PY) -m pytest -m vllm tests/vllm
 
 lint: setup
 	$(VENV)/bin/ruff check .
