@@ -14,7 +14,7 @@ fail() { echo "error: $*" >&2; exit 1; }
 
 have=$("$python" -c 'import importlib.metadata as m; print(m.version("torch"))') ||
   fail "$python has no torch; run 'make setup' first"
-grep -qx "torch==$have" "$list" ||
+grep -qx "torch==${have%%+*}" "$list" ||
   fail "$python has torch $have and $list asks for $(grep '^torch==' "$list"); run 'make setup'"
 if [ ! -x "$venv/bin/python" ]; then
   free=$(($(df -Pk . | awk 'NR == 2 {print $4}') / 1048576))
