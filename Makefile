@@ -1,19 +1,28 @@
 # Everything a newcomer needs: each target sets up what it uses.
 VENV := .venv
 PY := $(VENV)/bin/python
+# vLLM has an environment of its own: it pins older versions of what the project uses.
+VENV_VLLM := .venv-vllm
 
-.PHONY: demo test test-cluster lint format setup
+.PHONY: demo test test-vllm test-cluster lint format setup
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt tools/setup.sh
+$(VENV)/.installed: pyproject.toml kernels/pyproject.toml constraints.txt tools/setup.sh
 	bash tools/setup.sh $(VENV)
 
 demo: setup
 	bash examples/demo.sh $(PY)
 
+# Two workers, a file at a time each: most files start processes and wait for them.
 test: setup
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
+
+$(VENV_VLLM)/.installed: kernels/pyproject.toml constraints-vllm.txt tools/setup_vllm.sh $(VENV)/.installed
+	bash tools/setup_vllm.sh $(VENV_VLLM) $(PY)
+
+test-vllm: setup $(VENV_VLLM)/.installed
+	$(PY) -m pytest -m vllm tests/vllm
 
 # A real SLURM on this machine (tests/cluster/slurm.sh), which apt-get installs if it is missing.
 test-cluster: setup

@@ -28,8 +28,9 @@ if [ ! -x "$venv/bin/python" ]; then
   "$python" -m venv "$venv"
 fi
 echo "installing packages into $venv (some minutes the first time)"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+  -e ./kernels -e ".[dev]"
 if command -v nvidia-smi >/dev/null && ! "$venv/bin/python" -c 'import transformer_engine' 2>/dev/null; then
-  echo "note: there is a GPU but no Transformer Engine; '$venv/bin/pip install -c constraints.txt -e .[te]' adds it (compiles for some minutes)"
+  echo "note: there is a GPU but no Transformer Engine; '$venv/bin/pip install -c constraints.txt -e ./kernels -e .[te]' adds it (compiles for some minutes)"
 fi
 touch "$venv/.installed"

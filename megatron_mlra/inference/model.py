@@ -19,9 +19,10 @@ from megatron_mlra.inference.backends.base import Ops
 from megatron_mlra.inference.cache import GroupedCache, LatentCache
 from megatron_mlra.inference.mlp import run_mlp
 from megatron_mlra.inference.parallel import HeadShard, TensorParallel
-from megatron_mlra.inference.prefill import prefill_grouped, prefill_latent
 from megatron_mlra.inference.weights import GroupedWeights, LatentWeights, ModelWeights
 from megatron_mlra.maths.rope import rotary_tables
+from mlra_kernels.absorption import absorb_queries, sum_branches
+from mlra_kernels.prefill import prefill_grouped, prefill_latent
 
 
 @dataclass
@@ -156,7 +157,14 @@ class InferenceModel:
         layer = self.cache.layer(index)
         ops.append(kv, weights.kv_norm, self.tables, step, layer, model.kv_scale, eps)
         if step.segments:
-            run = partial(prefill_latent, model=model, weights=weights, branches=core.branches)
+            run = partial(
+                prefill_latent,
+                w_uk=weights.w_uk,
+                w_uv=weights.w_uv,
+                rope_dim=model.qk_rope_head_dim,
+                branches=core.branches,
+                softmax_scale=model.softmax_scale,
+            )
             out = _by_segment(run, q, layer, step.segments)
         else:
             out = self._decode_latent(q, layer, weights, step)
@@ -168,13 +176,11 @@ class InferenceModel:
         core, l, nope = self.shard.core, self.model.latent_dim, self.model.qk_nope_head_dim
         n, g, h = core.branches, core.groups, core.heads
         b = step.lengths.size(0)
-        head = torch.bmm(q[..., :nope].transpose(0, 1), weights.w_uk)  # [h, T, n l]
-        head = head.view(h, b, -1, n, l).permute(1, 2, 3, 0, 4)  # [b, q, n, h, l]
-        head = head.reshape(*head.shape[:2], n * g, h // g, l)
+        head = absorb_queries(q[..., :nope], weights.w_uk, n)  # [T, n, h, l]
+        head = head.reshape(b, -1, n * g, h // g, l)
         q_rope = q[..., nope:].unflatten(0, (b, -1))
         z = self.ops.decode(head, q_rope, layer, step, self.model.softmax_scale, n)
-        z = z.view(q.size(0), n, h, l).permute(2, 0, 1, 3).flatten(2)  # [h, T, n l]
-        return torch.bmm(z, weights.w_uv).transpose(0, 1)
+        return sum_branches(z.view(q.size(0), n, h, l), weights.w_uv)
 
     # -- MHA, MQA, GQA -----------------------------------------------------------------------------
 

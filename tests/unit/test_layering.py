@@ -24,6 +24,7 @@ def source_files() -> dict[str, Path]:
     for package, folder in (
         ("megatron_mlra", PACKAGE),
         ("mlra_kernels", ROOT / "kernels" / "mlra_kernels"),
+        ("mlra_vllm", ROOT / "kernels" / "mlra_vllm"),
         ("tools", ROOT / "tools"),
     ):
         for path in sorted(folder.rglob("*.py")):
@@ -172,6 +173,19 @@ def test_kernels_stand_alone(module):
     extra = {"matplotlib", "numpy", "flash_attn_interface"} if ".benchmarks" in module else set()
     allowed = sys.stdlib_module_names | {"torch", "triton", "mlra_kernels"} | extra
     assert roots(module) <= allowed
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if room(name) == "mlra_vllm"])
+def test_the_vllm_plugin_stands_alone(module):
+    allowed = sys.stdlib_module_names | {"vllm", "torch", "mlra_kernels", "mlra_vllm"}
+    # transformers, which vLLM brings, knows the configuration's class.
+    extra = {"transformers"} if module in ("mlra_vllm.config", "mlra_vllm.plugin") else set()
+    assert roots(module) <= allowed | extra
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_nothing_imports_the_vllm_plugin(module):
+    assert room(module) == "mlra_vllm" or "mlra_vllm" not in roots(module)
 
 
 @pytest.mark.parametrize("module", [name for name in FILES if room(name) == "data"])

@@ -2,20 +2,21 @@
 
 The history is taken from the cache in blocks; each gives an output and a log-sum-exp, which are
 merged, so memory holds one block of keys and never `[chunk, history]` scores of a whole prompt.
+The project's engine and its vLLM plugin both run prompts through these functions.
 
 Letters: c tokens of the chunk, t of a block, n branches, g head groups, h heads of the core,
-l latent dim, r RoPE dim, e dims of a query or key, w dims of a value.
+l latent dim, r RoPE dim, e dims of a query or key, w dims of a value, d_h and d_v those of a head's
+keys (without RoPE) and values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from megatron_mlra.description.model import ModelDescription
-from megatron_mlra.inference.weights import LatentWeights
+from mlra_kernels.absorption import absorb_queries, sum_branches
 from mlra_kernels.latent_attention import latent_attention_with_lse, misfit
 from mlra_kernels.latent_decode import merge_states
 from mlra_kernels.latent_decode.reference import merge_states_reference, split_cache
@@ -128,48 +129,55 @@ def prefill_latent(
     layer: tuple[Tensor, Tensor | None],
     pages: Tensor,
     start: int,
-    model: ModelDescription,
-    weights: LatentWeights,
+    *,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    rope_dim: int,
     branches: int,
+    softmax_scale: float,
 ) -> Tensor:
-    """Outputs `[c, h, d_v]`, summed over this rank's branches, of a chunk already in the cache.
+    """Outputs of a chunk whose tokens are already in the cache, summed over branches.
 
     Absorbed where that costs no FLOPs (l <= d_h), else with keys and values expanded block by
     block.
 
     Args:
-        q: `[c, h, d_h + d_r]`, rotated, of the tokens at `start` and after.
-        layer: see `LatentCache.layer`; pages: `[P]` int64 of this sequence.
+        q: `[c, h, d_h + r]`, rotated, of the tokens at `start` and after.
+        layer: rows `[pages, page_size, n g l + r]` and, for FP8, scales `[pages, n g, page_size]`,
+            both as in `latent_decode`.
+        pages: `[P]` int64 of this sequence.
+        start: tokens of the sequence in front of the chunk.
+        w_uk: `[h, d_h, n l]`; w_uv: `[h, n l, d_v]`, times whatever scales the sum over branches.
+
+    Returns:
+        `[c, h, d_v]` in q's dtype.
     """
     c, h, _ = q.shape
-    latents = weights.kv_norm.size(0)
-    groups, l = latents // branches, model.latent_dim
-    nope, rope = model.qk_nope_head_dim, model.qk_rope_head_dim
+    nope, l = w_uk.size(1), w_uk.size(2) // branches
+    latents = split_cache(layer[0], rope_dim)[0].size(-1) // l
     absorbed = l <= nope
     if absorbed:
-        head = torch.bmm(q[..., :nope].transpose(0, 1), weights.w_uk)  # [h, c, n l]
-        head = head.view(h, c, branches, l).permute(1, 2, 0, 3)  # [c, n, h, l]
+        head = absorb_queries(q[..., :nope], w_uk, branches)  # [c, n, h, l]
         shared = q[:, None, :, nope:].expand(-1, branches, -1, -1)
         query = torch.cat((head, shared), dim=-1).flatten(1, 2)
     else:
-        query = q.repeat(1, branches, 1)  # [c, n h, d_h + d_r]
+        query = q.repeat(1, branches, 1)  # [c, n h, d_h + r]
 
     def keys_values(first: int, end: int) -> tuple[Tensor, Tensor]:
-        rows, k_rope = _rows(layer, pages, first, end, rope, latents, q.dtype)
+        rows, k_rope = _rows(layer, pages, first, end, rope_dim, latents, q.dtype)
         if absorbed:
             key = torch.cat((rows, k_rope[:, None].expand(-1, latents, -1)), dim=-1)
             return key, key[..., :l]
-        return _expand(rows, k_rope, weights, branches, groups, nope)
+        return _expand(rows, k_rope, w_uk, w_uv, branches)
 
     parts = []
     for first, end, causal in blocks(start, c, layer[0].size(1)):
         key, value = keys_values(first, end)
-        out, lse = attention_with_lse(query, key, value, model.softmax_scale, causal)
+        out, lse = attention_with_lse(query, key, value, softmax_scale, causal)
         parts.append((out, lse))
     out = merged(parts)  # [c, n h, l or d_v]
     if absorbed:
-        z = out.view(c, branches, h, l).permute(2, 0, 1, 3).flatten(2)  # [h, c, n l]
-        return torch.bmm(z, weights.w_uv).transpose(0, 1)
+        return sum_branches(out.view(c, branches, h, l), w_uv)
     return out.view(c, branches, h, -1).sum(1)
 
 
@@ -193,14 +201,15 @@ def _rows(
 
 
 def _expand(
-    rows: Tensor, k_rope: Tensor, weights: LatentWeights, n: int, g: int, nope: int
+    rows: Tensor, k_rope: Tensor, w_uk: Tensor, w_uv: Tensor, n: int
 ) -> tuple[Tensor, Tensor]:
-    """Keys `[t, n h, d_h + d_r]` and values `[t, n h, d_v]` of a block (times N^-1/2)."""
-    t, _, l = rows.shape
-    h = weights.w_uk.size(0)
+    """Keys `[t, n h, d_h + r]` and values `[t, n h, d_v]` of a block (times w_uv's scale)."""
+    t, latents, l = rows.shape
+    h, nope, _ = w_uk.shape
+    g = latents // n
     rows = rows.view(t, n, g, l)
-    w_uk = weights.w_uk.view(g, h // g, nope, n, l)
-    w_uv = weights.w_uv.view(g, h // g, n, l, -1)
+    w_uk = w_uk.view(g, h // g, nope, n, l)
+    w_uv = w_uv.view(g, h // g, n, l, -1)
     k_nope = torch.einsum("tngl,gjdnl->tngjd", rows, w_uk).reshape(t, n * h, nope)
     value = torch.einsum("tngl,gjnlv->tngjv", rows, w_uv).reshape(t, n * h, -1)
     key = torch.cat((k_nope, k_rope[:, None].expand(-1, n * h, -1)), dim=-1)
@@ -212,9 +221,8 @@ def prefill_grouped(
 ) -> Tensor:
     """Outputs `[c, heads, dim]` of a chunk already in a grouped cache."""
     keys, values = layer
-    parts: list[tuple[Tensor, Tensor]] = []
-    attend: Callable = attention_with_lse
+    parts = []
     for first, end, causal in blocks(start, q.size(0), keys.size(1)):
         k, v = (gather(x, pages, first, end) for x in (keys, values))
-        parts.append(attend(q, k, v, softmax_scale, causal))
+        parts.append(attention_with_lse(q, k, v, softmax_scale, causal))
     return merged(parts)

@@ -1,0 +1,284 @@
+"""The attention backend: what a step's metadata holds, how the cache lies, what a step computes.
+
+Letters: T tokens, b sequences, q query tokens per sequence, h heads of the rank's core, L its
+latent heads, n its branches, l latent dim, r RoPE dim, d_h and d_v dims of a head's key (without
+RoPE) and value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+
+from mlra_kernels.absorption import absorb_queries, sum_branches
+from mlra_kernels.latent_decode import (
+    DecodeMetadata,
+    decode_metadata,
+    latent_cache_append,
+    latent_decode,
+)
+from mlra_kernels.prefill import HISTORY_BLOCK, prefill_latent
+from mlra_vllm.checks import PAGE_MULTIPLE
+
+HOPPER_PAGE = 64
+"""Pages of multiples of this many tokens run on Hopper's fast kernel."""
+
+
+class LatentBackend(AttentionBackend):
+    """Pages of latents and one RoPE key, read in place by the project's kernels."""
+
+    supported_dtypes: ClassVar = [torch.float32, torch.bfloat16, torch.float16]
+    forward_includes_kv_cache_update = False
+
+    @staticmethod
+    def get_name() -> str:
+        return "MLRA_LATENT"
+
+    @staticmethod
+    def get_impl_cls() -> type[LatentImpl]:
+        return LatentImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[LatentMetadataBuilder]:
+        return LatentMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes() -> list[int | MultipleOf]:
+        return [MultipleOf(PAGE_MULTIPLE)]
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        # What vLLM takes on a GPU where the user names no block size.
+        return HOPPER_PAGE
+
+    @staticmethod
+    def get_kv_cache_shape(
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_size: int,
+        cache_dtype_str: str = "auto",
+    ) -> tuple[int, ...]:
+        return (num_blocks, block_size, head_size)
+
+
+@dataclass
+class PromptChunk:
+    """The next tokens of one sequence's prompt in a step."""
+
+    rows: slice
+    start: int
+    """Tokens of the sequence in front of them, all cached."""
+    pages: Tensor
+    """`[P]` int64 of the sequence."""
+
+
+@dataclass
+class LatentMetadata:
+    """A step: decoding sequences first, then chunks of prompts."""
+
+    decodes: int
+    decode_tokens: int
+    block_table: Tensor
+    """`[b, max_pages]` int32 of the decoding sequences."""
+    lengths: Tensor
+    """`[b]` int32 of the decoding sequences, the new tokens included."""
+    schedule: DecodeMetadata | None
+    """The kernels' schedule, made once per step; None for the reference."""
+    prompts: list[PromptChunk]
+
+
+class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
+    """Builds a step's metadata; buffers of captured steps keep their addresses."""
+
+    _cudagraph_support: ClassVar = AttentionCGSupport.UNIFORM_BATCH
+
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        context = vllm_config.compilation_config.static_forward_context
+        self.layer = context[layer_names[0]]
+        self.page_size = kv_cache_spec.block_size
+        self.speculative = vllm_config.speculative_config is not None
+        self._schedules: dict[tuple[int, int], DecodeMetadata] = {}
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> LatentMetadata:
+        common = common_attn_metadata
+        decodes, prefills, decode_tokens, _ = split_decodes_and_prefills(
+            common, self.reorder_batch_threshold, require_uniform=True
+        )
+        lengths = common.seq_lens[:decodes]
+        return LatentMetadata(
+            decodes=decodes,
+            decode_tokens=decode_tokens,
+            block_table=common.block_table_tensor[:decodes],
+            lengths=lengths,
+            schedule=self._schedule(lengths, decode_tokens),
+            prompts=self._prompts(common, decodes) if prefills else [],
+        )
+
+    def _prompts(self, common: CommonAttentionMetadata, decodes: int) -> list[PromptChunk]:
+        starts = common.query_start_loc_cpu.tolist()
+        lengths = common.seq_lens_cpu_upper_bound  # exact for prompts
+        if lengths is None or self.speculative:
+            # Sequences whose guesses differ in number come here too; their bound may be too high.
+            lengths = common.seq_lens.cpu()
+        lengths = lengths.tolist()
+        chunks = []
+        for i in range(decodes, common.num_reqs):
+            first, end = starts[i], starts[i + 1]
+            if end > first:
+                pages = common.block_table_tensor[i, : -(-lengths[i] // self.page_size)]
+                chunks.append(
+                    PromptChunk(slice(first, end), lengths[i] - (end - first), pages.long())
+                )
+        return chunks
+
+    def _schedule(self, lengths: Tensor, tokens: int) -> DecodeMetadata | None:
+        """One schedule per batch size, updated in place: a captured step reads its buffers."""
+        batch = lengths.size(0)
+        if not batch or not lengths.is_cuda:
+            return None
+        key = (batch, tokens // batch)
+        if key in self._schedules:
+            self._schedules[key].update(lengths)
+        else:
+            shard, layer = self.layer.shard, self.layer
+            self._schedules[key] = decode_metadata(
+                lengths,
+                q_len=key[1],
+                num_latents=shard.latents,
+                heads_per_latent=shard.heads // shard.groups,
+                latent_dim=layer.latent_dim,
+                cache_dtype=layer.cache_dtype,
+                page_size=self.page_size,
+            )
+        return self._schedules[key]
+
+
+class LatentImpl:
+    """What vLLM's two operations of an attention layer run: the cache write and the attention.
+
+    Has no state: every number comes from the layer (`layer.LatentAttention`).
+    """
+
+    @staticmethod
+    def do_kv_cache_update(
+        layer, kv_down: Tensor, positions: Tensor, kv_cache: Tensor, slots: Tensor
+    ) -> None:
+        """Norm, rotate and write new tokens.
+
+        Args:
+            kv_down: `[T, L l + r]`, the raw down projection.
+            positions: `[T]` int64.
+            slots: `[tokens]` int64, page * page_size + offset; -1 for padding, which is not
+                written. (A boolean mask would break the capture of CUDA graphs.)
+        """
+        rows, scales = layer.cache_views(kv_cache)
+        latent_cache_append(
+            kv_down[: slots.size(0)],
+            layer.kv_norm,
+            layer.cos,
+            layer.sin,
+            positions[: slots.size(0)],
+            slots,
+            rows,
+            latent_scale=layer.kv_scale,
+            norm_eps=layer.eps,
+            cache_scale=scales,
+            backend=layer.operators,
+        )
+
+    @staticmethod
+    def forward(
+        layer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: LatentMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> None:
+        """Attention of `[T, h, d_h + r]` to the cache, summed over branches, into `[T, h, d_v]`."""
+        if attn_metadata is None:
+            output.zero_()
+            if layer.reserves:
+                _reserve(layer, query)
+            return
+        cache = layer.cache_views(kv_cache)
+        if attn_metadata.decodes:
+            rows = slice(0, attn_metadata.decode_tokens)
+            output[rows] = _decode(layer, query[rows], cache, attn_metadata)
+        for chunk in attn_metadata.prompts:
+            output[chunk.rows] = _prefill(layer, query[chunk.rows], cache, chunk.pages, chunk.start)
+
+
+def _decode(layer, q: Tensor, cache: tuple[Tensor, Tensor | None], step: LatentMetadata) -> Tensor:
+    """`[b q, h, d_h + r]` -> `[b q, h, d_v]`."""
+    shard, rows, scales = layer.shard, *cache
+    nope = q.size(-1) - layer.rope_dim
+    head = absorb_queries(q[..., :nope], layer.w_uk, shard.branches)  # [b q, n, h, l]
+    head = head.reshape(step.decodes, -1, shard.latents, shard.heads // shard.groups, head.size(-1))
+    z, _ = latent_decode(
+        head,
+        q[..., nope:].unflatten(0, (step.decodes, -1)),
+        rows,
+        step.block_table,
+        step.lengths,
+        layer.softmax_scale,
+        num_branches=shard.branches,
+        cache_scale=scales,
+        metadata=step.schedule,
+        backend=layer.operators,
+    )
+    return sum_branches(z.view(q.size(0), shard.branches, shard.heads, -1), layer.w_uv)
+
+
+def _prefill(
+    layer, q: Tensor, cache: tuple[Tensor, Tensor | None], pages: Tensor, start: int
+) -> Tensor:
+    """`[c, h, d_h + r]` of one sequence -> `[c, h, d_v]`."""
+    return prefill_latent(
+        q,
+        cache,
+        pages,
+        start,
+        w_uk=layer.w_uk,
+        w_uv=layer.w_uv,
+        rope_dim=layer.rope_dim,
+        branches=layer.shard.branches,
+        softmax_scale=layer.softmax_scale,
+    )
+
+
+def _reserve(layer, q: Tensor) -> None:
+    """Allocate what the largest prompt step allocates, for vLLM's measurement of free memory.
+
+    vLLM measures with a step that has no metadata and sizes the cache by what is left. The largest
+    step is one chunk behind a whole block of history. Its pages are one page, many times.
+    """
+    page_size = HOPPER_PAGE
+    tokens = min(q.size(0), layer.max_positions)
+    start = min(HISTORY_BLOCK, layer.max_positions - tokens)
+    page = torch.zeros(page_size * layer.row_bytes, dtype=torch.uint8, device=q.device)
+    cache = layer.cache_views(page.view(layer.stored_dtype).view(1, page_size, -1))
+    pages = torch.zeros(-(-(start + tokens) // page_size), dtype=torch.int64, device=q.device)
+    _prefill(layer, q[:tokens], cache, pages, start)

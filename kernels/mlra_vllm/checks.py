@@ -1,0 +1,120 @@
+"""What cannot be served, refused in one line before a weight is read."""
+
+from __future__ import annotations
+
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+from vllm.platforms import current_platform
+from vllm.transformers_utils import model_arch_config_convertor as architecture
+
+from mlra_kernels.latent_decode.validation import LATENT_DIMS, MAX_Q_LEN, ROPE_DIMS
+from mlra_vllm.config import MLRAConfig
+from mlra_vllm.shard import plan
+
+PAGE_MULTIPLE = 16
+"""The kernels take pages of a multiple of this many tokens."""
+FP8 = ("fp8", "fp8_e4m3")
+
+
+class LatentArchitecture(architecture.ModelArchConfigConvertorBase):
+    """What vLLM asks of an architecture before it builds the model: one row a token is cached."""
+
+    def get_head_size(self) -> int:
+        """The numbers of a cached row, without tensor parallelism."""
+        return self.hf_text_config.kv_lora_rank + self.hf_text_config.qk_rope_head_dim
+
+    def get_total_num_kv_heads(self) -> int:
+        """One: latents and RoPE key are one row."""
+        return 1
+
+
+class LatentChecks(VerifyAndUpdateConfig):
+    """vLLM's hook, called where it builds its configuration: in the process that was started."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Raise ValueError for what cannot be served."""
+        check(vllm_config)
+
+
+def register_checks() -> None:
+    """Hang both into vLLM's tables; may run many times."""
+    architecture.MODEL_ARCH_CONFIG_CONVERTORS["mlra"] = LatentArchitecture
+    MODELS_CONFIG_MAP["MLRAForCausalLM"] = LatentChecks
+
+
+def check(vllm_config: VllmConfig) -> None:
+    """Raise ValueError, in one line that names the value and the fix, for what cannot be served."""
+    for problem in _problems(vllm_config):
+        raise ValueError(problem)
+
+
+def _problems(vllm_config: VllmConfig):
+    model, cache, parallel = (
+        vllm_config.model_config,
+        vllm_config.cache_config,
+        vllm_config.parallel_config,
+    )
+    config: MLRAConfig = model.hf_config
+    if model.quantization is not None:
+        yield (
+            f"quantization {model.quantization!r} of latent attention is not there; leave"
+            " --quantization out (--kv-cache-dtype fp8 halves the cache)"
+        )
+    if vllm_config.lora_config is not None:
+        yield "LoRA adapters of latent attention are not there; leave --enable-lora out"
+    if vllm_config.kv_transfer_config is not None or cache.kv_offloading_size is not None:
+        yield (
+            "KV connectors and offloading do not know this cache; leave --kv-transfer-config and"
+            " --kv-offloading-size out"
+        )
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        yield (
+            "context parallelism is not there for latent attention; leave"
+            " --decode-context-parallel-size and --prefill-context-parallel-size at 1"
+        )
+    yield from _size_problems(config, cache.block_size)
+    try:
+        plan(
+            config.num_attention_heads,
+            config.num_latent_heads,
+            config.num_branches,
+            parallel.tensor_parallel_size,
+            0,
+        )
+    except ValueError as error:
+        yield str(error)
+    yield from _dtype_problems(model.dtype, cache.cache_dtype, cache.kv_cache_dtype_skip_layers)
+    speculative = vllm_config.speculative_config
+    if speculative is not None and (speculative.num_speculative_tokens or 0) >= MAX_Q_LEN:
+        yield (
+            f"{speculative.num_speculative_tokens} speculative tokens; the kernels verify at most"
+            f" {MAX_Q_LEN - 1} a step"
+        )
+
+
+def _size_problems(config: MLRAConfig, block_size: int | None):
+    if config.latent_dim not in LATENT_DIMS:
+        yield f"the kernels take latent dims {LATENT_DIMS}, this model has {config.latent_dim}"
+    if config.qk_rope_head_dim not in ROPE_DIMS:
+        yield f"the kernels take RoPE dims {ROPE_DIMS}, this model has {config.qk_rope_head_dim}"
+    if config.hidden_act not in ("silu", "swish"):
+        yield f"hidden_act is {config.hidden_act!r}; only silu is there"
+    if config.rope_parameters["rope_type"] not in ("default", "yarn"):
+        yield f"rope_type is {config.rope_parameters['rope_type']!r}; use default or yarn"
+    if block_size is not None and block_size % PAGE_MULTIPLE:
+        yield (
+            f"block size is {block_size}; use a multiple of {PAGE_MULTIPLE} (of 64 on Hopper, for"
+            " its fast kernel)"
+        )
+
+
+def _dtype_problems(dtype: torch.dtype, cache_dtype: str, skipped: list[str]):
+    if current_platform.is_cuda() and dtype not in (torch.bfloat16, torch.float16):
+        yield f"the kernels take bfloat16 and float16, the model is {dtype}; add --dtype bfloat16"
+    same = ("auto", str(dtype).removeprefix("torch."))
+    if cache_dtype not in (*same, *FP8):
+        yield f"--kv-cache-dtype is {cache_dtype!r}; use auto or fp8"
+    if skipped and cache_dtype in FP8:
+        yield "an FP8 cache holds every layer; leave --kv-cache-dtype-skip-layers out"

@@ -1,0 +1,58 @@
+"""An exported model's config.json as vLLM reads it: no code of the exported folder is run.
+
+Letters: L `num_latent_heads`, N `num_branches`, d `hidden_size`, d_q `q_lora_rank`, d_c
+`kv_lora_rank`.
+"""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig
+
+
+class MLRAConfig(PreTrainedConfig):
+    """A Llama-style decoder whose attention is MLA, GLA-n or MLRA-n.
+
+    Every field is in config.json: an export writes all of them.
+    """
+
+    model_type = "mlra"
+
+    @property
+    def latent_dim(self) -> int:
+        """d_l = d_c / L."""
+        return self.kv_lora_rank // self.num_latent_heads
+
+    @property
+    def q_scale(self) -> float:
+        """sqrt(d / d_q), or 1: times the query latent."""
+        if not self.variance_scaling or self.q_lora_rank is None:
+            return 1.0
+        return (self.hidden_size / self.q_lora_rank) ** 0.5
+
+    @property
+    def kv_scale(self) -> float:
+        """sqrt(d / d_l), or 1: times every latent."""
+        return (self.hidden_size / self.latent_dim) ** 0.5 if self.variance_scaling else 1.0
+
+    @property
+    def branch_scale(self) -> float:
+        """N^-1/2, or 1: times the sum over branches."""
+        return self.num_branches**-0.5 if self.variance_scaling else 1.0
+
+    def layer_has_experts(self, layer: int) -> bool:
+        """Whether a layer's MLP is a mixture of experts."""
+        types = getattr(self, "mlp_layer_types", None)
+        return bool(getattr(self, "num_experts", 0)) and (types is None or types[layer] == "sparse")
+
+
+def refusing(problem: str) -> type[PreTrainedConfig]:
+    """A configuration class that raises ValueError(problem) when a model is opened."""
+
+    class Refused(PreTrainedConfig):
+        model_type = "mlra"
+
+        @classmethod
+        def from_dict(cls, *_, **__):
+            raise ValueError(problem)
+
+    return Refused

@@ -1,0 +1,62 @@
+"""Which latents and heads a tensor-parallel rank serves; pure Python.
+
+The cut of training's `latent` layout: a rank holds whole latents, or where ranks outnumber the
+latents, a part of the heads that one latent serves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One rank's rectangle of (branch, head) pairs and the latents that serve it."""
+
+    branches: int
+    branch_start: int
+    heads: int
+    head_start: int
+    groups: int
+    """Head groups that the heads belong to; each has one latent per branch."""
+    group_start: int
+
+    @property
+    def latents(self) -> int:
+        """Latent heads in the rank's cache."""
+        return self.branches * self.groups
+
+
+def plan(heads: int, latents: int, branches: int, tp: int, rank: int) -> Shard:
+    """The share of `rank` of `tp` ranks.
+
+    Raises:
+        ValueError: the model cannot be cut over so many ranks; names the sizes that work.
+    """
+    if not _fits(heads, latents, branches, tp):
+        works = [n for n in range(1, 129) if _fits(heads, latents, branches, n)]
+        raise ValueError(
+            f"tensor parallel size {tp} does not fit {heads} heads, {latents} latent heads and"
+            f" {branches} branches; use one of {', '.join(map(str, works))}"
+        )
+    per_group = heads * branches // latents
+    if branches % tp == 0:
+        own_branches, branch_start = branches // tp, rank * (branches // tp)
+        own_heads, head_start = heads, 0
+    else:
+        ranks_per_branch = tp // branches
+        own_branches, branch_start = 1, rank // ranks_per_branch
+        own_heads = heads // ranks_per_branch
+        head_start = rank % ranks_per_branch * own_heads
+    return Shard(
+        branches=own_branches,
+        branch_start=branch_start,
+        heads=own_heads,
+        head_start=head_start,
+        groups=max(1, own_heads // per_group),
+        group_start=head_start // per_group,
+    )
+
+
+def _fits(heads: int, latents: int, branches: int, tp: int) -> bool:
+    return heads % tp == 0 and all(n % tp == 0 or tp % n == 0 for n in (latents, branches))

@@ -1,0 +1,250 @@
+"""The models that vLLM serves in tests, exported, and what transformers says of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_mlra.checkpoint.huggingface.folder import write_huggingface
+from megatron_mlra.description.model import ModelDescription
+from megatron_mlra.inference.engine import Engine
+from megatron_mlra.inference.load import LoadOptions, load_model
+from megatron_mlra.inference.runner import Chunk, Runner
+from megatron_mlra.inference.sampling import SamplingParams
+from support.hf_cases import EXPERTS, YARN
+from support.random_checkpoint import RandomFolder, grouped, latent
+
+NEW = 24
+LENGTHS = (1, 7, 40, 64, 150)
+"""Tokens of the prompts."""
+SIZES: dict[str, Any] = {"qk_rope_head_dim": 32, "max_position_embeddings": 256}
+
+
+def served(num_latent_heads: int, num_branches: int, **changes: Any) -> ModelDescription:
+    """A tiny model of sizes that the kernels take: latents of 64."""
+    changes = SIZES | {"kv_lora_rank": 64 * num_latent_heads} | changes
+    return latent(num_latent_heads, num_branches, **changes)
+
+
+SIGMOID = EXPERTS | {
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_router_topk_scaling_factor": 2.5,
+    "moe_router_dtype": "fp32",
+}
+SHARED = EXPERTS | {
+    "moe_router_pre_softmax": True,
+    "moe_shared_expert_intermediate_size": 40,
+}
+CASES: dict[str, ModelDescription] = {
+    "MLA": served(1, 1),
+    "GLA-2": served(2, 1, tie_embeddings=False),
+    "GLA-4": served(4, 1, output_gate=True),
+    "MLRA-2": served(4, 2, q_lora_rank=None),
+    "MLRA-4": served(4, 4),
+    "MLRA-4-gated-untied": served(4, 4, output_gate=True, tie_embeddings=False),
+    "MLRA-4-unscaled": served(4, 4, variance_scaling=False, rotary_base=5e5),
+    "MLRA-4-absorbed": served(4, 4, qk_nope_head_dim=64),
+    "MLRA-8-yarn": served(8, 8, v_head_dim=8, **YARN | {"original_max_position_embeddings": 64}),
+    "MLRA-4-experts": served(4, 4, tie_embeddings=False, **SHARED),
+    "MLA-experts": served(1, 1, **EXPERTS | {"moe_layer_pattern": (1, 1)}),
+    "GLA-2-sigmoid-experts": served(2, 1, **SIGMOID),
+    "MHA": grouped(8, tie_embeddings=False, head_dim=32, max_position_embeddings=256),
+    "GQA": grouped(2, rotary_base=5e5, head_dim=32, max_position_embeddings=256),
+    "MQA": grouped(1, head_dim=32, max_position_embeddings=256),
+}
+
+
+def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
+    """Random tokens, none of them the end of a document."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 256, (n,), generator=generator).tolist() for n in lengths]
+
+
+def export(name: str, folder: Path) -> None:
+    """Write one of CASES with random weights and the byte tokenizer."""
+    write_huggingface(RandomFolder(CASES[name]), folder, tokenizer="byte", progress=False)
+
+
+class Reference:
+    """transformers' own run of an exported folder, in float32."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=True, dtype=torch.float32
+        )
+        self.model.generation_config.eos_token_id = None
+
+    @torch.no_grad()
+    def generate(self, prompt: list[int], new: int = NEW) -> list[int]:
+        """Greedy continuation."""
+        tokens = torch.tensor([prompt])
+        whole = self.model.generate(tokens, max_new_tokens=new, do_sample=False)
+        return whole[0, len(prompt) :].tolist()
+
+    @torch.no_grad()
+    def log_probs(self, tokens: list[int]) -> list[float]:
+        """Log-probability of each token behind those in front of it, from the second on."""
+        logits = self.model(torch.tensor([tokens])).logits[0, :-1].log_softmax(-1)
+        return logits.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].tolist()
+
+
+def references(model: Reference, features: bool) -> dict[str, Any]:
+    """What transformers says of LENGTHS' prompts, and of those that features are tried with.
+
+    Returns:
+        `prompts`: `tokens` and `log_probs` (of prompt and continuation) of each; `features`: the
+        continuation of each prompt, by its repr; `fp8`: what the project's engine says with an
+        FP8 cache.
+    """
+    found: dict[str, Any] = {"prompts": [], "features": {}}
+    for prompt in prompts(*LENGTHS):
+        tokens = model.generate(prompt)
+        scores = model.log_probs(prompt + tokens)
+        found["prompts"].append({"tokens": tokens, "log_probs": scores})
+    if features:
+        for job in feature_jobs(Path()):
+            if job["name"] in EXACT:
+                for prompt in (prompt for batch in job["batches"] for prompt in batch):
+                    found["features"][str(prompt)] = model.generate(prompt, job["new"])
+        found["fp8"] = [engine_fp8(FEATURES, prompt) for prompt in prompts(*LENGTHS)]
+    return found
+
+
+def engine_fp8(name: str, prompt: list[int]) -> dict[str, Any]:
+    """The project's own engine with an FP8 cache: `tokens` of the continuation and `log_probs` of
+    the prompt's, from the second on."""
+    folder = RandomFolder(CASES[name])
+    options = LoadOptions(cache_tokens=256, cache_dtype="fp8")
+    runner = Runner(load_model(folder.description, folder.tensor, options), 1, 4)
+    scores = runner.prefill([Chunk(prompt, 0, [0, 1, 2])], every_row=True)[:-1].log_softmax(-1)
+    engine = Engine(runner)
+    request = engine.submit(prompt, SamplingParams(max_new_tokens=NEW))
+    assert sum(1 for _ in engine.run()) == NEW
+    chosen = torch.tensor(prompt[1:], dtype=torch.int64)[:, None]
+    return {"tokens": request.output, "log_probs": scores.gather(1, chosen)[:, 0].tolist()}
+
+
+def equality_jobs(models: Path) -> list[dict[str, Any]]:
+    """Every case, with log-probabilities of prompts and continuations."""
+    return [
+        {
+            "name": name,
+            "model": str(models / name),
+            "batches": [prompts(*LENGTHS)],
+            "new": NEW,
+            "scores": True,
+        }
+        for name in CASES
+    ]
+
+
+EXACT = ("chunked", "prefix", "preempted", "speculative")
+"""Features that change no token."""
+FEATURES = "MLRA-4-gated-untied"
+"""The case that features of the engine are tried with."""
+SHARED_PREFIX = prompts(100, seed=1)[0]
+WITH_PREFIX = [
+    SHARED_PREFIX[:n] + tail
+    for n, tail in zip((100, 96, 70, 33, 20), prompts(9, 1, 30, 50, 5, seed=2), strict=True)
+]
+LOOKUP = {
+    "method": "ngram",
+    "num_speculative_tokens": 3,
+    "prompt_lookup_max": 3,
+    "prompt_lookup_min": 1,
+}
+"""Guesses from the prompt."""
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "quantization": ({"quantization": "fp8"}, "quantization 'fp8' of latent attention is not"),
+    "lora": ({"enable_lora": True}, "LoRA adapters of latent attention are not there"),
+    "connector": (
+        {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+        "KV connectors and offloading do not know this cache",
+    ),
+    "block": ({"block_size": 24}, "block size is 24; use a multiple of 16"),
+    "tp": ({"tensor_parallel_size": 3}, "tensor parallel size 3 does not fit 8 heads, 4 latent"),
+    "pipeline": ({"pipeline_parallel_size": 2}, "Pipeline parallelism is not supported for this"),
+    "guesses": (
+        {"speculative_config": LOOKUP | {"num_speculative_tokens": 8}},
+        "8 speculative tokens; the kernels verify at most 7 a step",
+    ),
+    "dcp": (
+        {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
+        "context parallelism is not there for latent attention",
+    ),
+    "dtype": ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype is 'fp8_e5m2'; use auto or fp8"),
+    "sizes": (
+        {"hf_overrides": {"kv_lora_rank": 64}},
+        "the kernels take latent dims (64, 128, 256, 512), this model has 16",
+    ),
+}
+"""Options that cannot be served, and what is said of them."""
+WRONG_WEIGHTS: dict[str, tuple[dict[str, Any], str]] = {
+    "surplus": (
+        {"hf_overrides": {"output_gate": False}},
+        "model.layers.0.self_attn.attn: config.json makes no g_proj.weight",
+    ),
+    "shape": (
+        {"hf_overrides": {"q_lora_rank": 16}},
+        "q_a_layernorm.weight is (32,) and config.json makes it (16,)",
+    ),
+}
+"""Fields of config.json that the weights contradict, and what is said."""
+RANKS = (1, 2, 4, 8)
+
+
+def feature_jobs(models: Path) -> list[dict[str, Any]]:
+    """What the scheduler can do with a cache: pieces, prefixes, preemption; FP8; speculation."""
+    model = str(models / FEATURES)
+    job = {"model": model, "new": NEW}
+    small = {"block_size": 32}
+    return [
+        {
+            **job,
+            "name": "chunked",
+            "options": {"max_num_batched_tokens": 32, "max_num_seqs": 6},
+            "batches": [prompts(5, 150, 33, 64, 100, 1)],
+        },
+        {
+            **job,
+            "name": "prefix",
+            "options": small | {"enable_prefix_caching": True},
+            "batches": [[SHARED_PREFIX], WITH_PREFIX],
+        },
+        {
+            **job,
+            "name": "preempted",
+            "options": small | {"num_gpu_blocks_override": 11},
+            "batches": [prompts(60, 61, 62, 63, 50, seed=3)],
+            "new": 40,
+        },
+        {
+            **job,
+            "name": "fp8",
+            "options": {"kv_cache_dtype": "fp8"},
+            "batches": [prompts(*LENGTHS)],
+            "scores": True,
+        },
+        {
+            **job,
+            "name": "speculative",
+            "options": {"speculative_config": LOOKUP},
+            "batches": [[[*p, *p] for p in prompts(6, 20, 50, seed=4)]],
+        },
+        {
+            **job,
+            "name": "dummy",
+            "options": small | {"load_format": "dummy"},
+            "batches": [[[1, 2, 3]]],
+            "page_bytes": RANKS,
+        },
+        *(
+            {**job, "name": f"refused-{name}", "options": options, "batches": []}
+            for name, (options, _) in (REFUSED | WRONG_WEIGHTS).items()
+        ),
+    ]
