@@ -9,7 +9,7 @@ wrongly).
 import pytest
 import torch
 
-from support.interpreted import INTERPRETING, mend_scalars, run_interpreted
+from support.interpreted import INTERPRETING, run_interpreted
 
 if not INTERPRETING:
 
@@ -20,10 +20,16 @@ if not INTERPRETING:
 else:
     from megatron_mlra.maths import attention as functional
     from mlra_kernels import latent_projections
-    from support.modules import BATCH, TOKENS, VARIANTS, assert_near, build, run
+    from support.modules import (  # noqa: F401
+        BATCH,
+        TOKENS,
+        VARIANTS,
+        assert_near,
+        build,
+        groups,
+        run,
+    )
     from unit.layers.test_module_oracle import reference
-
-    mend_scalars()
 
     FLOAT32_TOLERANCE, FLOAT16_TOLERANCE = 2e-6, 2e-3
     """Largest difference over the largest number expected."""
@@ -93,7 +99,7 @@ else:
 
     @pytest.mark.parametrize("form", ["absorbed", "materialized"])
     @pytest.mark.parametrize("variant", ["MLRA-2", "MLRA-4"])
-    def test_the_module_on_these_kernels(variant, form, groups):
+    def test_the_module_on_these_kernels(variant, form, groups):  # noqa: F811
         expected = reference(VARIANTS[variant], TOKENS, BATCH)
         attention = build(
             VARIANTS[variant],
