@@ -73,9 +73,9 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     [
         ("te", "absorbed"),
         ("te", "materialized"),
-        ("sdpa", "absorbed"),
-        ("sdpa", "materialized"),
-        ("latent", "absorbed"),
+        ("torch", "absorbed"),
+        ("torch", "materialized"),
+        ("mlra_kernels", "absorbed"),
     ],
 )
 def test_core_over_a_plan(backend, form, cp, bounds, cut_documents) -> None:

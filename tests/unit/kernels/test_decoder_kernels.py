@@ -127,7 +127,7 @@ else:
         }
         tokens, logits = list(range(50)) + list(range(30)), []
         for ops in (None, TritonOps()):
-            options = LoadOptions(backend="reference", cache_tokens=512)
+            options = LoadOptions(backend="torch", cache_tokens=512)
             loaded = load_model(model, tensors.__getitem__, options)
             loaded.ops = ops or loaded.ops
             runner = Runner(loaded, max_batch=2, max_pages=4)

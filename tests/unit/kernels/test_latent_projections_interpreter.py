@@ -106,9 +106,10 @@ else:
             groups,
             expected.parameters,
             core_form=form,
-            latent_kernels="triton",
+            latent_kernels="mlra_kernels",
         )
         assert (
-            attention.forms is latent_projections and attention.q_norm.forms is latent_projections
+            attention.latent_functions is latent_projections
+            and attention.q_norm.latent_functions is latent_projections
         )
         assert_near(run(attention, expected.x, expected.upstream), expected)

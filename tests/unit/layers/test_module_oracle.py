@@ -104,8 +104,8 @@ def test_rebuilding_the_absorbed_query_changes_no_gradient(modules, groups):
         attention = build(
             MLRA2, groups, expected.parameters, recompute_absorbed_query=rebuilds, **options
         )
-        counted = Mock(wraps=attention.forms)
-        attention.forms = counted
+        counted = Mock(wraps=attention.latent_functions)
+        attention.latent_functions = counted
         results.append(run(attention, expected.x, expected.upstream))
         calls.append(counted.rotate_absorb.call_count)
     assert calls == [1, 2]
