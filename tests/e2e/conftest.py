@@ -26,7 +26,7 @@ def entry():
 def corpus(tmp_path_factory) -> Path:
     """Prefix of some 60 KB of tokenised bytes."""
     folder = tmp_path_factory.mktemp("corpus")
-    source = ROOT / "megatron_mlra" / "config.py"
+    source = ROOT / "megatron_mlra" / "layers" / "config.py"
     lines = [json.dumps({"text": part}) for part in source.read_text().split("\n\n")]
     (folder / "text.jsonl").write_text("\n".join(lines * 4))
     command = [sys.executable, ROOT / "tools/preprocess_data.py", "--tokenizer", "byte"]
