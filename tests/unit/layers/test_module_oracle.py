@@ -30,10 +30,10 @@ from support.oracle import OracleConfig, config_values, document_mask, reference
 
 def check(
     case: OracleConfig,
-    groups,
+    groups,  # noqa: F811
     tokens: int = TOKENS,
     batch: int = BATCH,
-    **overrides,  # noqa: F811
+    **overrides,
 ) -> None:
     expected = reference(case, tokens, batch)
     attention = build(case, groups, expected.parameters, **overrides)
