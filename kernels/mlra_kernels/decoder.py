@@ -8,6 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mlra_kernels import checks
+
+MAX_ROW = 65536
+"""Numbers of a row that one program norms."""
+
 
 @triton.jit
 def _add_rms_norm_kernel(
@@ -41,16 +46,42 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """`x + residual` (x itself without one) and its RMSNorm, statistics in fp32.
 
-    x: `[T, d]` with contiguous rows; residual: `[T, d]` contiguous; weight: `[d]`.
+    x: `[T, d]` with contiguous rows; residual: `[T, d]` contiguous; weight: `[d]`
+    contiguous; all in one float dtype on one GPU, but for weight's dtype. Returns two `[T, d]`.
+
+    Raises:
+        ValueError: an argument does not fit; the message names the value and the fix.
     """
+    checks.check_tensors(x=x, weight=weight, **({} if residual is None else {"residual": residual}))
+    checks.check_device("x", x)
+    checks.check_dims("x", x, "[T, d]")
+    checks.check_number("eps", eps)
     tokens, d = x.shape
+    if not 1 <= d <= MAX_ROW or x.stride(1) != 1:
+        raise ValueError(
+            f"x is {tuple(x.shape)} with strides {x.stride()}: give [T, d] with contiguous rows of"
+            f" 1 to {MAX_ROW} numbers"
+        )
+    checks.check_dtype("x", x, checks.FLOAT_DTYPES)
+    checks.check_dtype("weight", weight, checks.FLOAT_DTYPES)
+    if weight.shape != (d,):
+        raise ValueError(f"weight is {tuple(weight.shape)}: give [{d}], one number a column of x")
+    checks.check_contiguous(weight=weight)
+    if residual is not None:
+        if residual.shape != x.shape or residual.dtype != x.dtype:
+            raise ValueError(
+                f"residual is {tuple(residual.shape)} {residual.dtype}, x {tuple(x.shape)}"
+                f" {x.dtype}: give both alike"
+            )
+        checks.check_contiguous(residual=residual)
     out = torch.empty(tokens, d, dtype=x.dtype, device=x.device)
     total = x if residual is None else torch.empty_like(out)
     block = triton.next_power_of_2(d)
-    _add_rms_norm_kernel[(tokens,)](
-        x, x if residual is None else residual, weight, total, out, x.stride(0), eps,
-        d=d, BLOCK=block, ADD=residual is not None, num_warps=max(1, min(16, block // 512)),
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _add_rms_norm_kernel[(tokens,)](
+            x, x if residual is None else residual, weight, total, out, x.stride(0), eps,
+            d=d, BLOCK=block, ADD=residual is not None, num_warps=max(1, min(16, block // 512)),
+        )  # fmt: skip
     return total, out
 
 
@@ -71,10 +102,21 @@ def _silu_mul_kernel(
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """`[T, 2 f]` contiguous -> silu(first half) * second half, `[T, f]`."""
+    """`[T, 2 f]` contiguous, on a GPU -> silu(first half) * second half, `[T, f]`.
+
+    Raises:
+        ValueError: an argument does not fit; the message names the value and the fix.
+    """
+    checks.check_tensors(gate_up=gate_up)
+    checks.check_device("gate_up", gate_up)
+    checks.check_dtype("gate_up", gate_up, checks.FLOAT_DTYPES)
+    if gate_up.dim() != 2 or gate_up.shape[1] % 2 or not gate_up.shape[1]:
+        raise ValueError(f"gate_up is {tuple(gate_up.shape)}: give [T, 2 f]")
+    checks.check_contiguous(gate_up=gate_up)
     tokens, f = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(tokens, f, dtype=gate_up.dtype, device=gate_up.device)
-    _silu_mul_kernel[(tokens, triton.cdiv(f, 1024))](gate_up, out, f, BLOCK=1024, num_warps=4)
+    with torch.cuda.device_of(gate_up):
+        _silu_mul_kernel[(tokens, triton.cdiv(f, 1024))](gate_up, out, f, BLOCK=1024, num_warps=4)
     return out
 
 
@@ -83,17 +125,19 @@ def _rotate_heads_kernel(
     x_ptr,  # [T, H, e]
     cos_ptr,  # [positions, R / 2] fp32
     sin_ptr,
-    position_ptr,  # [T] int64
+    position_ptr,  # [T] int32 or int64
     stride_t,
     stride_h,
     start,
+    positions,
     HALF: tl.constexpr,
 ):
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i = tl.arange(0, HALF)
-    position = tl.load(position_ptr + token)
-    cos = tl.load(cos_ptr + position * HALF + i)
-    sin = tl.load(sin_ptr + position * HALF + i)
+    position = tl.load(position_ptr + token).to(tl.int64)
+    known = (position >= 0) & (position < positions) & (i < HALF)
+    cos = tl.load(cos_ptr + position * HALF + i, mask=known, other=float("nan"))
+    sin = tl.load(sin_ptr + position * HALF + i, mask=known, other=float("nan"))
     x_ptr += token * stride_t + head * stride_h + start
     first = tl.load(x_ptr + i).to(tl.float32)
     second = tl.load(x_ptr + HALF + i).to(tl.float32)
@@ -105,9 +149,33 @@ def rotate_heads(x: Tensor, start: int, cos: Tensor, sin: Tensor, positions: Ten
     """Rotate dims `start:` of every head in place (half-split RoPE) and return x.
 
     x: `[T, H, e]`, last dim contiguous, e - start = R with R / 2 a power of two; cos, sin:
-    `[positions, R / 2]` fp32 contiguous; positions: `[T]` int64.
+    `[positions, R / 2]` fp32 contiguous; positions: `[T]` int32 or int64 contiguous, a position
+    that the tables lack gives NaN.
+
+    Raises:
+        ValueError: an argument does not fit; the message names the value and the fix.
     """
-    _rotate_heads_kernel[x.shape[:2]](
-        x, cos, sin, positions, x.stride(0), x.stride(1), start, HALF=cos.shape[1], num_warps=1
-    )
+    checks.check_tensors(x=x, cos=cos, sin=sin, positions=positions)
+    checks.check_device("x", x)
+    checks.check_dims("x", x, "[T, H, e]")
+    checks.check_dtype("x", x, checks.FLOAT_DTYPES)
+    if x.stride(2) != 1:
+        raise ValueError("x needs a contiguous last dim: call .contiguous()")
+    tokens, heads, width = x.shape
+    checks.check_integer("start", start, 0, max(width - 2, 0))
+    half = (width - start) // 2
+    if not 1 <= half <= MAX_ROW or half & (half - 1) or width - start != 2 * half:
+        raise ValueError(f"x rotates {width - start} dims from {start} on: make it a power of two")
+    if heads > checks.MAX_GRID:
+        raise ValueError(f"x has {heads} heads: give at most {checks.MAX_GRID}")
+    checks.check_rope_tables(cos, sin, half, "positions")
+    checks.check_dtype("positions", positions, checks.INDEX_DTYPES)
+    if positions.shape != (tokens,):
+        raise ValueError(f"positions is {tuple(positions.shape)}: give [{tokens}]")
+    checks.check_contiguous(positions=positions)
+    with torch.cuda.device_of(x):
+        _rotate_heads_kernel[(tokens, heads)](
+            x, cos, sin, positions, x.stride(0), x.stride(1), start, len(cos), HALF=half,
+            num_warps=1,
+        )  # fmt: skip
     return x

@@ -169,7 +169,7 @@ class PagedStep:
             self.config.softmax_scale,
             num_branches=self.config.num_branches,
             metadata=metadata,
-            backend="triton" if self.backend == "mlra_kernels" else "reference",
+            backend="mlra_kernels" if self.backend == "mlra_kernels" else "torch",
         )
         return out
 

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -18,6 +19,7 @@ from megatron_mlra.checkpoint.tokenizer import checkpoint_tokenizer
 from megatron_mlra.command_line.foreign_text import parse_json
 from megatron_mlra.command_line.parser import OneLineParser, check_output, read_text, write_text
 from megatron_mlra.data.tokenizers import TOKENIZER_TYPES, Tokenizer
+from megatron_mlra.description.backends import current_name
 from megatron_mlra.inference.backends.select import BACKENDS
 from megatron_mlra.inference.cache import CACHE_DTYPES
 from megatron_mlra.inference.engine import Engine, Request
@@ -78,8 +80,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--cache-dtype", choices=CACHE_DTYPES, default="auto", help="auto (default): --dtype"
     )
-    p.add_argument("--backend", choices=BACKENDS, default="auto",
-                   help="auto (default): triton where it runs, else torch (reference)")  # fmt: skip
+    p.add_argument(
+        "--backend", type=partial(current_name, "backend"), choices=BACKENDS, default="auto",
+        help="auto (default): mlra_kernels where they run, else torch",
+    )  # fmt: skip
     p.add_argument(
         "--weight-mode", choices=WEIGHT_MODES, default="replicated",
         help="of query and output projections, tensor parallel (default: replicated)",
@@ -241,7 +245,7 @@ def _engine(
         where = f"{device.partition(':')[0]}, {str(loaded.weights.embedding.dtype)[6:]}"
         size = "" if parallel is None else f", tensor parallel {parallel.size} ({args.weight_mode})"
         print(f"{model.variant}, {where}, backend {loaded.ops.name}{size}", file=sys.stderr)
-    graphs = loaded.ops.name == "triton" and not args.no_graphs
+    graphs = loaded.ops.name == "mlra_kernels" and not args.no_graphs
     runner = Runner(loaded, together, -(-needs[0] // page), graphs=graphs)
     return Engine(runner, args.chunk_size, tokenizer.detokenize)
 

@@ -39,7 +39,7 @@ class LoadOptions:
     max_positions: int | None = None
     """Longest sequence; None: the model's max_position_embeddings."""
     backend: str = "auto"
-    """'triton', 'reference', or 'auto': triton where it runs."""
+    """'mlra_kernels' (CUDA), 'torch', or 'auto': the kernels where they run."""
     weight_mode: str = "replicated"
     """See `parallel.WEIGHT_MODES`."""
 

@@ -86,7 +86,7 @@ class InferenceModel:
             shard = HeadShard.plan(model, self.parallel.size, self.parallel.rank, "replicated")
         self.shard = shard
         self.max_positions = max_positions
-        self.static_decoding = ops.name == "triton"
+        self.static_decoding = ops.name == "mlra_kernels"
         """Whether decoding steps may be captured; else experts run as in prefill, which a CPU does
         several times faster."""
         self.device = weights.embedding.device

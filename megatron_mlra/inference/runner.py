@@ -47,9 +47,9 @@ class Runner:
     def __init__(
         self, model: InferenceModel, max_batch: int, max_pages: int, graphs: bool = False
     ) -> None:
-        if graphs and model.ops.name != "triton":
+        if graphs and model.ops.name != "mlra_kernels":
             raise ValueError(
-                f"CUDA graphs need backend triton, this is {model.ops.name}; leave graphs out"
+                f"CUDA graphs need backend mlra_kernels, this is {model.ops.name}; leave graphs out"
             )
         self.model = model
         self.max_batch = max_batch = whole("max_batch", max_batch)

@@ -25,7 +25,7 @@ from megatron_mlra.layers.fp8 import linear_config
 from megatron_mlra.layers.projections import (
     LatentUpProjection,
     ShardedRMSNorm,
-    latent_forms,
+    latent_functions,
     split_rows_factory,
 )
 from megatron_mlra.layers.recompute import rebuilt_in_backward
@@ -98,7 +98,7 @@ class MLRASelfAttention(Attention):
         self.shard = LatentShard.plan(config, group.size(), group.rank())
         self.parallel = LatentParallel(config, self.shard, group, config.sequence_parallel)
         self.context = ContextParallel(pg_collection.cp)
-        self.forms = latent_forms(config)
+        self.latent_functions = latent_functions(config)
         # Offloading keeps tensors by hooks of its own, which rebuilding would hide from it.
         self.rebuilds_query = (
             config.absorbed
@@ -262,8 +262,8 @@ class MLRASelfAttention(Attention):
         if not self.config.absorbed:
             weight = self.linear_kv_up_proj.weight
             return materialized_qkv(q, latents, k_rope, weight, (cos, sin), (key_cos, key_sin))
-        query = self.forms.rotate_absorb(q, self._up_projections[0], cos, sin)
-        return query, self.forms.join_keys(latents, k_rope, key_cos, key_sin)
+        query = self.latent_functions.rotate_absorb(q, self._up_projections[0], cos, sin)
+        return query, self.latent_functions.join_keys(latents, k_rope, key_cos, key_sin)
 
     @property
     def _up_projections(self) -> tuple[Tensor, Tensor]:
@@ -277,11 +277,13 @@ class MLRASelfAttention(Attention):
         config = self.config
         # torch's core is called for every span, and each call would rebuild the whole query.
         backend = resolve_core_backend(config.core_backend, config.transformer_impl)
-        many_calls = backend == "sdpa" and len(plan.spans) > 2
+        many_calls = backend == "torch" and len(plan.spans) > 2
         if many_calls or not (config.absorbed and config.recompute_absorbed_query):
             return nullcontext()
         w_uk = self._up_projections[0].detach()
-        return rebuilt_in_backward(query, lambda: self.forms.rotate_absorb(q, w_uk, *angles))
+        return rebuilt_in_backward(
+            query, lambda: self.latent_functions.rotate_absorb(q, w_uk, *angles)
+        )
 
     def _attend(
         self,
@@ -323,7 +325,9 @@ class MLRASelfAttention(Attention):
         config, shard = self.config, self.shard
         z = z.view(*z.shape[:2], shard.branches, shard.heads, -1)
         if config.absorbed:
-            out = self.forms.sum_branches(z, self._up_projections[1], config.branch_scale)
+            out = self.latent_functions.sum_branches(
+                z, self._up_projections[1], config.branch_scale
+            )
         else:
             out = z.sum(2) * config.branch_scale
         return self.parallel.reduce_branches(out).flatten(2)

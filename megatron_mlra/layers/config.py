@@ -16,28 +16,30 @@ import torch
 from megatron.core.models.common.embeddings import _yarn_get_mscale
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+from megatron_mlra.description.backends import current_name
 from megatron_mlra.description.latent import LatentSizes
 from megatron_mlra.layers.fp8 import FP8_LINEARS, check_fp8
 from megatron_mlra.sharding import fit
 
 TP_LAYOUTS = ("head", "latent")
 CORE_FORMS = ("auto", "absorbed", "materialized")
-CORE_BACKENDS = ("auto", "sdpa", "te", "latent")
-LATENT_KERNELS = ("auto", "torch", "triton")
+CORE_BACKENDS = ("auto", "torch", "te", "mlra_kernels")
+LATENT_KERNELS = ("auto", "torch", "mlra_kernels")
 
 
 def resolve_core_backend(core_backend: str, transformer_impl: str) -> str:
-    """What is asked for; `auto` follows the layers' implementation: 'sdpa' or 'te'."""
+    """What is asked for; `auto` follows the layers' implementation: 'torch' or 'te'."""
+    core_backend = current_name("core_backend", core_backend)
     if core_backend != "auto":
         return core_backend
-    return "te" if transformer_impl == "transformer_engine" else "sdpa"
+    return "te" if transformer_impl == "transformer_engine" else "torch"
 
 
 def resolve_latent_kernels(latent_kernels: str, transformer_impl: str) -> str:
-    """'torch' or 'triton': `auto` follows the layers' implementation."""
+    """'torch' or 'mlra_kernels': `auto` follows the layers' implementation."""
     if latent_kernels != "auto":
         return latent_kernels
-    return "triton" if transformer_impl == "transformer_engine" else "torch"
+    return "mlra_kernels" if transformer_impl == "transformer_engine" else "torch"
 
 
 @dataclass
@@ -77,13 +79,13 @@ class MLRAConfig(LatentSizes, MLATransformerConfig):
     values for N h heads; 'auto' absorbs where that costs no FLOPs, i.e. where d_l <= d_h."""
 
     core_backend: str = "auto"
-    """'sdpa' (torch), 'te' (Transformer Engine), 'latent' (this project's kernels of the absorbed
-    form, on Hopper). 'auto' is sdpa with local layers; with Transformer Engine's, latent where it
-    fits, and te for packed documents and all else."""
+    """'torch', 'te' (Transformer Engine), 'mlra_kernels' (this project's kernels of the absorbed
+    form, on Hopper). 'auto' is torch with local layers; with Transformer Engine's, mlra_kernels
+    where they fit, and te for all else."""
 
     latent_kernels: str = "auto"
-    """Norms, absorbed queries and keys, and branch sums by 'torch' or by this project's 'triton'
-    kernels; 'auto' takes the kernels with Transformer Engine layers."""
+    """Norms, absorbed queries and keys, and branch sums by 'torch' or by this project's kernels
+    ('mlra_kernels'); 'auto' takes the kernels with Transformer Engine layers."""
 
     recompute_absorbed_query: bool = True
     """Rebuild the absorbed core's queries, N h (d_l + d_r) numbers a token, in backward from
@@ -101,6 +103,8 @@ class MLRAConfig(LatentSizes, MLATransformerConfig):
 
     def __post_init__(self) -> None:
         self.multi_latent_attention = True
+        self.core_backend = current_name("core_backend", self.core_backend)
+        self.latent_kernels = current_name("latent_kernels", self.latent_kernels)
         self._validate_variant()
         # Attention sizes its output projection by kv_channels and divides num_query_groups by TP.
         self.kv_channels = self.v_head_dim

@@ -62,7 +62,7 @@ class SDPACoreAttention(_CoreAttention):
         to, replaces the plan (reset attention masks)."""
         if packed_seq_params is not None or attention_bias is not None:
             raise ValueError(
-                "core_backend sdpa takes neither packed sequences nor attention biases"
+                "core_backend torch takes neither packed sequences nor attention biases"
             )
         d_v = value.size(-1)
         # torch's fused kernels want one head dim for all three, on CPU no grouped queries either.

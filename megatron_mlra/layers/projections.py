@@ -25,7 +25,7 @@ from megatron_mlra.sharding.placement import local_shape, placements, training_s
 from megatron_mlra.sharding.tensor_parallel import LatentShard, all_reduce_sum
 
 
-def latent_forms(config: MLRAConfig) -> ModuleType:
+def latent_functions(config: MLRAConfig) -> ModuleType:
     """The implementation of `latent_kernels`: modules of equal functions `rms_norm`,
     `rotate_absorb`, `join_keys` and `sum_branches`."""
     # Baselines share the norm, not the choice.
@@ -85,7 +85,7 @@ class ShardedRMSNorm(MegatronModule):
         self.part = size // num_norms
         self.width = size // tp_group.size()
         self.is_local = self.width % self.part == 0
-        self.forms = latent_forms(config)
+        self.latent_functions = latent_functions(config)
         self.weight = torch.nn.Parameter(_allocate((self.width,), config).fill_(1.0))
         set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
 
@@ -93,7 +93,9 @@ class ShardedRMSNorm(MegatronModule):
         """`[..., w]` -> `[..., w]`, the same dtype; statistics in float32."""
         if self.is_local:
             parts, weight = x.unflatten(-1, (-1, self.part)), self.weight.view(-1, self.part)
-            return self.forms.rms_norm(parts, weight, self.eps, self.scale).reshape(x.shape)
+            return self.latent_functions.rms_norm(parts, weight, self.eps, self.scale).reshape(
+                x.shape
+            )
         wide = x.float()
         total = wide.square().sum(-1, keepdim=True)
         mine = self.tp_group.rank() * self.width // self.part

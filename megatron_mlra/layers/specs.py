@@ -66,11 +66,11 @@ def _core_attention(config: MLRAConfig):
         from megatron_mlra.layers.transformer_engine import te_core_attention
 
         return te_core_attention
-    return LatentCoreAttention if backend == "latent" else SDPACoreAttention
+    return LatentCoreAttention if backend == "mlra_kernels" else SDPACoreAttention
 
 
 def core_backend(config: MLRAConfig) -> str:
-    """The core that `config.core_backend` stands for: 'sdpa', 'te' or 'latent'.
+    """The core that `config.core_backend` stands for: 'torch', 'te' or 'mlra_kernels'.
 
     Raises:
         ValueError: if a requested backend is not installed, or does not support this model's sizes.
@@ -79,12 +79,12 @@ def core_backend(config: MLRAConfig) -> str:
     if backend == "te" and not HAVE_TE:
         raise ValueError(
             "core_backend te needs Transformer Engine, which is not installed; install the extra"
-            " megatron-mlra[te] or use core_backend sdpa"
+            " megatron-mlra[te] or use core_backend torch"
         )
-    if backend == "latent" and (misfit := _latent_core_misfit(config)):
-        raise ValueError(f"core_backend latent {misfit}, or core_backend auto")
+    if backend == "mlra_kernels" and (misfit := _latent_core_misfit(config)):
+        raise ValueError(f"core_backend mlra_kernels {misfit}, or core_backend auto")
     if backend == "te" and config.core_backend == "auto" and not _latent_core_misfit(config):
-        return "latent"
+        return "mlra_kernels"
     return backend
 
 

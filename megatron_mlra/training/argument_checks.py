@@ -181,8 +181,8 @@ def _check_precision(args: Namespace) -> None:
         check_fp8_tokens(args)
     if torch.cuda.is_available():
         return
-    if args.latent_kernels == "triton":
-        raise ValueError("--latent-kernels triton needs a GPU, and there is none; use torch")
+    if args.latent_kernels == "mlra_kernels":
+        raise ValueError("--latent-kernels mlra_kernels needs a GPU, and there is none; use torch")
     for name, value in CPU_DEFAULTS.items():
         asked = getattr(args, name)
         if asked != value:
@@ -229,10 +229,10 @@ def _check_parallel(args: Namespace) -> None:
             " do not see the mask; use at most 2 stages, not split into virtual ones"
         )
     core = resolve_core_backend(args.core_backend, args.transformer_impl)
-    if args.reset_attention_mask and core != "sdpa":
+    if args.reset_attention_mask and core != "torch":
         raise ValueError(
             f"--reset-attention-mask: the causal core of --core-backend {core} does not see the"
-            " mask; use --core-backend sdpa, or --transformer-impl local"
+            " mask; use --core-backend torch, or --transformer-impl local"
         )
 
 

@@ -22,6 +22,7 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 
 from megatron_mlra.command_line.parser import did_you_mean
+from megatron_mlra.description.backends import current_name
 from megatron_mlra.layers.baselines.config import BaselineConfig
 from megatron_mlra.layers.config import (
     CORE_BACKENDS,
@@ -110,6 +111,7 @@ def add_mlra_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     group.add_argument("--core-form", choices=CORE_FORMS, default="auto")
     group.add_argument(
         "--core-backend",
+        type=partial(current_name, "core_backend"),
         choices=CORE_BACKENDS,
         default="auto",
         help="the core by torch, Transformer Engine or this project's kernels of the absorbed form"
@@ -124,9 +126,11 @@ def add_mlra_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     )
     group.add_argument(
         "--latent-kernels",
+        type=partial(current_name, "latent_kernels"),
         choices=LATENT_KERNELS,
         default="auto",
-        help="the passes around the core by torch or by Triton kernels (auto: with TE layers)",
+        help="the passes around the core by torch or by this project's kernels (auto: with TE"
+        " layers)",
     )
     group.add_argument(
         "--no-recompute-absorbed-query",

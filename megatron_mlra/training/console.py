@@ -78,7 +78,7 @@ def accelerated_parts(args: Namespace) -> str:
         sum_note = "weight gradients summed in their products yes"
     else:
         sum_note = "weight gradients summed in their products no (in a pass of their own)"
-    triton_note = "Triton yes" if has("triton") else "Triton no (decoding runs its torch reference)"
+    triton_note = "Triton yes" if has("triton") else "Triton no (decoding runs on torch)"
     return f"accelerated parts: {te_note}; {sum_note}; {triton_note}"
 
 

@@ -112,8 +112,8 @@ def test_ranks_write_what_one_process_writes(checkpoint, capsys):
         (["--prompt", "x", "--output", "/"], "--output / is a folder; name a file in it"),
         (["--prompt", "x", "--output", "/no/x"], "--output /no/x: there is no folder /no; make"),
         (
-            ["--prompt", "x", "--max-new-tokens", 4, "--backend", "triton"],
-            "backend triton needs a CUDA device, this is cpu; use backend reference",
+            ["--prompt", "x", "--max-new-tokens", 4, "--backend", "mlra_kernels"],
+            "backend mlra_kernels need a CUDA device, this is cpu; use backend torch",
         ),
         (
             ["--prompt", "abc", "--max-new-tokens", 9, "--cache-tokens", 8],
@@ -124,7 +124,7 @@ def test_ranks_write_what_one_process_writes(checkpoint, capsys):
     ],
 )
 def test_bad_input_is_one_line(checkpoint, capsys, argv, message):
-    device = [] if "triton" not in argv else ["--device", "cpu"]
+    device = [] if "mlra_kernels" not in argv else ["--device", "cpu"]
     code, out, err = generate(capsys, checkpoint, *argv, *device)
     assert code == 2 and not out
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err

@@ -73,9 +73,9 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     [
         ("te", "absorbed"),
         ("te", "materialized"),
-        ("sdpa", "absorbed"),
-        ("sdpa", "materialized"),
-        ("latent", "absorbed"),
+        ("torch", "absorbed"),
+        ("torch", "materialized"),
+        ("mlra_kernels", "absorbed"),
     ],
 )
 def test_core_over_a_plan(backend, form, cp, bounds, cut_documents) -> None:
@@ -92,7 +92,7 @@ def test_core_over_a_plan(backend, form, cp, bounds, cut_documents) -> None:
         plan = plan_of(cp, rank, bounds, cut_documents)
         q, k = draw(TOKENS // cp, heads, 192), draw(TOKENS, kv_heads, 192)
         # The latent core's values are part of its keys.
-        leaves = [q, k] if backend == "latent" else [q, k, draw(TOKENS, kv_heads, 128)]
+        leaves = [q, k] if backend == "mlra_kernels" else [q, k, draw(TOKENS, kv_heads, 128)]
         out = core(q, k, leaves[2] if len(leaves) == 3 else k[..., :128], None, plan=plan)
         upstream = torch.randn_like(out)
         found = (out, *torch.autograd.grad(out, leaves, upstream))

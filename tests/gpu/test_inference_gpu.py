@@ -96,7 +96,7 @@ def test_the_engine_chooses_what_it_chooses_on_a_cpu(name):
     outputs = []
     runners = [
         _runner(MODELS[name], "cpu", False, dtype="float32"),
-        _runner(MODELS[name], "cuda", True, dtype="bfloat16", backend="triton"),
+        _runner(MODELS[name], "cuda", True, dtype="bfloat16", backend="mlra_kernels"),
     ]
     for runner in runners:
         engine = Engine(runner, chunk_size=96)

@@ -96,7 +96,7 @@ def relative_error(got, want):
 
 
 def check(args, kwargs, limit=BF16_ERROR, **options):
-    want_out, want_lse = latent_decode(*args, **kwargs, backend="reference")
+    want_out, want_lse = latent_decode(*args, **kwargs, backend="torch")
     poison()
     out, lse = latent_decode(*args, **kwargs, **options)
     assert torch.isfinite(out).all()
@@ -226,7 +226,7 @@ def test_cuda_graph_follows_new_lengths_without_allocating():
         args[4].copy_(torch.tensor(lengths, dtype=torch.int32))
         out.fill_(math.nan)
         graph.replay()
-        want_out, want_lse = latent_decode(*args, **kwargs, backend="reference")
+        want_out, want_lse = latent_decode(*args, **kwargs, backend="torch")
         assert relative_error(out, want_out) <= BF16_ERROR
         torch.testing.assert_close(lse, want_lse, rtol=1e-3, atol=1e-2)
     torch.cuda.empty_cache()
@@ -253,7 +253,7 @@ def test_cache_over_two_to_the_31_elements():
     far = table.clone()
     far[0, :100] = pages - 1 - torch.arange(100, device="cuda").int() * 7
     cache[far[0, :100].long()] = small[table[0, :100].long()]
-    want = latent_decode(*args, **kwargs, backend="reference")
+    want = latent_decode(*args, **kwargs, backend="torch")
     for config in (None, DecodeConfig(64, 64, 4, 3, 2)):
         big = (q, r, cache, far, lens, scale)
         out, lse = latent_decode(*big, **kwargs, metadata=metadata_for(big, config=config))
@@ -279,7 +279,7 @@ def test_append_writes_what_the_reference_writes(latents, fp8):
     slots[::5] = -1
     shape = (20, page, latents * dim + rope * (2 if fp8 else 1))
     filled = []
-    for backend in ("reference", "triton"):
+    for backend in ("torch", "mlra_kernels"):
         cache = torch.full(shape, 0x7F, dtype=torch.uint8, device="cuda").view(FP8_DTYPE)
         cache = cache if fp8 else cache.bfloat16()
         scale = torch.full((20, latents, page), math.nan, device="cuda") if fp8 else None
@@ -308,5 +308,5 @@ def test_merge_states_equals_one_call_over_all_tokens():
     got = merge_states(outs, lses)
     assert relative_error(got[0], out) <= BF16_ERROR
     torch.testing.assert_close(got[1], lse, rtol=1e-4, atol=1e-3)
-    want = merge_states(outs, lses, backend="reference")
+    want = merge_states(outs, lses, backend="torch")
     torch.testing.assert_close(got[0], want[0], rtol=1e-2, atol=1e-3)

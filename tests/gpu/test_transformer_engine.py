@@ -97,7 +97,7 @@ def test_transformer_engine_equals_torch(variant: tuple[int, int, bool], core_fo
         assert difference(te_gradients[name], gradient) <= BF16_TOLERANCE, name
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "te", "latent"])
+@pytest.mark.parametrize("backend", ["torch", "te", "mlra_kernels"])
 def test_other_cores_under_transformer_engine(backend: str) -> None:
     """The core's backend is a choice of its own."""
     expected, gradients, weights = run("local")

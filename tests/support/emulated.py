@@ -185,8 +185,8 @@ class _Machine:
     def minimum(self, a, b: int):
         return a.clamp(max=b) if isinstance(a, Tensor) else min(a, b)
 
-    def maximum(self, a: Tensor, b: Tensor) -> Tensor:
-        return torch.maximum(a, b)
+    def maximum(self, a, b):
+        return torch.maximum(a, b) if isinstance(a, Tensor) else max(a, b)
 
     def max(self, x: Tensor, axis: int) -> Tensor:
         return x.amax(axis)

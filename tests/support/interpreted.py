@@ -24,16 +24,3 @@ def run_interpreted(file: str) -> str:
     )
     assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
     return child.stdout
-
-
-def mend_scalars() -> None:
-    """NumPy 2.5 no longer turns a one-element array into an int, as the interpreter needs."""
-    from triton.runtime import interpreter
-
-    patch_lang_tensor = interpreter._patch_lang_tensor
-
-    def patch_with_index(tensor, scope):
-        patch_lang_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patch_with_index

@@ -18,6 +18,7 @@ import triton
 from mlra_kernels.benchmarks.latent_decode import commit
 from mlra_kernels.benchmarks.timing import graph_microseconds
 from mlra_kernels.latent_attention import key_ranges, latent_attention, misfit
+from mlra_kernels.latent_attention.reference import latent_attention_reference
 
 PAIRS, GROUPS, LATENT, ROPE = 96, 4, 128, 64
 SCALE = (LATENT + ROPE) ** -0.5
@@ -67,20 +68,15 @@ def flops(spans: list[Span], sequences: int) -> tuple[int, int]:
 def error(query, key, grad, spans, out, grad_query) -> float:
     """The largest relative difference of norms, of the first and the last head."""
     worst = 0.0
+    ranges = key_ranges(spans).to(query.device)
     for head in (0, PAIRS - 1):
         group = head * GROUPS // PAIRS
-        pieces = []
-        for a, b, start, stop in spans:
-            q, k = query[a:b, 0, head].float(), key[start:stop, 0, group].float()
-            q = q.requires_grad_()
-            x = q @ k.T * SCALE
-            future = torch.ones_like(x, dtype=torch.bool).triu(1 + (stop - start) - (b - a))
-            expected = x.masked_fill(future, -math.inf).softmax(-1) @ k[:, :LATENT]
-            (wanted,) = torch.autograd.grad(expected, q, grad[a:b, 0, head].float())
-            pieces.append((expected.detach(), wanted))
-        for ours, theirs in zip((out, grad_query), zip(*pieces, strict=True), strict=True):
-            theirs = torch.cat(theirs)
-            difference = ours[:, 0, head].float() - theirs
+        q = query[:, :1, head : head + 1].float().requires_grad_()
+        k = key[:, :1, group : group + 1].float()
+        expected, _ = latent_attention_reference(q, k, LATENT, SCALE, ranges)
+        (wanted,) = torch.autograd.grad(expected, q, grad[:, :1, head : head + 1].float())
+        for ours, theirs in ((out, expected.detach()), (grad_query, wanted)):
+            difference = ours[:, :1, head : head + 1].float() - theirs
             worst = max(worst, (difference.norm() / theirs.norm()).item())
     return worst
 

@@ -54,7 +54,7 @@ def gate(workload: Workload, call, name: str) -> float:
     w = workload
     want_out, want_lse = latent_decode(
         w.q_absorbed, w.q_rope, w.cache, w.tables[0], w.cache_seqlens, w.softmax_scale,
-        num_branches=w.shape.num_branches, cache_scale=w.cache_scale, backend="reference",
+        num_branches=w.shape.num_branches, cache_scale=w.cache_scale, backend="torch",
     )  # fmt: skip
     out, lse = call()
     error = ((out.float() - want_out.float()).norm() / want_out.float().norm()).item()

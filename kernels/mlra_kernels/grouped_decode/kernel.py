@@ -21,6 +21,8 @@ def grouped_decode_kernel(
     stride_qb,
     stride_qh,
     stride_table,
+    capacity,  # tokens that the table holds of a sequence
+    num_pages,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     J: tl.constexpr,
@@ -30,10 +32,15 @@ def grouped_decode_kernel(
     PAGE: tl.constexpr,
     MIN_TOKENS: tl.constexpr,
 ):
-    """One part of one sequence for the J query heads of a key head; grid (P, K, b)."""
-    part, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """One part of one sequence for the J query heads of a key head; grid (P, K, b).
+
+    A length that the table cannot hold gives NaN; page ids outside of the cache read some page.
+    """
+    part, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     parts, batch = tl.num_programs(0), tl.num_programs(2)
     length = tl.load(seqlens_ptr + b)
+    held = (length >= 0) & (length <= capacity)
+    length = tl.where(held, length, 0)
     tiles = tl.maximum(tl.cdiv(tl.cdiv(length, parts), N), MIN_TOKENS // N)
     begin = part * tiles * N
     end = tl.minimum(begin + tiles * N, length)
@@ -46,7 +53,8 @@ def grouped_decode_kernel(
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, D], tl.float32)
     for first in tl.range(begin, end, N):
-        page = tl.load(table_ptr + b * stride_table + first // PAGE).to(tl.int64)
+        page = tl.load(table_ptr + b * stride_table + first // PAGE)
+        page = tl.minimum(tl.maximum(page, 0), num_pages - 1).to(tl.int64)
         token = page * PAGE + first % PAGE + tile
         seen = first + tile < end
         at = (token[:, None] * KV_HEADS + kv_head) * D + dims
@@ -63,6 +71,7 @@ def grouped_decode_kernel(
     safe = tl.where(total > 0, total, 1.0)
     at = (part.to(tl.int64) * batch + b) * HEADS + heads
     lse = tl.where(total > 0, (best + tl.log2(safe)) * 0.6931471805599453, float("-inf"))
-    tl.store(lse_ptr + at, lse, mask=rows < J)
-    acc = (acc / safe[:, None]).to(out_ptr.dtype.element_ty)
+    # A length that cannot be: NaN with a weight, which merging keeps.
+    tl.store(lse_ptr + at, tl.where(held, lse, 0.0), mask=rows < J)
+    acc = tl.where(held, acc / safe[:, None], float("nan")).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + at[:, None] * D + dims, acc, mask=rows[:, None] < J)

@@ -6,6 +6,8 @@ Letters: b sequences, H query heads, K key/value heads, D head dim, t cached tok
 import torch
 from torch import Tensor
 
+from mlra_kernels import checks
+
 
 def grouped_decode_reference(
     q: Tensor,
@@ -18,10 +20,10 @@ def grouped_decode_reference(
     """One query token a sequence over its cached tokens; arguments as in `ops.grouped_decode`."""
     out = torch.zeros_like(q)
     page_size, kv_heads = keys.shape[1:3]
-    for b, length in enumerate(cache_seqlens.tolist()):
+    read = checks.read_paging(block_table, cache_seqlens, page_size, keys.shape[0])
+    for b, (length, pages) in enumerate(read):
         if length == 0:
             continue
-        pages = block_table[b, : -(-length // page_size)].long()
         k, v = (x[pages].flatten(0, 1)[:length].float() for x in (keys, values))
         grouped = q[b].float().unflatten(0, (kv_heads, -1))  # [K, H / K, D]
         scores = torch.einsum("kjd,tkd->kjt", grouped, k) * softmax_scale

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from mlra_kernels import checks
 from mlra_kernels.latent_attention.backward_kernel import latent_attention_backward, row_products
 from mlra_kernels.latent_attention.forward_kernel import latent_attention_forward
 
@@ -51,8 +52,10 @@ def latent_attention(
         key: `[t, b, G, latent_dim + rope]`, t >= s; head p reads key head p G / P.
         scale: of the scores before the softmax.
         ranges: first and last key of each query, int32 `[2, s]` on the same device; neither may
-            fall from one query to the next, nor last lie before first or past t - 1, which is not
-            checked. Packed documents and a context-parallel rank's chunks are such (`key_ranges`).
+            fall from one query to the next, nor last lie before first or past t - 1. That is not
+            checked: other numbers give wrong results, though no kernel reads past its keys or
+            waits for ever. Packed documents and a context-parallel rank's chunks are such
+            (`key_ranges`).
 
     Returns:
         `[s, b, P, latent_dim]`. The gradient of `key` holds what comes through the values too; it
@@ -61,7 +64,7 @@ def latent_attention(
     Raises:
         ValueError: see check_supported, or the tensors are not on a Hopper GPU.
     """
-    _check(query, key, latent_dim, causal=True)
+    _check(query, key, latent_dim, scale, causal=True)
     if ranges is not None:
         _check_ranges(ranges, query)
         ranges = ranges.contiguous()
@@ -82,7 +85,7 @@ def latent_attention_with_lse(
     Raises:
         ValueError: see latent_attention.
     """
-    _check(query, key, latent_dim, causal)
+    _check(query, key, latent_dim, scale, causal)
     past = len(key) - len(query) if causal else len(key)
     return _forward(query.contiguous(), key.contiguous(), latent_dim, scale, past, None)
 
@@ -96,7 +99,26 @@ def key_ranges(spans: Sequence[tuple[int, int, int, int]]) -> Tensor:
 
     Returns:
         int32 `[2, s]`.
+
+    Raises:
+        ValueError: the spans do not cover the queries in order, or what they read falls.
     """
+    if not isinstance(spans, Sequence) or isinstance(spans, str) or not spans:
+        raise ValueError("spans is no sequence of (first query, end, first key, end): give one")
+    end = opened = closed = 0
+    for span in spans:
+        whole = isinstance(span, Sequence) and len(span) == 4
+        if not whole or not all(isinstance(x, int) and 0 <= x < 2**31 for x in span):
+            raise ValueError(f"span {span!r} is not four integers from 0 on: give those")
+        a, b, start, stop = span
+        if a != end or b <= a:
+            raise ValueError(f"span {span} follows query {end}: spans cover all queries in order")
+        if stop - start < b - a or start < opened or stop - (b - a) + 1 < closed:
+            raise ValueError(
+                f"span {span} reads too few keys or earlier ones than the span before: give each"
+                " at least as many keys as queries, and keys in order"
+            )
+        end, opened, closed = b, start, stop
     first = [torch.full((b - a,), start) for a, b, start, _ in spans]
     last = [torch.arange(a - b, 0) + stop for a, b, _, stop in spans]
     return torch.stack([torch.cat(first), torch.cat(last)]).to(torch.int32)
@@ -130,16 +152,22 @@ def check_supported(query: Tensor, key: Tensor, latent_dim: int, *, causal: bool
     Raises:
         ValueError: one line that names the value and what works.
     """
-    width, rope = query.size(-1), query.size(-1) - latent_dim
+    checks.check_tensors(query=query, key=key)
+    checks.check_dims("query", query, "[s, b, P, e]")
+    checks.check_dims("key", key, "[t, b, G, e]")
+    width, rope = query.size(3), query.size(3) - latent_dim
     for name, x in (("query", query), ("key", key)):
         if x.dtype not in _DTYPES or x.dtype != query.dtype:
             raise ValueError(f"{name} is {x.dtype}; latent_attention takes bfloat16 or float16")
         too_few = causal and len(x) < len(query)
-        if x.dim() != 4 or (x.size(1), x.size(3)) != (query.size(1), width) or too_few:
+        empty = not x.numel()
+        if empty or (x.size(1), x.size(3)) != (query.size(1), width) or too_few:
             raise ValueError(
                 f"query is {list(query.shape)} and {name} {list(x.shape)}; they are [s, b, P, e]"
-                " and [t, b, G, e] with t >= s"
+                " and [t, b, G, e] with t >= s, none of them 0"
             )
+    if max(query.size(1), query.size(2)) > checks.MAX_GRID:
+        raise ValueError(f"query is {list(query.shape)}; b and P are at most {checks.MAX_GRID}")
     if not _takes_sizes(latent_dim, rope):
         raise ValueError(
             f"latent dim {latent_dim} with {rope} RoPE dims; latent_attention takes 32, 64 or 128"
@@ -157,13 +185,16 @@ def _is_hopper(device: torch.device | None = None) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
-def _check(query: Tensor, key: Tensor, latent_dim: int, causal: bool) -> None:
+def _check(query: Tensor, key: Tensor, latent_dim: int, scale: float, causal: bool) -> None:
+    checks.check_integer("latent_dim", latent_dim, 1)
+    checks.check_number("scale", scale, positive=True)
     check_supported(query, key, latent_dim, causal=causal)
     if not (query.is_cuda and _is_hopper(query.device)):
         raise ValueError(f"latent_attention runs on Hopper GPUs, not on {query.device}")
 
 
 def _check_ranges(ranges: Tensor, query: Tensor) -> None:
+    checks.check_tensors(query=query, ranges=ranges)
     expected = (torch.int32, (2, len(query)), query.device)
     if (ranges.dtype, tuple(ranges.shape), ranges.device) != expected:
         raise ValueError(

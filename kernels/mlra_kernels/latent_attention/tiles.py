@@ -82,6 +82,9 @@ def tiles_read(start, count: gl.constexpr, reading, N: gl.constexpr, RANGES: gl.
     """Of the tiles of N keys that `count` queries from `start` on read: the first, how many."""
     first, _ = keys_read(start, reading, RANGES)
     _, last = keys_read(start + count - 1, reading, RANGES)
+    if RANGES:  # whatever they hold: at least one tile, and none behind the last key
+        last = gl.maximum(gl.minimum(last, reading[2] - 1), 0)
+        first = gl.maximum(gl.minimum(first, last), 0)
     return first // N, last // N - first // N + 1
 
 

@@ -14,7 +14,7 @@ def latent_cache_append_kernel(
     cos_ptr,  # [positions, H] fp32
     sin_ptr,  # [positions, H] fp32
     position_ptr,  # [tokens]
-    slot_ptr,  # [tokens]: page * PAGE + offset, or negative to skip
+    slot_ptr,  # [tokens]: page * PAGE + offset; negative or from `slots` on: skipped
     latent_ptr,  # [pages, PAGE, L * D]
     rope_ptr,  # [pages, PAGE, R]
     scale_ptr,  # [pages, L, PAGE] fp32, FP8 only
@@ -27,6 +27,8 @@ def latent_cache_append_kernel(
     stride_rt,
     stride_sp,
     stride_sl,
+    slots,
+    positions,
     L: tl.constexpr,
     D: tl.constexpr,
     H: tl.constexpr,
@@ -37,7 +39,7 @@ def latent_cache_append_kernel(
     token = tl.program_id(0).to(tl.int64)
     latent = tl.program_id(1)
     slot = tl.load(slot_ptr + token).to(tl.int64)
-    if slot >= 0:
+    if (slot >= 0) & (slot < slots):
         page, offset = slot // PAGE, slot % PAGE
         kv_ptr += token * stride_kv
         if latent < L:
@@ -54,8 +56,10 @@ def latent_cache_append_kernel(
         else:
             h = tl.arange(0, H)
             position = tl.load(position_ptr + token).to(tl.int64)
-            cos = tl.load(cos_ptr + position * H + h)
-            sin = tl.load(sin_ptr + position * H + h)
+            # A position that the tables lack makes a key that shows it.
+            known = (position >= 0) & (position < positions) & (h < H)
+            cos = tl.load(cos_ptr + position * H + h, mask=known, other=float("nan"))
+            sin = tl.load(sin_ptr + position * H + h, mask=known, other=float("nan"))
             first = tl.load(kv_ptr + L * D + h).to(tl.float32)
             second = tl.load(kv_ptr + L * D + H + h).to(tl.float32)
             k_ptrs = rope_ptr + page * stride_rp + offset * stride_rt + h

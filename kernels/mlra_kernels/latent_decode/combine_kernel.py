@@ -29,8 +29,11 @@ def combine_kernel(
     part_out_ptr,  # [P + b, L, rows, D] fp32
     part_lse_ptr,  # [P + b, L, rows] fp32, base 2
     splits_ptr,  # [b, 2] int32: first slot, number of parts
+    planned_ptr,  # [b] int32: the length that the parts are of
+    seqlens_ptr,  # [b] int32: the length asked for
     out_ptr,  # [b, q, L, j, D]
     lse_ptr,  # [b, q, L, j] fp32, natural
+    capacity,  # tokens that the block table holds of a sequence
     Q_LEN: tl.constexpr,
     HEADS: tl.constexpr,
     LATENTS: tl.constexpr,
@@ -40,16 +43,22 @@ def combine_kernel(
     DB: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Merge the parts of split sequences, fill in empty ones; grid (D / DB, L * rows / X, b)."""
+    """Merge the parts of split sequences, fill in empty ones; grid (D / DB, L * rows / X, b).
+
+    A sequence of another length than planned, or than its table holds, gets NaN.
+    """
     ROWS: tl.constexpr = Q_LEN * HEADS
     b = tl.program_id(2).to(tl.int64)
-    # The splits are older than the decoding kernel, which waited for all before it: no wait here.
+    # All this is older than the decoding kernel, which waited for all before it: no wait here.
+    length = tl.load(seqlens_ptr + b, eviction_policy="evict_last")
+    planned = tl.load(planned_ptr + b, eviction_policy="evict_last")
+    wrong = (length != planned) | (length > capacity)
     first = tl.load(splits_ptr + b * 2, eviction_policy="evict_last").to(tl.int64)
     parts = tl.load(splits_ptr + b * 2 + 1, eviction_policy="evict_last")
     if PDL:
         tl_cuda.gdc_launch_dependents()  # they wait for this kernel's end, which waits here
         tl_cuda.gdc_wait()
-    if parts != 1:  # a sequence of one part was written by its program
+    if (parts != 1) | wrong:  # a sequence of one part was written by its program
         x = tl.program_id(1) * X + tl.arange(0, X)  # index in [L * rows]
         d = tl.program_id(0) * DB + tl.arange(0, DB)
         x_in = x < LATENTS * ROWS
@@ -65,12 +74,14 @@ def combine_kernel(
             out_ptrs = part_out_ptr + ((row * D)[:, :, None] + d[None, None, :])
             m_i, l_i, acc = _merge_step(out_ptrs, part_lse_ptr + row, mask, m_i, l_i, acc, True)
         acc = acc * tl.where(l_i > 0, 1.0 / l_i, 0.0)[:, None]
+        acc = tl.where(wrong, float("nan"), acc)
+        lse = tl.where(wrong, float("nan"), (m_i + tl.log2(l_i)) * 0.6931471805599453)
         latent, row = x // ROWS, x % ROWS
         out_row = ((b * Q_LEN + row // HEADS) * LATENTS + latent) * HEADS + row % HEADS
         out_ptrs = out_ptr + (out_row * D)[:, None] + d[None, :]
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=x_in[:, None])
         if tl.program_id(0) == 0:
-            tl.store(lse_ptr + out_row, (m_i + tl.log2(l_i)) * 0.6931471805599453, mask=x_in)
+            tl.store(lse_ptr + out_row, lse, mask=x_in)
 
 
 @triton.jit

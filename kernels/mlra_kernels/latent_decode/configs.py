@@ -30,7 +30,23 @@ class DecodeConfig:
     """Fewest tiles worth a program of its own."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a ring that its consumers could not share safely."""
+        """Raise ValueError for a cut that the kernels cannot run, or could not run safely."""
+        for name, allowed in (
+            ("block_m", (16, 32, 64, 128)),
+            ("block_n", (16, 32, 64, 128, 256)),
+            ("num_warps", (1, 2, 4, 8, 16)),
+            ("num_stages", range(1, 17)),
+            ("programs_per_sm", range(1, 33)),
+            ("registers", range(256)),
+            ("min_tiles", range(1, 2**20)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: use {_choices(allowed)}")
+        if self.hopper and (self.block_m != 64 or self.num_warps not in (4, 8)):
+            raise ValueError(
+                f"block_m is {self.block_m} and num_warps {self.num_warps} with hopper=True: use"
+                " 64 and 4 or 8"
+            )
         if self.consumers > 1 and (
             self.num_stages % self.consumers or self.num_stages == self.consumers
         ):
@@ -81,6 +97,12 @@ class DecodeConfig:
         return max(1, sm_count * self.programs_per_sm // columns)
 
 
+def _choices(allowed: range | tuple[int, ...]) -> str:
+    if isinstance(allowed, range):
+        return f"an integer from {allowed[0]} to {allowed[-1]}"
+    return f"one of {allowed}"
+
+
 def default_config(
     rows: int, latent_dim: int, element_size: int, page_size: int, hopper: bool
 ) -> DecodeConfig:
@@ -124,7 +146,7 @@ class CombineConfig:
 
 def combine_config(num_programs: int, batch: int, latent_dim: int) -> CombineConfig:
     """Return a cut that loads the usual number of parts of a sequence at once."""
-    usual_parts = max(1, num_programs // batch)
+    usual_parts = max(1, num_programs // max(batch, 1))
     parts = min(512, max(2, 1 << (usual_parts - 1).bit_length()))
     # One sequence: few rows, much to load for each. Few parts: little to load. None: as few
     # programs as there can be, for they only look whether there is something to merge.

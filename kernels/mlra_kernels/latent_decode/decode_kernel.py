@@ -22,6 +22,8 @@ def _load_tile(
     rope_ptr,
     scale_ptr,
     table_ptr,
+    max_pages,
+    num_pages,
     tile,
     seqlen,
     stride_cp,
@@ -36,21 +38,27 @@ def _load_tile(
     FP8: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Return c [N, D], k_r [N, R], scale [N] of a tile; MASKED: rows past `seqlen` read as 0."""
+    """Return c [N, D], k_r [N, R], scale [N] of a tile; MASKED: rows past `seqlen` read as 0.
+
+    Whatever lengths and table say, entries of the table and pages of the cache are read, no others.
+    """
     n = tl.arange(0, N)
     inside = tile * N + n < seqlen
     if PAGE % N == 0:  # one page holds the tile: its id is one scalar
-        page = tl.load(table_ptr + tile * N // PAGE, eviction_policy="evict_last").to(tl.int64)
+        page = tl.load(table_ptr + tile * N // PAGE, eviction_policy="evict_last")
+        page = tl.minimum(tl.maximum(page, 0), num_pages - 1).to(tl.int64)
         row = tile * N % PAGE + n
         c_ptrs = latent_ptr + page * stride_cp + (row * stride_ct)[:, None]
         r_ptrs = rope_ptr + page * stride_rp + (row * stride_rt)[:, None]
         s_ptrs = scale_ptr + page * stride_sp + row
     else:
         token = tile * N + n
+        entries = tl.minimum(token // PAGE, max_pages - 1)
         if MASKED:
-            pages = tl.load(table_ptr + token // PAGE, mask=inside, other=0).to(tl.int64)
+            pages = tl.load(table_ptr + entries, mask=inside, other=0)
         else:
-            pages = tl.load(table_ptr + token // PAGE).to(tl.int64)
+            pages = tl.load(table_ptr + entries)
+        pages = tl.minimum(tl.maximum(pages, 0), num_pages - 1).to(tl.int64)
         row = token % PAGE
         c_ptrs = latent_ptr + (pages * stride_cp + row * stride_ct)[:, None]
         r_ptrs = rope_ptr + (pages * stride_rp + row * stride_rt)[:, None]
@@ -117,7 +125,7 @@ def latent_decode_kernel(
     rope_ptr,  # [pages, PAGE, R]
     scale_ptr,  # [pages, L, PAGE] fp32, FP8 only
     table_ptr,  # [b, max_pages] int32
-    seqlens_ptr,  # [b] int32
+    seqlens_ptr,  # [b] int32, those that the schedule was made for
     schedule_ptr,  # [P, 4] int32: first sequence, first tile, tiles, its length
     out_ptr,  # [b, q, L, j, D]
     lse_ptr,  # [b, q, L, j] fp32
@@ -138,6 +146,9 @@ def latent_decode_kernel(
     stride_sp,
     stride_sl,
     stride_tb,
+    max_tiles,  # that the block table holds of a sequence
+    max_pages,
+    num_pages,
     Q_LEN: tl.constexpr,
     HEADS: tl.constexpr,
     LATENTS: tl.constexpr,
@@ -183,12 +194,12 @@ def latent_decode_kernel(
             m_i = tl.full((M,), NEVER_SEEN, tl.float32)
             l_i = tl.zeros((M,), tl.float32)
             acc = tl.zeros((M, D), tl.float32)
-            end = tile + take
+            end = tl.minimum(tile + take, max_tiles)
             # Tiles before `full_end` are seen whole by every row.
             full_end = tl.minimum(end, tl.maximum(seqlen - Q_LEN + 1, 0) // N)
             for t in tl.range(tile, full_end, num_stages=STAGES):
                 c, k_r, scale = _load_tile(
-                    latent_ptr, rope_ptr, scale_ptr, seq_table, t, seqlen,
+                    latent_ptr, rope_ptr, scale_ptr, seq_table, max_pages, num_pages, t, seqlen,
                     stride_cp, stride_ct, stride_rp, stride_rt, stride_sp,
                     N, D, R, PAGE, FP8, False,
                 )  # fmt: skip
@@ -199,7 +210,7 @@ def latent_decode_kernel(
             last_seen = seqlen - Q_LEN + q_tok
             for t in tl.range(tl.maximum(tile, full_end), end, num_stages=1):
                 c, k_r, scale = _load_tile(
-                    latent_ptr, rope_ptr, scale_ptr, seq_table, t, seqlen,
+                    latent_ptr, rope_ptr, scale_ptr, seq_table, max_pages, num_pages, t, seqlen,
                     stride_cp, stride_ct, stride_rp, stride_rt, stride_sp,
                     N, D, R, PAGE, FP8, True,
                 )  # fmt: skip

@@ -19,9 +19,16 @@ GL_DTYPES = {
 def tile_descriptor(view: Tensor, block_n: int, columns: int) -> TensorDescriptor:
     """Describe a paged view `[pages, page_size, C]` to the copy engine, tile `[N, columns]`.
 
-    Raises ValueError if the pages do not follow each other in memory.
+    Raises ValueError if the pages do not follow each other in memory, or not in steps of 16 bytes.
     """
     pages, page_size, _ = view.shape
+    row_bytes = view.stride(1) * view.element_size()
+    if row_bytes % 16 or view.data_ptr() % 16 or row_bytes == 0:
+        raise ValueError(
+            f"cache rows are {row_bytes} bytes apart and begin {view.data_ptr() % 16} bytes past a"
+            " multiple of 16: make the cache contiguous or pass metadata with a config of"
+            " hopper=False"
+        )
     if view.stride(0) != page_size * view.stride(1):
         raise ValueError(
             f"cache pages are {view.stride(0)} elements apart, not {page_size * view.stride(1)}: "

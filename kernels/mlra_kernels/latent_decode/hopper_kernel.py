@@ -40,7 +40,7 @@ def _produce(
     """Load every tile of the program's range into the ring, in order."""
     (
         c_desc, r_desc, s_desc, table_ptr, seqlens_ptr, b, tile, left, seqlen, c_ring, r_ring,
-        s_ring, full, empty, latent, stride_tb,
+        s_ring, full, empty, latent, stride_tb, max_tiles,
     ) = args  # fmt: skip
     S_BYTES: gl.constexpr = s_desc.block_type.nbytes if FP8 else 0
     BYTES: gl.constexpr = c_desc.block_type.nbytes + r_desc.block_type.nbytes + S_BYTES
@@ -49,7 +49,8 @@ def _produce(
     while left > 0:
         take = gl.minimum(left, gl.cdiv(seqlen, N) - tile)
         seq_table = table_ptr + b.to(gl.int64) * stride_tb
-        for t in range(tile, tile + take):
+        for t in range(tile, gl.minimum(tile + take, max_tiles)):
+            # A page outside of the cache loads as zeros.
             page = gl.load(seq_table + t * N // PAGE, eviction_policy="evict_last")
             row = page * PAGE + t * N % PAGE
             mbarrier.wait(empty.index(stage), phase)
@@ -143,6 +144,7 @@ def _consume(
         b, tile, left, seqlen, program, latent, row0, q_smem, qr_smem, p_smem, wide_ring,
         c_ring, r_ring, s_ring, x_acc, x_m, x_l, full, empty, q_full, x_full, x_empty,
         scale_log2, stride_qb, stride_qq, stride_ql, stride_qj, stride_qrb, stride_qrq, stride_qrh,
+        max_tiles,
     ) = args  # fmt: skip
     ROWS: gl.constexpr = Q_LEN * HEADS
     WARPS_M: gl.constexpr = gl.num_warps() // WARPS_N
@@ -204,7 +206,8 @@ def _consume(
             if Q_IN_REGISTERS:
                 q_op = q_smem.load(gl.DotOperandLayout(0, S_LAYOUT, 2))
                 qr_op = qr_smem.load(gl.DotOperandLayout(0, S_LAYOUT, 2))
-            for i in range(w, take, W):
+            held = gl.maximum(gl.minimum(take, max_tiles - tile), 0)
+            for i in range(w, held, W):
                 t = tile + i
                 stage = (loaded + i) % STAGES
                 mbarrier.wait(full.index(stage), (loaded + i) // STAGES & 1)
@@ -277,7 +280,7 @@ def _consume(
                     gl.store(part_lse_ptr + first + row_s, lse, mask=row_s < ROWS)
                     part_ptrs = part_out_ptr + first * D + (row_o * D)[:, None] + col_o[None, :]
                     gl.store(part_ptrs, acc, mask=(row_o < ROWS)[:, None])
-            loaded += take
+            loaded += held
             segment += 1
         left -= take
         b += 1
@@ -294,7 +297,7 @@ def latent_decode_hopper_kernel(
     r_desc,  # tiles [N, R] of the RoPE keys as [pages * PAGE, R]
     s_desc,  # FP8 only: scales [1, N] of [pages * L, PAGE] fp32
     table_ptr,  # [b, max_pages] int32
-    seqlens_ptr,  # [b] int32
+    seqlens_ptr,  # [b] int32, those that the schedule was made for
     schedule_ptr,  # [P, 4] int32: first sequence, first tile, tiles, its length
     out_ptr,  # [b, q, L, j, D]
     lse_ptr,  # [b, q, L, j] fp32
@@ -309,6 +312,7 @@ def latent_decode_hopper_kernel(
     stride_qrq,
     stride_qrh,
     stride_tb,
+    max_tiles,  # that the block table holds of a sequence
     Q_LEN: gl.constexpr,
     HEADS: gl.constexpr,
     LATENTS: gl.constexpr,
@@ -379,10 +383,11 @@ def latent_decode_hopper_kernel(
         b, tile, left, seqlen, program, latent, row0, q_smem, qr_smem, p_smem, wide_ring,
         c_ring, r_ring, s_ring, x_acc, x_m, x_l, full, empty, q_full, x_full, x_empty, scale_log2,
         stride_qb, stride_qq, stride_ql, stride_qj, stride_qrb, stride_qrq, stride_qrh,
+        max_tiles,
     )  # fmt: skip
     fill = (
         c_desc, r_desc, s_desc, table_ptr, seqlens_ptr, b, tile, left, seqlen, c_ring, r_ring,
-        s_ring, full, empty, latent, stride_tb,
+        s_ring, full, empty, latent, stride_tb, max_tiles,
     )  # fmt: skip
     if W == 1:
         gl.warp_specialize([

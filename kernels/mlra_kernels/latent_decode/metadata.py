@@ -14,14 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mlra_kernels import checks
 from mlra_kernels.latent_decode.configs import (
     CombineConfig,
     DecodeConfig,
     combine_config,
     default_config,
 )
+from mlra_kernels.latent_decode.validation import check_metadata
 
 DETERMINISTIC_SPLITS = 32  # parts at most a sequence has in deterministic mode
+MAX_TILES = 2**30  # of all sequences together: their sum stays within int32
 
 
 @triton.jit
@@ -29,17 +32,25 @@ def schedule_kernel(
     seqlens_ptr,  # [b] int32
     schedule_ptr,  # [P, 4] int32: first sequence, first tile, number of tiles, length
     splits_ptr,  # [b, 2] int32: first slot of the parts, number of parts
+    planned_ptr,  # [b] int32: the lengths that all this holds for
     batch,
     num_programs,
     N: tl.constexpr,
     BATCH_BLOCK: tl.constexpr,
     MIN_TILES: tl.constexpr,
     FIXED_SPLITS: tl.constexpr,
+    MAX_TILES: tl.constexpr,
 ):
-    """Program i writes row i of `schedule` and of `splits`; a part's slot is program + sequence."""
+    """Program i writes row i of `schedule` and of `splits`; a part's slot is program + sequence.
+
+    Lengths that cannot be are planned as others, which the combine kernel then sees.
+    """
     i = tl.program_id(0)
     seq = tl.arange(0, BATCH_BLOCK)
-    tiles = tl.cdiv(tl.load(seqlens_ptr + seq, mask=seq < batch, other=0), N)
+    lengths = tl.maximum(tl.load(seqlens_ptr + seq, mask=seq < batch, other=0), 0)
+    # No more than 2^31 - 1 - N tokens, so that rounding up to tiles stays within int32 too.
+    lengths = tl.minimum(lengths, tl.minimum(MAX_TILES // batch, (2**31 - 1) // N - 1) * N)
+    tiles = tl.cdiv(lengths, N)
     if FIXED_SPLITS > 0:
         b = i // FIXED_SPLITS
         own = tl.sum(tl.where(seq == b, tiles, 0), 0)
@@ -75,33 +86,41 @@ def schedule_kernel(
         tl.store(schedule_ptr + i * 4, b)
         tl.store(schedule_ptr + i * 4 + 1, begin)
         tl.store(schedule_ptr + i * 4 + 2, count)
-        tl.store(schedule_ptr + i * 4 + 3, tl.load(seqlens_ptr + tl.minimum(b, batch - 1)))
+        tl.store(schedule_ptr + i * 4 + 3, tl.sum(tl.where(seq == b, lengths, 0), 0))
     if i < batch:
         tl.store(splits_ptr + i * 2, first)
         tl.store(splits_ptr + i * 2 + 1, parts)
+        tl.store(planned_ptr + i, tl.sum(tl.where(seq == i, lengths, 0), 0))
 
 
-@torch.library.custom_op("mlra_kernels::decode_schedule", mutates_args=("schedule", "splits"))
+@torch.library.custom_op(
+    "mlra_kernels::decode_schedule", mutates_args=("schedule", "splits", "planned")
+)
 def _decode_schedule(
     cache_seqlens: Tensor,
     schedule: Tensor,
     splits: Tensor,
+    planned: Tensor,
     block_n: int,
     min_tiles: int,
     fixed_splits: int,
 ) -> None:
     batch, programs = splits.shape[0], schedule.shape[0]
+    if batch == 0:
+        return
     with torch.cuda.device_of(cache_seqlens):
         schedule_kernel[(max(batch, programs),)](
             cache_seqlens,
             schedule,
             splits,
+            planned,
             batch,
             programs,
             N=block_n,
             BATCH_BLOCK=triton.next_power_of_2(batch),
             MIN_TILES=min_tiles,
             FIXED_SPLITS=fixed_splits,
+            MAX_TILES=MAX_TILES,
         )
 
 
@@ -113,15 +132,22 @@ class DecodeMetadata:
     """`[P, 4]` int32: first sequence, first tile, number of tiles, length of that sequence."""
     splits: Tensor
     """`[b, 2]` int32: first slot and number of parts of every sequence."""
+    planned: Tensor
+    """`[b]` int32: the lengths that the schedule was made for."""
     config: DecodeConfig
     """Tile shapes that the schedule was made for."""
     combine: CombineConfig
     """How the parts of a sequence are merged."""
     deterministic: bool
     """Whether a sequence's cuts depend on its own length alone."""
+    made_for: dict[str, int | torch.dtype]
+    """Sizes and cache dtype of the `latent_decode` calls that it serves."""
 
     def update(self, cache_seqlens: Tensor) -> None:
         """Recompute the schedule in place for new lengths `[b]` int32; no host synchronisation."""
+        checks.check_tensors(cache_seqlens=cache_seqlens, metadata=self.splits)
+        checks.check_contiguous(cache_seqlens=cache_seqlens)
+        checks.check_dtype("cache_seqlens", cache_seqlens, (torch.int32,))
         batch = self.splits.shape[0]
         if cache_seqlens.shape != (batch,):
             raise ValueError(
@@ -132,10 +158,26 @@ class DecodeMetadata:
             cache_seqlens,
             self.schedule,
             self.splits,
+            self.planned,
             self.config.block_n,
             self.config.min_tiles,
             DETERMINISTIC_SPLITS if self.deterministic else 0,
         )
+
+    def check_serves(self, q_absorbed: Tensor, shapes: dict[str, int | torch.dtype]) -> None:
+        """Raise ValueError unless this is of the batch, device and shapes of a decoding call."""
+        checks.check_tensors(q_absorbed=q_absorbed, metadata=self.splits)
+        if self.splits.shape[0] != q_absorbed.shape[0]:
+            raise ValueError(
+                f"metadata was made for {self.splits.shape[0]} sequences, the batch has "
+                f"{q_absorbed.shape[0]}: call decode_metadata for this batch"
+            )
+        for name, value in shapes.items():
+            if self.made_for[name] != value:
+                raise ValueError(
+                    f"metadata was made for {name} {self.made_for[name]}, this call has {value}: "
+                    "call decode_metadata for these shapes"
+                )
 
 
 def sm_count(device: torch.device) -> int:
@@ -168,12 +210,23 @@ def decode_metadata(
     serves all layers of a step. `deterministic=True` cuts each sequence by its own length alone:
     its result is then bitwise the same in any batch, at up to 32 parts a sequence. (Without it,
     results still repeat bitwise for the same lengths.) `config` overrides the tile shapes.
+
+    Raises:
+        ValueError: an argument does not fit; the message names the value and the fix.
     """
+    sizes = {
+        "q_len": q_len,
+        "num_latents": num_latents,
+        "heads_per_latent": heads_per_latent,
+        "latent_dim": latent_dim,
+        "page_size": page_size,
+    }
+    hopper = isinstance(cache_seqlens, Tensor) and is_hopper(cache_seqlens.device)
+    most = checks.MAX_GRID // (DETERMINISTIC_SPLITS if deterministic else 1)
+    check_metadata(cache_seqlens, config, sizes, cache_dtype, hopper, most)
     rows = q_len * heads_per_latent
     batch, device = cache_seqlens.shape[0], cache_seqlens.device
-    config = config or default_config(
-        rows, latent_dim, cache_dtype.itemsize, page_size, is_hopper(device)
-    )
+    config = config or default_config(rows, latent_dim, cache_dtype.itemsize, page_size, hopper)
     if deterministic:
         programs = batch * DETERMINISTIC_SPLITS
         combine = combine_config(DETERMINISTIC_SPLITS, 1, latent_dim)
@@ -183,9 +236,11 @@ def decode_metadata(
     metadata = DecodeMetadata(
         schedule=torch.empty(programs, 4, dtype=torch.int32, device=device),
         splits=torch.empty(batch, 2, dtype=torch.int32, device=device),
+        planned=torch.empty(batch, dtype=torch.int32, device=device),
         config=config,
         combine=combine,
-        deterministic=deterministic,
+        deterministic=bool(deterministic),
+        made_for={**sizes, "cache_dtype": cache_dtype},
     )
     metadata.update(cache_seqlens)
     return metadata

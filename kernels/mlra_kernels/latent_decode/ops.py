@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from mlra_kernels import checks
 from mlra_kernels.latent_decode import reference, validation
 from mlra_kernels.latent_decode.append_kernel import latent_cache_append_kernel
 from mlra_kernels.latent_decode.combine_kernel import combine_kernel, merge_states_kernel
@@ -20,8 +21,6 @@ from mlra_kernels.latent_decode.decode_kernel import latent_decode_kernel
 from mlra_kernels.latent_decode.descriptors import scale_descriptor, tile_descriptor
 from mlra_kernels.latent_decode.hopper_kernel import latent_decode_hopper_kernel
 from mlra_kernels.latent_decode.metadata import DecodeMetadata, decode_metadata
-
-INTERPRETED = not isinstance(latent_decode_kernel, triton.runtime.JITFunction)
 
 
 def latent_decode(
@@ -35,7 +34,7 @@ def latent_decode(
     num_branches: int,
     cache_scale: Tensor | None = None,
     metadata: DecodeMetadata | None = None,
-    backend: str = "triton",
+    backend: str = "mlra_kernels",
 ) -> tuple[Tensor, Tensor]:
     """Attend from q new tokens a sequence to every latent head of a paged cache.
 
@@ -50,12 +49,13 @@ def latent_decode(
             holding R bf16 numbers.
         block_table: `[b, max_pages]` int32, the pages of each sequence; entries past its length are
             not read.
-        cache_seqlens: `[b]` int32 lengths, the q new tokens included; 0 is allowed.
+        cache_seqlens: `[b]` int32 lengths, the q new tokens included; 0 is allowed. A length that
+            the table cannot hold, or that `metadata` was not made for, gives NaN ("torch" raises).
         softmax_scale: factor of the scores, usually (qk_nope_head_dim + qk_rope_head_dim) ** -0.5.
         num_branches: n; divides L.
         cache_scale: `[pages, L, page_size]` fp32, what each FP8 latent is multiplied by; FP8 only.
         metadata: schedule from `decode_metadata` for these lengths; computed here if None.
-        backend: "triton" (CUDA) or "reference" (pure torch, any device).
+        backend: "mlra_kernels" (CUDA) or "torch" (the reference, any device).
 
     Returns:
         out `[b, q, L, j, D]` in q's dtype and the natural log-sum-exp `[b, q, L, j]` fp32; a row
@@ -64,7 +64,6 @@ def latent_decode(
     Raises:
         ValueError: an argument does not fit; the message names the value and the fix.
     """
-    validation.check_backend(backend, q_absorbed, INTERPRETED)
     validation.check_decode(
         q_absorbed,
         q_rope,
@@ -75,7 +74,7 @@ def latent_decode(
         num_branches,
         cache_scale,
     )
-    if backend == "reference":
+    if checks.resolve_backend(backend, q_absorbed, half=True) == "torch":
         return torch.ops.mlra_kernels.latent_decode_reference(
             q_absorbed,
             q_rope,
@@ -86,21 +85,20 @@ def latent_decode(
             num_branches,
             cache_scale,
         )
+    shapes = {
+        "q_len": q_absorbed.shape[1],
+        "num_latents": q_absorbed.shape[2],
+        "heads_per_latent": q_absorbed.shape[3],
+        "latent_dim": q_absorbed.shape[4],
+        "page_size": cache.shape[1],
+        "cache_dtype": cache.dtype,
+    }
     if metadata is None:
-        metadata = decode_metadata(
-            cache_seqlens,
-            q_len=q_absorbed.shape[1],
-            num_latents=q_absorbed.shape[2],
-            heads_per_latent=q_absorbed.shape[3],
-            latent_dim=q_absorbed.shape[4],
-            cache_dtype=cache.dtype,
-            page_size=cache.shape[1],
-        )
-    elif metadata.splits.shape[0] != q_absorbed.shape[0]:
-        raise ValueError(
-            f"metadata was made for {metadata.splits.shape[0]} sequences, the batch has "
-            f"{q_absorbed.shape[0]}: call decode_metadata for this batch"
-        )
+        metadata = decode_metadata(cache_seqlens, **shapes)
+    elif isinstance(metadata, DecodeMetadata):
+        metadata.check_serves(q_absorbed, shapes)
+    else:
+        raise ValueError(f"metadata is a {type(metadata).__name__}: give what decode_metadata made")
     config, combine = metadata.config, metadata.combine
     if config.hopper and cache.shape[1] % config.block_n:
         raise ValueError(
@@ -118,12 +116,15 @@ def latent_decode(
         cache_scale,
         metadata.schedule,
         metadata.splits,
+        metadata.planned,
         config.to_list(),
         combine.to_list(),
     )
 
 
-def merge_states(outs: Tensor, lses: Tensor, *, backend: str = "triton") -> tuple[Tensor, Tensor]:
+def merge_states(
+    outs: Tensor, lses: Tensor, *, backend: str = "mlra_kernels"
+) -> tuple[Tensor, Tensor]:
     """Merge attention over disjoint sets of tokens (context-parallel ranks, a shared prefix).
 
     lse = log sum_s exp(lse_s),  out = sum_s exp(lse_s - lse) out_s
@@ -131,7 +132,7 @@ def merge_states(outs: Tensor, lses: Tensor, *, backend: str = "triton") -> tupl
     Args:
         outs: `[S, ..., d]` results of S sets of tokens, any float dtype.
         lses: `[S, ...]` fp32, their natural log-sum-exps; -inf marks an empty set.
-        backend: "triton" (CUDA) or "reference".
+        backend: "mlra_kernels" (CUDA) or "torch".
 
     Returns:
         out `[..., d]` in the dtype of `outs` and lse `[...]` fp32; all sets empty: 0 and -inf.
@@ -139,9 +140,8 @@ def merge_states(outs: Tensor, lses: Tensor, *, backend: str = "triton") -> tupl
     Raises:
         ValueError: an argument does not fit; the message names the value and the fix.
     """
-    validation.check_backend(backend, lses if backend == "reference" else outs, INTERPRETED)
     validation.check_merge(outs, lses)
-    if backend == "reference":
+    if checks.resolve_backend(backend, outs) == "torch":
         return reference.merge_states_reference(outs, lses)
     return torch.ops.mlra_kernels.merge_states(outs.contiguous(), lses.contiguous())
 
@@ -158,7 +158,7 @@ def latent_cache_append(
     latent_scale: float,
     norm_eps: float,
     cache_scale: Tensor | None = None,
-    backend: str = "triton",
+    backend: str = "mlra_kernels",
 ) -> None:
     """Write new tokens to the paged cache, in place, from the raw output of the down projection.
 
@@ -168,23 +168,33 @@ def latent_cache_append(
         kv_down: `[tokens, L * D + R]`, not yet normed or rotated, any float dtype.
         norm_weight: `[L, D]`, the RMSNorm weight of every latent head.
         cos, sin: `[positions, R / 2]` fp32, from `rope_tables` or a model's own.
-        positions: `[tokens]` int32 or int64, row of cos and sin of each token.
-        slot_mapping: `[tokens]` int32 or int64, page * page_size + offset; negative: skipped.
+        positions: `[tokens]` int32 or int64, row of cos and sin of each token; one that the tables
+            lack gives a RoPE key of NaN.
+        slot_mapping: `[tokens]` int32 or int64, page * page_size + offset; a token whose slot is
+            negative, or behind the cache, is skipped.
         cache: as in `latent_decode`; written in place.
         latent_scale: factor after the norm, sqrt(hidden / latent dim) for variance scaling, else 1.
         norm_eps: epsilon of the RMSNorm.
         cache_scale: `[pages, L, page_size]` fp32, written in place for an FP8 cache (amax / 448).
-        backend: "triton" (CUDA) or "reference".
+        backend: "mlra_kernels" (CUDA) or "torch".
 
     Raises:
         ValueError: an argument does not fit; the message names the value and the fix.
     """
-    validation.check_backend(backend, slot_mapping, INTERPRETED)
     validation.check_append(
-        kv_down, norm_weight, cos, sin, positions, slot_mapping, cache, cache_scale
+        kv_down,
+        norm_weight,
+        cos,
+        sin,
+        positions,
+        slot_mapping,
+        cache,
+        cache_scale,
+        latent_scale,
+        norm_eps,
     )
     run = torch.ops.mlra_kernels.latent_cache_append
-    if backend == "reference":
+    if checks.resolve_backend(backend, slot_mapping) == "torch":
         run = torch.ops.mlra_kernels.latent_cache_append_reference
     run(
         kv_down,
@@ -230,6 +240,7 @@ def _latent_decode_op(
     cache_scale: Tensor | None,
     schedule: Tensor,
     splits: Tensor,
+    planned: Tensor,
     config: list[int],
     combine: list[int],
 ) -> tuple[Tensor, Tensor]:
@@ -239,6 +250,8 @@ def _latent_decode_op(
     fp8 = cache_scale is not None
     scale = cache_scale if fp8 else splits  # any tensor: the kernel reads it for FP8 only
     out, lse = _decode_outputs(q_absorbed)
+    if batch == 0:
+        return out, lse
     slots = programs + batch
     part_out = q_absorbed.new_empty((slots, latents, rows, dim), dtype=torch.float32)
     part_lse = q_absorbed.new_empty((slots, latents, rows), dtype=torch.float32)
@@ -252,56 +265,43 @@ def _latent_decode_op(
         **launch,
     }  # fmt: skip
     scale_log2 = softmax_scale * math.log2(math.e)
+    table_sizes = (
+        block_table.stride(0),
+        -(-block_table.shape[1] * cache.shape[1] // cfg.block_n),
+    )
     q_strides = (*q_absorbed.stride()[:4], *q_rope.stride()[:3])
     if cfg.hopper:
         c_desc = tile_descriptor(latent_view, cfg.block_n, dim)
         r_desc = tile_descriptor(rope_view, cfg.block_n, q_rope.shape[-1])
         s_desc = scale_descriptor(scale, cfg.block_n) if fp8 else r_desc
         latent_decode_hopper_kernel[grid](
-            q_absorbed, q_rope, c_desc, r_desc, s_desc, block_table, cache_seqlens, schedule,
-            out, lse, part_out, part_lse, scale_log2, *q_strides, block_table.stride(0),
+            q_absorbed, q_rope, c_desc, r_desc, s_desc, block_table, planned, schedule,
+            out, lse, part_out, part_lse, scale_log2, *q_strides, *table_sizes,
             WARPS_N=cfg.warps_n, W=cfg.consumers, CONSUMER_REGS=cfg.consumer_registers,
             maxnreg=cfg.max_registers, **common,
         )  # fmt: skip
     else:
         latent_decode_kernel[grid](
-            q_absorbed, q_rope, latent_view, rope_view, scale, block_table, cache_seqlens, schedule,
+            q_absorbed, q_rope, latent_view, rope_view, scale, block_table, planned, schedule,
             out, lse, part_out, part_lse, scale_log2, *q_strides, *latent_view.stride()[:2],
             *rope_view.stride()[:2], *(scale.stride()[:2] if fp8 else (0, 0)),
-            block_table.stride(0),
+            *table_sizes, block_table.shape[1], cache.shape[0],
             PRECISION="ieee" if q_absorbed.dtype == torch.float32 else "tf32", PDL=pdl,
             **common,
         )  # fmt: skip
     com = CombineConfig(*combine)
     combine_kernel[(dim // com.columns, -(-latents * rows // com.rows), batch)](
-        part_out, part_lse, splits, out, lse,
+        part_out, part_lse, splits, planned, cache_seqlens, out, lse,
+        block_table.shape[1] * cache.shape[1],
         Q_LEN=q_len, HEADS=heads, LATENTS=latents, D=dim,
         X=com.rows, S=com.parts, DB=com.columns, PDL=pdl, num_warps=4, **launch,
     )  # fmt: skip
     return out, lse
 
 
-@torch.library.custom_op("mlra_kernels::latent_decode_reference", mutates_args=())
-def _latent_decode_reference_op(
-    q_absorbed: Tensor,
-    q_rope: Tensor,
-    cache: Tensor,
-    block_table: Tensor,
-    cache_seqlens: Tensor,
-    softmax_scale: float,
-    num_branches: int,
-    cache_scale: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    return reference.latent_decode_reference(
-        q_absorbed,
-        q_rope,
-        cache,
-        block_table,
-        cache_seqlens,
-        softmax_scale,
-        num_branches,
-        cache_scale,
-    )
+_latent_decode_reference_op = torch.library.custom_op(
+    "mlra_kernels::latent_decode_reference", reference.latent_decode_reference, mutates_args=()
+)
 
 
 @_latent_decode_op.register_fake
@@ -315,6 +315,8 @@ def _latent_decode_fake(q_absorbed: Tensor, *args) -> tuple[Tensor, Tensor]:
 def _merge_states_op(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     states, dim, rows = outs.shape[0], outs.shape[-1], lses[0].numel()
     out, lse = torch.empty_like(outs[0]), torch.empty_like(lses[0])
+    if rows == 0:
+        return out, lse
     merge_states_kernel[(-(-rows // 4),)](
         outs, lses, out, lse, states, rows,
         D=dim, DB=triton.next_power_of_2(dim), X=4, S=4, num_warps=4,
@@ -352,37 +354,16 @@ def _latent_cache_append_op(
         kv_down, norm_weight, cos, sin, positions, slot_mapping, latent_view, rope_view, scale,
         latent_scale, norm_eps, kv_down.stride(0), *latent_view.stride()[:2],
         *rope_view.stride()[:2], *(scale.stride()[:2] if fp8 else (0, 0)),
+        cache.shape[0] * cache.shape[1], cos.shape[0],
         L=latents, D=dim, H=rope // 2, PAGE=cache.shape[1], FP8=fp8, num_warps=1,
     )  # fmt: skip
 
 
-@torch.library.custom_op(
-    "mlra_kernels::latent_cache_append_reference", mutates_args=("cache", "cache_scale")
+_latent_cache_append_reference_op = torch.library.custom_op(
+    "mlra_kernels::latent_cache_append_reference",
+    reference.latent_cache_append_reference,
+    mutates_args=("cache", "cache_scale"),
 )
-def _latent_cache_append_reference_op(
-    kv_down: Tensor,
-    norm_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    slot_mapping: Tensor,
-    cache: Tensor,
-    cache_scale: Tensor | None,
-    latent_scale: float,
-    norm_eps: float,
-) -> None:
-    reference.latent_cache_append_reference(
-        kv_down,
-        norm_weight,
-        cos,
-        sin,
-        positions,
-        slot_mapping,
-        cache,
-        cache_scale,
-        latent_scale,
-        norm_eps,
-    )
 
 
 @_latent_cache_append_op.register_fake

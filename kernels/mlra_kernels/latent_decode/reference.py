@@ -7,6 +7,8 @@ G = L / n head groups, j heads a latent serves, D latent dim, R RoPE dim, t cach
 import torch
 from torch import Tensor
 
+from mlra_kernels import checks
+
 FP8_MAX = 448.0  # largest finite e4m3 value
 FP8_DTYPE = torch.float8_e4m3fn
 
@@ -14,7 +16,16 @@ FP8_DTYPE = torch.float8_e4m3fn
 def rope_tables(
     max_positions: int, rope_dim: int, *, base: float = 10000.0, device: str | torch.device = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Return (cos, sin) of `position * base^(-2i/R)`, each `[max_positions, R / 2]` fp32."""
+    """Return (cos, sin) of `position * base^(-2i/R)`, each `[max_positions, R / 2]` fp32.
+
+    Raises:
+        ValueError: a size that is no positive even integer or a base that is no positive number.
+    """
+    checks.check_integer("max_positions", max_positions, 1)
+    checks.check_integer("rope_dim", rope_dim, 2)
+    checks.check_number("base", base, positive=True)
+    if rope_dim % 2:
+        raise ValueError(f"rope_dim is {rope_dim}: RoPE turns pairs, make it even")
     exponents = torch.arange(0, rope_dim, 2, dtype=torch.float64) / rope_dim
     angles = torch.arange(max_positions, dtype=torch.float64)[:, None] * base**-exponents
     return angles.cos().float().to(device), angles.sin().float().to(device)
@@ -23,11 +34,31 @@ def rope_tables(
 def split_cache(cache: Tensor, rope_dim: int) -> tuple[Tensor, Tensor]:
     """Split a paged cache into views of its latents and its RoPE keys, without a copy.
 
-    `cache` is `[pages, page_size, L * D + R]` in fp16, bf16 or fp32; or, in FP8,
-    `[pages, page_size, L * D + 2 * R]` e4m3 whose last `2 * R` bytes of a row hold R bf16 numbers.
+    `cache` is `[..., L * D + R]` in fp16, bf16 or fp32; or, in FP8, `[..., L * D + 2 * R]` e4m3
+    whose last `2 * R` bytes of a row hold R bf16 numbers.
+
+    Raises:
+        ValueError: a row does not hold the RoPE key and a latent, or cannot be split in place.
     """
+    checks.check_tensors(cache=cache)
+    if cache.dim() == 0:
+        raise ValueError("cache has no dims: give [pages, page_size, width]")
+    checks.check_integer("rope_dim", rope_dim, 1)
+    rope_columns = rope_dim * (2 if cache.dtype == FP8_DTYPE else 1)
+    if rope_columns >= cache.shape[-1]:
+        raise ValueError(
+            f"cache rows hold {cache.shape[-1]} elements: a RoPE key of {rope_dim} takes "
+            f"{rope_columns} and leaves no latent"
+        )
     if cache.dtype != FP8_DTYPE:
         return cache[..., :-rope_dim], cache[..., -rope_dim:]
+    *strides, step = cache.stride()
+    if step != 1 or any(n % 2 for n in (*strides, cache.storage_offset(), cache.shape[-1])):
+        raise ValueError(
+            f"FP8 cache rows of {cache.shape[-1]} bytes begin at byte {cache.storage_offset()} and "
+            f"have strides {cache.stride()}: make the last dim contiguous and all others even, as"
+            " the rows hold bf16 numbers"
+        )
     rope_bytes = cache.view(torch.uint8)[..., -2 * rope_dim :]
     return cache[..., : -2 * rope_dim], rope_bytes.view(torch.bfloat16)
 
@@ -58,10 +89,10 @@ def latent_decode_reference(
     latents, rope_keys = split_cache(cache, q_rope.shape[-1])
     out = torch.zeros_like(q_c)
     lse = torch.full(q_c.shape[:-1], -torch.inf, device=q_c.device)
-    for b, length in enumerate(cache_seqlens.tolist()):
+    read = checks.read_paging(block_table, cache_seqlens, page_size, cache.shape[0])
+    for b, (length, pages) in enumerate(read):
         if length == 0:
             continue
-        pages = block_table[b, : -(-length // page_size)].long()
         c = latents[pages].flatten(0, 1)[:length].float().unflatten(1, (num_latents, latent_dim))
         if cache_scale is not None:
             scale = cache_scale[pages].transpose(1, 2).flatten(0, 1)[:length]  # [t, L]
@@ -107,14 +138,17 @@ def latent_cache_append_reference(
     c_l = RMSNorm_l(x_l) * latent_scale;  (k_i, k_{i+R/2}) = half-split rotation of the RoPE key.
     """
     num_latents, latent_dim = norm_weight.shape
-    written = slot_mapping >= 0
+    written = (slot_mapping >= 0) & (slot_mapping < cache.shape[0] * cache.shape[1])
     slots, x = slot_mapping[written].long(), kv_down[written].float()
     page, offset = slots // cache.shape[1], slots % cache.shape[1]
     c = x[:, : num_latents * latent_dim].unflatten(1, (num_latents, latent_dim))
     c = c * torch.rsqrt(c.square().mean(-1, keepdim=True) + norm_eps)
     c = c * norm_weight.float() * latent_scale  # [tokens, L, D]
     first, second = x[:, num_latents * latent_dim :].chunk(2, dim=-1)
-    cos_t, sin_t = cos[positions[written].long()].float(), sin[positions[written].long()].float()
+    at = positions[written].long()
+    known = ((at >= 0) & (at < cos.shape[0]))[:, None]
+    at = torch.where(known[:, 0], at, 0)
+    cos_t, sin_t = (torch.where(known, table[at].float(), torch.nan) for table in (cos, sin))
     k_r = torch.cat([first * cos_t - second * sin_t, second * cos_t + first * sin_t], dim=-1)
     latents, rope_keys = split_cache(cache, k_r.shape[-1])
     if cache_scale is None:

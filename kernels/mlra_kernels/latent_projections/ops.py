@@ -2,8 +2,9 @@
 
 Letters: s tokens, b batch, n branches, h attention heads, g head groups, l latent dim, `nope`,
 `rope`, v head dims. Inputs on one GPU in one dtype (float32, bfloat16, float16); cos and sin
-`[s, rope / 2]` in float32; products accumulate in float32. Gradients are exact and repeatable: no
-atomic additions.
+`[s, rope / 2]` contiguous in float32; products accumulate in float32. Gradients are exact and
+repeatable: no atomic additions. Every operation raises ValueError for an argument that does not fit
+the others, in one line that names the value and the fix.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mlra_kernels import checks
 from mlra_kernels.latent_projections import absorb_kernels, key_kernels, norm_kernels
 
 WARPS = 8
@@ -29,6 +31,10 @@ PROGRAMS = 396
 so that none waits for another."""
 
 
+MAX_WIDTH = 65536
+"""Numbers of a part that one program norms."""
+
+
 def rotate_absorb(q: Tensor, w_uk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Absorbed queries `[q_i^nope W_UK_b,i | rotated q_i^rope]` of every (branch, head) pair.
 
@@ -38,6 +44,17 @@ def rotate_absorb(q: Tensor, w_uk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         `[s, b, n * h, l + rope]`, branch-major. Only the arguments are kept for backward.
     """
+    _check(q=q, w_uk=w_uk)
+    checks.check_tensors(q=q, cos=cos, sin=sin)
+    checks.check_dims("q", q, "[s, b, h, nope + rope]")
+    _check_weight("w_uk", w_uk, "[n, h, nope, l]", q.size(2))
+    rope = q.size(3) - w_uk.size(2)
+    if rope < 2 or rope % 2:
+        raise ValueError(
+            f"q is {list(q.shape)} and w_uk {list(w_uk.shape)}: q's last dim is nope and an even"
+            " number of RoPE dims"
+        )
+    checks.check_rope_tables(cos, sin, rope // 2, q.size(0))
     return _RotateAbsorb.apply(q, w_uk, cos, sin)
 
 
@@ -50,11 +67,31 @@ def join_keys(latents: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor) -> Tens
     Returns:
         `[s, b, n * g, l + rope]`.
     """
+    _check(latents=latents, k_rope=k_rope)
+    checks.check_tensors(latents=latents, cos=cos, sin=sin)
+    checks.check_dims("latents", latents, "[s, b, n, g, l]")
+    checks.check_dims("k_rope", k_rope, "[s, b, rope]")
+    rope = k_rope.size(2)
+    if k_rope.shape[:2] != latents.shape[:2] or rope < 2 or rope % 2:
+        raise ValueError(
+            f"k_rope is {list(k_rope.shape)}, latents {list(latents.shape)}: give [s, b, rope] with"
+            " the same s and b, and rope even"
+        )
+    checks.check_rope_tables(cos, sin, rope // 2, latents.size(0))
     return _JoinKeys.apply(latents, k_rope, cos, sin)
 
 
 def sum_branches(z: Tensor, w_uv: Tensor, scale: float) -> Tensor:
     """scale sum_b z_b,i W_UV_b,i: `[s, b, n, h, l]`, `[n, h, v, l]` -> `[s, b, h, v]`."""
+    _check(z=z, w_uv=w_uv)
+    checks.check_number("scale", scale)
+    checks.check_dims("z", z, "[s, b, n, h, l]")
+    _check_weight("w_uv", w_uv, "[n, h, v, l]", z.size(3))
+    if (z.size(2), z.size(4)) != (w_uv.size(0), w_uv.size(3)):
+        raise ValueError(
+            f"z is {list(z.shape)} and w_uv {list(w_uv.shape)}: give [s, b, n, h, l] and"
+            " [n, h, v, l]"
+        )
     return _SumBranches.apply(z, w_uv, scale)
 
 
@@ -64,7 +101,44 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, scale: float = 1.0) -> Tenso
     Args:
         x: `[..., parts, width]`; weight: `[parts, width]`.
     """
+    _check(x=x)
+    checks.check_tensors(x=x, weight=weight)
+    checks.check_dtype("weight", weight, checks.FLOAT_DTYPES)
+    checks.check_number("eps", eps)
+    checks.check_number("scale", scale)
+    checks.check_dims("weight", weight, "[parts, width]")
+    if x.dim() < 2 or x.shape[-2:] != weight.shape or not 1 <= weight.size(1) <= MAX_WIDTH:
+        raise ValueError(
+            f"x is {list(x.shape)} and weight {list(weight.shape)}: give [..., parts, width] and"
+            f" [parts, width], width from 1 to {MAX_WIDTH}"
+        )
     return _RMSNorm.apply(x, weight, eps, scale)
+
+
+def _check(**tensors: Tensor) -> None:
+    """Raise ValueError unless all are of one float dtype, not empty and on one GPU."""
+    checks.check_tensors(**tensors)
+    first, *others = tensors
+    x = tensors[first]
+    checks.check_device(first, x)
+    checks.check_dtype(first, x, checks.FLOAT_DTYPES)
+    for name in others:
+        if tensors[name].dtype != x.dtype:
+            raise ValueError(f"{name} is {tensors[name].dtype}, {first} {x.dtype}: give one dtype")
+    for name, tensor in tensors.items():
+        if not tensor.numel():
+            raise ValueError(f"{name} is {list(tensor.shape)}: give at least one of each")
+
+
+def _check_weight(name: str, w: Tensor, dims: str, heads: int) -> None:
+    checks.check_dims(name, w, dims)
+    if w.stride(3) != 1:
+        raise ValueError(f"{name} needs a contiguous last dim: call .contiguous()")
+    if w.size(1) != heads or heads > checks.MAX_GRID:
+        raise ValueError(
+            f"{name} is {list(w.shape)} for {heads} heads: give {dims}, h being that number and at"
+            f" most {checks.MAX_GRID}"
+        )
 
 
 def _pad(size: int) -> int:
@@ -113,7 +187,6 @@ class _RotateAbsorb(torch.autograd.Function):
 def _launch_absorb(kernel, x: Tensor, w_uk: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     n, h, nope, l = w_uk.shape
     s, b = x.shape[:2]
-    assert w_uk.stride(3) == 1
     rope, (tokens, stages) = 2 * cos.size(1), _tile(x, nope, l)
     with _on(x):
         kernel[(triton.cdiv(s * b, tokens), h)](
@@ -152,7 +225,6 @@ class _SumBranches(torch.autograd.Function):
 def _launch_sum(kernel, x: Tensor, w_uv: Tensor, out: Tensor, scale: float) -> None:
     n, h, v, l = w_uv.shape
     tokens, (block, stages) = x.size(0) * x.size(1), _tile(x, v, l)
-    assert w_uv.stride(3) == 1
     with _on(x):
         kernel[(triton.cdiv(tokens, block), h)](
             x, w_uv, out, tokens, h, scale, n, v, l, *w_uv.stride()[:3],

@@ -63,14 +63,14 @@ def gate(case: Case, seed: int) -> float:
     prompt = torch.randint(small.vocab_size, (333,), generator=torch.Generator().manual_seed(seed))
     results = []
     for dtype, backend, graphs in (
-        ("float32", "reference", False),
-        ("bfloat16", "triton", False),
-        ("bfloat16", "triton", True),
+        ("float32", "torch", False),
+        ("bfloat16", "mlra_kernels", False),
+        ("bfloat16", "mlra_kernels", True),
     ):
         options = LoadOptions(
             dtype=dtype, backend=backend, cache_tokens=1024, page_size=PAGE, max_positions=1024,
             weight_mode=case.weight_mode,
-            cache_dtype=case.cache_dtype if backend == "triton" else "auto",
+            cache_dtype=case.cache_dtype if backend == "mlra_kernels" else "auto",
         )  # fmt: skip
         read = random_reader(small, "cuda", seed=seed)
         model = load_model(small, read, options, "cuda", _share(case))
@@ -136,7 +136,7 @@ def measure(
 
 def _load(case: Case, tokens: int, seed: int, max_positions: int = 64) -> InferenceModel:
     options = LoadOptions(
-        dtype="bfloat16", backend="triton", cache_tokens=tokens, page_size=PAGE,
+        dtype="bfloat16", backend="mlra_kernels", cache_tokens=tokens, page_size=PAGE,
         max_positions=max_positions, weight_mode=case.weight_mode, cache_dtype=case.cache_dtype,
     )  # fmt: skip
     return load_model(

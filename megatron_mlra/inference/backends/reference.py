@@ -1,4 +1,4 @@
-"""The 'reference' backend: plain torch, on any device and for any size. Letters as in base.py."""
+"""The 'torch' backend: plain torch, on any device and for any size. Letters as in base.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mlra_kernels.latent_decode import reference
 class ReferenceOps:
     """Plain torch, on any device and for any size; float32 inside norms, RoPE and attention."""
 
-    name = "reference"
+    name = "torch"
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return rms_norm(x, weight, eps)

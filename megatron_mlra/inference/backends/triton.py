@@ -1,4 +1,4 @@
-"""The 'triton' backend: the project's kernels, with fused norms, rotation and SwiGLU."""
+"""The 'mlra_kernels' backend: the project's kernels, with fused norms, rotation and SwiGLU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mlra_kernels.latent_decode import decode_metadata, latent_cache_append, lat
 class TritonOps:
     """Half precision on a CUDA device; every call can be captured in a CUDA graph."""
 
-    name = "triton"
+    name = "mlra_kernels"
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return add_rms_norm(x, None, weight, eps)[1]

@@ -9,6 +9,8 @@ from functools import partial
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_mlra.description.backends import current_name
+
 BASELINES = ("gqa", "gta", "mfa", "tpa")
 
 
@@ -43,13 +45,14 @@ class BaselineConfig(TransformerConfig):
     """Start the attention and MLP output projections at zero; off gives them init_method too."""
 
     core_backend: str = "auto"
-    """Of GTA, MFA and TPA: 'sdpa' (torch), which is also 'auto'."""
+    """Of GTA, MFA and TPA: 'torch', which is also 'auto'."""
 
     def __post_init__(self) -> None:
         if self.attention not in BASELINES:
             raise ValueError(
                 f"attention is {self.attention!r}; use one of {', '.join(BASELINES)}, or mlra"
             )
+        self.core_backend = current_name("core_backend", self.core_backend)
         if self.kv_channels is None:
             self.kv_channels = self.hidden_size // self.num_attention_heads
         if self.num_query_groups is None or self.attention in ("mfa", "tpa"):
@@ -128,7 +131,7 @@ class BaselineConfig(TransformerConfig):
 
     def _validate_features(self) -> None:
         for wrong, name, fix in (
-            (self.core_backend not in ("auto", "sdpa"), "core_backend", "use sdpa or auto"),
+            (self.core_backend not in ("auto", "torch"), "core_backend", "use torch or auto"),
             (self.context_parallel_size > 1, "context_parallel_size", "use 1"),
             (self.attention_output_gate, "attention_output_gate", "leave it out, or use gqa"),
             (self.qk_layernorm, "qk_layernorm", "leave it out, or use gqa"),

@@ -192,9 +192,7 @@ class Session:
 
     def __init__(self, name: str, tensors: dict[str, Tensor], cache_tokens: int, **more) -> None:
         parallel, static = more.pop("parallel", None), more.pop("static", False)
-        options = LoadOptions(
-            cache_tokens=cache_tokens, page_size=PAGE, backend="reference", **more
-        )
+        options = LoadOptions(cache_tokens=cache_tokens, page_size=PAGE, backend="torch", **more)
         self.model = load_model(MODELS[name], tensors.__getitem__, options, parallel=parallel)
         self.model.static_decoding = static
         # What was never written must never count.

@@ -6,7 +6,7 @@ Triton fixes at import whether it interprets, so this file runs itself in a chil
 import pytest
 import torch
 
-from support.interpreted import INTERPRETING, mend_scalars, run_interpreted
+from support.interpreted import INTERPRETING, run_interpreted
 
 if not INTERPRETING:
 
@@ -17,8 +17,6 @@ if not INTERPRETING:
 else:
     from megatron_mlra.hf import paged_cache_mlra
     from support.hf_models import build, prompts
-
-    mend_scalars()
 
     @pytest.mark.parametrize("variant", ["MLA", "MLRA-2"])
     @torch.no_grad()

@@ -308,8 +308,8 @@ def test_mlra4_at_tp4_allocates_one_and_a_half_heads_a_token():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "cuda"}, "backend is 'cuda'; use one of auto, triton, reference"),
-        ({"backend": "triton"}, "backend triton needs a CUDA device, this is cpu"),
+        ({"backend": "cuda"}, "backend is 'cuda'; use one of auto, mlra_kernels, torch"),
+        ({"backend": "mlra_kernels"}, "backend mlra_kernels need a CUDA device, this is cpu"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"cache_dtype": "float16"}, "cache dtype float16 does not go with float32 weights"),
         ({"page_size": 20}, "page size is 20; use a multiple of 16"),

@@ -15,6 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from mlra_kernels.latent_attention import backward_kernel, check_supported, forward_kernel, ops
+from mlra_kernels.latent_attention.reference import latent_attention_reference
 from support.emulated import launch
 from support.emulated_memory import Descriptor, Pointer
 
@@ -64,8 +65,60 @@ def oracle(query, key, grad, latent_dim, scale, ranges):
     return out.detach(), x.logsumexp(-1).detach(), *grads
 
 
+@pytest.mark.parametrize("name", ["MLRA-4", "the last queries", "every key", "a rank's documents"])
+def test_reference_equals_the_oracle(name):
+    s, t, b, pairs, groups, latent, rope, _, _, *more = SHAPES[name]
+    said = more[0] if more else t - s
+    generator = torch.Generator().manual_seed(2)
+    query, key, grad = (
+        torch.randn(tokens, b, heads, size, generator=generator)
+        for tokens, heads, size in (
+            (s, pairs, latent + rope), (t, groups, latent + rope), (s, pairs, latent)
+        )
+    )  # fmt: skip
+    if isinstance(said, int):
+        ranges = torch.stack([torch.zeros(s), torch.arange(said, said + s)])
+        options = {"causal": said < t}
+    else:
+        ranges = ops.key_ranges(said)
+        options = {"ranges": ranges}
+    expected = oracle(query, key, grad, latent, 0.3, ranges)
+    leaves = query.requires_grad_(), key.requires_grad_()
+    out, lse = latent_attention_reference(*leaves, latent, 0.3, **options)
+    found = (out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, grad))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert difference(ours, theirs) < 1e-6
+
+
 def difference(found, expected) -> float:
     return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("first, last", [(90, 3), (-5, 2**30), (0, 2**30), (2**30, 2**30), (50, 0)])
+def test_ranges_that_cannot_be_neither_wait_for_ever_nor_read_on(first, last):
+    s, width = 70, 48
+    query, key, out = torch.ones(s, 2, width), torch.ones(90, 1, width), torch.empty(s, 2, 32)
+    ranges = torch.tensor([[first], [last]]).expand(2, s).contiguous()
+
+    def rows(x, count, columns):
+        return Descriptor(x.flatten(1), count, columns)
+
+    def attend() -> None:
+        launch(
+            forward_kernel.latent_attention_forward, (2, 2, 1), lazy=True, warps=4,
+            q_nope_desc=rows(query, 32, 32), q_rope_desc=rows(query, 32, 16),
+            key_nope_desc=rows(key, 32, 32), key_rope_desc=rows(key, 32, 16),
+            out_desc=rows(out, 32, 32), lse_ptr=Pointer(torch.empty(1, 2, s)),
+            ranges_ptr=Pointer(ranges), s=s, t=90, past=None, log2_scale=1.0,
+            P=2, G=1, L=32, R=16, M=64, N=32, STAGES=3, RANGES=True,
+        )  # fmt: skip
+
+    if first <= min(last, 89):
+        return attend()
+    # A query that reads no key has no result, which the emulator does not copy out.
+    with pytest.raises(AssertionError) as refused:
+        attend()
+    assert refused.traceback[-1].name == "leave"
 
 
 @pytest.mark.parametrize("lazy", [False, True], ids=["eager", "lazy"])

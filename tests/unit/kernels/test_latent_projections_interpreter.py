@@ -9,7 +9,7 @@ wrongly).
 import pytest
 import torch
 
-from support.interpreted import INTERPRETING, mend_scalars, run_interpreted
+from support.interpreted import INTERPRETING, run_interpreted
 
 if not INTERPRETING:
 
@@ -29,8 +29,6 @@ else:
         run,
     )
     from support.oracle import reference
-
-    mend_scalars()
 
     FLOAT32_TOLERANCE, FLOAT16_TOLERANCE = 2e-6, 2e-3
     """Largest difference over the largest number expected."""
@@ -107,9 +105,10 @@ else:
             groups,
             expected.parameters,
             core_form=form,
-            latent_kernels="triton",
+            latent_kernels="mlra_kernels",
         )
         assert (
-            attention.forms is latent_projections and attention.q_norm.forms is latent_projections
+            attention.latent_functions is latent_projections
+            and attention.q_norm.latent_functions is latent_projections
         )
         assert_near(run(attention, expected.x, expected.upstream), expected)

@@ -13,7 +13,7 @@ SMALL = Shape("small", 2, 100, num_latents=2, num_branches=2, heads=3, latent_di
 def reference_call(w):
     return latent_decode(
         w.q_absorbed, w.q_rope, w.cache, w.tables[0], w.cache_seqlens, w.softmax_scale,
-        num_branches=w.shape.num_branches, cache_scale=w.cache_scale, backend="reference",
+        num_branches=w.shape.num_branches, cache_scale=w.cache_scale, backend="torch",
     )  # fmt: skip
 
 

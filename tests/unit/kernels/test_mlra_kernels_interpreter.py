@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from support.interpreted import INTERPRETING, mend_scalars, run_interpreted
+from support.interpreted import INTERPRETING, run_interpreted
 
 if not INTERPRETING:
 
@@ -29,7 +29,6 @@ else:
     from mlra_kernels.latent_decode.reference import FP8_DTYPE, split_cache
     from support.paged import paged_case
 
-    mend_scalars()
     pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
 
     def metadata_for(case, deterministic=False):
@@ -48,7 +47,7 @@ else:
     def check(case, branches, *, rtol, cache_scale=None, deterministic=False):
         """Compare out and lse of both backends, with and without given metadata."""
         want_out, want_lse = latent_decode(
-            *case, 0.1, num_branches=branches, cache_scale=cache_scale, backend="reference"
+            *case, 0.1, num_branches=branches, cache_scale=cache_scale, backend="torch"
         )
         metadata = metadata_for(case, deterministic)
         out, lse = latent_decode(
@@ -112,6 +111,62 @@ else:
         out, lse = latent_decode(*case, 0.1, num_branches=1)
         assert (out == 0).all() and (lse == -math.inf).all()
 
+    def test_lengths_that_cannot_be_give_nan_and_spare_the_others():
+        case = paged_case([70, 64, 130, 5], dtype=torch.float16, **BASE)
+        want, _ = latent_decode(*case, 0.1, num_branches=1, backend="torch")
+        capacity = case[3].shape[1] * 64
+        for wrong in (-1, capacity + 1, 2**31 - 1):
+            lengths = case[4].clone()
+            lengths[1] = wrong
+            out, lse = latent_decode(*case[:4], lengths, 0.1, num_branches=1)
+            assert out[1].isnan().all() and lse[1].isnan().all()
+            torch.testing.assert_close(out[::2], want[::2], rtol=2e-3, atol=2e-3)
+            torch.testing.assert_close(out[3], want[3], rtol=2e-3, atol=2e-3)
+
+    @pytest.mark.parametrize("deterministic", [False, True])
+    def test_metadata_of_other_lengths_gives_nan(deterministic):
+        case = paged_case([700, 64, 5, 130], dtype=torch.float16, **BASE)
+        metadata = metadata_for(case, deterministic)
+        case[4][1:3] = torch.tensor([63, 6])
+        out, lse = latent_decode(*case, 0.1, num_branches=1, metadata=metadata)
+        assert out[1:3].isnan().all() and lse[1:3].isnan().all()
+        assert not out[::3].isnan().any()
+        metadata.update(case[4])
+        out, _ = latent_decode(*case, 0.1, num_branches=1, metadata=metadata)
+        assert not out[1].isnan().any()
+
+    def test_an_empty_batch_has_an_empty_result():
+        q, r, cache, table, lens = paged_case([70], dtype=torch.float16, **BASE)
+        empty = (q[:0], r[:0], cache, table[:0], lens[:0])
+        metadata = metadata_for(empty)
+        for options in ({}, {"metadata": metadata}, {"backend": "torch"}):
+            out, lse = latent_decode(*empty, 0.1, num_branches=1, **options)
+            assert out.shape == (0, *q.shape[1:]) and lse.shape == (0, *q.shape[1:4])
+
+    def test_metadata_is_of_one_shape_and_one_kind_of_lengths():
+        case = paged_case([70], dtype=torch.float16, **BASE)
+        metadata = metadata_for(case)
+        other = paged_case([70], dtype=torch.float16, **{**BASE, "heads": 3})
+        with pytest.raises(ValueError, match="made for heads_per_latent 6, this call has 3"):
+            latent_decode(*other, 0.1, num_branches=1, metadata=metadata)
+        for wrong, said in (
+            (case[4].long(), "cache_seqlens is torch.int64: use torch.int32"),
+            (case[4].to("meta"), "metadata is on cpu, cache_seqlens on meta"),
+            (torch.zeros(2, dtype=torch.int32), "call decode_metadata again"),
+        ):
+            with pytest.raises(ValueError, match=said):
+                metadata.update(wrong)
+
+    def test_slots_behind_the_cache_write_nothing():
+        memory = torch.zeros(6, 16, 96, dtype=torch.float16)
+        cache, slots = memory[:2], torch.tensor([32, 3, 95, 2**31 - 1, -1])
+        kv, (cos, sin) = torch.randn(5, 96).half(), rope_tables(8, 32)
+        latent_cache_append(
+            kv, torch.ones(1, 64), cos, sin, torch.arange(5), slots, cache,
+            latent_scale=1.0, norm_eps=1e-6,
+        )  # fmt: skip
+        assert memory.flatten(0, 1).any(-1).nonzero().flatten().tolist() == [3]
+
     def test_deterministic_result_does_not_depend_on_the_batch():
         lengths = [1500, 64, 700]
         case = paged_case(lengths, dtype=torch.float16, **BASE)
@@ -145,7 +200,7 @@ else:
         positions = torch.randint(0, 200, (len(slots),), generator=gen)
         shape = (7, page, latents * dim + rope * (2 if fp8 else 1))
         filled = []
-        for backend in ("reference", "triton"):
+        for backend in ("torch", "mlra_kernels"):
             cache = torch.full(shape, 0x7F, dtype=torch.uint8).view(FP8_DTYPE)  # NaN
             cache = cache if fp8 else cache.to(torch.float16)
             scale = torch.full((7, latents, page), math.nan) if fp8 else None
@@ -191,5 +246,5 @@ else:
         lses[2] = -math.inf
         outs[2] = math.nan
         lses[:, 1, 1] = -math.inf
-        got, want = merge_states(outs, lses), merge_states(outs, lses, backend="reference")
+        got, want = merge_states(outs, lses), merge_states(outs, lses, backend="torch")
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)

@@ -57,7 +57,7 @@ def test_decode_matches_loops(latents, branches, q_len):
         page=16,
         dtype=torch.float32,
     )
-    out, lse = latent_decode(*case, 0.1, num_branches=branches, backend="reference")
+    out, lse = latent_decode(*case, 0.1, num_branches=branches, backend="torch")
     want_out, want_lse = loops(*case, 0.1, branches)
     torch.testing.assert_close(out.double(), want_out, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-6)
@@ -75,7 +75,7 @@ def test_append_writes_normed_rotated_rows_and_skips_padding():
     cache = torch.full((2, page, latents * dim + rope), math.nan)
     latent_cache_append(
         kv, weight, cos, sin, positions, slots, cache,
-        latent_scale=1.5, norm_eps=1e-6, backend="reference",
+        latent_scale=1.5, norm_eps=1e-6, backend="torch",
     )  # fmt: skip
     for token, slot in enumerate(slots.tolist()):
         if slot < 0:
@@ -114,16 +114,16 @@ def test_fp8_append_then_decode_stays_near_the_exact_cache():
     small = torch.zeros(3, page, latents * dim + 2 * rope).to(FP8_DTYPE)
     scale = torch.zeros(3, latents, page)
     common = (kv, weight, cos, sin, positions, slots)
-    options = {"latent_scale": 1.0, "norm_eps": 1e-6, "backend": "reference"}
+    options = {"latent_scale": 1.0, "norm_eps": 1e-6, "backend": "torch"}
     latent_cache_append(*common, exact, **options)
     latent_cache_append(*common, small, cache_scale=scale, **options)
     q = torch.randn(1, 1, latents, 4, dim, generator=gen)
     r = torch.randn(1, 1, 4, rope, generator=gen)
     table = torch.arange(3, dtype=torch.int32)[None]
     lens = torch.tensor([tokens], dtype=torch.int32)
-    want, _ = latent_decode(q, r, exact, table, lens, 0.1, num_branches=2, backend="reference")
+    want, _ = latent_decode(q, r, exact, table, lens, 0.1, num_branches=2, backend="torch")
     got, _ = latent_decode(
-        q, r, small, table, lens, 0.1, num_branches=2, cache_scale=scale, backend="reference"
+        q, r, small, table, lens, 0.1, num_branches=2, cache_scale=scale, backend="torch"
     )
     assert (got - want).norm() / want.norm() < 5e-2
 
@@ -135,10 +135,10 @@ def test_merge_states_equals_attention_over_the_union():
     outs = torch.stack([torch.softmax(scores[:, p], 1) @ values[p] for p in parts])
     outs[1] = math.nan  # an empty part may carry anything
     lses = torch.stack([torch.logsumexp(scores[:, p], 1) for p in parts])
-    out, lse = merge_states(outs, lses, backend="reference")
+    out, lse = merge_states(outs, lses, backend="torch")
     torch.testing.assert_close(out, torch.softmax(scores, 1) @ values)
     torch.testing.assert_close(lse, torch.logsumexp(scores, 1))
-    out, lse = merge_states(outs[1:2], lses[1:2], backend="reference")
+    out, lse = merge_states(outs[1:2], lses[1:2], backend="torch")
     assert (out == 0).all() and (lse == -math.inf).all()
 
 
@@ -154,7 +154,7 @@ def small_call(**changes):
         "cache_seqlens": lens,
         "softmax_scale": 0.1,
         "num_branches": 2,
-        "backend": "reference",
+        "backend": "torch",
     }
     return latent_decode(**{**args, **changes})
 
@@ -163,7 +163,7 @@ def small_call(**changes):
     ("changes", "message"),
     [
         ({"backend": "fast"}, "backend is 'fast': choose one of"),
-        ({"backend": "triton"}, "needs CUDA tensors, got cpu: move them"),
+        ({"backend": "mlra_kernels"}, "needs CUDA tensors, got cpu: move them"),
         ({"num_branches": 3}, "num_branches is 3: it must divide the 2 latents"),
         ({"softmax_scale": 0.0}, "softmax_scale is 0.0: give a positive"),
         ({"cache": torch.zeros(3, 15, 160).half()}, "page size is 15: make it a multiple of 16"),
@@ -194,7 +194,7 @@ def test_operators_are_registered_for_torch_compile():
     torch.library.opcheck(op, (*case, 0.1, 2, None), test_utils=("test_schema", "test_faketensor"))
 
     def step(*args):
-        return latent_decode(*args, 0.1, num_branches=2, backend="reference")[0] * 2
+        return latent_decode(*args, 0.1, num_branches=2, backend="torch")[0] * 2
 
     compiled = torch.compile(step, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(*case), step(*case))

@@ -226,7 +226,7 @@ def test_gqa_is_megatrons_own():
             "does not divide num_query_groups 6 .* size 3",
         ),
         ("tpa", {"attention_output_gate": True}, "attention_output_gate .* does not work with tpa"),
-        ("tpa", {"core_backend": "te"}, "core_backend .'te'. does not work with tpa: use sdpa"),
+        ("tpa", {"core_backend": "te"}, "core_backend .'te'. does not work with tpa: use torch"),
         ("mfa", {"context_parallel_size": 2}, "context_parallel_size .* does not work with mfa"),
         (
             "gqa",

@@ -39,12 +39,12 @@ def core_of(**overrides):
 @pytest.mark.parametrize(
     ("overrides", "core"),
     [
-        ({}, "latent"),
-        ({"transformer_impl": "local"}, "sdpa"),
+        ({}, "mlra_kernels"),
+        ({"transformer_impl": "local"}, "torch"),
         ({"core_backend": "te"}, "te"),
-        ({"core_backend": "sdpa"}, "sdpa"),
-        ({"core_backend": "latent"}, "latent"),
-        ({"core_backend": "latent", "transformer_impl": "local"}, "latent"),
+        ({"core_backend": "torch"}, "torch"),
+        ({"core_backend": "mlra_kernels"}, "mlra_kernels"),
+        ({"core_backend": "mlra_kernels", "transformer_impl": "local"}, "mlra_kernels"),
         ({"bf16": False}, "te"),
         ({"core_form": "materialized"}, "te"),
         ({"attention_dropout": 0.1}, "te"),
@@ -62,15 +62,15 @@ def test_choice(overrides, core) -> None:
 def test_other_gpus(capability, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     assert core_of() == "te"
-    with pytest.raises(ValueError, match="core_backend latent runs on Hopper GPUs"):
-        core_of(core_backend="latent")
+    with pytest.raises(ValueError, match="core_backend mlra_kernels runs on Hopper GPUs"):
+        core_of(core_backend="mlra_kernels")
 
 
 def test_another_triton(monkeypatch) -> None:
     monkeypatch.setattr("triton.__version__", "3.7.1")
     assert core_of() == "te"
     with pytest.raises(ValueError, match=r"needs Triton 3.6 and 3.7.1 is installed; use that, or"):
-        core_of(core_backend="latent")
+        core_of(core_backend="mlra_kernels")
 
 
 @pytest.mark.parametrize(
@@ -83,5 +83,7 @@ def test_another_triton(monkeypatch) -> None:
     ids=str,
 )
 def test_refused(overrides, said) -> None:
-    with pytest.raises(ValueError, match=f"core_backend latent {said}.*, or core_backend auto"):
-        core_of(core_backend="latent", **overrides)
+    with pytest.raises(
+        ValueError, match=f"core_backend mlra_kernels {said}.*, or core_backend auto"
+    ):
+        core_of(core_backend="mlra_kernels", **overrides)
