@@ -46,7 +46,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         self.softmax_scale = config.softmax_scale
         self.cos, self.sin = tables
         self.max_positions = self.cos.size(0)
-        self.operators = "triton" if self.cos.is_cuda else "reference"
+        self.operators = "mlra_kernels" if self.cos.is_cuda else "torch"
 
         def weight(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape), requires_grad=False)
