@@ -66,6 +66,7 @@ def train() -> int:
     from torch.distributed.checkpoint.api import CheckpointException
 
     from megatron_mlra.checkpoint.files import guarded_loads
+    from megatron_mlra.command_line.parser import say
     from megatron_mlra.cost.parameters import parameters
     from megatron_mlra.description.megatron_args import from_megatron_args
     from megatron_mlra.fault_tolerance import (
@@ -102,7 +103,7 @@ def train() -> int:
         guarded_loads.install()
         checksums.install()
         if args.save is not None:
-            lock = RunLock(args.save, say=console.say, lost=end_at_once)
+            lock = RunLock(args.save, say=say, lost=end_at_once)
         helper_processes.install(args.exit_signal, lock.path if lock else None)
         config = steps.model_config(args, arguments.validate(args))
         global_vars.rebuild_tokenizer(args)
@@ -110,7 +111,7 @@ def train() -> int:
         if args.dry_run:
             described = dry_run.describe(args, config.transformer, shape, sys.argv[1:])
             # At once, so that a reader may leave early.
-            console.say("\n".join([console.summary(args, shape), *described]))
+            say("\n".join([console.summary(args, shape), *described]))
             return 0
         integrity.check_save(args, parameters(shape).total)
         if args.tensorboard_dir is not None:
@@ -129,7 +130,7 @@ def train() -> int:
             same,
             seconds=60 * args.distributed_timeout_minutes,
             save=args.save,
-            enter=lambda: lock and claim(lock, args),
+            enter=lambda: enter(args, lock),
         )
         if output is not None:
             output.open(arguments.run_folder(args))
@@ -141,10 +142,10 @@ def train() -> int:
         if args.exit_signal_handler:
             stopping.hand_over(global_vars.get_signal_handler())
         if args.rank == 0:
-            console.say(console.summary(args, shape))
+            say(console.summary(args, shape))
             if on_cpu:
-                console.say(console.on_cpu(args))
-            console.say(console.accelerated_parts(args))
+                say(console.on_cpu(args))
+            say(console.accelerated_parts(args))
         progress.Progress(args, shape).install()
         resume.install(args)
         samples.install()
@@ -163,7 +164,7 @@ def train() -> int:
             )
         except progress.Stopped as stop:
             if args.rank == 0:
-                console.say(str(stop))
+                say(str(stop))
             if stop.code:
                 return stop.code
         torch.distributed.barrier()
@@ -198,12 +199,17 @@ def hush_threads() -> None:
     sys.excepthook = lambda *_: None
 
 
-def claim(lock: RunLock, args: Namespace) -> None:
-    """Make `--save` this run's own, for all ranks; what it holds was looked at before."""
+def enter(args: Namespace, lock: RunLock | None) -> None:
+    """What rank 0 does for all: compare the data with their checksums, and make `--save` this run's
+    own; what it holds was looked at before."""
+    from megatron_mlra.command_line.parser import say
     from megatron_mlra.fault_tolerance import integrity
+    from megatron_mlra.training import batches
 
-    lock.acquire()
-    integrity.check_unused(args)
+    batches.check_data_contents(args, say)
+    if lock is not None:
+        lock.acquire()
+        integrity.check_unused(args)
 
 
 def save_is_gone(args: Namespace, error: BaseException) -> RuntimeError:

@@ -312,7 +312,7 @@ DATA = {
     ),
     "short-index": (
         lambda f: damage_index(f, "text.idx", lambda d: d[:60]),
-        "text.idx is not a Megatron index",
+        "text.idx is damaged: 60 bytes, where",
     ),
     "empty-tokens": (lambda f: (f / "text.bin").write_bytes(b""), "text.bin is truncated: 0 of "),
     "short-tokens": (
