@@ -99,6 +99,7 @@ def train() -> int:
             enable_cpu_backend()
         upstream_fixes.use_prebuilt_dataset_helpers()
         upstream_fixes.repair_torch_adamw_resume()
+        upstream_fixes.take_up_moments_at_another_rate()
         upstream_fixes.name_failed_checkpoint_writes()
         guarded_loads.install()
         checksums.install()

@@ -6,11 +6,13 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.training import training
 
 from megatron_mlra.checkpoint.folder import TRACKER
 from megatron_mlra.command_line.parser import say
 from megatron_mlra.fault_tolerance import checksums, integrity
+from megatron_mlra.fault_tolerance.optimizer_state import other_end
 
 
 def install(args: Namespace) -> None:
@@ -22,9 +24,16 @@ def install(args: Namespace) -> None:
         if args.load is not None:
             args.ckpt_step = whole_step(args)
         try:
-            return load_checkpoint(*rest, **named)
+            result = load_checkpoint(*rest, **named)
         finally:
             args.ckpt_step = asked
+        scheduler = next((it for it in rest if isinstance(it, OptimizerParamScheduler)), None)
+        # What Megatron returns first; it sets the argument later.
+        reached = Namespace(**vars(args) | {"iteration": result[0]})
+        line = scheduler and result[0] and other_end(scheduler, reached)
+        if args.rank == 0 and line:
+            say(line)
+        return result
 
     training.load_checkpoint = load
 

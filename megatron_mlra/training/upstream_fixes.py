@@ -60,6 +60,49 @@ def repair_torch_adamw_resume() -> None:
 
 
 @functools.cache
+def take_up_moments_at_another_rate() -> None:
+    """A resumed optimizer finds its groups of parameters by the rates they were given, so that
+    --override-opt-param-scheduler, which asks for others, finds none. Saved groups are given this
+    run's rates first; what else tells groups apart stays."""
+    from megatron.core.optimizer import distrib_optimizer, optimizer
+    from megatron.training import get_args
+
+    rates = ("max_lr", "min_lr", "start_wd", "end_wd")
+    others = [key for key in optimizer.param_group_identifier_keys if key not in rates]
+
+    def with_these_rates(current: list[dict], saved: list[dict]) -> list[dict]:
+        if not get_args().override_opt_param_scheduler:
+            return saved
+        here: dict[tuple, list[dict]] = {}
+        for group in current:
+            here.setdefault(tuple(group.get(key) for key in others), []).append(group)
+        given = []
+        for group in saved:
+            same = here.get(tuple(group.get(key) for key in others), [])
+            # Groups that only their rates tell apart cannot be told apart by other rates.
+            own = same[0] if len(same) == 1 else {}
+            given.append(group | {key: own[key] for key in rates if key in own})
+        return given
+
+    cls = optimizer.MegatronOptimizer
+    pair = cls._filter_and_reorder_param_groups
+    load_sharded = distrib_optimizer.DistributedOptimizer.load_state_dict
+
+    def pair_by_other_keys(current_groups: list[dict], state_dict_groups: list[dict]):
+        return pair(current_groups, with_these_rates(current_groups, state_dict_groups))
+
+    def load_state_dict(self, state_dict):
+        inner = state_dict.get("optimizer")
+        if isinstance(inner, dict) and "param_groups" in inner:
+            groups = with_these_rates(self.optimizer.param_groups, inner["param_groups"])
+            state_dict = state_dict | {"optimizer": inner | {"param_groups": groups}}
+        return load_sharded(self, state_dict)
+
+    cls._filter_and_reorder_param_groups = staticmethod(pair_by_other_keys)
+    distrib_optimizer.DistributedOptimizer.load_state_dict = load_state_dict
+
+
+@functools.cache
 def accumulate_weight_gradients_in_products() -> bool:
     """Weight gradients are added to their float32 buffer inside the product, not in a pass of
     their own, for which Megatron asks for APEX; Transformer Engine's matrix product does it too.

@@ -201,19 +201,6 @@ def test_absurd_learning_rate_ends_the_run(entry, preset, tmp_path):
     assert re.fullmatch(r"error: step \d: .*(nan|inf).*; lower --lr, or look at the batch", error)
 
 
-@pytest.mark.parametrize(
-    ("argv", "error"),
-    [
-        (["--lr", 1e-3], "was given another --lr, .* or add --no-load-optim"),
-        (["--train-iters", 16], "OptimizerParamScheduler: .* add --override-opt-param-scheduler"),
-    ],
-)
-def test_changed_optimizer_is_refused(entry, preset, save, argv, error):
-    run = entry.run(save.parent, "--config", preset, "--load", save, *argv)
-    assert run.code == 1
-    assert re.match(f"error: .*{error}", run.err)
-
-
 def test_full_disk_keeps_the_earlier_checkpoint(entry, preset, whole, save):
     command = ["--config", preset, "--save", save, "--load", save, "--save-interval", 2]
     run = entry.run(save.parent, *command, file_bytes=200_000)
