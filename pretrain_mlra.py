@@ -81,7 +81,15 @@ def train() -> int:
     )
     from megatron_mlra.fault_tolerance.handshake import meet
     from megatron_mlra.fault_tolerance.run_lock import RunLock
-    from megatron_mlra.training import arguments, console, dry_run, progress, steps, upstream_fixes
+    from megatron_mlra.training import (
+        arguments,
+        console,
+        dry_run,
+        progress,
+        steps,
+        upstream_fixes,
+        validation,
+    )
     from megatron_mlra.training import batches as data
     from megatron_mlra.training.cpu_backend import enable_cpu_backend
 
@@ -148,6 +156,7 @@ def train() -> int:
                 say(console.on_cpu(args))
             say(console.accelerated_parts(args))
         progress.Progress(args, shape).install()
+        validation.install(args)
         resume.install(args)
         samples.install()
         stop_watch = heartbeat.install(

@@ -54,7 +54,8 @@ def load_scorer(
     model = load_model(source, dtype).to(device)
 
     def encode(string: str) -> list[int]:
-        return text.encode(string, add_special_tokens=False)
+        # As in training data, special tokens written in a text are plain characters.
+        return text.encode(string, add_special_tokens=False, split_special_tokens=True)
 
     prefix = text.bos_token_id if text.bos_token_id is not None else text.eos_token_id
     if prefix is None:

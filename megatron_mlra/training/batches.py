@@ -30,6 +30,7 @@ from megatron_mlra.data.index import Index, read_index
 from megatron_mlra.data.metadata import read_metadata
 from megatron_mlra.fault_tolerance import samples
 from megatron_mlra.sharding.token_plan import PackedDocuments, plan_tokens
+from megatron_mlra.training import validation
 from megatron_mlra.training.datasets import CachedBuilder, CachedDataset
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
@@ -158,9 +159,10 @@ def build_datasets(sample_counts: list[int], vp_stage: int | None = None):
     """Train, validation and test datasets (Megatron's provider interface)."""
     args = get_args()
     blend, per_split = get_blend_and_blend_per_split(args)
-    if args.eval_at_start and sample_counts[1] is not None:
-        train, validation, test = sample_counts
-        sample_counts = (train, validation + args.eval_iters * args.eval_global_batch_size, test)
+    if sample_counts[1]:
+        train, _, test = sample_counts
+        # Whatever the length of the run: their order depends on how many there are.
+        sample_counts = (train, validation.samples(args), test)
     config = GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
