@@ -267,7 +267,13 @@ def check_architecture(folder: Path, args: Namespace) -> None:
         if name in unused:
             continue
         if there != here:
-            different.append(f"{name} is {there} there, {here} here")
+            fix = ""
+            if name == "padded_vocab_size":
+                fix = (
+                    f" (convert it with --padded-vocab-size {here}, or set padded_vocab_size:"
+                    f" {there} in a preset)"
+                )
+            different.append(f"{name} is {there} there, {here} here{fix}")
     if different:
         raise ValueError(f"checkpoint {folder} is of another architecture: {'; '.join(different)}")
 

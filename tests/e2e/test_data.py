@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_mlra.checkpoint.formats import open_checkpoint
 from megatron_mlra.data import PreprocessConfig, TokenizerSpec, preprocess
 
 
@@ -139,3 +140,51 @@ def test_blend_weights_are_checked(train, corpus):
         assert run.code == 2 and f"data {corpus} has weight {weight}; give a positive" in run.err
     run = train(corpus, "--data-path", 0.5, corpus, corpus, corpus)
     assert run.code == 2 and "weights and prefixes do not alternate" in run.err
+
+
+def own_data(folder: Path, vocabulary: int) -> Path:
+    """Some data of another vocabulary, with the metadata of the preprocessing."""
+    folder.mkdir()
+    shards = folder / "shard.bin"
+    tokens = np.random.default_rng(0).integers(0, vocabulary - 1, 9000).astype(np.uint16)
+    tokens[::30] = vocabulary - 1
+    header = np.zeros(256, np.int32)
+    header[:3] = 20240520, 1, len(tokens)
+    shards.write_bytes(header.tobytes() + tokens.tobytes())
+    prefix = str(folder / "data")
+    preprocess(PreprocessConfig((str(shards),), prefix, shard_eod_id=vocabulary - 1))
+    return folder / "data"
+
+
+def test_vocabulary_and_end_of_document_are_those_of_the_data(entry, preset, corpus, tmp_path):
+    data = own_data(tmp_path / "own", 1000)
+    run = entry.run(tmp_path, "--config", preset, "--data-path", data, "--save", tmp_path / "save")
+    assert (run.code, run.err) == (0, ""), run.err
+    args = open_checkpoint(tmp_path / "save").args
+    assert (args.vocab_size, args.null_tokenizer_eod_id, args.padded_vocab_size) == (
+        1000,
+        999,
+        1024,
+    )
+    # What the command line says wins.
+    run = entry.run(tmp_path, "--config", preset, "--data-path", data, "--vocab-size", 999)
+    assert run.code == 2 and "has a vocabulary of 1000, the model one of 999; use" in run.err
+    # Without metadata, nothing is known.
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{data}{suffix}", tmp_path / f"bare{suffix}")
+    (tmp_path / "own.yaml").write_text(f"base: {preset}\nvocab_size: null")
+    run = entry.run(tmp_path, "--config", "own.yaml", "--data-path", tmp_path / "bare")
+    assert run.code == 2 and "--vocab-size is missing; give the size of the data" in run.err
+    # Another padding is named with its fix.
+    run = entry.run(tmp_path, "--config", preset, "--load", tmp_path / "save")
+    assert run.code == 2 and (
+        "padded_vocab_size is 1024 there, 272 here (convert it with --padded-vocab-size 272, or set"
+        " padded_vocab_size: 1024 in a preset)" in run.err
+    )
+
+
+def test_train_samples_with_a_preset_in_steps(entry, preset, tmp_path):
+    run = entry.run(tmp_path, "--config", preset, "--train-samples", 24)
+    assert (run.code, run.err) == (0, ""), run.err
+    assert ", 6 steps of 128 tokens" in run.out and "step 6/6 | lm loss" in run.out
+    assert "| lr 2.00e-03 |" in next(x for x in run.out.splitlines() if x.startswith("step 2/6"))
