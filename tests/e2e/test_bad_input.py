@@ -110,6 +110,10 @@ FLAGS = [
     # Parallelism without, or with too few, processes.
     ([TP, "2"], f"{TP} 2 needs a multiple of 2 processes and there are 1; launch with torchrun"),
     ([PP, "2"], f"{TP} 1 x {PP} 2 needs a multiple of 2 processes and there are 1; launch with"),
+    (
+        ["--decoder-last-pipeline-num-layers", "1"],
+        "--decoder-last-pipeline-num-layers 1 is about a pipeline's stages, and --pipeline-model-",
+    ),
     ([CP, "2"], f"{TP} 1 x {CP} 2 needs a multiple of 2 processes and there are 1; launch with"),
     # Packed sequences.
     (
@@ -381,7 +385,7 @@ CHECKPOINTS = {
     "bad-arguments": (
         lambda f: damage_index(f, "iter_0000008/metadata.json", lambda d: b"{"),
         ["--ckpt-step", "8"],
-        "iter_0000008: common state cannot be read",
+        "iter_0000008/metadata.json is not JSON (",
     ),
 }
 
