@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_mlra.command_line.parser import OneLineParser, read_text
+from megatron_mlra.command_line.parser import OneLineParser, add_no_verify, read_text
 from megatron_mlra.command_line.signals import Interrupted, interruptible
 from megatron_mlra.description.model import DTYPES, CheckpointError
 
@@ -25,6 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     def command(name: str, run: Callable[[argparse.Namespace], int], about: str):
         added = commands.add_parser(name, help=about, description=about)
         added.set_defaults(run=run)
+        add_no_verify(added)
         return added
 
     def with_source(added: argparse.ArgumentParser) -> None:
@@ -128,7 +129,7 @@ def _fail(message: str, code: int) -> int:
 def _open(args: argparse.Namespace, path: str, kinds: Sequence[str] = ()):
     from megatron_mlra.checkpoint.formats import open_checkpoint
 
-    folder = open_checkpoint(path, args.vocab_size)
+    folder = open_checkpoint(path, args.vocab_size, verify=args.verify)
     if kinds and folder.kind not in kinds:
         raise CheckpointError(
             f"{path} is a {folder.kind} folder; {args.command} reads {' or '.join(kinds)} folders"
@@ -157,6 +158,7 @@ def _inspect(args: argparse.Namespace) -> int:
         if folder.kind == "megatron":
             folder.files.check_tensors()
         print("\n".join(lines(folder)))
+        folder.check_finite()
     except ForbiddenNames as error:
         return _fail(str(error), 1)
     return 0
@@ -235,6 +237,7 @@ def _reshard(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         say=print,
         progress=not args.quiet,
+        verify=args.verify,
     )
     return _wrote(args)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -51,10 +52,25 @@ class CheckpointFolder:
         every stored number exactly.
 
         Raises:
-            CheckpointError: it cannot be read (truncated, damaged).
+            CheckpointError: it cannot be read (truncated, damaged), or holds NaN or infinities.
             KeyError: the model has no such tensor.
         """
+        tensor = self._read(name)
+        check_finite(tensor, f"{self.path}: {name}")
+        return tensor
+
+    def _read(self, name: str) -> torch.Tensor:
+        """`tensor`, whatever its numbers."""
         raise NotImplementedError
+
+    def check_finite(self) -> None:
+        """Read every tensor once.
+
+        Raises:
+            CheckpointError: one cannot be read, or holds NaN or infinities.
+        """
+        for _ in self.tensors():
+            pass
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor, one after the other."""
@@ -72,6 +88,23 @@ class CheckpointFolder:
         whoever made the checkpoint.
         """
         return []
+
+
+def check_finite(tensor: torch.Tensor, what: str) -> None:
+    """Refuse numbers that no model computes with.
+
+    Raises:
+        CheckpointError: `what` holds NaN or infinities.
+    """
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    low, high = (value.item() for value in torch.aminmax(tensor))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+        raise CheckpointError(
+            f"{what} has {bad:,} NaN or infinite of {tensor.numel():,} numbers; the run that saved"
+            " it had diverged: use an earlier checkpoint"
+        )
 
 
 def tokenizer_files(folder: Path, *, follow_links: bool = False) -> list[Path]:

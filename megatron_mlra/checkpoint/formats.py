@@ -11,11 +11,14 @@ from megatron_mlra.checkpoint.research.folder import ResearchFolder
 from megatron_mlra.description.model import CheckpointError
 
 
-def open_checkpoint(path: str | Path, vocab_size: int | None = None) -> CheckpointFolder:
+def open_checkpoint(
+    path: str | Path, vocab_size: int | None = None, *, verify: bool = True
+) -> CheckpointFolder:
     """Open a Megatron `--save` folder (or one of its `iter_*`), a Hugging Face or research folder.
 
     Args:
         vocab_size: true vocabulary of a Megatron checkpoint, where its arguments do not name one.
+        verify: compare the files of a Megatron checkpoint with its checksums, where it has any.
 
     Raises:
         CheckpointError: no checkpoint, of no known kind, damaged, or not what its model needs; the
@@ -25,7 +28,7 @@ def open_checkpoint(path: str | Path, vocab_size: int | None = None) -> Checkpoi
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder; give a checkpoint's folder")
     try:
-        return _open(path, vocab_size)
+        return _open(path, vocab_size, verify)
     except (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
         said = " ".join(str(error).split())
         raise CheckpointError(
@@ -33,9 +36,9 @@ def open_checkpoint(path: str | Path, vocab_size: int | None = None) -> Checkpoi
         ) from None
 
 
-def _open(path: Path, vocab_size: int | None) -> CheckpointFolder:
+def _open(path: Path, vocab_size: int | None, verify: bool) -> CheckpointFolder:
     if (path / TRACKER).is_file() or (path / ".metadata").is_file():
-        return MegatronFolder(path, vocab_size)
+        return MegatronFolder(path, vocab_size, verify)
     config = read_config(path)
     if config.get("model_type") in ("mlra", "llama"):
         return HuggingFaceFolder(path)

@@ -7,7 +7,7 @@ import math
 import torch
 from tqdm import tqdm
 
-from megatron_mlra.checkpoint.folder import CheckpointFolder
+from megatron_mlra.checkpoint.folder import CheckpointFolder, check_finite
 from megatron_mlra.description.model import DTYPES, CheckpointError, ModelDescription
 from megatron_mlra.description.tensors import dtype_of, expected_tensors
 
@@ -60,9 +60,20 @@ class TensorStream:
                 f"{self.source.path}: {name} is {list(tensor.shape)}, not {list(self.shapes[name])}"
             )
         self._waiting.remove(name)
-        tensor = tensor.to(self.dtype_of(name))
+        if tensor.dtype != self.dtype_of(name):
+            tensor = tensor.to(self.dtype_of(name))
+            self._check_fits(name, tensor)
         self._bar.update(tensor.numel() * tensor.element_size())
         return tensor
+
+    def _check_fits(self, name: str, tensor: torch.Tensor) -> None:
+        try:
+            check_finite(tensor, name)
+        except CheckpointError:
+            raise CheckpointError(
+                f"{self.source.path}: {name} has numbers beyond the range of"
+                f" {self.description.dtype}; use bfloat16 or float32"
+            ) from None
 
     def finish(self) -> None:
         """Check that every tensor was taken.

@@ -64,7 +64,9 @@ def own_tokenizer(
         except CheckpointError as error:
             return beside, f"no tokenizer: {error}; {_NAME_ONE}"
         if made_with is None:
-            of_data = " or ".join(f"{prefix}.json" for prefix in data_prefixes(source))
+            of_data = " or ".join(
+                f"{Path(prefix).absolute()}.json" for prefix in data_prefixes(source)
+            )
             none = f"no files beside the weights, and no {of_data or 'metadata of the data'}"
             return beside, f"no tokenizer: {none}; {_NAME_ONE}"
         if made_with.type == "byte":

@@ -26,6 +26,16 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
+def add_no_verify(parser: argparse.ArgumentParser) -> None:
+    """Add the flag of all tools that read a checkpoint."""
+    parser.add_argument(
+        "--no-verify",
+        action="store_false",
+        dest="verify",
+        help="read a checkpoint's files without comparing them with its checksums",
+    )
+
+
 def read_text(file: str | Path) -> str:
     """A UTF-8 text file.
 

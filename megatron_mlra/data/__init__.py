@@ -1,6 +1,7 @@
 """Data: text to Megatron datasets, and tokenizers.
 
-Start with pipeline.py (the whole way) and tokenizers.py.
+Start with pipeline.py (the whole way) and tokenizers.py; index.py and contents.py
+check what a trainer reads.
 
 May import:   command_line; numpy, pyarrow, tokenizers, and no torch
 Imported by:  checkpoint, evaluation, training

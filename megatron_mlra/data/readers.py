@@ -192,6 +192,8 @@ def _check_column(file: Any, path: str, column: str) -> None:
     schema = file.schema_arrow
     if column not in schema.names:
         raise InputError(f"{path} has no column {column!r}: it has {', '.join(schema.names)}")
+    if schema.names.count(column) > 1:
+        raise InputError(f"{path} has {schema.names.count(column)} columns {column!r}; rename one")
     kind = schema.field(column).type
     if arrow.types.is_dictionary(kind):
         kind = kind.value_type

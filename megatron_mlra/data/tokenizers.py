@@ -136,7 +136,8 @@ class HFTokenizer:
         """Type, file, its SHA-256, and the token that ends a document."""
         return {
             "type": "hf",
-            "model": str(self._file),
+            # The data are read from other working directories.
+            "model": str(self._file.absolute()),
             "sha256": file_sha256(self._file),
             "eod_token": self._eod_token,
         }

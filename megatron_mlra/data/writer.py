@@ -15,12 +15,12 @@ import numpy as np
 
 from megatron_mlra.command_line.parser import aside
 from megatron_mlra.command_line.signals import deferred
+from megatron_mlra.data.contents import SUMMED, sha256
 from megatron_mlra.data.errors import InputError
+from megatron_mlra.data.index import INDEX_HEADER
 from megatron_mlra.data.metadata import read_metadata
 
 SUFFIXES = (".bin", ".idx", ".json")
-INDEX_HEADER = b"MMIDIDX\x00\x00"
-"""How a Megatron index begins."""
 MAX_DOCUMENT_TOKENS = np.iinfo(np.int32).max
 """The index stores lengths as int32."""
 
@@ -69,13 +69,15 @@ class DatasetWriter:
             start += length
 
     def publish(self, metadata: dict[str, Any]) -> None:
-        """Complete the files and rename them into place, ``.bin`` before ``.idx``.
+        """Complete the files and rename them into place, ``.bin`` before ``.idx``. The files'
+        checksums are added to ``metadata``.
 
         Earlier output goes first, index before data: at no moment does an index stand beside data
         that it does not describe.
         """
         with _naming(self._final[".bin"]):
             self._builder.finalize(self._partial[".idx"])
+        metadata["sha256"] = {suffix: sha256(self._partial[suffix]) for suffix in SUMMED}
         with open(self._partial[".json"], "x", encoding="utf-8") as file:
             json.dump(metadata, file, indent=2, ensure_ascii=False)
             file.write("\n")

@@ -47,6 +47,10 @@ _SIZES = {
 """Sizes that each kind of attention needs."""
 
 
+_MAY_BE_ZERO = ("mscale", "mscale_all_dim")
+"""Numbers with a fraction that need not be positive."""
+
+
 class CheckpointError(ValueError):
     """A checkpoint is damaged, foreign or not convertible; one line, names what and the fix."""
 
@@ -243,6 +247,7 @@ class ModelDescription(LatentSizes, ExpertSizes):
             if getattr(self, name) not in allowed:
                 value = getattr(self, name)
                 raise CheckpointError(f"{name} is {value!r}; use one of {', '.join(allowed)}")
+        self._check_types()
         if self.attention != "mlra" and self.rope_type != "rope":
             raise CheckpointError(f"rope_type {self.rope_type!r} needs latent attention")
         for name, part, whole_name, whole in self._divisors():
@@ -257,6 +262,24 @@ class ModelDescription(LatentSizes, ExpertSizes):
             raise CheckpointError(
                 f"num_experts is {self.num_experts}: {tensors} tensors, of at most {MOST_TENSORS}"
             )
+
+    def _check_types(self) -> None:
+        """Switches are true or false (a text "false" would count as true), numbers are finite."""
+        for entry in dataclasses.fields(self):
+            name, kind, value = entry.name, str(entry.type), getattr(self, entry.name)
+            if value is None and "None" in kind:
+                continue
+            if kind == "bool" and not isinstance(value, bool):
+                raise CheckpointError(f"{name} is {value!r}; it must be true or false")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if kind.startswith("int") and not (number and isinstance(value, int)):
+                raise CheckpointError(f"{name} is {value!r}; it must be a whole number")
+            if not kind.startswith("float"):
+                continue
+            if not number or not math.isfinite(value):
+                raise CheckpointError(f"{name} is {value!r}; it must be a finite number")
+            if value <= 0 and name not in _MAY_BE_ZERO:
+                raise CheckpointError(f"{name} is {value!r}; it must be positive")
 
     def _divisors(self) -> list[tuple[str, int, str, int]]:
         """(name, part, name, whole) of everything that must divide."""

@@ -46,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--device", help="default: cuda where there is a GPU")
     command.add_argument("--batch-size", type=int, default=8, help="sequences a forward (8)")
     command.add_argument("--max-length", type=int, help="tokens a window; default: the model's")
+    command_line.add_no_verify(command)
     command.add_argument("--json", metavar="FILE", help="write the results here too")
     return command
 
@@ -91,6 +92,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
         tokenizer=args.tokenizer,
         batch_size=args.batch_size,
         progress=True,
+        verify=args.verify,
     )
     if args.max_length is not None:
         scorer.max_length = args.max_length

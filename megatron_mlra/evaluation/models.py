@@ -26,6 +26,7 @@ def load_scorer(
     tokenizer: str | None = None,
     batch_size: int = 8,
     progress: bool = False,
+    verify: bool = True,
 ) -> Scorer:
     """A scorer of a Megatron, research or exported folder.
 
@@ -33,6 +34,7 @@ def load_scorer(
         dtype: the model runs in, default that of the weights.
         device: default CUDA where there is a GPU.
         tokenizer: 'byte' or a tokenizer's folder; default: the checkpoint's own.
+        verify: see open_checkpoint.
 
     Raises:
         CheckpointError: the folder cannot be read, has no tokenizer or one that does not fit; or
@@ -47,12 +49,13 @@ def load_scorer(
         raise CheckpointError(f"device is {device!r}; use cpu, cuda or e.g. cuda:1") from None
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise CheckpointError(f"device is {device!r} and there is no GPU; use cpu")
-    source = open_checkpoint(path)
+    source = open_checkpoint(path, verify=verify)
     text = load_tokenizer(source, tokenizer)
     model = load_model(source, dtype).to(device)
 
     def encode(string: str) -> list[int]:
-        return text.encode(string, add_special_tokens=False)
+        # As in training data, special tokens written in a text are plain characters.
+        return text.encode(string, add_special_tokens=False, split_special_tokens=True)
 
     prefix = text.bos_token_id if text.bos_token_id is not None else text.eos_token_id
     if prefix is None:

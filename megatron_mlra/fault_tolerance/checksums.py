@@ -8,7 +8,6 @@ wait; here each writer hashes its own file behind its own write, and each rank c
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import multiprocessing
 import os
@@ -17,10 +16,9 @@ from pathlib import Path
 
 import torch
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME as MANIFEST
 
-from megatron_mlra.checkpoint.files.inside import inside
-from megatron_mlra.command_line.foreign_text import read_json
+from megatron_mlra.checkpoint.files import manifest
+from megatron_mlra.checkpoint.files.manifest import MANIFEST, sha256
 from megatron_mlra.command_line.parser import aside
 from megatron_mlra.description.model import CheckpointError
 from megatron_mlra.fault_tolerance.writer_process import end_with_parent
@@ -80,12 +78,6 @@ def _leave_digest(path: Path) -> None:
         _digest(path).write_text(sha256(path))
 
 
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_manifest(folder: str | Path) -> None:
     """Gather the writers' digests into the manifest, and hash the small files that have none."""
     folder = Path(folder)
@@ -110,31 +102,17 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
     """The first file that is not what was saved, of every `parts`-th from number `part` on.
 
     Returns:
-        what is wrong with it, or None. A checkpoint without a manifest (an older one, or saved with
-        `verify_integrity: false`) has nothing to compare with.
+        what is wrong with it, or None. A checkpoint without a manifest has nothing to compare with.
     """
-    if not (folder / MANIFEST).is_file():
-        return None
     try:
-        files = read_json(folder / MANIFEST)["files"]
-        plain = all(Path(name).name == name and isinstance(files[name], str) for name in files)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
-    if not plain:
-        return f"{MANIFEST} names what is no file of the folder"
-    for name in sorted(files)[part::parts]:
-        try:
-            file = inside(folder, name)
-            if not file.is_file():
-                return f"{name} is missing"
-            found = sha256(file)
-        except CheckpointError as error:
-            return str(error)
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
-        if found != files[name]:
-            return f"{name} does not match its checksum"
-    return None
+        files = manifest.entries(folder)
+    except CheckpointError as error:
+        return str(error)
+    if files is None:
+        return None
+    # What is read and not listed is nobody's share; the first rank names it.
+    unlisted = {path.name for path in folder.glob("*.distcp")} - files.keys() if not part else set()
+    return manifest.damage(folder, [*sorted(files)[part::parts], *unlisted])
 
 
 def damage_anywhere(folder: Path) -> str | None:

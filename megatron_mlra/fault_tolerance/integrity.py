@@ -13,11 +13,12 @@ from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_mlra.checkpoint.files.manifest import MANIFEST
 from megatron_mlra.checkpoint.folder import TRACKER, tracked_step
 from megatron_mlra.checkpoint.megatron.torch_dist import TorchDistFolder
 from megatron_mlra.command_line import parser
 from megatron_mlra.command_line.foreign_text import read_json
-from megatron_mlra.fault_tolerance.checksums import MANIFEST
+from megatron_mlra.fault_tolerance.optimizer_state import check_optimizer
 
 _ITERATION = re.compile(r"iter_(\d+)").fullmatch
 
@@ -215,6 +216,7 @@ def check_load(args: Namespace) -> None:
             f" run{also}"
         )
     check_architecture(folder, args)
+    check_optimizer(TorchDistFolder(folder), args)
 
 
 def _check_readable(folder: Path) -> None:
@@ -265,7 +267,13 @@ def check_architecture(folder: Path, args: Namespace) -> None:
         if name in unused:
             continue
         if there != here:
-            different.append(f"{name} is {there} there, {here} here")
+            fix = ""
+            if name == "padded_vocab_size":
+                fix = (
+                    f" (convert it with --padded-vocab-size {here}, or set padded_vocab_size:"
+                    f" {there} in a preset)"
+                )
+            different.append(f"{name} is {there} there, {here} here{fix}")
     if different:
         raise ValueError(f"checkpoint {folder} is of another architecture: {'; '.join(different)}")
 

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_mlra.checkpoint.folder import TRACKER
 from megatron_mlra.command_line.parser import say
 from megatron_mlra.fault_tolerance import checksums, integrity
+from megatron_mlra.fault_tolerance.optimizer_state import other_end
 
 
 def choose_step(load_checkpoint: Callable, args: Namespace) -> Callable:
@@ -21,9 +23,16 @@ def choose_step(load_checkpoint: Callable, args: Namespace) -> Callable:
         if args.load is not None:
             args.ckpt_step = whole_step(args)
         try:
-            return load_checkpoint(*rest, **named)
+            result = load_checkpoint(*rest, **named)
         finally:
             args.ckpt_step = asked
+        scheduler = next((it for it in rest if isinstance(it, OptimizerParamScheduler)), None)
+        # What Megatron returns first; it sets the argument later.
+        reached = Namespace(**vars(args) | {"iteration": result[0]})
+        line = scheduler and result[0] and other_end(scheduler, reached)
+        if args.rank == 0 and line:
+            say(line)
+        return result
 
     return load
 

@@ -97,7 +97,11 @@ class AttentionCore(nn.Module):
 
 
 class LatentUpProjection(nn.Module):
-    """W_UK and W_UV of every (branch, head) pair: `weight` `[n, h, d_h + d_v, l]`, keys first."""
+    """W_UK and W_UV of every (branch, head) pair: `weight` `[n, h, d_h + d_v, l]`, keys first.
+
+    Called like any module, never read from outside: what offloads or shards weights (accelerate's
+    device_map, FSDP, ZeRO-3) has them in place during `forward` alone.
+    """
 
     def __init__(self, config: MLRAConfig) -> None:
         super().__init__()
@@ -105,9 +109,22 @@ class LatentUpProjection(nn.Module):
         shape = (config.num_branches, config.num_attention_heads, sum(self.sizes))
         self.weight = nn.Parameter(torch.empty(*shape, config.latent_dim))
 
-    def split(self) -> tuple[Tensor, Tensor]:
-        """W_UK `[n, h, d_h, l]` and W_UV `[n, h, d_v, l]`."""
-        return self.weight.split(self.sizes, dim=2)
+    def forward(self, x: Tensor, use: str) -> Tensor:
+        """One of three products.
+
+        Args:
+            x, use: queries `[b, s, h, d_h]`, 'absorb': in latent space, `[b, s, n, h, l]`;
+                attended latents `[b, s, n, h, l]`, 'sum': values summed over branches,
+                `[b, s, h, d_v]`; latents `[b, t, n, g, l]`, 'expand': keys and values of every
+                head, `[b, t, n, h, d_h + d_v]`.
+        """
+        if use == "expand":
+            weight = self.weight.unflatten(1, (x.size(3), -1))  # [n, g, h / g, d_h + d_v, l]
+            return torch.einsum("btngl,ngjel->btngje", x, weight).flatten(3, 4)
+        keys, values = self.weight.split(self.sizes, dim=2)  # [n, h, d_h, l], [n, h, d_v, l]
+        if use == "absorb":
+            return torch.einsum("bshd,nhdl->bsnhl", x, keys)
+        return torch.einsum("bsnhl,nhvl->bshv", x, values)
 
 
 class MLRAAttention(nn.Module):
@@ -194,11 +211,11 @@ class MLRAAttention(nn.Module):
 
     def _absorb(self, q_nope: Tensor) -> Tensor:
         """Queries in latent space, `[b, s, n, h, l]`."""
-        return torch.einsum("bshd,nhdl->bsnhl", q_nope, self.kv_b_proj.split()[0])
+        return self.kv_b_proj(q_nope, "absorb")
 
     def _sum_branches(self, z: Tensor) -> Tensor:
         """sum_n z_n W_UV_n: `[b, s, n, h, l]` -> `[b, s, h, d_v]`."""
-        return torch.einsum("bsnhl,nhvl->bshv", z, self.kv_b_proj.split()[1])
+        return self.kv_b_proj(z, "sum")
 
     def _attend_pages(self, q_nope: Tensor, q_rope: Tensor, step: PagedStep) -> Tensor:
         """Absorbed attention to the paged cache by the kernels."""
@@ -228,9 +245,8 @@ class MLRAAttention(nn.Module):
         self, q_nope: Tensor, q_rope: Tensor, rows: Tensor, mask: Tensor | None, **kwargs
     ) -> tuple[Tensor, Tensor | None]:
         latents, k_rope = self._keys(rows)
-        n, g = latents.shape[2:4]
-        weight = self.kv_b_proj.weight.unflatten(1, (g, -1))  # [n, g, h / g, d_h + d_v, l]
-        expanded = torch.einsum("btngl,ngjel->btngje", latents, weight).flatten(3, 4)
+        n = latents.size(2)
+        expanded = self.kv_b_proj(latents, "expand")
         k_nope, value = expanded.split(self.kv_b_proj.sizes, dim=-1)  # [b, t, n, h, .]
         k_rope = k_rope[:, :, None, None].expand(*k_nope.shape[:-1], -1)
         key = torch.cat((k_nope, k_rope), dim=-1)

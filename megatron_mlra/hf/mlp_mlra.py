@@ -28,11 +28,15 @@ class MLRAMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
-class MLRARouter(nn.Linear):
-    """Chooses each token's experts and their weights; scores are in float32."""
+class MLRARouter(nn.Module):
+    """Chooses each token's experts and their weights by `weight` `[E, d]`; scores are in float32.
+
+    No nn.Linear: those that adapters and quantizers replace return a tensor, and this a pair.
+    """
 
     def __init__(self, config: MLRAConfig) -> None:
-        super().__init__(config.hidden_size, config.num_experts, bias=False)
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         self.config = config
         if config.use_expert_bias:
             bias = torch.zeros(config.num_experts, dtype=torch.float32)

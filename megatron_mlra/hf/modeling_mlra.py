@@ -61,9 +61,9 @@ class MLRAPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, LatentUpProjection):
+        if isinstance(module, LatentUpProjection | MLRARouter):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
-        elif isinstance(module, MLRARouter) and self.config.use_expert_bias:
+        if isinstance(module, MLRARouter) and self.config.use_expert_bias:
             init.zeros_(module.e_score_correction_bias)
 
 

@@ -17,7 +17,13 @@ from megatron_mlra.checkpoint.folder import CheckpointFolder
 from megatron_mlra.checkpoint.formats import open_checkpoint
 from megatron_mlra.checkpoint.tokenizer import checkpoint_tokenizer
 from megatron_mlra.command_line.foreign_text import parse_json
-from megatron_mlra.command_line.parser import OneLineParser, check_output, read_text, write_text
+from megatron_mlra.command_line.parser import (
+    OneLineParser,
+    add_no_verify,
+    check_output,
+    read_text,
+    write_text,
+)
 from megatron_mlra.data.tokenizers import TOKENIZER_TYPES, Tokenizer
 from megatron_mlra.description.backends import current_name
 from megatron_mlra.inference.backends.select import BACKENDS
@@ -88,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
         "--weight-mode", choices=WEIGHT_MODES, default="replicated",
         help="of query and output projections, tensor parallel (default: replicated)",
     )  # fmt: skip
+    add_no_verify(p)
     p.add_argument("--no-graphs", action="store_true", help="no CUDA graphs of the decode step")
     return p
 
@@ -157,7 +164,7 @@ def _generate(args: argparse.Namespace, rank: int, device: str) -> int:
             raise ValueError(f"{flag} is {value}; use at least 1")
     if args.output:
         check_output(args.output, "--output")
-    folder = open_checkpoint(args.checkpoint, args.vocab_size)
+    folder = open_checkpoint(args.checkpoint, args.vocab_size, verify=args.verify)
     tokenizer = checkpoint_tokenizer(folder, args.tokenizer, args.tokenizer_model)
     if not args.ignore_eod:
         params = [SamplingParams(**{**vars(p), "stop_ids": (tokenizer.eod,)}) for p in params]

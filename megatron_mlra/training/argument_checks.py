@@ -216,6 +216,12 @@ def _check_parallel(args: Namespace) -> None:
     for name in ("pipeline_model_parallel_size", "context_parallel_size"):
         if getattr(args, name) > 1:
             layout += f" x {flag(name)} {getattr(args, name)}"
+    for name in ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"):
+        if pp == 1 and getattr(args, name) is not None:
+            raise ValueError(
+                f"{flag(name)} {getattr(args, name)} is about a pipeline's stages, and"
+                " --pipeline-model-parallel-size is 1; leave it out"
+            )
     ranks = tp * pp * args.context_parallel_size
     if args.world_size % ranks:
         raise ValueError(

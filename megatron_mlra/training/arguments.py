@@ -33,6 +33,7 @@ from megatron_mlra.layers.config import (
 )
 from megatron_mlra.layers.fp8 import FP8_LINEARS
 from megatron_mlra.planner.gpus import GPUS
+from megatron_mlra.training import data_defaults
 from megatron_mlra.training.argument_checks import check_arguments
 from megatron_mlra.training.cpu_backend import CPU_DEFAULTS
 from megatron_mlra.training.presets import add_opposites, load_preset
@@ -238,6 +239,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
         if args.dry_run < 1:
             raise ValueError(f"--dry-run {args.dry_run} is no number of GPUs; use at least 1")
         args.rank, args.local_rank, args.world_size = 0, 0, args.dry_run
+    data_defaults.complete(args, argv)
     check_arguments(args)
     if args.attention == "mlra":
         args.kv_channels = args.v_head_dim

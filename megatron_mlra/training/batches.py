@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import struct
+import re
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import mpu
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.blended_megatron_dataset_config import (
     convert_split_vector_to_split_matrix,
     parse_and_normalize_split,
 )
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType
 from megatron.core.utils import (
     flatten_batch_for_packed_sequences,
     get_batch_on_this_cp_rank,
@@ -27,10 +25,14 @@ from megatron.core.utils import (
 from megatron.training import get_args, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 
+from megatron_mlra.data.contents import cache_folder, check_contents
+from megatron_mlra.data.index import Index, read_index
 from megatron_mlra.data.metadata import read_metadata
 from megatron_mlra.evaluation.token_stream import named_sets
 from megatron_mlra.fault_tolerance import samples
 from megatron_mlra.sharding.token_plan import PackedDocuments, plan_tokens
+from megatron_mlra.training import validation
+from megatron_mlra.training.datasets import CachedBuilder, CachedDataset
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
@@ -43,24 +45,61 @@ def check_data(args: Namespace) -> None:
     """
     if args.mock_data or args.skip_train:
         return
+    for prefix in _prefixes(args):
+        _check_prefix(prefix, args)
+
+
+def check_data_contents(args: Namespace, say: Callable[[str], None]) -> None:
+    """Refuse data that are not what the preprocessing wrote; for one rank, since all bytes are
+    read, once.
+
+    Raises:
+        ValueError: names the file.
+    """
+    if args.mock_data or args.skip_train:
+        return
+    for prefix in _prefixes(args):
+        check_contents(prefix, cache_folder(prefix, args.data_cache_path), say)
+
+
+def _prefixes(args: Namespace) -> list[str]:
+    """Prefixes of all data that are asked for.
+
+    Raises:
+        ValueError: the arguments name none, or a weight that is not positive.
+    """
     try:
         blend, per_split = get_blend_and_blend_per_split(args)
     except (OSError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"data arguments: {error}") from None
+    except AssertionError:
+        raise ValueError(_NOT_ALTERNATING) from None
     blends = [b for b in (blend, *(per_split or ())) if b is not None]
     if not blends:
         raise ValueError(
             "no data: give --data-path PREFIX (tools/preprocess_data.py writes PREFIX.bin and"
             " PREFIX.idx) or --mock-data"
         )
-    for prefixes, _weights in blends:
-        for prefix in prefixes:
-            _check_prefix(prefix, args)
-    for prefix in named_sets(args.held_out).values():
-        _check_prefix(prefix, args)
+    for prefixes, weights in blends:
+        for prefix, weight in zip(prefixes, weights or (), strict=False):
+            if not 0 < weight < float("inf"):
+                raise ValueError(
+                    f"data {prefix} has weight {weight:g}; give a positive one, or leave the data"
+                    " out"
+                )
+    found = [prefix for prefixes, _ in blends for prefix in prefixes]
+    return list(dict.fromkeys([*found, *named_sets(args.held_out).values()]))
+
+
+_NOT_ALTERNATING = (
+    "data arguments: weights and prefixes do not alternate; use --data-path 0.3 data/a 0.7 data/b,"
+    " or prefixes alone"
+)
 
 
 def _check_prefix(prefix: str, args: Namespace) -> None:
+    if re.fullmatch(r"[-+.\deE]+", prefix) and not Path(prefix + ".idx").exists():
+        raise ValueError(_NOT_ALTERNATING)
     for suffix in (".idx", ".bin"):
         path = Path(prefix + suffix)
         if path.is_file():
@@ -69,64 +108,32 @@ def _check_prefix(prefix: str, args: Namespace) -> None:
         if dot and last in ("bin", "idx"):
             raise ValueError(f"--data-path {prefix} names a file; leave .{last} out: {stem}")
         raise ValueError(f"data file {path} does not exist; make it with tools/preprocess_data.py")
-    documents, expected = _indexed(prefix)
-    there = Path(prefix + ".bin").stat().st_size
-    if not expected:
-        raise ValueError(f"data file {prefix}.bin is empty; preprocess the data again")
-    if there < expected:
-        raise ValueError(
-            f"data file {prefix}.bin is truncated: {there:,} of {expected:,} bytes; preprocess the"
-            " data again"
-        )
+    index = read_index(prefix)
     if prefix in (args.data_path or ()):
-        _check_split(prefix, documents, args)
+        _check_split(prefix, index, args)
     metadata = read_metadata(prefix)
     if metadata is not None:
         _check_tokens(prefix, metadata, args)
 
 
-def _check_split(prefix: str, documents: int, args: Namespace) -> None:
-    """Every part of --split that is asked for must get a document: Megatron would wait forever."""
+def _check_split(prefix: str, index: Index, args: Namespace) -> None:
+    """Every part of --split that is asked for must get tokens: Megatron would wait forever."""
     parts = convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split))
+    documents = len(index.lengths)
     for part, name in zip(parts, ("training", "validation", "test"), strict=True):
-        if part is not None and round(part[0] * documents) == round(part[1] * documents):
+        if part is None:
+            continue
+        first, last = (round(share * documents) for share in part)
+        if not index.tokens(first, last):
             raise ValueError(
-                f"--split {args.split} leaves none of the {documents} documents of {prefix} for"
-                f" {name}; use more documents, another --split, or 1,0,0 with --eval-iters 0"
+                f"--split {args.split} leaves none of the {documents} documents of {prefix}, or"
+                f" none with tokens, for {name}; use more documents, another --split, or 1,0,0 with"
+                " --eval-iters 0"
             )
     if parts[1] is None and args.eval_iters:
         raise ValueError(
             f"--split {args.split} leaves nothing for validation; use another, or --eval-iters 0"
         )
-
-
-def _indexed(prefix: str) -> tuple[int, int]:
-    """Documents that PREFIX.idx lists, and the bytes of PREFIX.bin that it refers to.
-
-    Raises:
-        ValueError: the index is damaged.
-    """
-    damaged = ValueError(
-        f"data file {prefix}.idx is not a Megatron index; preprocess the data again"
-    )
-    with open(prefix + ".idx", "rb") as index:
-        header = index.read(len(_INDEX_HEADER) + 25)
-        if len(header) < len(_INDEX_HEADER) + 25 or not header.startswith(_INDEX_HEADER):
-            raise damaged
-        version, dtype, sequences, bounds = struct.unpack("<QBQQ", header[len(_INDEX_HEADER) :])
-        if version != 1 or dtype not in {kind.value for kind in DType}:
-            raise damaged
-        if not sequences:
-            return 0, 0
-        # Lengths (int32), then offsets (int64): the last of each.
-        index.seek(len(header) + 4 * (sequences - 1))
-        length = index.read(4)
-        index.seek(len(header) + 4 * sequences + 8 * (sequences - 1))
-        offset = index.read(8)
-    if len(length) < 4 or len(offset) < 8:
-        raise damaged
-    size = DType.size(DType.dtype_from_code(dtype))
-    return bounds - 1, struct.unpack("<q", offset)[0] + struct.unpack("<i", length)[0] * size
 
 
 def _check_tokens(prefix: str, metadata: dict[str, Any], args: Namespace) -> None:
@@ -154,9 +161,10 @@ def build_datasets(sample_counts: list[int], vp_stage: int | None = None):
     """Train, validation and test datasets (Megatron's provider interface)."""
     args = get_args()
     blend, per_split = get_blend_and_blend_per_split(args)
-    if args.eval_at_start and sample_counts[1] is not None:
-        train, validation, test = sample_counts
-        sample_counts = (train, validation + args.eval_iters * args.eval_global_batch_size, test)
+    if sample_counts[1]:
+        train, _, test = sample_counts
+        # Whatever the length of the run: their order depends on how many there are.
+        sample_counts = (train, validation.samples(args), test)
     config = GPTDatasetConfig(
         random_seed=args.seed if args.data_seed is None else args.data_seed,
         sequence_length=args.seq_length,
@@ -186,8 +194,8 @@ def build_datasets(sample_counts: list[int], vp_stage: int | None = None):
             or mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
         )
 
-    dataset = samples.SourcedMockDataset if args.mock_data else samples.SourcedDataset
-    return BlendedMegatronDatasetBuilder(dataset, sample_counts, is_built_here, config).build()
+    dataset = samples.SourcedMockDataset if args.mock_data else CachedDataset
+    return CachedBuilder(dataset, sample_counts, is_built_here, config).build()
 
 
 build_datasets.is_distributed = True

@@ -206,13 +206,6 @@ def message(error: BaseException) -> str:
         peer = re.search(r"\[(?:::ffff:)?([0-9a-f.:]+)\]:\d+", text)
         where = f" (at {peer[1]})" if peer else ""
         return f"another rank{where} is gone; its own error, or the launcher, says why"
-    if text.startswith("OptimizerParamScheduler: class input value"):
-        return f"{text}; keep the checkpoint's, or add --override-opt-param-scheduler"
-    if text.startswith("Could not find parameter group with key"):
-        return (
-            "the checkpoint's optimizer was given another --lr, --min-lr or --weight-decay; keep"
-            " them, or add --no-load-optim"
-        )
     if not text:
         line = traceback.extract_tb(error.__traceback__)[-1].line
         return f"{type(error).__name__} at `{line}`"

@@ -33,7 +33,7 @@ from megatron_mlra.fault_tolerance import (
     stopping,
 )
 from megatron_mlra.fault_tolerance.run_lock import RunLock
-from megatron_mlra.training import arguments, progress, upstream_fixes
+from megatron_mlra.training import arguments, progress, upstream_fixes, validation
 
 READ_IN = {"megatron-core": "0.19.2", "torch": "2.11.0"}
 """The versions in which the targets were read."""
@@ -151,14 +151,20 @@ TORCH_ADAMW = (
     ),
     Hook(
         f"{OPTIMIZER}.load_state_dict",
-        "a resume with torch's AdamW shares one step tensor among all parameters",
-        (upstream_fixes.load_with_own_steps,),
+        "a resume with torch's AdamW shares one step tensor among all parameters; one at another"
+        " rate finds no group",
+        (upstream_fixes.load_with_own_steps, upstream_fixes.load_at_other_rates),
     ),
 )
 """For the optimizer without Transformer Engine or APEX."""
 
 BEFORE_TRAINING = (
     *TORCH_ADAMW,
+    Hook(
+        "megatron.core.optimizer.optimizer.MegatronOptimizer._filter_and_reorder_param_groups",
+        "a resume at another rate finds no group: Megatron tells groups apart by their rates",
+        (upstream_fixes.pair_at_other_rates,),
+    ),
     # Saving a checkpoint.
     Hook(
         f"{WRITER}.write_preloaded_data",
@@ -236,6 +242,11 @@ BEFORE_TRAINING = (
         f"{TRAINER}.load_checkpoint",
         "the step to load is the newest whose files are what was saved",
         (lambda load, run: resume.choose_step(load, run.args),),
+    ),
+    Hook(
+        f"{TRAINER}.build_pretraining_data_loader",
+        "each evaluation takes the next samples, so that two of one run are of other text",
+        (lambda build, run: validation.same_samples(build, run.args),),
     ),
     # Training.
     Hook(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 
+from megatron_mlra.command_line.parser import say
 from megatron_mlra.fault_tolerance import fingerprint, integrity
 from megatron_mlra.fault_tolerance.handshake import World, meet
 from megatron_mlra.fault_tolerance.run_lock import RunLock
 from megatron_mlra.training.arguments import join_world
+from megatron_mlra.training.batches import check_data_contents
 
 
 def meet_all(args: Namespace, given: dict[str, str], lock: RunLock | None) -> World:
@@ -23,7 +25,9 @@ def meet_all(args: Namespace, given: dict[str, str], lock: RunLock | None) -> Wo
         ValueError: names the host that differs, and in what; or what is wrong with `--save`.
     """
 
-    def claim() -> None:
+    def enter() -> None:
+        """What rank 0 does for all."""
+        check_data_contents(args, say)
         if lock is not None:
             lock.acquire()
             integrity.check_unused(args)  # what the folder holds was looked at before
@@ -34,4 +38,4 @@ def meet_all(args: Namespace, given: dict[str, str], lock: RunLock | None) -> Wo
         same["data"] = fingerprint.of_data(args)
     same["derived arguments"] = fingerprint.of_arguments(args)
     seconds = 60 * args.distributed_timeout_minutes
-    return meet(args.rank, args.world_size, same, seconds=seconds, save=args.save, enter=claim)
+    return meet(args.rank, args.world_size, same, seconds=seconds, save=args.save, enter=enter)

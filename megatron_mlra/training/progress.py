@@ -79,6 +79,8 @@ class Progress:
         )
         self.throughput = Throughput(args)
         self.evaluating = ("validation", 0)
+        self.validated: int | None = None
+        self.losses: dict[str, list[torch.Tensor]] = {}
         self.saving: list[int] = []
         self.bar: tqdm | None = None
 
@@ -93,15 +95,17 @@ class Progress:
             flag = training_log(
                 losses, totals, rate, iteration, scale, memory, skipped, grad_norm, *rest, **named
             )
+            if not skipped:
+                for name, loss in losses.items():
+                    self.losses.setdefault(name, []).append(loss)
             if self.speaks:
-                self._step(losses, rate, iteration, grad_norm, skipped)
+                self._step(rate, iteration, grad_norm, skipped)
             return flag
 
         return log
 
     def _step(
         self,
-        losses: dict,
         learning_rate: float | None,
         iteration: int,
         grad_norm: float | None,
@@ -116,7 +120,9 @@ class Progress:
                 self.throughput.begin()
             return
         parts = [f"step {iteration:,}/{args.train_iters:,}"]
-        parts += [f"{name} {_value(loss):.4f}" for name, loss in losses.items()]
+        # As Megatron's log has it: the mean of the steps since the line before.
+        parts += [f"{name} {_mean(losses):.4f}" for name, losses in self.losses.items()]
+        self.losses.clear()
         if skipped:
             parts.append("skipped (overflow)")
         if grad_norm is not None:
@@ -161,6 +167,10 @@ class Progress:
         def run(prefix, forward_step, data, model, iteration, *rest, **named):
             is_test = "test set" in prefix
             self.evaluating = ("test" if is_test else "validation", iteration)
+            if not is_test:
+                if self.validated == iteration:
+                    return None  # at its end a run is validated once more, on the same samples
+                self.validated = iteration
             if is_test:
                 # Megatron would write it into the validation curve.
                 named["write_to_tensorboard"] = False
@@ -345,6 +355,10 @@ def recomputed(args: Namespace) -> str | None:
     if "core_attn" in modules:
         return "core"
     return "up_proj" if "mla_up_proj" in modules and args.attention == "mlra" else None
+
+
+def _mean(losses: list) -> float:
+    return sum(map(_value, losses)) / len(losses)
 
 
 def _value(loss) -> float:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
+from megatron.core.optimizer.optimizer import param_group_identifier_keys
 
 
 def use_prebuilt_dataset_helpers(compile_helpers: Callable, run: Any) -> Callable:
@@ -75,6 +76,48 @@ def raise_failed_writes(write: Callable, run: Any) -> Callable:
         return result
 
     return write_or_raise
+
+
+def pair_at_other_rates(pair: Callable, run: Any) -> Callable:
+    """`_filter_and_reorder_param_groups`, which finds groups by the rates they were given, so that
+    --override-opt-param-scheduler, which asks for others, finds none."""
+
+    def pair_by_other_keys(current_groups: list[dict], state_dict_groups: list[dict]):
+        return pair(current_groups, _with_these_rates(current_groups, state_dict_groups, run.args))
+
+    return pair_by_other_keys
+
+
+def load_at_other_rates(load_state_dict: Callable, run: Any) -> Callable:
+    """The distributed optimizer's `load_state_dict`, as pair_at_other_rates."""
+
+    def load(self, state_dict):
+        inner = state_dict.get("optimizer")
+        if isinstance(inner, dict) and "param_groups" in inner:
+            groups = self.optimizer.param_groups
+            groups = _with_these_rates(groups, inner["param_groups"], run.args)
+            state_dict = state_dict | {"optimizer": inner | {"param_groups": groups}}
+        return load_state_dict(self, state_dict)
+
+    return load
+
+
+def _with_these_rates(current: list[dict], saved: list[dict], args: Any) -> list[dict]:
+    """Saved groups with this run's rates; what else tells groups apart stays."""
+    if not getattr(args, "override_opt_param_scheduler", False):
+        return saved
+    rates = ("max_lr", "min_lr", "start_wd", "end_wd")
+    others = [key for key in param_group_identifier_keys if key not in rates]
+    here: dict[tuple, list[dict]] = {}
+    for group in current:
+        here.setdefault(tuple(group.get(key) for key in others), []).append(group)
+    given = []
+    for group in saved:
+        same = here.get(tuple(group.get(key) for key in others), [])
+        # Groups that only their rates tell apart cannot be told apart by other rates.
+        own = same[0] if len(same) == 1 else {}
+        given.append(group | {key: own[key] for key in rates if key in own})
+    return given
 
 
 @functools.cache

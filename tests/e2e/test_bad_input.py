@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import struct
 
@@ -35,7 +34,6 @@ FLAGS = [
         ["--max-position-embeddings", "16"],
         "--max-position-embeddings 16 is shorter than --seq-length 32; use 32",
     ),
-    (["--vocab-size", "500"], "padded_vocab_size 272 is smaller than --vocab-size 500"),
     (["--global-batch-size", "7"], "--global-batch-size 7 does not divide into micro-batches of 2"),
     (["--eval-micro-batch-size", "3"], "--eval-global-batch-size 4 does not divide into"),
     (["--bf16", "--fp16"], "--bf16 and --fp16 exclude each other; use --bf16"),
@@ -112,6 +110,10 @@ FLAGS = [
     # Parallelism without, or with too few, processes.
     ([TP, "2"], f"{TP} 2 needs a multiple of 2 processes and there are 1; launch with torchrun"),
     ([PP, "2"], f"{TP} 1 x {PP} 2 needs a multiple of 2 processes and there are 1; launch with"),
+    (
+        ["--decoder-last-pipeline-num-layers", "1"],
+        "--decoder-last-pipeline-num-layers 1 is about a pipeline's stages, and --pipeline-model-",
+    ),
     ([CP, "2"], f"{TP} 1 x {CP} 2 needs a multiple of 2 processes and there are 1; launch with"),
     # Packed sequences.
     (
@@ -278,7 +280,6 @@ REQUIRED = {
     "seq_length": "--seq-length is missing",
     "micro_batch_size": "--micro-batch-size is missing",
     "lr": "--lr is missing",
-    "vocab_size": "--vocab-size is missing; give the size of the data's vocabulary",
     "train_iters": "--train-iters is missing; say how many steps to train",
     "data_path": "no data: give --data-path PREFIX",
 }
@@ -312,7 +313,7 @@ DATA = {
     ),
     "short-index": (
         lambda f: damage_index(f, "text.idx", lambda d: d[:60]),
-        "text.idx is not a Megatron index",
+        "text.idx is damaged: 60 bytes, where",
     ),
     "empty-tokens": (lambda f: (f / "text.bin").write_bytes(b""), "text.bin is truncated: 0 of "),
     "short-tokens": (
@@ -322,12 +323,6 @@ DATA = {
     "metadata": (
         lambda f: (f / "text.json").write_text("{"),
         "text.json is not a dataset's metadata",
-    ),
-    "vocabulary": (
-        lambda f: damage_index(
-            f, "text.json", lambda d: re.sub(rb'"vocab_size": \d+', b'"vocab_size": 300', d)
-        ),
-        "has a vocabulary of 300, the model one of 257; use --vocab-size 300",
     ),
 }
 
@@ -390,7 +385,7 @@ CHECKPOINTS = {
     "bad-arguments": (
         lambda f: damage_index(f, "iter_0000008/metadata.json", lambda d: b"{"),
         ["--ckpt-step", "8"],
-        "iter_0000008: common state cannot be read",
+        "iter_0000008/metadata.json is not JSON (",
     ),
 }
 

@@ -144,7 +144,9 @@ def _expert_fields(config: Mapping[str, Any], needed: Callable[[str], Any]) -> d
             raise CheckpointError(
                 f"config.json: {name} {value!r} has no counterpart; {allowed} have"
             )
-    normalizes = bool(needed("norm_topk_prob"))
+    normalizes = needed("norm_topk_prob")
+    if not isinstance(normalizes, bool):
+        raise CheckpointError(f"config.json: norm_topk_prob is {normalizes!r}; use true or false")
     softmax = fields["moe_router_score_function"] == "softmax"
     if not softmax and normalizes != (fields["moe_router_topk"] > 1):
         raise CheckpointError(
@@ -179,7 +181,7 @@ def _rope(model: ModelDescription) -> dict[str, Any]:
 
 def _rope_fields(rope: Mapping[str, Any]) -> dict[str, Any]:
     kind = rope.get("rope_type", "default")
-    fields = {"rotary_base": float(rope.get("rope_theta", 10000.0))}
+    fields = {"rotary_base": rope.get("rope_theta", 10000.0)}
     if kind == "default":
         return fields
     if kind != "yarn":

@@ -64,8 +64,8 @@ class HuggingFaceFolder(CheckpointFolder):
         expected = their_shapes(self.description, self.rules)
         check_tensors(f"{path} ({self.description.variant})", shapes, expected)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """See CheckpointFolder."""
+    def _read(self, name: str) -> torch.Tensor:
+        """See CheckpointFolder.tensor."""
         rule = self.rules[name]
         dtype = getattr(torch, dtype_of(name, self.description.dtype))
         return rule.join([self.files.tensor(their).to(dtype) for their in rule.theirs])

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from megatron_mlra.checkpoint.files.tokenizer_copy import copy_tokenizer, say_nothing
 from megatron_mlra.checkpoint.folder import CheckpointFolder
-from megatron_mlra.checkpoint.tokenizer import chosen_tokenizer, own_tokenizer
+from megatron_mlra.checkpoint.tokenizer import chosen_tokenizer, data_tokenizer, own_tokenizer
 from megatron_mlra.description.model import CheckpointError, ModelDescription
 
 END_OF_DOCUMENT = "<|endoftext|>"
+PADDING = "<|padding|>"
+PADDING_BYTE = 255
+"""The byte that stands for padding: UTF-8 has no use for it. The end of a document must not: labels
+of padding are ignored, so that a fine-tuned model would never learn to stop."""
 
 
 def write_tokenizer(
@@ -47,11 +53,44 @@ def write_tokenizer(
         _write_byte_tokenizer(model, folder)
     else:
         copy_tokenizer(files, folder, say)
+        _name_end_of_document(source, model, folder)
     generation = folder / "generation_config.json"
     if model.eod_token_id is not None and not generation.exists():
         ids = {"eos_token_id": model.eod_token_id, "pad_token_id": model.eod_token_id}
-        generation.write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
+        _write_json(generation, ids)
     return missing
+
+
+def _name_end_of_document(source: CheckpointFolder, model: ModelDescription, folder: Path) -> None:
+    """Give a bare tokenizer.json, as the `tokenizers` library saves it, the end-of-document token
+    of the model or of its data: transformers reads it from tokenizer_config.json alone."""
+    from tokenizers import Tokenizer
+
+    file, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if not file.is_file() or config.exists():
+        return
+    end = None
+    if model.eod_token_id is not None:
+        end = Tokenizer.from_file(str(file)).id_to_token(model.eod_token_id)
+    if end is None:
+        with contextlib.suppress(CheckpointError):
+            made_with = data_tokenizer(source)
+            end = made_with.eod_token if made_with else None
+    named = {} if end is None else {"eos_token": end}
+    _write_json(
+        config,
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **named,
+            "model_max_length": model.max_position_embeddings,
+            "clean_up_tokenization_spaces": False,
+            "padding_side": "left",
+        },
+    )
+
+
+def _write_json(file: Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_byte_tokenizer(model: ModelDescription, folder: Path) -> None:
@@ -64,27 +103,26 @@ def _write_byte_tokenizer(model: ModelDescription, folder: Path) -> None:
             f"a byte tokenizer has ids 0 to 255 and an end of document, and this model has"
             f" {model.vocab_size} with end of document {end}; give the tokenizer's folder"
         )
-    byte_of = _byte_letters()
-    tokenizer = Tokenizer(models.BPE(vocab={letter: b for b, letter in byte_of.items()}, merges=[]))
+    vocabulary = {letter: byte for byte, letter in _byte_letters().items() if byte != PADDING_BYTE}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary | {PADDING: PADDING_BYTE}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(END_OF_DOCUMENT, special=True, normalized=False)])
+    special = [
+        AddedToken(text, special=True, normalized=False) for text in (PADDING, END_OF_DOCUMENT)
+    ]
+    tokenizer.add_special_tokens(special)
     if tokenizer.token_to_id(END_OF_DOCUMENT) != end:
         raise CheckpointError(f"a byte tokenizer ends documents with id 256, not {end}")
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END_OF_DOCUMENT,
-        "pad_token": END_OF_DOCUMENT,
+        "pad_token": PADDING,
         "model_max_length": model.max_position_embeddings,
         "clean_up_tokenization_spaces": False,
-        # As in the training data, the end of a document written in a text is plain characters.
-        "split_special_tokens": True,
         "padding_side": "left",
     }
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(config, indent=2) + "\n", encoding="utf-8"
-    )
+    _write_json(folder / "tokenizer_config.json", config)
 
 
 def _byte_letters() -> dict[int, str]:

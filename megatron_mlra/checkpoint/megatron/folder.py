@@ -16,7 +16,7 @@ from megatron_mlra.checkpoint.folder import (
     tokenizer_files,
     tracked_step,
 )
-from megatron_mlra.checkpoint.megatron.torch_dist import TorchDistFolder
+from megatron_mlra.checkpoint.megatron.torch_dist import COMMON_KEY, TorchDistFolder
 from megatron_mlra.description.megatron_args import check_convertible, from_megatron_args
 from megatron_mlra.description.model import CheckpointError, check_layers
 from megatron_mlra.description.tensors import EXPERTS, VOCABULARY, dtype_of, expected_tensors
@@ -37,10 +37,10 @@ class MegatronFolder(CheckpointFolder):
 
     kind = "megatron"
 
-    def __init__(self, path: Path, vocab_size: int | None = None) -> None:
+    def __init__(self, path: Path, vocab_size: int | None = None, verify: bool = True) -> None:
         self.path = path
         self.folder = iteration_folder(path)
-        self.files = TorchDistFolder(self.folder)
+        self.files = TorchDistFolder(self.folder, verify)
         state = self.files.common_state()
         args = state.get("args")
         if args is None:
@@ -64,9 +64,10 @@ class MegatronFolder(CheckpointFolder):
         }
         dtype = common_dtype(dtypes, self.folder)
         self.description = self.description.replace(dtype=dtype)
+        self.files.check_contents({*(key for key, _ in self._places.values()), COMMON_KEY})
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """See CheckpointFolder; rows that pad the vocabulary are left out."""
+    def _read(self, name: str) -> torch.Tensor:
+        """See CheckpointFolder.tensor; rows that pad the vocabulary are left out."""
         tensor = self.files.tensor(*self._places[name])
         if name in VOCABULARY:
             tensor = tensor[: self.description.vocab_size]

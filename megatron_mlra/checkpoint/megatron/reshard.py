@@ -20,7 +20,7 @@ from tqdm import tqdm
 from megatron_mlra.checkpoint.files.inside import inside
 from megatron_mlra.checkpoint.files.staging import written_aside
 from megatron_mlra.checkpoint.files.tokenizer_copy import copy_tokenizer, say_nothing
-from megatron_mlra.checkpoint.folder import TRACKER, tokenizer_files
+from megatron_mlra.checkpoint.folder import TRACKER, check_finite, tokenizer_files
 from megatron_mlra.checkpoint.megatron.folder import iteration_folder
 from megatron_mlra.checkpoint.megatron.torch_dist import COMMON_FILE, COMMON_KEY, TorchDistFolder
 from megatron_mlra.checkpoint.megatron.writer import StreamingPlanner, save_torch_dist, saved_object
@@ -42,6 +42,7 @@ def reshard(
     dtype: str | None = None,
     progress: bool = True,
     say: Callable[[str], object] = say_nothing,
+    verify: bool = True,
 ) -> None:
     """Rewrite a `--save` folder's latest checkpoint, or one `iter_*` folder.
 
@@ -50,6 +51,7 @@ def reshard(
         weights_only: leave out optimizer, schedule and random states. The copy is a release
             checkpoint: a run that loads it starts at step 0.
         dtype: of the weights; needs `weights_only`, since an optimizer's state fits its weights.
+        verify: compare the source's files with its checksums, where it has any.
         say: is told which tokenizer files were copied from where.
 
     Raises:
@@ -69,7 +71,8 @@ def reshard(
             " --save of a run or its iter_* folder"
         )
     folder = iteration_folder(root)
-    stored = TorchDistFolder(folder)
+    stored = TorchDistFolder(folder, verify)
+    stored.check_contents(name for name, _ in stored.stored)
     _check_layout(stored, weights_only)
     name = "release" if weights_only else folder.name
     planner = _Copy(stored, weights_only, getattr(torch, dtype) if dtype else None)
@@ -149,7 +152,12 @@ class _Copy(StreamingPlanner):
             known = self.replaced.get(key)
             return self.stored.raw(key) if known is None else known
         stacked = _STACKED.match(key) and len(self.shapes[key]) > 1
-        tensor = self.stored.tensor(key, offsets[:1] if stacked else ()).to(self._dtype(key))
+        tensor = self.stored.tensor(key, offsets[:1] if stacked else ())
+        cast = tensor.to(self._dtype(key))
+        if not _OF_A_RUN.match(key):
+            check_finite(tensor, f"checkpoint {self.stored.path}: {key}")
+            check_finite(cast, f"checkpoint {self.stored.path}: {key} in {cast.dtype}")
+        tensor = cast
         self.bar.update(tensor.numel() * tensor.element_size())
         return tensor.contiguous()
 

@@ -6,12 +6,14 @@ Every entry of `.metadata` says which bytes of which file hold which block of wh
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron_mlra.checkpoint.files import manifest
 from megatron_mlra.checkpoint.files.inside import inside
 from megatron_mlra.checkpoint.files.torch_dist_index import (
     COMMON_FILE,
@@ -30,6 +32,7 @@ from megatron_mlra.checkpoint.files.torch_file import (
 from megatron_mlra.description.model import CheckpointError
 
 COMMON_KEY = "common_state/shard_0_1"
+_SMALL_FILES = (COMMON_FILE, "metadata.json")
 
 
 class TorchDistFolder:
@@ -37,13 +40,21 @@ class TorchDistFolder:
 
     Nothing in it is run: what loaders unpickle is looked into before anything is read.
 
+    Args:
+        verify: compare files with the checkpoint's checksums, where it has any: the small ones
+            here, those of tensors in `check_contents`.
+
     Raises:
         CheckpointError: the folder is incomplete; names the missing or short file. Or it holds
         code; lists the names.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, verify: bool = False) -> None:
         self.path = path
+        self.verify = verify
+        if verify:
+            there = [name for name in _SMALL_FILES if inside(path, name).is_file()]
+            manifest.check(path, [".metadata", *there])
         self.metadata = read_metadata(path)
         check_files(path, self.metadata)
         check_objects(path, self.metadata)
@@ -59,6 +70,17 @@ class TorchDistFolder:
             for name, entry in self.metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
+
+    def check_contents(self, names: Iterable[str]) -> None:
+        """Compare the files that hold these tensors with their checksums, if asked to verify.
+
+        Raises:
+            CheckpointError: names the first that differs.
+        """
+        wanted = set(names)
+        if self.verify:
+            holding = {i.relative_path for (name, _), i in self.stored.items() if name in wanted}
+            manifest.check(self.path, holding)
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of a stored tensor."""

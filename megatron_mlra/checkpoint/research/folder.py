@@ -59,8 +59,8 @@ class ResearchFolder(CheckpointFolder):
             their_shapes(self.description, self.rules),
         )
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """See CheckpointFolder."""
+    def _read(self, name: str) -> torch.Tensor:
+        """See CheckpointFolder.tensor."""
         rule = self.rules[name]
         dtype = getattr(torch, self.description.dtype)
         return rule.join([self.files.tensor(their).to(dtype) for their in rule.theirs])
@@ -96,7 +96,7 @@ def infer_fields(
         "num_attention_heads": h,
         "vocab_size": needed("vocab_size"),
         "output_gate": f"{_ATTENTION}gated_proj.weight" in shapes,
-        "variance_scaling": bool(config.get("variance_scaling", True)),
+        "variance_scaling": config.get("variance_scaling", True),
         "rotary_base": 10000.0,
         "layernorm_epsilon": 1e-6,
         "max_position_embeddings": config.get("max_position_embeddings", 2048),

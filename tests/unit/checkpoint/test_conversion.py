@@ -158,7 +158,8 @@ def test_verify_sees_one_changed_number(research, convert, tmp_path):
     assert code == 1 and said.startswith("sample text, bytes as ids; 64 tokens: ")
     weights["transformer.h.1.attn.kv_b_proj"][3, 2, 1] = float("nan")
     torch.save(weights, changed / "pytorch_model.bin")
-    assert convert("verify", research("GLA-4"), changed)[0] == 1
+    code, error = convert("verify", research("GLA-4"), changed)
+    assert code == 2 and "kv_up_proj.weight has 1 NaN or infinite of " in error
     code, error = convert("verify", research("GLA-4"), research("MLRA-4"))
     assert code == 2 and "differ: num_branches is 1 and 4" in error
 

@@ -10,7 +10,12 @@ import pytest
 import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    GenerationConfig,
+)
 
 from megatron_mlra.checkpoint.formats import open_checkpoint
 from megatron_mlra.checkpoint.huggingface.folder import write_huggingface
@@ -51,10 +56,40 @@ def trained_on(tmp_path, tokenizer):
 )
 def test_byte_tokenizer_is_the_one_of_the_data(exported, text):
     ours, theirs = ByteTokenizer(), AutoTokenizer.from_pretrained(exported, trust_remote_code=True)
-    ids = theirs(text)["input_ids"]
+    ids = theirs(text, split_special_tokens=True)["input_ids"]
     assert ids == ours.tokenize(text)
     assert theirs.decode(ids) == text
     assert (theirs.eos_token_id, len(theirs)) == (ours.eod, ours.vocab_size)
+
+
+def test_a_fine_tuned_byte_model_learns_to_stop(exported):
+    tokenizer = AutoTokenizer.from_pretrained(exported, trust_remote_code=True)
+    assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
+    assert max(b"".join(chr(i).encode() for i in (0x7FF, 0xFFFF, 0x10FFFF))) < 255
+    batch = tokenizer(["ab<|endoftext|>", "abcd<|endoftext|>"], padding=True)["input_ids"]
+    assert batch == [[255, 255, 97, 98, 256], [97, 98, 99, 100, 256]]
+    collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    labels = collate([{"input_ids": row} for row in batch])["labels"]
+    assert labels[:, -1].tolist() == [256, 256] and (labels == -100).sum() == 2
+    template = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    chat = tokenizer.apply_chat_template(said, chat_template=template, return_dict=False)
+    assert chat == [97, 256, 98, 256]
+    assert tokenizer("<|endoftext|>", split_special_tokens=True)["input_ids"] == [*b"<|endoftext|>"]
+
+
+def test_a_bare_tokenizer_gets_the_end_of_document_of_the_data(tmp_path):
+    made = tmp_path / "made"
+    made.mkdir()
+    words = tokenizers.models.WordLevel({"a": 0, "<eod>": 1}, unk_token="a")
+    tokenizers.Tokenizer(words).save(str(made / "tokenizer.json"))
+    digest = hashlib.sha256((made / "tokenizer.json").read_bytes()).hexdigest()
+    described = {"type": "hf", "model": str(made / "tokenizer.json"), "sha256": digest}
+    source = trained_on(tmp_path, described | {"eod_token": "<eod>"})
+    assert write_huggingface(source, tmp_path / "hf", tokenizer=made, progress=False) is None
+    for tokenizer in (AutoTokenizer.from_pretrained(tmp_path / "hf"), load_tokenizer(source)):
+        assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<eod>", 1)
+        assert tokenizer.pad_token is None
 
 
 def test_tokenizer_follows_the_metadata_of_the_data(tmp_path):

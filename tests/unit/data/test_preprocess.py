@@ -2,6 +2,7 @@
 
 import base64
 import gzip
+import hashlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -186,6 +187,11 @@ def test_metadata_describes_the_dataset(tmp_path, read, hf_file):
     metadata = read_metadata(str(tmp_path / "out"))
     sources = metadata.pop("sources")
     tokenizer = metadata.pop("tokenizer")
+    sums = metadata.pop("sha256")
+    assert sums == {
+        suffix: hashlib.sha256((tmp_path / f"out{suffix}").read_bytes()).hexdigest()
+        for suffix in (".bin", ".idx")
+    }
     assert metadata == {
         "version": 1,
         "vocab_size": Tokenizer.from_file(str(hf_file)).get_vocab_size(),

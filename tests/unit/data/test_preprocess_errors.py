@@ -298,3 +298,12 @@ def test_preprocess_imports_neither_torch_nor_megatron():
     command = [sys.executable, "-c", code]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert shown.stdout == "set()\n"
+
+
+def test_two_parquet_columns_of_one_name(tmp_path, capsys):
+    columns = [pa.array(["a"]), pa.array(["b"])]
+    pq.write_table(pa.Table.from_arrays(columns, ["text", "text"]), tmp_path / "a.parquet")
+    argv = ["--input", str(tmp_path / "a.parquet"), "--output-prefix", str(tmp_path / "out")]
+    assert main([*argv, "--tokenizer", "byte"]) == 2
+    said = capsys.readouterr().err
+    assert said == f"error: {tmp_path}/a.parquet has 2 columns 'text'; rename one\n"

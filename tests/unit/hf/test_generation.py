@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 
+import accelerate
 import pytest
 import torch
 from transformers import DynamicCache
@@ -264,3 +265,30 @@ def test_kernels_asked_for_and_missing_are_an_error(monkeypatch):
 def test_configurations_that_cannot_work(changes, said):
     with pytest.raises(ValueError, match=said):
         build(**changes)
+
+
+def test_weights_that_are_in_place_only_while_their_module_runs(model):
+    tokens, mask = prompts(11, 70)
+    inputs = {"input_ids": tokens, "attention_mask": mask, "max_new_tokens": NEW}
+    expected = model.generate(**inputs, do_sample=False)
+    hidden = model(tokens[:, :9], use_cache=False).logits
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    assert model.model.layers[0].self_attn.kv_b_proj.weight.is_meta
+    assert torch.equal(model.generate(**inputs, do_sample=False), expected)
+    assert torch.equal(model(tokens[:, :9], use_cache=False).logits, hidden)
+
+
+def test_every_linear_is_one(backend):
+    """Adapters and quantizers replace modules of this class, whatever they are called."""
+    model = build("MLRA-4 experts", decode_backend=backend)
+    seen = []
+
+    def is_linear(module, inputs, output):
+        assert output.shape == (*inputs[0].shape[:-1], module.out_features)
+        seen.append(module)
+
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    for module in linears:
+        module.register_forward_hook(is_linear)
+    model(prompts(50)[0])
+    assert set(seen) == set(linears)

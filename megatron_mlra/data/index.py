@@ -1,0 +1,129 @@
+"""PREFIX.idx: where the documents of a Megatron dataset lie in PREFIX.bin, every number checked.
+
+The layout, little endian: a header of 34 bytes (magic, version, code of the token type, number of
+sequences n, number of bounds b), then n lengths in tokens (int32), n offsets in bytes (int64), and
+b bounds of documents in sequences (int64).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_mlra.data.errors import InputError
+
+INDEX_HEADER = b"MMIDIDX\x00\x00"
+"""How a Megatron index begins."""
+
+TOKEN_TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+"""Megatron's codes of those types that hold token ids."""
+
+_HEAD = struct.Struct("<9sQBQQ")
+_CHUNK = 1 << 20
+"""Sequences that are checked at a time: the bound on memory."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """A checked index."""
+
+    lengths: np.ndarray
+    """Tokens of every sequence, int32 `[n]`, mapped from the file. Megatron's GPT dataset takes a
+    sequence for a document."""
+
+    def tokens(self, first: int, last: int) -> int:
+        """Tokens of the sequences from number `first` up to, and without, `last`."""
+        return int(self.lengths[first:last].sum(dtype=np.int64))
+
+
+def read_index(prefix: str) -> Index:
+    """The index of the dataset at `prefix`, which fits its PREFIX.bin byte for byte.
+
+    Raises:
+        InputError: it is none, or damaged, or of other data; names the file and what is wrong.
+    """
+    try:
+        return _read(prefix)
+    except _Damaged as damage:
+        raise InputError(
+            f"data file {prefix}.idx {damage}; preprocess the data again, or copy it again"
+        ) from None
+
+
+class _Damaged(Exception):
+    """What is wrong with an index."""
+
+
+def _read(prefix: str) -> Index:
+    path = prefix + ".idx"
+    with open(path, "rb") as file:
+        head, size = file.read(_HEAD.size), os.fstat(file.fileno()).st_size
+    if len(head) < _HEAD.size or not head.startswith(INDEX_HEADER):
+        raise _Damaged("is not a Megatron index")
+    _, version, code, sequences, bounds = _HEAD.unpack(head)
+    if version != 1 or code not in TOKEN_TYPES:
+        raise _Damaged(f"is not a Megatron index of tokens (version {version}, type {code})")
+    expected = _HEAD.size + 12 * sequences + 8 * bounds
+    if size != expected:
+        raise _Damaged(
+            f"is damaged: {size:,} bytes, where {sequences:,} sequences take {expected:,}"
+        )
+    stored = os.path.getsize(prefix + ".bin")
+    if not sequences:
+        raise InputError(f"data file {path} lists no documents; preprocess the data again")
+
+    data = np.memmap(path, mode="r")
+
+    def part(dtype: str, count: int, offset: int) -> np.ndarray:
+        return np.frombuffer(data, dtype, count, offset)
+
+    lengths = part("<i4", sequences, _HEAD.size)
+    offsets = part("<i8", sequences, _HEAD.size + 4 * sequences)
+    documents = part("<i8", bounds, _HEAD.size + 12 * sequences)
+    end = _check_sequences(lengths, offsets, np.dtype(TOKEN_TYPES[code]).itemsize)
+    _check_documents(documents, sequences)
+    if not end:
+        raise InputError(f"data file {path} lists no tokens; preprocess the data again")
+    if stored != end:
+        what = "is truncated" if stored < end else "is not the data of its index"
+        raise InputError(
+            f"data file {prefix}.bin {what}: {stored:,} of {end:,} bytes; preprocess the data"
+            " again, or copy it again"
+        )
+    return Index(lengths)
+
+
+def _check_sequences(lengths: np.ndarray, offsets: np.ndarray, itemsize: int) -> int:
+    """Each sequence begins where the one before it ends; returns where the last one ends, in
+    bytes."""
+    end = 0
+    for first in range(0, len(lengths), _CHUNK):
+        some = lengths[first : first + _CHUNK].astype(np.int64)
+        if (negative := some < 0).any():
+            place = int(negative.argmax())
+            raise _Damaged(f"is damaged: document {first + place:,} has {some[place]} tokens")
+        ends = end + np.cumsum(some) * itemsize
+        starts = np.concatenate([[end], ends[:-1]])
+        if (wrong := offsets[first : first + _CHUNK] != starts).any():
+            place = int(wrong.argmax())
+            raise _Damaged(
+                f"is damaged: document {first + place:,} begins at byte"
+                f" {offsets[first + place]:,}, not {starts[place]:,}"
+            )
+        end = int(ends[-1])
+    return end
+
+
+def _check_documents(bounds: np.ndarray, sequences: int) -> None:
+    """Bounds of documents go up from 0 to the number of sequences."""
+    last = 0
+    for first in range(0, len(bounds), _CHUNK):
+        some = bounds[first : first + _CHUNK]
+        if (np.diff(some, prepend=last) < 0).any() or (first == 0 and some[0] != 0):
+            raise _Damaged("is damaged: its bounds of documents do not go up from 0")
+        last = int(some[-1])
+    if last != sequences:
+        raise _Damaged(f"is damaged: its documents end at sequence {last:,} of {sequences:,}")

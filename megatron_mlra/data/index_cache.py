@@ -1,0 +1,100 @@
+"""Arrays that take long to build, kept in files that are either whole or built again.
+
+Any number of processes on any number of hosts may ask for the same arrays at once. The arrays are
+a function of their key, so that whoever writes them writes the same bytes; each file appears whole,
+by renaming, and the list of their checksums appears last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from megatron_mlra.command_line.foreign_text import read_json
+from megatron_mlra.command_line.parser import aside, write_text
+from megatron_mlra.data.contents import sha256
+
+
+def cached(
+    folder: Path,
+    key: str,
+    names: tuple[str, ...],
+    build: Callable[[], tuple[np.ndarray, ...]],
+    say: Callable[[str], None],
+) -> tuple[np.ndarray, ...]:
+    """The arrays of `build`, mapped from `folder` if they are there and whole, else built and kept.
+
+    Args:
+        key: what the arrays are a function of; part of the files' names.
+        names: of the arrays.
+        say: is told, in a line, of files that are damaged, and of a folder that cannot be written;
+            arrays that cannot be kept are only returned.
+    """
+    paths = tuple(folder / f"{key}-{name}.npy" for name in names)
+    sums = folder / f"{key}-sha256.json"
+    with _alone(folder / f"{key}.lock"):
+        if sums.is_file():
+            try:
+                return _load(paths, sums)
+            except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+                said = " ".join(str(error).split())
+                say(f"warning: data cache {sums} is damaged ({said:.200}): built again")
+        arrays = build()
+        try:
+            _keep(arrays, paths, sums)
+        except OSError as error:
+            say(
+                f"warning: data cache {folder} cannot be written ({error.strerror}): indexes are"
+                " built at every start, on every rank; --data-cache-path names another folder"
+            )
+            return arrays
+        return _map(paths)
+
+
+def _load(paths: tuple[Path, ...], sums: Path) -> tuple[np.ndarray, ...]:
+    expected = read_json(sums)
+    for path in paths:
+        if sha256(path) != expected[path.name]:
+            raise ValueError(f"{path.name} does not match its checksum")
+    return _map(paths)
+
+
+def _map(paths: tuple[Path, ...]) -> tuple[np.ndarray, ...]:
+    return tuple(np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)
+
+
+def _keep(arrays: tuple[np.ndarray, ...], paths: tuple[Path, ...], sums: Path) -> None:
+    sums.parent.mkdir(parents=True, exist_ok=True)
+    written = {}
+    for array, path in zip(arrays, paths, strict=True):
+        mine = f"{os.uname().nodename}-{os.getpid()}-{threading.get_ident()}"
+        partial = aside(path.with_name(f".{path.name}.{mine}"))
+        try:
+            with partial.open("xb") as file:
+                np.save(file, array, allow_pickle=False)
+                file.flush()
+                os.fsync(file.fileno())
+            written[path.name] = sha256(partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    write_text(sums, json.dumps(written) + "\n")
+
+
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """One process of a host builds, and the others wait for it. Where the file system has no locks
+    they all build, which costs time and no harm."""
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context(open(lock, "a"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

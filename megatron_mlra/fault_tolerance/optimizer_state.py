@@ -1,0 +1,133 @@
+"""Whether a run can take up a checkpoint's optimizer and schedule: asked before anything is built.
+
+Megatron finds out while it loads, by a KeyError or an assertion that names no flag.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from argparse import Namespace
+from typing import Any
+
+from megatron_mlra.checkpoint.megatron.torch_dist import TorchDistFolder
+from megatron_mlra.command_line.parser import flag
+
+_STATE = re.compile(r"(chained_\d+\.)?optimizer\.")
+
+_SCHEDULE = {
+    "max_lr": "lr",
+    "min_lr": "min_lr",
+    "lr_decay_style": "lr_decay_style",
+    "start_wd": "start_weight_decay",
+    "end_wd": "end_weight_decay",
+    "wd_incr_style": "weight_decay_incr_style",
+}
+"""What Megatron's schedule saves -> the argument that it comes from."""
+
+_FRESH = "add --no-load-optim to go on with fresh moments, or --finetune for a new run"
+
+
+def check_optimizer(stored: TorchDistFolder, args: Namespace) -> None:
+    """Compare a checkpoint's optimizer and schedule with those that `args` ask for.
+
+    Raises:
+        ValueError: names the checkpoint, what differs and the flags that help.
+    """
+    if stored.path.name == "release" or args.finetune or args.no_load_optim or args.skip_train:
+        return
+    state = stored.common_state()
+    saved = state.get("args")
+    if not any(_STATE.match(name) for name in stored.shapes()):
+        raise ValueError(
+            f"checkpoint {stored.path} holds no optimizer (saved with --no-save-optim, or"
+            f" converted); {_FRESH}"
+        )
+    there, here = _precision(saved), _precision(args)
+    if there != here:
+        raise ValueError(
+            f"checkpoint {stored.path} has an optimizer of {there} weights, and this run trains in"
+            f" {here}; train in {there}, or {_FRESH}"
+        )
+    for name in ("optimizer", "use_distributed_optimizer"):
+        there, here = getattr(saved, name, None), getattr(args, name)
+        if there is not None and there != here:
+            raise ValueError(
+                f"checkpoint {stored.path} was saved with {flag(name)} {there}, and this run has"
+                f" {here}; use the same, or {_FRESH}"
+            )
+    _check_schedule(stored, state.get("opt_param_scheduler"), saved, args)
+
+
+def _precision(args: Any) -> str:
+    return next((name for name in ("bf16", "fp16") if getattr(args, name, False)), "float32")
+
+
+def _check_schedule(stored: TorchDistFolder, saved: Any, then: Any, args: Namespace) -> None:
+    if not isinstance(saved, dict):
+        return
+    if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
+        return
+    different = [
+        f"{flag(name)} is {saved[key]} there, {getattr(args, name)} here"
+        for key, name in _SCHEDULE.items()
+        if key in saved and saved[key] != getattr(args, name)
+    ]
+    for key, steps in _samples(args).items():
+        if key in saved and saved[key] != steps:
+            what = _LENGTHS[key]
+            different.append(f"{what} is {saved[key]:,.0f} samples there, {steps:,.0f} here")
+    if different:
+        batch = getattr(then, "global_batch_size", None)
+        if batch is not None and batch != args.global_batch_size:
+            different.append(f"--global-batch-size is {batch} there, {args.global_batch_size} here")
+        raise ValueError(
+            f"checkpoint {stored.path} was saved by a run of another schedule:"
+            f" {'; '.join(different)}; keep the checkpoint's, or add --override-opt-param-scheduler"
+            " to take this run's, or --use-checkpoint-opt-param-scheduler"
+        )
+
+
+_LENGTHS = {
+    "lr_warmup_steps": "the warm-up (--lr-warmup-iters)",
+    "lr_decay_steps": "the decay (--lr-decay-iters, else --train-iters)",
+}
+
+
+def _samples(args: Namespace) -> dict[str, float]:
+    """Lengths of the schedule in samples, as Megatron computes them."""
+    if args.train_iters:
+        decay = (args.lr_decay_iters or args.train_iters) * args.global_batch_size
+        warmup = args.lr_warmup_iters * args.global_batch_size
+    else:
+        decay, warmup = args.lr_decay_samples or args.train_samples, args.lr_warmup_samples
+    if args.lr_warmup_fraction is not None:
+        warmup = args.lr_warmup_fraction * decay
+    return {"lr_warmup_steps": warmup, "lr_decay_steps": decay}
+
+
+def other_end(scheduler: Any, args: Namespace) -> str | None:
+    """What to say of a resumed run whose steps no longer fit its schedule in samples: the steps
+    before had another global batch, so that the rate ends elsewhere than it would have.
+
+    Args:
+        scheduler: Megatron's, with the checkpoint's state loaded.
+    """
+    if not args.train_iters or scheduler.lr_decay_style == "constant":
+        return None
+    left = (args.train_iters - args.iteration) * args.global_batch_size
+    whole = args.train_iters * args.global_batch_size
+    ends = [_rate_after(scheduler, count) for count in (scheduler.num_steps + left, whole)]
+    if left <= 0 or abs(ends[0] - ends[1]) <= 1e-3 * max(ends):
+        return None
+    return (
+        f"warning: another --global-batch-size than before, and the rate decays by samples: it will"
+        f" be {ends[0]:.3g} after the last step, not {ends[1]:.3g}; --lr-decay-iters"
+        f" {-(-(scheduler.num_steps + left) // args.global_batch_size)} ends it there"
+    )
+
+
+def _rate_after(scheduler: Any, samples: int) -> float:
+    later = copy.copy(scheduler)
+    later.num_steps = samples
+    return later.get_lr({})

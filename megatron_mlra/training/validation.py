@@ -1,0 +1,50 @@
+"""Validation on the same samples each time.
+
+Megatron's evaluations each take the next samples of the validation data, so that two losses of one
+run, or of two runs with other intervals, are of other text and cannot be compared.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from megatron.core.datasets.utils import Split
+from torch.utils.data import DataLoader, Dataset, Subset
+
+
+class _First(Subset):
+    """The first samples of a dataset, of its part of the split."""
+
+    def __init__(self, dataset: Dataset, count: int) -> None:
+        super().__init__(dataset, range(min(count, len(dataset))))
+        self.index_split = Split.valid
+
+
+class _Again:
+    """A loader that begins anew whenever it has come to its end."""
+
+    def __init__(self, loader: DataLoader) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            yield from self.loader
+
+
+def samples(args: Namespace) -> int:
+    """Samples of one evaluation."""
+    return args.eval_iters * args.eval_global_batch_size
+
+
+def same_samples(build: Callable, args: Namespace) -> Callable:
+    """`build_pretraining_data_loader`, whose validation data are the first `samples` each time."""
+
+    def build_loader(dataset, consumed_samples):
+        part = getattr(dataset, "split", getattr(dataset, "index_split", None))
+        if dataset is None or part is not Split.valid or args.dataloader_type != "single":
+            return build(dataset, consumed_samples)
+        return _Again(build(_First(dataset, samples(args)), 0))
+
+    return build_loader

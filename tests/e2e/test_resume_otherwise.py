@@ -1,0 +1,105 @@
+"""A run that goes on otherwise than it began: refused beforehand with the fix, or as asked."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import pytest
+
+OVERRIDE = "--override-opt-param-scheduler"
+
+
+@pytest.fixture
+def resume(entry, preset, whole, tmp_path):
+    """Go on from step 4 of 8 of the whole run, without its folder's step 8."""
+    save = tmp_path / "save"
+    shutil.copytree(whole.folder / "save/iter_0000004", save / "iter_0000004")
+    (save / "latest_checkpointed_iteration.txt").write_text("4")
+
+    def run(*argv, **job):
+        return entry.run(tmp_path, "--config", preset, "--load", save, *argv, **job)
+
+    return run
+
+
+REFUSED = {
+    "precision": (
+        ["--bf16"],
+        "has an optimizer of float32 weights, and this run trains in bf16; t",
+    ),
+    "optimizer": (["--optimizer", "sgd"], "was saved with --optimizer adam, and this run has sgd;"),
+    "rate": (["--lr", "1e-3"], "another schedule: --lr is 0.002 there, 0.001 here; keep the check"),
+    "minimum": (["--min-lr", "1e-4"], "--min-lr is 0.0002 there, 0.0001 here; keep the checkpoint"),
+    "length": (
+        ["--train-iters", 16],
+        "the decay (--lr-decay-iters, else --train-iters) is 32 samples there, 64 here; keep the",
+    ),
+    "decay": (["--weight-decay", "0.2"], "--start-weight-decay is 0.1 there, 0.2 here; --end-weig"),
+    "batch": (
+        ["--global-batch-size", 8],
+        "is 32 samples there, 64 here; --global-batch-size is 4 there, 8 here; keep the checkpoint",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_differs_is_named_beforehand(resume, case):
+    argv, said = REFUSED[case]
+    run = resume(*argv)
+    assert run.code == 2 and run.out == "" and run.err.count("\n") == 1, run.err
+    assert said in run.err
+
+
+def test_a_checkpoint_without_an_optimizer(entry, preset, tmp_path):
+    save = tmp_path / "save"
+    argv = ("--config", preset, "--save", save, "--load", save)
+    first = entry.run(tmp_path, *argv, "--no-save-optim", "--exit-interval", 4)
+    assert first.code == 0, first.err
+    run = entry.run(tmp_path, *argv)
+    assert run.code == 2 and "iter_0000004 holds no optimizer (saved with --no-save-opt" in run.err
+    assert "add --no-load-optim to go on with fresh moments, or --finetune for a new run" in run.err
+    run = entry.run(tmp_path, *argv, "--no-load-optim")
+    assert run.code == 0 and "continuing after step 4 of" in run.out, run.err
+
+
+@pytest.mark.parametrize(
+    "layout", [[], ["--use-distributed-optimizer"]], ids=["whole", "distributed"]
+)
+def test_another_rate_keeps_the_moments(entry, preset, tmp_path, layout):
+    save = tmp_path / "save"
+    argv = ("--config", preset, "--save", save, "--load", save, *layout, "--log-interval", 1)
+    assert entry.run(tmp_path, *argv, "--exit-interval", 4).code == 0
+    shutil.copytree(save, tmp_path / "copy")
+    same = entry.run(tmp_path, *argv, "--exit-interval", 5)
+    assert same.code == 0, same.err
+    other = entry.run(
+        tmp_path / "other",
+        *("--config", preset, "--load", tmp_path / "copy", *layout, "--log-interval", 1),
+        *(OVERRIDE, "--lr", "1e-3", "--min-lr", "1e-4", "--exit-interval", 5),
+    )
+    assert other.code == 0, other.err
+
+    def line(run):
+        return next(line for line in run.out.splitlines() if line.startswith("step 5/8"))
+
+    rates = [float(re.search(r"lr (\S+)", line(run))[1]) for run in (same, other)]
+    assert rates[1] == pytest.approx(rates[0] / 2, rel=1e-2)
+    losses = [re.search(r"lm loss (\S+)", line(run))[1] for run in (same, other)]
+    assert losses[0] == losses[1], "the same weights and the same samples"
+
+
+def test_a_batch_that_moves_the_end_of_the_schedule_is_said(resume):
+    run = resume(OVERRIDE, "--global-batch-size", 8)
+    assert run.code == 0, run.err
+    said = re.search(
+        r"warning: another --global-batch-size than before, and the rate decays by samples: it will"
+        r" be (\S+) after the last step, not 0.0002; --lr-decay-iters 6 ends it there",
+        run.out,
+    )
+    assert said, run.out
+    last = re.findall(r"step 8/8 .* lr (\S+)", run.out)[-1]
+    assert float(last) == pytest.approx(float(said[1]), rel=1e-2)
+    again = resume(OVERRIDE, "--global-batch-size", 8, "--lr-decay-iters", 6)
+    assert again.code == 0 and "warning" not in again.out
+    assert re.findall(r"step 8/8 .* lr (\S+)", again.out) == ["2.00e-04"]
