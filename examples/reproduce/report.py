@@ -141,10 +141,15 @@ def sections(ladder: Ladder, folder: Path) -> tuple[list[Table], list[tuple[str,
         what = f"{first['without_embedding'] / 1e6:.1f} M without embedding"
         what += f", {first['train_tokens'] / 1e6:.1f} M tokens"
         ratio = first["train_tokens"] / first["parameters"]
+        said = "Too few seeds to compare: nothing counts yet."
+        if bound := number(smallest_detectable(rows)):
+            said = (
+                f"{_sentence(figures.verdict(rows))} With the spread seen here, a difference below"
+                f" {bound} nats would mostly be missed."
+            )
         notes.append(
             f"Size `{name}`: {ratio:.1f} tokens per parameter ({first['parameters'] / 1e6:.1f} M in"
-            f" all). {_sentence(figures.verdict(rows))} With the spread seen here, a difference"
-            f" below {number(smallest_detectable(rows))} nats would mostly be missed."
+            f" all). {said}"
         )
         gated = {row.mechanism: row for row in rows if row.results}
         if {"mlra4-gated", "mla-gated"} <= set(gated):
