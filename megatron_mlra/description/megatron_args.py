@@ -59,8 +59,8 @@ def from_megatron_args(args: Any, **overrides: Any) -> ModelDescription:
             "num_branches": get("num_branches", default=4),
             "q_lora_rank": get("q_lora_rank"),
             "kv_lora_rank": get("kv_lora_rank", default=0),
-            "qk_nope_head_dim": get("qk_head_dim", default=128),
-            "qk_rope_head_dim": get("qk_pos_emb_head_dim", default=64),
+            "qk_nope_head_dim": get("qk_head_dim", "qk_nope_head_dim", default=128),
+            "qk_rope_head_dim": get("qk_pos_emb_head_dim", "qk_rope_head_dim", default=64),
             "v_head_dim": get("v_head_dim", default=128),
             "output_gate": bool(get("output_gate", default=False)),
             "variance_scaling": bool(get("variance_scaling", default=True)),
@@ -78,7 +78,7 @@ def from_megatron_args(args: Any, **overrides: Any) -> ModelDescription:
             fields["output_gate"] = bool(get("attention_output_gate", default=False))
             fields["qk_layernorm"] = bool(get("qk_layernorm", default=False))
         elif kind == "gta":
-            fields["qk_rope_head_dim"] = get("qk_pos_emb_head_dim", default=0)
+            fields["qk_rope_head_dim"] = get("qk_pos_emb_head_dim", "qk_rope_head_dim", default=0)
         elif kind == "mfa":
             fields["q_lora_rank"] = get("q_lora_rank")
         else:

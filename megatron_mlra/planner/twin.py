@@ -101,7 +101,7 @@ def twin(preset: str | Path, variant: str) -> Twin:
     common = {key: value for key, value in merged.items() if key not in ATTENTION_KEYS}
     key = "ffn_hidden_size"
     if source.num_experts:
-        shared = source.moe_shared_ffn_hidden_size
+        shared = source.moe_shared_expert_intermediate_size
         key = "moe_shared_expert_intermediate_size" if shared else "moe_ffn_hidden_size"
 
     def sized(size: int) -> ModelDescription:

@@ -85,4 +85,4 @@ def _mlp(shape: ModelDescription) -> int:
     """The MLP size that gives way: of a mixture of experts, the shared or the routed experts'."""
     if not shape.num_experts:
         return shape.ffn_hidden_size
-    return shape.moe_shared_ffn_hidden_size or shape.moe_ffn_hidden_size
+    return shape.moe_shared_expert_intermediate_size or shape.moe_ffn_hidden_size

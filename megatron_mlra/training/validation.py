@@ -43,7 +43,8 @@ def same_samples(build: Callable, args: Namespace) -> Callable:
 
     def build_loader(dataset, consumed_samples):
         part = getattr(dataset, "split", getattr(dataset, "index_split", None))
-        if dataset is None or part is not Split.valid or args.dataloader_type != "single":
+        again = part is Split.valid and args.dataloader_type == "single" and samples(args)
+        if dataset is None or not again:
             return build(dataset, consumed_samples)
         return _Again(build(_First(dataset, samples(args)), 0))
 

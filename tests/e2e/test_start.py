@@ -106,7 +106,7 @@ def test_two_runs_on_one_folder(entry, preset, tmp_path):
     pids = entry.start(first, *flags, *endless, ranks=2)
     wait_for(first / "stdout-0.txt", "accelerated parts")
     log = save / "megatron.log"
-    run = entry.run(second, *flags)
+    run = entry.run(second, *flags, *endless)
     assert run.code == 2
     assert re.fullmatch(
         rf"error: --save {save} is in use by another run \(host \S+, pid {pids[0]}, since"

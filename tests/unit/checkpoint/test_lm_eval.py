@@ -133,7 +133,7 @@ def test_perplexity_is_that_of_the_megatron_folder(exported, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "nothing to evaluate; give --text or --task"),
+        ([], "nothing to evaluate; give --text, --data or --task"),
         (["--text", "missing.txt"], "missing.txt: No such file or directory"),
         (["--text", __file__, "--batch-size", "0"], "--batch-size is 0; use at least 1"),
         (["--text", __file__, "--dtype", "int8"], "dtype is 'int8'; use one of float32"),

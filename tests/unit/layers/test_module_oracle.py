@@ -12,7 +12,7 @@ from megatron_mlra.layers.attention import MLRASelfAttention
 from megatron_mlra.layers.config import MLRAConfig
 from megatron_mlra.layers.recompute import rebuilt_in_backward
 from megatron_mlra.layers.specs import mlra_attention_spec
-from support.modules import (  # noqa: F401
+from support.modules import (
     BATCH,
     FORMS,
     MLRA2,
@@ -21,7 +21,6 @@ from support.modules import (  # noqa: F401
     VARIANTS,
     assert_near,
     build,
-    groups,
     named,
     run,
 )
@@ -30,7 +29,7 @@ from support.oracle import OracleConfig, config_values, document_mask, reference
 
 def check(
     case: OracleConfig,
-    groups,  # noqa: F811
+    groups,
     tokens: int = TOKENS,
     batch: int = BATCH,
     **overrides,
@@ -48,7 +47,7 @@ def check(
     ids=["plain", "gated", "unscaled"],
 )
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_output_and_every_gradient(variant, gate, scaling, form, groups):  # noqa: F811
+def test_output_and_every_gradient(variant, gate, scaling, form, groups):
     check(replace(VARIANTS[variant], gate=gate, scaling=scaling), groups, core_form=form)
 
 
@@ -64,18 +63,18 @@ def test_output_and_every_gradient(variant, gate, scaling, form, groups):  # noq
     ],
     ids=lambda changes: " ".join(f"{name}={value}" for name, value in changes.items()),
 )
-def test_sizes(changes, form, groups):  # noqa: F811
+def test_sizes(changes, form, groups):
     check(replace(MLRA2, **changes), groups, core_form=form)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_long_odd_sequence(form, groups):  # noqa: F811
+def test_long_odd_sequence(form, groups):
     check(MLRA2, groups, tokens=17, batch=1, core_form=form)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("modules", [["core_attn"], ["mla_up_proj"], ["core_attn", "mla_up_proj"]])
-def test_recomputation_changes_no_gradient(modules, form, groups):  # noqa: F811
+def test_recomputation_changes_no_gradient(modules, form, groups):
     case = replace(MLRA2, gate=True)
     expected = reference(case, TOKENS, BATCH)
     plain = build(case, groups, expected.parameters, core_form=form)
@@ -100,7 +99,7 @@ def test_recomputation_changes_no_gradient(modules, form, groups):  # noqa: F811
 
 
 @pytest.mark.parametrize("modules", [None, ["core_attn"]])
-def test_rebuilding_the_absorbed_query_changes_no_gradient(modules, groups):  # noqa: F811
+def test_rebuilding_the_absorbed_query_changes_no_gradient(modules, groups):
     expected = reference(MLRA2, TOKENS, BATCH)
     recompute = {"recompute_granularity": "selective", "recompute_modules": modules}
     options = {"core_form": "absorbed", **(recompute if modules else {})}
@@ -148,7 +147,7 @@ def count_calls(attention: MLRASelfAttention) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_document_mask(form, groups):  # noqa: F811
+def test_document_mask(form, groups):
     documents = (4, 2, 3)
     expected = reference(MLRA2, TOKENS, BATCH, documents)
     attention = build(MLRA2, groups, expected.parameters, core_form=form)
@@ -170,7 +169,7 @@ YARN = {
 
 
 @pytest.mark.parametrize("mscale_all_dim", [0.0, 1.0])
-def test_yarn_in_both_forms(mscale_all_dim, groups):  # noqa: F811
+def test_yarn_in_both_forms(mscale_all_dim, groups):
     expected = reference(MLRA2, TOKENS, BATCH)
     yarn = YARN | {"mscale_all_dim": mscale_all_dim}
     absorbed, materialized = (
@@ -186,11 +185,11 @@ def test_yarn_in_both_forms(mscale_all_dim, groups):  # noqa: F811
     assert relative_error(absorbed["output"], expected.output) > 0.01
 
 
-def test_yarn_of_factor_one_is_plain_rope(groups):  # noqa: F811
+def test_yarn_of_factor_one_is_plain_rope(groups):
     check(MLRA2, groups, **(YARN | {"rotary_scaling_factor": 1.0}))
 
 
-def test_output_projection_starts_at_zero_and_all_else_does_not(groups):  # noqa: F811
+def test_output_projection_starts_at_zero_and_all_else_does_not(groups):
     def fresh(**overrides) -> dict[str, torch.nn.Parameter]:
         config = MLRAConfig(**(config_values(replace(MLRA2, gate=True)) | overrides))
         spec = mlra_attention_spec(config)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -12,9 +11,8 @@ from megatron_mlra.cost.parameters import parameters
 from megatron_mlra.description.megatron_args import from_megatron_args
 from megatron_mlra.description.presets import preset_values
 from megatron_mlra.planner.twin import VARIANTS, twin
+from support import CONFIGS, ROOT
 
-ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "examples" / "configs"
 # The paper's configurations were made equal to MHA's: variant -> MLP size.
 PUBLISHED = {
     "mha": 8192,
