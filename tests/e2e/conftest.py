@@ -18,7 +18,7 @@ def entry():
     entry = Entry()
     yield entry
     entry.worker.stdin.close()
-    entry.worker.wait(10)
+    entry.worker.wait(60)  # behind it, the interpreter ends with Megatron loaded
 
 
 @pytest.fixture(scope="session")
