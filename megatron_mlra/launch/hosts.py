@@ -107,7 +107,7 @@ class Judge:
         wanted = int(live[0].nodes) if live else 0
         if len(live) < wanted and now - self.began > LATE and not self.asked_for and not self.gone:
             self.asked_for = True
-            hosts = ", ".join(call.host for call in live[:8])
+            hosts = ", ".join(sorted(call.host for call in live[:8]))
             self._say(
                 f"{wanted - len(live)} of {wanted} hosts are missing after {LATE:.0f} s; here:"
                 f" {hosts}. On the others compare NODES, RDZV_ENDPOINT and RDZV_ID; waiting"
