@@ -65,6 +65,8 @@ DEFAULTS = {
     "rerun_mode": "disabled",
     # Megatron's, delayed, takes its scaling factors from the step before.
     "fp8_recipe": "tensorwise",
+    # Megatron's, blockwise, makes Muon's update depend on the tensor-parallel size.
+    "muon_tp_mode": "duplicated",
     # A checkpoint loads at any layout, for which saving gathers the optimizer's state on one
     # data-parallel rank; `dist_ckpt_optim_fully_reshardable: false` in a preset saves in parallel.
     "dist_ckpt_optim_fully_reshardable": True,
@@ -186,6 +188,11 @@ def add_mlra_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         "--eval-at-start",
         action="store_true",
         help="print the validation loss before the first step too",
+    )
+    group.add_argument(
+        "--verbose-optimizer",
+        action="store_true",
+        help="print which optimizer takes which weights, and as which matrices",
     )
     group.add_argument(
         "--verbose-megatron",
