@@ -180,9 +180,9 @@ MUON = (
         (lambda attributes, run: muon.know_matrices(attributes),),
     ),
     Hook(
-        "megatron.core.optimizer.layer_wise_optimizer.LayerWiseDistributedOptimizer.__init__",
-        "Megatron leaves out the float32 optimizers' own class, and the first step fails",
-        (lambda build, run: muon.with_float32(build),),
+        "megatron.training.models.dist_utils._ddp_wrap",
+        "Megatron lays out buffers for whole matrices only where it builds models the older way",
+        (lambda wrap, run: muon.with_whole_matrices(wrap, run.args),),
     ),
     Hook(
         f"{TRAINER}.get_megatron_optimizer",

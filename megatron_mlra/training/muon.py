@@ -20,14 +20,16 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from megatron.core.optimizer import layer_wise_optimizer
 from megatron.core.optimizer.emerging_optimizers import (
     HAVE_EMERGING_OPTIMIZERS,
     TensorParallelMuon,
 )
-from megatron.core.optimizer.optimizer import FP32Optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+from megatron.training.models import dist_utils
 from torch import Tensor
 
+from megatron_mlra.command_line.parser import say
 from megatron_mlra.sharding.matrices import Rows, grouped_query_matrices
 
 KNOWN = ("adam", "sgd", "muon", "lion")
@@ -109,16 +111,23 @@ def cut_grouped_queries(chunks: Iterable[torch.nn.Module]) -> None:
                 param.matrices = rows
 
 
-def with_float32(build: Callable[..., None]) -> Callable[..., None]:
-    """Wrap the layer-wise optimizer's `__init__`, which wraps the optimizers of bf16 weights."""
+def with_whole_matrices(wrap: Callable[..., Any], args: Namespace) -> Callable[..., Any]:
+    """Wrap the step that gives model chunks their gradient buffers: with `--use-distributed-
+    optimizer` each rank owns whole matrices, for which the buffers must be laid out."""
 
-    @functools.wraps(build)
-    def wrapped(self, optimizers, config, *more, init_state_fn_list=None, **named) -> None:
-        if not config.bf16:
-            states = init_state_fn_list or [None] * len(optimizers)
-            pairs = zip(optimizers, states, strict=True)
-            optimizers = [FP32Optimizer(each, config, state) for each, state in pairs]
-        build(self, optimizers, config, *more, init_state_fn_list=init_state_fn_list, **named)
+    @functools.wraps(wrap)
+    def wrapped(model, data_parallel_random_init, ddp_config, *more, **named) -> Any:
+        asked = args.use_layer_wise_distributed_optimizer and args.use_layer_wise_param_layout
+        if not asked:
+            return wrap(model, data_parallel_random_init, ddp_config, *more, **named)
+        layer_wise_optimizer.tag_params_for_buffer_routing(model)
+        ddp_config.use_distributed_optimizer = True
+        before = dist_utils.DistributedOptimizer
+        dist_utils.DistributedOptimizer = layer_wise_optimizer.LayerWiseDistributedOptimizer
+        try:
+            return wrap(model, data_parallel_random_init, ddp_config, *more, **named)
+        finally:
+            dist_utils.DistributedOptimizer = before
 
     return wrapped
 
@@ -132,7 +141,7 @@ def around_optimizer(build: Callable[..., Any], args: Namespace) -> Callable[...
             cut_grouped_queries(model_chunks)
         optimizer = build(config, model_chunks, *more, **named)
         if args.verbose_optimizer and args.rank == 0:
-            print(table(config.optimizer, model_chunks), flush=True)
+            say(table(config.optimizer, model_chunks))
         return optimizer
 
     return wrapped
@@ -188,6 +197,11 @@ def check(args: Namespace) -> None:
         )
     if args.fp16:
         raise ValueError(f"--optimizer {args.optimizer} has no loss scaling; use --bf16")
+    if args.use_distributed_optimizer and not args.bf16:
+        raise ValueError(
+            f"--use-distributed-optimizer with --optimizer {args.optimizer} holds float32 copies of"
+            " bf16 weights, and nothing else; add --bf16, or leave it out"
+        )
     if args.attention == "mlra" and name not in KNOWN:
         raise ValueError(
             f"--optimizer {args.optimizer} takes each weight as one matrix, and linear_kv_up_proj"

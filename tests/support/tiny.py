@@ -19,12 +19,7 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import (
-    LayerWiseDistributedOptimizer,
-    OptimizerConfig,
-    get_megatron_optimizer,
-    layer_wise_optimizer,
-)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -129,7 +124,6 @@ class Tiny:
         cls, config: MLRAConfig | BaselineConfig, layout: Layout, packing: Packing | None = None
     ) -> Tiny:
         tiny = cls(config, layout, packing)
-        layer_wise = layout.distributed_optimizer and layout.optimizer == "muon"
         for stage in range(layout.vpp or 1):
             vp_stage = stage if layout.vpp else None
             mpu.set_virtual_pipeline_model_parallel_rank(vp_stage)
@@ -149,15 +143,7 @@ class Tiny:
                 use_distributed_optimizer=layout.distributed_optimizer,
                 overlap_grad_reduce=False,
             )
-            buffers = {}
-            if layer_wise:
-                layer_wise_optimizer.tag_params_for_buffer_routing([model])
-                lay_out = LayerWiseDistributedOptimizer.compute_full_param_layout
-                ranks = mpu.get_data_parallel_world_size(with_context_parallel=True)
-                buffers["full_param_layout"] = lay_out(
-                    list(model.parameters()), None, ranks, ddp, expert_data_parallel_world_size=1
-                )
-            tiny.chunks.append(DistributedDataParallel(config, ddp, model, **buffers))
+            tiny.chunks.append(DistributedDataParallel(config, ddp, model))
         if layout.optimizer == "muon":
             cut_grouped_queries(tiny.chunks)
         tiny.optimizer = get_megatron_optimizer(
@@ -166,8 +152,7 @@ class Tiny:
                 lr=1e-3,
                 weight_decay=0.1,
                 clip_grad=1.0,
-                use_distributed_optimizer=layout.distributed_optimizer and not layer_wise,
-                use_layer_wise_distributed_optimizer=layer_wise,
+                use_distributed_optimizer=layout.distributed_optimizer,
                 muon_tp_mode="duplicated",
                 muon_fp32_matmul_prec="highest",
             ),

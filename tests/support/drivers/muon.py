@@ -21,7 +21,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "MLRA-4 tp2 head": ("MLRA-4", {"tp": 2}, {"latent_tp_layout": "head"}),
     "MLRA-4 tp2 latent": ("MLRA-4", {"tp": 2}, {"latent_tp_layout": "latent"}),
     "MLRA-4 tp8 latent": ("MLRA-4", {"tp": 8}, {"latent_tp_layout": "latent"}),
-    "MLRA-4 tp2 dp2": ("MLRA-4", {"tp": 2, "dp": 2, "distributed_optimizer": True}, {}),
+    "MLRA-4 tp2 dp2": ("MLRA-4", {"tp": 2, "dp": 2}, {}),
     "MLRA-4 gated tp2": ("MLRA-4 gated", {"tp": 2}, {"sequence_parallel": True}),
     "MLA tp2": ("MLA", {"tp": 2}, {}),
     "GLA-2 tp4 latent": ("GLA-2", {"tp": 4}, {"latent_tp_layout": "latent"}),
@@ -46,7 +46,7 @@ def main(folder: Path, pattern: str) -> None:
     from support.world import run_world
 
     enable_cpu_backend()
-    hooks.apply(hooks.MUON[:-1], hooks.Run(Namespace()))
+    hooks.apply(hooks.MUON[:-2], hooks.Run(Namespace()))
     logging.disable(logging.WARNING)
     wanted = {name: case for name, case in LAYOUTS.items() if fnmatch.fnmatch(name, pattern)}
     models = {model for model, _, _ in wanted.values()}
