@@ -185,6 +185,11 @@ MUON = (
         (lambda wrap, run: muon.with_whole_matrices(wrap, run.args),),
     ),
     Hook(
+        "megatron.training.models.dist_utils.DistributedOptimizer",
+        "the layout is that of whole matrices then",
+        (lambda optimizer, run: muon.layout_of(optimizer, run.args),),
+    ),
+    Hook(
         f"{TRAINER}.get_megatron_optimizer",
         "grouped queries are cut by heads too; --verbose-optimizer prints what goes where",
         (lambda build, run: muon.around_optimizer(build, run.args),),

@@ -26,7 +26,6 @@ from megatron.core.optimizer.emerging_optimizers import (
     TensorParallelMuon,
 )
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
-from megatron.training.models import dist_utils
 from torch import Tensor
 
 from megatron_mlra.command_line.parser import say
@@ -111,25 +110,28 @@ def cut_grouped_queries(chunks: Iterable[torch.nn.Module]) -> None:
                 param.matrices = rows
 
 
+def owns_whole_matrices(args: Namespace) -> bool:
+    """Whether each data-parallel rank owns whole matrices, for which buffers must be laid out."""
+    return args.use_layer_wise_distributed_optimizer and args.use_layer_wise_param_layout
+
+
 def with_whole_matrices(wrap: Callable[..., Any], args: Namespace) -> Callable[..., Any]:
-    """Wrap the step that gives model chunks their gradient buffers: with `--use-distributed-
-    optimizer` each rank owns whole matrices, for which the buffers must be laid out."""
+    """Wrap the step that gives model chunks their gradient buffers, so that it lays them out."""
 
     @functools.wraps(wrap)
     def wrapped(model, data_parallel_random_init, ddp_config, *more, **named) -> Any:
-        asked = args.use_layer_wise_distributed_optimizer and args.use_layer_wise_param_layout
-        if not asked:
-            return wrap(model, data_parallel_random_init, ddp_config, *more, **named)
-        layer_wise_optimizer.tag_params_for_buffer_routing(model)
-        ddp_config.use_distributed_optimizer = True
-        before = dist_utils.DistributedOptimizer
-        dist_utils.DistributedOptimizer = layer_wise_optimizer.LayerWiseDistributedOptimizer
-        try:
-            return wrap(model, data_parallel_random_init, ddp_config, *more, **named)
-        finally:
-            dist_utils.DistributedOptimizer = before
+        if owns_whole_matrices(args):
+            layer_wise_optimizer.tag_params_for_buffer_routing(model)
+            ddp_config.use_distributed_optimizer = True
+        return wrap(model, data_parallel_random_init, ddp_config, *more, **named)
 
     return wrapped
+
+
+def layout_of(optimizer: type, args: Namespace) -> type:
+    """The optimizer that lays out buffers: Megatron's, or that of whole matrices."""
+    whole = layer_wise_optimizer.LayerWiseDistributedOptimizer
+    return whole if owns_whole_matrices(args) else optimizer
 
 
 def around_optimizer(build: Callable[..., Any], args: Namespace) -> Callable[..., Any]:

@@ -46,7 +46,7 @@ def main(folder: Path, pattern: str) -> None:
     from support.world import run_world
 
     enable_cpu_backend()
-    hooks.apply(hooks.MUON[:-2], hooks.Run(Namespace()))
+    hooks.apply(hooks.MUON[:-3], hooks.Run(Namespace()))
     logging.disable(logging.WARNING)
     wanted = {name: case for name, case in LAYOUTS.items() if fnmatch.fnmatch(name, pattern)}
     models = {model for model, _, _ in wanted.values()}
