@@ -69,6 +69,8 @@ network() {
     ip -n "$tag-head" link set "to-$host" master bridge0 up
     ip -n "$tag-$host" addr add "10.77.0.$i/24" dev eth0
     ip -n "$tag-$host" link set eth0 up
+    # Slow, so that steps of a run on several hosts take time and no CPU's, which other cases need.
+    tc -n "$tag-$host" qdisc add dev eth0 root tbf rate 10mbit burst 64kb limit 4mb 2>/dev/null || true
   done
   for host in head "${nodes[@]}"; do
     {

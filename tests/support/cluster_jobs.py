@@ -28,6 +28,8 @@ class Cluster:
         self.env = ENV | {"CLUSTER": str(folder), "PYTHON": sys.executable}
         # What a job of SLURM itself would leave here, where the tests run in one.
         self._mine = threading.local()
+        self._asking, self._asked = threading.Lock(), 0.0
+        self._jobs: dict[int, dict[str, str]] = {}
         self.env = {k: v for k, v in self.env.items() if not k.startswith(("SLURM_", "SBATCH_"))}
 
     def prepare(self, write_corpus: Callable[[Path], Path]) -> None:
@@ -90,6 +92,16 @@ class Cluster:
         self._mine.jobs = [*getattr(self._mine, "jobs", []), job]
         return job
 
+    def jobs(self) -> dict[int, dict[str, str]]:
+        """What SLURM knows of all jobs, by number; asked once for all threads that wait."""
+        with self._asking:
+            if time.monotonic() > self._asked + 0.5:
+                said = self.on("head", "scontrol", "show", "job", "-o").splitlines()
+                fields = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in said]
+                self._jobs = {int(job["JobId"]): job for job in fields if "JobId" in job}
+                self._asked = time.monotonic()
+            return self._jobs
+
     def run(self, case: Callable[[Cluster], None]) -> None:
         """Run a case; a job that it leaves behind would keep its nodes from the others."""
         try:
@@ -113,8 +125,7 @@ class Job:
 
     def fields(self) -> dict[str, str]:
         """What SLURM knows of the job."""
-        said = self.cluster.on("head", "scontrol", "show", "job", "-o", self.number)
-        return dict(re.findall(r"(\w+)=(\S*)", said))
+        return self.cluster.jobs()[self.number]
 
     def scontrol(self, *words: object) -> None:
         """Run scontrol; `JOB` stands for the job's number."""
