@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
     except ImportError as error:
         line = (
             f"{sys.executable} of host {socket.gethostname()} cannot import torch ({error}); set"
-            " PYTHON to the Python of the environment that has it, for example PYTHON=.venv/bin/python"
+            " PYTHON to the Python of the environment that has it, as PYTHON=.venv/bin/python"
         )
         say(f"error: {line}")
         names = ("--rdzv-endpoint", "--nnodes", "--rdzv-id")

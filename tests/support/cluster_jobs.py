@@ -92,15 +92,15 @@ class Cluster:
         self._mine.jobs = [*getattr(self._mine, "jobs", []), job]
         return job
 
-    def jobs(self) -> dict[int, dict[str, str]]:
-        """What SLURM knows of all jobs, by number; asked once for all threads that wait."""
+    def fields(self, job: int) -> dict[str, str]:
+        """What SLURM knows of a job. Asked of all jobs at once, for all threads that wait."""
         with self._asking:
-            if time.monotonic() > self._asked + 0.5:
+            if job not in self._jobs or time.monotonic() > self._asked + 0.5:
                 said = self.on("head", "scontrol", "show", "job", "-o").splitlines()
                 fields = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in said]
-                self._jobs = {int(job["JobId"]): job for job in fields if "JobId" in job}
+                self._jobs = {int(found["JobId"]): found for found in fields if "JobId" in found}
                 self._asked = time.monotonic()
-            return self._jobs
+            return self._jobs[job]
 
     def run(self, case: Callable[[Cluster], None]) -> None:
         """Run a case; a job that it leaves behind would keep its nodes from the others."""
@@ -125,7 +125,7 @@ class Job:
 
     def fields(self) -> dict[str, str]:
         """What SLURM knows of the job."""
-        return self.cluster.jobs()[self.number]
+        return self.cluster.fields(self.number)
 
     def scontrol(self, *words: object) -> None:
         """Run scontrol; `JOB` stands for the job's number."""
