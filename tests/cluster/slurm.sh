@@ -44,13 +44,14 @@ install_packages() {
   [ "${#missing[@]}" -gt 0 ] || return 0
   command -v apt-get >/dev/null || fail "there is no apt-get; install ${missing[*]} first"
   # No service may start by being installed: the tests start their own.
-  local policy=/usr/sbin/policy-rc.d own=no
+  local policy=/usr/sbin/policy-rc.d own=no done=yes
   [ -e "$policy" ] || { printf '#!/bin/sh\nexit 101\n' >"$policy"; chmod +x "$policy"; own=yes; }
   {
-    apt-get update
+    apt-get update &&
     DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${missing[@]}"
-  } >"$W/log/apt.log" 2>&1 || fail "apt-get could not install ${missing[*]}; see $W/log/apt.log"
+  } >"$W/log/apt.log" 2>&1 || done=no
   [ "$own" = no ] || rm "$policy"
+  [ "$done" = yes ] || fail "apt-get could not install ${missing[*]}: $(tail -n 5 "$W/log/apt.log")"
 }
 
 network() {

@@ -71,7 +71,6 @@ class Cluster:
         options: tuple = (),
         preset: object = None,
         save: Path | None = None,
-        output: str | None = None,
     ) -> Job:
         """Submit examples/slurm.sh from the jobs' folder, which is not the repository's.
 
@@ -81,9 +80,8 @@ class Cluster:
             options: of sbatch.
             preset: the cluster's tiny one if None.
             save: another folder of the run.
-            output: another name of the output.
         """
-        out = self.folder / "work" / f"{output or name}.out"
+        out = self.folder / "work" / f"{name}.out"
         command = ["cd", self.folder / "work", "&&", "exec", "sbatch", "--parsable"]
         command += ["--output", out, *options, ROOT / "examples/slurm.sh"]
         command += [preset or self.preset, self.data.name, save or name, *flags]
