@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A real SLURM on one machine, for tests: a controller (head) and four nodes (node1 to node4).
+# A real SLURM on one machine, for tests: a controller (head) and six nodes (node1 to node6).
 #
 #   CLUSTER=FOLDER tests/cluster/slurm.sh up            install what is missing, start everything
 #   CLUSTER=FOLDER tests/cluster/slurm.sh in HOST CMD   run a command on a host
@@ -17,7 +17,7 @@ fail() { echo "error: $*" >&2; exit 2; }
 [ "$(id -u)" = 0 ] || fail "network namespaces need root; run this as root"
 W=${CLUSTER:?set CLUSTER to the folder that holds the state of the cluster}
 export SLURM_CONF=$W/etc/slurm.conf
-nodes=(node1 node2 node3 node4)
+nodes=(node1 node2 node3 node4 node5 node6)
 replace=
 # Several clusters may be up at a time: their namespaces have different names.
 tag=mlra-$(printf %s "$W" | cksum | cut -d ' ' -f 1)
@@ -78,7 +78,7 @@ network() {
       echo "127.0.0.1 localhost"
       # node3 and node4 are as Debian installs a host: its own name is a loopback address.
       case $host in node[34]) echo "127.0.1.1 $host" ;; esac
-      printf '10.77.0.%s\n' "1 head" "11 node1" "12 node2" "13 node3" "14 node4"
+      printf '10.77.0.%s\n' "1 head" "11 node1" "12 node2" "13 node3" "14 node4" "15 node5" "16 node6"
     } | awk -v own="$host" '!(($2 == own) && seen[$2]++)' >"$W/hosts/$host"
   done
 }
@@ -112,17 +112,14 @@ InactiveLimit=0
 SchedulerParameters=sched_interval=2,batch_sched_delay=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName=node1 NodeAddr=10.77.0.11 CPUs=2 Gres=gpu:8 State=UNKNOWN
-NodeName=node2 NodeAddr=10.77.0.12 CPUs=2 Gres=gpu:8 State=UNKNOWN
-NodeName=node3 NodeAddr=10.77.0.13 CPUs=2 Gres=gpu:8 State=UNKNOWN
-NodeName=node4 NodeAddr=10.77.0.14 CPUs=2 Gres=gpu:8 State=UNKNOWN
-PartitionName=all Nodes=node[1-4] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=25
-PartitionName=urgent Nodes=node[1-4] MaxTime=INFINITE State=UP PriorityTier=2
+NodeName=node[1-6] NodeAddr=10.77.0.[11-16] CPUs=2 Gres=gpu:8 State=UNKNOWN
+PartitionName=all Nodes=node[1-6] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=25
+PartitionName=urgent Nodes=node[1-6] MaxTime=INFINITE State=UP PriorityTier=2
 END
   # GPUs are empty files: nothing here restricts devices.
   local gpu
   for gpu in 0 1 2 3 4 5 6 7; do : >"$W/gpu/gpu$gpu"; done
-  echo "NodeName=node[1-4] Name=gpu File=$W/gpu/gpu[0-7]" >"$W/etc/gres.conf"
+  echo "NodeName=node[1-6] Name=gpu File=$W/gpu/gpu[0-7]" >"$W/etc/gres.conf"
   printf 'CgroupAutomount=no\nConstrainCores=no\n' >"$W/etc/cgroup.conf"
 }
 

@@ -20,7 +20,7 @@ ONE = ("--nodes", 1, "--gpus-per-node", 1)
 
 
 class Cluster:
-    """Hosts head (the controller) and node1 to node4."""
+    """Hosts head (the controller) and node1 to node6."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
