@@ -16,7 +16,7 @@ import sys
 import warnings
 
 from megatron_mlra.fault_tolerance import stopping
-from megatron_mlra.training.ending import end_at_once, hush_threads, leave
+from megatron_mlra.training.ending import end_at_once, hush_threads, leave, refuse_python
 
 # Megatron warns about every optional package at import; the summary names what matters.
 warnings.filterwarnings("ignore")
@@ -34,6 +34,8 @@ def main() -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print("error: interrupted", file=sys.stderr)
         return 130
+    except ImportError as error:
+        return refuse_python(error)
     finally:
         stopping.close()
 

@@ -20,7 +20,20 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-fail() { echo "error: $*" >&2; exit 2; }
+nodes=${NODES:-1}
+fail() {
+  local where=
+  [ "$nodes" = 1 ] || where="host $(hostname): "
+  echo "error: $where$*" >&2
+  # The other hosts wait for this one. Any Python will do to tell them.
+  local teller
+  [ "$nodes" = 1 ] || [ -z "${RDZV_ENDPOINT:-}" ] ||
+    for teller in "${PYTHON:-$root/.venv/bin/python}" python3 python; do
+      ! "$teller" "$root/megatron_mlra/launch/call.py" "$RDZV_ENDPOINT" "$nodes" \
+        "${RDZV_ID:-$(basename "${save:-}")}" "$*" 2>/dev/null || break
+    done
+  exit 2
+}
 # Text is compared as text: within (( )) and [[ -ge ]] bash would run code that stands in it.
 number() { [[ $2 =~ ^[0-9]{1,6}$ ]] || fail "$1 is '$2'; $3"; }
 [ $# -ge 2 ] || fail "usage: examples/launch.sh PRESET SAVE [flags of pretrain_mlra.py ...]"
@@ -33,7 +46,6 @@ python=${PYTHON:-$root/.venv/bin/python}
 [ -n "${PYTHON:-}" ] || [ -x "$python" ] || python=python
 command -v "$python" >/dev/null ||
   fail "there is no $python; set PYTHON to the Python of the environment that has torch"
-nodes=${NODES:-1}
 number NODES "$nodes" "give one number; a number of nodes that changes is not supported"
 gpus=${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-$({ nvidia-smi -L 2>/dev/null || true; } | grep -c . || true)}}
 number GPUS_PER_NODE "$gpus" "give the number of processes on this node"

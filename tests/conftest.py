@@ -1,5 +1,6 @@
-"""What all tests share: running a driver of support/drivers to its end."""
+"""What all tests share: one thread a process, long files first, a driver run to its end."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -7,7 +8,33 @@ from pathlib import Path
 
 import pytest
 
-from support import ENV
+# Before torch is imported: threads of small operations wait for each other, and burn a CPU in doing
+# so, many times longer than they work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from support import ENV, ROOT
+
+LONG = (
+    "distributed/test_parity.py",
+    "e2e/test_reproduce.py",
+    "e2e/test_launch.py",
+    "e2e/test_faults.py",
+    "distributed/test_dry_run.py",
+    "unit/kernels/test_mlra_kernels_interpreter.py",
+    "distributed/test_inference.py",
+    "distributed/test_checkpoint.py",
+    "e2e/test_held_out.py",
+    "unit/kernels/test_kernel_properties.py",
+)
+"""Files that take longest, the longest first: one that begins last is waited for by all workers."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files of LONG."""
+    places = {ROOT / "tests" / name: place for place, name in enumerate(LONG)}
+    missing = [path for path in places if not path.is_file()]
+    assert not missing, f"LONG in {__file__} names {missing[0]}, which is not there"
+    items.sort(key=lambda item: places.get(item.path, len(LONG)))
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import os
 import signal
@@ -15,7 +16,16 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from megatron_mlra.launch.control import LINGER, REFUSED, STOP_SIGNALS, Control, Ended, say
+from megatron_mlra.launch import call
+from megatron_mlra.launch.control import (
+    LINGER,
+    REFUSED,
+    SPEAKER,
+    STOP_SIGNALS,
+    Control,
+    Ended,
+    say,
+)
 
 if TYPE_CHECKING:
     from megatron_mlra.launch.hosts import Hosts
@@ -44,10 +54,14 @@ def main(argv: list[str]) -> int:
         with _quiet_cpp():
             from torch.distributed import run as torchrun
     except ImportError as error:
-        say(
-            f"error: {sys.executable} cannot import torch ({error}); set PYTHON to the Python of"
-            " the environment that has it, for example PYTHON=.venv/bin/python"
+        line = (
+            f"{sys.executable} of host {socket.gethostname()} cannot import torch ({error}); set"
+            " PYTHON to the Python of the environment that has it, as PYTHON=.venv/bin/python"
         )
+        say(f"error: {line}")
+        names = ("--rdzv-endpoint", "--nnodes", "--rdzv-id")
+        if names[0] in argv:
+            call.refuse(*(_after(argv, name) for name in names), line)
         return REFUSED
     args = torchrun.get_args_parser().parse_args(argv)
     args.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
@@ -60,6 +74,7 @@ def main(argv: list[str]) -> int:
             watch.hosts = _join(args, control)
     except ValueError as error:
         say(f"error: {error}")
+        call.refuse(args.rdzv_endpoint, args.nnodes, args.rdzv_id, str(error))
         return REFUSED
     except TimeoutError as error:
         say(f"error: {error}")
@@ -118,8 +133,8 @@ def _join(args: Namespace, control: Control) -> Hosts:
             )
         args.local_addr = address
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    call = hosts.Call(here, os.getpid(), args.nnodes, args.rdzv_id)
-    joined = hosts.Hosts(control, call, (host, port), join_timeout)
+    own = call.Call(here, os.getpid(), args.nnodes, args.rdzv_id)
+    joined = hosts.Hosts(control, own, (host, port), join_timeout)
     joined.start(judges=first)
     return joined
 
@@ -134,6 +149,7 @@ def _run(args: Namespace, control: Control, hosts: Hosts | None) -> tuple[int, s
 
     from megatron_mlra.launch import agent
 
+    os.environ[SPEAKER] = "1"
     api.LocalElasticAgent = functools.partial(agent.Agent, control=control)
     try:
         torchrun.run(args)
@@ -142,7 +158,9 @@ def _run(args: Namespace, control: Control, hosts: Hosts | None) -> tuple[int, s
         refused = any(failure.exitcode == REFUSED for failure in failures.values())
         told = agent.reason(failures)
         why = f"{agent.describe(failures)}{f': {told}' if told else ''}"
-        if not refused:
+        if refused and told:
+            say(f"error: {'' if hosts is None else f'host {socket.gethostname()}: '}{told}")
+        elif not refused:
             no_more = "the run was told to stop" if control.asked else f"MAX_RESTARTS {most}"
             say(f"error: {agent.describe(failures)}; not started again ({no_more})")
         return (REFUSED if refused else 1), why
@@ -167,6 +185,11 @@ def _run(args: Namespace, control: Control, hosts: Hosts | None) -> tuple[int, s
         say(f"error: {line}")
         return 1, line
     return 0, ""
+
+
+def _after(argv: list[str], name: str) -> str:
+    """The value of a flag, before there is a parser; empty if it is not there."""
+    return dict(itertools.pairwise(argv)).get(name, "")
 
 
 @contextlib.contextmanager

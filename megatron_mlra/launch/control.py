@@ -15,6 +15,10 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 REFUSED = 2
 """Exit code of a rank whose command line or input was refused: another start would end alike."""
 
+SPEAKER = "MLRA_LAUNCHER_SPEAKS"
+"""Environment of the ranks: they leave why they were refused where the launcher reads it, and it
+says so once. A rank itself may be ended before its turn, because of another that was refused."""
+
 INTERVAL = 1.0
 """Seconds between two words of hosts to each other."""
 LINGER = 3 * INTERVAL + 1

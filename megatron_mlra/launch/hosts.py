@@ -15,6 +15,7 @@ from datetime import timedelta
 
 from torch.distributed import TCPStore
 
+from megatron_mlra.launch.call import COUNT, Call, key
 from megatron_mlra.launch.control import INTERVAL, LINGER, Control, say
 
 SILENT = 15.0
@@ -24,24 +25,7 @@ DEAD = 60.0
 LATE = 60.0
 """Seconds after which hosts that have not come are asked for."""
 
-_COUNT, _NEWS, _BEAT = "mlra/count", "mlra/news", "mlra/beat"
-
-
-@dataclass
-class Call:
-    """What a launcher says of itself."""
-
-    host: str
-    pid: int
-    nodes: str
-    """Its NODES."""
-    run: str
-    """Its RDZV_ID."""
-    beat: int = 0
-    asked: str = ""
-    code: int | None = None
-    """Its exit code, once it has ended."""
-    why: str = ""
+_NEWS, _BEAT = "mlra/news", "mlra/beat"
 
 
 @dataclass
@@ -177,19 +161,19 @@ class Hosts:
 
     def _rounds(self) -> None:
         store = self._connect()
-        if self._number is None or self._number > store.add(_COUNT, 0):
-            self._number = store.add(_COUNT, 1)
+        if self._number is None or self._number > store.add(COUNT, 0):
+            self._number = store.add(COUNT, 1)
         number, judge = self._number, self._judge
         beat = ""
         while True:
             begin = time.monotonic()
             self.call.beat += 1
             self.call.asked = self.control.asked
-            store.set(_key(number), json.dumps(asdict(self.call)))
+            store.set(key(number), json.dumps(asdict(self.call)))
             if judge:
-                numbers = range(1, store.add(_COUNT, 0) + 1)
-                there = [n for n in numbers if store.check([_key(n)])]
-                texts = store.multi_get([_key(n) for n in there])
+                numbers = range(1, store.add(COUNT, 0) + 1)
+                there = [n for n in numbers if store.check([key(n)])]
+                texts = store.multi_get([key(n) for n in there])
                 calls = {n: Call(**json.loads(t)) for n, t in zip(there, texts, strict=True)}
                 news = judge.read(calls, begin)
                 store.multi_set([_NEWS, _BEAT], [json.dumps(asdict(news)), str(self.call.beat)])
@@ -230,7 +214,3 @@ class Hosts:
             self.control.ask(news.asked)
         if news.code is not None and not own:
             self.control.end(news.code, f"error: {news.lines[-1]}")
-
-
-def _key(number: int) -> str:
-    return f"mlra/call/{number}"

@@ -4,7 +4,7 @@ Start with arguments.py, then the order of pretrain_mlra.py. hooks.py lists ever
 replaces in Megatron and torch.
 
 May import:   layers, fault_tolerance, cost, planner, sharding, data, description, evaluation,
-              command_line, checkpoint.files.guarded_loads; torch, Megatron
+              command_line, checkpoint.files.guarded_loads, launch.control; torch, Megatron
 Imported by:  benchmarks
 Never:        checkpoint formats
 Held by:      tests/unit/training, tests/e2e

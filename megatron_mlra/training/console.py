@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import json
 import logging
 import os
 import re
 import sys
 import threading
-import time
 import traceback
 from argparse import Namespace
 from pathlib import Path
@@ -23,7 +21,7 @@ from tqdm import tqdm
 from megatron_mlra.cost.cache import kv_cache_bytes_per_token
 from megatron_mlra.cost.parameters import parameters
 from megatron_mlra.description.model import ModelDescription
-from megatron_mlra.training.ending import kill_children
+from megatron_mlra.training.ending import kill_children, speaks_itself, tell_launcher
 
 
 def summary(args: Namespace, shape: ModelDescription) -> str:
@@ -138,10 +136,11 @@ def fail(error: BaseException, output: MegatronOutput | None, started: bool) -> 
     """
     if isinstance(error, SystemExit):
         error = RuntimeError(f"Megatron ended the run: {output.last_line if output else error}")
-    _tell_launcher(message(error))
+    if started:
+        tell_launcher(message(error))
+    elif not speaks_itself(message(error)):
+        return 2
     many = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if not started and many and os.environ.get("LOCAL_RANK", "0") != "0":
-        return 2  # the first rank of this machine says the same
     where = f" (rank {os.environ.get('RANK', '?')})" if started and many else ""
     tqdm.write(f"error{where}: {message(error)}", file=sys.stderr)
     if started and output is None:  # --verbose-megatron
@@ -185,13 +184,6 @@ def _save_is_gone(args: Namespace, error: BaseException) -> RuntimeError:
     )
     gone.__cause__ = error
     return gone
-
-
-def _tell_launcher(text: str) -> None:
-    """Leave the reason where torchrun's agent reads it, which hands it on to the other hosts."""
-    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        with contextlib.suppress(OSError), open(file, "w") as out:
-            json.dump({"message": text, "timestamp": int(time.time())}, out)
 
 
 def message(error: BaseException) -> str:

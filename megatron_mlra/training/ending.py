@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
+import time
+
+from megatron_mlra.launch.control import SPEAKER
 
 
 def hush_threads() -> None:
@@ -19,6 +24,40 @@ def end_at_once(line: str) -> None:
     """End this process from any thread, whatever the main thread waits for."""
     os.write(2, f"error: {line}\n".encode())
     os._exit(1)
+
+
+def tell_launcher(line: str) -> bool:
+    """Leave the reason where torchrun's agent reads it, which hands it on to the other hosts.
+
+    Returns:
+        whether it is there: not without an agent, or where its file cannot be written.
+    """
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with contextlib.suppress(OSError), open(file, "w") as out:
+            json.dump({"message": line, "timestamp": int(time.time())}, out)
+            return True
+    return False
+
+
+def speaks_itself(line: str) -> bool:
+    """Leave why this rank is refused for the launcher.
+
+    Returns:
+        whether the rank has to say it: not where the launcher does, or the first rank of its host.
+    """
+    told = tell_launcher(line)
+    return os.environ.get("LOCAL_RANK", "0") == "0" and not (told and SPEAKER in os.environ)
+
+
+def refuse_python(error: ImportError) -> int:
+    """Say what this Python lacks; returns the exit code of a refused input."""
+    line = (
+        f"{sys.executable} of host {socket.gethostname()} lacks a package of the run ({error});"
+        " install the project there, or set PYTHON to the Python that has it"
+    )
+    if speaks_itself(line):
+        os.write(2, f"error: {line}\n".encode())
+    return 2
 
 
 def kill_children() -> None:

@@ -20,7 +20,7 @@ from support.runs import write_corpus
 
 @pytest.fixture(scope="session")
 def cluster():
-    """Four nodes, and a tiny corpus and preset in a folder that all of them see."""
+    """Six nodes, and a tiny corpus and preset in a folder that all of them see."""
     # Not in pytest's own folder, whose parents munge distrusts.
     folder = Path(tempfile.mkdtemp(prefix="mlra-cluster-", dir="/var/tmp"))
     cluster = Cluster(folder)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A real SLURM on one machine, for tests: a controller (head) and four nodes (node1 to node4).
+# A real SLURM on one machine, for tests: a controller (head) and six nodes (node1 to node6).
 #
 #   CLUSTER=FOLDER tests/cluster/slurm.sh up            install what is missing, start everything
 #   CLUSTER=FOLDER tests/cluster/slurm.sh in HOST CMD   run a command on a host
@@ -17,7 +17,7 @@ fail() { echo "error: $*" >&2; exit 2; }
 [ "$(id -u)" = 0 ] || fail "network namespaces need root; run this as root"
 W=${CLUSTER:?set CLUSTER to the folder that holds the state of the cluster}
 export SLURM_CONF=$W/etc/slurm.conf
-nodes=(node1 node2 node3 node4)
+nodes=(node1 node2 node3 node4 node5 node6)
 replace=
 # Several clusters may be up at a time: their namespaces have different names.
 tag=mlra-$(printf %s "$W" | cksum | cut -d ' ' -f 1)
@@ -44,13 +44,14 @@ install_packages() {
   [ "${#missing[@]}" -gt 0 ] || return 0
   command -v apt-get >/dev/null || fail "there is no apt-get; install ${missing[*]} first"
   # No service may start by being installed: the tests start their own.
-  local policy=/usr/sbin/policy-rc.d own=no
+  local policy=/usr/sbin/policy-rc.d own=no done=yes
   [ -e "$policy" ] || { printf '#!/bin/sh\nexit 101\n' >"$policy"; chmod +x "$policy"; own=yes; }
   {
-    apt-get update
+    apt-get update &&
     DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${missing[@]}"
-  } >"$W/log/apt.log" 2>&1 || fail "apt-get could not install ${missing[*]}; see $W/log/apt.log"
+  } >"$W/log/apt.log" 2>&1 || done=no
   [ "$own" = no ] || rm "$policy"
+  [ "$done" = yes ] || fail "apt-get could not install ${missing[*]}: $(tail -n 5 "$W/log/apt.log")"
 }
 
 network() {
@@ -69,13 +70,15 @@ network() {
     ip -n "$tag-head" link set "to-$host" master bridge0 up
     ip -n "$tag-$host" addr add "10.77.0.$i/24" dev eth0
     ip -n "$tag-$host" link set eth0 up
+    # Slow, so that steps of a run on several hosts take time and no CPU's, which other cases need.
+    tc -n "$tag-$host" qdisc add dev eth0 root tbf rate 10mbit burst 64kb limit 4mb 2>/dev/null || true
   done
   for host in head "${nodes[@]}"; do
     {
       echo "127.0.0.1 localhost"
       # node3 and node4 are as Debian installs a host: its own name is a loopback address.
       case $host in node[34]) echo "127.0.1.1 $host" ;; esac
-      printf '10.77.0.%s\n' "1 head" "11 node1" "12 node2" "13 node3" "14 node4"
+      printf '10.77.0.%s\n' "1 head" "11 node1" "12 node2" "13 node3" "14 node4" "15 node5" "16 node6"
     } | awk -v own="$host" '!(($2 == own) && seen[$2]++)' >"$W/hosts/$host"
   done
 }
@@ -109,17 +112,14 @@ InactiveLimit=0
 SchedulerParameters=sched_interval=2,batch_sched_delay=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName=node1 NodeAddr=10.77.0.11 CPUs=2 Gres=gpu:8 State=UNKNOWN
-NodeName=node2 NodeAddr=10.77.0.12 CPUs=2 Gres=gpu:8 State=UNKNOWN
-NodeName=node3 NodeAddr=10.77.0.13 CPUs=2 Gres=gpu:8 State=UNKNOWN
-NodeName=node4 NodeAddr=10.77.0.14 CPUs=2 Gres=gpu:8 State=UNKNOWN
-PartitionName=all Nodes=node[1-4] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=25
-PartitionName=urgent Nodes=node[1-4] MaxTime=INFINITE State=UP PriorityTier=2
+NodeName=node[1-6] NodeAddr=10.77.0.[11-16] CPUs=2 Gres=gpu:8 State=UNKNOWN
+PartitionName=all Nodes=node[1-6] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=25
+PartitionName=urgent Nodes=node[1-6] MaxTime=INFINITE State=UP PriorityTier=2
 END
   # GPUs are empty files: nothing here restricts devices.
   local gpu
   for gpu in 0 1 2 3 4 5 6 7; do : >"$W/gpu/gpu$gpu"; done
-  echo "NodeName=node[1-4] Name=gpu File=$W/gpu/gpu[0-7]" >"$W/etc/gres.conf"
+  echo "NodeName=node[1-6] Name=gpu File=$W/gpu/gpu[0-7]" >"$W/etc/gres.conf"
   printf 'CgroupAutomount=no\nConstrainCores=no\n' >"$W/etc/cgroup.conf"
 }
 

@@ -47,7 +47,7 @@ def refusal(cluster: Cluster) -> None:
     two = cluster.launch("node4", outs[1], work / "refusal", *flags, "--no-such-flag", **meet)
     assert (one.wait(300), two.wait(60)) == (2, 2), [out.read_text() for out in outs]
     said = outs[1].read_text()
-    assert re.search(r"^error: unknown flag --no-such-flag", said, re.M), said
+    assert re.search(r"^error: host node4: unknown flag --no-such-flag", said, re.M), said
     said = outs[0].read_text()
     assert re.search(
         r"^error: host node4 ended: rank \d ended with exit code 2: unknown flag --no-such-flag",

@@ -158,6 +158,23 @@ def hostile_guard(cluster: Cluster) -> None:
     assert not (save / "ran").exists()
 
 
+def crash_loop(cluster: Cluster) -> None:
+    """Starts that crash without a new checkpoint: requeued twice, then the job stays down."""
+    save = cluster.folder / "work" / "crashes"
+    save.mkdir()
+    # Crashes before the newest checkpoint do not count.
+    (save / "starts_without_progress.txt").write_text("4 2\n")
+    (save / "latest_checkpointed_iteration.txt").write_text("5\n")
+    crashes = "--export=ALL,PYTHON=/bin/false,MOST_CRASHES=2"
+    job = cluster.submit("crashes", options=(*ONE, crashes))
+    assert job.end(300) == "FAILED"
+    assert job.said.count("slurm.sh: ended with 1 at step 5; requeueing") == 2
+    line = "error: 2 starts in a row made no progress beyond step 5; look at crashes, then remove"
+    assert job.said.count(f"{line} crashes/starts_without_progress.txt") == 1
+    fields = job.fields()
+    assert (fields["Restarts"], fields["ExitCode"]) == ("2", "2:0")
+
+
 CASES = [
     time_limit,
     one_node_then_requeue_then_cancel,
@@ -167,6 +184,7 @@ CASES = [
     refused,
     typo,
     hostile_guard,
+    crash_loop,
 ]
 
 

@@ -8,14 +8,25 @@ import numpy as np
 import pytest
 
 from megatron_mlra.evaluation.token_stream import read_stream
+from support.runs import tokenize
 
 
 @pytest.fixture(scope="module")
-def trained(entry, preset, corpus, tmp_path_factory):
-    """A run of 4 steps that scores its own corpus, by two names."""
+def held(tmp_path_factory):
+    """Prefix of a held-out set that no number of ranks and sequences divides."""
+    documents = [f"    def value_{n}(self) -> int:\n" * (n % 5 + 1) for n in range(22)]
+    prefix = tokenize(documents, tmp_path_factory.mktemp("held") / "text")
+    tokens = len(read_stream(prefix))
+    assert tokens % 32 and -(-tokens // 32) % 4 and tokens > 50 * 32
+    return prefix
+
+
+@pytest.fixture(scope="module")
+def trained(entry, preset, held, tmp_path_factory):
+    """A run of 4 steps that scores a set, by two names."""
     folder = tmp_path_factory.mktemp("held_out")
     flags = ("--config", preset, "--train-iters", 4, "--eval-iters", 0, "--split", "1,0,0")
-    sets = ("--held-out", f"whole={corpus}", corpus)
+    sets = ("--held-out", f"whole={held}", held)
     run = entry.run(folder, *flags, *sets, "--save", folder / "save")
     assert run.code == 0, run.err
     return run, flags, sets
@@ -25,15 +36,15 @@ def told(folder) -> dict:
     return json.loads((folder / "save" / "held_out.json").read_text())
 
 
-def test_the_whole_set_is_scored_behind_the_last_step(trained, corpus):
+def test_the_whole_set_is_scored_behind_the_last_step(trained, held):
     run, _, _ = trained
     found = told(run.folder)
     assert found["step"] == 4 and list(found["sets"]) == ["whole", "text"]
-    assert found["sets"]["whole"]["tokens"] == len(read_stream(corpus))
+    assert found["sets"]["whole"]["tokens"] == len(read_stream(held))
     assert found["sets"]["whole"]["loss"] == found["sets"]["text"]["loss"]
     loss = found["sets"]["whole"]["loss"]
     assert 0 < loss < np.log(272)
-    assert f"held out at step 4: whole {loss:.4f} ({len(read_stream(corpus)):,} tokens)" in run.out
+    assert f"held out at step 4: whole {loss:.4f} ({len(read_stream(held)):,} tokens)" in run.out
 
 
 @pytest.mark.parametrize(

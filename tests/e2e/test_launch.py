@@ -66,6 +66,14 @@ def test_a_signal_saves_and_a_relaunch_goes_on(preset, tmp_path):
     assert {path.name for path in kept.glob("*iter_*")} == {f"iter_{newest:07d}", damaged.name}
 
 
+def without_packages(folder: Path) -> Path:
+    """A Python without torch: this one, without its packages."""
+    bare = folder / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.base_prefix}/bin/python3 -S "$@"\n')
+    bare.chmod(0o755)
+    return bare
+
+
 @pytest.mark.parametrize(
     ("argv", "env", "message"),
     [
@@ -85,11 +93,7 @@ def test_a_signal_saves_and_a_relaunch_goes_on(preset, tmp_path):
     ],
 )
 def test_launch_errors_are_one_line(argv, env, message, tmp_path):
-    # A Python without torch: this one, without its packages.
-    bare = tmp_path / "python"
-    bare.write_text(f'#!/bin/sh\nexec {sys.base_prefix}/bin/python3 -S "$@"\n')
-    bare.chmod(0o755)
-    ran = tmp_path / "ran"
+    bare, ran = without_packages(tmp_path), tmp_path / "ran"
     with socket.socket() as other:
         other.bind(("", 0))
         other.listen()
@@ -104,13 +108,26 @@ def test_launch_errors_are_one_line(argv, env, message, tmp_path):
     assert done.stderr.count("\n") == 1 and not ran.exists()
 
 
-def meet(out: Path, save: Path, port: int, nodes: int, **env: str) -> subprocess.Popen:
+def meet(
+    out: Path, save: Path, port: int, nodes: int, preset: str = "debug", **env: str
+) -> subprocess.Popen:
     """One of several launchers on this machine."""
     host = {"NODES": str(nodes), "RDZV_ENDPOINT": f"localhost:{port}", "LOCAL_ADDR": own_address()}
     env = ENV | {"PYTHON": sys.executable, "GPUS_PER_NODE": "1", "RDZV_ID": "x"} | host | env
     with open(out, "w") as file:
-        command = ["bash", str(LAUNCH), "debug", str(save)]
+        command = ["bash", str(LAUNCH), preset, str(save)]
         return subprocess.Popen(command, env=env, stdout=file, stderr=file)
+
+
+def wait_until_met(port: int, seconds: float = 90) -> None:
+    """Wait until the first host's store is there."""
+    deadline = time.monotonic() + seconds
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(("localhost", port)) == 0:
+                return
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def own_address() -> str:
@@ -125,29 +142,53 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.mark.parametrize(
-    ("second", "message"),
-    [
-        ({"NODES": "3"}, "NODES is [23] on host .* and [23] on host .*"),
-        ({"RDZV_ID": "y"}, "RDZV_ID is [xy] on host .* and [xy] on host .*"),
-    ],
-    ids=["NODES", "RDZV_ID"],
-)
-def test_hosts_that_were_told_differently_end_soon(second, message, tmp_path):
+def test_hosts_that_were_told_differently_end_soon(tmp_path):
     port, outs = free_port(), [tmp_path / "one.txt", tmp_path / "two.txt"]
     one = meet(outs[0], tmp_path / "save", port, 2)
-    two = meet(outs[1], tmp_path / "save", port, 2, **second)
+    two = meet(outs[1], tmp_path / "save", port, 2, NODES="3")
     for launcher, out in ((one, outs[0]), (two, outs[1])):
         assert launcher.wait(90) == 2, out.read_text()
         (line,) = out.read_text().splitlines()
-        assert re.fullmatch(f"error: {message}; give all hosts the same", line)
+        message = "error: NODES is [23] on host .* and [23] on host .*; give all hosts the same"
+        assert re.fullmatch(message, line)
+
+
+@pytest.mark.parametrize("lacks", ["torch", "preset"])
+def test_a_host_that_lacks_something_is_named_on_the_other(lacks, tmp_path):
+    port, outs = free_port(), [tmp_path / "one.txt", tmp_path / "two.txt"]
+    one = meet(outs[0], tmp_path / "save", port, 2)
+    wait_until_met(port)
+    if lacks == "torch":
+        two = meet(outs[1], tmp_path / "save", port, 2, PYTHON=str(without_packages(tmp_path)))
+        why = "cannot import torch"
+    else:
+        two = meet(outs[1], tmp_path / "save", port, 2, preset="not-there")
+        why = "there is no preset examples/configs/not-there.yaml"
+    for launcher, out in ((one, outs[0]), (two, outs[1])):
+        assert launcher.wait(90) == 2, out.read_text()
+        (line,) = out.read_text().splitlines()
+        assert line.startswith("error: ") and why in line and f"host {socket.gethostname()}" in line
+    assert outs[0].read_text().startswith(f"error: host {socket.gethostname()} ended: ")
+
+
+def test_a_package_that_is_missing_is_one_line(tmp_path):
+    (tmp_path / "megatron").mkdir()
+    (tmp_path / "megatron" / "__init__.py").touch()  # hides the real one
+    out = tmp_path / "out.txt"
+    path = {"PYTHONPATH": f"{tmp_path}:{ENV['PYTHONPATH']}", "MAX_RESTARTS": "3"}
+    assert launch(Path("debug"), tmp_path / "save", out, 2, env=path).wait(120) == 2
+    (line,) = out.read_text().splitlines()
+    assert re.match(
+        r"error: .* lacks a package of the run \(No module named 'megatron\.core'", line
+    )
+    assert socket.gethostname() in line
 
 
 def test_a_signal_while_waiting_for_other_hosts(tmp_path):
     out = tmp_path / "out.txt"
-    launcher = meet(out, tmp_path / "save", free_port(), 2, STOPPED_CODE="75")
-    # Asleep in torchrun's rendezvous; nothing says so.
-    time.sleep(8)
+    port = free_port()
+    launcher = meet(out, tmp_path / "save", port, 2, STOPPED_CODE="75")
+    wait_until_met(port)  # then asleep in torchrun's rendezvous
     launcher.send_signal(signal.SIGTERM)
     assert launcher.wait(30) == 75
     said = "stopped by SIGTERM while no rank ran; there is nothing new to save\n"

@@ -20,7 +20,7 @@ ONE = ("--nodes", 1, "--gpus-per-node", 1)
 
 
 class Cluster:
-    """Hosts head (the controller) and node1 to node4."""
+    """Hosts head (the controller) and node1 to node6."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -28,6 +28,8 @@ class Cluster:
         self.env = ENV | {"CLUSTER": str(folder), "PYTHON": sys.executable}
         # What a job of SLURM itself would leave here, where the tests run in one.
         self._mine = threading.local()
+        self._asking, self._asked = threading.Lock(), 0.0
+        self._jobs: dict[int, dict[str, str]] = {}
         self.env = {k: v for k, v in self.env.items() if not k.startswith(("SLURM_", "SBATCH_"))}
 
     def prepare(self, write_corpus: Callable[[Path], Path]) -> None:
@@ -69,7 +71,6 @@ class Cluster:
         options: tuple = (),
         preset: object = None,
         save: Path | None = None,
-        output: str | None = None,
     ) -> Job:
         """Submit examples/slurm.sh from the jobs' folder, which is not the repository's.
 
@@ -79,9 +80,8 @@ class Cluster:
             options: of sbatch.
             preset: the cluster's tiny one if None.
             save: another folder of the run.
-            output: another name of the output.
         """
-        out = self.folder / "work" / f"{output or name}.out"
+        out = self.folder / "work" / f"{name}.out"
         command = ["cd", self.folder / "work", "&&", "exec", "sbatch", "--parsable"]
         command += ["--output", out, *options, ROOT / "examples/slurm.sh"]
         command += [preset or self.preset, self.data.name, save or name, *flags]
@@ -89,6 +89,16 @@ class Cluster:
         job = Job(self, int(said.split(";")[0]), out, self.folder / "work" / name)
         self._mine.jobs = [*getattr(self._mine, "jobs", []), job]
         return job
+
+    def fields(self, job: int) -> dict[str, str]:
+        """What SLURM knows of a job. Asked of all jobs at once, for all threads that wait."""
+        with self._asking:
+            if job not in self._jobs or time.monotonic() > self._asked + 0.5:
+                said = self.on("head", "scontrol", "show", "job", "-o").splitlines()
+                fields = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in said]
+                self._jobs = {int(found["JobId"]): found for found in fields if "JobId" in found}
+                self._asked = time.monotonic()
+            return self._jobs[job]
 
     def run(self, case: Callable[[Cluster], None]) -> None:
         """Run a case; a job that it leaves behind would keep its nodes from the others."""
@@ -113,8 +123,7 @@ class Job:
 
     def fields(self) -> dict[str, str]:
         """What SLURM knows of the job."""
-        said = self.cluster.on("head", "scontrol", "show", "job", "-o", self.number)
-        return dict(re.findall(r"(\w+)=(\S*)", said))
+        return self.cluster.fields(self.number)
 
     def scontrol(self, *words: object) -> None:
         """Run scontrol; `JOB` stands for the job's number."""

@@ -41,12 +41,17 @@ save_interval: 4
 def write_corpus(folder: Path) -> Path:
     """Write some 60 KB of tokenised bytes; returns their prefix."""
     source = ROOT / "megatron_mlra" / "layers" / "config.py"
-    lines = [json.dumps({"text": part}) for part in source.read_text().split("\n\n")]
-    (folder / "text.jsonl").write_text("\n".join(lines * 4))
+    return tokenize(source.read_text().split("\n\n") * 4, folder / "text")
+
+
+def tokenize(documents: list[str], prefix: Path) -> Path:
+    """Write documents as tokenised bytes; returns their prefix."""
+    text = prefix.with_suffix(".jsonl")
+    text.write_text("\n".join(json.dumps({"text": document}) for document in documents))
     command = [sys.executable, ROOT / "tools/preprocess_data.py", "--tokenizer", "byte"]
-    command += ["--input", folder / "text.jsonl", "--output-prefix", folder / "text"]
+    command += ["--input", text, "--output-prefix", prefix]
     subprocess.run(command, check=True, capture_output=True)
-    return folder / "text"
+    return prefix
 
 
 @dataclass

@@ -37,15 +37,6 @@ PURE = {
 KERNELS_ONLY = {"decoder": others.decoder_calls(), "latent_projections": others.projection_calls()}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads of small operations wait for each other longer than they work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def examples(count: int):
     return settings(
         max_examples=count,

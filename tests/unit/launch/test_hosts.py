@@ -7,8 +7,8 @@ import pytest
 from megatron_mlra.launch.hosts import LATE, SILENT, Call, Judge
 
 
-def call(host: str, beat: int = 1, nodes: str = "2", **other) -> Call:
-    return Call(host, 1, nodes, "run", beat, **other)
+def call(host: str, beat: int = 1, nodes: str = "2", run: str = "run", **other) -> Call:
+    return Call(host, 1, nodes, run, beat, **other)
 
 
 def judge(*rounds: tuple[float, dict[int, Call]]) -> Judge:
@@ -66,6 +66,10 @@ def test_the_first_reason_ends_all():
         (
             {1: call("a"), 2: call("b", nodes="3")},
             "NODES is 2 on host a and 3 on host b; give all hosts the same",
+        ),
+        (
+            {1: call("a"), 2: call("b", run="other")},
+            "RDZV_ID is run on host a and other on host b; give all hosts the same",
         ),
         (
             {1: call("a"), 2: call("b"), 3: call("c")},
