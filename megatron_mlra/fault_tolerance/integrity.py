@@ -210,7 +210,7 @@ def check_load(args: Namespace) -> None:
             return
         also = ""
         if (Path(args.load) / "config.json").is_file():
-            also = "; an exported folder is made one by tools/convert_checkpoint.py import-hf"
+            also = "; an exported folder is made one by mlra convert import-hf"
         raise ValueError(
             f"--load {args.load} holds no checkpoint (no {TRACKER}); give the --save of an earlier"
             f" run{also}"

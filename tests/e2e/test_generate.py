@@ -110,7 +110,10 @@ def test_ranks_write_what_one_process_writes(checkpoint, capsys):
         (["--prompt", "x", "--max-batch", 0], "--max-batch is 0; use at least 1"),
         (["--prompt", "x", "--chunk-size", 0], "--chunk-size is 0; use at least 1"),
         (["--prompt", "x", "--output", "/"], "--output / is a folder; name a file in it"),
-        (["--prompt", "x", "--output", "/no/x"], "--output /no/x: there is no folder /no; make"),
+        (
+            ["--prompt", "x", "--output", "/proc/no/x"],
+            "--output /proc/no/x: the folder /proc/no cannot be",
+        ),
         (
             ["--prompt", "x", "--max-new-tokens", 4, "--backend", "mlra_kernels"],
             "backend mlra_kernels need a CUDA device, this is cpu; use backend torch",
