@@ -28,7 +28,7 @@ def test_presets_are_the_papers_models(preset, parameters):
 
 @pytest.mark.parametrize("preset", ["gta", "nowhere"])
 def test_other_presets_are_refused(preset):
-    with pytest.raises(ValueError, match="use one|no such file"):
+    with pytest.raises(ValueError, match=r"use one|no such file"):
         preset_description(CONFIGS / f"{preset}_2.9b.yaml")
 
 
