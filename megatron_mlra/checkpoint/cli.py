@@ -20,7 +20,13 @@ def parser() -> argparse.ArgumentParser:
         description="Convert checkpoints between Megatron (torch_dist), the MLRA paper's research"
         " code and Hugging Face. Runs on the CPU; memory holds about one tensor."
     )
-    commands = flags.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
+    commands = flags.add_subparsers(
+        dest="command",
+        required=True,
+        parser_class=OneLineParser,
+        metavar="COMMAND",
+        help="one of these:",
+    )
 
     def command(name: str, run: Callable[[argparse.Namespace], int], about: str):
         added = commands.add_parser(name, help=about, description=about)

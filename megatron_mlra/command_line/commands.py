@@ -92,7 +92,7 @@ def overview() -> str:
         (
             "usage: mlra COMMAND [flags ...]",
             "",
-            "Multi-Head Low-Rank Attention (MLRA) for Megatron-core: from text to a served model.",
+            "Multi-Head Low-Rank Attention (MLRA) on Megatron-core, from text to a model.",
             "",
             "commands:",
             *lines,

@@ -22,9 +22,14 @@ CODE = 128 + signal.SIGPIPE
 """Exit code where the reader of the output leaves first, as SIGPIPE gives a program in a shell."""
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+class HelpFormatter(argparse.HelpFormatter):
     """Help in which flags are not broken at their dashes, and whose texts may hold a bare `%`,
     which argparse takes for the start of a field."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """A description of several lines has them where it wants them."""
+        lines = text.splitlines() if "\n" in text else self._split_lines(text, width)
+        return "\n".join(indent + line for line in lines)
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)

@@ -31,7 +31,7 @@ LIST = "list"
 ABOUT = "Train MLA, GLA, MLRA and their baselines on Megatron-core, or resume a run."
 
 EPILOG = """\
-Every flag of Megatron works beside these: --help-megatron lists them. Most used:
+Every flag of Megatron works beside these: --help-megatron lists them. Often:
 --data-path, --mock-data, --split, --save, --load, --save-interval, --lr,
 --train-iters, --train-samples, --global-batch-size, --micro-batch-size,
 --seq-length, --tensor-model-parallel-size, --sequence-parallel,

@@ -13,6 +13,7 @@ from megatron_mlra.data.tokenizers import ByteTokenizer
 from megatron_mlra.inference.cli import main
 from megatron_mlra.inference.growing_text import GrowingText
 from support import ENV, ROOT
+from support.programs import program
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +89,8 @@ def test_ranks_write_what_one_process_writes(checkpoint, capsys):
     _, alone, _ = generate(capsys, *argv)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     done = subprocess.run(
-        [*command, "2", ROOT / "tools/generate.py", *argv, "--weight-mode", "sharded"],
+        [*command, "2", "--no-python", program("mlra"), "generate", *argv,
+         "--weight-mode", "sharded"],
         capture_output=True, text=True, env=ENV, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -95,7 +95,7 @@ def plot(records: list[dict[str, Any]], title: str, path: str) -> None:
 
 def parser() -> OneLineParser:
     """The flags."""
-    flags = OneLineParser(description=__doc__)
+    flags = OneLineParser(description=" ".join(__doc__.split()))
     add = flags.add_argument
     add(
         "--configs",
