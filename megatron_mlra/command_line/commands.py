@@ -52,7 +52,7 @@ class Command:
 
 COMMANDS = {
     "presets": Command("description.cli", "list the models that come with the package"),
-    "plan": Command("planner.cli", "memory, time, layouts and decoding of a run before it starts"),
+    "plan": Command("planner.cli", "memory, time and layouts of a run before it starts"),
     "twin": Command("planner.twin_cli", "write a preset of another attention, equal in parameters"),
     "preprocess": Command("data.cli", "turn text, JSON lines, parquet or token shards into data"),
     "demo-corpus": Command("data.demo_cli", "write a small corpus that every Python carries"),

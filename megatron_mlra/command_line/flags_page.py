@@ -37,12 +37,12 @@ def _section(name: str, command: Command) -> str:
     if name in THEIRS:
         return "\n".join([*lines, THEIRS[name]])
     parser = command.parser()
-    subcommands = _subcommands(parser)
+    below = subcommands(parser)
     if command.first:
-        lines += _tables(subcommands[command.first[0]])
-    elif subcommands:
+        lines += _tables(below[command.first[0]])
+    elif below:
         aliases = {other.first[0] for other in COMMANDS.values() if other.first}
-        for word, sub in subcommands.items():
+        for word, sub in below.items():
             lines += [f"### mlra {name} {word}", ""]
             if word in aliases:
                 lines += [f"The same as `mlra {word}`.", ""]
@@ -53,7 +53,8 @@ def _section(name: str, command: Command) -> str:
     return "\n".join(lines)
 
 
-def _subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The parsers of a parser's subcommands, by their names."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             return action.choices

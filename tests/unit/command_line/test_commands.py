@@ -27,7 +27,7 @@ def mlra(*argv: object) -> subprocess.CompletedProcess:
 
 def parsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
     """A parser and those of its subcommands."""
-    inner = flags_page._subcommands(parser).values()
+    inner = flags_page.subcommands(parser).values()
     return [parser, *(found for sub in inner for found in parsers(sub))]
 
 
@@ -43,7 +43,7 @@ def test_help_fits_80_columns_and_explains_every_flag(name, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["mlra" if command.first else f"mlra {name}"])
     found = command.parser()
     if command.first:
-        found = flags_page._subcommands(found)[command.first[0]]
+        found = flags_page.subcommands(found)[command.first[0]]
     for parser in parsers(found):
         text = parser.format_help()
         assert text.startswith(f"usage: mlra {name}")
