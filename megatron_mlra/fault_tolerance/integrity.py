@@ -269,10 +269,7 @@ def check_architecture(folder: Path, args: Namespace) -> None:
         if there != here:
             fix = ""
             if name == "padded_vocab_size":
-                fix = (
-                    f" (convert it with --padded-vocab-size {here}, or set padded_vocab_size:"
-                    f" {there} in a preset)"
-                )
+                fix = f" (train with --padded-vocab-size {there}, or convert it with {here})"
             different.append(f"{name} is {there} there, {here} here{fix}")
     if different:
         raise ValueError(f"checkpoint {folder} is of another architecture: {'; '.join(different)}")
