@@ -12,7 +12,7 @@ import pytest
 
 from megatron_mlra.command_line import flags_page
 from megatron_mlra.command_line.commands import COMMANDS, overview, there
-from megatron_mlra.command_line.parser import HelpFormatter, OneLineParser
+from megatron_mlra.command_line.parser import HelpFormatter, OneLineParser, check_output
 from megatron_mlra.training import flags
 from support import ENV, ROOT
 from support.programs import program
@@ -155,3 +155,18 @@ def test_the_page_of_flags_is_theirs():
     assert written == flags_page.page().rstrip() + "\n", (
         "run python -m megatron_mlra.command_line.flags_page > docs/flags.md"
     )
+
+
+def test_output_folders_are_made_or_refused_before_any_work(tmp_path):
+    file = tmp_path / "new" / "folder" / "out.json"
+    check_output(file, "--json")
+    assert file.parent.is_dir()
+    for wrong, said in (
+        (tmp_path, f"--json {tmp_path} is a folder; name a file in it"),
+        ("/proc/no/x", "--json /proc/no/x: the folder /proc/no cannot be made (No such file"),
+        (file.parent / "x" / "y", f"cannot be made ({'Not a directory'})"),
+    ):
+        (file.parent / "x").touch()
+        with pytest.raises(ValueError) as error:
+            check_output(wrong, "--json")
+        assert said in str(error.value)
