@@ -164,7 +164,7 @@ def test_output_folders_are_made_or_refused_before_any_work(tmp_path):
     for wrong, said in (
         (tmp_path, f"--json {tmp_path} is a folder; name a file in it"),
         ("/proc/no/x", "--json /proc/no/x: the folder /proc/no cannot be made (No such file"),
-        (file.parent / "x" / "y", f"cannot be made ({'Not a directory'})"),
+        (file.parent / "x" / "y", "cannot be made ("),
     ):
         (file.parent / "x").touch()
         with pytest.raises(ValueError) as error:
