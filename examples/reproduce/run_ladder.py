@@ -57,8 +57,8 @@ class Runner:
     ladder: Ladder
     corpus: Corpus
     work: Path
-    gpus: list[str]
-    """Names; empty: the CPU."""
+    gpus: list[tuple[str, str]]
+    """Index, as CUDA_VISIBLE_DEVICES takes it, and name; empty: the CPU."""
     deadline: float
     partial: bool
     keep: bool
@@ -108,13 +108,13 @@ class Runner:
         command = self.command(number, spec, steps, at)
         env = dict(os.environ, PYTHONUNBUFFERED="1", OMP_NUM_THREADS="1")
         if self.gpus:
-            env["CUDA_VISIBLE_DEVICES"] = str(number)
+            env["CUDA_VISIBLE_DEVICES"] = self.gpus[number][0]
         (folder / "log.txt").touch()
         attempts = (folder / "log.txt").read_text(errors="replace").count(BEGUN)
         with open(folder / "log.txt", "a") as log:
             print("$", shlex.join(command), file=log, flush=True)
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
-        where = f"GPU {number}" if self.gpus else "CPU"
+        where = f"GPU {self.gpus[number][0]}" if self.gpus else "CPU"
         from_step = f" from step {at:,}" if at else ""
         print(f"{where}: {spec.id}, {steps:,} steps{from_step}, about {seconds:.0f} s", flush=True)
         return Job(spec, process, folder, seconds, attempts)
@@ -160,7 +160,7 @@ class Runner:
             self.failed[job.spec.id] = last_error(log)
             print(f"{job.spec.id}: failed: {last_error(log)}", flush=True)
             return False
-        gpu = self.gpus[number] if self.gpus else "CPU"
+        gpu = self.gpus[number][1] if self.gpus else "CPU"
         result = collect(job.spec, self.ladder, self.corpus, job.folder, log, diverged)
         result |= {"device": gpu, "commit": self.commit}
         said = self.ladder.write(result)
@@ -185,14 +185,25 @@ class Runner:
         return sum(self._reap(number, lane) for number, lane in enumerate(self.lanes))
 
 
-def gpu_names() -> list[str]:
-    """The GPUs of this machine, by nvidia-smi."""
+def visible_gpus() -> list[tuple[str, str]]:
+    """Index and name of this machine's GPUs, by nvidia-smi; of those that CUDA_VISIBLE_DEVICES
+    lists by index, where it is set."""
+    asked = ["nvidia-smi", "--query-gpu=index,name", "--format=csv,noheader"]
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
+        listed = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return []
-    lines = [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]
-    return [line.split(": ", 1)[1].split(" (UUID")[0] for line in lines]
+    names = dict(line.split(", ", 1) for line in listed.splitlines())
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return list(names.items())
+    indices = [each.strip() for each in chosen.split(",") if each.strip()]
+    if strange := [index for index in indices if index not in names]:
+        raise ValueError(
+            f"CUDA_VISIBLE_DEVICES={chosen}: {strange[0]} is not one of {', '.join(names)};"
+            " list GPUs by the index that nvidia-smi shows"
+        )
+    return [(index, names[index]) for index in indices]
 
 
 def commit() -> str:
@@ -261,7 +272,7 @@ def main() -> int:
             ladder,
             corpus,
             args.work.resolve(),
-            gpu_names(),
+            visible_gpus(),
             deadline,
             args.partial,
             args.keep_checkpoints,

@@ -14,6 +14,10 @@ def absorb_queries(q_nope: Tensor, w_uk: Tensor, branches: int) -> Tensor:
     return head.unflatten(2, (branches, -1)).permute(1, 2, 0, 3)
 
 
-def sum_branches(z: Tensor, w_uv: Tensor) -> Tensor:
-    """z `[T, n, h, l]`, w_uv `[h, n l, d_v]` -> `[T, h, d_v]`: one product sums branches too."""
-    return torch.bmm(z.permute(2, 0, 1, 3).flatten(2), w_uv).transpose(0, 1)
+def sum_branches(z: Tensor, w_uv: Tensor, out: Tensor | None = None) -> Tensor:
+    """z `[T, n, h, l]`, w_uv `[h, n l, d_v]` -> `[T, h, d_v]`: one product sums branches too.
+
+    Written into `out` where it is given, without a copy.
+    """
+    own = None if out is None else out.transpose(0, 1)
+    return torch.bmm(z.permute(2, 0, 1, 3).flatten(2), w_uv, out=own).transpose(0, 1)

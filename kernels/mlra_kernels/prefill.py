@@ -1,17 +1,18 @@
-"""Attention of a prompt's chunk to all cached tokens before it and to itself.
+"""Attention of prompts' chunks to all cached tokens before them and to themselves.
 
-The history is taken from the cache in blocks; each gives an output and a log-sum-exp, which are
-merged, so memory holds one block of keys and never `[chunk, history]` scores of a whole prompt.
-The project's engine and its vLLM plugin both run prompts through these functions.
+The keys of a launch are gathered from the cache; what one launch cannot hold is computed in parts,
+each with a log-sum-exp, which are merged, so memory holds the keys of one launch and never
+`[chunk, history]` scores of a whole prompt. The project's engine and its vLLM plugin both run
+prompts through these functions, by a plan that is made once a step (prompts.py).
 
-Letters: c tokens of the chunk, t of a block, n branches, g head groups, h heads of the core,
-l latent dim, r RoPE dim, e dims of a query or key, w dims of a value, d_h and d_v those of a head's
-keys (without RoPE) and values.
+Letters: T tokens of a step, c those of a bundle, t keys of a launch, n branches, g head groups,
+h heads of the core, l latent dim, r RoPE dim, e dims of a query or key, w dims of a value, d_h and
+d_v those of a head's keys (without RoPE) and values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,44 +21,67 @@ from mlra_kernels.absorption import absorb_queries, sum_branches
 from mlra_kernels.latent_attention import latent_attention_with_lse, misfit
 from mlra_kernels.latent_decode import merge_states
 from mlra_kernels.latent_decode.reference import merge_states_reference, split_cache
+from mlra_kernels.prompts import Bundle, Part
 
-HISTORY_BLOCK = 16384
-"""Cached tokens whose keys are assembled at a time."""
+ABSORBED_KEYS, EXPANDED_KEYS = 131072, 16384
+"""Keys of a launch. Absorbed ones are as small as the cache's rows, so a long prompt's history
+fits in one; expanded ones are of every head."""
 SCORE_NUMBERS = 1 << 26
 """Scores that the torch path holds at a time."""
 FLASH_MAX_DIM = 256
 
 
+def runs_absorbed(nope_dim: int, latent_dim: int) -> bool:
+    """Whether prompts attend to latents as they are: where that costs no FLOPs (l <= d_h)."""
+    return latent_dim <= nope_dim
+
+
+def keys_at_once(nope_dim: int, latent_dim: int) -> int:
+    """Keys of a launch of latent attention, for `plan_prompts`."""
+    return ABSORBED_KEYS if runs_absorbed(nope_dim, latent_dim) else EXPANDED_KEYS
+
+
 def attention_with_lse(
-    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, part: Part
 ) -> tuple[Tensor, Tensor]:
-    """Grouped-query attention and its log-sum-exp.
+    """Grouped-query attention of a part's sequences and its log-sum-exp.
 
     On a GPU in half precision this project's kernels for values that are part of their keys where
-    these take the sizes (Hopper), else flash attention (torch's own); else torch in float32.
+    these take the sizes (Hopper), else flash attention (torch's own), in one launch; else torch in
+    float32, one sequence after another.
 
     Args:
-        q: `[c, heads, e]`; k: `[t, kv_heads, e]`; v: `[t, kv_heads, w]`, of which the absorbed
+        q: `[s, heads, e]`; k: `[t, kv_heads, e]`; v: `[t, kv_heads, w]`, of which the absorbed
             form's are the first w columns of k.
-        causal: query i sees keys up to `t - c + i`.
+        part: which of them each query reads.
 
     Returns:
-        `[c, heads, w]` in q's dtype and `[c, heads]` float32.
+        `[s, heads, w]` in q's dtype and `[s, heads]` float32.
     """
     if _is_part(v, k) and _latent_kernels_take(q, v.size(-1)):
         out, lse = latent_attention_with_lse(
-            q[:, None], k[:, None], v.size(-1), softmax_scale, causal=causal
+            q[:, None],
+            k[:, None],
+            v.size(-1),
+            softmax_scale,
+            causal=part.causal,
+            ranges=part.ranges,
         )
         return out[:, 0], lse[0].T
     if q.is_cuda and q.dtype != torch.float32 and q.size(-1) <= FLASH_MAX_DIM:
-        return _flash(q, k, v, softmax_scale, causal)
-    rows = max(1, SCORE_NUMBERS // (q.size(1) * k.size(0)))
-    past = k.size(0) - q.size(0)
-    parts = [
-        _attend(part, k, v, softmax_scale, past + first if causal else None)
-        for first, part in zip(range(0, q.size(0), rows), q.split(rows), strict=True)
-    ]
-    return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
+        return _flash(q, k, v, softmax_scale, part)
+    outs, lses = [], []
+    sequences = zip(q.split(part.queries), k.split(part.keys), v.split(part.keys), strict=True)
+    for queries, keys, values in sequences:
+        # Row i of the sequence sees keys up to past + i.
+        past = keys.size(0) - queries.size(0)
+        rows = max(1, SCORE_NUMBERS // (queries.size(1) * keys.size(0)))
+        for first, some in zip(range(0, queries.size(0), rows), queries.split(rows), strict=True):
+            seen = past + first if part.causal else None
+            out, lse = _attend(some, keys, values, softmax_scale, seen)
+            outs.append(out)
+            lses.append(lse)
+    return torch.cat(outs), torch.cat(lses)
 
 
 def _is_part(v: Tensor, k: Tensor) -> bool:
@@ -85,50 +109,48 @@ def _attend(
     return out.flatten(1, 2).to(q.dtype), lse.flatten(1)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, part: Part) -> tuple[Tensor, Tensor]:
     """torch's FlashAttention-2: queries and keys aligned at their ends, grouped heads native."""
     width = v.size(-1)
     if width < q.size(-1):
         # It wants values as wide as keys.
         v = k if _is_part(v, k) else torch.nn.functional.pad(v, (0, q.size(-1) - width))
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        q[None], k[None], v[None], None, None, q.size(0), k.size(0), 0.0, causal, False, scale=scale
-    )
-    return out[0, :, :, :width], lse[0].T[: q.size(0)]
+    run = torch.ops.aten._flash_attention_forward
+    longest = max(part.queries), max(part.keys)
+    if part.offsets is None:
+        out, lse, *_ = run(
+            q[None], k[None], v[None], None, None, *longest, 0.0, part.causal, False, scale=scale
+        )
+        out, lse = out[0], lse[0]
+    else:
+        out, lse, *_ = run(q, k, v, *part.offsets, *longest, 0.0, part.causal, False, scale=scale)
+    return out[..., :width], lse.T[: q.size(0)]
 
 
-def merged(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """The attention over all blocks from each block's output and log-sum-exp."""
-    if len(parts) == 1:
-        return parts[0][0]
-    outs = torch.stack([out for out, _ in parts])
-    lses = torch.stack([lse.float() for _, lse in parts])
+def merged(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The attention over both sets of keys from each one's output and log-sum-exp."""
+    outs = torch.stack((first[0], second[0]))
+    lses = torch.stack((first[1].float(), second[1].float()))
     if outs.is_cuda and outs.dtype != torch.float32 and outs.size(-1).bit_count() == 1:
-        return merge_states(outs, lses)[0]
-    return merge_states_reference(outs, lses)[0]
+        return merge_states(outs, lses)
+    return merge_states_reference(outs, lses)
 
 
-def blocks(start: int, c: int, page_size: int) -> Iterator[tuple[int, int, bool]]:
-    """(first token, end, whether causal) of the history in blocks, then of the chunk itself."""
-    size = max(page_size, HISTORY_BLOCK // page_size * page_size)
-    for first in range(0, start, size):
-        yield first, min(first + size, start), False
-    yield start, start + c, True
-
-
-def gather(data: Tensor, pages: Tensor, first: int, end: int) -> Tensor:
-    """Rows `first:end` of a sequence from `[pages, page_size, ...]`."""
-    page_size = data.size(1)
-    low = first // page_size
-    rows = data[pages[low : -(-end // page_size)]].flatten(0, 1)
-    return rows[first - low * page_size : end - low * page_size]
+def _attended(
+    q: Tensor, bundle: Bundle, keys_values: Callable[[Tensor], tuple[Tensor, Tensor]], scale: float
+) -> Tensor:
+    """`[c, heads, w]` of a bundle's queries, over all its parts."""
+    state = None
+    for part in bundle.parts:
+        found = attention_with_lse(q, *keys_values(part.slots), scale, part)
+        state = found if state is None else merged(state, found)
+    return state[0]
 
 
 def prefill_latent(
     q: Tensor,
     layer: tuple[Tensor, Tensor | None],
-    pages: Tensor,
-    start: int,
+    bundles: Sequence[Bundle],
     *,
     w_uk: Tensor,
     w_uv: Tensor,
@@ -136,74 +158,75 @@ def prefill_latent(
     branches: int,
     softmax_scale: float,
 ) -> Tensor:
-    """Outputs of a chunk whose tokens are already in the cache, summed over branches.
+    """Outputs of chunks whose tokens are already in the cache, summed over branches.
 
-    Absorbed where that costs no FLOPs (l <= d_h), else with keys and values expanded block by
-    block.
+    Absorbed where that costs no FLOPs (l <= d_h), else with keys and values expanded launch by
+    launch.
 
     Args:
-        q: `[c, h, d_h + r]`, rotated, of the tokens at `start` and after.
+        q: `[T, h, d_h + r]`, rotated, of all chunks' tokens.
         layer: rows `[pages, page_size, n g l + r]` and, for FP8, scales `[pages, n g, page_size]`,
             both as in `latent_decode`.
-        pages: `[P]` int64 of this sequence.
-        start: tokens of the sequence in front of the chunk.
+        bundles: of all T rows, from `plan_prompts`.
         w_uk: `[h, d_h, n l]`; w_uv: `[h, n l, d_v]`, times whatever scales the sum over branches.
 
     Returns:
-        `[c, h, d_v]` in q's dtype.
+        `[T, h, d_v]` in q's dtype.
     """
-    c, h, _ = q.shape
-    nope, l = w_uk.size(1), w_uk.size(2) // branches
+    h, nope, l = w_uk.size(0), w_uk.size(1), w_uk.size(2) // branches
     latents = split_cache(layer[0], rope_dim)[0].size(-1) // l
-    absorbed = l <= nope
-    if absorbed:
-        head = absorb_queries(q[..., :nope], w_uk, branches)  # [c, n, h, l]
-        shared = q[:, None, :, nope:].expand(-1, branches, -1, -1)
-        query = torch.cat((head, shared), dim=-1).flatten(1, 2)
-    else:
-        query = q.repeat(1, branches, 1)  # [c, n h, d_h + r]
+    absorbed = runs_absorbed(nope, l)
 
-    def keys_values(first: int, end: int) -> tuple[Tensor, Tensor]:
-        rows, k_rope = _rows(layer, pages, first, end, rope_dim, latents, q.dtype)
+    def keys_values(slots: Tensor) -> tuple[Tensor, Tensor]:
+        rows, k_rope = _rows(layer, slots, rope_dim, latents, q.dtype)
         if absorbed:
             key = torch.cat((rows, k_rope[:, None].expand(-1, latents, -1)), dim=-1)
             return key, key[..., :l]
         return _expand(rows, k_rope, w_uk, w_uv, branches)
 
-    parts = []
-    for first, end, causal in blocks(start, c, layer[0].size(1)):
-        key, value = keys_values(first, end)
-        out, lse = attention_with_lse(query, key, value, softmax_scale, causal)
-        parts.append((out, lse))
-    out = merged(parts)  # [c, n h, l or d_v]
-    if absorbed:
-        return sum_branches(out.view(c, branches, h, l), w_uv)
-    return out.view(c, branches, h, -1).sum(1)
+    result = q.new_empty(q.size(0), h, w_uv.size(2))
+    for bundle in bundles:
+        own = q[bundle.rows]
+        if absorbed:
+            head = absorb_queries(own[..., :nope], w_uk, branches)  # [c, n, h, l]
+            shared = own[:, None, :, nope:].expand(-1, branches, -1, -1)
+            query = torch.cat((head, shared), dim=-1).flatten(1, 2)
+            del head
+        else:
+            query = own.repeat(1, branches, 1)  # [c, n h, d_h + r]
+        out = _attended(query, bundle, keys_values, softmax_scale)  # [c, n h, l or d_v]
+        out = out.unflatten(1, (branches, h))
+        result[bundle.rows] = sum_branches(out, w_uv) if absorbed else out.sum(1)
+    return result
 
 
 def _rows(
     layer: tuple[Tensor, Tensor | None],
-    pages: Tensor,
-    first: int,
-    end: int,
+    slots: Tensor,
     rope: int,
     latents: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Latents `[t, n g, l]` and RoPE keys `[t, r]` of cached tokens, in `dtype`."""
     data, scale = layer
-    rows, k_rope = split_cache(gather(data, pages, first, end), rope)
+    rows, k_rope = split_cache(_gather(data, slots), rope)
     rows = rows.unflatten(-1, (latents, -1))
     if scale is not None:
-        factors = gather(scale.transpose(1, 2), pages, first, end)
+        page_size = data.size(1)
+        factors = scale.transpose(1, 2)[slots // page_size, slots % page_size]  # [t, n g]
         rows = rows.float() * factors[..., None]
     return rows.to(dtype), k_rope.to(dtype)
+
+
+def _gather(data: Tensor, slots: Tensor) -> Tensor:
+    """Rows `[t, ...]` of `[pages, page_size, ...]`."""
+    return data.flatten(0, 1)[slots]
 
 
 def _expand(
     rows: Tensor, k_rope: Tensor, w_uk: Tensor, w_uv: Tensor, n: int
 ) -> tuple[Tensor, Tensor]:
-    """Keys `[t, n h, d_h + r]` and values `[t, n h, d_v]` of a block (times w_uv's scale)."""
+    """Keys `[t, n h, d_h + r]` and values `[t, n h, d_v]` of a launch (times w_uv's scale)."""
     t, latents, l = rows.shape
     h, nope, _ = w_uk.shape
     g = latents // n
@@ -217,12 +240,18 @@ def _expand(
 
 
 def prefill_grouped(
-    q: Tensor, layer: Tensor, pages: Tensor, start: int, softmax_scale: float
+    q: Tensor, layer: Tensor, bundles: Sequence[Bundle], softmax_scale: float
 ) -> Tensor:
-    """Outputs `[c, heads, dim]` of a chunk already in a grouped cache."""
-    keys, values = layer
-    parts = []
-    for first, end, causal in blocks(start, q.size(0), keys.size(1)):
-        k, v = (gather(x, pages, first, end) for x in (keys, values))
-        parts.append(attention_with_lse(q, k, v, softmax_scale, causal))
-    return merged(parts)
+    """Outputs `[T, heads, dim]` of chunks already in a grouped cache `[2, pages, page_size, ...]`.
+
+    `bundles` are of `EXPANDED_KEYS` keys at once.
+    """
+    result = torch.empty_like(q)
+    for bundle in bundles:
+        result[bundle.rows] = _attended(
+            q[bundle.rows],
+            bundle,
+            lambda slots: (_gather(layer[0], slots), _gather(layer[1], slots)),
+            softmax_scale,
+        )
+    return result

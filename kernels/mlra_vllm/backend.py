@@ -28,7 +28,8 @@ from mlra_kernels.latent_decode import (
     latent_cache_append,
     latent_decode,
 )
-from mlra_kernels.prefill import HISTORY_BLOCK, prefill_latent
+from mlra_kernels.prefill import prefill_latent
+from mlra_kernels.prompts import Bundle, PromptChunk, plan_prompts
 from mlra_vllm.checks import PAGE_MULTIPLE
 
 HOPPER_PAGE = 64
@@ -74,17 +75,6 @@ class LatentBackend(AttentionBackend):
 
 
 @dataclass
-class PromptChunk:
-    """The next tokens of one sequence's prompt in a step."""
-
-    rows: slice
-    start: int
-    """Tokens of the sequence in front of them, all cached."""
-    pages: Tensor
-    """`[P]` int64 of the sequence."""
-
-
-@dataclass
 class LatentMetadata:
     """A step: decoding sequences first, then chunks of prompts."""
 
@@ -96,7 +86,9 @@ class LatentMetadata:
     """`[b]` int32 of the decoding sequences, the new tokens included."""
     schedule: DecodeMetadata | None
     """The kernels' schedule, made once per step; None for the reference."""
-    prompts: list[PromptChunk]
+    prompts: tuple[Bundle, ...]
+    """Of the rows behind those of the decoding sequences."""
+    prompt_tokens: int
 
 
 class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
@@ -124,16 +116,18 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
             common, self.reorder_batch_threshold, require_uniform=True
         )
         lengths = common.seq_lens[:decodes]
+        chunks = self._chunks(common, decodes) if prefills else []
         return LatentMetadata(
             decodes=decodes,
             decode_tokens=decode_tokens,
             block_table=common.block_table_tensor[:decodes],
             lengths=lengths,
             schedule=self._schedule(lengths, decode_tokens),
-            prompts=self._prompts(common, decodes) if prefills else [],
+            prompts=plan_prompts(chunks, self.page_size, self.layer.prompt_keys),
+            prompt_tokens=sum(chunk.tokens for chunk in chunks),
         )
 
-    def _prompts(self, common: CommonAttentionMetadata, decodes: int) -> list[PromptChunk]:
+    def _chunks(self, common: CommonAttentionMetadata, decodes: int) -> list[PromptChunk]:
         starts = common.query_start_loc_cpu.tolist()
         lengths = common.seq_lens_cpu_upper_bound  # exact for prompts
         if lengths is None or self.speculative:
@@ -142,12 +136,10 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
         lengths = lengths.tolist()
         chunks = []
         for i in range(decodes, common.num_reqs):
-            first, end = starts[i], starts[i + 1]
-            if end > first:
+            tokens = starts[i + 1] - starts[i]
+            if tokens:
                 pages = common.block_table_tensor[i, : -(-lengths[i] // self.page_size)]
-                chunks.append(
-                    PromptChunk(slice(first, end), lengths[i] - (end - first), pages.long())
-                )
+                chunks.append(PromptChunk(tokens, lengths[i] - tokens, pages))
         return chunks
 
     def _schedule(self, lengths: Tensor, tokens: int) -> DecodeMetadata | None:
@@ -220,19 +212,26 @@ class LatentImpl:
         """Attention of `[T, h, d_h + r]` to the cache, summed over branches, into `[T, h, d_v]`."""
         if attn_metadata is None:
             output.zero_()
-            if layer.reserves:
+            # Without a cache yet: vLLM measures. Later it captures what lies between attentions.
+            if layer.reserves and not kv_cache.numel():
                 _reserve(layer, query)
             return
-        cache = layer.cache_views(kv_cache)
+        cache, end = layer.cache_views(kv_cache), attn_metadata.decode_tokens
         if attn_metadata.decodes:
-            rows = slice(0, attn_metadata.decode_tokens)
-            output[rows] = _decode(layer, query[rows], cache, attn_metadata)
-        for chunk in attn_metadata.prompts:
-            output[chunk.rows] = _prefill(layer, query[chunk.rows], cache, chunk.pages, chunk.start)
+            _decode(layer, query[:end], cache, attn_metadata, output[:end])
+        if attn_metadata.prompts:
+            rows = slice(end, end + attn_metadata.prompt_tokens)
+            output[rows] = _prefill(layer, query[rows], cache, attn_metadata.prompts)
 
 
-def _decode(layer, q: Tensor, cache: tuple[Tensor, Tensor | None], step: LatentMetadata) -> Tensor:
-    """`[b q, h, d_h + r]` -> `[b q, h, d_v]`."""
+def _decode(
+    layer,
+    q: Tensor,
+    cache: tuple[Tensor, Tensor | None],
+    step: LatentMetadata,
+    output: Tensor,
+) -> None:
+    """`[b q, h, d_h + r]` -> `[b q, h, d_v]`, into output."""
     shard, rows, scales = layer.shard, *cache
     nope = q.size(-1) - layer.rope_dim
     head = absorb_queries(q[..., :nope], layer.w_uk, shard.branches)  # [b q, n, h, l]
@@ -249,18 +248,17 @@ def _decode(layer, q: Tensor, cache: tuple[Tensor, Tensor | None], step: LatentM
         metadata=step.schedule,
         backend=layer.operators,
     )
-    return sum_branches(z.view(q.size(0), shard.branches, shard.heads, -1), layer.w_uv)
+    sum_branches(z.view(q.size(0), shard.branches, shard.heads, -1), layer.w_uv, output)
 
 
 def _prefill(
-    layer, q: Tensor, cache: tuple[Tensor, Tensor | None], pages: Tensor, start: int
+    layer, q: Tensor, cache: tuple[Tensor, Tensor | None], prompts: tuple[Bundle, ...]
 ) -> Tensor:
-    """`[c, h, d_h + r]` of one sequence -> `[c, h, d_v]`."""
+    """`[T, h, d_h + r]` of the prompts' tokens -> `[T, h, d_v]`."""
     return prefill_latent(
         q,
         cache,
-        pages,
-        start,
+        prompts,
         w_uk=layer.w_uk,
         w_uv=layer.w_uv,
         rope_dim=layer.rope_dim,
@@ -273,12 +271,14 @@ def _reserve(layer, q: Tensor) -> None:
     """Allocate what the largest prompt step allocates, for vLLM's measurement of free memory.
 
     vLLM measures with a step that has no metadata and sizes the cache by what is left. The largest
-    step is one chunk behind a whole block of history. Its pages are one page, many times.
+    step is one chunk, behind as much history as its sequence can have or as needs a second launch
+    and the merging of both. Its pages are one page, many times.
     """
-    page_size = HOPPER_PAGE
+    page_size, limit = HOPPER_PAGE, layer.prompt_keys
     tokens = min(q.size(0), layer.max_positions)
-    start = min(HISTORY_BLOCK, layer.max_positions - tokens)
+    start = min(limit + max(limit - tokens, 0), layer.max_positions - tokens)
     page = torch.zeros(page_size * layer.row_bytes, dtype=torch.uint8, device=q.device)
     cache = layer.cache_views(page.view(layer.stored_dtype).view(1, page_size, -1))
     pages = torch.zeros(-(-(start + tokens) // page_size), dtype=torch.int64, device=q.device)
-    _prefill(layer, q[:tokens], cache, pages, start)
+    chunk = PromptChunk(tokens, start, pages)
+    _prefill(layer, q[:tokens], cache, plan_prompts([chunk], page_size, limit))

@@ -14,6 +14,7 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import KVCacheSpec, MLAAttentionSpec
 
 from mlra_kernels.latent_decode.reference import FP8_DTYPE
+from mlra_kernels.prefill import keys_at_once
 from mlra_vllm.backend import LatentBackend, LatentImpl
 from mlra_vllm.checks import FP8
 from mlra_vllm.config import MLRAConfig
@@ -46,6 +47,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         self.softmax_scale = config.softmax_scale
         self.cos, self.sin = tables
         self.max_positions = self.cos.size(0)
+        self.prompt_keys = keys_at_once(config.qk_nope_head_dim, config.latent_dim)
         self.operators = "mlra_kernels" if self.cos.is_cuda else "torch"
 
         def weight(*shape: int) -> nn.Parameter:

@@ -50,7 +50,7 @@ def check_optimizer(stored: TorchDistFolder, args: Namespace) -> None:
             f" {here}; train in {there}, or {_FRESH}"
         )
     for name in ("optimizer", "use_distributed_optimizer"):
-        there, here = getattr(saved, name, None), getattr(args, name)
+        there, here = _of_optimizer(saved, name), _of_optimizer(args, name)
         if there is not None and there != here:
             raise ValueError(
                 f"checkpoint {stored.path} was saved with {flag(name)} {there}, and this run has"
@@ -61,6 +61,15 @@ def check_optimizer(stored: TorchDistFolder, args: Namespace) -> None:
 
 def _precision(args: Any) -> str:
     return next((name for name in ("bf16", "fp16") if getattr(args, name, False)), "float32")
+
+
+def _of_optimizer(args: Any, name: str) -> Any:
+    # Megatron turns the one flag into the other where the optimizer takes whole matrices.
+    if name == "use_distributed_optimizer" and getattr(
+        args, "use_layer_wise_distributed_optimizer", False
+    ):
+        return True
+    return getattr(args, name, None)
 
 
 def _check_schedule(stored: TorchDistFolder, saved: Any, then: Any, args: Namespace) -> None:
@@ -91,6 +100,7 @@ def _check_schedule(stored: TorchDistFolder, saved: Any, then: Any, args: Namesp
 _LENGTHS = {
     "lr_warmup_steps": "the warm-up (--lr-warmup-iters)",
     "lr_decay_steps": "the decay (--lr-decay-iters, else --train-iters)",
+    "wd_incr_steps": "the whole run (--train-iters)",
 }
 
 
@@ -103,7 +113,8 @@ def _samples(args: Namespace) -> dict[str, float]:
         decay, warmup = args.lr_decay_samples or args.train_samples, args.lr_warmup_samples
     if args.lr_warmup_fraction is not None:
         warmup = args.lr_warmup_fraction * decay
-    return {"lr_warmup_steps": warmup, "lr_decay_steps": decay}
+    whole = args.train_samples or args.train_iters * args.global_batch_size
+    return {"lr_warmup_steps": warmup, "lr_decay_steps": decay, "wd_incr_steps": whole}
 
 
 def other_end(scheduler: Any, args: Namespace) -> str | None:

@@ -6,9 +6,7 @@ rank's core, h_o heads whose projections it owns, n g its latent heads, l latent
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,18 +20,8 @@ from megatron_mlra.inference.parallel import HeadShard, TensorParallel
 from megatron_mlra.inference.weights import GroupedWeights, LatentWeights, ModelWeights
 from megatron_mlra.maths.rope import rotary_tables
 from mlra_kernels.absorption import absorb_queries, sum_branches
-from mlra_kernels.prefill import prefill_grouped, prefill_latent
-
-
-@dataclass
-class Segment:
-    """Consecutive rows of a prefill step that are one sequence's next tokens."""
-
-    rows: slice
-    start: int
-    """Position of the first: tokens of the sequence already cached."""
-    pages: Tensor
-    """`[P]` int64."""
+from mlra_kernels.prefill import EXPANDED_KEYS, keys_at_once, prefill_grouped, prefill_latent
+from mlra_kernels.prompts import Bundle
 
 
 @dataclass
@@ -46,7 +34,7 @@ class Step:
     """`[T]` int64."""
     slots: Tensor
     """`[T]` int64: page * page_size + offset; negative: written nowhere."""
-    segments: list[Segment] = field(default_factory=list)
+    bundles: tuple[Bundle, ...] = ()
     """Prefill: covers all rows. Empty for decoding."""
     block_table: Tensor | None = None
     """Decoding: `[b, max_pages]` int32."""
@@ -97,7 +85,7 @@ class InferenceModel:
         """Logits of a step, float32.
 
         Args:
-            step: prefill (with segments) or decoding.
+            step: prefill (with bundles) or decoding.
             rows: `[R]` int64, which rows to compute logits of; None for all.
 
         Returns:
@@ -108,6 +96,13 @@ class InferenceModel:
             hidden = hidden[rows]
         logits = self.parallel.gather_vocabulary(linear(hidden, self.weights.output))
         return logits[:, : self.model.vocab_size].float()
+
+    @property
+    def prompt_keys(self) -> int:
+        """Keys of a prefill launch."""
+        if self.model.attention == "gqa":
+            return EXPANDED_KEYS
+        return keys_at_once(self.model.qk_nope_head_dim, self.model.latent_dim)
 
     def decode_schedule(self, lengths: Tensor) -> object:
         """The backend's schedule of a decoding step for `[b]` int32 lengths; None needs none."""
@@ -127,7 +122,7 @@ class InferenceModel:
     def _hidden(self, step: Step) -> Tensor:
         ops, layers, eps = self.ops, self.weights.layers, self.model.layernorm_epsilon
         attend = self._grouped if self.model.attention == "gqa" else self._latent
-        static = self.static_decoding and not step.segments
+        static = self.static_decoding and not step.bundles
         x = self.weights.embedding[step.tokens]  # [T, d]
         normed = ops.rms_norm(x, layers[0].input_norm, eps)
         following = [layer.input_norm for layer in layers[1:]] + [self.weights.final_norm]
@@ -156,16 +151,17 @@ class InferenceModel:
 
         layer = self.cache.layer(index)
         ops.append(kv, weights.kv_norm, self.tables, step, layer, model.kv_scale, eps)
-        if step.segments:
-            run = partial(
-                prefill_latent,
+        if step.bundles:
+            out = prefill_latent(
+                q,
+                layer,
+                step.bundles,
                 w_uk=weights.w_uk,
                 w_uv=weights.w_uv,
                 rope_dim=model.qk_rope_head_dim,
                 branches=core.branches,
                 softmax_scale=model.softmax_scale,
             )
-            out = _by_segment(run, q, layer, step.segments)
         else:
             out = self._decode_latent(q, layer, weights, step)
         out = self.parallel.reduce_outputs(out, parts).flatten(1)  # [T, h_o d_v]
@@ -195,18 +191,11 @@ class InferenceModel:
         layer = self.cache.layer(index)
         self.ops.append_grouped(k, qkv[:, heads + kv :], layer, step.slots)
         scale = self.model.softmax_scale
-        if step.segments:
-            out = _by_segment(
-                partial(prefill_grouped, softmax_scale=scale), q, layer, step.segments
-            )
+        if step.bundles:
+            out = prefill_grouped(q, layer, step.bundles, scale)
         else:
             out = self.ops.decode_grouped(q, layer, step, scale)
         return _gated(out.flatten(1), x, weights.gate)
-
-
-def _by_segment(run: Callable, q: Tensor, layer: object, segments: list[Segment]) -> Tensor:
-    outs = [run(q[part.rows], layer, part.pages, part.start) for part in segments]
-    return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 def _gated(out: Tensor, x: Tensor, gate: Tensor | None) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from megatron_mlra.inference.cache import BlockTables, PagePool
 from megatron_mlra.inference.checks import whole
-from megatron_mlra.inference.model import InferenceModel, Segment, Step
+from megatron_mlra.inference.model import InferenceModel, Step
+from mlra_kernels.prompts import PromptChunk, plan_prompts
 
 
 @dataclass
@@ -68,18 +69,19 @@ class Runner:
         `every_row` gives the logits of all tokens instead, `[T, vocab]`.
         """
         device, page_size = self.model.device, self.model.cache.page_size
-        tokens, positions, slots, segments, last = [], [], [], [], []
+        tokens, positions, slots, prompts, last = [], [], [], [], []
         for chunk in chunks:
-            first, count = len(tokens), len(chunk.tokens)
+            count = len(chunk.tokens)
             where = range(chunk.start, chunk.start + count)
             tokens += chunk.tokens
             positions += where
             slots += [chunk.pages[p // page_size] * page_size + p % page_size for p in where]
             pages = torch.tensor(chunk.pages, dtype=torch.int64).to(device)
-            segments.append(Segment(slice(first, first + count), chunk.start, pages))
+            prompts.append(PromptChunk(count, chunk.start, pages))
             last.append(len(tokens) - 1)
         inputs = torch.tensor([tokens, positions, slots], dtype=torch.int64).to(device)
-        step = Step(inputs[0], inputs[1], inputs[2], segments)
+        bundles = plan_prompts(prompts, page_size, self.model.prompt_keys)
+        step = Step(inputs[0], inputs[1], inputs[2], bundles)
         rows = None if every_row else torch.tensor(last).to(device)
         return self.model.forward(step, rows)
 

@@ -32,6 +32,7 @@ from megatron_mlra.layers.recompute import rebuilt_in_backward
 from megatron_mlra.layers.rotary import rotary_tables
 from megatron_mlra.maths.attention import materialized_qkv, split_up_projection
 from megatron_mlra.sharding.context_parallel import ContextParallel
+from megatron_mlra.sharding.matrices import latent_matrices
 from megatron_mlra.sharding.partition import LatentShard
 from megatron_mlra.sharding.placement import placements, training_share
 from megatron_mlra.sharding.tensor_parallel import LatentParallel
@@ -140,6 +141,8 @@ class MLRASelfAttention(Attention):
         self.linear_kv_up_proj = LatentUpProjection(config, self.shard, group, config.init_method)
         if config.output_gate:
             self.linear_gate_proj = column("linear_gate_proj")
+        for linear_name, rows in latent_matrices(config, self.shard).items():
+            getattr(self, linear_name).weight.matrices = rows
 
     def forward(
         self,

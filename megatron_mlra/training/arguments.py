@@ -56,6 +56,8 @@ DEFAULTS = {
     "rerun_mode": "disabled",
     # Megatron's, delayed, takes its scaling factors from the step before.
     "fp8_recipe": "tensorwise",
+    # Megatron's, blockwise, makes Muon's update depend on the tensor-parallel size.
+    "muon_tp_mode": "duplicated",
     # A checkpoint loads at any layout, for which saving gathers the optimizer's state on one
     # data-parallel rank; `dist_ckpt_optim_fully_reshardable: false` in a preset saves in parallel.
     "dist_ckpt_optim_fully_reshardable": True,

@@ -221,6 +221,11 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
         " waiting for this long (0: never; default: 0.8 of --distributed-timeout-minutes)",
     )
     add(
+        "--verbose-optimizer",
+        action="store_true",
+        help="print which optimizer takes which weights, and as which matrices",
+    )
+    add(
         "--verbose-megatron",
         action="store_true",
         help="print everything Megatron prints, not only this project's summary and progress",

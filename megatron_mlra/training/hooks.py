@@ -33,7 +33,7 @@ from megatron_mlra.fault_tolerance import (
     stopping,
 )
 from megatron_mlra.fault_tolerance.run_lock import RunLock
-from megatron_mlra.training import arguments, progress, upstream_fixes, validation
+from megatron_mlra.training import arguments, muon, progress, upstream_fixes, validation
 
 READ_IN = {"megatron-core": "0.19.2", "torch": "2.11.0"}
 """The versions in which the targets were read."""
@@ -158,8 +158,48 @@ TORCH_ADAMW = (
 )
 """For the optimizer without Transformer Engine or APEX."""
 
+MUON = (
+    Hook(
+        "megatron.core.optimizer._EMERGING_OPTIMIZERS",
+        "Muon gets each weight's matrices; Megatron leaves weights of four axes to Adam",
+        (lambda optimizers, run: muon.register(optimizers),),
+    ),
+    Hook(
+        "megatron.core.optimizer.layer_wise_optimizer.is_managed_by_layer_wise_optimizer",
+        "the buffers of the distributed optimizer are cut by the same rule",
+        (instead(muon.is_for_muon),),
+    ),
+    Hook(
+        "megatron.core.optimizer.is_managed_by_layer_wise_optimizer",
+        "the rates of maximal-update parametrisation follow the same rule",
+        (instead(muon.is_for_muon),),
+    ),
+    Hook(
+        "megatron.core.tensor_parallel.layers._MODEL_PARALLEL_ATTRIBUTE_DEFAULTS",
+        "the float32 copies of bf16 weights know the weights' matrices",
+        (lambda attributes, run: muon.know_matrices(attributes),),
+    ),
+    Hook(
+        "megatron.training.models.dist_utils._ddp_wrap",
+        "Megatron lays out buffers for whole matrices only where it builds models the older way",
+        (lambda wrap, run: muon.with_whole_matrices(wrap, run.args),),
+    ),
+    Hook(
+        "megatron.training.models.dist_utils.DistributedOptimizer",
+        "the layout is that of whole matrices then",
+        (lambda optimizer, run: muon.layout_of(optimizer, run.args),),
+    ),
+    Hook(
+        f"{TRAINER}.get_megatron_optimizer",
+        "grouped queries are cut by heads too; --verbose-optimizer prints what goes where",
+        (lambda build, run: muon.around_optimizer(build, run.args),),
+    ),
+)
+"""For Muon. The first and the fourth are tables, which are added to where they stand."""
+
 BEFORE_TRAINING = (
     *TORCH_ADAMW,
+    *MUON,
     Hook(
         "megatron.core.optimizer.optimizer.MegatronOptimizer._filter_and_reorder_param_groups",
         "a resume at another rate finds no group: Megatron tells groups apart by their rates",

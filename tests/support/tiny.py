@@ -4,7 +4,7 @@ sharding."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +28,7 @@ from torch import Tensor
 from megatron_mlra.layers.baselines.config import BaselineConfig
 from megatron_mlra.layers.config import MLRAConfig
 from megatron_mlra.layers.specs import block_spec
+from megatron_mlra.training.muon import cut_grouped_queries
 
 VOCAB, SEQ, BATCH = 128, 32, 4
 
@@ -43,6 +44,7 @@ class Layout:
     dp: int = 1
     ep: int = 1
     distributed_optimizer: bool = False
+    optimizer: str = "adam"
 
     @property
     def world(self) -> int:
@@ -142,12 +144,17 @@ class Tiny:
                 overlap_grad_reduce=False,
             )
             tiny.chunks.append(DistributedDataParallel(config, ddp, model))
+        if layout.optimizer == "muon":
+            cut_grouped_queries(tiny.chunks)
         tiny.optimizer = get_megatron_optimizer(
             OptimizerConfig(
+                optimizer=layout.optimizer,
                 lr=1e-3,
                 weight_decay=0.1,
                 clip_grad=1.0,
                 use_distributed_optimizer=layout.distributed_optimizer,
+                muon_tp_mode="duplicated",
+                muon_fp32_matmul_prec="highest",
             ),
             tiny.chunks,
         )
@@ -233,6 +240,22 @@ class Tiny:
         gradients = self.collect("gradient") if seed == 0 else None
         _, grad_norm, _ = self.optimizer.step()
         return {"loss": loss, "gradients": gradients, "grad_norm": float(grad_norm)}
+
+    def update(self, draw: Callable[[str, tuple[int, ...]], Tensor]) -> dict[str, Tensor]:
+        """What one step of the optimizer adds to weights of zero, by global name.
+
+        Args:
+            draw: (global name, global shape) -> the gradient of the global weight.
+        """
+        with torch.no_grad():
+            for param, entry in self.shards():
+                parts = [draw(p.key, p.global_shape)[_place(p)] for p in _pieces(entry, param.data)]
+                whole = isinstance(entry, ShardedTensorFactory)
+                built = entry.merge_fn(_like_built(entry, param.data, parts)) if whole else parts[0]
+                param.main_grad.copy_(built)
+                param.zero_()
+        self.optimizer.step()
+        return self.collect("weight")
 
     def _run(self, seed: int, forward_only: bool) -> float:
         per_rank = BATCH // self.layout.dp

@@ -16,6 +16,7 @@ from corpus_sources import html_paragraphs, package, paragraphs
 from figures import verdict
 from ladder import Ladder
 from megatron_mlra.evaluation.token_stream import named_sets, windows
+from run_ladder import visible_gpus
 
 ROOT = Path(__file__).parents[2]
 PROSE = "It is a truth of the {} that a thing in the hand of the {} is worth two in the {}, and so"
@@ -238,3 +239,20 @@ def test_one_seed_proves_nothing():
 
 def test_presets_of_the_ladder_are_json_serialisable(ladder):
     assert json.dumps(ladder.told)
+
+
+def test_runs_keep_to_the_visible_gpus(tmp_path, monkeypatch):
+    # A stand-in for nvidia-smi: machines of the tests have no GPU.
+    listing = tmp_path / "nvidia-smi"
+    listing.write_text("#!/bin/sh\nfor n in 0 1 2 3; do echo $n, NVIDIA H100 80GB HBM3; done\n")
+    listing.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [index for index, _ in visible_gpus()] == ["0", "1", "2", "3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    assert visible_gpus() == [("2", "NVIDIA H100 80GB HBM3"), ("3", "NVIDIA H100 80GB HBM3")]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert visible_gpus() == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,GPU-5ebe9f43")
+    with pytest.raises(ValueError, match="GPU-5ebe9f43 is not one of 0, 1, 2, 3; list GPUs"):
+        visible_gpus()

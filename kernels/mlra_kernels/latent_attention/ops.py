@@ -72,12 +72,19 @@ def latent_attention(
 
 
 def latent_attention_with_lse(
-    query: Tensor, key: Tensor, latent_dim: int, scale: float, *, causal: bool = True
+    query: Tensor,
+    key: Tensor,
+    latent_dim: int,
+    scale: float,
+    *,
+    causal: bool = True,
+    ranges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same without gradients, and the logarithm of each query's softmax denominator.
 
     Args:
         causal: off, every query reads all keys, and there may be fewer keys than queries.
+        ranges: as in latent_attention, with `causal` on.
 
     Returns:
         `[s, b, P, latent_dim]` in query's dtype and `[b, P, s]` float32.
@@ -86,8 +93,13 @@ def latent_attention_with_lse(
         ValueError: see latent_attention.
     """
     _check(query, key, latent_dim, scale, causal)
+    if ranges is not None:
+        if not causal:
+            raise ValueError("ranges with causal=False: leave one of them out")
+        _check_ranges(ranges, query)
+        ranges = ranges.contiguous()
     past = len(key) - len(query) if causal else len(key)
-    return _forward(query.contiguous(), key.contiguous(), latent_dim, scale, past, None)
+    return _forward(query.contiguous(), key.contiguous(), latent_dim, scale, past, ranges)
 
 
 def key_ranges(spans: Sequence[tuple[int, int, int, int]]) -> Tensor:

@@ -73,6 +73,10 @@ def run(job: dict[str, Any], watched: bool) -> dict[str, Any]:
     )
     layer = _latent_layer(llm) if watched else None
     found: dict[str, Any] = {"started_s": time.monotonic() - began, "batches": []}
+    if (runner := _runner(llm) if watched else None) is not None:
+        manager = getattr(runner, "cudagraph_manager", None)
+        config = llm.llm_engine.vllm_config.compilation_config
+        found["graphs"] = getattr(manager or config, "cudagraph_mode", config.cudagraph_mode).name
     if layer is not None:
         found |= {"row_bytes": layer.row_bytes}
         found["page_bytes"] = [_page_bytes(llm, tp) for tp in job.get("page_bytes", ())]
@@ -101,6 +105,12 @@ def _latent_layer(llm: Any) -> Any:
         if type(layer).__name__ == "LatentAttention":
             return layer
     return None
+
+
+def _runner(llm: Any) -> Any:
+    """What runs steps in this process."""
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    return getattr(executor.driver_worker.worker, "model_runner", None)
 
 
 def _page_bytes(llm: Any, tp: int) -> int:

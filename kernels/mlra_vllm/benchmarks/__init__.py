@@ -1,0 +1,1 @@
+"""What vLLM takes to serve these models: `python -m mlra_vllm.benchmarks.steps`."""

@@ -1,0 +1,60 @@
+"""Models of 2.9 B parameters by their config.json alone: weights are random."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": 50304,
+    "hidden_size": 3072,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 24,
+    "rms_norm_eps": 1e-06,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+    "dtype": "bfloat16",
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "bos_token_id": None,
+    "eos_token_id": 50256,
+}
+_LATENT = {
+    "model_type": "mlra",
+    "architectures": ["MLRAForCausalLM"],
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "output_gate": False,
+    "variance_scaling": True,
+    "softmax_scale": 192**-0.5,
+}
+_LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "head_dim": 128,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+
+
+def _latent(latents: int, branches: int, query_rank: int, mlp: int) -> dict[str, Any]:
+    sizes = {"num_latent_heads": latents, "num_branches": branches, "q_lora_rank": query_rank}
+    return {**_COMMON, **_LATENT, **sizes, "intermediate_size": mlp}
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "mlra4": _latent(4, 4, 1024, 9880),
+    "mla": _latent(1, 1, 1536, 9448),
+    "gla2": _latent(2, 1, 1024, 10048),
+    "gqa6": {**_COMMON, **_LLAMA, "num_key_value_heads": 6, "intermediate_size": 9728},
+}
+"""The presets of these names, as they are exported."""
+
+
+def write_shape(name: str, folder: Path, positions: int) -> None:
+    """A folder that vLLM opens with `load_format="dummy"`, for sequences of `positions` tokens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {**SHAPES[name], "max_position_embeddings": positions}
+    (folder / "config.json").write_text(json.dumps(config))
