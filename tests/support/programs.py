@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
+import shutil
 import sys
 import tempfile
 import tomllib
@@ -20,7 +22,9 @@ def program(name: str) -> Path:
         return installed
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     module, _, function = scripts[name].partition(":")
-    script = Path(tempfile.mkdtemp(prefix="programs-")) / name
+    folder = Path(tempfile.mkdtemp(prefix="programs-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    script = folder / name
     script.write_text(
         f"#!{sys.executable}\nimport sys\nfrom {module} import {function}\n"
         f'if __name__ == "__main__":\n    sys.exit({function}())\n'
