@@ -172,13 +172,17 @@ class _Stdout(io.FileIO):
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run a tool's `main` and exit with its code."""
+    """Run a tool's `main` and exit with its code; an interrupted one ends with one line."""
     old = sys.stdout
     buffer = io.BufferedWriter(_Stdout(old.fileno(), "w", closefd=False))
     sys.stdout = io.TextIOWrapper(
         buffer, encoding=old.encoding, errors=old.errors, line_buffering=old.isatty()
     )
-    code = main()
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        code = 128 + signal.SIGINT
     sys.stdout.flush()
     sys.exit(code)
 

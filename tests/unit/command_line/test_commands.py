@@ -170,3 +170,11 @@ def test_output_folders_are_made_or_refused_before_any_work(tmp_path):
         with pytest.raises(ValueError) as error:
             check_output(wrong, "--json")
         assert said in str(error.value)
+
+
+def test_an_interrupt_is_one_line():
+    code = "from megatron_mlra.command_line.parser import run\ndef main():\n    print('half')\n"
+    code += "    raise KeyboardInterrupt\nrun(main)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV)
+    assert (done.returncode, done.stdout) == (130, "half\n")
+    assert done.stderr == "error: interrupted\n"
