@@ -7,7 +7,8 @@ python=${1:-python}
 run=runs/demo
 steps=320
 resume_at=310
-train=(pretrain_mlra.py --config examples/configs/debug.yaml --data-path "$run/corpus"
+mlra=("$python" -m megatron_mlra.command_line)
+train=(pretrain --config debug --data-path "$run/corpus"
        --split "94,5,1" --train-iters "$steps" --eval-interval 1000000)
 # On a busy machine threads that wait actively slow each other down many times over.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
@@ -22,19 +23,19 @@ elif [ -L "$run" ] || [ ! -f "$run/.made-by-the-demo" ]; then
 fi
 echo "== 1. a corpus that every Python carries: the standard library's sources and help texts"
 if [ ! -f "$run/corpus.idx" ]; then
-  "$python" tools/demo_corpus.py "$run/corpus.jsonl" --overwrite
-  "$python" tools/preprocess_data.py --input "$run/corpus.jsonl" --output-prefix "$run/corpus" \
+  "${mlra[@]}" demo-corpus "$run/corpus.jsonl" --overwrite
+  "${mlra[@]}" preprocess --input "$run/corpus.jsonl" --output-prefix "$run/corpus" \
     --tokenizer byte --overwrite
 fi
 
 echo "== 2. pretraining, byte by byte"
 rm -rf -- "${run:?}/checkpoint" "${run:?}/resumed"
-"$python" "${train[@]}" --save "$run/checkpoint" --save-interval "$resume_at" \
+"${mlra[@]}" "${train[@]}" --save "$run/checkpoint" --save-interval "$resume_at" \
   --eval-at-start --eval-iters 16 |
   tee "$run/train.txt"
 
 echo "== 3. the same, resumed from the checkpoint of step $resume_at"
-"$python" "${train[@]}" --load "$run/checkpoint" --ckpt-step "$resume_at" \
+"${mlra[@]}" "${train[@]}" --load "$run/checkpoint" --ckpt-step "$resume_at" \
   --eval-iters 0 --tensorboard-dir "$run/resumed" | tee "$run/resume.txt"
 
 last() { grep "^step $steps/" "$1" | grep -o "lm loss [0-9.]*"; }
@@ -44,18 +45,18 @@ if [ "$(last "$run/train.txt")" != "$(last "$run/resume.txt")" ]; then
 fi
 loss() { grep "^validation" "$run/train.txt" | "$1" -n 1 | grep -o "lm loss [0-9.]*"; }
 echo "== 4. what it has learned: the model continues three beginnings"
-"$python" tools/generate.py "$run/checkpoint" --prompt "def __init__(self" --prompt "Return the " \
+"${mlra[@]}" generate "$run/checkpoint" --prompt "def __init__(self" --prompt "Return the " \
   --prompt "import sys" --max-new-tokens 100 --temperature 0.5 --top-p 0.9 --seed 1
 
 echo "== validation loss, nats a byte: $(loss head) before, $(loss tail) after"
 echo "== step $steps: $(last "$run/train.txt") both ways, uninterrupted and resumed"
 cat <<EOF
-== what to try next
-  $python -m tensorboard.main --logdir $run             the curves
-  $python tools/generate.py $run/checkpoint --prompt "class "      more of its writing
-  less examples/configs/mlra4_2.9b.yaml                        the paper's model; other presets beside it
-  $python ${train[*]} \\
-    --num-latent-heads 1 --num-branches 1                      the same model with MLA
-  $python -m torch.distributed.run --nproc-per-node 2 ${train[*]} \\
-    --tensor-model-parallel-size 2 --sequence-parallel        the same on two processes
+== what to try next, after \`source $(dirname "$python")/activate\`
+  tensorboard --logdir $run             the curves
+  mlra generate $run/checkpoint --prompt "class " --temperature 0.5     more of its writing
+  mlra presets                          the paper's models, and larger ones
+  mlra ${train[*]} \\
+    --num-latent-heads 1 --num-branches 1                       the same model with MLA
+  torchrun --nproc-per-node 2 --no-python mlra ${train[*]} \\
+    --tensor-model-parallel-size 2 --sequence-parallel          the same on two processes
 EOF

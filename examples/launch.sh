@@ -2,7 +2,7 @@
 # Start one node's processes of a run, any preset, any number of nodes; resumes from --save.
 #
 # Usage: examples/launch.sh PRESET SAVE [flags of pretrain_mlra.py ...]
-#   PRESET   a name in examples/configs (mlra4_70b) or a path
+#   PRESET   a name that `mlra presets` lists (mlra4_70b) or a path
 #   SAVE     the run's folder, seen by all nodes: checkpoints are read from and written to it
 # Paths are relative to the folder this is called from.
 # Environment:
@@ -39,8 +39,8 @@ number() { [[ $2 =~ ^[0-9]{1,6}$ ]] || fail "$1 is '$2'; $3"; }
 [ $# -ge 2 ] || fail "usage: examples/launch.sh PRESET SAVE [flags of pretrain_mlra.py ...]"
 preset=$1 save=$2
 shift 2
-[ -f "$preset" ] || preset=$root/examples/configs/$preset.yaml
-[ -f "$preset" ] || fail "there is no preset ${preset#"$root/"}; see examples/configs"
+[ -f "$preset" ] || preset=$root/megatron_mlra/presets/$preset.yaml
+[ -f "$preset" ] || fail "there is no preset ${preset#"$root/"}; see megatron_mlra/presets"
 
 python=${PYTHON:-$root/.venv/bin/python}
 [ -n "${PYTHON:-}" ] || [ -x "$python" ] || python=python

@@ -1,11 +1,10 @@
-"""Training speed on the CPU: pretrain_mlra.py against a plain torch loop of the same model.
+"""Training speed on the CPU: mlra pretrain against a plain torch loop of the same model.
 
 Both run on the same threads in float32, with the same batch, attention core and torch AdamW, and
 take turns, so that both see the same load. Letters: b batch, s tokens, d hidden size, h heads, n
 branches, g head groups, l latent dim.
 """
 
-import argparse
 import json
 import os
 import re
@@ -13,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megatron_mlra.command_line.parser import OneLineParser
 from megatron_mlra.cost.parameters import parameters
 from megatron_mlra.description.megatron_args import from_megatron_args
 from megatron_mlra.description.model import ModelDescription
-from megatron_mlra.description.presets import preset_values
+from megatron_mlra.description.presets import find_preset, preset_name, preset_values
 
 ROOT = Path(__file__).resolve().parents[2]
 TURNS = 3
@@ -134,18 +135,18 @@ def plain_rates(model: Model, optimizer, preset: dict, steps: int) -> list[float
     return rates
 
 
-def megatron_rates(config: Path, steps: int) -> list[float]:
-    """Tokens/s that pretrain_mlra.py prints for `steps` steps, the ones after its first."""
+def megatron_rates(config: str | Path, steps: int) -> list[float]:
+    """Tokens/s that the training entry prints for `steps` steps, the ones after its first."""
     threads = str(torch.get_num_threads())
     env = os.environ | {"OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""}
     flags = f"--mock-data --train-iters {steps + 1} --lr-warmup-iters 0 --log-interval 1"
-    command = [sys.executable, ROOT / "pretrain_mlra.py", "--config", config, *flags.split()]
+    command = [sys.executable, "-m", "megatron_mlra.training", "--config", config, *flags.split()]
     with tempfile.TemporaryDirectory() as folder:
         command += ["--eval-iters", "0", "--tensorboard-dir", f"{folder}/tensorboard"]
         run = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     found = re.findall(r"^step .*\| ([\d,]+) tokens/s", run.stdout, re.MULTILINE)
     if run.returncode or len(found) != steps:
-        sys.exit(f"error: pretrain_mlra.py failed\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
+        sys.exit(f"error: the training entry failed\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
     return [float(rate.replace(",", "")) for rate in found]
 
 
@@ -159,17 +160,27 @@ def machine() -> dict:
     return {"torch": torch.__version__, "cpu": cpu, "threads": threads, "commit": commit}
 
 
-def main() -> None:
+def parser() -> OneLineParser:
+    """The flags."""
+    flags = OneLineParser(description=__doc__.splitlines()[0])
+    add = flags.add_argument
+    add("--config", default="debug", help="a preset by name or path (default: debug)")
+    add("--steps", type=int, default=30, help="measured, in each of the two ways (default: 30)")
+    add("--warmup", type=int, default=3, help="steps left out of every turn (default: 3)")
+    return flags
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure, then print a table and one line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=Path, default=ROOT / "examples/configs/debug.yaml")
-    parser.add_argument("--steps", type=int, default=30, help="measured, in each of the two ways")
-    parser.add_argument("--warmup", type=int, default=3, help="steps left out of every turn")
-    args = parser.parse_args()
-    preset = preset_values(args.config)
+    flags = parser()
+    args = flags.parse_args(argv)
+    try:
+        preset = preset_values(args.config)
+    except ValueError as error:
+        flags.error(str(error))
     sizes = {preset["micro_batch_size"], preset["global_batch_size"]}
     if preset["attention"] != "mlra" or preset["bf16"] or len(sizes) > 1:
-        parser.error(f"{args.config}: use an mlra preset in float32, one micro-batch a step")
+        flags.error(f"{args.config}: use an mlra preset in float32, one micro-batch a step")
     shape = from_megatron_args(preset)
     model = Model(shape, preset["norm_epsilon"], preset["rotary_base"])
     count, expected = sum(p.numel() for p in model.parameters()), parameters(shape).total
@@ -178,11 +189,17 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=preset["lr"])
     megatron, plain, ratios, per_turn = [], [], [], -(-args.steps // TURNS)
     for _ in range(TURNS):
-        megatron += megatron_rates(args.config.resolve(), args.warmup + per_turn)[args.warmup :]
+        megatron += megatron_rates(find_preset(args.config).resolve(), args.warmup + per_turn)[
+            args.warmup :
+        ]
         plain += plain_rates(model, optimizer, preset, args.warmup + per_turn)[args.warmup :]
         ratios.append(round(median(megatron[-per_turn:]) / median(plain[-per_turn:]), 3))
     fast, base = median(megatron), median(plain)
-    result = {"config": args.config.name, "parameters": count, "steps": len(plain)} | machine()
+    result = {
+        "config": preset_name(args.config),
+        "parameters": count,
+        "steps": len(plain),
+    } | machine()
     result |= {"pretrain_mlra": round(fast), "plain_torch": round(base), "turn_ratios": ratios}
     result["ratio"] = round(fast / base, 3)
     for name, value in result.items():

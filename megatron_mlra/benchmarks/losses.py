@@ -1,8 +1,8 @@
 """Compare the training losses of runs by what they printed: a table, and the curves in one plot.
 
-    python tools/compare_losses.py bf16=bf16.txt fp8=fp8.txt --png losses.png
+    mlra compare-losses bf16=bf16.txt fp8=fp8.txt --png losses.png
 
-Each file is the standard output of pretrain_mlra.py with --log-interval 1. Differences are to the
+Each file is the standard output of mlra pretrain with --log-interval 1. Differences are to the
 first run, of the mean loss of the last steps.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -107,15 +108,21 @@ def compare(args: argparse.Namespace) -> None:
         plot(runs, args.last, args.png)
 
 
-def main() -> None:
+def parser() -> OneLineParser:
+    """The flags."""
+    flags = OneLineParser(description=__doc__.split("\n", 1)[0])
+    flags.add_argument("runs", nargs="+", metavar="NAME=FILE", help="the first is compared with")
+    flags.add_argument("--last", type=int, default=50, help="steps of a mean (default: 50)")
+    flags.add_argument("--json", type=Path, metavar="FILE", help="where to write the losses")
+    flags.add_argument("--png", type=Path, metavar="FILE", help="where to draw them")
+    return flags
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = OneLineParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("runs", nargs="+", metavar="NAME=FILE", help="the first is compared with")
-    parser.add_argument("--last", type=int, default=50, help="steps of a mean")
-    parser.add_argument("--json", type=Path, help="where to write the losses")
-    parser.add_argument("--png", type=Path, help="where to draw them")
-    args = parser.parse_args()
+    flags = parser()
+    args = flags.parse_args(argv)
     try:
         compare(args)
     except (OSError, ValueError) as error:
-        parser.error(str(error))
+        flags.error(str(error))

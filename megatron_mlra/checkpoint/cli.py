@@ -14,13 +14,19 @@ from megatron_mlra.description.model import DTYPES, CheckpointError
 GIGABYTE = 10**9
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The arguments of tools/convert_checkpoint.py."""
-    parser = OneLineParser(
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    flags = OneLineParser(
         description="Convert checkpoints between Megatron (torch_dist), the MLRA paper's research"
         " code and Hugging Face. Runs on the CPU; memory holds about one tensor."
     )
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
+    commands = flags.add_subparsers(
+        dest="command",
+        required=True,
+        parser_class=OneLineParser,
+        metavar="COMMAND",
+        help="one of these:",
+    )
 
     def command(name: str, run: Callable[[argparse.Namespace], int], about: str):
         added = commands.add_parser(name, help=about, description=about)
@@ -103,13 +109,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("--vocab-size", type=int, help="true vocabulary of a Megatron folder")
     verify.add_argument("--quiet", action="store_true", help="no progress bar")
-    return parser
+    return flags
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code (1: verify found a difference, or
     inspect code; 2: refused)."""
-    args = build_parser().parse_args(argv)
+    args = parser().parse_args(argv)
     try:
         with interruptible():
             return args.run(args)

@@ -1,4 +1,4 @@
-"""What the command lines of tools/ share: errors of one line, whole files, a quiet end."""
+"""What all command lines share: help, errors of one line, whole files, a quiet end."""
 
 from __future__ import annotations
 
@@ -6,20 +6,74 @@ import argparse
 import difflib
 import io
 import os
+import re
 import signal
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tqdm import tqdm
+
+from megatron_mlra.version import __version__
 
 CODE = 128 + signal.SIGPIPE
 """Exit code where the reader of the output leaves first, as SIGPIPE gives a program in a shell."""
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Help in which flags are not broken at their dashes, and whose texts may hold a bare `%`,
+    which argparse takes for the start of a field."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """A description of several lines has them where it wants them."""
+        lines = text.splitlines() if "\n" in text else self._split_lines(text, width)
+        return "\n".join(indent + line for line in lines)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        try:
+            return super()._expand_help(action)
+        except (KeyError, TypeError, ValueError):
+            action.help = re.sub(r"%(?!\(\w+\)[a-z])", "%%", action.help)
+            return super()._expand_help(action)
+
+
+class Version(argparse.Action):
+    """`--version`: one line, found without importing what it names."""
+
+    def __init__(self, option_strings: list[str], dest: str, help: str | None = None) -> None:
+        suppress = argparse.SUPPRESS
+        super().__init__(option_strings, dest=suppress, default=suppress, nargs=0, help=help)
+
+    @staticmethod
+    def text() -> str:
+        """The versions of this package and of what decides how it computes."""
+        from importlib.metadata import PackageNotFoundError, version
+
+        found = [f"megatron-mlra {__version__}"]
+        for name in ("megatron-core", "torch"):
+            try:
+                found.append(f"{name} {version(name)}")
+            except PackageNotFoundError:
+                found.append(f"{name} not installed")
+        return ", ".join(found)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        print(self.text())
+        parser.exit()
+
+
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are one line, ``error: ...``, with exit code 2."""
+    """A parser with `--version`, whose errors are one line, ``error: ...``, with exit code 2."""
+
+    def __init__(self, *args: Any, add_version: bool = True, **named: Any) -> None:
+        super().__init__(*args, **{"formatter_class": HelpFormatter} | named)
+        if add_version:
+            self.add_argument("--version", action=Version, help="print the versions and exit")
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit."""
@@ -51,7 +105,7 @@ def read_text(file: str | Path) -> str:
 
 
 def check_output(file: str | Path, flag: str) -> None:
-    """Refuse, before any work, an output file that could not be written in the end.
+    """Make an output file's folder, and refuse before any work what could not be written.
 
     Raises:
         ValueError: one line that names the flag.
@@ -59,8 +113,21 @@ def check_output(file: str | Path, flag: str) -> None:
     path = Path(file).absolute()
     if path.is_dir():
         raise ValueError(f"{flag} {file} is a folder; name a file in it")
-    if not path.parent.is_dir():
-        raise ValueError(f"{flag} {file}: there is no folder {path.parent}; make it first")
+    make_folder(path.parent, f"{flag} {file}")
+
+
+def make_folder(folder: str | Path, what: str) -> None:
+    """Make a folder for output, and those above it, where they are missing.
+
+    Raises:
+        ValueError: it cannot be made or written into; one line that begins with `what`.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{what}: the folder {folder} cannot be made ({error.strerror})") from None
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{what}: the folder {folder} cannot be written; use another")
 
 
 def aside(path: str | Path) -> Path:
@@ -105,13 +172,17 @@ class _Stdout(io.FileIO):
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run a tool's `main` and exit with its code."""
+    """Run a tool's `main` and exit with its code; an interrupted one ends with one line."""
     old = sys.stdout
     buffer = io.BufferedWriter(_Stdout(old.fileno(), "w", closefd=False))
     sys.stdout = io.TextIOWrapper(
         buffer, encoding=old.encoding, errors=old.errors, line_buffering=old.isatty()
     )
-    code = main()
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        code = 128 + signal.SIGINT
     sys.stdout.flush()
     sys.exit(code)
 

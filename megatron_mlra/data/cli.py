@@ -16,12 +16,12 @@ from megatron_mlra.data.shards import DEFAULT_EOD
 from megatron_mlra.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The arguments of tools/preprocess_data.py."""
-    parser = OneLineParser(
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    flags = OneLineParser(
         description="Text, JSON lines, parquet or token shards to a Megatron indexed dataset."
     )
-    add = parser.add_argument
+    add = flags.add_argument
     add("--input", nargs="+", required=True, metavar="FILE", help="files or quoted globs, in order")
     add("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx, .json")
     add("--tokenizer", choices=TOKENIZER_TYPES, help="required unless the input is token shards")
@@ -55,12 +55,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--workers", type=int, default=1, metavar="N", help="tokenising processes (default: 1)")
     add("--on-error", choices=("fail", "skip"), default="fail", help="bad records (default: fail)")
     add("--overwrite", action="store_true", help="replace earlier output")
-    return parser
+    return flags
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code (2: wrong arguments or inputs, 1: failed)."""
-    args = build_parser().parse_args(argv)
+    args = parser().parse_args(argv)
     try:
         with interruptible():
             metadata = preprocess(_config(args), report=_report_skipped, progress=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_mlra.command_line.parser import aside
+from megatron_mlra.command_line.parser import aside, make_folder
 from megatron_mlra.command_line.signals import deferred
 from megatron_mlra.data.contents import SUMMED, sha256
 from megatron_mlra.data.errors import InputError
@@ -106,18 +106,20 @@ class DatasetWriter:
 
 
 def check_output(prefix: str, *, overwrite: bool) -> None:
-    """Check that output may be written at ``prefix``.
+    """Make the folder of ``prefix``, and check that output may be written there.
 
     Raises:
-        InputError: the folder is missing, or output exists and ``overwrite`` is off.
+        InputError: the folder cannot be made, or output exists and ``overwrite`` is off.
     """
     if prefix.endswith((".bin", ".idx")):
         raise InputError(f"--output-prefix {prefix}: leave out the suffix {prefix[-4:]}")
     if not os.path.basename(prefix):
         raise InputError(f"--output-prefix {prefix!r} names a folder: add a file name")
     folder = os.path.dirname(prefix) or "."
-    if not os.path.isdir(folder):
-        raise InputError(f"output folder {folder} does not exist")
+    try:
+        make_folder(folder, f"--output-prefix {prefix}")
+    except ValueError as error:
+        raise InputError(str(error)) from None
     for suffix in SUFFIXES:
         if os.path.isdir(prefix + suffix):
             raise InputError(f"output {prefix + suffix} is a folder")

@@ -1,4 +1,4 @@
-"""What implementations are called, wherever one is chosen.
+"""What implementations, forms and layouts are called, wherever one is chosen.
 
 `auto` takes the fastest that runs, `torch` is plain torch, `te` Transformer Engine and
 `mlra_kernels` this project's kernels. Each choice offers some of them.
@@ -10,6 +10,13 @@ import sys
 from functools import cache
 
 AUTO, TORCH, TE, MLRA_KERNELS = "auto", "torch", "te", "mlra_kernels"
+
+TP_LAYOUTS = ("head", "latent")
+"""Which cut of latent attention over tensor-parallel ranks: heads, or latents."""
+CORE_FORMS = (AUTO, "absorbed", "materialized")
+CORE_BACKENDS = (AUTO, TORCH, TE, MLRA_KERNELS)
+LATENT_KERNELS = (AUTO, TORCH, MLRA_KERNELS)
+FP8_LINEARS = ("wide", "all")
 
 OLD_NAMES = {
     "core_backend": {"sdpa": TORCH, "latent": MLRA_KERNELS},

@@ -1,4 +1,7 @@
-"""YAML presets: their values and bases, and the model they describe. Needs no Megatron."""
+"""YAML presets: where they lie, their values and bases, the model they describe. No Megatron.
+
+A preset is named, like `mlra4_2.9b`, where it is one of the package's, or given by its path.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,51 @@ from megatron_mlra.description.model import ModelDescription
 ALIASES = {"qk_nope_head_dim": "qk_head_dim", "qk_rope_head_dim": "qk_pos_emb_head_dim"}
 """Flags whose argparse destination has another name."""
 
+FOLDER = Path(__file__).resolve().parents[1] / "presets"
+"""Where the presets of the package lie; the bases that are no models by themselves are below it."""
+_TITLE = re.compile(r"# (.+?)\n")
+_COUNT = re.compile(r": ([\d,]+) parameters\.$")
+
+
+def preset_names() -> list[str]:
+    """The names of the package's presets."""
+    return sorted(path.name.removesuffix(".yaml") for path in FOLDER.glob("*.yaml"))
+
+
+def preset_name(preset: str | Path) -> str:
+    """What a preset given by name or path is called: `mlra4_2.9b`."""
+    return Path(preset).name.removesuffix(".yaml")
+
+
+def find_preset(preset: str | Path, beside: Path | None = None) -> Path:
+    """The file of a preset that is given by a path, or by the name of one of the package's.
+
+    Args:
+        preset: a path, a name (`debug`), or that of a base (`recipes/paper_recipe`).
+        beside: folder that a path starts from; default: the working directory.
+
+    Returns:
+        a file; where there is none, the path that was given, for a message to name.
+    """
+    path = Path(preset) if beside is None else beside / preset
+    files = FOLDER.rglob("*.yaml")
+    ours = {file.relative_to(FOLDER).as_posix().removesuffix(".yaml"): file for file in files}
+    if str(preset) in ours:
+        return ours[str(preset)]
+    return path if path.is_file() else ours.get(str(preset).removesuffix(".yaml"), path)
+
+
+def preset_list() -> str:
+    """The package's presets, a line each: name, parameters, what it is."""
+    rows = []
+    for name in preset_names():
+        title = _TITLE.match((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))[1]
+        count = int(_COUNT.search(title)[1].replace(",", ""))
+        size = f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.0f}M"
+        rows.append((name, size, _COUNT.sub("", title)))
+    width = max(len(name) for name, *_ in rows)
+    return "\n".join(f"{name:{width}}  {size:>6}  {about}" for name, size, about in rows)
+
 
 def preset_values(path: str | Path) -> dict[str, Any]:
     """The values of a preset and its bases, by argparse destination, without a parser to check
@@ -23,15 +71,19 @@ def preset_values(path: str | Path) -> dict[str, Any]:
         ValueError: for a missing file, bad YAML or a base that leads back.
     """
     merged: dict[str, Any] = {}
-    for _, values in preset_chain(Path(path)):
+    for _, values in preset_chain(path):
         merged |= {ALIASES.get(key, key): value for key, value in values.items()}
     if isinstance(merged.get("moe_layer_freq"), str):
         merged["moe_layer_freq"] = _layer_pattern(merged["moe_layer_freq"])
     return merged
 
 
-def preset_chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """A preset and its bases with their own values, each behind the ones it overrides."""
+def preset_chain(path: str | Path) -> list[tuple[Path, dict[str, Any]]]:
+    """A preset and its bases with their own values, each behind the ones it overrides.
+
+    A base is a path from the file that names it, or the name of one of the package's presets.
+    """
+    path = find_preset(path)
     chain: list[tuple[Path, dict[str, Any]]] = []
     while True:
         if any(path.resolve() == above.resolve() for above, _ in chain):
@@ -43,7 +95,7 @@ def preset_chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
         chain.insert(0, (path, values))
         if base is None:
             return chain
-        path = path.parent / base
+        path = find_preset(base, path.parent)
 
 
 def _layer_pattern(text: str) -> list[int] | int:
@@ -63,15 +115,24 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         values = read_yaml(path)
     except FileNotFoundError:
-        siblings = [str(p) for p in path.parent.glob("*.yaml")]
-        raise ValueError(
-            f"--config {path}: no such file{did_you_mean(str(path), siblings)}"
-        ) from None
+        raise ValueError(f"--config {path}: {_missing(path)}") from None
     except ValueError as error:
         raise ValueError(f"--config {path}: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"--config {path}: expected lines of `key: value`, found {values!r:.60}")
     return values
+
+
+def _missing(path: Path) -> str:
+    """Why there is no such preset, and the nearest that there is."""
+    name = preset_name(path)
+    if name in preset_names():
+        return f"no such file; the preset of this name is --config {name}"
+    if path.parent == Path() and path.suffix != ".yaml":
+        near = did_you_mean(name, preset_names())
+        return f"no preset of this name, and no file{near or '; mlra presets lists them'}"
+    siblings = [str(p) for p in path.parent.glob("*.yaml")]
+    return f"no such file{did_you_mean(str(path), siblings)}"
 
 
 def preset_description(path: str | Path) -> ModelDescription:
@@ -80,8 +141,6 @@ def preset_description(path: str | Path) -> ModelDescription:
     Raises:
         ValueError: the file is missing, or describes no model of this package.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"{path} does not exist; use one of examples/configs/*.yaml")
     values = preset_values(path)
     if values.get("attention") not in ("mlra", "gqa"):
         found = values.get("attention")

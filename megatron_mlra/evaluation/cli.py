@@ -20,7 +20,6 @@ from megatron_mlra.evaluation.token_stream import named_sets, read_stream
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     command = OneLineParser(
-        prog="evaluate.py",
         description="Log-likelihoods and perplexity of a Megatron, research or exported folder.",
     )
     command.add_argument("checkpoint", help="folder of a checkpoint")
@@ -30,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="NAME=PREFIX",
-        help="datasets of tools/preprocess_data.py: the loss that training's --held-out reports",
+        help="datasets of `mlra preprocess`: the loss that training's --held-out reports",
     )
     command.add_argument(
         "--task",
@@ -40,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
         help="JSON lines of {context, choices, answer} or {context, continuation}",
     )
     command.add_argument(
-        "--tokenizer", help="'byte' or a folder with tokenizer.json; default: as generate.py"
+        "--tokenizer", help="'byte' or a folder with tokenizer.json; default: the checkpoint's own"
     )
     command.add_argument("--dtype", help="float32, bfloat16 or float16; default: the weights'")
     command.add_argument("--device", help="default: cuda where there is a GPU")

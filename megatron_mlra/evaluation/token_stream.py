@@ -38,7 +38,7 @@ def read_stream(prefix: str | Path) -> np.ndarray:
     for suffix in (".idx", ".bin"):
         if not Path(f"{prefix}{suffix}").is_file():
             raise ValueError(
-                f"data file {prefix}{suffix} does not exist; make it with tools/preprocess_data.py"
+                f"data file {prefix}{suffix} does not exist; make it with mlra preprocess"
             )
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 

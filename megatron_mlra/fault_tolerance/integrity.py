@@ -210,7 +210,7 @@ def check_load(args: Namespace) -> None:
             return
         also = ""
         if (Path(args.load) / "config.json").is_file():
-            also = "; an exported folder is made one by tools/convert_checkpoint.py import-hf"
+            also = "; an exported folder is made one by mlra convert import-hf"
         raise ValueError(
             f"--load {args.load} holds no checkpoint (no {TRACKER}); give the --save of an earlier"
             f" run{also}"
@@ -269,10 +269,7 @@ def check_architecture(folder: Path, args: Namespace) -> None:
         if there != here:
             fix = ""
             if name == "padded_vocab_size":
-                fix = (
-                    f" (convert it with --padded-vocab-size {here}, or set padded_vocab_size:"
-                    f" {there} in a preset)"
-                )
+                fix = f" (train with --padded-vocab-size {there}, or convert it with {here})"
             different.append(f"{name} is {there} there, {here} here{fix}")
     if different:
         raise ValueError(f"checkpoint {folder} is of another architecture: {'; '.join(different)}")

@@ -1,6 +1,6 @@
 """Kill ranks of a small run at random, and compare its end with that of a run left alone.
 
-    python tools/soak.py --config examples/configs/debug.yaml --data-path data/text --work runs/soak
+    mlra soak --config debug --data-path data/text --work runs/soak
 
 Both runs are launched as by examples/launch.sh, which restarts the job after each kill (SIGKILL, a
 random rank, a random moment); the job continues from its last checkpoint. The exit code is 0 if all
@@ -25,26 +25,34 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megatron_mlra.command_line.parser import OneLineParser
 from megatron_mlra.launch.control import REFUSED
 
-ROOT = Path(__file__).parents[2]
 # Restarted ranks must not find in torchrun's own store the addresses of those that are gone.
 ENV = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 START = re.compile(r"^training [^|]*: [\d,]+ parameters")
 STEP = re.compile(r"^step ([\d,]+)/[\d,]+ \| lm loss ([\d.]+|nan)")
 
 
+def parser() -> OneLineParser:
+    """The flags; others go to the training entry."""
+    flags = OneLineParser(
+        description=__doc__.splitlines()[0], epilog="Other flags go to the training entry."
+    )
+    add = flags.add_argument
+    add("--config", required=True, help="a preset by name or path")
+    add("--work", type=Path, required=True, help="folder for logs and checkpoints, empty or new")
+    add("--kills", type=int, default=40, help="how many (default: 40)")
+    add("--steps", type=int, default=300, help="of the run (default: 300)")
+    add("--ranks", type=int, default=2, help="processes (default: 2)")
+    add("--save-interval", type=int, default=2, help="steps between checkpoints (default: 2)")
+    add("--seed", type=int, default=0, help="of the kills (default: 0)")
+    return flags
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run both; prints and writes `soak.json` into --work. 1 for a difference, 2 for bad input."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True, help="preset of the training entry")
-    parser.add_argument("--work", type=Path, required=True, help="folder for logs and checkpoints")
-    parser.add_argument("--kills", type=int, default=40)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--save-interval", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0, help="of the kills")
-    args, rest = parser.parse_known_args(argv)
+    args, rest = parser().parse_known_args(argv)
     # A kill after the last checkpoint but one may come when all is done.
     last = args.steps - args.save_interval
     if args.kills >= last:
@@ -96,7 +104,7 @@ class Job:
         self.command = [
             *(sys.executable, "-m", "megatron_mlra.launch", "--standalone"),
             *("--nproc-per-node", str(args.ranks), "--max-restarts", str(args.kills + 5)),
-            *("--monitor-interval", "0.1", str(ROOT / "pretrain_mlra.py")),
+            *("--monitor-interval", "0.1", "-m", "megatron_mlra.training"),
             *("--config", args.config, "--save", str(save), "--load", str(save)),
             *("--train-iters", str(args.steps), "--lr-decay-iters", str(args.steps)),
             *("--save-interval", str(args.save_interval), "--log-interval", "1"),

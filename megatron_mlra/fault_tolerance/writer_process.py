@@ -11,6 +11,7 @@ import os
 import select
 import signal
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,6 +36,8 @@ def write_for_rank(lock: Path | None, *args) -> None:
     if replaced is not None:
         replaced(*args)  # a fork of the rank, which starts this function in its place
         return
+    # As its rank does: Megatron warns about every optional package at import.
+    warnings.filterwarnings("ignore")
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
     PersistentAsyncCaller.async_loop(*args)

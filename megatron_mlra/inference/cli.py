@@ -39,7 +39,6 @@ from megatron_mlra.inference.sampling import SamplingParams
 def parser() -> argparse.ArgumentParser:
     """The flags."""
     p = OneLineParser(
-        prog="generate.py",
         description="Continue prompts with a trained model (Megatron, exported or research folder)."
         " Under torchrun the model is cut over all processes.",
     )
@@ -70,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--output", help="write prompts and outputs there, a JSON object a line")
     p.add_argument("--tokenizer", choices=TOKENIZER_TYPES,
                    help="default: the checkpoint's own, or bytes for 257 tokens")  # fmt: skip
-    p.add_argument("--tokenizer-model", help="as in tools/preprocess_data.py")
+    p.add_argument("--tokenizer-model", help="as in `mlra preprocess`")
     p.add_argument("--vocab-size", type=int, help="true size, if a Megatron folder lacks it")
     p.add_argument("--max-batch", type=int, default=32, help="prompts run together (default: 32)")
     p.add_argument(

@@ -1,6 +1,6 @@
 """Launch: one node's ranks are started, watched, told to stop, and their end is told to all hosts.
 
-    python -m megatron_mlra.launch [flags of torchrun] pretrain_mlra.py [flags of the entry]
+    mlra launch [flags of torchrun] -m megatron_mlra.training [flags of the entry]
 
 torchrun's agent starts and restarts the ranks. What is added: a stop signal saves in every phase, a
 refused command line (exit code 2) is not started again, and hosts know of each other.

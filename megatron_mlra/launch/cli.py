@@ -14,7 +14,7 @@ import threading
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from megatron_mlra.launch import call
 from megatron_mlra.launch.control import (
@@ -84,6 +84,11 @@ def main(argv: list[str]) -> int:
     if code and watch.hosts is not None:
         watch.hosts.report(code, why)
     return stopped_code if control.asked and not code else code
+
+
+def start() -> NoReturn:
+    """Be the program `mlra launch`."""
+    sys.exit(main(sys.argv[1:]))
 
 
 class Watch(threading.Thread):

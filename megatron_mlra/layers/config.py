@@ -16,15 +16,17 @@ import torch
 from megatron.core.models.common.embeddings import _yarn_get_mscale
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-from megatron_mlra.description.backends import current_name
+from megatron_mlra.description.backends import (
+    CORE_BACKENDS,
+    CORE_FORMS,
+    FP8_LINEARS,
+    LATENT_KERNELS,
+    TP_LAYOUTS,
+    current_name,
+)
 from megatron_mlra.description.latent import LatentSizes
-from megatron_mlra.layers.fp8 import FP8_LINEARS, check_fp8
+from megatron_mlra.layers.fp8 import check_fp8
 from megatron_mlra.sharding import fit
-
-TP_LAYOUTS = ("head", "latent")
-CORE_FORMS = ("auto", "absorbed", "materialized")
-CORE_BACKENDS = ("auto", "torch", "te", "mlra_kernels")
-LATENT_KERNELS = ("auto", "torch", "mlra_kernels")
 
 
 def resolve_core_backend(core_backend: str, transformer_impl: str) -> str:

@@ -6,7 +6,6 @@ import copy
 
 from megatron.core.quantization.quant_config import GlobMatcher, RecipeConfig
 
-FP8_LINEARS = ("wide", "all")
 LOW_RANK_LINEARS = ("linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj")
 """Linears into and out of a latent: their products are too small to gain from FP8."""
 

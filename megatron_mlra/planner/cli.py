@@ -1,4 +1,4 @@
-"""The command line of tools/plan.py."""
+"""The command line of the planner."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_mlra.command_line.parser import OneLineParser, check_output, flag
+from megatron_mlra.description.backends import TP_LAYOUTS
 from megatron_mlra.description.megatron_args import from_megatron_args
 from megatron_mlra.description.model import ModelDescription
-from megatron_mlra.description.presets import preset_values
+from megatron_mlra.description.presets import preset_name, preset_values
 from megatron_mlra.planner.gpus import GPUS, Assumptions, find
 from megatron_mlra.planner.report import Report, build
 from megatron_mlra.planner.tables import print_report
@@ -21,30 +23,49 @@ CONTEXTS = (8192, 131072, 1048576)
 
 def parser() -> argparse.ArgumentParser:
     """The flags, those of Assumptions among them."""
-    flags = argparse.ArgumentParser(
+    flags = OneLineParser(
         description="Memory, time, traffic and layouts of a run before it is launched.",
         allow_abbrev=False,
     )
     flags.error = _refuse
-    flags.add_argument("--config", required=True, help="preset, as of pretrain_mlra.py")
+    flags.add_argument("--config", required=True, help="a preset by name or path")
     flags.add_argument("--gpus", type=int, required=True, help="GPUs of the training run")
-    flags.add_argument("--gpu", default="h100", help=", ".join(GPUS))
+    flags.add_argument("--gpu", default="h100", help=f"{', '.join(GPUS)} (default: h100)")
     flags.add_argument("--seq-length", type=int, help="in place of the preset's")
     flags.add_argument("--global-batch-size", type=int, help="in place of the preset's")
-    flags.add_argument("--tp-layout", choices=("head", "latent"), default="head")
+    flags.add_argument(
+        "--tp-layout",
+        choices=TP_LAYOUTS,
+        default="head",
+        help="what a tensor-parallel rank owns: whole heads, or latents (default: head)",
+    )
     flags.add_argument(
         "--cp", type=int, help="context-parallel size; default: tried where sequences are long"
     )
     flags.add_argument("--fp8", action="store_true", help="matrix products of layers in FP8")
-    flags.add_argument("--top", type=int, default=5, help="layouts to print")
-    flags.add_argument("--decode-gpus", type=int, default=8, help="GPUs of one decoding replica")
-    flags.add_argument("--decode-batch", type=int, default=1)
-    flags.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXTS))
+    flags.add_argument("--top", type=int, default=5, help="layouts to print (default: 5)")
+    flags.add_argument(
+        "--decode-gpus", type=int, default=8, help="GPUs of one decoding replica (default: 8)"
+    )
+    flags.add_argument(
+        "--decode-batch", type=int, default=1, help="sequences that it decodes (default: 1)"
+    )
+    flags.add_argument(
+        "--contexts",
+        type=int,
+        nargs="+",
+        metavar="TOKENS",
+        default=list(CONTEXTS),
+        help=f"lengths of a decoded sequence (default: {' '.join(map(str, CONTEXTS))})",
+    )
     flags.add_argument("--json", action="store_true", help="print JSON and no tables")
     flags.add_argument("--plot", metavar="FILE.png", help="draw memory, time and decoding")
     assumed = flags.add_argument_group("assumptions (shares of stated rates)")
     for field in fields(Assumptions):
-        assumed.add_argument("--" + field.name.replace("_", "-"), type=float, default=field.default)
+        about = f"{field.metadata['help']} (default: {field.default:g})"
+        assumed.add_argument(
+            flag(field.name), type=float, metavar="X", default=field.default, help=about
+        )
     return flags
 
 
@@ -76,12 +97,11 @@ def plan(args: argparse.Namespace) -> Report:
     for name in ("gpus", "top", "cp", "decode_gpus", "decode_batch"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} is {value}; use at least 1")
+            raise ValueError(f"{flag(name)} is {value}; use at least 1")
     if min(args.contexts) < 1:
         raise ValueError(f"--contexts {min(args.contexts)}; use at least 1")
-    if args.plot and not Path(args.plot).parent.is_dir():
-        raise ValueError(f"--plot {args.plot}: there is no folder {Path(args.plot).parent}")
+    if args.plot:
+        check_output(args.plot, "--plot")
     gpu = find(args.gpu)
     if args.fp8 and not gpu.fp8_tflops:
         raise ValueError(f"--fp8: {gpu.name} has no FP8; leave it out")
@@ -92,7 +112,7 @@ def plan(args: argparse.Namespace) -> Report:
     if not isinstance(batch, int) or batch < 1:
         raise ValueError(f"--global-batch-size is {batch!r}; use a number of sequences")
     return build(
-        name=Path(args.config).stem,
+        name=preset_name(args.config),
         shape=shape,
         gpus=args.gpus,
         gpu=gpu,

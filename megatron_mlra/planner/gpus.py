@@ -6,7 +6,8 @@ shares of links and of overlap are guesses, to be replaced by what a cluster mea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -40,28 +41,39 @@ GPUS = {
 }
 
 
+def _assume(default: float, about: str) -> Any:
+    """A field with the help of its flag."""
+    return field(default=default, metadata={"help": about})
+
+
 @dataclass(frozen=True)
 class Assumptions:
-    """Shares of the stated rates, and latencies; every field is a flag of tools/plan.py."""
+    """Shares of the stated rates, and latencies; every field is a flag of `mlra plan`."""
 
-    gemm: float = 0.6
-    """Share of the peak that a layer's matrix products reach, launches and gaps included."""
-    core: float = 0.45
-    """Share of the bf16 peak that the attention core reaches (on an H100 360 to 460 TFLOP/s)."""
-    latent_core: float = 0.55
-    """The same of this project's kernels of the absorbed form, on Hopper."""
-    bandwidth: float = 0.8
-    """Share of the memory's rate that elementwise work and the optimizer reach."""
-    network: float = 0.75
-    """Share of a link's rate that collectives reach."""
-    passes: float = 5.0
-    """How often elementwise work moves what is saved for backward, forward and backward."""
-    dp_overlap: float = 0.8
-    """Share of one micro-batch's time that hides data-parallel traffic."""
-    memory: float = 0.92
-    """Share of a GPU's memory a run may plan with; CUDA, NCCL and fragments take the rest."""
-    collective_us: float = 8.0
-    """Start-up time of one collective while decoding."""
+    gemm: float = _assume(
+        0.6, "share of the peak that a layer's matrix products reach, launches and gaps included"
+    )
+    core: float = _assume(
+        0.45,
+        "share of the bf16 peak that the attention core reaches (on an H100 360 to 460 TFLOP/s)",
+    )
+    latent_core: float = _assume(
+        0.55, "the same of this project's kernels of the absorbed form, on Hopper"
+    )
+    bandwidth: float = _assume(
+        0.8, "share of the memory's rate that elementwise work and the optimizer reach"
+    )
+    network: float = _assume(0.75, "share of a link's rate that collectives reach")
+    passes: float = _assume(
+        5.0, "how often elementwise work moves what is saved for backward, forward and backward"
+    )
+    dp_overlap: float = _assume(
+        0.8, "share of one micro-batch's time that hides data-parallel traffic"
+    )
+    memory: float = _assume(
+        0.92, "share of a GPU's memory a run may plan with; CUDA, NCCL and fragments take the rest"
+    )
+    collective_us: float = _assume(8.0, "start-up time of one collective while decoding")
 
     def __post_init__(self) -> None:
         for name in ("gemm", "core", "latent_core", "bandwidth", "network", "memory"):

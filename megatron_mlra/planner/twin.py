@@ -18,7 +18,13 @@ import yaml
 
 from megatron_mlra.cost.parameters import parameters
 from megatron_mlra.description.model import ModelDescription
-from megatron_mlra.description.presets import ALIASES, preset_chain, preset_values
+from megatron_mlra.description.presets import (
+    ALIASES,
+    FOLDER,
+    find_preset,
+    preset_chain,
+    preset_values,
+)
 from megatron_mlra.planner.cli import shape_of
 
 LATENT = {"mla": (1, 1), "gla2": (2, 1), "gla4": (4, 1), "mlra2": (4, 2), "mlra4": (4, 4)}
@@ -76,9 +82,15 @@ class Twin:
         )
         values = dict(self.values)
         if self.base is not None:
-            base = os.path.relpath(self.base.resolve(), folder.resolve())
-            values = {"base": Path(base).as_posix(), **values}
+            values = {"base": base_from(self.base, folder), **values}
         return head + yaml.safe_dump(values, sort_keys=False)
+
+
+def base_from(base: Path, folder: Path) -> str:
+    """How a preset in `folder` names its base: one of the package's by name, others by path."""
+    if FOLDER in base.resolve().parents:
+        return base.resolve().relative_to(FOLDER).as_posix().removesuffix(".yaml")
+    return Path(os.path.relpath(base.resolve(), folder.resolve())).as_posix()
 
 
 def twin(preset: str | Path, variant: str) -> Twin:
@@ -96,7 +108,7 @@ def twin(preset: str | Path, variant: str) -> Twin:
         raise ValueError(f"--attention is {variant!r}; use one of {', '.join(VARIANTS)}")
     merged = preset_values(preset)
     source = shape_of(merged)
-    base, kept = _plain_part(Path(preset))
+    base, kept = _plain_part(preset)
     attention = _attention(source, merged, variant)
     common = {key: value for key, value in merged.items() if key not in ATTENTION_KEYS}
     key = "ffn_hidden_size"
@@ -125,9 +137,10 @@ def twin(preset: str | Path, variant: str) -> Twin:
     )
 
 
-def _plain_part(preset: Path) -> tuple[Path | None, dict[str, Any]]:
+def _plain_part(preset: str | Path) -> tuple[Path | None, dict[str, Any]]:
     """The last preset of the chain that says nothing of attention, and the merged values above it,
     by argparse destination."""
+    preset = find_preset(preset)
     base: Path | None = None
     above: dict[str, Any] = {}
     for file, values in preset_chain(preset):

@@ -1,4 +1,4 @@
-"""The command line of tools/twin.py."""
+"""The command line of the twins."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from megatron_mlra.command_line.parser import OneLineParser, check_output, write
 from megatron_mlra.cost.cache import kv_cache_bytes_per_token
 from megatron_mlra.cost.parameters import parameters
 from megatron_mlra.description.model import ModelDescription
+from megatron_mlra.description.presets import find_preset, preset_name
 from megatron_mlra.planner.twin import VARIANTS, Twin, twin
 
 
 def parser() -> OneLineParser:
     """The flags."""
     flags = OneLineParser(
-        prog="twin.py",
         description="The preset of another attention at the same number of parameters (0.1 %).",
     )
-    flags.add_argument("preset", type=Path, help="preset to be equal to, a YAML file")
+    flags.add_argument("preset", help="the preset to be equal to, by name or path")
     flags.add_argument("--attention", required=True, metavar="NAME", help=", ".join(VARIANTS))
     flags.add_argument("--output", type=Path, metavar="FILE.yaml", help="default: print it")
     flags.add_argument("--overwrite", action="store_true", help="replace FILE.yaml")
@@ -35,13 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.output.exists() and not args.overwrite:
                 raise ValueError(f"--output {args.output} exists; pass --overwrite to replace it")
         found = twin(args.preset, args.attention)
-        folder = args.output.parent if args.output else args.preset.parent
-        text = found.to_yaml(folder, args.preset.stem)
+        folder = args.output.parent if args.output else find_preset(args.preset).parent
+        text = found.to_yaml(folder, preset_name(args.preset))
         if args.output is not None:
             write_text(args.output, text)
     except (ValueError, OSError) as error:
         flags.error(" ".join(str(error).split()))
-    print(table(found, args.preset.stem))
+    print(table(found, preset_name(args.preset)))
     print(f"wrote {args.output}" if args.output else "\n" + text.rstrip())
     return 0
 

@@ -1,7 +1,7 @@
-"""What pretrain_mlra.py stands on: arguments, presets, batches, steps, console, progress, dry run.
+"""The training entry: flags, arguments, presets, batches, steps, console, progress, dry run.
 
-Start with arguments.py, then the order of pretrain_mlra.py. hooks.py lists everything that a run
-replaces in Megatron and torch.
+Start with cli.py, a run from its first line to its last, then arguments.py. hooks.py lists
+everything that a run replaces in Megatron and torch.
 
 May import:   layers, fault_tolerance, cost, planner, sharding, data, description, evaluation,
               command_line, checkpoint.files.guarded_loads, launch.control; torch, Megatron

@@ -22,24 +22,15 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 
 from megatron_mlra.command_line.parser import did_you_mean
-from megatron_mlra.description.backends import current_name
+from megatron_mlra.description.presets import preset_name
 from megatron_mlra.layers.baselines.config import BaselineConfig
-from megatron_mlra.layers.config import (
-    CORE_BACKENDS,
-    CORE_FORMS,
-    LATENT_KERNELS,
-    TP_LAYOUTS,
-    MLRAConfig,
-)
-from megatron_mlra.layers.fp8 import FP8_LINEARS
-from megatron_mlra.planner.gpus import GPUS
+from megatron_mlra.layers.config import MLRAConfig
 from megatron_mlra.training import data_defaults
 from megatron_mlra.training.argument_checks import check_arguments
 from megatron_mlra.training.cpu_backend import CPU_DEFAULTS
+from megatron_mlra.training.flags import add_mlra_arguments, preset_of, repair_help
 from megatron_mlra.training.presets import add_opposites, load_preset
 from megatron_mlra.training.upstream_fixes import accumulate_weight_gradients_in_products
-
-ATTENTION_KINDS = ("mlra", "gqa", "gta", "mfa", "tpa")
 
 DEFAULTS = {
     "add_bias_linear": False,
@@ -76,132 +67,6 @@ DEFAULTS = {
 """Defaults that differ from Megatron's, below presets and the command line."""
 
 
-def add_mlra_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add this project's flags to Megatron's parser."""
-    group = parser.add_argument_group(title="MLRA attention")
-    group.add_argument(
-        "--config", metavar="FILE.yaml", help="preset whose values become defaults of all flags"
-    )
-    group.add_argument(
-        "--attention",
-        choices=ATTENTION_KINDS,
-        default="mlra",
-        help="mlra: MLA, GLA-n, MLRA-n by --num-latent-heads and --num-branches; gqa: Megatron's"
-        " own (MHA, GQA, MQA); gta, mfa, tpa: the paper's other baselines",
-    )
-    group.add_argument("--num-latent-heads", type=int, default=4, help="latent heads L")
-    group.add_argument("--num-branches", type=int, default=4, help="branches N a head sums over")
-    group.add_argument(
-        "--qk-nope-head-dim", type=int, dest="qk_head_dim", help="Megatron's --qk-head-dim"
-    )
-    group.add_argument(
-        "--qk-rope-head-dim", type=int, dest="qk_pos_emb_head_dim", help="--qk-pos-emb-head-dim"
-    )
-    group.add_argument("--tpa-q-rank", type=int, default=6, help="rank of TPA's queries")
-    group.add_argument("--tpa-kv-rank", type=int, default=2, help="rank of TPA's keys and values")
-    group.add_argument("--output-gate", action="store_true", help="gate the attention output")
-    group.add_argument(
-        "--no-variance-scaling", action="store_false", dest="variance_scaling", default=True
-    )
-    group.add_argument(
-        "--no-zero-init-output",
-        action="store_false",
-        dest="zero_init_output",
-        default=True,
-        help="start the output projections at random, not at zero",
-    )
-    group.add_argument("--latent-tp-layout", choices=TP_LAYOUTS, default="head")
-    group.add_argument("--core-form", choices=CORE_FORMS, default="auto")
-    group.add_argument(
-        "--core-backend",
-        type=partial(current_name, "core_backend"),
-        choices=CORE_BACKENDS,
-        default="auto",
-        help="the core by torch, Transformer Engine or this project's kernels of the absorbed form"
-        " (auto: the last on Hopper GPUs with TE layers)",
-    )
-    group.add_argument(
-        "--fp8-linears",
-        choices=FP8_LINEARS,
-        default="wide",
-        help="which linears --fp8-format applies to: all, or those that gain (wide: MLP, output and"
-        " gate projections)",
-    )
-    group.add_argument(
-        "--latent-kernels",
-        type=partial(current_name, "latent_kernels"),
-        choices=LATENT_KERNELS,
-        default="auto",
-        help="the passes around the core by torch or by this project's kernels (auto: with TE"
-        " layers)",
-    )
-    group.add_argument(
-        "--no-recompute-absorbed-query",
-        action="store_false",
-        dest="recompute_absorbed_query",
-        default=True,
-        help="keep the absorbed core's queries for backward: more memory, no rebuilding",
-    )
-    group.add_argument(
-        "--packed-sequences",
-        action="store_true",
-        dest="dataloader_inter_document_masking",
-        help="documents of a sequence attend to themselves alone, their positions start anew;"
-        " Megatron's --dataloader-inter-document-masking",
-    )
-    group.add_argument(
-        "--keep-last",
-        type=int,
-        metavar="K",
-        help="keep the newest K checkpoints of --save and delete older ones (default: keep all)",
-    )
-    group.add_argument(
-        "--hang-timeout-seconds",
-        type=float,
-        metavar="SECONDS",
-        help="end the job, naming the rank, when one has not answered or has kept the others"
-        " waiting for this long (0: never; default: 0.8 of --distributed-timeout-minutes)",
-    )
-    group.add_argument(
-        "--dry-run",
-        type=int,
-        metavar="GPUS",
-        help="check the arguments for a launch on this many GPUs, print the plan, who owns what and"
-        " the command, and exit; needs no GPU",
-    )
-    group.add_argument(
-        "--dry-run-gpu", choices=GPUS, default="h100", help="the GPU that --dry-run plans with"
-    )
-    group.add_argument(
-        "--held-out",
-        nargs="+",
-        metavar="NAME=PREFIX",
-        help="datasets to score whole and in order behind the last step (held_out.json in --save)",
-    )
-    group.add_argument(
-        "--data-seed",
-        type=int,
-        metavar="SEED",
-        help="of the order of the data; default: --seed, which also draws the initial weights",
-    )
-    group.add_argument(
-        "--eval-at-start",
-        action="store_true",
-        help="print the validation loss before the first step too",
-    )
-    group.add_argument(
-        "--verbose-optimizer",
-        action="store_true",
-        help="print which optimizer takes which weights, and as which matrices",
-    )
-    group.add_argument(
-        "--verbose-megatron",
-        action="store_true",
-        help="print everything Megatron prints, not only this project's summary and progress",
-    )
-    return parser
-
-
 def accelerated_defaults() -> dict[str, Any]:
     """The only automatic choice of accelerated parts: each is used on a GPU, if installed."""
     if not torch.cuda.is_available():
@@ -223,6 +88,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
 
     def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         add_mlra_arguments(parser)
+        repair_help(parser)
         parser.error = partial(_refuse, parser)
         for action in parser._actions:
             if action.dest == "yaml_cfg":
@@ -231,7 +97,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
             if getattr(action.type, "__name__", "") == "enum_type_handler":
                 action.type = _enum_type(action.type, [member.name for member in action.choices])
         parser.set_defaults(**DEFAULTS | accelerated_defaults())
-        preset = _config_path(argv)
+        preset = preset_of(argv, partial(_refuse, parser))
         if preset is not None:
             parser.set_defaults(**load_preset(preset, parser))
         add_opposites(parser)
@@ -314,7 +180,7 @@ def join_world() -> None:
 
 def run_folder(args: Namespace) -> Path:
     """Where logs go: `--save`, else runs/ and the preset's name."""
-    return Path(args.save) if args.save else Path("runs") / Path(args.config or "run").stem
+    return Path(args.save) if args.save else Path("runs") / preset_name(args.config or "run")
 
 
 def transformer_config(args: Namespace) -> MLRAConfig | BaselineConfig:
@@ -348,10 +214,3 @@ def _enum_type(convert: Callable[[str], Any], names: list[str]) -> Callable[[str
         return convert(name)
 
     return enum_member
-
-
-def _config_path(argv: list[str]) -> str | None:
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.error = partial(_refuse, finder)
-    finder.add_argument("--config")
-    return finder.parse_known_args(argv)[0].config

@@ -77,7 +77,7 @@ def _prefixes(args: Namespace) -> list[str]:
     blends = [b for b in (blend, *(per_split or ())) if b is not None]
     if not blends:
         raise ValueError(
-            "no data: give --data-path PREFIX (tools/preprocess_data.py writes PREFIX.bin and"
+            "no data: give --data-path PREFIX (mlra preprocess writes PREFIX.bin and"
             " PREFIX.idx) or --mock-data"
         )
     for prefixes, weights in blends:
@@ -107,7 +107,7 @@ def _check_prefix(prefix: str, args: Namespace) -> None:
         stem, dot, last = prefix.rpartition(".")
         if dot and last in ("bin", "idx"):
             raise ValueError(f"--data-path {prefix} names a file; leave .{last} out: {stem}")
-        raise ValueError(f"data file {path} does not exist; make it with tools/preprocess_data.py")
+        raise ValueError(f"data file {path} does not exist; make it with mlra preprocess")
     index = read_index(prefix)
     if prefix in (args.data_path or ()):
         _check_split(prefix, index, args)

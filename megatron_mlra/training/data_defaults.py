@@ -1,4 +1,4 @@
-"""Arguments that follow from others: the vocabulary from the data, steps from samples.
+"""Arguments that follow from others: the vocabulary from the data, the unit of the schedule.
 
 What a command line says wins; a preset's values, made for other data or another length, give way.
 """
@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 
-from megatron_mlra.command_line.parser import flag
 from megatron_mlra.data.errors import InputError
 from megatron_mlra.data.metadata import read_metadata
+from megatron_mlra.training import schedule
 
 _DATA = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 _NUMBER = re.compile(r"[-+.\deE]+")
@@ -20,8 +20,7 @@ def complete(args: Namespace, argv: list[str]) -> None:
     """Fill in what the command line `argv` leaves open."""
     given = {word.partition("=")[0] for word in argv}
     _take_vocabulary(args, given)
-    if "--train-samples" in given and "--train-iters" not in given:
-        _count_samples(args, given)
+    schedule.settle(args, given)
 
 
 def _take_vocabulary(args: Namespace, given: set[str]) -> None:
@@ -51,19 +50,3 @@ def _fit_padding(args: Namespace) -> None:
     """The rows that a preset pads to are those of its own vocabulary."""
     if args.padded_vocab_size is not None and args.padded_vocab_size < args.vocab_size:
         args.padded_vocab_size = None
-
-
-def _count_samples(args: Namespace, given: set[str]) -> None:
-    """A preset's schedule in steps as the same one in samples, as Megatron wants it."""
-    args.train_iters = None
-    batch = args.global_batch_size or args.micro_batch_size
-    for steps, samples, none in (
-        ("lr_warmup_iters", "lr_warmup_samples", 0),
-        ("lr_decay_iters", "lr_decay_samples", None),
-    ):
-        count = getattr(args, steps)
-        if flag(steps) in given or not count:
-            continue
-        setattr(args, steps, none)
-        if flag(samples) not in given:
-            setattr(args, samples, count * batch)

@@ -74,7 +74,7 @@ def _plan(args: Namespace, shape: ModelDescription) -> list[str]:
         f"{name} {value / 1e9:,.1f}" for name, value in step.traffic.to_json().items() if value
     )
     return [
-        f"plan: {layout} on {args.world_size:,} x {gpu.name} (predictions; tools/plan.py searches)",
+        f"plan: {layout} on {args.world_size:,} x {gpu.name} (predictions; mlra plan searches)",
         f"  memory: {held.total / GIB:.1f} GiB on the fullest GPU ({sizes}), {verdict} in"
         f" {limit / GIB:.1f}",
         f"  step: {step.seconds:.3g} s, {step.tokens_per_gpu_second:,.0f} tokens/s a GPU, MFU"

@@ -321,7 +321,7 @@ BEFORE_TRAINING = (
     ),
     Hook(
         f"{TRAINER}.report_theoretical_memory",
-        "Megatron's formula knows no latent heads; tools/plan.py has one that does",
+        "Megatron's formula knows no latent heads; mlra plan has one that does",
         (instead(lambda *_, **__: None),),
     ),
     Hook(

@@ -14,7 +14,8 @@ def load_preset(path: str | Path, parser: argparse.ArgumentParser) -> dict[str, 
     """Read a YAML preset into argparse defaults.
 
     Keys are flags without dashes in front and with underscores, or their argparse destinations;
-    `base` names another preset, relative to this one, whose values this one overrides.
+    `base` names another preset, whose values this one overrides: a path from this file, or one of
+    the package's by its name.
 
     Raises:
         ValueError: for a missing file, bad YAML, an unknown key (names the nearest known one) or a
@@ -22,7 +23,7 @@ def load_preset(path: str | Path, parser: argparse.ArgumentParser) -> dict[str, 
     """
     known = _names(parser)
     defaults: dict[str, Any] = {}
-    for file, values in preset_chain(Path(path)):
+    for file, values in preset_chain(path):
         for key, value in values.items():
             if key not in known:
                 raise ValueError(
@@ -104,6 +105,6 @@ def _names(parser: argparse.ArgumentParser) -> dict[str, tuple[argparse.Action, 
     for action in parser._actions:
         for option in action.option_strings:
             names[option.lstrip("-").replace("-", "_")] = (action, True)
-    for name in ("config", "help", "h"):
+    for name in ("config", "help", "h", "help_megatron", "version"):
         names.pop(name, None)
     return names

@@ -141,7 +141,7 @@ def typo(cluster: Cluster) -> None:
     """A typo in the preset's name ends the job at once."""
     job = cluster.submit("typo", options=ONE, preset="mlra4_7bb")
     assert job.end(300) == "FAILED"
-    assert "error: there is no preset examples/configs/mlra4_7bb.yaml" in job.said
+    assert "error: there is no preset megatron_mlra/presets/mlra4_7bb.yaml" in job.said
     fields = job.fields()
     assert (fields["Restarts"], fields["ExitCode"]) == ("0", "2:0")
 

@@ -31,7 +31,7 @@ def corpus(tmp_path_factory) -> Path:
 def preset(tmp_path_factory, corpus) -> Path:
     """A preset of a model that takes milliseconds a step, on the corpus."""
     path = tmp_path_factory.mktemp("preset") / "tiny.yaml"
-    path.write_text(TINY.format(root=ROOT, corpus=corpus))
+    path.write_text(TINY.format(corpus=corpus))
     return path
 
 

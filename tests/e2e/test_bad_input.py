@@ -142,7 +142,7 @@ FLAGS = [
     (["--attention-backend", "local"], "Megatron refuses these arguments: `assert args.spec[0] =="),
     (["--checkpoint-activations"], "Megatron refuses these arguments"),
     # Data.
-    (["--data-path", "no/data"], "data file no/data.idx does not exist; make it with tools/prepro"),
+    (["--data-path", "no/data"], "data file no/data.idx does not exist; make it with mlra prepro"),
     (["--data-path", "{corpus}.bin"], "names a file; leave .bin out: {corpus}"),
     (["--data-path", "{corpus}.idx"], "names a file; leave .idx out: {corpus}"),
     (["--train-data-path", "{corpus}"], "A single data source must be provided in training mode"),

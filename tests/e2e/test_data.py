@@ -178,8 +178,8 @@ def test_vocabulary_and_end_of_document_are_those_of_the_data(entry, preset, cor
     # Another padding is named with its fix.
     run = entry.run(tmp_path, "--config", preset, "--load", tmp_path / "save")
     assert run.code == 2 and (
-        "padded_vocab_size is 1024 there, 272 here (convert it with --padded-vocab-size 272, or set"
-        " padded_vocab_size: 1024 in a preset)" in run.err
+        "padded_vocab_size is 1024 there, 272 here (train with --padded-vocab-size 1024, or convert"
+        " it with 272)" in run.err
     )
 
 

@@ -10,7 +10,7 @@ from support import ENV, ROOT
 
 
 def test_a_launch_of_1024_gpus_is_described_and_nothing_started(tmp_path):
-    config = ROOT / "examples" / "configs" / "mlra4_70b.yaml"
+    config = "mlra4_70b"
     command = [sys.executable, ROOT / "pretrain_mlra.py", "--config", config]
     command += ["--dry-run", "1024", "--data-path", "nowhere", "--save", tmp_path / "save"]
     done = subprocess.run(command, capture_output=True, text=True, env=ENV)

@@ -13,6 +13,7 @@ from megatron_mlra.data.tokenizers import ByteTokenizer
 from megatron_mlra.inference.cli import main
 from megatron_mlra.inference.growing_text import GrowingText
 from support import ENV, ROOT
+from support.programs import program
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +89,8 @@ def test_ranks_write_what_one_process_writes(checkpoint, capsys):
     _, alone, _ = generate(capsys, *argv)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     done = subprocess.run(
-        [*command, "2", ROOT / "tools/generate.py", *argv, "--weight-mode", "sharded"],
+        [*command, "2", "--no-python", program("mlra"), "generate", *argv,
+         "--weight-mode", "sharded"],
         capture_output=True, text=True, env=ENV, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -110,7 +112,10 @@ def test_ranks_write_what_one_process_writes(checkpoint, capsys):
         (["--prompt", "x", "--max-batch", 0], "--max-batch is 0; use at least 1"),
         (["--prompt", "x", "--chunk-size", 0], "--chunk-size is 0; use at least 1"),
         (["--prompt", "x", "--output", "/"], "--output / is a folder; name a file in it"),
-        (["--prompt", "x", "--output", "/no/x"], "--output /no/x: there is no folder /no; make"),
+        (
+            ["--prompt", "x", "--output", "/proc/no/x"],
+            "--output /proc/no/x: the folder /proc/no cannot be",
+        ),
         (
             ["--prompt", "x", "--max-new-tokens", 4, "--backend", "mlra_kernels"],
             "backend mlra_kernels need a CUDA device, this is cpu; use backend torch",

@@ -78,7 +78,7 @@ def without_packages(folder: Path) -> Path:
     ("argv", "env", "message"),
     [
         (["mlra4_7b"], {}, "usage: examples/launch.sh"),
-        (["nothing", "runs/x"], {}, "there is no preset examples/configs/nothing.yaml"),
+        (["nothing", "runs/x"], {}, "there is no preset megatron_mlra/presets/nothing.yaml"),
         (["debug", "x"], {"NODES": "2"}, "set RDZV_ENDPOINT"),
         (["debug", "x"], {"NODES": "1:2"}, "NODES is '1:2'; give one number"),
         (["debug", "x"], {"NODES": "a[$(touch {ran})]"}, "give one number"),
@@ -222,7 +222,7 @@ def test_what_launch_hands_on(tmp_path):
     command, *env = done.stdout.splitlines()
     assert " --nproc-per-node 3 " in command
     assert command.endswith(
-        f"{ROOT}/pretrain_mlra.py --config {ROOT}/examples/configs/debug.yaml --save there"
+        f"{ROOT}/pretrain_mlra.py --config {ROOT}/megatron_mlra/presets/debug.yaml --save there"
         " --load there --data-path x"
     )
     # torch warns of the former name.

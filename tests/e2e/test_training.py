@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from megatron_mlra.fault_tolerance.integrity import check_complete, latest_step
-from support import ENV, ROOT
+from support import ENV
+from support.programs import program
 from support.runs import Run, scalars, wait_for
 
 
@@ -38,7 +39,7 @@ def parallel(tmp_path_factory, preset):
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", "2", ROOT / "pretrain_mlra.py"),
+            *("--nproc-per-node", "2", "--no-python", program("mlra"), "pretrain"),
             *("--config", preset, "--save", folder / "save", *PARALLEL),
         ],
         capture_output=True,

@@ -53,7 +53,7 @@ def two_ranks(folder: Path) -> subprocess.CompletedProcess:
     (folder / "asleep.py").write_text(ASLEEP)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", folder / "asleep.py"]
-    command += ["--config", ROOT / "examples/configs/debug.yaml", "--mock-data", "--bf16"]
+    command += ["--config", "debug", "--mock-data", "--bf16"]
     command += ["--micro-batch-size", "4", "--train-iters", "50", "--eval-iters", "0"]
     command += ["--save", folder / "save", "--hang-timeout-seconds", "20"]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 """The checkout."""
 
-CONFIGS = ROOT / "examples" / "configs"
+CONFIGS = ROOT / "megatron_mlra" / "presets"
 
 ENV = os.environ | {
     "OMP_NUM_THREADS": "1",

@@ -37,7 +37,7 @@ class Cluster:
         work = self.folder / "work"
         work.mkdir()
         self.data = write_corpus(work)
-        self.preset.write_text(TINY.format(root=ROOT, corpus=self.data))
+        self.preset.write_text(TINY.format(corpus=self.data))
 
     def script(self, *words: object, check: bool = False) -> str:
         """Run slurm.sh; returns its stdout."""

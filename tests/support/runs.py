@@ -12,7 +12,7 @@ from pathlib import Path
 from support import ENV, ROOT
 
 TINY = """
-base: {root}/examples/configs/debug.yaml
+base: debug
 num_layers: 2
 hidden_size: 64
 ffn_hidden_size: 128

@@ -6,10 +6,11 @@ import argparse
 import ast
 import importlib.util
 import re
-from pathlib import Path
 
 import pytest
 
+from megatron_mlra.command_line import flags_page
+from megatron_mlra.command_line.commands import COMMANDS
 from support import ROOT
 
 PAGES = {
@@ -19,13 +20,20 @@ PAGES = {
 }
 # What a path in a text may start with, and where what a run makes lies.
 TOP = ("docs", "examples", "kernels", "megatron_mlra", "tests", "tools")
-# Tools that hand on to the entry the flags that they do not know.
-PASS_ON = {"benchmark_training", "soak"}
+# Commands that hand on to the entry the flags that they do not know.
+PASS_ON = {"benchmark-training", "soak"}
 PATH = re.compile(rf"(?<![\w/.-])(?:{'|'.join(TOP)})/[\w./-]+\.(?:py|sh|yaml|md|json|png)\b")
 LINK = re.compile(r"\]\(([^)\s#]+)(#[^)\s]*)?\)")
 SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # A command of a text, up to the end of its line, which a backslash continues, or of its `quotes`.
-COMMAND = re.compile(r"(?:tools/(\w+)|\b(pretrain_mlra))\.py((?:\\\n|[^\n`|&;#])*)")
+COMMAND = re.compile(
+    r"(?:^|`|\"|--no-python |\()mlra ([a-z][\w-]*)((?:\\\n|[^\n`|&;#])*)", re.MULTILINE
+)
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+UNCONVENTIONAL = re.compile(
+    r"\.venv\S*/bin/(?!activate)\w+|tools/\w+\.py|pretrain_mlra\.py"
+    r"|python -m megatron_mlra\.(?!command_line)\w+"
+)
 FLAG = re.compile(r"(?<=\s)--[a-z][\w-]*")
 SNIPPETS = [
     pytest.param(code, id=f"{page}-{i}")
@@ -81,19 +89,14 @@ def test_readme_snippet_runs_as_printed():
     assert attentions == ["MLRASelfAttention"] * 24
 
 
-def flags_of(tool: str) -> set[str]:
-    """The flags that the package of a tool's command line defines."""
-    shell = ast.parse((ROOT / "tools" / f"{tool}.py").read_text())
-    homes = [node.module for node in ast.walk(shell) if isinstance(node, ast.ImportFrom)]
-    folders = {ROOT / Path(*home.split(".")).parent for home in homes if "command_line" not in home}
-    files = [ROOT / "tools" / f"{tool}.py", *(f for d in folders for f in d.glob("*.py"))]
-    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
-    arguments = [arg for node in nodes if isinstance(node, ast.Call) for arg in node.args]
-    words = {str(arg.value) for arg in arguments if isinstance(arg, ast.Constant)}
-    # The planner makes a flag of each field of its assumptions.
-    fields = {ast.unparse(node.target) for node in nodes if isinstance(node, ast.AnnAssign)}
-    words |= {f"--{field.replace('_', '-')}" for field in fields}
-    return {"--help"} | {word for word in words if word.startswith("--")}
+def flags_of(command: str) -> set[str]:
+    """The flags of a command and its subcommands."""
+    found, left = set(), [COMMANDS[command].parser()]
+    while left:
+        parser = left.pop()
+        found |= {*parser._option_string_actions}
+        left += flags_page.subcommands(parser).values()
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -111,18 +114,46 @@ def entry_flags() -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_have_flags_that_exist(page, entry_flags):
-    for tool, entry, rest in COMMAND.findall(PAGES[page].read_text()):
-        known = entry_flags if entry else flags_of(tool)
-        if tool in PASS_ON:
+    for command, rest in COMMAND.findall(PAGES[page].read_text()):
+        assert command in COMMANDS, f"{page}: there is no mlra {command}"
+        if command in flags_page.THEIRS or not COMMANDS[command].is_there():
+            continue
+        known = entry_flags if command == "pretrain" else flags_of(command)
+        if command in PASS_ON:
             known = known | entry_flags
         unknown = {*FLAG.findall(rest)} - known
-        assert not unknown, f"{page}: {tool or entry}.py has no {sorted(unknown)}"
+        assert not unknown, f"{page}: mlra {command} has no {sorted(unknown)}"
 
 
 def test_commands_are_found():
-    text = "`tools/plan.py --gpus 8 \\\n  --gpu h100` and --other\npretrain_mlra.py --x | y --z"
-    found = [(tool or entry, FLAG.findall(rest)) for tool, entry, rest in COMMAND.findall(text)]
-    assert found == [("plan", ["--gpus", "--gpu"]), ("pretrain_mlra", ["--x"])]
+    text = (
+        "`mlra plan --gpus 8 \\\n  --gpu h100` and --other\n--no-python mlra pretrain --x | y --z"
+    )
+    found = [(command, FLAG.findall(rest)) for command, rest in COMMAND.findall(text)]
+    assert found == [("plan", ["--gpus", "--gpu"]), ("pretrain", ["--x"])]
+    assert COMMAND.findall("run `mlra` on\nmlra-kernels, the command mlra, and") == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_follow_the_convention(page):
+    """The environment is activated, the commands are `mlra ...` and `torchrun ... mlra ...`."""
+    for kind, block in FENCE.findall(PAGES[page].read_text()):
+        if kind in ("", "bash", "sh"):
+            assert not (found := UNCONVENTIONAL.findall(block)), f"{page}: {found} in {block}"
+
+
+def test_other_commands_are_seen():
+    text = "```\npython pretrain_mlra.py\n```\n```text\ntools/plan.py\n```\n"
+    assert [kind for kind, _ in FENCE.findall(text)] == ["", "text"]
+    for line in (
+        ".venv/bin/python -m pytest",
+        "python tools/plan.py --gpus 8",
+        "torchrun --nproc-per-node 2 pretrain_mlra.py",
+        "python -m megatron_mlra.launch --standalone",
+    ):
+        assert UNCONVENTIONAL.findall(line), line
+    for line in ("source .venv/bin/activate", "python -m mlra_kernels.benchmarks.operators"):
+        assert not UNCONVENTIONAL.findall(line), line
 
 
 def test_the_drawing_of_packages_is_theirs(tmp_path):

@@ -16,6 +16,7 @@ import torch
 import triton
 
 from mlra_kernels.benchmarks.latent_decode import commit
+from mlra_kernels.benchmarks.output import output_file
 from mlra_kernels.benchmarks.timing import graph_microseconds
 from mlra_kernels.latent_attention import key_ranges, latent_attention, misfit
 from mlra_kernels.latent_attention.reference import latent_attention_reference
@@ -123,7 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--tokens", type=int, default=16384, help="queries, in all sequences")
     parser.add_argument("--mean-document", type=int, default=1000, help="tokens")
-    parser.add_argument("--json", help="where to write the records")
+    parser.add_argument("--json", type=output_file, help="where to write the records")
     parser.add_argument("--commit", default=None, help="commit to name in the report")
     parser.add_argument("--seed", type=int, default=1, help="of inputs and document lengths")
     args = parser.parse_args()

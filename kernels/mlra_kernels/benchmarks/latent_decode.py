@@ -15,6 +15,7 @@ import time
 import torch
 import triton
 
+from mlra_kernels.benchmarks.output import output_file
 from mlra_kernels.benchmarks.providers import PROVIDERS
 from mlra_kernels.benchmarks.timing import copy_roof, graph_microseconds, read_roof
 from mlra_kernels.benchmarks.workload import Shape, Workload, make_workload
@@ -136,8 +137,8 @@ def main() -> None:
     parser.add_argument("--suite", nargs="+", choices=sorted(SUITES), default=["quick"])
     names = [name for name, _, _ in PROVIDERS]
     parser.add_argument("--providers", nargs="+", choices=names, default=names)
-    parser.add_argument("--json", help="where to write the records")
-    parser.add_argument("--png", help="where to draw latency over context length")
+    parser.add_argument("--json", type=output_file, help="where to write the records")
+    parser.add_argument("--png", type=output_file, help="where to draw latency over context length")
     parser.add_argument("--commit", default=None, help="commit to name in the report")
     parser.add_argument("--seed", type=int, default=None, help="seed of the inputs; default: clock")
     args = parser.parse_args()

@@ -19,6 +19,7 @@ from torch.nn import functional
 from mlra_kernels import decoder
 from mlra_kernels import latent_projections as projections
 from mlra_kernels.benchmarks.latent_decode import commit
+from mlra_kernels.benchmarks.output import output_file
 from mlra_kernels.benchmarks.timing import graph_microseconds, read_roof
 from mlra_kernels.grouped_decode import grouped_decode
 from mlra_kernels.latent_decode import latent_cache_append, rope_tables
@@ -199,7 +200,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="of a training step")
     parser.add_argument("--batch", type=int, default=64, help="sequences of a decoding step")
     parser.add_argument("--length", type=int, default=8192, help="cached tokens a sequence")
-    parser.add_argument("--json", help="where to write the records")
+    parser.add_argument("--json", type=output_file, help="where to write the records")
     parser.add_argument("--commit", default=None, help="commit to name in the report")
     parser.add_argument("--seed", type=int, default=1, help="of the inputs")
     args = parser.parse_args()

@@ -50,7 +50,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gla2": _latent(2, 1, 1024, 10048),
     "gqa6": {**_COMMON, **_LLAMA, "num_key_value_heads": 6, "intermediate_size": 9728},
 }
-"""The presets of examples/configs of these names, as they are exported."""
+"""The presets of these names, as they are exported."""
 
 
 def write_shape(name: str, folder: Path, positions: int) -> None:

@@ -6,23 +6,22 @@ at tensor parallel size N is the work of one of N ranks without its collectives.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 import time
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 
 from megatron_mlra.benchmarks.decoding.measure import Case, gate, measure, measure_prefill
-from megatron_mlra.command_line.parser import write_text
+from megatron_mlra.command_line.parser import OneLineParser, check_output, write_text
 from megatron_mlra.description.presets import preset_description
 from mlra_kernels.benchmarks.timing import read_roof
 
-CONFIGS = Path(__file__).parents[3] / "examples" / "configs"
+PRESETS = ("mlra4_2.9b", "mla_2.9b", "gqa_2.9b")
 K = 1024
 
 
@@ -94,26 +93,45 @@ def plot(records: list[dict[str, Any]], title: str, path: str) -> None:
     figure.savefig(path, dpi=130)
 
 
-def main() -> None:
-    """Gate, measure, report."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    default = [str(CONFIGS / f"{name}_2.9b.yaml") for name in ("mlra4", "mla", "gqa")]
-    parser.add_argument("--configs", nargs="+", default=default, help="YAML presets")
-    parser.add_argument("--tp", type=int, nargs="+", default=[4, 1], help="shares to measure")
-    parser.add_argument(
-        "--contexts", type=int, nargs="+", default=[4 * K, 32 * K, 128 * K, 512 * K]
+def parser() -> OneLineParser:
+    """The flags."""
+    flags = OneLineParser(description=" ".join(__doc__.split()))
+    add = flags.add_argument
+    add(
+        "--configs",
+        nargs="+",
+        default=list(PRESETS),
+        metavar="PRESET",
+        help=f"presets by name or path (default: {' '.join(PRESETS)})",
     )
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
-    parser.add_argument("--prefill", type=int, nargs="*", default=[], help="prompt lengths to time")
-    parser.add_argument("--prefill-chunk", type=int, default=4096)
-    parser.add_argument("--json", help="where to write the records")
-    parser.add_argument("--png", help="where to draw time over context")
-    parser.add_argument("--commit", default=None, help="commit to name in the report")
-    parser.add_argument("--seed", type=int, default=None, help="default: the clock")
-    args = parser.parse_args()
+    add("--tp", type=int, nargs="+", default=[4, 1], help="shares to measure (default: 4 1)")
+    add(
+        "--contexts",
+        type=int,
+        nargs="+",
+        metavar="TOKENS",
+        default=[4 * K, 32 * K, 128 * K, 512 * K],
+        help="tokens in the cache (default: 4, 32, 128 and 512 K)",
+    )
+    add("--batches", type=int, nargs="+", default=[1, 32], help="sequences (default: 1 32)")
+    add("--prefill", type=int, nargs="*", default=[], help="prompt lengths to time")
+    add("--prefill-chunk", type=int, default=4096, help="tokens of a prefill step (default: 4096)")
+    add("--json", metavar="FILE", help="where to write the records")
+    add("--png", metavar="FILE", help="where to draw time over context")
+    add("--commit", help="commit to name in the report")
+    add("--seed", type=int, help="default: the clock")
+    return flags
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Gate, measure, report."""
+    args = parser().parse_args(argv)
     if not torch.cuda.is_available():
         sys.exit("error: this benchmark needs a CUDA GPU, and torch sees none")
     try:
+        for flag, file in (("--json", args.json), ("--png", args.png)):
+            if file:
+                check_output(file, flag)
         todo = cases(args.tp, args.configs)
     except ValueError as error:
         sys.exit(f"error: {error}")

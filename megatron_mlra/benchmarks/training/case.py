@@ -25,10 +25,10 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.training import get_megatron_ddp_config, get_megatron_optimizer_config
 
 from megatron_mlra.description.megatron_args import from_megatron_args
+from megatron_mlra.description.presets import find_preset, preset_names
 from megatron_mlra.layers.specs import block_spec
 from megatron_mlra.training import arguments
 
-CONFIGS = Path(__file__).resolve().parents[3] / "examples" / "configs"
 STOCK = "stock-mla"
 """Megatron's MLA as it comes; `stock-mla-fused` turns on its RoPE fusion, which it has for YaRN
 only: with factor 1 that is plain RoPE."""
@@ -42,7 +42,7 @@ class Case:
     """What one row of the results measures."""
 
     variant: str
-    """`mlra4` for examples/configs/mlra4_2.9b.yaml, `mlra4_350m`, ..., a path, or stock-mla."""
+    """`mlra4` for the preset mlra4_2.9b, `mlra4_350m`, ..., a path, or stock-mla."""
     recipe: str = "bf16"
     form: str = "auto"
     seq_length: int = 2048
@@ -73,10 +73,11 @@ class Case:
         if self.variant.endswith(".yaml"):
             return Path(self.variant)
         name = "mla" if self.is_stock else self.variant
-        for path in (CONFIGS / f"{name}_2.9b.yaml", CONFIGS / f"{name}.yaml"):
-            if path.exists():
-                return path
-        names = sorted(p.stem.removesuffix("_2.9b") for p in CONFIGS.glob("*.yaml"))
+        known = preset_names()
+        for preset in (f"{name}_2.9b", name):
+            if preset in known:
+                return find_preset(preset)
+        names = sorted(preset.removesuffix("_2.9b") for preset in known)
         raise ValueError(f"--case {self.variant}: use {STOCK} or one of {', '.join(names)}")
 
     def __str__(self) -> str:

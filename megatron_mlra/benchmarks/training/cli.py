@@ -1,23 +1,25 @@
 """Training speed of MLRA, its relatives and Megatron's own MLA on one GPU.
 
-    python tools/benchmark_training.py --case mlra4 --case stock-mla --out runs/benchmark
+    mlra benchmark-training --case mlra4 --case stock-mla --out runs/benchmark
 
 Each case is VARIANT[/RECIPE[/FORM[/SEQ_LENGTH]]], e.g. mlra4/tensorwise/absorbed/4096: a preset of
-examples/configs cut to --num-layers, or stock-mla (stock-mla-fused with its RoPE fusion). It is
-checked against the torch layers, then timed through Megatron's DDP, schedule and optimizer. Flags
-this tool does not know go to Megatron.
+2.9B by its variant, or any by its name, cut to --num-layers, or stock-mla (stock-mla-fused with its
+RoPE fusion). It is checked against the torch layers, then timed through Megatron's DDP, schedule
+and optimizer. Flags this tool does not know go to Megatron.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+
+from megatron_mlra.command_line.parser import OneLineParser
 
 warnings.filterwarnings("ignore")
 logging.getLogger("megatron").setLevel(logging.ERROR)
@@ -29,21 +31,37 @@ DEFAULT_CASES = [
 ]
 
 
-def main() -> int:
-    """Measure every case; returns 1 if one could not be."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", action="append", help="see above; may be repeated")
-    parser.add_argument("--num-layers", type=int, default=6)
-    parser.add_argument("--tokens", type=int, default=16384, help="of a micro-batch")
-    parser.add_argument("--micro-batches", type=int, default=1, help="of a step")
-    parser.add_argument("--steps", type=int, default=10, help="timed")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before")
-    parser.add_argument("--profile", action="store_true", help="write a trace of two more steps")
-    parser.add_argument(
-        "--sublayer", action="store_true", help="time the attention sublayer alone, ungated"
+def parser() -> OneLineParser:
+    """The flags; others go to Megatron."""
+    flags = OneLineParser(description=__doc__.splitlines()[0], epilog="Other flags go to Megatron.")
+    add = flags.add_argument
+    add(
+        "--case",
+        action="append",
+        metavar="VARIANT[/RECIPE[/FORM[/SEQ_LENGTH]]]",
+        help="a preset of 2.9B by its variant (mlra4), any by its name, or stock-mla, Megatron's"
+        " own; may be repeated (default: mlra4 and stock-mla at 2, 4 and 8 K tokens)",
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmark_training"))
-    args, flags = parser.parse_known_args()
+    add("--num-layers", type=int, default=6, help="of every case (default: 6)")
+    add("--tokens", type=int, default=16384, help="of a micro-batch (default: 16384)")
+    add("--micro-batches", type=int, default=1, help="of a step (default: 1)")
+    add("--steps", type=int, default=10, help="timed (default: 10)")
+    add("--warmup", type=int, default=3, help="steps before (default: 3)")
+    add("--profile", action="store_true", help="write a trace of two more steps")
+    add("--sublayer", action="store_true", help="time the attention sublayer alone, ungated")
+    add(
+        "--out",
+        type=Path,
+        default=Path("runs/benchmark_training"),
+        metavar="FOLDER",
+        help="for results (default: runs/benchmark_training)",
+    )
+    return flags
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure every case; returns 1 if one could not be."""
+    args, flags = parser().parse_known_args(argv)
 
     import torch
 

@@ -24,7 +24,7 @@ from support import ROOT
 
 TP, PP, DP = 8, 8, 16
 WORLD = TP * PP * DP
-CONFIG = ROOT / "examples/configs/mlra4_70b.yaml"
+CONFIG = ROOT / "megatron_mlra/presets/mlra4_70b.yaml"
 ARGV = ["--tensor-model-parallel-size", TP, "--pipeline-model-parallel-size", PP]
 ARGV += ["--sequence-parallel", "--mock-data", "--no-initialization"]
 

@@ -129,7 +129,10 @@ def shard(name: str, tokens, magic=20240520, version=1, count=None) -> None:
         ("--input good.bin --tokenizer byte", "tokenised already: leave out --tokenizer"),
         ("--input good.bin --eod-id 70000", "--eod-id 70000 is no uint16"),
         ("--input good.bin --vocab-size 9", "--vocab-size 9 does not hold --eod-id 50256"),
-        ("--input good.jsonl --tokenizer byte --output-prefix absent/out", "absent does not exist"),
+        (
+            "--input good.jsonl --tokenizer byte --output-prefix /proc/absent/out",
+            "/proc/absent cannot be made",
+        ),
         ("--input good.jsonl --tokenizer byte --output-prefix folder/", "names a folder"),
         ("--input good.jsonl --tokenizer byte --output-prefix out.bin", "leave out the suffix"),
         ("--input good.jsonl --tokenizer byte --output-prefix bad", "bad.json is a folder"),

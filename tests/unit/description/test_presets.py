@@ -3,6 +3,7 @@
 import argparse
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,9 +30,9 @@ from megatron_mlra.layers.projections import RMSNorm
 from megatron_mlra.layers.specs import block_spec
 from megatron_mlra.planner.twin import twin
 from megatron_mlra.training.arguments import add_mlra_arguments, load_preset, parse
-from support import CONFIGS
+from support import CONFIGS, ROOT
 
-LADDER = CONFIGS.parent / "reproduce" / "presets"
+LADDER = ROOT / "examples" / "reproduce" / "presets"
 PUBLISHED = {
     "mlra4_2.9b": 2873220096,
     "mlra2_2.9b": 2872630272,
@@ -78,8 +79,8 @@ def arguments():
     parser = add_mlra_arguments(add_megatron_arguments(argparse.ArgumentParser()))
     plain = vars(parser.parse_args([]))
 
-    def parse(name: str) -> argparse.Namespace:
-        return argparse.Namespace(**plain | load_preset(CONFIGS / f"{name}.yaml", parser))
+    def parse(preset: str | Path) -> argparse.Namespace:
+        return argparse.Namespace(**plain | load_preset(preset, parser))
 
     return parse
 
@@ -89,8 +90,8 @@ def test_all_published_configurations_have_a_preset():
 
 
 def test_the_table_of_presets_is_theirs():
-    table = (CONFIGS.parent / "README.md").read_text()
-    rows = re.findall(r"^\| \[(\S+)\]\(configs/\1\.yaml\) \| (.*?) \| ([\d,]+) \|", table, re.M)
+    table = (ROOT / "docs" / "presets.md").read_text()
+    rows = re.findall(r"^\| \[(\S+)\]\(\S+/presets/\1\.yaml\) \| (.*?) \| ([\d,]+) \|", table, re.M)
     heads = [(CONFIGS / f"{name}.yaml").read_text().partition("\n")[0] for name, *_ in rows]
     assert heads == [f"# {what}: {count} parameters." for _, what, count in rows]
     assert sorted(name for name, *_ in rows) == PRESETS
@@ -114,12 +115,12 @@ def test_ladder_presets_are_twins(size, arguments, groups, monkeypatch):
     """Every model of the evidence is what tools/twin.py makes of that size's MLA, and has within
     0.1 % as many real parameters, in sizes that are multiples of 8."""
     reference = LADDER / f"{size}_mla.yaml"
-    args = arguments(f"../reproduce/presets/{size}_mla")
+    args = arguments(LADDER / f"{size}_mla.yaml")
     target = build_and_count(args, groups, monkeypatch)
     files = sorted(LADDER.glob(f"{size}_*.yaml"))
     assert len(files) == {"small": 13, "large": 5}[size]
     for file in files:
-        args = arguments(f"../reproduce/presets/{file.stem}")
+        args = arguments(file)
         assert abs(build_and_count(args, groups, monkeypatch) / target - 1) <= 1e-3
         assert args.ffn_hidden_size % 8 == 0
         if file != reference:
@@ -235,7 +236,7 @@ def test_large_presets_suit_fp8_at_their_layout(name, arguments, monkeypatch):
 @pytest.mark.parametrize("name", sorted(LARGE))
 def test_large_presets_pass_the_checks_of_a_launch(name):
     gpus = "1024" if "70b" in name else "64"
-    args = parse(["--config", str(CONFIGS / f"{name}.yaml"), "--dry-run", gpus, "--mock-data"])
+    args = parse(["--config", name, "--dry-run", gpus, "--mock-data"])
     assert args.world_size == int(gpus)
     with pytest.raises(ValueError, match=r"processes|micro-batches"):
-        parse(["--config", str(CONFIGS / f"{name}.yaml"), "--dry-run", "7", "--mock-data"])
+        parse(["--config", name, "--dry-run", "7", "--mock-data"])

@@ -1,9 +1,12 @@
 """Parts of the benchmark that need no GPU: inputs, byte counts, correctness gate, plot."""
 
+import argparse
+
 import pytest
 import torch
 
 from mlra_kernels.benchmarks.latent_decode import RANK, SUITES, gate, plot
+from mlra_kernels.benchmarks.output import output_file
 from mlra_kernels.benchmarks.workload import Shape, make_workload
 from mlra_kernels.latent_decode import latent_decode
 
@@ -51,3 +54,11 @@ def test_plot_and_suites(tmp_path):
     plot(records, 3e12, str(tmp_path / "latency.png"))
     assert (tmp_path / "latency.png").stat().st_size > 1000
     assert {shape.fp8 for shape in SUITES["all"]} == {False, True}
+
+
+def test_output_files_have_a_folder_before_anything_is_measured(tmp_path):
+    name = str(tmp_path / "new" / "folder" / "out.json")
+    assert output_file(name) == name and (tmp_path / "new" / "folder").is_dir()
+    for wrong, said in ((str(tmp_path), "is a folder"), ("/proc/no/x.json", "cannot be made")):
+        with pytest.raises(argparse.ArgumentTypeError, match=said):
+            output_file(wrong)

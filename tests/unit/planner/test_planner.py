@@ -23,9 +23,8 @@ from megatron_mlra.planner.memory import (
 )
 from megatron_mlra.planner.search import context_sizes, search
 from megatron_mlra.planner.step import core_flops_per_token, predict, traffic
-from support import ROOT
+from support import CONFIGS, ROOT
 
-CONFIGS = ROOT / "examples" / "configs"
 LARGE = ("mlra4_7b", "mla_7b", "mlra4_70b", "gqa_70b", "mlra4_qwen_8b", "gqa_qwen_8b")
 MOE = ("mlra4_moe_16b", "mla_moe_16b")
 
@@ -263,7 +262,7 @@ def test_a_plot_is_written_whole(capsys, tmp_path):
         (["--gpu", "a100", "--fp8"], "a100 has no FP8"),
         (["--gemm", "1.5"], "--gemm is 1.5"),
         (["--seq-length", "-1"], "--seq-length is -1"),
-        (["--plot", "nowhere/plan.png"], "there is no folder nowhere"),
+        (["--plot", "/proc/nowhere/plan.png"], "the folder /proc/nowhere cannot be made"),
         (["--plot", "plan.doc"], "use a name that ends in .png"),
         (["--unknown", "1"], "unrecognized arguments"),
     ],

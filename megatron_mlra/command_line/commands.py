@@ -1,0 +1,126 @@
+"""The command `mlra`: which subcommands there are, and where their bodies lie.
+
+A body is imported when it is asked for, so that `mlra --help` needs neither torch nor Megatron.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megatron_mlra.command_line.parser import Version, did_you_mean, run
+
+PACKAGE = Path(__file__).resolve().parents[1]
+REFUSED = 2
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand."""
+
+    module: str
+    """Its body, below megatron_mlra: `main(argv)`, and `parser()`, which makes its flags."""
+    about: str
+    first: tuple[str, ...] = ()
+    """Words that its body reads before those of the command line."""
+    flags: str = ""
+    """Where `parser` lies, if not beside `main`."""
+    program: bool = False
+    """The body is a whole program, with output and exit of its own: `start()`."""
+
+    def body(self) -> Callable[..., Any]:
+        """Its `main`, or `start`."""
+        return getattr(self._import(self.module), "start" if self.program else "main")
+
+    def parser(self) -> Any:
+        """An argparse parser of its flags."""
+        return self._import(self.flags or self.module).parser()
+
+    def is_there(self) -> bool:
+        """Whether this installation has it."""
+        return (PACKAGE / f"{self.module.replace('.', '/')}.py").is_file()
+
+    @staticmethod
+    def _import(module: str) -> Any:
+        return importlib.import_module(f"megatron_mlra.{module}")
+
+
+COMMANDS = {
+    "presets": Command("description.cli", "list the models that come with the package"),
+    "plan": Command("planner.cli", "memory, time and layouts of a run before it starts"),
+    "twin": Command("planner.twin_cli", "write a preset of another attention, equal in parameters"),
+    "preprocess": Command("data.cli", "turn text, JSON lines, parquet or token shards into data"),
+    "demo-corpus": Command("data.demo_cli", "write a small corpus that every Python carries"),
+    "pretrain": Command(
+        "training.cli", "train a model, or resume a run", flags="training.flags", program=True
+    ),
+    "launch": Command(
+        "launch.cli", "start one node's ranks: torchrun with stops in order", program=True
+    ),
+    "compare-losses": Command("benchmarks.losses", "compare the losses of runs: a table, a plot"),
+    "generate": Command("inference.cli", "continue prompts with a trained model"),
+    "evaluate": Command("evaluation.cli", "perplexity and task accuracy of a checkpoint"),
+    "serve": Command("serving.cli", "answer requests over HTTP with a trained model"),
+    "inspect": Command("checkpoint.cli", "say what a checkpoint holds, and check it", ("inspect",)),
+    "verify": Command("checkpoint.cli", "compare the logits of two checkpoints", ("verify",)),
+    "reshard": Command("checkpoint.cli", "write a checkpoint in other files", ("reshard",)),
+    "convert": Command("checkpoint.cli", "to and from Hugging Face and the paper's research code"),
+    "soak": Command("fault_tolerance.soak", "kill ranks of a small run, and compare its end"),
+    "benchmark-cpu": Command("benchmarks.cpu", "training speed on a CPU against plain torch"),
+    "benchmark-training": Command("benchmarks.training.cli", "training speed on one GPU"),
+    "benchmark-decoding": Command("benchmarks.decoding.cli", "time per output token on one GPU"),
+}
+"""In the order of a first day."""
+
+
+def there() -> dict[str, Command]:
+    """The commands that this installation has."""
+    return {name: command for name, command in COMMANDS.items() if command.is_there()}
+
+
+def overview() -> str:
+    """What `mlra --help` prints."""
+    known = there()
+    width = max(map(len, known))
+    lines = (f"  {name:{width}}  {command.about}" for name, command in known.items())
+    return "\n".join(
+        (
+            "usage: mlra COMMAND [flags ...]",
+            "",
+            "Multi-Head Low-Rank Attention (MLRA) on Megatron-core, from text to a model.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "mlra COMMAND --help shows a command's flags; mlra --version the versions.",
+        )
+    )
+
+
+def main() -> NoReturn:
+    """Be the program `mlra`."""
+    name, *rest = sys.argv[1:] or [""]
+    if name in ("-h", "--help", "help", "--version"):
+        run(lambda: print(Version.text() if name == "--version" else overview()))
+    command = COMMANDS.get(name)
+    if command is None or not command.is_there():
+        _refuse(name)
+    # What argparse takes for the program's name. A parser of subcommands adds theirs.
+    sys.argv = ["mlra" if command.first else f"mlra {name}", *command.first, *rest]
+    if command.program:
+        command.body()()
+    run(lambda: command.body()(sys.argv[1:]))
+
+
+def _refuse(name: str) -> NoReturn:
+    said = "name a command; mlra --help lists them"
+    if name:
+        near = did_you_mean(name, there()) or "; mlra --help lists the commands"
+        said = f"mlra has no command {name}{near}"
+    os.write(2, f"error: {said}\n".encode())
+    sys.exit(REFUSED)

@@ -1,0 +1,109 @@
+"""docs/flags.md: every command's own flags, as its parser has them.
+
+    python -m megatron_mlra.command_line.flags_page > docs/flags.md
+
+Megatron's flags, which `mlra pretrain` takes too, are not on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+from megatron_mlra.command_line.commands import COMMANDS, Command, there
+
+HEAD = """\
+# Flags
+
+Every command with its own flags. `--help` prints the same in a terminal, `--version` the versions;
+`mlra pretrain --help-megatron` lists Megatron's flags too. This page is written by
+`python -m megatron_mlra.command_line.flags_page > docs/flags.md`.
+"""
+THEIRS = {
+    "launch": "Flags of torchrun, then `-m megatron_mlra.training` (or a script) and its flags:"
+    " `mlra launch --help`.\n"
+}
+"""Commands whose flags are somebody else's."""
+HIDDEN = ("--help", "--version")
+
+
+def page() -> str:
+    """The page."""
+    return "\n".join([HEAD, *(_section(name, command) for name, command in there().items())])
+
+
+def _section(name: str, command: Command) -> str:
+    lines = [f"## mlra {name}", "", f"{command.about[0].upper()}{command.about[1:]}.", ""]
+    if name in THEIRS:
+        return "\n".join([*lines, THEIRS[name]])
+    parser = command.parser()
+    below = subcommands(parser)
+    if command.first:
+        lines += _tables(below[command.first[0]])
+    elif below:
+        aliases = {other.first[0] for other in COMMANDS.values() if other.first}
+        for word, sub in below.items():
+            lines += [f"### mlra {name} {word}", ""]
+            if word in aliases:
+                lines += [f"The same as `mlra {word}`.", ""]
+            else:
+                lines += [sub.description, "", *_tables(sub)]
+    else:
+        lines += _tables(parser)
+    return "\n".join(lines)
+
+
+def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The parsers of a parser's subcommands, by their names."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return action.choices
+    return {}
+
+
+def _tables(parser: argparse.ArgumentParser) -> list[str]:
+    """A table, or one per group where the parser has groups of its own."""
+    lines: list[str] = []
+    for group in parser._action_groups:
+        shown = [a for a in group._group_actions if not {*HIDDEN} & {*a.option_strings}]
+        if not shown:
+            continue
+        if group.title not in ("positional arguments", "options"):
+            lines += [f"{group.title[0].upper()}{group.title[1:]}:", ""]
+        elif lines and lines[-1] == "":
+            # What stands without a flag, and the flags, are one table.
+            lines.pop()
+            lines += [*map(_row, shown), ""]
+            continue
+        lines += ["| flag | what |", "|---|---|", *map(_row, shown), ""]
+    return lines
+
+
+def _row(action: argparse.Action) -> str:
+    flags = ", ".join(f"`{option}`" for option in action.option_strings)
+    values = _values(action)
+    if not flags:
+        flags = f"`{values.strip()}`"
+    elif values:
+        flags += f" `{values.strip()}`"
+    about = re.sub(r"\s+", " ", (action.help or "") % vars(action))
+    return f"| {_cell(flags)} | {_cell(about)} |"
+
+
+def _values(action: argparse.Action) -> str:
+    """What follows the flag, as `--help` has it."""
+    name = action.metavar or (action.dest if not action.option_strings else action.dest.upper())
+    if action.choices is not None and action.metavar is None:
+        name = f"{{{','.join(map(str, action.choices))}}}"
+    if action.nargs == 0:
+        return ""
+    return {"+": f"{name} ...", "*": f"[{name} ...]", "?": f"[{name}]"}.get(action.nargs, name)
+
+
+def _cell(text: str) -> str:
+    """Text that does not end a cell of a table."""
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    print(page().rstrip())

@@ -1,0 +1,151 @@
+"""The training entry, a run from its first line to its last: wiring only.
+
+    mlra pretrain --config debug --data-path data/corpus
+    torchrun --nproc-per-node 8 --no-python mlra pretrain --config mlra4_2.9b ...
+
+All Megatron flags work; `--config` sets defaults, the command line wins, and every switch has an
+opposite (`--no-bf16`). `pretrain_mlra.py` and `python -m megatron_mlra.training` are the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import warnings
+from typing import NoReturn
+
+from megatron_mlra.fault_tolerance import stopping
+from megatron_mlra.training import flags
+from megatron_mlra.training.ending import end_at_once, hush_threads, leave, refuse_python
+
+# Megatron warns about every optional package at import; the summary names what matters.
+warnings.filterwarnings("ignore")
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def main() -> int:
+    """Run one training job, by `sys.argv`; returns the exit code."""
+    if flags.answer(sys.argv[1:]):
+        return 0
+    stopping.listen(signal.SIGTERM)
+    os.register_at_fork(after_in_child=hush_threads)
+    try:
+        return train()
+    except KeyboardInterrupt:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print("error: interrupted", file=sys.stderr)
+        return 130
+    except ImportError as error:
+        return refuse_python(error)
+    finally:
+        stopping.close()
+
+
+def has_gpu() -> bool:
+    """Whether there is a GPU; without one, sets what Megatron needs set when it is imported."""
+    import torch
+
+    if torch.cuda.is_available():
+        return True
+    # torch.compile, behind Megatron's fused functions, would build C++ for a minute on a CPU.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    return False
+
+
+def train() -> int:
+    """Check all that can be checked, then hand over to Megatron; returns the exit code."""
+    on_cpu = not has_gpu()
+    import torch
+    from megatron.core.enums import ModelType
+    from megatron.training import global_vars, training
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from megatron_mlra.command_line.parser import say
+    from megatron_mlra.cost.parameters import parameters
+    from megatron_mlra.description.megatron_args import from_megatron_args
+    from megatron_mlra.fault_tolerance import fingerprint, integrity
+    from megatron_mlra.fault_tolerance.run_lock import RunLock
+    from megatron_mlra.training import arguments, batches, console, dry_run, hooks, progress, steps
+    from megatron_mlra.training.cpu_backend import enable_cpu_backend
+    from megatron_mlra.training.meeting import meet_all
+
+    args, output, started, lock = None, None, False, None
+    try:
+        args = arguments.parse()
+        given = fingerprint.of_arguments(args)
+        if args.exit_signal_handler:
+            stopping.listen(args.exit_signal)
+        else:
+            stopping.ignore_no_more()
+        if not args.verbose_megatron:
+            output = console.MegatronOutput(args.rank, args.world_size)
+        if on_cpu:
+            enable_cpu_backend()
+        if args.save is not None:
+            lock = RunLock(args.save, say=say, lost=end_at_once)
+        run = hooks.Run(args, on_cpu, lock)
+        hooks.apply(hooks.BEFORE_CHECKS, run)
+        config = steps.model_config(args, arguments.validate(args))
+        global_vars.rebuild_tokenizer(args)
+        run.shape = shape = from_megatron_args(args)
+        if args.dry_run:
+            described = dry_run.describe(args, config.transformer, shape, sys.argv[1:])
+            # At once, so that a reader may leave early.
+            say("\n".join([console.summary(args, shape), *described]))
+            return 0
+        integrity.check_save(args, parameters(shape).total)
+        if args.tensorboard_dir is not None:
+            integrity.check_writable("--tensorboard-dir", args.tensorboard_dir)
+        integrity.check_load(args)
+        batches.check_data(args)
+
+        world = meet_all(args, given, lock)
+        if output is not None:
+            output.open(arguments.run_folder(args))
+        started, run.hosts = True, world.hosts
+        hooks.apply(hooks.BEFORE_TRAINING, run)
+        global_vars.set_global_variables(args, build_tokenizer=False)
+        if args.exit_signal_handler:
+            stopping.hand_over(global_vars.get_signal_handler())
+        if args.rank == 0:
+            say(console.summary(args, shape))
+            if on_cpu:
+                say(console.on_cpu(args))
+            say(console.accelerated_parts(args))
+        container = pretrain_cfg_container_from_args(args, config)
+        try:
+            training.pretrain(
+                container,
+                batches.build_datasets,
+                ModelType.encoder_or_decoder,
+                steps.forward_step,
+                store=world.store,
+            )
+        except progress.Stopped as stop:
+            if args.rank == 0:
+                say(str(stop))
+            if stop.code:
+                return stop.code
+        torch.distributed.barrier()
+        if run.watch:
+            run.watch.stop()
+        torch.distributed.barrier()
+    except (SystemExit, Exception, CheckpointException) as error:
+        if args is None and isinstance(error, SystemExit):  # --help-megatron
+            raise
+        return console.fail_run(error, args, output, started)
+    finally:
+        if lock is not None:
+            lock.release()
+    torch.distributed.destroy_process_group()
+    return 0
+
+
+def start() -> NoReturn:
+    """Be the program: run the job and end with its code."""
+    leave(main())
+    sys.exit(0)

@@ -1,0 +1,66 @@
+"""A run's length and schedule, in steps or in samples: one of the two, as Megatron wants it.
+
+What a command line says wins; a preset's values in the other unit, or of the other kind of warm-up,
+are converted or give way.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from megatron_mlra.command_line.parser import flag
+
+LENGTHS = ("train_iters", "train_samples")
+PAIRS = (
+    ("lr_warmup_iters", "lr_warmup_samples", 0),
+    ("lr_decay_iters", "lr_decay_samples", None),
+    ("lr_wsd_decay_iters", "lr_wsd_decay_samples", None),
+)
+"""By steps, by samples, and the value that stands for "not given"."""
+UNITS = ("steps", "samples")
+
+
+def settle(args: Namespace, given: set[str]) -> None:
+    """Have `args` count in one unit alone.
+
+    Args:
+        given: the flags of the command line.
+
+    Raises:
+        ValueError: the command line counts in both; one line with the value in the right unit.
+    """
+    lengths = [name for name in LENGTHS if flag(name) in given]
+    if len(lengths) == 2:
+        raise _exclude(args, *LENGTHS)
+    in_samples = bool(args.train_samples) and not args.train_iters
+    unit = LENGTHS.index(lengths[0]) if lengths else int(in_samples)
+    if lengths:
+        setattr(args, LENGTHS[1 - unit], None)
+    batch = args.global_batch_size or args.micro_batch_size
+    for *names, none in PAIRS:
+        ours, other = names[unit], names[1 - unit]
+        count = getattr(args, other)
+        if not count:
+            continue
+        converted = count * batch if unit else -(-count // batch)
+        if flag(other) in given:
+            raise ValueError(
+                f"{flag(other)} {count} counts {UNITS[1 - unit]} and {flag(LENGTHS[unit])}"
+                f" {UNITS[unit]}; use {flag(ours)} {converted}"
+            )
+        setattr(args, other, none)
+        if flag(ours) not in given:
+            setattr(args, ours, converted)
+    if args.lr_warmup_fraction is not None:
+        warmup = PAIRS[0][unit]
+        if flag(warmup) not in given:
+            setattr(args, warmup, 0)
+        elif flag("lr_warmup_fraction") in given:
+            raise _exclude(args, "lr_warmup_fraction", warmup)
+        else:
+            args.lr_warmup_fraction = None
+
+
+def _exclude(args: Namespace, one: str, other: str) -> ValueError:
+    said = " and ".join(f"{flag(name)} {getattr(args, name)}" for name in (one, other))
+    return ValueError(f"{said} exclude each other; give one")
