@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megatron_mlra.command_line.log_line import logged_steps
 from megatron_mlra.cost.parameters import parameters
 from megatron_mlra.description.megatron_args import from_megatron_args
 from megatron_mlra.description.model import ModelDescription
@@ -143,10 +144,10 @@ def megatron_rates(config: Path, steps: int) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         command += ["--eval-iters", "0", "--tensorboard-dir", f"{folder}/tensorboard"]
         run = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-    found = re.findall(r"^step .*\| ([\d,]+) tokens/s", run.stdout, re.MULTILINE)
+    found = [told.tokens_per_second for told in logged_steps(run.stdout) if told.tokens_per_second]
     if run.returncode or len(found) != steps:
         sys.exit(f"error: pretrain_mlra.py failed\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
-    return [float(rate.replace(",", "")) for rate in found]
+    return [float(rate) for rate in found]
 
 
 def machine() -> dict:

@@ -25,13 +25,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megatron_mlra.command_line.log_line import STEP
 from megatron_mlra.launch.control import REFUSED
 
 ROOT = Path(__file__).parents[2]
 # Restarted ranks must not find in torchrun's own store the addresses of those that are gone.
 ENV = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 START = re.compile(r"^training [^|]*: [\d,]+ parameters")
-STEP = re.compile(r"^step ([\d,]+)/[\d,]+ \| lm loss ([\d.]+|nan)")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -122,9 +122,9 @@ class Job:
                 if not (found := STEP.match(line)):
                     continue
                 now, step = time.perf_counter(), int(found[1].replace(",", ""))
-                if self.losses.setdefault(step, found[2]) != found[2]:
-                    bar.write(f"step {step}: loss {found[2]}, before the kill {self.losses[step]}")
-                    self.losses[step] = found[2]
+                if self.losses.setdefault(step, found[3]) != found[3]:
+                    bar.write(f"step {step}: loss {found[3]}, before the kill {self.losses[step]}")
+                    self.losses[step] = found[3]
                 # Steps that were printed before the kill may still be in the pipe.
                 if killed_at is not None and back:
                     self.lost[-1] += step <= reached
