@@ -1,9 +1,11 @@
-"""Compare the training losses of runs by what they printed: a table, and the curves in one plot.
+"""Compare the training losses of runs: a table, and the curves in one plot.
 
-    python tools/compare_losses.py bf16=bf16.txt fp8=fp8.txt --png losses.png
+    python tools/compare_losses.py bf16=runs/bf16 fp8=runs/fp8 --png losses.png
 
-Each file is the standard output of pretrain_mlra.py with --log-interval 1. Differences are to the
-first run, of the mean loss of the last steps.
+Each run is named with its --save folder, an event file of TensorBoard, its megatron.log or what it
+printed. A run's losses are means of the steps between two lines of its log, whatever
+--log-interval it had; the table says of which steps. Differences are to the first run. A file that
+--json wrote stands for all runs in it.
 """
 
 from __future__ import annotations
@@ -11,80 +13,155 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 
+from megatron_mlra.command_line.log_line import logged_steps
 from megatron_mlra.command_line.parser import OneLineParser, check_output, write_text
 
-STEP = re.compile(r"^step ([\d,]+)/[\d,]+ \| lm loss ([\d.]+)", re.MULTILINE)
 VALIDATION = re.compile(r"^validation at step [\d,]+: lm loss ([\d.]+)", re.MULTILINE)
+_MEGATRON = re.compile(r"^ \[.*?\] iteration +(\d+)/ *\d+ \|.*? lm loss: (\S+) \|", re.MULTILINE)
+_MEGATRON_VALIDATION = re.compile(r"validation loss at .*?lm loss value: (\S+) \|")
+_EVENTS = "events.out.tfevents.*"
 
 
-def read(path: Path) -> dict:
-    """Losses of steps 1, 2, ... and the last validation loss, None where there is none.
+@dataclass
+class Run:
+    """Losses of a run.
+
+    Attributes:
+        steps: of the lines, ascending.
+        losses: mean loss of the steps behind the line before, nats per token.
+        validation: the last validation loss.
+    """
+
+    steps: list[int]
+    losses: list[float]
+    validation: float | None = None
+
+    def interval(self) -> int:
+        """Steps between two lines."""
+        return self.steps[-1] - self.steps[-2] if len(self.steps) > 1 else self.steps[-1]
+
+    def tail(self, last: int) -> tuple[float, int, int]:
+        """Mean loss of the last steps, and the first and the last of them: whole intervals, at
+        least one."""
+        begins = [max(0, self.steps[0] - self.interval()), *self.steps[:-1]]
+        kept = [i for i, begin in enumerate(begins) if begin >= self.steps[-1] - last]
+        first = min(kept, default=len(begins) - 1)
+        lengths = [end - begin for begin, end in zip(begins, self.steps, strict=True)][first:]
+        total = sum(n * loss for n, loss in zip(lengths, self.losses[first:], strict=True))
+        return total / sum(lengths), begins[first] + 1, self.steps[-1]
+
+
+def read(path: Path) -> Run:
+    """The losses that a run left.
 
     Raises:
-        ValueError: the file holds no step, or not every step.
+        ValueError: there are none.
+        OSError: it cannot be read.
     """
+    if path.is_dir():
+        folders = sorted({file.parent for file in path.rglob(_EVENTS)})
+        logs = [file for name in ("megatron.log",) if (file := path / name).is_file()]
+        found = _of_events(folders) if folders else None
+        if found is None and logs:
+            found = _of_text(logs[0])
+        if found is None:
+            raise ValueError(f"{path} holds no event file with `lm loss`, and no megatron.log")
+        return found
+    if path.match(_EVENTS):
+        if (found := _of_events([path])) is None:
+            raise ValueError(f"{path} has no curve `lm loss`")
+        return found
+    return _of_text(path)
+
+
+def _of_events(places: list[Path]) -> Run | None:
+    """Of TensorBoard's files or folders, where the later word on a step holds; None without any."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    losses: dict[int, tuple[float, float]] = {}
+    validations: dict[int, tuple[float, float]] = {}
+    for place in places:
+        curves = EventAccumulator(str(place), size_guidance={"scalars": 0})
+        curves.Reload()
+        for name, points in (("lm loss", losses), ("lm loss validation", validations)):
+            for event in curves.Scalars(name) if name in curves.Tags()["scalars"] else ():
+                if event.wall_time >= points.get(event.step, (0.0,))[0]:
+                    points[event.step] = (event.wall_time, event.value)
+    if not losses:
+        return None
+    last = validations[max(validations)][1] if validations else None
+    steps = sorted(losses)
+    return Run(steps, [losses[step][1] for step in steps], last)
+
+
+def _of_text(path: Path) -> Run:
+    """Of what a run printed, or of megatron.log."""
     text = path.read_text(errors="replace")
-    found = {int(step.replace(",", "")): float(loss) for step, loss in STEP.findall(text)}
-    if not found:
-        raise ValueError(f"{path} has no line like 'step 1/300 | lm loss ...'")
-    if sorted(found) != list(range(1, len(found) + 1)):
-        raise ValueError(f"{path} does not hold every step; train with --log-interval 1")
+    # A resumed run tells the steps behind its checkpoint twice: the later word holds.
+    losses = {told.step: told.loss for told in logged_steps(text)}
     validation = VALIDATION.findall(text)
-    losses = [found[step] for step in sorted(found)]
-    return {"losses": losses, "validation": float(validation[-1]) if validation else None}
+    if not losses:
+        losses = {int(step): float(loss) for step, loss in _MEGATRON.findall(text)}
+        validation = _MEGATRON_VALIDATION.findall(text)
+    if not losses:
+        raise ValueError(f"{path} has no line like 'step 10/300 | lm loss ...'")
+    steps = sorted(losses)
+    last = float(validation[-1]) if validation else None
+    return Run(steps, [losses[step] for step in steps], last)
 
 
-def table(runs: dict[str, dict], last: int) -> str:
-    """Markdown: mean loss of the last steps and validation loss, with differences."""
-    lines = [f"| run | mean of the last {last} steps | | validation | |", "|---|---|---|---|---|"]
-    first = next(iter(runs.values()))
-    base = mean(first["losses"][-last:]), first["validation"]
-    for name, found in runs.items():
-        cells = [name]
-        for value, reference in zip(
-            (mean(found["losses"][-last:]), found["validation"]), base, strict=True
-        ):
-            known = value is not None and reference is not None
-            cells += (
-                [f"{value:.4f}", f"{100 * (value / reference - 1):+.2f} %"] if known else ["", ""]
+def read_json(path: Path) -> dict[str, Run]:
+    """The runs of a file that --json wrote.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    try:
+        return {
+            # Written before steps were: one loss for each step.
+            name: Run(
+                told.get("steps") or list(range(1, len(told["losses"]) + 1)),
+                told["losses"],
+                told["validation"],
             )
+            for name, told in json.loads(path.read_text()).items()
+        }
+    except (TypeError, KeyError, AttributeError, ValueError):
+        raise ValueError(f"{path} is no file that --json wrote") from None
+
+
+def table(runs: dict[str, Run], last: int) -> str:
+    """Markdown: mean loss of the last steps and validation loss, with differences."""
+    lines = ["| run | mean of steps | loss | | validation | |", "|---|---|---|---|---|---|"]
+    reference = next(iter(runs.values()))
+    base, *base_steps = reference.tail(last)
+    for name, run in runs.items():
+        loss, *steps = run.tail(last)
+        cells = [name, f"{steps[0]:,} to {steps[1]:,}"]
+        for value, wanted, comparable in (
+            (loss, base, steps == base_steps),
+            (run.validation, reference.validation, True),
+        ):
+            cells.append("" if value is None else f"{value:.4f}")
+            known = comparable and None not in (value, wanted)
+            cells.append(f"{100 * (value / wanted - 1):+.2f} %" if known else "")
         lines.append("| " + " | ".join(cells) + " |")
+    if any(run.tail(last)[1:] != reference.tail(last)[1:] for run in runs.values()):
+        lines += ["", "Means of other steps than the first run's are not compared with it."]
     return "\n".join(lines)
 
 
-def plot(runs: dict[str, dict], window: int, path: Path) -> None:
-    """Losses over steps, and beside them the running mean's difference to the first run's."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import ScalarFormatter
-
-    figure, (curves, differences) = pyplot.subplots(1, 2, figsize=(11, 4.2))
-    reference = smooth(next(iter(runs.values()))["losses"], window)
-    for name, found in runs.items():
-        losses = found["losses"]
-        curves.plot(range(1, len(losses) + 1), losses, label=name, linewidth=0.8)
-        pairs = zip(smooth(losses, window), reference, strict=False)
-        change = [100 * (a / b - 1) for a, b in pairs]
-        differences.plot(range(window, window + len(change)), change, label=name, linewidth=1)
-    curves.set(xlabel="step", ylabel="loss, nats a token", yscale="log")
-    curves.yaxis.set_major_formatter(ScalarFormatter())
-    curves.yaxis.set_minor_formatter(ScalarFormatter())
-    differences.set(xlabel="step", ylabel=f"% from {next(iter(runs))}, mean of {window} steps")
-    for ax in (curves, differences):
-        ax.grid(alpha=0.3)
-        ax.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-
-
-def smooth(values: list[float], window: int) -> list[float]:
-    """Means of `window` neighbours."""
-    return [mean(values[i : i + window]) for i in range(len(values) - window + 1)]
+def smooth(run: Run, window: int) -> dict[int, float]:
+    """Step -> mean loss of the lines within a window of that many steps behind it."""
+    count = max(1, round(window / run.interval()))
+    return {
+        run.steps[i + count - 1]: mean(run.losses[i : i + count])
+        for i in range(len(run.losses) - count + 1)
+    }
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -92,25 +169,42 @@ def compare(args: argparse.Namespace) -> None:
     for flag, file in (("--json", args.json), ("--png", args.png)):
         if file:
             check_output(file, flag)
-    runs = {}
+    if args.last < 1:
+        raise ValueError(f"--last {args.last}; use at least 1")
+    runs: dict[str, Run] = {}
     for text in args.runs:
         name, equals, file = text.partition("=")
-        if not equals:
-            raise ValueError(f"{text}: use NAME=FILE")
-        runs[name] = read(Path(file))
-        if not 0 < args.last <= len(runs[name]["losses"]):
-            raise ValueError(f"--last {args.last}: {file} has {len(runs[name]['losses'])} steps")
+        if equals:
+            runs[name] = read(Path(file))
+        elif text.endswith(".json"):
+            runs |= read_json(Path(text))
+        else:
+            raise ValueError(f"{text}: use NAME=FOLDER, NAME=FILE or a file that --json wrote")
+    for name, run in runs.items():
+        if args.last > run.steps[-1]:
+            raise ValueError(f"--last {args.last}: {name} has {run.steps[-1]} steps")
     print(table(runs, args.last))
     if args.json:
-        write_text(args.json, json.dumps(runs) + "\n")
+        told = {name: asdict(run) for name, run in runs.items()}
+        write_text(args.json, json.dumps(told) + "\n")
     if args.png:
+        from megatron_mlra.benchmarks.losses_plot import plot
+
         plot(runs, args.last, args.png)
 
 
 def main() -> None:
     """Run the command line."""
-    parser = OneLineParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("runs", nargs="+", metavar="NAME=FILE", help="the first is compared with")
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="NAME=RUN",
+        help="RUN: a --save folder, an event file, megatron.log or printed output; the first is"
+        " compared with",
+    )
     parser.add_argument("--last", type=int, default=50, help="steps of a mean")
     parser.add_argument("--json", type=Path, help="where to write the losses")
     parser.add_argument("--png", type=Path, help="where to draw them")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 
-from megatron_mlra.command_line.parser import flag
+from megatron_mlra.command_line.parser import flag, flags_given
 from megatron_mlra.data.errors import InputError
 from megatron_mlra.data.metadata import read_metadata
 
@@ -18,7 +18,7 @@ _NUMBER = re.compile(r"[-+.\deE]+")
 
 def complete(args: Namespace, argv: list[str]) -> None:
     """Fill in what the command line `argv` leaves open."""
-    given = {word.partition("=")[0] for word in argv}
+    given = flags_given(argv)
     _take_vocabulary(args, given)
     if "--train-samples" in given and "--train-iters" not in given:
         _count_samples(args, given)

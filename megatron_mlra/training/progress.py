@@ -99,7 +99,7 @@ class Progress:
         if skipped:
             said.append("skipped (overflow)")
         if grad_norm is not None:
-            said.append(f"grad norm {float(grad_norm):.3f}")
+            said.append(f"grad norm {float(grad_norm):#.3g}")
         if learning_rate is not None:
             said.append(f"lr {learning_rate:.2e}")
         torch.cuda.synchronize()

@@ -12,6 +12,7 @@ import sys
 import psutil
 import pytest
 
+from megatron_mlra.benchmarks import losses
 from megatron_mlra.fault_tolerance.integrity import check_complete, latest_step
 from support import ENV, ROOT, wandb_file
 from support.runs import Run, scalars, wait_for
@@ -135,6 +136,17 @@ def test_one_loss_in_the_line_the_log_and_the_curves(entry, preset, whole, tmp_p
         assert online[name] == pytest.approx(scalars(tmp_path, name)) and 8 in online[name]
     for name in ("lm loss validation", "lm loss test"):
         assert online[name] == pytest.approx(scalars(tmp_path, name))
+    # Compared by the runs' own files: the folder with events, the log, what was printed.
+    places = {"folder": whole.folder, "log": tmp_path / "runs/tiny/megatron.log"}
+    places |= {"events": next(tmp_path.rglob("events.out*")), "out": tmp_path / "stdout-0.txt"}
+    for name, place in places.items():
+        read = losses.read(place)
+        wanted = whole.losses if name == "folder" else printed
+        wanted = {s: x for s, x in wanted.items() if name != "log" or s != 8}
+        assert dict(zip(read.steps, read.losses, strict=True)) == pytest.approx(wanted, abs=1e-4)
+        assert read.validation == pytest.approx(
+            scalars(place if place.is_dir() else tmp_path, "lm loss validation")[8], abs=1e-4
+        )
     # On the same samples, however often: the other run validated at steps 0, 4 and 8.
     there, here = (scalars(f, "lm loss validation") for f in (whole.folder, tmp_path))
     assert here[4] == there[4] and here[8] == there[8] and sorted(here) == [2, 4, 6, 8]

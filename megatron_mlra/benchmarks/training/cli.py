@@ -55,6 +55,7 @@ def main() -> int:
 
     from megatron_mlra.benchmarks.training import gate, measure, report
     from megatron_mlra.benchmarks.training.case import Case, Load
+    from megatron_mlra.benchmarks.training.plot import plot
     from megatron_mlra.training import arguments
     from megatron_mlra.training.cpu_backend import enable_cpu_backend
 
@@ -100,7 +101,8 @@ def main() -> int:
     print(report.table(rows))
     if len(rows) > 1 and not args.sublayer:
         if importlib.util.find_spec("matplotlib"):
-            report.plot(rows, args.out / "training.png", result["device"])
+            source = f"{result['device']}, commit {result['commit']}"
+            plot(result["rows"], args.out / "training.png", source)
         else:
             print("no plot: matplotlib is not installed")
     print(json.dumps(result))

@@ -7,6 +7,7 @@ import pytest
 from megatron_mlra.benchmarks.training import report
 from megatron_mlra.benchmarks.training.case import Case, Load, parse_case
 from megatron_mlra.benchmarks.training.measure import Result, SublayerResult
+from megatron_mlra.benchmarks.training.plot import plot
 
 
 def result(case: Case, rate: float) -> Result:
@@ -65,8 +66,8 @@ def test_arguments_follow_the_case():
 
 def test_results_are_written_whole(tmp_path):
     rows = [result(Case("mlra4", "bf16", "auto", s), 1e5 / s) for s in (2048, 4096)]
-    report.write(rows, 800.0, {"num_layers": 6}, tmp_path)
-    report.plot(rows, tmp_path / "training.png", "a GPU")
+    result = report.write(rows, 800.0, {"num_layers": 6}, tmp_path)
+    plot(result["rows"], tmp_path / "training.png", "a GPU")
     stored = json.loads((tmp_path / "training.json").read_text())
     assert [row["seq_length"] for row in stored["rows"]] == [2048, 4096]
     assert stored["matmul_tflops"] == 800.0 and stored["commit"]
