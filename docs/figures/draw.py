@@ -11,7 +11,7 @@ import json
 import re
 from pathlib import Path
 
-from megatron_mlra.benchmarks import losses, losses_plot
+from megatron_mlra.benchmarks import losses_files, losses_plot
 from megatron_mlra.benchmarks.decoding.plot import plot as plot_decoding
 from megatron_mlra.benchmarks.training.plot import plot as plot_training
 from megatron_mlra.command_line import figures
@@ -117,7 +117,7 @@ def _training(ax, rows: list[dict]) -> None:
 def benchmarks() -> None:
     """The PNG beside each result file of the benchmarks."""
     for file in sorted(RESULTS.glob("*_losses.json")):
-        losses_plot.plot(losses.read_json(file), 50, file.with_suffix(".png"))
+        losses_plot.plot(losses_files.read_json(file), 50, file.with_suffix(".png"))
     for file in sorted(RESULTS.glob("*_training.json")):
         told = json.loads(file.read_text())
         source = f"{told['device']}, commit {told['commit']}"

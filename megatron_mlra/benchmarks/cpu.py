@@ -5,6 +5,8 @@ take turns, so that both see the same load. Letters: b batch, s tokens, d hidden
 branches, g head groups, l latent dim.
 """
 
+# ruff: noqa: E402  (what torch reads of the environment, it reads when it is imported)
+
 import argparse
 import json
 import os
@@ -16,11 +18,16 @@ import time
 from pathlib import Path
 from statistics import median
 
+from megatron_mlra.command_line.threads import wait_passively
+
+wait_passively()
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_mlra.command_line.log_line import logged_steps
+from megatron_mlra.command_line.progress_bar import bar
 from megatron_mlra.cost.parameters import parameters
 from megatron_mlra.description.megatron_args import from_megatron_args
 from megatron_mlra.description.model import ModelDescription
@@ -178,10 +185,17 @@ def main() -> None:
         sys.exit(f"error: the plain model has {count:,} parameters, {args.config} {expected:,}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=preset["lr"])
     megatron, plain, ratios, per_turn = [], [], [], -(-args.steps // TURNS)
-    for _ in range(TURNS):
-        megatron += megatron_rates(args.config.resolve(), args.warmup + per_turn)[args.warmup :]
-        plain += plain_rates(model, optimizer, preset, args.warmup + per_turn)[args.warmup :]
-        ratios.append(round(median(megatron[-per_turn:]) / median(plain[-per_turn:]), 3))
+    count_steps = args.warmup + per_turn
+    print(f"{TURNS} turns of {count_steps} steps each way, which takes minutes", file=sys.stderr)
+    with bar(total=2 * TURNS, unit="run", every=10) as shown:
+        for _ in range(TURNS):
+            shown.set_description("pretrain_mlra.py")
+            megatron += megatron_rates(args.config.resolve(), count_steps)[args.warmup :]
+            shown.update()
+            shown.set_description("plain torch")
+            plain += plain_rates(model, optimizer, preset, count_steps)[args.warmup :]
+            shown.update()
+            ratios.append(round(median(megatron[-per_turn:]) / median(plain[-per_turn:]), 3))
     fast, base = median(megatron), median(plain)
     result = {"config": args.config.name, "parameters": count, "steps": len(plain)} | machine()
     result |= {"pretrain_mlra": round(fast), "plain_torch": round(base), "turn_ratios": ratios}

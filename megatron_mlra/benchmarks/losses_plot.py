@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_mlra.benchmarks.losses import Run, smooth
+from megatron_mlra.benchmarks.losses_files import Run, smooth
 from megatron_mlra.command_line import figures
 
 ALIKE = 2.0

@@ -71,26 +71,6 @@ FLAGS = [
     (["--q-lora-rank", "0"], "q_lora_rank is 0; use at least 1, or leave it out"),
     (["--rotary-base", "-1"], "rotary_base is -1; use a positive one, e.g. 10000"),
     (
-        ["--rope-type", "yarn"],
-        "--rope-type yarn needs --yarn-original-max-position-embeddings, the sequence length",
-    ),
-    (
-        ["--rope-type=yarn", "--yarn-original-max-position-embeddings=0"],
-        "original_max_position_embeddings is 0; YaRN extends a context, so use at least 1",
-    ),
-    (["--attention", "gqa", "--rope-type", "yarn"], "--rope-type yarn needs --attention mlra; a"),
-    (["--position-embedding-type", "yarn"], "--position-embedding-type yarn: use --rope-type yarn"),
-    (
-        ["--rotary-scaling-factor", "4"],
-        "--rotary-scaling-factor 4.0 has no effect without --rope-type yarn; add it, or leave",
-    ),
-    (["--yarn-beta-fast", "16"], "--yarn-beta-fast 16.0 has no effect without --rope-type yarn"),
-    (["--use-rope-scaling"], "--use-rope-scaling does not reach --attention mlra; use --rotary-ba"),
-    (
-        ["--rotary-seq-len-interpolation-factor", "4"],
-        "--rotary-seq-len-interpolation-factor does not reach --attention mlra; use",
-    ),
-    (
         ["--reset-attention-mask", "--core-backend", "te"],
         "--reset-attention-mask: the causal core of --core-backend te does not see the mask; use",
     ),

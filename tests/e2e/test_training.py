@@ -12,7 +12,7 @@ import sys
 import psutil
 import pytest
 
-from megatron_mlra.benchmarks import losses
+from megatron_mlra.benchmarks import losses_files
 from megatron_mlra.fault_tolerance.integrity import check_complete, latest_step
 from support import ENV, ROOT, wandb_file
 from support.runs import Run, scalars, wait_for
@@ -140,7 +140,7 @@ def test_one_loss_in_the_line_the_log_and_the_curves(entry, preset, whole, tmp_p
     places = {"folder": whole.folder, "log": tmp_path / "runs/tiny/megatron.log"}
     places |= {"events": next(tmp_path.rglob("events.out*")), "out": tmp_path / "stdout-0.txt"}
     for name, place in places.items():
-        read = losses.read(place)
+        read = losses_files.read(place)
         wanted = whole.losses if name == "folder" else printed
         wanted = {s: x for s, x in wanted.items() if name != "log" or s != 8}
         assert dict(zip(read.steps, read.losses, strict=True)) == pytest.approx(wanted, abs=1e-4)

@@ -19,6 +19,8 @@ import sys
 import warnings
 from pathlib import Path
 
+from megatron_mlra.command_line.parser import OneLineParser
+
 warnings.filterwarnings("ignore")
 logging.getLogger("megatron").setLevel(logging.ERROR)
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -31,8 +33,15 @@ DEFAULT_CASES = [
 
 def main() -> int:
     """Measure every case; returns 1 if one could not be."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", action="append", help="see above; may be repeated")
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--case",
+        action="append",
+        metavar="VARIANT[/RECIPE[/FORM[/SEQ_LENGTH]]]",
+        help="see above; may be repeated (default: stock-mla and mlra4 at 2048, 4096 and 8192)",
+    )
     parser.add_argument("--num-layers", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=16384, help="of a micro-batch")
     parser.add_argument("--micro-batches", type=int, default=1, help="of a step")
@@ -47,9 +56,11 @@ def main() -> int:
 
     import torch
 
-    on_cpu = not torch.cuda.is_available()
-    if on_cpu:
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    if not torch.cuda.is_available():
+        parser.error(
+            "this benchmark needs a CUDA GPU, and torch sees none; tools/benchmark_cpu.py measures"
+            " a CPU"
+        )
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
@@ -57,10 +68,7 @@ def main() -> int:
     from megatron_mlra.benchmarks.training.case import Case, Load
     from megatron_mlra.benchmarks.training.plot import plot
     from megatron_mlra.training import arguments
-    from megatron_mlra.training.cpu_backend import enable_cpu_backend
 
-    if on_cpu:
-        enable_cpu_backend()
     try:
         cases = [Case.parse(text) for text in args.case or DEFAULT_CASES]
     except ValueError as error:
@@ -68,7 +76,7 @@ def main() -> int:
         return 1
     load = Load(args.num_layers, args.tokens, args.micro_batches, flags=tuple(flags))
     arguments.join_world()
-    torch.distributed.init_process_group("gloo" if on_cpu else "nccl")
+    torch.distributed.init_process_group("nccl")
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from argparse import Namespace
 
 import pytest
@@ -15,6 +16,7 @@ from megatron_mlra.training.argument_checks import check_fp8_tokens
 from megatron_mlra.training.arguments import add_mlra_arguments, load_preset, parse
 from megatron_mlra.training.cpu_backend import CPU_DEFAULTS
 from megatron_mlra.training.progress import recomputed
+from megatron_mlra.training.rope import check_rope
 from megatron_mlra.training.speed import Clock, Speed
 from megatron_mlra.training.speed import parts as line_parts
 from support import CONFIGS
@@ -142,6 +144,73 @@ def test_throughput_leaves_pauses_out(monkeypatch):
     now[0] += 1
     args.consumed_train_samples += 4
     assert clock.rate(17) == 40
+
+
+YARN = {"rope_type": "yarn", "yarn_original_max_position_embeddings": 2048}
+
+
+@pytest.mark.parametrize(
+    ("asked", "error"),
+    [
+        (
+            {"rope_type": "yarn"},
+            "--rope-type yarn needs --yarn-original-max-position-embeddings, the sequence length"
+            " that the model was trained at",
+        ),
+        (
+            YARN | {"attention": "gqa"},
+            "--rope-type yarn needs --attention mlra; a longer context of --attention gqa comes by"
+            " --rotary-base",
+        ),
+        (
+            {"position_embedding_type": "yarn"},
+            "--position-embedding-type yarn: use --rope-type yarn",
+        ),
+        (
+            {"rotary_scaling_factor": 4.0},
+            "--rotary-scaling-factor 4.0 has no effect without --rope-type yarn; add it, or leave"
+            " --rotary-scaling-factor out",
+        ),
+        (
+            {"yarn_beta_fast": 16.0, "rope_type": "rope"},
+            "--yarn-beta-fast 16.0 has no effect without --rope-type yarn; add it, or leave"
+            " --yarn-beta-fast out",
+        ),
+        (
+            {"use_rope_scaling": True},
+            "--use-rope-scaling does not reach --attention mlra; use --rotary-base, or --rope-type"
+            " yarn",
+        ),
+        (
+            {"rotary_seq_len_interpolation_factor": 4, "attention": "mfa"},
+            "--rotary-seq-len-interpolation-factor does not reach --attention mfa; use"
+            " --rotary-base",
+        ),
+        (
+            YARN | {"yarn_correction_range_round_to_int": False},
+            "--no-yarn-correction-range-round-to-int is not supported; leave it out",
+        ),
+    ],
+)
+def test_rope_flags_without_effect_are_refused(parser, asked, error):
+    args = parser.parse_args([])
+    vars(args).update({"position_embedding_type": "rope"} | asked)
+    with pytest.raises(ValueError, match=f"^{re.escape(error)}$"):
+        check_rope(args)
+
+
+def test_yarn_reaches_the_model(parser):
+    args = parser.parse_args([])
+    vars(args).update({"position_embedding_type": "rope"} | YARN)
+    check_rope(args)
+    assert args.original_max_position_embeddings == 2048 and not hasattr(args, "beta_fast")
+    check_rope(
+        argparse.Namespace(
+            **vars(args)
+            | {"attention": "gqa", "rope_type": None}
+            | {"yarn_original_max_position_embeddings": None, "use_rope_scaling": True}
+        )
+    )
 
 
 @pytest.mark.parametrize(
