@@ -65,7 +65,7 @@ def loss_against_cache(rows: list[Row], path: Path, what: str) -> None:
             )
         _sizes(panel, [row.results[0]["kv_bytes_per_token"][tp] for row in rows])
         panel.set_title(f"TP{tp}")
-        panel.set_xlabel("KV cache per token and device")
+        panel.set_xlabel("KV cache, KiB per token and device")
     axes[0][0].set_ylabel("held-out loss, nats per token (mean of the sets)")
     low = min(min(row.losses()) for row in rows)
     high = max(max(row.losses()) for row in rows)
@@ -83,15 +83,18 @@ def _beside(rows: list[Row], row: Row, tp: str) -> float:
 
 
 def _sizes(panel: Any, values: list[int]) -> None:
-    """A logarithmic axis with ticks at quarters between powers of two, in KiB."""
+    """A logarithmic axis of KiB, with ticks at quarters between powers of two, or at halves."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     low, high = min(values) / 1.25, max(values) * 1.25
-    ticks = [n * 2**k for k in range(5, 20) for n in (4, 5, 6, 7) if low <= n * 2**k <= high]
+    ticks: list[int] = []
+    for parts in ((4,), (4, 6), (4, 5, 6, 7)):
+        finer = [n * 2**k for k in range(5, 20) for n in parts if low <= n * 2**k <= high]
+        ticks = finer if len(finer) <= 6 else ticks
     panel.set_xscale("log")
     panel.xaxis.set_major_locator(FixedLocator(ticks))
     panel.xaxis.set_minor_locator(NullLocator())
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:.3g} KiB"))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:.3g}"))
     panel.set_xlim(low, high)
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from megatron_mlra.checkpoint.cli import main as convert
 from megatron_mlra.evaluation.token_stream import read_stream, windows
 from megatron_mlra.hf.modeling_mlra import MLRAForCausalLM
+from megatron_mlra.inference.cli import main as generate
 
 L = 64
 SHORT = ("--seq-length", L, "--max-position-embeddings", L, "--vocab-size", 272)
@@ -89,11 +90,18 @@ def test_four_times_the_context(entry, preset, corpus, trained, before, tmp_path
     run = entry.run(tmp_path / "tuning", *tuning)
     assert run.code == 0, run.err
     assert f"{trained}/iter_0000300: {SAID[way]}\n" in run.out
-    losses = token_losses(exported(save, hf), corpus)
-    # The exported model has Megatron's logits, and the engine's.
+    model = exported(save, hf)
+    losses = token_losses(model, corpus)
+    # The exported model has Megatron's logits, and continues as the engine does.
     held_out = json.loads((save / "held_out.json").read_text())["sets"]["text"]["loss"]
     assert torch.cat(losses).mean().item() == pytest.approx(held_out, abs=2e-5)
     assert convert(["verify", str(save), str(hf), "--quiet"]) == 0
+    prompt = bytes(read_stream(str(corpus))[: 3 * L].astype(np.uint8)).decode("ascii", "replace")
+    ids = torch.tensor([list(prompt.encode())])
+    wanted = model.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.size(1) :].tolist()
+    argv = ["--prompt", prompt, "--max-new-tokens", "16", "--output", str(tmp_path / "out.jsonl")]
+    assert generate([str(save), *argv]) == 0
+    assert json.loads((tmp_path / "out.jsonl").read_text())["tokens"] == wanted
     after = torch.stack(losses[:-1]).mean(0)
     assert after[:L].mean() < 1.02 * before[:L].mean()
     assert after[3 * L :].mean() < 1.02 * before[:L].mean() < 0.9 * before[3 * L :].mean()
