@@ -6,6 +6,7 @@ training/hooks.py puts them in place.
 
 from __future__ import annotations
 
+import functools
 import math
 import shutil
 import sys
@@ -26,7 +27,7 @@ from megatron_mlra.fault_tolerance import stopping
 from megatron_mlra.fault_tolerance.integrity import latest_step, reason
 from megatron_mlra.fault_tolerance.retention import prune
 from megatron_mlra.training import curves
-from megatron_mlra.training.speed import Clock, parts, peak_memory, speed
+from megatron_mlra.training.speed import Clock, Speed, parts, peak_memory, speed
 
 
 class Stopped(Exception):
@@ -43,8 +44,7 @@ class Progress:
     def __init__(self, args: Namespace, shape: ModelDescription) -> None:
         self.args = args
         self.speaks = args.rank == args.world_size - 1
-        flops = train_flops_per_token(shape, args.seq_length, recompute=recomputed(args))
-        self.speed = speed(args, flops)
+        self.token_flops = train_flops_per_token(shape, args.seq_length, recompute=recomputed(args))
         self.clock = Clock(args)
         self.line = LogLine()
         self.evaluating = ("validation", 0)
@@ -53,9 +53,14 @@ class Progress:
         self.saving: list[int] = []
         self.bar: tqdm | None = None
 
+    @functools.cached_property
+    def speed(self) -> Speed:
+        """What a rate comes to on this rank's device, which is chosen by the time of a step."""
+        return speed(self.args, self.token_flops)
+
     def flops(self, args: Namespace, batch_size: int, *_, **__) -> float:
         """Model FLOPs of one global batch: the method's, whatever form computes it."""
-        return self.speed.flops.model * batch_size * args.seq_length
+        return self.token_flops.model * batch_size * args.seq_length
 
     def wrap_log(self, training_log: Callable) -> Callable:
         """Megatron's `training_log` with a line per logged step."""
@@ -64,10 +69,9 @@ class Progress:
             flag = training_log(
                 losses, totals, rate, iteration, scale, memory, skipped, grad_norm, *rest, **named
             )
-            if not skipped:
-                for name, loss in losses.items():
-                    self.losses.setdefault(name, []).append(loss)
             if self.speaks:
+                for name, loss in losses.items() if not skipped else ():
+                    self.losses.setdefault(name, []).append(loss)
                 self._move_bar(iteration)
             if iteration % self.args.log_interval == 0 or iteration == self.args.train_iters:
                 memory = peak_memory()
