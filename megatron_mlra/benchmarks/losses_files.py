@@ -12,7 +12,8 @@ from megatron_mlra.command_line.log_line import logged_steps
 
 VALIDATION = re.compile(r"^validation at step [\d,]+: lm loss ([\d.]+)", re.MULTILINE)
 _MEGATRON = re.compile(r"^ \[.*?\] iteration +(\d+)/ *\d+ \|.*? lm loss: (\S+) \|", re.MULTILINE)
-_MEGATRON_VALIDATION = re.compile(r"validation loss at .*?lm loss value: (\S+) \|")
+_MEGATRON_INTERVAL = re.compile(r"^ *log_interval \.+ (\d+)$", re.MULTILINE)
+_MEGATRON_VALIDATION = re.compile(r"validation loss at (?!.*test set).*?lm loss value: (\S+) \|")
 _EVENTS = "events.out.tfevents.*"
 
 
@@ -95,7 +96,13 @@ def _of_text(path: Path) -> Run:
     losses = {told.step: told.loss for told in logged_steps(text)}
     validation = VALIDATION.findall(text)
     if not losses:
-        losses = {int(step): float(loss) for step, loss in _MEGATRON.findall(text)}
+        # A run's first step has a line too, without an interval of its own.
+        interval = max(map(int, _MEGATRON_INTERVAL.findall(text)), default=1)
+        losses = {
+            int(step): float(loss)
+            for step, loss in _MEGATRON.findall(text)
+            if int(step) % interval == 0
+        }
         validation = _MEGATRON_VALIDATION.findall(text)
     if not losses:
         raise ValueError(f"{path} has no line like 'step 10/300 | lm loss ...'")
