@@ -1,7 +1,9 @@
-"""Draw the two figures of README.md and docs/architecture.md: `python docs/figures/draw.py`.
+"""Draw the committed figures from the committed results: `python docs/figures/draw.py`.
 
-results.png is drawn from the result files in docs/results, architecture.svg from the "May import"
-lines of the packages' docstrings. Needs matplotlib (pip install -e .[dev]).
+results.png of README.md and the PNG beside each result file in docs/results and
+kernels/mlra_kernels/results; architecture.svg from the "May import" lines of the packages'
+docstrings. Those of the evidence are drawn by examples/reproduce/report.py. Needs matplotlib
+(pip install -e .[dev]).
 """
 
 import ast
@@ -9,31 +11,42 @@ import json
 import re
 from pathlib import Path
 
+from megatron_mlra.benchmarks import losses_files, losses_plot
+from megatron_mlra.benchmarks.decoding.plot import plot as plot_decoding
+from megatron_mlra.benchmarks.training.plot import plot as plot_training
+from megatron_mlra.command_line import figures
+from mlra_kernels.benchmarks.latent_decode import plot as plot_kernel
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RESULTS = ROOT / "docs" / "results"
-COLOURS = {"MLRA-4": "#0b6fb8", "MLA": "#c8501e", "GQA-8": "#7a7a7a"}
+KERNEL_RESULTS = ROOT / "kernels" / "mlra_kernels" / "results"
+COLOURS = figures.colours(("MLRA-4", "MLA", "GQA-8"))
 K = 1024
 
 
 def results(path: Path) -> None:
     """Decoding of one TP4 rank's share, and training, against MLA and GQA: 1,200 x 700 pixels."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
     decoding = json.loads((RESULTS / "2026-11-24_h100_decoding.json").read_text())
     training = json.loads((RESULTS / "2026-11-24_h200_training.json").read_text())
-    pyplot.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 7), width_ratios=(1.15, 1, 1))
+    figure, axes = figures.pyplot().subplots(1, 3, figsize=figures.SIZE, width_ratios=(1.15, 1, 1))
     _one_sequence(axes[0], decoding["records"])
     _many_sequences(axes[1], decoding["records"])
     _training(axes[2], training["rows"])
-    figure.suptitle(
-        "MLRA-4 against MLA and GQA, 2.9B shape, bf16, all in the same code", x=0.012, ha="left"
+    for ax in axes:
+        ax.grid(visible=False)
+    ours, mla = (_time(decoding["records"], name, 1, 512) for name in ("MLRA-4", "MLA"))
+    short, long = (
+        _rate(training["rows"], "mlra4", s) / _rate(training["rows"], "stock-mla", s)
+        for s in (2 * K, 8 * K)
+    )
+    figures.title(
+        figure,
+        f"MLRA-4 decodes 512K tokens {mla / ours:.1f}x as fast as MLA on a TP4 share, and trains"
+        f" {1 - short:.0%} (2K) to {1 - long:.0%} (8K) slower",
     )
     source = (
+        "2.9B shape, bf16, all in the same code.\n"
         f"Decoding: one TP4 rank's share without collectives, {decoding['gpu']}, commit"
         f" {decoding['commit']}, 2026-11-24 (docs/results/2026-11-24_h100_decoding.json).\n"
         f"Training: a cut of 6 layers, {training['device']}, commit {training['commit']},"
@@ -41,8 +54,13 @@ def results(path: Path) -> None:
         " GQA not measured."
     )
     figure.text(0.012, 0.015, source, fontsize=8.5, color="#444444")
-    figure.tight_layout(rect=(0, 0.06, 1, 0.99), w_pad=2.5)
-    figure.savefig(path, dpi=100)
+    figure.tight_layout(rect=(0, 0.08, 1, 0.99), w_pad=2.5)
+    figures.save(figure, path)
+
+
+def _rate(rows: list[dict], case: str, length: int) -> float:
+    """Tokens per second of training in bf16."""
+    return next(r["tokens_per_second"] for r in rows if r["case"] == f"{case}/bf16/auto/{length}")
 
 
 def _time(records: list[dict], name: str, batch: int, context: int) -> float | None:
@@ -84,17 +102,34 @@ def _many_sequences(ax, records: list[dict]) -> None:
 
 
 def _training(ax, rows: list[dict]) -> None:
-    rates = {row["case"]: row["tokens_per_second"] / 1e3 for row in rows}
     lengths = (2048, 4096, 8192)
     for i, (name, case) in enumerate((("MLRA-4", "mlra4"), ("MLA", "stock-mla"))):
         for j, length in enumerate(lengths):
-            x, rate = j + 0.38 * (i - 0.5), rates[f"{case}/bf16/auto/{length}"]
+            x, rate = j + 0.38 * (i - 0.5), _rate(rows, case, length) / 1e3
             ax.bar(x, rate, 0.36, color=COLOURS[name])
             ax.text(x, rate + 1, f"{rate:.0f}", ha="center", color=COLOURS[name], size=9.5)
             ax.text(x, 2, name, ha="center", color="white", rotation=90, weight="bold")
     ax.set_xticks(range(3), [f"{length // K}K" for length in lengths])
     ax.set(ylim=(0, 100), xlabel="tokens per sequence")
     ax.set_title("Training\n1,000 tokens/s, higher is better", loc="left", fontsize=11)
+
+
+def benchmarks() -> None:
+    """The PNG beside each result file of the benchmarks."""
+    for file in sorted(RESULTS.glob("*_losses.json")):
+        losses_plot.plot(losses_files.read_json(file), 50, file.with_suffix(".png"))
+    for file in sorted(RESULTS.glob("*_training.json")):
+        told = json.loads(file.read_text())
+        source = f"{told['device']}, commit {told['commit']}"
+        plot_training(told["rows"], file.with_suffix(".png"), source)
+    for file in sorted(RESULTS.glob("*_decoding.json")):
+        told = json.loads(file.read_text())
+        source = f"{told['gpu']}, commit {told['commit']}"
+        plot_decoding(told["records"], source, file.with_suffix(".png"))
+    file = KERNEL_RESULTS / "2026-11-24_h100_latent_decode.json"
+    told = json.loads(file.read_text())
+    source = f"{told['gpu']}, commit {told['commit']}"
+    plot_kernel(told["records"], 1e9 * told["read_gb_s"], source, str(file.with_suffix(".png")))
 
 
 def packages() -> dict[str, tuple[str, set[str]]]:
@@ -163,3 +198,4 @@ def architecture(path: Path) -> None:
 if __name__ == "__main__":
     architecture(HERE / "architecture.svg")
     results(HERE / "results.png")
+    benchmarks()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from comparison import REFERENCE, Row, half_width
+from megatron_mlra.command_line import figures as common
 
 NAMES = {
     "mla": "MLA",
@@ -23,51 +24,23 @@ NAMES = {
     "mfa": "MFA",
     "tpa": "TPA",
 }
-COLORS = {
-    "mla": "#1f5fa8",
-    "mla-gated": "#7fb2e5",
-    "gla2": "#1a8a4a",
-    "gla4": "#8fce7a",
-    "mlra2": "#f2a33a",
-    "mlra4": "#d1332e",
-    "mlra4-gated": "#8e1b6b",
-    "mlra4-unscaled": "#e88a86",
-    "mha": "#555555",
-    "gqa": "#111111",
-    "gta": "#00a3a3",
-    "mfa": "#8c6239",
-    "tpa": "#a98fd0",
-}
+COLORS = {mechanism: common.COLOURS[name] for mechanism, name in NAMES.items()}
 
 
 def _axes(columns: int) -> tuple[Any, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    pyplot.rcParams.update({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3})
-    return pyplot.subplots(
-        1, columns, figsize=(12, 7), dpi=100, layout="constrained", squeeze=False
-    )
+    return common.sheet(1, columns)
 
 
 def _finish(figure: Any, path: Path, mechanisms: list[str]) -> None:
     """A legend below the axes, over no data, and the file."""
-    from matplotlib import pyplot
     from matplotlib.lines import Line2D
 
     marks = [
         Line2D([], [], color=COLORS[m], marker="o", linestyle="", label=NAMES[m])
         for m in mechanisms
     ]
-    figure.legend(
-        handles=marks, loc="outside lower center", ncols=min(7, len(marks)), frameon=False
-    )
-    aside = path.with_name(f".{path.name}.partial")
-    figure.savefig(aside, format="png")
-    pyplot.close(figure)
-    aside.replace(path)
+    common.legend_below(figure, marks, 7)
+    common.save(figure, path)
 
 
 def loss_against_cache(rows: list[Row], path: Path, what: str) -> None:
@@ -90,15 +63,15 @@ def loss_against_cache(rows: list[Row], path: Path, what: str) -> None:
                 capsize=4,
                 color=COLORS[row.mechanism],
             )
-        _powers(panel, [row.results[0]["kv_bytes_per_token"][tp] for row in rows])
+        _sizes(panel, [row.results[0]["kv_bytes_per_token"][tp] for row in rows])
         panel.set_title(f"TP{tp}")
-        panel.set_xlabel("KV cache, bytes per token and device")
+        panel.set_xlabel("KV cache, KiB per token and device")
     axes[0][0].set_ylabel("held-out loss, nats per token (mean of the sets)")
     low = min(min(row.losses()) for row in rows)
     high = max(max(row.losses()) for row in rows)
     for panel in axes[0]:
         panel.set_ylim(low - 0.1 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
-    figure.suptitle(f"{what}: {verdict(rows)}")
+    common.title(figure, f"{what}: {verdict(rows)}")
     _finish(figure, path, [row.mechanism for row in rows])
 
 
@@ -109,17 +82,20 @@ def _beside(rows: list[Row], row: Row, tp: str) -> float:
     return x * 1.045 ** (same.index(row) - (len(same) - 1) / 2)
 
 
-def _powers(panel: Any, values: list[int]) -> None:
-    """A logarithmic axis with ticks at powers of two, as plain numbers."""
+def _sizes(panel: Any, values: list[int]) -> None:
+    """A logarithmic axis of KiB, with ticks at quarters between powers of two, or at halves."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    first, last = math.floor(math.log2(min(values))), math.ceil(math.log2(max(values)))
-    ticks = [2**n for n in range(first, max(last, first + 1) + 1)]
-    panel.set_xscale("log", base=2)
+    low, high = min(values) / 1.25, max(values) * 1.25
+    ticks: list[int] = []
+    for parts in ((4,), (4, 6), (4, 5, 6, 7)):
+        finer = [n * 2**k for k in range(5, 20) for n in parts if low <= n * 2**k <= high]
+        ticks = finer if len(finer) <= 6 else ticks
+    panel.set_xscale("log")
     panel.xaxis.set_major_locator(FixedLocator(ticks))
     panel.xaxis.set_minor_locator(NullLocator())
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    panel.set_xlim(ticks[0] / 1.2, ticks[-1] * 1.2)
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:.3g}"))
+    panel.set_xlim(low, high)
 
 
 def sweep(results: list[dict[str, Any]], path: Path) -> None:
@@ -147,7 +123,7 @@ def sweep(results: list[dict[str, Any]], path: Path) -> None:
         for m in mechanisms
     }
     shared = sorted({f"{1e3 * rate:g}e-3" for rate in best.values()})
-    figure.suptitle(f"Sweep of the peak learning rate: best at {' or '.join(shared)}")
+    common.title(figure, f"Sweep of the peak learning rate: best at {' or '.join(shared)}")
     _finish(figure, path, mechanisms)
 
 
@@ -167,7 +143,7 @@ def curves(rows: list[Row], path: Path, what: str, window: int = 10) -> None:
     panel.set(
         xlabel="step", ylabel=f"training loss minus that of {NAMES[reference.mechanism]}, nats"
     )
-    figure.suptitle(f"{what}: {verdict(rows)}")
+    common.title(figure, f"{what}: {verdict(rows)}")
     _finish(figure, path, [row.mechanism for row in rows])
 
 

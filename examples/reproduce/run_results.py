@@ -8,11 +8,13 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
+from math import isfinite
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from ladder import Ladder, RunSpec
+from megatron_mlra.command_line.log_line import logged_steps
 from megatron_mlra.cost.cache import kv_cache_bytes_per_token
 from megatron_mlra.cost.parameters import parameters
 from megatron_mlra.description.megatron_args import from_megatron_args
@@ -21,7 +23,6 @@ from megatron_mlra.description.presets import preset_values
 BEGUN = "has the device"
 """What one_run.py prints once it trains."""
 
-_STEP = re.compile(r"^step ([\d,]+)/[\d,]+ \| lm loss ([\d.]+)(?:.*? ([\d,]+) tokens/s)?", re.M)
 _NOT_FINITE = re.compile(r"^error: .*(?:loss is|gradient|grad).*(?:nan|inf)", re.M | re.I)
 
 
@@ -105,8 +106,8 @@ def collect(
     shape = from_megatron_args({"swiglu": True} | values)
     counted = parameters(shape)
     # A resumed run tells the steps behind its checkpoint twice: the later word holds.
-    steps = {int(s.replace(",", "")): (float(x), rate) for s, x, rate in _STEP.findall(log)}
-    rates = [int(rate.replace(",", "")) for _, rate in steps.values() if rate]
+    steps = {told.step: told for told in logged_steps(log) if isfinite(told.loss)}
+    rates = [told.tokens_per_second for told in steps.values() if told.tokens_per_second]
     held_out = {}
     if diverged is None:
         told = json.loads((folder / "checkpoint" / "held_out.json").read_text())
@@ -133,7 +134,7 @@ def collect(
         "held_out": held_out,
         **({"diverged": diverged} if diverged else {}),
         "tokens_per_second": int(median(rates)) if rates else None,
-        "losses": [[step, loss] for step, (loss, _) in sorted(steps.items())],
+        "losses": [[step, told.loss] for step, told in sorted(steps.items())],
         "attempts": log.count(BEGUN),
         "data_sha256": {name: found["sha256"] for name, found in corpus.told["sets"].items()},
         "versions": versions(),

@@ -5,6 +5,8 @@ take turns, so that both see the same load. Letters: b batch, s tokens, d hidden
 branches, g head groups, l latent dim.
 """
 
+# ruff: noqa: E402  (what torch reads of the environment, it reads when it is imported)
+
 import json
 import os
 import re
@@ -16,11 +18,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
+from megatron_mlra.command_line.threads import wait_passively
+
+wait_passively()
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megatron_mlra.command_line.log_line import logged_steps
 from megatron_mlra.command_line.parser import OneLineParser
+from megatron_mlra.command_line.progress_bar import bar
 from megatron_mlra.cost.parameters import parameters
 from megatron_mlra.description.megatron_args import from_megatron_args
 from megatron_mlra.description.model import ModelDescription
@@ -144,10 +152,10 @@ def megatron_rates(config: str | Path, steps: int) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         command += ["--eval-iters", "0", "--tensorboard-dir", f"{folder}/tensorboard"]
         run = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-    found = re.findall(r"^step .*\| ([\d,]+) tokens/s", run.stdout, re.MULTILINE)
+    found = [told.tokens_per_second for told in logged_steps(run.stdout) if told.tokens_per_second]
     if run.returncode or len(found) != steps:
         sys.exit(f"error: the training entry failed\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
-    return [float(rate.replace(",", "")) for rate in found]
+    return [float(rate) for rate in found]
 
 
 def machine() -> dict:
@@ -188,12 +196,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"error: the plain model has {count:,} parameters, {args.config} {expected:,}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=preset["lr"])
     megatron, plain, ratios, per_turn = [], [], [], -(-args.steps // TURNS)
-    for _ in range(TURNS):
-        megatron += megatron_rates(find_preset(args.config).resolve(), args.warmup + per_turn)[
-            args.warmup :
-        ]
-        plain += plain_rates(model, optimizer, preset, args.warmup + per_turn)[args.warmup :]
-        ratios.append(round(median(megatron[-per_turn:]) / median(plain[-per_turn:]), 3))
+    count_steps, preset_file = args.warmup + per_turn, find_preset(args.config).resolve()
+    print(f"{TURNS} turns of {count_steps} steps each way, which takes minutes", file=sys.stderr)
+    with bar(total=2 * TURNS, unit="run", every=10) as shown:
+        for _ in range(TURNS):
+            shown.set_description("mlra pretrain")
+            megatron += megatron_rates(preset_file, count_steps)[args.warmup :]
+            shown.update()
+            shown.set_description("plain torch")
+            plain += plain_rates(model, optimizer, preset, count_steps)[args.warmup :]
+            shown.update()
+            ratios.append(round(median(megatron[-per_turn:]) / median(plain[-per_turn:]), 3))
     fast, base = median(megatron), median(plain)
     result = {
         "config": preset_name(args.config),

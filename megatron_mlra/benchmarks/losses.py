@@ -1,91 +1,45 @@
-"""Compare the training losses of runs by what they printed: a table, and the curves in one plot.
+"""Compare the training losses of runs: a table, and the curves in one plot.
 
-    mlra compare-losses bf16=bf16.txt fp8=fp8.txt --png losses.png
+    mlra compare-losses bf16=runs/bf16 fp8=runs/fp8 --png losses.png
 
-Each file is the standard output of mlra pretrain with --log-interval 1. Differences are to the
-first run, of the mean loss of the last steps.
+Each run is named with its --save folder, an event file of TensorBoard, its megatron.log or what it
+printed. A run's losses are means of the steps between two lines of its log, whatever
+--log-interval it had; the table says of which steps. Differences are to the first run. A file that
+--json wrote stands for all runs in it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from statistics import mean
 
+from megatron_mlra.benchmarks.losses_files import Run, read, read_json
+from megatron_mlra.benchmarks.losses_plot import plot
 from megatron_mlra.command_line.parser import OneLineParser, check_output, write_text
 
-STEP = re.compile(r"^step ([\d,]+)/[\d,]+ \| lm loss ([\d.]+)", re.MULTILINE)
-VALIDATION = re.compile(r"^validation at step [\d,]+: lm loss ([\d.]+)", re.MULTILINE)
 
-
-def read(path: Path) -> dict:
-    """Losses of steps 1, 2, ... and the last validation loss, None where there is none.
-
-    Raises:
-        ValueError: the file holds no step, or not every step.
-    """
-    text = path.read_text(errors="replace")
-    found = {int(step.replace(",", "")): float(loss) for step, loss in STEP.findall(text)}
-    if not found:
-        raise ValueError(f"{path} has no line like 'step 1/300 | lm loss ...'")
-    if sorted(found) != list(range(1, len(found) + 1)):
-        raise ValueError(f"{path} does not hold every step; train with --log-interval 1")
-    validation = VALIDATION.findall(text)
-    losses = [found[step] for step in sorted(found)]
-    return {"losses": losses, "validation": float(validation[-1]) if validation else None}
-
-
-def table(runs: dict[str, dict], last: int) -> str:
+def table(runs: dict[str, Run], last: int) -> str:
     """Markdown: mean loss of the last steps and validation loss, with differences."""
-    lines = [f"| run | mean of the last {last} steps | | validation | |", "|---|---|---|---|---|"]
-    first = next(iter(runs.values()))
-    base = mean(first["losses"][-last:]), first["validation"]
-    for name, found in runs.items():
-        cells = [name]
-        for value, reference in zip(
-            (mean(found["losses"][-last:]), found["validation"]), base, strict=True
+    lines = ["| run | mean of steps | loss | | validation | |", "|---|---|---|---|---|---|"]
+    reference = next(iter(runs.values()))
+    base, *base_steps = reference.tail(last)
+    for name, run in runs.items():
+        loss, *steps = run.tail(last)
+        cells = [name, f"{steps[0]:,} to {steps[1]:,}"]
+        for value, wanted, comparable in (
+            (loss, base, steps == base_steps),
+            (run.validation, reference.validation, True),
         ):
-            known = value is not None and reference is not None
-            cells += (
-                [f"{value:.4f}", f"{100 * (value / reference - 1):+.2f} %"] if known else ["", ""]
-            )
+            cells.append("" if value is None else f"{value:.4f}")
+            known = comparable and None not in (value, wanted)
+            cells.append(f"{100 * (value / wanted - 1):+.2f} %" if known else "")
         lines.append("| " + " | ".join(cells) + " |")
+    if any(run.tail(last)[1:] != reference.tail(last)[1:] for run in runs.values()):
+        lines += ["", "Means of other steps than the first run's are not compared with it."]
     return "\n".join(lines)
-
-
-def plot(runs: dict[str, dict], window: int, path: Path) -> None:
-    """Losses over steps, and beside them the running mean's difference to the first run's."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import ScalarFormatter
-
-    figure, (curves, differences) = pyplot.subplots(1, 2, figsize=(11, 4.2))
-    reference = smooth(next(iter(runs.values()))["losses"], window)
-    for name, found in runs.items():
-        losses = found["losses"]
-        curves.plot(range(1, len(losses) + 1), losses, label=name, linewidth=0.8)
-        pairs = zip(smooth(losses, window), reference, strict=False)
-        change = [100 * (a / b - 1) for a, b in pairs]
-        differences.plot(range(window, window + len(change)), change, label=name, linewidth=1)
-    curves.set(xlabel="step", ylabel="loss, nats a token", yscale="log")
-    curves.yaxis.set_major_formatter(ScalarFormatter())
-    curves.yaxis.set_minor_formatter(ScalarFormatter())
-    differences.set(xlabel="step", ylabel=f"% from {next(iter(runs))}, mean of {window} steps")
-    for ax in (curves, differences):
-        ax.grid(alpha=0.3)
-        ax.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-
-
-def smooth(values: list[float], window: int) -> list[float]:
-    """Means of `window` neighbours."""
-    return [mean(values[i : i + window]) for i in range(len(values) - window + 1)]
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -93,17 +47,24 @@ def compare(args: argparse.Namespace) -> None:
     for flag, file in (("--json", args.json), ("--png", args.png)):
         if file:
             check_output(file, flag)
-    runs = {}
+    if args.last < 1:
+        raise ValueError(f"--last {args.last}; use at least 1")
+    runs: dict[str, Run] = {}
     for text in args.runs:
         name, equals, file = text.partition("=")
-        if not equals:
-            raise ValueError(f"{text}: use NAME=FILE")
-        runs[name] = read(Path(file))
-        if not 0 < args.last <= len(runs[name]["losses"]):
-            raise ValueError(f"--last {args.last}: {file} has {len(runs[name]['losses'])} steps")
+        if equals:
+            runs[name] = read(Path(file))
+        elif text.endswith(".json"):
+            runs |= read_json(Path(text))
+        else:
+            raise ValueError(f"{text}: use NAME=FOLDER, NAME=FILE or a file that --json wrote")
+    for name, run in runs.items():
+        if args.last > run.steps[-1]:
+            raise ValueError(f"--last {args.last}: {name} has {run.steps[-1]} steps")
     print(table(runs, args.last))
     if args.json:
-        write_text(args.json, json.dumps(runs) + "\n")
+        told = {name: asdict(run) for name, run in runs.items()}
+        write_text(args.json, json.dumps(told) + "\n")
     if args.png:
         plot(runs, args.last, args.png)
 
@@ -111,7 +72,13 @@ def compare(args: argparse.Namespace) -> None:
 def parser() -> OneLineParser:
     """The flags."""
     flags = OneLineParser(description=__doc__.split("\n", 1)[0])
-    flags.add_argument("runs", nargs="+", metavar="NAME=FILE", help="the first is compared with")
+    flags.add_argument(
+        "runs",
+        nargs="+",
+        metavar="NAME=RUN",
+        help="RUN: a --save folder, an event file, megatron.log or printed output; the first is"
+        " compared with",
+    )
     flags.add_argument("--last", type=int, default=50, help="steps of a mean (default: 50)")
     flags.add_argument("--json", type=Path, metavar="FILE", help="where to write the losses")
     flags.add_argument("--png", type=Path, metavar="FILE", help="where to draw them")

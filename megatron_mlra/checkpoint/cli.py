@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_mlra.command_line.parser import OneLineParser, add_no_verify, read_text
 from megatron_mlra.command_line.signals import Interrupted, interruptible
+from megatron_mlra.command_line.threads import wait_passively
 from megatron_mlra.description.model import DTYPES, CheckpointError
 
 GIGABYTE = 10**9
@@ -115,6 +116,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code (1: verify found a difference, or
     inspect code; 2: refused)."""
+    wait_passively()
     args = parser().parse_args(argv)
     try:
         with interruptible():

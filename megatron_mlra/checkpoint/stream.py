@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from tqdm import tqdm
 
 from megatron_mlra.checkpoint.folder import CheckpointFolder, check_finite
+from megatron_mlra.command_line.progress_bar import bar
 from megatron_mlra.description.model import DTYPES, CheckpointError, ModelDescription
 from megatron_mlra.description.tensors import dtype_of, expected_tensors
 
@@ -37,9 +37,7 @@ class TensorStream:
             math.prod(shape) * self.dtype_of(name).itemsize for name, shape in self.shapes.items()
         )
         self._waiting = set(self.shapes)
-        self._bar = tqdm(
-            total=self.bytes, unit="B", unit_scale=True, disable=not progress, mininterval=0.5
-        )
+        self._bar = bar(total=self.bytes, unit="B", unit_scale=True, shown=progress)
 
     def dtype_of(self, name: str) -> torch.dtype:
         """What `take` hands this tensor out in."""

@@ -199,6 +199,11 @@ def did_you_mean(name: str, known) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def flags_given(argv: list[str]) -> set[str]:
+    """The flags that stand on a command line, however their values follow."""
+    return {word.partition("=")[0] for word in argv if word.startswith("--")}
+
+
 def flag(name: str) -> str:
     """The flag of an argparse destination, for messages."""
     return "--" + name.replace("_", "-")

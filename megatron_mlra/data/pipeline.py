@@ -15,6 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_mlra.command_line.progress_bar import bar
 from megatron_mlra.command_line.signals import deferred
 from megatron_mlra.data.encode import Encoded, Encoder, token_dtype
 from megatron_mlra.data.errors import BadRecordError, InputError
@@ -162,14 +163,8 @@ def _write(
     """Write all documents; returns the counts of each source."""
     keys = ("documents", "tokens", "empty_documents", "bad_records")
     counts = [dict.fromkeys(keys, 0) for _ in sources]
-    bar = tqdm(
-        total=sum(source.size for source in sources),
-        unit="B",
-        unit_scale=True,
-        desc="tokenising",
-        disable=None if progress else True,
-    )
-    with bar:
+    size = sum(source.size for source in sources)
+    with bar(total=size, unit="B", unit_scale=True, desc="tokenising", shown=progress) as shown:
         for part in encoded:
             if part.problems and on_error == "fail":
                 raise BadRecordError(f"{part.problems[0]} (--on-error skip leaves it out)")
@@ -183,7 +178,7 @@ def _write(
             count["tokens"] += part.tokens.size
             count["empty_documents"] += part.empty
             count["bad_records"] += len(part.problems)
-            bar.update(part.consumed)
+            shown.update(part.consumed)
     if not any(count["documents"] for count in counts):
         bad = sum(count["bad_records"] for count in counts)
         raise InputError(f"no documents found in {len(sources)} input files ({bad} bad records)")

@@ -209,6 +209,7 @@ _REFUSED = (
     "mtp_num_layers",
     "rotary_interleaved",
     "use_rope_scaling",
+    "rotary_seq_len_interpolation_factor",
     "no_rope_freq",
     "window_size",
     "multi_latent_attention",

@@ -14,6 +14,7 @@ import numpy as np
 from megatron_mlra.command_line import parser as command_line
 from megatron_mlra.command_line.foreign_text import parse_json
 from megatron_mlra.command_line.parser import OneLineParser
+from megatron_mlra.command_line.threads import wait_passively
 from megatron_mlra.evaluation.token_stream import named_sets, read_stream
 
 
@@ -52,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; returns the exit code: 0, or 2 for wrong input."""
+    wait_passively()
     args = parser().parse_args(argv)
     try:
         results = _run(args)

@@ -2,7 +2,7 @@
 
 Megatron's validation draws samples, other ones at each evaluation. Here every token of each set is
 predicted once, in the order of the file (token_stream.py), so runs may be compared to the last
-digit. The results are printed, written to `held_out.json` in the run's folder and to TensorBoard.
+digit. The results are printed, written to `held_out.json` in the run's folder and to the curves.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import mpu
-from megatron.training import get_tensorboard_writer, training
+from megatron.training import training
 
 from megatron_mlra.command_line.parser import say, write_text
 from megatron_mlra.evaluation.token_stream import named_sets, read_stream, windows
@@ -25,7 +25,13 @@ from megatron_mlra.evaluation.token_stream import named_sets, read_stream, windo
 FILE = "held_out.json"
 
 
-def score_behind(train: Callable[..., Any], args: Namespace, folder: Path) -> Callable[..., Any]:
+Record = Callable[[dict[str, float], int], None]
+"""Adds points at a step to curves."""
+
+
+def score_behind(
+    train: Callable[..., Any], args: Namespace, folder: Path, record: Record
+) -> Callable[..., Any]:
     """Training that scores the sets once its last step is done; writes into `folder`.
 
     Made before progress.py wraps Megatron's evaluation, which is therefore used without a line for
@@ -49,7 +55,7 @@ def score_behind(train: Callable[..., Any], args: Namespace, folder: Path) -> Ca
                 )
                 return float(losses["lm loss"]) if losses else None
 
-            score(args, sets, folder, loss, len(model))
+            score(args, sets, folder, loss, len(model), record)
         return result
 
     return train_and_score
@@ -61,6 +67,7 @@ def score(
     folder: Path,
     evaluate: Callable[[Any, int], float | None],
     chunks: int,
+    record: Record,
 ) -> None:
     """Score each set, print the losses (nats per token) and write them; on all ranks.
 
@@ -90,9 +97,8 @@ def score(
         folder.mkdir(parents=True, exist_ok=True)
         told = {"step": args.train_iters, "seq_length": args.seq_length, "sets": results}
         write_text(folder / FILE, json.dumps(told, indent=1) + "\n")
-        if writer := get_tensorboard_writer():
-            for name, found in results.items():
-                writer.add_scalar(f"lm loss held out {name}", found["loss"], args.train_iters)
+        losses = {f"lm loss held out {name}": found["loss"] for name, found in results.items()}
+        record(losses, args.train_iters)
 
 
 def end_of_document(args: Namespace) -> int:

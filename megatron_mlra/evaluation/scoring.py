@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from megatron_mlra.command_line.progress_bar import bar
 from megatron_mlra.evaluation.token_stream import windows
 
 
@@ -125,7 +125,7 @@ class Scorer:
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].inputs))
         scores: dict[int, Score] = {}
         starts = range(0, len(order), self.batch_size)
-        for start in tqdm(starts, unit="batch", disable=not self.progress, mininterval=0.5):
+        for start in bar(starts, unit="batch", shown=self.progress):
             batch = order[start : start + self.batch_size]
             width = len(requests[batch[0]].inputs)
             tokens = torch.full((len(batch), width), self.prefix_id)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from megatron_mlra.checkpoint.megatron.torch_dist import TorchDistFolder
 from megatron_mlra.command_line import parser
 from megatron_mlra.command_line.foreign_text import read_json
 from megatron_mlra.fault_tolerance.optimizer_state import check_optimizer
+from megatron_mlra.fault_tolerance.rope_change import changes
 
 _ITERATION = re.compile(r"iter_(\d+)").fullmatch
 
@@ -44,9 +46,10 @@ ARCHITECTURE = (
     "group_query_attention",
     "num_query_groups",
     "kv_channels",
-    "rotary_base",
-    "rope_type",
-    "rotary_scaling_factor",
+    "position_embedding_type",
+    "rotary_percent",
+    "use_rope_scaling",
+    "rotary_seq_len_interpolation_factor",
     "normalization",
     "layernorm_epsilon",
     "swiglu",
@@ -63,7 +66,16 @@ ARCHITECTURE = (
     "moe_router_topk_scaling_factor",
     "moe_router_enable_expert_bias",
 )
-"""Arguments that make two models different functions of their weights."""
+"""Arguments that make two models different functions of their weights; RoPE's own, which may change
+by flags, are in rope_change.py."""
+
+_NOT_ALWAYS_SAVED = {
+    "position_embedding_type": "rope",
+    "rotary_percent": 1.0,
+    "use_rope_scaling": False,
+    "rotary_seq_len_interpolation_factor": None,
+}
+"""Arguments that converters leave out, and what they mean then."""
 
 _LATENT = {"num_latent_heads", "num_branches", "q_lora_rank", "kv_lora_rank", "qk_head_dim"}
 _LATENT |= {"qk_pos_emb_head_dim", "v_head_dim", "variance_scaling"}
@@ -191,8 +203,9 @@ def _others(folders: list[Path]) -> str:
     return f"there is {', '.join(there)}: --ckpt-step names the step to load"
 
 
-def check_load(args: Namespace) -> None:
-    """Check what `--load` will read: complete, and of this architecture.
+def check_load(args: Namespace, argv: list[str] | None = None) -> None:
+    """Check what `--load` will read: complete, and of this architecture; rank 0 says what of it the
+    command line `argv` changes.
 
     Raises:
         ValueError: names the checkpoint, and the damaged file or the arguments that differ.
@@ -215,7 +228,10 @@ def check_load(args: Namespace) -> None:
             f"--load {args.load} holds no checkpoint (no {TRACKER}); give the --save of an earlier"
             f" run{also}"
         )
-    check_architecture(folder, args)
+    given = parser.flags_given(sys.argv[1:] if argv is None else argv)
+    changed = check_architecture(folder, args, given)
+    if changed and args.rank == 0:
+        parser.say(f"{folder}: {', '.join(changed)}, as asked")
     check_optimizer(TorchDistFolder(folder), args)
 
 
@@ -247,8 +263,11 @@ def check_complete(folder: Path) -> None:
         read_json(folder / "metadata.json")
 
 
-def check_architecture(folder: Path, args: Namespace) -> None:
+def check_architecture(folder: Path, args: Namespace, given: Collection[str] = ()) -> list[str]:
     """Compare the arguments a checkpoint was saved with to these.
+
+    Returns:
+        what of its RoPE and lengths the flags `given` change.
 
     Raises:
         ValueError: names every argument that differs, with both values.
@@ -263,7 +282,8 @@ def check_architecture(folder: Path, args: Namespace) -> None:
         unused |= {name for name in ARCHITECTURE if name.startswith("moe_")}
     different = []
     for name in ARCHITECTURE:
-        there, here = getattr(saved, name, None), getattr(args, name, None)
+        default = _NOT_ALWAYS_SAVED.get(name)
+        there, here = getattr(saved, name, default), getattr(args, name, default)
         if name in unused:
             continue
         if there != here:
@@ -271,8 +291,11 @@ def check_architecture(folder: Path, args: Namespace) -> None:
             if name == "padded_vocab_size":
                 fix = f" (train with --padded-vocab-size {there}, or convert it with {here})"
             different.append(f"{name} is {there} there, {here} here{fix}")
+    changed, unasked = changes(saved, args, set(given))
+    different += unasked
     if different:
         raise ValueError(f"checkpoint {folder} is of another architecture: {'; '.join(different)}")
+    return changed
 
 
 def check_writable(flag: str, folder: str | Path) -> Path:

@@ -23,15 +23,14 @@ import sys
 import time
 from pathlib import Path
 
-from tqdm import tqdm
-
+from megatron_mlra.command_line.log_line import STEP
 from megatron_mlra.command_line.parser import OneLineParser
+from megatron_mlra.command_line.progress_bar import bar
 from megatron_mlra.launch.control import REFUSED
 
 # Restarted ranks must not find in torchrun's own store the addresses of those that are gone.
 ENV = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 START = re.compile(r"^training [^|]*: [\d,]+ parameters")
-STEP = re.compile(r"^step ([\d,]+)/[\d,]+ \| lm loss ([\d.]+|nan)")
 
 
 def parser() -> OneLineParser:
@@ -124,15 +123,16 @@ class Job:
             job = subprocess.Popen(
                 self.command, stdout=subprocess.PIPE, stderr=errors, text=True, env=ENV
             )
-        with tqdm(total=self.steps, desc=self.folder.name, unit="step") as bar:
+        with bar(total=self.steps, desc=self.folder.name, unit="step") as shown:
             for line in job.stdout:
                 back = back or bool(START.match(line))
                 if not (found := STEP.match(line)):
                     continue
                 now, step = time.perf_counter(), int(found[1].replace(",", ""))
-                if self.losses.setdefault(step, found[2]) != found[2]:
-                    bar.write(f"step {step}: loss {found[2]}, before the kill {self.losses[step]}")
-                    self.losses[step] = found[2]
+                if self.losses.setdefault(step, found[3]) != found[3]:
+                    before = self.losses[step]
+                    shown.write(f"step {step}: loss {found[3]}, before the kill {before}")
+                    self.losses[step] = found[3]
                 # Steps that were printed before the kill may still be in the pipe.
                 if killed_at is not None and back:
                     self.lost[-1] += step <= reached
@@ -140,7 +140,7 @@ class Job:
                         continue
                     self.restarts.append(now - killed_at)
                     killed_at = None
-                bar.update(max(0, step - reached))
+                shown.update(max(0, step - reached))
                 pause, last, reached = now - last, now, max(step, reached)
                 if kills and killed_at is None and step >= kills[0][0]:
                     _, rank, part = kills.pop(0)

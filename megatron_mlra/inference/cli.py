@@ -1,5 +1,7 @@
 """Command line of text generation: one process, or one a GPU under torchrun."""
 
+# ruff: noqa: E402  (what torch reads of the environment, it reads when it is imported)
+
 from __future__ import annotations
 
 import argparse
@@ -10,8 +12,11 @@ import sys
 import time
 from functools import partial
 
+from megatron_mlra.command_line.threads import wait_passively
+
+wait_passively()
+
 import torch
-from tqdm import tqdm
 
 from megatron_mlra.checkpoint.folder import CheckpointFolder
 from megatron_mlra.checkpoint.formats import open_checkpoint
@@ -24,6 +29,7 @@ from megatron_mlra.command_line.parser import (
     read_text,
     write_text,
 )
+from megatron_mlra.command_line.progress_bar import bar
 from megatron_mlra.data.tokenizers import TOKENIZER_TYPES, Tokenizer
 from megatron_mlra.description.backends import current_name
 from megatron_mlra.inference.backends.select import BACKENDS
@@ -244,7 +250,7 @@ def _engine(
     )  # fmt: skip
 
     def progress(layers: range):
-        return tqdm(layers, desc="loading", unit="layer", disable=True if rank else None)
+        return bar(layers, desc="loading", unit="layer", shown=not rank)
 
     loaded = load_model(model, folder.tensor, options, device, parallel, progress)
     if rank == 0:

@@ -6,6 +6,7 @@ shares of links and of overlap are guesses, to be replaced by what a cluster mea
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +40,15 @@ GPUS = {
         GPU("gb200", 186, 2500, 5000, 8000, 900, 50, 72, "NVIDIA GB200 NVL72 data sheet"),
     )
 }
+
+_CUDA_NAMES = {
+    "a100": r"\bA100\b",
+    "h100": r"\bH100\b.* HBM3$",
+    "h200": r"\bH200$",
+    "b200": r"\bB200$",
+    "gb200": r"\bGB200\b",
+}
+"""Under which names CUDA knows them, and not relatives of other rates (H100 PCIe, H100 NVL)."""
 
 
 def _assume(default: float, about: str) -> Any:
@@ -86,6 +96,11 @@ class Assumptions:
             if not 0 <= value < float("inf"):
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} is {value}; use a number of at least 0")
+
+
+def of_device(name: str) -> GPU | None:
+    """The GPU that CUDA knows by this name ("NVIDIA H100 80GB HBM3"), None for one not listed."""
+    return next((GPUS[gpu] for gpu, names in _CUDA_NAMES.items() if re.search(names, name)), None)
 
 
 def find(name: str) -> GPU:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from megatron_mlra.cost.cache import kv_cache_bytes_per_token
@@ -14,17 +15,86 @@ from megatron_mlra.cost.parameters import parameters
 from megatron_mlra.planner.memory import gib
 from megatron_mlra.planner.report import Report
 
+Row = tuple[list[str], list[str], list[str]]
+"""Names of a row, its numbers, its words."""
 
-def print_report(report: Report) -> None:
-    """Print a report's tables for a person, on stdout."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=130)
+LEAST_WORDS = 20
+"""Columns that words are wrapped in at least."""
+
+
+def print_report(report: Report, console: Console | None = None) -> None:
+    """Print a report's tables for a person, on stdout; of a terminal, as wide as it is."""
+    if console is None:
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console = Console(highlight=False, width=130)
     for part in tables(report):
-        console.print(part)
+        if isinstance(part, str):
+            console.print(part)
+        else:
+            part.print(console)
 
 
-def tables(report: Report) -> Iterator[Table | str]:
+@dataclass
+class Sheet:
+    """A table whose numbers are never cut: what is too wide becomes several tables.
+
+    Attributes:
+        names, numbers, words: heads of the columns. Names begin each row of each table; words may
+            be wrapped.
+        caption: below it all.
+    """
+
+    title: str
+    names: list[str]
+    numbers: list[str]
+    words: list[str] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    caption: str = ""
+
+    def print(self, console: Console) -> None:
+        """Print it, a table below the other where the console is too narrow."""
+        if self._fits(0, len(self.numbers), True, console):
+            tables = [self._table(0, len(self.numbers), True)]
+        else:
+            tables = list(self._stack(console))
+        for i, table in enumerate(tables):
+            table.title = self.title if not i else None
+            console.print(table)
+        if self.caption:
+            console.print(self.caption)
+
+    def _stack(self, console: Console) -> Iterator[Table]:
+        first = 0
+        while first < len(self.numbers):
+            last = len(self.numbers)
+            while last > first + 1 and not self._fits(first, last, False, console):
+                last -= 1
+            yield self._table(first, last, False)
+            first = last
+        if self.words:
+            yield self._table(first, first, True)
+
+    def _table(self, first: int, last: int, with_words: bool) -> Table:
+        table = Table(title_justify="left")
+        for name in self.names:
+            table.add_column(name, no_wrap=True)
+        for name in self.numbers[first:last]:
+            table.add_column(name, justify="right", no_wrap=True)
+        for name in self.words if with_words else ():
+            table.add_column(name, min_width=LEAST_WORDS)
+        for names, numbers, words in self.rows:
+            table.add_row(*names, *numbers[first:last], *(words if with_words else ()))
+        return table
+
+    def _fits(self, first: int, last: int, with_words: bool, console: Console) -> bool:
+        unbound = console.options.update(max_width=10**6)
+        # No column but that of words may be narrower than its widest cell.
+        needed = Measurement.get(console, unbound, self._table(first, last, False)).maximum
+        return needed + with_words * len(self.words) * (LEAST_WORDS + 3) <= console.width
+
+
+def tables(report: Report) -> Iterator[Sheet | str]:
     """What to print, in order."""
     yield from _head(report)
     if report.plans:
@@ -55,21 +125,16 @@ def _head(report: Report) -> Iterator[str]:
     )
 
 
-def _layouts(report: Report) -> Table:
+def _layouts(report: Report) -> Sheet:
     shown = f"{len(report.plans)} of {report.found}"
-    table = Table(
-        title=f"Layouts that fit, fastest first ({shown}); GiB a GPU", title_justify="left"
+    sheet = Sheet(
+        f"Layouts that fit, fastest first ({shown}); GiB a GPU",
+        ["layout", "micro", "recompute"],
+        ["weights", "grads", "optim", "activ", "total", "step s", "MFU", "tok/s/GPU"],
     )
-    for name in ("layout", "micro", "recompute"):
-        table.add_column(name, no_wrap=True)
-    for name in ("weights", "grads", "optim", "activ", "total", "step s", "MFU", "tok/s/GPU"):
-        table.add_column(name, justify="right", no_wrap=True)
     for plan in report.plans:
         held, step = plan.memory, plan.step
-        table.add_row(
-            str(plan.layout),
-            str(plan.layout.micro_batch),
-            plan.layout.recompute,
+        numbers = [
             gib(held.weights),
             gib(held.gradients),
             gib(held.optimizer),
@@ -78,40 +143,36 @@ def _layouts(report: Report) -> Table:
             f"{step.seconds:.3g}",
             f"{step.mfu:.0%}",
             f"{step.tokens_per_gpu_second:,.0f}",
-        )
-    return table
+        ]
+        layout = plan.layout
+        sheet.rows.append(([str(layout), str(layout.micro_batch), layout.recompute], numbers, []))
+    return sheet
 
 
-def _traffic(report: Report) -> Table:
-    table = Table(title="What a GPU sends a step, GB", title_justify="left")
-    table.add_column("layout", no_wrap=True)
-    names = ("tensor", "context", "pipeline", "data", "expert")
-    for name in names:
-        table.add_column(name, justify="right")
-    table.add_column("time beside products goes to")
+def _traffic(report: Report) -> Sheet:
+    names = ["tensor", "context", "pipeline", "data", "expert"]
+    words = ["time beside products goes to"]
+    sheet = Sheet("What a GPU sends a step, GB", ["layout"], names, words)
     for plan in report.plans:
         sent = plan.step.traffic.to_json()
-        table.add_row(
-            str(plan.layout), *(f"{sent[name] / 1e9:,.1f}" for name in names), plan.reason()
-        )
+        numbers = [f"{sent[name] / 1e9:,.1f}" for name in names]
+        sheet.rows.append(([str(plan.layout)], numbers, [plan.reason()]))
     if report.layouts_traffic:
         both = ", ".join(
             f"{kind} {sent / 1e9:,.1f}" for kind, sent in report.layouts_traffic.items()
         )
-        table.caption = f"tensor parallel under the first, by latent_tp_layout: {both}"
-    return table
+        sheet.caption = f"tensor parallel under the first, by latent_tp_layout: {both}"
+    return sheet
 
 
-def _misfits(report: Report) -> Table:
-    table = Table(title="What does not fit, nearest first", title_justify="left")
-    table.add_column("layout", no_wrap=True)
-    table.add_column("micro")
-    table.add_column("recompute")
-    table.add_column("why")
+def _misfits(report: Report) -> Sheet:
+    names = ["layout", "micro", "recompute"]
+    sheet = Sheet("What does not fit, nearest first", names, [], ["why"])
     for miss in report.misfits:
         layout = miss.layout
-        table.add_row(str(layout), str(layout.micro_batch), layout.recompute, miss.why)
-    return table
+        shown = [str(layout), str(layout.micro_batch), layout.recompute]
+        sheet.rows.append((shown, [], [miss.why]))
+    return sheet
 
 
 def _attention(report: Report) -> Iterator[str]:
@@ -120,21 +181,19 @@ def _attention(report: Report) -> Iterator[str]:
         yield f"training FLOPs over the same model with MLA: {ratios} tokens"
 
 
-def _decoding(report: Report) -> Table:
+def _decoding(report: Report) -> Sheet:
     first = report.decodings[0]
     where = f"{first.devices} x {report.gpu.name}, batch {first.batch}, bf16"
-    title = f"Decoding on {where}: least ms a token, by context"
-    table = Table(title=title, title_justify="left")
-    table.add_column("attention", no_wrap=True)
-    table.add_column("KV B a token, device", justify="right", no_wrap=True)
-    table.add_column("exchange", justify="right")
     contexts = sorted({row.context for row in report.decodings})
-    for context in contexts:
-        table.add_column(f"{context:,}", justify="right", no_wrap=True)
+    sheet = Sheet(
+        f"Decoding on {where}: least ms a token, by context",
+        ["attention"],
+        ["KV B a token, device", "exchange", *(f"{context:,}" for context in contexts)],
+    )
     for name in dict.fromkeys(row.name for row in report.decodings):
         rows = [row for row in report.decodings if row.name == name]
-        cells = (f"{row.floor_ms:.2f}" for row in rows)
-        exchange = f"{rows[0].exchange_ms:.2f}"
-        table.add_row(name, f"{rows[0].kv_bytes_per_token:,}", exchange, *cells)
-    table.caption = f"of these, weights {first.weights_ms:.2f} ms, the exchange, and the cache"
-    return table
+        numbers = [f"{rows[0].kv_bytes_per_token:,}", f"{rows[0].exchange_ms:.2f}"]
+        numbers += [f"{row.floor_ms:.2f}" for row in rows]
+        sheet.rows.append(([name], numbers, []))
+    sheet.caption = f"of these, weights {first.weights_ms:.2f} ms, the exchange, and the cache"
+    return sheet

@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def table(found: Twin, source: str) -> str:
-    """Both models, a row each."""
-    rows = [
+    """Both models, a column each, within 80 columns of text."""
+    columns = [
         (
             "",
             "attention",
@@ -56,7 +56,9 @@ def table(found: Twin, source: str) -> str:
             "parameters",
             "without embedding",
             "difference",
-            "KV bytes per token and device, TP1 / 4 / 8",
+            "KV bytes per token and device, TP1",
+            "TP4",
+            "TP8",
         )
     ]
     for name, shape, title in (
@@ -65,7 +67,7 @@ def table(found: Twin, source: str) -> str:
     ):
         total = parameters(shape).total
         kv = (kv_cache_bytes_per_token(shape, tp) for tp in (1, 4, 8))
-        rows.append(
+        columns.append(
             (
                 name,
                 title,
@@ -73,12 +75,15 @@ def table(found: Twin, source: str) -> str:
                 f"{total:,}",
                 f"{total - parameters(shape).embedding - parameters(shape).output_layer:,}",
                 "" if shape is found.source else f"{100 * found.difference:+.4f} %",
-                " / ".join(f"{each:,}" for each in kv),
+                *(f"{each:,}" for each in kv),
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
+    first, *others = (max(map(len, column)) for column in columns)
+    return "\n".join(
+        f"{head.ljust(first)}  "
+        + "  ".join(cell.rjust(width) for cell, width in zip(cells, others, strict=True))
+        for head, *cells in zip(*columns, strict=True)
+    )
 
 
 def _mlp(shape: ModelDescription) -> int:

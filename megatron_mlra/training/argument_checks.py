@@ -20,6 +20,7 @@ from megatron_mlra.fault_tolerance.hang import collective_seconds
 from megatron_mlra.layers.config import resolve_core_backend
 from megatron_mlra.training import muon
 from megatron_mlra.training.cpu_backend import CPU_DEFAULTS
+from megatron_mlra.training.rope import check_rope
 
 REQUIRED = (
     "num_layers",
@@ -86,6 +87,7 @@ def check_arguments(args: Namespace) -> None:
     _check_packed(args)
     _check_held_out(args)
     _check_batches(args)
+    check_rope(args)
     _check_packages(args)
     muon.check(args)
 

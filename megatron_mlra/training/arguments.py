@@ -21,7 +21,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 
-from megatron_mlra.command_line.parser import did_you_mean
+from megatron_mlra.command_line.parser import did_you_mean, flags_given
 from megatron_mlra.description.presets import preset_name
 from megatron_mlra.layers.baselines.config import BaselineConfig
 from megatron_mlra.layers.config import MLRAConfig
@@ -30,6 +30,7 @@ from megatron_mlra.training.argument_checks import check_arguments
 from megatron_mlra.training.cpu_backend import CPU_DEFAULTS
 from megatron_mlra.training.flags import add_mlra_arguments, preset_of, repair_help
 from megatron_mlra.training.presets import add_opposites, load_preset
+from megatron_mlra.training.rope import YarnConfig
 from megatron_mlra.training.upstream_fixes import accumulate_weight_gradients_in_products
 
 DEFAULTS = {
@@ -138,7 +139,9 @@ def validate(args: Namespace) -> MLRAConfig | BaselineConfig:
     """
     with _refusals_as_value_errors():
         if args.use_checkpoint_args:
+            asked = args.rotary_base if "--rotary-base" in flags_given(sys.argv[1:]) else None
             load_args_from_checkpoint(args)
+            args.rotary_base = asked or args.rotary_base
         validate_args(args, {})
         return transformer_config(args)
 
@@ -185,8 +188,12 @@ def run_folder(args: Namespace) -> Path:
 
 def transformer_config(args: Namespace) -> MLRAConfig | BaselineConfig:
     """The transformer config of the chosen attention kind."""
+    if args.attention != "mlra":
+        return core_transformer_config_from_args(args, BaselineConfig)
+    if args.rope_type != "yarn":
+        return core_transformer_config_from_args(args, MLRAConfig)
     return core_transformer_config_from_args(
-        args, MLRAConfig if args.attention == "mlra" else BaselineConfig
+        Namespace(**vars(args) | {"rope_type": None}), YarnConfig
     )
 
 

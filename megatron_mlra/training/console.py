@@ -15,7 +15,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
-from megatron.training import get_tensorboard_writer
+from megatron.training import get_tensorboard_writer, get_wandb_writer
 from tqdm import tqdm
 
 from megatron_mlra.cost.cache import kv_cache_bytes_per_token
@@ -171,6 +171,8 @@ def fail_run(
         with contextlib.suppress(Exception):
             if writer := get_tensorboard_writer():
                 writer.flush()
+            if online := get_wandb_writer():
+                online.finish(exit_code=code)
     kill_children()
     return code
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 
+from megatron_mlra.command_line.parser import flags_given
 from megatron_mlra.data.errors import InputError
 from megatron_mlra.data.metadata import read_metadata
 from megatron_mlra.training import schedule
@@ -18,7 +19,7 @@ _NUMBER = re.compile(r"[-+.\deE]+")
 
 def complete(args: Namespace, argv: list[str]) -> None:
     """Fill in what the command line `argv` leaves open."""
-    given = {word.partition("=")[0] for word in argv}
+    given = flags_given(argv)
     _take_vocabulary(args, given)
     schedule.settle(args, given)
 

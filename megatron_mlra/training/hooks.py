@@ -33,7 +33,7 @@ from megatron_mlra.fault_tolerance import (
     stopping,
 )
 from megatron_mlra.fault_tolerance.run_lock import RunLock
-from megatron_mlra.training import arguments, muon, progress, upstream_fixes, validation
+from megatron_mlra.training import arguments, curves, muon, progress, upstream_fixes, validation
 
 READ_IN = {"megatron-core": "0.19.2", "torch": "2.11.0"}
 """The versions in which the targets were read."""
@@ -295,7 +295,7 @@ BEFORE_TRAINING = (
         " last; its end may take any time",
         (
             lambda train, run: held_out.score_behind(
-                train, run.args, arguments.run_folder(run.args)
+                train, run.args, arguments.run_folder(run.args), curves.record
             ),
             lambda train, run: run.progress.wrap_train(train),
             lambda train, run: heartbeat.mark_end(train) if run.watch else train,
@@ -313,6 +313,16 @@ BEFORE_TRAINING = (
         f"{TRAINER}.training_log",
         "one readable line per logged step",
         (lambda log, run: run.progress.wrap_log(log),),
+    ),
+    Hook(
+        f"{TRAINER}.get_tensorboard_writer",
+        "Megatron's curve of the loss is each step's own, its log and the line have the mean",
+        (lambda get, run: curves.without_losses(get),),
+    ),
+    Hook(
+        f"{TRAINER}.get_wandb_writer",
+        "as the writer before",
+        (lambda get, run: curves.without_losses(get),),
     ),
     Hook(
         f"{TRAINER}.num_floating_point_operations",

@@ -6,25 +6,28 @@ training/hooks.py puts them in place.
 
 from __future__ import annotations
 
+import functools
 import math
 import shutil
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
-from megatron.training import async_utils, get_tensorboard_writer, training
+from megatron.training import async_utils, training
 from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
+from megatron_mlra.command_line.log_line import LogLine
 from megatron_mlra.command_line.parser import say
 from megatron_mlra.cost.flops import train_flops_per_token
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.fault_tolerance import stopping
 from megatron_mlra.fault_tolerance.integrity import latest_step, reason
 from megatron_mlra.fault_tolerance.retention import prune
+from megatron_mlra.training import curves
+from megatron_mlra.training.speed import Clock, Speed, parts, peak_memory, speed
 
 
 class Stopped(Exception):
@@ -35,58 +38,29 @@ class Stopped(Exception):
         self.code = code
 
 
-class Throughput:
-    """Tokens per second of training steps alone: evaluation and saving stop the clock."""
-
-    def __init__(self, args: Namespace) -> None:
-        self.args = args
-        self.paused = 0.0
-        self.start: tuple[int, float] | None = None
-
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Stop the clock inside."""
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.paused += time.perf_counter() - begin
-
-    def begin(self) -> None:
-        """Start measuring."""
-        self.start = (self.args.consumed_train_samples, time.perf_counter())
-        self.paused = 0.0
-
-    def rate(self) -> float | None:
-        """Tokens per second since `begin`, None before a step was measured; begins anew."""
-        if self.start is None:
-            return None
-        samples = self.args.consumed_train_samples - self.start[0]
-        seconds = time.perf_counter() - self.start[1] - self.paused
-        self.begin()
-        return samples * self.args.seq_length / seconds if samples and seconds > 0 else None
-
-
 class Progress:
     """Progress in place of Megatron's log lines, and FLOPs that know branches."""
 
     def __init__(self, args: Namespace, shape: ModelDescription) -> None:
         self.args = args
         self.speaks = args.rank == args.world_size - 1
-        self.model_flops, self.hardware_flops = train_flops_per_token(
-            shape, args.seq_length, recompute=recomputed(args)
-        )
-        self.throughput = Throughput(args)
+        self.token_flops = train_flops_per_token(shape, args.seq_length, recompute=recomputed(args))
+        self.clock = Clock(args)
+        self.line = LogLine()
         self.evaluating = ("validation", 0)
         self.validated: int | None = None
         self.losses: dict[str, list[torch.Tensor]] = {}
         self.saving: list[int] = []
         self.bar: tqdm | None = None
 
+    @functools.cached_property
+    def speed(self) -> Speed:
+        """What a rate comes to on this rank's device, which is chosen by the time of a step."""
+        return speed(self.args, self.token_flops)
+
     def flops(self, args: Namespace, batch_size: int, *_, **__) -> float:
         """Model FLOPs of one global batch: the method's, whatever form computes it."""
-        return self.model_flops * batch_size * args.seq_length
+        return self.token_flops.model * batch_size * args.seq_length
 
     def wrap_log(self, training_log: Callable) -> Callable:
         """Megatron's `training_log` with a line per logged step."""
@@ -95,11 +69,18 @@ class Progress:
             flag = training_log(
                 losses, totals, rate, iteration, scale, memory, skipped, grad_norm, *rest, **named
             )
-            if not skipped:
-                for name, loss in losses.items():
-                    self.losses.setdefault(name, []).append(loss)
             if self.speaks:
-                self._step(rate, iteration, grad_norm, skipped)
+                for name, loss in losses.items() if not skipped else ():
+                    self.losses.setdefault(name, []).append(loss)
+                self._move_bar(iteration)
+            if iteration % self.args.log_interval == 0 or iteration == self.args.train_iters:
+                memory = peak_memory()
+                if self.speaks:
+                    self._step(rate, iteration, grad_norm, skipped, memory)
+            elif self.clock.start is None:
+                # The first step also compiles and allocates, so the clock starts behind it.
+                torch.cuda.synchronize()
+                self.clock.begin(iteration)
             return flag
 
         return log
@@ -110,32 +91,27 @@ class Progress:
         iteration: int,
         grad_norm: float | None,
         skipped: int,
+        memory: float,
     ) -> None:
         args = self.args
-        self._move_bar(iteration)
-        if iteration % args.log_interval and iteration != args.train_iters:
-            if self.throughput.start is None:
-                # The first step also compiles and allocates, so the clock starts behind it.
-                torch.cuda.synchronize()
-                self.throughput.begin()
-            return
-        parts = [f"step {iteration:,}/{args.train_iters:,}"]
+        last = f"{args.train_iters:,}"
+        said = [f"step {iteration:,}/{last}"]
         # As Megatron's log has it: the mean of the steps since the line before.
-        parts += [f"{name} {_mean(losses):.4f}" for name, losses in self.losses.items()]
+        means = {name: _mean(losses) for name, losses in self.losses.items()}
         self.losses.clear()
+        said += [f"{name} {mean:.4f}" for name, mean in means.items()]
         if skipped:
-            parts.append("skipped (overflow)")
+            said.append("skipped (overflow)")
         if grad_norm is not None:
-            parts.append(f"grad norm {float(grad_norm):.3f}")
+            said.append(f"grad norm {float(grad_norm):#.3g}")
         if learning_rate is not None:
-            parts.append(f"lr {learning_rate:.2e}")
+            said.append(f"lr {learning_rate:.2e}")
         torch.cuda.synchronize()
-        rate = self.throughput.rate()
-        if rate is None:
-            self.throughput.begin()
-        else:
-            parts += self._rates(iteration, rate)
-        say(" | ".join(parts))
+        rate = self.clock.rate(iteration)
+        machine, points = parts(self.speed, rate, memory, self.clock.left(iteration))
+        curves.record_losses(means, iteration, args.consumed_train_samples)
+        curves.record(points, iteration)
+        say(self.line(said, machine, growth=len(last) - len(f"{iteration:,}")))
 
     def _move_bar(self, iteration: int) -> None:
         if self.bar is None and sys.__stdout__.isatty():
@@ -144,22 +120,6 @@ class Progress:
             )
         if self.bar is not None:
             self.bar.update(iteration - self.bar.n)
-
-    def _rates(self, iteration: int, rate: float) -> list[str]:
-        model, hardware = (
-            rate * flops / self.args.world_size / 1e12
-            for flops in (self.model_flops, self.hardware_flops)
-        )
-        if writer := get_tensorboard_writer():
-            writer.add_scalar("tokens per second", rate, iteration)
-            writer.add_scalar("model TFLOP per second and device", model, iteration)
-            writer.add_scalar("hardware TFLOP per second and device", hardware, iteration)
-        # Documents that are kept apart score fewer pairs than the whole sequence, which is counted.
-        at_most = " at most" if self.args.dataloader_inter_document_masking else ""
-        return [
-            f"{rate:,.0f} tokens/s",
-            f"TFLOP/s a device{at_most}: model {model:.3g}, hardware {hardware:.3g}",
-        ]
 
     def wrap_results(self, evaluate_and_print_results: Callable) -> Callable:
         """Megatron's `evaluate_and_print_results`; test losses stay out of validation's curve."""
@@ -184,7 +144,7 @@ class Progress:
         """Megatron's `evaluate` with a line for its losses; its time is not training's."""
 
         def run(*args, **named):
-            with self.throughput.pause():
+            with self.clock.pause():
                 result = evaluate(*args, **named)
             if self.speaks and result[0]:
                 losses = {name: _value(loss) for name, loss in result[0].items()}
@@ -194,9 +154,8 @@ class Progress:
                 ]
                 what, step = self.evaluating
                 say(f"{what} at step {step:,}: {', '.join(said)}")
-                if what == "test" and (writer := get_tensorboard_writer()):
-                    for name, loss in losses.items():
-                        writer.add_scalar(f"{name} test", loss, step)
+                if what == "test":
+                    curves.record({f"{name} test": loss for name, loss in losses.items()}, step)
             return result
 
         return run
@@ -289,7 +248,7 @@ class Progress:
             folder = self.args.save
             start = time.perf_counter()
             try:
-                with self.throughput.pause():
+                with self.clock.pause():
                     result = save_checkpoint(iteration, *rest, **named)
             except (Exception, CheckpointException) as error:
                 raise not_saved(folder, iteration, error) from error

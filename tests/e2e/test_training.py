@@ -12,8 +12,9 @@ import sys
 import psutil
 import pytest
 
+from megatron_mlra.benchmarks import losses_files
 from megatron_mlra.fault_tolerance.integrity import check_complete, latest_step
-from support import ENV
+from support import ENV, wandb_file
 from support.programs import program
 from support.runs import Run, scalars, wait_for
 
@@ -78,9 +79,22 @@ def test_console(whole):
     ]
     assert re.search(
         r"step 8/8 \| lm loss \d\.\d{4} \| grad norm \d\.\d+ \| lr 2\.00e-04 \| [\d,]+ tokens/s \|"
-        r" TFLOP/s a device: model \S+, hardware \S+",
+        r" \d\.\d GiB \| 0 s left$",
         whole.out,
+        re.MULTILINE,
     )
+    assert max(map(len, re.findall("^(?:step|  ).*", whole.out, re.MULTILINE))) <= 100
+
+
+def test_a_narrow_terminal_gets_two_lines(entry, preset, tmp_path):
+    run = entry.run(tmp_path, "--config", preset, "--exit-interval", 3, terminal=80)
+    assert run.code == 0, run.err
+    assert re.search(
+        r"^\r?step 3/8 \| lm loss \d\.\d{4} \| grad norm \d\.\d+ \| lr \S+\n"
+        r"  [\d,]+ tokens/s \| \d\.\d GiB \| \d+ s left$",
+        run.out,
+        re.MULTILINE,
+    ), run.out
 
 
 def test_logs(whole):
@@ -93,10 +107,16 @@ def test_logs(whole):
     assert validation[8] < validation[0]
     assert list(scalars(whole.folder, "lm loss test")) == [8]
     assert min(scalars(whole.folder, "tokens per second").values()) > 0
+    memory = scalars(whole.folder, "peak memory GiB")
+    assert sorted(memory) == list(range(1, 9)) and 0.1 < memory[1] <= memory[8] < 4
+    left = scalars(whole.folder, "hours left")
+    assert left[8] == 0 and 0 < left[2] < 0.1
 
 
-def test_the_printed_loss_is_the_mean_that_the_log_has(entry, preset, whole, tmp_path):
-    run = entry.run(tmp_path, "--config", preset, "--log-interval", 3, "--eval-interval", 2)
+def test_one_loss_in_the_line_the_log_and_the_curves(entry, preset, whole, tmp_path):
+    flags = ["--log-interval", 3, "--eval-interval", 2, "--wandb-project", "mlra"]
+    flags += ["--wandb-exp-name", "tiny"]
+    run = entry.run(tmp_path, "--config", preset, *flags, env={"WANDB_MODE": "offline"})
     assert run.code == 0, run.err
     printed = {int(s): float(x) for s, x in re.findall(r"step (\d)/8 \| lm loss (\S+)", run.out)}
     means = {3: (1, 2, 3), 6: (4, 5, 6), 8: (7, 8)}
@@ -109,6 +129,25 @@ def test_the_printed_loss_is_the_mean_that_the_log_has(entry, preset, whole, tmp
     assert {int(s): float(x) for s, x in logged if s in "36"} == {
         step: pytest.approx(printed[step], abs=1e-4) for step in (3, 6)
     }
+    curve = {step: pytest.approx(loss, abs=1e-4) for step, loss in printed.items()}
+    assert run.losses == curve
+    online = wandb_file.curves(tmp_path / "runs/tiny/wandb")
+    assert online["lm loss"] == curve
+    for name in ("tokens per second", "peak memory GiB", "hours left"):
+        assert online[name] == pytest.approx(scalars(tmp_path, name)) and 8 in online[name]
+    for name in ("lm loss validation", "lm loss test"):
+        assert online[name] == pytest.approx(scalars(tmp_path, name))
+    # Compared by the runs' own files: the folder with events, the log, what was printed.
+    places = {"folder": whole.folder, "log": tmp_path / "runs/tiny/megatron.log"}
+    places |= {"events": next(tmp_path.rglob("events.out*")), "out": tmp_path / "stdout-0.txt"}
+    for name, place in places.items():
+        read = losses_files.read(place)
+        wanted = whole.losses if name == "folder" else printed
+        wanted = {s: x for s, x in wanted.items() if name != "log" or s != 8}
+        assert dict(zip(read.steps, read.losses, strict=True)) == pytest.approx(wanted, abs=1e-4)
+        assert read.validation == pytest.approx(
+            scalars(place if place.is_dir() else tmp_path, "lm loss validation")[8], abs=1e-4
+        )
     # On the same samples, however often: the other run validated at steps 0, 4 and 8.
     there, here = (scalars(f, "lm loss validation") for f in (whole.folder, tmp_path))
     assert here[4] == there[4] and here[8] == there[8] and sorted(here) == [2, 4, 6, 8]

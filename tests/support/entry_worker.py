@@ -1,13 +1,14 @@
 """Runs the training entry many times on one import: forks a process for each run.
 
 Reads one JSON job a line from stdin, answers one JSON line. A job {"argv", "folder", "ranks",
-"env", "free_bytes", "file_bytes", "nan_at",
+"env", "free_bytes", "file_bytes", "nan_at", "terminal",
 "nan_gradient_at", "samples", "asleep", "hosts"} starts a run and is answered
 {"pids": [...]}; {"wait": pid} is answered with its exit {"code": ...}, negative for a signal.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import multiprocessing
@@ -18,8 +19,11 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
+import threading
 import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 from support import ROOT
@@ -92,6 +96,7 @@ def be_entry(entry: types.ModuleType, job: dict, rank: int, env: dict) -> int:
     for fd, name in ((1, "stdout"), (2, "stderr")):
         file = os.open(folder / f"{name}-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, fd)
+    shown = open_terminal(job["terminal"]) if "terminal" in job else None
     if "free_bytes" in job:
         usage = types.SimpleNamespace(free=job["free_bytes"])
         shutil.disk_usage = lambda _: usage
@@ -119,7 +124,39 @@ def be_entry(entry: types.ModuleType, job: dict, rank: int, env: dict) -> int:
     for child in multiprocessing.active_children():
         child.kill()
     sys.stdout.flush()
+    if shown is not None:
+        shown()
     return 0
+
+
+def open_terminal(columns: int) -> Callable[[], None]:
+    """Make stdout a terminal of that width, whose output goes to where stdout went.
+
+    Returns:
+        a function that waits until all output is there.
+    """
+    file = os.dup(1)
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, columns))
+    mode = termios.tcgetattr(theirs)
+    mode[1] &= ~termios.OPOST  # newlines as they are
+    termios.tcsetattr(theirs, termios.TCSANOW, mode)
+    os.dup2(theirs, 1)
+    os.close(theirs)
+
+    def copy() -> None:
+        with contextlib.suppress(OSError):  # as it ends once nobody has the terminal open
+            while text := os.read(ours, 4096):
+                os.write(file, text)
+
+    copier = threading.Thread(target=copy, daemon=True)
+    copier.start()
+
+    def shown() -> None:
+        os.dup2(file, 1)
+        copier.join(5)
+
+    return shown
 
 
 def be_on_host(

@@ -18,6 +18,37 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Yarn:
+    """YaRN of a context: how much longer it becomes, and from where to where pairs are stretched.
+
+    As DeepSeek's models have it, the ramp goes over the numbers of pairs between those that turn
+    `fast` and `slow` times over the original context; the temperature is that of all dims
+    (`all_dim`) and what the rotated ones have beyond it.
+    """
+
+    factor: float
+    original: int
+    fast: float
+    slow: float
+    mscale: float
+    all_dim: float
+
+    def stretched(self, i: int, dim: int, base: float) -> float:
+        """The frequency of pair i."""
+        frequency = base ** (-2.0 * i / dim)
+        first, last = (
+            dim * math.log(self.original / (turns * 2 * math.pi)) / (2 * math.log(base))
+            for turns in (self.fast, self.slow)
+        )
+        first, last = max(math.floor(first), 0), min(math.ceil(last), dim - 1)
+        share = min(max((i - first) / max(last - first, 1e-3), 0.0), 1.0)
+        return frequency * (1 - share) + frequency / self.factor * share
+
+    def temperature(self, mscale: float) -> float:
+        return 0.1 * mscale * math.log(self.factor) + 1.0
+
+
+@dataclass(frozen=True)
 class OracleConfig:
     """Sizes and switches of one attention layer."""
 
@@ -34,6 +65,7 @@ class OracleConfig:
     scaling: bool = True
     norm_eps: float = 1e-6
     rope_base: float = 10000.0
+    yarn: Yarn | None = None
 
     @property
     def groups(self) -> int:
@@ -53,17 +85,22 @@ def rms_norm(vector: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * vector / torch.sqrt((vector * vector).mean() + eps)
 
 
-def rotate(vector: Tensor, position: float, base: float) -> Tensor:
+def rotate(vector: Tensor, position: float, base: float, yarn: Yarn | None = None) -> Tensor:
     """Turn pair (i, i + d_r / 2) of one vector by the angle position * base^(-2 i / d_r)."""
     dim = vector.shape[0]
     half = dim // 2
     first, second = [], []
     for i in range(half):
         angle = position * base ** (-2.0 * i / dim)
+        if yarn is not None:
+            angle = position * yarn.stretched(i, dim, base)
         cos, sin = math.cos(angle), math.sin(angle)
         first.append(vector[i] * cos - vector[i + half] * sin)
         second.append(vector[i + half] * cos + vector[i] * sin)
-    return torch.stack(first + second)
+    turned = torch.stack(first + second)
+    if yarn is None:
+        return turned
+    return turned * yarn.temperature(yarn.mscale) / yarn.temperature(yarn.all_dim)
 
 
 def mlra_oracle(
@@ -93,6 +130,8 @@ def mlra_oracle(
     latent_scale = math.sqrt(c.hidden / c.latent_dim) if c.scaling else 1.0
     branch_scale = c.branches**-0.5 if c.scaling else 1.0
     softmax_scale = (c.qk_nope + c.qk_rope) ** -0.5
+    if c.yarn is not None:
+        softmax_scale *= c.yarn.temperature(c.yarn.all_dim) ** 2
 
     queries = [_queries(x[i], w, c, query_positions[i]) for i in range(tokens)]  # [s][h][d_h + d_r]
     latents, rope_keys = [], []  # [s][L][d_l], [s][d_r]
@@ -108,7 +147,7 @@ def mlra_oracle(
             for latent in range(c.latents)
         ]
         latents.append(parts)
-        rope_keys.append(rotate(down[c.kv_rank :], key_positions[j], c.rope_base))
+        rope_keys.append(rotate(down[c.kv_rank :], key_positions[j], c.rope_base, c.yarn))
 
     head_outputs = []  # [h] of [s, d_v]
     for head in range(c.heads):
@@ -151,7 +190,7 @@ def _queries(token: Tensor, w: dict[str, Tensor], c: OracleConfig, position: flo
     heads = []
     for head in range(c.heads):
         query = flat[head * width : (head + 1) * width]
-        turned = rotate(query[c.qk_nope :], position, c.rope_base)
+        turned = rotate(query[c.qk_nope :], position, c.rope_base, c.yarn)
         heads.append(torch.cat([query[: c.qk_nope], turned]))
     return heads
 

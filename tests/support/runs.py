@@ -31,7 +31,7 @@ lr_warmup_iters: 2
 min_lr: 2.0e-4
 global_batch_size: 4
 micro_batch_size: 2
-log_interval: 2
+log_interval: 1
 eval_interval: 4
 eval_iters: 2
 save_interval: 4

@@ -6,7 +6,6 @@ compared with the fp32 reference first; a red comparison ends the run without a 
 """
 
 import argparse
-import itertools
 import json
 import subprocess
 import sys
@@ -95,34 +94,68 @@ def measure(shape: Shape, roof: float, seed: int, providers: list[str]) -> list[
     return records
 
 
-def plot(records: list[dict], roof: float, path: str) -> None:
-    """Draw latency over context length, batch 1, log-log, with the roof of the one-latent rank."""
+COLOURS = {"MLRA-4": "#0b6fb8", "MLA": "#c8501e", "GLA-2": "#2e8b3d"}
+"""Of the whole project's figures."""
+
+LINES = {"fp8": ("--", "s"), "q=2": (":", "^"), "q=4": ("-.", "v"), "TP1": ((0, (6, 2)), "D")}
+"""Of shapes by what their names say; a model's own rank is a plain line."""
+
+
+def plot(records: list[dict], roof: float, source: str, path: str) -> None:
+    """Draw latency over context length, batch 1, log-log, with the roof of the one-latent rank.
+
+    Args:
+        roof: bytes per second.
+        source: GPU and commit.
+    """
     try:
         import matplotlib.pyplot as plt
+        from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, NullLocator
     except ImportError:
         sys.exit("--png needs matplotlib: pip install matplotlib, or leave --png out")
     plt.switch_backend("agg")
-    figure, axes = plt.subplots(figsize=(10, 5.5))
+    figure, axes = plt.subplots(figsize=(12, 7), layout="constrained")
+    mine = [r for r in records if r["batch"] == 1]
     series: dict[str, list[tuple[int, float]]] = {}
-    for r in records:
-        if r["batch"] == 1:
-            name = f"{r['model']}, {r['provider']}"
-            series.setdefault(name, []).append((r["length"], r["us"]))
-    colours = plt.get_cmap("tab20").colors
-    for (name, points), colour in zip(series.items(), itertools.cycle(colours), strict=False):
+    for r in mine:
+        name = r["model"] if r["provider"] == "mlra_kernels" else f"{r['model']}, {r['provider']}"
+        series.setdefault(name, []).append((r["length"], r["us"]))
+    for name, points in series.items():
+        line, marker = next((look for word, look in LINES.items() if word in name), ("-", "o"))
+        if "," in name:
+            marker = "x"
+        colour = next((c for kind, c in COLOURS.items() if name.startswith(kind)), "#7a7a7a")
+        face = "none" if "TP1" in name else colour
         xs, ys = zip(*sorted(points), strict=True)
-        axes.loglog(xs, ys, marker="o", color=colour, label=name)
-    xs = sorted({r["length"] for r in records if r["batch"] == 1})
+        axes.plot(
+            *(xs, ys), linestyle=line, marker=marker, color=colour, markerfacecolor=face,
+            markersize=8, linewidth=2, label=name,
+        )  # fmt: skip
+    xs = sorted({r["length"] for r in mine})
     row_bytes = Shape(RANK, 1, 1).row_bytes
     roof_label = f"roof: {row_bytes} bytes a token at {roof / 1e9:.0f} GB/s"
-    axes.loglog(xs, [n * row_bytes / roof * 1e6 for n in xs], "k--", label=roof_label)
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel("tokens in the cache, batch 1")
-    axes.set_ylabel("microseconds a call")
-    axes.grid(True, which="both", alpha=0.3)
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    axes.plot(xs, [n * row_bytes / roof * 1e6 for n in xs], "k--", linewidth=1, label=roof_label)
+    axes.set(xscale="log", yscale="log", xlabel="tokens in the cache, batch 1")
+    names = [f"{n >> 20}M" if n >= 1 << 20 else f"{n >> 10}K" for n in xs]
+    axes.xaxis.set_major_locator(FixedLocator(xs))
+    axes.xaxis.set_major_formatter(FixedFormatter(names))
+    axes.yaxis.set_major_locator(FixedLocator([a * 10**n for n in range(5) for a in (1, 2, 5)]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda us, _: f"{us:,.0f}"))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_locator(NullLocator())
+    us = [r["us"] for r in mine]
+    axes.set_ylim(min(us) / 4, max(us) * 1.3)
+    axes.set_title("microseconds a call", loc="left")
+    axes.grid(True, alpha=0.3)
+    ends = {r["model"]: r["us"] for r in mine if r["length"] == xs[-1]}
+    said = ", ".join(
+        f"{name} {time:.0f} us" for name, time in sorted(ends.items(), key=lambda e: e[1])
+    )
+    title = f"One sequence of {names[-1]} tokens: {said}\n({source})"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, weight="bold")
+    figure.legend(loc="outside lower center", ncols=5, frameon=False)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
 
 
 def commit() -> str:
@@ -157,7 +190,7 @@ def main() -> None:
         records += measure(shape, roof, seed, args.providers)
         torch.cuda.empty_cache()
     if args.png:
-        plot(records, roof, args.png)
+        plot(records, roof, f"{about['gpu']}, commit {about['commit']}", args.png)
     report = {**about, "records": records}
     if args.json:
         with open(args.json, "w") as file:

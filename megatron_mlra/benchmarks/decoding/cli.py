@@ -11,12 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 
 from megatron_mlra.benchmarks.decoding.measure import Case, gate, measure, measure_prefill
+from megatron_mlra.benchmarks.decoding.plot import plot
 from megatron_mlra.command_line.parser import OneLineParser, check_output, write_text
 from megatron_mlra.description.presets import preset_description
 from mlra_kernels.benchmarks.timing import read_roof
@@ -59,38 +61,6 @@ def table(records: list[dict[str, Any]]) -> str:
             timed = f"{r['us']:.0f} | {r['roof_us']:.0f} | {100 * r['share']:.0f} %"
         lines.append(f"| {r['label']} | {r['batch']} | {r['context'] // K}K | {timed} | {sizes} |")
     return "\n".join(lines)
-
-
-def plot(records: list[dict[str, Any]], title: str, path: str) -> None:
-    """Time per output token over context, one panel for each of whole or share, and batch."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
-
-    panels = sorted({(r["tp"], r["batch"]) for r in records if "us" in r})
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.4), squeeze=False)
-    for ax, (tp, batch) in zip(axes[0], panels, strict=True):
-        mine = [r for r in records if (r["tp"], r["batch"]) == (tp, batch) and "us" in r]
-        for label in dict.fromkeys(r["label"] for r in mine):
-            points = sorted((r["context"] / K, r["us"] / 1e3) for r in mine if r["label"] == label)
-            ax.plot(*zip(*points, strict=True), marker="o", label=label)
-        ax.set(xscale="log", yscale="log", xlabel="context, K tokens")
-        for axis, ticks in (
-            (ax.xaxis, sorted({r["context"] / K for r in mine})),
-            (ax.yaxis, [1, 2, 3, 5, 10, 20, 30, 50, 100]),
-        ):
-            axis.set_ticks(ticks)
-            axis.set_major_formatter(ScalarFormatter())
-            axis.set_minor_formatter(NullFormatter())
-        ax.set_title(f"{'whole model' if tp == 1 else f'one of {tp} ranks'}, batch {batch}")
-        ax.grid(True, which="both", alpha=0.3)
-        ax.legend(fontsize=7)
-    axes[0][0].set_ylabel("milliseconds an output token")
-    figure.suptitle(title, fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
 
 
 def parser() -> OneLineParser:
@@ -166,6 +136,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             report = {**about, "records": records, "prefills": prefills, "failed": failed}
             write_text(args.json, json.dumps(report, indent=1))
     if args.png and records:
-        plot(records, f"{about['gpu']}, {about['commit']}", args.png)
+        plot(records, f"{about['gpu']}, {about['commit']}", Path(args.png))
     if failed:
         sys.exit(f"error: not reported: {', '.join(failed)}")

@@ -65,19 +65,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import torch
 
-    on_cpu = not torch.cuda.is_available()
-    if on_cpu:
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    if not torch.cuda.is_available():
+        parser.error(
+            "this benchmark needs a CUDA GPU, and torch sees none; tools/benchmark_cpu.py measures"
+            " a CPU"
+        )
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     from megatron_mlra.benchmarks.training import gate, measure, report
     from megatron_mlra.benchmarks.training.case import Case, Load
+    from megatron_mlra.benchmarks.training.plot import plot
     from megatron_mlra.training import arguments
-    from megatron_mlra.training.cpu_backend import enable_cpu_backend
 
-    if on_cpu:
-        enable_cpu_backend()
     try:
         cases = [Case.parse(text) for text in args.case or DEFAULT_CASES]
     except ValueError as error:
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     load = Load(args.num_layers, args.tokens, args.micro_batches, flags=tuple(flags))
     arguments.join_world()
-    torch.distributed.init_process_group("gloo" if on_cpu else "nccl")
+    torch.distributed.init_process_group("nccl")
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)
 
@@ -118,7 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(report.table(rows))
     if len(rows) > 1 and not args.sublayer:
         if importlib.util.find_spec("matplotlib"):
-            report.plot(rows, args.out / "training.png", result["device"])
+            source = f"{result['device']}, commit {result['commit']}"
+            plot(result["rows"], args.out / "training.png", source)
         else:
             print("no plot: matplotlib is not installed")
     print(json.dumps(result))

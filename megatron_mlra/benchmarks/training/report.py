@@ -81,28 +81,3 @@ def write(
     result = {**environment(), "matmul_tflops": matmul, **settings, "rows": values}
     write_text(folder / "training.json", json.dumps(result, indent=1) + "\n")
     return result
-
-
-def plot(rows: list[Result], path: Path, device: str) -> None:
-    """Tokens/s over sequence length, a line for each variant, recipe and form."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
-        name = f"{row.variant} {row.recipe} {row.form}"
-        lines.setdefault(name, []).append((row.seq_length, row.tokens_per_second / 1e3))
-    for name, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel("sequence length (tokens)")
-    axes.set_ylabel("thousand tokens/s")
-    axes.set_ylim(bottom=0)
-    axes.set_title(device, fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)

@@ -24,6 +24,7 @@ from megatron_mlra.checkpoint.folder import TRACKER, check_finite, tokenizer_fil
 from megatron_mlra.checkpoint.megatron.folder import iteration_folder
 from megatron_mlra.checkpoint.megatron.torch_dist import COMMON_FILE, COMMON_KEY, TorchDistFolder
 from megatron_mlra.checkpoint.megatron.writer import StreamingPlanner, save_torch_dist, saved_object
+from megatron_mlra.command_line.progress_bar import bar
 from megatron_mlra.description.model import DTYPES, CheckpointError
 from megatron_mlra.description.tensors import EXPERT_BIAS
 
@@ -77,10 +78,10 @@ def reshard(
     name = "release" if weights_only else folder.name
     planner = _Copy(stored, weights_only, getattr(torch, dtype) if dtype else None)
     with (
-        tqdm(total=planner.bytes, unit="B", unit_scale=True, disable=not progress) as bar,
+        bar(total=planner.bytes, unit="B", unit_scale=True, shown=progress) as shown,
         written_aside(destination, planner.bytes) as partial,
     ):
-        planner.bar = bar
+        planner.bar = shown
         (partial / name).mkdir()
         save_torch_dist(planner, partial / name, files)
         if (folder / COMMON_FILE).is_file() and not weights_only:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from megatron_mlra.checkpoint.folder import CheckpointFolder
 from megatron_mlra.checkpoint.huggingface.folder import check_own_code
 from megatron_mlra.checkpoint.verify.forward import hidden_states, output_head
+from megatron_mlra.command_line.progress_bar import bar
 from megatron_mlra.data.tokenizers import TokenizerSpec, build_tokenizer
 from megatron_mlra.description.model import CheckpointError
 
@@ -69,7 +69,7 @@ def compare(
     check_same_function(a, b)
     passes = zip(hidden_states(a, tokens), hidden_states(b, tokens), strict=True)
     total = a.description.num_layers + 1
-    for pair in tqdm(passes, total=total, unit="layer", disable=not progress):
+    for pair in bar(passes, total=total, unit="layer", shown=progress):
         ours, theirs = pair
     head, their_head = output_head(a), output_head(b)
     parts = zip(ours.flatten(0, 1).split(TOKENS), theirs.flatten(0, 1).split(TOKENS), strict=True)

@@ -64,7 +64,7 @@ def test_table_and_plot(tmp_path):
     assert lines[2] == "| MLRA-4 1/4 | 1 | 4K | 900 | 600 | 67 % | 2.00 | 0.01 |"
     assert lines[4] == "| MLRA-4 1/4 | 32 | 512K | does not fit | | | 2.00 | 155.00 |"
     assert len({line.count("|") for line in lines}) == 1
-    tool.plot(records, "a GPU", str(tmp_path / "plot.png"))
+    tool.plot(records, "a GPU", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -1,12 +1,17 @@
 """The training benchmark's cases, table and plot; what it times is for a GPU."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
 from megatron_mlra.benchmarks.training import report
 from megatron_mlra.benchmarks.training.case import Case, Load, parse_case
 from megatron_mlra.benchmarks.training.measure import Result, SublayerResult
+from megatron_mlra.benchmarks.training.plot import plot
+from support import ROOT
 
 
 def result(case: Case, rate: float) -> Result:
@@ -65,8 +70,8 @@ def test_arguments_follow_the_case():
 
 def test_results_are_written_whole(tmp_path):
     rows = [result(Case("mlra4", "bf16", "auto", s), 1e5 / s) for s in (2048, 4096)]
-    report.write(rows, 800.0, {"num_layers": 6}, tmp_path)
-    report.plot(rows, tmp_path / "training.png", "a GPU")
+    written = report.write(rows, 800.0, {"num_layers": 6}, tmp_path)
+    plot(written["rows"], tmp_path / "training.png", "a GPU")
     stored = json.loads((tmp_path / "training.json").read_text())
     assert [row["seq_length"] for row in stored["rows"]] == [2048, 4096]
     assert stored["matmul_tflops"] == 800.0 and stored["commit"]
@@ -77,3 +82,16 @@ def test_results_are_written_whole(tmp_path):
 def test_sublayers_have_a_table_of_their_own():
     row = SublayerResult("mlra4/bf16/auto/2048", "absorbed", 8192, 2.0, 8.0, 424.0, 2000.0)
     assert "8.00" in report.table([row]) and "424 MiB" in report.line(row)
+
+
+def test_without_a_gpu_it_is_one_line():
+    command = [sys.executable, ROOT / "tools/benchmark_training.py"]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr.splitlines()[-1] == (
+        "error: this benchmark needs a CUDA GPU, and torch sees none; tools/benchmark_cpu.py"
+        " measures a CPU"
+    )
+    told = subprocess.run([*command, "--help"], capture_output=True, text=True, env=env).stdout
+    assert "Each case is VARIANT[/RECIPE[/FORM[/SEQ_LENGTH]]]" in told

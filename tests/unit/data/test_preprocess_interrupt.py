@@ -143,5 +143,8 @@ def test_killed_worker(long_run):
     workers[0].kill()
     _, error = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert error.startswith("error: a worker process died") and error.count("\n") == 1
+    # Behind lines of progress, on a machine that is slow enough for some.
+    *progress, said = error.splitlines()
+    assert said.startswith("error: a worker process died")
+    assert all(line.startswith("tokenising:") for line in progress)
     check()

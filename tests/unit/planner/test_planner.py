@@ -1,15 +1,19 @@
 """The planner's arithmetic, search and command line."""
 
+import io
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
 from megatron_mlra.cost.parameters import parameters
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.description.presets import preset_values
+from megatron_mlra.planner import cli
 from megatron_mlra.planner.cli import main, shape_of
 from megatron_mlra.planner.decoding import decode, ways
 from megatron_mlra.planner.gpus import GPUS, Assumptions, find
@@ -23,6 +27,7 @@ from megatron_mlra.planner.memory import (
 )
 from megatron_mlra.planner.search import context_sizes, search
 from megatron_mlra.planner.step import core_flops_per_token, predict, traffic
+from megatron_mlra.planner.tables import print_report
 from support import CONFIGS, ROOT
 
 LARGE = ("mlra4_7b", "mla_7b", "mlra4_70b", "gqa_70b", "mlra4_qwen_8b", "gqa_qwen_8b")
@@ -241,6 +246,31 @@ def test_the_distributed_optimizer_shares_by_replicas():
     layout = Layout(dp=8, ep=4)
     assert optimizer_bytes(800, 80, layout) == 12 * 100 + 12 * 40
     assert optimizer_bytes(800, 80, replace(layout, distributed_optimizer=False)) == 12 * 880
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+@pytest.mark.parametrize(
+    ("preset", "gpus", "length"),
+    [("mlra4_2.9b", 64, 2048), ("mlra4_moe_16b", 512, 131072), ("mlra4_70b", 8, 8192)],
+)
+def test_tables_fit_and_no_number_is_cut(preset, gpus, length, width):
+    flags = ["--config", str(CONFIGS / f"{preset}.yaml"), "--gpus", str(gpus), "--top", "8"]
+    flags += ["--seq-length", str(length), "--contexts", *map(str, (8192, 131072, 1048576, 2**23))]
+    report = cli.plan(cli.parser().parse_args(flags))
+    shown = {}
+    for columns in (width, 1000):
+        console = Console(highlight=False, width=columns, file=io.StringIO())
+        print_report(report, console)
+        shown[columns] = console.file.getvalue()
+    assert "…" not in shown[width]
+    assert max(map(len, shown[width].splitlines())) <= width
+
+    def cells(text: str) -> set[str]:
+        rows = (line.split("│")[1:-1] for line in text.splitlines() if "│" in line)
+        return {cell.strip() for row in rows for cell in row if re.fullmatch(r" +[\d.,%]+ +", cell)}
+
+    # Beyond the numbers, the narrow tables may wrap a word that is one.
+    assert cells(shown[width]) >= cells(shown[1000]) and len(cells(shown[1000])) > 10
 
 
 def test_a_plot_is_written_whole(capsys, tmp_path):

@@ -78,8 +78,11 @@ def test_a_latent_twin_keeps_the_sources_sizes():
 def test_the_command_writes_the_preset_and_prints_both(tmp_path):
     made = run(CONFIGS / "mha_2.9b.yaml", "--attention", "mlra4", "--output", tmp_path / "t.yaml")
     assert made.returncode == 0, made.stderr
-    head, source, found, wrote = made.stdout.splitlines()
-    assert "parameters" in head and "2,872,593,408" in source and "+0.0218 %" in found
+    *lines, wrote = made.stdout.splitlines()
+    rows = {line[:36].strip(): line[36:].split() for line in lines}
+    assert rows["parameters"][0] == "2,872,593,408" and rows["difference"] == ["+0.0218", "%"]
+    assert rows["attention"] == ["MHA", "MLRA-4"] and len(rows["TP8"]) == 2
+    assert max(map(len, lines)) <= 80
     assert wrote == f"wrote {tmp_path / 't.yaml'}"
     assert preset_values(tmp_path / "t.yaml") == preset_values(CONFIGS / "mlra4_2.9b.yaml")
     again = run(CONFIGS / "mha_2.9b.yaml", "--attention", "mla", "--output", tmp_path / "t.yaml")

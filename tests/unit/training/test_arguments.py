@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import re
 from argparse import Namespace
 
 import pytest
 import torch
 from megatron.training.arguments import add_megatron_arguments
 
+from megatron_mlra.cost.flops import TrainFlops
 from megatron_mlra.training import console
 from megatron_mlra.training.argument_checks import check_fp8_tokens
 from megatron_mlra.training.arguments import add_mlra_arguments, load_preset, parse
 from megatron_mlra.training.cpu_backend import CPU_DEFAULTS
-from megatron_mlra.training.progress import Throughput, recomputed
+from megatron_mlra.training.progress import recomputed
+from megatron_mlra.training.rope import check_rope
+from megatron_mlra.training.speed import Clock, Speed
+from megatron_mlra.training.speed import parts as line_parts
 from support import CONFIGS
 
 DEBUG = str(CONFIGS / "debug.yaml")
@@ -124,21 +129,113 @@ def test_recomputed(granularity, modules, expected):
 
 def test_throughput_leaves_pauses_out(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("megatron_mlra.training.progress.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("megatron_mlra.training.speed.time.perf_counter", lambda: now[0])
     monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
-    args = Namespace(consumed_train_samples=40, seq_length=10)  # as after a resume
-    throughput = Throughput(args)
-    assert throughput.rate() is None
-    throughput.begin()
+    args = Namespace(consumed_train_samples=40, seq_length=10, train_iters=25)  # after a resume
+    clock = Clock(args)
+    assert clock.rate(11) is None and clock.left(11) is None
     now[0] += 2
-    with throughput.pause():
+    with clock.pause():
         now[0] += 50
     now[0] += 3
     args.consumed_train_samples += 20
-    assert throughput.rate() == 20 * 10 / 5
+    assert clock.rate(16) == 20 * 10 / 5
+    assert clock.left(16) == 55 / 5 * 9  # what evaluation takes is part of what is left
     now[0] += 1
     args.consumed_train_samples += 4
-    assert throughput.rate() == 40
+    assert clock.rate(17) == 40
+
+
+YARN = {"rope_type": "yarn", "yarn_original_max_position_embeddings": 2048}
+
+
+@pytest.mark.parametrize(
+    ("asked", "error"),
+    [
+        (
+            {"rope_type": "yarn"},
+            "--rope-type yarn needs --yarn-original-max-position-embeddings, the sequence length"
+            " that the model was trained at",
+        ),
+        (
+            YARN | {"attention": "gqa"},
+            "--rope-type yarn needs --attention mlra; a longer context of --attention gqa comes by"
+            " --rotary-base",
+        ),
+        (
+            {"position_embedding_type": "yarn"},
+            "--position-embedding-type yarn: use --rope-type yarn",
+        ),
+        (
+            {"rotary_scaling_factor": 4.0},
+            "--rotary-scaling-factor 4.0 has no effect without --rope-type yarn; add it, or leave"
+            " --rotary-scaling-factor out",
+        ),
+        (
+            {"yarn_beta_fast": 16.0, "rope_type": "rope"},
+            "--yarn-beta-fast 16.0 has no effect without --rope-type yarn; add it, or leave"
+            " --yarn-beta-fast out",
+        ),
+        (
+            {"use_rope_scaling": True},
+            "--use-rope-scaling does not reach --attention mlra; use --rotary-base, or --rope-type"
+            " yarn",
+        ),
+        (
+            {"rotary_seq_len_interpolation_factor": 4, "attention": "mfa"},
+            "--rotary-seq-len-interpolation-factor does not reach --attention mfa; use"
+            " --rotary-base",
+        ),
+        (
+            YARN | {"yarn_correction_range_round_to_int": False},
+            "--no-yarn-correction-range-round-to-int is not supported; leave it out",
+        ),
+    ],
+)
+def test_rope_flags_without_effect_are_refused(parser, asked, error):
+    args = parser.parse_args([])
+    vars(args).update({"position_embedding_type": "rope"} | asked)
+    with pytest.raises(ValueError, match=f"^{re.escape(error)}$"):
+        check_rope(args)
+
+
+def test_yarn_reaches_the_model(parser):
+    args = parser.parse_args([])
+    vars(args).update({"position_embedding_type": "rope"} | YARN)
+    check_rope(args)
+    assert args.original_max_position_embeddings == 2048 and not hasattr(args, "beta_fast")
+    check_rope(
+        argparse.Namespace(
+            **vars(args)
+            | {"attention": "gqa", "rope_type": None}
+            | {"yarn_original_max_position_embeddings": None, "use_rope_scaling": True}
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("device", "fp8", "packed", "said"),
+    [
+        ("NVIDIA H100 80GB HBM3", False, False, "MFU 20.0 %"),
+        ("NVIDIA H100 80GB HBM3", True, True, "MFU at most 10.0 %"),
+        ("NVIDIA H200", False, False, "MFU 20.0 %"),
+        ("NVIDIA A100-SXM4-80GB", False, False, "MFU 63.4 %"),
+        ("NVIDIA B200", False, False, "MFU 8.8 %"),
+        ("NVIDIA GB200", False, False, "MFU 7.9 %"),
+        ("NVIDIA H100 PCIe", False, False, "198 TFLOP/s a GPU"),
+        ("NVIDIA H100 NVL", False, True, "at most 198 TFLOP/s a GPU"),
+        ("NVIDIA H200 NVL", False, False, "198 TFLOP/s a GPU"),
+        ("NVIDIA L4", False, False, "198 TFLOP/s a GPU"),
+        (None, False, False, None),
+    ],
+)
+def test_mfu_only_of_gpus_whose_peak_is_known(device, fp8, packed, said):
+    speed = Speed(TrainFlops(197.8e9, 200e9), 2, device, fp8, packed)
+    parts, points = line_parts(speed, 2000.0, 71.26, 3600.0)
+    assert parts == ["2,000 tokens/s", *([said] if said else []), "71.3 GiB", "60 min left"]
+    assert ("MFU" in points) == bool(said and "MFU" in said)
+    assert points["model TFLOP per second and device"] == pytest.approx(197.8)
+    assert (points["peak memory GiB"], points["hours left"]) == (71.26, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,61 @@
+"""The picture of decoding's records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_mlra.command_line import figures
+
+_STYLES = {"FP8": ("--", "s"), "sharded": (":", "^")}
+
+
+def plot(records: list[dict[str, Any]], source: str, path: Path) -> None:
+    """Time per output token over context, one panel for each of whole or share, and batch.
+
+    Args:
+        records: of measure.py; those without `us` did not fit.
+        source: GPU and commit.
+    """
+    from matplotlib.lines import Line2D
+
+    panels = sorted({(-r["tp"], r["batch"]) for r in records if "us" in r})
+    columns = min(2, len(panels))
+    figure, grid = figures.sheet(-(-len(panels) // columns), columns)
+    handles: dict[str, Any] = {}
+    for axes, (minus_tp, batch) in zip(grid.flat, panels, strict=False):
+        tp = -minus_tp
+        mine = [r for r in records if (r["tp"], r["batch"]) == (tp, batch) and "us" in r]
+        names = sorted({r["label"] for r in mine}, key=lambda name: ("MLRA" not in name, name))
+        for i, label in enumerate(names):
+            points = sorted((r["context"], r["us"] / 1e3) for r in mine if r["label"] == label)
+            line, marker = next((s for word, s in _STYLES.items() if word in label), ("-", "o"))
+            # Of lines that coincide, those drawn first are wider.
+            width = 1.8 + 0.8 * (len(names) - 1 - i) if line == "-" else 1.8
+            look = {"color": figures.colour(label), "linestyle": line, "marker": marker}
+            axes.plot(*zip(*points, strict=True), linewidth=width, markersize=width + 4, **look)
+            kind = label.rsplit(" ", 1)[0]
+            handles.setdefault(kind, Line2D([], [], linewidth=2, label=kind, **look))
+        axes.set(xscale="log", yscale="log", xlabel="tokens of context")
+        figures.token_ticks(axes.xaxis, [r["context"] for r in mine])
+        figures.plain_log(axes.yaxis)
+        where = "the whole model" if tp == 1 else f"the share of one of {tp} ranks"
+        axes.set_title(f"{where}, {batch} sequence{'s' * (batch > 1)}: ms per output token")
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    figures.title(figure, _finding(records), source)
+    figures.legend_below(figure, list(handles.values()), 6)
+    figures.save(figure, path)
+
+
+def _finding(records: list[dict[str, Any]]) -> str:
+    """Which bf16 variant is fastest at the longest context of the most divided case."""
+    timed = [r for r in records if "us" in r and not any(word in r["label"] for word in _STYLES)]
+    tp = max(r["tp"] for r in timed)
+    batch = min(r["batch"] for r in timed)
+    mine = [r for r in timed if (r["tp"], r["batch"]) == (tp, batch)]
+    longest = max(r["context"] for r in mine)
+    ranked = sorted((r["us"], r["label"].split()[0]) for r in mine if r["context"] == longest)
+    what = f"a TP{tp} share" if tp > 1 else "one GPU"
+    said = ", ".join(f"{name} {us / 1e3:.1f}" for us, name in ranked)
+    return f"{figures.tokens(longest)} tokens of context on {what}, ms per token: {said}"

@@ -1,0 +1,140 @@
+"""The losses that runs leave: in event files, in logs, in what they print."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+from megatron_mlra.command_line.log_line import logged_steps
+
+VALIDATION = re.compile(r"^validation at step [\d,]+: lm loss ([\d.]+)", re.MULTILINE)
+_MEGATRON = re.compile(r"^ \[.*?\] iteration +(\d+)/ *\d+ \|.*? lm loss: (\S+) \|", re.MULTILINE)
+_MEGATRON_INTERVAL = re.compile(r"^ *log_interval \.+ (\d+)$", re.MULTILINE)
+_MEGATRON_VALIDATION = re.compile(r"validation loss at (?!.*test set).*?lm loss value: (\S+) \|")
+_EVENTS = "events.out.tfevents.*"
+
+
+@dataclass
+class Run:
+    """Losses of a run.
+
+    Attributes:
+        steps: of the lines, ascending.
+        losses: mean loss of the steps behind the line before, nats per token.
+        validation: the last validation loss.
+    """
+
+    steps: list[int]
+    losses: list[float]
+    validation: float | None = None
+
+    def interval(self) -> int:
+        """Steps between two lines."""
+        return self.steps[-1] - self.steps[-2] if len(self.steps) > 1 else self.steps[-1]
+
+    def tail(self, last: int) -> tuple[float, int, int]:
+        """Mean loss of the last steps, and the first and the last of them: whole intervals, at
+        least one."""
+        begins = [max(0, self.steps[0] - self.interval()), *self.steps[:-1]]
+        kept = [i for i, begin in enumerate(begins) if begin >= self.steps[-1] - last]
+        first = min(kept, default=len(begins) - 1)
+        lengths = [end - begin for begin, end in zip(begins, self.steps, strict=True)][first:]
+        total = sum(n * loss for n, loss in zip(lengths, self.losses[first:], strict=True))
+        return total / sum(lengths), begins[first] + 1, self.steps[-1]
+
+
+def read(path: Path) -> Run:
+    """The losses that a run left.
+
+    Raises:
+        ValueError: there are none.
+        OSError: it cannot be read.
+    """
+    if path.is_dir():
+        folders = sorted({file.parent for file in path.rglob(_EVENTS)})
+        logs = [file for name in ("megatron.log",) if (file := path / name).is_file()]
+        found = _of_events(folders) if folders else None
+        if found is None and logs:
+            found = _of_text(logs[0])
+        if found is None:
+            raise ValueError(f"{path} holds no event file with `lm loss`, and no megatron.log")
+        return found
+    if path.match(_EVENTS):
+        if (found := _of_events([path])) is None:
+            raise ValueError(f"{path} has no curve `lm loss`")
+        return found
+    return _of_text(path)
+
+
+def _of_events(places: list[Path]) -> Run | None:
+    """Of TensorBoard's files or folders, where the later word on a step holds; None without any."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    losses: dict[int, tuple[float, float]] = {}
+    validations: dict[int, tuple[float, float]] = {}
+    for place in places:
+        curves = EventAccumulator(str(place), size_guidance={"scalars": 0})
+        curves.Reload()
+        for name, points in (("lm loss", losses), ("lm loss validation", validations)):
+            for event in curves.Scalars(name) if name in curves.Tags()["scalars"] else ():
+                if event.wall_time >= points.get(event.step, (0.0,))[0]:
+                    points[event.step] = (event.wall_time, event.value)
+    if not losses:
+        return None
+    last = validations[max(validations)][1] if validations else None
+    steps = sorted(losses)
+    return Run(steps, [losses[step][1] for step in steps], last)
+
+
+def _of_text(path: Path) -> Run:
+    """Of what a run printed, or of megatron.log."""
+    text = path.read_text(errors="replace")
+    # A resumed run tells the steps behind its checkpoint twice: the later word holds.
+    losses = {told.step: told.loss for told in logged_steps(text)}
+    validation = VALIDATION.findall(text)
+    if not losses:
+        # A run's first step has a line too, without an interval of its own.
+        interval = max(map(int, _MEGATRON_INTERVAL.findall(text)), default=1)
+        losses = {
+            int(step): float(loss)
+            for step, loss in _MEGATRON.findall(text)
+            if int(step) % interval == 0
+        }
+        validation = _MEGATRON_VALIDATION.findall(text)
+    if not losses:
+        raise ValueError(f"{path} has no line like 'step 10/300 | lm loss ...'")
+    steps = sorted(losses)
+    last = float(validation[-1]) if validation else None
+    return Run(steps, [losses[step] for step in steps], last)
+
+
+def read_json(path: Path) -> dict[str, Run]:
+    """The runs of a file that --json wrote.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    try:
+        return {
+            # Written before steps were: one loss for each step.
+            name: Run(
+                told.get("steps") or list(range(1, len(told["losses"]) + 1)),
+                told["losses"],
+                told["validation"],
+            )
+            for name, told in json.loads(path.read_text()).items()
+        }
+    except (TypeError, KeyError, AttributeError, ValueError):
+        raise ValueError(f"{path} is no file that --json wrote") from None
+
+
+def smooth(run: Run, window: int) -> dict[int, float]:
+    """Step -> mean loss of the lines within a window of that many steps behind it."""
+    count = max(1, round(window / run.interval()))
+    return {
+        run.steps[i + count - 1]: mean(run.losses[i : i + count])
+        for i in range(len(run.losses) - count + 1)
+    }

@@ -1,0 +1,84 @@
+"""What may differ between a checkpoint and the run that loads it: its RoPE and its lengths.
+
+A longer context is trained by loading weights under another RoPE. As nothing but the arguments
+tells one RoPE from another, a change counts as meant only where the command line itself names it.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from megatron_mlra.command_line.parser import flag
+from megatron_mlra.description.model import YARN
+
+_DEFAULTS = {
+    "rotary_scaling_factor": 40,
+    "original_max_position_embeddings": 4096,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.0,
+}
+"""Of Megatron's configuration, for arguments that were saved without."""
+
+_FLAGS = {
+    "original_max_position_embeddings": "--yarn-original-max-position-embeddings",
+    "beta_fast": "--yarn-beta-fast",
+    "beta_slow": "--yarn-beta-slow",
+}
+
+_LENGTHS = {"seq_length": "sequence length", "max_position_embeddings": "positions"}
+
+
+def changes(saved: Namespace, args: Namespace, given: set[str]) -> tuple[list[str], list[str]]:
+    """What differs in RoPE and lengths.
+
+    Args:
+        saved: arguments of the checkpoint.
+        args: those of this run.
+        given: flags on its command line.
+
+    Returns:
+        what was asked for, as text for a person; what differs without being asked for, with the
+        flags that settle it.
+    """
+    asked, not_asked = [], []
+    there, here = _rope(saved), _rope(args)
+    for name in dict.fromkeys((*there, *here)):
+        old, new, option = there.get(name), here.get(name), _FLAGS.get(name, flag(name))
+        if old == new:
+            continue
+        # A change of type brings YaRN's numbers with it, or takes them away.
+        by_type = "--rope-type" in given and None in (old, new)
+        if option in given or by_type:
+            if new is not None:
+                before = f"{_text(old)} -> " if old is not None else ""
+                asked.append(f"{name.replace('_', ' ')} {before}{_text(new)}")
+        elif old is not None:
+            fix = f"{option} {_text(old)} goes on with it"
+            if new is not None:
+                fix += f", {option} {_text(new)} changes it"
+            not_asked.append(f"{name} is {_text(old)} there, {_text(new)} here ({fix})")
+    for name, title in _LENGTHS.items():
+        old, new = getattr(saved, name, None), getattr(args, name, None)
+        if None not in (old, new) and old != new:
+            asked.append(f"{title} {old:,} -> {new:,}")
+    return asked, not_asked
+
+
+def _rope(args: Namespace) -> dict[str, Any]:
+    """What RoPE tables are a function of."""
+    found = {
+        "rotary_base": getattr(args, "rotary_base", 10000),
+        "rope_type": getattr(args, "rope_type", None) or "rope",
+    }
+    if found["rope_type"] == "yarn":
+        for name in YARN:
+            value = getattr(args, name, None)
+            found[name] = _DEFAULTS[name] if value is None else value
+    return found
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,60 @@
+"""Curves: numbers over steps, in TensorBoard and, with `--wandb-project`, in Weights & Biases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from megatron.training import get_tensorboard_writer, get_wandb_writer
+
+LOSSES = ("lm loss",)
+"""What steps.py reports of every step."""
+
+
+def record(values: Mapping[str, float], step: int) -> None:
+    """Add a point to each curve, on the rank that has writers."""
+    if writer := get_tensorboard_writer():
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+    if run := get_wandb_writer():
+        run.log(dict(values), step)
+
+
+def record_losses(means: Mapping[str, float], step: int, samples: int) -> None:
+    """Add the mean losses of an interval, over steps and, in TensorBoard, over samples."""
+    record(means, step)
+    if writer := get_tensorboard_writer():
+        for name, mean in means.items():
+            writer.add_scalar(f"{name} vs samples", mean, samples)
+
+
+def without_losses(get_writer: Callable[[], Any]) -> Callable[[], Any]:
+    """Megatron's getter of a writer whose writer drops the training losses of single steps, so that
+    a curve holds the means that are printed."""
+
+    def get() -> Any:
+        writer = get_writer()
+        return None if writer is None else _WithoutLosses(writer)
+
+    return get
+
+
+_HIDDEN = {*LOSSES, *(f"{name} vs samples" for name in LOSSES)}
+
+
+class _WithoutLosses:
+    """TensorBoard's writer, or wandb, without the curves of `LOSSES`."""
+
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+
+    def add_scalar(self, name: str, *rest: Any, **named: Any) -> None:
+        if name not in _HIDDEN:
+            self._writer.add_scalar(name, *rest, **named)
+
+    def log(self, values: dict[str, Any], *rest: Any, **named: Any) -> None:
+        if kept := {name: value for name, value in values.items() if name not in _HIDDEN}:
+            self._writer.log(kept, *rest, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._writer, name)

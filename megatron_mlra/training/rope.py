@@ -1,0 +1,73 @@
+"""Flags of RoPE: what each kind of attention understands, and YaRN for the latent family.
+
+Megatron's own argument parser offers YaRN under two sets of names and RoPE variants that only its
+own attention reads. Here one set does what it says, and what would be ignored is refused.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from megatron_mlra.command_line.parser import flag
+from megatron_mlra.layers.config import MLRAConfig
+
+_FLAGS = {
+    "original_max_position_embeddings": "yarn_original_max_position_embeddings",
+    "beta_fast": "yarn_beta_fast",
+    "beta_slow": "yarn_beta_slow",
+}
+"""Field of the model -> Megatron's argument."""
+
+_NEUTRAL = {"rotary_scaling_factor": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
+"""Values of YaRN's other arguments that mean nothing was asked."""
+
+
+class YarnConfig(MLRAConfig):
+    """MLRA with YaRN: Megatron passes `rope_type` on to none but its own MLA."""
+
+    def __post_init__(self) -> None:
+        self.rope_type = "yarn"
+        super().__post_init__()
+
+
+def check_rope(args: Namespace) -> None:
+    """Refuse RoPE flags that would have no effect; give YaRN's the names of the model's fields.
+
+    Raises:
+        ValueError: one line that names the flag and the fix.
+    """
+    kind = args.attention
+    if args.position_embedding_type != "rope":
+        fix = "use --rope-type yarn" if args.position_embedding_type == "yarn" else "leave it out"
+        raise ValueError(f"--position-embedding-type {args.position_embedding_type}: {fix}")
+    for name in ("rotary_seq_len_interpolation_factor", "use_rope_scaling"):
+        if getattr(args, name) and kind != "gqa":
+            raise ValueError(
+                f"{flag(name)} does not reach --attention {kind}; use --rotary-base"
+                f"{', or --rope-type yarn' if kind == 'mlra' else ''}"
+            )
+    if args.rope_type != "yarn":
+        asked = [name for name in _FLAGS.values() if getattr(args, name) is not None]
+        asked += [name for name, none in _NEUTRAL.items() if getattr(args, name) != none]
+        if asked:
+            value = getattr(args, asked[0])
+            raise ValueError(
+                f"{flag(asked[0])} {value} has no effect without --rope-type yarn; add it, or leave"
+                f" {flag(asked[0])} out"
+            )
+        return
+    if kind != "mlra":
+        raise ValueError(
+            f"--rope-type yarn needs --attention mlra; a longer context of --attention {kind} comes"
+            " by --rotary-base"
+        )
+    if args.yarn_original_max_position_embeddings is None:
+        raise ValueError(
+            "--rope-type yarn needs --yarn-original-max-position-embeddings, the sequence length"
+            " that the model was trained at"
+        )
+    if args.yarn_correction_range_round_to_int is False:
+        raise ValueError("--no-yarn-correction-range-round-to-int is not supported; leave it out")
+    for field, name in _FLAGS.items():
+        if (value := getattr(args, name)) is not None:
+            setattr(args, field, value)

@@ -1,0 +1,141 @@
+"""How fast a run is: tokens per second, FLOP rates, MFU, memory at its peak, the time that is left.
+
+FLOPs are the model's (cost/flops.py): a token's, whatever form computes it. MFU is their share of
+the GPU's stated dense rate, of FP8 where the run uses FP8 (planner/gpus.py); a CPU has none.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from megatron_mlra.command_line.log_line import duration
+from megatron_mlra.cost.flops import TrainFlops
+from megatron_mlra.planner import gpus
+
+GIB = 2**30
+
+
+class Clock:
+    """Times training steps: evaluation and saving stop the clock of the rate."""
+
+    def __init__(self, args: Namespace) -> None:
+        self.args = args
+        self.paused = 0.0
+        self.start: tuple[int, float] | None = None
+        self.first: tuple[int, float] | None = None
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Stop the clock inside."""
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.paused += time.perf_counter() - begin
+
+    def begin(self, step: int) -> None:
+        """Start measuring, behind `step`."""
+        self.start = (self.args.consumed_train_samples, time.perf_counter())
+        self.first = self.first or (step, self.start[1])
+        self.paused = 0.0
+
+    def rate(self, step: int) -> float | None:
+        """Tokens per second since `begin`, None before a step was measured; begins anew."""
+        if self.start is None:
+            self.begin(step)
+            return None
+        samples = self.args.consumed_train_samples - self.start[0]
+        seconds = time.perf_counter() - self.start[1] - self.paused
+        self.begin(step)
+        return samples * self.args.seq_length / seconds if samples and seconds > 0 else None
+
+    def left(self, step: int) -> float | None:
+        """Seconds until the last step at the mean of this run so far, which evaluation and saving
+        are part of; None before a step was measured."""
+        if self.first is None or step <= self.first[0]:
+            return None
+        per_step = (time.perf_counter() - self.first[1]) / (step - self.first[0])
+        return per_step * (self.args.train_iters - step)
+
+
+def peak_memory() -> float:
+    """GiB at the peak so far of the rank that has most: allocated on a GPU, resident on a CPU.
+    Called by all ranks together."""
+    if torch.cuda.is_available():
+        held = torch.cuda.max_memory_allocated()
+    else:
+        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    most = torch.tensor([held / GIB], dtype=torch.float64, device="cuda")
+    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    return most.item()
+
+
+class Speed:
+    """What a rate in tokens per second comes to.
+
+    Args:
+        flops: of a token.
+        devices: that share the work.
+        device: name of the GPU as torch has it, None on a CPU.
+        fp8: whether matrix products run in FP8.
+        at_most: sequences are packed, and score fewer pairs than the FLOPs count.
+    """
+
+    def __init__(
+        self, flops: TrainFlops, devices: int, device: str | None, fp8: bool, at_most: bool
+    ) -> None:
+        self.flops, self.devices, self.at_most = flops, devices, at_most
+        self.has_gpu = device is not None
+        gpu = gpus.of_device(device) if device else None
+        self.peak = (gpu.fp8_tflops if fp8 else gpu.bf16_tflops) if gpu else 0.0
+
+    def curves(self, rate: float) -> dict[str, float]:
+        """Points of the curves."""
+        model, hardware = (rate * flops / self.devices / 1e12 for flops in self.flops)
+        found = {
+            "tokens per second": rate,
+            "model TFLOP per second and device": model,
+            "hardware TFLOP per second and device": hardware,
+        }
+        return found | ({"MFU": model / self.peak} if self.peak else {})
+
+    def parts(self, rate: float) -> list[str]:
+        """Parts of the line: tokens/s, and on a GPU its MFU or, of an unknown one, TFLOP/s."""
+        said = [f"{rate:,.0f} tokens/s"]
+        if self.has_gpu:
+            found = self.curves(rate)
+            at_most = "at most " if self.at_most else ""
+            if self.peak:
+                said.append(f"MFU {at_most}{100 * found['MFU']:.1f} %")
+            else:
+                tflops = found["model TFLOP per second and device"]
+                said.append(f"{at_most}{tflops:.3g} TFLOP/s a GPU")
+        return said
+
+
+def speed(args: Namespace, flops: TrainFlops) -> Speed:
+    """The speed of this run's devices."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    packed = args.dataloader_inter_document_masking
+    return Speed(flops, args.world_size, device, bool(args.fp8), packed)
+
+
+def parts(
+    speed: Speed, rate: float | None, memory: float, left: float | None
+) -> tuple[list[str], dict[str, float]]:
+    """What a line says of the machine, and the points of the curves."""
+    said, points = [f"{memory:.1f} GiB"], {"peak memory GiB": memory}
+    if rate is not None:
+        said[:0] = speed.parts(rate)
+        points |= speed.curves(rate)
+    if left is not None:
+        said.append(f"{duration(left)} left")
+        points["hours left"] = left / 3600
+    return said, points
