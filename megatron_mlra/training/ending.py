@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import signal
 import sys
+
+from megatron_mlra.command_line.signals import handle
 
 
 def hush_threads() -> None:
@@ -24,9 +25,8 @@ def end_at_once(line: str) -> None:
 def kill_children() -> None:
     """End the writers of checkpoints and the data loaders of a run that failed."""
     hush_threads()
-    # torch's handler raises an error for a data loader that is killed.
-    with contextlib.suppress(ValueError):  # outside the main thread, there is none
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    # torch's handler, set in the main thread alone, raises an error for a killed data loader.
+    handle((signal.SIGCHLD,), signal.SIG_DFL)
     children = multiprocessing.active_children()
     for child in children:
         child.kill()
