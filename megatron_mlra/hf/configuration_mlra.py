@@ -149,7 +149,7 @@ class MLRAConfig(PreTrainedConfig):
         self.check_backend()
 
     def check_backend(self) -> None:
-        """Raise ValueError for an unknown `decode_backend`; an old name is replaced, with a line."""
+        """Raise ValueError for an unknown `decode_backend`; replace an old name, with a line."""
         if self.decode_backend == "reference":  # the name in an earlier version
             self.decode_backend, self.decode_pages = "torch", True
             logger.warning_once(

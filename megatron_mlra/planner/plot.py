@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from megatron_mlra.command_line.parser import aside
+from megatron_mlra.command_line.parser import aside, own_name
 from megatron_mlra.planner.memory import GIB
 from megatron_mlra.planner.report import Report
 
@@ -43,7 +43,7 @@ def draw(report: Report, path: Path) -> None:
         decoding.plot([r.context for r in rows], [r.floor_ms for r in rows], "o-", label=name)
     decoding.set(xscale="log", yscale="log", xlabel="context", ylabel="least ms a token")
     decoding.legend(fontsize="small")
-    partial = aside(path.with_name(f".{path.name}.partial"))
+    partial = aside(own_name(path))
     figure.savefig(partial, format=path.suffix.lstrip("."), dpi=120)
     plt.close(figure)
     os.replace(partial, path)
