@@ -67,7 +67,14 @@ def changed(model, name):
 
 FIELDS = [field.name for field in dataclasses.fields(ModelDescription)]
 # Set by what the other models of this family have, or by no argument that a run saves.
-ELSEWHERE = {"attention", "swiglu", "softmax_scale", "tpa_q_rank", "tpa_kv_rank", "padded_vocab_size"}
+ELSEWHERE = {
+    "attention",
+    "swiglu",
+    "softmax_scale",
+    "tpa_q_rank",
+    "tpa_kv_rank",
+    "padded_vocab_size",
+}
 
 
 @pytest.mark.parametrize("name", [n for n in FIELDS if n not in ELSEWHERE])
@@ -106,6 +113,11 @@ def test_positions_may_be_relaxed():
 
 
 def test_arguments_of_no_model():
-    for odd in ({"num_layers": "two"}, {"variance_scaling": "false"}, {"hidden_size": None}, {"num_attention_heads": []}):
+    for odd in (
+        {"num_layers": "two"},
+        {"variance_scaling": "false"},
+        {"hidden_size": None},
+        {"num_attention_heads": []},
+    ):
         with pytest.raises(CheckpointError):
             differing_arguments(arguments(MODELS["latent"], **odd), arguments(MODELS["latent"]))
