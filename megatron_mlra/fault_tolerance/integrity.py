@@ -23,6 +23,7 @@ from megatron_mlra.fault_tolerance.optimizer_state import check_optimizer
 
 _ITERATION = re.compile(r"iter_(\d+)").fullmatch
 
+
 def latest_step(folder: str | Path) -> int | None:
     """The step of the checkpoint that `folder` names as its latest, None where it names none.
 

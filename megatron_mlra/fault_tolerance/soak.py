@@ -25,6 +25,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megatron_mlra.command_line.parser import write_text
 from megatron_mlra.launch.control import REFUSED
 
 ROOT = Path(__file__).parents[2]
@@ -78,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         "restart_seconds": [round(seconds, 2) for seconds in killed.restarts],
         "lost_steps": killed.lost,
     }
-    (args.work / "soak.json").write_text(json.dumps(result, indent=1))
+    write_text(args.work / "soak.json", json.dumps(result, indent=1))
     report(result)
     return int(bool(code or different or len(killed.restarts) < args.kills))
 

@@ -97,9 +97,7 @@ def write_megatron(
             (folder / TRACKER).write_text("release")
 
 
-def seal(
-    weights: Path, folder: Path, tokenizer: list[Path], say: Callable[[str], object]
-) -> None:
+def seal(weights: Path, folder: Path, tokenizer: list[Path], say: Callable[[str], object]) -> None:
     """Copy the tokenizer's files beside a checkpoint that is written, and list both's checksums."""
     manifest.write(weights)
     copy_tokenizer(tokenizer, folder, say)
