@@ -116,10 +116,10 @@ _NAMED = {
 
 _NOT_COMPARED = {
     *("vocab_size", "seq_length", "max_position_embeddings", "core_form", "dtype"),
-    *("moe_router_dtype", "tokenizer_type", "tokenizer_model", "eod_token_id", "softmax_scale"),
+    *("moe_router_dtype", "tokenizer_type", "tokenizer_model", "eod_token_id"),
 }
 """Fields that leave the function of a model's weights as it is; the number of rows decides about
-the vocabulary, and of softmax_scale the argument is compared, not what follows from others."""
+the vocabulary."""
 
 
 def differing_arguments(
@@ -146,6 +146,8 @@ def differing_arguments(
     if one.attention != other.attention:
         return [("attention", one.attention, other.attention)]
     unused = {*_NOT_COMPARED, *(YARN if one.rope_type == other.rope_type == "rope" else ())}
+    if set(YARN) & set(relaxed) and None in (there.get("softmax_scale"), ours.get("softmax_scale")):
+        unused.add("softmax_scale")  # follows from YaRN's numbers
     found = []
     for field in dataclasses.fields(ModelDescription):
         values = getattr(one, field.name), getattr(other, field.name)
@@ -155,8 +157,10 @@ def differing_arguments(
         if name == "output_gate" and one.attention == "gqa":
             name = "attention_output_gate"
         said = there.get(name), ours.get(name)
-        found.append((name, *(values if said[0] == said[1] else said)))
-    for name in ("softmax_scale", *_NEEDED, *_REFUSED):
+        if said[0] == said[1] or name == "softmax_scale":
+            said = values
+        found.append((name, *said))
+    for name in (*_NEEDED, *_REFUSED):
         if name in ("swiglu", "qk_layernorm"):  # fields
             continue
         values = [_plain(of.get(name), _NEEDED.get(name)) for of in (there, ours)]

@@ -54,9 +54,6 @@ def write_tokenizer(
     if files == "byte":
         _write_byte_tokenizer(model, folder)
     else:
-        for file in files:
-            if file.name == "tokenizer.json":
-                read_tokenizer_json(file)
         copy_tokenizer(files, folder, say)
         _name_end_of_document(source, model, folder)
     generation = folder / "generation_config.json"

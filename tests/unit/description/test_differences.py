@@ -102,7 +102,11 @@ def test_arguments_outside_the_description():
     ]
     other = arguments(MODELS["latent"], softmax_scale=0.7)
     one.softmax_scale = None
-    assert differing_arguments(one, other) == [("softmax_scale", None, 0.7)]
+    default = MODELS["latent"].softmax_scale
+    assert differing_arguments(one, other) == [("softmax_scale", default, 0.7)]
+    # A conversion says outright what a run leaves to its default.
+    one, other = arguments(MODELS["latent"]), arguments(MODELS["latent"], softmax_scale=None)
+    assert one.softmax_scale is not None and differing_arguments(one, other) == []
 
 
 def test_positions_may_be_relaxed():
