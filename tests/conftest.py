@@ -37,6 +37,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path, len(LONG)))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of tests/fuzz."""
+    group = parser.getgroup("fuzz", "inputs that are nearly right (tests/fuzz)")
+    group.addoption("--fuzz-inputs", type=int, default=300, help="how many (default: 300)")
+    group.addoption("--fuzz-seed", type=int, default=0, help="which (default: 0)")
+
+
 @pytest.fixture(scope="session")
 def run_driver(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, float], Path]:
     """Run one of the drivers to its end; returns the folder of its results."""

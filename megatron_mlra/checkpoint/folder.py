@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_mlra.checkpoint.files import manifest
 from megatron_mlra.checkpoint.files.inside import inside
 from megatron_mlra.command_line.foreign_text import read_json
 from megatron_mlra.description.model import CheckpointError, ModelDescription
@@ -42,6 +43,9 @@ class CheckpointFolder:
 
     path: Path
     description: ModelDescription
+
+    verify: bool = False
+    """Compare files with the folder's checksums, where it has any."""
 
     def names(self) -> list[str]:
         """Canonical names of all tensors, in the order a forward pass needs them."""
@@ -78,8 +82,15 @@ class CheckpointFolder:
             yield name, self.tensor(name)
 
     def tokenizer_files(self) -> list[Path]:
-        """Files of the tokenizer that lie beside the weights."""
-        return tokenizer_files(self.path)
+        """Files of the tokenizer that lie beside the weights.
+
+        Raises:
+            CheckpointError: one is not what was written, or a link out of the folder.
+        """
+        files = tokenizer_files(self.path)
+        if self.verify:
+            manifest.check_listed(self.path, [file.name for file in files])
+        return files
 
     def named_tokenizer(self) -> list[Path]:
         """Files of the tokenizer that the checkpoint only names, wherever they lie.
@@ -151,11 +162,14 @@ def tracked_step(folder: Path) -> str | None:
     return text
 
 
-def read_config(path: Path) -> dict:
+def read_config(path: Path, verify: bool = False) -> dict:
     """The folder's config.json.
 
+    Args:
+        verify: compare it with its checksum, if it has one.
+
     Raises:
-        CheckpointError: there is none, or it is not JSON.
+        CheckpointError: there is none, it is not JSON, or not what was written.
     """
     file = inside(path, "config.json")
     if not file.is_file():
@@ -163,6 +177,8 @@ def read_config(path: Path) -> dict:
             f"{path} holds no checkpoint: no {TRACKER}, .metadata or config.json; give the --save"
             " of a run, its iter_* folder, or an exported folder"
         )
+    if verify:
+        manifest.check(path, ["config.json"], "config.json")
     try:
         config = read_json(file, CONFIG_BYTES)
     except (OSError, ValueError) as error:

@@ -18,7 +18,7 @@ def open_checkpoint(
 
     Args:
         vocab_size: true vocabulary of a Megatron checkpoint, where its arguments do not name one.
-        verify: compare the files of a Megatron checkpoint with its checksums, where it has any.
+        verify: compare the files with the checkpoint's checksums, where it has any.
 
     Raises:
         CheckpointError: no checkpoint, of no known kind, damaged, or not what its model needs; the
@@ -39,11 +39,11 @@ def open_checkpoint(
 def _open(path: Path, vocab_size: int | None, verify: bool) -> CheckpointFolder:
     if (path / TRACKER).is_file() or (path / ".metadata").is_file():
         return MegatronFolder(path, vocab_size, verify)
-    config = read_config(path)
+    config = read_config(path, verify)
     if config.get("model_type") in ("mlra", "llama"):
-        return HuggingFaceFolder(path)
+        return HuggingFaceFolder(path, verify)
     if "n_layer" in config:
-        return ResearchFolder(path)
+        return ResearchFolder(path, verify)
     raise CheckpointError(
         f"{path}/config.json is of model_type {config.get('model_type')!r}; an exported folder says"
         " 'mlra' or 'llama' and a research folder has n_layer"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import hashlib
 import io
 import os
 import re
 import signal
 import sys
 import textwrap
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -143,10 +145,18 @@ def aside(path: str | Path) -> Path:
     return path
 
 
+def own_name(path: str | Path) -> Path:
+    """A hidden name beside `path` that no other thread, process or host writes to: of hosts that
+    share a folder, two processes may have one number."""
+    path = Path(path)
+    mine = f"{os.uname().nodename}-{os.getpid()}-{threading.get_ident()}"
+    return path.with_name(f".{path.name[:150]}.{hashlib.sha256(mine.encode()).hexdigest()[:16]}")
+
+
 def write_text(file: str | Path, text: str) -> None:
     """Write aside, then rename: an interrupted run leaves no half file."""
     path = Path(file)
-    partial = aside(path.with_name(f".{path.name}.{os.getpid()}"))
+    partial = aside(own_name(path))
     try:
         with partial.open("x", encoding="utf-8") as opened:
             opened.write(text)

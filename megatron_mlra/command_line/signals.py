@@ -1,13 +1,17 @@
-"""Signals that ask a program to stop: as exceptions, and deferred."""
+"""Signals that ask a program to stop: as exceptions, and deferred.
+
+Python lets the main thread alone set handlers. A library's user may run a training or a tool in
+another thread (Ray Train does): there, nothing is set, and signals are the caller's.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -20,6 +24,29 @@ class Interrupted(KeyboardInterrupt):
         self.number = number
 
 
+def can_be_set() -> bool:
+    """Whether this thread can set signal handlers."""
+    return threading.current_thread() is threading.main_thread()
+
+
+def handle(numbers: Iterable[int], handler: Any) -> dict[int, Any]:
+    """Set a handler of signals where one can be set.
+
+    Args:
+        handler: a function, or signal.SIG_DFL or SIG_IGN.
+
+    Returns:
+        the handlers before; nothing outside the main thread, where nothing is set.
+    """
+    return {n: signal.signal(n, handler) for n in numbers} if can_be_set() else {}
+
+
+def restore(earlier: dict[int, Any]) -> None:
+    """Set the handlers that `handle` returned."""
+    for number, handler in earlier.items():
+        handle((number,), handler)
+
+
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """Inside, the stop signals raise ``Interrupted``, so that clean-up code runs."""
@@ -29,7 +56,7 @@ def interruptible() -> Iterator[None]:
         seen.append(number)
         raise Interrupted(number)
 
-    earlier = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    earlier = handle(STOP_SIGNALS, stop)
     try:
         yield
     except Exception as error:
@@ -38,21 +65,17 @@ def interruptible() -> Iterator[None]:
         # C++ that called Python when the signal came (torch.save) raises an error of its own.
         raise Interrupted(seen[0]) from error
     finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
+        restore(earlier)
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
     """Inside, stop signals wait; processes started inside begin with them blocked."""
-    if threading.current_thread() is not threading.main_thread():
+    if not can_be_set():
         yield  # Python acts on signals in the main thread alone
         return
     waiting: list[int] = []
-    handlers = {
-        number: signal.signal(number, lambda number, frame: waiting.append(number))
-        for number in STOP_SIGNALS
-    }
+    earlier = handle(STOP_SIGNALS, lambda number, frame: waiting.append(number))
     # The mask is for child processes. It does not protect this one, where another thread may take
     # the signal and leave it to the main thread to act.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -60,7 +83,6 @@ def deferred() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        restore(earlier)
         for number in waiting:
             signal.raise_signal(number)

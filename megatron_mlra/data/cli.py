@@ -49,7 +49,8 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         default=RECORD_BYTES / 1e6,
         metavar="MB",
-        help="most decompressed megabytes of a line or text file (default: %(default)g)",
+        help="most decompressed megabytes of a line, text file, cell or document of token shards"
+        " (default: %(default)g)",
     )
     add("--split-lines", action="store_true", help="text files: every line is a document")
     add("--workers", type=int, default=1, metavar="N", help="tokenising processes (default: 1)")

@@ -37,11 +37,14 @@ def cache_folder(prefix: str, given: str | None = None) -> Path:
     return Path(given) if given else Path(prefix) / "cache"
 
 
-def check_contents(prefix: str, cache: Path, say: Callable[[str], None] = lambda _: None) -> None:
+def check_contents(
+    prefix: str, cache: Path | None, say: Callable[[str], None] = lambda _: None
+) -> None:
     """Compare PREFIX.bin and PREFIX.idx with the checksums in PREFIX.json, if there are any.
 
     Args:
-        cache: folder for the note that they were compared; one that cannot be written is left.
+        cache: folder for the note that they were compared; one that cannot be written is left. None
+            compares, and notes nothing.
         say: is told of a file that takes seconds.
 
     Raises:
@@ -50,10 +53,11 @@ def check_contents(prefix: str, cache: Path, say: Callable[[str], None] = lambda
     sums = (read_metadata(prefix) or {}).get("sha256")
     if not isinstance(sums, dict):
         return
-    note = cache / f"checked-{hashlib.sha256(prefix.encode()).hexdigest()[:16]}.json"
+    name = f"checked-{hashlib.sha256(os.fsencode(prefix)).hexdigest()[:16]}.json"
+    note = cache / name if cache else None
     known = _state(prefix, sums)
     with contextlib.suppress(OSError, ValueError):
-        if note.is_file() and read_json(note) == known:
+        if note and note.is_file() and read_json(note) == known:
             return
     for suffix in SUMMED:
         path = prefix + suffix
@@ -65,6 +69,8 @@ def check_contents(prefix: str, cache: Path, say: Callable[[str], None] = lambda
                 f"data file {path} does not match its checksum in {prefix}.json; copy the data"
                 " again, or preprocess it again"
             )
+    if not note:
+        return
     with contextlib.suppress(OSError):
         cache.mkdir(parents=True, exist_ok=True)
         write_text(note, json.dumps(known) + "\n")

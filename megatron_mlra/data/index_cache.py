@@ -11,14 +11,13 @@ import contextlib
 import fcntl
 import json
 import os
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from megatron_mlra.command_line.foreign_text import read_json
-from megatron_mlra.command_line.parser import aside, write_text
+from megatron_mlra.command_line.parser import aside, own_name, write_text
 from megatron_mlra.data.contents import sha256
 
 
@@ -74,8 +73,7 @@ def _keep(arrays: tuple[np.ndarray, ...], paths: tuple[Path, ...], sums: Path) -
     sums.parent.mkdir(parents=True, exist_ok=True)
     written = {}
     for array, path in zip(arrays, paths, strict=True):
-        mine = f"{os.uname().nodename}-{os.getpid()}-{threading.get_ident()}"
-        partial = aside(path.with_name(f".{path.name}.{mine}"))
+        partial = aside(own_name(path))
         try:
             with partial.open("xb") as file:
                 np.save(file, array, allow_pickle=False)

@@ -44,7 +44,7 @@ class PreprocessConfig:
     parquet_column: str = "text"
     """Column of the text in a parquet file."""
     record_bytes: int = RECORD_BYTES
-    """Most bytes of one line or text file, decompressed."""
+    """Most bytes of one line, text file, parquet cell or document of token shards, decompressed."""
     split_lines: bool = False
     """Every line of a text file is a document; otherwise the file is one."""
     append_eod: bool = True
@@ -83,7 +83,13 @@ def preprocess(
         eod = config.shard_eod_id
         vocab_size = config.shard_vocab_size or eod + 1
         described: dict[str, Any] = {"type": "pretokenized"}
-        encoded = read_shards(sources, eod=eod, vocab_size=vocab_size, append_eod=config.append_eod)
+        encoded = read_shards(
+            sources,
+            eod=eod,
+            vocab_size=vocab_size,
+            append_eod=config.append_eod,
+            record_bytes=config.record_bytes,
+        )
     else:
         tokenizer = build_tokenizer(config.tokenizer)
         eod, vocab_size, described = tokenizer.eod, tokenizer.vocab_size, tokenizer.describe()

@@ -108,11 +108,12 @@ def read_batches(
     record_bytes: int = RECORD_BYTES,
 ) -> Iterator[Batch]:
     """Batches of about ``BATCH_BYTES`` of one source; damage ends the last one's ``failure``. Of a
-    line or file of more than ``record_bytes``, decompressed, no more is held in memory."""
+    line or file of more than ``record_bytes``, decompressed, no more is held in memory, and of a
+    parquet file no cells that a larger one must be among, by the sizes that the file declares."""
     if source.size == 0:
         yield Batch(index, source.path, "file", 1, failure="the file is empty (0 bytes)")
     elif source.format == "parquet":
-        yield from _read_parquet(index, source, parquet_column)
+        yield from _read_parquet(index, source, parquet_column, record_bytes)
     elif source.format == "text" and not split_lines:
         yield _read_file(index, source, record_bytes)
     else:
@@ -179,10 +180,13 @@ def _read_lines(index: int, source: Source, most: int) -> Iterator[Batch]:
                 lines = []
 
 
-def _open_parquet(path: str) -> Any:
+def _open_parquet(path: str, column: str | None = None) -> Any:
+    """Args:
+    column: to be read as numbers of distinct values.
+    """
     parquet = require("pyarrow.parquet", "reading parquet")
     try:
-        return parquet.ParquetFile(path)
+        return parquet.ParquetFile(path, read_dictionary=[column] if column else None)
     except (ValueError, OSError) as error:
         raise InputError(f"{path} is not a parquet file: {first_line(error)}") from error
 
@@ -201,22 +205,60 @@ def _check_column(file: Any, path: str, column: str) -> None:
         raise InputError(f"{path}: column {column!r} is {kind}, not string")
 
 
-def _read_parquet(index: int, source: Source, column: str) -> Iterator[Batch]:
-    arrow = require("pyarrow", "reading parquet")
+def _read_parquet(index: int, source: Source, column: str, most: int) -> Iterator[Batch]:
     first, position = 1, 0
-    with _open_parquet(source.path) as file:
+    with _open_parquet(source.path, column) as file:
         rows = file.metadata.num_rows
-        batches = file.iter_batches(batch_size=_PARQUET_ROWS, columns=[column])
-        while True:
-            try:
-                table = next(batches, None)
-            except (ValueError, OSError) as error:
-                yield Batch(index, source.path, "cell", first, [], 0, first_line(error))
-                return
-            if table is None:
-                return
-            # Bytes, not str: a cell that is not UTF-8 is one bad record, not the end of the file.
-            cells = table.column(0).cast(arrow.large_string()).cast(arrow.large_binary())
-            end = source.size * (first - 1 + len(cells)) // rows
-            yield Batch(index, source.path, "cell", first, cells.to_pylist(), end - position)
-            first, position = first + len(cells), end
+        for group in range(file.metadata.num_row_groups):
+            batches = _group_cells(file, group, column, most)
+            while True:
+                try:
+                    cells = next(batches, None)
+                except (ValueError, OSError) as error:
+                    yield Batch(index, source.path, "cell", first, [], 0, first_line(error))
+                    return
+                if cells is None:
+                    break
+                end = source.size * (first - 1 + len(cells)) // rows
+                yield Batch(index, source.path, "cell", first, cells, end - position)
+                first, position = first + len(cells), end
+
+
+def _group_cells(file: Any, group: int, column: str, most: int) -> Iterator[list]:
+    """Documents of a row group, some ``BATCH_BYTES`` at a time.
+
+    Raises:
+        ValueError, OSError: the group is damaged, or must hold a cell of more than ``most`` bytes.
+    """
+    compute = require("pyarrow.compute", "reading parquet")
+    described = file.metadata.row_group(group)
+    parts = [described.column(i) for i in range(described.num_columns)]
+    size = sum(part.total_uncompressed_size for part in parts if part.path_in_schema == column)
+    # Beside the text a cell takes some bytes of levels and lengths.
+    if size > described.num_rows * (most + 64) + (1 << 20):
+        raise ValueError(
+            f"row group {group} has {size / 1e6:,.0f} MB in {described.num_rows:,} rows, more than"
+            f" {most / 1e6:g} MB a row: raise --max-record-mb"
+        )
+    rows = max(1, min(_PARQUET_ROWS, BATCH_BYTES * described.num_rows // max(size, 1)))
+    for table in file.iter_batches(batch_size=rows, row_groups=[group], columns=[column]):
+        # A value that stands in many rows is in memory once, until it is handed on.
+        cells = table.column(0)
+        sizes = compute.binary_length(cells.dictionary).to_pylist()
+        documents: list[bytes | int | None] = []
+        held = 0
+        for at in cells.indices.to_pylist():
+            large = at is not None and sizes[at] is not None and sizes[at] > most
+            value = None if at is None or large else _cell_bytes(cells.dictionary[at])
+            documents.append(most if large else value)
+            held += len(value or b"")
+            if held >= BATCH_BYTES:
+                yield documents
+                documents, held = [], 0
+        if documents:
+            yield documents
+
+
+def _cell_bytes(cell: Any) -> bytes | None:
+    """Bytes, not str: a cell that is not UTF-8 is one bad record, not the end of the file."""
+    return cell.as_buffer().to_pybytes() if cell.is_valid else None

@@ -35,12 +35,13 @@ def check_shards(sources: Sequence[Source]) -> None:
 
 
 def read_shards(
-    sources: Sequence[Source], *, eod: int, vocab_size: int, append_eod: bool
+    sources: Sequence[Source], *, eod: int, vocab_size: int, append_eod: bool, record_bytes: int
 ) -> Generator[Encoded]:
     """Documents of shards that follow each other, a chunk at a time.
 
     Raises:
-        BadRecordError: a token is outside the vocabulary, or the first shard holds no EOD.
+        BadRecordError: a token is outside the vocabulary, the first shard holds no EOD, or a
+            document, which is held in memory, has more than `record_bytes`.
     """
     dtype = token_dtype(vocab_size)
     rest = np.empty(0, np.uint16)  # tokens of the document that is still open
@@ -58,6 +59,11 @@ def read_shards(
             ended += ends.size
             closed = ends[-1] + 1 if ends.size else 0
             rest = stream[closed:].copy()
+            if rest.nbytes > record_bytes:
+                raise BadRecordError(
+                    f"{source.path}: a document has more than {record_bytes / 1e6:g} MB: raise"
+                    " --max-record-mb, or pass the right --eod-id"
+                )
             tokens, lengths = _documents(stream[:closed], ends, append_eod)
             yield Encoded(index, tokens.astype(dtype), lengths, consumed=chunk.nbytes)
         if index == 0 and not ended:

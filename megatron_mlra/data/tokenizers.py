@@ -97,16 +97,8 @@ class HFTokenizer:
         Raises:
             InputError: no such file, not a tokenizer, or no end-of-document token known.
         """
-        library = require("tokenizers", "the hf tokenizer")
         self._file = _tokenizer_json(Path(model))
-        if self._file.stat().st_size > TOKENIZER_BYTES:
-            raise InputError(f"{self._file} has more than {TOKENIZER_BYTES:,} bytes")
-        try:
-            self._tokenizer = library.Tokenizer.from_file(str(self._file))
-        except Exception as error:  # the package raises plain Exception
-            raise InputError(
-                f"{self._file} is not a tokenizer.json: {first_line(error)}"
-            ) from error
+        self._tokenizer = read_tokenizer_json(self._file)
         # A saved tokenizer may cut or pad what it encodes; a corpus must stay whole.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -204,6 +196,21 @@ def build_tokenizer(spec: TokenizerSpec) -> Tokenizer:
     if spec.type == "hf":
         return HFTokenizer(spec.model, spec.eod_token)
     return TiktokenTokenizer(spec.model, spec.eod_id, spec.pattern)
+
+
+def read_tokenizer_json(file: Path) -> Any:
+    """The `tokenizers.Tokenizer` of a file.
+
+    Raises:
+        InputError: the library cannot read it, or the package is missing.
+    """
+    library = require("tokenizers", "the hf tokenizer")
+    if file.stat().st_size > TOKENIZER_BYTES:
+        raise InputError(f"{file} has more than {TOKENIZER_BYTES:,} bytes")
+    try:
+        return library.Tokenizer.from_file(str(file))
+    except Exception as error:  # the package raises plain Exception
+        raise InputError(f"{file} is not a tokenizer.json: {first_line(error)}") from error
 
 
 def _tokenizer_json(path: Path) -> Path:

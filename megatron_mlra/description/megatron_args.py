@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from megatron_mlra.description.experts import expert_args, expert_fields, refused_experts
@@ -24,15 +25,20 @@ def from_megatron_args(args: Any, **overrides: Any) -> ModelDescription:
     def get(*names: str, default: Any = None) -> Any:
         return next((values[name] for name in names if values.get(name) is not None), default)
 
+    def switch(*names: str, default: bool = False) -> bool:
+        value = get(*names, default=default)
+        if not isinstance(value, bool):  # a text "false" would count as true
+            raise CheckpointError(f"{names[0]} is {value!r:.60}; it must be true or false")
+        return value
+
     kind = get("attention", default="mlra" if get("num_latent_heads") else "gqa")
     kind = overrides.get("attention", kind)
     d, h = get("hidden_size", default=0), get("num_attention_heads", default=0)
-    swiglu = bool(get("swiglu", "gated_linear_unit", default=False))
+    swiglu = switch("swiglu", "gated_linear_unit")
     ffn = get("ffn_hidden_size", default=(d * 8 // 3) // 64 * 64 if swiglu else 4 * d)
-    untied = get("untie_embeddings_and_output_weights")
-    tied = (
-        get("share_embeddings_and_output_weights", default=True) if untied is None else not untied
-    )
+    tied = switch("share_embeddings_and_output_weights", default=True)
+    if values.get("untie_embeddings_and_output_weights") is not None:
+        tied = not switch("untie_embeddings_and_output_weights")
     fields: dict[str, Any] = {
         "attention": kind,
         "num_layers": get("num_layers", default=0),
@@ -43,7 +49,7 @@ def from_megatron_args(args: Any, **overrides: Any) -> ModelDescription:
         "padded_vocab_size": get("padded_vocab_size") or _padded(values),
         "seq_length": get("seq_length", default=0),
         "swiglu": swiglu,
-        "tie_embeddings": bool(tied),
+        "tie_embeddings": tied,
         "rotary_base": float(get("rotary_base", default=10000)),
         "layernorm_epsilon": float(get("layernorm_epsilon", "norm_epsilon", default=1e-5)),
         "max_position_embeddings": get("max_position_embeddings", "seq_length", default=2048),
@@ -62,21 +68,21 @@ def from_megatron_args(args: Any, **overrides: Any) -> ModelDescription:
             "qk_nope_head_dim": get("qk_head_dim", "qk_nope_head_dim", default=128),
             "qk_rope_head_dim": get("qk_pos_emb_head_dim", "qk_rope_head_dim", default=64),
             "v_head_dim": get("v_head_dim", default=128),
-            "output_gate": bool(get("output_gate", default=False)),
-            "variance_scaling": bool(get("variance_scaling", default=True)),
+            "output_gate": switch("output_gate"),
+            "variance_scaling": switch("variance_scaling", default=True),
             "rope_type": get("rope_type", default="rope"),
             "core_form": get("core_form", default="auto"),
         }
         fields |= {name: values[name] for name in YARN if values.get(name) is not None}
     else:
-        grouped = get("group_query_attention", default=True)
+        grouped = switch("group_query_attention", default=True)
         fields |= {
             "num_query_groups": get("num_query_groups", default=h) if grouped else h,
             "head_dim": get("kv_channels", default=d // h if h else 0),
         }
         if kind == "gqa":
-            fields["output_gate"] = bool(get("attention_output_gate", default=False))
-            fields["qk_layernorm"] = bool(get("qk_layernorm", default=False))
+            fields["output_gate"] = switch("attention_output_gate")
+            fields["qk_layernorm"] = switch("qk_layernorm")
         elif kind == "gta":
             fields["qk_rope_head_dim"] = get("qk_pos_emb_head_dim", "qk_rope_head_dim", default=0)
         elif kind == "mfa":
@@ -94,6 +100,80 @@ def from_megatron_args(args: Any, **overrides: Any) -> ModelDescription:
     if "vocab_size" in overrides:
         fields["padded_vocab_size"] = 0
     return ModelDescription(**fields | overrides)
+
+
+ROPE_ARGUMENTS = ("rotary_base", "rope_type", *YARN)
+"""Arguments of the positions, by which a context is extended."""
+
+_NAMED = {
+    "head_dim": "kv_channels",
+    "qk_nope_head_dim": "qk_head_dim",
+    "qk_rope_head_dim": "qk_pos_emb_head_dim",
+    "tie_embeddings": "untie_embeddings_and_output_weights",
+    "moe_layer_pattern": "moe_layer_freq",
+}
+"""Fields of ModelDescription whose argument has another name."""
+
+_NOT_COMPARED = {
+    *("vocab_size", "seq_length", "max_position_embeddings", "core_form", "dtype"),
+    *("moe_router_dtype", "tokenizer_type", "tokenizer_model", "eod_token_id"),
+}
+"""Fields that leave the function of a model's weights as it is; the number of rows decides about
+the vocabulary."""
+
+
+def differing_arguments(
+    saved: Any, here: Any, relaxed: Collection[str] = ()
+) -> list[tuple[str, Any, Any]]:
+    """Arguments that make two models different functions of their weights.
+
+    Args:
+        saved, here: arguments of two runs.
+        relaxed: arguments that may differ, such as ROPE_ARGUMENTS.
+
+    Returns:
+        (name, saved value, value here) of each that differs, in the order of the description.
+
+    Raises:
+        CheckpointError: `saved` makes no model.
+    """
+    there, ours = _mapping(saved), _mapping(here)
+    try:
+        one, other = from_megatron_args(there), from_megatron_args(ours)
+    except (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
+        said = " ".join(str(error).split())
+        raise CheckpointError(f"its arguments are no model's ({said:.200})") from None
+    if one.attention != other.attention:
+        return [("attention", one.attention, other.attention)]
+    unused = {*_NOT_COMPARED, *(YARN if one.rope_type == other.rope_type == "rope" else ())}
+    if set(YARN) & set(relaxed) and None in (there.get("softmax_scale"), ours.get("softmax_scale")):
+        unused.add("softmax_scale")  # follows from YaRN's numbers
+    found = []
+    for field in dataclasses.fields(ModelDescription):
+        values = getattr(one, field.name), getattr(other, field.name)
+        if field.name in unused or values[0] == values[1]:
+            continue
+        name = _NAMED.get(field.name, field.name)
+        if name == "output_gate" and one.attention == "gqa":
+            name = "attention_output_gate"
+        said = there.get(name), ours.get(name)
+        if said[0] == said[1] or name == "softmax_scale":
+            said = values
+        found.append((name, *said))
+    for name in (*_NEEDED, *_REFUSED):
+        if name in ("swiglu", "qk_layernorm"):  # fields
+            continue
+        values = [_plain(of.get(name), _NEEDED.get(name)) for of in (there, ours)]
+        if values[0] != values[1]:
+            found.append((name, there.get(name), ours.get(name)))
+    return [each for each in found if each[0] not in relaxed]
+
+
+def _plain(value: Any, default: Any) -> Any:
+    """A value of an argument of Megatron's, where an older run may have none."""
+    if value is None or value is False or value == []:
+        return default or None
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _mapping(args: Any) -> dict[str, Any]:

@@ -82,7 +82,13 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
         command_line.check_output(args.json, "--json")
     texts = {file: read_text(file) for file in args.text}
     tasks = {file: read_task(file) for file in args.task}
-    streams = {name: read_stream(prefix) for name, prefix in named_sets(args.data).items()}
+    sets = named_sets(args.data)
+    streams = {name: read_stream(prefix) for name, prefix in sets.items()}
+    if args.verify:
+        from megatron_mlra.data.contents import check_contents
+
+        for prefix in sets.values():
+            check_contents(prefix, None)
 
     from megatron_mlra.evaluation.models import load_scorer
 

@@ -115,7 +115,7 @@ def load_tokenizer(source: CheckpointFolder, tokenizer: str | None = None) -> An
     """The transformers tokenizer of a checkpoint; bytes for a model of 257 tokens that names none.
 
     Raises:
-        CheckpointError: there is none; the line says what to give.
+        CheckpointError: there is none, or transformers cannot read it; the line says what to give.
     """
     from transformers import PreTrainedTokenizerFast
     from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
@@ -128,5 +128,14 @@ def load_tokenizer(source: CheckpointFolder, tokenizer: str | None = None) -> An
             raise CheckpointError(f"{source.path}: {missing}")
         if not (Path(folder) / "tokenizer.json").is_file():
             raise CheckpointError(f"{source.path} has no tokenizer.json; give --tokenizer")
-        # Long texts are cut into windows after they are tokenized.
-        return PreTrainedTokenizerFast.from_pretrained(folder, model_max_length=VERY_LARGE_INTEGER)
+        try:
+            # Long texts are cut into windows after they are tokenized.
+            return PreTrainedTokenizerFast.from_pretrained(
+                folder, model_max_length=VERY_LARGE_INTEGER
+            )
+        except Exception as error:  # of whatever kind a value of a configuration leads to
+            said = " ".join(str(error).split())
+            raise CheckpointError(
+                f"the tokenizer of {tokenizer or source.path} is none that transformers can read"
+                f" ({type(error).__name__}: {said:.200})"
+            ) from None

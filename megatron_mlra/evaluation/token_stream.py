@@ -33,7 +33,7 @@ def read_stream(prefix: str | Path) -> np.ndarray:
     """All tokens of an indexed dataset `PREFIX.bin`, `PREFIX.idx`, in the order of its index.
 
     Raises:
-        ValueError: the dataset is missing or empty; the line names the file and the fix.
+        ValueError: the dataset is missing, damaged or empty; the line names the file and the fix.
     """
     for suffix in (".idx", ".bin"):
         if not Path(f"{prefix}{suffix}").is_file():
@@ -42,11 +42,11 @@ def read_stream(prefix: str | Path) -> np.ndarray:
             )
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+    from megatron_mlra.data.index import read_index
+
+    read_index(str(prefix))
     dataset = IndexedDataset(str(prefix))
-    parts = [dataset[i] for i in range(len(dataset))]
-    if not sum(map(len, parts)):
-        raise ValueError(f"data file {prefix}.bin is empty; preprocess the data again")
-    return np.concatenate(parts)
+    return np.concatenate([dataset[i] for i in range(len(dataset))])
 
 
 def windows(tokens: np.ndarray, first: int, length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore, distributed_c10d
 
+from megatron_mlra.command_line.parser import aside
 from megatron_mlra.fault_tolerance.hang import (
     Beat,
     Heard,
@@ -349,11 +350,15 @@ class Watch:
 
     def _leave(self, verdict: Verdict) -> None:
         if verdict.told_on is None and self.rank in verdict.ranks:
-            log = self.folder / f"hang-rank-{self.rank}.log"
-            with contextlib.suppress(OSError), open(log, "w") as file:
-                faulthandler.dump_traceback(file, all_threads=True)
+            leave_stacks(self.folder / f"hang-rank-{self.rank}.log")
         self.before_leaving()
         os._exit(1)
+
+
+def leave_stacks(log: Path) -> None:
+    """Write the stacks of all threads into a file, in place of what a link there points to."""
+    with contextlib.suppress(OSError), aside(log).open("x") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
 
 
 def _key(rank: int) -> str:

@@ -10,7 +10,6 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -19,75 +18,12 @@ from megatron_mlra.checkpoint.folder import TRACKER, tracked_step
 from megatron_mlra.checkpoint.megatron.torch_dist import TorchDistFolder
 from megatron_mlra.command_line import parser
 from megatron_mlra.command_line.foreign_text import read_json
+from megatron_mlra.description.megatron_args import ROPE_ARGUMENTS, differing_arguments
+from megatron_mlra.description.model import CheckpointError
 from megatron_mlra.fault_tolerance.optimizer_state import check_optimizer
 from megatron_mlra.fault_tolerance.rope_change import changes
 
 _ITERATION = re.compile(r"iter_(\d+)").fullmatch
-
-ARCHITECTURE = (
-    "attention",
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_latent_heads",
-    "num_branches",
-    "q_lora_rank",
-    "kv_lora_rank",
-    "qk_head_dim",
-    "qk_pos_emb_head_dim",
-    "v_head_dim",
-    "output_gate",
-    "attention_output_gate",
-    "qk_layernorm",
-    "variance_scaling",
-    "tpa_q_rank",
-    "tpa_kv_rank",
-    "group_query_attention",
-    "num_query_groups",
-    "kv_channels",
-    "position_embedding_type",
-    "rotary_percent",
-    "use_rope_scaling",
-    "rotary_seq_len_interpolation_factor",
-    "normalization",
-    "layernorm_epsilon",
-    "swiglu",
-    "add_bias_linear",
-    "untie_embeddings_and_output_weights",
-    "padded_vocab_size",
-    "num_experts",
-    "moe_ffn_hidden_size",
-    "moe_layer_freq",
-    "moe_router_topk",
-    "moe_shared_expert_intermediate_size",
-    "moe_router_pre_softmax",
-    "moe_router_score_function",
-    "moe_router_topk_scaling_factor",
-    "moe_router_enable_expert_bias",
-)
-"""Arguments that make two models different functions of their weights; RoPE's own, which may change
-by flags, are in rope_change.py."""
-
-_NOT_ALWAYS_SAVED = {
-    "position_embedding_type": "rope",
-    "rotary_percent": 1.0,
-    "use_rope_scaling": False,
-    "rotary_seq_len_interpolation_factor": None,
-}
-"""Arguments that converters leave out, and what they mean then."""
-
-_LATENT = {"num_latent_heads", "num_branches", "q_lora_rank", "kv_lora_rank", "qk_head_dim"}
-_LATENT |= {"qk_pos_emb_head_dim", "v_head_dim", "variance_scaling"}
-_TPA = {"tpa_q_rank", "tpa_kv_rank"}
-_UNUSED = {
-    "mlra": _TPA,
-    "gqa": _LATENT | _TPA,
-    "gta": (_LATENT | _TPA) - {"qk_pos_emb_head_dim"},
-    "mfa": (_LATENT | _TPA) - {"q_lora_rank"},
-    "tpa": _LATENT,
-}
-"""Of these, what each kind of attention does not read."""
 
 
 def latest_step(folder: str | Path) -> int | None:
@@ -217,7 +153,7 @@ def check_load(args: Namespace, argv: list[str] | None = None) -> None:
         if starts_anew and not os.path.lexists(args.load):
             return
         raise ValueError(f"--load {args.load} is not a folder; give the --save of an earlier run")
-    folder, _ = first_usable(candidates(args.load, args.ckpt_step), _check_readable)
+    folder, _ = first_usable(candidates(args.load, args.ckpt_step), check_complete)
     if folder is None:
         if starts_anew:
             return
@@ -228,42 +164,64 @@ def check_load(args: Namespace, argv: list[str] | None = None) -> None:
             f"--load {args.load} holds no checkpoint (no {TRACKER}); give the --save of an earlier"
             f" run{also}"
         )
+    stored = opened(folder)
     given = parser.flags_given(sys.argv[1:] if argv is None else argv)
-    changed = check_architecture(folder, args, given)
+    changed = check_architecture(stored, args, given)
     if changed and args.rank == 0:
         parser.say(f"{folder}: {', '.join(changed)}, as asked")
-    check_optimizer(TorchDistFolder(folder), args)
-
-
-def _check_readable(folder: Path) -> None:
-    check_complete(folder)
-    _common_state(folder)
-
-
-def _common_state(folder: Path) -> dict[str, Any]:
-    """The entries of a checkpoint that are no tensors.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    return TorchDistFolder(folder).common_state()
+    check_optimizer(stored, args)
 
 
 def check_complete(folder: Path) -> None:
     """Check that every file a torch_dist checkpoint's metadata refers to is there, at full length,
-    and that what Megatron unpickles holds no code.
+    that its arguments can be read, and that what Megatron unpickles holds no code.
 
     Raises:
         ValueError: names the first missing or short file, or the code.
     """
     if not folder.is_dir():
         raise ValueError(f"checkpoint {folder} is missing")
-    TorchDistFolder(folder)
+    opened(folder).common_state()
     if (folder / "metadata.json").is_file():
         read_json(folder / "metadata.json")
 
 
-def check_architecture(folder: Path, args: Namespace, given: Collection[str] = ()) -> list[str]:
+_opened: dict[Path, tuple[tuple, TorchDistFolder]] = {}
+
+
+def opened(folder: Path) -> TorchDistFolder:
+    """A checkpoint, read and checked once as long as its files stay as they are: a start asks for
+    it several times, and the index of a large run has hundreds of megabytes.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    state = _state(folder)
+    known = _opened.get(folder)
+    if known is None or known[0] != state:
+        _opened.clear()
+        known = _opened[folder] = (state, TorchDistFolder(folder))
+    return known[1]
+
+
+def forget_opened() -> None:
+    """Free what `opened` keeps."""
+    _opened.clear()
+
+
+def _state(folder: Path) -> tuple:
+    """Names, sizes and times of change of a folder's files."""
+    try:
+        with os.scandir(folder) as entries:
+            stats = [(entry.name, entry.stat(follow_symlinks=False)) for entry in entries]
+    except OSError as error:
+        raise ValueError(f"checkpoint {folder} cannot be read ({error.strerror})") from None
+    return tuple(sorted((name, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in stats))
+
+
+def check_architecture(
+    stored: TorchDistFolder, args: Namespace, given: Collection[str] = ()
+) -> list[str]:
     """Compare the arguments a checkpoint was saved with to these.
 
     Returns:
@@ -272,25 +230,21 @@ def check_architecture(folder: Path, args: Namespace, given: Collection[str] = (
     Raises:
         ValueError: names every argument that differs, with both values.
     """
-    saved = _common_state(folder).get("args")
-    if saved is None:
+    folder, saved = stored.path, stored.common_state().get("args")
+    if not isinstance(saved, Namespace):
         raise ValueError(
             f"checkpoint {folder} names no arguments; it was not written by this trainer"
         )
-    unused = set(_UNUSED[args.attention])
-    if not getattr(saved, "num_experts", None) and not args.num_experts:
-        unused |= {name for name in ARCHITECTURE if name.startswith("moe_")}
     different = []
-    for name in ARCHITECTURE:
-        default = _NOT_ALWAYS_SAVED.get(name)
-        there, here = getattr(saved, name, default), getattr(args, name, default)
-        if name in unused:
-            continue
-        if there != here:
-            fix = ""
-            if name == "padded_vocab_size":
-                fix = f" (train with --padded-vocab-size {there}, or convert it with {here})"
-            different.append(f"{name} is {there} there, {here} here{fix}")
+    try:
+        found = differing_arguments(saved, args, ROPE_ARGUMENTS)
+    except CheckpointError as error:
+        raise ValueError(f"checkpoint {folder}: {error}") from None
+    for name, there, here in found:
+        fix = ""
+        if name == "padded_vocab_size":
+            fix = f" (train with --padded-vocab-size {there}, or convert it with {here})"
+        different.append(f"{name} is {there} there, {here} here{fix}")
     changed, unasked = changes(saved, args, set(given))
     different += unasked
     if different:

@@ -22,6 +22,7 @@ def choose_step(load_checkpoint: Callable, args: Namespace) -> Callable:
         asked = args.ckpt_step
         if args.load is not None:
             args.ckpt_step = whole_step(args)
+            integrity.forget_opened()
         try:
             result = load_checkpoint(*rest, **named)
         finally:

@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 from megatron_mlra.command_line.log_line import STEP
-from megatron_mlra.command_line.parser import OneLineParser
+from megatron_mlra.command_line.parser import OneLineParser, write_text
 from megatron_mlra.command_line.progress_bar import bar
 from megatron_mlra.launch.control import REFUSED
 
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         "restart_seconds": [round(seconds, 2) for seconds in killed.restarts],
         "lost_steps": killed.lost,
     }
-    (args.work / "soak.json").write_text(json.dumps(result, indent=1))
+    write_text(args.work / "soak.json", json.dumps(result, indent=1))
     report(result)
     return int(bool(code or different or len(killed.restarts) < args.kills))
 

@@ -1,15 +1,17 @@
 """Signals that ask a run to stop, heeded from the entry's first line to its last step.
 
-This module is imported before torch, so it needs the standard library alone.
+This module is imported before torch, so it needs the standard library alone. In another thread
+than the main one no signal is heeded: whoever started the thread decides what they do.
 """
 
 from __future__ import annotations
 
 import signal
-import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
+
+from megatron_mlra.command_line.signals import can_be_set, handle
 
 _numbers: set[signal.Signals] = set()
 _asked: signal.Signals | None = None
@@ -21,14 +23,13 @@ def listen(*numbers: signal.Signals) -> None:
     """Note these signals from here on, and any that waited.
 
     The launcher starts ranks with SIGTERM blocked, so that a signal that comes while Python starts
-    waits. Unblocked, it would kill the rank before anything could heed it. Only the main thread can
-    set handlers; in other threads this does nothing.
+    waits. Unblocked, it would kill the rank before anything could heed it. In a thread that can set
+    no handlers this does nothing.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if not can_be_set():
         return
     _numbers.update(numbers)
-    for number in _numbers:
-        signal.signal(number, _note)
+    handle(_numbers, _note)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _numbers)
 
 
@@ -38,15 +39,12 @@ def close() -> None:
     Python restores the default action of signals before it ends. A stop signal that comes that
     late, relayed by another host for example, would then kill a rank that had ended in order.
     """
-    if threading.current_thread() is threading.main_thread():
-        for number in _numbers:
-            signal.signal(number, signal.SIG_IGN)
+    handle(_numbers, signal.SIG_IGN)
 
 
 def ignore_no_more() -> None:
     """Let the signals end the process, as they do by default (`--no-exit-signal-handler`)."""
-    for number in _numbers:
-        signal.signal(number, signal.SIG_DFL)
+    handle(_numbers, signal.SIG_DFL)
     if _asked is not None:
         signal.raise_signal(_asked)
 
@@ -61,6 +59,19 @@ def hand_over(handler: Any) -> None:
     _handler = handler
     handler._signal_received = _asked is not None
     listen()
+
+
+def enter_where_possible(enter: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Megatron's `DistributedSignalHandler.__enter__`, which sets a handler in any thread and so
+    fails in all but the main one."""
+
+    def enter_or_leave(handler: Any) -> Any:
+        if can_be_set():
+            return enter(handler)
+        handler._signal_received, handler.released = False, True
+        return handler
+
+    return enter_or_leave
 
 
 def remember_told(ask_all: Callable[[Any], list[int]]) -> Callable[[Any], list[int]]:

@@ -6,8 +6,11 @@ d_r `qk_rope_head_dim`, d_v `v_head_dim`.
 """
 
 from transformers import PreTrainedConfig
+from transformers.utils import logging
 
-DECODE_BACKENDS = ("auto", "torch", "mlra_kernels", "reference")
+logger = logging.get_logger(__name__)
+
+DECODE_BACKENDS = ("auto", "torch", "mlra_kernels")
 SCORING_FUNCTIONS = ("softmax", "sigmoid")
 
 
@@ -74,9 +77,10 @@ class MLRAConfig(PreTrainedConfig):
     use_cache: bool = True
     decode_backend: str = "auto"
     """What attends to the cache in steps of 1 to 8 tokens: "torch" (the attention implementation,
-    on a cache that transformers lays out), "mlra_kernels" (CUDA kernels on a paged cache) or
-    "reference" (the same pages in plain torch, on any device); "auto" is mlra_kernels where it is
-    installed and takes the shapes, dtype and GPU, else torch."""
+    on a cache that transformers lays out) or "mlra_kernels" (CUDA kernels on a paged cache); "auto"
+    is mlra_kernels where it is installed and takes the shapes, dtype and GPU, else torch."""
+    decode_pages: bool = False
+    """Of "torch": attend to the kernels' pages in plain torch, on any device; for tests."""
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -142,6 +146,16 @@ class MLRAConfig(PreTrainedConfig):
             )
         if self.num_experts:
             self._check_experts()
+        self.check_backend()
+
+    def check_backend(self) -> None:
+        """Raise ValueError for an unknown `decode_backend`; replace an old name, with a line."""
+        if self.decode_backend == "reference":  # the name in an earlier version
+            self.decode_backend, self.decode_pages = "torch", True
+            logger.warning_once(
+                "decode_backend reference is now called torch with pages: use decode_backend"
+                " torch and decode_pages true"
+            )
         if self.decode_backend not in DECODE_BACKENDS:
             raise ValueError(
                 f"decode_backend is {self.decode_backend!r};"

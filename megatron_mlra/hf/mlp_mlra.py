@@ -60,6 +60,13 @@ class MLRARouter(nn.Module):
         return (weights * config.routed_scaling_factor).to(logits.dtype), chosen
 
 
+def _has_other_ranks() -> bool:
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return False
+    return distributed.get_world_size() > 1
+
+
 class MLRAExperts(nn.Module):
     """Routed experts, weighted by the router, and shared ones that every token visits."""
 
@@ -73,12 +80,18 @@ class MLRAExperts(nn.Module):
         self.shared_experts = MLRAMLP(config, shared) if shared else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., d]` -> `[..., d]`; each expert runs once, over the tokens that chose it."""
+        """`[..., d]` -> `[..., d]`; each expert runs once, over the tokens that chose it.
+
+        Where gradients are computed, or several processes run, experts that no token chose run over
+        none: sharded weights (FSDP, ZeRO-3) are gathered by all ranks together, whose tokens choose
+        different experts, and every rank must give each weight a gradient.
+        """
         tokens = x.reshape(-1, x.size(-1))
         weights, chosen = self.gate(tokens)
         weights = weights.to(x.dtype)
         out = torch.zeros_like(tokens)
-        for e in chosen.unique().tolist():
+        run_all = torch.is_grad_enabled() or _has_other_ranks()
+        for e in range(len(self.experts)) if run_all else chosen.unique().tolist():
             rows, slots = (chosen == e).nonzero(as_tuple=True)
             part = self.experts[e](tokens[rows]) * weights[rows, slots, None]
             out = out.index_add(0, rows, part)

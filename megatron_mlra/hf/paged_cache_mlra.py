@@ -118,7 +118,7 @@ class PagedStep:
         cache: its layers are PagedLatentLayer.
         attention_mask: `[b, t]`, 0 for padding, or None without padding.
         shape: (b, s) of the new tokens.
-        backend: "mlra_kernels" or "reference".
+        backend: "mlra_kernels" or "torch".
 
     Raises:
         ValueError: for a mask that is not plain left padding.
@@ -137,7 +137,7 @@ class PagedStep:
         self.past, (b, self.tokens) = cache.get_seq_length(), shape
         problem = _unsuited(attention_mask, self.layers[0].starts if self.past else None)
         if problem:
-            raise ValueError(f"decode_backend {backend}: {problem}; use decode_backend='torch'")
+            raise ValueError(_refused(config, problem))
         if self.past:
             self.starts = self.layers[0].starts
         elif attention_mask is None:
@@ -169,7 +169,7 @@ class PagedStep:
             self.config.softmax_scale,
             num_branches=self.config.num_branches,
             metadata=metadata,
-            backend="mlra_kernels" if self.backend == "mlra_kernels" else "torch",
+            backend=self.backend,
         )
         return out
 
@@ -208,21 +208,29 @@ def paged_step(
     Raises:
         ValueError: the backend asked for cannot run here, or not on this cache.
     """
-    if cache is None or config.decode_backend == "torch":
-        return None
+    config.check_backend()
     backend = config.decode_backend
+    if cache is None or (backend == "torch" and not config.decode_pages):
+        return None
     if not any(isinstance(layer, PagedLatentLayer) for layer in cache.layers):
         problem = _unsupported(config, embeds) or _not_pageable(cache) or _unsuited(attention_mask)
         if backend == "auto" and embeds.is_cuda and not cache.get_seq_length():
             chosen = f"torch ({problem})" if problem else "mlra_kernels"
             logger.warning_once(f"MLRA decodes with {chosen}; decode_backend chooses another")
         if problem and backend != "auto":
-            raise ValueError(f"decode_backend {backend}: {problem}; use decode_backend='torch'")
+            raise ValueError(_refused(config, problem))
         if problem:
             return None
         cache.layers = [PagedLatentLayer() for _ in range(config.num_hidden_layers)]
     backend = "mlra_kernels" if backend == "auto" else backend
     return PagedStep(config, cache, attention_mask, embeds.shape[:2], backend, embeds.device)
+
+
+def _refused(config: MLRAConfig, problem: str) -> str:
+    """The line of an error, for pages that were asked for."""
+    if config.decode_backend == "torch":
+        return f"decode_pages: {problem}; use decode_pages=False"
+    return f"decode_backend {config.decode_backend}: {problem}; use decode_backend='torch'"
 
 
 def _kernels():
@@ -244,7 +252,7 @@ def _unsupported(config: MLRAConfig, embeds: Tensor) -> str | None:
         return f"the kernels take latent dims {latent_dims}, this model has {config.latent_dim}"
     if config.qk_rope_head_dim not in rope_dims:
         return f"the kernels take RoPE dims {rope_dims}, this model has {config.qk_rope_head_dim}"
-    if config.decode_backend == "reference":
+    if config.decode_backend == "torch":
         return None
     if embeds.requires_grad:
         return "the kernels compute no gradients; decode under torch.no_grad()"

@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 
+from megatron_mlra.command_line.signals import handle
 from megatron_mlra.launch.control import SPEAKER
 
 
@@ -63,9 +64,8 @@ def refuse_python(error: ImportError) -> int:
 def kill_children() -> None:
     """End the writers of checkpoints and the data loaders of a run that failed."""
     hush_threads()
-    # torch's handler raises an error for a data loader that is killed.
-    with contextlib.suppress(ValueError):  # outside the main thread, there is none
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    # torch's handler, set in the main thread alone, raises an error for a killed data loader.
+    handle((signal.SIGCHLD,), signal.SIG_DFL)
     children = multiprocessing.active_children()
     for child in children:
         child.kill()

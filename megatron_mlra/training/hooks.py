@@ -256,6 +256,11 @@ BEFORE_TRAINING = (
     ),
     # Starting.
     Hook(
+        "megatron.training.dist_signal_handler.DistributedSignalHandler.__enter__",
+        "Python lets the main thread alone set handlers; a library's user may train in another",
+        (lambda enter, run: stopping.enter_where_possible(enter),),
+    ),
+    Hook(
         "megatron.training.dist_signal_handler.DistributedSignalHandler.signals_received",
         "the last line of a stopped run names the rank that was asked",
         (lambda ask, run: stopping.remember_told(ask),),

@@ -188,3 +188,15 @@ def test_train_samples_with_a_preset_in_steps(entry, preset, tmp_path):
     assert (run.code, run.err) == (0, ""), run.err
     assert ", 6 steps of 128 tokens" in run.out and "step 6/6 | lm loss" in run.out
     assert "| lr 2.00e-03 |" in next(x for x in run.out.splitlines() if x.startswith("step 2/6"))
+
+
+def test_two_runs_build_one_cache_together(entry, preset, corpus, tmp_path):
+    shared = ("--data-path", corpus, "--data-cache-path", tmp_path / "cache", "--seed", "5")
+    folders = [tmp_path / name for name in ("one", "two")]
+    started = [entry.start(f, "--config", preset, *shared, "--save", f / "save") for f in folders]
+    runs = [entry.wait(*each) for each in zip(folders, started, strict=True)]
+    assert [run.code for run in runs] == [0, 0], runs[0].err + runs[1].err
+    assert runs[0].losses and runs[0].losses == runs[1].losses
+    alone = entry.run(tmp_path / "alone", "--config", preset, *shared[:2], *shared[4:])
+    assert alone.losses == runs[0].losses
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.name.startswith(".")]

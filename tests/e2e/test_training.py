@@ -309,3 +309,12 @@ def test_interrupt_is_one_line(entry, preset, tmp_path):
     os.kill(pids[0], signal.SIGINT)
     run = entry.wait(tmp_path, pids)
     assert (run.code, run.err) == (130, "error: interrupted\n")
+
+
+def test_a_run_in_a_thread_leaves_the_programs_signals_alone(entry, preset, tmp_path):
+    """Ray Train, for one, calls the training function in a thread."""
+    run = entry.run(
+        tmp_path, "--config", preset, "--train-iters", "3", "--save", "save", in_thread=True
+    )
+    assert run.code == 0, run.err
+    assert "saved step 3" in run.out

@@ -2,12 +2,13 @@
 
 Reads one JSON job a line from stdin, answers one JSON line. A job {"argv", "folder", "ranks",
 "env", "free_bytes", "file_bytes", "nan_at", "terminal",
-"nan_gradient_at", "samples", "asleep", "hosts"} starts a run and is answered
+"nan_gradient_at", "samples", "asleep", "hosts", "in_thread"} starts a run and is answered
 {"pids": [...]}; {"wait": pid} is answered with its exit {"code": ...}, negative for a signal.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import importlib
 import json
@@ -112,7 +113,7 @@ def be_entry(entry: types.ModuleType, job: dict, rank: int, env: dict) -> int:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_bytes"],) * 2)
     sys.argv = ["pretrain_mlra.py", *argv]
     try:
-        code = entry.main()
+        code = in_thread(entry.main) if job.get("in_thread") else entry.main()
     except SystemExit as end:
         code = end.code
     except BaseException:
@@ -157,6 +158,17 @@ def open_terminal(columns: int) -> Callable[[], None]:
         copier.join(5)
 
     return shown
+
+
+def in_thread(main: Callable[[], int]) -> int:
+    """Call the entry as a library's user does: in a thread beside the main one, of a program that
+    has handlers of its own."""
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+        code = threads.submit(main).result()
+    after = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    assert after == handlers
+    return code
 
 
 def be_on_host(

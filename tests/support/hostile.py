@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
+from megatron_mlra.checkpoint.files.manifest import MANIFEST
 from megatron_mlra.checkpoint.megatron.torch_dist import COMMON_KEY, read_metadata
 
 
@@ -62,8 +63,15 @@ def saved(value: object) -> bytes:
     return file.getvalue()
 
 
+def unseal(folder: Path) -> None:
+    """Remove the checksums, as whoever changes a folder on purpose would."""
+    for manifest in folder.rglob(MANIFEST):
+        manifest.unlink()
+
+
 def change_index(folder: Path, change: Callable[[object], object]) -> None:
     """Rewrite `.metadata` after a change to it."""
+    unseal(folder)
     index = read_metadata(folder)
     change(index)
     (folder / ".metadata").write_bytes(pickle.dumps(index))
@@ -71,6 +79,7 @@ def change_index(folder: Path, change: Callable[[object], object]) -> None:
 
 def replace_entry(folder: Path, name: str, data: bytes) -> None:
     """Put these bytes behind the entry `name` of a torch_dist folder, which is then no tensor."""
+    unseal(folder)
     index = read_metadata(folder)
     file = folder / "__0_0.distcp"
     start = file.stat().st_size
@@ -101,10 +110,12 @@ def script_in_common_state(folder: Path, canary: Path) -> None:
 
 
 def code_in_common_file(folder: Path, canary: Path) -> None:
+    unseal(folder)
     (folder / "common.pt").write_bytes(saved({"args": Code(canary)}))
 
 
 def script_in_common_file(folder: Path, canary: Path) -> None:
+    unseal(folder)
     (folder / "common.pt").write_bytes(script(canary))
 
 
@@ -216,5 +227,6 @@ def archives() -> dict[str, tuple[bytes, str]]:
 
 def write_config(folder: Path, **changes: object) -> None:
     """Change values of a folder's config.json."""
+    unseal(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))

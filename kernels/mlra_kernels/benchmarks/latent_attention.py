@@ -17,6 +17,7 @@ import triton
 
 from mlra_kernels.benchmarks.latent_decode import commit
 from mlra_kernels.benchmarks.output import output_file
+from mlra_kernels.benchmarks.results import write_json
 from mlra_kernels.benchmarks.timing import graph_microseconds
 from mlra_kernels.latent_attention import key_ranges, latent_attention, misfit
 from mlra_kernels.latent_attention.reference import latent_attention_reference
@@ -139,8 +140,7 @@ def main() -> None:
     planned = workloads(args.tokens, args.mean_document, args.seed)
     report["records"] = [measure(name, *work) for name, work in planned.items()]
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump(report, file, indent=1)
+        write_json(args.json, report)
     print(json.dumps(report))
 
 

@@ -16,6 +16,7 @@ import triton
 
 from mlra_kernels.benchmarks.output import output_file
 from mlra_kernels.benchmarks.providers import PROVIDERS
+from mlra_kernels.benchmarks.results import write_json
 from mlra_kernels.benchmarks.timing import copy_roof, graph_microseconds, read_roof
 from mlra_kernels.benchmarks.workload import Shape, Workload, make_workload
 from mlra_kernels.latent_decode import latent_decode
@@ -193,8 +194,7 @@ def main() -> None:
         plot(records, roof, f"{about['gpu']}, commit {about['commit']}", args.png)
     report = {**about, "records": records}
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump(report, file, indent=1)
+        write_json(args.json, report)
     print(json.dumps({**about, "us": {f"{r['shape']}|{r['provider']}": r["us"] for r in records}}))
 
 

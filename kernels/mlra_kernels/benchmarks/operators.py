@@ -20,6 +20,7 @@ from mlra_kernels import decoder
 from mlra_kernels import latent_projections as projections
 from mlra_kernels.benchmarks.latent_decode import commit
 from mlra_kernels.benchmarks.output import output_file
+from mlra_kernels.benchmarks.results import write_json
 from mlra_kernels.benchmarks.timing import graph_microseconds, read_roof
 from mlra_kernels.grouped_decode import grouped_decode
 from mlra_kernels.latent_decode import latent_cache_append, rope_tables
@@ -217,8 +218,7 @@ def main() -> None:
     planned = cases(sizes, torch.bfloat16, "cuda", args.seed)
     report["records"] = [measure(case, roof) for case in planned]
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump(report, file, indent=1)
+        write_json(args.json, report)
     print(json.dumps(report))
 
 

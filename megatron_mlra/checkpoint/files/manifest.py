@@ -1,18 +1,24 @@
-"""The checksums of a Megatron checkpoint: `integrity.json`, the SHA-256 of every file."""
+"""The checksums of a checkpoint: `integrity.json`, the SHA-256 of every file of its folder.
+
+Runs write one into each checkpoint, conversions and exports into the folders that they make.
+Folders of others have none, and are read unverified. A file that somebody adds to a folder is
+listed in no manifest: it is refused where numbers or a model would come from it.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from megatron_mlra.checkpoint.files.inside import inside
+from megatron_mlra.checkpoint.files.staging import MARKER
 from megatron_mlra.command_line.foreign_text import read_json
 from megatron_mlra.description.model import CheckpointError
 
 MANIFEST = "integrity.json"
-_READ_BY_ALL = (".metadata",)
 _THREADS = 8
 
 
@@ -22,9 +28,28 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def entries(folder: Path) -> dict[str, str] | None:
-    """File name -> checksum, or None for a checkpoint without a manifest: an older one, a converted
-    one, or one saved with `verify_integrity: false`.
+def write(folder: Path, names: Iterable[str] | None = None) -> None:
+    """List the checksums of a folder that was just written.
+
+    Args:
+        names: of the files; default: all.
+    """
+    if names is None:
+        names = [path.name for path in folder.iterdir() if path.is_file()]
+    names = sorted(name for name in names if name not in (MANIFEST, MARKER))
+    with ThreadPoolExecutor(_THREADS) as threads:
+        sums = threads.map(sha256, [folder / name for name in names])
+        files = dict(zip(names, sums, strict=True))
+    text = json.dumps({"algorithm": "sha256", "files": files}, indent=1)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def entries(folder: Path, needed: str | None = ".metadata") -> dict[str, str] | None:
+    """File name -> checksum, or None for a checkpoint without a manifest: an older one, another
+    program's, or one saved with `verify_integrity: false`.
+
+    Args:
+        needed: a file that whoever reads the folder reads.
 
     Raises:
         CheckpointError: the manifest cannot be read, or is none of this folder's files; one line
@@ -43,20 +68,22 @@ def entries(folder: Path) -> dict[str, str] | None:
     for name, digest in files.items():
         if Path(name).name != name or not isinstance(digest, str):
             raise CheckpointError(f"{MANIFEST} names what is no file of the folder")
-    missing = [name for name in _READ_BY_ALL if name not in files]
-    if missing:
-        raise CheckpointError(f"{MANIFEST} has no entry of {missing[0]}")
+    if needed is not None and needed not in files:
+        raise CheckpointError(f"{MANIFEST} has no entry of {needed}")
     return files
 
 
-def damage(folder: Path, names: Iterable[str] | None = None) -> str | None:
+def damage(
+    folder: Path, names: Iterable[str] | None = None, needed: str | None = ".metadata"
+) -> str | None:
     """What is wrong with the first of these files that is not what was saved, or None.
 
     Args:
         names: files of the folder; default: all that the manifest lists.
+        needed: see `entries`.
     """
     try:
-        files = entries(folder)
+        files = entries(folder, needed)
     except CheckpointError as error:
         return str(error)
     if files is None:
@@ -81,15 +108,32 @@ def damage(folder: Path, names: Iterable[str] | None = None) -> str | None:
         return next((what for what in threads.map(problem, names) if what), None)
 
 
-def check(folder: Path, names: Iterable[str]) -> None:
+def check(folder: Path, names: Iterable[str], needed: str | None = ".metadata") -> None:
     """Refuse files that are not what was saved.
+
+    Args:
+        needed: see `entries`.
 
     Raises:
         CheckpointError: names the first.
     """
-    what = damage(folder, names)
+    what = damage(folder, names, needed)
     if what is not None:
         raise CheckpointError(
             f"checkpoint {folder} is damaged: {what}; use another copy or step, or read it as it is"
             " with --no-verify"
         )
+
+
+def check_listed(folder: Path, names: Iterable[str]) -> None:
+    """`check` of those of these files that the manifest lists; others, somebody added.
+
+    Raises:
+        CheckpointError: names the first that differs.
+    """
+    try:
+        files = entries(folder, None) or {}
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint {folder} is damaged: {error}") from None
+    if listed := [name for name in names if name in files]:
+        check(folder, listed, None)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_mlra.checkpoint.files import torch_file
+from megatron_mlra.checkpoint.files import manifest, torch_file
 from megatron_mlra.checkpoint.files.inside import inside
 from megatron_mlra.checkpoint.files.safetensors_file import check_safetensors
 from megatron_mlra.checkpoint.files.torch_dist_index import ForbiddenNames
@@ -24,15 +24,22 @@ class WeightFiles:
     Raises:
         CheckpointError: no weights, or a file is missing, damaged, truncated, holds code, or holds
         other tensors than the index says.
+
+    Args:
+        verify: compare the files with the folder's checksums, where it has any.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, verify: bool = False) -> None:
         self.folder = folder
+        self.verify = verify
         self._open: tuple[str, Mapping[str, torch.Tensor]] | None = None
         self.where = self._find()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        for file in sorted(set(self.where.values())):
+        files = sorted(set(self.where.values()))
+        if verify:
+            manifest.check(folder, files, "config.json")
+        for file in files:
             self._measure(file)
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -61,6 +68,8 @@ class WeightFiles:
         )
 
     def _read_index(self, index: Path) -> dict[str, str]:
+        if self.verify:
+            manifest.check(self.folder, [index.name], "config.json")
         try:
             where = read_json(index)["weight_map"]
             plain = all(isinstance(f, str) and Path(f).name == f for f in where.values())

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_mlra.checkpoint.files import manifest
 from megatron_mlra.checkpoint.files.safetensors_writer import MAX_SHARD_BYTES, write_safetensors
 from megatron_mlra.checkpoint.files.staging import written_aside
 from megatron_mlra.checkpoint.files.tokenizer_copy import say_nothing
@@ -41,10 +42,11 @@ class HuggingFaceFolder(CheckpointFolder):
 
     kind = "huggingface"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, verify: bool = False) -> None:
         self.path = path
-        config = read_config(path)
-        self.files = WeightFiles(path)
+        self.verify = verify
+        config = read_config(path, verify)
+        self.files = WeightFiles(path, verify)
         try:
             weights = {n: d for n, d in self.files.dtypes.items() if not n.endswith(HF_EXPERT_BIAS)}
             dtype = common_dtype(weights, path)
@@ -134,4 +136,5 @@ def write_huggingface(
             if model.attention == "mlra":
                 for file in sorted(CODE.glob("*_mlra.py")):
                     shutil.copyfile(file, folder / file.name)
+            manifest.write(folder)
             return missing

@@ -11,6 +11,7 @@ from typing import Any
 from megatron_mlra.checkpoint.files.tokenizer_copy import copy_tokenizer, say_nothing
 from megatron_mlra.checkpoint.folder import CheckpointFolder
 from megatron_mlra.checkpoint.tokenizer import chosen_tokenizer, data_tokenizer, own_tokenizer
+from megatron_mlra.data.tokenizers import read_tokenizer_json
 from megatron_mlra.description.model import CheckpointError, ModelDescription
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -43,6 +44,7 @@ def write_tokenizer(
     Raises:
         CheckpointError: `tokenizer` is neither, or does not fit the vocabulary; or a file is a link
             out of its folder.
+        InputError: a tokenizer.json that the library cannot read.
     """
     missing = None
     if tokenizer is None:
@@ -64,14 +66,12 @@ def write_tokenizer(
 def _name_end_of_document(source: CheckpointFolder, model: ModelDescription, folder: Path) -> None:
     """Give a bare tokenizer.json, as the `tokenizers` library saves it, the end-of-document token
     of the model or of its data: transformers reads it from tokenizer_config.json alone."""
-    from tokenizers import Tokenizer
-
     file, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
     if not file.is_file() or config.exists():
         return
     end = None
     if model.eod_token_id is not None:
-        end = Tokenizer.from_file(str(file)).id_to_token(model.eod_token_id)
+        end = read_tokenizer_json(file).id_to_token(model.eod_token_id)
     if end is None:
         with contextlib.suppress(CheckpointError):
             made_with = data_tokenizer(source)

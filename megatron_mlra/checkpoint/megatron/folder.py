@@ -39,6 +39,7 @@ class MegatronFolder(CheckpointFolder):
 
     def __init__(self, path: Path, vocab_size: int | None = None, verify: bool = True) -> None:
         self.path = path
+        self.verify = verify
         self.folder = iteration_folder(path)
         self.files = TorchDistFolder(self.folder, verify)
         state = self.files.common_state()

@@ -17,13 +17,19 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from megatron_mlra.checkpoint.files import manifest
 from megatron_mlra.checkpoint.files.inside import inside
 from megatron_mlra.checkpoint.files.staging import written_aside
-from megatron_mlra.checkpoint.files.tokenizer_copy import copy_tokenizer, say_nothing
+from megatron_mlra.checkpoint.files.tokenizer_copy import say_nothing
 from megatron_mlra.checkpoint.folder import TRACKER, check_finite, tokenizer_files
 from megatron_mlra.checkpoint.megatron.folder import iteration_folder
 from megatron_mlra.checkpoint.megatron.torch_dist import COMMON_FILE, COMMON_KEY, TorchDistFolder
-from megatron_mlra.checkpoint.megatron.writer import StreamingPlanner, save_torch_dist, saved_object
+from megatron_mlra.checkpoint.megatron.writer import (
+    StreamingPlanner,
+    save_torch_dist,
+    saved_object,
+    seal,
+)
 from megatron_mlra.command_line.progress_bar import bar
 from megatron_mlra.description.model import DTYPES, CheckpointError
 from megatron_mlra.description.tensors import EXPERT_BIAS
@@ -86,7 +92,10 @@ def reshard(
         save_torch_dist(planner, partial / name, files)
         if (folder / COMMON_FILE).is_file() and not weights_only:
             shutil.copyfile(inside(folder, COMMON_FILE), partial / name / COMMON_FILE)
-        copy_tokenizer(tokenizer_files(root), partial, say)
+        tokenizer = tokenizer_files(root)
+        if verify:
+            manifest.check_listed(root, [file.name for file in tokenizer])
+        seal(partial / name, partial, tokenizer, say)
         step = name.removeprefix("iter_").lstrip("0") or "0"
         (partial / TRACKER).write_text(step)
 

@@ -52,6 +52,7 @@ class TorchDistFolder:
     def __init__(self, path: Path, verify: bool = False) -> None:
         self.path = path
         self.verify = verify
+        self._common: dict[str, Any] | None = None
         if verify:
             there = [name for name in _SMALL_FILES if inside(path, name).is_file()]
             manifest.check(path, [".metadata", *there])
@@ -178,10 +179,16 @@ class TorchDistFolder:
 
     def common_state(self) -> dict[str, Any]:
         """Megatron's state that is no tensor: `args`, `iteration`, ...; unknown classes are inert.
+        It is read once, and not to be changed.
 
         Raises:
             CheckpointError: there is none, or it cannot be read.
         """
+        if self._common is None:
+            self._common = self._read_common_state()
+        return self._common
+
+    def _read_common_state(self) -> dict[str, Any]:
         try:
             if (COMMON_KEY, ()) in self.stored:
                 data = self.raw(COMMON_KEY)

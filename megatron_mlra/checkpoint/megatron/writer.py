@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
+from megatron_mlra.checkpoint.files import manifest
 from megatron_mlra.checkpoint.files.staging import written_aside
 from megatron_mlra.checkpoint.files.tokenizer_copy import copy_tokenizer, say_nothing
 from megatron_mlra.checkpoint.folder import TRACKER, CheckpointFolder
@@ -92,8 +93,16 @@ def write_megatron(
             weights.mkdir()
             save_torch_dist(_Planner(stream, rows), weights)
             stream.finish()
-            copy_tokenizer(source.tokenizer_files(), folder, say)
+            seal(weights, folder, source.tokenizer_files(), say)
             (folder / TRACKER).write_text("release")
+
+
+def seal(weights: Path, folder: Path, tokenizer: list[Path], say: Callable[[str], object]) -> None:
+    """Copy the tokenizer's files beside a checkpoint that is written, and list both's checksums."""
+    manifest.write(weights)
+    copy_tokenizer(tokenizer, folder, say)
+    if tokenizer:
+        manifest.write(folder, [file.name for file in tokenizer])
 
 
 def save_torch_dist(planner: SavePlanner, folder: Path, files: int = 1) -> None:

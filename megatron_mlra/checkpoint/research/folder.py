@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron_mlra.checkpoint.files import manifest
 from megatron_mlra.checkpoint.files.safetensors_writer import (
     MAX_SHARD_BYTES,
     write_index,
@@ -37,10 +38,11 @@ class ResearchFolder(CheckpointFolder):
 
     kind = "research"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, verify: bool = False) -> None:
         self.path = path
-        config = read_config(path)
-        self.files = WeightFiles(path)
+        self.verify = verify
+        config = read_config(path, verify)
+        self.files = WeightFiles(path, verify)
         shapes = dict(self.files.shapes)
         tied = RESEARCH_OUTPUT not in shapes or self._is_tied()
         if tied:
@@ -197,11 +199,13 @@ def write_research(
                 _write_bins(folder, model, list(table), parts, stream.bytes)
             stream.finish()
             if tokenizer is not None:
-                copy_tokenizer(chosen_tokenizer(tokenizer), folder, say)
-                return None
-            copy_tokenizer(source.tokenizer_files(), folder, say)
-            _, missing = own_tokenizer(source)
-            return missing if source.named_tokenizer() else None
+                files, missing = chosen_tokenizer(tokenizer), None
+            else:
+                files, (_, missing) = source.tokenizer_files(), own_tokenizer(source)
+                missing = missing if source.named_tokenizer() else None
+            copy_tokenizer(files, folder, say)
+            manifest.write(folder)
+            return missing
 
 
 def _write_bins(folder: Path, model: ModelDescription, names: list[str], parts, total) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 
 import pytest
@@ -17,6 +16,7 @@ from megatron_mlra.checkpoint.megatron.writer import write_megatron
 from megatron_mlra.description.model import CheckpointError
 from megatron_mlra.evaluation import cli as evaluation
 from megatron_mlra.inference import cli as generation
+from support.hostile import write_config
 from support.random_checkpoint import RandomFolder, grouped, latent
 
 MODEL = latent(4, 4, v_head_dim=16)
@@ -35,16 +35,10 @@ class Spoilt(RandomFolder):
         return tensor
 
 
-def write_manifest(folder):
-    files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
-    (folder / MANIFEST).write_text(json.dumps({"algorithm": "sha256", "files": files}))
-
-
 @pytest.fixture
 def saved(tmp_path):
-    """A Megatron folder with a manifest, as a run leaves it."""
+    """A Megatron folder with a manifest, as a run and a conversion leave it."""
     write_megatron(RandomFolder(MODEL), tmp_path / "saved", progress=False)
-    write_manifest(tmp_path / "saved/release")
     return tmp_path / "saved"
 
 
@@ -186,8 +180,7 @@ def test_impossible_numbers_of_a_model(field, value, said):
 def test_impossible_numbers_of_an_exported_folder(convert, tmp_path, key, value, said):
     folder = tmp_path / "exported"
     write_huggingface(RandomFolder(grouped(2)), folder, progress=False)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {key: value}))
+    write_config(folder, **{key: value})
     for argv in (("inspect", folder), ("import-hf", folder, tmp_path / "out")):
         code, error = convert(*argv)
         assert code == 2 and said in error and error.count("\n") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from megatron_mlra.checkpoint.files.staging import MARKER, written_aside
-from megatron_mlra.command_line.parser import write_text
+from megatron_mlra.command_line.parser import own_name, write_text
 from megatron_mlra.data.errors import InputError
 from megatron_mlra.data.writer import check_output
 from megatron_mlra.fault_tolerance import checksums, integrity, retention
+from megatron_mlra.fault_tolerance.heartbeat import leave_stacks
+from mlra_kernels.benchmarks.results import write_json
 from support import ROOT
 
 
@@ -137,7 +140,7 @@ def test_pruning_deletes_no_link_and_nothing_that_only_begins_like_its_own(their
 def test_nothing_is_written_through_a_link_that_lies_at_a_name_aside(theirs, tmp_path):
     file = theirs / "thesis.txt"
     out = tmp_path / "out.txt"
-    (tmp_path / f".out.txt.{os.getpid()}").symlink_to(file)
+    own_name(out).symlink_to(file)
     write_text(out, "new")
     assert out.read_text() == "new" and intact(theirs)
     (tmp_path / f".{checksums.MANIFEST}.tmp").symlink_to(file)
@@ -189,3 +192,23 @@ def test_the_demo_deletes_only_in_a_folder_that_it_made(kind, theirs, tmp_path):
     )
     assert done.returncode == 2 and done.stderr.startswith("error: runs/demo is there and was not")
     assert (run / "checkpoint" / "weights").read_text() == "mine"
+
+
+def test_stacks_of_a_hang_replace_a_link_and_not_what_it_points_to(tmp_path):
+    theirs, log = tmp_path / "theirs", tmp_path / "hang-rank-0.log"
+    theirs.write_text("years of work")
+    log.symlink_to(theirs)
+    leave_stacks(log)
+    assert theirs.read_text() == "years of work"
+    assert not log.is_symlink() and "most recent call first" in log.read_text()
+    leave_stacks(log)
+    leave_stacks(tmp_path / "gone/hang-rank-0.log")
+
+
+def test_results_of_a_benchmark_appear_whole_or_not(tmp_path):
+    file = tmp_path / "results.json"
+    write_json(file, {"us": 1})
+    with pytest.raises(TypeError):
+        write_json(file, {"us": object()})
+    assert json.loads(file.read_text()) == {"us": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]

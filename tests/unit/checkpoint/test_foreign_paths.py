@@ -21,6 +21,8 @@ from megatron_mlra.checkpoint.megatron.torch_dist import read_metadata
 from megatron_mlra.description.model import CheckpointError
 from megatron_mlra.fault_tolerance.integrity import latest_step
 
+pytestmark = pytest.mark.usefixtures("unsealed")
+
 SECRET = '{"a private": "key"}'
 
 

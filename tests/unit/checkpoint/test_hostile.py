@@ -27,6 +27,8 @@ from megatron_mlra.evaluation import cli as evaluation
 from megatron_mlra.inference import cli as generate
 from support import ROOT, hostile
 
+pytestmark = pytest.mark.usefixtures("unsealed")
+
 LIMIT = 2 << 30
 """Bytes that a refusal may take beside what the process has."""
 

@@ -24,6 +24,8 @@ from megatron_mlra.description.model import CheckpointError
 from megatron_mlra.evaluation.models import load_tokenizer
 from support.random_checkpoint import RandomFolder, grouped, latent
 
+pytestmark = pytest.mark.usefixtures("unsealed")
+
 UP = "model.layers.1.self_attn.kv_b_proj.weight"
 
 

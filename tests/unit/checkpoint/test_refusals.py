@@ -342,6 +342,8 @@ SLOWED = """
 import sys, time
 from megatron_mlra.checkpoint import cli, stream
 
+pytestmark = pytest.mark.usefixtures("unsealed")
+
 take = stream.TensorStream.take
 
 def slow(self, name):

@@ -310,3 +310,56 @@ def test_two_parquet_columns_of_one_name(tmp_path, capsys):
     assert main([*argv, "--tokenizer", "byte"]) == 2
     said = capsys.readouterr().err
     assert said == f"error: {tmp_path}/a.parquet has 2 columns 'text'; rename one\n"
+
+
+def _most_memory(*argv: str) -> tuple[int, str, int]:
+    """Exit code, errors and MiB of memory, beyond those of a run that is refused at once."""
+    script = (
+        "import resource, sys, pyarrow.parquet, numpy, tqdm\n"
+        "from megatron_mlra.data.cli import main\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10\n"
+        "before = peak()\n"
+        "code = main(sys.argv[1:])\n"
+        "print(peak() - before)\n"
+        "sys.exit(code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *argv], capture_output=True, text=True)
+    return done.returncode, done.stderr, int(done.stdout.split()[-1])
+
+
+def test_cells_beyond_the_bound(capsys):
+    large = "x" * 3_000_000
+    pq.write_table(pa.table({"text": ["a", large, "b"], "n": [1, 2, 3]}), "a.parquet")
+    argv = ["--input", "a.parquet", "--output-prefix", "out", *BYTE, "--max-record-mb", "2"]
+    error = error_of(capsys, 1, *argv)
+    assert "a.parquet:2: the record has more than 2 MB: raise --max-record-mb" in error
+    assert main([*argv, "--on-error", "skip"]) == 0
+    assert "2 documents" in capsys.readouterr().out
+    assert main([*argv[:-1], "4", "--overwrite"]) == 0
+
+
+def test_a_parquet_file_that_grows(capsys):
+    """One cell of 30 MB that stands in 3,000 rows, and a row group of one cell: some KB each."""
+    many = pa.DictionaryArray.from_arrays(pa.array([0] * 3000, pa.int32()), ["x" * 30_000_000])
+    pq.write_table(
+        pa.table({"text": many}), "a.parquet", compression="zstd", dictionary_pagesize_limit=1 << 30
+    )
+    pq.write_table(pa.table({"text": ["x" * 400_000_000]}), "b.parquet", compression="zstd")
+    assert max(Path(f"{name}.parquet").stat().st_size for name in "ab") < 200_000
+    for name, said in (
+        ("a", "a.parquet:1: the record has more than 20 MB: raise --max-record-mb"),
+        ("b", "b.parquet:1: row group 0 has 400 MB in 1 rows, more than 20 MB a row: raise --max-"),
+    ):
+        argv = ["--input", f"{name}.parquet", "--output-prefix", "out", "--max-record-mb", "20"]
+        code, error, memory = _most_memory(*argv, *BYTE)
+        assert code == 1 and said in error and error.count("\n") == 1
+        assert memory < 250, f"{memory} MiB"
+
+
+def test_a_document_of_token_shards_beyond_the_bound(capsys):
+    shard("a.bin", [1, 50256, *[7] * 3_000_000])
+    argv = ["--input", "a.bin", "--output-prefix", "out", "--max-record-mb", "4"]
+    assert "a.bin: a document has more than 4 MB: raise --max-record-mb" in error_of(
+        capsys, 1, *argv
+    )
+    assert main([*argv[:-1], "7"]) == 0

@@ -12,7 +12,11 @@ from types import SimpleNamespace
 import pytest
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_mlra.checkpoint.files.torch_dist_index import read_metadata
+from megatron_mlra.checkpoint.megatron import torch_dist
+from megatron_mlra.checkpoint.megatron.writer import write_megatron
 from megatron_mlra.fault_tolerance import integrity
+from support.random_checkpoint import RandomFolder, latent
 
 
 def save_args(folder, **changes):
@@ -124,3 +128,27 @@ def test_the_reason_is_the_first_ranks_own_error():
     failed = CheckpointException("write", {1: (worker, None)})
     assert integrity.reason(failed) == "[Errno 28] No space left on device"
     assert integrity.reason(full) == "[Errno 28] No space left on device"
+
+
+def test_a_start_reads_an_index_once(tmp_path, monkeypatch):
+    """The index of a large run has hundreds of megabytes, read in plain Python."""
+    write_megatron(RandomFolder(latent(4, 4)), tmp_path / "saved", progress=False)
+    reads = []
+
+    def counted(folder, *rest):
+        reads.append(folder)
+        return read_metadata(folder, *rest)
+
+    monkeypatch.setattr(torch_dist, "read_metadata", counted)
+    saved = integrity.opened(tmp_path / "saved/release").common_state()["args"]
+    integrity.forget_opened()
+    reads.clear()
+    args = Namespace(**vars(saved), load=str(tmp_path / "saved"), save=None, ckpt_step=None)
+    args.exit_on_missing_checkpoint, args.finetune = True, False
+    integrity.check_load(args)
+    integrity.check_complete(tmp_path / "saved/release")
+    assert len(reads) == 1
+    # A file that changes is read again.
+    (tmp_path / "saved/release/.metadata").touch()
+    integrity.check_complete(tmp_path / "saved/release")
+    assert len(reads) == 2

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import io
+import json
 import sys
+from logging import StreamHandler
 
 import accelerate
 import pytest
 import torch
 from transformers import DynamicCache
 
+from megatron_mlra.hf import configuration_mlra
 from megatron_mlra.hf.modeling_mlra import MLRAForCausalLM
 from megatron_mlra.hf.paged_cache_mlra import PAGE_SIZE, PagedLatentLayer
 from support.hf_models import VARIANTS, build, prompts
@@ -17,20 +21,20 @@ from support.hf_models import VARIANTS, build, prompts
 NEW = 6
 
 
-@pytest.fixture(params=["torch", "reference"])
-def backend(request):
+@pytest.fixture(params=[False, True], ids=["torch", "pages"])
+def pages(request):
     """transformers' cache layout, and the pages that the kernels read (in plain torch here)."""
     return request.param
 
 
 @pytest.fixture(params=VARIANTS)
-def model(request, backend):
+def model(request, pages):
     """Every variant on both layouts."""
-    return build(request.param, decode_backend=backend)
+    return build(request.param, decode_backend="torch", decode_pages=pages)
 
 
 @torch.no_grad()
-def test_cached_decoding_equals_full_forward(model, backend):
+def test_cached_decoding_equals_full_forward(model, pages):
     tokens, _ = prompts(150, 150)
     full = model(tokens, use_cache=False).logits
     cache, parts, start = DynamicCache(config=model.config), [], 0
@@ -39,15 +43,15 @@ def test_cached_decoding_equals_full_forward(model, backend):
         start += size
     assert start == 150
     torch.testing.assert_close(torch.cat(parts, 1), full, rtol=0, atol=1e-4)
-    paged = backend == "reference"
+    paged = pages
     assert all(isinstance(layer, PagedLatentLayer) == paged for layer in cache.layers)
 
 
 @torch.no_grad()
-def test_cache_holds_latents_and_one_rope_key(model, backend):
+def test_cache_holds_latents_and_one_rope_key(model, pages):
     config, (tokens, _) = model.config, prompts(70, 70, 70)
     layer = model(tokens, use_cache=True).past_key_values.layers[0]
-    stored = 2 * PAGE_SIZE if backend == "reference" else 70
+    stored = 2 * PAGE_SIZE if pages else 70
     assert layer.values.numel() == 0
     assert layer.keys.numel() == 3 * stored * (config.kv_lora_rank + config.qk_rope_head_dim)
     assert layer.get_seq_length() == 70
@@ -75,8 +79,8 @@ def test_padded_batch_generates_what_each_prompt_does_alone(model):
     ],
     ids=str,
 )
-def test_beams_and_samples_are_those_without_a_cache(backend, options):
-    model = build(decode_backend=backend)
+def test_beams_and_samples_are_those_without_a_cache(pages, options):
+    model = build(decode_backend="torch", decode_pages=pages)
     tokens, mask = prompts(9, 66, 63)
     inputs = {"input_ids": tokens, "attention_mask": mask, "max_new_tokens": NEW}
     inputs |= {"do_sample": False} | options
@@ -139,8 +143,8 @@ def test_prefill_in_pieces(model):
     ],
     ids=["reorder", "select", "repeat"],
 )
-def test_rows_of_the_cache_move_with_their_padding(backend, change, rows):
-    model, (tokens, mask) = build(decode_backend=backend), prompts(66, 5, 30)
+def test_rows_of_the_cache_move_with_their_padding(pages, change, rows):
+    model, (tokens, mask) = build(decode_backend="torch", decode_pages=pages), prompts(66, 5, 30)
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
 
     def run(part, **options):
@@ -167,8 +171,8 @@ def test_static_cache():
 
 
 @torch.no_grad()
-def test_bfloat16(backend):
-    model, (tokens, mask) = build(decode_backend=backend), prompts(66, 66)
+def test_bfloat16(pages):
+    model, (tokens, mask) = build(decode_backend="torch", decode_pages=pages), prompts(66, 66)
     exact = model(tokens).logits[:, -1]
     model = model.bfloat16()
     cache = model(tokens[:, :-1], use_cache=True).past_key_values
@@ -220,7 +224,7 @@ def test_saved_again_it_loads_again(tmp_path):
 
 
 def test_pages_take_left_padding_only():
-    model, (tokens, mask) = build(decode_backend="reference"), prompts(5, 9)
+    model, (tokens, mask) = build(decode_backend="torch", decode_pages=True), prompts(5, 9)
     for wrong, said in (
         (mask.flip(-1), "the attention mask has zeros behind a token"),
         (torch.ones(2, 1, 9, 9, dtype=torch.bool), r"pages take attention masks \[batch, tokens\]"),
@@ -247,11 +251,44 @@ def test_kernels_asked_for_and_missing_are_an_error(monkeypatch):
         build(decode_backend="fast")
     filled = build(decode_backend="torch")(tokens, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="the cache was filled by another backend"):
-        build(decode_backend="reference")(tokens, past_key_values=filled)
+        build(decode_backend="torch", decode_pages=True)(tokens, past_key_values=filled)
     monkeypatch.setitem(sys.modules, "mlra_kernels", None)
-    with pytest.raises(ValueError, match="mlra_kernels is not installed; use decode_backend"):
-        build(decode_backend="reference").generate(tokens, max_new_tokens=2)
+    with pytest.raises(ValueError, match="mlra_kernels is not installed; use decode_pages"):
+        build(decode_backend="torch", decode_pages=True).generate(tokens, max_new_tokens=2)
     assert build().generate(tokens, max_new_tokens=2).shape == (1, 7)
+
+
+def test_the_name_of_an_earlier_version_is_understood_with_a_line(tmp_path):
+    line = "decode_backend reference is now called torch with pages: use decode_backend torch and"
+    said = _said_by(lambda: build(decode_backend="reference"))
+    assert line in said and said.count("\n") == 1
+    model = build(decode_backend="torch", decode_pages=True)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["decode_backend"] == "torch"
+    (tmp_path / "config.json").write_text(json.dumps(config | {"decode_backend": "reference"}))
+    again = MLRAForCausalLM.from_pretrained(tmp_path)
+    tokens, _ = prompts(9)
+    assert torch.equal(
+        again.generate(tokens, max_new_tokens=2), model.generate(tokens, max_new_tokens=2)
+    )
+    assert isinstance(again(tokens, use_cache=True).past_key_values.layers[0], PagedLatentLayer)
+    again.config.decode_backend = "reference"
+    again(tokens, use_cache=True)
+    assert again.config.decode_backend == "torch"
+
+
+def _said_by(work) -> str:
+    """What transformers' logger says meanwhile."""
+    said = io.StringIO()
+    handler = StreamHandler(said)
+    configuration_mlra.logger.warning_once.cache_clear()
+    configuration_mlra.logger.addHandler(handler)
+    try:
+        work()
+    finally:
+        configuration_mlra.logger.removeHandler(handler)
+    return said.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -278,9 +315,29 @@ def test_weights_that_are_in_place_only_while_their_module_runs(model):
     assert torch.equal(model(tokens[:, :9], use_cache=False).logits, hidden)
 
 
-def test_every_linear_is_one(backend):
+def test_weights_on_disk(pages, tmp_path):
+    """`device_map` with every layer on the disk, as for a model larger than the memory."""
+    model = build("MLRA-4 experts", decode_backend="torch", decode_pages=pages)
+    tokens, mask = prompts(66, 5, 30)
+    inputs = {"input_ids": tokens, "attention_mask": mask, "max_new_tokens": NEW}
+    expected = model.generate(**inputs, do_sample=False)
+    logits = model(tokens).logits
+    model.save_pretrained(tmp_path / "model")
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    loaded = MLRAForCausalLM.from_pretrained(
+        tmp_path / "model",
+        device_map=places | {f"model.layers.{i}": "disk" for i in range(2)},
+        offload_folder=tmp_path / "offloaded",
+    )
+    layers = list(loaded.model.layers.parameters())
+    assert layers and all(weight.is_meta for weight in layers)
+    assert torch.equal(loaded.generate(**inputs, do_sample=False), expected)
+    assert torch.equal(loaded(tokens).logits, logits)
+
+
+def test_every_linear_is_one(pages):
     """Adapters and quantizers replace modules of this class, whatever they are called."""
-    model = build("MLRA-4 experts", decode_backend=backend)
+    model = build("MLRA-4 experts", decode_backend="torch", decode_pages=pages)
     seen = []
 
     def is_linear(module, inputs, output):
