@@ -42,22 +42,20 @@ class Served:
         command += ["--python", str(PYTHON), "--", *VLLM_FLAGS]
         env = ENV | ENV_VLLM | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
         with self.log.open("w") as stream:
-            self.process = subprocess.Popen(
-                command, env=env, stdout=subprocess.PIPE, stderr=stream, text=True
-            )
+            self.process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=stream)
         self.said = self._read_until("Ctrl-C ends it")
 
     def _read_until(self, line: str) -> list[str]:
-        found, end = [], time.monotonic() + START_S
+        text, end = "", time.monotonic() + START_S
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
-            while line not in found:
-                assert time.monotonic() < end, found
+            while line not in text.split("\n"):
+                assert time.monotonic() < end, text
                 if selector.select(1):
-                    text = self.process.stdout.readline()
-                    assert text, (found, self.log.read_text())
-                    found.append(text.rstrip("\n"))
-        return found
+                    some = os.read(self.process.stdout.fileno(), 1 << 16).decode()
+                    assert some, (text, self.log.read_text())
+                    text += some
+        return text.split("\n")
 
     def get(self, method: str, path: str, body=None, **headers):
         """Answer and body of a request."""
