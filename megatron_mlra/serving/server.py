@@ -19,7 +19,9 @@ END_S = 20
 """What the server has to end in order, before it is killed."""
 QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
 """The server calls nobody, unless the environment says so."""
-_ERROR = re.compile(r"\b([A-Za-z]*Error): (.+)$")
+_ERROR = re.compile(r"\b([A-Za-z]*Error: .+)$")
+_INVALID = re.compile(r"\bValue error, (.+?)(?: \[type=.*)?$")
+"""Of pydantic: the line behind its error has what is wrong."""
 
 
 def check_port(host: str, port: int) -> None:
@@ -102,9 +104,8 @@ def last_error(log: Path) -> str | None:
     """What a server's log says last of an error, in one line."""
     found = None
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
-        if match := _ERROR.search(line):
-            kind, said = match.groups()
-            # What only says that another process failed.
-            if not said.startswith("Engine core initialization failed"):
-                found = f"{kind}: {said}"
+        match = _INVALID.search(line) or _ERROR.search(line)
+        # Not what only says that another process failed.
+        if match and "Engine core initialization failed" not in line:
+            found = match[1]
     return found

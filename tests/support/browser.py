@@ -32,10 +32,10 @@ class Browser:
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
         flags += ["--remote-debugging-pipe", f"--user-data-dir={profile}", "--no-first-run"]
         flags += [f"--window-size={width},{height}", "--disable-background-networking"]
-        # Chromium reads descriptor 3 and writes 4.
+        # Chromium reads descriptor 3 and writes 4. (Not every shell takes two digits.)
         script = f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}'
         self._process = subprocess.Popen(
-            ["sh", "-c", script, binary, *flags],
+            ["bash", "-c", script, binary, *flags],
             pass_fds=(theirs_in, theirs_out),
             stderr=subprocess.DEVNULL,
         )

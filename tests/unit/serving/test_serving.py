@@ -100,6 +100,12 @@ def test_what_a_log_says_of_an_error(tmp_path):
         "RuntimeError: Engine core initialization failed. See root cause above.\n"
     )
     assert last_error(log) == "ValueError: page size is 3"
+    log.write_text(
+        "pydantic_core.ValidationError: 1 validation error for VllmConfig\n"
+        "  Value error, 3 does not fit; use 2 [type=value_error, input_value=x]\n"
+        "    For further information visit a page\n"
+    )
+    assert last_error(log) == "3 does not fit; use 2"
 
 
 def answer(page, path, host=None, method="GET"):
