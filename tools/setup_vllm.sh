@@ -38,4 +38,12 @@ for name in torch torch-* torchgen functorch triton triton-* nvidia nvidia_* cud
   done
 done
 realpath "$venv/linked" >"$site/linked.pth"
+# The browser that looks at the chat page.
+browser=chromium-headless-shell
+if ! command -v $browser chromium chromium-browser google-chrome >/dev/null; then
+  echo "installing $browser"
+  { [ "$(id -u)" = 0 ] && apt-get update && DEBIAN_FRONTEND=noninteractive \
+    apt-get install -y --no-install-recommends $browser; } >"$venv/apt.log" 2>&1 ||
+    echo "note: tests of the chat page need a Chromium; as root: apt-get install $browser"
+fi
 touch "$venv/.installed"

@@ -109,10 +109,13 @@ def _together(chunks: list[PromptChunk], page_size: int) -> Part:
     slots = torch.cat([_slots(chunk, page_size) for chunk in chunks])
     begins = [list(accumulate(counts, initial=0)) for counts in (queries, keys)]
     spans = [(*q, *k) for q, k in zip(*map(pairwise, begins), strict=True)]
-    offsets = torch.tensor(begins, dtype=torch.int32)
-    return Part(
-        slots, queries, keys, True, key_ranges(spans).to(slots.device), offsets.to(slots.device)
-    )
+    ranges, offsets = key_ranges(spans), torch.tensor(begins, dtype=torch.int32)
+    return Part(slots, queries, keys, True, *(_sent(x, slots.device) for x in (ranges, offsets)))
+
+
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """x of the CPU on `device`, without waiting for what runs there."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
 def _slots(chunk: PromptChunk, page_size: int) -> Tensor:

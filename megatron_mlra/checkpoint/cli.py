@@ -81,6 +81,9 @@ def parser() -> argparse.ArgumentParser:
                 "--tokenizer",
                 help="byte, or a tokenizer's folder; default: the files beside SRC's weights",
             )
+            added.add_argument(
+                "--chat-template", metavar="FILE", help="Jinja template the model was trained with"
+            )
         if name == "export-official":
             added.add_argument(
                 "--tokenizer",
@@ -218,6 +221,7 @@ def _export_hf(args: argparse.Namespace) -> int:
         args.destination,
         dtype=args.dtype,
         tokenizer=args.tokenizer,
+        chat_template=args.chat_template,
         max_shard_bytes=max_shard_bytes,
         progress=not args.quiet,
         say=print,

@@ -3,7 +3,7 @@
 Start with parameters.py.
 
 May import:   description, sharding.partition
-Imported by:  planner, training, benchmarks
+Imported by:  planner, checkpoint, training, benchmarks
 Never:        torch: a planner prices a run anywhere
 Held by:      tests/unit/cost
 """

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from support.browser import Browser
 from support.vllm_cases import FEATURES, LENGTHS, NEW, prompts
 from support.vllm_environment import ENV_VLLM, PYTHON
 
@@ -67,6 +68,7 @@ def server(models, tmp_path_factory):
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
     command += ["--kv-cache-memory-bytes", str(24 << 20), "--max-num-seqs", "8"]
     command += ["--chat-template", str(folder / "template.jinja"), "--disable-uvicorn-access-log"]
+    command += ["--middleware", "mlra_vllm.chat.ChatPage"]
     env = {k: v for k, v in ENV_VLLM.items() if k != "TORCHDYNAMO_DISABLE"}
     # Dynamo traces the model as in service, and torch runs it: no compiler is waited for.
     env |= {"VLLM_CPU_CI_ENV": "1"}
@@ -114,6 +116,30 @@ def test_chat(server):
     assert status == 200, answer
     assert answer["usage"]["prompt_tokens"] == len("def main():")
     assert answer["choices"][0]["message"]["role"] == "assistant"
+
+
+def test_the_page_of_a_model_with_a_template_chats(server, tmp_path):
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(f"http://127.0.0.1:{server.port}/chat")
+        browser.until("document.querySelector('#tokens').max === '256'")
+        browser.until("document.querySelector('#send').textContent === 'Send'")
+        assert browser.evaluate("document.querySelector('#mode').value") == "chat"
+        browser.evaluate("document.querySelector('#temperature').value = 0, 0")
+        browser.evaluate("document.querySelector('#tokens').value = 8, 0")
+        for turn in (1, 2):
+            browser.evaluate("document.querySelector('#prompt').focus(), 0")
+            browser.type(f"def main{turn}():")
+            browser.press_enter()
+            browser.until(f"document.querySelectorAll('.turn.assistant').length === {turn}")
+            browser.until("/pieces in/.test(document.querySelector('#status').textContent)")
+        turns = browser.evaluate("[...document.querySelectorAll('.turn')].map(t => t.textContent)")
+        browser.screenshot(tmp_path / "chat.png")
+    assert turns[0::2] == ["def main1():", "def main2():"]
+    roles = ("user", "assistant", "user")
+    said = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
+    body = {"messages": said, "max_tokens": 8, "temperature": 0}
+    status, answer = server.post("/v1/chat/completions", body)
+    assert status == 200 and answer["choices"][0]["message"]["content"] == turns[3]
 
 
 def stream(server, body) -> http.client.HTTPResponse:

@@ -28,7 +28,7 @@ _LATENT = {
     "v_head_dim": 128,
     "output_gate": False,
     "variance_scaling": True,
-    "softmax_scale": 192**-0.5,
+    "softmax_scale": 1 / 192**0.5,
 }
 _LLAMA = {
     "model_type": "llama",

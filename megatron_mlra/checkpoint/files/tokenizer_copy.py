@@ -14,14 +14,24 @@ from megatron_mlra.description.model import CheckpointError
 
 CODE = "auto_map"
 """Where a tokenizer's configuration names Python code that `trust_remote_code` would run."""
+CHAT_TEMPLATE = "chat_template"
+"""Where it holds how a conversation is written."""
 
 
 def say_nothing(_line: str) -> None:
     """For callers that need not hear what was copied."""
 
 
-def copy_tokenizer(files: Iterable[Path], folder: Path, say: Callable[[str], object]) -> None:
+def copy_tokenizer(
+    files: Iterable[Path],
+    folder: Path,
+    say: Callable[[str], object],
+    without: tuple[str, ...] = (CODE,),
+) -> None:
     """Copy files as `tokenizer_files` found them, and say of each where it came from.
+
+    Args:
+        without: what is left out of a tokenizer_config.json.
 
     What a tokenizer_config.json says of code to run is left out: the code is not copied, and it may
     be anybody's.
@@ -35,19 +45,19 @@ def copy_tokenizer(files: Iterable[Path], folder: Path, say: Callable[[str], obj
             raise CheckpointError(f"{file} is not copied: {file.name} is no tokenizer file's name")
         if os.path.lexists(target):
             raise CheckpointError(f"{file} would replace the {file.name} that was just written")
-        without = ""
-        if file.name == "tokenizer_config.json" and (config := _with_code(file)) is not None:
-            named = config.pop(CODE)
+        left_out = ""
+        if file.name == "tokenizer_config.json" and (config := _with_any(file, without)):
+            named = {key: config.pop(key) for key in without if key in config}
             target.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
-            without = f", without its {CODE} {named!r:.80}"
+            left_out = "".join(f", without its {key} {value!r:.80}" for key, value in named.items())
         else:
             # The content alone: the mode of the source's file is not the export's.
             shutil.copyfile(file, target)
-        say(f"copied {file.name} from {file.resolve()}{without}")
+        say(f"copied {file.name} from {file.resolve()}{left_out}")
 
 
-def _with_code(file: Path) -> dict | None:
-    """The configuration, if it names code.
+def _with_any(file: Path, keys: tuple[str, ...]) -> dict | None:
+    """The configuration, if it has one of the keys.
 
     Raises:
         CheckpointError: it is no JSON object.
@@ -58,4 +68,4 @@ def _with_code(file: Path) -> dict | None:
         raise CheckpointError(f"{file} cannot be read ({error})") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} is not a JSON object")
-    return config if CODE in config else None
+    return config if any(key in config for key in keys) else None

@@ -20,6 +20,7 @@ from megatron_mlra.checkpoint.files.staging import written_aside
 from megatron_mlra.checkpoint.files.tokenizer_copy import say_nothing
 from megatron_mlra.checkpoint.files.weight_files import WeightFiles, common_dtype
 from megatron_mlra.checkpoint.folder import CheckpointFolder, check_tensors, read_config
+from megatron_mlra.checkpoint.huggingface.card import model_card
 from megatron_mlra.checkpoint.huggingface.config import AUTO_MAP, from_hf_config, to_hf_config
 from megatron_mlra.checkpoint.huggingface.names import (
     HF_EMBEDDING,
@@ -27,7 +28,7 @@ from megatron_mlra.checkpoint.huggingface.names import (
     HF_OUTPUT,
     rules,
 )
-from megatron_mlra.checkpoint.huggingface.tokenizer import write_tokenizer
+from megatron_mlra.checkpoint.huggingface.tokenizer import has_chat_template, write_tokenizer
 from megatron_mlra.checkpoint.rules import their_shapes
 from megatron_mlra.checkpoint.stream import TensorStream
 from megatron_mlra.description.model import CheckpointError, check_layers
@@ -99,6 +100,7 @@ def write_huggingface(
     *,
     dtype: str | None = None,
     tokenizer: str | None = None,
+    chat_template: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: bool = True,
     say: Callable[[str], object] = say_nothing,
@@ -107,7 +109,7 @@ def write_huggingface(
 
     Args:
         dtype: of the weights, default the source's.
-        tokenizer: 'byte' or a tokenizer's folder; default: see `write_tokenizer`.
+        tokenizer, chat_template: see `write_tokenizer`.
         say: is told which tokenizer files were copied from where.
 
     Returns:
@@ -128,7 +130,9 @@ def write_huggingface(
         with written_aside(destination, stream.bytes) as folder:
             text = json.dumps(config, indent=2, sort_keys=True)
             (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-            missing = write_tokenizer(source, model, folder, tokenizer, say=say)
+            missing = write_tokenizer(
+                source, model, folder, tokenizer, chat_template=chat_template, say=say
+            )
             shapes = their_shapes(model, table)
             dtypes = {t: stream.dtype_of(name) for name in table for t in table[name].theirs}
             write_safetensors(folder, shapes, dtypes, parts(), max_shard_bytes)
@@ -136,5 +140,7 @@ def write_huggingface(
             if model.attention == "mlra":
                 for file in sorted(CODE.glob("*_mlra.py")):
                     shutil.copyfile(file, folder / file.name)
+            card = model_card(source, model, Path(destination).name, has_chat_template(folder))
+            (folder / "README.md").write_text(card, encoding="utf-8")
             manifest.write(folder)
             return missing

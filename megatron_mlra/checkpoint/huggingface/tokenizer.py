@@ -8,12 +8,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_mlra.checkpoint.files.tokenizer_copy import copy_tokenizer, say_nothing
+from megatron_mlra.checkpoint.files.tokenizer_copy import (
+    CHAT_TEMPLATE,
+    CODE,
+    copy_tokenizer,
+    say_nothing,
+)
 from megatron_mlra.checkpoint.folder import CheckpointFolder
 from megatron_mlra.checkpoint.tokenizer import chosen_tokenizer, data_tokenizer, own_tokenizer
+from megatron_mlra.command_line.foreign_text import read_json
+from megatron_mlra.command_line.parser import read_text
 from megatron_mlra.data.tokenizers import read_tokenizer_json
 from megatron_mlra.description.model import CheckpointError, ModelDescription
 
+CHAT, GENERATION = "chat_template.jinja", "generation_config.json"
+OF_ANOTHER_MODEL = (CHAT, GENERATION)
+"""Files that say how a model is used, not how text is cut: a tokenizer's folder that the user names
+has those of the model that it was taken from."""
 END_OF_DOCUMENT = "<|endoftext|>"
 PADDING = "<|padding|>"
 PADDING_BYTE = 255
@@ -27,6 +38,7 @@ def write_tokenizer(
     folder: Path,
     tokenizer: str | None = None,
     *,
+    chat_template: str | None = None,
     outside: bool = False,
     say: Callable[[str], object] = say_nothing,
 ) -> str | None:
@@ -34,7 +46,9 @@ def write_tokenizer(
 
     Args:
         tokenizer: 'byte', or a folder with tokenizer files; default: the files beside the weights,
-            or bytes where the metadata of a Megatron run's data says so.
+            or bytes where the metadata of a Megatron run's data says so. Of a folder, no chat
+            template and no generation_config.json is taken.
+        chat_template: a file with the Jinja template that the model was trained with.
         outside: also copy files that the checkpoint only names, into a folder that nobody gets.
         say: is told which files were copied from where.
 
@@ -46,21 +60,65 @@ def write_tokenizer(
             out of its folder.
         InputError: a tokenizer.json that the library cannot read.
     """
-    missing = None
+    template = None if chat_template is None else read_text(chat_template)
+    missing, foreign = None, False
     if tokenizer is None:
         files, missing = own_tokenizer(source, outside)
+    elif tokenizer == "byte":
+        files = "byte"
     else:
-        files = "byte" if tokenizer == "byte" else chosen_tokenizer(tokenizer)
+        files, foreign = chosen_tokenizer(tokenizer), True
     if files == "byte":
         _write_byte_tokenizer(model, folder)
+    elif foreign:
+        files = [file for file in files if file.name not in OF_ANOTHER_MODEL]
+        copy_tokenizer(files, folder, say, without=(CODE, CHAT_TEMPLATE))
     else:
         copy_tokenizer(files, folder, say)
+    if files != "byte":
         _name_end_of_document(source, model, folder)
-    generation = folder / "generation_config.json"
-    if model.eod_token_id is not None and not generation.exists():
-        ids = {"eos_token_id": model.eod_token_id, "pad_token_id": model.eod_token_id}
-        _write_json(generation, ids)
+    if template is not None:
+        (folder / CHAT).write_text(template, encoding="utf-8")
+    _write_generation(model, folder)
     return missing
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether a server can take messages of roles."""
+    if (folder / CHAT).is_file():
+        return True
+    config = folder / "tokenizer_config.json"
+    return config.is_file() and bool(_json_object(config).get(CHAT_TEMPLATE))
+
+
+def _write_generation(model: ModelDescription, folder: Path) -> None:
+    """Servers end a text where `generation_config.json` says: at the model's end of document."""
+    file = folder / GENERATION
+    config = _json_object(file) if file.exists() else {}
+    named = config.get("eos_token_id")
+    ids = named if isinstance(named, list) else [] if named is None else [named]
+    end = model.eod_token_id if model.eod_token_id is not None else _end_of_tokenizer(folder)
+    if end is None or end in ids:
+        return
+    config["eos_token_id"] = [*ids, end] if ids else end
+    config.setdefault("pad_token_id", end)
+    _write_json(file, config)
+
+
+def _end_of_tokenizer(folder: Path) -> int | None:
+    """The id of the token that the tokenizer ends texts with; None where none can be told."""
+    from tokenizers import Tokenizer
+
+    file, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if not (file.is_file() and config.is_file()):
+        return None
+    token = _json_object(config).get("eos_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(token, str):
+        return None
+    with contextlib.suppress(Exception):  # no tokenizer; the library has no class of its own
+        return Tokenizer.from_file(str(file)).token_to_id(token)
+    return None
 
 
 def _name_end_of_document(source: CheckpointFolder, model: ModelDescription, folder: Path) -> None:
@@ -87,6 +145,16 @@ def _name_end_of_document(source: CheckpointFolder, model: ModelDescription, fol
             "padding_side": "left",
         },
     )
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    try:
+        config = read_json(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error})") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} is not a JSON object")
+    return config
 
 
 def _write_json(file: Path, values: dict[str, Any]) -> None:

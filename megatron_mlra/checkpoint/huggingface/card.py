@@ -1,0 +1,127 @@
+"""The README.md of an exported folder: what the model is, what it was trained on, how to run it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_mlra.checkpoint.folder import CheckpointFolder
+from megatron_mlra.checkpoint.tokenizer import data_prefixes
+from megatron_mlra.cost.cache import kv_cache_bytes_per_token
+from megatron_mlra.cost.parameters import parameters
+from megatron_mlra.data import read_metadata
+from megatron_mlra.description.model import ModelDescription
+
+RANKS = (1, 4, 8)
+MOST_DATA = 20
+"""Data sets that are listed."""
+
+
+def model_card(source: CheckpointFolder, model: ModelDescription, name: str, chat: bool) -> str:
+    """The text of a model's README.md.
+
+    Args:
+        name: of the folder.
+        chat: whether the folder has a chat template.
+    """
+    latent = model.attention == "mlra"
+    name = _plain(name)
+    call = f'"{name}", trust_remote_code=True' if latent else f'"{name}"'
+    count = parameters(model)
+    active = f", {count.active:,} of them for a token" if count.active != count.total else ""
+    plugin = (
+        "vLLM 0.26 serves it by the plugin of the megatron-mlra project, without"
+        " `--trust-remote-code`:"
+        if latent
+        else "vLLM serves it as a Llama, without a plugin:"
+    )
+    install = 'pip install "./kernels[vllm]"   # in a checkout of megatron-mlra\n' if latent else ""
+    url = "http://127.0.0.1:8000/v1/" + ("chat/completions" if chat else "completions")
+    said = '"messages": [{"role": "user", "content": "Once"}]' if chat else '"prompt": "Once upon"'
+    tags = ["tags: [custom_code, mlra]"] if latent else []
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        *tags,
+        "---",
+        f"# {name}",
+        "",
+        f"A decoder-only language model with {model.variant} attention, {count.total:,} parameters"
+        f"{active}: {model.num_layers} layers of width {model.hidden_size},"
+        f" {model.num_attention_heads} heads, {model.vocab_size:,} tokens in its vocabulary,"
+        f" {model.max_position_embeddings:,} positions, weights in {model.dtype}.",
+        "",
+        "It is a base model: it continues text and has no chat template."
+        if not chat
+        else "It has a chat template.",
+        "",
+        "| tensor-parallel ranks | " + " | ".join(map(str, RANKS)) + " |",
+        "|---" * (len(RANKS) + 1) + "|",
+        "| KV cache, bytes per token and rank (bfloat16) | "
+        + " | ".join(f"{kv_cache_bytes_per_token(model, tp):,}" for tp in RANKS)
+        + " |",
+        "",
+        "## Run it",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained({call}, dtype="auto")',
+        f"tokenizer = AutoTokenizer.from_pretrained({call})",
+        'inputs = tokenizer("Once upon a time", return_tensors="pt")',
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
+        "```",
+        plugin,
+        "```",
+        f"{install}vllm serve {name}",
+        f"curl {url} -H 'Content-Type: application/json' \\",
+        f'  -d \'{{"model": "{name}", {said}, "max_tokens": 50}}\'',
+        "```",
+        "",
+        "## Training",
+        *_training(source),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _training(source: CheckpointFolder) -> list[str]:
+    """What the checkpoint and the metadata of its data say; numbers and names alone."""
+    args = getattr(source, "args", None)
+    step = getattr(source, "iteration", None)
+    samples, length = (_number(args, key) for key in ("consumed_train_samples", "seq_length"))
+    found = []
+    if isinstance(step, int) and step > 0:
+        tokens = f", {samples * length:,} tokens" if samples and length else ""
+        sequences = f", in sequences of {length:,}" if length else ""
+        found.append(f"Step {step:,}{tokens}{sequences}.")
+    if rows := [_data(prefix) for prefix in data_prefixes(source)[:MOST_DATA]]:
+        found += ["", "| data | documents | tokens | tokenizer |", "|---|---|---|---|", *rows]
+    return found or ["Not recorded in the checkpoint that this folder was made from."]
+
+
+def _data(prefix: str) -> str:
+    """A row of the table of data; a path is left out but for its last part."""
+    try:
+        metadata = read_metadata(prefix) or {}
+    except (ValueError, OSError):
+        metadata = {}
+    described = metadata.get("tokenizer")
+    kind = described.get("type") if isinstance(described, Mapping) else None
+    cells = [_plain(Path(prefix).name)]
+    for key in ("documents", "tokens"):
+        count = metadata.get(key)
+        cells.append(f"{count:,}" if isinstance(count, int) else "?")
+    cells.append(_plain(kind) if isinstance(kind, str) else "?")
+    return "| " + " | ".join(cells) + " |"
+
+
+def _number(args: Any, key: str) -> int | None:
+    value = getattr(args, key, None)
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def _plain(text: str) -> str:
+    """Text of a checkpoint or path without what Markdown, JSON or a shell would read."""
+    return re.sub(r"[^\w.+-]", "_", text)[:100] or "model"

@@ -1,0 +1,198 @@
+"""`mlra serve`: a run, checkpoint or exported folder behind vLLM's HTTP server."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_mlra.command_line.parser import OneLineParser, add_no_verify, read_text
+from megatron_mlra.command_line.signals import Interrupted, interruptible
+from megatron_mlra.serving.environment import find_python
+from megatron_mlra.serving.server import check_port, last_error, running, wait_until_healthy
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+ROOT = Path(__file__).parents[2]
+"""The checkout, where this package is one's."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    p = OneLineParser(
+        prog="mlra serve",
+        description="Serve a model over HTTP by vLLM: OpenAI's interface at /v1, a page to talk to"
+        " the model at /chat. A run or checkpoint is exported first, once.",
+        epilog="Everything behind -- goes to vLLM, such as -- --max-num-seqs 64.",
+    )
+    p.add_argument("source", help="exported folder, --save folder of a run, or its iter_* folder")
+    p.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
+    p.add_argument("--port", type=int, default=8000, help="default: 8000")
+    p.add_argument("--name", help="of the model in requests; default: the source's")
+    p.add_argument(
+        "--tensor-parallel-size", "--tp", type=int, default=1, help="GPUs that share the model"
+    )
+    p.add_argument("--max-model-len", type=int, help="longest sequence; default: the model's")
+    p.add_argument("--kv-cache-dtype", help="fp8 halves a latent cache; default: the weights'")
+    p.add_argument("--dtype", help="of weights and activations; default: as exported")
+    p.add_argument("--export-to", metavar="FOLDER", help="default: SOURCE/exported/STEP")
+    p.add_argument("--tokenizer", help="of the export: byte, or a tokenizer's folder")
+    p.add_argument("--chat-template", metavar="FILE", help="that the model was trained with")
+    p.add_argument("--vocab-size", type=int, help="true size, if a Megatron folder lacks it")
+    p.add_argument("--python", help="of vLLM's environment; default: $MLRA_VLLM or .venv-vllm")
+    p.add_argument(
+        "--start-timeout", type=float, default=1800, help="seconds to wait for vLLM; default: 1800"
+    )
+    add_no_verify(p)
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until a signal ends it; returns the exit code (2: refused, 1: vLLM failed)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    own = words.index("--") if "--" in words else len(words)
+    args = parser().parse_args(words[:own])
+    args.vllm = words[own + 1 :]
+    try:
+        with interruptible():
+            return _serve(args)
+    except Interrupted as error:
+        print("stopped", file=sys.stderr)
+        return 128 + error.number
+    except (ValueError, OSError, ImportError) as error:
+        return _fail(" ".join(str(error).split()), 2)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _serve(args: argparse.Namespace) -> int:
+    source = Path(args.source)
+    if not source.is_dir():
+        raise ValueError(f"{source} is no folder; give a run, a checkpoint or an exported folder")
+    if args.chat_template is not None:
+        read_text(args.chat_template)
+    check_port(args.host, args.port)
+    python = find_python(args.python, [Path.cwd(), ROOT])
+    model = exported(args, source)
+    name = args.name or re.sub(r"[^\w.+-]", "_", source.resolve().name)
+    chat, tokenizer = _has_chat(args, model), (model / "tokenizer.json").is_file()
+    if not tokenizer:
+        print(f"{model} has no tokenizer.json: prompts are lists of token ids", flush=True)
+    with tempfile.TemporaryDirectory(prefix="mlra-serve-") as folder:
+        log = Path(folder) / "vllm.log"
+        print(f"starting vLLM (minutes the first time); its log: {log}", flush=True)
+        with (
+            log.open("w") as stream,
+            running(_command(args, python, model, name, tokenizer), stream) as process,
+        ):
+            host = "127.0.0.1" if args.host in ("0.0.0.0", "") else args.host
+            host = "::1" if host == "::" else host
+            try:
+                wait_until_healthy(process, host, args.port, args.start_timeout)
+                _say(args, host, name, chat, tokenizer)
+                code = process.wait()
+                problem = f"vLLM ended with exit code {code}"
+            except RuntimeError as error:
+                problem = str(error)
+        said = last_error(log)
+        kept = _keep(log)
+    return _fail(f"{problem}{f': {said}' if said else ''}; its log is {kept}", 1)
+
+
+def _keep(log: Path) -> Path:
+    """The log of a failure, where it stays."""
+    with tempfile.NamedTemporaryFile(
+        "wb", prefix="mlra-serve-", suffix=".log", delete=False
+    ) as kept:
+        kept.write(log.read_bytes())
+    return Path(kept.name)
+
+
+def exported(args: argparse.Namespace, source: Path) -> Path:
+    """The folder that vLLM opens: the source itself, or its export, which is written once."""
+    if (source / "config.json").is_file() and _model_type(source) in ("mlra", "llama"):
+        for flag in ("tokenizer", "export_to", "vocab_size"):
+            if getattr(args, flag) is not None:
+                raise ValueError(
+                    f"{source} is exported already: --{flag.replace('_', '-')} is for runs and"
+                    " checkpoints; leave it out"
+                )
+        return source
+    from megatron_mlra.checkpoint.formats import open_checkpoint
+    from megatron_mlra.checkpoint.huggingface.folder import write_huggingface
+
+    checkpoint = open_checkpoint(str(source), args.vocab_size, verify=args.verify)
+    folder = getattr(checkpoint, "folder", source)
+    target = source / "exported" / folder.name
+    if args.export_to is not None:
+        target = Path(args.export_to)
+    elif target.is_dir():
+        print(f"serving {target}, exported before; remove it to export again", flush=True)
+        return target
+    problem = write_huggingface(
+        checkpoint,
+        target,
+        tokenizer=args.tokenizer,
+        chat_template=args.chat_template,
+        progress=sys.stderr.isatty(),
+    )
+    print(f"exported {source} to {target}" + (f"; {problem}" if problem else ""), flush=True)
+    return target
+
+
+def _model_type(folder: Path) -> str | None:
+    from megatron_mlra.checkpoint.folder import read_config
+
+    kind = read_config(folder).get("model_type")
+    return kind if isinstance(kind, str) else None
+
+
+def _has_chat(args: argparse.Namespace, model: Path) -> bool:
+    from megatron_mlra.checkpoint.huggingface.tokenizer import has_chat_template
+
+    return args.chat_template is not None or has_chat_template(model)
+
+
+def _command(
+    args: argparse.Namespace, python: str, model: Path, name: str, tokenizer: bool
+) -> list[str]:
+    """vLLM's server; it answers no other site's scripts, and at 127.0.0.1 to no other name."""
+    page = "LocalChatPage" if args.host in LOCAL else "ChatPage"
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model.resolve())]
+    command += ["--served-model-name", name, "--host", args.host, "--port", str(args.port)]
+    command += ["--allowed-origins", "[]", "--middleware", f"mlra_vllm.chat.{page}"]
+    command += ["--tensor-parallel-size", str(args.tensor_parallel_size)]
+    for flag in ("max_model_len", "kv_cache_dtype", "dtype"):
+        if (value := getattr(args, flag)) is not None:
+            command += [f"--{flag.replace('_', '-')}", str(value)]
+    if args.chat_template is not None:
+        command += ["--chat-template", str(Path(args.chat_template).resolve())]
+    if not tokenizer:
+        command.append("--skip-tokenizer-init")
+    return [*command, *args.vllm]
+
+
+def _say(args: argparse.Namespace, host: str, name: str, chat: bool, tokenizer: bool) -> None:
+    """What a user types next."""
+    url = f"http://{f'[{host}]' if ':' in host else host}:{args.port}"
+    body = {"model": name, "max_tokens": 50}
+    if chat:
+        body["messages"] = [{"role": "user", "content": "Hello"}]
+    else:
+        body["prompt"] = "Once upon a time" if tokenizer else [1, 2, 3]
+    path = "chat/completions" if chat else "completions"
+    lines = [f"{name} is served at {url}/v1"]
+    if tokenizer:
+        lines.append(f"a page to talk to it: {url}/chat")
+    lines.append(
+        f"curl {url}/v1/{path} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+    )
+    if args.host not in LOCAL:
+        lines.append("whoever reaches this address may use it; -- --api-key KEY asks for a key")
+    print("\n".join((*lines, "Ctrl-C ends it")), flush=True)

@@ -1,0 +1,21 @@
+"""The models that vLLM's benchmark serves are the presets, as they are exported."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megatron_mlra.checkpoint.huggingface.config import to_hf_config
+from megatron_mlra.description.presets import preset_description
+from mlra_vllm.benchmarks.shapes import write_shape
+from support import CONFIGS
+
+
+@pytest.mark.parametrize("name", ["mlra4", "mla", "gla2", "gqa6"])
+def test_a_shape_is_a_preset(name, tmp_path):
+    write_shape(name, tmp_path / "model", 2048)
+    expected = to_hf_config(preset_description(str(CONFIGS / f"{name.rstrip('6')}_2.9b.yaml")))
+    # The plugin brings the code.
+    expected.pop("auto_map", None)
+    assert json.loads((tmp_path / "model" / "config.json").read_text()) == expected

@@ -1,0 +1,158 @@
+"""What `mlra serve` does without vLLM: refusals, processes and their ends, the page."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import re
+import socket
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from megatron_mlra.checkpoint.huggingface.folder import write_huggingface
+from megatron_mlra.serving.cli import main
+from megatron_mlra.serving.server import last_error, running, wait_until_healthy
+from mlra_vllm.chat import ChatPage, LocalChatPage
+from support.random_checkpoint import RandomFolder, latent
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """An exported folder."""
+    folder = tmp_path_factory.mktemp("models") / "my"
+    write_huggingface(RandomFolder(latent(4, 4)), folder, tokenizer="byte", progress=False)
+    return folder
+
+
+@pytest.fixture
+def port():
+    """A port that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nowhere"], "nowhere is no folder; give a run, a checkpoint or an exported folder"),
+        (["{my}", "--port", "70000"], "--port 70000 is no port; use 1 to 65535"),
+        (["{my}", "--host", "192.0.2.1"], "port 8000 of 192.0.2.1 cannot be used"),
+        (["{my}", "--chat-template", "{my}/none"], "{my}/none: No such file or directory"),
+        (["{my}", "--python", "{my}"], "--python {my} is no Python with vLLM and this project's"),
+        (["{my}", "--python", sys.executable], "make one: python3 -m venv .venv-vllm &&"),
+    ],
+)
+def test_refusals(words, said, exported, port, capsys):
+    words = [word.format(my=exported) for word in words]
+    if "--port" not in words and "--host" not in words:
+        words += ["--port", str(port)]
+    assert main(words) == 2
+    out = capsys.readouterr()
+    assert out.out == "" and out.err.startswith("error: ") and out.err.count("\n") == 1
+    assert said.format(my=exported) in out.err
+
+
+def test_a_port_that_is_taken(exported, port, capsys):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        assert main([str(exported), "--port", str(port)]) == 2
+    assert f"port {port} of 127.0.0.1 is taken; use another --port" in capsys.readouterr().err
+
+
+def test_the_end_of_the_server_is_that_of_its_children(tmp_path):
+    script = "import subprocess, time; subprocess.Popen(['sleep', '600']); time.sleep(600)"
+    with (tmp_path / "log").open("w") as log, running([sys.executable, "-c", script], log) as own:
+        end = time.monotonic() + 30
+        while not (children := psutil.Process(own.pid).children(recursive=True)):
+            assert time.monotonic() < end
+            time.sleep(0.02)
+    assert own.returncode is not None
+    _, alive = psutil.wait_procs(children, 5)
+    assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_waiting_for_a_server(tmp_path, port):
+    (tmp_path / "health").write_text("")
+    command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"]
+    command += ["--directory", str(tmp_path)]
+    with (tmp_path / "log").open("w") as log, running(command, log) as own:
+        wait_until_healthy(own, "127.0.0.1", port, 60)
+        with pytest.raises(RuntimeError, match="did not answer within"):
+            wait_until_healthy(own, "127.0.0.1", port + 1 if port < 65535 else 1, 0.5)
+    own = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
+    with pytest.raises(RuntimeError, match="exit code 3"):
+        wait_until_healthy(own, "127.0.0.1", port, 60)
+
+
+def test_what_a_log_says_of_an_error(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("INFO fine\n")
+    assert last_error(log) is None
+    log.write_text(
+        "(EngineCore) ValueError: page size is 3\n  File x\n"
+        "RuntimeError: Engine core initialization failed. See root cause above.\n"
+    )
+    assert last_error(log) == "ValueError: page size is 3"
+    log.write_text(
+        "pydantic_core.ValidationError: 1 validation error for VllmConfig\n"
+        "  Value error, 3 does not fit; use 2 [type=value_error, input_value=x]\n"
+        "    For further information visit a page\n"
+    )
+    assert last_error(log) == "3 does not fit; use 2"
+
+
+def answer(page, path, host=None, method="GET"):
+    """Status, headers and body that a page's middleware sends."""
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 299, "headers": []})
+        await send({"type": "http.response.body", "body": b"server"})
+
+    headers = [] if host is None else [(b"host", host.encode())]
+    scope = {"type": "http", "path": path, "method": method, "headers": headers}
+    asyncio.run(page(app)(scope, None, send))
+    start, body = sent
+    return start["status"], dict(start["headers"]), body["body"]
+
+
+def test_the_pages_script_is_the_one_that_may_run():
+    status, headers, body = answer(ChatPage, "/chat")
+    script = re.search(rb"<script>(.*?)</script>", body, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(script).digest()).decode()
+    policy = headers[b"content-security-policy"].decode()
+    assert status == 200 and f"script-src 'sha256-{digest}'" in policy
+    assert "default-src 'none'" in policy and "connect-src 'self'" in policy
+    # Nothing of other hosts, no text taken for markup.
+    assert not re.search(rb"https?://|innerHTML|document\.write", body)
+    assert answer(ChatPage, "/chat", method="HEAD")[2] == b""
+    assert answer(ChatPage, "/chat", method="POST")[0] == 405
+    assert answer(ChatPage, "/v1/models")[0] == 299
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 299),
+        ("127.0.0.1:8000", 299),
+        ("127.0.1.1:8000", 299),
+        ("[::1]:8000", 299),
+        ("elsewhere.example", 403),
+        ("localhost.elsewhere.example", 403),
+        ("127.0.0.1.elsewhere.example:8000", 403),
+        ("10.0.0.1", 403),
+    ],
+)
+def test_a_local_server_answers_to_local_names_alone(host, status):
+    assert answer(LocalChatPage, "/v1/models", host)[0] == status
+    assert answer(ChatPage, "/v1/models", host)[0] == 299
