@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
+from megatron_mlra.command_line.foreign_text import read_json as read_json_file
 from megatron_mlra.command_line.log_line import logged_steps
 
 VALIDATION = re.compile(r"^validation at step [\d,]+: lm loss ([\d.]+)", re.MULTILINE)
@@ -125,7 +125,7 @@ def read_json(path: Path) -> dict[str, Run]:
                 told["losses"],
                 told["validation"],
             )
-            for name, told in json.loads(path.read_text()).items()
+            for name, told in read_json_file(path).items()
         }
     except (TypeError, KeyError, AttributeError, ValueError):
         raise ValueError(f"{path} is no file that --json wrote") from None
