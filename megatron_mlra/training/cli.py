@@ -16,6 +16,7 @@ import sys
 import warnings
 from typing import NoReturn
 
+from megatron_mlra.command_line.threads import wait_passively
 from megatron_mlra.fault_tolerance import stopping
 from megatron_mlra.training import flags
 from megatron_mlra.training.ending import end_at_once, hush_threads, leave, refuse_python
@@ -24,6 +25,7 @@ from megatron_mlra.training.ending import end_at_once, hush_threads, leave, refu
 warnings.filterwarnings("ignore")
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+wait_passively()
 
 
 def main() -> int:

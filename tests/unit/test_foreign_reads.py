@@ -66,6 +66,8 @@ ALLOWED = {
     "megatron_mlra/fault_tolerance/hang.py": {"json.loads"},
     "megatron_mlra/fault_tolerance/handshake.py": {"json.loads", "zlib"},
     "megatron_mlra/launch/hosts.py": {"json.loads"},
+    # What its own processes measured.
+    "kernels/mlra_vllm/benchmarks/steps.py": {"json.loads"},
     # Writes a preset.
     "megatron_mlra/planner/twin.py": {"yaml"},
     # The user's own results and ladder, and packages of the distribution.
@@ -155,8 +157,9 @@ def test_code_of_a_folder_is_run_where_it_is_asked_for_alone():
         for path in files()
         if "trust_remote_code=True" in path.read_text()
     }
-    # `verify --transformers`, and two docstrings.
+    # `verify --transformers`; a docstring and the model card of an export, which say it to a user.
     assert set(said) <= {
+        "megatron_mlra/checkpoint/huggingface/card.py",
         "megatron_mlra/checkpoint/verify/compare.py",
         "megatron_mlra/checkpoint/huggingface/folder.py",
     } | {name for name in said if name.startswith("megatron_mlra/hf/")}
