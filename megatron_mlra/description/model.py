@@ -271,6 +271,8 @@ class ModelDescription(LatentSizes, ExpertSizes):
                 continue
             if kind == "bool" and not isinstance(value, bool):
                 raise CheckpointError(f"{name} is {value!r}; it must be true or false")
+            if kind.startswith("str") and not isinstance(value, str):
+                raise CheckpointError(f"{name} is {value!r:.60}; it must be a text")
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if kind.startswith("int") and not (number and isinstance(value, int)):
                 raise CheckpointError(f"{name} is {value!r}; it must be a whole number")

@@ -77,7 +77,7 @@ class MegatronFolder(CheckpointFolder):
     def named_tokenizer(self) -> list[Path]:
         """See CheckpointFolder: the run's --tokenizer-model, a folder or a file."""
         named = self.description.tokenizer_model
-        if not named or "\0" in named:
+        if not isinstance(named, str) or not named or "\0" in named or len(named) > 4096:
             return []
         model = Path(named)
         if model.is_dir():

@@ -102,6 +102,10 @@ def reshard(
 
 def _check_layout(stored: TorchDistFolder, weights_only: bool) -> None:
     content = stored.common_state().get("content_metadata") or {}
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"checkpoint {stored.path}: its content_metadata is {content!r:.60}, not a dictionary"
+        )
     kind = content.get("distrib_optim_sharding_type")
     if not weights_only and kind not in _RESHARDABLE:
         raise CheckpointError(

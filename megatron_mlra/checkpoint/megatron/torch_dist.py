@@ -125,6 +125,11 @@ class TorchDistFolder:
         if info is None:
             raise CheckpointError(f"checkpoint {self.path}: a block of {name} is not stored")
         block = self._load(info, name)
+        if block.dtype != self.dtype(name):
+            raise CheckpointError(
+                f"checkpoint {self.path}: a block of {name} is {block.dtype}, and .metadata says"
+                f" {self.dtype(name)}"
+            )
         expected = tuple(chunk.sizes)
         if block.numel() != torch.Size(expected).numel():
             raise CheckpointError(

@@ -88,7 +88,7 @@ def json_text(rng: random.Random, text: str) -> bytes:
     what = rng.random()
     try:
         root = json.loads(text)
-    except ValueError:  # changed before
+    except (ValueError, RecursionError):  # changed before
         return data(rng, text.encode())
     if what < 0.75:
         return json.dumps(tree(rng, root)).encode()

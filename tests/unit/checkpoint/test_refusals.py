@@ -24,6 +24,8 @@ from megatron_mlra.checkpoint.megatron.torch_dist import read_metadata
 from megatron_mlra.command_line.signals import Interrupted, interruptible
 from support.research_model import VARIANTS, save_research
 
+pytestmark = pytest.mark.usefixtures("unsealed")
+
 SIZES = VARIANTS["MLRA-4"]
 UP = "transformer.h.1.attn.kv_b_proj"
 
@@ -341,8 +343,6 @@ def test_a_disk_that_fills(command, research, megatron, convert, tmp_path):
 SLOWED = """
 import sys, time
 from megatron_mlra.checkpoint import cli, stream
-
-pytestmark = pytest.mark.usefixtures("unsealed")
 
 take = stream.TensorStream.take
 
