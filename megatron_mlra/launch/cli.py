@@ -149,7 +149,7 @@ def _run(args: Namespace, control: Control, hosts: Hosts | None) -> tuple[int, s
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousTimeoutError
     from torch.distributed.launcher import api
 
     from megatron_mlra.launch import agent
@@ -176,7 +176,8 @@ def _run(args: Namespace, control: Control, hosts: Hosts | None) -> tuple[int, s
     except RendezvousError as error:
         if control.over is not None:
             return control.over, ""
-        if control.ran or (hosts is not None and hosts.reached is not None):
+        late = isinstance(error, RendezvousTimeoutError)
+        if not late and (control.ran or (hosts is not None and hosts.reached is not None)):
             host, _, port = args.rdzv_endpoint.rpartition(":")
             line = f"host {host}, where all meet ({host}:{port}), is gone or has ended"
             say(f"error: {line}")

@@ -171,6 +171,14 @@ def test_a_host_that_lacks_something_is_named_on_the_other(lacks, tmp_path):
     assert outs[0].read_text().startswith(f"error: host {socket.gethostname()} ended: ")
 
 
+def test_a_host_that_does_not_come(tmp_path):
+    out = tmp_path / "out.txt"
+    launcher = meet(out, tmp_path / "save", free_port(), 2, JOIN_TIMEOUT="5")
+    assert launcher.wait(90) == 1, out.read_text()
+    (line,) = out.read_text().splitlines()
+    assert line.startswith("error: the hosts did not meet at localhost:") and "(timeout)" in line
+
+
 def test_a_package_that_is_missing_is_one_line(tmp_path):
     (tmp_path / "megatron").mkdir()
     (tmp_path / "megatron" / "__init__.py").touch()  # hides the real one
