@@ -27,7 +27,8 @@ from mlra_kernels.latent_attention.tiles import (
 LN2 = gl.constexpr(0.6931471805599453)
 
 
-@gluon.jit
+# One build for every length: a server's prompts have any, and a build takes seconds.
+@gluon.jit(do_not_specialize=["s", "t", "past"])
 def latent_attention_forward(
     q_nope_desc, q_rope_desc, key_nope_desc, key_rope_desc, out_desc, lse_ptr,
     ranges_ptr, s, t, past, log2_scale,
