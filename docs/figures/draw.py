@@ -114,6 +114,55 @@ def _training(ax, rows: list[dict]) -> None:
     ax.set_title("Training\n1,000 tokens/s, higher is better", loc="left", fontsize=11)
 
 
+SERVED = {"mlra4": "MLRA-4", "mla": "MLA", "gla2": "GLA-2", "gqa6": "GQA-6"}
+"""Models of the serving benchmark -> names of the figures."""
+
+
+def serving(path: Path) -> None:
+    """Decoding steps in vLLM over the number of ranks, cached tokens and throughput."""
+    told = json.loads(path.with_suffix(".json").read_text())
+    plain = [r for r in told["records"] if r["kv_cache_dtype"] == "auto" and r["model_runner"] == 2]
+
+    def step(model: str, ranks: int, batch: int, context: int) -> float | None:
+        steps = (s for r in plain if (r["model"], r["tp"]) == (model, ranks) for s in r["steps"])
+        wanted = (batch, context * K)
+        return next((s["ms"] for s in steps if (s["batch"], s["context"]) == wanted), None)
+
+    figure, ((first, second, third),) = figures.sheet(1, 3, width_ratios=(1.5, 1.5, 1))
+    for ax, (batch, context) in ((first, (32, 32)), (second, (1, 512))):
+        places = (1, 2, 4) if batch == 32 else (2, 4)
+        for i, (model, name) in enumerate(SERVED.items()):
+            for j, ranks in enumerate(places):
+                if (ms := step(model, ranks, batch, context)) is None:
+                    continue
+                x, colour = j + 0.21 * (i - 1.5), figures.colour(name)
+                ax.bar(x, ms, 0.2, color=colour)
+                ax.text(x, ms, f"{ms:.1f}", ha="center", va="bottom", color=colour, size=9)
+        ax.set_xticks(range(len(places)), [f"{n} GPU" + "s" * (n > 1) for n in places])
+        ax.set_title(f"ms per decoding step, {batch} x {context}K tokens\nlower is better")
+        ax.grid(visible=False)
+    rates = [(SERVED[r["model"]], r["throughput"]) for r in plain if r.get("throughput")]
+    for i, (name, rate) in enumerate(rates):
+        value, colour = rate["new_tokens_per_s"] / 1e3, figures.colour(name)
+        third.bar(i, value, 0.6, color=colour)
+        third.text(i, value, f"{value:.1f}", ha="center", va="bottom", color=colour, size=9)
+    third.set_xticks(range(len(rates)), [name for name, _ in rates])
+    third.set_title("1,000 new tokens/s, one GPU\n1K in, 256 out; higher is better")
+    third.grid(visible=False)
+    patch = figures.pyplot().Rectangle
+    figures.legend_below(
+        figure, [patch((0, 0), 1, 1, color=figures.colour(n), label=n) for n in SERVED.values()]
+    )
+    ours, mla = (step(model, 4, 32, 32) for model in ("mlra4", "mla"))
+    figures.title(
+        figure,
+        f"In vLLM on four GPUs MLRA-4 decodes 32 x 32K tokens {mla / ours:.1f}x as fast as MLA",
+        f"2.9B shapes, bf16, random weights, vLLM {told['vllm']}, {told['gpu']}, commit"
+        f" {told['commit']}",
+    )
+    figures.save(figure, path)
+
+
 def benchmarks() -> None:
     """The PNG beside each result file of the benchmarks."""
     for file in sorted(RESULTS.glob("*_losses.json")):
@@ -126,6 +175,8 @@ def benchmarks() -> None:
         told = json.loads(file.read_text())
         source = f"{told['gpu']}, commit {told['commit']}"
         plot_decoding(told["records"], source, file.with_suffix(".png"))
+    for file in sorted(RESULTS.glob("*_serving.json")):
+        serving(file.with_suffix(".png"))
     file = KERNEL_RESULTS / "2026-11-24_h100_latent_decode.json"
     told = json.loads(file.read_text())
     source = f"{told['gpu']}, commit {told['commit']}"
