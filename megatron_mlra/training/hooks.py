@@ -34,6 +34,7 @@ from megatron_mlra.fault_tolerance import (
 )
 from megatron_mlra.fault_tolerance.run_lock import RunLock
 from megatron_mlra.training import arguments, curves, muon, progress, upstream_fixes, validation
+from megatron_mlra.training.build_lock import BuildLock
 
 READ_IN = {"megatron-core": "0.19.2", "torch": "2.11.0"}
 """The versions in which the targets were read."""
@@ -198,6 +199,11 @@ MUON = (
 """For Muon. The first and the fourth are tables, which are added to where they stand."""
 
 BEFORE_TRAINING = (
+    Hook(
+        "torch.utils.cpp_extension.FileBaton",
+        "a process killed in building an extension leaves a lock that all later runs wait for",
+        (instead(BuildLock),),
+    ),
     *TORCH_ADAMW,
     *MUON,
     Hook(

@@ -11,6 +11,7 @@ import logging
 import math
 import sys
 import traceback
+from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,10 +136,13 @@ def cases() -> list[Case]:
 
 def main(folder: Path, pattern: str) -> None:
     import megatron_mlra.layers.specs  # noqa: F401  (loaded once, before the forks)
+    from megatron_mlra.training import hooks
     from megatron_mlra.training.cpu_backend import enable_cpu_backend
     from support.world import run_world
 
     enable_cpu_backend()
+    # A world that is killed while it builds torch's extension must not stop later ones.
+    hooks.apply(hooks.BEFORE_TRAINING[:1], hooks.Run(Namespace()))
     logging.disable(logging.WARNING)
     wanted = [case for case in cases() if fnmatch.fnmatch(case.name, pattern)]
     models = {n: c for n, c in references().items() if any(case.reference == n for case in wanted)}

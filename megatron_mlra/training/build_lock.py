@@ -1,0 +1,78 @@
+"""A lock for building torch's C++ extensions that a killed process does not keep.
+
+torch builds an extension once per user (Megatron's selective recomputation needs one) and locks the
+build by a file's existence: whoever is killed meanwhile leaves the file, and every later run of
+that user waits for it in silence, for ever.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+MARK = b"held as long as it is locked\n"
+"""Written into the file: whoever finds it unlocked knows that its holder is gone."""
+
+FOREIGN = 600.0
+"""Seconds after which a file without the mark, of another program's build, counts as left behind.
+A build takes about half a minute."""
+
+
+class BuildLock:
+    """In place of `torch.utils.cpp_extension.FileBaton`: `try_acquire`, `wait`, `release`."""
+
+    def __init__(self, lock_file_path: str, wait_seconds: float = 0.1, **_: object) -> None:
+        self.path = Path(lock_file_path)
+        self.wait_seconds = wait_seconds
+        self._held: int | None = None
+
+    def try_acquire(self) -> bool:
+        """Take the lock if nobody holds it; returns whether it is taken."""
+        try:
+            file, new = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644), True
+        except FileExistsError:
+            try:
+                file, new = os.open(self.path, os.O_RDWR), False
+            except FileNotFoundError:  # released meanwhile
+                return self.try_acquire()
+        try:
+            # Who only looks holds it for a moment.
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if new else fcntl.LOCK_NB))
+        except BlockingIOError:
+            os.close(file)
+            return False
+        if not new and not (self._is_there(file) and self._is_left_behind(file)):
+            os.close(file)
+            return False
+        os.pwrite(file, MARK, 0)
+        self._held = file
+        return True
+
+    def wait(self) -> None:
+        """Wait until nobody builds."""
+        while self.path.exists():
+            if self.try_acquire():
+                self.release()
+                return
+            time.sleep(self.wait_seconds)
+
+    def release(self) -> None:
+        """Give the lock back."""
+        with suppress(FileNotFoundError):
+            self.path.unlink()
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
+
+    def _is_there(self, file: int) -> bool:
+        with suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(file), self.path.stat())
+        return False
+
+    def _is_left_behind(self, file: int) -> bool:
+        if os.pread(file, len(MARK), 0) == MARK:
+            return True
+        return time.time() - os.fstat(file).st_mtime > FOREIGN
