@@ -14,10 +14,10 @@ $(VENV)/.installed: pyproject.toml kernels/pyproject.toml constraints.txt tools/
 demo: setup
 	bash examples/demo.sh $(PY)
 
-# Two workers, a file at a time each: most files start processes and wait for them. The order of the
+# Three workers, a file at a time each: most files start processes and wait for them. The order of the
 # files is that of tests/conftest.py.
 test: setup
-	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 $(VENV_VLLM)/.installed: kernels/pyproject.toml constraints-vllm.txt tools/setup_vllm.sh $(VENV)/.installed
 	bash tools/setup_vllm.sh $(VENV_VLLM) $(PY)
