@@ -46,7 +46,7 @@ WIDE = MLRA.replace(vocab_size=300, eod_token_id=None)
 GQA = grouped(2, **SMALL, head_dim=4)
 
 PRESET = """\
-base: {root}/examples/configs/debug.yaml
+base: debug
 num_layers: 1
 hidden_size: 16
 ffn_hidden_size: 24
@@ -157,7 +157,7 @@ def _foreign_data(folder: Path) -> None:
 
 def write_preset(file: Path) -> None:
     """The preset of the model of the honest checkpoints."""
-    file.write_text(PRESET.format(root=ROOT))
+    file.write_text(PRESET)
 
 
 def _preset(folder: Path) -> None:

@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerFast  # noqa: F401
 import megatron_mlra.evaluation.models
 import megatron_mlra.hf.modeling_mlra
 import megatron_mlra.training.hooks  # noqa: F401
-import pretrain_mlra
+from megatron_mlra.training.cli import has_gpu
 from support.fuzz import bases, edits, judge
 from support.fuzz.tools import Call, calls
 
@@ -79,7 +79,7 @@ class Fuzz:
         self.root = Path(tempfile.mkdtemp(prefix="fuzz-")).resolve()
         self.root.chmod(0o755)
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
-        pretrain_mlra.has_gpu()
+        has_gpu()
         self.bases = bases.build(self.root / "bases")
         self.case = self.root / "case"
         honest = self.case / "honest"
