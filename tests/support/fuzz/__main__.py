@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 
-from support.fuzz.runner import Fuzz, numbers
+from support.fuzz.runner import SHARE, Fuzz, numbers
 
 
 def main() -> int:
@@ -15,10 +15,13 @@ def main() -> int:
     flags.add_argument("--inputs", type=int, default=300)
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--only", type=int, help="number of one input")
+    flags.add_argument(
+        "--all-tools", action="store_true", help="that read an input: not 60%% of them"
+    )
     flags.add_argument("--keep", action="store_true", help="leave the inputs of faults")
     args = flags.parse_args()
     start = time.monotonic()
-    fuzz = Fuzz(args.seed, args.keep)
+    fuzz = Fuzz(args.seed, args.keep, 1 if args.all_tools or args.only is not None else SHARE)
     found = fuzz.warm_up()
     print(f"ready in {time.monotonic() - start:.0f} s, {fuzz.root}", flush=True)
     for fault in found:

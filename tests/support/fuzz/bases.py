@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import io
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,8 +18,9 @@ from megatron_mlra.checkpoint.huggingface.folder import write_huggingface
 from megatron_mlra.checkpoint.megatron.torch_dist import COMMON_KEY, TorchDistFolder
 from megatron_mlra.checkpoint.megatron.writer import write_megatron
 from megatron_mlra.checkpoint.research.folder import write_research
+from megatron_mlra.data.cli import main as preprocess
 from megatron_mlra.data.shards import MAGIC, VERSION
-from support import CONFIGS, ENV, ROOT
+from support import CONFIGS
 from support.hostile import change_index
 from support.random_checkpoint import RandomFolder, grouped, latent
 
@@ -142,9 +143,10 @@ def _data(folder: Path) -> None:
     (folder / "in").mkdir()
     lines = [json.dumps({"text": f"{i} {TEXT}"}) for i in range(40)]
     (folder / "text.jsonl").write_text("\n".join(lines))
-    command = [sys.executable, str(ROOT / "tools/preprocess_data.py"), "--tokenizer", "byte"]
-    command += ["--input", folder / "text.jsonl", "--output-prefix", folder / "in/text"]
-    subprocess.run(command, check=True, capture_output=True, env=ENV)
+    argv = ["--tokenizer", "byte", "--output-prefix", str(folder / "in/text")]
+    unseen = io.StringIO()
+    with contextlib.redirect_stdout(unseen), contextlib.redirect_stderr(unseen):
+        assert preprocess([*argv, "--input", str(folder / "text.jsonl")]) == 0
     (folder / "text.jsonl").unlink()
     write_preset(folder / "preset.yaml")
 
