@@ -21,6 +21,7 @@ LONG = (
     "e2e/test_faults.py",
     "distributed/test_dry_run.py",
     "unit/kernels/test_mlra_kernels_interpreter.py",
+    "fuzz/test_fuzz.py",
     "distributed/test_inference.py",
     "distributed/test_checkpoint.py",
     "e2e/test_held_out.py",

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_mlra.command_line.parser import OneLineParser, add_no_verify, read_text
+from megatron_mlra.command_line.parser import OneLineParser, add_no_verify, one_line, read_text
 from megatron_mlra.command_line.signals import Interrupted, interruptible
 from megatron_mlra.command_line.threads import wait_passively
 from megatron_mlra.description.model import DTYPES, CheckpointError
@@ -124,16 +124,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with interruptible():
             return args.run(args)
-    except ValueError as error:
-        return _fail(str(error), 2)
     except Interrupted as error:
         return _fail("interrupted; nothing written", 128 + error.number)
-    except (OSError, ImportError) as error:
-        return _fail(" ".join(str(error).split()), 2)
+    except (ValueError, OSError, ImportError) as error:
+        return _fail(str(error), 2)
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     return code
 
 

@@ -20,6 +20,8 @@ from tqdm import tqdm
 
 from megatron_mlra.version import __version__
 
+LONGEST = 1500
+"""Most letters of an error. A file may hold a value of megabytes in place of a number."""
 CODE = 128 + signal.SIGPIPE
 """Exit code where the reader of the output leaves first, as SIGPIPE gives a program in a shell."""
 
@@ -79,7 +81,18 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit."""
-        self.exit(2, f"error: {message}\n")
+        self.exit(2, f"error: {one_line(message)}\n")
+
+
+def one_line(error: BaseException | str) -> str:
+    """An error in one line of at most `LONGEST` letters. What is too long is nearly always a value,
+    between the name that it stands for and the fix, so the middle is left out."""
+    line = " ".join(str(error).split())
+    if len(line) <= LONGEST:
+        return line
+    head, tail = 2 * LONGEST // 3, LONGEST // 3 - 50
+    left_out = len(line) - head - tail
+    return f"{line[:head]} ... ({left_out:,} letters left out) ... {line[-tail:]}"
 
 
 def add_no_verify(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 
-from megatron_mlra.command_line.parser import OneLineParser
+from megatron_mlra.command_line.parser import OneLineParser, one_line
 from megatron_mlra.command_line.signals import Interrupted, interruptible
 from megatron_mlra.data.errors import BadRecordError, InputError
 from megatron_mlra.data.pipeline import PreprocessConfig, preprocess
@@ -113,9 +113,9 @@ def _config(args: argparse.Namespace) -> PreprocessConfig:
 
 
 def _report_skipped(problem: str) -> None:
-    print(f"skipped {problem}", file=sys.stderr)
+    print(f"skipped {one_line(problem)}", file=sys.stderr)
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     return code

@@ -214,7 +214,7 @@ def _read_parquet(index: int, source: Source, column: str, most: int) -> Iterato
             while True:
                 try:
                     cells = next(batches, None)
-                except (ValueError, OSError) as error:
+                except (ValueError, OSError, MemoryError) as error:  # a page says its own size
                     yield Batch(index, source.path, "cell", first, [], 0, first_line(error))
                     return
                 if cells is None:

@@ -60,10 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.json:
             command_line.write_text(args.json, json.dumps(results, indent=2) + "\n")
     except ModuleNotFoundError as error:
-        print(f"error: {error}; install the extra megatron-mlra[hf]", file=sys.stderr)
+        print(
+            f"error: {command_line.one_line(error)}; install the extra megatron-mlra[hf]",
+            file=sys.stderr,
+        )
         return 2
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {command_line.one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -26,6 +26,7 @@ from megatron_mlra.command_line.parser import (
     OneLineParser,
     add_no_verify,
     check_output,
+    one_line,
     read_text,
     write_text,
 )
@@ -115,7 +116,8 @@ def main(argv: list[str] | None = None) -> int:
         _say_error(rank, error)
         return 2
     except torch.cuda.OutOfMemoryError as error:
-        print(f"error: {str(error).splitlines()[0]}; use --cache-tokens", file=sys.stderr)
+        text = str(error).splitlines()[0]
+        print(f"error: {one_line(text)}; use --cache-tokens", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         if rank == 0:
@@ -131,7 +133,7 @@ def _say_error(rank: int, error: Exception) -> None:
     text = str(error)
     if isinstance(error, OSError) and error.filename:
         text = f"{error.filename}: {error.strerror}"
-    print(f"error: {text}", file=sys.stderr, flush=True)
+    print(f"error: {one_line(text)}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -195,7 +197,7 @@ def _generate(args: argparse.Namespace, rank: int, device: str) -> int:
     failed = [request for request in requests if request.finish_reason == "error"]
     if rank == 0:
         for request in failed:
-            print(f"error: prompt {request.id + 1}: {request.error}", file=sys.stderr)
+            print(f"error: prompt {request.id + 1}: {one_line(request.error)}", file=sys.stderr)
     return 1 if failed else 0
 
 

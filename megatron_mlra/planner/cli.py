@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_mlra.command_line.parser import OneLineParser, check_output, flag
+from megatron_mlra.command_line.parser import OneLineParser, check_output, flag, one_line
 from megatron_mlra.description.backends import TP_LAYOUTS
 from megatron_mlra.description.megatron_args import from_megatron_args
 from megatron_mlra.description.model import ModelDescription
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
 
             draw(report, Path(args.plot))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     if args.json:
         print(json.dumps(report.to_json(), indent=1))

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.output is not None:
             write_text(args.output, text)
     except (ValueError, OSError) as error:
-        flags.error(" ".join(str(error).split()))
+        flags.error(str(error))
     print(table(found, preset_name(args.preset)))
     print(f"wrote {args.output}" if args.output else "\n" + text.rstrip())
     return 0

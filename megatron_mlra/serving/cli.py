@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_mlra.command_line.parser import OneLineParser, add_no_verify, read_text
+from megatron_mlra.command_line.parser import OneLineParser, add_no_verify, one_line, read_text
 from megatron_mlra.command_line.signals import Interrupted, interruptible
 from megatron_mlra.serving.environment import find_python
 from megatron_mlra.serving.server import check_port, last_error, running, wait_until_healthy
@@ -63,11 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("stopped", file=sys.stderr)
         return 128 + error.number
     except (ValueError, OSError, ImportError) as error:
-        return _fail(" ".join(str(error).split()), 2)
+        return _fail(str(error), 2)
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     return code
 
 

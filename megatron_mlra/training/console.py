@@ -18,6 +18,7 @@ import torch
 from megatron.training import get_tensorboard_writer, get_wandb_writer
 from tqdm import tqdm
 
+from megatron_mlra.command_line.parser import one_line
 from megatron_mlra.cost.cache import kv_cache_bytes_per_token
 from megatron_mlra.cost.parameters import parameters
 from megatron_mlra.description.model import ModelDescription
@@ -190,7 +191,7 @@ def _save_is_gone(args: Namespace, error: BaseException) -> RuntimeError:
 
 def message(error: BaseException) -> str:
     """An error in one line, whatever raised it."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if re.search(r"Connection refused.*\[?127\.|connect.*\[?127\..*refused", text, re.I):
         return (
             "another rank gave its address as 127.*, which only its own host reaches: set"

@@ -20,6 +20,9 @@ from megatron_mlra.description.model import CheckpointError
 
 MANIFEST = "integrity.json"
 _THREADS = 8
+_EDITED = (".json", ".jinja", ".py")
+"""Ends of names of files that people edit."""
+_DIFFERS = " does not match its checksum"
 
 
 def sha256(path: Path) -> str:
@@ -101,7 +104,7 @@ def damage(
             return str(error)
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
-        return None if same else f"{name} does not match its checksum"
+        return None if same else f"{name}{_DIFFERS}"
 
     names = sorted(files if names is None else set(names))
     with ThreadPoolExecutor(_THREADS) as threads:
@@ -118,11 +121,17 @@ def check(folder: Path, names: Iterable[str], needed: str | None = ".metadata") 
         CheckpointError: names the first.
     """
     what = damage(folder, names, needed)
-    if what is not None:
+    if what is None:
+        return
+    if what.endswith(_DIFFERS) and what.removesuffix(_DIFFERS).endswith(_EDITED):
         raise CheckpointError(
-            f"checkpoint {folder} is damaged: {what}; use another copy or step, or read it as it is"
-            " with --no-verify"
+            f"checkpoint {folder}: {what}; if you edited it, remove {folder / MANIFEST} or pass"
+            " --no-verify, and if not, use another copy"
         )
+    raise CheckpointError(
+        f"checkpoint {folder} is damaged: {what}; use another copy or step, or read it as it is"
+        " with --no-verify"
+    )
 
 
 def check_listed(folder: Path, names: Iterable[str]) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import io
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,8 +18,9 @@ from megatron_mlra.checkpoint.huggingface.folder import write_huggingface
 from megatron_mlra.checkpoint.megatron.torch_dist import COMMON_KEY, TorchDistFolder
 from megatron_mlra.checkpoint.megatron.writer import write_megatron
 from megatron_mlra.checkpoint.research.folder import write_research
+from megatron_mlra.data.cli import main as preprocess
 from megatron_mlra.data.shards import MAGIC, VERSION
-from support import CONFIGS, ENV, ROOT
+from support import CONFIGS
 from support.hostile import change_index
 from support.random_checkpoint import RandomFolder, grouped, latent
 
@@ -46,7 +47,7 @@ WIDE = MLRA.replace(vocab_size=300, eod_token_id=None)
 GQA = grouped(2, **SMALL, head_dim=4)
 
 PRESET = """\
-base: {root}/examples/configs/debug.yaml
+base: debug
 num_layers: 1
 hidden_size: 16
 ffn_hidden_size: 24
@@ -142,9 +143,10 @@ def _data(folder: Path) -> None:
     (folder / "in").mkdir()
     lines = [json.dumps({"text": f"{i} {TEXT}"}) for i in range(40)]
     (folder / "text.jsonl").write_text("\n".join(lines))
-    command = [sys.executable, str(ROOT / "tools/preprocess_data.py"), "--tokenizer", "byte"]
-    command += ["--input", folder / "text.jsonl", "--output-prefix", folder / "in/text"]
-    subprocess.run(command, check=True, capture_output=True, env=ENV)
+    argv = ["--tokenizer", "byte", "--output-prefix", str(folder / "in/text")]
+    unseen = io.StringIO()
+    with contextlib.redirect_stdout(unseen), contextlib.redirect_stderr(unseen):
+        assert preprocess([*argv, "--input", str(folder / "text.jsonl")]) == 0
     (folder / "text.jsonl").unlink()
     write_preset(folder / "preset.yaml")
 
@@ -157,7 +159,7 @@ def _foreign_data(folder: Path) -> None:
 
 def write_preset(file: Path) -> None:
     """The preset of the model of the honest checkpoints."""
-    file.write_text(PRESET.format(root=ROOT))
+    file.write_text(PRESET)
 
 
 def _preset(folder: Path) -> None:

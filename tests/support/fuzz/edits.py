@@ -59,10 +59,10 @@ def edit(rng: random.Random, folder: Path, kind: str, canary: Path) -> str:
 def sign(folder: Path) -> None:
     """Write the checksums anew wherever there are any: the change is no damage then."""
     for manifest in folder.rglob(MANIFEST):
-        _sums(manifest, lambda names, where=manifest.parent: _digests(where, names))
+        _sums(manifest, lambda names, where=f"{manifest.parent}/": _digests(where, names))
     for metadata in folder.rglob("*.json"):
         prefix = metadata.with_suffix("")
-        _sums(metadata, lambda names, p=prefix: {s: _sha256(Path(f"{p}{s}")) for s in names})
+        _sums(metadata, lambda names, prefix=str(prefix): _digests(prefix, names))
 
 
 def _sums(file: Path, of: Callable[[list[str]], dict]) -> None:
@@ -77,12 +77,11 @@ def _sums(file: Path, of: Callable[[list[str]], dict]) -> None:
         pass
 
 
-def _digests(folder: Path, names: list[str]) -> dict[str, str]:
-    return {name: _sha256(folder / name) for name in names if (folder / name).is_file()}
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def _digests(before: str, names: list[str]) -> dict[str, str]:
+    """Of plain files alone: a device has no end."""
+    files = {name: Path(before + name) for name in names}
+    found = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
+    return {name: hashlib.sha256(data).hexdigest() for name, data in found.items()}
 
 
 def _pick(rng: random.Random, folder: Path, *patterns: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import io
 import json
@@ -29,7 +30,7 @@ from transformers import PreTrainedTokenizerFast  # noqa: F401
 import megatron_mlra.evaluation.models
 import megatron_mlra.hf.modeling_mlra
 import megatron_mlra.training.hooks  # noqa: F401
-import pretrain_mlra
+from megatron_mlra.training.cli import has_gpu
 from support.fuzz import bases, edits, judge
 from support.fuzz.tools import Call, calls
 
@@ -38,6 +39,8 @@ SECONDS = 30
 do nothing; an honest one takes 2 s."""
 ADDRESSES = 6 << 30
 """Most bytes of addresses that an input may take beyond those of an idle process."""
+SHARE = 0.6
+"""Of the tools that read an input, how many run on it."""
 RESIDENT_KB = 700 << 10
 """Most KiB of memory that an input may take beyond those of an idle process."""
 _BOUND_BY_NOTHING = 1 << 1 | 1 << 2
@@ -67,19 +70,21 @@ class Fuzz:
     """Inputs of one seed, tried one by one below a folder of its own.
 
     Attributes:
+        share: of the tools that read an input, drawn per input, to be run on it.
         runs: tools run so far, by exit code.
         slowest: seconds of the slowest input so far, and its number.
     """
 
-    def __init__(self, seed: int, keep: bool = False) -> None:
+    def __init__(self, seed: int, keep: bool = False, share: float = SHARE) -> None:
         self.seed = seed
+        self.share = share
         self.keep = keep
         self.runs: dict[int, int] = {}
         self.slowest = (0.0, -1)
         self.root = Path(tempfile.mkdtemp(prefix="fuzz-")).resolve()
         self.root.chmod(0o755)
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
-        pretrain_mlra.has_gpu()
+        has_gpu()
         self.bases = bases.build(self.root / "bases")
         self.case = self.root / "case"
         honest = self.case / "honest"
@@ -98,8 +103,11 @@ class Fuzz:
         for kind, folders in self.bases.items():
             for number, folder in enumerate(folders):
                 self._lay_out(folder)
-                result = self._run(-1 - number, kind, f"honest {kind}", honest=True)
+                result = self._run(-1 - number, kind, f"honest {kind}", None)
                 found += result
+        # Forked processes then share the memory of what is there, and collect their own alone.
+        gc.collect()
+        gc.freeze()
         return found
 
     def try_one(self, number: int) -> list[Found]:
@@ -115,7 +123,8 @@ class Fuzz:
                 changed.append(edits.edit(rng, source, kind, canary))
         if rng.random() < 0.7:
             edits.sign(source)
-        return self._run(number, kind, " ".join(changed))
+        drawn = random.Random(f"{self.seed}/{number}/tools")
+        return self._run(number, kind, " ".join(changed), drawn)
 
     def _lay_out(self, folder: Path) -> None:
         one = self.case / "one"
@@ -124,10 +133,16 @@ class Fuzz:
         shutil.copytree(folder, one, symlinks=True)
         (one / "out").mkdir()
 
-    def _run(self, number: int, kind: str, changed: str, honest: bool = False) -> list[Found]:
+    def _run(
+        self, number: int, kind: str, changed: str, drawn: random.Random | None
+    ) -> list[Found]:
+        """Run the tools that are drawn; all of them on an honest input, of which none is."""
+        honest = drawn is None
         one, out = self.case / "one", self.case / "one/out"
         before = judge.state(self.case, out)
         todo = list(calls(kind, one, out))
+        if drawn is not None:
+            todo = [call for call in todo if drawn.random() < self.share] or [drawn.choice(todo)]
         notes, log = self.root / "notes", self.root / "log"
         notes.write_text("")
         start = time.monotonic()

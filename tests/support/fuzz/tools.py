@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import pretrain_mlra
 from megatron_mlra.checkpoint.cli import main as convert
 from megatron_mlra.data.cli import main as preprocess
 from megatron_mlra.evaluation.cli import main as evaluate
 from megatron_mlra.inference.cli import main as generate
 from megatron_mlra.planner.cli import main as plan
 from megatron_mlra.planner.twin_cli import main as twin
+from megatron_mlra.training import cli as training
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Met(BaseException):
 
 
 def entry(argv: list[str]) -> int:
-    """`pretrain_mlra.py` up to where ranks would meet, and what rank 0 checks of the data there.
+    """`mlra pretrain` up to where ranks would meet, and what rank 0 checks of the data there.
     One call per process."""
     from megatron_mlra.training import batches, meeting
 
@@ -54,9 +54,9 @@ def entry(argv: list[str]) -> int:
         raise Met
 
     meeting.meet_all = meet
-    sys.argv = ["pretrain_mlra.py", *argv]
+    sys.argv = ["mlra pretrain", *argv]
     try:
-        return pretrain_mlra.train()
+        return training.train()
     except Met:
         return 0
 

@@ -312,18 +312,26 @@ def test_two_parquet_columns_of_one_name(tmp_path, capsys):
     assert said == f"error: {tmp_path}/a.parquet has 2 columns 'text'; rename one\n"
 
 
-def _most_memory(*argv: str) -> tuple[int, str, int]:
-    """Exit code, errors and MiB of memory, beyond those of a run that is refused at once."""
+def _most_memory(*argv: str, addresses: int = 1 << 40) -> tuple[int, str, int]:
+    """Exit code, errors and MiB of memory, beyond those of a run that is refused at once.
+
+    Args:
+        addresses: bytes that there are beyond those of an idle process.
+    """
     script = (
         "import resource, sys, pyarrow.parquet, numpy, tqdm\n"
         "from megatron_mlra.data.cli import main\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10\n"
         "before = peak()\n"
+        "idle = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        f"resource.setrlimit(resource.RLIMIT_AS, (idle + {addresses},) * 2)\n"
         "code = main(sys.argv[1:])\n"
         "print(peak() - before)\n"
         "sys.exit(code)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, *argv], capture_output=True, text=True)
+    command = [sys.executable, "-c", script, *argv]
+    env = os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system"}  # others reserve addresses ahead
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     return done.returncode, done.stderr, int(done.stdout.split()[-1])
 
 
@@ -354,6 +362,24 @@ def test_a_parquet_file_that_grows(capsys):
         code, error, memory = _most_memory(*argv, *BYTE)
         assert code == 1 and said in error and error.count("\n") == 1
         assert memory < 250, f"{memory} MiB"
+
+
+def test_a_parquet_page_that_says_another_size():
+    """128 MiB in place of 1.2 MB: one line, whether there is that much memory or not."""
+    table = pa.table({"text": ["a" * 1_200_000]})
+    pq.write_table(table, "a.parquet", use_dictionary=False, write_statistics=False)
+    at = pq.ParquetFile("a.parquet").metadata.row_group(0).column(0).data_page_offset
+    data = bytearray(Path("a.parquet").read_bytes())
+    # The page's type, and behind it the size: Thrift's numbers of 7 bits a byte.
+    assert data[at : at + 3] == b"\x15\x00\x15" and data[at + 6] < 128 <= data[at + 5]
+    data[at + 3 : at + 7] = b"\xfe\xff\xff\x7f"
+    Path("a.parquet").write_bytes(data)
+    argv = ["--input", "a.parquet", "--output-prefix", "out", *BYTE]
+    for addresses, said in ((1 << 40, "expected: 134217727"), (100 << 20, "alloc")):
+        code, error, memory = _most_memory(*argv, addresses=addresses)
+        assert code == 1 and "a.parquet:1: " in error and said in error, error
+        assert error.count("\n") == 1 and memory < 100, error
+    assert not list(Path().glob("out*"))
 
 
 def test_a_document_of_token_shards_beyond_the_bound(capsys):

@@ -1,0 +1,41 @@
+"""What all command lines share of their errors."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+
+from megatron_mlra.command_line.parser import LONGEST, OneLineParser, one_line
+from support import ROOT
+
+
+def test_an_error_is_one_line_of_bounded_length():
+    assert one_line(ValueError("a\nb\r\n  c")) == "a b c"
+    assert one_line("x" * LONGEST) == "x" * LONGEST
+    line = one_line("size is " + "9" * 10**6 + "; use at most 4")
+    assert len(line) <= LONGEST and line.startswith("size is 99") and line.endswith("use at most 4")
+    assert "99,555 letters" not in line and "letters left out" in line
+
+
+def test_a_flag_of_megabytes(capsys):
+    parser = OneLineParser()
+    parser.add_argument("--size", type=int)
+    with pytest.raises(SystemExit) as end:
+        parser.parse_args(["--size", "9x" * 10**5])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: argument --size: invalid int value")
+    assert error.count("\n") == 1 and len(error) <= LONGEST + 10
+
+
+def test_no_command_prints_an_error_past_the_bound():
+    """Where a command that reads files prints an exception's text, `one_line` bounds it."""
+    for path in sorted((ROOT / "megatron_mlra").rglob("cli.py")):
+        if {"launch", "benchmarks"} & set(path.parts):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(node, ast.JoinedStr) and isinstance(node.values[0], ast.Constant)):
+                continue
+            text = ast.unparse(node)
+            if "error: {" in text:
+                assert "one_line(" in text, f"{path}:{node.lineno}: {text}"
