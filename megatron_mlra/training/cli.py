@@ -36,9 +36,9 @@ def main() -> int:
     os.register_at_fork(after_in_child=hush_threads)
     try:
         return train()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print("error: interrupted", file=sys.stderr)
+            print(f"error: interrupted{stop}", file=sys.stderr)
         return 130
     except ImportError as error:
         return refuse_python(error)
@@ -136,6 +136,8 @@ def train() -> int:
         if run.watch:
             run.watch.stop()
         torch.distributed.barrier()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(console.what_is_left(args) if started else "") from None
     except (SystemExit, Exception, CheckpointException) as error:
         if args is None and isinstance(error, SystemExit):  # --help-megatron
             raise

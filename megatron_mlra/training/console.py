@@ -22,6 +22,7 @@ from megatron_mlra.command_line.parser import one_line
 from megatron_mlra.cost.cache import kv_cache_bytes_per_token
 from megatron_mlra.cost.parameters import parameters
 from megatron_mlra.description.model import ModelDescription
+from megatron_mlra.fault_tolerance.integrity import latest_step
 from megatron_mlra.training.ending import kill_children, speaks_itself, tell_launcher
 
 
@@ -156,6 +157,17 @@ def fail(error: BaseException, output: MegatronOutput | None, started: bool) -> 
             print(f"  full log: {output.path}", file=sys.stderr)
     sys.stderr.flush()
     return 1 if started else 2
+
+
+def what_is_left(args: Namespace) -> str:
+    """Of a run that Ctrl-C ends at once: where it was, and what can be gone on with."""
+    line = f" at step {getattr(args, 'curr_iteration', 0) + 1:,}; "
+    step = latest_step(args.save) if args.save else None
+    if step is None:
+        line += "nothing was saved"
+    else:
+        line += f"step {step:,} is saved; continue with --load {args.save} --save {args.save}"
+    return f"{line} (SIGTERM saves where it stops)"
 
 
 def fail_run(

@@ -163,7 +163,7 @@ def test_a_host_that_lacks_something_is_named_on_the_other(lacks, tmp_path):
         why = "cannot import torch"
     else:
         two = meet(outs[1], tmp_path / "save", port, 2, preset="not-there")
-        why = "there is no preset examples/configs/not-there.yaml"
+        why = "there is no preset megatron_mlra/presets/not-there.yaml"
     for launcher, out in ((one, outs[0]), (two, outs[1])):
         assert launcher.wait(90) == 2, out.read_text()
         (line,) = out.read_text().splitlines()

@@ -33,7 +33,7 @@ REFUSED = {
     "minimum": (["--min-lr", "1e-4"], "--min-lr is 0.0002 there, 0.0001 here; keep the checkpoint"),
     "length": (
         ["--train-iters", 16],
-        "the decay (--lr-decay-iters, else --train-iters) is 32 samples there, 64 here; keep the",
+        "the decay (--lr-decay-iters, else --train-iters) is 32 samples there, 64 here; the whole",
     ),
     "decay": (["--weight-decay", "0.2"], "--start-weight-decay is 0.1 there, 0.2 here; --end-weig"),
     "batch": (

@@ -304,11 +304,14 @@ def test_sigterm_saves_and_the_run_continues(entry, preset, tmp_path, ranks):
 
 
 def test_interrupt_is_one_line(entry, preset, tmp_path):
-    pids = entry.start(tmp_path, "--config", preset, "--train-iters", 5000)
-    wait_for(tmp_path / "stdout-0.txt", "step 2/5,000")
+    save = tmp_path / "save"
+    pids = entry.start(tmp_path, "--config", preset, "--train-iters", 5000, "--save", save)
+    wait_for(tmp_path / "stdout-0.txt", "saved step 4 to")
     os.kill(pids[0], signal.SIGINT)
     run = entry.wait(tmp_path, pids)
-    assert (run.code, run.err) == (130, "error: interrupted\n")
+    assert run.code == 130 and run.err.count("\n") == 1
+    assert re.match(r"error: interrupted at step [\d,]+; step [\d,]+ is saved; continue", run.err)
+    assert run.err.endswith(f"--load {save} --save {save} (SIGTERM saves where it stops)\n")
 
 
 def test_a_run_in_a_thread_leaves_the_programs_signals_alone(entry, preset, tmp_path):

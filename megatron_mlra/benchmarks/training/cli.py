@@ -61,14 +61,15 @@ def parser() -> OneLineParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure every case; returns 1 if one could not be."""
-    args, flags = parser().parse_known_args(argv)
+    own = parser()
+    args, flags = own.parse_known_args(argv)
 
     import torch
 
     if not torch.cuda.is_available():
-        parser.error(
-            "this benchmark needs a CUDA GPU, and torch sees none; tools/benchmark_cpu.py measures"
-            " a CPU"
+        own.error(
+            "this benchmark needs a CUDA GPU, and torch sees none; mlra benchmark-cpu measures a"
+            " CPU"
         )
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed

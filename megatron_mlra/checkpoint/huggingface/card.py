@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ def model_card(source: CheckpointFolder, model: ModelDescription, name: str, cha
     latent = model.attention == "mlra"
     name = _plain(name)
     call = f'"{name}", trust_remote_code=True' if latent else f'"{name}"'
-    count = parameters(model)
+    # Rows that only pad the vocabulary are not exported.
+    count = parameters(replace(model, padded_vocab_size=model.vocab_size))
     active = f", {count.active:,} of them for a token" if count.active != count.total else ""
     plugin = (
         "vLLM 0.26 serves it by the plugin of the megatron-mlra project, without"

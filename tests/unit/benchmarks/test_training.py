@@ -90,8 +90,8 @@ def test_without_a_gpu_it_is_one_line():
     run = subprocess.run(command, capture_output=True, text=True, env=env)
     assert (run.returncode, run.stdout) == (2, "")
     assert run.stderr.splitlines()[-1] == (
-        "error: this benchmark needs a CUDA GPU, and torch sees none; tools/benchmark_cpu.py"
-        " measures a CPU"
+        "error: this benchmark needs a CUDA GPU, and torch sees none; mlra benchmark-cpu measures a"
+        " CPU"
     )
     told = subprocess.run([*command, "--help"], capture_output=True, text=True, env=env).stdout
-    assert "Each case is VARIANT[/RECIPE[/FORM[/SEQ_LENGTH]]]" in told
+    assert "VARIANT[/RECIPE[/FORM[/SEQ_LENGTH]]]" in told

@@ -51,7 +51,7 @@ def test_plot_and_suites(tmp_path):
         {"batch": 1, "length": n, "us": n / 100, "model": "m", "provider": "p"}
         for n in (1024, 4096)
     ]
-    plot(records, 3e12, str(tmp_path / "latency.png"))
+    plot(records, 3e12, "a GPU", str(tmp_path / "latency.png"))
     assert (tmp_path / "latency.png").stat().st_size > 1000
     assert {shape.fp8 for shape in SUITES["all"]} == {False, True}
 
