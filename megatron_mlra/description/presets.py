@@ -19,6 +19,9 @@ ALIASES = {"qk_nope_head_dim": "qk_head_dim", "qk_rope_head_dim": "qk_pos_emb_he
 
 FOLDER = Path(__file__).resolve().parents[1] / "presets"
 """Where the presets of the package lie; the bases that are no models by themselves are below it."""
+KEYS = FOLDER / "keys.txt"
+"""The keys that a preset may have, as `python -m megatron_mlra.training.presets` lists them: what
+prices a run knows no Megatron, and must not price another one for a misspelt key."""
 _TITLE = re.compile(r"# (.+?)\n")
 _COUNT = re.compile(r": ([\d,]+) parameters\.$")
 
@@ -68,10 +71,16 @@ def preset_values(path: str | Path) -> dict[str, Any]:
     them: for what needs no Megatron.
 
     Raises:
-        ValueError: for a missing file, bad YAML or a base that leads back.
+        ValueError: for a missing file, bad YAML, an unknown key or a base that leads back.
     """
     merged: dict[str, Any] = {}
-    for _, values in preset_chain(path):
+    known = KEYS.read_text(encoding="utf-8").split()
+    for file, values in preset_chain(path):
+        for key in values:
+            if key not in known:
+                raise ValueError(
+                    f"--config {file}: unknown key {key!r}{did_you_mean(str(key), known)}"
+                )
         merged |= {ALIASES.get(key, key): value for key, value in values.items()}
     if isinstance(merged.get("moe_layer_freq"), str):
         merged["moe_layer_freq"] = _layer_pattern(merged["moe_layer_freq"])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mlra.command_line.parser import did_you_mean
-from megatron_mlra.description.presets import preset_chain
+from megatron_mlra.description.presets import FOLDER, preset_chain
 
 
 def load_preset(path: str | Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
@@ -108,3 +108,19 @@ def _names(parser: argparse.ArgumentParser) -> dict[str, tuple[argparse.Action, 
     for name in ("config", "help", "h", "help_megatron", "version"):
         names.pop(name, None)
     return names
+
+
+def keys() -> list[str]:
+    """Every key that a preset may have, by the parser of the training entry."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_mlra.training.flags import add_mlra_arguments
+
+    parser = argparse.ArgumentParser()
+    add_megatron_arguments(parser)
+    add_mlra_arguments(parser)
+    return sorted(name for name in {*_names(parser), "base"} if name.isidentifier())
+
+
+if __name__ == "__main__":
+    FOLDER.joinpath("keys.txt").write_text("\n".join(keys()) + "\n", encoding="utf-8")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from megatron_mlra.description.presets import (
@@ -76,3 +78,11 @@ def test_the_list_is_a_line_each():
     assert [line.split()[0] for line in lines] == preset_names()
     (line,) = (line for line in lines if line.startswith("mlra4_2.9b "))
     assert line.split(maxsplit=2)[1:] == ["2.87B", "MLRA-4, 2.9B (4 latent heads, 4 branches)"]
+
+
+def test_a_misspelt_key_prices_no_other_model(tmp_path):
+    preset = tmp_path / "mine.yaml"
+    preset.write_text("base: debug\nnum_layer: 2\n")
+    said = re.escape(f"--config {preset}: unknown key 'num_layer'; did you mean num_layers?")
+    with pytest.raises(ValueError, match=said):
+        preset_values(preset)

@@ -256,3 +256,10 @@ def test_fp8_needs_sixteen_tokens_a_rank(settings, wanted):
         return
     with pytest.raises(ValueError, match=f"^--seq-length .*; {wanted}$"):
         check_fp8_tokens(Namespace(**args))
+
+
+def test_the_list_of_keys_of_presets_is_the_parsers():
+    from megatron_mlra.description.presets import KEYS
+    from megatron_mlra.training.presets import keys
+
+    assert KEYS.read_text().split() == keys(), "run python -m megatron_mlra.training.presets"
