@@ -23,6 +23,7 @@ from megatron_mlra.cost.cache import kv_cache_bytes_per_token
 from megatron_mlra.cost.parameters import parameters
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.training.ending import kill_children, speaks_itself, tell_launcher
+from megatron_mlra.training.muon import OptimizerRefused
 
 
 def summary(args: Namespace, shape: ModelDescription) -> str:
@@ -133,7 +134,8 @@ def fail(error: BaseException, output: MegatronOutput | None, started: bool) -> 
     """One line for an error that ends the run; once it has `started`, a traceback in its log.
 
     Returns:
-        the exit code: 2 for a run that did not start, 1 for one that was stopped.
+        the exit code: 2 for a run that did not start or whose optimizer refused its flags, 1 for
+        one that was stopped.
     """
     if isinstance(error, SystemExit):
         error = RuntimeError(f"Megatron ended the run: {output.last_line if output else error}")
@@ -155,7 +157,7 @@ def fail(error: BaseException, output: MegatronOutput | None, started: bool) -> 
         else:
             print(f"  full log: {output.path}", file=sys.stderr)
     sys.stderr.flush()
-    return 1 if started else 2
+    return 1 if started and not isinstance(error, OptimizerRefused) else 2
 
 
 def fail_run(
