@@ -156,3 +156,46 @@ def test_the_pages_script_is_the_one_that_may_run():
 def test_a_local_server_answers_to_local_names_alone(host, status):
     assert answer(LocalChatPage, "/v1/models", host)[0] == status
     assert answer(ChatPage, "/v1/models", host)[0] == 299
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "fine"),
+    [
+        ("localhost:8000", None, True),
+        ("localhost:8000", "http://localhost:8000", True),
+        ("[::1]:8000", "https://[::1]:8000", True),
+        ("127.0.0.1:8000", "http://elsewhere.example", False),
+        ("127.0.0.1:8000", "http://127.0.0.1:8000.elsewhere.example", False),
+        ("127.0.0.1:8000", "http://127.0.0.1:9000", False),
+        ("127.0.0.1:8000", "null", False),
+        ("elsewhere.example:8000", "http://elsewhere.example:8000", False),
+    ],
+)
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+def test_a_local_server_answers_no_page_of_another_site(kind, host, origin, fine):
+    sent, reached = [], []
+
+    async def app(scope, receive, send):
+        reached.append(scope)
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"host", host.encode()), (b"content-type", b"text/plain")]
+    headers += [(b"origin", origin.encode())] if origin else []
+    scope = {"type": kind, "path": "/v1/completions", "method": "POST", "headers": headers}
+    asyncio.run(LocalChatPage(app)(scope, None, send))
+    assert bool(reached) == fine
+    if not fine:
+        expected = {"http": ("http.response.start", 403), "websocket": ("websocket.close", None)}
+        assert (sent[0]["type"], sent[0].get("status")) == expected[kind]
+
+
+def test_a_local_server_starts_and_ends():
+    reached = []
+
+    async def app(scope, receive, send):
+        reached.append(scope["type"])
+
+    asyncio.run(LocalChatPage(app)({"type": "lifespan"}, None, None))
+    assert reached == ["lifespan"]
