@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
+from megatron_mlra.command_line.printable import printable
 from megatron_mlra.version import __version__
 
 LONGEST = 1500
@@ -87,7 +88,7 @@ class OneLineParser(argparse.ArgumentParser):
 def one_line(error: BaseException | str) -> str:
     """An error in one line of at most `LONGEST` letters. What is too long is nearly always a value,
     between the name that it stands for and the fix, so the middle is left out."""
-    line = " ".join(str(error).split())
+    line = printable(" ".join(str(error).split()))
     if len(line) <= LONGEST:
         return line
     head, tail = 2 * LONGEST // 3, LONGEST // 3 - 50
@@ -211,8 +212,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 def say(line: str) -> None:
-    """Print a line for a person, past the redirection of Megatron's output."""
-    tqdm.write(line, file=sys.__stdout__)
+    """Print lines for a person, past the redirection of Megatron's output."""
+    tqdm.write(printable(line, kept="\n\t\xa0"), file=sys.__stdout__)
     sys.__stdout__.flush()
 
 

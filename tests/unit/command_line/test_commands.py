@@ -74,6 +74,7 @@ def test_the_overview_needs_no_torch_and_little_time():
     [
         (["plann"], "mlra has no command plann; did you mean plan?"),
         (["zzz"], "mlra has no command zzz; mlra --help lists the commands"),
+        (["zz\udcff"], r"mlra has no command zz\udcff; mlra --help lists the commands"),
         ([], "name a command; mlra --help lists them"),
     ],
 )
