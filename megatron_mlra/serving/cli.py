@@ -170,6 +170,7 @@ def _own_export(source: Path, step: str) -> Path:
 
 def _check_export(args: argparse.Namespace, target: Path, checkpoint: CheckpointFolder) -> None:
     """Refuse what lies where a checkpoint's export belongs, unless it is that and whole."""
+    from megatron_mlra.checkpoint.files import manifest
     from megatron_mlra.checkpoint.formats import open_checkpoint
     from megatron_mlra.description.tensors import expected_tensors
 
@@ -187,6 +188,12 @@ def _check_export(args: argparse.Namespace, target: Path, checkpoint: Checkpoint
         raise ValueError(
             f"{target} is no export of {checkpoint.path}: it holds another model; remove it to"
             " export again, or give it as the source"
+        )
+    own = manifest.identity(getattr(checkpoint, "folder", checkpoint.path))
+    if args.verify and None not in (own, known := manifest.made_from(target)) and own != known:
+        raise ValueError(
+            f"{target} is no export of {checkpoint.path}: it was made from a checkpoint of other"
+            f" numbers; remove {target} to export again, or serve it with --no-verify"
         )
     _check_whole(there)
 

@@ -90,6 +90,14 @@ def test_an_export_is_served_again_if_it_is_whole_and_no_flag_is_ignored(run, ex
         served(run, "--tokenizer", "byte")
     with pytest.raises(ValueError, match=r"--vocab-size 200: .* was exported before, with 257"):
         served(run, "--vocab-size", "200")
+    other = RandomFolder(latent(4, 4))
+    other.tensor = lambda name: RandomFolder.tensor(other, name) * 2
+    moved = run.parent / "moved"
+    write_megatron(other, moved, progress=False)
+    shutil.copytree(target, moved / "exported" / "release")
+    with pytest.raises(ValueError, match="was made from a checkpoint of other numbers"):
+        served(moved)
+    assert served(moved, "--no-verify") == moved / "exported" / "release"
     spoil(target)
     with pytest.raises(ValueError, match="safetensors does not match its checksum"):
         served(run)
