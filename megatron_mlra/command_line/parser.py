@@ -180,23 +180,29 @@ def write_text(file: str | Path, text: str) -> None:
 
 
 class _Stdout(io.FileIO):
-    """Standard output that ends the program where there is nobody left to read (`tool | head`).
+    """Standard output that ends the program where there is nobody left to read (`tool | head`), or
+    where the disk that it goes to is full.
 
-    By SystemExit and not BrokenPipeError, an OSError, which tools report as bad input. The signal
-    is left as Python has it, since it would also end a tool whose worker process died.
+    By SystemExit and not by an OSError, which tools report as bad input. The signal is left as
+    Python has it, since it would also end a tool whose worker process died.
     """
 
     def write(self, data: bytes) -> int | None:
         try:
             return super().write(data)
-        except BrokenPipeError:
+        except OSError as error:
             # What is still buffered is written once more at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
-            raise SystemExit(CODE) from None
+            if isinstance(error, BrokenPipeError):
+                raise SystemExit(CODE) from None
+            print(f"error: standard output: {error.strerror}", file=sys.stderr)
+            raise SystemExit(1) from None
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a tool's `main` and exit with its code; an interrupted one ends with one line."""
+    if sys.stdout is None:  # closed by whoever started this program
+        sys.stdout = sys.__stdout__ = open(os.devnull, "w")  # noqa: SIM115  (for the process's life)
     old = sys.stdout
     buffer = io.BufferedWriter(_Stdout(old.fileno(), "w", closefd=False))
     sys.stdout = io.TextIOWrapper(
