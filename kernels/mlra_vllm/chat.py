@@ -52,18 +52,36 @@ class ChatPage:
 
 
 class LocalChatPage(ChatPage):
-    """The same, of a server for this machine: requests under another name are refused, as a site
-    that names its own host and points it here (DNS rebinding) would send."""
+    """The same, of a server for this machine, for requests over HTTP and websockets alike.
+
+    Requests under another name are refused, as a site that names its own host and points it here
+    (DNS rebinding) would send; so are those of other sites' pages, which need not read an answer to
+    have the model compute one.
+    """
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """See ASGI."""
-        if scope["type"] == "http":
-            host = dict(scope["headers"]).get(b"host", b"localhost").decode("latin-1")
-            if not LOOPBACK.fullmatch(host):
-                said = b"This server answers to localhost and 127.0.0.1 alone.\n"
-                await _answer(send, 403, [(b"content-type", b"text/plain")], said)
-                return
-        await super().__call__(scope, receive, send)
+        said = None if scope["type"] == "lifespan" else _refusal(scope["headers"])
+        if said is None:
+            await super().__call__(scope, receive, send)
+        elif scope["type"] == "websocket":
+            # Before it is accepted: the client sees status 403.
+            await send({"type": "websocket.close", "code": 1008, "reason": said})
+        else:
+            await _answer(send, 403, [(b"content-type", b"text/plain")], f"{said}\n".encode())
+
+
+def _refusal(headers: list[tuple[bytes, bytes]]) -> str | None:
+    """Why a local server does not answer a request with these headers, None if it does."""
+    hosts = [value.decode("latin-1") for name, value in headers if name == b"host"]
+    if not all(LOOPBACK.fullmatch(host) for host in hosts):
+        return "This server answers to localhost and 127.0.0.1 alone."
+    own = hosts[0].lower() if hosts else "localhost"
+    for name, value in headers:
+        # A scheme, ://, then what a request to the same place has as its host.
+        if name == b"origin" and value.decode("latin-1").lower().partition("://")[2] != own:
+            return "This server answers no page of another site."
+    return None
 
 
 async def _answer(send: Any, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_mlra.command_line.parser import OneLineParser, add_no_verify, one_line, read_text
+from megatron_mlra.command_line.printable import printable
 from megatron_mlra.command_line.signals import Interrupted, interruptible
 from megatron_mlra.command_line.threads import wait_passively
 from megatron_mlra.description.model import DTYPES, CheckpointError
@@ -166,7 +167,7 @@ def _inspect(args: argparse.Namespace) -> int:
         folder = _open(args, args.source)
         if folder.kind == "megatron":
             folder.files.check_tensors()
-        print("\n".join(lines(folder)))
+        print("\n".join(map(printable, lines(folder))))
         folder.check_finite()
     except ForbiddenNames as error:
         return _fail(str(error), 1)

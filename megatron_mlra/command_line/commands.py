@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_mlra.command_line.parser import Version, did_you_mean, run
+from megatron_mlra.command_line.printable import printable
 
 PACKAGE = Path(__file__).resolve().parents[1]
 REFUSED = 2
@@ -122,5 +123,5 @@ def _refuse(name: str) -> NoReturn:
     if name:
         near = did_you_mean(name, there()) or "; mlra --help lists the commands"
         said = f"mlra has no command {name}{near}"
-    os.write(2, f"error: {said}\n".encode())
+    os.write(2, f"error: {printable(said)}\n".encode())
     sys.exit(REFUSED)

@@ -22,6 +22,9 @@ DEPTH = 100
 # A string may be without its end: the search must not start again at every quote within it.
 _TOKENS = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
 
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_TEXT = "tag:yaml.org,2002:str"
+
 
 def read_json(file: str | Path, most: int = JSON_BYTES) -> Any:
     """The value of a JSON file.
@@ -88,13 +91,20 @@ def read_yaml(file: str | Path) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """YAML of which PyYAML would take the last of a key given twice, and expand aliases."""
+        """YAML of which PyYAML would take the last of a key given twice, expand aliases, take 1:30
+        for 90, and end in errors of its own where a tag does not fit its value."""
 
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):
                 name = self.peek_event().anchor
                 raise yaml.YAMLError(f"alias *{name:.40}: write the value out")
-            return super().compose_node(parent, index)
+            tag = getattr(self.peek_event(), "tag", None)
+            if tag is not None:
+                raise yaml.YAMLError(f"tag {tag!r:.60}: leave it out")
+            node = super().compose_node(parent, index)
+            if isinstance(node, yaml.ScalarNode) and node.tag in _NUMBERS and ":" in node.value:
+                node.tag = _TEXT
+            return node
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
             seen = set()
@@ -113,6 +123,9 @@ def read_yaml(file: str | Path) -> Any:
         raise ValueError("too many levels") from None
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(" ".join(str(error).split())) from None
+    except Exception as error:  # of PyYAML's constructors: TypeError, AttributeError, LookupError
+        said = " ".join(str(error).split())
+        raise ValueError(f"it is no YAML of a preset ({type(error).__name__}: {said})") from None
 
 
 def _read(file: Path, most: int, named: bool = True) -> str:

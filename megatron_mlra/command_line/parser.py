@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
+from megatron_mlra.command_line.printable import printable
 from megatron_mlra.version import __version__
 
 LONGEST = 1500
@@ -87,7 +88,7 @@ class OneLineParser(argparse.ArgumentParser):
 def one_line(error: BaseException | str) -> str:
     """An error in one line of at most `LONGEST` letters. What is too long is nearly always a value,
     between the name that it stands for and the fix, so the middle is left out."""
-    line = " ".join(str(error).split())
+    line = printable(" ".join(str(error).split()))
     if len(line) <= LONGEST:
         return line
     head, tail = 2 * LONGEST // 3, LONGEST // 3 - 50
@@ -179,23 +180,29 @@ def write_text(file: str | Path, text: str) -> None:
 
 
 class _Stdout(io.FileIO):
-    """Standard output that ends the program where there is nobody left to read (`tool | head`).
+    """Standard output that ends the program where there is nobody left to read (`tool | head`), or
+    where the disk that it goes to is full.
 
-    By SystemExit and not BrokenPipeError, an OSError, which tools report as bad input. The signal
-    is left as Python has it, since it would also end a tool whose worker process died.
+    By SystemExit and not by an OSError, which tools report as bad input. The signal is left as
+    Python has it, since it would also end a tool whose worker process died.
     """
 
     def write(self, data: bytes) -> int | None:
         try:
             return super().write(data)
-        except BrokenPipeError:
+        except OSError as error:
             # What is still buffered is written once more at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
-            raise SystemExit(CODE) from None
+            if isinstance(error, BrokenPipeError):
+                raise SystemExit(CODE) from None
+            print(f"error: standard output: {error.strerror}", file=sys.stderr)
+            raise SystemExit(1) from None
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a tool's `main` and exit with its code; an interrupted one ends with one line."""
+    if sys.stdout is None:  # closed by whoever started this program
+        sys.stdout = sys.__stdout__ = open(os.devnull, "w")  # noqa: SIM115  (for the process's life)
     old = sys.stdout
     buffer = io.BufferedWriter(_Stdout(old.fileno(), "w", closefd=False))
     sys.stdout = io.TextIOWrapper(
@@ -211,8 +218,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 def say(line: str) -> None:
-    """Print a line for a person, past the redirection of Megatron's output."""
-    tqdm.write(line, file=sys.__stdout__)
+    """Print lines for a person, past the redirection of Megatron's output."""
+    tqdm.write(printable(line, kept="\n\t\xa0"), file=sys.__stdout__)
     sys.__stdout__.flush()
 
 

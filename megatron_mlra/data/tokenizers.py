@@ -18,6 +18,7 @@ import numpy as np
 
 from megatron_mlra.command_line.foreign_text import read_json
 from megatron_mlra.data.errors import InputError, first_line, require
+from megatron_mlra.data.library_tokenizer import check_growth, ordinary_errors
 
 TOKENIZER_TYPES = ("byte", "hf", "tiktoken")
 TOKENIZER_BYTES = 256 << 20
@@ -117,12 +118,22 @@ class HFTokenizer:
         self._eod_token, self.eod = token, vocab[token]
 
     def tokenize(self, text: str) -> list[int]:
-        """Ids of a text, without special tokens."""
-        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        """Ids of a text, without special tokens.
+
+        Raises:
+            InputError: the tokenizer fails on this text.
+        """
+        with ordinary_errors(f"{self._file} fails on a text"):
+            return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def detokenize(self, ids: Iterable[int]) -> str:
-        """The text of ids, special tokens left out."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        """The text of ids, special tokens left out.
+
+        Raises:
+            InputError: the tokenizer fails on these ids.
+        """
+        with ordinary_errors(f"{self._file} fails on ids"):
+            return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def describe(self) -> dict[str, Any]:
         """Type, file, its SHA-256, and the token that ends a document."""
@@ -161,8 +172,13 @@ class TiktokenTokenizer:
         self.eod = self._encoding.eot_token
 
     def tokenize(self, text: str) -> list[int]:
-        """Ids of a text, without special tokens."""
-        return self._encoding.encode_ordinary(text)
+        """Ids of a text, without special tokens.
+
+        Raises:
+            InputError: the pattern fails on this text.
+        """
+        with ordinary_errors(f"tiktoken {self._name} fails on a text"):
+            return self._encoding.encode_ordinary(text)
 
     def detokenize(self, ids: Iterable[int]) -> str:
         """The text of ids; what is not UTF-8 becomes U+FFFD, EOD is left out."""
@@ -202,15 +218,19 @@ def read_tokenizer_json(file: Path) -> Any:
     """The `tokenizers.Tokenizer` of a file.
 
     Raises:
-        InputError: the library cannot read it, or the package is missing.
+        InputError: the library cannot read it, it makes too much of a text, or the package is
+            missing.
     """
     library = require("tokenizers", "the hf tokenizer")
     if file.stat().st_size > TOKENIZER_BYTES:
         raise InputError(f"{file} has more than {TOKENIZER_BYTES:,} bytes")
+    with ordinary_errors(f"{file} is not a tokenizer.json"):
+        tokenizer = library.Tokenizer.from_file(str(file))
     try:
-        return library.Tokenizer.from_file(str(file))
-    except Exception as error:  # the package raises plain Exception
-        raise InputError(f"{file} is not a tokenizer.json: {first_line(error)}") from error
+        check_growth(tokenizer)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+    return tokenizer
 
 
 def _tokenizer_json(path: Path) -> Path:

@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore, distributed_c10d
 
 from megatron_mlra.command_line.parser import aside
+from megatron_mlra.command_line.printable import printable
 from megatron_mlra.fault_tolerance.hang import (
     Beat,
     Heard,
@@ -224,7 +225,7 @@ class Watch:
             first = Verdict.read(self.store.compare_set(_VERDICT, "", mine.write()).decode())
         self.stop()
         if first == mine:
-            os.write(2, f"error {mine.line}\n".encode())
+            os.write(2, f"error {printable(mine.line)}\n".encode())
         else:
             self._say(first)
         # Whoever sees this process end before it has read the verdict says that a rank is gone.
@@ -343,10 +344,10 @@ class Watch:
     def _say(self, verdict: Verdict) -> None:
         # Not through sys.stderr: the main thread may hold its lock.
         if verdict.told_on is None and self.speaks:
-            line = f"error: {verdict.line} (--hang-timeout-seconds {self.limit:g})\n"
-            os.write(2, line.encode())
+            line = f"error: {verdict.line} (--hang-timeout-seconds {self.limit:g})"
+            os.write(2, f"{printable(line)}\n".encode())
         elif verdict.told_on not in (None, socket.gethostname()) and self.speaks:
-            os.write(2, f"error {verdict.line}\n".encode())
+            os.write(2, f"error {printable(verdict.line)}\n".encode())
 
     def _leave(self, verdict: Verdict) -> None:
         if verdict.told_on is None and self.rank in verdict.ranks:

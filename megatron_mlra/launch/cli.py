@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import logging
+import math
 import os
 import signal
 import socket
@@ -47,7 +48,11 @@ def main(argv: list[str]) -> int:
     # From here on a stop waits for its thread. The ranks inherit this, until they can heed it.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     control = Control()
-    stopped_code = int(os.environ.get("STOPPED_CODE", "0"))
+    given = os.environ.get("STOPPED_CODE") or "0"
+    if not (given.isascii() and given.isdigit() and int(given) < 256):
+        say(f"error: STOPPED_CODE {given} is no exit code; give 0 to 255")
+        return REFUSED
+    stopped_code = int(given)
     watch = Watch(control, stopped_code)
     watch.start()
     try:
@@ -127,7 +132,7 @@ def _join(args: Namespace, control: Control) -> Hosts:
     network.resolve(host, port, here)
     found = network.own_address((host, port), args.local_addr)
     conf = dict(item.split("=", 1) for item in args.rdzv_conf.split(",") if "=" in item)
-    join_timeout = float(conf.get("join_timeout", DEFAULT_JOIN_TIMEOUT))
+    join_timeout = _seconds(conf.get("join_timeout", DEFAULT_JOIN_TIMEOUT))
     first = network.meet(host, port, join_timeout, say, here)
     if found is not None:
         address, interface = found
@@ -142,6 +147,13 @@ def _join(args: Namespace, control: Control) -> Hosts:
     joined = hosts.Hosts(control, own, (host, port), join_timeout)
     joined.start(judges=first)
     return joined
+
+
+def _seconds(given: str | float) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(given) < math.inf:
+            return float(given)
+    raise ValueError(f"--rdzv-conf join_timeout={given} is no number of seconds above 0; give one")
 
 
 def _run(args: Namespace, control: Control, hosts: Hosts | None) -> tuple[int, str]:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 
+from megatron_mlra.command_line.printable import printable
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """SIGUSR1 too: srun hands it on to a step, where it answers SIGTERM by killing the step."""
 
@@ -34,8 +36,8 @@ class Phase(Enum):
 
 
 def say(line: str) -> None:
-    """One line on stderr, whatever other threads do."""
-    os.write(2, f"{line}\n".encode())
+    """One line on stderr, whatever other threads do, and whatever other hosts wrote."""
+    os.write(2, f"{printable(line)}\n".encode())
 
 
 class Ended(Exception):

@@ -9,11 +9,15 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_mlra.command_line.parser import OneLineParser, add_no_verify, one_line, read_text
 from megatron_mlra.command_line.signals import Interrupted, interruptible
 from megatron_mlra.serving.environment import find_python
 from megatron_mlra.serving.server import check_port, last_error, running, wait_until_healthy
+
+if TYPE_CHECKING:
+    from megatron_mlra.checkpoint.folder import CheckpointFolder
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 ROOT = Path(__file__).parents[2]
@@ -115,7 +119,15 @@ def _keep(log: Path) -> Path:
 
 
 def exported(args: argparse.Namespace, source: Path) -> Path:
-    """The folder that vLLM opens: the source itself, or its export, which is written once."""
+    """The folder that vLLM opens: the source itself, or its export, which is written once.
+
+    Raises:
+        ValueError: it is damaged, a link leads out of the source, the export is another model's, or
+            a flag would be without effect.
+    """
+    from megatron_mlra.checkpoint.formats import open_checkpoint
+    from megatron_mlra.checkpoint.huggingface.folder import write_huggingface
+
     if (source / "config.json").is_file() and _model_type(source) in ("mlra", "llama"):
         for flag in ("tokenizer", "export_to", "vocab_size"):
             if getattr(args, flag) is not None:
@@ -123,18 +135,18 @@ def exported(args: argparse.Namespace, source: Path) -> Path:
                     f"{source} is exported already: --{flag.replace('_', '-')} is for runs and"
                     " checkpoints; leave it out"
                 )
+        _check_whole(open_checkpoint(source, verify=args.verify))
         return source
-    from megatron_mlra.checkpoint.formats import open_checkpoint
-    from megatron_mlra.checkpoint.huggingface.folder import write_huggingface
-
-    checkpoint = open_checkpoint(str(source), args.vocab_size, verify=args.verify)
-    folder = getattr(checkpoint, "folder", source)
-    target = source / "exported" / folder.name
+    checkpoint = open_checkpoint(source, args.vocab_size, verify=args.verify)
+    step = getattr(checkpoint, "folder", source).name
     if args.export_to is not None:
         target = Path(args.export_to)
-    elif target.is_dir():
-        print(f"serving {target}, exported before; remove it to export again", flush=True)
-        return target
+    else:
+        target = _own_export(source, step)
+        if target.exists():
+            _check_export(args, target, checkpoint)
+            print(f"serving {target}, exported before; remove it to export again", flush=True)
+            return target
     problem = write_huggingface(
         checkpoint,
         target,
@@ -144,6 +156,52 @@ def exported(args: argparse.Namespace, source: Path) -> Path:
     )
     print(f"exported {source} to {target}" + (f"; {problem}" if problem else ""), flush=True)
     return target
+
+
+def _own_export(source: Path, step: str) -> Path:
+    """Where a source's export lies: in it, and not where a link that came with it leads."""
+    from megatron_mlra.checkpoint.files.inside import inside
+
+    try:
+        return inside(source, f"exported/{step}")
+    except ValueError as error:
+        raise ValueError(f"{error}, or name the export's folder by --export-to") from None
+
+
+def _check_export(args: argparse.Namespace, target: Path, checkpoint: CheckpointFolder) -> None:
+    """Refuse what lies where a checkpoint's export belongs, unless it is that and whole."""
+    from megatron_mlra.checkpoint.files import manifest
+    from megatron_mlra.checkpoint.formats import open_checkpoint
+    from megatron_mlra.description.tensors import expected_tensors
+
+    again = f"remove {target} to export again, or leave it out"
+    if args.tokenizer is not None:
+        raise ValueError(f"--tokenizer {args.tokenizer}: {target} was exported before; {again}")
+    there = open_checkpoint(target, verify=args.verify)
+    size = there.description.vocab_size
+    if args.vocab_size not in (None, size):
+        raise ValueError(
+            f"--vocab-size {args.vocab_size}: {target} was exported before, with {size}; {again}"
+        )
+    same = expected_tensors(there.description) == expected_tensors(checkpoint.description)
+    if there.kind != "huggingface" or not same:
+        raise ValueError(
+            f"{target} is no export of {checkpoint.path}: it holds another model; remove it to"
+            " export again, or give it as the source"
+        )
+    own = manifest.identity(getattr(checkpoint, "folder", checkpoint.path))
+    if args.verify and None not in (own, known := manifest.made_from(target)) and own != known:
+        raise ValueError(
+            f"{target} is no export of {checkpoint.path}: it was made from a checkpoint of other"
+            f" numbers; remove {target} to export again, or serve it with --no-verify"
+        )
+    _check_whole(there)
+
+
+def _check_whole(folder: CheckpointFolder) -> None:
+    """Read an exported folder as vLLM will, which compares nothing with checksums."""
+    folder.tokenizer_files()
+    folder.check_finite()
 
 
 def _model_type(folder: Path) -> str | None:

@@ -20,6 +20,7 @@ from megatron_mlra.fault_tolerance.hang import collective_seconds
 from megatron_mlra.layers.config import resolve_core_backend
 from megatron_mlra.training import muon
 from megatron_mlra.training.cpu_backend import CPU_DEFAULTS
+from megatron_mlra.training.number_checks import check_numbers
 from megatron_mlra.training.rope import check_rope
 
 REQUIRED = (
@@ -29,28 +30,6 @@ REQUIRED = (
     "seq_length",
     "micro_batch_size",
     "lr",
-)
-
-POSITIVE = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "seq_length",
-    "vocab_size",
-    "micro_batch_size",
-    "global_batch_size",
-    "train_iters",
-    "log_interval",
-    "eval_interval",
-    "save_interval",
-    "tensorboard_log_interval",
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "context_parallel_size",
-    "tpa_q_rank",
-    "tpa_kv_rank",
-    "keep_last",
 )
 
 REPLACED = {
@@ -102,10 +81,7 @@ def _check_values(args: Namespace) -> None:
     for name in REQUIRED:
         if getattr(args, name) is None:
             raise ValueError(f"{flag(name)} is missing; give it, or a preset with --config")
-    for name in POSITIVE:
-        value = getattr(args, name, None)
-        if value is not None and value < 1:
-            raise ValueError(f"{flag(name)} is {value}; it must be at least 1")
+    check_numbers(args)
     if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None:
         raise ValueError("--vocab-size is missing; give the size of the data's vocabulary")
     padded = args.padded_vocab_size
@@ -162,12 +138,6 @@ def _check_schedule(args: Namespace) -> None:
         raise ValueError(f"--lr {args.lr:g} is not positive; use e.g. 3e-4")
     if args.min_lr is not None and args.min_lr > args.lr:
         raise ValueError(f"--min-lr {args.min_lr:g} is above --lr {args.lr:g}; use at most --lr")
-    decay = args.lr_decay_iters or args.train_iters
-    if decay and args.lr_warmup_iters >= decay:
-        raise ValueError(
-            f"--lr-warmup-iters {args.lr_warmup_iters} leaves nothing of the {decay} steps the rate"
-            f" decays over; use at most {decay - 1}"
-        )
 
 
 def _check_precision(args: Namespace) -> None:

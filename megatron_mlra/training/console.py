@@ -24,6 +24,7 @@ from megatron_mlra.cost.parameters import parameters
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.fault_tolerance.integrity import latest_step
 from megatron_mlra.training.ending import kill_children, speaks_itself, tell_launcher
+from megatron_mlra.training.muon import OptimizerRefused
 
 
 def summary(args: Namespace, shape: ModelDescription) -> str:
@@ -134,7 +135,8 @@ def fail(error: BaseException, output: MegatronOutput | None, started: bool) -> 
     """One line for an error that ends the run; once it has `started`, a traceback in its log.
 
     Returns:
-        the exit code: 2 for a run that did not start, 1 for one that was stopped.
+        the exit code: 2 for a run that did not start or whose optimizer refused its flags, 1 for
+        one that was stopped.
     """
     if isinstance(error, SystemExit):
         error = RuntimeError(f"Megatron ended the run: {output.last_line if output else error}")
@@ -156,7 +158,7 @@ def fail(error: BaseException, output: MegatronOutput | None, started: bool) -> 
         else:
             print(f"  full log: {output.path}", file=sys.stderr)
     sys.stderr.flush()
-    return 1 if started else 2
+    return 1 if started and not isinstance(error, OptimizerRefused) else 2
 
 
 def what_is_left(args: Namespace) -> str:

@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 
+from megatron_mlra.command_line.printable import printable
 from megatron_mlra.command_line.signals import handle
 from megatron_mlra.launch.control import SPEAKER
 
@@ -23,7 +24,7 @@ def hush_threads() -> None:
 
 def end_at_once(line: str) -> None:
     """End this process from any thread, whatever the main thread waits for."""
-    os.write(2, f"error: {line}\n".encode())
+    os.write(2, f"error: {printable(line)}\n".encode())
     os._exit(1)
 
 
@@ -57,7 +58,7 @@ def refuse_python(error: ImportError) -> int:
         " install the project there, or set PYTHON to the Python that has it"
     )
     if speaks_itself(line):
-        os.write(2, f"error: {line}\n".encode())
+        os.write(2, f"error: {printable(line)}\n".encode())
     return 2
 
 

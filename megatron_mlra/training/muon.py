@@ -24,6 +24,7 @@ from megatron.core.optimizer import layer_wise_optimizer
 from megatron.core.optimizer.emerging_optimizers import (
     HAVE_EMERGING_OPTIMIZERS,
     TensorParallelMuon,
+    get_supported_coefficient_types,
 )
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from torch import Tensor
@@ -33,6 +34,10 @@ from megatron_mlra.sharding.matrices import Rows, grouped_query_matrices
 
 KNOWN = ("adam", "sgd", "muon", "lion")
 """Optimizers that treat every weight of the attention as their own definition says."""
+
+
+class OptimizerRefused(ValueError):
+    """What an optimizer says of its flags while it is built; starting again would not help."""
 
 
 class MatrixMuon(TensorParallelMuon):
@@ -141,7 +146,10 @@ def around_optimizer(build: Callable[..., Any], args: Namespace) -> Callable[...
     def wrapped(config: Any, model_chunks: Any, *more: Any, **named: Any) -> Any:
         if config.optimizer in ("muon", "dist_muon") and config.muon_split_qkv:
             cut_grouped_queries(model_chunks)
-        optimizer = build(config, model_chunks, *more, **named)
+        try:
+            optimizer = build(config, model_chunks, *more, **named)
+        except (ValueError, AssertionError) as error:
+            raise OptimizerRefused(f"--optimizer {config.optimizer}: {error}") from error
         if args.verbose_optimizer and args.rank == 0:
             say(table(config.optimizer, model_chunks))
         return optimizer
@@ -197,6 +205,14 @@ def check(args: Namespace) -> None:
             f"--optimizer {args.optimizer} needs the package emerging-optimizers; install the extra"
             " megatron-mlra[muon], or use --optimizer adam"
         )
+    if name in ("muon", "adaptive_muon"):
+        # Sets of one's own have no flag.
+        known = [each for each in get_supported_coefficient_types() if each != "custom"]
+        if args.muon_coefficient_type not in known:
+            raise ValueError(
+                f"--muon-coefficient-type is {args.muon_coefficient_type}; use one of"
+                f" {', '.join(known)}"
+            )
     if args.fp16:
         raise ValueError(f"--optimizer {args.optimizer} has no loss scaling; use --bf16")
     if args.use_distributed_optimizer and not args.bf16:

@@ -31,11 +31,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write(folder: Path, names: Iterable[str] | None = None) -> None:
+def write(folder: Path, names: Iterable[str] | None = None, made_from: str | None = None) -> None:
     """List the checksums of a folder that was just written.
 
     Args:
         names: of the files; default: all.
+        made_from: the `identity` of the checkpoint that this one was converted from.
     """
     if names is None:
         names = [path.name for path in folder.iterdir() if path.is_file()]
@@ -43,8 +44,33 @@ def write(folder: Path, names: Iterable[str] | None = None) -> None:
     with ThreadPoolExecutor(_THREADS) as threads:
         sums = threads.map(sha256, [folder / name for name in names])
         files = dict(zip(names, sums, strict=True))
-    text = json.dumps({"algorithm": "sha256", "files": files}, indent=1)
+    listed = {"algorithm": "sha256", "files": files}
+    if made_from is not None:
+        listed["made_from"] = made_from
+    text = json.dumps(listed, indent=1)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def identity(folder: Path) -> str | None:
+    """What tells a checkpoint from all others, one of the same step among them: the SHA-256 of its
+    manifest; None without one.
+
+    Raises:
+        CheckpointError: the manifest is a link out of the folder.
+    """
+    path = inside(folder, MANIFEST)
+    return sha256(path) if path.is_file() else None
+
+
+def made_from(folder: Path) -> str | None:
+    """The `identity` of the checkpoint that a folder was converted from, if it is known.
+
+    Raises:
+        CheckpointError: the manifest cannot be read.
+    """
+    if entries(folder, None) is None:
+        return None
+    return read_json(inside(folder, MANIFEST)).get("made_from")
 
 
 def entries(folder: Path, needed: str | None = ".metadata") -> dict[str, str] | None:

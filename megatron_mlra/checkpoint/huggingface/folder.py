@@ -142,5 +142,6 @@ def write_huggingface(
                     shutil.copyfile(file, folder / file.name)
             card = model_card(source, model, Path(destination).name, has_chat_template(folder))
             (folder / "README.md").write_text(card, encoding="utf-8")
-            manifest.write(folder)
+            made_from = manifest.identity(getattr(source, "folder", source.path))
+            manifest.write(folder, made_from=made_from)
             return missing

@@ -18,6 +18,7 @@ from megatron_mlra.checkpoint.folder import CheckpointFolder
 from megatron_mlra.checkpoint.tokenizer import chosen_tokenizer, data_tokenizer, own_tokenizer
 from megatron_mlra.command_line.foreign_text import read_json
 from megatron_mlra.command_line.parser import read_text
+from megatron_mlra.data.errors import InputError
 from megatron_mlra.data.tokenizers import read_tokenizer_json
 from megatron_mlra.description.model import CheckpointError, ModelDescription
 
@@ -107,8 +108,6 @@ def _write_generation(model: ModelDescription, folder: Path) -> None:
 
 def _end_of_tokenizer(folder: Path) -> int | None:
     """The id of the token that the tokenizer ends texts with; None where none can be told."""
-    from tokenizers import Tokenizer
-
     file, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
     if not (file.is_file() and config.is_file()):
         return None
@@ -116,8 +115,8 @@ def _end_of_tokenizer(folder: Path) -> int | None:
     token = token.get("content") if isinstance(token, dict) else token
     if not isinstance(token, str):
         return None
-    with contextlib.suppress(Exception):  # no tokenizer; the library has no class of its own
-        return Tokenizer.from_file(str(file)).token_to_id(token)
+    with contextlib.suppress(InputError):  # no tokenizer
+        return read_tokenizer_json(file).token_to_id(token)
     return None
 
 

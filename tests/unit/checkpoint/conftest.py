@@ -45,5 +45,5 @@ def unsealed():
     """Folders come without checksums, as other programs and older versions leave them: what is
     changed in them must be found by whoever reads it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(manifest, "write", lambda *_: None)
+        patch.setattr(manifest, "write", lambda *_, **__: None)
         yield

@@ -74,6 +74,7 @@ def test_the_overview_needs_no_torch_and_little_time():
     [
         (["plann"], "mlra has no command plann; did you mean plan?"),
         (["zzz"], "mlra has no command zzz; mlra --help lists the commands"),
+        (["zz\udcff"], r"mlra has no command zz\udcff; mlra --help lists the commands"),
         ([], "name a command; mlra --help lists them"),
     ],
 )
@@ -178,3 +179,18 @@ def test_an_interrupt_is_one_line():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV)
     assert (done.returncode, done.stdout) == (130, "half\n")
     assert done.stderr == "error: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("redirected", "code", "said"),
+    [
+        (">/dev/full", 1, "error: standard output: No space left on device\n"),
+        (">&-", 0, ""),
+    ],
+)
+def test_output_that_cannot_be_written(redirected, code, said):
+    program = [sys.executable, "-m", "megatron_mlra.command_line", "presets"]
+    done = subprocess.run(
+        ["sh", "-c", f'"$@" {redirected}', "sh", *program], capture_output=True, text=True, cwd=ROOT
+    )
+    assert (done.returncode, done.stderr) == (code, said)

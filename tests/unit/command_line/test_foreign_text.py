@@ -6,11 +6,12 @@ import gzip
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import zstandard
 
-from megatron_mlra.command_line.foreign_text import parse_json, read_json
+from megatron_mlra.command_line.foreign_text import parse_json, read_json, read_yaml
 from megatron_mlra.data.cli import main
 from megatron_mlra.description.presets import preset_values
 
@@ -98,7 +99,12 @@ def test_json(tmp_path):
         ("a: " + "1" * 5000, "4300"),
         ("a: 2001-99-99", "month"),
         ("#" * (1 << 18) + "\n", "more than 262,144 bytes"),
-        ("a: !!python/object/apply:os.mkdir [canary]", "could not determine a constructor"),
+        ("a: !!python/object/apply:os.mkdir [canary]", "os.mkdir': leave it out"),
+        ("lr: !!bool x", "tag 'tag:yaml.org,2002:bool': leave it out"),
+        ('lr: !!int ""', "tag 'tag:yaml.org,2002:int': leave it out"),
+        ("lr: !!timestamp x", "tag 'tag:yaml.org,2002:timestamp': leave it out"),
+        ("? !!set {a}\n: b", "tag 'tag:yaml.org,2002:set': leave it out"),
+        ("lr: 0b_", "invalid literal"),
         ("a: 1\na: 2", "a is given twice"),
     ],
 )
@@ -109,3 +115,12 @@ def test_presets_of_strangers(text, said, tmp_path, monkeypatch):
         preset_values("p.yaml")
     assert "\n" not in str(refused.value) and str(refused.value).startswith("--config p.yaml: ")
     assert not (tmp_path / "canary").exists()
+
+
+def test_a_number_with_colons_is_text(tmp_path):
+    minutes = "1" + ":59" * 60_000
+    (tmp_path / "p.yaml").write_text(f"a: {minutes}\nb: 1:30\nc: 1:30.5\nd: 12\n")
+    begun = time.monotonic()
+    values = read_yaml(tmp_path / "p.yaml")
+    assert values == {"a": minutes, "b": "1:30", "c": "1:30.5", "d": 12}
+    assert time.monotonic() - begun < 2

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import io
+import sys
 
 import pytest
 
-from megatron_mlra.command_line.parser import LONGEST, OneLineParser, one_line
+from megatron_mlra.command_line.parser import LONGEST, OneLineParser, one_line, say
+from megatron_mlra.launch import control
 from support import ROOT
 
 
@@ -16,6 +19,25 @@ def test_an_error_is_one_line_of_bounded_length():
     line = one_line("size is " + "9" * 10**6 + "; use at most 4")
     assert len(line) <= LONGEST and line.startswith("size is 99") and line.endswith("use at most 4")
     assert "99,555 letters" not in line and "letters left out" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\x1b[2Jb", r"a\x1b[2Jb"),
+        ("a\x00\x07b", r"a\x00\x07b"),
+        ("a\u202eb", r"a\u202eb"),
+        ("a\udcffb", r"a\udcffb"),
+        ("Größe 10 µs", "Größe 10 µs"),
+    ],
+)
+def test_no_text_of_a_stranger_commands_the_terminal(text, shown, capfd, monkeypatch):
+    assert one_line(text) == shown
+    monkeypatch.setattr(sys, "__stdout__", io.StringIO())
+    say(f"{text}\nsecond line")
+    assert sys.__stdout__.getvalue() == f"{shown}\nsecond line\n"
+    control.say(f"{text}\n[of another host]")
+    assert capfd.readouterr().err == f"{shown}\\n[of another host]\n"
 
 
 def test_a_flag_of_megabytes(capsys):

@@ -40,3 +40,23 @@ def test_a_thread_in_a_request_to_the_store(end, code, said):
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (code, "said\n"), done.stderr
     assert said in done.stderr and "terminate called" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "conf", "said"),
+    [
+        ({"STOPPED_CODE": "abc"}, "", "error: STOPPED_CODE abc is no exit code; give 0 to 255\n"),
+        ({"STOPPED_CODE": "300"}, "", "error: STOPPED_CODE 300 is no exit code; give 0 to 255\n"),
+        ({}, "nan", "error: --rdzv-conf join_timeout=nan is no number of seconds above 0;"),
+        ({}, "soon", "error: --rdzv-conf join_timeout=soon is no number of seconds above 0;"),
+    ],
+)
+def test_numbers_of_the_launcher(variables, conf, said):
+    words = ["--nnodes", "2", "--rdzv-id", "1", "--rdzv-backend", "c10d"]
+    words += ["--rdzv-endpoint", "127.0.0.1:1", "--rdzv-conf", f"join_timeout={conf}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_mlra.launch", *words, "-m", "nothing"],
+        capture_output=True, text=True, env=ENV | variables, cwd=ROOT, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.startswith(said), done.stderr
+    assert done.stderr.count("\n") == 1

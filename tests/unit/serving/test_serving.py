@@ -6,6 +6,7 @@ import asyncio
 import base64
 import hashlib
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import psutil
 import pytest
 
 from megatron_mlra.checkpoint.huggingface.folder import write_huggingface
+from megatron_mlra.checkpoint.megatron.writer import write_megatron
+from megatron_mlra.serving import cli
 from megatron_mlra.serving.cli import main
 from megatron_mlra.serving.server import last_error, running, wait_until_healthy
 from mlra_vllm.chat import ChatPage, LocalChatPage
@@ -56,6 +59,75 @@ def test_refusals(words, said, exported, port, capsys):
     out = capsys.readouterr()
     assert out.out == "" and out.err.startswith("error: ") and out.err.count("\n") == 1
     assert said.format(my=exported) in out.err
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A checkpoint that was not exported."""
+    write_megatron(RandomFolder(latent(4, 4)), tmp_path / "run", progress=False)
+    return tmp_path / "run"
+
+
+def served(source, *words):
+    """The folder that vLLM would open."""
+    return cli.exported(cli.parser().parse_args([str(source), *words]), source)
+
+
+def spoil(folder):
+    """Flip a bit of a folder's weights."""
+    (weights,) = folder.glob("*.safetensors")
+    data = bytearray(weights.read_bytes())
+    data[-100] ^= 1
+    weights.write_bytes(data)
+
+
+def test_an_export_is_served_again_if_it_is_whole_and_no_flag_is_ignored(run, exported, capsys):
+    target = served(run, "--tokenizer", "byte")
+    assert target == run / "exported" / "release"
+    assert served(run) == served(run, "--vocab-size", "257") == target
+    assert "exported before; remove it to export again" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"--tokenizer byte: .* was exported before; remove"):
+        served(run, "--tokenizer", "byte")
+    with pytest.raises(ValueError, match=r"--vocab-size 200: .* was exported before, with 257"):
+        served(run, "--vocab-size", "200")
+    other = RandomFolder(latent(4, 4))
+    other.tensor = lambda name: RandomFolder.tensor(other, name) * 2
+    moved = run.parent / "moved"
+    write_megatron(other, moved, progress=False)
+    shutil.copytree(target, moved / "exported" / "release")
+    with pytest.raises(ValueError, match="was made from a checkpoint of other numbers"):
+        served(moved)
+    assert served(moved, "--no-verify") == moved / "exported" / "release"
+    spoil(target)
+    with pytest.raises(ValueError, match="safetensors does not match its checksum"):
+        served(run)
+    assert served(run, "--no-verify") == target
+    shutil.rmtree(target)
+    write_huggingface(RandomFolder(latent(2, 2)), target, tokenizer="byte", progress=False)
+    with pytest.raises(ValueError, match=r"is no export of .*: it holds another model"):
+        served(run)
+
+
+@pytest.mark.parametrize("link", ["exported", "exported/release"])
+def test_a_link_that_came_with_a_run_is_not_served_or_written_through(link, run, exported):
+    elsewhere = run.parent / "elsewhere"
+    shutil.copytree(exported, elsewhere)
+    before = sorted(elsewhere.iterdir())
+    (run / link).parent.mkdir(exist_ok=True)
+    (run / link).symlink_to(elsewhere)
+    with pytest.raises(ValueError, match=r"is a link out of its folder.*--export-to"):
+        served(run)
+    assert sorted(elsewhere.iterdir()) == before
+
+
+def test_a_damaged_exported_folder_is_not_served(exported, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(exported, copy)
+    assert served(copy) == copy
+    spoil(copy)
+    with pytest.raises(ValueError, match="does not match its checksum"):
+        served(copy)
+    assert served(copy, "--no-verify") == copy
 
 
 def test_a_port_that_is_taken(exported, port, capsys):
@@ -156,3 +228,46 @@ def test_the_pages_script_is_the_one_that_may_run():
 def test_a_local_server_answers_to_local_names_alone(host, status):
     assert answer(LocalChatPage, "/v1/models", host)[0] == status
     assert answer(ChatPage, "/v1/models", host)[0] == 299
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "fine"),
+    [
+        ("localhost:8000", None, True),
+        ("localhost:8000", "http://localhost:8000", True),
+        ("[::1]:8000", "https://[::1]:8000", True),
+        ("127.0.0.1:8000", "http://elsewhere.example", False),
+        ("127.0.0.1:8000", "http://127.0.0.1:8000.elsewhere.example", False),
+        ("127.0.0.1:8000", "http://127.0.0.1:9000", False),
+        ("127.0.0.1:8000", "null", False),
+        ("elsewhere.example:8000", "http://elsewhere.example:8000", False),
+    ],
+)
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+def test_a_local_server_answers_no_page_of_another_site(kind, host, origin, fine):
+    sent, reached = [], []
+
+    async def app(scope, receive, send):
+        reached.append(scope)
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"host", host.encode()), (b"content-type", b"text/plain")]
+    headers += [(b"origin", origin.encode())] if origin else []
+    scope = {"type": kind, "path": "/v1/completions", "method": "POST", "headers": headers}
+    asyncio.run(LocalChatPage(app)(scope, None, send))
+    assert bool(reached) == fine
+    if not fine:
+        expected = {"http": ("http.response.start", 403), "websocket": ("websocket.close", None)}
+        assert (sent[0]["type"], sent[0].get("status")) == expected[kind]
+
+
+def test_a_local_server_starts_and_ends():
+    reached = []
+
+    async def app(scope, receive, send):
+        reached.append(scope["type"])
+
+    asyncio.run(LocalChatPage(app)({"type": "lifespan"}, None, None))
+    assert reached == ["lifespan"]

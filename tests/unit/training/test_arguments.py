@@ -11,7 +11,7 @@ import torch
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_mlra.cost.flops import TrainFlops
-from megatron_mlra.training import console
+from megatron_mlra.training import console, muon
 from megatron_mlra.training.argument_checks import check_fp8_tokens
 from megatron_mlra.training.arguments import add_mlra_arguments, load_preset, parse
 from megatron_mlra.training.cpu_backend import CPU_DEFAULTS
@@ -263,3 +263,39 @@ def test_the_list_of_keys_of_presets_is_the_parsers():
     from megatron_mlra.training.presets import keys
 
     assert KEYS.read_text().split() == keys(), "run python -m megatron_mlra.training.presets"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--train-samples 0", "--train-samples is 0; it must be at least 1"),
+        ("--train-samples 7", "leaves nothing of the 7 samples the rate decays over; use at most"),
+        ("--lr-decay-iters 0", "--lr-decay-iters is 0; it must be at least 1"),
+        ("--lr-warmup-iters -1", "--lr-warmup-iters is -1; it must be at least 0"),
+        ("--adam-beta1 2", "--adam-beta1 is 2.0; it must be at least 0 and below 1"),
+        ("--clip-grad -1", "--clip-grad is -1.0; it must be at least 0"),
+        ("--weight-decay nan", "--weight-decay is nan; it must be a finite number"),
+        ("--init-method-std inf", "--init-method-std is inf; it must be a finite number"),
+        ("--muon-momentum nan", "--muon-momentum is nan; it must be a finite number"),
+        ("--muon-extra-scale-factor 0", "--muon-extra-scale-factor is 0.0; it must be above 0"),
+        ("--muon-num-ns-steps -1", "--muon-num-ns-steps is -1; it must be at least 1"),
+        (
+            "--optimizer muon --muon-coefficient-type foo",
+            "--muon-coefficient-type is foo; use one of",
+        ),
+    ],
+)
+def test_numbers_out_of_range_are_refused_at_once(words, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        parse(["--config", DEBUG, *words.split()])
+
+
+def test_what_an_optimizer_refuses_is_no_fault_to_start_again_after(capsys):
+    def build(*_):
+        raise ValueError("no such flag")
+
+    args = Namespace(verbose_optimizer=False, rank=0)
+    with pytest.raises(ValueError, match="--optimizer adam: no such flag") as refused:
+        muon.around_optimizer(build, args)(Namespace(optimizer="adam"), [])
+    assert console.fail(refused.value, None, started=True) == 2
+    assert console.fail(ValueError("a fault"), None, started=True) == 1

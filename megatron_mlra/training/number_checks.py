@@ -1,0 +1,94 @@
+"""Checks of the command line's numbers: what each may be, before Megatron sees it.
+
+A number that only fails once the optimizer is built, or once its first update is not finite, would
+end a run as a fault does, and a launcher would start the run again.
+"""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+
+from megatron_mlra.command_line.parser import flag
+
+POSITIVE = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "seq_length",
+    "vocab_size",
+    "micro_batch_size",
+    "global_batch_size",
+    "train_iters",
+    "train_samples",
+    "lr_decay_iters",
+    "lr_decay_samples",
+    "log_interval",
+    "eval_interval",
+    "save_interval",
+    "tensorboard_log_interval",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "tpa_q_rank",
+    "tpa_kv_rank",
+    "keep_last",
+    "muon_num_ns_steps",
+)
+"""Counts of which there is at least one."""
+
+AT_LEAST_0 = (
+    "lr_warmup_iters",
+    "lr_warmup_samples",
+    "min_lr",
+    "weight_decay",
+    "clip_grad",
+    "adam_eps",
+)
+
+SHARES = (
+    "adam_beta1",
+    "adam_beta2",
+    "lion_beta1",
+    "lion_beta2",
+    "sgd_momentum",
+    "muon_momentum",
+    "lr_warmup_fraction",
+)
+"""Shares of what was before: at least 0 and below 1."""
+
+
+def check_numbers(args: Namespace) -> None:
+    """Refuse numbers that are out of their flags' range.
+
+    Raises:
+        ValueError: one line that names the flag and the range.
+    """
+    for name, value in vars(args).items():
+        values = value if isinstance(value, list | tuple) else (value,)
+        if any(isinstance(each, float) and not math.isfinite(each) for each in values):
+            raise ValueError(f"{flag(name)} is {value}; it must be a finite number")
+    for names, fits, said in (
+        (POSITIVE, lambda value: value >= 1, "at least 1"),
+        (AT_LEAST_0, lambda value: value >= 0, "at least 0"),
+        (SHARES, lambda value: 0 <= value < 1, "at least 0 and below 1"),
+        (("muon_extra_scale_factor",), lambda value: value > 0, "above 0"),
+    ):
+        for name in names:
+            value = getattr(args, name, None)
+            if value is not None and not fits(value):
+                raise ValueError(f"{flag(name)} is {value}; it must be {said}")
+    _check_warmup(args)
+
+
+def _check_warmup(args: Namespace) -> None:
+    """The warm-up ends before the schedule does, in the unit that the run counts in."""
+    for unit, what in (("iters", "steps"), ("samples", "samples")):
+        warmup = getattr(args, f"lr_warmup_{unit}")
+        decay = getattr(args, f"lr_decay_{unit}") or getattr(args, f"train_{unit}")
+        if decay and warmup >= decay:
+            raise ValueError(
+                f"--lr-warmup-{unit} {warmup} leaves nothing of the {decay} {what} the rate decays"
+                f" over; use at most {decay - 1}"
+            )
