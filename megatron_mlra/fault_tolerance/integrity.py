@@ -14,10 +14,10 @@ from pathlib import Path
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mlra.checkpoint.files.manifest import MANIFEST
+from megatron_mlra.checkpoint.files.torch_dist_index import FORMAT_FILE
 from megatron_mlra.checkpoint.folder import TRACKER, tracked_step
 from megatron_mlra.checkpoint.megatron.torch_dist import TorchDistFolder
 from megatron_mlra.command_line import parser
-from megatron_mlra.command_line.foreign_text import read_json
 from megatron_mlra.description.megatron_args import ROPE_ARGUMENTS, differing_arguments
 from megatron_mlra.description.model import CheckpointError
 from megatron_mlra.fault_tolerance.optimizer_state import check_optimizer
@@ -89,7 +89,7 @@ def saved_without_tracker(folder: str | Path) -> list[Path]:
     return [path for path in paths if any((path / name).exists() for name in _WRITTEN_LAST)]
 
 
-_WRITTEN_LAST = (".metadata", "metadata.json", MANIFEST)
+_WRITTEN_LAST = (".metadata", FORMAT_FILE, MANIFEST)
 """Files of a checkpoint that are written once all tensors are."""
 
 
@@ -182,8 +182,6 @@ def check_complete(folder: Path) -> None:
     if not folder.is_dir():
         raise ValueError(f"checkpoint {folder} is missing")
     opened(folder).common_state()
-    if (folder / "metadata.json").is_file():
-        read_json(folder / "metadata.json")
 
 
 _opened: dict[Path, tuple[tuple, TorchDistFolder]] = {}

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import resource
 import shutil
 import struct
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,9 @@ from megatron_mlra.checkpoint.files.pickle_names import HARMLESS
 from megatron_mlra.checkpoint.megatron import safe_pickle
 from megatron_mlra.checkpoint.megatron.torch_dist import COMMON_KEY, TorchDistFolder, read_metadata
 from megatron_mlra.evaluation import cli as evaluation
+from megatron_mlra.fault_tolerance.integrity import check_complete
 from megatron_mlra.inference import cli as generate
+from megatron_mlra.training import hooks
 from support import ROOT, hostile
 
 pytestmark = pytest.mark.usefixtures("unsealed")
@@ -135,6 +139,43 @@ def test_megatrons_own_loads_run_nothing(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"posix\.mkdir in \.metadata"):
         FileSystemReader(release).read_metadata()
     assert not canary.exists()
+
+
+def test_megatron_loads_the_files_that_were_checked(folder, convert):
+    """Where `metadata.json` is missing Megatron reads `mp_rank_00`, which no index lists."""
+    from megatron.training import checkpointing
+
+    release = folder / "release"
+    older = release / "mp_rank_00" / "model_optim_rng.pt"
+    config = release / "metadata.json"
+    honest = config.read_text()
+
+    def plant() -> None:
+        older.parent.mkdir()
+        torch.save({"model": {}, "args": None}, older)
+
+    def foreign() -> None:
+        config.write_text('{"sharded_backend": "zarr", "sharded_backend_version": 1}')
+
+    hook = next(h for h in hooks.BEFORE_CHECKS if h.target.endswith("_get_checkpoint_format"))
+    ask = hook.by[0](checkpointing._get_checkpoint_format, None)
+    check_complete(release)
+    assert ask(str(release), None) == "torch_dist"
+    for change, said in (
+        (config.unlink, "is incomplete: it has no metadata.json"),
+        (foreign, "metadata.json names another format than torch_dist"),
+        (plant, "also holds 'mp_rank_00', of Megatron's older format"),
+    ):
+        change()
+        if change == config.unlink:
+            # Megatron by itself would go by whatever else is there.
+            assert checkpointing._get_checkpoint_format(str(release), Namespace()) != "torch_dist"
+        code, error = convert("inspect", folder)
+        assert code == 2 and said in error and error.count("\n") == 1, error
+        for check in (check_complete, lambda path: ask(str(path), None)):
+            with pytest.raises(ValueError, match=re.escape(said)):
+                check(release)
+        config.write_text(honest)
 
 
 def test_a_tensor_larger_than_its_record(folder, convert, monkeypatch):
