@@ -6,7 +6,6 @@ import io
 import json
 import pickle
 import re
-import resource
 import shutil
 import struct
 import subprocess
@@ -22,8 +21,6 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from megatron_mlra.checkpoint.files import guarded_loads, torch_file
-from megatron_mlra.checkpoint.files.pickle_names import HARMLESS
-from megatron_mlra.checkpoint.megatron import safe_pickle
 from megatron_mlra.checkpoint.megatron.torch_dist import COMMON_KEY, TorchDistFolder, read_metadata
 from megatron_mlra.evaluation import cli as evaluation
 from megatron_mlra.fault_tolerance.integrity import check_complete
@@ -32,9 +29,6 @@ from megatron_mlra.training import hooks
 from support import ROOT, hostile
 
 pytestmark = pytest.mark.usefixtures("unsealed")
-
-LIMIT = 2 << 30
-"""Bytes that a refusal may take beside what the process has."""
 
 
 @pytest.fixture(scope="module")
@@ -51,16 +45,6 @@ def honest(research, tmp_path_factory) -> Path:
 def folder(honest, tmp_path) -> Path:
     """A copy of it, to be changed."""
     return Path(shutil.copytree(honest, tmp_path / "megatron"))
-
-
-@pytest.fixture
-def bounded():
-    """Memory that a refusal could not need is not there."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + LIMIT, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def test_the_hostile_files_are_hostile(tmp_path):
@@ -205,15 +189,6 @@ def test_honest_state_passes_the_guard(folder, monkeypatch):
     ours = TorchDistFolder(folder / "release").common_state()["args"]
     assert torch.equal(state[name], TorchDistFolder(folder / "release").tensor(name))
     assert vars(state[COMMON_KEY][0]["args"]) == vars(ours)
-
-
-def test_what_megatron_holds_for_safe_is_harmless():
-    from megatron.core.safe_globals import SAFE_GLOBALS
-
-    known = HARMLESS | {f"{module}.{name}" for module, name in safe_pickle._BUILT}
-    known |= {f"{module}.{name}" for module, name in safe_pickle._CALLED}
-    missing = {f"{c.__module__}.{c.__qualname__}" for c in SAFE_GLOBALS} - known
-    assert not missing
 
 
 @pytest.mark.parametrize("name", hostile.PICKLES)
