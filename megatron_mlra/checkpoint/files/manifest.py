@@ -71,7 +71,8 @@ def entries(folder: Path, needed: tuple[str, ...] = MEGATRON) -> dict[str, str] 
     if not isinstance(files, dict):
         raise CheckpointError(f"{MANIFEST} cannot be read (it holds no object of files)")
     for name, digest in files.items():
-        if Path(name).name != name or not isinstance(digest, str):
+        # Half of a surrogate pair can be neither a file's name nor part of a line.
+        if Path(name).name != name or not name.isprintable() or not isinstance(digest, str):
             raise CheckpointError(f"{MANIFEST} names what is no file of the folder")
     for name in needed:
         if name not in files:
