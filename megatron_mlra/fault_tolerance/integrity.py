@@ -146,17 +146,34 @@ def check_load(args: Namespace, argv: list[str] | None = None) -> None:
     Raises:
         ValueError: names the checkpoint, and the damaged file or the arguments that differ.
     """
-    if args.load is None:
+    folder = folder_to_load(args)
+    if folder is None:
         return
+    stored = opened(folder)
+    given = parser.flags_given(sys.argv[1:] if argv is None else argv)
+    changed = check_architecture(stored, args, given)
+    if changed and args.rank == 0:
+        parser.say(f"{folder}: {', '.join(changed)}, as asked")
+    check_optimizer(stored, args)
+
+
+def folder_to_load(args: Namespace) -> Path | None:
+    """The checkpoint that `--load` will read, complete; None where the run starts anew.
+
+    Raises:
+        ValueError: there is none, or none that is complete.
+    """
+    if args.load is None:
+        return None
     starts_anew = args.load == args.save and not args.exit_on_missing_checkpoint
     if not Path(args.load).is_dir():
         if starts_anew and not os.path.lexists(args.load):
-            return
+            return None
         raise ValueError(f"--load {args.load} is not a folder; give the --save of an earlier run")
     folder, _ = first_usable(candidates(args.load, args.ckpt_step), check_complete)
     if folder is None:
         if starts_anew:
-            return
+            return None
         also = ""
         if (Path(args.load) / "config.json").is_file():
             also = "; an exported folder is made one by mlra convert import-hf"
@@ -164,12 +181,7 @@ def check_load(args: Namespace, argv: list[str] | None = None) -> None:
             f"--load {args.load} holds no checkpoint (no {TRACKER}); give the --save of an earlier"
             f" run{also}"
         )
-    stored = opened(folder)
-    given = parser.flags_given(sys.argv[1:] if argv is None else argv)
-    changed = check_architecture(stored, args, given)
-    if changed and args.rank == 0:
-        parser.say(f"{folder}: {', '.join(changed)}, as asked")
-    check_optimizer(stored, args)
+    return folder
 
 
 def check_complete(folder: Path) -> None:
