@@ -178,7 +178,7 @@ def read_config(path: Path, verify: bool = False) -> dict:
             " of a run, its iter_* folder, or an exported folder"
         )
     if verify:
-        manifest.check(path, ["config.json"], "config.json")
+        manifest.check(path, ["config.json"], ("config.json",))
     try:
         config = read_json(file, CONFIG_BYTES)
     except (OSError, ValueError) as error:

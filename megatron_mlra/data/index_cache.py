@@ -27,6 +27,7 @@ def cached(
     names: tuple[str, ...],
     build: Callable[[], tuple[np.ndarray, ...]],
     say: Callable[[str], None],
+    misfit: Callable[[tuple[np.ndarray, ...]], str | None] = lambda _: None,
 ) -> tuple[np.ndarray, ...]:
     """The arrays of `build`, mapped from `folder` if they are there and whole, else built and kept.
 
@@ -35,13 +36,18 @@ def cached(
         names: of the arrays.
         say: is told, in a line, of files that are damaged, and of a folder that cannot be written;
             arrays that cannot be kept are only returned.
+        misfit: what makes arrays of the folder none of `build`'s, if anything. A cache may come
+            with the data, and its checksums with it.
     """
     paths = tuple(folder / f"{key}-{name}.npy" for name in names)
     sums = folder / f"{key}-sha256.json"
     with _alone(folder / f"{key}.lock"):
         if sums.is_file():
             try:
-                return _load(paths, sums)
+                arrays = _load(paths, sums)
+                if what := misfit(arrays):
+                    raise ValueError(what)
+                return arrays
             except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
                 said = " ".join(str(error).split())
                 say(f"warning: data cache {sums} is damaged ({said:.200}): built again")

@@ -115,10 +115,21 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
     return manifest.damage(folder, [*sorted(files)[part::parts], *unlisted])
 
 
+def one_line(error: Exception) -> str:
+    """An error, and its type where the text alone does not say what happened."""
+    said = " ".join(str(error).encode("utf-8", "backslashreplace").decode().split())
+    return said if isinstance(error, ValueError) and said else f"{type(error).__name__}: {said}"
+
+
 def damage_anywhere(folder: Path) -> str | None:
-    """`damage` of the whole checkpoint, its files shared out among all ranks; the same on all."""
+    """`damage` of the whole checkpoint, its files shared out among all ranks; the same on all,
+    whatever happens on one."""
     ranks = torch.distributed.get_world_size()
     found: list[str | None] = [None] * ranks
-    mine = damage(folder, torch.distributed.get_rank(), ranks)
+    try:
+        mine = damage(folder, torch.distributed.get_rank(), ranks)
+    except Exception as error:
+        # A rank that raised here would leave the others waiting for its part.
+        mine = f"its files cannot be compared ({one_line(error)})"
     torch.distributed.all_gather_object(found, mine)
     return next((what for what in found if what), None)

@@ -14,10 +14,10 @@ from pathlib import Path
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mlra.checkpoint.files.manifest import MANIFEST
+from megatron_mlra.checkpoint.files.torch_dist_index import FORMAT_FILE
 from megatron_mlra.checkpoint.folder import TRACKER, tracked_step
 from megatron_mlra.checkpoint.megatron.torch_dist import TorchDistFolder
 from megatron_mlra.command_line import parser
-from megatron_mlra.command_line.foreign_text import read_json
 from megatron_mlra.description.megatron_args import ROPE_ARGUMENTS, differing_arguments
 from megatron_mlra.description.model import CheckpointError
 from megatron_mlra.fault_tolerance.optimizer_state import check_optimizer
@@ -89,7 +89,7 @@ def saved_without_tracker(folder: str | Path) -> list[Path]:
     return [path for path in paths if any((path / name).exists() for name in _WRITTEN_LAST)]
 
 
-_WRITTEN_LAST = (".metadata", "metadata.json", MANIFEST)
+_WRITTEN_LAST = (".metadata", FORMAT_FILE, MANIFEST)
 """Files of a checkpoint that are written once all tensors are."""
 
 
@@ -146,17 +146,34 @@ def check_load(args: Namespace, argv: list[str] | None = None) -> None:
     Raises:
         ValueError: names the checkpoint, and the damaged file or the arguments that differ.
     """
-    if args.load is None:
+    folder = folder_to_load(args)
+    if folder is None:
         return
+    stored = opened(folder)
+    given = parser.flags_given(sys.argv[1:] if argv is None else argv)
+    changed = check_architecture(stored, args, given)
+    if changed and args.rank == 0:
+        parser.say(f"{folder}: {', '.join(changed)}, as asked")
+    check_optimizer(stored, args)
+
+
+def folder_to_load(args: Namespace) -> Path | None:
+    """The checkpoint that `--load` will read, complete; None where the run starts anew.
+
+    Raises:
+        ValueError: there is none, or none that is complete.
+    """
+    if args.load is None:
+        return None
     starts_anew = args.load == args.save and not args.exit_on_missing_checkpoint
     if not Path(args.load).is_dir():
         if starts_anew and not os.path.lexists(args.load):
-            return
+            return None
         raise ValueError(f"--load {args.load} is not a folder; give the --save of an earlier run")
     folder, _ = first_usable(candidates(args.load, args.ckpt_step), check_complete)
     if folder is None:
         if starts_anew:
-            return
+            return None
         also = ""
         if (Path(args.load) / "config.json").is_file():
             also = "; an exported folder is made one by mlra convert import-hf"
@@ -164,12 +181,7 @@ def check_load(args: Namespace, argv: list[str] | None = None) -> None:
             f"--load {args.load} holds no checkpoint (no {TRACKER}); give the --save of an earlier"
             f" run{also}"
         )
-    stored = opened(folder)
-    given = parser.flags_given(sys.argv[1:] if argv is None else argv)
-    changed = check_architecture(stored, args, given)
-    if changed and args.rank == 0:
-        parser.say(f"{folder}: {', '.join(changed)}, as asked")
-    check_optimizer(stored, args)
+    return folder
 
 
 def check_complete(folder: Path) -> None:
@@ -182,8 +194,6 @@ def check_complete(folder: Path) -> None:
     if not folder.is_dir():
         raise ValueError(f"checkpoint {folder} is missing")
     opened(folder).common_state()
-    if (folder / "metadata.json").is_file():
-        read_json(folder / "metadata.json")
 
 
 _opened: dict[Path, tuple[tuple, TorchDistFolder]] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -46,11 +47,8 @@ def whole_step(args: Namespace) -> int | None:
         ValueError: if no checkpoint is whole, or not the one of --ckpt-step.
     """
     # One rank looks: another may see a shared folder in an earlier state.
-    found: list[list[Path]] = [[]]
-    if args.rank == 0:
-        found = [integrity.candidates(args.load, args.ckpt_step)]
-    torch.distributed.broadcast_object_list(found)
-    folder, refused = integrity.first_usable(found[0], check_whole)
+    found = _on_first_rank(lambda: integrity.candidates(args.load, args.ckpt_step))
+    folder, refused = integrity.first_usable(found, check_whole)
     if args.rank == 0:
         for why in refused:
             say(f"warning: {why}")
@@ -59,20 +57,23 @@ def whole_step(args: Namespace) -> int | None:
     if folder is None or folder.name == "release":
         return None
     step = int(folder.name.removeprefix("iter_"))
-    if args.rank == 0:
-        if not args.ckpt_step and integrity.latest_step(args.load) is None:
-            say(
-                f"warning: {args.load} has no {TRACKER} (lost, or not copied along): continuing"
-                f" from the newest whole checkpoint, that of step {step:,}"
-            )
-        try:
-            integrity.mend_tracker(args.load, step)
-        except OSError:
-            # Another run's folder may be read-only, and need not be mended to be loaded from.
-            if args.load == args.save:
-                raise
-    torch.distributed.barrier()
+    _on_first_rank(lambda: _name_step(args, step))
     return step
+
+
+def _name_step(args: Namespace, step: int) -> None:
+    """Have the tracker file name a step, which Megatron asks it for."""
+    if not args.ckpt_step and integrity.latest_step(args.load) is None:
+        say(
+            f"warning: {args.load} has no {TRACKER} (lost, or not copied along): continuing"
+            f" from the newest whole checkpoint, that of step {step:,}"
+        )
+    try:
+        integrity.mend_tracker(args.load, step)
+    except OSError:
+        # Another run's folder may be read-only, and need not be mended to be loaded from.
+        if args.load == args.save:
+            raise
 
 
 def check_whole(folder: Path) -> None:
@@ -81,14 +82,25 @@ def check_whole(folder: Path) -> None:
     Raises:
         ValueError: names the first file that is missing, short or changed; the same on every rank.
     """
-    why: list[str | None] = [None]
+    _on_first_rank(lambda: integrity.check_complete(folder))
+    if what := checksums.damage_anywhere(folder):
+        raise ValueError(f"checkpoint {folder} is damaged: {what}")
+
+
+def _on_first_rank(work: Callable[[], Any]) -> Any:
+    """What `work` returns on the first rank, on every rank. The others wait for it, so that
+    whatever it raises there is raised on all.
+
+    Raises:
+        ValueError: what it raised, in one line.
+    """
+    result: list[Any] = [None, None]
     if torch.distributed.get_rank() == 0:
         try:
-            integrity.check_complete(folder)
-        except ValueError as error:
-            why = [str(error)]
-    torch.distributed.broadcast_object_list(why)
-    if why[0] is None and (what := checksums.damage_anywhere(folder)):
-        why = [f"checkpoint {folder} is damaged: {what}"]
-    if why[0] is not None:
-        raise ValueError(why[0])
+            result[0] = work()
+        except Exception as error:
+            result[1] = checksums.one_line(error)
+    torch.distributed.broadcast_object_list(result)
+    if result[1] is not None:
+        raise ValueError(result[1])
+    return result[0]

@@ -23,6 +23,7 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 
 from megatron_mlra.command_line.parser import did_you_mean, flags_given
 from megatron_mlra.description.presets import preset_name
+from megatron_mlra.fault_tolerance import integrity
 from megatron_mlra.layers.baselines.config import BaselineConfig
 from megatron_mlra.layers.config import MLRAConfig
 from megatron_mlra.training import data_defaults
@@ -140,10 +141,26 @@ def validate(args: Namespace) -> MLRAConfig | BaselineConfig:
     with _refusals_as_value_errors():
         if args.use_checkpoint_args:
             asked = args.rotary_base if "--rotary-base" in flags_given(sys.argv[1:]) else None
-            load_args_from_checkpoint(args)
+            _load_checkpoint_args(args)
             args.rotary_base = asked or args.rotary_base
         validate_args(args, {})
         return transformer_config(args)
+
+
+def _load_checkpoint_args(args: Namespace) -> None:
+    """Take arguments from the checkpoint that the run will load, once it is known to be whole: of a
+    folder that it cannot read Megatron shows a page of tracebacks.
+
+    Raises:
+        ValueError: `--load` holds no checkpoint, or none that can be read.
+    """
+    folder, asked = integrity.folder_to_load(args), args.ckpt_step
+    if folder is not None and folder.name != "release":
+        args.ckpt_step = int(folder.name.removeprefix("iter_"))
+    try:
+        load_args_from_checkpoint(args)
+    finally:
+        args.ckpt_step = asked
 
 
 @contextlib.contextmanager

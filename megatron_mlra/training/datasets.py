@@ -24,6 +24,9 @@ from megatron_mlra.data.contents import cache_folder, sha256
 from megatron_mlra.data.index_cache import cached
 from megatron_mlra.fault_tolerance.samples import SourcedDataset
 
+_AT_ONCE = 1 << 20
+"""Rows of an index that are compared at once."""
+
 
 class CachedDataset(SourcedDataset):
     """The GPT dataset, whose order of samples is a function of the content of PREFIX.idx."""
@@ -39,7 +42,29 @@ class CachedDataset(SourcedDataset):
             cache_folder(prefix, self.config.path_to_cache),
             ("document_index", "sample_index", "shuffle_index"),
             super()._build_document_sample_shuffle_indices,
+            self._misfit,
         )
+
+    def _misfit(self, arrays: tuple[np.ndarray, ...]) -> str | None:
+        """What of the three indexes leads out of the data or out of one another."""
+        documents, samples, shuffle = arrays
+        if [a.ndim for a in arrays] != [1, 2, 1] or any(a.dtype.kind not in "iu" for a in arrays):
+            return "its indexes are no lists of numbers"
+        if samples.shape[1] != 2 or len(shuffle) != len(samples) - 1:
+            return "its indexes are not of one length"
+        if not _within(documents, self.indices.min(), self.indices.max()):
+            return "it names documents that this part of the data does not have"
+        if not _within(shuffle, 0, len(samples) - 2):
+            return "it names samples that are none"
+        lengths = self.dataset.sequence_lengths
+        for start in range(0, len(samples), _AT_ONCE):
+            # One more, so that each sample is compared with the next.
+            first, offset = np.asarray(samples[start : start + _AT_ONCE + 1]).T
+            if not _within(first, 0, len(documents) - 1) or (np.diff(first) < 0).any():
+                return "its samples are of no documents"
+            if (offset < 0).any() or (offset > lengths[documents[first]]).any():
+                return "its samples start outside their documents"
+        return None
 
 
 class CachedBlend(BlendedDataset):
@@ -53,7 +78,24 @@ class CachedBlend(BlendedDataset):
         }
         names = ("dataset_index", "dataset_sample_index")
         folder = self.config.path_to_cache
-        return _cached(self, identifiers, folder, names, super()._build_indices)
+        return _cached(self, identifiers, folder, names, super()._build_indices, self._misfit)
+
+    def _misfit(self, arrays: tuple[np.ndarray, ...]) -> str | None:
+        """What of the two indexes leads out of the datasets."""
+        which, samples = arrays
+        if which.ndim != 1 or any(a.dtype.kind not in "iu" for a in arrays):
+            return "its indexes are no lists of numbers"
+        size = sum(self.weights) if self.size is None else self.size
+        if which.shape != samples.shape or len(which) != size:
+            return "its indexes are not of the blend's length"
+        if not _within(which, 0, len(self.datasets) - 1):
+            return "it names datasets that the blend does not have"
+        ends = np.array([len(dataset) for dataset in self.datasets])
+        for start in range(0, len(which), _AT_ONCE):
+            part = slice(start, start + _AT_ONCE)
+            if (samples[part] < 0).any() or (samples[part] >= ends[which[part]]).any():
+                return "it names samples that a dataset does not have"
+        return None
 
 
 class CachedBuilder(BlendedMegatronDatasetBuilder):
@@ -72,6 +114,7 @@ def _cached(
     folder: str | Path | None,
     names: tuple[str, ...],
     build: Callable[[], tuple[np.ndarray, ...]],
+    misfit: Callable[[tuple[np.ndarray, ...]], str | None],
 ) -> tuple[np.ndarray, ...]:
     """Megatron's arrays through the cache of `folder`; None for none."""
     config = dataset.config
@@ -89,7 +132,11 @@ def _cached(
         return build_here()
     described = json.dumps(identifiers, default=lambda other: other.unique_identifiers)
     key = f"{type(dataset).__name__}-{hashlib.sha256(described.encode()).hexdigest()[:24]}"
-    return cached(Path(folder), key, names, build_here, _say_once)
+    return cached(Path(folder), key, names, build_here, _say_once, misfit)
+
+
+def _within(values: np.ndarray, least: int, most: int) -> bool:
+    return not len(values) or (least <= values.min() and values.max() <= most)
 
 
 def _say_once(line: str) -> None:

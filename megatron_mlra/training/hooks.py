@@ -122,6 +122,11 @@ BEFORE_CHECKS = (
         (upstream_fixes.use_prebuilt_dataset_helpers,),
     ),
     Hook(
+        "megatron.training.checkpointing._get_checkpoint_format",
+        "Megatron reads whichever format a folder looks like, by files that no check has seen",
+        (instead(guarded_loads.checkpoint_format),),
+    ),
+    Hook(
         f"{READER}.read_metadata",
         "torch unpickles `.metadata`, which runs whatever code it names",
         (instead(guarded_loads.read_metadata),),

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_mlra.checkpoint.formats import open_checkpoint
 from megatron_mlra.data import PreprocessConfig, TokenizerSpec, preprocess
+from megatron_mlra.data.contents import sha256
 
 
 def write(folder: Path, documents: int, word: str) -> Path:
@@ -48,7 +49,7 @@ def test_a_copy_of_the_data_shares_the_cache(train, corpus, tmp_path):
         for suffix in (".bin", ".idx", ".json"):
             shutil.copy(f"{corpus}{suffix}", folder / f"text{suffix}")
         run = train(folder / "text", "--data-cache-path", tmp_path / "cache")
-        assert run.code == 0, run.err
+        assert run.code == 0 and "warning: data cache" not in run.out, run.out + run.err
     assert len([*(tmp_path / "cache").glob("*sha256.json")]) == 3
 
 
@@ -76,6 +77,14 @@ def test_a_damaged_cache_is_named_and_built_again(train, corpus, tmp_path):
     assert again.out.count("warning: data cache ") >= 1
     assert "is damaged (" in again.out and "): built again" in again.out
     assert {path.name: path.read_bytes() for path in files} == whole
+    # Whoever made the data may have made the cache beside them, with checksums of its own.
+    forged = next(path for path in files if path.name.endswith("shuffle_index.npy"))
+    np.save(forged, np.load(forged) + 1)
+    sums = forged.with_name(forged.name.replace("shuffle_index.npy", "sha256.json"))
+    sums.write_text(json.dumps(json.loads(sums.read_text()) | {forged.name: sha256(forged)}))
+    again = train(*argv)
+    assert again.code == 0 and "it names samples that are none): built again" in again.out
+    assert {path.name: path.read_bytes() for path in files} == whole
 
 
 def test_blends_are_cached_and_mended_too(train, corpus, tmp_path):
@@ -86,6 +95,9 @@ def test_blends_are_cached_and_mended_too(train, corpus, tmp_path):
     blend.write_bytes(blend.read_bytes()[:-4])
     again = train(*argv)
     assert again.code == 0 and "does not match its checksum): built again" in again.out
+    (tmp_path / "run/stdout-0.txt").unlink()
+    again = train(*argv)
+    assert again.code == 0 and "warning: data cache" not in again.out
 
 
 def test_a_cache_that_cannot_be_written_is_named(train, corpus, tmp_path):

@@ -171,8 +171,56 @@ def deep_tuples() -> bytes:
     return b"\x80\x02N" + b"\x85" * 100_000 + b"."
 
 
+def _called(name: str, *arguments: bytes) -> bytes:
+    """A call, by the pickle that makes it."""
+    module, _, name = name.rpartition(".")
+    return f"c{module}\n{name}\n".encode() + b"(" + b"".join(arguments) + b"tR"
+
+
+_BILLIONS = b"\x8a\x05" + (3 << 30).to_bytes(5, "little")
+_NESTED = b"K\x01" + b"2\x86" * 60
+_NUMBERS = b"cnumpy._core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(%st%stR"
+_STORAGE = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpuK\1tQ"
+
+CALLS = {
+    "a bytearray of a size": _called("builtins.bytearray", _BILLIONS),
+    "a bytearray of numbers": _called("builtins.bytearray", b"(K\x01t"),
+    "text by another codec": _called("_codecs.encode", b"X\1\0\0\0a", b"X\3\0\0\0hex"),
+    "a set of nested tuples": _called("builtins.set", b"](" + _NESTED + b"e"),
+    "a counter of nested tuples": _called("collections.Counter", b"(" + _NESTED + b"t"),
+    "an array of a size": _called("numpy.ndarray", b"(" + _BILLIONS + b"t"),
+    "an array made with a size": _NUMBERS % (_BILLIONS, b"C\1b"),
+    "a tensor of a size": _called("torch.Tensor", _BILLIONS),
+    "a storage of a size": b"ctorch\nFloatStorage\n(" + _BILLIONS + b"tR",
+    "a call in a call": _called(
+        "torch._tensor._rebuild_from_type_v2",
+        *(b"cbuiltins\nbytearray\n", b"ctorch\nTensor\n", b"(" + _BILLIONS + b"t", b"}"),
+    ),
+    "a tensor larger than its storage": _called(
+        "torch._utils._rebuild_tensor_v2",
+        *(_STORAGE, b"K\0(", _BILLIONS, b"t(K\1t", b"\x89ccollections\nOrderedDict\n)R"),
+    ),
+}
+"""By what it is: a call of a harmless name that takes more memory or time than the file has."""
+
+
+def repeated_key() -> bytes:
+    """One tuple of 20,000 values, a key as often."""
+    return b"\x80\x02(" + b"N" * 20_000 + b"tq\0}" + b"h\0Ns" * 20_000 + b"."
+
+
+def repeated_path() -> bytes:
+    """A path of 20,000 parts, made as often."""
+    parts = b"(" + b"X\1\0\0\0a" * 20_000 + b"tq\0"
+    return b"\x80\x02" + parts + b"cpathlib\nPosixPath\nq\x01" + b"h\1h\0R0" * 20_000 + b"."
+
+
 PICKLES = {
-    f.__name__: f() for f in (memo_bomb, bytearray_bomb, nested_key, laughing_lists, deep_tuples)
+    f.__name__: f()
+    for f in (
+        *(memo_bomb, bytearray_bomb, nested_key, laughing_lists, deep_tuples),
+        *(repeated_key, repeated_path),
+    )
 }
 
 # -- archives that do not hold what they say -------------------------------------------------------

@@ -43,6 +43,16 @@ def read_metadata(self: FileSystemReader, *_, **named) -> Metadata:
     return index
 
 
+def checkpoint_format(folder: str | Path, *_) -> str:
+    """Megatron's `_get_checkpoint_format`: torch_dist, the only format whose files are checked.
+
+    Raises:
+        CheckpointError: the folder is, or has files, of another.
+    """
+    torch_dist_index.check_format(Path(folder))
+    return "torch_dist"
+
+
 def slice_file(self: FileSystemReader, file, info):
     """FileSystemReader._slice_file: the part of a file with one entry, looked into before torch
     takes a tensor's size from it.

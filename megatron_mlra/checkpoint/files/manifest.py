@@ -19,6 +19,8 @@ from megatron_mlra.command_line.foreign_text import read_json
 from megatron_mlra.description.model import CheckpointError
 
 MANIFEST = "integrity.json"
+MEGATRON = (".metadata", "metadata.json")
+"""Files that every reader of a Megatron folder reads."""
 _THREADS = 8
 _EDITED = (".json", ".jinja", ".py")
 """Ends of names of files that people edit."""
@@ -68,17 +70,17 @@ def made_from(folder: Path) -> str | None:
     Raises:
         CheckpointError: the manifest cannot be read.
     """
-    if entries(folder, None) is None:
+    if entries(folder, ()) is None:
         return None
     return read_json(inside(folder, MANIFEST)).get("made_from")
 
 
-def entries(folder: Path, needed: str | None = ".metadata") -> dict[str, str] | None:
+def entries(folder: Path, needed: tuple[str, ...] = MEGATRON) -> dict[str, str] | None:
     """File name -> checksum, or None for a checkpoint without a manifest: an older one, another
     program's, or one saved with `verify_integrity: false`.
 
     Args:
-        needed: a file that whoever reads the folder reads.
+        needed: files that whoever reads the folder reads.
 
     Raises:
         CheckpointError: the manifest cannot be read, or is none of this folder's files; one line
@@ -95,15 +97,17 @@ def entries(folder: Path, needed: str | None = ".metadata") -> dict[str, str] | 
     if not isinstance(files, dict):
         raise CheckpointError(f"{MANIFEST} cannot be read (it holds no object of files)")
     for name, digest in files.items():
-        if Path(name).name != name or not isinstance(digest, str):
+        # Half of a surrogate pair can be neither a file's name nor part of a line.
+        if Path(name).name != name or not name.isprintable() or not isinstance(digest, str):
             raise CheckpointError(f"{MANIFEST} names what is no file of the folder")
-    if needed is not None and needed not in files:
-        raise CheckpointError(f"{MANIFEST} has no entry of {needed}")
+    for name in needed:
+        if name not in files:
+            raise CheckpointError(f"{MANIFEST} has no entry of {name}")
     return files
 
 
 def damage(
-    folder: Path, names: Iterable[str] | None = None, needed: str | None = ".metadata"
+    folder: Path, names: Iterable[str] | None = None, needed: tuple[str, ...] = MEGATRON
 ) -> str | None:
     """What is wrong with the first of these files that is not what was saved, or None.
 
@@ -137,7 +141,7 @@ def damage(
         return next((what for what in threads.map(problem, names) if what), None)
 
 
-def check(folder: Path, names: Iterable[str], needed: str | None = ".metadata") -> None:
+def check(folder: Path, names: Iterable[str], needed: tuple[str, ...] = MEGATRON) -> None:
     """Refuse files that are not what was saved.
 
     Args:
@@ -167,8 +171,8 @@ def check_listed(folder: Path, names: Iterable[str]) -> None:
         CheckpointError: names the first that differs.
     """
     try:
-        files = entries(folder, None) or {}
+        files = entries(folder, ()) or {}
     except CheckpointError as error:
         raise CheckpointError(f"checkpoint {folder} is damaged: {error}") from None
     if listed := [name for name in names if name in files]:
-        check(folder, listed, None)
+        check(folder, listed, ())

@@ -46,3 +46,13 @@ FP8_STATE = frozenset(
 )
 """Names of the pickle that Transformer Engine keeps in a tensor of its extra state. Megatron makes
 `_load_from_bytes` one that loads tensors alone."""
+
+STORAGES = {
+    ("torch", f"{name}Storage"): size
+    for name, size in (
+        *(("Byte", 1), ("Char", 1), ("Bool", 1), ("Short", 2), ("Half", 2), ("BFloat16", 2)),
+        *(("Int", 4), ("Float", 4), ("Long", 8), ("Double", 8)),
+        *(("ComplexFloat", 8), ("ComplexDouble", 16)),
+    )
+} | {("torch.storage", "UntypedStorage"): 1}
+"""Bytes of one number of each kind of storage."""

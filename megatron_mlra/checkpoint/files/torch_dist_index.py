@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -30,10 +31,14 @@ from megatron_mlra.checkpoint.files.torch_file import (
     read_object,
 )
 from megatron_mlra.checkpoint.megatron import safe_pickle
+from megatron_mlra.command_line.foreign_text import read_json
 from megatron_mlra.description.model import CheckpointError
 
 INDEX = ".metadata"
 COMMON_FILE = "common.pt"
+FORMAT_FILE = "metadata.json"
+FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+"""What Megatron writes into `metadata.json`, and tells the format of a folder by."""
 INDEX_BYTES = 256 << 20
 """Most bytes of an index, which may not have more than the files beside it and a mebibyte."""
 OBJECT_BYTES = 256 << 20
@@ -77,6 +82,38 @@ def read_metadata(folder: Path, name: str = INDEX) -> Metadata:
             f"checkpoint {folder}: {name} is not a torch_dist checkpoint's ({wrong})"
         )
     return found.value
+
+
+def check_format(folder: Path) -> None:
+    """Check that Megatron would read a folder by its index too: without `metadata.json` it looks
+    for files of its older format, which no index lists, and reads those.
+
+    Raises:
+        CheckpointError: there is no `metadata.json`, it names another format, or there are files of
+            the older format.
+    """
+    file = inside(folder, FORMAT_FILE)
+    try:
+        older = sorted(name for name in os.listdir(folder) if name.startswith("mp_rank_"))
+        named = read_json(file) if file.is_file() else None
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {folder} cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    if older:
+        raise CheckpointError(
+            f"checkpoint {folder} also holds {older[0]!r:.80}, of Megatron's older format, which is"
+            " not read; remove it, or use another copy"
+        )
+    if named is None:
+        raise CheckpointError(
+            f"checkpoint {folder} is incomplete: it has no {FORMAT_FILE}; use another copy or step"
+        )
+    if not isinstance(named, dict) or any(named.get(key) != FORMAT[key] for key in FORMAT):
+        raise CheckpointError(
+            f"checkpoint {folder}: {FORMAT_FILE} names another format than torch_dist 1; save it"
+            " with --ckpt-format torch_dist"
+        )
 
 
 def _misfit(index: object) -> str | None:

@@ -38,7 +38,7 @@ class WeightFiles:
         self.dtypes: dict[str, torch.dtype] = {}
         files = sorted(set(self.where.values()))
         if verify:
-            manifest.check(folder, files, "config.json")
+            manifest.check(folder, files, ("config.json",))
         for file in files:
             self._measure(file)
 
@@ -69,7 +69,7 @@ class WeightFiles:
 
     def _read_index(self, index: Path) -> dict[str, str]:
         if self.verify:
-            manifest.check(self.folder, [index.name], "config.json")
+            manifest.check(self.folder, [index.name], ("config.json",))
         try:
             where = read_json(index)["weight_map"]
             plain = all(isinstance(f, str) and Path(f).name == f for f in where.values())

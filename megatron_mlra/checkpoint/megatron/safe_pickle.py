@@ -20,7 +20,15 @@ from typing import Any, BinaryIO, ClassVar
 import torch
 from torch.distributed.checkpoint import filesystem, metadata
 
-from megatron_mlra.checkpoint.files.pickle_names import HARMLESS
+from megatron_mlra.checkpoint.files.pickle_calls import (
+    ATOMS,
+    Inert,
+    Named,
+    check_build,
+    check_call,
+    rebuilt_from,
+)
+from megatron_mlra.checkpoint.files.pickle_names import HARMLESS, STORAGES
 
 OPERATIONS = 20_000_000
 """Most operations of a pickle; the index of a checkpoint needs about 75 per stored block."""
@@ -59,20 +67,6 @@ _CALLED = {
 """What may be called, with plain values."""
 
 _DTYPES = {("torch", n): d for n, d in vars(torch).items() if isinstance(d, torch.dtype)}
-
-_STORAGES = {
-    ("torch", f"{name}Storage"): size
-    for name, size in (
-        *(("Byte", 1), ("Char", 1), ("Bool", 1), ("Short", 2), ("Half", 2), ("BFloat16", 2)),
-        *(("Int", 4), ("Float", 4), ("Long", 8), ("Double", 8)),
-        *(("ComplexFloat", 8), ("ComplexDouble", 16)),
-    )
-} | {("torch.storage", "UntypedStorage"): 1}
-"""Bytes of one number of each kind of storage."""
-
-
-class Inert:
-    """Stands for an object of a class that is not needed here."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +128,7 @@ class _Reader(pickle._Unpickler):
     ) -> None:
         super().__init__(file)
         self.records, self.stored, self.harmless = records, stored, harmless
-        self.operations = 0
+        self.operations = self.spent = 0
         self.refused: dict[str, None] = {}
 
     def load(self) -> Any:
@@ -159,15 +153,16 @@ class _Reader(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """The known class, or Inert."""
         at = (module, name)
-        if at in _STORAGES and (self.records is not None or self.stored):
-            return _Storage(_STORAGES[at])
+        if at in STORAGES:
+            return _Storage(STORAGES[at])
         for known in (_BUILT, _CALLED, _DTYPES):
             if at in known:
                 return known[at]
         full = f"{module}.{name}"
-        if full not in self.harmless and at not in _STORAGES:
+        if full not in self.harmless:
             self.refused[full if full.isprintable() else repr(full)] = None
-        return Inert
+            return Named()
+        return Named(full)
 
     def get_extension(self, code: int) -> None:
         raise ValueError("a pickle with an extension code")
@@ -188,14 +183,41 @@ class _Reader(pickle._Unpickler):
             found = self.records.get(key)
             said = "has no record" if found is None else f"has a record of {found:,}"
             raise ValueError(f"a tensor of {size:,} bytes that {said}")
-        return Inert()
+        return Inert(numbers=count)
+
+    def _spend(self, values: int) -> None:
+        """Count what is copied, hashed or walked: one value may be used any number of times."""
+        self.spent += values
+        if self.spent > EXPANDED + 8 * self.operations:
+            raise ValueError(f"a pickle that handles more than {EXPANDED:,} values again and again")
+
+    def _check_key(self, key: Any) -> None:
+        """A key or argument is hashed as soon as it is used, which for tuples within tuples takes
+        time that doubles with each level."""
+        parts = (key,)
+        if type(key) is metadata.MetadataIndex:
+            parts = tuple(vars(key).values())
+        for part in parts:
+            if type(part) in (tuple, torch.Size):
+                self._spend(len(part))
+                if all(type(item) in ATOMS for item in part):
+                    continue
+            elif type(part) is int:
+                self._spend(part.bit_length() >> 6)
+                continue
+            elif type(part) in ATOMS:
+                continue
+            elif isinstance(part, Inert) and not part.name.startswith("transformer_engine."):
+                # Transformer Engine's have fields that are hashed too.
+                continue
+            raise ValueError("a pickle with a key of nested values")
 
     # -- operations that make objects --------------------------------------------------------------
 
     def _make(self, func: Any, args: Any) -> Any:
         """The result of a call."""
-        if func is Inert or isinstance(func, Inert | _Storage):
-            return Inert()
+        if isinstance(func, Named):
+            return self._make_inert(func.name, args)
         if not any(func is known for known in _CALLED.values()):
             raise ValueError("a pickle that calls what is no constructor")
         if func is collections.OrderedDict:
@@ -203,11 +225,36 @@ class _Reader(pickle._Unpickler):
                 raise ValueError("a pickle that fills a dictionary by a call")
             return func()
         if func is PosixPath and type(args) is tuple and set(map(type, args)) <= {str}:
+            self._spend(len(args) + sum(map(len, args)))
             return func(*args)
         if type(args) is not tuple or len(args) != 1:
             raise ValueError(f"a pickle that calls {func.__name__} wrongly")
-        _check_key(args[0])
+        self._check_key(args[0])
         return func(args[0])
+
+    def _make_inert(self, name: str, args: Any) -> Any:
+        """What stands for the result of a call of a harmless function, or of a refused one ("")."""
+        made = name
+        while name == "torch._tensor._rebuild_from_type_v2":
+            self._spend(1)
+            name, args = rebuilt_from(args)
+        if not name:
+            return Inert()
+        self._spend(check_call(name, args, self._check_key))
+        if name == "_codecs.encode":
+            return args[0].encode("latin1")
+        if name.endswith("_load_from_bytes"):
+            return self._make_storage(made, *args)
+        return Inert(made)
+
+    def _make_storage(self, name: str, data: bytes = b"") -> Inert:
+        """A storage whose bytes are a file of `torch.save` before torch 1.6 in the pickle: four
+        pickles, then numbers."""
+        file = io.BytesIO(data)
+        for _ in range(4):
+            inner = load(file, stored=len(data))
+            self.refused |= dict.fromkeys(inner.refused)
+        return Inert(name, len(data))
 
     def _new(self, cls: Any, args: Any) -> Any:
         """An object without attributes."""
@@ -226,7 +273,7 @@ class _Reader(pickle._Unpickler):
     def load_newobj_ex(self) -> None:
         named = self.stack.pop()
         args = self.stack.pop()
-        if named and self.stack[-1] is not Inert:
+        if named:
             raise ValueError("a pickle that makes an object from named values")
         self.stack[-1] = self._new(self.stack[-1], args)
 
@@ -236,8 +283,10 @@ class _Reader(pickle._Unpickler):
     def load_build(self) -> None:
         state = self.stack.pop()
         made = self.stack[-1]
-        if isinstance(made, Inert | collections.OrderedDict):
+        if isinstance(made, collections.OrderedDict):
             return
+        if isinstance(made, Inert):
+            return check_build(made, state)
         if not any(type(made) is known for known in _BUILT.values()):
             raise ValueError("a pickle that changes what is no object of it")
         if isinstance(made, metadata.TensorProperties):
@@ -280,30 +329,30 @@ class _Reader(pickle._Unpickler):
 
     def _set(self, items: list[Any]) -> None:
         into = self.stack[-1]
-        if isinstance(into, Inert):
-            return
-        if type(into) not in (dict, collections.OrderedDict) or len(items) % 2:
+        inert = isinstance(into, Inert)
+        if (not inert and type(into) not in (dict, collections.OrderedDict)) or len(items) % 2:
             raise ValueError("a pickle that sets items of what is no dictionary")
         for i in range(0, len(items), 2):
             key = items[i]
             if type(key) is not str:
-                _check_key(key)
-            into[key] = items[i + 1]
+                self._check_key(key)
+            if not inert:
+                into[key] = items[i + 1]
 
     def load_additems(self) -> None:
         items = self.pop_mark()
-        if isinstance(self.stack[-1], Inert):
-            return
-        if type(self.stack[-1]) is not set:
+        into = self.stack[-1]
+        if type(into) is not set and not isinstance(into, Inert):
             raise ValueError("a pickle that adds to what is no set")
         for item in items:
-            _check_key(item)
-        self.stack[-1].update(items)
+            self._check_key(item)
+        if type(into) is set:
+            into.update(items)
 
     def load_frozenset(self) -> None:
         items = self.pop_mark()
         for item in items:
-            _check_key(item)
+            self._check_key(item)
         self.append(frozenset(items))
 
     # -- operations that name a size ---------------------------------------------------------------
@@ -334,23 +383,6 @@ for _name in (
     for _code, _function in pickle._Unpickler.dispatch.items():
         if _function is _REPLACED:
             _Reader.dispatch[_code] = getattr(_Reader, f"load_{_name}")
-
-_ATOMS = (str, int, float, bool, bytes, type(None), torch.dtype)
-
-
-def _check_key(key: Any) -> None:
-    """A key or argument is hashed as soon as it is used, which for tuples within tuples takes time
-    that doubles with each level."""
-    parts = (key,)
-    if type(key) is metadata.MetadataIndex:
-        parts = tuple(vars(key).values())
-    for part in parts:
-        if type(part) in (tuple, torch.Size):
-            if all(type(item) in _ATOMS for item in part):
-                continue
-        elif type(part) in _ATOMS or isinstance(part, Inert):
-            continue
-        raise ValueError("a pickle with a key of nested values")
 
 
 def _check_expanded(value: Any, budget: int) -> None:

@@ -17,8 +17,10 @@ from megatron_mlra.checkpoint.files import manifest
 from megatron_mlra.checkpoint.files.inside import inside
 from megatron_mlra.checkpoint.files.torch_dist_index import (
     COMMON_FILE,
+    FORMAT_FILE,
     ForbiddenNames,
     check_files,
+    check_format,
     check_objects,
     read_metadata,
 )
@@ -32,7 +34,7 @@ from megatron_mlra.checkpoint.files.torch_file import (
 from megatron_mlra.description.model import CheckpointError
 
 COMMON_KEY = "common_state/shard_0_1"
-_SMALL_FILES = (COMMON_FILE, "metadata.json")
+_SMALL_FILES = (COMMON_FILE, FORMAT_FILE)
 
 
 class TorchDistFolder:
@@ -45,8 +47,8 @@ class TorchDistFolder:
             here, those of tensors in `check_contents`.
 
     Raises:
-        CheckpointError: the folder is incomplete; names the missing or short file. Or it holds
-        code; lists the names.
+        CheckpointError: the folder is incomplete; names the missing or short file. Or Megatron
+        would read other files of it than these. Or it holds code; lists the names.
     """
 
     def __init__(self, path: Path, verify: bool = False) -> None:
@@ -57,6 +59,7 @@ class TorchDistFolder:
             there = [name for name in _SMALL_FILES if inside(path, name).is_file()]
             manifest.check(path, [".metadata", *there])
         self.metadata = read_metadata(path)
+        check_format(path)
         check_files(path, self.metadata)
         check_objects(path, self.metadata)
         self.stored = {

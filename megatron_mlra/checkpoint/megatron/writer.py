@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.planner import (
 from megatron_mlra.checkpoint.files import manifest
 from megatron_mlra.checkpoint.files.staging import written_aside
 from megatron_mlra.checkpoint.files.tokenizer_copy import copy_tokenizer, say_nothing
+from megatron_mlra.checkpoint.files.torch_dist_index import FORMAT, FORMAT_FILE
 from megatron_mlra.checkpoint.folder import TRACKER, CheckpointFolder
 from megatron_mlra.checkpoint.megatron.folder import RENAMED, RENAMED_GQA
 from megatron_mlra.checkpoint.megatron.torch_dist import COMMON_KEY
@@ -119,8 +120,7 @@ def save_torch_dist(planner: SavePlanner, folder: Path, files: int = 1) -> None:
             failure = next(iter(error.failures.values()))[0]
         if failure is not None:
             raise failure
-    backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-    (folder / "metadata.json").write_text(json.dumps(backend))
+    (folder / FORMAT_FILE).write_text(json.dumps(FORMAT))
 
 
 class StreamingPlanner(SavePlanner):

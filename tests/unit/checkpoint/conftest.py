@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,3 +48,17 @@ def unsealed():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(manifest, "write", lambda *_, **__: None)
         yield
+
+
+LIMIT = 2 << 30
+"""Bytes that a refusal may take beside what the process has."""
+
+
+@pytest.fixture
+def bounded():
+    """Memory that a refusal could not need is not there."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + LIMIT, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, limits)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import json
 import pickle
-import resource
+import re
 import shutil
 import struct
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -20,17 +21,14 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from megatron_mlra.checkpoint.files import guarded_loads, torch_file
-from megatron_mlra.checkpoint.files.pickle_names import HARMLESS
-from megatron_mlra.checkpoint.megatron import safe_pickle
 from megatron_mlra.checkpoint.megatron.torch_dist import COMMON_KEY, TorchDistFolder, read_metadata
 from megatron_mlra.evaluation import cli as evaluation
+from megatron_mlra.fault_tolerance.integrity import check_complete
 from megatron_mlra.inference import cli as generate
+from megatron_mlra.training import hooks
 from support import ROOT, hostile
 
 pytestmark = pytest.mark.usefixtures("unsealed")
-
-LIMIT = 2 << 30
-"""Bytes that a refusal may take beside what the process has."""
 
 
 @pytest.fixture(scope="module")
@@ -47,16 +45,6 @@ def honest(research, tmp_path_factory) -> Path:
 def folder(honest, tmp_path) -> Path:
     """A copy of it, to be changed."""
     return Path(shutil.copytree(honest, tmp_path / "megatron"))
-
-
-@pytest.fixture
-def bounded():
-    """Memory that a refusal could not need is not there."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + LIMIT, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def test_the_hostile_files_are_hostile(tmp_path):
@@ -137,6 +125,43 @@ def test_megatrons_own_loads_run_nothing(folder, tmp_path, monkeypatch):
     assert not canary.exists()
 
 
+def test_megatron_loads_the_files_that_were_checked(folder, convert):
+    """Where `metadata.json` is missing Megatron reads `mp_rank_00`, which no index lists."""
+    from megatron.training import checkpointing
+
+    release = folder / "release"
+    older = release / "mp_rank_00" / "model_optim_rng.pt"
+    config = release / "metadata.json"
+    honest = config.read_text()
+
+    def plant() -> None:
+        older.parent.mkdir()
+        torch.save({"model": {}, "args": None}, older)
+
+    def foreign() -> None:
+        config.write_text('{"sharded_backend": "zarr", "sharded_backend_version": 1}')
+
+    hook = next(h for h in hooks.BEFORE_CHECKS if h.target.endswith("_get_checkpoint_format"))
+    ask = hook.by[0](checkpointing._get_checkpoint_format, None)
+    check_complete(release)
+    assert ask(str(release), None) == "torch_dist"
+    for change, said in (
+        (config.unlink, "is incomplete: it has no metadata.json"),
+        (foreign, "metadata.json names another format than torch_dist"),
+        (plant, "also holds 'mp_rank_00', of Megatron's older format"),
+    ):
+        change()
+        if change == config.unlink:
+            # Megatron by itself would go by whatever else is there.
+            assert checkpointing._get_checkpoint_format(str(release), Namespace()) != "torch_dist"
+        code, error = convert("inspect", folder)
+        assert code == 2 and said in error and error.count("\n") == 1, error
+        for check in (check_complete, lambda path: ask(str(path), None)):
+            with pytest.raises(ValueError, match=re.escape(said)):
+                check(release)
+        config.write_text(honest)
+
+
 def test_a_tensor_larger_than_its_record(folder, convert, monkeypatch):
     name, release = "decoder.final_layernorm.weight", folder / "release"
     index = read_metadata(release)
@@ -164,15 +189,6 @@ def test_honest_state_passes_the_guard(folder, monkeypatch):
     ours = TorchDistFolder(folder / "release").common_state()["args"]
     assert torch.equal(state[name], TorchDistFolder(folder / "release").tensor(name))
     assert vars(state[COMMON_KEY][0]["args"]) == vars(ours)
-
-
-def test_what_megatron_holds_for_safe_is_harmless():
-    from megatron.core.safe_globals import SAFE_GLOBALS
-
-    known = HARMLESS | {f"{module}.{name}" for module, name in safe_pickle._BUILT}
-    known |= {f"{module}.{name}" for module, name in safe_pickle._CALLED}
-    missing = {f"{c.__module__}.{c.__qualname__}" for c in SAFE_GLOBALS} - known
-    assert not missing
 
 
 @pytest.mark.parametrize("name", hostile.PICKLES)

@@ -38,9 +38,8 @@ def made(tmp_path_factory):
 
 
 KINDS = ("exported", "shards", "research", "bins", "imported", "resharded")
-NOT_READ = ("latest_checkpointed_iteration.txt", "metadata.json", "README.md")
-"""Of no numbers: the tracker, which a run rewrites; what Megatron writes for itself, which inspect
-reads and a conversion does not; the model card, which its owner fills in."""
+NOT_READ = ("latest_checkpointed_iteration.txt", "README.md")
+"""Of no numbers: the tracker, which a run rewrites; the model card, which its owner fills in."""
 
 
 def flipped(file, bit):

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 from argparse import Namespace
 
 import pytest
 import torch
 from megatron.training.arguments import add_megatron_arguments
 
+from megatron_mlra.checkpoint.folder import TRACKER
+from megatron_mlra.checkpoint.megatron.writer import write_megatron
 from megatron_mlra.cost.flops import TrainFlops
 from megatron_mlra.training import console, muon
 from megatron_mlra.training.argument_checks import check_fp8_tokens
-from megatron_mlra.training.arguments import add_mlra_arguments, load_preset, parse
+from megatron_mlra.training.arguments import add_mlra_arguments, load_preset, parse, validate
 from megatron_mlra.training.cpu_backend import CPU_DEFAULTS
 from megatron_mlra.training.progress import recomputed
 from megatron_mlra.training.rope import check_rope
 from megatron_mlra.training.speed import Clock, Speed
 from megatron_mlra.training.speed import parts as line_parts
 from support import CONFIGS
+from support.random_checkpoint import RandomFolder, latent
 
 DEBUG = str(CONFIGS / "debug.yaml")
 
@@ -299,3 +303,23 @@ def test_what_an_optimizer_refuses_is_no_fault_to_start_again_after(capsys):
         muon.around_optimizer(build, args)(Namespace(optimizer="adam"), [])
     assert console.fail(refused.value, None, started=True) == 2
     assert console.fail(ValueError("a fault"), None, started=True) == 1
+
+
+def test_checkpoint_args_are_those_of_the_checkpoint_that_is_loaded(tmp_path, monkeypatch):
+    """The newest is damaged: a run continues from the one before."""
+    write_megatron(RandomFolder(latent(4, 4, rotary_base=5000)), tmp_path / "saved", progress=False)
+    run = tmp_path / "run"
+    for step in (4, 8):
+        shutil.copytree(tmp_path / "saved/release", run / f"iter_{step:07d}")
+    (run / TRACKER).write_text("8")
+    (run / "iter_0000008/.metadata").write_bytes(b"junk")
+    monkeypatch.setattr("sys.argv", ["pretrain"])
+    for variable, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(variable, value)
+    args = parse(["--config", DEBUG, "--load", str(run), "--use-checkpoint-args"])
+    validate(args)
+    assert args.rotary_base == 5000 and args.ckpt_step is None
+    (run / "iter_0000004/.metadata").write_bytes(b"junk")
+    args = parse(["--config", DEBUG, "--load", str(run), "--use-checkpoint-args"])
+    with pytest.raises(ValueError, match=r"^[^\n]*iter_0000008: \.metadata cannot be read[^\n]*$"):
+        validate(args)

@@ -1,0 +1,90 @@
+"""Calls that pickles of strangers make: none of arguments that no checkpoint has."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+import shutil
+import signal
+import types
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer.enums import AttnBackend
+
+from megatron_mlra.checkpoint.files import torch_file
+from megatron_mlra.checkpoint.files.pickle_names import HARMLESS
+from megatron_mlra.checkpoint.megatron import safe_pickle
+from support import hostile
+
+
+def test_what_megatron_holds_for_safe_is_harmless():
+    from megatron.core.safe_globals import SAFE_GLOBALS
+
+    known = HARMLESS | {f"{module}.{name}" for module, name in safe_pickle._BUILT}
+    known |= {f"{module}.{name}" for module, name in safe_pickle._CALLED}
+    missing = {f"{c.__module__}.{c.__qualname__}" for c in SAFE_GLOBALS} - known
+    assert not missing
+
+
+@pytest.mark.parametrize("name", hostile.CALLS)
+def test_harmless_names_are_called_as_checkpoints_do(name, research, convert, tmp_path, bounded):
+    source = shutil.copytree(research("MLRA-4"), tmp_path / "source")
+    data = b"\x80\x02}X\1\0\0\0w" + hostile.CALLS[name] + b"s."
+    archive = hostile.repacked(hostile.saved({"w": torch.ones(1)}), {"data.pkl": data})
+    (source / "pytorch_model.bin").write_bytes(archive)
+    code, error = convert("inspect", source)
+    assert code == 2 and re.search("a pickle (that|with) ", error) and error.count("\n") == 1, error
+    # The bytes of an extra state are a pickle too, with more names.
+    inside = torch.frombuffer(
+        bytearray(b"\x80\x02" + hostile.CALLS[name] + b"."), dtype=torch.uint8
+    )
+    entry = hostile.saved(inside)
+    with pytest.raises(torch_file.TorchFileError, match=r"a pickle (that|with) |a tensor of "):
+        torch_file.read_extra_state(io.BytesIO(entry), len(entry))
+
+
+def test_honest_calls_are_let_through():
+    many = torch.arange(12.0).view(3, 4)
+    values = {
+        "numpy": [np.random.get_state()[1]],
+        "more": [np.arange(5), np.ones((2, 1)).T, np.array("text")],
+        "bytes": b"a\xff",
+        "parameter": torch.nn.Parameter(many),
+        "parts": [many[1:, ::2], many.t(), many[:0], torch.ones(()), many.to(torch.bfloat16)],
+        "torch": [torch.Size([2, 3]), torch.device("cpu"), torch.float16, torch.get_rng_state()],
+        "python": [io.BytesIO(b"ab"), Path("/a/b"), Namespace(a=1)],
+        "megatron": [AttnBackend.flash, signal.SIGTERM, types.SimpleNamespace(a=[1])],
+        "optimizer": OptimizerConfig(lr=0.1),
+    }
+    data = hostile.saved(
+        {name: it for name, it in values.items() if name not in ("more", "python")}
+    )
+    loaded = torch_file.load_entry(io.BytesIO(data), len(data))
+    assert torch.equal(loaded["parts"][0], values["parts"][0])
+    assert (loaded["numpy"][0] == values["numpy"][0]).all() and loaded["bytes"] == b"a\xff"
+    data = hostile.saved(values)
+    assert not torch_file.read_object(io.BytesIO(data), len(data)).refused
+    # Tensors in the pickle of an extra state carry their storage as a file in the pickle.
+    inside = pickle.dumps({"scale": many, "buffer": [many[0].double()], "n": {1, 2}})
+    entry = hostile.saved(torch.frombuffer(bytearray(inside), dtype=torch.uint8))
+    assert torch_file.read_extra_state(io.BytesIO(entry), len(entry)) == ()
+
+
+def test_code_in_the_storage_of_an_extra_state(tmp_path):
+    old = io.BytesIO()
+    code = hostile.Code(tmp_path / "canary")
+    torch.save(code, old, _use_new_zipfile_serialization=False)
+
+    class Inside:
+        def __reduce__(self):
+            return torch.storage._load_from_bytes, (old.getvalue(),)
+
+    inside = torch.frombuffer(bytearray(pickle.dumps(Inside())), dtype=torch.uint8)
+    entry = hostile.saved(inside)
+    assert torch_file.read_extra_state(io.BytesIO(entry), len(entry)) == ("posix.mkdir",)
