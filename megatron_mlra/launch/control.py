@@ -34,8 +34,9 @@ class Phase(Enum):
 
 
 def say(line: str) -> None:
-    """One line on stderr, whatever other threads do."""
-    os.write(2, f"{line}\n".encode())
+    """One line on stderr, whatever other threads do and other hosts say."""
+    plain = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    os.write(2, f"{plain}\n".encode())
 
 
 class Ended(Exception):
