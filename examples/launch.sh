@@ -39,6 +39,8 @@ number() { [[ $2 =~ ^[0-9]{1,6}$ ]] || fail "$1 is '$2'; $3"; }
 [ $# -ge 2 ] || fail "usage: examples/launch.sh PRESET SAVE [flags of pretrain_mlra.py ...]"
 preset=$1 save=$2
 shift 2
+# A file that is called as one of the package's presets is this file by its path alone.
+if [ -f "$preset" ] && [[ $preset != /* ]]; then preset=./$preset; fi
 [ -f "$preset" ] || preset=$root/megatron_mlra/presets/$preset.yaml
 [ -f "$preset" ] || fail "there is no preset ${preset#"$root/"}; see megatron_mlra/presets"
 

@@ -50,7 +50,16 @@ number "$crashes" && [ "$last" = "$(step)" ] || crashes=0
 if [ "$crashes" -ge "$most_crashes" ]; then
   fail "$crashes starts in a row made no progress beyond step $(step); look at $save, then remove $guard"
 fi
-echo "$(step) $((10#$crashes + 1))" >"$guard.partial" && mv "$guard.partial" "$guard"
+# By a new file that is renamed: nothing is written where a link in a shared folder points.
+note() {
+  local new=
+  if ! { new=$(mktemp "$save/.starts.XXXXXX") && chmod +rw "$new" && echo "$*" >"$new" &&
+    mv -fT "$new" "$guard"; }; then
+    echo "slurm.sh: $guard cannot be written" >&2
+    rm -f "$new"
+  fi
+}
+note "$(step)" "$((10#$crashes + 1))"
 
 NODES=${SLURM_JOB_NUM_NODES:-1}
 if [ "$NODES" != 1 ]; then
@@ -112,7 +121,7 @@ case $why in
 esac
 if [ "$code" -eq 2 ]; then
   # Not a crash: the count is as it was, a second launch into the folder of a running job included.
-  if [ "$last" = new ]; then rm -f "$guard"; else echo "$last $crashes" >"$guard"; fi
+  if [ "$last" = new ]; then rm -f "$guard"; else note "$last" "$crashes"; fi
   fail "the command line or the input was refused; see above. Not requeued: it would end alike"
 fi
 if [ "$why" = limit ] || [ "$code" -ne 0 ]; then

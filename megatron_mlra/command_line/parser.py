@@ -12,6 +12,7 @@ import signal
 import sys
 import textwrap
 import threading
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +24,8 @@ from megatron_mlra.version import __version__
 
 LONGEST = 1500
 """Most letters of an error. A file may hold a value of megabytes in place of a number."""
+_PROCESS = uuid.uuid4().hex
+"""Tells this process, and those forked of it, from those of other hosts and containers."""
 CODE = 128 + signal.SIGPIPE
 """Exit code where the reader of the output leaves first, as SIGPIPE gives a program in a shell."""
 
@@ -160,10 +163,10 @@ def aside(path: str | Path) -> Path:
 
 
 def own_name(path: str | Path) -> Path:
-    """A hidden name beside `path` that no other thread, process or host writes to: of hosts that
-    share a folder, two processes may have one number."""
+    """A hidden name beside `path` that no other thread, process or host writes to: of hosts and
+    containers that share a folder, two may have one name, and two processes one number."""
     path = Path(path)
-    mine = f"{os.uname().nodename}-{os.getpid()}-{threading.get_ident()}"
+    mine = f"{_PROCESS}-{os.uname().nodename}-{os.getpid()}-{threading.get_ident()}"
     return path.with_name(f".{path.name[:150]}.{hashlib.sha256(mine.encode()).hexdigest()[:16]}")
 
 

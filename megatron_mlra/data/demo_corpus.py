@@ -18,7 +18,7 @@ import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_mlra.command_line.parser import aside
+from megatron_mlra.command_line.parser import aside, own_name
 
 SKIPPED_FOLDERS = frozenset(
     {
@@ -63,7 +63,7 @@ def write_demo_corpus(path: str | os.PathLike[str], max_bytes: int, seed: int = 
     documents = _documents()
     random.Random(seed).shuffle(documents)
     count = size = 0
-    partial = aside(f"{os.fspath(path)}.partial-{os.getpid()}")
+    partial = aside(own_name(path))
     try:
         with partial.open("x", encoding="utf-8") as file:
             for text in documents:

@@ -99,6 +99,9 @@ def _alone(lock: Path) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError):
             lock.parent.mkdir(parents=True, exist_ok=True)
-            file = held.enter_context(open(lock, "a"))
+            file = os.open(
+                lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644
+            )
+            held.callback(os.close, file)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

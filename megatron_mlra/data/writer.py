@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import uuid
 import warnings
 from collections.abc import Iterator
 from types import TracebackType
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_mlra.command_line.parser import aside, make_folder
+from megatron_mlra.command_line.parser import make_folder
 from megatron_mlra.command_line.signals import deferred
 from megatron_mlra.data.contents import SUMMED, sha256
 from megatron_mlra.data.errors import InputError
@@ -28,16 +29,16 @@ MAX_DOCUMENT_TOKENS = np.iinfo(np.int32).max
 class DatasetWriter:
     """Context manager that writes ``PREFIX.bin``, ``PREFIX.idx`` and ``PREFIX.json``.
 
-    All is written to ``*.partial-PID`` beside the target; ``publish`` renames it into place. Left
-    without ``publish``, by an exception or a signal, it removes what it wrote and earlier output
-    stays as it was.
+    All is written to ``*.partial-PID-RANDOM`` beside the target; ``publish`` renames it into place.
+    Left without ``publish``, by an exception or a signal, it removes what it wrote and earlier
+    output stays as it was.
     """
 
     def __init__(self, prefix: str, dtype: type[np.number], *, overwrite: bool) -> None:
         self._final = {suffix: prefix + suffix for suffix in SUFFIXES}
-        self._partial = {
-            suffix: f"{path}.partial-{os.getpid()}" for suffix, path in self._final.items()
-        }
+        # In containers that share a folder two processes may have one number.
+        own = f"{os.getpid()}-{uuid.uuid4().hex[:16]}"
+        self._partial = {suffix: f"{path}.partial-{own}" for suffix, path in self._final.items()}
         self._dtype = dtype
         self._overwrite = overwrite
         self._builder: Any = None
@@ -45,8 +46,6 @@ class DatasetWriter:
     def __enter__(self) -> DatasetWriter:
         check_output(self._final[".bin"].removesuffix(".bin"), overwrite=self._overwrite)
         try:
-            for path in self._partial.values():
-                aside(path)
             open(self._partial[".bin"], "xb").close()
         except OSError as error:
             raise InputError(f"cannot write {self._final['.bin']}: {error.strerror}") from error
@@ -74,6 +73,9 @@ class DatasetWriter:
 
         Earlier output goes first, index before data: at no moment does an index stand beside data
         that it does not describe.
+
+        Raises:
+            InputError: without ``overwrite``, output has come meanwhile, from another process.
         """
         with _naming(self._final[".bin"]):
             self._builder.finalize(self._partial[".idx"])
@@ -84,11 +86,23 @@ class DatasetWriter:
         for path in self._partial.values():
             _sync(path)
         with deferred():
+            if not self._overwrite:
+                check_output(self._final[".bin"].removesuffix(".bin"), overwrite=False)
+                self._claim()
             for suffix in (".json", ".idx"):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self._final[suffix])
             for suffix in SUFFIXES:
                 os.replace(self._partial[suffix], self._final[suffix])
+
+    def _claim(self) -> None:
+        """Of several processes that publish in one moment one alone makes the file."""
+        try:
+            open(self._final[".bin"], "xb").close()
+        except FileExistsError:
+            raise InputError(
+                f"output {self._final['.bin']} exists: pass --overwrite to replace it"
+            ) from None
 
     def __exit__(
         self,

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import socket
+import stat
 import threading
 import time
 import uuid
@@ -123,6 +124,7 @@ class RunLock:
         self._made = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         while not self._create(self.path):
+            self._check_plain()
             there = self._read()
             if there is None:
                 continue
@@ -131,6 +133,14 @@ class RunLock:
             if self._replace(there):
                 break
         threading.Thread(target=self._beat, name="run lock", daemon=True).start()
+
+    def _check_plain(self) -> None:
+        with contextlib.suppress(FileNotFoundError):  # released meanwhile
+            if not stat.S_ISREG(self.path.lstat().st_mode):
+                raise ValueError(
+                    f"--save {self.folder}: {self.path} is no plain file (a link, a folder or a"
+                    " pipe), so no run made it; remove it, or use another --save"
+                )
 
     def is_mine(self) -> bool:
         """Whether the lock file names this run."""
@@ -178,7 +188,7 @@ class RunLock:
         deadline, text = time.monotonic() + _HALF_WRITTEN, ""
         while True:
             try:
-                with open(self.path, "rb") as file:
+                with open(self.path, "rb", opener=_plain) as file:
                     text = file.read(_LONGEST).decode(errors="replace")
                 return Owner.read(text)
             except FileNotFoundError:
@@ -209,7 +219,7 @@ class RunLock:
         if first is None:
             return True
         # The clock of the file system alone: those of two machines may differ.
-        left = STALE - (self._now_of_folder() - first)
+        left = min(STALE, STALE - (self._now_of_folder() - first))  # dated ahead, perhaps
         if left > 0:
             who = there if isinstance(there, Owner) else "an unnamed run"
             self._say(
@@ -275,7 +285,7 @@ class RunLock:
                 elif isinstance(there, Owner) and there.token != self.owner.token:
                     break
                 else:
-                    os.utime(self.path)
+                    os.utime(self.path, follow_symlinks=False)
             except OSError:
                 continue  # a file server that does not answer now, or a folder that is gone
         if not self._ended.is_set():
@@ -293,12 +303,17 @@ def hold(path: str | Path) -> None:
     """
     with contextlib.suppress(OSError, ValueError, KeyError):
         if read_json(path)["machine"] == _machine():
-            fcntl.flock(os.open(path, os.O_RDONLY), fcntl.LOCK_SH)  # open for the process's life
+            fcntl.flock(_plain(path, os.O_RDONLY), fcntl.LOCK_SH)  # open for the process's life
+
+
+def _plain(path: str | Path, flags: int) -> int:
+    """Open a file such that a link is not followed and a pipe not waited for."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 def _is_held(path: Path) -> bool:
     try:
-        file = os.open(path, os.O_RDWR)
+        file = _plain(path, os.O_RDWR)
     except OSError:
         return False
     try:
@@ -315,7 +330,7 @@ def _is_held(path: Path) -> bool:
 def _touched(path: Path) -> float | None:
     """When a file was last touched, None if it is gone. Opening it asks the file server anew."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_plain) as file:
             return os.fstat(file.fileno()).st_mtime
     except FileNotFoundError:
         return None

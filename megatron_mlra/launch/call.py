@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import struct
 import sys
@@ -17,6 +18,11 @@ from dataclasses import asdict, dataclass
 
 COUNT = "mlra/count"
 """Key of the number of calls."""
+
+MOST = 1 << 24
+"""More calls than any run has."""
+LONGEST = 4000
+"""Most letters of a text in a call."""
 
 PATIENCE = 20.0
 """Seconds for which a refused host waits for the first one, to be heard."""
@@ -43,6 +49,48 @@ class Call:
     why: str = ""
 
 
+def read_call(text: str | bytes) -> Call:
+    """What another launcher said; fields that this version does not know are left out.
+
+    Raises:
+        ValueError: this is no call. Whoever reaches the port can write one.
+    """
+    said = read_fields(text)
+    call = Call(**{name: said[name] for name in Call.__dataclass_fields__ if name in said})
+    texts = (call.host, call.nodes, call.run, call.asked, call.why)
+    if not (
+        all(isinstance(value, str) and len(value) <= LONGEST for value in texts)
+        and type(call.pid) is int
+        and type(call.beat) is int
+        and is_code(call.code)
+        and (call.code is not None or re.fullmatch("[0-9]{1,6}", call.nodes, re.ASCII))
+    ):
+        raise ValueError("this is no call")
+    return call
+
+
+def read_fields(text: str | bytes) -> dict:
+    """A JSON object of a store that others write to, with the keys of a call or of news.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        said = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(said, dict) or not said.keys() >= {"asked", "code"}:
+        raise ValueError("this is neither a call nor news")
+    if "beat" in said and not said.keys() >= {"host", "pid", "nodes", "run"}:
+        raise ValueError("this is no call")
+    return said
+
+
+def is_code(code: object) -> bool:
+    """Whether this is an exit code, or the None of a launcher that goes on."""
+    return code is None or (type(code) is int and 0 <= code <= 255)
+
+
 def key(number: int) -> str:
     """Where the call of this number is."""
     return f"mlra/call/{number}"
@@ -62,6 +110,7 @@ def refuse(endpoint: str, nodes: str, run: str, why: str) -> bool:
     """
     if "SLURM_STEP_ID" in os.environ:  # srun ends the other hosts, and their output is one
         return False
+    nodes, run, why = (value[:LONGEST] for value in (nodes, run, why))
     call = Call(socket.gethostname(), os.getpid(), nodes, run, beat=1, code=2, why=why)
     host, _, port = endpoint.rpartition(":")
     deadline = time.monotonic() + PATIENCE
@@ -89,7 +138,7 @@ def _leave(store: socket.socket, call: Call) -> None:
             raise EOFError
         answer += part
     (number,) = struct.unpack("=q", answer)
-    if not 0 < number < 1 << 24:
+    if not 0 < number < MOST:
         raise ValueError("no number of a call")
     said = json.dumps(asdict(call))
     store.sendall(struct.pack("=B", _SET) + _text(f"/{key(number)}") + _text(said))

@@ -6,8 +6,8 @@ import contextlib
 import functools
 import itertools
 import logging
-import math
 import os
+import re
 import signal
 import socket
 import sys
@@ -48,11 +48,10 @@ def main(argv: list[str]) -> int:
     # From here on a stop waits for its thread. The ranks inherit this, until they can heed it.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     control = Control()
-    given = os.environ.get("STOPPED_CODE") or "0"
-    if not (given.isascii() and given.isdigit() and int(given) < 256):
-        say(f"error: STOPPED_CODE {given} is no exit code; give 0 to 255")
-        return REFUSED
-    stopped_code = int(given)
+    said = os.environ.get("STOPPED_CODE", "0")
+    if not re.fullmatch("[0-9]{1,3}", said, re.ASCII) or int(said) > 255:
+        return _refused(argv, f"STOPPED_CODE is {said!r}; give an exit code, 0 to 255")
+    stopped_code = int(said)
     watch = Watch(control, stopped_code)
     watch.start()
     try:
@@ -63,11 +62,7 @@ def main(argv: list[str]) -> int:
             f"{sys.executable} of host {socket.gethostname()} cannot import torch ({error}); set"
             " PYTHON to the Python of the environment that has it, as PYTHON=.venv/bin/python"
         )
-        say(f"error: {line}")
-        names = ("--rdzv-endpoint", "--nnodes", "--rdzv-id")
-        if names[0] in argv:
-            call.refuse(*(_after(argv, name) for name in names), line)
-        return REFUSED
+        return _refused(argv, line)
     args = torchrun.get_args_parser().parse_args(argv)
     args.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
     if "LOGLEVEL" not in os.environ:
@@ -132,7 +127,7 @@ def _join(args: Namespace, control: Control) -> Hosts:
     network.resolve(host, port, here)
     found = network.own_address((host, port), args.local_addr)
     conf = dict(item.split("=", 1) for item in args.rdzv_conf.split(",") if "=" in item)
-    join_timeout = _seconds(conf.get("join_timeout", DEFAULT_JOIN_TIMEOUT))
+    join_timeout = _seconds(conf.get("join_timeout", str(DEFAULT_JOIN_TIMEOUT)))
     first = network.meet(host, port, join_timeout, say, here)
     if found is not None:
         address, interface = found
@@ -147,13 +142,6 @@ def _join(args: Namespace, control: Control) -> Hosts:
     joined = hosts.Hosts(control, own, (host, port), join_timeout)
     joined.start(judges=first)
     return joined
-
-
-def _seconds(given: str | float) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 < float(given) < math.inf:
-            return float(given)
-    raise ValueError(f"--rdzv-conf join_timeout={given} is no number of seconds above 0; give one")
 
 
 def _run(args: Namespace, control: Control, hosts: Hosts | None) -> tuple[int, str]:
@@ -203,6 +191,23 @@ def _run(args: Namespace, control: Control, hosts: Hosts | None) -> tuple[int, s
         say(f"error: {line}")
         return 1, line
     return 0, ""
+
+
+def _seconds(said: str) -> float:
+    """JOIN_TIMEOUT. Nothing ever comes later than `nan`, and a clock has no `inf`."""
+    with contextlib.suppress(ValueError):
+        if 0 < float(said) <= 1e6:
+            return float(said)
+    raise ValueError(f"JOIN_TIMEOUT (join_timeout) is {said!r}; give seconds, at most 1,000,000")
+
+
+def _refused(argv: list[str], line: str) -> int:
+    """Say why this host is refused, to the others too, where there is no parser yet."""
+    say(f"error: {line}")
+    names = ("--rdzv-endpoint", "--nnodes", "--rdzv-id")
+    if names[0] in argv:
+        call.refuse(*(_after(argv, name) for name in names), line)
+    return REFUSED
 
 
 def _after(argv: list[str], name: str) -> str:

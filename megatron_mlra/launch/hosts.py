@@ -10,12 +10,22 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 
 from torch.distributed import TCPStore
 
-from megatron_mlra.launch.call import COUNT, Call, key
+from megatron_mlra.launch.call import (
+    COUNT,
+    LONGEST,
+    MOST,
+    Call,
+    is_code,
+    key,
+    read_call,
+    read_fields,
+)
 from megatron_mlra.launch.control import INTERVAL, LINGER, Control, say
 
 SILENT = 15.0
@@ -24,6 +34,10 @@ DEAD = 60.0
 """Seconds without the first host, after which the others end: nothing can go on without it."""
 LATE = 60.0
 """Seconds after which hosts that have not come are asked for."""
+
+GAP = 1000
+"""Numbers in a row without a call, behind which none is looked for: a host takes its number just
+before it calls."""
 
 _NEWS, _BEAT = "mlra/news", "mlra/beat"
 
@@ -35,6 +49,44 @@ class News:
     asked: str = ""
     code: int | None = None
     lines: list[str] = field(default_factory=list)
+
+
+def read_news(text: str | bytes) -> News:
+    """What the first host tells.
+
+    Raises:
+        ValueError: this is no news. Whoever reaches the port can write some.
+    """
+    said = read_fields(text)
+    news = News(said["asked"], said["code"], said.get("lines"))
+    if not (
+        isinstance(news.asked, str)
+        and is_code(news.code)
+        and isinstance(news.lines, list)
+        and all(isinstance(line, str) for line in news.lines)
+        and (news.lines or news.code is None)
+    ):
+        raise ValueError("this is no news")
+    return news
+
+
+def calls_in(store: TCPStore, note: Callable[[str], None]) -> dict[int, Call]:
+    """All calls in the store, by number. What is no call is left out, with a note."""
+    count = store.add(COUNT, 0)
+    if count > MOST:
+        note("a number of calls in the hosts' store is none; is its port open to others?")
+    calls: dict[int, Call] = {}
+    number = last = 0
+    while number < min(count, last + GAP):
+        number += 1
+        if not store.check([key(number)]):
+            continue
+        last = number
+        try:
+            calls[number] = read_call(store.get(key(number)))
+        except ValueError:
+            note("a call in the hosts' store is none, and left out; is its port open to others?")
+    return calls
 
 
 class Judge:
@@ -121,6 +173,7 @@ class Hosts:
         self._number: int | None = None
         self._judge: Judge | None = None
         self._told = 0
+        self._noted: set[str] = set()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self, judges: bool) -> None:
@@ -154,36 +207,47 @@ class Hosts:
                 self._rounds()
             except RuntimeError as error:
                 if self.reached is None:
-                    say(f"note: hosts cannot hear of each other: {str(error).splitlines()[0]}")
+                    say(
+                        f"note: hosts cannot hear of each other: {str(error).partition(chr(10))[0]}"
+                    )
                     return
                 # A request failed, or the store has ended with its host's launcher: `check` counts.
                 time.sleep(INTERVAL)
+            except Exception as error:
+                # Without this thread the other hosts would take a healthy one for gone.
+                self._note(f"a word between hosts went wrong ({type(error).__name__}: {error})")
+                time.sleep(INTERVAL)
+
+    def _note(self, line: str) -> None:
+        """Say a line once."""
+        if line not in self._noted and len(self._noted) < 9:
+            self._noted.add(line)
+            say(f"note: {line[:LONGEST]}")
 
     def _rounds(self) -> None:
         store = self._connect()
         if self._number is None or self._number > store.add(COUNT, 0):
             self._number = store.add(COUNT, 1)
         number, judge = self._number, self._judge
-        beat = ""
+        beat = b""
         while True:
             begin = time.monotonic()
             self.call.beat += 1
             self.call.asked = self.control.asked
             store.set(key(number), json.dumps(asdict(self.call)))
             if judge:
-                numbers = range(1, store.add(COUNT, 0) + 1)
-                there = [n for n in numbers if store.check([key(n)])]
-                texts = store.multi_get([key(n) for n in there])
-                calls = {n: Call(**json.loads(t)) for n, t in zip(there, texts, strict=True)}
-                news = judge.read(calls, begin)
+                news = judge.read(calls_in(store, self._note), begin)
                 store.multi_set([_NEWS, _BEAT], [json.dumps(asdict(news)), str(self.call.beat)])
                 self.reached = begin
                 self._heed(news)
             elif store.check([_NEWS, _BEAT]):
-                text, now_beat = (value.decode() for value in store.multi_get([_NEWS, _BEAT]))
+                text, now_beat = store.multi_get([_NEWS, _BEAT])
                 if now_beat != beat:
                     beat, self.reached = now_beat, time.monotonic()
-                self._heed(News(**json.loads(text)))
+                try:
+                    self._heed(read_news(text))
+                except ValueError:
+                    self._note("news in the hosts' store is none; is its port open to others?")
             time.sleep(INTERVAL)
             if self.reached is not None and time.monotonic() - begin > INTERVAL + SILENT / 3:
                 # This process itself was stopped, with the whole job perhaps.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -35,9 +36,15 @@ class BuildLock:
             file, new = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644), True
         except FileExistsError:
             try:
-                file, new = os.open(self.path, os.O_RDWR), False
+                file = os.open(self.path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
             except FileNotFoundError:  # released meanwhile
-                return self.try_acquire()
+                return False
+            except OSError:
+                raise self._no_lock() from None
+            new = False
+            if not stat.S_ISREG(os.fstat(file).st_mode):
+                os.close(file)
+                raise self._no_lock() from None
         try:
             # Who only looks holds it for a moment.
             fcntl.flock(file, fcntl.LOCK_EX | (0 if new else fcntl.LOCK_NB))
@@ -53,7 +60,7 @@ class BuildLock:
 
     def wait(self) -> None:
         """Wait until nobody builds."""
-        while self.path.exists():
+        while os.path.lexists(self.path):
             if self.try_acquire():
                 self.release()
                 return
@@ -67,9 +74,15 @@ class BuildLock:
             os.close(self._held)
             self._held = None
 
+    def _no_lock(self) -> ValueError:
+        return ValueError(
+            f"the build of an extension is locked by {self.path}, which is no plain file (a link, a"
+            " folder or a pipe) or cannot be opened; remove it"
+        )
+
     def _is_there(self, file: int) -> bool:
         with suppress(FileNotFoundError):
-            return os.path.samestat(os.fstat(file), self.path.stat())
+            return os.path.samestat(os.fstat(file), self.path.lstat())
         return False
 
     def _is_left_behind(self, file: int) -> bool:

@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import re
+import stat
 import sys
 import threading
 import traceback
@@ -109,7 +110,7 @@ class MegatronOutput(io.TextIOBase):
         names = {self._last_rank: "megatron-last-rank.log", 0: "megatron.log"}
         if name := names.get(self._rank):
             self.path = folder / name
-            self._file = open(self.path, "a", buffering=1)  # noqa: SIM115  (for the process's life)
+            self._file = _append(self.path)
             self._file.write("".join(self._held))
         else:
             self.path = folder / f"error-rank-{self._rank}.log"
@@ -129,6 +130,21 @@ class MegatronOutput(io.TextIOBase):
 
     def flush(self) -> None:
         """Nothing is buffered: the file writes every line at once."""
+
+
+def _append(path: Path) -> io.TextIOBase:
+    """A log, opened to be appended to, a line at a time.
+
+    Raises:
+        ValueError: a link, a folder or a pipe lies there: nothing is written where it points.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise ValueError(f"the log {path} is no plain file; remove it, or use another --save")
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK
+    return open(
+        path, "a", buffering=1, opener=lambda name, mode: os.open(name, mode | flags, 0o666)
+    )
 
 
 def fail(error: BaseException, output: MegatronOutput | None, started: bool) -> int:
@@ -151,9 +167,9 @@ def fail(error: BaseException, output: MegatronOutput | None, started: bool) -> 
         traceback.print_exception(error)
     elif started and output.path is not None:
         try:
-            with open(output.path, "a") as file:
+            with _append(output.path) as file:
                 traceback.print_exception(error, file=file)
-        except OSError:
+        except (OSError, ValueError):
             pass
         else:
             print(f"  full log: {output.path}", file=sys.stderr)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ast
 import io
+import subprocess
 import sys
 
 import pytest
 
 from megatron_mlra.command_line.parser import LONGEST, OneLineParser, one_line, say
 from megatron_mlra.launch import control
-from support import ROOT
+from support import ENV, ROOT
 
 
 def test_an_error_is_one_line_of_bounded_length():
@@ -61,3 +62,19 @@ def test_no_command_prints_an_error_past_the_bound():
             text = ast.unparse(node)
             if "error: {" in text:
                 assert "one_line(" in text, f"{path}:{node.lineno}: {text}"
+
+
+def test_processes_of_one_number_have_names_of_their_own(tmp_path):
+    """In containers that share a folder, host and process may have one name and number."""
+    code = (
+        "import os, sys; from megatron_mlra.command_line import parser; os.getpid = lambda: 7;"
+        "print(parser.own_name(sys.argv[1]))"
+    )
+    names = {
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "x")],
+            capture_output=True, text=True, check=True, env=ENV, timeout=60,
+        ).stdout
+        for _ in range(2)
+    }  # fmt: skip
+    assert len(names) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import time
 
 import numpy as np
 import pytest
+
+from megatron_mlra.data import index_cache
 
 # Builds slowly, so that both are in it at once; says what it built, and what it got.
 RUN = """
@@ -86,3 +89,14 @@ def test_one_that_is_killed_leaves_nothing_that_the_other_trusts(tmp_path):
     out, err = two.communicate(timeout=120)
     assert two.returncode == 0, err
     assert json.loads(out) == {"built": 1, "said": []}
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_a_lock_that_is_no_plain_file_is_left_alone(tmp_path, kind):
+    lock, victim = tmp_path / "key.lock", tmp_path / "victim"
+    if kind == "pipe":
+        os.mkfifo(lock)
+    else:
+        lock.symlink_to(victim)
+    (array,) = index_cache.cached(tmp_path, "key", ("a",), lambda: (np.arange(3),), print)
+    assert array.tolist() == [0, 1, 2] and not victim.exists()

@@ -9,12 +9,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_mlra.data import pipeline
 from megatron_mlra.data.cli import main
+from megatron_mlra.data.errors import InputError
+from megatron_mlra.data.writer import DatasetWriter
 from support import ROOT
 
 BYTE = ("--tokenizer", "byte")
@@ -95,9 +98,8 @@ def long_run():
         start_new_session=True,
     )
     try:
-        partial = Path(f"out.bin.partial-{process.pid}")
         deadline = time.monotonic() + 60
-        while not (partial.exists() and partial.stat().st_size):
+        while not any(part.stat().st_size for part in Path().glob("out.bin.partial-*")):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
         yield process, psutil.Process(process.pid).children(recursive=True), check
@@ -134,6 +136,27 @@ def test_signal_during_the_renames_waits_for_their_end(monkeypatch):
     assert main(argv) == 128 + signal.SIGTERM
     assert all(Path(name).read_bytes() != content for name, content in earlier.items())
     assert sorted(os.listdir()) == ["good.jsonl", *sorted(earlier)]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_two_writers_of_one_process_number_write_files_of_their_own(overwrite):
+    """As in two containers that share a folder: each publishes its own tokens or none."""
+    with (
+        DatasetWriter("out", np.uint16, overwrite=overwrite) as first,
+        DatasetWriter("out", np.uint16, overwrite=overwrite) as second,
+    ):
+        first.add(np.arange(30, dtype=np.uint16), np.array([10, 20]))
+        second.add(np.full(50, 7, dtype=np.uint16), np.array([50]))
+        first.publish({"tokenizer": {}})
+        assert np.fromfile("out.bin", np.uint16).tolist() == list(range(30))
+        if overwrite:
+            second.publish({"tokenizer": {}})
+        else:
+            with pytest.raises(InputError, match=r"out\.bin exists: pass --overwrite"):
+                second.publish({"tokenizer": {}})
+    there = np.fromfile("out.bin", np.uint16).tolist()
+    assert there == ([7] * 50 if overwrite else list(range(30)))
+    assert sorted(os.listdir()) == ["good.jsonl", "out.bin", "out.idx", "out.json"]
 
 
 def test_killed_worker(long_run):

@@ -224,3 +224,39 @@ def test_there_are_never_two_owners(tmp_path):
     codes = [contender.wait(120) for contender in contenders]
     assert codes == [0] * 5
     assert {path.name for path in folder.iterdir()} <= {NAME}
+
+
+@pytest.mark.parametrize("kind", ["dangling", "link", "pipe", "folder"])
+def test_a_lock_that_is_no_plain_file_is_refused(tmp_path, kind):
+    path, victim = tmp_path / "run.lock", tmp_path / "victim"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(victim)
+    if kind == "link":
+        victim.write_text("")
+    signal.alarm(20)
+    try:
+        with pytest.raises(ValueError, match=r"run\.lock is no plain file .*; remove it"):
+            run_lock.RunLock(tmp_path).acquire()
+    finally:
+        signal.alarm(0)
+
+
+def test_a_lock_dated_ahead_is_not_waited_for_longer(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "STALE", 1.0)
+    monkeypatch.setattr(run_lock, "_HALF_WRITTEN", 0.1)
+    (tmp_path / "run.lock").write_text("nobody")
+    ahead = time.time() + 10**6
+    os.utime(tmp_path / "run.lock", (ahead, ahead))
+    said = []
+    signal.alarm(20)
+    try:
+        lock = run_lock.RunLock(tmp_path, said.append)
+        lock.acquire()
+    finally:
+        signal.alarm(0)
+    assert lock.is_mine() and "up to 1 s" in said[0]
+    lock.release()

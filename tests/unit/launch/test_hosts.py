@@ -1,10 +1,16 @@
 """What the hosts of a run are told of each other, from what each of them says."""
 
+import json
 import re
+from dataclasses import asdict
+from datetime import timedelta
 
 import pytest
+from torch.distributed import TCPStore
 
-from megatron_mlra.launch.hosts import LATE, SILENT, Call, Judge
+from megatron_mlra.launch.call import COUNT, key
+from megatron_mlra.launch.control import say
+from megatron_mlra.launch.hosts import LATE, SILENT, Call, Judge, News, calls_in, read_news
 
 
 def call(host: str, beat: int = 1, nodes: str = "2", run: str = "run", **other) -> Call:
@@ -80,3 +86,33 @@ def test_the_first_reason_ends_all():
 def test_hosts_that_disagree(calls, line):
     it = judge((1.0, calls))
     assert (it.news.code, it.news.lines) == (2, [line])
+
+
+def test_what_is_no_call_in_the_store_is_left_out(capfd):
+    store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=9), wait_for_workers=False)
+    good = asdict(call("a"))
+    odd = [
+        "no json",
+        "[" * 10**5,
+        "[]",
+        json.dumps({"asked": "", "code": None, "beat": 1}),
+        *(
+            json.dumps(good | change)
+            for change in (
+                {"nodes": "many"}, {"nodes": 2}, {"beat": "1"}, {"host": None}, {"code": 2**40},
+                {"why": "x" * 10**5}, {"pid": True},
+            )
+        ),
+    ]  # fmt: skip
+    for number, text in enumerate([*odd, json.dumps(good | {"new": "field"})], 1):
+        store.set(key(number), text)
+    store.add(COUNT, 1 << 40)
+    notes = []
+    assert calls_in(store, notes.append) == {len(odd) + 1: call("a")}
+    assert len(set(notes)) == 2 and all("left out" in n or "number of calls" in n for n in notes)
+    for text in ("[]", '{"asked": "", "code": 2, "lines": []}', '{"asked": 1, "code": null}'):
+        with pytest.raises(ValueError, match="news"):
+            read_news(text)
+    assert read_news(json.dumps(asdict(News("x", 2, ["y"])))) == News("x", 2, ["y"])
+    say("host a\x1b[2J\nb\ud800 é")
+    assert capfd.readouterr().err == "host a\\x1b[2J\\nb\\ud800 é\n"

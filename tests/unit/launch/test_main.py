@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from megatron_mlra.description.presets import find_preset
 from support import ENV, ROOT
 
 IN_A_REQUEST = """
@@ -43,20 +44,40 @@ def test_a_thread_in_a_request_to_the_store(end, code, said):
 
 
 @pytest.mark.parametrize(
-    ("variables", "conf", "said"),
+    ("changes", "flags", "line"),
     [
-        ({"STOPPED_CODE": "abc"}, "", "error: STOPPED_CODE abc is no exit code; give 0 to 255\n"),
-        ({"STOPPED_CODE": "300"}, "", "error: STOPPED_CODE 300 is no exit code; give 0 to 255\n"),
-        ({}, "nan", "error: --rdzv-conf join_timeout=nan is no number of seconds above 0;"),
-        ({}, "soon", "error: --rdzv-conf join_timeout=soon is no number of seconds above 0;"),
+        ({"STOPPED_CODE": "abc"}, [], "STOPPED_CODE is 'abc'; give an exit code, 0 to 255"),
+        ({"STOPPED_CODE": "256"}, [], "STOPPED_CODE is '256'; give an exit code, 0 to 255"),
+        (
+            {},
+            ["--rdzv-conf", "join_timeout=nan"],
+            "JOIN_TIMEOUT (join_timeout) is 'nan'; give seconds, at most 1,000,000",
+        ),
     ],
 )
-def test_numbers_of_the_launcher(variables, conf, said):
-    words = ["--nnodes", "2", "--rdzv-id", "1", "--rdzv-backend", "c10d"]
-    words += ["--rdzv-endpoint", "127.0.0.1:1", "--rdzv-conf", f"join_timeout={conf}"]
+def test_numbers_that_are_none_are_refused(changes, flags, line):
+    meeting = ["--nnodes", "2", "--rdzv-endpoint", "127.0.0.1:29555", "--rdzv-id", "x"]
+    command = [sys.executable, "-W", "ignore", "-m", "megatron_mlra.launch"]
+    command += [*(meeting if flags else []), *flags, "script.py"]
     done = subprocess.run(
-        [sys.executable, "-m", "megatron_mlra.launch", *words, "-m", "nothing"],
-        capture_output=True, text=True, env=ENV | variables, cwd=ROOT, timeout=120,
+        command, capture_output=True, text=True, env=ENV | changes, cwd=ROOT, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (2, f"error: {line}\n")
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_local_file_called_as_a_preset_is_what_is_trained_by(tmp_path, is_there):
+    """The Python is a stand-in that says what it is given."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+    if is_there:
+        (tmp_path / "debug").write_text("lr: 1e-3\n")
+    done = subprocess.run(
+        ["bash", ROOT / "examples/launch.sh", "debug", "save"], cwd=tmp_path,
+        capture_output=True, text=True, env=ENV | {"PYTHON": str(python)}, timeout=60,
     )  # fmt: skip
-    assert done.returncode == 2 and done.stderr.startswith(said), done.stderr
-    assert done.stderr.count("\n") == 1
+    words = done.stdout.split()
+    preset = words[words.index("--config") + 1]
+    found = find_preset(preset, tmp_path)
+    assert found == (tmp_path / "debug" if is_there else ROOT / "megatron_mlra/presets/debug.yaml")

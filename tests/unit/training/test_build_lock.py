@@ -62,3 +62,15 @@ def test_a_file_of_another_programs_build(tmp_path, seconds, taken):
     os.utime(path, (then, then))
     assert build_lock.FOREIGN == 600
     assert BuildLock(str(path)).try_acquire() is taken
+
+
+@pytest.mark.parametrize("kind", ["dangling", "pipe"])
+def test_a_lock_that_is_no_plain_file_is_refused(tmp_path, kind):
+    path = tmp_path / "lock"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(tmp_path / "nowhere")
+    for method in (BuildLock(str(path)).try_acquire, BuildLock(str(path)).wait):
+        with pytest.raises(ValueError, match="is no plain file"):
+            method()
