@@ -55,7 +55,7 @@ def read_call(text: str | bytes) -> Call:
     Raises:
         ValueError: this is no call. Whoever reaches the port can write one.
     """
-    said = read_fields(text)
+    said = read_fields(text, {"host", "pid", "nodes", "run"})
     call = Call(**{name: said[name] for name in Call.__dataclass_fields__ if name in said})
     texts = (call.host, call.nodes, call.run, call.asked, call.why)
     if not (
@@ -69,8 +69,8 @@ def read_call(text: str | bytes) -> Call:
     return call
 
 
-def read_fields(text: str | bytes) -> dict:
-    """A JSON object of a store that others write to, with the keys of a call or of news.
+def read_fields(text: str | bytes, needed: set[str]) -> dict:
+    """A JSON object of a store that others write to, with the fields that are needed.
 
     Raises:
         ValueError: it is something else.
@@ -79,10 +79,8 @@ def read_fields(text: str | bytes) -> dict:
         said = json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    if not isinstance(said, dict) or not said.keys() >= {"asked", "code"}:
+    if not isinstance(said, dict) or not said.keys() >= needed:
         raise ValueError("this is neither a call nor news")
-    if "beat" in said and not said.keys() >= {"host", "pid", "nodes", "run"}:
-        raise ValueError("this is no call")
     return said
 
 

@@ -57,7 +57,7 @@ def read_news(text: str | bytes) -> News:
     Raises:
         ValueError: this is no news. Whoever reaches the port can write some.
     """
-    said = read_fields(text)
+    said = read_fields(text, {"asked", "code"})
     news = News(said["asked"], said["code"], said.get("lines"))
     if not (
         isinstance(news.asked, str)

@@ -96,6 +96,7 @@ def test_what_is_no_call_in_the_store_is_left_out(capfd):
         "[" * 10**5,
         "[]",
         json.dumps({"asked": "", "code": None, "beat": 1}),
+        json.dumps({"asked": "", "code": None}),
         *(
             json.dumps(good | change)
             for change in (
