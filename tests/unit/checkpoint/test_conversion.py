@@ -107,6 +107,7 @@ def test_other_ways_to_store_a_megatron_checkpoint(research, convert, tmp_path):
         warnings.simplefilter("ignore")
         dcp.save(state, storage_writer=dcp.FileSystemWriter(other), no_dist=True)
     torch.save({"args": opened.args, "iteration": 12}, other / "common.pt")
+    shutil.copy(megatron / "release/metadata.json", other)
     assert open_checkpoint(other).iteration == 12
     assert_same_tensors(megatron, other)
     # The same tensors after a rewrite, in two files.
