@@ -6,6 +6,7 @@ A preset is named, like `mlra4_2.9b`, where it is one of the package's, or given
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +77,22 @@ def preset_values(path: str | Path) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     known = KEYS.read_text(encoding="utf-8").split()
     for file, values in preset_chain(path):
-        for key in values:
-            if key not in known:
-                raise ValueError(
-                    f"--config {file}: unknown key {key!r}{did_you_mean(str(key), known)}"
-                )
+        refuse_unknown(file, values, known)
         merged |= {ALIASES.get(key, key): value for key, value in values.items()}
     if isinstance(merged.get("moe_layer_freq"), str):
         merged["moe_layer_freq"] = _layer_pattern(merged["moe_layer_freq"])
     return merged
+
+
+def refuse_unknown(file: Path, values: Collection[str], known: Collection[str]) -> None:
+    """Refuse a preset's keys that are none.
+
+    Raises:
+        ValueError: names the first, and the nearest known one.
+    """
+    for key in values:
+        if key not in known:
+            raise ValueError(f"--config {file}: unknown key {key!r}{did_you_mean(str(key), known)}")
 
 
 def preset_chain(path: str | Path) -> list[tuple[Path, dict[str, Any]]]:

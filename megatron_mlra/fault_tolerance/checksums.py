@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 
 from megatron_mlra.checkpoint.files import manifest
 from megatron_mlra.checkpoint.files.manifest import MANIFEST, sha256
-from megatron_mlra.command_line.parser import aside
+from megatron_mlra.command_line.parser import aside, one_line
 from megatron_mlra.description.model import CheckpointError
 from megatron_mlra.fault_tolerance.writer_process import end_with_parent
 
@@ -115,9 +115,9 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
     return manifest.damage(folder, [*sorted(files)[part::parts], *unlisted])
 
 
-def one_line(error: Exception) -> str:
-    """An error, and its type where the text alone does not say what happened."""
-    said = " ".join(str(error).encode("utf-8", "backslashreplace").decode().split())
+def with_type(error: Exception) -> str:
+    """An error in one line, and its type where the text alone does not say what happened."""
+    said = one_line(error)
     return said if isinstance(error, ValueError) and said else f"{type(error).__name__}: {said}"
 
 
@@ -130,6 +130,6 @@ def damage_anywhere(folder: Path) -> str | None:
         mine = damage(folder, torch.distributed.get_rank(), ranks)
     except Exception as error:
         # A rank that raised here would leave the others waiting for its part.
-        mine = f"its files cannot be compared ({one_line(error)})"
+        mine = f"its files cannot be compared ({with_type(error)})"
     torch.distributed.all_gather_object(found, mine)
     return next((what for what in found if what), None)

@@ -99,7 +99,7 @@ def _on_first_rank(work: Callable[[], Any]) -> Any:
         try:
             result[0] = work()
         except Exception as error:
-            result[1] = checksums.one_line(error)
+            result[1] = checksums.with_type(error)
     torch.distributed.broadcast_object_list(result)
     if result[1] is not None:
         raise ValueError(result[1])

@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from megatron_mlra.command_line.parser import did_you_mean
-from megatron_mlra.description.presets import FOLDER, preset_chain
+from megatron_mlra.description.presets import FOLDER, preset_chain, refuse_unknown
 
 
 def load_preset(path: str | Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
@@ -24,11 +23,8 @@ def load_preset(path: str | Path, parser: argparse.ArgumentParser) -> dict[str, 
     known = _names(parser)
     defaults: dict[str, Any] = {}
     for file, values in preset_chain(path):
+        refuse_unknown(file, values, known)
         for key, value in values.items():
-            if key not in known:
-                raise ValueError(
-                    f"--config {file}: unknown key {key!r}{did_you_mean(str(key), known)}"
-                )
             action, by_flag = known[key]
             defaults[action.dest] = _value(f"--config {file}: {key}", value, action, by_flag)
     return defaults

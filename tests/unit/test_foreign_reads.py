@@ -65,7 +65,7 @@ ALLOWED = {
     # What the ranks of a job tell one another over its own store.
     "megatron_mlra/fault_tolerance/hang.py": {"json.loads"},
     "megatron_mlra/fault_tolerance/handshake.py": {"json.loads", "zlib"},
-    "megatron_mlra/launch/hosts.py": {"json.loads"},
+    "megatron_mlra/launch/call.py": {"json.loads"},
     # What its own processes measured.
     "kernels/mlra_vllm/benchmarks/steps.py": {"json.loads"},
     # Writes a preset.

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from megatron_mlra.checkpoint.folder import is_tokenizer_file
 from megatron_mlra.command_line.foreign_text import read_json
@@ -56,11 +57,11 @@ def copy_tokenizer(
         say(f"copied {file.name} from {file.resolve()}{left_out}")
 
 
-def _with_any(file: Path, keys: tuple[str, ...]) -> dict | None:
-    """The configuration, if it has one of the keys.
+def json_object(file: Path) -> dict[str, Any]:
+    """What a tokenizer's or a model's small JSON file holds.
 
     Raises:
-        CheckpointError: it is no JSON object.
+        CheckpointError: it cannot be read, or is no JSON object.
     """
     try:
         config = read_json(file)
@@ -68,4 +69,10 @@ def _with_any(file: Path, keys: tuple[str, ...]) -> dict | None:
         raise CheckpointError(f"{file} cannot be read ({error})") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} is not a JSON object")
+    return config
+
+
+def _with_any(file: Path, keys: tuple[str, ...]) -> dict | None:
+    """The configuration, if it has one of the keys."""
+    config = json_object(file)
     return config if any(key in config for key in keys) else None

@@ -12,11 +12,11 @@ from megatron_mlra.checkpoint.files.tokenizer_copy import (
     CHAT_TEMPLATE,
     CODE,
     copy_tokenizer,
+    json_object,
     say_nothing,
 )
 from megatron_mlra.checkpoint.folder import CheckpointFolder
 from megatron_mlra.checkpoint.tokenizer import chosen_tokenizer, data_tokenizer, own_tokenizer
-from megatron_mlra.command_line.foreign_text import read_json
 from megatron_mlra.command_line.parser import read_text
 from megatron_mlra.data.errors import InputError
 from megatron_mlra.data.tokenizers import read_tokenizer_json
@@ -89,13 +89,13 @@ def has_chat_template(folder: Path) -> bool:
     if (folder / CHAT).is_file():
         return True
     config = folder / "tokenizer_config.json"
-    return config.is_file() and bool(_json_object(config).get(CHAT_TEMPLATE))
+    return config.is_file() and bool(json_object(config).get(CHAT_TEMPLATE))
 
 
 def _write_generation(model: ModelDescription, folder: Path) -> None:
     """Servers end a text where `generation_config.json` says: at the model's end of document."""
     file = folder / GENERATION
-    config = _json_object(file) if file.exists() else {}
+    config = json_object(file) if file.exists() else {}
     named = config.get("eos_token_id")
     ids = named if isinstance(named, list) else [] if named is None else [named]
     end = model.eod_token_id if model.eod_token_id is not None else _end_of_tokenizer(folder)
@@ -111,7 +111,7 @@ def _end_of_tokenizer(folder: Path) -> int | None:
     file, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
     if not (file.is_file() and config.is_file()):
         return None
-    token = _json_object(config).get("eos_token")
+    token = json_object(config).get("eos_token")
     token = token.get("content") if isinstance(token, dict) else token
     if not isinstance(token, str):
         return None
@@ -144,16 +144,6 @@ def _name_end_of_document(source: CheckpointFolder, model: ModelDescription, fol
             "padding_side": "left",
         },
     )
-
-
-def _json_object(file: Path) -> dict[str, Any]:
-    try:
-        config = read_json(file)
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error})") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file} is not a JSON object")
-    return config
 
 
 def _write_json(file: Path, values: dict[str, Any]) -> None:
