@@ -17,7 +17,7 @@ import pytest
 from megatron_mlra.fault_tolerance.checksums import MANIFEST, damage
 from megatron_mlra.fault_tolerance.integrity import check_complete, latest_step
 from support import ENV, ROOT
-from support.runs import wait_for
+from support.runs import runs_still, wait_for
 
 
 def flip_a_byte(path: Path) -> None:
@@ -97,14 +97,6 @@ def test_asynchronous_checkpoints_hold_the_step_they_name(entry, preset, whole, 
         assert (resumed.code, resumed.err) == (0, "")
         assert resumed.losses == {n: whole.losses[n] for n in range(step + 1, 9)}
         shutil.rmtree(save / "tensorboard")
-
-
-def runs_still(pid: str) -> bool:
-    """Whether a process runs (one that ended may wait to be collected)."""
-    try:
-        return "(zombie)" not in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
 
 
 def test_killed_before_the_first_asynchronous_save(entry, preset, tmp_path):

@@ -125,3 +125,11 @@ def wait_for(file: Path, text: str, seconds: float = 60) -> None:
     while not (file.exists() and text in file.read_text()):
         assert time.monotonic() < deadline, f"{file} never said {text!r}"
         time.sleep(0.02)
+
+
+def runs_still(pid: str | int) -> bool:
+    """Whether a process runs (one that ended may wait to be collected)."""
+    try:
+        return "(zombie)" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from support.runs import runs_still
+
 RANK = """
 import multiprocessing, os, sys, time
 from megatron_mlra.fault_tolerance.writer_process import end_with_rank
@@ -29,25 +31,17 @@ if __name__ == "__main__":
 """
 
 
-def lives(process: Path) -> bool:
-    """Whether a process of /proc runs; it may go while it is asked."""
-    try:
-        return "(zombie)" not in (process / "status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
 def test_a_writer_of_a_fork_server_ends_with_its_rank(tmp_path):
     script = tmp_path / "rank.py"
     script.write_text(RANK)
     rank = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
-    writer = Path(f"/proc/{int(rank.stdout.readline())}")
+    writer = int(rank.stdout.readline())
     loaders = Path(f"/proc/{rank.pid}/task/{rank.pid}/children").read_text().split()
     rank.kill()
     rank.wait()
     try:
         deadline = time.monotonic() + 5
-        while lives(writer):
+        while runs_still(writer):
             assert time.monotonic() < deadline, "the writer outlived its rank"
             time.sleep(0.01)
     finally:
