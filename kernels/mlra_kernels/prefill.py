@@ -12,7 +12,7 @@ d_v those of a head's keys (without RoPE) and values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -130,7 +130,11 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, part: Part) -> tuple[T
 def merged(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """The attention over both sets of keys from each one's output and log-sum-exp."""
     outs = torch.stack((first[0], second[0]))
-    lses = torch.stack((first[1].float(), second[1].float()))
+    return merged_all(outs, torch.stack((first[1].float(), second[1].float())))
+
+
+def merged_all(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """`merge_states`, by its kernel where that takes the arguments."""
     if outs.is_cuda and outs.dtype != torch.float32 and outs.size(-1).bit_count() == 1:
         return merge_states(outs, lses)
     return merge_states_reference(outs, lses)
@@ -138,13 +142,13 @@ def merged(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple
 
 def _attended(
     q: Tensor, bundle: Bundle, keys_values: Callable[[Tensor], tuple[Tensor, Tensor]], scale: float
-) -> Tensor:
-    """`[c, heads, w]` of a bundle's queries, over all its parts."""
+) -> tuple[Tensor, Tensor]:
+    """`[c, heads, w]` and log-sum-exp `[c, heads]` of a bundle's queries, over all its parts."""
     state = None
     for part in bundle.parts:
         found = attention_with_lse(q, *keys_values(part.slots), scale, part)
         state = found if state is None else merged(state, found)
-    return state[0]
+    return state
 
 
 def prefill_latent(
@@ -173,18 +177,73 @@ def prefill_latent(
     Returns:
         `[T, h, d_v]` in q's dtype.
     """
+    absorbed = runs_absorbed(w_uk.size(1), w_uk.size(2) // branches)
+    result = q.new_empty(q.size(0), w_uk.size(0), w_uv.size(2))
+    states = _latent_states(q, layer, bundles, w_uk, w_uv, rope_dim, branches, softmax_scale)
+    for rows, out, _ in states:
+        result[rows] = sum_branches(out, w_uv) if absorbed else out.sum(1)
+    return result
+
+
+def latent_states(
+    q: Tensor,
+    layer: tuple[Tensor, Tensor | None],
+    bundles: Sequence[Bundle],
+    *,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    rope_dim: int,
+    branches: int,
+    softmax_scale: float,
+    groups: slice = slice(None),
+) -> tuple[Tensor, Tensor]:
+    """Attention to some of a prompt's tokens, to be merged with that to the others.
+
+    Args:
+        q, layer, w_uk, w_uv: as in `prefill_latent`.
+        bundles: of any rows of q; the other rows see no token and get 0 and -inf.
+        groups: the layer's head groups that the h heads read.
+
+    Returns:
+        `[T, n, h, w]` in q's dtype, w = l where `runs_absorbed` (`sum_branches` makes outputs of
+        it), else d_v (the sum over n does); and the log-sum-exp `[T, n, h]` float32.
+    """
+    absorbed = runs_absorbed(w_uk.size(1), w_uk.size(2) // branches)
+    width = w_uk.size(2) // branches if absorbed else w_uv.size(2)
+    out = q.new_zeros(q.size(0), branches, w_uk.size(0), width)
+    lse = torch.full(out.shape[:-1], -torch.inf, device=q.device)
+    states = _latent_states(
+        q, layer, bundles, w_uk, w_uv, rope_dim, branches, softmax_scale, groups
+    )
+    for rows, found, found_lse in states:
+        out[rows], lse[rows] = found, found_lse
+    return out, lse
+
+
+def _latent_states(
+    q: Tensor,
+    layer: tuple[Tensor, Tensor | None],
+    bundles: Sequence[Bundle],
+    w_uk: Tensor,
+    w_uv: Tensor,
+    rope_dim: int,
+    branches: int,
+    softmax_scale: float,
+    groups: slice = slice(None),
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Rows of q, their `[c, n, h, w]` and log-sum-exp `[c, n, h]`, bundle by bundle."""
     h, nope, l = w_uk.size(0), w_uk.size(1), w_uk.size(2) // branches
     latents = split_cache(layer[0], rope_dim)[0].size(-1) // l
     absorbed = runs_absorbed(nope, l)
 
     def keys_values(slots: Tensor) -> tuple[Tensor, Tensor]:
         rows, k_rope = _rows(layer, slots, rope_dim, latents, q.dtype)
+        rows = rows.unflatten(1, (branches, -1))[:, :, groups].flatten(1, 2)
         if absorbed:
-            key = torch.cat((rows, k_rope[:, None].expand(-1, latents, -1)), dim=-1)
+            key = torch.cat((rows, k_rope[:, None].expand(-1, rows.size(1), -1)), dim=-1)
             return key, key[..., :l]
         return _expand(rows, k_rope, w_uk, w_uv, branches)
 
-    result = q.new_empty(q.size(0), h, w_uv.size(2))
     for bundle in bundles:
         own = q[bundle.rows]
         if absorbed:
@@ -194,10 +253,8 @@ def prefill_latent(
             del head
         else:
             query = own.repeat(1, branches, 1)  # [c, n h, d_h + r]
-        out = _attended(query, bundle, keys_values, softmax_scale)  # [c, n h, l or d_v]
-        out = out.unflatten(1, (branches, h))
-        result[bundle.rows] = sum_branches(out, w_uv) if absorbed else out.sum(1)
-    return result
+        out, lse = _attended(query, bundle, keys_values, softmax_scale)  # [c, n h, l or d_v]
+        yield bundle.rows, out.unflatten(1, (branches, h)), lse.unflatten(1, (branches, h))
 
 
 def _rows(
@@ -246,12 +303,26 @@ def prefill_grouped(
 
     `bundles` are of `EXPANDED_KEYS` keys at once.
     """
-    result = torch.empty_like(q)
+    return grouped_states(q, layer, bundles, softmax_scale)[0]
+
+
+def grouped_states(
+    q: Tensor,
+    layer: Tensor,
+    bundles: Sequence[Bundle],
+    softmax_scale: float,
+    groups: slice = slice(None),
+) -> tuple[Tensor, Tensor]:
+    """As `latent_states`, of a grouped cache: `[T, heads, dim]` and `[T, heads]` float32.
+
+    `groups` are the layer's key heads that q's heads read.
+    """
+    out, lse = torch.zeros_like(q), torch.full(q.shape[:-1], -torch.inf, device=q.device)
     for bundle in bundles:
-        result[bundle.rows] = _attended(
+        out[bundle.rows], lse[bundle.rows] = _attended(
             q[bundle.rows],
             bundle,
-            lambda slots: (_gather(layer[0], slots), _gather(layer[1], slots)),
+            lambda slots: tuple(_gather(part, slots)[:, groups] for part in layer),
             softmax_scale,
         )
-    return result
+    return out, lse

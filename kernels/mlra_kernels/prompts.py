@@ -88,6 +88,29 @@ def plan_prompts(
     return tuple(bundles)
 
 
+def plan_history(
+    chunks: Sequence[PromptChunk], page_size: int, keys_at_once: int
+) -> tuple[Bundle, ...]:
+    """Bundles of the chunks' rows and the tokens in front of them alone.
+
+    For tokens of a sequence that are cut over caches: `start` counts those that lie in this one,
+    and `pages` are its pages. Chunks without any are left out.
+    """
+    bundles, first = [], 0
+    for chunk in chunks:
+        rows = slice(first, first + chunk.tokens)
+        first = rows.stop
+        if not chunk.start:
+            continue
+        slots = _slots(chunk, page_size)[: chunk.start]
+        parts = tuple(
+            Part(some, (chunk.tokens,), (len(some),), causal=False)
+            for some in slots.split(keys_at_once)
+        )
+        bundles.append(Bundle(rows, parts))
+    return tuple(bundles)
+
+
 def _bundle(chunks: list[PromptChunk], first: int, page_size: int, limit: int) -> Bundle:
     rows = slice(first, first + sum(chunk.tokens for chunk in chunks))
     if len(chunks) > 1:

@@ -74,7 +74,7 @@ COMMANDS = {
     "soak": Command("fault_tolerance.soak", "kill ranks of a small run, and compare its end"),
     "benchmark-cpu": Command("benchmarks.cpu", "training speed on a CPU against plain torch"),
     "benchmark-training": Command("benchmarks.training.cli", "training speed on one GPU"),
-    "benchmark-decoding": Command("benchmarks.decoding.cli", "time per output token on one GPU"),
+    "benchmark-decoding": Command("benchmarks.decoding.cli", "time per output token"),
 }
 """In the order of a first day."""
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.inference.checks import whole
+from megatron_mlra.inference.context import TokenCut
 from megatron_mlra.inference.parallel import HeadShard
 
 CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16", "fp8")
@@ -21,39 +24,73 @@ def _pages(num_pages: int, page_size: int) -> tuple[int, int]:
 
 
 class PagePool:
-    """The free list over `num_pages` pages of `page_size` tokens."""
+    """The free lists over the pages of all context-parallel ranks, `num_pages` of each.
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
-        self.num_pages, self.page_size = _pages(num_pages, page_size)
-        self._free = list(range(self.num_pages - 1, -1, -1))
+    A sequence's pages go round the ranks (context.py), and page ids name their rank. Every rank
+    keeps the lists of all, so that all decide alike.
+    """
+
+    def __init__(self, num_pages: int, page_size: int, ranks: int = 1) -> None:
+        self.rank_pages, self.page_size = _pages(num_pages, page_size)
+        self.ranks = whole("context parallel size", ranks)
+        self.num_pages = self.rank_pages * self.ranks
+        self._free = [
+            list(range((self.rank_pages - 1) * ranks + rank, -1, -ranks)) for rank in range(ranks)
+        ]
 
     @property
     def free(self) -> int:
-        """Pages nobody holds."""
-        return len(self._free)
+        """Pages nobody holds, on all ranks together."""
+        return sum(map(len, self._free))
 
     def pages_for(self, tokens: int) -> int:
-        """Pages that `tokens` need."""
+        """Pages that `tokens` need, on all ranks together."""
         return -(-tokens // self.page_size)
 
+    def ever_fits(self, tokens: int) -> bool:
+        """Whether a sequence of `tokens` fits into an empty cache."""
+        return -(-self.pages_for(tokens) // self.ranks) <= self.rank_pages
+
+    def fits(self, tokens: int) -> bool:
+        """Whether `take` of as many would find pages now."""
+        return self._first_rank(self.pages_for(tokens)) is not None
+
     def take(self, tokens: int) -> list[int]:
-        """Pages for `tokens`.
+        """Pages for `tokens`, beginning on the rank that leaves the fullest rank the most.
 
         Raises:
             CacheFull: fewer are free; nothing is taken.
         """
         needed = self.pages_for(tokens)
-        if needed > len(self._free):
+        first = self._first_rank(needed)
+        if first is None:
             raise CacheFull(
                 f"{tokens} tokens need {needed} pages of {self.page_size}, {self.free} of"
                 f" {self.num_pages} are free"
             )
-        return [self._free.pop() for _ in range(needed)]
+        return [self._free[(first + i) % self.ranks].pop() for i in range(needed)]
+
+    def _first_rank(self, needed: int) -> int | None:
+        """The rank to begin on; None where no rank will do."""
+        best, most = None, -1
+        for first in range(self.ranks):
+            # The rank of turn i gets pages i, i + ranks, ...
+            left = min(
+                len(self._free[(first + turn) % self.ranks])
+                - max(0, needed - turn + self.ranks - 1) // self.ranks
+                for turn in range(self.ranks)
+            )
+            if left > most:
+                best, most = first, left
+        return best
 
     def give_back(self, pages: list[int]) -> None:
-        """Return pages to the free list."""
-        assert not set(pages) & set(self._free), "a page was given back twice"
-        self._free.extend(reversed(pages))
+        """Return pages to the free list of their rank."""
+        given = set(pages)
+        assert len(given) == len(pages), "a page was given back twice"
+        assert given.isdisjoint(itertools.chain(*self._free)), "a page was given back twice"
+        for page in reversed(pages):
+            self._free[page % self.ranks].append(page)
 
 
 class LatentCache:
@@ -87,6 +124,13 @@ class LatentCache:
     def layer(self, index: int) -> tuple[Tensor, Tensor | None]:
         """Rows `[pages, page_size, width]` and FP8 scales `[pages, n, page_size]` of a layer."""
         return self.data[index], None if self.scale is None else self.scale[index]
+
+    def scratch(self, pages: int) -> tuple[Tensor, Tensor | None]:
+        """A layer of `pages` pages outside the cache, as `layer` gives one."""
+        data = self.data.new_empty(pages, *self.data.shape[2:])
+        if self.scale is None:
+            return data, None
+        return data, self.scale.new_empty(pages, *self.scale.shape[2:])
 
     @property
     def allocated_bytes(self) -> int:
@@ -129,6 +173,10 @@ class GroupedCache:
         """Keys and values `[2, pages, page_size, heads, dim]` of a layer."""
         return self.data[index]
 
+    def scratch(self, pages: int) -> Tensor:
+        """A layer of `pages` pages, and the spare one, outside the cache."""
+        return self.data.new_empty(2, pages + 1, *self.data.shape[3:])
+
     @property
     def allocated_bytes(self) -> int:
         """Bytes of the allocation."""
@@ -151,16 +199,25 @@ def append_grouped(key: Tensor, value: Tensor, layer: Tensor, slots: Tensor) -> 
 
 
 class BlockTables:
-    """Block tables of the running sequences on the device: row i belongs to batch row i."""
+    """Block tables of the running sequences on the device: row i belongs to batch row i.
 
-    def __init__(self, rows: int, max_pages: int, device: str | torch.device) -> None:
-        shape = whole("rows", rows), whole("max_pages", max_pages)
-        self.device_table = torch.zeros(shape, dtype=torch.int32, device=device)
+    With a cut of tokens over ranks a row holds this rank's pages.
+    """
+
+    def __init__(
+        self, rows: int, max_pages: int, device: str | torch.device, cut: TokenCut | None = None
+    ) -> None:
+        self.cut = cut
+        rows, own = whole("rows", rows), whole("max_pages", max_pages)
+        if cut is not None:
+            own = -(-own // cut.ranks)
+        self.device_table = torch.zeros(rows, own, dtype=torch.int32, device=device)
 
     def set(self, row: int, pages: list[int]) -> None:
-        """Make `pages` the table of a row."""
-        table = torch.tensor(pages, dtype=torch.int32)
-        self.device_table[row, : len(pages)].copy_(table)
+        """Make a sequence's `pages`, on all ranks, the table of a row."""
+        own = pages if self.cut is None else self.cut.own_pages(pages)
+        table = torch.tensor(own, dtype=torch.int32)
+        self.device_table[row, : len(own)].copy_(table)
 
     def move(self, source: int, target: int) -> None:
         """Copy a row onto another."""

@@ -38,7 +38,7 @@ from megatron_mlra.inference.cache import CACHE_DTYPES
 from megatron_mlra.inference.engine import Engine, Request
 from megatron_mlra.inference.growing_text import GrowingText
 from megatron_mlra.inference.load import DTYPES, LoadOptions, load_model
-from megatron_mlra.inference.parallel import WEIGHT_MODES, TensorParallel, check_tensor_parallel
+from megatron_mlra.inference.parallel import WEIGHT_MODES, TensorParallel, tensor_parallel_size
 from megatron_mlra.inference.runner import Runner
 from megatron_mlra.inference.sampling import SamplingParams
 
@@ -100,6 +100,11 @@ def parser() -> argparse.ArgumentParser:
         "--weight-mode", choices=WEIGHT_MODES, default="replicated",
         help="of query and output projections, tensor parallel (default: replicated)",
     )  # fmt: skip
+    p.add_argument(
+        "--context-parallel", type=int, default=1, metavar="N",
+        help="cut the tokens of each sequence over N groups of the processes, and latents or heads"
+        " within a group (default: 1)",
+    )  # fmt: skip
     add_no_verify(p)
     p.add_argument("--no-graphs", action="store_true", help="no CUDA graphs of the decode step")
     return p
@@ -144,7 +149,7 @@ def _world(args: argparse.Namespace):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU; use --device cpu")
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if _processes() == 1:
         yield device
         return
     if device == "cuda":
@@ -155,6 +160,10 @@ def _world(args: argparse.Namespace):
         yield device
     finally:
         torch.distributed.destroy_process_group()
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _generate(args: argparse.Namespace, rank: int, device: str) -> int:
@@ -169,6 +178,7 @@ def _generate(args: argparse.Namespace, rank: int, device: str) -> int:
     for flag, value in (("--max-batch", args.max_batch), ("--chunk-size", args.chunk_size)):
         if value < 1:
             raise ValueError(f"{flag} is {value}; use at least 1")
+    tensor_parallel_size(_processes(), args.context_parallel)
     if args.output:
         check_output(args.output, "--output")
     folder = open_checkpoint(args.checkpoint, args.vocab_size, verify=args.verify)
@@ -234,12 +244,13 @@ def _engine(
 ) -> Engine:
     model, parallel = folder.description, None
     if torch.distributed.is_initialized():
-        check_tensor_parallel(model, torch.distributed.get_world_size())
-        parallel = TensorParallel.over_world(model)
+        parallel = TensorParallel.over_world(model, args.context_parallel)
     needs = sorted((len(p) + args.max_new_tokens for p in prompts), reverse=True)
     page = max(args.page_size, 1)
     together = min(args.max_batch, len(prompts))
-    tokens = sum(-(-n // page) * page for n in needs[:together])
+    # Every rank's pages of a sequence, rounded up: all fit, wherever each begins.
+    unit = page * max(args.context_parallel, 1)
+    tokens = sum(-(-n // unit) * unit for n in needs[:together])
     if args.cache_tokens is not None and args.cache_tokens < needs[0] - 1:
         raise ValueError(
             f"--cache-tokens is {args.cache_tokens} and the longest prompt with its output takes"
@@ -258,6 +269,8 @@ def _engine(
     if rank == 0:
         where = f"{device.partition(':')[0]}, {str(loaded.weights.embedding.dtype)[6:]}"
         size = "" if parallel is None else f", tensor parallel {parallel.size} ({args.weight_mode})"
+        if args.context_parallel > 1:
+            size += f", context parallel {args.context_parallel}"
         print(f"{model.variant}, {where}, backend {loaded.ops.name}{size}", file=sys.stderr)
     graphs = loaded.ops.name == "mlra_kernels" and not args.no_graphs
     runner = Runner(loaded, together, -(-needs[0] // page), graphs=graphs)
@@ -293,12 +306,12 @@ def _report(engine: Engine, requests: list[Request], seconds: float) -> None:
     gaps = [
         (r.last_token - r.first_token) / (len(r.output) - 1) for r in requests if len(r.output) > 1
     ]
-    cache = engine.runner.model.cache
+    cache, context = engine.runner.model.cache, engine.runner.model.parallel.context
     a_token = f", {1e3 * sum(gaps) / len(gaps):.1f} ms a token of a request" if gaps else ""
     wait = f" first token after {1e3 * first[len(first) // 2]:.0f} ms (median);" if first else ""
     print(
         f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s{a_token};"
-        f"{wait} KV cache {cache.bytes_per_token} bytes a token and rank,"
+        f"{wait} KV cache {cache.bytes_per_token // context} bytes a token and rank,"
         f" {cache.allocated_bytes} bytes allocated",
         file=sys.stderr,
     )

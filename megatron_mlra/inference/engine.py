@@ -70,7 +70,7 @@ class Engine:
     Raises:
         ValueError: a size that is not a whole number of at least 1, or no callable `detokenize`.
 
-    Under tensor parallelism every rank submits the same requests in the same order: logits are the
+    On several ranks every one submits the same requests in the same order: logits are the
     same on all ranks, and so are the draws.
     """
 
@@ -151,10 +151,11 @@ class Engine:
                 f" {self.runner.max_pages} a sequence; use fewer new tokens, a shorter prompt, or"
                 f" Runner(max_pages={needed})"
             )
-        if needed > self.pool.num_pages:
+        if not self.pool.ever_fits(request.limit):
+            ranks = f", {self.pool.rank_pages} a rank" if self.pool.ranks > 1 else ""
             raise CacheFull(
                 f"{request.limit} tokens need {needed} pages of {page_size}, the cache"
-                f" has {self.pool.num_pages}; use a larger cache or fewer new tokens"
+                f" has {self.pool.num_pages}{ranks}; use a larger cache or fewer new tokens"
             )
 
     def cancel(self, request: Request) -> None:
@@ -182,7 +183,7 @@ class Engine:
 
         Raises:
             torch.AcceleratorError: the device is lost, and with it every request.
-            Exception: what a step of a tensor-parallel rank raised. The ranks are no longer in
+            Exception: what a step of one rank of several raised. The ranks are no longer in
                 lockstep then, so that no request can go on.
         """
         self._admit()
@@ -202,7 +203,7 @@ class Engine:
     def _admit(self) -> None:
         while self.waiting and len(self.running) + len(self.prefilling) < self.runner.max_batch:
             request = next(iter(self.waiting.values()))
-            if self.pool.pages_for(request.limit) > self.pool.free:
+            if not self.pool.fits(request.limit):
                 return
             request.pages = self.pool.take(request.limit)
             del self.waiting[request.id]
@@ -269,7 +270,7 @@ class Engine:
         except torch.AcceleratorError:
             raise
         except Exception as error:
-            if self.runner.model.parallel.size > 1:
+            if self.runner.model.parallel.world > 1:
                 raise
             if len(requests) == 1:
                 return [error]

@@ -17,7 +17,7 @@ from megatron_mlra.inference.model import InferenceModel
 from megatron_mlra.inference.parallel import (
     HeadShard,
     TensorParallel,
-    check_tensor_parallel,
+    check_parallel,
 )
 from megatron_mlra.inference.weights import load_weights
 
@@ -33,7 +33,8 @@ class LoadOptions:
     cache_dtype: str = "auto"
     """'auto': as `dtype`; 'fp8' (e4m3 latents) halves the cache."""
     cache_tokens: int = 4096
-    """Tokens all running sequences can cache together, rounded up to pages."""
+    """Tokens all running sequences can cache together, rounded up to pages of every rank that
+    tokens are cut over."""
     page_size: int = 64
     """Tokens a page; multiples of 64 take the Hopper kernel."""
     max_positions: int | None = None
@@ -71,21 +72,22 @@ def load_model(
     max_positions = model.max_position_embeddings
     if options.max_positions is not None:
         max_positions = whole("max positions", options.max_positions)
-    check_tensor_parallel(model, parallel.size)
+    check_parallel(model, parallel.size, parallel.context)
     ops = select_backend(options.backend, model, dtype, device)
-    pages = -(-options.cache_tokens // options.page_size)
+    pages = -(-options.cache_tokens // (options.page_size * parallel.context))
     shard = None
     if model.attention == "mlra":
-        shard = HeadShard.plan(model, parallel.size, parallel.rank, options.weight_mode)
+        shard = HeadShard.plan(
+            model, parallel.size, parallel.rank, options.weight_mode,
+            parallel.context, parallel.context_rank,
+        )  # fmt: skip
         cache = LatentCache(model, shard, pages, options.page_size, cache_dtype, device)
     else:
         kv_heads = max(1, model.num_query_groups // parallel.size)
         cache = GroupedCache(model, kv_heads, pages, options.page_size, cache_dtype, device)
-    weights = load_weights(
-        model, read, parallel.size, parallel.rank, options.weight_mode, dtype, device, progress
-    )
+    weights = load_weights(model, read, parallel, options.weight_mode, dtype, device, progress)
     # Nothing is at a position that the cache has no room for, whatever the checkpoint declares.
-    rows = min(max_positions, pages * options.page_size)
+    rows = min(max_positions, pages * options.page_size * parallel.context)
     return InferenceModel(model, weights, cache, ops, max_positions, parallel, shard, rows)
 
 

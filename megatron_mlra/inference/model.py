@@ -1,12 +1,14 @@
 """The decoder for inference: one forward for prompts and for decoding, over paged caches.
 
 Letters: T tokens of a step, b sequences, q query tokens a sequence, d hidden size, h heads of the
-rank's core, h_o heads whose projections it owns, n g its latent heads, l latent dim, e = d_h + d_r.
+rank's core, h_q and h_o heads whose query and output projections it holds, h_m heads whose outputs
+it gets (h, but where tokens are cut over cp ranks h / cp), n g its latent heads, l latent dim,
+e = d_h + d_r.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,8 +22,36 @@ from megatron_mlra.inference.parallel import HeadShard, TensorParallel
 from megatron_mlra.inference.weights import GroupedWeights, LatentWeights, ModelWeights
 from megatron_mlra.maths.rope import rotary_tables
 from mlra_kernels.absorption import absorb_queries, sum_branches
-from mlra_kernels.prefill import EXPANDED_KEYS, keys_at_once, prefill_grouped, prefill_latent
+from mlra_kernels.prefill import (
+    EXPANDED_KEYS,
+    grouped_states,
+    keys_at_once,
+    latent_states,
+    merged,
+    merged_all,
+    prefill_grouped,
+    prefill_latent,
+    runs_absorbed,
+)
 from mlra_kernels.prompts import Bundle
+
+
+@dataclass
+class Fresh:
+    """The tokens of a prefill step, which every rank has: attended to without the cache.
+
+    So each rank attends with the heads that it gets, causally, to tokens that no rank need send,
+    and with all heads to the tokens before them that it caches itself.
+    """
+
+    pages: int
+    """Of the scratch layer that holds them."""
+    slots: Tensor
+    """`[T]` int64, in the scratch layer."""
+    history: tuple[Bundle, ...]
+    """The tokens before them that this rank caches."""
+    has_history: bool
+    """Whether any rank caches such tokens."""
 
 
 @dataclass
@@ -36,10 +66,12 @@ class Step:
     """`[T]` int64: page * page_size + offset; negative: written nowhere."""
     bundles: tuple[Bundle, ...] = ()
     """Prefill: covers all rows. Empty for decoding."""
+    fresh: Fresh | None = None
+    """Prefill where tokens are cut over ranks: `bundles` are of the step's own tokens then."""
     block_table: Tensor | None = None
     """Decoding: `[b, max_pages]` int32."""
     lengths: Tensor | None = None
-    """Decoding: `[b]` int32, the new tokens included; 0 for a padding row."""
+    """Decoding: `[b]` int32 tokens of this rank's cache, new ones included; 0 for a padding row."""
     metadata: object = None
     """Decoding: the backend's schedule."""
 
@@ -52,7 +84,7 @@ class InferenceModel:
         weights: see `load_weights`.
         cache: this rank's, of all layers.
         ops: the backend.
-        parallel: tensor-parallel collectives; `shard` (latent attention) goes with them.
+        parallel: collectives; `shard` (latent attention) goes with them.
         max_positions: the longest sequence.
         table_rows: rows of the RoPE tables, default `max_positions`.
     """
@@ -71,7 +103,10 @@ class InferenceModel:
         self.model, self.weights, self.cache, self.ops = model, weights, cache, ops
         self.parallel = parallel or TensorParallel()
         if shard is None and model.attention == "mlra":
-            shard = HeadShard.plan(model, self.parallel.size, self.parallel.rank, "replicated")
+            shard = HeadShard.plan(
+                model, self.parallel.size, self.parallel.rank, "replicated",
+                self.parallel.context, self.parallel.context_rank,
+            )  # fmt: skip
         self.shard = shard
         self.max_positions = max_positions
         self.static_decoding = ops.name == "mlra_kernels"
@@ -138,20 +173,24 @@ class InferenceModel:
     def _latent(self, index: int, weights: LatentWeights, x: Tensor, step: Step) -> Tensor:
         """`[T, d]` -> the core's gated output `[T, h_o d_v]`."""
         model, ops, eps = self.model, self.ops, self.model.layernorm_epsilon
-        core, own = self.shard.core, self.shard.own_heads
-        parts = core.heads // own
+        core, shard = self.shard.core, self.shard
         down = linear(x, weights.down)
         c_q, kv = x, down
         if weights.q_norm is not None:
             c_q, kv = down.split((model.q_lora_rank, down.size(1) - model.q_lora_rank), dim=1)
             c_q = ops.rms_norm(c_q, weights.q_norm, eps)
-        q = linear(c_q, weights.q_up).unflatten(1, (own, -1))  # [T, h_o, e]
+        q = linear(c_q, weights.q_up).unflatten(1, (shard.query_heads, -1))  # [T, h_q, e]
         q = ops.rotate(q, model.qk_nope_head_dim, *self.tables, step.positions)
-        q = self.parallel.gather_queries(q, parts)  # [T, h, e]
+        q = self.parallel.gather_queries(q, core.heads // shard.query_heads)  # [T, h, e]
 
         layer = self.cache.layer(index)
         ops.append(kv, weights.kv_norm, self.tables, step, layer, model.kv_scale, eps)
-        if step.bundles:
+        if step.fresh is not None:
+            scratch = self.cache.scratch(step.fresh.pages)
+            beside = replace(step, slots=step.fresh.slots)
+            ops.append(kv, weights.kv_norm, self.tables, beside, scratch, model.kv_scale, eps)
+            out = self._prefill_cut(q, scratch, layer, weights, step)
+        elif step.bundles:
             out = prefill_latent(
                 q,
                 layer,
@@ -164,37 +203,79 @@ class InferenceModel:
             )
         else:
             out = self._decode_latent(q, layer, weights, step)
+        parts = shard.merged_heads // shard.own_heads
         out = self.parallel.reduce_outputs(out, parts).flatten(1)  # [T, h_o d_v]
         return _gated(out, x, weights.gate)
 
+    def _prefill_cut(self, q: Tensor, scratch, layer, weights: LatentWeights, step: Step) -> Tensor:
+        """`[T, h, e]` -> `[T, h_m, d_v]`, summed over this rank's branches: its heads' attention to
+        the step's tokens merged with every rank's to the tokens before them."""
+        model, shard, heads = self.model, self.shard, self.shard.merged
+        w_uk, w_uv = weights.w_uk, weights.w_uv
+        sizes = {
+            "rope_dim": model.qk_rope_head_dim,
+            "branches": shard.core.branches,
+            "softmax_scale": model.softmax_scale,
+        }
+        state = latent_states(
+            q[:, heads], scratch, step.bundles, w_uk=w_uk[heads], w_uv=w_uv[heads],
+            groups=shard.merged_groups, **sizes,
+        )  # fmt: skip
+        if step.fresh.has_history:
+            before = latent_states(q, layer, step.fresh.history, w_uk=w_uk, w_uv=w_uv, **sizes)
+            state = merged(state, self._over_ranks(*before))
+        if runs_absorbed(model.qk_nope_head_dim, model.latent_dim):
+            return sum_branches(state[0], w_uv[heads])
+        return state[0].sum(1)
+
+    def _over_ranks(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """`[T, ..., h, w]` over this rank's tokens -> `[T, ..., h_m, w]` over all."""
+        if self.parallel.context == 1:
+            return out, lse
+        return merged_all(*self.parallel.exchange_tokens(out, lse))
+
     def _decode_latent(self, q: Tensor, layer, weights: LatentWeights, step: Step) -> Tensor:
-        """`[T, h, e]` -> `[T, h, d_v]`, summed over this rank's branches; T = b q."""
+        """`[T, h, e]` -> `[T, h_m, d_v]`, summed over this rank's branches; T = b q."""
         core, l, nope = self.shard.core, self.model.latent_dim, self.model.qk_nope_head_dim
         n, g, h = core.branches, core.groups, core.heads
         b = step.lengths.size(0)
         head = absorb_queries(q[..., :nope], weights.w_uk, n)  # [T, n, h, l]
         head = head.reshape(b, -1, n * g, h // g, l)
         q_rope = q[..., nope:].unflatten(0, (b, -1))
-        z = self.ops.decode(head, q_rope, layer, step, self.model.softmax_scale, n)
-        return sum_branches(z.view(q.size(0), n, h, l), weights.w_uv)
+        z, lse = self.ops.decode(head, q_rope, layer, step, self.model.softmax_scale, n)
+        z, _ = self._over_ranks(z.view(q.size(0), n, h, l), lse.view(q.size(0), n, h))
+        return sum_branches(z, weights.w_uv[self.shard.merged])
 
     # -- MHA, MQA, GQA -----------------------------------------------------------------------------
 
     def _grouped(self, index: int, weights: GroupedWeights, x: Tensor, step: Step) -> Tensor:
         """`[T, d]` -> the core's gated output `[T, heads dim]`."""
-        dim = self.model.head_dim
-        heads = weights.proj.size(1) // dim
+        dim, parallel = self.model.head_dim, self.parallel
+        own = weights.proj.size(1) // dim
+        heads = own * parallel.context
         qkv = linear(x, weights.qkv).unflatten(1, (-1, dim))
         kv = (qkv.size(1) - heads) // 2
         turned = self.ops.rotate(qkv[:, : heads + kv], 0, *self.tables, step.positions)
         q, k = turned[:, :heads], turned[:, heads:]
         layer = self.cache.layer(index)
-        self.ops.append_grouped(k, qkv[:, heads + kv :], layer, step.slots)
+        v = qkv[:, heads + kv :]
+        self.ops.append_grouped(k, v, layer, step.slots)
         scale = self.model.softmax_scale
-        if step.bundles:
+        if step.fresh is not None:
+            scratch = self.cache.scratch(step.fresh.pages)
+            self.ops.append_grouped(k, v, scratch, step.fresh.slots)
+            merges = slice(parallel.context_rank * own, (parallel.context_rank + 1) * own)
+            each = heads // kv
+            groups = slice(merges.start // each, -(-merges.stop // each))
+            state = grouped_states(q[:, merges], scratch, step.bundles, scale, groups)
+            if step.fresh.has_history:
+                before = grouped_states(q, layer, step.fresh.history, scale)
+                state = merged(state, self._over_ranks(*before))
+            out = state[0]
+        elif step.bundles:
             out = prefill_grouped(q, layer, step.bundles, scale)
         else:
-            out = self.ops.decode_grouped(q, layer, step, scale)
+            out, _ = self._over_ranks(*self.ops.decode_grouped(q, layer, step, scale))
         return _gated(out.flatten(1), x, weights.gate)
 
 

@@ -1,8 +1,14 @@
-"""Tensor-parallel decoding: what a rank owns, and the collectives of a step.
+"""Decoding on several ranks: what a rank owns, and the collectives of a step.
 
-The `latent` layout of partition.py: a rank caches its own latent heads and attends with all query
-heads they serve; where the ranks outnumber the latents, those of one latent split its heads. Ranks
-that work on the same heads in different branches form an **exchange group** (min(N, tp) ranks).
+Tensor parallel is the `latent` layout of partition.py: a rank caches its own latent heads and
+attends with all query heads they serve; where the ranks outnumber the latents, those of one latent
+split its heads. Ranks that work on the same heads in different branches form an **exchange group**
+(min(N, tp) ranks).
+
+Context parallel cuts the tokens of each sequence besides (context.py): the ranks of a **context
+group** attend with the same heads to different tokens, and each gets the merged output of its
+1 / cp of those heads. Everything outside the attention's core is cut over all ranks, the **world**,
+whose rank is `context_rank * tp + tensor_rank`.
 
 Letters: h query heads, N branches, L latent heads, h_c heads of this rank's core, T tokens.
 """
@@ -20,38 +26,75 @@ from megatron_mlra.inference.checks import whole
 from megatron_mlra.sharding.partition import LatentShard
 
 WEIGHT_MODES = ("replicated", "sharded")
-"""'replicated': a rank holds W_UQ and W_O of all heads it attends with, one all-reduce a layer.
-'sharded': h / tp heads of both, an all-gather of queries and a reduce-scatter of outputs more."""
+"""'replicated': a rank holds W_UQ of all heads it attends with, and W_O of those whose outputs it
+gets; one all-reduce a layer, and one exchange where tokens are cut. 'sharded': h / world heads of
+both, an all-gather of queries and, over ranks with other branches, a reduce-scatter more."""
 
 
 @dataclass(frozen=True)
 class HeadShard:
-    """One rank's heads: those its core attends with, and those whose W_UQ and W_O it holds."""
+    """One rank's heads: those its core attends with, and those whose weights it holds."""
 
     core: LatentShard
+    query_heads: int
+    """Heads whose query projection this rank holds."""
+    query_start: int
+    merged_heads: int
+    """Heads of the core whose outputs, of all tokens, this rank gets."""
+    merged_start: int
+    """The first of them, counted from the core's."""
     own_heads: int
-    """Heads whose query and output projections this rank holds."""
+    """Heads whose gate and output projection this rank holds."""
     own_start: int
     exchange: tuple[int, ...]
     """Tensor-parallel ranks that hold the other parts of this core's heads, in head order."""
 
+    @property
+    def merged(self) -> slice:
+        """Of the core's heads, those whose outputs this rank gets."""
+        return slice(self.merged_start, self.merged_start + self.merged_heads)
+
+    @property
+    def merged_groups(self) -> slice:
+        """The head groups that those lie in."""
+        each = self.core.heads // self.core.groups
+        return slice(self.merged_start // each, -(-self.merged.stop // each))
+
     @classmethod
-    def plan(cls, model: ModelDescription, tp: int, rank: int, weight_mode: str) -> HeadShard:
-        """The share of `rank`.
+    def plan(
+        cls,
+        model: ModelDescription,
+        tp: int,
+        rank: int,
+        weight_mode: str,
+        context: int = 1,
+        context_rank: int = 0,
+    ) -> HeadShard:
+        """The share of tensor-parallel rank `rank`, context-parallel rank `context_rank`.
 
         Raises:
             ValueError: for a size this model cannot be cut into, naming the sizes that work.
         """
         if weight_mode not in WEIGHT_MODES:
             raise ValueError(f"weight mode is {weight_mode!r}; use one of {WEIGHT_MODES}")
-        check_tensor_parallel(model, tp)
+        check_parallel(model, tp, context)
         core = LatentShard.plan(model, tp, rank, "latent")
         span = max(1, tp // model.num_branches)
         exchange = tuple(range(rank % span, tp, span))
+        merged = core.heads // context
+        start = context_rank * merged
         if weight_mode == "replicated":
-            return cls(core, core.heads, core.head_start, exchange)
-        own = core.heads // len(exchange)
-        return cls(core, own, core.head_start + exchange.index(rank) * own, exchange)
+            query, own, own_start = (core.heads, core.head_start), merged, core.head_start + start
+        else:
+            if merged % len(exchange):
+                raise ValueError(
+                    f"weight mode sharded gives each of {len(exchange)} ranks a part of {merged}"
+                    " heads; use replicated"
+                )
+            own = merged // len(exchange)
+            own_start = core.head_start + start + exchange.index(rank) * own
+            query = own, own_start
+        return cls(core, *query, merged, start, own, own_start, exchange)
 
 
 def check_tensor_parallel(model: ModelDescription, tp: int) -> None:
@@ -59,16 +102,33 @@ def check_tensor_parallel(model: ModelDescription, tp: int) -> None:
     tp = whole("tensor parallel size", tp)
     if not _fits(model, tp):
         works = [n for n in range(1, 129) if _fits(model, n)]
-        h = model.num_attention_heads
-        kind = (
-            f"num_query_groups {model.num_query_groups}"
-            if model.attention == "gqa"
-            else f"num_latent_heads {model.num_latent_heads}, num_branches {model.num_branches}"
-        )
         raise ValueError(
-            f"tensor parallel size {tp} does not fit {model.variant} ({h} heads, {kind}); use one"
+            f"tensor parallel size {tp} does not fit {_heads_of(model)}; use one"
             f" of {', '.join(map(str, works))}"
         )
+
+
+def check_parallel(model: ModelDescription, tp: int, context: int) -> None:
+    """Raise ValueError, with the sizes that work, unless `model` can be cut over `tp` ranks and
+    its tokens over `context` groups of them."""
+    check_tensor_parallel(model, tp)
+    context = whole("context parallel size", context)
+    if not _fits_context(model, tp, context):
+        works = [n for n in range(1, 129) if _fits_context(model, tp, n)]
+        raise ValueError(
+            f"context parallel size {context} does not fit {_heads_of(model)} at tensor parallel"
+            f" size {tp}; use one of {', '.join(map(str, works))}"
+        )
+
+
+def _heads_of(model: ModelDescription) -> str:
+    h = model.num_attention_heads
+    kind = (
+        f"num_query_groups {model.num_query_groups}"
+        if model.attention == "gqa"
+        else f"num_latent_heads {model.num_latent_heads}, num_branches {model.num_branches}"
+    )
+    return f"{model.variant} ({h} heads, {kind})"
 
 
 def _fits(model: ModelDescription, tp: int) -> bool:
@@ -80,16 +140,30 @@ def _fits(model: ModelDescription, tp: int) -> bool:
     return model.num_attention_heads % tp == 0 and all(n % tp == 0 or tp % n == 0 for n in counts)
 
 
+def _fits_context(model: ModelDescription, tp: int, context: int) -> bool:
+    """Whether the heads of a rank's core can be cut into `context` runs of whole head groups, or
+    of parts of one."""
+    if model.attention == "gqa":
+        heads, groups = model.num_attention_heads // tp, max(1, model.num_query_groups // tp)
+    else:
+        core = LatentShard.plan(model, tp, 0, "latent")
+        heads, groups = core.heads, core.groups
+    return heads % context == 0 and (groups % context == 0 or context % groups == 0)
+
+
 class TensorParallel:
     """The collectives of one rank.
 
     Args:
         size, rank: of the tensor-parallel group.
-        group: process group; None without one, or for one rank's share run on its own.
-        exchange_group: the ranks of `HeadShard.exchange`.
+        group: all ranks' process group; None without one, or for one rank's share run on its own.
+        exchange_group: the ranks of `HeadShard.exchange` with this rank's tokens.
+        context, context_rank: of the context-parallel group.
+        context_group: the ranks with this rank's heads, in the order of their tokens.
+        query_group: the ranks that hold parts of this core's queries, in head order.
 
     Raises:
-        ValueError: no whole number of at least 1 as the size, or a rank that is not below it.
+        ValueError: no whole number of at least 1 as a size, or a rank that is not below it.
     """
 
     def __init__(
@@ -98,38 +172,75 @@ class TensorParallel:
         rank: int = 0,
         group: dist.ProcessGroup | None = None,
         exchange_group: dist.ProcessGroup | None = None,
+        context: int = 1,
+        context_rank: int = 0,
+        context_group: dist.ProcessGroup | None = None,
+        query_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.size = whole("tensor parallel size", size)
         self.rank = whole("tensor parallel rank", rank, 0, self.size - 1)
+        self.context = whole("context parallel size", context)
+        self.context_rank = whole("context parallel rank", context_rank, 0, self.context - 1)
         self.group, self.exchange_group = group, exchange_group
+        self.context_group, self.query_group = context_group, query_group
+
+    @property
+    def world(self) -> int:
+        """Ranks in all."""
+        return self.size * self.context
+
+    @property
+    def world_rank(self) -> int:
+        """This rank among all."""
+        return self.context_rank * self.size + self.rank
 
     @classmethod
-    def over_world(cls, model: ModelDescription) -> TensorParallel:
-        """All ranks of the initialised world as one tensor-parallel group.
+    def over_world(cls, model: ModelDescription, context: int = 1) -> TensorParallel:
+        """All ranks of the initialised world: its tokens cut over `context` tensor-parallel groups.
 
         Raises:
             ValueError: for a world size this model cannot be cut into.
         """
-        size, rank = dist.get_world_size(), dist.get_rank()
-        check_tensor_parallel(model, size)
-        if model.attention == "gqa":
-            return cls(size, rank, dist.group.WORLD)
-        span = max(1, size // model.num_branches)
+        world, rank = dist.get_world_size(), dist.get_rank()
+        tp = tensor_parallel_size(world, context)
+        check_parallel(model, tp, context)
+        turn, tensor_rank = divmod(rank, tp)
+        span = tp if model.attention == "gqa" else max(1, tp // model.num_branches)
         # Every rank creates every group, as torch.distributed asks.
-        groups = [dist.new_group(list(range(first, size, span))) for first in range(span)]
-        return cls(size, rank, dist.group.WORLD, groups[rank % span])
+        contexts = [dist.new_group(list(range(t, world, tp))) for t in range(tp)]
+        queries = [
+            dist.new_group([c * tp + e for c in range(context) for e in range(first, tp, span)])
+            for first in range(span)
+        ]
+        exchanges = queries
+        if context > 1:
+            exchanges = [
+                dist.new_group([c * tp + e for e in range(first, tp, span)])
+                for c in range(context)
+                for first in range(span)
+            ]
+        return cls(
+            tp,
+            tensor_rank,
+            dist.group.WORLD,
+            exchanges[turn * span + tensor_rank % span],
+            context,
+            turn,
+            contexts[tensor_rank],
+            queries[tensor_rank % span],
+        )
 
     @classmethod
-    def share(cls, size: int, rank: int = 0) -> TensorParallel:
+    def share(cls, size: int, rank: int = 0, context: int = 1) -> TensorParallel:
         """One rank's work without its collectives: shapes are right, results are not.
 
         For measuring a rank's share on one GPU.
         """
-        return cls(size, rank)
+        return cls(size, rank, context=context)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """x summed over all ranks, in place."""
-        if self.group is not None and self.size > 1:
+        if self.group is not None and self.world > 1:
             dist.all_reduce(x, group=self.group)
         return x
 
@@ -139,14 +250,34 @@ class TensorParallel:
             return q
         t, own, e = q.shape
         out = q.new_empty(parts * t, own, e)
-        if self.exchange_group is None:
+        if self.query_group is None:
             out.view(parts, t, own, e)[:] = q
         else:
-            dist.all_gather_into_tensor(out, q.contiguous(), group=self.exchange_group)
+            dist.all_gather_into_tensor(out, q.contiguous(), group=self.query_group)
         return out.view(parts, t, own, e).transpose(0, 1).reshape(t, parts * own, e)
 
+    def exchange_tokens(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention over this rank's tokens -> that over every rank's, of the heads it gets.
+
+        Args:
+            out: `[T, ..., h_c, w]`; lse: `[T, ..., h_c]` float32.
+
+        Returns:
+            `[cp, T, ..., h_c / cp, w]` and `[cp, T, ..., h_c / cp]`, to be merged.
+        """
+        # One collective for both: a float32 travels as numbers of out's dtype, bit for bit.
+        packed = torch.cat((out, lse.unsqueeze(-1).view(out.dtype)), dim=-1)
+        packed = packed.unflatten(-2, (self.context, -1)).movedim(-3, 0).contiguous()
+        arrived = torch.empty_like(packed)
+        if self.context_group is None:
+            arrived[:] = packed[self.context_rank]
+        else:
+            dist.all_to_all_single(arrived, packed, group=self.context_group)
+        width = out.size(-1)
+        return arrived[..., :width], arrived[..., width:].contiguous().view(lse.dtype)[..., 0]
+
     def reduce_outputs(self, out: Tensor, parts: int) -> Tensor:
-        """Partial branch sums `[T, h_c, v]` -> own heads, whole: `[T, h_c / parts, v]`."""
+        """Partial branch sums `[T, h, v]` -> own heads, whole: `[T, h / parts, v]`."""
         if parts == 1:
             return out
         t, heads, v = out.shape
@@ -158,10 +289,26 @@ class TensorParallel:
         return own
 
     def gather_vocabulary(self, logits: Tensor) -> Tensor:
-        """`[T, rows]` of every rank, side by side: `[T, tp * rows]`."""
-        if self.size == 1 or self.group is None:
+        """`[T, rows]` of every rank, side by side: `[T, world * rows]`."""
+        if self.world == 1 or self.group is None:
             return logits
         t, rows = logits.shape
-        out = logits.new_empty(self.size * t, rows)
+        out = logits.new_empty(self.world * t, rows)
         dist.all_gather_into_tensor(out, logits.contiguous(), group=self.group)
-        return out.view(self.size, t, rows).transpose(0, 1).reshape(t, self.size * rows)
+        return out.view(self.world, t, rows).transpose(0, 1).reshape(t, self.world * rows)
+
+
+def tensor_parallel_size(world: int, context: int) -> int:
+    """Ranks of a tensor-parallel group where `context` of them make up the world.
+
+    Raises:
+        ValueError: the world cannot be cut so.
+    """
+    context = whole("context parallel size", context)
+    if world % context:
+        works = [n for n in range(1, world + 1) if world % n == 0]
+        raise ValueError(
+            f"context parallel size {context} does not divide the number of processes, {world};"
+            f" use one of {', '.join(map(str, works))}, or start others with torchrun"
+        )
+    return world // context

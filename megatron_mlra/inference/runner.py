@@ -10,8 +10,9 @@ from torch import Tensor
 
 from megatron_mlra.inference.cache import BlockTables, PagePool
 from megatron_mlra.inference.checks import whole
-from megatron_mlra.inference.model import InferenceModel, Step
-from mlra_kernels.prompts import PromptChunk, plan_prompts
+from megatron_mlra.inference.context import TokenCut
+from megatron_mlra.inference.model import Fresh, InferenceModel, Step
+from mlra_kernels.prompts import Bundle, PromptChunk, plan_history, plan_prompts
 
 
 @dataclass
@@ -22,7 +23,7 @@ class Chunk:
     start: int
     """Tokens of the sequence that are cached already."""
     pages: list[int]
-    """Pages of the whole sequence."""
+    """Pages of the whole sequence, on all ranks."""
 
 
 def batch_buckets(max_batch: int) -> list[int]:
@@ -36,7 +37,7 @@ class Runner:
 
     Args:
         max_batch: sequences that decode together.
-        max_pages: pages of the longest sequence.
+        max_pages: pages of the longest sequence, on all ranks.
         graphs: capture the decode step in CUDA graphs, one for each of `batch_buckets`, at first
             use; a batch runs in the next larger one, its spare rows empty.
 
@@ -55,7 +56,10 @@ class Runner:
         self.model = model
         self.max_batch = max_batch = whole("max_batch", max_batch)
         self.max_pages = whole("max_pages", max_pages)
-        self.tables = BlockTables(max_batch, max_pages, model.device)
+        self.cut = TokenCut(
+            model.cache.page_size, model.parallel.context, model.parallel.context_rank
+        )
+        self.tables = BlockTables(max_batch, max_pages, model.device, self.cut)
         # Rows: tokens, positions, slots. Captured steps read these addresses.
         self._inputs = torch.zeros(3, max_batch, dtype=torch.int64, device=model.device)
         self._lengths = torch.zeros(max_batch, dtype=torch.int32, device=model.device)
@@ -68,22 +72,43 @@ class Runner:
 
         `every_row` gives the logits of all tokens instead, `[T, vocab]`.
         """
-        device, page_size = self.model.device, self.model.cache.page_size
-        tokens, positions, slots, prompts, last = [], [], [], [], []
+        device = self.model.device
+        tokens, positions, slots, last = [], [], [], []
         for chunk in chunks:
-            count = len(chunk.tokens)
-            where = range(chunk.start, chunk.start + count)
+            where = range(chunk.start, chunk.start + len(chunk.tokens))
             tokens += chunk.tokens
             positions += where
-            slots += [chunk.pages[p // page_size] * page_size + p % page_size for p in where]
-            pages = torch.tensor(chunk.pages, dtype=torch.int64).to(device)
-            prompts.append(PromptChunk(count, chunk.start, pages))
+            slots += [self.cut.slot(chunk.pages, position) for position in where]
             last.append(len(tokens) - 1)
         inputs = torch.tensor([tokens, positions, slots], dtype=torch.int64).to(device)
-        bundles = plan_prompts(prompts, page_size, self.model.prompt_keys)
-        step = Step(inputs[0], inputs[1], inputs[2], bundles)
+        step = Step(*inputs, *self._plan(chunks))
         rows = None if every_row else torch.tensor(last).to(device)
         return self.model.forward(step, rows)
+
+    def _plan(self, chunks: list[Chunk]) -> tuple[tuple[Bundle, ...], Fresh | None]:
+        """What a prefill step's tokens attend to."""
+        cut, limit, device = self.cut, self.model.prompt_keys, self.model.device
+
+        def own(chunk: Chunk, start: int) -> PromptChunk:
+            pages = torch.tensor(cut.own_pages(chunk.pages), dtype=torch.int64).to(device)
+            return PromptChunk(len(chunk.tokens), start, pages)
+
+        if cut.ranks == 1:
+            prompts = [own(chunk, chunk.start) for chunk in chunks]
+            return plan_prompts(prompts, cut.page_size, limit), None
+        history = [own(chunk, cut.own_tokens(chunk.pages, chunk.start)) for chunk in chunks]
+        fresh, slots, pages = [], [], 0
+        for chunk in chunks:
+            count, first = len(chunk.tokens), pages
+            pages += -(-count // cut.page_size)
+            fresh.append(PromptChunk(count, 0, torch.arange(first, pages, device=device)))
+            slots += range(first * cut.page_size, first * cut.page_size + count)
+        return plan_prompts(fresh, cut.page_size, limit), Fresh(
+            pages=pages,
+            slots=torch.tensor(slots).to(device),
+            history=plan_history(history, cut.page_size, limit),
+            has_history=any(chunk.start for chunk in chunks),
+        )
 
     def decode(self, tokens: list[int], lengths: list[int], pages: list[list[int]]) -> Tensor:
         """One more token for the first rows of the block tables; logits `[b, vocab]`.
@@ -92,20 +117,18 @@ class Runner:
 
         Args:
             tokens: the token of each row that is not cached yet.
-            lengths: tokens of each row that are.
-            pages: each row's, as `tables` holds them.
+            lengths: tokens of each row that are, on all ranks.
+            pages: each row's, as they were given to `tables`.
         """
-        b, page_size = len(tokens), self.model.cache.page_size
+        b = len(tokens)
         bucket = next((size for size in self._buckets if size >= b), b)
         spare = [0] * (bucket - b)
-        slots = [
-            own[n // page_size] * page_size + n % page_size
-            for own, n in zip(pages, lengths, strict=True)
-        ]
+        rows = list(zip(pages, lengths, strict=True))
+        slots = [self.cut.slot(own, n) for own, n in rows]
         inputs = [tokens + spare, lengths + spare, slots + [-1] * (bucket - b)]
         self._inputs[:, :bucket].copy_(torch.tensor(inputs, dtype=torch.int64))
-        new = torch.tensor([n + 1 for n in lengths] + spare, dtype=torch.int32)
-        self._lengths[:bucket].copy_(new)
+        new = [self.cut.own_tokens(own, n + 1) for own, n in rows]
+        self._lengths[:bucket].copy_(torch.tensor(new + spare, dtype=torch.int32))
         if not self._buckets:
             return self.model.forward(self._step(bucket))
         return self.captured(bucket)()[:b]
@@ -150,7 +173,7 @@ class Runner:
 
 
 def pool_for(model: InferenceModel) -> PagePool:
-    """A free list over all pages of the model's cache."""
+    """The free lists over all pages of the model's cache, on every rank."""
     data, page_size = model.cache.data, model.cache.page_size
     pages = data.size(1) if model.model.attention == "mlra" else data.size(2) - 1
-    return PagePool(pages, page_size)
+    return PagePool(pages, page_size, model.parallel.context)

@@ -1,7 +1,7 @@
 """A rank's weights, cut from a checkpoint's global tensors one at a time and prepared once.
 
-Letters: h_o heads whose projections a rank owns, h_c heads of its core, n branches, g head groups,
-l latent dim, e = d_h + d_r, T tokens.
+Letters: h_q heads whose query projection a rank holds, h_o those whose output projection it holds,
+h_c heads of its core, n branches, g head groups, l latent dim, e = d_h + d_r, T tokens.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.description.tensors import EMBEDDING, FINAL_NORM, OUTPUT, layer_prefix
 from megatron_mlra.inference.mlp import DenseWeights, ExpertWeights, load_mlp
-from megatron_mlra.inference.parallel import HeadShard, check_tensor_parallel
-from megatron_mlra.sharding.placement import placements, serving_share
+from megatron_mlra.inference.parallel import HeadShard, TensorParallel, check_parallel
+from megatron_mlra.sharding.placement import Share, placements, serving_share
 
 
 @dataclass
@@ -28,13 +28,15 @@ class LatentWeights:
     q_norm: Tensor | None
     """`[d_q]`, times a_q."""
     q_up: Tensor
-    """`[h_o e, d_q]`, or `[h_o e, d]` without q_lora_rank."""
+    """`[h_q e, d_q]`, or `[h_q e, d]` without q_lora_rank."""
     kv_norm: Tensor
     """`[n g, l]`; a_kv is applied where the cache is written."""
     w_uk: Tensor
     """`[h_c, d_h, n l]`: one product absorbs a head's query for all its branches."""
     w_uv: Tensor
     """`[h_c, n l, d_v]`, times N^-1/2: the sum over branches is part of the product."""
+    merged: slice
+    """Of the core's heads those whose outputs the rank gets; decoding reads their w_uv alone."""
     gate: Tensor | None
     """`[h_o d_v, d]`."""
     proj: Tensor
@@ -48,7 +50,9 @@ class GroupedWeights:
     qkv: Tensor
     """`[(q heads + kv heads + kv heads) dim, d]`: queries, keys, values."""
     gate: Tensor | None
+    """`[h_o dim, d]`."""
     proj: Tensor
+    """`[d, h_o dim]`."""
 
 
 @dataclass
@@ -70,7 +74,7 @@ class ModelWeights:
     layers: list[LayerWeights]
     final_norm: Tensor
     output: Tensor
-    """`[rows, d]`, rows = ceil(vocab / tp); a view of the embedding where that is possible."""
+    """`[rows, d]`, rows = ceil(vocab / world); a view of the embedding where that is possible."""
 
     def tensors(self) -> list[Tensor]:
         """Every tensor a decoding step reads in full, once each: all experts, as a batch does."""
@@ -83,8 +87,11 @@ class ModelWeights:
 
 
 def _tensors(part: object) -> Iterator[Tensor]:
-    """Those in a list or dataclass, and in what it holds."""
-    if isinstance(part, Tensor):
+    """Those that a step reads of a list or dataclass, and of what it holds."""
+    if isinstance(part, LatentWeights):
+        yield part.w_uv[part.merged]
+        yield from _tensors([x for name, x in vars(part).items() if name not in ("w_uv", "merged")])
+    elif isinstance(part, Tensor):
         yield part
     elif part is not None:
         for inner in part if isinstance(part, list) else vars(part).values():
@@ -94,24 +101,27 @@ def _tensors(part: object) -> Iterator[Tensor]:
 def load_weights(
     model: ModelDescription,
     read: Callable[[str], Tensor],
-    tp: int,
-    rank: int,
+    parallel: TensorParallel,
     weight_mode: str,
     dtype: torch.dtype,
     device: str | torch.device,
     progress: Callable[[range], object] = iter,
 ) -> ModelWeights:
-    """Cut and prepare rank `rank` of `tp`.
+    """Cut and prepare one rank's.
 
     Args:
         read: canonical name -> global tensor (`CheckpointFolder.tensor`, or a dict's `get`).
+        parallel: which rank of how many.
         weight_mode: see `parallel.WEIGHT_MODES`; without meaning for 'gqa'.
         progress: wraps the range of layers (tqdm).
 
     Raises:
-        ValueError: for a tensor parallel size the model cannot be cut into.
+        ValueError: for a size the model cannot be cut into.
     """
-    check_tensor_parallel(model, tp)
+    tp, rank, world, world_rank = (
+        parallel.size, parallel.rank, parallel.world, parallel.world_rank,
+    )  # fmt: skip
+    check_parallel(model, tp, parallel.context)
 
     def place(tensor: Tensor) -> Tensor:
         return tensor.to(device=device, dtype=dtype).contiguous()
@@ -124,22 +134,26 @@ def load_weights(
             return read(f"{prefix}{name}.weight")
 
         if model.attention == "gqa":
-            attention = _grouped(model, get, tp, rank, place)
+            attention = _grouped(model, get, parallel, place)
         else:
-            shard = HeadShard.plan(model, tp, rank, weight_mode)
+            shard = HeadShard.plan(
+                model, tp, rank, weight_mode, parallel.context, parallel.context_rank
+            )
             attention = _latent(model, get, shard, place)
         layers.append(
             LayerWeights(
                 input_norm=place(get("input_layernorm")),
                 attention=attention,
                 mlp_norm=place(get("pre_mlp_layernorm")),
-                mlp=load_mlp(model, i, lambda name, at=prefix: read(at + name), tp, rank, place),
+                mlp=load_mlp(
+                    model, i, lambda name, at=prefix: read(at + name), world, world_rank, place
+                ),
             )
         )
     embedding = place(read(EMBEDDING))
     output = embedding if model.tie_embeddings else place(read(OUTPUT))
-    rows = -(-model.vocab_size // tp)
-    output = output[rank * rows : (rank + 1) * rows]
+    rows = -(-model.vocab_size // world)
+    output = output[world_rank * rows : (world_rank + 1) * rows]
     if output.size(0) < rows:
         output = torch.cat((output, output.new_zeros(rows - output.size(0), output.size(1))))
     if not model.tie_embeddings:
@@ -151,10 +165,11 @@ def _latent(
     model: ModelDescription, get: Callable[[str], Tensor], shard: HeadShard, place: Callable
 ) -> LatentWeights:
     core, nope = shard.core, model.qk_nope_head_dim
-    share = serving_share(model, core, shard.own_start, shard.own_heads)
+    queries = serving_share(model, core, shard.query_start, shard.query_heads)
+    outputs = serving_share(model, core, shard.own_start, shard.own_heads)
     placed = placements(model)
 
-    def own(name: str) -> Tensor:
+    def own(name: str, share: Share = queries) -> Tensor:
         whole = get(f"self_attention.{name}")
         parts = [whole[box] for box in placed[name].boxes(share)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -175,26 +190,30 @@ def _latent(
         kv_norm=place(own("kv_norm").unflatten(0, (-1, model.latent_dim))),
         w_uk=place(w_uk.permute(1, 2, 0, 3).flatten(2)),
         w_uv=place(w_uv.permute(1, 0, 3, 2).flatten(1, 2).float() * model.branch_scale),
-        gate=place(own("linear_gate_proj")) if model.output_gate else None,
-        proj=place(own("linear_proj")),
+        merged=shard.merged,
+        gate=place(own("linear_gate_proj", outputs)) if model.output_gate else None,
+        proj=place(own("linear_proj", outputs)),
     )
 
 
 def _grouped(
-    model: ModelDescription, get: Callable[[str], Tensor], tp: int, rank: int, place: Callable
+    model: ModelDescription, get: Callable[[str], Tensor], parallel: TensorParallel, place: Callable
 ) -> GroupedWeights:
     g, dim = model.num_query_groups, model.head_dim
     per_group = model.num_attention_heads // g
     gates = per_group if model.output_gate else 0
     heads = get("self_attention.linear_qkv").unflatten(0, (g, per_group + gates + 2, dim))
     q, gate, k, v = heads.split((per_group, gates, 1, 1), dim=1)
-    own = model.num_attention_heads // tp
+    rank, own = parallel.rank, model.num_attention_heads // parallel.size
     queries = slice(rank * own, (rank + 1) * own)
     kv = slice(rank * own // per_group, -(-(rank + 1) * own // per_group))
+    merged = own // parallel.context
+    start = rank * own + parallel.context_rank * merged
+    outputs = slice(start, start + merged)
     rows = (q.flatten(0, 1)[queries], k.flatten(0, 1)[kv], v.flatten(0, 1)[kv])
     proj = get("self_attention.linear_proj")
     return GroupedWeights(
         qkv=place(torch.cat(rows).flatten(0, 1)),
-        gate=place(gate.flatten(0, 1)[queries].flatten(0, 1)) if gates else None,
-        proj=place(proj[:, rank * own * dim : (rank + 1) * own * dim]),
+        gate=place(gate.flatten(0, 1)[outputs].flatten(0, 1)) if gates else None,
+        proj=place(proj[:, outputs.start * dim : outputs.stop * dim]),
     )

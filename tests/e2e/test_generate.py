@@ -85,19 +85,20 @@ def test_files_of_prompts_give_what_single_prompts_give(checkpoint, capsys, tmp_
 
 
 def test_ranks_write_what_one_process_writes(checkpoint, capsys):
-    argv = [checkpoint, "--prompt", "def ", "--max-new-tokens", "12", "--ignore-eod"]
+    argv = [checkpoint, "--prompt", "def ", "--max-new-tokens", "24", "--ignore-eod"]
     _, alone, _ = generate(capsys, *argv)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     done = subprocess.run(
-        [*command, "2", "--no-python", program("mlra"), "generate", *argv,
-         "--weight-mode", "sharded"],
+        [*command, "4", "--no-python", program("mlra"), "generate", *argv,
+         "--weight-mode", "sharded", "--context-parallel", "2", "--page-size", "16"],
         capture_output=True, text=True, env=ENV, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout == alone
-    # Two of the four latents, and the RoPE key.
-    assert "tensor parallel 2 (sharded)" in done.stderr
-    assert f"KV cache {2 * 40 * 4} bytes a token and rank" in done.stderr
+    # Two of the four latents, and the RoPE key, of one token in two; a page of the two on each.
+    assert "tensor parallel 2 (sharded), context parallel 2" in done.stderr
+    size = 2 * 40 * 4
+    assert f"KV cache {size // 2} bytes a token and rank, {16 * size} bytes alloc" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -111,6 +112,11 @@ def test_ranks_write_what_one_process_writes(checkpoint, capsys):
         (["--prompt", "x", "--top-p", 2, "--max-new-tokens", 4], "top_p is 2.0; use more than 0"),
         (["--prompt", "x", "--max-batch", 0], "--max-batch is 0; use at least 1"),
         (["--prompt", "x", "--chunk-size", 0], "--chunk-size is 0; use at least 1"),
+        (
+            ["--prompt", "x", "--context-parallel", 2],
+            "context parallel size 2 does not divide the number of processes, 1; use one of 1, or",
+        ),
+        (["--prompt", "x", "--context-parallel", 0], "context parallel size is 0; use a whole"),
         (["--prompt", "x", "--output", "/"], "--output / is a folder; name a file in it"),
         (
             ["--prompt", "x", "--output", "/proc/no/x"],

@@ -175,22 +175,29 @@ def grouped_decode_calls(draw: Callable) -> Call:
         "cache_seqlens": lengths,
         "softmax_scale": 0.3,
     }
-    return Call(grouped_decode, arguments, expected_grouped)
+
+    def decode(**arguments):
+        out, lse = grouped_decode(**arguments)
+        # The log-sum-exp of a length that cannot be says nothing; its output is NaN.
+        return out, torch.where(out[..., 0].isnan(), math.nan, lse)
+
+    return Call(decode, arguments, expected_grouped)
 
 
 def expected_grouped(q, keys, values, block_table, cache_seqlens, softmax_scale):
-    """Output."""
+    """Output, lse."""
     batch, heads, dim = q.shape
     out, group = torch.zeros(batch, heads, dim, dtype=torch.float64), heads // keys.shape[2]
+    lse = torch.full((batch, heads), -math.inf, dtype=torch.float64)
     assert group * keys.shape[2] == heads and keys.shape == values.shape
     for b, length in enumerate(cache_seqlens.tolist()):
         k, v = (_rows(x, block_table[b], length) for x in (keys, values))
         if k is None:
-            out[b] = math.nan
+            out[b], lse[b] = math.nan, math.nan
         for head in range(heads if length and k is not None else 0):
             x = k[:, head // group] @ q[b, head].double() * softmax_scale
-            out[b, head] = x.softmax(0) @ v[:, head // group]
-    return (out,)
+            out[b, head], lse[b, head] = x.softmax(0) @ v[:, head // group], x.logsumexp(0)
+    return out, lse
 
 
 @st.composite

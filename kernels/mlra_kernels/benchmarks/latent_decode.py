@@ -15,7 +15,7 @@ import torch
 import triton
 
 from mlra_kernels.benchmarks.output import output_file
-from mlra_kernels.benchmarks.providers import PROVIDERS
+from mlra_kernels.benchmarks.providers import PROVIDERS, Provider, chosen
 from mlra_kernels.benchmarks.results import write_json
 from mlra_kernels.benchmarks.timing import copy_roof, graph_microseconds, read_roof
 from mlra_kernels.benchmarks.workload import Shape, Workload, make_workload
@@ -68,16 +68,31 @@ def gate(workload: Workload, call, name: str) -> float:
     return error
 
 
-def measure(shape: Shape, roof: float, seed: int, providers: list[str]) -> list[dict]:
-    """Check and time every named provider that can run a shape; one record each."""
+def timed(provider: Provider, workload, gate) -> tuple[float, float] | None:
+    """Microseconds of a call and its relative error; None, with a line that says why, of a peer
+    that refuses the workload."""
+    try:
+        calls = provider.build(workload)
+        error = gate(workload, calls[0], provider.name)
+        return graph_microseconds(calls), error
+    except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as problem:
+        if provider.name == "mlra_kernels":
+            raise
+        said = " ".join(f"{type(problem).__name__}: {problem}".split())[:300]
+        print(f"{workload.shape.label:26} {provider.name:22} left out: {said}", flush=True)
+        return None
+
+
+def measure(shape: Shape, roof: float, seed: int, able: list[Provider]) -> list[dict]:
+    """Check and time every provider that can run a shape; one record each."""
     workload = make_workload(shape, torch.bfloat16, "cuda", seed)
     records = []
-    for name, fits, build in PROVIDERS:
-        if name not in providers or not fits(workload):
+    for provider in able:
+        name = provider.name
+        found = timed(provider, workload, gate) if provider.fits(workload) else None
+        if found is None:
             continue
-        calls = build(workload)
-        error = gate(workload, calls[0], name)
-        us = graph_microseconds(calls)
+        us, error = found
         gbs = shape.cache_bytes / us / 1e3
         record = {
             "shape": shape.label, "provider": name, "batch": shape.batch, "length": shape.length,
@@ -169,15 +184,19 @@ def main() -> None:
     """Parse the command line, measure the suites, report."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--suite", nargs="+", choices=sorted(SUITES), default=["quick"])
-    names = [name for name, _, _ in PROVIDERS]
-    parser.add_argument("--providers", nargs="+", choices=names, default=names)
+    names = [provider.name for provider in PROVIDERS]
+    parser.add_argument("--providers", nargs="+", choices=names, help="default: all there are")
     parser.add_argument("--json", type=output_file, help="where to write the records")
     parser.add_argument("--png", type=output_file, help="where to draw latency over context length")
     parser.add_argument("--commit", default=None, help="commit to name in the report")
     parser.add_argument("--seed", type=int, default=None, help="seed of the inputs; default: clock")
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("this benchmark needs a CUDA GPU, and torch sees none")
+        sys.exit("error: this benchmark needs a CUDA GPU, and torch sees none")
+    try:
+        able = chosen(PROVIDERS, args.providers)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     seed = args.seed if args.seed is not None else time.time_ns() % 2**31
     roof = read_roof()
     about = {
@@ -188,7 +207,7 @@ def main() -> None:
     print(", ".join(f"{k} {v}" for k, v in about.items()), flush=True)
     records = []
     for shape in dict.fromkeys(shape for suite in args.suite for shape in SUITES[suite]):
-        records += measure(shape, roof, seed, args.providers)
+        records += measure(shape, roof, seed, able)
         torch.cuda.empty_cache()
     if args.png:
         plot(records, roof, f"{about['gpu']}, commit {about['commit']}", args.png)

@@ -152,7 +152,8 @@ def _grouped(z: Sizes, draw, places: Tensor) -> Case:
     lengths = torch.full((z.batch,), z.length, dtype=torch.int32, device=q.device)
 
     def decode(backend: str) -> Tensor:
-        return grouped_decode(q, keys, values, table.int(), lengths, z.dim**-0.5, backend=backend)
+        scale = z.dim**-0.5
+        return grouped_decode(q, keys, values, table.int(), lengths, scale, backend=backend)[0]
 
     moved = 2 * z.batch * z.length * z.kv_heads * z.dim * keys.element_size()
     return Case("grouped_decode", lambda: decode("mlra_kernels"), lambda: decode("torch"), moved)

@@ -1,11 +1,18 @@
-"""What the decoding kernel is measured against: each provider is (name, fits?, build).
+"""What the decoding kernels are measured against, in the same run and on the same paged cache.
 
-`build(workload)` returns one call per block table, ready to be timed; each call returns (out, lse)
-in the layout of `latent_decode`, or (out, None).
+A provider's `build(workload)` returns one call per block table, ready to be timed; each call
+returns (out, lse) in the layout of the kernel it is compared with, or (out, None).
+
+The peers' interfaces are those of FlashInfer 0.6 and 0.7 and of FlashAttention 4 at 4.0.0b36.
 """
 
+from __future__ import annotations
+
+import importlib.metadata
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -14,6 +21,67 @@ from mlra_kernels.latent_decode import decode_metadata, latent_decode
 
 Calls = list[Callable[[], tuple[torch.Tensor, torch.Tensor | None]]]
 SDPA_MAX_BYTES = 4 << 30  # gathered copies beyond this are not worth a benchmark's memory
+WORKSPACE_BYTES = 128 << 20  # what FlashInfer asks for
+FLASHINFER_VERSIONS = ("0.6.", "0.7.")
+FLASH_MAX_DIM = 256  # FlashAttention's largest head on Hopper
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute a workload."""
+
+    name: str
+    fits: Callable[[Any], bool]
+    """Whether it can compute a workload."""
+    build: Callable[[Any], Calls]
+    missing: Callable[[], str | None] = lambda: None
+    """Why it cannot be used here, and what to do, in one line; None where it can."""
+
+
+def chosen(providers: Sequence[Provider], names: Sequence[str] | None) -> list[Provider]:
+    """The providers called `names`, or all that can be used here; says which are left out.
+
+    Raises:
+        ValueError: a named one cannot be used here.
+    """
+    if names is None:
+        for provider in providers:
+            if said := provider.missing():
+                print(f"without {provider.name}: {said}", flush=True)
+        return [provider for provider in providers if not provider.missing()]
+    found = [provider for provider in providers if provider.name in names]
+    for provider in found:
+        if said := provider.missing():
+            raise ValueError(f"--providers {provider.name!r}: {said}")
+    return found
+
+
+def without_flashinfer() -> str | None:
+    """Why FlashInfer's wrappers cannot be called."""
+    if not importlib.util.find_spec("flashinfer"):
+        return "flashinfer is not installed; pip install flashinfer-python"
+    try:
+        version = importlib.metadata.version("flashinfer-python")
+    except importlib.metadata.PackageNotFoundError:
+        version = "of an unknown version"
+    if not version.startswith(FLASHINFER_VERSIONS):
+        return f"flashinfer is {version}; install 0.6 or 0.7 (pip install 'flashinfer-python<0.8')"
+    return None
+
+
+def without_flash_attention_3() -> str | None:
+    """Why FlashAttention 3 cannot be called."""
+    if not importlib.util.find_spec("flash_attn_interface"):
+        return "flash_attn_interface is not installed; build the hopper folder of flash-attention"
+    return None
+
+
+def without_flash_attention_4() -> str | None:
+    """Why FlashAttention 4 cannot be called."""
+    parent = importlib.util.find_spec("flash_attn")
+    if parent is None or not importlib.util.find_spec("flash_attn.cute"):
+        return "flash_attn.cute is not installed; pip install --pre flash-attn-4"
+    return None
 
 
 def mlra_calls(w: Workload) -> Calls:
@@ -52,22 +120,84 @@ def sdpa_calls(w: Workload) -> Calls:
     return calls
 
 
-def flash_attention_calls(w: Workload) -> Calls:
-    """FlashAttention-3 (`flash_attn_interface`) on the same paged cache, one latent."""
+def _as_grouped(w: Workload) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries `[b, q, j, D + R]`, keys and values `[pages, page_size, 1, ...]` of one latent."""
+    query = torch.cat([w.q_absorbed[:, :, 0], w.q_rope], dim=-1)
+    return query, w.cache[:, :, None], w.cache[:, :, None, : w.shape.latent_dim]
+
+
+def flash_attention_3(query, keys, values, table, seqlens, scale) -> torch.Tensor:
+    """FlashAttention 3: `[b, q, h, e]` on keys and values `[pages, page_size, k, ...]`."""
     from flash_attn_interface import flash_attn_with_kvcache
 
-    s = w.shape
-    keys, values = w.cache[:, :, None], w.cache[:, :, None, : s.latent_dim]
-    query = torch.cat([w.q_absorbed[:, :, 0], w.q_rope], dim=-1)  # [b, q, j, D + R]
+    return flash_attn_with_kvcache(
+        query, keys, values, cache_seqlens=seqlens, page_table=table, softmax_scale=scale,
+        causal=True,
+    )  # fmt: skip
 
-    def call(table: torch.Tensor):
-        out = flash_attn_with_kvcache(
-            query, keys, values, cache_seqlens=w.cache_seqlens, page_table=table,
-            softmax_scale=w.softmax_scale, causal=True,
+
+def flash_attention_4(query, keys, values, table, seqlens, scale) -> torch.Tensor:
+    """FlashAttention 4, as above. On Hopper it cannot split a sequence over programs."""
+    from flash_attn.cute import flash_attn_varlen_func
+
+    hopper = torch.cuda.get_device_capability(query.device)[0] == 9
+    out = flash_attn_varlen_func(
+        query, keys, values, seqused_k=seqlens, page_table=table, softmax_scale=scale,
+        causal=query.shape[1] > 1, num_splits=1 if hopper else 0,
+    )  # fmt: skip
+    return out[0] if isinstance(out, tuple) else out
+
+
+def flash_calls(run: Callable[..., torch.Tensor]) -> Callable[[Workload], Calls]:
+    """`build` of one latent by a FlashAttention, its heads as queries of one key head."""
+
+    def build(w: Workload) -> Calls:
+        query, keys, values = _as_grouped(w)
+
+        def call(table: torch.Tensor):
+            out = run(query, keys, values, table, w.cache_seqlens, w.softmax_scale)
+            return out[:, :, None], None
+
+        return [lambda table=table: call(table) for table in w.tables]
+
+    return build
+
+
+def page_lists(tables: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each sequence's pages begin, `[b + 1]` int32, and all pages of a block table."""
+    starts = torch.arange(batch + 1, dtype=torch.int32, device=tables.device) * tables.shape[1]
+    return starts, tables.flatten().contiguous()
+
+
+def flashinfer_mla_calls(w: Workload) -> Calls:
+    """FlashInfer's MLA wrapper, planned once per block table (not timed)."""
+    from flashinfer.mla import BatchMLAPagedAttentionWrapper
+
+    s, device = w.shape, w.cache.device
+    parts = {
+        "q_nope": w.q_absorbed[:, :, 0].flatten(0, 1).contiguous(),  # [b q, j, D]
+        "q_pe": w.q_rope.flatten(0, 1).contiguous(),
+        "ckv_cache": w.cache[..., : s.latent_dim],
+        "kpe_cache": w.cache[..., s.latent_dim :],
+    }
+    queries = torch.arange(s.batch + 1, dtype=torch.int32, device=device) * s.q_len
+    calls: Calls = []
+    for table in w.tables:
+        starts, pages = page_lists(table, s.batch)
+        workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        wrapper = BatchMLAPagedAttentionWrapper(workspace)
+        wrapper.plan(
+            qo_indptr=queries, kv_indptr=starts, kv_indices=pages, kv_len_arr=w.cache_seqlens,
+            num_heads=s.heads, head_dim_ckv=s.latent_dim, head_dim_kpe=s.rope_dim,
+            page_size=s.page_size, causal=s.q_len > 1, sm_scale=w.softmax_scale,
+            q_data_type=w.cache.dtype, kv_data_type=w.cache.dtype,
         )  # fmt: skip
-        return out[:, :, None], None
 
-    return [lambda table=table: call(table) for table in w.tables]
+        def call(wrapper=wrapper):
+            return wrapper.run(**parts).view(s.batch, s.q_len, 1, s.heads, s.latent_dim), None
+
+        calls.append(call)
+    return calls
 
 
 def has_one_plain_latent(w: Workload) -> bool:
@@ -81,9 +211,23 @@ def fits_sdpa(w: Workload) -> bool:
     return has_one_plain_latent(w) and w.shape.q_len == 1 and copies <= SDPA_MAX_BYTES
 
 
-PROVIDERS: list[tuple[str, Callable[[Workload], bool], Callable[[Workload], Calls]]] = [
-    ("mlra_kernels", lambda w: True, mlra_calls),
-    ("torch SDPA, gathered", fits_sdpa, sdpa_calls),
-]
-if importlib.util.find_spec("flash_attn_interface"):
-    PROVIDERS.append(("FlashAttention-3", has_one_plain_latent, flash_attention_calls))
+def fits_flash_attention_4(w: Workload) -> bool:
+    """Whether a latent and its RoPE key are a head that FlashAttention 4 takes."""
+    return has_one_plain_latent(w) and w.shape.latent_dim + w.shape.rope_dim <= FLASH_MAX_DIM
+
+
+PROVIDERS = [
+    Provider("mlra_kernels", lambda w: True, mlra_calls),
+    Provider("torch SDPA, gathered", fits_sdpa, sdpa_calls),
+    Provider(
+        "FlashInfer MLA", has_one_plain_latent, flashinfer_mla_calls, without_flashinfer
+    ),
+    Provider(
+        "FlashAttention-3", has_one_plain_latent, flash_calls(flash_attention_3),
+        without_flash_attention_3,
+    ),
+    Provider(
+        "FlashAttention-4", fits_flash_attention_4, flash_calls(flash_attention_4),
+        without_flash_attention_4,
+    ),
+]  # fmt: skip

@@ -26,7 +26,7 @@ def grouped_decode(
     softmax_scale: float,
     *,
     backend: str = "mlra_kernels",
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Attend from one new token a sequence to a paged cache of keys and values.
 
     Args:
@@ -40,7 +40,8 @@ def grouped_decode(
         backend: 'mlra_kernels' (CUDA) or 'torch' (the reference, any device).
 
     Returns:
-        `[b, H, D]`.
+        out `[b, H, D]` and the natural log-sum-exp `[b, H]` fp32, -inf of no token and without
+        meaning where out is NaN.
 
     Raises:
         ValueError: an argument does not fit; the message names the value and the fix.
@@ -56,7 +57,7 @@ def grouped_decode(
             f" and {MAX_GROUP} query heads a key head; pass backend='torch'"
         )
     if len(q) == 0:
-        return torch.empty_like(q)
+        return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
     b, heads, _ = q.shape
     multiprocessors = 4
     if q.is_cuda:
@@ -75,7 +76,7 @@ def grouped_decode(
                 heads // kv_heads)), N=64, D=dim, PAGE=page_size, MIN_TOKENS=MIN_TOKENS,
             num_warps=4, num_stages=3,
         )  # fmt: skip
-    return out[0] if parts == 1 else merge_states(out, lse)[0]
+    return (out[0], lse[0]) if parts == 1 else merge_states(out, lse)
 
 
 def _check(

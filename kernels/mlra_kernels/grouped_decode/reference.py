@@ -16,9 +16,10 @@ def grouped_decode_reference(
     block_table: Tensor,
     cache_seqlens: Tensor,
     softmax_scale: float,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """One query token a sequence over its cached tokens; arguments as in `ops.grouped_decode`."""
     out = torch.zeros_like(q)
+    lse = torch.full(q.shape[:2], -torch.inf, device=q.device)
     page_size, kv_heads = keys.shape[1:3]
     read = checks.read_paging(block_table, cache_seqlens, page_size, keys.shape[0])
     for b, (length, pages) in enumerate(read):
@@ -27,5 +28,6 @@ def grouped_decode_reference(
         k, v = (x[pages].flatten(0, 1)[:length].float() for x in (keys, values))
         grouped = q[b].float().unflatten(0, (kv_heads, -1))  # [K, H / K, D]
         scores = torch.einsum("kjd,tkd->kjt", grouped, k) * softmax_scale
+        lse[b] = scores.logsumexp(-1).flatten()
         out[b] = torch.einsum("kjt,tkd->kjd", scores.softmax(-1), v).flatten(0, 1).to(q.dtype)
-    return out
+    return out, lse

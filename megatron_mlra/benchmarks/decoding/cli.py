@@ -1,11 +1,14 @@
-"""Measure time per output token on one GPU: MLRA against MLA and GQA, whole and one rank's share.
+"""Measure time per output token: MLRA against MLA and GQA, on one GPU or, under torchrun, on all.
 
-Random weights and a cache filled with random numbers: times do not depend on their values. A share
-at tensor parallel size N is the work of one of N ranks without its collectives.
+Random weights and a cache filled with random numbers: times do not depend on their values. On one
+GPU a model is measured whole and as one rank's share, the work of one of N ranks without its
+collectives. Under torchrun it is cut over all processes, collectives included.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -17,35 +20,75 @@ from typing import Any
 import torch
 import triton
 
-from megatron_mlra.benchmarks.decoding.measure import Case, gate, measure, measure_prefill
+from megatron_mlra.benchmarks.decoding.measure import (
+    ONE_GPU,
+    Case,
+    gate,
+    measure,
+    measure_prefill,
+)
+from megatron_mlra.benchmarks.decoding.place import Place, joined, tiny
 from megatron_mlra.benchmarks.decoding.plot import plot
 from megatron_mlra.command_line.parser import OneLineParser, check_output, write_text
 from megatron_mlra.description.presets import preset_description
+from megatron_mlra.inference.parallel import HeadShard, check_parallel, tensor_parallel_size
 from mlra_kernels.benchmarks.timing import read_roof
 
 PRESETS = ("mlra4_2.9b", "mla_2.9b", "gqa_2.9b")
 K = 1024
 
 
-def cases(tps: list[int], presets: list[str]) -> list[Case]:
-    """What is measured: every preset whole and as a share, the variations of the first one."""
-    out = []
-    for tp in tps:
-        for preset in presets:
-            model = preset_description(preset)
-            label = model.variant
-            if model.attention == "gqa":
-                if model.num_query_groups % tp:
-                    # Six key heads cannot be cut in four; eight are the usual choice.
-                    model = model.replace(num_query_groups=8)
-                label = f"GQA-{model.num_query_groups}"
-            where = "whole" if tp == 1 else f"1/{tp}"
-            out.append(Case(f"{label} {where}", model, tp))
-            if model.attention == "mlra" and model.num_branches > 1:
-                out.append(Case(f"{label} FP8 {where}", model, tp, cache_dtype="fp8"))
-                if tp > 1:
-                    out.append(Case(f"{label} sharded {where}", model, tp, weight_mode="sharded"))
-    return out
+def cases(
+    tps: list[int], presets: list[str], contexts: Sequence[int] = (1,), place: Place = ONE_GPU
+) -> list[Case]:
+    """What is measured: every preset in every cut that it fits, and variations.
+
+    Args:
+        tps: shares, on one GPU.
+        contexts: ranks over which tokens are cut, besides those of a share, or of a world's.
+    """
+    if place.ranks > 1:
+        layouts = [(tensor_parallel_size(place.ranks, n), n) for n in contexts]
+    else:
+        layouts = [(tp, n) for tp in tps for n in contexts]
+    return [
+        case
+        for tp, context in layouts
+        for preset in presets
+        for case in _of_preset(preset, tp, context, place)
+    ]
+
+
+def _of_preset(preset: str, tp: int, context: int, place: Place) -> list[Case]:
+    model = preset_description(preset)
+    label = model.variant
+    if model.attention == "gqa":
+        if model.num_query_groups % tp:
+            # Six key heads cannot be cut in four; eight are the usual choice.
+            model = model.replace(num_query_groups=8)
+        label = f"GQA-{model.num_query_groups}"
+    if place.rehearsal:
+        model = tiny(model)
+    try:
+        check_parallel(model, tp, context)
+    except ValueError as misfit:
+        place.say(f"left out: {label}: {misfit}")
+        return []
+    latents = model.attention == "mlra"
+    cut = f" tokens cut in {context}" if context > 1 else ""
+    where = "whole" if tp * context == 1 else f"1/{tp * context}"
+    if place.ranks > 1:
+        where = f"x{place.ranks}"
+    found = [Case(f"{label}{cut} {where}", model, tp, context)]
+    if latents and model.num_branches > 1:
+        fp8 = f"{label}{cut} FP8 {where}"
+        found.append(Case(fp8, model, tp, context, cache_dtype="fp8"))
+    if latents and (context > 1 or (tp > 1 and model.num_branches > 1)):
+        sharded = Case(f"{label}{cut} sharded {where}", model, tp, context, "sharded")
+        with contextlib.suppress(ValueError):
+            HeadShard.plan(model, tp, 0, "sharded", context)
+            found.append(sharded)
+    return found
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -56,7 +99,7 @@ def table(records: list[dict[str, Any]]) -> str:
     ]
     for r in records:
         sizes = f"{r['weight_bytes'] / 1e9:.2f} | {r['cache_bytes'] / 1e9:.2f}"
-        timed = "does not fit | |"
+        timed = "does not fit | |" if not r.get("fits", False) else "rehearsed | |"
         if "us" in r:
             timed = f"{r['us']:.0f} | {r['roof_us']:.0f} | {100 * r['share']:.0f} %"
         lines.append(f"| {r['label']} | {r['batch']} | {r['context'] // K}K | {timed} | {sizes} |")
@@ -74,7 +117,27 @@ def parser() -> OneLineParser:
         metavar="PRESET",
         help=f"presets by name or path (default: {' '.join(PRESETS)})",
     )
-    add("--tp", type=int, nargs="+", default=[4, 1], help="shares to measure (default: 4 1)")
+    add(
+        "--tp",
+        type=int,
+        nargs="+",
+        default=[4, 1],
+        help="shares to measure on one GPU (default: 4 1); under torchrun the processes decide",
+    )
+    add(
+        "--context-parallel",
+        type=int,
+        nargs="+",
+        default=[1],
+        metavar="N",
+        help="measure with the tokens of each sequence cut over N ranks too: of the processes under"
+        " torchrun, else besides --tp (default: 1)",
+    )
+    add(
+        "--rehearse",
+        action="store_true",
+        help="run every case at a tiny size on CPUs, by gloo under torchrun, and time nothing",
+    )
     add(
         "--contexts",
         type=int,
@@ -96,46 +159,63 @@ def parser() -> OneLineParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Gate, measure, report."""
     args = parser().parse_args(argv)
-    if not torch.cuda.is_available():
+    if not args.rehearse and not torch.cuda.is_available():
         sys.exit("error: this benchmark needs a CUDA GPU, and torch sees none")
     try:
         for flag, file in (("--json", args.json), ("--png", args.png)):
             if file:
                 check_output(file, flag)
-        todo = cases(args.tp, args.configs)
+        with joined(args.rehearse) as place:
+            todo = cases(args.tp, args.configs, args.context_parallel, place)
+            failed = _run(args, todo, place)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    seed = args.seed if args.seed is not None else time.time_ns() % 2**20
-    roof = read_roof()
+    if failed:
+        sys.exit(f"error: not reported: {', '.join(failed)}")
+
+
+def _run(args: argparse.Namespace, todo: list[Case], place: Place) -> list[str]:
+    """Every case; returns the labels of those that failed."""
+    # All ranks draw alike.
+    seed = args.seed if args.seed is not None else int(place.most(time.time_ns() % 2**20))
+    roof = 1.0 if place.rehearsal else -place.most(-read_roof())
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     about = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
+        "gpu": "none: a rehearsal" if place.rehearsal else torch.cuda.get_device_name(),
+        "gpus": 0 if place.rehearsal else place.ranks, "torch": torch.__version__,
         "triton": triton.__version__, "commit": args.commit or done.stdout.strip() or "unknown",
         "read_gb_s": round(roof / 1e9), "seed": seed,
     }  # fmt: skip
-    print(", ".join(f"{k} {v}" for k, v in about.items()), flush=True)
+    place.say(", ".join(f"{k} {v}" for k, v in about.items()))
     records, prefills, failed = [], [], []
     for case in todo:
         start = time.monotonic()
+        problem = None
         try:
-            error = gate(case, seed)
-            torch.cuda.empty_cache()
-            found = measure(case, args.contexts, args.batches, roof, seed)
-            records += [record | {"gate_error": error} for record in found]
+            error = gate(case, seed, place)
+            _free(place)
+            found = measure(case, args.contexts, args.batches, roof, seed, place)
             took = time.monotonic() - start
-            print(f"{case.label}: error {error:.1e}, {took:.0f} s\n{table(found)}", flush=True)
+            place.say(f"{case.label}: error {error:.1e}, {took:.0f} s\n{table(found)}")
+            records += [record | {"gate_error": error} for record in found]
             if case.weight_mode == "replicated" and case.cache_dtype == "auto":
-                for length in args.prefill:
-                    prefills.append(measure_prefill(case, length, args.prefill_chunk, seed))
-                    print(json.dumps(prefills[-1]), flush=True)
-        except (RuntimeError, ValueError) as problem:
-            failed.append(case.label)
+                for length in args.prefill if not place.rehearsal else ():
+                    prefills.append(measure_prefill(case, length, args.prefill_chunk, seed, place))
+                    place.say(json.dumps(prefills[-1]))
+        except (RuntimeError, ValueError) as raised:
+            problem = raised
             print(f"error: {case.label}: {problem}", file=sys.stderr, flush=True)
-        torch.cuda.empty_cache()
-        if args.json:
+        if place.most(float(problem is not None)):
+            failed.append(case.label)
+        _free(place)
+        if args.json and place.rank == 0:
             report = {**about, "records": records, "prefills": prefills, "failed": failed}
             write_text(args.json, json.dumps(report, indent=1))
-    if args.png and records:
+    if args.png and place.rank == 0 and any("us" in record for record in records):
         plot(records, f"{about['gpu']}, {about['commit']}", Path(args.png))
-    if failed:
-        sys.exit(f"error: not reported: {', '.join(failed)}")
+    return failed
+
+
+def _free(place: Place) -> None:
+    if not place.rehearsal:
+        torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Time of a decoding step on one GPU, against the time its bytes take at the measured bandwidth."""
+"""Time of a decoding step, against the time that a GPU's bytes take at the measured bandwidth."""
 
 from __future__ import annotations
 
@@ -10,26 +10,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_mlra.benchmarks.decoding.place import Place
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.description.tensors import expected_tensors
 from megatron_mlra.inference.load import LoadOptions, load_model
 from megatron_mlra.inference.model import InferenceModel
-from megatron_mlra.inference.parallel import TensorParallel
 from megatron_mlra.inference.runner import Chunk, Runner
 
 PAGE = 64
+ONE_GPU = Place()
 SPARE_BYTES = 4 << 30
 """GPU memory left to activations and graphs when deciding what fits."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One model and what of it the GPU holds."""
+    """One model and what of it a GPU holds: in a world its part, with collectives; on one GPU the
+    share of one rank, without them, where there are more."""
 
     label: str
     model: ModelDescription
     tp: int = 1
-    """1: the whole model; else one rank's share, without its collectives."""
+    """Ranks over which latents or heads are cut."""
+    context: int = 1
+    """Ranks over which tokens are cut besides."""
     weight_mode: str = "replicated"
     cache_dtype: str = "auto"
 
@@ -50,32 +54,35 @@ def random_reader(
     return read
 
 
-def gate(case: Case, seed: int) -> float:
+def gate(case: Case, seed: int, place: Place = ONE_GPU) -> float:
     """Relative error of the fast path's logits on two layers, or an error if it is too large.
 
     Chunked prefill and three steps of the captured decode graph in bfloat16, against the reference
-    backend in float32 on the same weights; eager steps must equal captured ones bitwise.
+    backend in float32 on the same weights: the whole model on each rank of a world, else the same
+    share. Eager steps must equal captured ones bitwise.
 
     Raises:
         RuntimeError: the results differ; nothing should be reported.
     """
     small = case.model.replace(num_layers=2)
     prompt = torch.randint(small.vocab_size, (333,), generator=torch.Generator().manual_seed(seed))
+    parallel = place.parallel(small, case.tp, case.context)
+    reference = None if place.ranks > 1 else parallel
+    ways = [("float32", "torch", False, reference), (place.dtype, place.backend, False, parallel)]
+    if not place.rehearsal:
+        ways.append((place.dtype, place.backend, True, parallel))
     results = []
-    for dtype, backend, graphs in (
-        ("float32", "torch", False),
-        ("bfloat16", "mlra_kernels", False),
-        ("bfloat16", "mlra_kernels", True),
-    ):
+    for i, (dtype, backend, graphs, cut) in enumerate(ways):
+        ranks = 1 if cut is None else cut.context
         options = LoadOptions(
-            dtype=dtype, backend=backend, cache_tokens=1024, page_size=PAGE, max_positions=1024,
-            weight_mode=case.weight_mode,
-            cache_dtype=case.cache_dtype if backend == "mlra_kernels" else "auto",
+            dtype=dtype, backend=backend, cache_tokens=1024 * ranks, page_size=PAGE,
+            max_positions=1024, weight_mode=case.weight_mode,
+            cache_dtype=case.cache_dtype if i else "auto",
         )  # fmt: skip
-        read = random_reader(small, "cuda", seed=seed)
-        model = load_model(small, read, options, "cuda", _share(case))
+        read = random_reader(small, place.device, seed=seed)
+        model = load_model(small, read, options, place.device, cut)
         runner = Runner(model, max_batch=2, max_pages=16, graphs=graphs)
-        pages = [11, 3, 7, 5, 0, 15, 2]
+        (pages,) = _spread([[11, 3, 7, 5, 0, 15, 2]], ranks, 7)
         runner.tables.set(0, pages)
         tokens = prompt.tolist()
         logits = [runner.prefill([Chunk(tokens[:200], 0, pages)])]
@@ -84,64 +91,78 @@ def gate(case: Case, seed: int) -> float:
             runner.decode([tokens[n]], [n], [pages]).clone() for n in range(330, len(tokens))
         ]
         results.append(torch.cat(logits))
-    expected, eager, captured = results
-    error = float((eager - expected).norm() / expected.norm())
+    expected, eager, captured = results[0], results[1], results[-1]
+    error = place.most(float((eager - expected).norm() / expected.norm()))
     limit = 0.1 if case.cache_dtype == "fp8" else 0.03
     if not error < limit:
         raise RuntimeError(f"{case.label}: logits are off by {error:.1e} (limit {limit})")
-    if not torch.equal(eager, captured):
-        worst = float((eager - captured).abs().max())
+    worst = place.most(float((eager - captured).abs().max()))
+    if worst:
         raise RuntimeError(f"{case.label}: captured steps differ from eager ones by {worst:.1e}")
     return error
 
 
-def _share(case: Case) -> TensorParallel | None:
-    return None if case.tp == 1 else TensorParallel.share(case.tp)
+def _spread(rows: list[list[int]], ranks: int, count: int) -> list[list[int]]:
+    """`count` pages a sequence in turn over ranks (inference/context.py), of every rank those that
+    a row lists."""
+    return [[row[i // ranks] * ranks + i % ranks for i in range(count)] for row in rows]
 
 
 def measure(
-    case: Case, contexts: list[int], batches: list[int], roof: float, seed: int
+    case: Case,
+    contexts: list[int],
+    batches: list[int],
+    roof: float,
+    seed: int,
+    place: Place = ONE_GPU,
 ) -> list[dict[str, Any]]:
     """Records of every (batch, context); those that do not fit say what they would need."""
-    torch.cuda.empty_cache()
-    probe = _load(case, 1, seed)
+    probe = _load(case, 1, seed, place)
     token_bytes, weight_bytes = probe.cache.bytes_per_token, probe.weights.bytes_per_step
-    torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info()[0] - SPARE_BYTES
+    free = float("inf")
+    if not place.rehearsal:
+        torch.cuda.empty_cache()
+        free = -place.most(SPARE_BYTES - torch.cuda.mem_get_info()[0])
     del probe
     records, fitting = [], []
     for batch in batches:
         for context in contexts:
-            tokens = batch * (context + PAGE)
+            tokens = batch * (context + PAGE * case.context)
             record = {
                 "label": case.label, "variant": case.model.variant, "tp": case.tp,
+                "context_parallel": case.context, "gpus": place.ranks,
                 "weight_mode": case.weight_mode, "cache_dtype": case.cache_dtype,
                 "batch": batch, "context": context, "weight_bytes": weight_bytes,
-                "cache_bytes_per_token": token_bytes, "cache_bytes": batch * context * token_bytes,
+                "cache_bytes_per_token": token_bytes / case.context,
+                "cache_bytes": batch * context * token_bytes // case.context,
             }  # fmt: skip
-            record["fits"] = tokens * token_bytes < free
+            record["fits"] = tokens * token_bytes / case.context < free
             records.append(record)
             if record["fits"]:
                 fitting.append((record, tokens))
     if not fitting:
         return records
-    model = _load(case, max(tokens for _, tokens in fitting), seed, max(contexts) + PAGE)
+    most = max(tokens for _, tokens in fitting)
+    model = _load(case, most, seed, place, max(contexts) + PAGE * case.context)
     _fill(model, seed)
     for record, _ in fitting:
-        us = step_microseconds(model, record["batch"], record["context"], seed)
-        roof_us = (weight_bytes + record["cache_bytes"]) / roof * 1e6
-        record |= {"us": us, "roof_us": roof_us, "share": roof_us / us}
+        us = step_microseconds(model, record["batch"], record["context"], seed, place)
+        if us is not None:
+            roof_us = (weight_bytes + record["cache_bytes"]) / roof * 1e6
+            record |= {"us": us, "roof_us": roof_us, "share": roof_us / us}
     return records
 
 
-def _load(case: Case, tokens: int, seed: int, max_positions: int = 64) -> InferenceModel:
+def _load(
+    case: Case, tokens: int, seed: int, place: Place = ONE_GPU, max_positions: int = 64
+) -> InferenceModel:
     options = LoadOptions(
-        dtype="bfloat16", backend="mlra_kernels", cache_tokens=tokens, page_size=PAGE,
+        dtype=place.dtype, backend=place.backend, cache_tokens=tokens, page_size=PAGE,
         max_positions=max_positions, weight_mode=case.weight_mode, cache_dtype=case.cache_dtype,
     )  # fmt: skip
-    return load_model(
-        case.model, random_reader(case.model, "cuda", seed=seed), options, "cuda", _share(case)
-    )
+    read = random_reader(case.model, place.device, seed=seed)
+    parallel = place.parallel(case.model, case.tp, case.context)
+    return load_model(case.model, read, options, place.device, parallel)
 
 
 def _fill(model: InferenceModel, seed: int) -> None:
@@ -153,25 +174,32 @@ def _fill(model: InferenceModel, seed: int) -> None:
             # Any finite e4m3 below 0x78; the RoPE key is bfloat16.
             layer.view(torch.uint8).random_(0, 0x78)
             key = layer.view(torch.uint8)[..., -rope:].view(torch.bfloat16)
-            key.copy_(torch.randn(key.shape, device="cuda", dtype=torch.bfloat16))
+            key.copy_(torch.randn(key.shape, device=key.device, dtype=torch.bfloat16))
         else:
             layer.normal_()
     if model.cache.scale is not None:
         model.cache.scale.fill_(1 / 64)
 
 
-def step_microseconds(model: InferenceModel, batch: int, context: int, seed: int) -> float:
-    """Median time of one captured decoding step and the choice of its likeliest tokens."""
-    own = -(-(context + 1) // PAGE)
-    runner = Runner(model, batch, own, graphs=True)
+def step_microseconds(
+    model: InferenceModel, batch: int, context: int, seed: int, place: Place = ONE_GPU
+) -> float | None:
+    """Median time of one captured decoding step and the choice of its likeliest tokens, on the
+    slowest rank; None in a rehearsal, which runs the step."""
+    ranks = model.parallel.context
+    count = -(-(context + 1) // PAGE)
+    own = -(-count // ranks)
+    runner = Runner(model, batch, count, graphs=not place.rehearsal)
     order = torch.randperm(batch * own, generator=torch.Generator().manual_seed(seed))
-    pages = order.view(batch, own).tolist()
+    pages = _spread(order.view(batch, own).tolist(), ranks, count)
     for row in range(batch):
         runner.tables.set(row, pages[row])
     # The step caches one token more: it attends to `context` tokens.
     logits = runner.decode([1] * batch, [context - 1] * batch, pages)
-    if not bool(logits.isfinite().all()):
+    if place.most(float(not bool(logits.isfinite().all()))):
         raise RuntimeError(f"logits at batch {batch}, context {context} are not finite")
+    if place.rehearsal:
+        return None
     replay = runner.captured(batch)
     times = []
     for i in range(18):
@@ -182,15 +210,20 @@ def step_microseconds(model: InferenceModel, batch: int, context: int, seed: int
         end.synchronize()
         if i >= 3:
             times.append(start.elapsed_time(end) * 1e3)
-    return statistics.median(times)
+    return place.most(statistics.median(times))
 
 
-def measure_prefill(case: Case, context: int, chunk: int, seed: int) -> dict[str, Any]:
-    """Time and peak memory of a prompt of `context` tokens, `chunk` at a time."""
-    model = _load(case, context + PAGE, seed, context + PAGE)
-    pages = torch.randperm(-(-context // PAGE)).tolist()
+def measure_prefill(
+    case: Case, context: int, chunk: int, seed: int, place: Place = ONE_GPU
+) -> dict[str, Any]:
+    """Time and peak memory of a prompt of `context` tokens, `chunk` at a time, on this rank."""
+    spare = PAGE * case.context
+    model = _load(case, context + spare, seed, place, context + spare)
+    draw, count = torch.Generator().manual_seed(seed), -(-context // PAGE)
+    order = torch.randperm(-(-count // case.context), generator=draw).tolist()
+    (pages,) = _spread([order], case.context, count)
     runner = Runner(model, 1, len(pages))
-    tokens = torch.randint(case.model.vocab_size, (context,)).tolist()
+    tokens = torch.randint(case.model.vocab_size, (context,), generator=draw).tolist()
     runner.prefill([Chunk(tokens[:chunk], 0, pages)])
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -202,7 +235,8 @@ def measure_prefill(case: Case, context: int, chunk: int, seed: int) -> dict[str
     end.record()
     end.synchronize()
     return {
-        "label": case.label, "tp": case.tp, "context": context, "chunk": chunk,
+        "label": case.label, "tp": case.tp, "context_parallel": case.context, "context": context,
+        "chunk": chunk,
         "seconds": start.elapsed_time(end) / 1e3, "finite": bool(logits.isfinite().all()),
         "resident_bytes": before, "peak_bytes": torch.cuda.max_memory_allocated(),
     }  # fmt: skip

@@ -7,7 +7,9 @@ from typing import Any
 
 from megatron_mlra.command_line import figures
 
-_STYLES = {"FP8": ("--", "s"), "sharded": (":", "^")}
+_STYLES = {"FP8": ("--", "s"), "sharded": (":", "^"), "tokens cut": ("-.", "D")}
+_VARIATIONS = ("FP8", "sharded")
+"""Of a case in the figure, which its finding leaves out."""
 
 
 def plot(records: list[dict[str, Any]], source: str, path: Path) -> None:
@@ -19,13 +21,13 @@ def plot(records: list[dict[str, Any]], source: str, path: Path) -> None:
     """
     from matplotlib.lines import Line2D
 
-    panels = sorted({(-r["tp"], r["batch"]) for r in records if "us" in r})
+    panels = sorted({(-_devices(r), r["batch"]) for r in records if "us" in r})
     columns = min(2, len(panels))
     figure, grid = figures.sheet(-(-len(panels) // columns), columns)
     handles: dict[str, Any] = {}
-    for axes, (minus_tp, batch) in zip(grid.flat, panels, strict=False):
-        tp = -minus_tp
-        mine = [r for r in records if (r["tp"], r["batch"]) == (tp, batch) and "us" in r]
+    for axes, (minus_devices, batch) in zip(grid.flat, panels, strict=False):
+        devices = -minus_devices
+        mine = [r for r in records if (_devices(r), r["batch"]) == (devices, batch) and "us" in r]
         names = sorted({r["label"] for r in mine}, key=lambda name: ("MLRA" not in name, name))
         for i, label in enumerate(names):
             points = sorted((r["context"], r["us"] / 1e3) for r in mine if r["label"] == label)
@@ -39,7 +41,9 @@ def plot(records: list[dict[str, Any]], source: str, path: Path) -> None:
         axes.set(xscale="log", yscale="log", xlabel="tokens of context")
         figures.token_ticks(axes.xaxis, [r["context"] for r in mine])
         figures.plain_log(axes.yaxis)
-        where = "the whole model" if tp == 1 else f"the share of one of {tp} ranks"
+        where = "the whole model" if devices == 1 else f"the share of one of {devices} ranks"
+        if mine[0].get("gpus", 1) > 1:
+            where = f"on {devices} GPUs"
         axes.set_title(f"{where}, {batch} sequence{'s' * (batch > 1)}: ms per output token")
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
@@ -50,12 +54,23 @@ def plot(records: list[dict[str, Any]], source: str, path: Path) -> None:
 
 def _finding(records: list[dict[str, Any]]) -> str:
     """Which bf16 variant is fastest at the longest context of the most divided case."""
-    timed = [r for r in records if "us" in r and not any(word in r["label"] for word in _STYLES)]
-    tp = max(r["tp"] for r in timed)
+    timed = [
+        r for r in records if "us" in r and not any(word in r["label"] for word in _VARIATIONS)
+    ]
+    devices = max(map(_devices, timed))
     batch = min(r["batch"] for r in timed)
-    mine = [r for r in timed if (r["tp"], r["batch"]) == (tp, batch)]
+    mine = [r for r in timed if (_devices(r), r["batch"]) == (devices, batch)]
     longest = max(r["context"] for r in mine)
-    ranked = sorted((r["us"], r["label"].split()[0]) for r in mine if r["context"] == longest)
-    what = f"a TP{tp} share" if tp > 1 else "one GPU"
+    ranked = sorted(
+        (r["us"], r["label"].rsplit(" ", 1)[0]) for r in mine if r["context"] == longest
+    )
+    what = f"a share of {devices} ranks" if devices > 1 else "one GPU"
+    if mine[0].get("gpus", 1) > 1:
+        what = f"{devices} GPUs"
     said = ", ".join(f"{name} {us / 1e3:.1f}" for us, name in ranked)
     return f"{figures.tokens(longest)} tokens of context on {what}, ms per token: {said}"
+
+
+def _devices(record: dict[str, Any]) -> int:
+    """Ranks that a record's model is cut over."""
+    return record["tp"] * record.get("context_parallel", 1)

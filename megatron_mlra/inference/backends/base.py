@@ -35,8 +35,8 @@ class Ops(Protocol):
 
     def decode(
         self, q_absorbed: Tensor, q_rope: Tensor, layer, step, softmax_scale: float, branches: int
-    ) -> Tensor:
-        """`mlra_kernels.latent_decode.latent_decode`'s output `[b, q, n g, j, l]`."""
+    ) -> tuple[Tensor, Tensor]:
+        """`mlra_kernels.latent_decode.latent_decode`: output `[b, q, n g, j, l]`, log-sum-exp."""
 
     def schedule(self, lengths: Tensor, **shape):
         """What `decode` wants computed once a step for these lengths, with an `update`; or None."""
@@ -44,5 +44,7 @@ class Ops(Protocol):
     def append_grouped(self, key: Tensor, value: Tensor, layer: Tensor, slots: Tensor) -> None:
         """Write `[T, heads, dim]` to a grouped cache; negative slots go to its last page."""
 
-    def decode_grouped(self, q: Tensor, layer: Tensor, step, softmax_scale: float) -> Tensor:
-        """`[b, heads, dim]` attends to a grouped cache."""
+    def decode_grouped(
+        self, q: Tensor, layer: Tensor, step, softmax_scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """`[b, heads, dim]` attends to a grouped cache; with the log-sum-exp `[b, heads]`."""

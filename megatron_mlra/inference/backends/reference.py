@@ -41,9 +41,9 @@ class ReferenceOps:
 
     def decode(
         self, q_absorbed: Tensor, q_rope: Tensor, layer, step, softmax_scale: float, branches: int
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         data, fp8_scale = layer
-        out, _ = reference.latent_decode_reference(
+        return reference.latent_decode_reference(
             q_absorbed,
             q_rope,
             data,
@@ -53,7 +53,6 @@ class ReferenceOps:
             branches,
             fp8_scale,
         )
-        return out
 
     def schedule(self, lengths: Tensor, **shape):
         return None
@@ -61,7 +60,9 @@ class ReferenceOps:
     def append_grouped(self, key: Tensor, value: Tensor, layer: Tensor, slots: Tensor) -> None:
         append_grouped(key, value, layer, slots)
 
-    def decode_grouped(self, q: Tensor, layer: Tensor, step, softmax_scale: float) -> Tensor:
+    def decode_grouped(
+        self, q: Tensor, layer: Tensor, step, softmax_scale: float
+    ) -> tuple[Tensor, Tensor]:
         from mlra_kernels.grouped_decode.reference import grouped_decode_reference
 
         return grouped_decode_reference(

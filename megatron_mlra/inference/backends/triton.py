@@ -45,9 +45,9 @@ class TritonOps:
 
     def decode(
         self, q_absorbed: Tensor, q_rope: Tensor, layer, step, softmax_scale: float, branches: int
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         data, fp8_scale = layer
-        out, _ = latent_decode(
+        return latent_decode(
             q_absorbed,
             q_rope,
             data,
@@ -58,7 +58,6 @@ class TritonOps:
             cache_scale=fp8_scale,
             metadata=step.metadata,
         )
-        return out
 
     def schedule(self, lengths: Tensor, **shape):
         return decode_metadata(lengths, **shape)
@@ -66,5 +65,7 @@ class TritonOps:
     def append_grouped(self, key: Tensor, value: Tensor, layer: Tensor, slots: Tensor) -> None:
         append_grouped(key, value, layer, slots)
 
-    def decode_grouped(self, q: Tensor, layer: Tensor, step, softmax_scale: float) -> Tensor:
+    def decode_grouped(
+        self, q: Tensor, layer: Tensor, step, softmax_scale: float
+    ) -> tuple[Tensor, Tensor]:
         return grouped_decode(q, layer[0], layer[1], step.block_table, step.lengths, softmax_scale)

@@ -199,7 +199,8 @@ class Session:
         self.model.cache.data.fill_(float("nan"))
         self.runner = Runner(self.model, max_batch=4, max_pages=64)
         self.pool = pool_for(self.model)
-        random.Random(3).shuffle(self.pool._free)
+        for free in self.pool._free:
+            random.Random(3).shuffle(free)
 
     def prefill(self, tokens: list[int], pages: list[int], chunk: int) -> Tensor:
         """Logits of every prompt token `[n, vocab]`, cached `chunk` tokens at a time."""

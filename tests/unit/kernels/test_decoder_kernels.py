@@ -74,9 +74,9 @@ else:
         q = randn(4, heads, 64)
         args = (q, keys, values, table, lengths, 0.125)
         expected = grouped_decode(*args, backend="torch")
-        out = grouped_decode(*args)
-        torch.testing.assert_close(out, expected, atol=2e-3, rtol=2e-3)
-        assert not out[0].any()
+        out, lse = grouped_decode(*args)
+        torch.testing.assert_close((out, lse), expected, atol=2e-3, rtol=2e-3)
+        assert not out[0].any() and lse[0].isneginf().all()
 
     def test_grouped_decode_refuses_in_one_line():
         q, kv = randn(1, 3, 64), randn(2, 64, 2, 64)
@@ -112,12 +112,14 @@ else:
         "moe_shared_expert_intermediate_size": 48,
     }
 
-    @pytest.mark.parametrize("name", MODELS)
-    def test_a_model_on_the_kernels_equals_the_reference(name):
+    @pytest.mark.parametrize(("name", "context"), [*((name, 1) for name in MODELS), ("MLRA-2", 2)])
+    def test_a_model_on_the_kernels_equals_the_reference(name, context):
+        """At context 2 the share of a rank that holds half of one sequence and none of another."""
         from megatron_mlra.description.model import ModelDescription
         from megatron_mlra.description.tensors import expected_tensors
         from megatron_mlra.inference.backends.triton import TritonOps
         from megatron_mlra.inference.load import LoadOptions, load_model
+        from megatron_mlra.inference.parallel import TensorParallel
         from megatron_mlra.inference.runner import Chunk, Runner
 
         model = ModelDescription(**SIZES, **MODELS[name])
@@ -128,10 +130,11 @@ else:
         tokens, logits = list(range(50)) + list(range(30)), []
         for ops in (None, TritonOps()):
             options = LoadOptions(backend="torch", cache_tokens=512)
-            loaded = load_model(model, tensors.__getitem__, options)
+            parallel = TensorParallel.share(1, context=context)
+            loaded = load_model(model, tensors.__getitem__, options, parallel=parallel)
             loaded.ops = ops or loaded.ops
             runner = Runner(loaded, max_batch=2, max_pages=4)
-            pages = [[5, 2], [0, 7]]
+            pages = [[5, 2], [0, 7]] if context == 1 else [[4, 3], [1, 6]]
             steps = [runner.prefill([Chunk(tokens[:63], 0, pages[0]), Chunk([3], 0, pages[1])])]
             for row, own in enumerate(pages):
                 runner.tables.set(row, own)

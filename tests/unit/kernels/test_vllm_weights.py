@@ -7,6 +7,7 @@ import torch
 
 from megatron_mlra.checkpoint.huggingface.config import to_hf_config
 from megatron_mlra.checkpoint.huggingface.names import rules
+from megatron_mlra.inference.parallel import TensorParallel
 from megatron_mlra.inference.weights import load_weights
 from megatron_mlra.maths.rope import rotary_tables as engine_tables
 from mlra_vllm.config import MLRAConfig
@@ -51,8 +52,9 @@ def test_every_rank_has_the_weights_of_the_engine(name):
     for tp in (1, 2, 4, 8):
         for rank in range(tp):
             engine = load_weights(
-                folder.description, folder.tensor, tp, rank, "replicated", torch.float32, "cpu"
-            )
+                folder.description, folder.tensor, TensorParallel.share(tp, rank), "replicated",
+                torch.float32, "cpu",
+            )  # fmt: skip
             theirs = engine.layers[0].attention
             expected = {
                 "down": theirs.down,

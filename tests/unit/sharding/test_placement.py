@@ -1,6 +1,7 @@
 """The table of every weight: ranks' parts make the whole, and the documentation shows it."""
 
 import math
+from itertools import product
 
 import numpy as np
 import pytest
@@ -80,23 +81,33 @@ def test_training_parts_make_the_whole_once(L, N, tp, layout):
         assert (count == 1).all(), name
 
 
+@pytest.mark.parametrize("context", [1, 2])
 @pytest.mark.parametrize("weight_mode", ["replicated", "sharded"])
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
 @pytest.mark.parametrize(("L", "N"), FAMILY)
-def test_served_parts_cover_the_whole(L, N, tp, weight_mode):
+def test_served_parts_cover_the_whole(L, N, tp, weight_mode, context):
     described = model(L, N)
     counts = {}
     for name, placed in placements(described).items():
         counts[name] = np.zeros(placed.shape, dtype=int)
-        for rank in range(tp):
-            shard = HeadShard.plan(described, tp, rank, weight_mode)
-            share = serving_share(described, shard.core, shard.own_start, shard.own_heads)
+        for rank, turn in product(range(tp), range(context)):
+            try:
+                shard = HeadShard.plan(described, tp, rank, weight_mode, context, turn)
+            except ValueError:
+                assert context > 1
+                return
+            heads = (
+                (shard.own_start, shard.own_heads)
+                if name in ("linear_proj", "linear_gate_proj")
+                else (shard.query_start, shard.query_heads)
+            )
+            share = serving_share(described, shard.core, *heads)
             for box in placed.boxes(share):
                 counts[name][box] += 1
         assert (counts[name] > 0).all(), name
-    assert (counts["linear_kv_up_proj"] == 1).all()
-    assert (counts["linear_kv_down_proj"][-described.qk_rope_head_dim :] == tp).all()
-    assert (counts["kv_norm"] == max(1, tp // L)).all()
+    assert (counts["linear_kv_up_proj"] == context).all()
+    assert (counts["linear_kv_down_proj"][-described.qk_rope_head_dim :] == tp * context).all()
+    assert (counts["kv_norm"] == context * max(1, tp // L)).all()
     if weight_mode == "sharded":
         assert (counts["linear_proj"] == 1).all()
 

@@ -1,0 +1,95 @@
+"""Where decoding is measured: one GPU, all GPUs of a world, or, to rehearse, processes on CPUs."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_mlra.description.model import ModelDescription
+from megatron_mlra.inference.parallel import TensorParallel
+
+LONGEST_WAIT = datetime.timedelta(minutes=10)
+"""Of a rank for the others, before the run ends: one may be out of memory where they are not."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """The processes of a run and what each computes with."""
+
+    ranks: int = 1
+    rank: int = 0
+    rehearsal: bool = False
+    """On CPUs, at tiny sizes, in float32: every line runs and nothing is timed."""
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.rehearsal else "cuda"
+
+    @property
+    def dtype(self) -> str:
+        return "float32" if self.rehearsal else "bfloat16"
+
+    @property
+    def backend(self) -> str:
+        return "torch" if self.rehearsal else "mlra_kernels"
+
+    def parallel(self, model: ModelDescription, tp: int, context: int) -> TensorParallel | None:
+        """The collectives of this rank; alone, a share that has none; None for a whole model."""
+        if self.ranks > 1:
+            return TensorParallel.over_world(model, context)
+        return None if tp * context == 1 else TensorParallel.share(tp, context=context)
+
+    def most(self, value: float) -> float:
+        """The largest of all ranks' values."""
+        if self.ranks == 1:
+            return value
+        shared = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return float(shared)
+
+    def say(self, *text: object) -> None:
+        """Print, once for all ranks."""
+        if self.rank == 0:
+            print(*text, flush=True)
+
+
+@contextlib.contextmanager
+def joined(rehearsal: bool) -> Iterator[Place]:
+    """The place of this process, inside torchrun's world if there is one."""
+    ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if dist.is_initialized():
+        yield Place(dist.get_world_size(), dist.get_rank(), rehearsal)
+        return
+    if not rehearsal:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if ranks == 1:
+        yield Place(rehearsal=rehearsal)
+        return
+    dist.init_process_group("gloo" if rehearsal else "nccl", timeout=LONGEST_WAIT)
+    try:
+        yield Place(ranks, rank, rehearsal)
+    finally:
+        dist.destroy_process_group()
+
+
+def tiny(model: ModelDescription) -> ModelDescription:
+    """A model of the same attention that a CPU runs in milliseconds."""
+    sizes = {
+        "num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 8,
+        "vocab_size": 128, "softmax_scale": None,
+    }  # fmt: skip
+    if model.attention == "gqa":
+        return model.replace(
+            **sizes, head_dim=16, num_query_groups=math.gcd(8, model.num_query_groups)
+        )
+    return model.replace(
+        **sizes, q_lora_rank=model.q_lora_rank and 32, kv_lora_rank=64, qk_nope_head_dim=16,
+        qk_rope_head_dim=8, v_head_dim=16,
+    )  # fmt: skip
