@@ -89,6 +89,11 @@ class LatentCache:
         return self.data[index], None if self.scale is None else self.scale[index]
 
     @property
+    def dtype_name(self) -> str:
+        """In what it is kept, as users write it."""
+        return str(self.data.dtype).removeprefix("torch.")
+
+    @property
     def allocated_bytes(self) -> int:
         """Bytes of the allocation."""
         return sum(t.numel() * t.element_size() for t in (self.data, self.scale) if t is not None)
@@ -128,6 +133,11 @@ class GroupedCache:
     def layer(self, index: int) -> Tensor:
         """Keys and values `[2, pages, page_size, heads, dim]` of a layer."""
         return self.data[index]
+
+    @property
+    def dtype_name(self) -> str:
+        """In what it is kept, as users write it."""
+        return str(self.data.dtype).removeprefix("torch.")
 
     @property
     def allocated_bytes(self) -> int:

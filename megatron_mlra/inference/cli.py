@@ -252,7 +252,7 @@ def _engine(
     )  # fmt: skip
 
     def progress(layers: range):
-        return bar(layers, desc="loading", unit="layer", shown=not rank)
+        return bar(layers, desc="loading", unit="layers", shown=not rank)
 
     loaded = load_model(model, folder.tensor, options, device, parallel, progress)
     if rank == 0:
@@ -298,8 +298,8 @@ def _report(engine: Engine, requests: list[Request], seconds: float) -> None:
     wait = f" first token after {1e3 * first[len(first) // 2]:.0f} ms (median);" if first else ""
     print(
         f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s{a_token};"
-        f"{wait} KV cache {cache.bytes_per_token} bytes a token and rank,"
-        f" {cache.allocated_bytes} bytes allocated",
+        f"{wait} {cache.bytes_per_token:,} KV bytes a token and rank in {cache.dtype_name},"
+        f" {cache.allocated_bytes:,} allocated",
         file=sys.stderr,
     )
 

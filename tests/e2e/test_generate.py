@@ -43,7 +43,9 @@ def test_one_prompt_streams_its_continuation(checkpoint, capsys, tmp_path):
     assert len(record["tokens"]) == len(record["logprobs"]) == 12
     assert record["finish_reason"] == "length"
     # Two layers of 64 + 8 numbers in float32; a page holds 64 tokens.
-    assert f"KV cache {2 * 72 * 4} bytes a token and rank, {2 * 72 * 4 * 64} bytes allocated" in err
+    assert (
+        f"{2 * 72 * 4:,} KV bytes a token and rank in float32, {2 * 72 * 4 * 64:,} allocated" in err
+    )
     assert re.search(r"12 tokens in [\d.]+ s: [\d.]+ tokens/s", err)
     assert re.search(r"first token after \d+ ms", err)
 
@@ -97,7 +99,7 @@ def test_ranks_write_what_one_process_writes(checkpoint, capsys):
     assert done.stdout == alone
     # Two of the four latents, and the RoPE key.
     assert "tensor parallel 2 (sharded)" in done.stderr
-    assert f"KV cache {2 * 40 * 4} bytes a token and rank" in done.stderr
+    assert f"{2 * 40 * 4} KV bytes a token and rank in float32" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ from megatron_mlra.checkpoint.files import manifest
 from megatron_mlra.checkpoint.files.inside import inside
 from megatron_mlra.checkpoint.files.staging import written_aside
 from megatron_mlra.checkpoint.files.tokenizer_copy import say_nothing
-from megatron_mlra.checkpoint.folder import TRACKER, check_finite, tokenizer_files
+from megatron_mlra.checkpoint.files.tracker import TRACKER
+from megatron_mlra.checkpoint.folder import check_finite, tokenizer_files
 from megatron_mlra.checkpoint.megatron.folder import iteration_folder
 from megatron_mlra.checkpoint.megatron.torch_dist import COMMON_FILE, COMMON_KEY, TorchDistFolder
 from megatron_mlra.checkpoint.megatron.writer import (
@@ -84,7 +85,9 @@ def reshard(
     name = "release" if weights_only else folder.name
     planner = _Copy(stored, weights_only, getattr(torch, dtype) if dtype else None)
     with (
-        bar(total=planner.bytes, unit="B", unit_scale=True, shown=progress) as shown,
+        bar(
+            desc="writing", total=planner.bytes, unit="B", unit_scale=True, shown=progress
+        ) as shown,
         written_aside(destination, planner.bytes) as partial,
     ):
         planner.bar = shown

@@ -11,7 +11,7 @@ import pytest
 import torch
 from megatron.training.arguments import add_megatron_arguments
 
-from megatron_mlra.checkpoint.folder import TRACKER
+from megatron_mlra.checkpoint.files.tracker import TRACKER
 from megatron_mlra.checkpoint.megatron.writer import write_megatron
 from megatron_mlra.cost.flops import TrainFlops
 from megatron_mlra.training import console, muon
