@@ -152,6 +152,8 @@ def fail(error: BaseException, output: MegatronOutput | None, started: bool) -> 
     """
     if isinstance(error, SystemExit):
         error = RuntimeError(f"Megatron ended the run: {output.last_line if output else error}")
+    if isinstance(error, OptimizerRefused):
+        started = False  # as any flag that is refused: all ranks met it, one of a host says it
     if started:
         tell_launcher(message(error))
     elif not speaks_itself(message(error)):
@@ -170,7 +172,7 @@ def fail(error: BaseException, output: MegatronOutput | None, started: bool) -> 
         else:
             print(f"  full log: {output.path}", file=sys.stderr)
     sys.stderr.flush()
-    return 1 if started and not isinstance(error, OptimizerRefused) else 2
+    return 1 if started else 2
 
 
 def what_is_left(args: Namespace) -> str:

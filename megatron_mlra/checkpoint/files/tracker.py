@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from megatron_mlra.checkpoint.files.inside import inside
+from megatron_mlra.checkpoint.files.inside import inside, open_inside
 from megatron_mlra.description.model import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -24,7 +24,7 @@ def tracked_step(folder: Path) -> str | None:
     if not tracker.is_file():
         return None
     try:
-        with tracker.open("rb") as file:
+        with open_inside(folder, TRACKER) as file:
             text = file.read(64).decode("utf-8", errors="replace").strip()
     except OSError as error:
         raise CheckpointError(

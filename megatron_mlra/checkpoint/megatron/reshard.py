@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import math
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,8 @@ import torch
 from tqdm import tqdm
 
 from megatron_mlra.checkpoint.files import manifest
-from megatron_mlra.checkpoint.files.inside import inside
 from megatron_mlra.checkpoint.files.staging import written_aside
-from megatron_mlra.checkpoint.files.tokenizer_copy import say_nothing
+from megatron_mlra.checkpoint.files.tokenizer_copy import copy_file, say_nothing
 from megatron_mlra.checkpoint.files.tracker import TRACKER
 from megatron_mlra.checkpoint.folder import check_finite, tokenizer_files
 from megatron_mlra.checkpoint.megatron.folder import iteration_folder
@@ -94,7 +92,7 @@ def reshard(
         (partial / name).mkdir()
         save_torch_dist(planner, partial / name, files)
         if (folder / COMMON_FILE).is_file() and not weights_only:
-            shutil.copyfile(inside(folder, COMMON_FILE), partial / name / COMMON_FILE)
+            copy_file(folder / COMMON_FILE, partial / name / COMMON_FILE)
         tokenizer = tokenizer_files(root)
         if verify:
             manifest.check_listed(root, [file.name for file in tokenizer])

@@ -274,6 +274,39 @@ def test_a_copy_replaces_nothing(tmp_path):
     assert not (tmp_path / "gone").exists()
 
 
+@pytest.mark.parametrize("when", ["before the copy", "at the moment of the copy"])
+def test_what_is_put_in_the_place_of_a_file_is_not_copied(when, tmp_path, monkeypatch):
+    from megatron_mlra.checkpoint.files import inside as place
+    from megatron_mlra.checkpoint.files.tokenizer_copy import copy_tokenizer
+
+    source, target, secret = tmp_path / "in", tmp_path / "out", tmp_path / "secret"
+    source.mkdir()
+    target.mkdir()
+    secret.write_text("secret")
+    file = source / "tokenizer.json"
+    file.write_text("{}")
+    found = tokenizer_files(source)
+
+    def swap(path) -> None:
+        file.unlink()
+        file.symlink_to(secret)
+
+    if when == "before the copy":
+        swap(file)
+    else:
+        opening = place.open_plain
+        monkeypatch.setattr(place, "open_plain", lambda path: swap(path) or opening(path))
+    with pytest.raises(CheckpointError, match=r"is a link out of its folder, to .*/secret"):
+        copy_tokenizer(found, target, str)
+    assert not list(target.iterdir())
+    # Nor is a pipe waited for.
+    monkeypatch.undo()
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(CheckpointError, match=r"cannot be read \(it is no plain file"):
+        copy_tokenizer(found, target, str)
+
+
 @pytest.mark.parametrize(
     "code", ["else/where--modeling_mlra.Model", "../modeling_mlra.Model", "os.path", 5, ["a.B"]]
 )

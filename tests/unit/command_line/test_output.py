@@ -41,9 +41,9 @@ main()
     ],
 )
 def test_a_reader_that_leaves(program, redirected, code, goes_on, tmp_path):
+    shell = ["bash", "-c", f'"$@" {redirected}; exit "${{PIPESTATUS[0]}}"', "bash"]
     done = subprocess.run(
-        ["bash", "-c", f'"$@" {redirected}; exit "${{PIPESTATUS[0]}}"', "bash"]
-        + [sys.executable, "-c", SAYS, program],
+        [*shell, sys.executable, "-c", SAYS, program],
         capture_output=True, text=True, env=ENV, cwd=tmp_path, timeout=120,
     )  # fmt: skip
     assert done.returncode == code and (tmp_path / "done").exists() == goes_on
