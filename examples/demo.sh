@@ -10,6 +10,8 @@ resume_at=310
 mlra=("$python" -m megatron_mlra.command_line)
 train=(pretrain --config debug --data-path "$run/corpus"
        --split "94,5,1" --train-iters "$steps" --eval-interval 1000000)
+# A run that Ctrl-C stops in order has ended well; the demo has not.
+trap 'exit 130' INT
 # On a busy machine threads that wait actively slow each other down many times over.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 

@@ -16,7 +16,8 @@
 #   MAX_RESTARTS    of a node's processes before the node gives up (3)
 #   JOIN_TIMEOUT    seconds in which all nodes must have come (900)
 #   STOPPED_CODE    exit code after a signal that stopped the run in order (0)
-# Exit code: 0 done, 2 refused (a command line or an input; nothing was restarted), 1 failed.
+# Exit code: 0 done, 2 refused (a command line or an input; nothing was restarted), 130 ended at once
+#   by a second Ctrl-C, 1 failed.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 

@@ -39,13 +39,15 @@ number "$most_crashes" || fail "MOST_CRASHES is '$most_crashes'; give a number"
 mkdir -p "$save" || fail "the folder $save cannot be made"
 tracker=$save/latest_checkpointed_iteration.txt
 guard=$save/starts_without_progress.txt
+# Of a file alone: a pipe that lies there would be waited for, now or once a file was seen.
+first_line() { [ -f "$1" ] && timeout 60 head -c 200 -- "$1" | head -n 1; }
 step() {
   local found=
-  read -r found <"$tracker" || true
+  read -r found < <(first_line "$tracker") || true
   if number "$found"; then echo "$found"; else echo none; fi
 } 2>/dev/null
 last=new crashes=0
-{ read -r last crashes <"$guard" || true; } 2>/dev/null
+{ read -r last crashes < <(first_line "$guard") || true; } 2>/dev/null
 number "$crashes" && [ "$last" = "$(step)" ] || crashes=0
 if [ "$crashes" -ge "$most_crashes" ]; then
   fail "$crashes starts in a row made no progress beyond step $(step); look at $save, then remove $guard"

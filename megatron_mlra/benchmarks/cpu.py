@@ -198,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     megatron, plain, ratios, per_turn = [], [], [], -(-args.steps // TURNS)
     count_steps, preset_file = args.warmup + per_turn, find_preset(args.config).resolve()
     print(f"{TURNS} turns of {count_steps} steps each way, which takes minutes", file=sys.stderr)
-    with bar(total=2 * TURNS, unit="run", every=10) as shown:
+    with bar(desc="measuring", total=2 * TURNS, unit="runs", every=10) as shown:
         for _ in range(TURNS):
             shown.set_description("mlra pretrain")
             megatron += megatron_rates(preset_file, count_steps)[args.warmup :]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 
 from megatron_mlra.checkpoint.files import manifest
 from megatron_mlra.checkpoint.files.inside import inside
+from megatron_mlra.checkpoint.files.tracker import TRACKER
 from megatron_mlra.command_line.foreign_text import read_json
 from megatron_mlra.description.model import CheckpointError, ModelDescription
 from megatron_mlra.description.tensors import expected_tensors
@@ -18,7 +18,6 @@ from megatron_mlra.description.tensors import expected_tensors
 CONFIG_BYTES = 4 << 20
 """Most bytes of a config.json."""
 PROBLEMS_SHOWN = 200
-TRACKER = "latest_checkpointed_iteration.txt"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -138,31 +137,6 @@ def tokenizer_files(folder: Path, *, follow_links: bool = False) -> list[Path]:
 def is_tokenizer_file(name: str) -> bool:
     """Whether a file of this name belongs to a tokenizer."""
     return name in TOKENIZER_FILES or name.endswith(".tiktoken")
-
-
-def tracked_step(folder: Path) -> str | None:
-    """What the tracker file of a `--save` folder says: 'release', the digits of a step, or '' (a
-    job died while it wrote). None without a tracker file.
-
-    Raises:
-        CheckpointError: it says anything else, which is not taken for a path.
-    """
-    tracker = inside(folder, TRACKER)
-    if not tracker.is_file():
-        return None
-    try:
-        with tracker.open("rb") as file:
-            text = file.read(64).decode("utf-8", errors="replace").strip()
-    except OSError as error:
-        raise CheckpointError(
-            f"checkpoint tracker {tracker} cannot be read ({error.strerror})"
-        ) from None
-    if text not in ("", "release") and not re.fullmatch("[0-9]{1,18}", text):
-        raise CheckpointError(
-            f"checkpoint tracker {tracker} holds {text!r:.40}, not a step; write the step of a"
-            " complete iter_* folder into it"
-        )
-    return text
 
 
 def read_config(path: Path, verify: bool = False) -> dict:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_mlra.checkpoint.folder import TRACKER, CheckpointFolder, read_config
+from megatron_mlra.checkpoint.files.tracker import TRACKER
+from megatron_mlra.checkpoint.folder import CheckpointFolder, read_config
 from megatron_mlra.checkpoint.huggingface.folder import HuggingFaceFolder
 from megatron_mlra.checkpoint.megatron.folder import MegatronFolder
 from megatron_mlra.checkpoint.research.folder import ResearchFolder

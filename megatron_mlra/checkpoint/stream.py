@@ -37,7 +37,7 @@ class TensorStream:
             math.prod(shape) * self.dtype_of(name).itemsize for name, shape in self.shapes.items()
         )
         self._waiting = set(self.shapes)
-        self._bar = bar(total=self.bytes, unit="B", unit_scale=True, shown=progress)
+        self._bar = bar(desc="copying", total=self.bytes, unit="B", unit_scale=True, shown=progress)
 
     def dtype_of(self, name: str) -> torch.dtype:
         """What `take` hands this tensor out in."""

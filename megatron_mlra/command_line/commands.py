@@ -6,15 +6,15 @@ A body is imported when it is asked for, so that `mlra --help` needs neither tor
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_mlra.command_line.parser import Version, did_you_mean, run
-from megatron_mlra.command_line.printable import printable
+from megatron_mlra.command_line.output import say_error
+from megatron_mlra.command_line.parser import Version, run
+from megatron_mlra.command_line.suggest import did_you_mean
 
 PACKAGE = Path(__file__).resolve().parents[1]
 REFUSED = 2
@@ -123,5 +123,5 @@ def _refuse(name: str) -> NoReturn:
     if name:
         near = did_you_mean(name, there()) or "; mlra --help lists the commands"
         said = f"mlra has no command {name}{near}"
-    os.write(2, f"error: {printable(said)}\n".encode())
+    say_error(f"error: {said}")
     sys.exit(REFUSED)

@@ -12,6 +12,8 @@ import re
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_mlra.command_line.plain_file import NotPlain, open_plain
+
 JSON_BYTES = 32 << 20
 """Most bytes of a JSON file. An index of 100,000 tensors has 10 MB."""
 YAML_BYTES = 1 << 18
@@ -132,15 +134,15 @@ def _read(file: Path, most: int, named: bool = True) -> str:
     """A UTF-8 file of at most that many bytes, if it is a plain file."""
     name = f"{file}: " if named else ""
     try:
-        if file.exists() and not file.is_file():
-            raise ValueError(f"{name}it is no plain file")
-        with file.open("rb") as opened:
+        with open_plain(file) as opened:
             data = opened.read(most + 1)
         if len(data) > most:
             raise ValueError(f"{name}it has more than {most:,} bytes")
         return data.decode("utf-8")
     except FileNotFoundError:
         raise
+    except NotPlain as error:
+        raise ValueError(f"{name}{error}") from None
     except OSError as error:
         raise ValueError(f"{name}{error.strerror}") from None
     except UnicodeDecodeError:

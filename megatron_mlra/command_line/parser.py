@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import hashlib
-import io
 import os
 import re
 import signal
@@ -19,15 +17,15 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
+from megatron_mlra.command_line.output import guard
 from megatron_mlra.command_line.printable import printable
+from megatron_mlra.command_line.suggest import refusal
 from megatron_mlra.version import __version__
 
 LONGEST = 1500
 """Most letters of an error. A file may hold a value of megabytes in place of a number."""
 _PROCESS = uuid.uuid4().hex
 """Tells this process, and those forked of it, from those of other hosts and containers."""
-CODE = 128 + signal.SIGPIPE
-"""Exit code where the reader of the output leaves first, as SIGPIPE gives a program in a shell."""
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -76,7 +74,12 @@ class Version(argparse.Action):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser with `--version`, whose errors are one line, ``error: ...``, with exit code 2."""
+    """A parser with `--version`, whose errors are one line, ``error: ...``, with exit code 2.
+
+    An unknown flag is named first, whatever else is missing, with the one that is likely meant.
+    """
+
+    _strict = False
 
     def __init__(self, *args: Any, add_version: bool = True, **named: Any) -> None:
         super().__init__(*args, **{"formatter_class": HelpFormatter} | named)
@@ -85,7 +88,35 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit."""
-        self.exit(2, f"error: {one_line(message)}\n")
+        self.exit(2, f"error: {one_line(refusal(message, self._option_string_actions))}\n")
+
+    def parse_args(self, args=None, namespace=None):
+        """As argparse's; it and the parsers of subcommands refuse unknown flags before all else."""
+        self._be_strict()
+        return super().parse_args(args, namespace)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse's."""
+        words = sys.argv[1:] if args is None else list(args)
+        takes_rest = any(
+            action.nargs in (argparse.PARSER, argparse.REMAINDER) for action in self._actions
+        )
+        if self._strict and not takes_rest:
+            for word in words[: words.index("--") if "--" in words else None]:
+                name = word.partition("=")[0]
+                # argparse takes the beginning of a flag for the flag.
+                known = any(option.startswith(name) for option in self._option_string_actions)
+                if re.match("--[a-zA-Z]", name) and not known:
+                    self.error(f"unrecognized arguments: {name}")
+        return super().parse_known_args(words, namespace)
+
+    def _be_strict(self) -> None:
+        self._strict = True
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for below in action.choices.values():
+                    if isinstance(below, OneLineParser):
+                        below._be_strict()
 
 
 def one_line(error: BaseException | str) -> str:
@@ -182,35 +213,9 @@ def write_text(file: str | Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-class _Stdout(io.FileIO):
-    """Standard output that ends the program where there is nobody left to read (`tool | head`), or
-    where the disk that it goes to is full.
-
-    By SystemExit and not by an OSError, which tools report as bad input. The signal is left as
-    Python has it, since it would also end a tool whose worker process died.
-    """
-
-    def write(self, data: bytes) -> int | None:
-        try:
-            return super().write(data)
-        except OSError as error:
-            # What is still buffered is written once more at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
-            if isinstance(error, BrokenPipeError):
-                raise SystemExit(CODE) from None
-            print(f"error: standard output: {error.strerror}", file=sys.stderr)
-            raise SystemExit(1) from None
-
-
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a tool's `main` and exit with its code; an interrupted one ends with one line."""
-    if sys.stdout is None:  # closed by whoever started this program
-        sys.stdout = sys.__stdout__ = open(os.devnull, "w")  # noqa: SIM115  (for the process's life)
-    old = sys.stdout
-    buffer = io.BufferedWriter(_Stdout(old.fileno(), "w", closefd=False))
-    sys.stdout = io.TextIOWrapper(
-        buffer, encoding=old.encoding, errors=old.errors, line_buffering=old.isatty()
-    )
+    guard(ending=True)
     try:
         code = main()
     except KeyboardInterrupt:
@@ -224,12 +229,6 @@ def say(line: str) -> None:
     """Print lines for a person, past the redirection of Megatron's output."""
     tqdm.write(printable(line, kept="\n\t\xa0"), file=sys.__stdout__)
     sys.__stdout__.flush()
-
-
-def did_you_mean(name: str, known) -> str:
-    """'; did you mean X?' for the known name nearest to `name`, '' where none is near."""
-    near = difflib.get_close_matches(name, list(known), 1)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def flags_given(argv: list[str]) -> set[str]:

@@ -13,33 +13,40 @@ SECONDS_PER_LINE = 30.0
 
 def bar(
     things: Iterable[Any] | None = None,
+    *,
+    desc: str,
+    unit: str,
     shown: bool = True,
     every: float = SECONDS_PER_LINE,
     **named: Any,
 ) -> tqdm:
-    """tqdm on stderr.
+    """tqdm on stderr, which says what is done and what is counted.
 
     Where stderr is no terminal, a carriage return would not bring the cursor back: a log gets a
     line at most every `every` seconds, and nothing of what ends sooner.
 
     Args:
         things: what to go through, if it is not told by `update`.
+        desc: what is done (`scoring`).
+        unit: what is counted, in the plural (`tokens`), or B.
         shown: whether to show anything.
         named: of tqdm.
     """
+    named |= {"desc": desc, "unit": unit if unit == "B" else f" {unit}", "disable": not shown}
+    counted = "{n_fmt}/{total_fmt}{unit}"
     if sys.stderr.isatty():
-        return tqdm(things, disable=not shown, mininterval=0.5, **named)
+        form = f"{{l_bar}}{{bar}}| {counted} [{{elapsed}}<{{remaining}}, {{rate_fmt}}]"
+        return tqdm(things, mininterval=0.5, bar_format=form, **named)
     lines = _Lines(sys.stderr)
     return tqdm(
         things,
         file=lines,
-        disable=not shown,
         mininterval=every,
         maxinterval=every,
         miniters=1,
         delay=every,
         ncols=100,
-        bar_format="{l_bar} {n_fmt}/{total_fmt} | {elapsed} < {remaining}",
+        bar_format=f"{{l_bar}} {counted} | {{elapsed}} < {{remaining}}",
         leave=False,
         **named,
     )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from megatron_mlra.description.model import ModelDescription
 
+DTYPE = "bfloat16"
+"""In which bytes of a cache are counted, wherever none is allocated."""
+
 
 def kv_cache_elements(shape: ModelDescription, tp: int = 1, layout: str = "latent") -> int:
     """Cached numbers per token and layer on one of `tp` tensor-parallel ranks (tp = 1: all).
@@ -36,3 +39,12 @@ def kv_cache_bytes_per_token(
 ) -> int:
     """Bytes a cached token takes on one rank, all layers: n * elements * dtype_bytes."""
     return shape.num_layers * kv_cache_elements(shape, tp, layout) * dtype_bytes
+
+
+def kv_cache_text(shape: ModelDescription, tp: int = 1) -> str:
+    """How a line names the cache of a model: in bfloat16, whatever it is trained in.
+
+    A cache that is allocated (`mlra generate`, `mlra serve`) is named with its own dtype.
+    """
+    text = f"{kv_cache_bytes_per_token(shape):,} KV bytes a token in {DTYPE}"
+    return text + (f" ({kv_cache_bytes_per_token(shape, tp):,} a TP rank)" if tp > 1 else "")

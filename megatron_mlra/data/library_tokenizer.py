@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +14,11 @@ from megatron_mlra.data.errors import InputError, first_line
 
 MOST_GROWTH = 100
 """Times that the replacements of a tokenizer may lengthen a text, one after the other."""
+
+_WIDENS = {"NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "ByteLevel": 4, "BertNormalizer": 3}
+"""Letters that one letter may become. A text that is normalised twice is as long as after once,
+until something else changes it; one that is written as bytes twice is not."""
+_NORMAL = ("NFC", "NFD", "NFKC", "NFKD", "Precompiled")
 
 _CLASS = re.compile(r"\\[pP]\{[^{}]*\}")
 """A class of Unicode, which Python's own expressions lack."""
@@ -41,12 +48,12 @@ def check_growth(tokenizer: Any) -> None:
     Raises:
         InputError: what comes before or behind the model replaces by too much.
     """
-    for what in ("normalizer", "decoder"):
+    for what in ("normalizer", "pre_tokenizer", "decoder"):
         part = getattr(tokenizer, what)
         if part is None:
             continue
         try:
-            growth = _growth(parse_json(part.__getstate__().decode()))
+            growth = math.prod(_factors(parse_json(part.__getstate__().decode())))
         except ValueError as error:
             raise InputError(f"its {what} cannot be read ({error})") from None
         if growth > MOST_GROWTH:
@@ -56,16 +63,46 @@ def check_growth(tokenizer: Any) -> None:
             )
 
 
-def _growth(part: Any) -> int:
-    """How many times as long a text may become by a part and those within it."""
-    growth = 1
+def _factors(part: Any) -> Iterator[int]:
+    """How many times as long a text may become by each part that is one alone, in order."""
+    normal = 1
+    for kind, each in _flat(part):
+        if kind in _NORMAL:
+            factor = _precompiled(each) if kind == "Precompiled" else _WIDENS[kind]
+            # Behind one another they count as the widest of them.
+            yield -(-max(normal, factor) // normal)
+            normal = max(normal, factor)
+            continue
+        if kind == "Replace":
+            yield _replaced(each["pattern"], len(each["content"]))
+        elif kind == "Prepend":
+            yield 1 + len(each.get("prepend", ""))
+        elif kind in _WIDENS:
+            yield _WIDENS[kind]
+        else:
+            continue
+        normal = 1
+
+
+def _flat(part: Any) -> Iterator[tuple[str, dict]]:
+    """The parts within a part, and within those, by their type."""
     if not isinstance(part, dict):
-        return growth
-    for inner in (*part.get("normalizers", ()), *part.get("decoders", ())):
-        growth *= _growth(inner)
-    if part.get("type") == "Replace":
-        growth *= _replaced(part["pattern"], len(part["content"]))
-    return growth
+        return
+    for name in ("normalizers", "pretokenizers", "decoders"):
+        for inner in part.get(name, ()):
+            yield from _flat(inner)
+    yield str(part.get("type")), part
+
+
+def _precompiled(part: dict) -> int:
+    """The most letters that a table of sentencepiece's writes for one: its texts lie behind its
+    tree, each with a zero at its end."""
+    try:
+        table = base64.b64decode(part["precompiled_charsmap"])
+        texts = table[4 + int.from_bytes(table[:4], "little") :]
+        return max(map(len, texts.decode("utf-8", errors="replace").split("\0")), default=1) or 1
+    except (KeyError, TypeError, ValueError):
+        return 1  # the library refuses it
 
 
 def _replaced(pattern: dict[str, str], length: int) -> int:

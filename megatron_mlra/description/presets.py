@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mlra.command_line.foreign_text import read_yaml
-from megatron_mlra.command_line.parser import did_you_mean
+from megatron_mlra.command_line.suggest import did_you_mean
 from megatron_mlra.description.megatron_args import check_convertible, from_megatron_args
 from megatron_mlra.description.model import ModelDescription
 

@@ -124,8 +124,15 @@ class Scorer:
     def _score(self, requests: Sequence[_Request]) -> list[Score]:
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].inputs))
         scores: dict[int, Score] = {}
-        starts = range(0, len(order), self.batch_size)
-        for start in bar(starts, unit="batch", shown=self.progress):
+        tokens_of_all = sum(len(request.targets) for request in requests)
+        shown = bar(
+            desc="scoring",
+            total=tokens_of_all,
+            unit="tokens",
+            unit_scale=tokens_of_all > 9999,
+            shown=self.progress,
+        )
+        for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
             width = len(requests[batch[0]].inputs)
             tokens = torch.full((len(batch), width), self.prefix_id)
@@ -134,6 +141,8 @@ class Scorer:
             logits = self.logits(tokens.to(self.device))
             for row, i in enumerate(batch):
                 scores[i] = _score_row(logits[row, : len(requests[i].inputs)], requests[i].targets)
+            shown.update(sum(len(requests[i].targets) for i in batch))
+        shown.close()
         return [scores[i] for i in range(len(requests))]
 
 

@@ -1,7 +1,7 @@
 """Surviving faults: whole saves, bad batches, hanging ranks, and where a run goes on.
 
 Start with integrity.py and resume.py (checkpoints), heartbeat.py and hang.py (ranks), samples.py
-(batches).
+(batches), saved_steps.py (which steps there are).
 
 May import:   checkpoint, description, command_line, launch.control; torch, Megatron's
               checkpointing

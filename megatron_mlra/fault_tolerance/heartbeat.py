@@ -29,8 +29,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore, distributed_c10d
 
+from megatron_mlra.command_line.output import say_error
 from megatron_mlra.command_line.parser import aside
-from megatron_mlra.command_line.printable import printable
 from megatron_mlra.fault_tolerance.hang import (
     Beat,
     Heard,
@@ -225,7 +225,7 @@ class Watch:
             first = Verdict.read(self.store.compare_set(_VERDICT, "", mine.write()).decode())
         self.stop()
         if first == mine:
-            os.write(2, f"error {printable(mine.line)}\n".encode())
+            say_error(f"error {mine.line}")
         else:
             self._say(first)
         # Whoever sees this process end before it has read the verdict says that a rank is gone.
@@ -344,10 +344,9 @@ class Watch:
     def _say(self, verdict: Verdict) -> None:
         # Not through sys.stderr: the main thread may hold its lock.
         if verdict.told_on is None and self.speaks:
-            line = f"error: {verdict.line} (--hang-timeout-seconds {self.limit:g})"
-            os.write(2, f"{printable(line)}\n".encode())
+            say_error(f"error: {verdict.line} (--hang-timeout-seconds {self.limit:g})")
         elif verdict.told_on not in (None, socket.gethostname()) and self.speaks:
-            os.write(2, f"error {printable(verdict.line)}\n".encode())
+            say_error(f"error {verdict.line}")
 
     def _leave(self, verdict: Verdict) -> None:
         if verdict.told_on is None and self.rank in verdict.ranks:

@@ -1,8 +1,8 @@
 """Processes that serve a rank's saves: the queue that writers report to, the asynchronous writer.
 
 Two rules. A helper dies with its rank (else it would keep writing into a checkpoint that the
-restarted job is writing). But it ignores the stop signal, which schedulers send to every process of
-a job: the rank still needs its helpers for that last save.
+restarted job is writing). But it ignores the stop signals, which schedulers and terminals send to
+every process of a job: the rank still needs its helpers for that last save.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import functools
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from queue import Queue
@@ -32,29 +32,30 @@ def tied(loop: Callable[..., None], lock: Path | None) -> Callable[..., None]:
     return functools.partial(writer_process.write_for_rank, lock)
 
 
-def unseen(start_writer: Callable[..., None], exit_signal: signal.Signals) -> Callable[..., None]:
-    """Megatron's `init_persistent_async_worker`, whose process does not see `exit_signal`."""
+def unseen(start_writer: Callable[..., None], stops: Set[signal.Signals]) -> Callable[..., None]:
+    """Megatron's `init_persistent_async_worker`, whose process does not see the signals `stops`."""
 
     def start_unseen(*args, **named) -> None:
-        with _children_without(exit_signal):
+        with _children_without(stops):
             start_writer(*args, **named)
 
     return start_unseen
 
 
-def results_queue(exit_signal: signal.Signals) -> Queue:
-    """The queue that writers report to, its process started now and not at the first save."""
+def results_queue(stops: Set[signal.Signals]) -> Queue:
+    """The queue that writers report to, its process started now and not at the first save; it does
+    not see the signals `stops`."""
     global _manager
     _manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-    with _children_without(exit_signal):
+    with _children_without(stops):
         _manager.start(writer_process.end_with_parent)
     return _manager.Queue()
 
 
 @contextlib.contextmanager
-def _children_without(number: signal.Signals) -> Iterator[None]:
-    """Processes started inside never get the signal; one sent to this process waits until then."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+def _children_without(stops: Set[signal.Signals]) -> Iterator[None]:
+    """Processes started inside never get the signals; one sent to this process waits until then."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, stops)
     try:
         yield
     finally:

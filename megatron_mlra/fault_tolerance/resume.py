@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_mlra.checkpoint.folder import TRACKER
+from megatron_mlra.checkpoint.files.tracker import TRACKER
 from megatron_mlra.command_line.parser import say
-from megatron_mlra.fault_tolerance import checksums, integrity
+from megatron_mlra.fault_tolerance import checksums, integrity, saved_steps
 from megatron_mlra.fault_tolerance.optimizer_state import other_end
 
 
@@ -47,7 +47,7 @@ def whole_step(args: Namespace) -> int | None:
         ValueError: if no checkpoint is whole, or not the one of --ckpt-step.
     """
     # One rank looks: another may see a shared folder in an earlier state.
-    found = _on_first_rank(lambda: integrity.candidates(args.load, args.ckpt_step))
+    found = _on_first_rank(lambda: saved_steps.candidates(args.load, args.ckpt_step))
     folder, refused = integrity.first_usable(found, check_whole)
     if args.rank == 0:
         for why in refused:
@@ -63,13 +63,13 @@ def whole_step(args: Namespace) -> int | None:
 
 def _name_step(args: Namespace, step: int) -> None:
     """Have the tracker file name a step, which Megatron asks it for."""
-    if not args.ckpt_step and integrity.latest_step(args.load) is None:
+    if not args.ckpt_step and saved_steps.latest_step(args.load) is None:
         say(
             f"warning: {args.load} has no {TRACKER} (lost, or not copied along): continuing"
             f" from the newest whole checkpoint, that of step {step:,}"
         )
     try:
-        integrity.mend_tracker(args.load, step)
+        saved_steps.mend_tracker(args.load, step)
     except OSError:
         # Another run's folder may be read-only, and need not be mended to be loaded from.
         if args.load == args.save:

@@ -123,7 +123,7 @@ class Job:
             job = subprocess.Popen(
                 self.command, stdout=subprocess.PIPE, stderr=errors, text=True, env=ENV
             )
-        with bar(total=self.steps, desc=self.folder.name, unit="step") as shown:
+        with bar(total=self.steps, desc=self.folder.name, unit="steps") as shown:
             for line in job.stdout:
                 back = back or bool(START.match(line))
                 if not (found := STEP.match(line)):

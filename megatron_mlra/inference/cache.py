@@ -133,6 +133,11 @@ class LatentCache:
         return data, self.scale.new_empty(pages, *self.scale.shape[2:])
 
     @property
+    def dtype_name(self) -> str:
+        """In what it is kept, as users write it."""
+        return str(self.data.dtype).removeprefix("torch.")
+
+    @property
     def allocated_bytes(self) -> int:
         """Bytes of the allocation."""
         return sum(t.numel() * t.element_size() for t in (self.data, self.scale) if t is not None)
@@ -176,6 +181,11 @@ class GroupedCache:
     def scratch(self, pages: int) -> Tensor:
         """A layer of `pages` pages, and the spare one, outside the cache."""
         return self.data.new_empty(2, pages + 1, *self.data.shape[3:])
+
+    @property
+    def dtype_name(self) -> str:
+        """In what it is kept, as users write it."""
+        return str(self.data.dtype).removeprefix("torch.")
 
     @property
     def allocated_bytes(self) -> int:

@@ -263,7 +263,7 @@ def _engine(
     )  # fmt: skip
 
     def progress(layers: range):
-        return bar(layers, desc="loading", unit="layer", shown=not rank)
+        return bar(layers, desc="loading", unit="layers", shown=not rank)
 
     loaded = load_model(model, folder.tensor, options, device, parallel, progress)
     if rank == 0:
@@ -311,8 +311,8 @@ def _report(engine: Engine, requests: list[Request], seconds: float) -> None:
     wait = f" first token after {1e3 * first[len(first) // 2]:.0f} ms (median);" if first else ""
     print(
         f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s{a_token};"
-        f"{wait} KV cache {cache.bytes_per_token // context} bytes a token and rank,"
-        f" {cache.allocated_bytes} bytes allocated",
+        f"{wait} {cache.bytes_per_token // context:,} KV bytes a token and rank in"
+        f" {cache.dtype_name}, {cache.allocated_bytes:,} allocated",
         file=sys.stderr,
     )
 

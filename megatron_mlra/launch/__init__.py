@@ -7,7 +7,7 @@ refused command line (exit code 2) is not started again, and hosts know of each 
 
 Start with cli.py; examples/launch.sh is the script that calls it.
 
-May import:   command_line.printable; torch.distributed's elastic agent
+May import:   command_line.output, command_line.suggest; torch.distributed's elastic agent
 Imported by:  fault_tolerance (soak.py: the exit code of a refused command line), training (who says
               why a run is refused)
 Never:        Megatron: a host is up in a second

@@ -3,9 +3,11 @@
 import os
 import sys
 
+from megatron_mlra.command_line.output import guard
 from megatron_mlra.launch.cli import main
 
 if __name__ == "__main__":
+    guard(ending=False)
     code = 1
     try:
         code = main(sys.argv[1:])

@@ -11,7 +11,7 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from megatron_mlra.launch.control import REFUSED, Control, Ended, Phase, say
+from megatron_mlra.launch.control import INTERRUPTED, REFUSED, Control, Ended, Phase, say
 
 GRACE = 3.0
 """Seconds for the ranks beside one that failed to say what they know; then they are killed."""
@@ -45,7 +45,8 @@ class Agent(LocalElasticAgent):
         def close_soon(death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
             if death_sig in (None, signal.SIGTERM):
                 # SIGTERM asks ranks to save, which they cannot without those that failed.
-                deadline = time.monotonic() + GRACE
+                grace = 0 if self.control.over == INTERRUPTED else GRACE
+                deadline = time.monotonic() + grace
                 while _alive(context.pids().values()) and time.monotonic() < deadline:
                     time.sleep(0.1)
                 death_sig = signal.SIGKILL

@@ -13,12 +13,16 @@ import socket
 import sys
 import threading
 import time
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NoReturn
 
+from megatron_mlra.command_line.output import guard
+from megatron_mlra.command_line.suggest import refusal
 from megatron_mlra.launch import call
 from megatron_mlra.launch.control import (
+    AGAIN,
+    INTERRUPTED,
     LINGER,
     REFUSED,
     SPEAKER,
@@ -43,10 +47,11 @@ def main(argv: list[str]) -> int:
 
     Returns:
         0 when the ranks have ended in order; STOPPED_CODE (environment, default 0) when they did so
-        by a signal; 2 when the command line or the input was refused; 1 otherwise.
+        by a signal; 2 when the command line or the input was refused; 130 when a second Ctrl-C
+        ended them at once; 1 otherwise.
     """
     # From here on a stop waits for its thread. The ranks inherit this, until they can heed it.
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, heeded())
     control = Control()
     said = os.environ.get("STOPPED_CODE", "0")
     if not re.fullmatch("[0-9]{1,3}", said, re.ASCII) or int(said) > 255:
@@ -63,8 +68,10 @@ def main(argv: list[str]) -> int:
             " PYTHON to the Python of the environment that has it, as PYTHON=.venv/bin/python"
         )
         return _refused(argv, line)
-    args = torchrun.get_args_parser().parse_args(argv)
-    args.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
+    flags = torchrun.get_args_parser()
+    flags.error = functools.partial(_refuse_flags, flags)
+    args = flags.parse_args(argv)
+    args.signals_to_handle = "SIGQUIT"
     if "LOGLEVEL" not in os.environ:
         logging.disable(logging.ERROR)
     try:
@@ -88,7 +95,16 @@ def main(argv: list[str]) -> int:
 
 def start() -> NoReturn:
     """Be the program `mlra launch`."""
+    guard(ending=False)
     sys.exit(main(sys.argv[1:]))
+
+
+def heeded() -> set[signal.Signals]:
+    """The stop signals, without those that whoever started this program had it ignore: `nohup`, or
+    a script that starts it in the background."""
+    may_be_ignored = (signal.SIGINT, signal.SIGHUP)
+    ignored = {n for n in may_be_ignored if signal.getsignal(n) is signal.SIG_IGN}
+    return {*STOP_SIGNALS} - ignored
 
 
 class Watch(threading.Thread):
@@ -101,8 +117,12 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         """Until the process ends."""
+        stops = heeded()
         while True:
-            if heard := signal.sigtimedwait(STOP_SIGNALS, 0.5):
+            heard = signal.sigtimedwait(stops, 0.5)
+            if heard and heard.si_signo == signal.SIGINT:
+                self.control.interrupt()
+            elif heard:
                 self.control.ask(signal.Signals(heard.si_signo).name)
             if self.hosts is not None:
                 self.hosts.check()
@@ -163,6 +183,9 @@ def _run(args: Namespace, control: Control, hosts: Hosts | None) -> tuple[int, s
         refused = any(failure.exitcode == REFUSED for failure in failures.values())
         told = agent.reason(failures)
         why = f"{agent.describe(failures)}{f': {told}' if told else ''}"
+        if any(failure.exitcode == INTERRUPTED for failure in failures.values()):
+            control.end(INTERRUPTED, AGAIN)
+            return INTERRUPTED, why
         if refused and told:
             say(f"error: {'' if hosts is None else f'host {socket.gethostname()}: '}{told}")
         elif not refused:
@@ -191,6 +214,14 @@ def _run(args: Namespace, control: Control, hosts: Hosts | None) -> tuple[int, s
         say(f"error: {line}")
         return 1, line
     return 0, ""
+
+
+def _refuse_flags(flags: ArgumentParser, message: str) -> NoReturn:
+    """argparse's error in one line, without torchrun's page of usage."""
+    if "required: training_script" in message:
+        message = "give what to start: -m megatron_mlra.training, or a script, and its flags"
+    say(f"error: {refusal(message, flags._option_string_actions)}")
+    sys.exit(REFUSED)
 
 
 def _seconds(said: str) -> float:

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 
-from megatron_mlra.command_line.printable import printable
+from megatron_mlra.command_line.output import say_error as say
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""SIGUSR1 too: srun hands it on to a step, where it answers SIGTERM by killing the step."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+"""SIGUSR1 too: srun hands it on to a step, where it answers SIGTERM by killing the step. SIGINT is
+a terminal's Ctrl-C, SIGHUP a terminal that is closed; torchrun gives ranks sessions of their own,
+which neither of these reaches."""
+
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code of a launcher, or a rank, that a second Ctrl-C ends at once."""
+
+ONCE = (
+    "note: stopping in order; the step under way is ended, and saved where there is --save (a"
+    " second Ctrl-C ends the run at once)"
+)
+"""What is said at the first one: the end of a step may take a while."""
+AGAIN = (
+    "error: ended at once by a second Ctrl-C; what was being saved is not, the checkpoints before"
+    " it are whole"
+)
 
 REFUSED = 2
 """Exit code of a rank whose command line or input was refused: another start would end alike."""
@@ -35,11 +49,6 @@ class Phase(Enum):
     PARTING = "waiting for the other hosts to finish"
 
 
-def say(line: str) -> None:
-    """One line on stderr, whatever other threads do, and whatever other hosts wrote."""
-    os.write(2, f"{printable(line)}\n".encode())
-
-
 class Ended(Exception):
     """This launcher ends for a reason that lies outside its own ranks."""
 
@@ -57,6 +66,7 @@ class Control:
         self.ran = False
         """Whether ranks have been started."""
         self.phase = Phase.MEETING
+        self._interrupted = False
         self._lock = threading.Lock()
 
     def ask(self, who: str) -> None:
@@ -65,6 +75,16 @@ class Control:
             if self.asked or self.finished:
                 return
             self.asked = who
+
+    def interrupt(self) -> None:
+        """A Ctrl-C: the first asks the run to stop, the second ends it."""
+        with self._lock:
+            again, self._interrupted = self._interrupted, True
+        if again:
+            self.end(INTERRUPTED, AGAIN)
+        elif self.phase is Phase.RUNNING:
+            say(ONCE)
+        self.ask(signal.SIGINT.name)
 
     def end(self, code: int, line: str) -> None:
         """End this launcher; its ranks are killed."""

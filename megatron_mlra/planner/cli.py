@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_mlra.command_line.parser import OneLineParser, check_output, flag, one_line
+from megatron_mlra.command_line.suggest import refusal
 from megatron_mlra.description.backends import TP_LAYOUTS
 from megatron_mlra.description.megatron_args import from_megatron_args
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.description.presets import preset_name, preset_values
+from megatron_mlra.planner.command import NODE, launch_command, left_over
 from megatron_mlra.planner.gpus import GPUS, Assumptions, find
+from megatron_mlra.planner.layout import Layout
 from megatron_mlra.planner.report import Report, build
 from megatron_mlra.planner.tables import print_report
 
@@ -27,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
         description="Memory, time, traffic and layouts of a run before it is launched.",
         allow_abbrev=False,
     )
-    flags.error = _refuse
+    flags.error = lambda message: _refuse(refusal(message, flags._option_string_actions))
     flags.add_argument("--config", required=True, help="a preset by name or path")
     flags.add_argument("--gpus", type=int, required=True, help="GPUs of the training run")
     flags.add_argument("--gpu", default="h100", help=f"{', '.join(GPUS)} (default: h100)")
@@ -43,6 +46,9 @@ def parser() -> argparse.ArgumentParser:
         "--cp", type=int, help="context-parallel size; default: tried where sequences are long"
     )
     flags.add_argument("--fp8", action="store_true", help="matrix products of layers in FP8")
+    flags.add_argument(
+        "--gpus-per-node", type=int, default=NODE, help=f"for the command (default: {NODE})"
+    )
     flags.add_argument("--top", type=int, default=5, help="layouts to print (default: 5)")
     flags.add_argument(
         "--decode-gpus", type=int, default=8, help="GPUs of one decoding replica (default: 8)"
@@ -58,7 +64,12 @@ def parser() -> argparse.ArgumentParser:
         default=list(CONTEXTS),
         help=f"lengths of a decoded sequence (default: {' '.join(map(str, CONTEXTS))})",
     )
-    flags.add_argument("--json", action="store_true", help="print JSON and no tables")
+    flags.add_argument(
+        "--details",
+        action="store_true",
+        help="memory by its parts, traffic, what does not fit, decoding and what is assumed, too",
+    )
+    flags.add_argument("--json", action="store_true", help="print JSON, all of it, and no tables")
     flags.add_argument("--plot", metavar="FILE.png", help="draw memory, time and decoding")
     assumed = flags.add_argument_group("assumptions (shares of stated rates)")
     for field in fields(Assumptions):
@@ -84,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         print(json.dumps(report.to_json(), indent=1))
     else:
-        print_report(report)
+        print_report(report, details=args.details)
     return 0 if report.plans else 1
 
 
@@ -94,7 +105,7 @@ def plan(args: argparse.Namespace) -> Report:
     Raises:
         ValueError: one line that names the flag and the fix.
     """
-    for name in ("gpus", "top", "cp", "decode_gpus", "decode_batch"):
+    for name in ("gpus", "gpus_per_node", "top", "cp", "decode_gpus", "decode_batch"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"{flag(name)} is {value}; use at least 1")
@@ -111,8 +122,19 @@ def plan(args: argparse.Namespace) -> Report:
     batch = args.global_batch_size or values.get("global_batch_size")
     if not isinstance(batch, int) or batch < 1:
         raise ValueError(f"--global-batch-size is {batch!r}; use a number of sequences")
+    asked = {"seq_length": args.seq_length, "global_batch_size": args.global_batch_size}
+    asked["fp8_format"] = "hybrid" if args.fp8 else None
+
+    def command(layout: Layout) -> list[str]:
+        given = {name: value for name, value in asked.items() if value is not None}
+        lines = launch_command(args.config, layout, shape, values, given, args.gpus_per_node)
+        if keys := left_over(layout, shape, values):
+            lines.append(f"  # with a copy of the preset that has no {', '.join(keys)}")
+        return lines
+
     return build(
         name=preset_name(args.config),
+        command=command,
         shape=shape,
         gpus=args.gpus,
         gpu=gpu,

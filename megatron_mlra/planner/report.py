@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
-from megatron_mlra.cost.cache import kv_cache_bytes_per_token
+from megatron_mlra.cost.cache import DTYPE, kv_cache_bytes_per_token
 from megatron_mlra.cost.flops import train_flops_per_token
 from megatron_mlra.cost.parameters import parameters
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.planner.decoding import Decoding, decode, ways
 from megatron_mlra.planner.gpus import GPU, Assumptions
+from megatron_mlra.planner.layout import Layout
 from megatron_mlra.planner.search import Misfit, Plan, search
 from megatron_mlra.planner.step import traffic
 
@@ -38,6 +40,8 @@ class Report:
     decodings: list[Decoding]
     layouts_traffic: dict[str, float]
     """Tensor-parallel bytes a GPU sends a step under the best plan's size, by layout."""
+    command: list[str]
+    """Lines that start the run under the best plan; none where no layout fits."""
 
     def to_json(self) -> dict:
         flops = train_flops_per_token(self.shape)
@@ -55,6 +59,7 @@ class Report:
             "active_parameters": counts.active,
             "flops_per_token": {"model": flops.model, "hardware": flops.hardware},
             "kv_bytes_per_token": kv_cache_bytes_per_token(self.shape),
+            "kv_dtype": DTYPE,
             "layouts": [
                 {
                     "layout": plan.layout.to_json(),
@@ -71,12 +76,14 @@ class Report:
             "training_flops_over_mla": self.surcharge,
             "tensor_parallel_bytes": self.layouts_traffic,
             "decoding": [row.to_json() for row in self.decodings],
+            "command": self.command,
         }
 
 
 def build(
     *,
     name: str,
+    command: Callable[[Layout], list[str]],
     shape: ModelDescription,
     gpus: int,
     gpu: GPU,
@@ -91,6 +98,9 @@ def build(
     decode_batch: int,
 ) -> Report:
     """Search and count.
+
+    Args:
+        command: the lines that start the run under a layout.
 
     Raises:
         ValueError: when no cut of the GPUs exists for the model.
@@ -127,4 +137,5 @@ def build(
         surcharge=surcharge,
         decodings=decodings,
         layouts_traffic=both,
+        command=command(plans[0].layout) if plans else [],
     )

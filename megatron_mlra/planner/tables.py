@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from megatron_mlra.cost.cache import kv_cache_bytes_per_token
+from megatron_mlra.cost.cache import DTYPE, kv_cache_text
 from megatron_mlra.cost.flops import train_flops_per_token
 from megatron_mlra.cost.parameters import parameters
 from megatron_mlra.planner.memory import gib
@@ -22,17 +22,28 @@ LEAST_WORDS = 20
 """Columns that words are wrapped in at least."""
 
 
-def print_report(report: Report, console: Console | None = None) -> None:
-    """Print a report's tables for a person, on stdout; of a terminal, as wide as it is."""
+def print_report(report: Report, console: Console | None = None, details: bool = False) -> None:
+    """Print a report for a person, on stdout; of a terminal, as wide as it is.
+
+    Args:
+        details: all of it, not the layouts alone; the command for the best one is always the end.
+    """
     if console is None:
         console = Console(highlight=False)
         if not console.is_terminal:
             console = Console(highlight=False, width=130)
-    for part in tables(report):
+    for part in tables(report, details):
         if isinstance(part, str):
             console.print(part)
         else:
             part.print(console)
+    if report.command:
+        best = report.plans[0].layout
+        many = ", on every node" if any("--nnodes" in line for line in report.command) else ""
+        console.print(f"To train by the first layout ({best}){many}:")
+        for line in report.command:
+            # As it is: a shell reads it.
+            console.print(f"  {line}", markup=False, soft_wrap=True)
 
 
 @dataclass
@@ -94,14 +105,20 @@ class Sheet:
         return needed + with_words * len(self.words) * (LEAST_WORDS + 3) <= console.width
 
 
-def tables(report: Report) -> Iterator[Sheet | str]:
+def tables(report: Report, details: bool = False) -> Iterator[Sheet | str]:
     """What to print, in order."""
     yield from _head(report)
     if report.plans:
-        yield _layouts(report)
-        yield _traffic(report)
+        yield _layouts(report, details)
     else:
         yield "No layout fits."
+    if not details:
+        if not report.plans and report.misfits:
+            yield _misfits(report)
+        yield "Predictions, not measurements (--details: what they are made of, and decoding)."
+        return
+    if report.plans:
+        yield _traffic(report)
     if report.misfits:
         yield _misfits(report)
     yield from _attention(report)
@@ -121,16 +138,17 @@ def _head(report: Report) -> Iterator[str]:
     )
     yield (
         f"training FLOPs a token: {flops.model:.3e} of the model, {flops.hardware:.3e} run;"
-        f" KV cache {kv_cache_bytes_per_token(shape):,} bytes a token, all layers"
+        f" {kv_cache_text(shape)}"
     )
 
 
-def _layouts(report: Report) -> Sheet:
+def _layouts(report: Report, details: bool) -> Sheet:
     shown = f"{len(report.plans)} of {report.found}"
+    held_by = ["weights", "grads", "optim", "activ"] if details else []
     sheet = Sheet(
         f"Layouts that fit, fastest first ({shown}); GiB a GPU",
         ["layout", "micro", "recompute"],
-        ["weights", "grads", "optim", "activ", "total", "step s", "MFU", "tok/s/GPU"],
+        [*held_by, "total" if details else "GiB", "step s", "MFU", "tok/s/GPU"],
     )
     for plan in report.plans:
         held, step = plan.memory, plan.step
@@ -145,7 +163,8 @@ def _layouts(report: Report) -> Sheet:
             f"{step.tokens_per_gpu_second:,.0f}",
         ]
         layout = plan.layout
-        sheet.rows.append(([str(layout), str(layout.micro_batch), layout.recompute], numbers, []))
+        names = [str(layout), str(layout.micro_batch), layout.recompute]
+        sheet.rows.append((names, numbers if details else numbers[4:], []))
     return sheet
 
 
@@ -183,7 +202,7 @@ def _attention(report: Report) -> Iterator[str]:
 
 def _decoding(report: Report) -> Sheet:
     first = report.decodings[0]
-    where = f"{first.devices} x {report.gpu.name}, batch {first.batch}, bf16"
+    where = f"{first.devices} x {report.gpu.name}, batch {first.batch}, {DTYPE}"
     contexts = sorted({row.context for row in report.decodings})
     sheet = Sheet(
         f"Decoding on {where}: least ms a token, by context",

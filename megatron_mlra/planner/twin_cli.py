@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_mlra.command_line.parser import OneLineParser, check_output, write_text
-from megatron_mlra.cost.cache import kv_cache_bytes_per_token
+from megatron_mlra.cost.cache import DTYPE, kv_cache_bytes_per_token
 from megatron_mlra.cost.parameters import parameters
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.description.presets import find_preset, preset_name
@@ -56,7 +56,7 @@ def table(found: Twin, source: str) -> str:
             "parameters",
             "without embedding",
             "difference",
-            "KV bytes per token and device, TP1",
+            f"KV bytes per token and device in {DTYPE}, TP1",
             "TP4",
             "TP8",
         )

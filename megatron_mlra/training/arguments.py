@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import re
 import socket
 import sys
 import traceback
@@ -21,7 +20,8 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 
-from megatron_mlra.command_line.parser import did_you_mean, flags_given
+from megatron_mlra.command_line.parser import flags_given
+from megatron_mlra.command_line.suggest import refusal
 from megatron_mlra.description.presets import preset_name
 from megatron_mlra.fault_tolerance import integrity
 from megatron_mlra.layers.baselines.config import BaselineConfig
@@ -216,12 +216,7 @@ def transformer_config(args: Namespace) -> MLRAConfig | BaselineConfig:
 
 def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     """argparse's error in one line, without its usage of a thousand flags."""
-    unknown = re.match(r"unrecognized arguments: ([^\s=]+)", message)
-    if unknown:
-        options = [o for a in parser._actions for o in a.option_strings]
-        what = "flag" if unknown[1].startswith("-") else "argument"
-        message = f"unknown {what} {unknown[1]}{did_you_mean(unknown[1], options)}"
-    raise ValueError(message)
+    raise ValueError(refusal(message, parser._option_string_actions))
 
 
 def _no_yaml_cfg(value: str) -> NoReturn:

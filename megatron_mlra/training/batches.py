@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +27,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from megatron_mlra.data.contents import cache_folder, check_contents
 from megatron_mlra.data.index import Index, read_index
 from megatron_mlra.data.metadata import read_metadata
+from megatron_mlra.data.prefixes import check_files, is_number
 from megatron_mlra.evaluation.token_stream import named_sets
 from megatron_mlra.fault_tolerance import samples
 from megatron_mlra.sharding.token_plan import PackedDocuments, plan_tokens
@@ -98,16 +98,9 @@ _NOT_ALTERNATING = (
 
 
 def _check_prefix(prefix: str, args: Namespace) -> None:
-    if re.fullmatch(r"[-+.\deE]+", prefix) and not Path(prefix + ".idx").exists():
+    if is_number(prefix) and not Path(prefix + ".idx").exists():
         raise ValueError(_NOT_ALTERNATING)
-    for suffix in (".idx", ".bin"):
-        path = Path(prefix + suffix)
-        if path.is_file():
-            continue
-        stem, dot, last = prefix.rpartition(".")
-        if dot and last in ("bin", "idx"):
-            raise ValueError(f"--data-path {prefix} names a file; leave .{last} out: {stem}")
-        raise ValueError(f"data file {path} does not exist; make it with mlra preprocess")
+    check_files(prefix)
     index = read_index(prefix)
     if prefix in (args.data_path or ()):
         _check_split(prefix, index, args)

@@ -14,12 +14,23 @@ import os
 import signal
 import sys
 import warnings
+from functools import partial
 from typing import NoReturn
 
+from megatron_mlra.command_line.output import guard
+from megatron_mlra.command_line.parser import one_line
 from megatron_mlra.command_line.threads import wait_passively
 from megatron_mlra.fault_tolerance import stopping
-from megatron_mlra.training import flags
-from megatron_mlra.training.ending import end_at_once, hush_threads, leave, refuse_python
+from megatron_mlra.launch.control import INTERRUPTED
+from megatron_mlra.training import early_checks, flags
+from megatron_mlra.training.ending import (
+    EndByInterrupt,
+    end_at_once,
+    hush_threads,
+    leave,
+    refuse,
+    refuse_python,
+)
 
 # Megatron warns about every optional package at import; the summary names what matters.
 warnings.filterwarnings("ignore")
@@ -32,14 +43,20 @@ def main() -> int:
     """Run one training job, by `sys.argv`; returns the exit code."""
     if flags.answer(sys.argv[1:]):
         return 0
-    stopping.listen(signal.SIGTERM)
+    try:
+        early_checks.check(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        return refuse(one_line(error))
+    end_by_interrupt = EndByInterrupt()
+    stopping.listen(signal.SIGTERM, signal.SIGHUP)
+    stopping.listen_to_interrupts(end_by_interrupt)
     os.register_at_fork(after_in_child=hush_threads)
     try:
-        return train()
+        return train(end_by_interrupt)
     except KeyboardInterrupt as stop:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: interrupted{stop}", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except ImportError as error:
         return refuse_python(error)
     finally:
@@ -57,7 +74,7 @@ def has_gpu() -> bool:
     return False
 
 
-def train() -> int:
+def train(end_by_interrupt: EndByInterrupt) -> int:
     """Check all that can be checked, then hand over to Megatron; returns the exit code."""
     on_cpu = not has_gpu()
     import torch
@@ -69,7 +86,7 @@ def train() -> int:
     from megatron_mlra.command_line.parser import say
     from megatron_mlra.cost.parameters import parameters
     from megatron_mlra.description.megatron_args import from_megatron_args
-    from megatron_mlra.fault_tolerance import fingerprint, integrity
+    from megatron_mlra.fault_tolerance import fingerprint, integrity, saved_steps
     from megatron_mlra.fault_tolerance.run_lock import RunLock
     from megatron_mlra.training import arguments, batches, console, dry_run, hooks, progress, steps
     from megatron_mlra.training.cpu_backend import enable_cpu_backend
@@ -89,6 +106,7 @@ def train() -> int:
             enable_cpu_backend()
         if args.save is not None:
             lock = RunLock(args.save, say=say, lost=end_at_once)
+            end_by_interrupt.before = partial(lock.release_within, 5)
         run = hooks.Run(args, on_cpu, lock)
         hooks.apply(hooks.BEFORE_CHECKS, run)
         config = steps.model_config(args, arguments.validate(args))
@@ -101,7 +119,7 @@ def train() -> int:
             return 0
         integrity.check_save(args, parameters(shape).total)
         if args.tensorboard_dir is not None:
-            integrity.check_writable("--tensorboard-dir", args.tensorboard_dir)
+            saved_steps.check_writable("--tensorboard-dir", args.tensorboard_dir)
         integrity.check_load(args)
         batches.check_data(args)
 
@@ -109,6 +127,7 @@ def train() -> int:
         if output is not None:
             output.open(arguments.run_folder(args))
         started, run.hosts = True, world.hosts
+        end_by_interrupt.what_is_left = partial(console.what_is_left, args)
         hooks.apply(hooks.BEFORE_TRAINING, run)
         global_vars.set_global_variables(args, build_tokenizer=False)
         if args.exit_signal_handler:
@@ -151,5 +170,6 @@ def train() -> int:
 
 def start() -> NoReturn:
     """Be the program: run the job and end with its code."""
+    guard(ending=False)
     leave(main())
     sys.exit(0)

@@ -20,17 +20,16 @@ from megatron.training import get_tensorboard_writer, get_wandb_writer
 from tqdm import tqdm
 
 from megatron_mlra.command_line.parser import one_line
-from megatron_mlra.cost.cache import kv_cache_bytes_per_token
+from megatron_mlra.cost.cache import kv_cache_text
 from megatron_mlra.cost.parameters import parameters
 from megatron_mlra.description.model import ModelDescription
-from megatron_mlra.fault_tolerance.integrity import latest_step
+from megatron_mlra.fault_tolerance.saved_steps import latest_step
 from megatron_mlra.training.ending import kill_children, speaks_itself, tell_launcher
 from megatron_mlra.training.muon import OptimizerRefused
 
 
 def summary(args: Namespace, shape: ModelDescription) -> str:
     """One line: what is trained, its size, its KV cache and the parallel layout."""
-    weight_bytes = 2 if args.bf16 or args.fp16 else 4
     tp = args.tensor_model_parallel_size
     layout = f"TP{tp} x PP{args.pipeline_model_parallel_size} x DP{args.data_parallel_size}"
     if args.context_parallel_size > 1:
@@ -42,14 +41,11 @@ def summary(args: Namespace, shape: ModelDescription) -> str:
     if args.dataloader_inter_document_masking:
         layout += ", packed sequences"
     total = parameters(shape).total
-    cache = kv_cache_bytes_per_token(shape, dtype_bytes=weight_bytes)
-    per_rank = kv_cache_bytes_per_token(shape, tp=tp, dtype_bytes=weight_bytes)
-    kv = f"{cache:,} KV bytes a token" + (f" ({per_rank:,} a TP rank)" if tp > 1 else "")
     steps = args.train_iters or (args.train_samples or 0) // args.global_batch_size
     tokens = args.global_batch_size * args.seq_length
     return (
-        f"training {shape.attention_variant}: {total:,} parameters, {kv}, {layout},"
-        f" {steps:,} steps of {tokens:,} tokens"
+        f"training {shape.attention_variant}: {total:,} parameters, {kv_cache_text(shape, tp)},"
+        f" {layout}, {steps:,} steps of {tokens:,} tokens"
     )
 
 
@@ -156,6 +152,8 @@ def fail(error: BaseException, output: MegatronOutput | None, started: bool) -> 
     """
     if isinstance(error, SystemExit):
         error = RuntimeError(f"Megatron ended the run: {output.last_line if output else error}")
+    if isinstance(error, OptimizerRefused):
+        started = False  # as any flag that is refused: all ranks met it, one of a host says it
     if started:
         tell_launcher(message(error))
     elif not speaks_itself(message(error)):
@@ -174,18 +172,18 @@ def fail(error: BaseException, output: MegatronOutput | None, started: bool) -> 
         else:
             print(f"  full log: {output.path}", file=sys.stderr)
     sys.stderr.flush()
-    return 1 if started and not isinstance(error, OptimizerRefused) else 2
+    return 1 if started else 2
 
 
 def what_is_left(args: Namespace) -> str:
-    """Of a run that Ctrl-C ends at once: where it was, and what can be gone on with."""
+    """Of a run that is ended at once: where it was, and what can be gone on with."""
     line = f" at step {getattr(args, 'curr_iteration', 0) + 1:,}; "
     step = latest_step(args.save) if args.save else None
     if step is None:
         line += "nothing was saved"
     else:
         line += f"step {step:,} is saved; continue with --load {args.save} --save {args.save}"
-    return f"{line} (SIGTERM saves where it stops)"
+    return line
 
 
 def fail_run(

@@ -5,16 +5,15 @@ What a command line says wins; a preset's values, made for other data or another
 
 from __future__ import annotations
 
-import re
 from argparse import Namespace
 
 from megatron_mlra.command_line.parser import flags_given
 from megatron_mlra.data.errors import InputError
 from megatron_mlra.data.metadata import read_metadata
+from megatron_mlra.data.prefixes import without_weights
 from megatron_mlra.training import schedule
 
 _DATA = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
-_NUMBER = re.compile(r"[-+.\deE]+")
 
 
 def complete(args: Namespace, argv: list[str]) -> None:
@@ -29,12 +28,11 @@ def _take_vocabulary(args: Namespace, given: set[str]) -> None:
     if args.tokenizer_type != "NullTokenizer" or args.mock_data:
         return
     known = []
-    for prefix in dict.fromkeys(p for name in _DATA for p in getattr(args, name) or ()):
-        if not _NUMBER.fullmatch(prefix):
-            try:
-                known.append(read_metadata(prefix) or {})
-            except InputError:  # named when the data are checked
-                known.append({})
+    for prefix in without_weights(p for name in _DATA for p in getattr(args, name) or ()):
+        try:
+            known.append(read_metadata(prefix) or {})
+        except InputError:  # named when the data are checked
+            known.append({})
     if "--vocab-size" in given:
         _fit_padding(args)
     else:

@@ -10,10 +10,11 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 
-from megatron_mlra.command_line.printable import printable
+from megatron_mlra.command_line.output import say_error
 from megatron_mlra.command_line.signals import handle
-from megatron_mlra.launch.control import SPEAKER
+from megatron_mlra.launch.control import INTERRUPTED, REFUSED, SPEAKER
 
 
 def hush_threads() -> None:
@@ -24,8 +25,32 @@ def hush_threads() -> None:
 
 def end_at_once(line: str) -> None:
     """End this process from any thread, whatever the main thread waits for."""
-    os.write(2, f"error: {printable(line)}\n".encode())
+    say_error(f"error: {line}")
     os._exit(1)
+
+
+class EndByInterrupt:
+    """Ends this process from another thread than the main one, at a second Ctrl-C.
+
+    Attributes:
+        what_is_left: where the run was, and what can be gone on with, for the end of the line.
+        before: called before the process ends.
+    """
+
+    def __init__(self) -> None:
+        self.what_is_left: Callable[[], str] = str
+        self.before: Callable[[], object] = lambda: None
+
+    def __call__(self) -> None:
+        left = ""
+        with contextlib.suppress(Exception):
+            left = self.what_is_left()
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            say_error(f"error: ended at once by a second Ctrl-C{left}")
+        for child in multiprocessing.active_children():
+            child.kill()
+        self.before()
+        os._exit(INTERRUPTED)
 
 
 def tell_launcher(line: str) -> bool:
@@ -57,9 +82,15 @@ def refuse_python(error: ImportError) -> int:
         f"{sys.executable} of host {socket.gethostname()} lacks a package of the run ({error});"
         " install the project there, or set PYTHON to the Python that has it"
     )
+    return refuse(line)
+
+
+def refuse(line: str) -> int:
+    """Say in one line why a command line or an input is refused, once per host; returns the exit
+    code."""
     if speaks_itself(line):
-        os.write(2, f"error: {printable(line)}\n".encode())
-    return 2
+        say_error(f"error: {line}")
+    return REFUSED
 
 
 def kill_children() -> None:

@@ -220,16 +220,16 @@ BEFORE_TRAINING = (
     ),
     Hook(
         "megatron.training.initialize.init_persistent_async_worker",
-        "the writer must not see the stop signal; on a CPU it must be a fork, to know these hooks",
+        "the writer must not see the stop signals; on a CPU it must be a fork, to know these hooks",
         (
             lambda start, run: (lambda rank, _: start(rank, "fork")) if run.on_cpu else start,
-            lambda start, run: helper_processes.unseen(start, run.args.exit_signal),
+            lambda start, run: helper_processes.unseen(start, stopping.heeded()),
         ),
     ),
     Hook(
         f"{SAVING}.strategies.filesystem_async._results_queue",
         "started at the first save, its process would keep a killed rank's GPU memory taken",
-        (lambda _, run: helper_processes.results_queue(run.args.exit_signal),),
+        (lambda _, run: helper_processes.results_queue(stopping.heeded()),),
     ),
     # Starting.
     Hook(

@@ -6,7 +6,7 @@ import os
 from argparse import Namespace
 
 from megatron_mlra.command_line.parser import say
-from megatron_mlra.fault_tolerance import fingerprint, integrity
+from megatron_mlra.fault_tolerance import fingerprint, saved_steps
 from megatron_mlra.fault_tolerance.handshake import World, meet
 from megatron_mlra.fault_tolerance.run_lock import RunLock
 from megatron_mlra.training.arguments import join_world
@@ -30,7 +30,7 @@ def meet_all(args: Namespace, given: dict[str, str], lock: RunLock | None) -> Wo
         check_data_contents(args, say)
         if lock is not None:
             lock.acquire()
-            integrity.check_unused(args)  # what the folder holds was looked at before
+            saved_steps.check_unused(args)  # what the folder holds was looked at before
 
     join_world()
     same = {"code": fingerprint.of_code(), "arguments": given}

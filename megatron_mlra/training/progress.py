@@ -24,8 +24,9 @@ from megatron_mlra.command_line.parser import say
 from megatron_mlra.cost.flops import train_flops_per_token
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.fault_tolerance import stopping
-from megatron_mlra.fault_tolerance.integrity import latest_step, reason
+from megatron_mlra.fault_tolerance.integrity import reason
 from megatron_mlra.fault_tolerance.retention import prune
+from megatron_mlra.fault_tolerance.saved_steps import latest_step
 from megatron_mlra.training import curves
 from megatron_mlra.training.speed import Clock, Speed, parts, peak_memory, speed
 

@@ -1,12 +1,17 @@
 """`--dry-run`: the plan, who owns what and the command, for any number of GPUs, without one."""
 
+import json
+import shlex
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import pytest
+
 from megatron_mlra.layers.config import MLRAConfig
 from megatron_mlra.training.dry_run import _command, _shard_map
 from support import ENV, ROOT
+from support.programs import program
 
 
 def test_a_launch_of_1024_gpus_is_described_and_nothing_started(tmp_path):
@@ -26,6 +31,22 @@ def test_a_launch_of_1024_gpus_is_described_and_nothing_started(tmp_path):
         "command, the same on every node: NODES=128 GPUS_PER_NODE=8 RDZV_ENDPOINT=$HOST:29500"
         f" RDZV_ID=$JOB examples/launch.sh {config} {tmp_path / 'save'} --data-path nowhere"
     )
+
+
+@pytest.mark.parametrize(("preset", "gpus"), [("mlra4_70b", 1024), ("mlra4_2.9b", 8)])
+def test_the_planners_command_is_its_layout(entry, tmp_path, preset, gpus):
+    plan = ["--config", preset, "--gpus", gpus, "--json"]
+    asked = subprocess.run(
+        [program("mlra"), "plan", *map(str, plan)], capture_output=True, text=True, env=ENV
+    )
+    report = json.loads(asked.stdout)
+    words = shlex.split("".join(line.removesuffix("\\") for line in report["command"]))
+    flags = words[words.index("--config") :]
+    run = entry.run(tmp_path, *flags, "--dry-run", gpus)
+    assert run.code == 0, run.err
+    best = report["layouts"][0]["layout"]
+    layout = f"TP{best['tp']} PP{best['pp']}" + (f" (x{best['vpp']})" if best["vpp"] > 1 else "")
+    assert f"plan: {layout} DP{best['dp']} on {gpus:,} x h100" in run.out
 
 
 def shard_map(tp: int, layout: str) -> list[str]:

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from megatron_mlra.fault_tolerance.checksums import MANIFEST, damage
-from megatron_mlra.fault_tolerance.integrity import check_complete, latest_step
+from megatron_mlra.fault_tolerance.integrity import check_complete
+from megatron_mlra.fault_tolerance.saved_steps import latest_step
 from support import ENV, ROOT
 from support.runs import runs_still, wait_for
 

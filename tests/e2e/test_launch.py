@@ -30,16 +30,24 @@ def launch(
     own = {"PYTHON": sys.executable, "GPUS_PER_NODE": str(ranks), "MAX_RESTARTS": "0"}
     env = ENV | own | (env or {})
     with open(out, "w") as file:
-        return subprocess.Popen([*map(str, command)], env=env, stdout=file, stderr=file)
+        # Of a shell's background job children would ignore SIGINT.
+        return subprocess.Popen(
+            [*map(str, command)],
+            env=env,
+            stdout=file,
+            stderr=file,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
 
 
 def test_a_signal_saves_and_a_relaunch_goes_on(preset, tmp_path):
     save, out = tmp_path / "save", tmp_path / "out.txt"
     run = launch(preset, save, out, 2, "--train-iters", 100000, "--eval-iters", 0)
     wait_for(out, "step 3/", 120)
-    run.send_signal(signal.SIGUSR1)
+    run.send_signal(signal.SIGINT)
     assert run.wait(120) == 0, out.read_text()
     said = out.read_text()
+    assert said.count("note: stopping in order; ") == 1
     assert "by SIGTERM, which is saved" in said
     step = int((save / "latest_checkpointed_iteration.txt").read_text())
     assert step >= 3
@@ -197,9 +205,9 @@ def test_a_signal_while_waiting_for_other_hosts(tmp_path):
     port = free_port()
     launcher = meet(out, tmp_path / "save", port, 2, STOPPED_CODE="75")
     wait_until_met(port)  # then asleep in torchrun's rendezvous
-    launcher.send_signal(signal.SIGTERM)
+    launcher.send_signal(signal.SIGUSR1)
     assert launcher.wait(30) == 75
-    said = "stopped by SIGTERM while no rank ran; there is nothing new to save\n"
+    said = "stopped by SIGUSR1 while no rank ran; there is nothing new to save\n"
     assert out.read_text() == said
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mlra.fault_tolerance.integrity import latest_step
 from megatron_mlra.fault_tolerance.run_lock import NAME
+from megatron_mlra.fault_tolerance.saved_steps import latest_step
 from support.runs import wait_for
 
 TRACKER = "latest_checkpointed_iteration.txt"

@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from megatron_mlra.benchmarks import losses_files
-from megatron_mlra.fault_tolerance.integrity import check_complete, latest_step
+from megatron_mlra.fault_tolerance.integrity import check_complete
+from megatron_mlra.fault_tolerance.saved_steps import latest_step
 from support import ENV, wandb_file
 from support.programs import program
 from support.runs import Run, scalars, wait_for
@@ -59,8 +60,8 @@ def test_console(whole):
     assert (whole.code, whole.err) == (0, "")
     lines = whole.out.splitlines()
     assert re.fullmatch(
-        r"training MLRA-4: 111,104 parameters, 576 KV bytes a token, TP1 x PP1 x DP1, 8 steps of"
-        r" 128 tokens",
+        r"training MLRA-4: 111,104 parameters, 288 KV bytes a token in bfloat16, TP1 x PP1 x DP1,"
+        r" 8 steps of 128 tokens",
         lines[0],
     )
     assert lines[1] == "no GPU found: running on the CPU (gloo, torch attention)"
@@ -277,24 +278,32 @@ def test_full_disk_keeps_the_earlier_checkpoint(entry, preset, whole, save):
     check_complete(save / "iter_0000006")
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
-def test_sigterm_saves_and_the_run_continues(entry, preset, tmp_path, ranks):
+@pytest.mark.parametrize(
+    ("ranks", "stop"),
+    [(0, signal.SIGTERM), (2, signal.SIGINT), (0, signal.SIGHUP)],
+    ids=["SIGTERM", "Ctrl-C", "SIGHUP"],
+)
+def test_a_stop_signal_saves_and_the_run_continues(entry, preset, tmp_path, ranks, stop):
     save = tmp_path / "save"
     command = ["--config", preset, "--save", save, "--load", save, "--train-iters", 5000]
     command += ["--save-interval", 5000, "--eval-interval", 5000]
     command += [*PARALLEL, "--async-save"] if ranks else []
     pids = entry.start(tmp_path, *command, ranks=ranks)
     wait_for(tmp_path / f"stdout-{max(ranks - 1, 0)}.txt", "step 4/5,000")
-    # As schedulers do: to every process of the job, those that serve its saves among them.
+    # As schedulers and terminals do: to every process of the job, those that serve its saves too.
     ranks_of_the_job = [psutil.Process(pid) for pid in pids]
     helpers = [child for rank in ranks_of_the_job for child in rank.children(recursive=True)]
     assert helpers
     for process in (*helpers, *ranks_of_the_job):
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(stop)
     run = entry.wait(tmp_path, pids)
     assert run.code == 0, run.err
+    note = "note: stopping in order; the step under way is ended, and saved where there is --save"
+    assert run.err.count(note) == run.err.count("\n") == (stop == signal.SIGINT), run.err
     step = latest_step(save)
-    said = f"stopped after step {step:,} by SIGTERM, which is saved; continue with --load {save}"
+    said = (
+        f"stopped after step {step:,} by {stop.name}, which is saved; continue with --load {save}"
+    )
     assert f"{said} --save {save}" in run.out
     check_complete(save / f"iter_{step:07d}")
     resumed = entry.run(tmp_path, *command, "--exit-interval", 1, "--log-interval", 1, ranks=ranks)
@@ -303,15 +312,29 @@ def test_sigterm_saves_and_the_run_continues(entry, preset, tmp_path, ranks):
     assert f"step {step + 1:,}/5,000" in resumed.out
 
 
-def test_interrupt_is_one_line(entry, preset, tmp_path):
+def test_a_second_interrupt_ends_a_save_at_once(entry, preset, whole, tmp_path):
     save = tmp_path / "save"
-    pids = entry.start(tmp_path, "--config", preset, "--train-iters", 5000, "--save", save)
+    command = ["--config", preset, "--save", save, "--load", save]
+    # The main thread does not come back: rank 0 never sees all of its checkpoint.
+    looking = "megatron_mlra.fault_tolerance.saved_files:missing"
+    asleep = [{"ranks": [0], "place": looking, "seconds": 3600, "step": 8}]
+    pids = entry.start(tmp_path, *command, asleep=asleep)
     wait_for(tmp_path / "stdout-0.txt", "saved step 4 to")
+    wait_for(save / "iter_0000008" / ".metadata", "", 120)
+    os.kill(pids[0], signal.SIGINT)
+    wait_for(tmp_path / "stderr-0.txt", "note: stopping in order;")
     os.kill(pids[0], signal.SIGINT)
     run = entry.wait(tmp_path, pids)
-    assert run.code == 130 and run.err.count("\n") == 1
-    assert re.match(r"error: interrupted at step [\d,]+; step [\d,]+ is saved; continue", run.err)
-    assert run.err.endswith(f"--load {save} --save {save} (SIGTERM saves where it stops)\n")
+    note, error = run.err.splitlines()
+    assert run.code == 130 and note.startswith("note: stopping in order; ")
+    assert error == (
+        "error: ended at once by a second Ctrl-C at step 8; step 4 is saved; continue with --load"
+        f" {save} --save {save}"
+    )
+    resumed = entry.run(tmp_path, *command)
+    assert (resumed.code, resumed.err) == (0, ""), resumed.err
+    assert f"continuing after step 4 of {save}\n" in resumed.out
+    assert resumed.losses == whole.losses
 
 
 def test_a_run_in_a_thread_leaves_the_programs_signals_alone(entry, preset, tmp_path):

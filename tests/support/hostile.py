@@ -251,7 +251,17 @@ def archives() -> dict[str, tuple[bytes, str]]:
     renamed = bytearray(honest)
     at = renamed.index(b"archive/data/0")
     renamed[at : at + 14] = b"archive/data/1"
+
+    def counting(field: int) -> bytes:
+        """The archive with another number in its end: entries of this disk (8), of all (10)."""
+        inflated = bytearray(honest)
+        end = inflated.rindex(b"PK\5\6")
+        inflated[end + field : end + field + 2] = struct.pack("<H", 0xFFFE)
+        return bytes(inflated)
+
     return {
+        "of more records": (counting(10), "an archive "),
+        "of more records on this disk": (counting(8), "does not end with its directory"),
         "compressed": (
             repacked(honest, {"data/0": bytes(1 << 22)}, zipfile.ZIP_DEFLATED),
             "compressed records",

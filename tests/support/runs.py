@@ -122,7 +122,7 @@ class Entry:
 def wait_for(file: Path, text: str, seconds: float = 60) -> None:
     """Wait until `file` holds `text`."""
     deadline = time.monotonic() + seconds
-    while not (file.exists() and text in file.read_text()):
+    while not (file.exists() and text in file.read_text(errors="replace")):
         assert time.monotonic() < deadline, f"{file} never said {text!r}"
         time.sleep(0.02)
 

@@ -30,13 +30,13 @@ from megatron_mlra.checkpoint.files.torch_file import (
     read_extra_state,
     read_object,
 )
+from megatron_mlra.checkpoint.files.tracker import FORMAT_FILE
 from megatron_mlra.checkpoint.megatron import safe_pickle
 from megatron_mlra.command_line.foreign_text import read_json
 from megatron_mlra.description.model import CheckpointError
 
 INDEX = ".metadata"
 COMMON_FILE = "common.pt"
-FORMAT_FILE = "metadata.json"
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 """What Megatron writes into `metadata.json`, and tells the format of a folder by."""
 INDEX_BYTES = 256 << 20

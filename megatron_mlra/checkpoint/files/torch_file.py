@@ -92,19 +92,24 @@ def _end(file: BinaryIO, size: int) -> tuple[int, int, int]:
     if size < _END.size or _at(file, 0, 4) != b"PK\3\4":
         raise TorchFileError("no archive of torch.save, or cut short")
     here = size - _END.size
-    signature, *_, count, length, start, comment = _END.unpack(_at(file, here, _END.size))
-    if signature != b"PK\5\6" or comment:
+    signature, *disks, counted, count, length, start, comment = _END.unpack(
+        _at(file, here, _END.size)
+    )
+    if signature != b"PK\5\6" or comment or any(disks) or counted != count:
         raise TorchFileError("an archive that does not end with its directory, cut short?")
     before = here - _LOCATOR.size - _END64.size
     if before >= 0 and _at(file, here - _LOCATOR.size, 4) == b"PK\6\7":
         _, _, where, _ = _LOCATOR.unpack(_at(file, here - _LOCATOR.size, _LOCATOR.size))
-        signature, *_, count64, length64, start64 = _END64.unpack(_at(file, before, _END64.size))
+        signature, _, _, _, *disks, counted, count64, length64, start64 = _END64.unpack(
+            _at(file, before, _END64.size)
+        )
         narrow = ((count, 0xFFFF), (length, 0xFFFFFFFF), (start, 0xFFFFFFFF))
         agree = all(
             value in (full, other)
             for (value, full), other in zip(narrow, (count64, length64, start64), strict=True)
         )
-        if where != before or signature != b"PK\6\6" or not agree:
+        one = not any(disks) and counted == count64
+        if where != before or signature != b"PK\6\6" or not (agree and one):
             raise TorchFileError("an archive with two directories")
         here, count, length, start = before, count64, length64, start64
     if start + length != here:

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_mlra.checkpoint.folder import CheckpointFolder
 from megatron_mlra.checkpoint.tokenizer import data_prefixes
-from megatron_mlra.cost.cache import kv_cache_bytes_per_token
+from megatron_mlra.cost.cache import DTYPE, kv_cache_bytes_per_token
 from megatron_mlra.cost.parameters import parameters
 from megatron_mlra.data import read_metadata
 from megatron_mlra.description.model import ModelDescription
@@ -62,7 +62,7 @@ def model_card(source: CheckpointFolder, model: ModelDescription, name: str, cha
         "",
         "| tensor-parallel ranks | " + " | ".join(map(str, RANKS)) + " |",
         "|---" * (len(RANKS) + 1) + "|",
-        "| KV cache, bytes per token and rank (bfloat16) | "
+        f"| KV cache, bytes per token and rank in {DTYPE} | "
         + " | ".join(f"{kv_cache_bytes_per_token(model, tp):,}" for tp in RANKS)
         + " |",
         "",

@@ -75,7 +75,7 @@ def write_tokenizer(
         files = [file for file in files if file.name not in OF_ANOTHER_MODEL]
         copy_tokenizer(files, folder, say, without=(CODE, CHAT_TEMPLATE))
     else:
-        copy_tokenizer(files, folder, say)
+        copy_tokenizer(files, folder, say, linked=outside)
     if files != "byte":
         _name_end_of_document(source, model, folder)
     if template is not None:

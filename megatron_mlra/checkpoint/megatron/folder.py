@@ -8,13 +8,12 @@ from pathlib import Path
 import torch
 
 from megatron_mlra.checkpoint.files.inside import inside
+from megatron_mlra.checkpoint.files.tracker import TRACKER, tracked_step
 from megatron_mlra.checkpoint.files.weight_files import common_dtype
 from megatron_mlra.checkpoint.folder import (
-    TRACKER,
     CheckpointFolder,
     check_tensors,
     tokenizer_files,
-    tracked_step,
 )
 from megatron_mlra.checkpoint.megatron.torch_dist import COMMON_KEY, TorchDistFolder
 from megatron_mlra.description.megatron_args import check_convertible, from_megatron_args

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import math
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,10 @@ import torch
 from tqdm import tqdm
 
 from megatron_mlra.checkpoint.files import manifest
-from megatron_mlra.checkpoint.files.inside import inside
 from megatron_mlra.checkpoint.files.staging import written_aside
-from megatron_mlra.checkpoint.files.tokenizer_copy import say_nothing
-from megatron_mlra.checkpoint.folder import TRACKER, check_finite, tokenizer_files
+from megatron_mlra.checkpoint.files.tokenizer_copy import copy_file, say_nothing
+from megatron_mlra.checkpoint.files.tracker import TRACKER
+from megatron_mlra.checkpoint.folder import check_finite, tokenizer_files
 from megatron_mlra.checkpoint.megatron.folder import iteration_folder
 from megatron_mlra.checkpoint.megatron.torch_dist import COMMON_FILE, COMMON_KEY, TorchDistFolder
 from megatron_mlra.checkpoint.megatron.writer import (
@@ -84,14 +83,16 @@ def reshard(
     name = "release" if weights_only else folder.name
     planner = _Copy(stored, weights_only, getattr(torch, dtype) if dtype else None)
     with (
-        bar(total=planner.bytes, unit="B", unit_scale=True, shown=progress) as shown,
+        bar(
+            desc="writing", total=planner.bytes, unit="B", unit_scale=True, shown=progress
+        ) as shown,
         written_aside(destination, planner.bytes) as partial,
     ):
         planner.bar = shown
         (partial / name).mkdir()
         save_torch_dist(planner, partial / name, files)
         if (folder / COMMON_FILE).is_file() and not weights_only:
-            shutil.copyfile(inside(folder, COMMON_FILE), partial / name / COMMON_FILE)
+            copy_file(folder / COMMON_FILE, partial / name / COMMON_FILE)
         tokenizer = tokenizer_files(root)
         if verify:
             manifest.check_listed(root, [file.name for file in tokenizer])

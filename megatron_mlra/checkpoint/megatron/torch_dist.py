@@ -17,7 +17,6 @@ from megatron_mlra.checkpoint.files import manifest
 from megatron_mlra.checkpoint.files.inside import inside
 from megatron_mlra.checkpoint.files.torch_dist_index import (
     COMMON_FILE,
-    FORMAT_FILE,
     ForbiddenNames,
     check_files,
     check_format,
@@ -31,6 +30,7 @@ from megatron_mlra.checkpoint.files.torch_file import (
     load_entry,
     read_object,
 )
+from megatron_mlra.checkpoint.files.tracker import FORMAT_FILE
 from megatron_mlra.description.model import CheckpointError
 
 COMMON_KEY = "common_state/shard_0_1"

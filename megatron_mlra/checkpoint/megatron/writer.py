@@ -37,8 +37,9 @@ from torch.distributed.checkpoint.planner import (
 from megatron_mlra.checkpoint.files import manifest
 from megatron_mlra.checkpoint.files.staging import written_aside
 from megatron_mlra.checkpoint.files.tokenizer_copy import copy_tokenizer, say_nothing
-from megatron_mlra.checkpoint.files.torch_dist_index import FORMAT, FORMAT_FILE
-from megatron_mlra.checkpoint.folder import TRACKER, CheckpointFolder
+from megatron_mlra.checkpoint.files.torch_dist_index import FORMAT
+from megatron_mlra.checkpoint.files.tracker import FORMAT_FILE, TRACKER
+from megatron_mlra.checkpoint.folder import CheckpointFolder
 from megatron_mlra.checkpoint.megatron.folder import RENAMED, RENAMED_GQA
 from megatron_mlra.checkpoint.megatron.torch_dist import COMMON_KEY
 from megatron_mlra.checkpoint.stream import TensorStream

@@ -69,7 +69,7 @@ def compare(
     check_same_function(a, b)
     passes = zip(hidden_states(a, tokens), hidden_states(b, tokens), strict=True)
     total = a.description.num_layers + 1
-    for pair in bar(passes, total=total, unit="layer", shown=progress):
+    for pair in bar(passes, desc="comparing", total=total, unit="layers", shown=progress):
         ours, theirs = pair
     head, their_head = output_head(a), output_head(b)
     parts = zip(ours.flatten(0, 1).split(TOKENS), theirs.flatten(0, 1).split(TOKENS), strict=True)

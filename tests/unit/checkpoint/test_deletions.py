@@ -14,7 +14,7 @@ from megatron_mlra.checkpoint.files.staging import MARKER, written_aside
 from megatron_mlra.command_line.parser import own_name, write_text
 from megatron_mlra.data.errors import InputError
 from megatron_mlra.data.writer import check_output
-from megatron_mlra.fault_tolerance import checksums, integrity, retention
+from megatron_mlra.fault_tolerance import checksums, retention, saved_steps
 from megatron_mlra.fault_tolerance.heartbeat import leave_stacks
 from mlra_kernels.benchmarks.results import write_json
 from support import ROOT
@@ -125,7 +125,7 @@ def test_a_killed_conversions_folder_is_taken_over_and_its_links_are_not_followe
 def test_pruning_deletes_no_link_and_nothing_that_only_begins_like_its_own(theirs, tmp_path):
     save = tmp_path / "save"
     save.mkdir()
-    (save / integrity.TRACKER).write_text("3")
+    (save / saved_steps.TRACKER).write_text("3")
     (save / ".deleted-iter_0000001").symlink_to(theirs)
     for name in (".deleted-iter_", ".deleted-iter_0000001-keep", ".deleted-iter_mine"):
         (save / name).mkdir()
@@ -146,10 +146,10 @@ def test_nothing_is_written_through_a_link_that_lies_at_a_name_aside(theirs, tmp
     (tmp_path / f".{checksums.MANIFEST}.tmp").symlink_to(file)
     checksums.write_manifest(tmp_path)
     assert not (tmp_path / checksums.MANIFEST).is_symlink() and intact(theirs)
-    tracker = tmp_path / integrity.TRACKER
+    tracker = tmp_path / saved_steps.TRACKER
     tracker.write_text("")
     (tmp_path / tracker.with_suffix(".tmp").name).symlink_to(file)
-    integrity.mend_tracker(tmp_path, 7)
+    saved_steps.mend_tracker(tmp_path, 7)
     assert tracker.read_text() == "7" and intact(theirs)
 
 

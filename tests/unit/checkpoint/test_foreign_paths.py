@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from megatron_mlra.checkpoint.files.inside import inside
-from megatron_mlra.checkpoint.folder import TRACKER, tokenizer_files
+from megatron_mlra.checkpoint.files.tracker import TRACKER
+from megatron_mlra.checkpoint.folder import tokenizer_files
 from megatron_mlra.checkpoint.formats import open_checkpoint
 from megatron_mlra.checkpoint.huggingface.folder import check_own_code
 from megatron_mlra.checkpoint.megatron.folder import iteration_folder
 from megatron_mlra.checkpoint.megatron.torch_dist import read_metadata
 from megatron_mlra.description.model import CheckpointError
-from megatron_mlra.fault_tolerance.integrity import latest_step
+from megatron_mlra.fault_tolerance.saved_steps import latest_step
 
 pytestmark = pytest.mark.usefixtures("unsealed")
 
@@ -271,6 +272,39 @@ def test_a_copy_replaces_nothing(tmp_path):
     with pytest.raises(CheckpointError, match=r"config\.json is no tokenizer file's name"):
         copy_tokenizer([tmp_path / "config.json"], target, str)
     assert not (tmp_path / "gone").exists()
+
+
+@pytest.mark.parametrize("when", ["before the copy", "at the moment of the copy"])
+def test_what_is_put_in_the_place_of_a_file_is_not_copied(when, tmp_path, monkeypatch):
+    from megatron_mlra.checkpoint.files import inside as place
+    from megatron_mlra.checkpoint.files.tokenizer_copy import copy_tokenizer
+
+    source, target, secret = tmp_path / "in", tmp_path / "out", tmp_path / "secret"
+    source.mkdir()
+    target.mkdir()
+    secret.write_text("secret")
+    file = source / "tokenizer.json"
+    file.write_text("{}")
+    found = tokenizer_files(source)
+
+    def swap(path) -> None:
+        file.unlink()
+        file.symlink_to(secret)
+
+    if when == "before the copy":
+        swap(file)
+    else:
+        opening = place.open_plain
+        monkeypatch.setattr(place, "open_plain", lambda path: swap(path) or opening(path))
+    with pytest.raises(CheckpointError, match=r"is a link out of its folder, to .*/secret"):
+        copy_tokenizer(found, target, str)
+    assert not list(target.iterdir())
+    # Nor is a pipe waited for.
+    monkeypatch.undo()
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(CheckpointError, match=r"cannot be read \(it is no plain file"):
+        copy_tokenizer(found, target, str)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from support import ENV, ROOT
 COUNT = """
 import time
 from megatron_mlra.command_line.progress_bar import bar
-for _ in bar(range({steps}), unit="layer", desc="reading", every={every}):
+for _ in bar(range({steps}), unit="layers", desc="reading", every={every}):
     time.sleep(0.02)
 """
 
@@ -28,7 +28,7 @@ def test_a_log_gets_lines_and_no_carriage_return():
     done = subprocess.run(count(60, 0.3), capture_output=True, env=ENV, check=True, cwd=ROOT)
     lines = done.stderr.decode().splitlines()
     assert b"\r" not in done.stderr and 2 <= len(lines) <= 8
-    assert all(line.startswith("reading: ") and "/60 |" in line for line in lines)
+    assert all(line.startswith("reading: ") and "/60 layers |" in line for line in lines)
     # What is done before the first line is due says nothing.
     quick = subprocess.run(count(5, 30), capture_output=True, env=ENV, check=True, cwd=ROOT)
     assert quick.stderr == b""
@@ -46,7 +46,7 @@ def test_a_terminal_gets_a_bar():
         except OSError:  # as it ends once nobody has the terminal open
             pass
         assert process.wait() == 0
-    assert b"\rreading: 100%" in shown
+    assert b"\rreading: 100%" in shown and b"60/60 layers [" in shown
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,8 @@ def sequence(*parts):
     return {"type": "Sequence", "normalizers": parts}
 
 
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+
 GIVES_UP = {
     "type": "Split",
     "pattern": {"Regex": "(a|a?)+$|(?:(?:a+)+)+b"},
@@ -68,6 +70,10 @@ def test_a_pattern_that_gives_up_is_an_error_of_the_text(tmp_path, monkeypatch, 
         {"normalizer": replace("a" * 101, String="a")},
         {"normalizer": replace("a" * 100, String="")},
         {"decoder": {"type": "Sequence", "decoders": [replace("a" * 30, String="a")] * 2}},
+        {"normalizer": sequence(*[replace("\ufdfa", String="a"), {"type": "NFKC"}] * 2)},
+        {"normalizer": sequence(replace("\ufdfa" * 6, String="a"), {"type": "NFKD"})},
+        {"normalizer": sequence(*[{"type": "ByteLevel"}] * 4)},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTES] * 4}},
     ],
 )
 def test_replacements_that_grow_are_refused(parts, tmp_path):
@@ -83,6 +89,8 @@ def test_replacements_that_grow_are_refused(parts, tmp_path):
         sequence(
             *[replace(" ", Regex=r"\s+|\p{Z}(?=a)")] * 50, replace("", Regex="x*"), {"type": "NFKC"}
         ),
+        sequence(*[{"type": kind} for kind in ("NFD", "Lowercase", "NFKD", "NFC", "NFKC")] * 9),
+        sequence({"type": "NFKC"}, {"type": "ByteLevel"}),
         sequence(replace("...", String="\u2026"), replace('"', String="``")),
         None,
     ],

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_mlra.checkpoint.files.torch_dist_index import read_metadata
 from megatron_mlra.checkpoint.megatron import torch_dist
 from megatron_mlra.checkpoint.megatron.writer import write_megatron
-from megatron_mlra.fault_tolerance import integrity
+from megatron_mlra.fault_tolerance import integrity, saved_steps
 from support.random_checkpoint import RandomFolder, latent
 
 
@@ -25,49 +25,49 @@ def save_args(folder, **changes):
 
 
 def test_latest_step(tmp_path):
-    assert integrity.latest_step(tmp_path) is None
-    (tmp_path / integrity.TRACKER).write_text("12\n")
-    assert integrity.latest_step(tmp_path) == 12
-    (tmp_path / integrity.TRACKER).write_text("release")
-    assert integrity.candidates(tmp_path) == [tmp_path / "release"]
+    assert saved_steps.latest_step(tmp_path) is None
+    (tmp_path / saved_steps.TRACKER).write_text("12\n")
+    assert saved_steps.latest_step(tmp_path) == 12
+    (tmp_path / saved_steps.TRACKER).write_text("release")
+    assert saved_steps.candidates(tmp_path) == [tmp_path / "release"]
 
 
 def test_candidates_are_the_latest_step_and_those_before(tmp_path):
-    assert integrity.candidates(tmp_path) == []
+    assert saved_steps.candidates(tmp_path) == []
     for name in ("iter_0000004", "iter_0000008", "iter_0000012", "iter_0000016.partial", "logs"):
         (tmp_path / name).mkdir()
-    tracker = tmp_path / integrity.TRACKER
+    tracker = tmp_path / saved_steps.TRACKER
     for text, steps in (("8", [8, 4]), ("10", [10, 8, 4]), ("", [12, 8, 4])):
         tracker.write_text(text)
-        found = [path.name for path in integrity.candidates(tmp_path)]
+        found = [path.name for path in saved_steps.candidates(tmp_path)]
         assert found == [f"iter_{step:07d}" for step in steps]
-    assert [path.name for path in integrity.candidates(tmp_path, 12)] == ["iter_0000012"]
+    assert [path.name for path in saved_steps.candidates(tmp_path, 12)] == ["iter_0000012"]
 
 
 def test_without_a_tracker_every_finished_save_is_a_candidate(tmp_path):
     for step, last in ((4, ".metadata"), (8, "metadata.json"), (12, "__0_0.distcp")):
         (tmp_path / f"iter_{step:07d}").mkdir()
         (tmp_path / f"iter_{step:07d}" / last).touch()
-    found = [path.name for path in integrity.candidates(tmp_path)]
+    found = [path.name for path in saved_steps.candidates(tmp_path)]
     assert found == ["iter_0000008", "iter_0000004"]
     with pytest.raises(ValueError, match="holds a checkpoint of step 8, which this run would"):
         integrity.check_save(save_args(tmp_path), 1)
     (tmp_path / "release").mkdir()
     with pytest.raises(ValueError, match="write the word release into that file"):
-        integrity.candidates(tmp_path)
+        saved_steps.candidates(tmp_path)
 
 
 def test_a_folder_that_cannot_be_read_is_not_empty(tmp_path):
-    (tmp_path / integrity.TRACKER).write_bytes(b"\xff\xfe")
+    (tmp_path / saved_steps.TRACKER).write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="not a step"):
-        integrity.latest_step(tmp_path)
+        saved_steps.latest_step(tmp_path)
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o311)  # to be entered, not to be listed
         before = os.geteuid()
         os.seteuid(65534 if before == 0 else before)
         try:
             with pytest.raises(ValueError, match=r"cannot be read \(Permission denied\)"):
-                integrity.candidates(folder)
+                saved_steps.candidates(folder)
         finally:
             os.seteuid(before)
             os.chmod(folder, 0o700)
@@ -113,7 +113,7 @@ def test_room_for_a_checkpoint(tmp_path, monkeypatch, changes, bytes_a_weight):
 
 
 def test_a_run_may_continue_in_its_own_folder_only(tmp_path, monkeypatch):
-    (tmp_path / integrity.TRACKER).write_text("12")
+    (tmp_path / saved_steps.TRACKER).write_text("12")
     monkeypatch.chdir(tmp_path)
     integrity.check_save(save_args(tmp_path, load="."), 1)
     with pytest.raises(ValueError, match="holds a checkpoint of step 12, which this run would rep"):

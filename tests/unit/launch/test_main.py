@@ -1,5 +1,6 @@
 """The launcher's process ends with the launcher's exit code, whatever its threads do."""
 
+import signal
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 
 from megatron_mlra.description.presets import find_preset
 from support import ENV, ROOT
+from support.runs import runs_still, wait_for
 
 IN_A_REQUEST = """
 import runpy, threading, time
@@ -81,3 +83,34 @@ def test_a_local_file_called_as_a_preset_is_what_is_trained_by(tmp_path, is_ther
     preset = words[words.index("--config") + 1]
     found = find_preset(preset, tmp_path)
     assert found == (tmp_path / "debug" if is_there else ROOT / "megatron_mlra/presets/debug.yaml")
+
+
+def test_a_second_interrupt_ends_ranks_that_go_on(tmp_path):
+    """A rank that is asked to stop, and saves for hours."""
+    rank, out = tmp_path / "rank.py", tmp_path / "out.txt"
+    rank.write_text(
+        "import os, signal, time\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})\n"
+        "print('up', os.getpid(), flush=True)\n"
+        "signal.sigwait({signal.SIGTERM})\n"
+        "print('saving', flush=True)\n"
+        "time.sleep(3600)\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-m", "megatron_mlra.launch", "--standalone"]
+    with out.open("w") as file:
+        launcher = subprocess.Popen(
+            [*command, rank], env=ENV, cwd=ROOT, stdout=file, stderr=file,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
+    wait_for(out, "up ", 120)
+    launcher.send_signal(signal.SIGINT)
+    wait_for(out, "saving", 120)
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(120) == 130, out.read_text()
+    up, *said = out.read_text().splitlines()
+    assert [line.partition(";")[0] for line in said] == [
+        "note: stopping in order",
+        "saving",
+        "error: ended at once by a second Ctrl-C",
+    ]
+    assert not runs_still(up.split()[1])

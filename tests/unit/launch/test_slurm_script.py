@@ -36,3 +36,20 @@ def test_the_crash_count_is_not_written_where_a_link_points(tmp_path, before):
     if before:
         assert not guard.is_symlink() and guard.read_text() == "none 1\n"
     assert not list(save.glob(".starts.*"))
+
+
+def test_a_pipe_in_place_of_a_small_file_is_not_waited_for(tmp_path):
+    save, programs = tmp_path / "save", tmp_path / "programs"
+    save.mkdir()
+    programs.mkdir()
+    for name, line in (("srun", "exit 2"), ("scontrol", f"echo Command={SCRIPT}")):
+        (programs / name).write_text(f"#!/bin/sh\n{line}\n")
+        (programs / name).chmod(0o755)
+    for name in ("starts_without_progress.txt", "latest_checkpointed_iteration.txt"):
+        os.mkfifo(save / name)
+    done = subprocess.run(
+        ["bash", SCRIPT, "preset", "data", save],
+        env=os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 2 and "was refused" in done.stderr

@@ -53,7 +53,7 @@ def test_it_loads_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "TP4 PP4" in done.stdout and "does not fit" in done.stdout
+    assert "TP4 PP4" in done.stdout and "does not fit" not in done.stdout
 
 
 @pytest.mark.parametrize("name", LARGE + MOE)
@@ -260,10 +260,13 @@ def test_tables_fit_and_no_number_is_cut(preset, gpus, length, width):
     shown = {}
     for columns in (width, 1000):
         console = Console(highlight=False, width=columns, file=io.StringIO())
-        print_report(report, console)
+        print_report(report, console, details=True)
         shown[columns] = console.file.getvalue()
     assert "…" not in shown[width]
-    assert max(map(len, shown[width].splitlines())) <= width
+    tables, _, command = shown[width].partition("To train by the first layout")
+    assert max(map(len, tables.splitlines())) <= width
+    # To be pasted: never wrapped.
+    assert bool(report.plans) == bool(command) and shown[1000].endswith(command[-60:])
 
     def cells(text: str) -> set[str]:
         rows = (line.split("│")[1:-1] for line in text.splitlines() if "│" in line)
@@ -271,6 +274,34 @@ def test_tables_fit_and_no_number_is_cut(preset, gpus, length, width):
 
     # Beyond the numbers, the narrow tables may wrap a word that is one.
     assert cells(shown[width]) >= cells(shown[1000]) and len(cells(shown[1000])) > 10
+
+
+def test_the_end_is_the_command_and_details_are_asked_for(capsys, tmp_path):
+    short = plan(capsys, "--config", "mlra4_2.9b", "--gpus", 8, "--seq-length", 4096)[1]
+    assert len(short.splitlines()) < 20 and "Decoding" not in short
+    assert short.endswith(
+        "To train by the first layout (TP1 PP1 DP8):\n"
+        "  mlra launch --standalone --nproc-per-node 8 \\\n"
+        "    -m megatron_mlra.training --config mlra4_2.9b \\\n"
+        "    --data-path DATA --save RUN --load RUN \\\n"
+        "    --micro-batch-size 1 --seq-length 4096\n"
+    )
+    long = plan(capsys, "--config", "mlra4_70b", "--gpus", 1024, "--details")[1]
+    for part in ("does not fit", "Decoding on", "weights", "Assumed: "):
+        assert part in long
+    assert "on every node:\n  mlra launch --nnodes 128 --rdzv-backend c10d" in long
+    # A preset's own layout, where another one is faster.
+    other = tmp_path / "other.yaml"
+    other.write_text(
+        "base: mlra4_2.9b\ncontext_parallel_size: 2\nrecompute_granularity: full\n"
+        "sequence_parallel: true\nbf16: false\n"
+    )
+    *_, flags, note = plan(capsys, "--config", other, "--gpus", 8)[1].splitlines()
+    assert flags.split() == [
+        *("--micro-batch-size", "1", "--context-parallel-size", "1", "--no-sequence-parallel"),
+        "--bf16",
+    ]
+    assert note == "    # with a copy of the preset that has no recompute_granularity"
 
 
 def test_a_plot_is_written_whole(capsys, tmp_path):
@@ -294,7 +325,7 @@ def test_a_plot_is_written_whole(capsys, tmp_path):
         (["--seq-length", "-1"], "--seq-length is -1"),
         (["--plot", "/proc/nowhere/plan.png"], "the folder /proc/nowhere cannot be made"),
         (["--plot", "plan.doc"], "use a name that ends in .png"),
-        (["--unknown", "1"], "unrecognized arguments"),
+        (["--unknown", "1"], "unknown flag"),
     ],
 )
 def test_errors_are_one_line(argv, message, capsys):

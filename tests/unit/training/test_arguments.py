@@ -11,7 +11,7 @@ import pytest
 import torch
 from megatron.training.arguments import add_megatron_arguments
 
-from megatron_mlra.checkpoint.folder import TRACKER
+from megatron_mlra.checkpoint.files.tracker import TRACKER
 from megatron_mlra.checkpoint.megatron.writer import write_megatron
 from megatron_mlra.cost.flops import TrainFlops
 from megatron_mlra.training import console, muon
@@ -294,14 +294,20 @@ def test_numbers_out_of_range_are_refused_at_once(words, said):
         parse(["--config", DEBUG, *words.split()])
 
 
-def test_what_an_optimizer_refuses_is_no_fault_to_start_again_after(capsys):
+def test_what_an_optimizer_refuses_is_no_fault_to_start_again_after(capsys, monkeypatch):
     def build(*_):
         raise ValueError("no such flag")
 
     args = Namespace(verbose_optimizer=False, rank=0)
     with pytest.raises(ValueError, match="--optimizer adam: no such flag") as refused:
         muon.around_optimizer(build, args)(Namespace(optimizer="adam"), [])
-    assert console.fail(refused.value, None, started=True) == 2
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert console.fail(refused.value, None, started=True) == 2
+    # All ranks of a host meet it; one says it.
+    assert capsys.readouterr().err == "error: --optimizer adam: no such flag\n"
     assert console.fail(ValueError("a fault"), None, started=True) == 1
 
 

@@ -1,0 +1,169 @@
+"""Which steps of a run are saved, and whether `--load` and `--save` name what they must.
+
+Nothing here imports torch: what is wrong with a folder is said before torch is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from argparse import Namespace
+from pathlib import Path
+
+from megatron_mlra.checkpoint.files.manifest import MANIFEST
+from megatron_mlra.checkpoint.files.tracker import FORMAT_FILE, TRACKER, tracked_step
+from megatron_mlra.command_line import parser
+
+_ITERATION = re.compile(r"iter_(\d+)").fullmatch
+
+
+def latest_step(folder: str | Path) -> int | None:
+    """The step of the checkpoint that `folder` names as its latest, None where it names none.
+
+    Raises:
+        ValueError: for a tracker file that names no step, or cannot be read.
+    """
+    text = tracked_step(Path(folder))
+    if text is None:
+        return None
+    if text == "release":
+        return 0
+    if not text:
+        # The job or its machine died between truncating the file and writing it. Whatever folder
+        # is complete was saved before, or just now.
+        return max(steps(folder), default=None)
+    return int(text)
+
+
+def mend_tracker(load: str | Path, step: int) -> None:
+    """Write `step` into a tracker file that is empty, which Megatron cannot read, or gone."""
+    tracker = Path(load) / TRACKER
+    if not tracker.is_file() or not tracker.read_text().strip():
+        parser.write_text(tracker, str(step))
+
+
+def candidates(load: str | Path, step: int | None = None) -> list[Path]:
+    """Checkpoint folders to load from, best first: the one that the tracker names, then earlier
+    steps; only `step` if it is given. What is later than the tracker was never completed. Without a
+    tracker: every step whose save came to its end, newest first.
+
+    Raises:
+        ValueError: for a tracker file that names no step, a folder that cannot be read.
+    """
+    load = Path(load)
+    if step:
+        return [load / f"iter_{step:07d}"]
+    latest = latest_step(load)
+    if latest is None:
+        return saved_without_tracker(load)
+    if not latest:
+        return [load / "release"]
+    earlier = sorted((other for other in steps(load) if other < latest), reverse=True)
+    return [load / f"iter_{number:07d}" for number in (latest, *earlier)]
+
+
+def saved_without_tracker(folder: str | Path) -> list[Path]:
+    """Checkpoints of a folder that has no tracker file, newest first: it was lost, or the folders
+    were copied without it. A run that was killed in its first save leaves neither a tracker nor any
+    of the files that are written last.
+
+    Raises:
+        ValueError: the folder cannot be read, or holds a `release` checkpoint.
+    """
+    folder = Path(folder)
+    if (folder / "release").is_dir():
+        raise ValueError(
+            f"{folder} holds release/, but no {TRACKER}; write the word release into that file"
+        )
+    newest_first = sorted(steps(folder), reverse=True)
+    paths = [folder / f"iter_{number:07d}" for number in newest_first]
+    return [path for path in paths if any((path / name).exists() for name in _WRITTEN_LAST)]
+
+
+_WRITTEN_LAST = (".metadata", FORMAT_FILE, MANIFEST)
+"""Files of a checkpoint that are written once all tensors are."""
+
+
+def steps(folder: str | Path) -> set[int]:
+    """Steps of which `folder` holds an `iter_*` folder, complete or not.
+
+    Raises:
+        ValueError: the folder is there but cannot be read: what it holds is unknown.
+    """
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return set()
+    except OSError as error:
+        raise ValueError(f"checkpoint folder {folder} cannot be read ({error.strerror})") from None
+    return {int(found[1]) for name in names if (found := _ITERATION(name))}
+
+
+def check_writable(flag: str, folder: str | Path) -> Path:
+    """Check that a folder, which need not exist, can be written.
+
+    Returns:
+        the nearest folder that exists.
+
+    Raises:
+        ValueError: it cannot; names the flag and the folder.
+    """
+    existing = folder = Path(folder)
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise ValueError(f"{flag} {folder} cannot be written: {existing} is not a folder")
+    try:
+        # Asked of the file system itself: permission bits say nothing about a read-only mount.
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{flag} {folder} cannot be written ({error.strerror}); use another folder"
+        ) from None
+    return existing
+
+
+def check_unused(args: Namespace) -> None:
+    """Check that `--save` holds no checkpoints, unless this run continues them.
+
+    Raises:
+        ValueError: it does; names the newest, and the fix.
+    """
+    folder = Path(args.save)
+    if args.load is not None and Path(args.load).resolve() == folder.resolve():
+        return
+    step = latest_step(folder)
+    if step is None and (saved := saved_without_tracker(folder)):
+        step = int(saved[0].name.removeprefix("iter_"))
+    if step is not None:
+        raise ValueError(
+            f"--save {folder} holds a checkpoint of step {step:,}, which this run would replace;"
+            f" add --load {folder} to continue it, or use another folder"
+        )
+
+
+def to_load(args: Namespace) -> list[Path]:
+    """Checkpoint folders that `--load` names, best first; none where the run starts anew.
+
+    Raises:
+        ValueError: there are none, and the run is to go on from one.
+    """
+    if args.load is None:
+        return []
+    starts_anew = args.load == args.save and not args.exit_on_missing_checkpoint
+    if not Path(args.load).is_dir():
+        if starts_anew and not os.path.lexists(args.load):
+            return []
+        raise ValueError(f"--load {args.load} is not a folder; give the --save of an earlier run")
+    found = candidates(args.load, args.ckpt_step)
+    if found or starts_anew:
+        return found
+    also = ""
+    if (Path(args.load) / "config.json").is_file():
+        also = "; an exported folder is made one by mlra convert import-hf"
+    raise ValueError(
+        f"--load {args.load} holds no checkpoint (no {TRACKER}); give the --save of an earlier"
+        f" run{also}"
+    )

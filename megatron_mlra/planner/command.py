@@ -1,0 +1,96 @@
+"""The command that starts a run under a layout."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_mlra.command_line.parser import flag
+from megatron_mlra.description.backends import TP_LAYOUTS
+from megatron_mlra.description.model import ModelDescription
+from megatron_mlra.planner.layout import Layout
+
+NODE = 8
+"""Most GPUs of a node, unless said otherwise."""
+_OFF = {
+    "context_parallel_size": 1,
+    "expert_model_parallel_size": 1,
+    "sequence_parallel": False,
+}
+"""What a layout without it says over a preset that has it."""
+_KEPT = (
+    "recompute_granularity",
+    "recompute_method",
+    "recompute_num_layers",
+    "recompute_modules",
+    "num_layers_per_virtual_pipeline_stage",
+    "num_virtual_stages_per_pipeline_rank",
+    "pipeline_model_parallel_layout",
+)
+"""What no flag takes back."""
+
+
+def launch_command(
+    config: str,
+    layout: Layout,
+    shape: ModelDescription,
+    values: Mapping[str, Any],
+    asked: Mapping[str, Any],
+    node: int = NODE,
+) -> list[str]:
+    """The lines to run, the same on every node, with DATA and RUN to be filled in.
+
+    Args:
+        config: the preset, as it was given.
+        layout: of all GPUs.
+        shape: of the model.
+        values: the preset's.
+        asked: more flags, by argparse destination, whatever the preset says.
+        node: GPUs of a node.
+    """
+    per_node = min(node, layout.gpus)
+    nodes = -(-layout.gpus // per_node)
+    chosen = layout.flags(shape)
+    chosen |= {name: off for name, off in _OFF.items() if name not in chosen}
+    chosen["latent_tp_layout"] = layout.tp_layout
+    defaults = _OFF | {"latent_tp_layout": TP_LAYOUTS[0]}
+    defaults |= {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}
+    if layout.distributed_optimizer and layout.dp * layout.cp > 1:
+        chosen["use_distributed_optimizer"] = True
+    if not values.get("fp16"):
+        chosen["bf16"] = True
+    chosen |= asked
+    flags = []
+    for name, value in chosen.items():
+        if values.get(name, defaults.get(name)) != value:
+            flags += _words(name, value)
+    where = ["--standalone"]
+    if nodes > 1:
+        where = ["--nnodes", str(nodes), "--rdzv-backend", "c10d"]
+        where += ["--rdzv-endpoint", "FIRST_HOST:29500", "--rdzv-id", "JOB"]
+    lines = [
+        ["mlra", "launch", *where, "--nproc-per-node", str(per_node)],
+        ["-m", "megatron_mlra.training", "--config", config],
+        ["--data-path", "DATA", "--save", "RUN", "--load", "RUN"],
+        *([flags] if flags else []),
+    ]
+    written = [shlex.join(line) for line in lines]
+    return [
+        f"{'  ' * bool(i)}{line}{chr(92).rjust(2) * (i + 1 < len(written))}"
+        for i, line in enumerate(written)
+    ]
+
+
+def left_over(layout: Layout, shape: ModelDescription, values: Mapping[str, Any]) -> list[str]:
+    """Keys of the preset that the layout has no use for and that no flag takes back."""
+    chosen = layout.flags(shape)
+    return [name for name in _KEPT if values.get(name) is not None and name not in chosen]
+
+
+def _words(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [flag(name) if value else flag(f"no_{name}")]
+    if isinstance(value, list):
+        return [flag(name), *map(str, value)]
+    return [flag(name), str(value)]

@@ -1,0 +1,96 @@
+"""What of a command line can be refused before torch and Megatron are imported, within a second.
+
+Nothing here is a list of its own. Flags are those of this project's parser and the keys that a
+preset may have, which are made of Megatron's parser; presets, folders and data are looked at by the
+functions that look at them again later, when all arguments are known.
+"""
+
+from __future__ import annotations
+
+import argparse
+from argparse import Namespace
+from typing import Any, NoReturn
+
+from megatron_mlra.command_line.suggest import refusal
+from megatron_mlra.data.prefixes import check_files, without_weights
+from megatron_mlra.description.presets import KEYS, preset_values
+from megatron_mlra.fault_tolerance import saved_steps
+from megatron_mlra.training import flags
+
+_DATA = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+_PATHS = ("save", "load")
+_SWITCHES = ("mock_data", "skip_train", "exit_on_missing_checkpoint")
+_NUMBERS = ("ckpt_step", "dry_run")
+
+
+def check(argv: list[str]) -> None:
+    """Refuse unknown flags, presets that cannot be read, and paths where nothing of use is.
+
+    Raises:
+        ValueError: one line that names the flag and the fix.
+    """
+    if "--help-megatron" in argv:
+        return
+    _check_flags(argv)
+    preset = flags.preset_of(argv, _refuse)
+    given = _given(argv, {} if preset is None else preset_values(preset))
+    if given is None or given.dry_run is not None:
+        return  # --dry-run is about another machine
+    if given.save is not None:
+        saved_steps.check_writable("--save", given.save)
+        saved_steps.check_unused(given)
+    saved_steps.to_load(given)
+    if not (given.mock_data or given.skip_train):
+        for prefix in without_weights(word for name in _DATA for word in getattr(given, name)):
+            check_files(prefix)
+
+
+def _check_flags(argv: list[str]) -> None:
+    """Refuse a flag that is none.
+
+    Raises:
+        ValueError: names it, and the one that is likely meant.
+    """
+    known = {*flags.parser()._option_string_actions}
+    known |= {f"--{key.replace('_', '-')}" for key in KEYS.read_text(encoding="utf-8").split()}
+    for word in argv[: argv.index("--") if "--" in argv else None]:
+        name = word.partition("=")[0]
+        if not name.startswith("--"):
+            continue
+        # Every switch has an opposite. Some of Megatron's flags have an underscore somewhere, which
+        # keys do not tell: those are for the whole parser.
+        spelt = name.replace("_", "-")
+        if not known & {spelt, spelt.replace("--no-", "--", 1), spelt.replace("--", "--no-", 1)}:
+            _refuse(refusal(f"unrecognized arguments: {name}", known))
+
+
+def _given(argv: list[str], values: dict[str, Any]) -> Namespace | None:
+    """What is looked at here, of a command line over a preset's `values`; None where a preset's
+    value has not the form of its flag, which is said when all of it is read."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.error = _refuse
+    for name in _DATA:
+        parser.add_argument(f"--{name.replace('_', '-')}", nargs="*", default=[])
+    for name in _PATHS:
+        parser.add_argument(f"--{name}")
+    for name in _SWITCHES:
+        flag = name.replace("_", "-")
+        parser.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction, default=False)
+    for name in _NUMBERS:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int)
+    kinds = dict.fromkeys(_DATA, str | list) | dict.fromkeys(_PATHS, str)
+    kinds |= dict.fromkeys(_SWITCHES, bool) | dict.fromkeys(_NUMBERS, int)
+    for name, kind in kinds.items():
+        value = values.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, kind):
+            return None
+        if name in _DATA:
+            value = value.split() if isinstance(value, str) else list(map(str, value))
+        parser.set_defaults(**{name: value})
+    return parser.parse_known_args(argv)[0]
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(message)

@@ -1,0 +1,99 @@
+"""What is refused before torch is imported, and that nothing is that the whole parser takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from megatron_mlra.training import early_checks
+from support import ENV
+
+RUN = """
+import io, json, sys
+from contextlib import redirect_stderr
+from megatron_mlra.training import cli, ending
+said = []
+ending.say_error = said.append
+codes = []
+for argv in json.loads(sys.argv[1]):
+    sys.argv = ["mlra pretrain", *argv]
+    codes.append(cli.main())
+heavy = {"torch", "megatron.core"} & {*sys.modules}
+print(json.dumps([codes, said, sorted(heavy)]))
+"""
+
+
+def test_refused_in_a_moment(tmp_path):
+    (tmp_path / "bad.yaml").write_text("a: [1\n")
+    (tmp_path / "key.yaml").write_text("base: debug\nnum_heads: 4\n")
+    (tmp_path / "data.yaml").write_text("base: debug\ndata_path: 0.5 gone 0.5 lost\n")
+    (tmp_path / "file").touch()
+    (tmp_path / "run/iter_0000004").mkdir(parents=True)
+    (tmp_path / "run/latest_checkpointed_iteration.txt").write_text("4")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/config.json").write_text("{}")
+    cases = {
+        ("--num-heads", "4"): "unknown flag --num-heads; did you mean --num-attention-heads?",
+        ("--learning-rate=1"): "unknown flag --learning-rate; did you mean --lr?",
+        ("--config", "none.yaml"): "--config none.yaml: no such file",
+        ("--config", "mlra4_2.9"): "did you mean mlra4_2.9b?",
+        (
+            "--config",
+            "bad.yaml",
+        ): "--config bad.yaml: while parsing a flow sequence",
+        ("--config", "key.yaml"): "unknown key 'num_heads'; did you mean num_attention_heads?",
+        ("--config",): "argument --config: expected one argument",
+        ("--config", "data.yaml"): "data file gone.idx does not exist; make it with mlra preproc",
+        ("--data-path", "file.bin"): "--data-path file.bin names a file; leave .bin out: file",
+        ("--save", "file"): "--save file cannot be written: file is not a folder",
+        ("--save", "run"): "--save run holds a checkpoint of step 4, which this run would replace",
+        ("--load", "none"): "--load none is not a folder; give the --save of an earlier run",
+        ("--load", "hf"): "an exported folder is made one by mlra convert import-hf",
+    }
+    argvs = json.dumps([[argv] if isinstance(argv, str) else argv for argv in cases])
+    before = os.times()
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, argvs], capture_output=True, text=True, env=ENV, cwd=tmp_path
+    )
+    after = os.times()
+    codes, said, heavy = json.loads(done.stdout)
+    assert codes == [2] * len(cases) and heavy == [], done.stderr
+    for line, wanted in zip(said, cases.values(), strict=True):
+        assert line.startswith("error: ") and wanted in line
+    assert after.children_user - before.children_user < 3  # all of them
+
+
+def test_what_is_left_to_the_whole_parser(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text("base: debug\nsave: [1]\ndata_path: gone\n")
+    for argv in (
+        ["--config", "debug", "--no-bf16"],
+        ["--config", "debug", "--mock-data", "--save", "new", "--load", "new"],
+        ["--config", "debug", "--data-path", "gone", "--dry-run", "8", "--load", "there"],
+        ["--config", "a.yaml"],
+        ["--help-megatron", "--what"],
+        ["--lr", "--"],
+    ):
+        early_checks.check(argv)
+
+
+def test_every_flag_of_the_whole_parser_is_known():
+    import argparse
+
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_mlra.training.flags import add_mlra_arguments
+    from megatron_mlra.training.presets import add_opposites
+
+    parser = add_mlra_arguments(add_megatron_arguments(argparse.ArgumentParser()))
+    add_opposites(parser)
+    flags = [name for name in parser._option_string_actions if name.startswith("--")]
+    assert len(flags) > 1000
+    early_checks._check_flags(flags)
+    for wrong in ("--num-layer", "--no-such"):
+        with pytest.raises(ValueError):
+            early_checks._check_flags([wrong])
