@@ -56,7 +56,7 @@ def load_scorer(
             " give the tokenizer the model was trained with"
         )
     return Scorer(
-        lambda tokens: model(tokens, use_cache=False).logits,
+        lambda tokens, last: model(tokens, use_cache=False, logits_to_keep=last).logits,
         encode,
         prefix,
         source.description.max_position_embeddings,
