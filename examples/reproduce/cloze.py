@@ -57,7 +57,8 @@ def common_words(books: list[Book]) -> frozenset[str]:
     for book in books:
         for sentence in book.sentences:
             counts.update(word.lower() for word in _WORD.findall(sentence))
-    return frozenset(word for word, _ in counts.most_common(COMMONEST))
+    # Of a small text fewer, so that it keeps words to ask for.
+    return frozenset(word for word, _ in counts.most_common(min(COMMONEST, len(counts) // 20)))
 
 
 def passages(book: Book, shortest: int, longest: int, common: frozenset[str]) -> Iterator[dict]:
