@@ -22,8 +22,8 @@ body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2rem au
   color: #1b1f24; background: #fff }}
 h2 {{ font-size: 1.15rem; margin: 2rem 0 .5rem }}
 .wide {{ overflow-x: auto }}
-table {{ border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums }}
-th, td {{ border-bottom: 1px solid #d5dae0; padding: .25rem .6rem; text-align: right;
+table {{ border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }}
+th, td {{ border-bottom: 1px solid #d5dae0; padding: .25rem .45rem; text-align: right;
   white-space: nowrap }}
 th:first-child, td:first-child {{ text-align: left }}
 figure {{ margin: 1.5rem 0 }}
