@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mlra.evaluation.cli import main as evaluate
 from support import ENV, ROOT
 
 HERE = ROOT / "examples" / "reproduce"
@@ -112,10 +113,9 @@ def test_evaluate_gives_the_held_out_losses_of_training(rehearsal, tmp_path):
     name = "tiny_tiny_mlra4_lr2.00e-03_seed1"
     sets = ("books", "docs", "dictionary")
     found = tmp_path / "found.json"
-    call(
-        *(sys.executable, ROOT / "tools/evaluate.py", folder / "work" / name / "checkpoint"),
-        *("--data", *(f"{n}={folder / 'tokens' / n}" for n in sets), "--json", found),
-    )
+    data = [f"{each}={folder / 'tokens' / each}" for each in sets]
+    checkpoint = str(folder / "work" / name / "checkpoint")
+    assert evaluate([checkpoint, "--data", *data, "--json", str(found), "--device", "cpu"]) == 0
     trained = json.loads((folder / f"docs/results/evidence/{name}.json").read_text())["held_out"]
     evaluated = json.loads(found.read_text())["data"]
     for each in sets:
@@ -143,7 +143,8 @@ def test_an_interrupted_run_goes_on_to_the_same_losses(rehearsal):
     assert "1 runs finished" in ladder(folder)
     again = json.loads(file.read_text())
     assert again["held_out"] == whole["held_out"]
-    assert again["losses"][-8:] == whole["losses"][-8:]
+    behind = [[pair for pair in told["losses"] if pair[0] > 16] for told in (again, whole)]
+    assert behind[0] == behind[1] and len(behind[0]) > 5
 
 
 def test_a_budget_too_short_begins_nothing(rehearsal):
