@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from comparison import REFERENCE, Row, half_width
@@ -31,7 +32,7 @@ def _axes(columns: int) -> tuple[Any, Any]:
     return common.sheet(1, columns)
 
 
-def _finish(figure: Any, path: Path, mechanisms: list[str]) -> None:
+def finish(figure: Any, path: Path, mechanisms: list[str]) -> None:
     """A legend below the axes, over no data, and the file."""
     from matplotlib.lines import Line2D
 
@@ -43,46 +44,96 @@ def _finish(figure: Any, path: Path, mechanisms: list[str]) -> None:
     common.save(figure, path)
 
 
-def loss_against_cache(rows: list[Row], path: Path, what: str) -> None:
-    """Held-out loss over the cache's bytes per token and device, at TP 1, 4 and 8. Mechanisms of
-    the same cache are drawn side by side."""
-    figure, axes = _axes(3)
+def pareto(rows: list[Row], path: Path, what: str) -> None:
+    """What a held-out loss costs: over the cache's bytes per token and device, at TP 1, 4 and 8,
+    and over the time of training. Mechanisms of the same cost are drawn side by side; a dashed
+    line joins those of which none is better and cheaper."""
     rows = [row for row in rows if row.results]
-    for panel, tp in zip(axes[0], ("1", "4", "8"), strict=True):
-        for row in rows:
-            x = _beside(rows, row, tp)
-            losses = row.losses()
-            panel.plot([x] * len(losses), losses, "o", color=COLORS[row.mechanism], alpha=0.45)
-            width = half_width(losses)
-            panel.errorbar(
-                x,
-                row.mean(),
-                yerr=None if math.isnan(width) else width,
-                fmt="_",
-                markersize=16,
-                capsize=4,
-                color=COLORS[row.mechanism],
-            )
-        _sizes(panel, [row.results[0]["kv_bytes_per_token"][tp] for row in rows])
-        panel.set_title(f"TP{tp}")
-        panel.set_xlabel("KV cache, KiB per token and device")
+    columns = {f"TP{tp}": [kv_bytes(row, tp) for row in rows] for tp in (1, 4, 8)}
+    device, times = training_minutes(rows)
+    columns |= {"training": times} if times else {}
+    figure, axes = _axes(len(columns))
+    losses = [row.mean() for row in rows]
+    for panel, (name, values) in zip(axes[0], columns.items(), strict=True):
+        places = [_beside(values, i) for i in range(len(rows))]
+        for place, row in zip(places, rows, strict=True):
+            _point(panel, place, row)
+        if name == "training":
+            panel.set_title("Training time")
+            panel.set_xlabel(f"minutes on one {device}")
+            panel.set_xlim(0.8 * min(values), 1.15 * max(values))
+        else:
+            panel.set_title(f"KV cache, {name}")
+            _sizes(panel, values)
+            panel.set_xlabel("KiB per token and device")
+        front = front_of(list(zip(values, losses, strict=True)))
+        xs = [*(places[i] for i in front), panel.get_xlim()[1]]
+        ys = [*(losses[i] for i in front), losses[front[-1]]]
+        panel.step(xs, ys, "--", where="post", color="#9a9a9a", zorder=1)
     axes[0][0].set_ylabel("held-out loss, nats per token (mean of the sets)")
     low = min(min(row.losses()) for row in rows)
     high = max(max(row.losses()) for row in rows)
     for panel in axes[0]:
         panel.set_ylim(low - 0.1 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
-    common.title(figure, f"{what}: {verdict(rows)}")
-    _finish(figure, path, [row.mechanism for row in rows])
+    common.title(
+        figure,
+        f"{what}: {verdict(rows)}",
+        "left and low is better; points: seeds; bars: 95 % intervals; dashed: the lowest mean at"
+        " that cost or less",
+    )
+    finish(figure, path, [row.mechanism for row in rows])
 
 
-def _beside(rows: list[Row], row: Row, tp: str) -> float:
-    """Where to draw a mechanism: its cache, shifted where others have the same."""
-    x = row.results[0]["kv_bytes_per_token"][tp]
-    same = [other for other in rows if other.results[0]["kv_bytes_per_token"][tp] == x]
-    return x * 1.045 ** (same.index(row) - (len(same) - 1) / 2)
+def kv_bytes(row: Row, tp: int) -> float:
+    """Of the cache, per token and device."""
+    return row.results[0]["kv_bytes_per_token"][str(tp)]
 
 
-def _sizes(panel: Any, values: list[int]) -> None:
+def training_minutes(rows: list[Row]) -> tuple[str, list[float]]:
+    """The device that every mechanism was trained on, and the minutes that a run takes there; no
+    times where there is no such device."""
+    shared = set.intersection(*({r["device"] for r in row.results} for row in rows))
+    for device in sorted(shared):
+        times = []
+        for row in rows:
+            speeds = [
+                r["tokens_per_second"]
+                for r in row.results
+                if r["device"] == device and r["tokens_per_second"]
+            ]
+            if speeds:
+                times.append(row.results[0]["train_tokens"] / median(speeds) / 60)
+        if len(times) == len(rows):
+            return device, times
+    return "", []
+
+
+def front_of(points: list[tuple[float, float]]) -> list[int]:
+    """Indices of the points of which no other is as low in both numbers and lower in one, by the
+    first number."""
+    found: list[int] = []
+    for i in sorted(range(len(points)), key=points.__getitem__):
+        if not found or points[i][1] < points[found[-1]][1]:
+            found.append(i)
+    return found
+
+
+def _point(panel: Any, x: float, row: Row) -> None:
+    """Seeds, their mean and its interval."""
+    losses, color = row.losses(), COLORS[row.mechanism]
+    panel.plot([x] * len(losses), losses, "o", color=color, alpha=0.45)
+    width = half_width(losses)
+    error = None if math.isnan(width) else width
+    panel.errorbar(x, row.mean(), yerr=error, fmt="_", markersize=16, capsize=4, color=color)
+
+
+def _beside(values: list[float], i: int) -> float:
+    """Where to draw the i-th of some costs: shifted where others have the same."""
+    same = [j for j, value in enumerate(values) if value == values[i]]
+    return values[i] * 1.045 ** (same.index(i) - (len(same) - 1) / 2)
+
+
+def _sizes(panel: Any, values: list[float]) -> None:
     """A logarithmic axis of KiB, with ticks at quarters between powers of two, or at halves."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -124,7 +175,7 @@ def sweep(results: list[dict[str, Any]], path: Path) -> None:
     }
     shared = sorted({f"{1e3 * rate:g}e-3" for rate in best.values()})
     common.title(figure, f"Sweep of the peak learning rate: best at {' or '.join(shared)}")
-    _finish(figure, path, mechanisms)
+    finish(figure, path, mechanisms)
 
 
 def curves(rows: list[Row], path: Path, what: str, window: int = 10) -> None:
@@ -144,7 +195,7 @@ def curves(rows: list[Row], path: Path, what: str, window: int = 10) -> None:
         xlabel="step", ylabel=f"training loss minus that of {NAMES[reference.mechanism]}, nats"
     )
     common.title(figure, f"{what}: {verdict(rows)}")
-    _finish(figure, path, [row.mechanism for row in rows])
+    finish(figure, path, [row.mechanism for row in rows])
 
 
 def _curve(row: Row) -> dict[int, float]:

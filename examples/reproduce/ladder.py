@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -51,6 +51,8 @@ class Ladder:
                     raise ValueError(f"phase {phase} lacks name, size, share, seeds or mechanisms")
                 if ("rates" in phase) == ("rate_of" in phase):
                     raise ValueError(f"phase {phase['name']} needs rates or rate_of")
+                if "base" in phase and "extension" not in phase:
+                    raise ValueError(f"phase {phase['name']} has a base and no extension")
                 for name in phase["mechanisms"]:
                     if not self.preset(phase["size"], name).is_file():
                         raise ValueError(f"{self.preset(phase['size'], name)} does not exist")
@@ -73,6 +75,20 @@ class Ladder:
             return f"diverged: {result['diverged']}"
         losses = ", ".join(f"{k} {v['loss']:.4f}" for k, v in result["held_out"].items())
         return f"{losses}; {result['tokens_per_second'] or 0:,} tokens/s"
+
+    def phase(self, run: RunSpec) -> dict[str, Any]:
+        """The phase that a run belongs to."""
+        return next(
+            phase
+            for phase in self.told["phases"]
+            if (phase["name"], phase["size"]) == (run.phase, run.size)
+            and run.mechanism in phase["mechanisms"]
+        )
+
+    def base(self, run: RunSpec) -> RunSpec | None:
+        """The run whose model a run beyond the loss is about; None for a run of the ladder."""
+        name = self.phase(run).get("base")
+        return name and replace(run, phase=name)
 
     def runs(self, done: dict[str, dict[str, Any]]) -> Iterator[RunSpec]:
         """All runs whose learning rate is known by now, in order: seeds outermost, so that all
@@ -144,9 +160,10 @@ class Ladder:
         same = [r for r in alike if r["mechanism"] == run.mechanism] or alike
         expected = self.told["expected"]
         speed = expected[run.size]["tokens_per_second"]
+        more = expected["beyond_seconds"] if self.base(run) else 0.0
         if same:
             speed = median(r["tokens_per_second"] for r in same)
-        return expected["start_seconds"] + tokens / speed
+        return expected["start_seconds"] + tokens / speed + more
 
 
 def mean_loss(result: dict[str, Any]) -> float:

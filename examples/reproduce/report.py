@@ -8,14 +8,18 @@ DOCS/results/evidence_*.png and DOCS/results/index.html, which opens from disk.
 
 from __future__ import annotations
 
-import html
 import json
 import math
-from datetime import UTC, datetime
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import figures
+import figures_beyond
+import page
+import report_beyond
 from comparison import MEAN, REFERENCE, Row, compare, difference, smallest_detectable
 from ladder import Ladder
 from megatron_mlra.command_line.parser import OneLineParser, run, write_text
@@ -111,28 +115,24 @@ def markdown(table: Table) -> str:
     return f"**{title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def as_html(table: Table) -> str:
-    """The same table for the page."""
-    title, head, rows = table
+@dataclass(frozen=True)
+class Picture:
+    """A figure of the report."""
 
-    def cell(text: str, tag: str) -> str:
-        bold = text.startswith("**")
-        inner = html.escape(text.strip("*"))
-        return f"<{tag}>{f'<b>{inner}</b>' if bold else inner}</{tag}>"
-
-    lines = ["".join(cell(text, "th") for text in head)]
-    lines += ["".join(cell(text, "td") for text in row) for row in rows]
-    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
-    return f"<h2>{html.escape(title)}</h2>\n<div class=wide><table>\n{body}\n</table></div>"
+    file: str
+    what: str
+    draw: Callable[[Path], None]
 
 
-def sections(ladder: Ladder, folder: Path) -> tuple[list[Table], list[tuple[str, str]], list[str]]:
-    """Tables, figures (file, what it shows) and lines of text; draws the figures into `folder`."""
+def sections(ladder: Ladder) -> tuple[list[Table], list[Picture], list[str]]:
+    """Tables, figures and lines of text."""
     results = list(ladder.done().values())
     tables: list[Table] = []
-    pictures: list[tuple[str, str]] = []
+    pictures: list[Picture] = []
     notes: list[str] = []
-    for name in dict.fromkeys(p["name"] for p in ladder.told["phases"] if "rate_of" in p):
+    behind = [phase for phase in ladder.told["phases"] if "base" in phase]
+    phases = [p for p in ladder.told["phases"] if "rate_of" in p and p not in behind]
+    for name in dict.fromkeys(phase["name"] for phase in phases):
         rows = compare(results, name)
         if not any(row.results for row in rows):
             notes.append(f"Size `{name}`: no run is finished.")
@@ -161,15 +161,46 @@ def sections(ladder: Ladder, folder: Path) -> tuple[list[Table], list[tuple[str,
         tables.append(quality(rows, f"Held-out loss, size {name} ({what})"))
         tables.append(seeds(rows, f"Each run's mean held-out loss, size {name}"))
         tables.append(cost(rows, f"Cost, size {name}"))
-        figures.loss_against_cache(rows, folder / f"evidence_{name}.png", f"Size {name}")
-        figures.curves(rows, folder / f"evidence_{name}_training.png", f"Size {name}")
-        pictures.append((f"evidence_{name}.png", f"held-out loss over KV bytes, size {name}"))
-        pictures.append((f"evidence_{name}_training.png", f"training loss, size {name}"))
+        pictures += [
+            Picture(
+                f"evidence_{name}.png",
+                f"held-out loss over KV bytes per device and over training time, size {name}",
+                partial(figures.pareto, rows, what=f"Size {name}"),
+            ),
+            Picture(
+                f"evidence_{name}_training.png",
+                f"training loss, size {name}",
+                partial(figures.curves, rows, what=f"Size {name}"),
+            ),
+        ]
     swept = [r for r in results if r["phase"] == SWEEP]
     if swept:
         tables.append(sweep_table(swept, "Sweep of the peak learning rate, half a pass, one seed"))
-        figures.sweep(swept, folder / "evidence_sweep.png")
-        pictures.append(("evidence_sweep.png", "sweep of the peak learning rate"))
+        draw = partial(figures.sweep, swept)
+        pictures.append(Picture("evidence_sweep.png", "sweep of the peak learning rate", draw))
+    for phase in behind:
+        rows = report_beyond.grouped(results, phase["name"])
+        size = phase["size"]
+        if not rows:
+            notes.append(f"Beyond the loss, size `{size}`: no run is finished.")
+            continue
+        notes.append(report_beyond.note(rows, size))
+        tables += report_beyond.tables(rows, f"size {size}")
+        pictures.append(
+            Picture(
+                f"evidence_{size}_long.png",
+                f"long contexts, size {size}",
+                partial(figures_beyond.long_contexts, rows, what=f"Size {size}"),
+            )
+        )
+        if any(row.is_latent() for row in rows):
+            pictures.append(
+                Picture(
+                    f"evidence_{size}_why.png",
+                    f"what the attention does by layer, size {size}",
+                    partial(figures_beyond.why, rows, what=f"Size {size}"),
+                )
+            )
     if left := len(ladder.left(ladder.done())) + ladder.waiting(ladder.done()):
         notes.insert(
             0, f"{len(results)} runs are finished, {left} are not: this is not the whole table."
@@ -184,42 +215,22 @@ def _sentence(text: str) -> str:
     return text[0].upper() + text[1:] + "."
 
 
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>megatron-mlra: evidence</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2rem auto; padding: 0 1rem;
-  color: #1b1f24; background: #fff }}
-.wide {{ overflow-x: auto }}
-table {{ border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums }}
-th, td {{ border-bottom: 1px solid #d5dae0; padding: .25rem .6rem; text-align: right;
-  white-space: nowrap }}
-th:first-child, td:first-child {{ text-align: left }}
-img {{ max-width: 100%; height: auto }}
-</style>
-<h1>Does MLRA earn its four softmaxes?</h1>
-<p>Equal parameters, the same text in the same order, several seeds. How the runs were made and how
-they are judged: <a href="../evidence.md">evidence.md</a>. Made by
-examples/reproduce/report.py on {date}.</p>
-{notes}
-{pictures}
-{tables}
-</html>
-"""
+def document_part(tables: list[Table], pictures: list[Picture], notes: list[str]) -> str:
+    """What stands between the markers of evidence.md."""
+    parts = [*notes, *(f"![{each.what}](results/{each.file})" for each in pictures)]
+    return "\n\n".join([*parts, *map(markdown, tables)])
 
 
-def page(tables: list[Table], pictures: list[tuple[str, str]], notes: list[str]) -> str:
-    """The results page."""
-    return PAGE.format(
-        date=datetime.now(UTC).date(),
-        notes="\n".join(f"<p>{html.escape(note)}</p>" for note in notes),
-        pictures="\n".join(
-            f'<p><img src="{file}" alt="{html.escape(what)}"></p>' for file, what in pictures
-        ),
-        tables="\n".join(map(as_html, tables)),
-    )
+def placed(document: str, inner: str) -> str:
+    """evidence.md with another part between its markers.
+
+    Raises:
+        ValueError: it lacks them.
+    """
+    if BEGIN not in document or END not in document:
+        raise ValueError(f"evidence.md lacks the lines {BEGIN} and {END}")
+    before, after = document.split(BEGIN)[0], document.split(END)[1]
+    return f"{before}{BEGIN}\n\n{inner}\n\n{END}{after}"
 
 
 def main() -> int:
@@ -233,21 +244,19 @@ def main() -> int:
     try:
         ladder = Ladder(args.ladder, args.results)
         document = args.docs / "evidence.md"
-        text = document.read_text(encoding="utf-8")
-        if BEGIN not in text or END not in text:
-            raise ValueError(f"{document} lacks the lines {BEGIN} and {END}")
         if not ladder.done():
             raise ValueError(f"--results {args.results} holds no finished run")
         folder = args.docs / "results"
         folder.mkdir(exist_ok=True)
-        tables, pictures, notes = sections(ladder, folder)
+        tables, pictures, notes = sections(ladder)
+        told = placed(document.read_text(encoding="utf-8"), document_part(tables, pictures, notes))
+        for picture in pictures:
+            picture.draw(folder / picture.file)
     except (ValueError, OSError, json.JSONDecodeError) as error:
         parser.error(str(error))
-    parts = [*notes, *(f"![{what}](results/{file})" for file, what in pictures)]
-    inner = "\n\n".join([*parts, *map(markdown, tables)])
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    write_text(document, f"{before}{BEGIN}\n\n{inner}\n\n{END}{after}")
-    write_text(folder / "index.html", page(tables, pictures, notes))
+    write_text(document, told)
+    shown = [(each.file, each.what) for each in pictures]
+    write_text(folder / "index.html", page.page(tables, shown, notes, ladder))
     print(f"wrote {document} and {folder / 'index.html'}")
     return 0
 

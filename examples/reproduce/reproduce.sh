@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From text to figures: corpus, tokens, the runs of the ladder, tables, plots, results page.
+# From text to figures: corpus, tokens, tasks, the runs of the ladder and beyond the loss, tables, plots, results page.
 # Usage: examples/reproduce/reproduce.sh PYTHON FOLDER [--rehearsal] [FLAGS of run_ladder.py, such as --minutes 60]
 #   FOLDER gets the books, packages, text, tokens and checkpoints (about 12 GB); results go to docs/results/evidence.
 #   --rehearsal: the whole chain with miniature sources and two tiny models, on a CPU, all of it in FOLDER.
@@ -9,11 +9,13 @@ python=${1:?usage: reproduce.sh PYTHON FOLDER [--rehearsal] [FLAGS]} folder=${2:
 shift 2
 here=$(cd "$(dirname "$0")" && pwd)
 ladder=$here/ladder.yaml results=$here/../../docs/results/evidence docs=$here/../../docs vocabulary=16384
+tasks=()
 mkdir -p "$folder"
 
 if [ "${1-}" = --rehearsal ]; then
   shift
   ladder=$here/rehearsal/ladder.yaml results=$folder/docs/results/evidence docs=$folder/docs vocabulary=512
+  tasks=(--lengths 512 --items 2 --words 8 60)
   [ -d "$folder/books" ] || "$python" "$here/rehearsal/sources.py" "$folder"
   mkdir -p "$docs"
   cp "$here/../../docs/evidence.md" "$docs/"
@@ -29,6 +31,9 @@ if [ ! -f "$folder/text/corpus.json" ]; then
 fi
 if [ ! -f "$folder/tokens/tokens.json" ]; then
   "$python" "$here/tokenized.py" --text "$folder/text" --out "$folder/tokens" --vocab-size "$vocabulary"
+fi
+if [ ! -f "$folder/tokens/tasks/tasks.json" ]; then
+  "$python" "$here/make_tasks.py" --text "$folder/text" --tokens "$folder/tokens" --out "$folder/tokens/tasks" "${tasks[@]}"
 fi
 "$python" "$here/run_ladder.py" --ladder "$ladder" --tokens "$folder/tokens" --results "$results" \
   --work "$folder/work" "$@"

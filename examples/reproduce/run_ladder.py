@@ -10,6 +10,7 @@ by the next call, if --work is still there).
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -19,10 +20,20 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import beyond
 from ladder import Ladder, RunSpec
-from megatron_mlra.command_line.parser import OneLineParser, run
+from megatron_mlra.command_line.parser import OneLineParser, run, write_text
 from megatron_mlra.description.presets import preset_values
-from run_results import BEGUN, Corpus, collect, divergence, last_error, latest_step
+from run_results import (
+    BEGUN,
+    Corpus,
+    collect,
+    collect_beyond,
+    divergence,
+    last_error,
+    latest_step,
+    shape_of,
+)
 
 HERE = Path(__file__).parent
 SAVING = 20.0
@@ -91,10 +102,11 @@ class Runner:
         done = self.ladder.done()
         left = self.deadline - SAVING - time.monotonic() - sum(job.left() for job in lane)
         for spec in self.ladder.left(done):
-            if spec.id in busy:
+            base = self.ladder.base(spec)
+            if spec.id in busy or (base and (self.corpus.tasks is None or base.id in busy)):
                 continue
             steps = self.corpus.steps(spec, self.ladder)
-            at = latest_step(self.work / spec.id / "checkpoint")
+            at = steps if base and self._kept(base) else latest_step(self._checkpoint(spec))
             batch = self.ladder.told["tokens_per_step"]
             seconds = self.ladder.seconds(spec, (steps - at) * batch, done)
             if seconds > left and not (self.partial and not lane and left > 60):
@@ -102,10 +114,26 @@ class Runner:
             lane.append(self._start(number, spec, steps, at, seconds))
             return
 
+    def _checkpoint(self, spec: RunSpec) -> Path:
+        return self.work / spec.id / "checkpoint"
+
+    def _kept(self, spec: RunSpec) -> bool:
+        """Whether the checkpoint of a finished run is still there."""
+        return (self._checkpoint(spec) / "held_out.json").is_file()
+
+    def _base_checkpoint(self, spec: RunSpec) -> Path:
+        """The checkpoint that a run beyond the loss begins with: its base's, or one of its own."""
+        base = self.ladder.base(spec)
+        return self._checkpoint(base if self._kept(base) else spec)
+
     def _start(self, number: int, spec: RunSpec, steps: int, at: int, seconds: float) -> Job:
         folder = self.work / spec.id
         folder.mkdir(parents=True, exist_ok=True)
-        command = self.command(number, spec, steps, at)
+        if self.ladder.base(spec):
+            command = self.beyond_command(number, spec, steps)
+        else:
+            flags = self.flags(number, spec, steps, at)
+            command = [sys.executable, str(HERE / "one_run.py"), str(self._lock(number)), *flags]
         env = dict(os.environ, PYTHONUNBUFFERED="1", OMP_NUM_THREADS="1")
         if self.gpus:
             env["CUDA_VISIBLE_DEVICES"] = self.gpus[number][0]
@@ -119,22 +147,56 @@ class Runner:
         print(f"{where}: {spec.id}, {steps:,} steps{from_step}, about {seconds:.0f} s", flush=True)
         return Job(spec, process, folder, seconds, attempts)
 
-    def command(self, number: int, spec: RunSpec, steps: int, at: int) -> list[str]:
-        """The training command of a run."""
-        told, folder = self.ladder.told, self.work / spec.id
+    def _lock(self, number: int) -> Path:
+        return self.work / f"device{number}.lock"
+
+    def flags(self, number: int, spec: RunSpec, steps: int, at: int) -> list[str]:
+        """The flags of a run's training."""
+        checkpoint, seed = self._checkpoint(spec), self.ladder.told["data_seed"]
+        flags = self._training(number, spec, steps, spec.peak_lr, seed, checkpoint)
+        return [*flags, "--load", str(checkpoint)] if at else flags
+
+    def _training(
+        self, number: int, spec: RunSpec, steps: int, rate: float, data_seed: int, save: Path
+    ) -> list[str]:
+        told = self.ladder.told
         flags = [
             *("--config", self.ladder.preset(spec.size, spec.mechanism)),
             *("--data-path", self.corpus.prefix("train"), "--train-iters", steps),
             *("--held-out", *(f"{n}={self.corpus.prefix(n)}" for n in told["held_out"])),
-            *("--lr", f"{spec.peak_lr:.6g}", "--min-lr", f"{spec.peak_lr / 10:.6g}"),
-            *("--seed", spec.seed, "--data-seed", told["data_seed"]),
-            *("--data-cache-path", self.work / f"cache{number}", "--save", folder / "checkpoint"),
+            *("--lr", f"{rate:.6g}", "--min-lr", f"{rate / 10:.6g}"),
+            *("--seed", spec.seed, "--data-seed", data_seed),
+            *("--data-cache-path", self.work / f"cache{number}", "--save", save),
         ]
-        if at:
-            flags += ["--load", folder / "checkpoint"]
         flags += told["gpu_flags"] if self.gpus else told["cpu_flags"]
-        lock = self.work / f"device{number}.lock"
-        return [sys.executable, *map(str, (HERE / "one_run.py", lock, *flags))]
+        return [*map(str, flags)]
+
+    def beyond_command(self, number: int, spec: RunSpec, steps: int) -> list[str]:
+        """The command of a run beyond the loss, whose plan it writes."""
+        folder, base = self.work / spec.id, self._base_checkpoint(spec)
+        phase, shape = self.ladder.phase(spec), shape_of(spec, self.ladder)
+        more, extended = phase["extension"], folder / "extended"
+        train = None
+        if not (base / "held_out.json").is_file():
+            train = self.flags(number, spec, steps, latest_step(base))
+        rate, length = spec.peak_lr * more["rate_factor"], more["seq_length"]
+        load = ("--load", extended) if latest_step(extended) else ("--load", base, "--finetune")
+        extend = [
+            *self._training(number, spec, more["steps"], rate, more["data_seed"], extended),
+            *("--seq-length", length, "--max-position-embeddings", length),
+            *(*more["flags"], *load),
+        ]
+        sets = [f"{name}={self.corpus.prefix(name)}" for name in self.ladder.told["held_out"]]
+        plan = {
+            "analyze": ["--data", *sets, *phase["analyze"]] if shape.attention == "mlra" else None,
+            "tasks": self.corpus.folder.resolve() / "tasks",
+            "lengths": phase["lengths"],
+            "context": shape.max_position_embeddings,
+        }
+        todo = beyond.stages(plan, folder, base, train, [*map(str, extend)])
+        write_text(folder / "plan.json", json.dumps(todo, indent=1) + "\n")
+        command = (sys.executable, HERE / "beyond.py", self._lock(number), folder / "plan.json")
+        return [*map(str, command)]
 
     def _reap(self, number: int, lane: list[Job]) -> int:
         """Take the jobs of a lane that have ended; the number of finished runs."""
@@ -151,7 +213,9 @@ class Runner:
 
     def _ended(self, job: Job, number: int, log: str) -> bool:
         """Write the result of a job; whether it is done."""
-        scored = (job.folder / "checkpoint" / "held_out.json").is_file()
+        base = self.ladder.base(job.spec)
+        last = job.folder / ("extended.json" if base else "checkpoint/held_out.json")
+        scored = last.is_file()
         diverged = divergence(log) if job.process.returncode else None
         if job.process.returncode == 0 and not scored:
             print(f"{job.spec.id}: stopped at step {latest_step(job.folder / 'checkpoint'):,}")
@@ -161,13 +225,27 @@ class Runner:
             print(f"{job.spec.id}: failed: {last_error(log)}", flush=True)
             return False
         gpu = self.gpus[number][1] if self.gpus else "CPU"
-        result = collect(job.spec, self.ladder, self.corpus, job.folder, log, diverged)
+        if base:
+            began = self._base_checkpoint(job.spec)
+            result = collect_beyond(job.spec, self.ladder, self.corpus, began, job.folder, diverged)
+        else:
+            result = collect(job.spec, self.ladder, self.corpus, job.folder, log, diverged)
         result |= {"device": gpu, "commit": self.commit}
         said = self.ladder.write(result)
         print(f"{job.spec.id}: {said}", flush=True)
         if not self.keep:
-            subprocess.run(["rm", "-rf", str(job.folder / "checkpoint")], check=True)
+            self._clear(job, base)
         return True
+
+    def _clear(self, job: Job, base: RunSpec | None) -> None:
+        """Remove the checkpoints that no run needs any more."""
+        left = self.ladder.left(self.ladder.done())
+        needed = {each.id for spec in left if (each := self.ladder.base(spec))}
+        done = [job.folder / "extended"] if base else []
+        done += [self._checkpoint(spec) for spec in (job.spec, base) if spec]
+        for folder in done:
+            if folder.parent.name not in needed:
+                subprocess.run(["rm", "-rf", str(folder)], check=True)
 
     def _stop(self) -> int:
         """The budget is over: let jobs save, end those that only wait for a GPU."""
@@ -226,6 +304,14 @@ def status(ladder: Ladder, corpus: Corpus, work: Path) -> str:
         if at := latest_step(work / spec.id / "checkpoint"):
             lines.append(f"interrupted: {spec.id} at step {at:,}")
     lines += [f"next: {spec.id}" for spec in left[:5]]
+    behind = [spec for spec in left if ladder.base(spec)]
+    if behind and corpus.tasks is None:
+        lines.append(
+            f"{len(behind)} runs beyond the loss wait for {corpus.folder}/tasks; run"
+            " make_tasks.py --out there"
+        )
+    elif behind and behind[0] not in left[:5]:
+        lines.append(f"behind the ladder: {len(behind)} runs beyond the loss: {behind[0].id}, ...")
     return "\n".join(lines)
 
 

@@ -13,11 +13,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import beyond
 from ladder import Ladder, RunSpec
 from megatron_mlra.command_line.log_line import logged_steps
 from megatron_mlra.cost.cache import kv_cache_bytes_per_token
 from megatron_mlra.cost.parameters import parameters
 from megatron_mlra.description.megatron_args import from_megatron_args
+from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.description.presets import preset_values
 
 BEGUN = "has the device"
@@ -42,6 +44,12 @@ class Corpus:
             raise ValueError(
                 f"{file} does not exist; run tokenized.py --out {self.folder}"
             ) from None
+
+    @cached_property
+    def tasks(self) -> dict[str, Any] | None:
+        """tasks/tasks.json, None where make_tasks.py has not written it."""
+        file = self.folder / "tasks" / "tasks.json"
+        return json.loads(file.read_text()) if file.is_file() else None
 
     def prefix(self, name: str) -> Path:
         """The prefix of a dataset."""
@@ -102,19 +110,65 @@ def collect(
     run: RunSpec, ladder: Ladder, corpus: Corpus, folder: Path, log: str, diverged: str | None
 ) -> dict[str, Any]:
     """The result of a run that has ended."""
-    values = preset_values(ladder.preset(run.size, run.mechanism))
-    shape = from_megatron_args({"swiglu": True} | values)
-    counted = parameters(shape)
     # A resumed run tells the steps behind its checkpoint twice: the later word holds.
     steps = {told.step: told for told in logged_steps(log) if isfinite(told.loss)}
     rates = [told.tokens_per_second for told in steps.values() if told.tokens_per_second]
-    held_out = {}
+    held_out = read_held_out(folder / "checkpoint") if diverged is None else {}
+    return {
+        **header(run, ladder, corpus),
+        "held_out": held_out,
+        **({"diverged": diverged} if diverged else {}),
+        "tokens_per_second": int(median(rates)) if rates else None,
+        "losses": [[step, told.loss] for step, told in sorted(steps.items())],
+        "attempts": log.count(BEGUN),
+        "data_sha256": {name: found["sha256"] for name, found in corpus.told["sets"].items()},
+        "versions": versions(),
+    }
+
+
+def collect_beyond(
+    run: RunSpec, ladder: Ladder, corpus: Corpus, base: Path, folder: Path, diverged: str | None
+) -> dict[str, Any]:
+    """The result of a run beyond the loss that has ended.
+
+    Args:
+        base: checkpoint that it began with.
+    """
+    found = header(run, ladder, corpus)
     if diverged is None:
-        told = json.loads((folder / "checkpoint" / "held_out.json").read_text())
-        held_out = {
-            name: {"loss": found["loss"], "tokens": found["tokens"]}
-            for name, found in told["sets"].items()
-        }
+        analyzed = shape_of(run, ladder).attention == "mlra"
+        found |= {"held_out": read_held_out(base), "beyond": beyond.told(folder, analyzed)}
+    else:
+        found |= {"held_out": {}, "diverged": diverged}
+    return {
+        **found,
+        "tokens_per_second": None,
+        "extension": ladder.phase(run)["extension"],
+        "data_sha256": {name: each["sha256"] for name, each in corpus.told["sets"].items()},
+        "tasks_sha256": {name: each["sha256"] for name, each in corpus.tasks["files"].items()},
+        "versions": versions(),
+    }
+
+
+def read_held_out(checkpoint: Path) -> dict[str, Any]:
+    """Loss and tokens of each held-out set, as training left them."""
+    told = json.loads((checkpoint / "held_out.json").read_text())
+    return {
+        name: {"loss": found["loss"], "tokens": found["tokens"]}
+        for name, found in told["sets"].items()
+    }
+
+
+def shape_of(run: RunSpec, ladder: Ladder) -> ModelDescription:
+    """The model of a run."""
+    values = preset_values(ladder.preset(run.size, run.mechanism))
+    return from_megatron_args({"swiglu": True} | values)
+
+
+def header(run: RunSpec, ladder: Ladder, corpus: Corpus) -> dict[str, Any]:
+    """What is known of a run before it begins."""
+    shape = shape_of(run, ladder)
+    counted = parameters(shape)
     count = corpus.steps(run, ladder)
     return {
         "id": run.id,
@@ -131,11 +185,4 @@ def collect(
         "parameters": counted.total,
         "without_embedding": counted.total - counted.embedding - counted.output_layer,
         "kv_bytes_per_token": {str(tp): kv_cache_bytes_per_token(shape, tp) for tp in (1, 4, 8)},
-        "held_out": held_out,
-        **({"diverged": diverged} if diverged else {}),
-        "tokens_per_second": int(median(rates)) if rates else None,
-        "losses": [[step, told.loss] for step, told in sorted(steps.items())],
-        "attempts": log.count(BEGUN),
-        "data_sha256": {name: found["sha256"] for name, found in corpus.told["sets"].items()},
-        "versions": versions(),
     }

@@ -66,6 +66,7 @@ COMMANDS = {
     "compare-losses": Command("benchmarks.losses", "compare the losses of runs: a table, a plot"),
     "generate": Command("inference.cli", "continue prompts with a trained model"),
     "evaluate": Command("evaluation.cli", "perplexity and task accuracy of a checkpoint"),
+    "analyze": Command("evaluation.analysis.cli", "what each layer's attention does, and why"),
     "serve": Command("serving.cli", "answer requests over HTTP with a trained model"),
     "inspect": Command("checkpoint.cli", "say what a checkpoint holds, and check it", ("inspect",)),
     "verify": Command("checkpoint.cli", "compare the logits of two checkpoints", ("verify",)),

@@ -1,10 +1,10 @@
-"""Log-likelihoods and perplexity of checkpoints, on local text and tasks.
+"""Log-likelihoods and perplexity of checkpoints, on local text and tasks; what attention does.
 
-Start with cli.py.
+Start with cli.py (`mlra evaluate`), analysis/cli.py (`mlra analyze`).
 
 May import:   checkpoint, hf, data, description, command_line; torch, transformers, and
               Megatron in held_out.py
 Imported by:  training (held-out sets)
 Never:        training code
-Held by:      tests/unit/checkpoint/test_lm_eval.py
+Held by:      tests/unit/evaluation/, tests/unit/checkpoint/test_lm_eval.py
 """

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from megatron_mlra.command_line import parser as command_line
-from megatron_mlra.command_line.foreign_text import parse_json
 from megatron_mlra.command_line.parser import OneLineParser
 from megatron_mlra.command_line.threads import wait_passively
+from megatron_mlra.evaluation.tasks import read_task, run_task, told
 from megatron_mlra.evaluation.token_stream import named_sets, read_stream
 
 
@@ -33,11 +33,12 @@ def parser() -> argparse.ArgumentParser:
         help="datasets of `mlra preprocess`: the loss that training's --held-out reports",
     )
     command.add_argument(
-        "--task",
+        *("--task", "--tasks"),
+        dest="task",
         nargs="+",
         default=[],
         metavar="FILE",
-        help="JSON lines of {context, choices, answer} or {context, continuation}",
+        help="JSON lines of {context, choices, answer}, {context, continuation} or ARC's",
     )
     command.add_argument(
         "--tokenizer", help="'byte' or a folder with tokenizer.json; default: the checkpoint's own"
@@ -118,7 +119,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
         print(f"{name}: loss {found['loss']:.4f} nats a token, {found['tokens']} tokens")
     for file, items in tasks.items():
         found = results["task"][file] = run_task(scorer, items)
-        print(f"{file}: {', '.join(f'{name} {value:.4f}' for name, value in found.items())}")
+        print("\n".join(told(file, found)))
     return results
 
 
@@ -132,49 +133,6 @@ def read_text(file: str) -> str:
     if not text:
         raise ValueError(f"{file} is empty")
     return text
-
-
-def read_task(file: str) -> list[dict[str, Any]]:
-    """A task: one JSON object a line.
-
-    Raises:
-        ValueError: names the file, the line and what is wrong.
-    """
-    items = []
-    for number, line in enumerate(read_text(file).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            item = parse_json(line)
-        except ValueError as error:
-            raise ValueError(f"{file}:{number}: not JSON ({error})") from None
-        problem = _problem(item)
-        if problem:
-            raise ValueError(f"{file}:{number}: {problem}")
-        items.append(item)
-    if not items:
-        raise ValueError(f"{file} holds no items")
-    if len({"choices" in item for item in items}) > 1:
-        raise ValueError(f"{file} holds items with and without choices; make two files of them")
-    return items
-
-
-def _problem(item: Any) -> str | None:
-    if not isinstance(item, dict) or not isinstance(item.get("context"), str):
-        return "an item is an object with a context"
-    if "choices" not in item:
-        fine = isinstance(item.get("continuation"), str) and item["continuation"]
-        return None if fine else "an item needs choices and answer, or a continuation"
-    choices, answer = item["choices"], item.get("answer")
-    if (
-        not isinstance(choices, list)
-        or not choices
-        or not all(isinstance(choice, str) and choice for choice in choices)
-    ):
-        return "choices is a list of texts"
-    if not isinstance(answer, int) or not 0 <= answer < len(choices):
-        return f"answer is {answer!r}; it is an index of choices, from 0"
-    return None
 
 
 def perplexity(score: Any, text: str) -> dict[str, float]:
@@ -202,24 +160,3 @@ def stream_loss(scorer: Any, tokens: np.ndarray, name: str) -> dict[str, float]:
         )
     score = scorer.stream(tokens, scorer.prefix_id)
     return {"loss": -score.log_likelihood / score.num_tokens, "tokens": score.num_tokens}
-
-
-def run_task(scorer: Any, items: list[dict[str, Any]]) -> dict[str, float]:
-    """Accuracy by log-likelihood (`acc`) and by log-likelihood a character (`acc_norm`); without
-    choices, mean log-likelihood and the share of continuations that greedy decoding would write."""
-    if "choices" not in items[0]:
-        scores = scorer.continuations([(i["context"], i["continuation"]) for i in items])
-        return {
-            "log_likelihood": sum(s.log_likelihood for s in scores) / len(scores),
-            "greedy": sum(s.is_greedy for s in scores) / len(scores),
-        }
-    pairs = [(item["context"], choice) for item in items for choice in item["choices"]]
-    scores = iter(scorer.continuations(pairs))
-    right = {"acc": 0, "acc_norm": 0}
-    for item in items:
-        found = [next(scores).log_likelihood for _ in item["choices"]]
-        sizes = [len(choice) for choice in item["choices"]]
-        shares = [value / size for value, size in zip(found, sizes, strict=True)]
-        right["acc"] += found.index(max(found)) == item["answer"]
-        right["acc_norm"] += shares.index(max(shares)) == item["answer"]
-    return {name: count / len(items) for name, count in right.items()}

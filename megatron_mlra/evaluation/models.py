@@ -40,6 +40,39 @@ def load_scorer(
         CheckpointError: the folder cannot be read, has no tokenizer or one that does not fit; or
             the device or dtype does not exist.
     """
+    device = check_device(device, dtype)
+    source = open_checkpoint(path, verify=verify)
+    text = load_tokenizer(source, tokenizer)
+    model = load_model(source, dtype).to(device)
+
+    def encode(string: str) -> list[int]:
+        # As in training data, special tokens written in a text are plain characters.
+        return text.encode(string, add_special_tokens=False, split_special_tokens=True)
+
+    prefix = end_of_document(text, path)
+    if max(prefix, len(text) - 1) >= source.description.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer has {len(text)} tokens and the model {source.description.vocab_size};"
+            " give the tokenizer the model was trained with"
+        )
+    return Scorer(
+        lambda tokens, last: model(tokens, use_cache=False, logits_to_keep=last).logits,
+        encode,
+        prefix,
+        source.description.max_position_embeddings,
+        batch_size,
+        device,
+        progress,
+        source.description.vocab_size,
+    )
+
+
+def check_device(device: str | None, dtype: str | None) -> str:
+    """The device to run on, default CUDA where there is a GPU.
+
+    Raises:
+        CheckpointError: the device or dtype does not exist.
+    """
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointError(f"dtype is {dtype!r}; use one of {', '.join(DTYPES)}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,32 +82,20 @@ def load_scorer(
         raise CheckpointError(f"device is {device!r}; use cpu, cuda or e.g. cuda:1") from None
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise CheckpointError(f"device is {device!r} and there is no GPU; use cpu")
-    source = open_checkpoint(path, verify=verify)
-    text = load_tokenizer(source, tokenizer)
-    model = load_model(source, dtype).to(device)
+    return device
 
-    def encode(string: str) -> list[int]:
-        # As in training data, special tokens written in a text are plain characters.
-        return text.encode(string, add_special_tokens=False, split_special_tokens=True)
 
-    prefix = text.bos_token_id if text.bos_token_id is not None else text.eos_token_id
-    if prefix is None:
+def end_of_document(tokenizer: Any, path: str | Path) -> int:
+    """The token that a text without context follows.
+
+    Raises:
+        CheckpointError: the tokenizer of the checkpoint `path` names none.
+    """
+    first = tokenizer.bos_token_id
+    first = first if first is not None else tokenizer.eos_token_id
+    if first is None:
         raise CheckpointError(f"the tokenizer of {path} names no end-of-document token")
-    if max(prefix, len(text) - 1) >= source.description.vocab_size:
-        raise CheckpointError(
-            f"the tokenizer has {len(text)} tokens and the model {source.description.vocab_size};"
-            " give the tokenizer the model was trained with"
-        )
-    return Scorer(
-        lambda tokens: model(tokens, use_cache=False).logits,
-        encode,
-        prefix,
-        source.description.max_position_embeddings,
-        batch_size,
-        device,
-        progress,
-        source.description.vocab_size,
-    )
+    return first
 
 
 def load_model(source: CheckpointFolder, dtype: str | None = None) -> torch.nn.Module:

@@ -30,18 +30,23 @@ class Score:
 
     num_tokens: int
 
+    was_cut: bool = False
+    """Whether its context lost tokens on the left."""
+
 
 @dataclass(frozen=True)
 class _Request:
     inputs: list[int]
     targets: list[int]
+    was_cut: bool = False
 
 
 class Scorer:
     """Scores texts with a model.
 
     Args:
-        logits: ids `[b, s]` -> logits `[b, s, V]`; right padding must not change earlier positions.
+        logits: ids `[b, s]` and a number n -> logits `[b, n, V]` of the last n positions; right
+            padding must not change earlier positions.
         encode: text -> ids, without special tokens.
         prefix_id: what a text without context follows, the end of a document.
         max_length: tokens the model takes at once.
@@ -52,7 +57,7 @@ class Scorer:
 
     def __init__(
         self,
-        logits: Callable[[Tensor], Tensor],
+        logits: Callable[[Tensor, int], Tensor],
         encode: Callable[[str], list[int]],
         prefix_id: int,
         max_length: int,
@@ -105,7 +110,7 @@ class Scorer:
                 f"a continuation has {len(targets)} tokens and the model takes {self.max_length};"
                 " score it as a text"
             )
-        return _Request(ids[:-1][-self.max_length :], targets)
+        return _Request(ids[:-1][-self.max_length :], targets, len(ids) - 1 > self.max_length)
 
     def _windows(self, ids: list[int]) -> Iterator[_Request]:
         """Windows that predict every token once; each starts with the last token of the one
@@ -138,21 +143,24 @@ class Scorer:
             tokens = torch.full((len(batch), width), self.prefix_id)
             for row, i in enumerate(batch):
                 tokens[row, : len(requests[i].inputs)] = torch.tensor(requests[i].inputs)
-            logits = self.logits(tokens.to(self.device))
+            # Logits of a long context's positions would take more than the model does.
+            skipped = min(len(requests[i].inputs) - len(requests[i].targets) for i in batch)
+            logits = self.logits(tokens.to(self.device), width - skipped)
             for row, i in enumerate(batch):
-                scores[i] = _score_row(logits[row, : len(requests[i].inputs)], requests[i].targets)
+                scores[i] = _score_row(logits[row], skipped, requests[i])
             shown.update(sum(len(requests[i].targets) for i in batch))
         shown.close()
         return [scores[i] for i in range(len(requests))]
 
 
-def _score_row(logits: Tensor, targets: list[int]) -> Score:
-    """Score of targets at the last positions of logits `[s, V]`."""
-    log_probs = logits[-len(targets) :].float().log_softmax(-1)
-    wanted = torch.tensor(targets, device=logits.device)
+def _score_row(logits: Tensor, skipped: int, request: _Request) -> Score:
+    """Score of a request's targets, by logits `[n, V]` of the positions behind `skipped` ones."""
+    end, count = len(request.inputs) - skipped, len(request.targets)
+    log_probs = logits[end - count : end].float().log_softmax(-1)
+    wanted = torch.tensor(request.targets, device=logits.device)
     picked = log_probs.gather(-1, wanted[:, None])
     greedy = bool((log_probs.argmax(-1) == wanted).all())
-    return Score(float(picked.double().sum()), greedy, len(targets))
+    return Score(float(picked.double().sum()), greedy, count, request.was_cut)
 
 
 def _sum(scores: Sequence[Score]) -> Score:

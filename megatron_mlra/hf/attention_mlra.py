@@ -168,7 +168,7 @@ class MLRAAttention(nn.Module):
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """`[b, s, d]` -> the same, and the eager implementation's weights `[b, n h, s, t]`."""
-        q_nope, q_rope, rows = self._compress(hidden_states, cos_sin)
+        q_nope, q_rope, rows = self.compress(hidden_states, cos_sin)
         weights = None
         if step is not None:
             rows = step.append(rows, self.layer_idx)
@@ -189,7 +189,7 @@ class MLRAAttention(nn.Module):
             out = out * torch.sigmoid(self.g_proj(hidden_states).float()).to(out.dtype)
         return self.o_proj(out), weights
 
-    def _compress(self, x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def compress(self, x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Query parts `[b, s, h, d_h]`, `[b, s, h, r]` and cache rows `[b, s, L * l + r]`."""
         config = self.config
         if config.q_lora_rank is None:
@@ -203,7 +203,7 @@ class MLRAAttention(nn.Module):
         rows = torch.cat((self.kv_a_layernorm(latents), apply_rope(k_rope, *cos_sin)), dim=-1)
         return q_nope, apply_rope(q_rope, *cos_sin), rows
 
-    def _keys(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def split_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Latents `[b, t, n, g, l]` and RoPE keys `[b, t, r]` of cache rows."""
         config = self.config
         latents, k_rope = rows.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
@@ -233,7 +233,7 @@ class MLRAAttention(nn.Module):
         q = self._absorb(q_nope)
         q_rope = q_rope.unsqueeze(2).expand(-1, -1, q.size(2), -1, -1)
         query = torch.cat((q, q_rope), dim=-1).flatten(2, 3).transpose(1, 2)  # [b, n h, s, l + r]
-        latents, k_rope = self._keys(rows)
+        latents, k_rope = self.split_rows(rows)
         k_rope = k_rope[:, :, None, None].expand(*latents.shape[:-1], -1)
         key = torch.cat((latents, k_rope), dim=-1).flatten(2, 3).transpose(1, 2)  # [b, L, t, l + r]
         # The values are the latents. Fused kernels want one width, so the RoPE part comes along.
@@ -244,7 +244,7 @@ class MLRAAttention(nn.Module):
     def _expanded(
         self, q_nope: Tensor, q_rope: Tensor, rows: Tensor, mask: Tensor | None, **kwargs
     ) -> tuple[Tensor, Tensor | None]:
-        latents, k_rope = self._keys(rows)
+        latents, k_rope = self.split_rows(rows)
         n = latents.size(2)
         expanded = self.kv_b_proj(latents, "expand")
         k_nope, value = expanded.split(self.kv_b_proj.sizes, dim=-1)  # [b, t, n, h, .]

@@ -127,9 +127,12 @@ def finish(ladder: Ladder, run, loss: float = 3.0, **more) -> dict:
 def test_the_ladder_asks_for_what_is_missing(ladder):
     """All of the issue's runs, the sweeps first, rates from them, in an order that keeps seeds
     balanced."""
-    total = 0
+    total, asked = 0, []
     while left := ladder.left(ladder.done()):
         run, total = left[0], total + 1
+        asked.append(run.phase)
+        base = ladder.base(run)
+        assert (base and base.id) == (run.id.replace("beyond", "small") if base else None)
         # The middle rate is the best one, so no sweep is extended.
         finish(ladder, run, 3.0 + abs(math.log(run.peak_lr / 3e-3)))
     assert not ladder.waiting(ladder.done())
@@ -140,7 +143,10 @@ def test_the_ladder_asks_for_what_is_missing(ladder):
         for m in {r["mechanism"] for r in done}
     }
     core, others = ("mla", "mlra4", "gla2", "gqa", "mlra4-gated"), 8
-    assert total == len(done) == 13 * 3 + 5 * 5 + others * 3 + 5 * 3
+    assert total == len(done) == 13 * 3 + 5 * 5 + others * 3 + 5 * 3 + 5 * 2
+    # Those beyond the loss come last, and each names the run whose model it is about.
+    behind = [r for r in done if r["phase"] == "beyond"]
+    assert {r["peak_lr"] for r in behind} == {3e-3} and total == asked.index("beyond") + 10
     assert {count["small", m] for m in core} == {5} and {count["large", m] for m in core} == {3}
     assert {r["peak_lr"] for r in done if r["phase"] == "small"} == {3e-3}
     assert {r["peak_lr"] for r in done if r["phase"] == "large"} == {2e-3}

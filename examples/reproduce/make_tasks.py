@@ -1,0 +1,99 @@
+"""Tasks beyond the loss, from held-out books: a cloze set, and long contexts with known answers.
+
+    python examples/reproduce/make_tasks.py --text DATA --tokens TOKENS --out TASKS
+
+DATA is what corpus.py wrote, TOKENS what tokenized.py did. Writes TASKS/cloze.jsonl,
+TASKS/long_LENGTH.jsonl for each length, and TASKS/tasks.json: items and SHA-256 of each.
+`mlra evaluate CHECKPOINT --task TASKS/*.jsonl` scores them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+
+from cloze import Book, cloze, sentences
+from long_context import Maker, long_context
+from megatron_mlra.command_line.parser import OneLineParser, run, write_text
+
+LENGTHS = (512, 1024, 2048, 4096, 8192)
+
+
+def read_books(file: Path) -> list[Book]:
+    """The documents of JSON lines {name, text}, as sentences."""
+    found = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        told = json.loads(line)
+        found.append(Book(told["name"], sentences(told["text"])))
+    return [book for book in found if book.sentences]
+
+
+def write(file: Path, items: Iterable[dict]) -> dict:
+    """Write items as JSON lines; their number and the file's SHA-256."""
+    lines = [json.dumps(item, ensure_ascii=False) + "\n" for item in items]
+    text = "".join(lines)
+    write_text(file, text)
+    return {"items": len(lines), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def build(args) -> dict:
+    """Write all tasks; what tasks.json holds.
+
+    Raises:
+        ValueError: the books are too few, or a length is too short.
+    """
+    from tokenizers import Tokenizer
+
+    for file in (args.text / "books.jsonl", args.tokens / "tokenizer" / "tokenizer.json"):
+        if not file.is_file():
+            raise ValueError(f"{file} does not exist; run corpus.py and tokenized.py")
+    books = read_books(args.text / "books.jsonl")
+    tokenizer = Tokenizer.from_file(str(args.tokens / "tokenizer" / "tokenizer.json"))
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    @lru_cache(100_000)
+    def count(text: str) -> int:
+        return len(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    made = {"cloze": write(args.out / "cloze.jsonl", cloze(books, args.cloze_items, *args.words))}
+    maker = Maker(books, count)
+    for length in args.lengths:
+        items = long_context(maker, length, args.items, args.seed)
+        made[f"long_{length}"] = write(args.out / f"long_{length}.jsonl", items)
+    report = {"seed": args.seed, "books": len(books), "files": made}
+    write_text(args.out / "tasks.json", json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def main() -> int:
+    """Run the command line; returns the exit code."""
+    parser = OneLineParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--text", type=Path, required=True, help="folder that corpus.py wrote")
+    parser.add_argument("--tokens", type=Path, required=True, help="folder of tokenized.py")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the tasks")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of an item")
+    parser.add_argument("--items", type=int, default=50, help="of each long task and length")
+    parser.add_argument("--cloze-items", type=int, default=2000, help="of the cloze set, at most")
+    parser.add_argument(
+        "--words",
+        type=int,
+        nargs=2,
+        default=(50, 100),
+        metavar=("FEWEST", "MOST"),
+        help="of a cloze passage",
+    )
+    parser.add_argument("--seed", type=int, default=1234)
+    args = parser.parse_args()
+    try:
+        for name, made in build(args)["files"].items():
+            print(f"{name}: {made['items']:,} items, SHA-256 {made['sha256']}")
+    except (ValueError, OSError, KeyError) as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,178 @@
+"""Command line of the analysis of a checkpoint's attention, layer by layer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_mlra.command_line import parser as command_line
+from megatron_mlra.command_line.parser import OneLineParser
+from megatron_mlra.command_line.threads import wait_passively
+
+LONGEST = 1024
+"""Tokens of a window unless asked for more: attention costs their square."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    command = OneLineParser(
+        description="What the attention of a latent model (MLA, GLA-n, MLRA-n) does by layer:"
+        " variance of keys, entropy, likeness of branches, ranks, what ablating a branch costs.",
+    )
+    command.add_argument("checkpoint", help="folder of a Megatron, research or exported checkpoint")
+    command.add_argument(
+        "--data", nargs="+", default=[], metavar="NAME=PREFIX", help="datasets of `mlra preprocess`"
+    )
+    command.add_argument("--text", nargs="+", default=[], metavar="FILE", help="UTF-8 text files")
+    command.add_argument(
+        "--tokens",
+        type=int,
+        default=8192,
+        help="tokens taken of each dataset or text, in windows spread evenly over it (8,192)",
+    )
+    command.add_argument(
+        "--max-length",
+        type=int,
+        help=f"tokens per window; default: the model's, {LONGEST:,} at most",
+    )
+    command.add_argument(
+        "--no-ablation",
+        action="store_false",
+        dest="ablate",
+        help="leave out the ablations, which take most of the time",
+    )
+    command.add_argument(
+        "--tokenizer", help="'byte' or a folder with tokenizer.json; default: the checkpoint's own"
+    )
+    command.add_argument("--dtype", default="float32", help="float32 (default), bfloat16, float16")
+    command.add_argument("--device", help="default: cuda where there is a GPU")
+    command_line.add_no_verify(command)
+    command.add_argument("--json", metavar="FILE", help="write the numbers here")
+    command.add_argument("--plot", metavar="FILE", help="draw them here (.png, .svg or .pdf)")
+    return command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; returns the exit code: 0, or 2 for wrong input."""
+    wait_passively()
+    args = parser().parse_args(argv)
+    try:
+        found = _run(args)
+        if args.json:
+            command_line.write_text(args.json, json.dumps(found) + "\n")
+        if args.plot:
+            from megatron_mlra.evaluation.analysis.plots import draw
+
+            draw(found, Path(args.plot))
+    except ModuleNotFoundError as error:
+        print(
+            f"error: {command_line.one_line(error)}; install the extra megatron-mlra[hf]",
+            file=sys.stderr,
+        )
+        return 2
+    except (ValueError, OSError) as error:
+        print(f"error: {command_line.one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what cannot work before anything is read.
+
+    Raises:
+        ValueError: names the flag and the fix.
+    """
+    if not args.data and not args.text:
+        raise ValueError("nothing to analyze on; give held-out text by --data or --text")
+    for name in ("tokens", "max_length"):
+        value = getattr(args, name)
+        if value is not None and value < 2:
+            raise ValueError(f"{command_line.flag(name)} is {value}; use at least 2")
+    if args.json:
+        command_line.check_output(args.json, "--json")
+    if args.plot:
+        if Path(args.plot).suffix not in (".png", ".svg", ".pdf"):
+            raise ValueError(f"--plot {args.plot} ends in none of .png, .svg, .pdf")
+        command_line.check_output(args.plot, "--plot")
+
+
+def _run(args: argparse.Namespace) -> dict[str, Any]:
+    _check(args)
+    from megatron_mlra.evaluation.token_stream import named_sets, read_stream, windows
+
+    sets = named_sets(args.data)
+    streams = {name: read_stream(prefix) for name, prefix in sets.items()}
+    texts = {file: command_line.read_text(file) for file in args.text}
+    if empty := next((file for file, text in texts.items() if not text), None):
+        raise ValueError(f"{empty} is empty")
+    if args.verify:
+        from megatron_mlra.data.contents import check_contents
+
+        for prefix in sets.values():
+            check_contents(prefix, None)
+
+    from megatron_mlra.checkpoint.formats import open_checkpoint
+    from megatron_mlra.evaluation.analysis.passes import Passes, spread
+    from megatron_mlra.evaluation.analysis.report import LEGEND, table, verdict
+    from megatron_mlra.evaluation.models import (
+        check_device,
+        end_of_document,
+        load_model,
+        load_tokenizer,
+    )
+
+    device = check_device(args.device, args.dtype)
+    source = open_checkpoint(args.checkpoint, verify=args.verify)
+    shape = source.description
+    if shape.attention != "mlra":
+        raise ValueError(
+            f"{args.checkpoint} is {shape.variant}, which has no latents to analyze; give a"
+            " checkpoint of MLA, GLA-n or MLRA-n"
+        )
+    first = shape.eod_token_id
+    if texts or first is None:
+        tokenizer = load_tokenizer(source, args.tokenizer)
+        first = end_of_document(tokenizer, args.checkpoint)
+        for file, text in texts.items():
+            ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+            streams[file] = np.asarray(ids)
+    length = args.max_length or min(shape.max_position_embeddings, LONGEST)
+    chosen = []
+    for name, stream in streams.items():
+        if int(stream.max()) >= shape.vocab_size:
+            raise ValueError(
+                f"{name} holds token {int(stream.max())} and the model has {shape.vocab_size};"
+                " give data made with the model's tokenizer"
+            )
+        chosen += spread(list(windows(stream, first, length)), args.tokens)
+
+    from megatron_mlra.command_line.progress_bar import bar
+
+    passes = Passes(load_model(source, args.dtype).to(device), device, args.ablate)
+    with bar(total=len(chosen) * passes.steps(), unit="pass") as progress:
+        for window in chosen:
+            passes.add(window, progress.update)
+    found = {
+        "checkpoint": args.checkpoint,
+        "variant": shape.variant,
+        "branches": shape.num_branches,
+        "latent_heads": shape.num_latent_heads,
+        "latent_dim": shape.kv_lora_rank // shape.num_latent_heads,
+        "variance_scaling": shape.variance_scaling,
+        "calibration": shape.hidden_size * shape.num_latent_heads / shape.kv_lora_rank,
+        "sets": list(streams),
+        "dtype": args.dtype,
+        **passes.result(),
+    }
+    print(f"{shape.variant}, loss {found['loss']:.4f} nats per token on {found['tokens']:,} tokens")
+    print(table(found))
+    print(LEGEND)
+    for line in verdict(found):
+        print(line)
+    return found

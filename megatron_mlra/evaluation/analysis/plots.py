@@ -1,0 +1,148 @@
+"""The picture of an analysis: one panel per question, layers from left to right."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from megatron_mlra.command_line import figures
+from megatron_mlra.evaluation.analysis.passes import mean_off_diagonal
+from megatron_mlra.evaluation.analysis.report import IDLE, divergence_share, idle
+
+DARK, LIGHT = "#1b1b1b", "#9a9a9a"
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Write the picture of what `mlra analyze` found."""
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
+
+    branches, several = found["branches"], found["branches"] > 1
+    panels = [_variance, _entropy, _rank, _up_rank]
+    panels += [_likeness] * several + [_ablation] * ("ablation" in found["layers"][0])
+    columns = math.ceil(len(panels) / 2)
+    figure, axes = figures.sheet(2, columns)
+    flat = [panel for row in axes for panel in row]
+    for panel, draw_one in zip(flat, panels, strict=False):
+        draw_one(panel, found)
+        panel.set_xlabel("layer")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for panel in flat[len(panels) :]:
+        panel.set_visible(False)
+    colours = _colours(found)
+    name = "branch" if several else found["variant"]
+    marks = [
+        Line2D([], [], color=colour, marker="o", label=f"{name} {i}" if several else name)
+        for i, colour in enumerate(colours, 1)
+    ]
+    marks += [
+        Line2D([], [], color=DARK, marker="s", label="RoPE keys; cosine; keys"),
+        Line2D([], [], color=LIGHT, marker="^", linestyle="--", label="without calibration"),
+        Line2D([], [], color=LIGHT, marker="^", label="values; divergence"),
+    ]
+    figures.legend_below(figure, marks, branches + 3)
+    figures.title(figure, _headline(found), f"{found['tokens']:,} held-out tokens")
+    figures.save(figure, path)
+
+
+def _headline(found: dict[str, Any]) -> str:
+    """What the picture shows to be so."""
+    said = found["variant"]
+    if "ablation" not in found["layers"][0]:
+        return f"{said}: what its attention does by layer"
+    count = len(idle(found))
+    total = found["branches"] * len(found["layers"])
+    what = "branches" if found["branches"] > 1 else "layers' attentions"
+    if count:
+        return f"{said}: {count} of {total} {what} are idle (cost less than {IDLE} nats per token)"
+    return f"{said}: none of {total} {what} is idle (each costs {IDLE} nats per token or more)"
+
+
+def _colours(found: dict[str, Any]) -> list[str]:
+    """One for each branch; of one branch the colour of its kind of attention."""
+    if found["branches"] == 1:
+        return [figures.colours([found["variant"]])[found["variant"]]]
+    return list(figures.colours(f"{i}" for i in range(found["branches"])).values())[
+        : found["branches"]
+    ]
+
+
+def _layers(found: dict[str, Any]) -> range:
+    return range(1, len(found["layers"]) + 1)
+
+
+def _by_branch(panel: Any, found: dict[str, Any], values: list[list[float]], style: str) -> None:
+    """A line for each branch of values `[layer][branch]`."""
+    for branch, colour in enumerate(_colours(found)):
+        line = [each[branch] for each in values]
+        panel.plot(_layers(found), line, style, color=colour, markersize=4)
+
+
+def _variance(panel: Any, found: dict[str, Any]) -> None:
+    rope = [layer["rope_key_variance"] for layer in found["layers"]]
+    nope = [layer["nope_key_variance"] for layer in found["layers"]]
+    without = [layer["nope_key_variance_without_calibration"] for layer in found["layers"]]
+    panel.plot(_layers(found), rope, "s-", color=DARK, markersize=4)
+    _by_branch(panel, found, nope, "o-")
+    mean = [sum(each) / len(each) for each in without]
+    panel.plot(_layers(found), mean, "^--", color=LIGHT, markersize=4)
+    panel.set_yscale("log")
+    panel.set_ylabel("variance of keys over tokens")
+    panel.set_title("NoPE keys, with and without calibration")
+
+
+def _entropy(panel: Any, found: dict[str, Any]) -> None:
+    _by_branch(panel, found, [layer["entropy"] for layer in found["layers"]], "o-")
+    panel.set_ylim(bottom=0)
+    most = found["layers"][0]["entropy_of_equal_weights"]
+    panel.set_ylabel("entropy of attention rows, nats")
+    panel.set_title(f"Attention entropy (equal weights: {most:.2f})")
+
+
+def _rank(panel: Any, found: dict[str, Any]) -> None:
+    size, per_branch = found["latent_dim"], found["latent_heads"] // found["branches"]
+    ranks = [layer["latent_effective_rank"] for layer in found["layers"]]
+    for i, colour in enumerate(_colours(found)):
+        for group in range(per_branch):
+            line = [each[i * per_branch + group] for each in ranks]
+            panel.plot(_layers(found), line, "o-", color=colour, markersize=4)
+    panel.set_ylim(bottom=0)
+    panel.set_ylabel("effective rank")
+    panel.set_title(f"Latent heads (of {size} dims)")
+
+
+def _up_rank(panel: Any, found: dict[str, Any]) -> None:
+    for name, colour, mark in (("key", DARK, "s-"), ("value", LIGHT, "^-")):
+        ranks = [layer[f"{name}_up_projection_effective_rank"] for layer in found["layers"]]
+        for latent in range(found["latent_heads"]):
+            line = [each[latent] for each in ranks]
+            panel.plot(_layers(found), line, mark, color=colour, markersize=4, alpha=0.7)
+    panel.set_ylim(bottom=0)
+    panel.set_ylabel("effective rank")
+    panel.set_title(f"Up-projections of keys and values (of {found['latent_dim']})")
+
+
+def _likeness(panel: Any, found: dict[str, Any]) -> None:
+    cosine = [mean_off_diagonal(layer["cosine"]) for layer in found["layers"]]
+    panel.plot(_layers(found), cosine, "s-", color=DARK, markersize=4)
+    shares = [divergence_share(layer) for layer in found["layers"]]
+    panel.plot(_layers(found), shares, "^-", color=LIGHT, markersize=4)
+    panel.set_ylim(min(0, *cosine) - 0.02, 1.02)
+    panel.set_ylabel("cosine; divergence / ln 2")
+    panel.set_title("How alike the branches are (means of pairs)")
+
+
+def _ablation(panel: Any, found: dict[str, Any]) -> None:
+    costs = [[each["loss"] for each in layer["ablation"]] for layer in found["layers"]]
+    _by_branch(panel, found, costs, "o-")
+    for branch, colour in enumerate(_colours(found)):
+        errors = [layer["ablation"][branch]["standard_error"] for layer in found["layers"]]
+        if None not in errors:
+            line = [each[branch] for each in costs]
+            panel.errorbar(_layers(found), line, yerr=errors, fmt="none", color=colour, capsize=2)
+    panel.set_yscale("symlog", linthresh=IDLE)
+    panel.axhspan(-IDLE, IDLE, color="#000000", alpha=0.06, linewidth=0)
+    panel.set_ylabel("held-out loss more, nats per token")
+    what = "a branch" if found["branches"] > 1 else "the layer's attention"
+    panel.set_title(f"Cost of leaving out {what}")

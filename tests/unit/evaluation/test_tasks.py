@@ -1,0 +1,91 @@
+"""Local tasks: what is read, and what is counted."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from megatron_mlra.evaluation.scoring import Scorer
+from megatron_mlra.evaluation.tasks import read_task, run_task, told
+
+STEM = {"stem": "2 + 2?", "choices": [{"text": "4", "label": "A"}, {"text": "5", "label": "B"}]}
+
+
+def scorer(max_length: int = 16) -> Scorer:
+    """A model of bytes that says of the next one: the last one's successor, with 3/4."""
+
+    def logits(tokens: torch.Tensor, last: int) -> torch.Tensor:
+        shares = torch.full((*tokens.shape, 256), 0.25 / 255)
+        shares.scatter_(-1, (tokens[..., None] + 1) % 256, 0.75)
+        return shares.log()[:, -last:]
+
+    return Scorer(logits, lambda text: list(text.encode()), 0, max_length, batch_size=3)
+
+
+def write(folder, *items) -> str:
+    file = folder / "task.jsonl"
+    file.write_text("".join(json.dumps(item) + "\n" for item in items))
+    return str(file)
+
+
+def test_answers_are_counted_by_group(tmp_path):
+    items = read_task(
+        write(
+            tmp_path,
+            {"context": "xa", "choices": ["cc", "bc"], "answer": 1, "group": "short"},
+            {"context": "a", "choices": ["b", "cd"], "answer": 1, "group": "short"},
+            {"context": "0123456789abcdefgh", "choices": ["ij"], "answer": 0, "group": "long"},
+        )
+    )
+    found = run_task(scorer(), items)
+    assert {name: each["items"] for name, each in found["groups"].items()} == {
+        "short": 2,
+        "long": 1,
+    }
+    assert (found["acc"], found["greedy"], found["cut"]) == (2 / 3, 2 / 3, 1)
+    short, long = found["groups"]["short"], found["groups"]["long"]
+    assert (short["acc"], short["greedy"], short["cut"], long["cut"]) == (0.5, 0.5, 0, 1)
+    # 'ij' and 'bc' follow with 3/4 each letter; of 'cd' behind 'a', the d alone does.
+    likely, unlikely = math.log(0.75), math.log(0.25 / 255)
+    assert long["log_likelihood"] == pytest.approx(2 * likely, abs=1e-5)
+    assert short["log_likelihood"] == pytest.approx((3 * likely + unlikely) / 2, abs=1e-4)
+    assert found["perplexity"] == pytest.approx(math.exp(-found["log_likelihood"]))
+    lines = told("t.jsonl", found)
+    assert lines[0].startswith("t.jsonl: acc 0.6667") and lines[1].startswith("  short: acc 0.5000")
+    assert lines[-1].startswith("1 of 3 items are longer than the model takes")
+
+
+def test_words_are_scored_without_choices(tmp_path):
+    items = read_task(write(tmp_path, *({"context": "a", "continuation": c} for c in ("b", "c"))))
+    found = run_task(scorer(), items)
+    mean = (math.log(0.75) + math.log(0.25 / 255)) / 2
+    assert found["greedy"] == 0.5 and "acc" not in found and "groups" not in found
+    assert found["perplexity"] == pytest.approx(math.exp(-mean), rel=1e-5)
+
+
+def test_items_of_arc_are_read_in_both_forms(tmp_path):
+    flat = {"question": "2 + 2?", "choices": {"text": ["4", "5"], "label": ["1", "2"]}}
+    items = read_task(
+        write(tmp_path, {"question": STEM, "answerKey": "A"}, {**flat, "answerKey": "1"})
+    )
+    wanted = {"context": "Question: 2 + 2?\nAnswer:", "choices": [" 4", " 5"], "answer": 0}
+    assert items == [wanted, wanted]
+
+
+@pytest.mark.parametrize(
+    ("item", "said"),
+    [
+        ({"question": STEM, "answerKey": "E"}, "an item of ARC is a question, choices"),
+        ({"question": STEM, "answerKey": {}}, "an item of ARC is a question, choices"),
+        ({"question": 1, "choices": {"text": 1, "label": []}, "answerKey": "A"}, "an item of ARC"),
+        ({"context": "a", "continuation": "b", "group": 7}, "group is 7; it is a text"),
+        ([1], "an item is an object with a context"),
+    ],
+)
+def test_wrong_items_are_named(tmp_path, item, said):
+    file = write(tmp_path, {"context": "a", "continuation": "b"}, item)
+    with pytest.raises(ValueError, match=f"task.jsonl:2: {said}"):
+        read_task(file)
