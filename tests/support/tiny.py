@@ -30,7 +30,7 @@ from megatron_mlra.layers.config import MLRAConfig
 from megatron_mlra.layers.specs import block_spec
 from megatron_mlra.training.muon import cut_grouped_queries
 
-VOCAB, SEQ, BATCH = 128, 32, 4
+VOCAB, SEQ, BATCH = 128, 32, 2
 
 
 @dataclass
