@@ -1,9 +1,8 @@
 """What all tests share: one thread a process, long files first, a driver run to its end."""
 
 import os
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,9 @@ import pytest
 # so, many times longer than they work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from support import ENV, ROOT
+from support import ROOT
+from support.parsers import read_help_once
+from support.runs import Entry
 
 LONG = (
     "distributed/test_parity.py",
@@ -45,15 +46,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--fuzz-seed", type=int, default=0, help="which (default: 0)")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _parsers() -> None:
+    """Parsers of Megatron's flags in a millisecond each, where any are made."""
+    if "megatron.training.argument_utils" in sys.modules:
+        read_help_once()
+
+
 @pytest.fixture(scope="session")
-def run_driver(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, float], Path]:
+def entry() -> Iterator[Entry]:
+    """The training entry."""
+    entry = Entry()
+    yield entry
+    entry.worker.stdin.close()
+    entry.worker.wait(60)  # behind it, the interpreter ends with Megatron loaded
+
+
+@pytest.fixture(scope="session")
+def run_driver(
+    entry: Entry, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, float], Path]:
     """Run one of the drivers to its end; returns the folder of its results."""
 
     def run(name: str, timeout: float) -> Path:
-        folder = tmp_path_factory.mktemp(name)
-        command = [sys.executable, "-W", "ignore", "-m", f"support.drivers.{name}", str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=ENV)
-        assert done.returncode == 0, done.stderr[-3000:]
+        folder, said = tmp_path_factory.mktemp(name), tmp_path_factory.mktemp(f"{name}-said")
+        job = {"module": f"support.drivers.{name}", "timeout": timeout}
+        done = entry.run(said, folder, **job)
+        assert done.code == 0, f"{done.code}: {done.err[-3000:]}"
         return folder
 
     return run

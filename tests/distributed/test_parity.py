@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from support.drivers.parity import Case, _file, cases
+from support.drivers.parity import STEPS, Case, _file, cases
 
 GRADIENT_TOLERANCE = 1e-5
 """Largest gradient difference over the largest gradient of the same parameter."""
@@ -31,9 +31,9 @@ def test_layout_trains_as_one_rank(case: Case, results: Path) -> None:
     assert result["num_gradients"] >= 8
     name, worst = max(result["gradients"].items(), key=lambda item: item[1])
     assert worst <= GRADIENT_TOLERANCE, f"gradient of {name} is off by {worst:.1e}"
-    assert result["loss"] <= 1e-5, f"losses of five steps are off by {result['loss']:.1e}"
+    assert result["loss"] <= 1e-5, f"losses of {STEPS} steps are off by {result['loss']:.1e}"
     assert result["grad_norm"] <= 1e-5, f"grad norm is off by {result['grad_norm']:.1e}"
-    assert not result["replicas"], f"replicas differ after five steps: {result['replicas'][:3]}"
+    assert not result["replicas"], f"replicas differ after {STEPS} steps: {result['replicas'][:3]}"
 
 
 @pytest.mark.parametrize("model", ["MLRA-4 MTP", "MLRA-4 MTP odd documents"])

@@ -9,16 +9,7 @@ from pathlib import Path
 import pytest
 
 from support import ENV, ROOT
-from support.runs import TINY, Entry, Run, write_corpus
-
-
-@pytest.fixture(scope="session")
-def entry():
-    """The training entry."""
-    entry = Entry()
-    yield entry
-    entry.worker.stdin.close()
-    entry.worker.wait(60)  # behind it, the interpreter ends with Megatron loaded
+from support.runs import TINY, Run, write_corpus
 
 
 @pytest.fixture(scope="session")

@@ -1,20 +1,24 @@
-"""Runs the training entry many times on one import: forks a process for each run.
+"""Runs the training entry, or a driver of the tests, many times on one import: forks a process for
+each run.
 
 Reads one JSON job a line from stdin, answers one JSON line. A job {"argv", "folder", "ranks",
 "env", "free_bytes", "file_bytes", "nan_at", "terminal",
-"nan_gradient_at", "samples", "asleep", "hosts", "in_thread"} starts a run and is answered
-{"pids": [...]}; {"wait": pid} is answered with its exit {"code": ...}, negative for a signal.
+"nan_gradient_at", "samples", "asleep", "hosts", "in_thread"} starts a run, one of {"argv",
+"folder", "module", "timeout"} a program as `python -m MODULE` does; each is answered
+{"pids": [...]}. {"wait": pid} is answered with its exit {"code": ...}, negative for a signal.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import gc
 import importlib
 import json
 import multiprocessing
 import os
 import resource
+import runpy
 import shutil
 import signal
 import socket
@@ -24,10 +28,12 @@ import termios
 import threading
 import time
 import types
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from support import ROOT
+from support.parsers import read_help_once
 
 IMPORTED = (
     "megatron.training.training",
@@ -53,6 +59,10 @@ def main() -> None:
     pretrain_mlra.has_gpu()
     for name in IMPORTED:
         importlib.import_module(name)
+    read_help_once()
+    # Not looked through for garbage by every process: what is looked at is copied.
+    gc.collect()
+    gc.freeze()
 
     answers = os.fdopen(os.dup(1), "w")
     print("{}", file=answers, flush=True)
@@ -79,9 +89,35 @@ def start(entry: types.ModuleType, job: dict) -> list[int]:
             if ranks:
                 env |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}
                 env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            os._exit(be_entry(entry, job, rank, env))
+            os._exit(be_module(job) if "module" in job else be_entry(entry, job, rank, env))
         pids.append(pid)
     return pids
+
+
+def be_module(job: dict) -> int:
+    """Become `python -W ignore -m MODULE ARGV`, with stdout and stderr in files."""
+    write_to(Path(job["folder"]), 0)
+    signal.alarm(int(job["timeout"]))
+    warnings.simplefilter("ignore")
+    sys.argv = [job["module"], *job["argv"]]
+    try:
+        runpy.run_module(job["module"], run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code if isinstance(code, int) else 1
+
+
+def write_to(folder: Path, rank: int) -> None:
+    """Have this process write its stdout and stderr into files."""
+    for fd, name in ((1, "stdout"), (2, "stderr")):
+        file = os.open(folder / f"{name}-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, fd)
 
 
 def be_entry(entry: types.ModuleType, job: dict, rank: int, env: dict) -> int:
@@ -94,9 +130,7 @@ def be_entry(entry: types.ModuleType, job: dict, rank: int, env: dict) -> int:
     argv = job["argv"]
     if "hosts" in job:
         argv = [*argv, *be_on_host(**job["hosts"][rank])]
-    for fd, name in ((1, "stdout"), (2, "stderr")):
-        file = os.open(folder / f"{name}-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(file, fd)
+    write_to(folder, rank)
     shown = open_terminal(job["terminal"]) if "terminal" in job else None
     if "free_bytes" in job:
         usage = types.SimpleNamespace(free=job["free_bytes"])

@@ -31,7 +31,7 @@ from megatron_mlra.layers.multi_token import multi_token_spec
 from megatron_mlra.layers.specs import block_spec
 from megatron_mlra.training.muon import cut_grouped_queries
 
-VOCAB, SEQ, BATCH = 128, 32, 4
+VOCAB, SEQ, BATCH = 128, 32, 2
 
 
 @dataclass

@@ -8,6 +8,7 @@ The parent must never have run a torch operation on several threads.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -26,6 +27,9 @@ def run_world(size: int, work: Callable[[int], None], folder: Path, timeout: flo
     folder.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
+    # Not looked through for garbage by every rank: what is looked at is copied.
+    gc.collect()
+    gc.freeze()
     ranks: dict[int, int] = {}
     for rank in range(size):
         pid = os.fork()

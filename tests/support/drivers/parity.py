@@ -18,7 +18,7 @@ from typing import Any
 
 from support.variants import VARIANTS, fits
 
-STEPS = 5
+STEPS = 3
 DOCUMENTS = {"MLRA-4 odd documents": (0, 5, 6, 19, 32), "MLRA-4 even documents": (0, 8, 32)}
 """Models whose sequences are packed: cumulative lengths. Context parallel cuts even documents, and
 sequences of odd ones."""
@@ -74,20 +74,23 @@ def cases() -> list[Case]:
         parts += [str(v) if isinstance(v, str) else k for k, v in config.items() if v]
         found.append(Case(" ".join(parts), layout, config, reference))
 
-    for variant in VARIANTS:
+    for number, variant in enumerate(VARIANTS):
         for tp in (2, 4):
             for style in ("head", "latent"):
-                if not fits(VARIANTS[variant], tp, style):
-                    continue
-                for sp in (False, True):
+                if fits(VARIANTS[variant], tp, style):
+                    # Each two of variant, size, layout and sequence parallel meet.
+                    sp = (number + (tp == 4) + (style == "latent")) % 2 == 1
                     add(variant, {"tp": tp}, latent_tp_layout=style, sequence_parallel=sp)
+    # More ranks than branches, more than latents of a branch.
+    add("MLRA-4", {"tp": 8}, latent_tp_layout="latent", sequence_parallel=True)
+    add("MLRA-2", {"tp": 8}, latent_tp_layout="head")
+    both = ["core_attn", "mla_up_proj"]
+    recomputed = {"head": (both[:1], both), "latent": (both[1:], both)}
     for style in ("head", "latent"):
-        add("MLRA-4", {"tp": 8}, latent_tp_layout=style, sequence_parallel=True)
-        add("MLRA-2", {"tp": 8}, latent_tp_layout=style)
         add("MLRA-4 gated", {"tp": 2}, latent_tp_layout=style, sequence_parallel=True)
         add("MLRA-4 unscaled, no q latent", {"tp": 2}, latent_tp_layout=style)
         add("MLRA-4", {"tp": 2}, latent_tp_layout=style, core_form="materialized")
-        for modules in (["core_attn"], ["mla_up_proj"], ["core_attn", "mla_up_proj"]):
+        for modules in recomputed[style]:
             recompute = {"recompute_granularity": "selective", "recompute_modules": modules}
             add("MLRA-4", {"tp": 2}, latent_tp_layout=style, **recompute)
             found[-1].name += " " + " ".join(modules)
@@ -114,7 +117,7 @@ def cases() -> list[Case]:
     add("MLRA-4", {"cp": 2}, core_form="materialized")
     add("MLRA-4 gated", {"cp": 2})
     add("MLRA-4", {"cp": 2}, recompute_absorbed_query=False)
-    for modules in (["core_attn"], ["mla_up_proj"], ["core_attn", "mla_up_proj"]):
+    for modules in (both[:1], both):
         recompute = {"recompute_granularity": "selective", "recompute_modules": modules}
         add("MLRA-4", {"cp": 2}, **recompute)
         found[-1].name += " " + " ".join(modules)
