@@ -6,8 +6,8 @@ is over the keys that a query reads, so it is no bound as the log-sum-exp is.
 QK-clip (Kimi K2, arXiv 2507.20534, section 2.1: MuonClip) shrinks a head whose largest logit S
 exceeds a threshold tau by gamma = tau / S, in its weights, behind the optimizer's step. With MLA's
 shared RoPE key the paper scales the head's NoPE query by gamma^alpha, its NoPE key by
-gamma^(1 - alpha) (alpha = 1/2) and its RoPE query by gamma, and leaves the RoPE key, which all heads
-share. Each logit of the head is then gamma times what it was, the RoPE part too.
+gamma^(1 - alpha) (alpha = 1/2) and its RoPE query by gamma, and leaves the RoPE key, which all
+heads share. Each logit of the head is then gamma times what it was, the RoPE part too.
 
 Here a head i has N branches, and a logit of branch b is
 

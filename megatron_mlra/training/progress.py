@@ -27,6 +27,7 @@ from megatron_mlra.fault_tolerance import stopping
 from megatron_mlra.fault_tolerance.integrity import latest_step, reason
 from megatron_mlra.fault_tolerance.retention import prune
 from megatron_mlra.training import curves
+from megatron_mlra.training.logits import LogitWatch
 from megatron_mlra.training.speed import Clock, Speed, parts, peak_memory, speed
 
 
@@ -43,6 +44,7 @@ class Progress:
 
     def __init__(self, args: Namespace, shape: ModelDescription) -> None:
         self.args = args
+        self.logits = LogitWatch(args)
         self.speaks = args.rank == args.world_size - 1
         self.token_flops = train_flops_per_token(shape, args.seq_length, recompute=recomputed(args))
         self.clock = Clock(args)
@@ -106,11 +108,12 @@ class Progress:
             said.append(f"grad norm {float(grad_norm):#.3g}")
         if learning_rate is not None:
             said.append(f"lr {learning_rate:.2e}")
+        said += self.logits.said()
         torch.cuda.synchronize()
         rate = self.clock.rate(iteration)
         machine, points = parts(self.speed, rate, memory, self.clock.left(iteration))
         curves.record_losses(means, iteration, args.consumed_train_samples)
-        curves.record(points, iteration)
+        curves.record(self.logits.points() | points, iteration)
         say(self.line(said, machine, growth=len(last) - len(f"{iteration:,}")))
 
     def _move_bar(self, iteration: int) -> None:

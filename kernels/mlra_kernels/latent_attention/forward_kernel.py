@@ -40,10 +40,10 @@ def latent_attention_forward(
     Query i reads the keys up to i + past or, with RANGES, from ranges[0, i] to ranges[1, i], which
     never fall: int32 `[2, s]`. lse is the natural logarithm, float32; log2_scale = softmax scale *
     log2(e). top, where it is not None, holds each query's largest scaled score, shaped as lse:
-    the softmax has it at hand. Blocks of the descriptors: M / 2 queries, N keys. Programs: (query tile, the last
-    first; pair; sequence), of 4 warps and the partitions' beside them: two warpgroups take half of
-    the queries each, so that one's softmax runs while the other's products do, and one warp loads.
-    Tiles of keys come from the last.
+    the softmax has it at hand. Blocks of the descriptors: M / 2 queries, N keys. Programs: (query
+    tile, the last first; pair; sequence), of 4 warps and the partitions' beside them: two
+    warpgroups take half of the queries each, so that one's softmax runs while the other's products
+    do, and one warp loads. Tiles of keys come from the last.
     """
     dtype: gl.constexpr = out_desc.dtype
     m: gl.constexpr = M // 2
