@@ -108,13 +108,12 @@ class Progress:
             said.append(f"grad norm {float(grad_norm):#.3g}")
         if learning_rate is not None:
             said.append(f"lr {learning_rate:.2e}")
-        said += self.logits.said()
         torch.cuda.synchronize()
         rate = self.clock.rate(iteration)
         machine, points = parts(self.speed, rate, memory, self.clock.left(iteration))
         curves.record_losses(means, iteration, args.consumed_train_samples)
         curves.record(self.logits.points() | points, iteration)
-        say(self.line(said, machine, growth=len(last) - len(f"{iteration:,}")))
+        say(self.line(said, self.logits.said(), machine, growth=len(last) - len(f"{iteration:,}")))
 
     def _move_bar(self, iteration: int) -> None:
         if self.bar is None and sys.__stdout__.isatty():
