@@ -296,7 +296,6 @@ _REFUSED = {
     "add_bias_linear": "it has no biases; use --disable-bias-linear",
     "add_qkv_bias": "it has no biases; leave it out",
     "qk_layernorm": "it always normalises its latents; leave it out",
-    "qk_clip": "its core does not report logits; leave it out",
     "attention_output_gate": "use output_gate",
     "apply_rope_fusion": "use --no-rope-fusion",
     "rotary_interleaved": "its RoPE is half-split; leave it out",

@@ -4,7 +4,8 @@ transformer_engine.py.
 Each takes query `[s, b, heads, d_k]`, key `[t, b, kv_heads, d_k]`, value `[t, b, kv_heads, d_v]`
 (grouped queries) and returns `[s, b, heads * d_v]`. A TokenPlan says which of the t keys each of
 the s queries attends to; without one, s = t and attention is causal. Which backend runs is chosen
-in specs.py, never here.
+in specs.py, never here. `largest` keeps each query head's largest logit where that is wanted
+(logits.py).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from megatron_mlra.layers.config import MLRAConfig
+from megatron_mlra.layers.logits import LargestLogits
+from megatron_mlra.maths.logits import largest_logits
 from megatron_mlra.sharding.token_plan import TokenPlan
 
 
@@ -38,6 +41,7 @@ class _CoreAttention(MegatronModule):
     ) -> None:
         super().__init__(config)
         self.softmax_scale = softmax_scale
+        self.largest = LargestLogits()
 
 
 class SDPACoreAttention(_CoreAttention):
@@ -64,6 +68,11 @@ class SDPACoreAttention(_CoreAttention):
             raise ValueError(
                 "core_backend torch takes neither packed sequences nor attention biases"
             )
+        allowed = None if attention_mask is None else ~attention_mask
+        if self.largest.wanted_of(self):
+            # torch's fused kernels do not report it.
+            spans = None if plan is None else plan.spans
+            self.largest.add(largest_logits(query, key, self.softmax_scale, spans, allowed))
         d_v = value.size(-1)
         # torch's fused kernels want one head dim for all three, on CPU no grouped queries either.
         width = max(key.size(-1), d_v)
@@ -76,7 +85,7 @@ class SDPACoreAttention(_CoreAttention):
             key, value = (x.repeat_interleave(repeats, dim=2) for x in (key, value))
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if plan is None or plan.is_whole or attention_mask is not None:
-            out = self._attend(q, k, v, None if attention_mask is None else ~attention_mask)
+            out = self._attend(q, k, v, allowed)
         else:
             parts = []
             for a, b, start, stop in plan.spans:
@@ -125,10 +134,14 @@ class LatentCoreAttention(_CoreAttention):
         plan: TokenPlan | None = None,
     ) -> Tensor:
         """See the module's docstring; `value` is the first columns of `key`. It sees no mask."""
-        from mlra_kernels.latent_attention import latent_attention
+        from mlra_kernels.latent_attention import latent_attention, latent_attention_with_top
 
         ranges = None if plan is None or plan.is_whole else plan.key_ranges
-        out = latent_attention(query, key, value.size(-1), self.softmax_scale, ranges)
+        arguments = (query, key, value.size(-1), self.softmax_scale, ranges)
+        if not self.largest.wanted_of(self):
+            return latent_attention(*arguments).flatten(2)
+        out, largest = latent_attention_with_top(*arguments)
+        self.largest.add(largest)
         return out.flatten(2)
 
 

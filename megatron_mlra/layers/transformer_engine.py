@@ -14,6 +14,8 @@ from megatron.core.utils import divide
 from torch import Tensor
 
 from megatron_mlra.layers.config import MLRAConfig
+from megatron_mlra.layers.logits import LargestLogits
+from megatron_mlra.maths.logits import largest_logits
 from megatron_mlra.sharding.partition import LatentShard
 from megatron_mlra.sharding.token_plan import TokenPlan
 
@@ -71,7 +73,16 @@ class TELatentColumnParallelLinear(TELinear):
 
 
 class TECoreAttention(TEDotProductAttention):
-    """Transformer Engine's attention over the spans of a TokenPlan."""
+    """Transformer Engine's attention over the spans of a TokenPlan.
+
+    The largest logits are torch's, one more product of queries and keys: Transformer Engine's own
+    report of them chooses other kernels and has not been tried with these masks.
+    """
+
+    def __init__(self, *args, softmax_scale: float, **named) -> None:
+        super().__init__(*args, softmax_scale=softmax_scale, **named)
+        self.logit_scale = softmax_scale
+        self.largest = LargestLogits()
 
     def forward(
         self,
@@ -82,6 +93,9 @@ class TECoreAttention(TEDotProductAttention):
         plan: TokenPlan | None = None,
     ) -> Tensor:
         """See core_attention.py; it sees no mask."""
+        if self.largest.wanted_of(self):
+            spans = None if plan is None else plan.spans
+            self.largest.add(largest_logits(query, key, self.logit_scale, spans))
         if plan is None or plan.is_whole:
             return super().forward(query, key, value, None, AttnMaskType.causal)
         if plan.is_packed:
@@ -140,6 +154,8 @@ def te_core_attention(
     sized = copy.copy(config)
     sized.num_attention_heads = queries * shard.tp_size
     sized.context_parallel_size = 1
+    # Megatron would have Transformer Engine report logits, and take a pair for its output.
+    sized.qk_clip = sized.log_max_attention_logit = False
     if config.absorbed:
         k_channels, v_channels = config.latent_dim + config.qk_rope_head_dim, config.latent_dim
         sized.num_query_groups = shard.branches * shard.groups * shard.tp_size

@@ -26,7 +26,7 @@ from megatron_mlra.description.presets import preset_name
 from megatron_mlra.fault_tolerance import integrity
 from megatron_mlra.layers.baselines.config import BaselineConfig
 from megatron_mlra.layers.config import MLRAConfig
-from megatron_mlra.training import data_defaults
+from megatron_mlra.training import data_defaults, logits
 from megatron_mlra.training.argument_checks import check_arguments
 from megatron_mlra.training.cpu_backend import CPU_DEFAULTS
 from megatron_mlra.training.flags import add_mlra_arguments, preset_of, repair_help
@@ -143,7 +143,8 @@ def validate(args: Namespace) -> MLRAConfig | BaselineConfig:
             asked = args.rotary_base if "--rotary-base" in flags_given(sys.argv[1:]) else None
             _load_checkpoint_args(args)
             args.rotary_base = asked or args.rotary_base
-        validate_args(args, {})
+        with logits.without_transformer_engine(args):
+            validate_args(args, {})
         return transformer_config(args)
 
 

@@ -10,6 +10,9 @@ from megatron.training import get_tensorboard_writer, get_wandb_writer
 LOSSES = ("lm loss",)
 """What steps.py reports of every step."""
 
+LOGIT = "max_attention_logit"
+"""What Megatron writes of every step, measured or not."""
+
 
 def record(values: Mapping[str, float], step: int) -> None:
     """Add a point to each curve, on the rank that has writers."""
@@ -30,7 +33,7 @@ def record_losses(means: Mapping[str, float], step: int, samples: int) -> None:
 
 def without_losses(get_writer: Callable[[], Any]) -> Callable[[], Any]:
     """Megatron's getter of a writer whose writer drops the training losses of single steps, so that
-    a curve holds the means that are printed."""
+    a curve holds the means that are printed, and the largest logits of steps without any."""
 
     def get() -> Any:
         writer = get_writer()
@@ -39,11 +42,11 @@ def without_losses(get_writer: Callable[[], Any]) -> Callable[[], Any]:
     return get
 
 
-_HIDDEN = {*LOSSES, *(f"{name} vs samples" for name in LOSSES)}
+_HIDDEN = {*LOSSES, *(f"{name} vs samples" for name in LOSSES), LOGIT}
 
 
 class _WithoutLosses:
-    """TensorBoard's writer, or wandb, without the curves of `LOSSES`."""
+    """TensorBoard's writer, or wandb, without the curves of `LOSSES` and `LOGIT`."""
 
     def __init__(self, writer: Any) -> None:
         self._writer = writer

@@ -285,11 +285,18 @@ BEFORE_TRAINING = (
     ),
     Hook(
         f"{TRAINER}.train_step",
-        "the error for a NaN gradient names the samples; the heartbeat tells where a step is",
+        "the error for a NaN gradient names the samples; the heartbeat tells where a step is; cores"
+        " report logits in the steps whose logits are asked for",
         (
+            lambda step, run: run.progress.logits.wrap_step(step),
             lambda step, run: samples.name_bad(step),
             lambda step, run: heartbeat.mark_step(step, run.args) if run.watch else step,
         ),
+    ),
+    Hook(
+        f"{TRAINER}.clip_qk",
+        "Megatron's QK-clip knows neither branches nor layouts, its log no layers",
+        (lambda clip, run: run.progress.logits.wrap_clip(clip),),
     ),
     Hook(
         f"{TRAINER}.training_log",

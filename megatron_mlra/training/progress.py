@@ -28,6 +28,7 @@ from megatron_mlra.fault_tolerance.integrity import reason
 from megatron_mlra.fault_tolerance.retention import prune
 from megatron_mlra.fault_tolerance.saved_steps import latest_step
 from megatron_mlra.training import curves
+from megatron_mlra.training.logits import LogitWatch
 from megatron_mlra.training.speed import Clock, Speed, parts, peak_memory, speed
 
 
@@ -44,6 +45,7 @@ class Progress:
 
     def __init__(self, args: Namespace, shape: ModelDescription) -> None:
         self.args = args
+        self.logits = LogitWatch(args)
         self.speaks = args.rank == args.world_size - 1
         self.token_flops = train_flops_per_token(shape, args.seq_length, recompute=recomputed(args))
         self.clock = Clock(args)
@@ -125,8 +127,8 @@ class Progress:
         rate = self.clock.rate(iteration)
         machine, points = parts(self.speed, rate, memory, self.clock.left(iteration))
         curves.record_losses(means, iteration, args.consumed_train_samples)
-        curves.record(points, iteration)
-        say(self.line(said, machine, growth=len(last) - len(f"{iteration:,}")))
+        curves.record(self.logits.points() | points, iteration)
+        say(self.line(said, self.logits.said(), machine, growth=len(last) - len(f"{iteration:,}")))
 
     def _move_bar(self, iteration: int) -> None:
         if self.bar is None and sys.__stdout__.isatty():

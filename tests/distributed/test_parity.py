@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from support.drivers.parity import STEPS, Case, _file, cases
+from support.drivers.parity import COPIES, STEPS, Case, _file, cases
 
 GRADIENT_TOLERANCE = 1e-5
 """Largest gradient difference over the largest gradient of the same parameter."""
@@ -33,7 +33,34 @@ def test_layout_trains_as_one_rank(case: Case, results: Path) -> None:
     assert worst <= GRADIENT_TOLERANCE, f"gradient of {name} is off by {worst:.1e}"
     assert result["loss"] <= 1e-5, f"losses of {STEPS} steps are off by {result['loss']:.1e}"
     assert result["grad_norm"] <= 1e-5, f"grad norm is off by {result['grad_norm']:.1e}"
+    if "largest" in result:
+        assert result["largest"] <= 1e-5, f"largest logits are off by {result['largest']:.1e}"
+    if "clipped" in result:
+        assert result["heads"][0] == result["heads"][1] > 0
+        assert result["clipped"] <= 1e-5, f"clipped weights are off by {result['clipped']:.1e}"
+    assert ("largest" in result, "clipped" in result) == measured_as(case.reference)
     assert not result["replicas"], f"replicas differ after {STEPS} steps: {result['replicas'][:3]}"
+
+
+def measured_as(model: str) -> tuple[bool, bool]:
+    """Whether the largest logits of a model are known, and whether QK-clip is for it."""
+    return model != "GQA", model not in ("GQA", "GTA", "MFA", "TPA")
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_a_clip_reaches_the_copies_of_weights(name: str, results: Path) -> None:
+    found = torch.load(results / "copies.pt")
+    start, clipped, renewed = found[name]["weights"]
+    assert found[name]["heads"] > 0 and found[name]["alike"]
+    before, after = found[name]["largest"]
+    assert max(after) < 0.9 * max(before)
+    for weight, plain in zip(found[name]["weights"], found["plain"]["weights"], strict=True):
+        assert all(torch.equal(weight[key], plain[key]) for key in plain)
+    moved = {key: float((clipped[key] - start[key]).abs().max()) for key in start}
+    for key, weight in renewed.items():
+        # To the rounding of bf16: the weights were scaled rounded, their copies before rounding.
+        assert torch.allclose(weight, clipped[key], rtol=2**-7, atol=0), key
+    assert min(moved.values()) > 0
 
 
 @pytest.mark.parametrize("model", ["MLRA-4 MTP", "MLRA-4 MTP odd documents"])

@@ -116,7 +116,7 @@ def test_logs(whole):
 
 def test_one_loss_in_the_line_the_log_and_the_curves(entry, preset, whole, tmp_path):
     flags = ["--log-interval", 3, "--eval-interval", 2, "--wandb-project", "mlra"]
-    flags += ["--wandb-exp-name", "tiny"]
+    flags += ["--wandb-exp-name", "tiny", "--log-max-attention-logit"]
     run = entry.run(tmp_path, "--config", preset, *flags, env={"WANDB_MODE": "offline"})
     assert run.code == 0, run.err
     printed = {int(s): float(x) for s, x in re.findall(r"step (\d)/8 \| lm loss (\S+)", run.out)}
@@ -138,6 +138,14 @@ def test_one_loss_in_the_line_the_log_and_the_curves(entry, preset, whole, tmp_p
         assert online[name] == pytest.approx(scalars(tmp_path, name)) and 8 in online[name]
     for name in ("lm loss validation", "lm loss test"):
         assert online[name] == pytest.approx(scalars(tmp_path, name))
+    layers = [scalars(tmp_path, f"max_attention_logit/layer_{i}") for i in (1, 2)]
+    largest = scalars(tmp_path, "max_attention_logit")
+    assert sorted(largest) == [3, 6, 8] and online["max_attention_logit"] == pytest.approx(largest)
+    assert largest == {s: max(x, layers[1][s]) for s, x in layers[0].items()}
+    said = {
+        int(s): float(x) for s, x in re.findall(r"step (\d)/8 .*\s+max logit (\S+) \(", run.out)
+    }
+    assert said == pytest.approx(largest, rel=0.01)
     # Compared by the runs' own files: the folder with events, the log, what was printed.
     places = {"folder": whole.folder, "log": tmp_path / "runs/tiny/megatron.log"}
     places |= {"events": next(tmp_path.rglob("events.out*")), "out": tmp_path / "stdout-0.txt"}
@@ -152,6 +160,18 @@ def test_one_loss_in_the_line_the_log_and_the_curves(entry, preset, whole, tmp_p
     # On the same samples, however often: the other run validated at steps 0, 4 and 8.
     there, here = (scalars(f, "lm loss validation") for f in (whole.folder, tmp_path))
     assert here[4] == there[4] and here[8] == there[8] and sorted(here) == [2, 4, 6, 8]
+
+
+def test_logits_stay_at_a_threshold(entry, preset, tmp_path):
+    flags = ("--pipeline-model-parallel-size", 2, "--init-method-std", 0.3, "--qk-clip")
+    run = entry.run(tmp_path, "--config", preset, *flags, "--qk-clip-threshold", 2, ranks=2)
+    assert run.code == 0, run.err
+    for layer in (1, 2):
+        largest = scalars(tmp_path, f"max_attention_logit/layer_{layer}")
+        assert sorted(largest) == list(range(1, 9)) and largest[1] > 4
+        # What follows the first clip has moved by a few steps of small rates.
+        assert all(1 < largest[step] < 2.5 for step in range(2, 9)), largest
+    assert re.search(r"step 1/8 .*\n  max logit \S+ \(layer \d\) \| \d heads clipped\n", run.out)
 
 
 def test_resumes_exactly(entry, preset, whole, save):

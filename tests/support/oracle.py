@@ -112,11 +112,13 @@ def mlra_oracle(
     key_positions: list[float] | None = None,
     allowed: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
+    logits: dict[tuple[int, int], list[float]] | None = None,
 ) -> Tensor:
     """The layer's output [s, d] for one sequence x [s, d].
 
     ``allowed[i, j]`` says whether token i may look at token j; without it, j <= i. Positions
     default to 0 .. s - 1, for queries and keys apart so that a test can shift one of them.
+    ``logits`` is given every score by (branch, head).
     """
     c = config
     x = x.to(dtype)
@@ -167,6 +169,8 @@ def mlra_oracle(
             for i in range(tokens):
                 seen = [j for j in range(tokens) if allowed[i, j]]
                 scores = torch.stack([queries[i][head] @ keys[j] for j in seen]) * softmax_scale
+                if logits is not None:
+                    logits.setdefault((branch, head), []).extend(scores.tolist())
                 probabilities = torch.exp(scores - scores.max().detach())
                 probabilities = probabilities / probabilities.sum()
                 rows.append(probabilities @ torch.stack([values[j] for j in seen]))
@@ -281,6 +285,8 @@ class Reference:
     output: Tensor
     x_grad: Tensor
     grads: dict[str, Tensor]
+    largest: Tensor
+    """[N, h], the largest score of each branch and head over all sequences."""
 
 
 @cache
@@ -306,8 +312,13 @@ def reference(
     upstream = draw(tokens, batch, config.hidden)
     allowed = document_mask(tokens, documents) if documents else None
     weights = oracle_weights(parameters, config)
+    logits: dict[tuple[int, int], list[float]] = {}
     output = torch.stack(
-        [mlra_oracle(x[:, n], weights, config, allowed=allowed) for n in range(batch)], dim=1
+        [
+            mlra_oracle(x[:, n], weights, config, allowed=allowed, logits=logits)
+            for n in range(batch)
+        ],
+        dim=1,
     )
     (output * upstream).sum().backward()
     return Reference(
@@ -317,6 +328,9 @@ def reference(
         output=output.detach(),
         x_grad=x.grad,
         grads={name: p.grad for name, p in parameters.items()},
+        largest=torch.tensor(
+            [[max(logits[b, h]) for h in range(config.heads)] for b in range(config.branches)]
+        ),
     )
 
 

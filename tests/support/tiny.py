@@ -4,6 +4,7 @@ sharding."""
 from __future__ import annotations
 
 import hashlib
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -29,6 +30,7 @@ from megatron_mlra.layers.baselines.config import BaselineConfig
 from megatron_mlra.layers.config import MLRAConfig
 from megatron_mlra.layers.multi_token import multi_token_spec
 from megatron_mlra.layers.specs import block_spec
+from megatron_mlra.training.logits import LogitWatch
 from megatron_mlra.training.muon import cut_grouped_queries
 
 VOCAB, SEQ, BATCH = 128, 32, 2
@@ -46,6 +48,8 @@ class Layout:
     ep: int = 1
     distributed_optimizer: bool = False
     optimizer: str = "adam"
+    overlap: bool = False
+    """Whether gradients and weights are sent while layers run."""
 
     @property
     def world(self) -> int:
@@ -143,7 +147,8 @@ class Tiny:
             ddp = DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
                 use_distributed_optimizer=layout.distributed_optimizer,
-                overlap_grad_reduce=False,
+                overlap_grad_reduce=layout.overlap,
+                overlap_param_gather=layout.overlap,
             )
             tiny.chunks.append(DistributedDataParallel(config, ddp, model))
         if layout.optimizer == "muon":
@@ -154,6 +159,9 @@ class Tiny:
                 lr=1e-3,
                 weight_decay=0.1,
                 clip_grad=1.0,
+                overlap_param_gather=layout.overlap,
+                bf16=config.bf16,
+                params_dtype=config.params_dtype,
                 use_distributed_optimizer=layout.distributed_optimizer,
                 muon_tp_mode="duplicated",
                 muon_fp32_matmul_prec="highest",
@@ -161,6 +169,8 @@ class Tiny:
             tiny.chunks,
         )
         config.grad_scale_func = tiny.optimizer.scale_loss
+        if layout.overlap:
+            config.no_sync_func = tiny.chunks[0].no_sync
         config.finalize_model_grads_func = finalize_model_grads
         return tiny
 
@@ -214,7 +224,9 @@ class Tiny:
         return [
             (
                 (piece.key, piece.global_offset),
-                hashlib.sha256(piece.data.contiguous().numpy().tobytes()).hexdigest(),
+                hashlib.sha256(
+                    piece.data.contiguous().view(torch.uint8).numpy().tobytes()
+                ).hexdigest(),
             )
             for param, entry in self.shards()
             for piece in _pieces(entry, param.data)
@@ -246,6 +258,36 @@ class Tiny:
         gradients = self.collect("gradient") if seed == 0 else None
         _, grad_norm, _ = self.optimizer.step()
         return {"loss": loss, "gradients": gradients, "grad_norm": float(grad_norm)}
+
+    def clip(self, threshold: float | None, step: bool = False, learn: bool = True) -> LogitWatch:
+        """The largest logits of a pass over batch 0, behind which heads above `threshold` are
+        clipped, where one is given.
+
+        Args:
+            step: take an optimizer's step before, as training does.
+            learn: at its rate; or at a rate of 0, which renews the weights from their copies.
+        """
+        watch = LogitWatch(
+            Namespace(
+                attention="mlra",
+                qk_clip=threshold is not None,
+                qk_clip_threshold=threshold,
+                qk_clip_alpha=0.5,
+            )
+        )
+        watch.optimizer = self.optimizer
+        watch.begin(self.chunks)
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self._run(0, forward_only=False)
+        if step:
+            for group in self.optimizer.param_groups:
+                group["lr"] = 1e-3 if learn else 0.0
+            self.optimizer.step()
+        watch.finish(self.chunks)
+        watch.begin(self.chunks, wanted=False)
+        return watch
 
     def update(self, draw: Callable[[str, tuple[int, ...]], Tensor]) -> dict[str, Tensor]:
         """What one step of the optimizer adds to weights of zero, by global name.

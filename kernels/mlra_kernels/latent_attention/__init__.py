@@ -5,6 +5,7 @@ from mlra_kernels.latent_attention.ops import (
     key_ranges,
     latent_attention,
     latent_attention_with_lse,
+    latent_attention_with_top,
     misfit,
 )
 
@@ -13,5 +14,6 @@ __all__ = [
     "key_ranges",
     "latent_attention",
     "latent_attention_with_lse",
+    "latent_attention_with_top",
     "misfit",
 ]

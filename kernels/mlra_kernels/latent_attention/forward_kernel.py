@@ -30,7 +30,7 @@ LN2 = gl.constexpr(0.6931471805599453)
 # One build for every length: a server's prompts have any, and a build takes seconds.
 @gluon.jit(do_not_specialize=["s", "t", "past"])
 def latent_attention_forward(
-    q_nope_desc, q_rope_desc, key_nope_desc, key_rope_desc, out_desc, lse_ptr,
+    q_nope_desc, q_rope_desc, key_nope_desc, key_rope_desc, out_desc, lse_ptr, top_ptr,
     ranges_ptr, s, t, past, log2_scale,
     P: gl.constexpr, G: gl.constexpr, L: gl.constexpr, R: gl.constexpr,
     M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, RANGES: gl.constexpr,
@@ -39,10 +39,11 @@ def latent_attention_forward(
 
     Query i reads the keys up to i + past or, with RANGES, from ranges[0, i] to ranges[1, i], which
     never fall: int32 `[2, s]`. lse is the natural logarithm, float32; log2_scale = softmax scale *
-    log2(e). Blocks of the descriptors: M / 2 queries, N keys. Programs: (query tile, the last
-    first; pair; sequence), of 4 warps and the partitions' beside them: two warpgroups take half of
-    the queries each, so that one's softmax runs while the other's products do, and one warp loads.
-    Tiles of keys come from the last.
+    log2(e). top, where it is not None, holds each query's largest scaled score, shaped as lse:
+    the softmax has it at hand. Blocks of the descriptors: M / 2 queries, N keys. Programs: (query
+    tile, the last first; pair; sequence), of 4 warps and the partitions' beside them: two
+    warpgroups take half of the queries each, so that one's softmax runs while the other's products
+    do, and one warp loads. Tiles of keys come from the last.
     """
     dtype: gl.constexpr = out_desc.dtype
     m: gl.constexpr = M // 2
@@ -66,7 +67,7 @@ def latent_attention_forward(
     reading = (ranges_ptr, s, t, past)
     first, tiles = tiles_read(start, M, reading, N, RANGES)
     queries, keys = (q_nope, q_rope, loaded), (c_ring, r_ring, full, free)
-    rows = (lse_ptr, head, start, s, log2_scale)
+    rows = (lse_ptr, top_ptr, head, start, s, log2_scale)
     read = (reading, first, tiles)
     descs = (q_nope_desc, q_rope_desc, key_nope_desc, key_rope_desc)
     gl.warp_specialize(
@@ -106,7 +107,7 @@ def _attend(
     """A warpgroup: half of the queries."""
     q_nope_tiles, q_rope_tiles, loaded = queries
     c_ring, r_ring, full, free = keys
-    lse_ptr, head, start, s, log2_scale = rows
+    lse_ptr, top_ptr, head, start, s, log2_scale = rows
     reading, first, tiles = read
     dtype: gl.constexpr = out_desc.dtype
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
@@ -154,6 +155,8 @@ def _attend(
     out = warpgroup_mma(p, c_ring.index((tiles - 1) % STAGES), out, is_async=True)
     row = start + gl.arange(0, m, of_rows)
     gl.store(lse_ptr + head * s + row, (top + gl.log2(total)) * LN2, row < s)
+    if top_ptr is not None:
+        gl.store(top_ptr + head * s + row, top * LN2, row < s)
     out = warpgroup_mma_wait(0, deps=[out])
     out = out / gl.convert_layout(total, gl.SliceLayout(1, values))[:, None]
     gl.thread_barrier()  # every warp is done with the queries

@@ -23,6 +23,13 @@ DOCUMENTS = {"MLRA-4 odd documents": (0, 5, 6, 19, 32), "MLRA-4 even documents":
 """Models whose sequences are packed: cumulative lengths. Context parallel cuts even documents, and
 sequences of odd ones."""
 
+COPIES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "distributed": {"distributed_optimizer": True},
+    "overlapped": {"distributed_optimizer": True, "overlap": True},
+}
+"""Optimizers whose float32 copies of bf16 weights lie in different places."""
+
 
 @dataclass
 class Case:
@@ -176,13 +183,16 @@ def main(folder: Path, pattern: str) -> None:
             start = tiny.collect("weight")
             if "MTP" in name:
                 torch.save(expected_gradients(tiny, 0), folder / f"{_file(name)}-oracle.pt")
+            clipped = _clip_reference(tiny, start)
             steps = [tiny.step(seed) for seed in range(STEPS)]
             torch.save(
-                {"start": start, "steps": steps, "end": tiny.collect("weight")},
+                {"start": start, "steps": steps, "end": tiny.collect("weight"), **clipped},
                 folder / f"{_file(name)}.pt",
             )
 
     run_world(1, train_references, folder / "world-references")
+    if pattern in ("*", "copies"):
+        run_world(2, lambda rank: _clip_copies(folder, rank), folder / "world-copies")
     by_layout: dict[str, list[Case]] = {}
     for case in wanted:
         by_layout.setdefault(json.dumps(case.layout), []).append(case)
@@ -199,6 +209,68 @@ def main(folder: Path, pattern: str) -> None:
                 path = folder / f"{_file(case.name)}.json"
                 if not path.exists():
                     path.write_text(json.dumps({"failed": str(error)}))
+
+
+def _clip_reference(tiny, start: dict[str, Any]) -> dict[str, Any]:
+    """The largest logits of the start, and the weights that QK-clip makes of it."""
+    attention = getattr(tiny.config, "attention", "mlra")
+    if attention == "gqa":
+        return {}
+    largest = tiny.clip(None).largest
+    if attention != "mlra":
+        return {"largest": largest}
+    threshold = 0.8 * min(largest)
+    clipped = tiny.clip(threshold).clipped
+    found = {"threshold": threshold, "largest": largest, "heads": clipped}
+    found |= {"clipped": tiny.collect("weight"), "after": tiny.clip(None).largest}
+    tiny.load(start)
+    return found
+
+
+def _compare_clip(tiny, reference: dict[str, Any]) -> dict[str, Any]:
+    """How far the largest logits, and the weights behind a clip, are from the reference's."""
+    if "largest" not in reference:
+        return {}
+    watch = tiny.clip(reference.get("threshold"))
+    found: dict[str, Any] = {"largest": _relative(watch.largest, reference["largest"])}
+    if "clipped" in reference:
+        found["heads"] = [watch.clipped, reference["heads"]]
+        found["clipped"] = _farthest(tiny.collect("weight"), reference["clipped"])
+        tiny.load(reference["start"])
+    return found
+
+
+def _clip_copies(folder: Path, rank: int) -> None:
+    """QK-clip behind a step in bf16, under each optimizer that keeps float32 copies elsewhere."""
+    import torch
+
+    from support.tiny import Layout, Tiny, make_config
+
+    found: dict[str, Any] = {}
+    for name, options in COPIES.items():
+        layout = Layout(dp=2, **options)
+        if not found:
+            layout.initialize()
+        bf16 = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
+        config = make_config(layout, **VARIANTS["MLRA-4"], **bf16, zero_init_output=False)
+        tiny = Tiny.build(config, layout)
+        if found:
+            tiny.load(found["plain"]["weights"][0])
+        weights = [tiny.collect("weight")]
+        largest = tiny.clip(None).largest
+        watch = tiny.clip(0.8 * min(largest), step=True)
+        tiny.clip(None)  # whose forward waits for weights that are still under way
+        weights.append(tiny.collect("weight"))
+        after = tiny.clip(None).largest
+        tiny.clip(None, step=True, learn=False)
+        tiny.clip(None)
+        weights.append(tiny.collect("weight"))
+        digests: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(digests, tiny.replicas())
+        found[name] = {"weights": weights, "largest": [largest, after], "heads": watch.clipped}
+        found[name]["alike"] = digests[0] == digests[1]
+    if rank == 0:
+        torch.save(found, folder / "copies.pt")
 
 
 def _packing(reference: str):
@@ -234,6 +306,7 @@ def _compare(case: Case, layout, folder: Path) -> dict[str, Any]:
     config = make_config(layout, **overrides, zero_init_output=False)
     tiny = Tiny.build(config, layout, _packing(case.reference))
     tiny.load(reference["start"])
+    clipped = _compare_clip(tiny, reference)
     steps = [tiny.step(seed) for seed in range(STEPS)]
     expected = reference["steps"]
 
@@ -248,9 +321,7 @@ def _compare(case: Case, layout, folder: Path) -> dict[str, Any]:
         difference = float((theirs[name] - ours[name]).abs().max() / largest)
         gradients[name] = float("inf") if difference != difference else difference
     end = tiny.collect("weight")
-    weights = max(
-        float((end[n] - w).abs().max() / w.abs().max()) for n, w in reference["end"].items()
-    )
+    weights = _farthest(end, reference["end"])
 
     digests: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(digests, tiny.replicas())
@@ -271,8 +342,13 @@ def _compare(case: Case, layout, folder: Path) -> dict[str, Any]:
         ),
         "weights": weights,
         "replicas": split,
+        **clipped,
         "num_gradients": len(theirs),
     }
+
+
+def _farthest(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
+    return max(float((ours[n] - w).abs().max() / w.abs().max()) for n, w in theirs.items())
 
 
 def _relative(ours: list[float], theirs: list[float]) -> float:

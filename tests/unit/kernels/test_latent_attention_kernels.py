@@ -53,8 +53,11 @@ SHAPES = {
 }  # fmt: skip
 
 
+PASSES = ("forward", "backward")
+
+
 def oracle(query, key, grad, latent_dim, scale, ranges):
-    """Output, lse and gradients in float64."""
+    """Output, lse, largest scores and gradients in float64."""
     at = torch.arange(len(key))
     query, key = (x.double().requires_grad_() for x in (query, key))
     keys = key.repeat_interleave(query.size(2) // key.size(2), 2)
@@ -62,7 +65,7 @@ def oracle(query, key, grad, latent_dim, scale, ranges):
     x = x.masked_fill((at < ranges[0, :, None]) | (at > ranges[1, :, None]), -math.inf)
     out = torch.einsum("bpst,tbpl->sbpl", x.softmax(-1), keys[..., :latent_dim])
     grads = torch.autograd.grad(out, (query, key), grad.double())
-    return out.detach(), x.logsumexp(-1).detach(), *grads
+    return out.detach(), x.logsumexp(-1).detach(), x.detach().amax(-1), *grads
 
 
 @pytest.mark.parametrize("name", ["MLRA-4", "the last queries", "every key", "a rank's documents"])
@@ -82,11 +85,11 @@ def test_reference_equals_the_oracle(name):
     else:
         ranges = ops.key_ranges(said)
         options = {"ranges": ranges}
-    expected = oracle(query, key, grad, latent, 0.3, ranges)
+    *expected, _, dq, dk = oracle(query, key, grad, latent, 0.3, ranges)
     leaves = query.requires_grad_(), key.requires_grad_()
     out, lse = latent_attention_reference(*leaves, latent, 0.3, **options)
     found = (out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, grad))
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(found, (*expected, dq, dk), strict=True):
         assert difference(ours, theirs) < 1e-6
 
 
@@ -108,7 +111,7 @@ def test_ranges_that_cannot_be_neither_wait_for_ever_nor_read_on(first, last):
             forward_kernel.latent_attention_forward, (2, 2, 1), lazy=True, warps=4,
             q_nope_desc=rows(query, 32, 32), q_rope_desc=rows(query, 32, 16),
             key_nope_desc=rows(key, 32, 32), key_rope_desc=rows(key, 32, 16),
-            out_desc=rows(out, 32, 32), lse_ptr=Pointer(torch.empty(1, 2, s)),
+            out_desc=rows(out, 32, 32), lse_ptr=Pointer(torch.empty(1, 2, s)), top_ptr=None,
             ranges_ptr=Pointer(ranges), s=s, t=90, past=None, log2_scale=1.0,
             P=2, G=1, L=32, R=16, M=64, N=32, STAGES=3, RANGES=True,
         )  # fmt: skip
@@ -140,6 +143,7 @@ def test_values_and_gradients(shape, stages, lazy):
     )
     expected = oracle(query, key, grad, latent, scale, ranges)
     out, lse = torch.empty(s, b, pairs, latent), torch.empty(b, pairs, s)
+    top = torch.empty_like(lse)
     delta, grad_query, grad_key = torch.empty_like(lse), torch.empty_like(query), key * 0
 
     def rows(x, count, columns):
@@ -163,9 +167,10 @@ def test_values_and_gradients(shape, stages, lazy):
     run = {"lazy": lazy, "warps": 4}
     launch(
         forward_kernel.latent_attention_forward, grid, **run, **inputs,
-        out_desc=rows(out, half, latent), STAGES=stages,
+        out_desc=rows(out, half, latent), top_ptr=Pointer(top), STAGES=stages,
     )  # fmt: skip
     assert difference(out, expected[0]) < 1e-6 and difference(lse, expected[1]) < 1e-6
+    assert (top - expected[2]).abs().max() <= 1e-6 * expected[2].abs().max()
 
     products = {"a_ptr": Pointer(out), "b_ptr": Pointer(grad), "out_ptr": Pointer(delta)}
     products |= {"s": s, "b": b, "P": pairs, "L": latent, "T": 32}
@@ -176,8 +181,8 @@ def test_values_and_gradients(shape, stages, lazy):
         dq_rope_desc=rows(grad_query, half, rope), delta_ptr=Pointer(delta), scale=scale,
         dkey_nope_desc=rows(grad_key, keys, latent), dkey_rope_desc=rows(grad_key, keys, rope),
     )  # fmt: skip
-    assert difference(grad_query, expected[2]) < 2e-6
-    assert difference(grad_key, expected[3]) < 2e-6
+    assert difference(grad_query, expected[3]) < 2e-6
+    assert difference(grad_key, expected[4]) < 2e-6
 
 
 def compiled(kernel, types, constants, folder, launch) -> tuple[str, int, int]:
@@ -209,10 +214,16 @@ def rows_type(rows: int, columns: int, dtype=gl.bfloat16) -> str:
     return f"tensordesc<{dtype}[{rows}, {columns}],{layout!r}>"
 
 
-@pytest.mark.parametrize(("latent", "rope"), [(128, 64), (64, 32), (32, 16)])
+@pytest.mark.parametrize(
+    ("latent", "rope", "which"),
+    [
+        *((*sizes, which) for sizes in ((128, 64), (64, 32), (32, 16)) for which in PASSES),
+        (128, 64, "forward with top"),
+    ],
+)
 @pytest.mark.parametrize("ranges", [False, True], ids=["causal", "ranges"])
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_compiles_for_hopper(backward, ranges, latent, rope, tmp_path):
+def test_compiles_for_hopper(which, ranges, latent, rope, tmp_path):
+    backward = which == "backward"
     keys = ops.BACKWARD_KEYS if backward else ops.FORWARD_KEYS
     half = ops.QUERIES // 2
     constants = {"P": 24, "G": 4, "L": latent, "R": rope, "M": ops.QUERIES, "N": keys}
@@ -235,6 +246,10 @@ def test_compiles_for_hopper(backward, ranges, latent, rope, tmp_path):
         kernel, launch = forward_kernel.latent_attention_forward, ops.FORWARD_LAUNCH
         types["out_desc"] = of_queries["nope"]
         constants["STAGES"] = ops.STAGES
+        if which == "forward":
+            constants["top_ptr"] = None
+        else:
+            types["top_ptr"] = "*fp32"
     sass, shared, stack = compiled(kernel, types, constants, tmp_path, launch)
     assert "HGMMA" in sass and "UTMALDG" in sass and ("UTMAREDG" in sass) == backward
     assert shared <= 232448, "more shared memory than a block of an H100 has"

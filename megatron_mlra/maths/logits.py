@@ -1,0 +1,111 @@
+"""The largest attention logit of each query head, and the weights' factors that bound it (QK-clip).
+
+A logit is a score as it enters the softmax: `t q . k`, with the mask of the attention. The maximum
+is over the keys that a query reads, so it is no bound as the log-sum-exp is.
+
+QK-clip (Kimi K2, arXiv 2507.20534, section 2.1: MuonClip) shrinks a head whose largest logit S
+exceeds a threshold tau by gamma = tau / S, in its weights, behind the optimizer's step. With MLA's
+shared RoPE key the paper scales the head's NoPE query by gamma^alpha, its NoPE key by
+gamma^(1 - alpha) (alpha = 1/2) and its RoPE query by gamma, and leaves the RoPE key, which all
+heads share. Each logit of the head is then gamma times what it was, the RoPE part too.
+
+Here a head i has N branches, and a logit of branch b is
+
+    t (q_i^nope . W_UK_b,i c_b  +  q_i^rope . k_r)
+
+Of these W_UK_b,i alone is the branch's own; both queries serve all branches of the head. The RoPE
+part of every branch shrinks by the factor of q_i^rope, whatever else is done. A branch whose NoPE
+part shrank by less would lose the RoPE part that balances it: parts of 150 and -60 make 90, below a
+threshold of 100, and 120 once the RoPE part alone is halved. So all branches of a head shrink
+by one gamma, that of the head's largest logit over its branches. Nothing less holds every logit at
+the threshold, and what the head's branches score keeps its proportions. MLA and GLA are the case
+N = 1. Absorbed or materialized, the logits and weights are the same, and the output gate stands
+behind them. `linear_q_proj` takes the place of `linear_q_up_proj` without a query latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_mlra.maths.norms import widen
+
+SCORES = 2**24
+"""Scores that are held at once: 64 MiB in float32."""
+
+
+@torch.no_grad()
+def largest_logits(
+    query: Tensor,
+    key: Tensor,
+    softmax_scale: float,
+    spans: Iterable[tuple[int, int, int, int]] | None = None,
+    allowed: Tensor | None = None,
+) -> Tensor:
+    """The largest logit of each query head, over queries, sequences and the keys that are read.
+
+    It costs the first of the core's two matrix products once more, in float32, block by block.
+
+    Args:
+        query: `[s, b, heads, e]`; query head i reads key head `i // (heads / kv_heads)`.
+        key: `[t, b, kv_heads, e]`.
+        spans: (first query, their end, first key, their end), causal from each span's last query
+            and key; default: all queries, the last t of s.
+        allowed: `[b or 1, 1, s, t]`, True where a query reads a key; replaces the spans.
+
+    Returns:
+        `[heads]` in float32 (float64 of float64 inputs); -inf for a head without a query.
+    """
+    s, b, heads, e = query.shape
+    kv_heads = key.size(2)
+    query = widen(query).view(s, b, kv_heads, heads // kv_heads, e)
+    key = widen(key).permute(1, 2, 3, 0)  # [b, kv_heads, e, t]
+    found = query.new_full((heads,), -torch.inf)
+    whole = [(0, s, 0, key.size(3))]
+    for first, end, start, stop in whole if spans is None or allowed is not None else spans:
+        rows = max(1, SCORES // (b * heads * (stop - start)))
+        for a in range(first, end, rows):
+            z = min(a + rows, end)
+            # No query of the block reads a key behind that of its last.
+            read = stop if allowed is not None else stop - (end - z)
+            block = query[a:z].permute(1, 2, 3, 0, 4).flatten(2, 3)
+            scores = block @ key[..., start:read]
+            scores = scores.view(b, kv_heads, -1, z - a, read - start)
+            if allowed is None:
+                ones = torch.ones(z - a, read - start, dtype=torch.bool, device=query.device)
+                unread = ones.triu(1 + read - start - (z - a))
+            else:
+                unread = ~allowed[:, :, a:z, start:read].unsqueeze(1)
+            scores = scores.masked_fill_(unread, -torch.inf)
+            found = torch.maximum(found, scores.amax((0, 3, 4)).flatten())
+    return found * softmax_scale
+
+
+class Shrink(NamedTuple):
+    """Factors of the weights of some heads, `[heads]` in float64; 1 leaves a weight as it is."""
+
+    nope: Tensor
+    """Of a head's NoPE query."""
+    rope: Tensor
+    """Of a head's RoPE query."""
+    key: Tensor
+    """Of a head's key up-projection, in every branch."""
+
+
+def shrink(largest: Tensor, threshold: float, alpha: float) -> Shrink | None:
+    """The factors by which no logit exceeds `threshold`; None where none does.
+
+    Args:
+        largest: `[N, heads]`, the largest logit of each branch and head. A head of which one is not
+            finite is left alone: its weights would become zeros or NaN.
+        alpha: the query's share of the factor, between 0 and 1; the paper's is 1/2.
+    """
+    of_heads = largest.double().amax(0)
+    exceeds = (of_heads > threshold) & largest.isfinite().all(0)
+    if not exceeds.any():
+        return None
+    gamma = torch.where(exceeds, threshold / of_heads, 1.0)
+    return Shrink(gamma**alpha, gamma, gamma ** (1 - alpha))

@@ -1,0 +1,242 @@
+"""The largest attention logit of each layer, in the log; and QK-clip, behind the optimizer's step.
+
+Cores report their query heads' largest logits (layers/logits.py), of the step's micro-batches. One
+small table `[layers, N, h]` of them is reduced over all ranks, on the steps that are logged, or on
+every step with `--qk-clip` (maths/logits.py has its rule). The weights that it scales are those
+behind the step, the logits those in front of it, as in the paper.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from torch import Tensor
+
+from megatron_mlra.command_line.parser import flag
+from megatron_mlra.layers.attention import MLRASelfAttention
+from megatron_mlra.layers.logits import measured, row_factors
+from megatron_mlra.maths.logits import shrink
+from megatron_mlra.training.curves import LOGIT
+
+
+class LogitWatch:
+    """The largest logits of a run's latest measured step.
+
+    Args:
+        args: of the run; of them `qk_clip`, `qk_clip_threshold`, `qk_clip_alpha`, `log_interval`
+            and `train_iters` are read.
+    """
+
+    def __init__(self, args: Namespace) -> None:
+        self.args = args
+        self.optimizer: Any = None
+        self.largest: list[float] = []
+        """Of each layer, from the first; one number, the model's, of Megatron's own attention."""
+        self.clipped = 0
+        """Heads of layers that were clipped since `said`."""
+
+    def wrap_step(self, train_step: Callable[..., Any]) -> Callable[..., Any]:
+        """Megatron's `train_step`, in which cores report where the step is to be measured."""
+        if not (self.args.qk_clip or self.args.log_max_attention_logit):
+            return train_step
+
+        def step(forward_step, data, model, optimizer, *rest: Any, **named: Any) -> Any:
+            self.optimizer = optimizer
+            self.begin(model, self._is_measured(self.args.curr_iteration + 1))
+            return train_step(forward_step, data, model, optimizer, *rest, **named)
+
+        return step
+
+    def wrap_clip(self, megatrons: Callable[..., float]) -> Callable[..., float]:
+        """In place of Megatron's `clip_qk`, which knows no branches and no sharded float32 copies;
+        it goes on to serve Megatron's own attention."""
+
+        def clip(model: list[torch.nn.Module], log_max_only: bool = False) -> float:
+            if self.args.attention == "gqa":
+                largest = torch.tensor([megatrons(model, log_max_only)])
+                largest = largest.to(next(model[0].parameters()).device)
+                dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=mpu.get_model_parallel_group())
+                self.largest = largest.tolist()
+            elif self._is_measured(self.args.curr_iteration + 1):
+                self.finish(model)
+            return max(self.largest, default=0.0)
+
+        return clip
+
+    def _is_measured(self, step: int) -> bool:
+        args = self.args
+        return args.qk_clip or step % args.log_interval == 0 or step == args.train_iters
+
+    def begin(self, model: list[torch.nn.Module], wanted: bool = True) -> None:
+        """Have the cores of all layers report what they see from now on, or not."""
+        for chunk in model:
+            for attention in measured(chunk):
+                attention.core_attention.largest.take()
+                attention.core_attention.largest.wanted = wanted
+
+    @torch.no_grad()
+    def finish(self, model: list[torch.nn.Module]) -> None:
+        """Reduce what the cores saw over all ranks, and clip where that is asked for.
+
+        All ranks of the world call it. `optimizer` holds the float32 copies of the weights.
+        """
+        layers = [attention for chunk in model for attention in measured(chunk)]
+        table = _reduced(layers, next(model[0].parameters()).device).cpu()
+        self.largest = table.amax((1, 2)).tolist()
+        if not self.args.qk_clip:
+            return
+        threshold, alpha = self.args.qk_clip_threshold, self.args.qk_clip_alpha
+        factors = [shrink(layer, threshold, alpha) for layer in table]
+        self.clipped += sum(int((each.rope < 1).sum()) for each in factors if each)
+        for attention in layers:
+            if factor := factors[attention.layer_number - 1]:
+                for weight, rows in row_factors(attention, factor):
+                    scale_rows(weight, rows, self.optimizer)
+
+    def said(self) -> list[str]:
+        """Parts of the run's line; begins to count clipped heads anew."""
+        if not self.largest:
+            return []
+        top = max(self.largest)
+        where = f" (layer {self.largest.index(top) + 1})" if len(self.largest) > 1 else ""
+        parts = [f"max logit {top:#.3g}{where}"]
+        if self.clipped:
+            parts.append(f"{self.clipped} heads clipped")
+        self.clipped = 0
+        return parts
+
+    def points(self) -> dict[str, float]:
+        """Points of the run's curves: the model's, and where it is known each layer's."""
+        if not self.largest:
+            return {}
+        wide = len(str(len(self.largest)))
+        layers = {f"{LOGIT}/layer_{i:0{wide}}": x for i, x in enumerate(self.largest, 1)}
+        return {LOGIT: max(self.largest)} | (layers if len(layers) > 1 else {})
+
+
+def _reduced(layers: list[torch.nn.Module], device: torch.device) -> Tensor:
+    """The largest logit of each layer, branch and head of the model, `[layers, N, h]` float32; -inf
+    where nothing was measured."""
+    config = layers[0].config
+    branches = getattr(config, "num_branches", 1)
+    shape = (config.num_layers, branches, config.num_attention_heads)
+    table = torch.full(shape, -torch.inf, device=device)
+    for attention in layers:
+        found = attention.core_attention.largest.take()
+        if found is not None:
+            part = table[attention.layer_number - 1][_place(attention)]
+            part.copy_(found.view(part.shape))
+    data = mpu.get_data_parallel_group(with_context_parallel=True)
+    for group in (mpu.get_model_parallel_group(), data):
+        dist.all_reduce(table, op=dist.ReduceOp.MAX, group=group)
+    return table
+
+
+def _place(attention: torch.nn.Module) -> tuple[slice, slice]:
+    """Which branches and heads of a layer this rank's core works on."""
+    if isinstance(attention, MLRASelfAttention):
+        shard = attention.shard
+        branch, head = shard.branch_start, shard.head_start
+        return slice(branch, branch + shard.branches), slice(head, head + shard.heads)
+    own, rank = attention.own_heads, attention.tp_group.rank()
+    return slice(0, 1), slice(rank * own, (rank + 1) * own)
+
+
+@torch.no_grad()
+def scale_rows(weight: torch.nn.Parameter, rows: Tensor, optimizer: Any) -> None:
+    """Scale the rows of a weight, and of the float32 copy from which an optimizer renews it.
+
+    A row whose factor is 1 keeps its bits.
+
+    Args:
+        rows: one factor per row, all axes but the last counted through.
+        optimizer: Megatron's. Of a distributed one a rank has a flat part of the copy.
+    """
+    each = rows.to(weight.device, torch.float32)[:, None]
+    each = each.expand(-1, weight.shape[-1]).flatten()
+    weight.data.view(-1).mul_(each)
+    copy = getattr(weight, "main_param", None)
+    if copy is None:
+        return
+    if getattr(weight, "main_param_sharded", False):
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            if weight in getattr(part, "model_param_gbuf_map", {}):
+                own = part._get_model_param_range_map(weight)["param"]
+                each = each[own.start : own.end]
+    copy.data.view(-1).mul_(each)
+
+
+@contextlib.contextmanager
+def without_transformer_engine(args: Namespace) -> Iterator[None]:
+    """Inside, Megatron's validation does not see the flags, for which it demands its own core."""
+    names = ("qk_clip", "log_max_attention_logit") if args.attention != "gqa" else ()
+    asked = {name: getattr(args, name) for name in names}
+    vars(args).update(dict.fromkeys(names, False))
+    try:
+        yield
+    finally:
+        vars(args).update(asked)
+
+
+def check(args: Namespace) -> None:
+    """Refuse what these flags cannot be combined with.
+
+    Raises:
+        ValueError: one line that names the flag and the fix.
+    """
+    for name, default in (("qk_clip_threshold", 100), ("qk_clip_alpha", 0.5)):
+        if getattr(args, name) != default and not args.qk_clip:
+            raise ValueError(
+                f"{flag(name)} {getattr(args, name):g} has no effect without --qk-clip; add it, or"
+                f" leave {flag(name)} out"
+            )
+    if not (args.qk_clip or args.log_max_attention_logit):
+        return
+    asked = "--qk-clip" if args.qk_clip else "--log-max-attention-logit"
+    if args.attention == "gqa" and args.transformer_impl != "transformer_engine":
+        raise ValueError(
+            f"{asked} with --attention gqa needs Transformer Engine's core, which reports logits;"
+            " use --attention mlra, or install the extra megatron-mlra[te]"
+        )
+    if args.cuda_graph_impl != "none":
+        raise ValueError(
+            f"--cuda-graph-impl {args.cuda_graph_impl} replays launches, and {asked} has each step"
+            " ask whether to measure; use none"
+        )
+    if args.qk_clip:
+        _check_clip(args)
+
+
+def _check_clip(args: Namespace) -> None:
+    if args.attention not in ("mlra", "gqa"):
+        raise ValueError(
+            f"--qk-clip with --attention {args.attention}: queries or keys of its heads share"
+            " weights; use --log-max-attention-logit, or --attention mlra"
+        )
+    if not args.qk_clip_threshold > 0:
+        raise ValueError(f"--qk-clip-threshold is {args.qk_clip_threshold:g}; use e.g. 100")
+    if not 0 < args.qk_clip_alpha < 1:
+        raise ValueError(
+            f"--qk-clip-alpha is {args.qk_clip_alpha:g}; use a share between 0 and 1, e.g. 0.5"
+        )
+    for name, why in _OTHER_COPIES.items():
+        if getattr(args, name, None):
+            raise ValueError(f"{flag(name)} {why}, which --qk-clip does not scale; leave it out")
+
+
+_OTHER_COPIES = {
+    "use_precision_aware_optimizer": "keeps weights within the optimizer",
+    "optimizer_cpu_offload": "keeps weights in host memory",
+    "fp8_param_gather": "keeps weights in FP8 with scales",
+    "fp4_param_gather": "keeps weights in FP4 with scales",
+    "use_megatron_fsdp": "cuts weights within layers",
+    "use_torch_fsdp2": "cuts weights within layers",
+    "overlap_param_gather_with_optimizer_step": "sends weights before the step ends",
+}
+"""Flags under which a weight has copies beside it and its float32 copy."""
