@@ -39,12 +39,14 @@ class LargestLogits:
         return found
 
 
-def measured(chunk: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The attentions of a model chunk whose cores report their logits, in the order of layers."""
-    for module in chunk.modules():
+def measured(chunk: torch.nn.Module) -> Iterator[tuple[int, torch.nn.Module]]:
+    """The attentions of a model chunk whose cores report their logits, each behind its place among
+    the model's layers: the decoder's first, then those of multi-token prediction."""
+    for name, module in chunk.named_modules():
         core = getattr(module, "core_attention", None)
         if isinstance(getattr(core, "largest", None), LargestLogits):
-            yield module
+            first = module.config.num_layers if ".mtp.layers." in f".{name}" else 0
+            yield first + module.layer_number - 1, module
 
 
 Row = tuple[torch.nn.Parameter, Tensor]

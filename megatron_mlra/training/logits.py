@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_mlra.command_line.parser import flag
@@ -76,7 +77,7 @@ class LogitWatch:
     def begin(self, model: list[torch.nn.Module], wanted: bool = True) -> None:
         """Have the cores of all layers report what they see from now on, or not."""
         for chunk in model:
-            for attention in measured(chunk):
+            for _, attention in measured(chunk):
                 attention.core_attention.largest.take()
                 attention.core_attention.largest.wanted = wanted
 
@@ -86,16 +87,16 @@ class LogitWatch:
 
         All ranks of the world call it. `optimizer` holds the float32 copies of the weights.
         """
-        layers = [attention for chunk in model for attention in measured(chunk)]
-        table = _reduced(layers, next(model[0].parameters()).device).cpu()
+        layers = [found for chunk in model for found in measured(chunk)]
+        table = _reduced(layers, model[0].config, next(model[0].parameters()).device).cpu()
         self.largest = table.amax((1, 2)).tolist()
         if not self.args.qk_clip:
             return
         threshold, alpha = self.args.qk_clip_threshold, self.args.qk_clip_alpha
         factors = [shrink(layer, threshold, alpha) for layer in table]
         self.clipped += sum(int((each.rope < 1).sum()) for each in factors if each)
-        for attention in layers:
-            if factor := factors[attention.layer_number - 1]:
+        for place, attention in layers:
+            if factor := factors[place]:
                 for weight, rows in row_factors(attention, factor):
                     scale_rows(weight, rows, self.optimizer)
 
@@ -120,17 +121,19 @@ class LogitWatch:
         return {LOGIT: max(self.largest)} | (layers if len(layers) > 1 else {})
 
 
-def _reduced(layers: list[torch.nn.Module], device: torch.device) -> Tensor:
+def _reduced(
+    layers: list[tuple[int, torch.nn.Module]], config: TransformerConfig, device: torch.device
+) -> Tensor:
     """The largest logit of each layer, branch and head of the model, `[layers, N, h]` float32; -inf
     where nothing was measured."""
-    config = layers[0].config
     branches = getattr(config, "num_branches", 1)
-    shape = (config.num_layers, branches, config.num_attention_heads)
+    count = config.num_layers + (config.mtp_num_layers or 0)
+    shape = (count, branches, config.num_attention_heads)
     table = torch.full(shape, -torch.inf, device=device)
-    for attention in layers:
+    for place, attention in layers:
         found = attention.core_attention.largest.take()
         if found is not None:
-            part = table[attention.layer_number - 1][_place(attention)]
+            part = table[place][_place(attention)]
             part.copy_(found.view(part.shape))
     data = mpu.get_data_parallel_group(with_context_parallel=True)
     for group in (mpu.get_model_parallel_group(), data):
