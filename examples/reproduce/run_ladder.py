@@ -328,7 +328,7 @@ def check_presets(ladder: Ladder) -> None:
             values = preset_values(preset)
             tokens = values["global_batch_size"] * values["seq_length"]
             if tokens != wanted:
-                raise ValueError(f"{preset} takes {tokens} tokens a step, the ladder {wanted}")
+                raise ValueError(f"{preset} takes {tokens} tokens per step, the ladder {wanted}")
 
 
 def main() -> int:

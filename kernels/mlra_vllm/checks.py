@@ -18,7 +18,7 @@ FP8 = ("fp8", "fp8_e4m3")
 
 
 class LatentArchitecture(architecture.ModelArchConfigConvertorBase):
-    """What vLLM asks of an architecture before it builds the model: one row a token is cached."""
+    """What vLLM asks of an architecture before it builds the model: one row per token is cached."""
 
     def get_head_size(self) -> int:
         """The numbers of a cached row, without tensor parallelism."""

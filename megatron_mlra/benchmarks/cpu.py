@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         flags.error(str(error))
     sizes = {preset["micro_batch_size"], preset["global_batch_size"]}
     if preset["attention"] != "mlra" or preset["bf16"] or len(sizes) > 1:
-        flags.error(f"{args.config}: use an mlra preset in float32, one micro-batch a step")
+        flags.error(f"{args.config}: use an mlra preset in float32, one micro-batch per step")
     shape = from_megatron_args(preset)
     model = Model(shape, preset["norm_epsilon"], preset["rotary_base"])
     count, expected = sum(p.numel() for p in model.parameters()), parameters(shape).total

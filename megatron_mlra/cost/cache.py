@@ -46,5 +46,5 @@ def kv_cache_text(shape: ModelDescription, tp: int = 1) -> str:
 
     A cache that is allocated (`mlra generate`, `mlra serve`) is named with its own dtype.
     """
-    text = f"{kv_cache_bytes_per_token(shape):,} KV bytes a token in {DTYPE}"
-    return text + (f" ({kv_cache_bytes_per_token(shape, tp):,} a TP rank)" if tp > 1 else "")
+    text = f"{kv_cache_bytes_per_token(shape):,} KV bytes per token in {DTYPE}"
+    return text + (f" ({kv_cache_bytes_per_token(shape, tp):,} per TP rank)" if tp > 1 else "")

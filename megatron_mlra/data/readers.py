@@ -238,7 +238,7 @@ def _group_cells(file: Any, group: int, column: str, most: int) -> Iterator[list
     if size > described.num_rows * (most + 64) + (1 << 20):
         raise ValueError(
             f"row group {group} has {size / 1e6:,.0f} MB in {described.num_rows:,} rows, more than"
-            f" {most / 1e6:g} MB a row: raise --max-record-mb"
+            f" {most / 1e6:g} MB per row: raise --max-record-mb"
         )
     rows = max(1, min(_PARQUET_ROWS, BATCH_BYTES * described.num_rows // max(size, 1)))
     for table in file.iter_batches(batch_size=rows, row_groups=[group], columns=[column]):

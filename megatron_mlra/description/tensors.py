@@ -1,4 +1,4 @@
-"""Canonical names and shapes of a model's weights: Megatron's names, one entry a layer and expert.
+"""Canonical names and shapes of a model's weights: Megatron's names, an entry per layer and expert.
 
 Shapes are global (no tensor parallelism) and without vocabulary padding. The vectors are norms.
 """

@@ -18,7 +18,7 @@ Item = dict[str, Any]
 
 
 def read_task(file: str) -> list[Item]:
-    """A task: one JSON object a line.
+    """A task: one JSON object per line.
 
     Raises:
         ValueError: names the file, the line and what is wrong.

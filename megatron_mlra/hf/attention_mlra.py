@@ -128,7 +128,7 @@ class LatentUpProjection(nn.Module):
 
 
 class MLRAAttention(nn.Module):
-    """Multi-head low-rank attention that caches L * l + r numbers a token: latents and a RoPE key.
+    """Multi-head low-rank attention; caches L * l + r numbers per token: latents and a RoPE key.
 
     Against the cache it attends in latent space: grouped-query attention with L key heads
     `[c_l | k_r]`, whose values are `c_l`. A forward without past expands keys and values instead

@@ -1,7 +1,7 @@
 """A paged latent cache behind transformers' DynamicCache, and the kernels that read it.
 
 Letters: b sequences, s new tokens of each, t cached tokens, L latent heads, w = L * d_l + d_r
-numbers a token, j = h / G heads that a latent serves.
+numbers per token, j = h / G heads that a latent serves.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ logger = logging.get_logger(__name__)
 
 PAGE_SIZE = 64
 MAX_KERNEL_TOKENS = 8
-"""New tokens a sequence up to which a step runs in the decoding kernel."""
+"""New tokens per sequence up to which a step runs in the decoding kernel."""
 
 
 class PagedLatentLayer(DynamicLayer):

@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--prompt", action="append", default=[], help="may be given several times")
     p.add_argument(
         "--prompt-file", action="append", default=[],
-        help="a prompt a line; .jsonl: an object a line with `prompt` (or `text`)",
+        help="a prompt per line; .jsonl: an object per line with `prompt` (or `text`)",
     )  # fmt: skip
     p.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
     p.add_argument("--temperature", type=float, default=0.0, help="default 0: the likeliest token")
@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--ignore-eod", action="store_true", help="go on behind an end of document")
     p.add_argument("--logprobs", action="store_true", help="into --output, of every token")
-    p.add_argument("--output", help="write prompts and outputs there, a JSON object a line")
+    p.add_argument("--output", help="write prompts and outputs there, a JSON object per line")
     p.add_argument("--tokenizer", choices=TOKENIZER_TYPES,
                    help="default: the checkpoint's own, or bytes for 257 tokens")  # fmt: skip
     p.add_argument("--tokenizer-model", help="as in `mlra preprocess`")
@@ -307,11 +307,11 @@ def _report(engine: Engine, requests: list[Request], seconds: float) -> None:
         (r.last_token - r.first_token) / (len(r.output) - 1) for r in requests if len(r.output) > 1
     ]
     cache, context = engine.runner.model.cache, engine.runner.model.parallel.context
-    a_token = f", {1e3 * sum(gaps) / len(gaps):.1f} ms a token of a request" if gaps else ""
+    a_token = f", {1e3 * sum(gaps) / len(gaps):.1f} ms per token of a request" if gaps else ""
     wait = f" first token after {1e3 * first[len(first) // 2]:.0f} ms (median);" if first else ""
     print(
         f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s{a_token};"
-        f"{wait} {cache.bytes_per_token // context:,} KV bytes a token and rank in"
+        f"{wait} {cache.bytes_per_token // context:,} KV bytes per token and rank in"
         f" {cache.dtype_name}, {cache.allocated_bytes:,} allocated",
         file=sys.stderr,
     )

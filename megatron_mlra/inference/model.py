@@ -1,6 +1,6 @@
 """The decoder for inference: one forward for prompts and for decoding, over paged caches.
 
-Letters: T tokens of a step, b sequences, q query tokens a sequence, d hidden size, h heads of the
+Letters: T tokens of a step, b sequences, q query tokens per sequence, d hidden size, h heads of the
 rank's core, h_q and h_o heads whose query and output projections it holds, h_m heads whose outputs
 it gets (h, but where tokens are cut over cp ranks h / cp), n g its latent heads, l latent dim,
 e = d_h + d_r.

@@ -90,7 +90,7 @@ class MLRAConfig(LatentSizes, MLATransformerConfig):
     ('mlra_kernels'); 'auto' takes the kernels with Transformer Engine layers."""
 
     recompute_absorbed_query: bool = True
-    """Rebuild the absorbed core's queries, N h (d_l + d_r) numbers a token, in backward from
+    """Rebuild the absorbed core's queries, N h (d_l + d_r) numbers per token, in backward from
     the h (d_h + d_r) they are made of, instead of keeping both."""
 
     fp8_linears: str = "wide"

@@ -1,4 +1,4 @@
-"""What decoding costs at a context length: cache bytes a device, and a floor of a token's time.
+"""What decoding costs at a context length: cache bytes per device, and a floor of a token's time.
 
 The floor loads the weights and the cache once and sends what the layout exchanges; kernels,
 sampling and scheduling come on top, for every attention alike. Letters of cost/flops.py.

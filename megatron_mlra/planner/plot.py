@@ -51,9 +51,9 @@ def draw(report: Report, path: Path) -> None:
     _stack(panels["memory"], labels, held)
     room = report.gpu.memory_gb * 1e9 / GIB
     panels["memory"].axvline(room, color="black", linestyle=":")
-    panels["memory"].set_title(f"GiB a GPU (dotted: the {room:.0f} that it has)")
+    panels["memory"].set_title(f"GiB per GPU (dotted: the {room:.0f} that it has)")
     _stack(panels["time"], labels, {k: [getattr(p.step, k) for p in report.plans] for k in SPENT})
-    panels["time"].set_title("seconds a step")
+    panels["time"].set_title("seconds per step")
     _decoding(panels["decoding"], report)
     figures.title(figure, _finding(report))
     figures.save(figure, path)
@@ -89,7 +89,7 @@ def _decoding(axes: Any, report: Report) -> None:
     figures.token_ticks(axes.xaxis, [row.context for row in report.decodings])
     figures.plain_log(axes.yaxis)
     first = report.decodings[0]
-    axes.set_title(f"Decoding on {first.devices} GPUs, batch {first.batch}: least ms a token")
+    axes.set_title(f"Decoding on {first.devices} GPUs, batch {first.batch}: least ms per token")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, frameon=False)
 
 

@@ -39,7 +39,7 @@ class Report:
     than MLRA and GLA."""
     decodings: list[Decoding]
     layouts_traffic: dict[str, float]
-    """Tensor-parallel bytes a GPU sends a step under the best plan's size, by layout."""
+    """Tensor-parallel bytes that a GPU sends per step under the best plan's size, by layout."""
     command: list[str]
     """Lines that start the run under the best plan; none where no layout fits."""
 

@@ -133,11 +133,11 @@ def _head(report: Report) -> Iterator[str]:
     active = "" if counts.active == counts.total else f" ({counts.active:,} a token)"
     yield (
         f"[bold]{report.name}[/]: {shape.attention_variant}, {counts.total:,} parameters{active},"
-        f" {report.global_batch:,} sequences of {shape.seq_length:,} tokens a step on"
+        f" {report.global_batch:,} sequences of {shape.seq_length:,} tokens per step on"
         f" {report.gpus:,} x {report.gpu.name}{', FP8' if report.fp8 else ''}"
     )
     yield (
-        f"training FLOPs a token: {flops.model:.3e} of the model, {flops.hardware:.3e} run;"
+        f"training FLOPs per token: {flops.model:.3e} of the model, {flops.hardware:.3e} run;"
         f" {kv_cache_text(shape)}"
     )
 
@@ -146,7 +146,7 @@ def _layouts(report: Report, details: bool) -> Sheet:
     shown = f"{len(report.plans)} of {report.found}"
     held_by = ["weights", "grads", "optim", "activ"] if details else []
     sheet = Sheet(
-        f"Layouts that fit, fastest first ({shown}); GiB a GPU",
+        f"Layouts that fit, fastest first ({shown}); GiB per GPU",
         ["layout", "micro", "recompute"],
         [*held_by, "total" if details else "GiB", "step s", "MFU", "tok/s/GPU"],
     )
@@ -205,7 +205,7 @@ def _decoding(report: Report) -> Sheet:
     where = f"{first.devices} x {report.gpu.name}, batch {first.batch}, {DTYPE}"
     contexts = sorted({row.context for row in report.decodings})
     sheet = Sheet(
-        f"Decoding on {where}: least ms a token, by context",
+        f"Decoding on {where}: least ms per token, by context",
         ["attention"],
         ["KV B a token, device", "exchange", *(f"{context:,}" for context in contexts)],
     )

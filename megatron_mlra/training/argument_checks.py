@@ -180,7 +180,7 @@ def check_fp8_tokens(args: Namespace) -> None:
             step = 16 * ranks // math.gcd(16 * ranks, micro)
             raise ValueError(
                 f"--seq-length {args.seq_length} with {flag(prefix + 'micro_batch_size')} {micro}:"
-                f" FP8 needs a multiple of 16 tokens a rank; use --seq-length"
+                f" FP8 needs a multiple of 16 tokens per rank; use --seq-length"
                 f" {-(-args.seq_length // step) * step}"
             )
 

@@ -81,7 +81,7 @@ def _plan(args: Namespace, shape: ModelDescription) -> list[str]:
         f" {limit / GIB:.1f}",
         f"  step: {step.seconds:.3g} s, {step.tokens_per_gpu_second:,.0f} tokens/s a GPU, MFU"
         f" {step.mfu:.0%}; beside products {Plan(layout, held, step).reason()}",
-        f"  a GPU sends, GB a step: {sent or 'nothing'}",
+        f"  a GPU sends, GB per step: {sent or 'nothing'}",
     ]
 
 

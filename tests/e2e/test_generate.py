@@ -43,9 +43,8 @@ def test_one_prompt_streams_its_continuation(checkpoint, capsys, tmp_path):
     assert len(record["tokens"]) == len(record["logprobs"]) == 12
     assert record["finish_reason"] == "length"
     # Two layers of 64 + 8 numbers in float32; a page holds 64 tokens.
-    assert (
-        f"{2 * 72 * 4:,} KV bytes a token and rank in float32, {2 * 72 * 4 * 64:,} allocated" in err
-    )
+    size = 2 * 72 * 4
+    assert f"{size:,} KV bytes per token and rank in float32, {size * 64:,} allocated" in err
     assert re.search(r"12 tokens in [\d.]+ s: [\d.]+ tokens/s", err)
     assert re.search(r"first token after \d+ ms", err)
 
@@ -100,7 +99,7 @@ def test_ranks_write_what_one_process_writes(checkpoint, capsys):
     # Two of the four latents, and the RoPE key, of one token in two; a page of the two on each.
     assert "tensor parallel 2 (sharded), context parallel 2" in done.stderr
     size = 2 * 40 * 4
-    said = f"{size // 2} KV bytes a token and rank in float32, {16 * size:,} allocated"
+    said = f"{size // 2} KV bytes per token and rank in float32, {16 * size:,} allocated"
     assert said in done.stderr
 
 

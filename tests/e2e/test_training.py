@@ -60,7 +60,7 @@ def test_console(whole):
     assert (whole.code, whole.err) == (0, "")
     lines = whole.out.splitlines()
     assert re.fullmatch(
-        r"training MLRA-4: 111,104 parameters, 288 KV bytes a token in bfloat16, TP1 x PP1 x DP1,"
+        r"training MLRA-4: 111,104 parameters, 288 KV bytes per token in bfloat16, TP1 x PP1 x DP1,"
         r" 8 steps of 128 tokens",
         lines[0],
     )

@@ -149,7 +149,7 @@ def plot(records: list[dict], roof: float, source: str, path: str) -> None:
         )  # fmt: skip
     xs = sorted({r["length"] for r in mine})
     row_bytes = Shape(RANK, 1, 1).row_bytes
-    roof_label = f"roof: {row_bytes} bytes a token at {roof / 1e9:.0f} GB/s"
+    roof_label = f"roof: {row_bytes} bytes per token at {roof / 1e9:.0f} GB/s"
     axes.plot(xs, [n * row_bytes / roof * 1e6 for n in xs], "k--", linewidth=1, label=roof_label)
     axes.set(xscale="log", yscale="log", xlabel="tokens in the cache, batch 1")
     names = [f"{n >> 20}M" if n >= 1 << 20 else f"{n >> 10}K" for n in xs]

@@ -39,7 +39,7 @@ class Sizes:
     batch: int = 64
     """Sequences of a decoding step."""
     length: int = 8192
-    """Cached tokens a sequence, of grouped-query decoding."""
+    """Cached tokens per sequence, of grouped-query decoding."""
     hidden: int = 3072
     mlp: int = 8192
     heads: int = 24
@@ -201,7 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--tokens", type=int, default=8192, help="of a training step")
     parser.add_argument("--batch", type=int, default=64, help="sequences of a decoding step")
-    parser.add_argument("--length", type=int, default=8192, help="cached tokens a sequence")
+    parser.add_argument("--length", type=int, default=8192, help="cached tokens per sequence")
     parser.add_argument("--json", type=output_file, help="where to write the records")
     parser.add_argument("--commit", default=None, help="commit to name in the report")
     parser.add_argument("--seed", type=int, default=1, help="of the inputs")

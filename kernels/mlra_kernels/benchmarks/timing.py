@@ -36,14 +36,14 @@ def graph_microseconds(
 
 
 def read_roof() -> float:
-    """Return the read bandwidth in bytes a second: a sum over 4 GB, the best of several."""
+    """Return the read bandwidth in bytes per second: a sum over 4 GB, the best of several."""
     x = torch.ones(1 << 30, dtype=torch.float32, device="cuda")
     best = min(graph_microseconds([x.sum], min_calls=2, replays=5) for _ in range(3))
     return x.nbytes / best * 1e6
 
 
 def copy_roof() -> float:
-    """Return the copy bandwidth in bytes a second, read and written bytes both counted."""
+    """Return the copy bandwidth in bytes per second, read and written bytes both counted."""
     x = torch.ones(1 << 29, dtype=torch.float32, device="cuda")
     y = torch.empty_like(x)
     return 2 * x.nbytes / graph_microseconds([lambda: y.copy_(x)], min_calls=2) * 1e6

@@ -6,8 +6,8 @@ Letters as in forward_kernel.py. With P = exp(scale S - lse), S = q k^T, dP = dO
     dq = dS [c | r],  dc = P^T dO + dS^T q_nope,  dr = dS^T q_rope
 
 c is key and value, so one product's accumulator takes both its gradients. A program keeps dq of its
-queries in registers and adds dc and dr of every tile to float32 sums in memory: L + R numbers a key
-head, which stay in the L2 cache, where sums of dq would be P / G times as many.
+queries in registers and adds dc and dr of every tile to float32 sums in memory: L + R numbers per
+key head, which stay in the L2 cache, where sums of dq would be P / G times as many.
 """
 
 from triton.experimental import gluon

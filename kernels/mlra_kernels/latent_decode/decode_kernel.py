@@ -1,6 +1,6 @@
 """Triton kernel of latent decoding: split-KV attention over pages, K and V from one load.
 
-Letters: b sequences, q query tokens a sequence, L latent heads, G head groups, j heads a latent
+Letters: b sequences, q query tokens per sequence, L latent heads, G head groups, j heads a latent
 serves, M query rows of a program (rows = q * j, padded), N cached tokens of a tile, D latent dim,
 R RoPE dim, P programs.
 

@@ -1,6 +1,6 @@
 """Gluon kernel of latent decoding for Hopper: one warp fills a ring, warpgroups consume it.
 
-Letters: b sequences, q query tokens a sequence, L latent heads, G head groups, j heads a latent
+Letters: b sequences, q query tokens per sequence, L latent heads, G head groups, j heads a latent
 serves, M query rows of a program (rows = q * j, padded), N cached tokens of a tile, D latent dim,
 R RoPE dim, P programs, W consumers (of one or more warpgroups each), which take the tiles in turn
 and merge at the end.

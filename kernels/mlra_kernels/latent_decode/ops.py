@@ -1,6 +1,6 @@
 """Public operations, registered with torch.library: torch.compile and CUDA graphs see one op.
 
-Letters: b sequences, q query tokens a sequence, L latent heads in the cache, n branches,
+Letters: b sequences, q query tokens per sequence, L latent heads in the cache, n branches,
 G = L / n head groups, j heads a latent serves, D latent dim, R RoPE dim.
 """
 
@@ -36,7 +36,7 @@ def latent_decode(
     metadata: DecodeMetadata | None = None,
     backend: str = "mlra_kernels",
 ) -> tuple[Tensor, Tensor]:
-    """Attend from q new tokens a sequence to every latent head of a paged cache.
+    """Attend from q new tokens per sequence to every latent head of a paged cache.
 
     For query token i of a sequence of length s, latent l, head j, over the tokens t <= s - q + i:
         p_t = softmax_t(softmax_scale * (q_absorbed . c_t,l + q_rope . k_t)),  out = sum_t p_t c_t,l

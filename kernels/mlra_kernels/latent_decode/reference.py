@@ -1,6 +1,6 @@
 """Pure torch references of every operation, fp32 inside; they run on any device.
 
-Letters: b sequences, q query tokens a sequence, L latent heads in the cache, n branches,
+Letters: b sequences, q query tokens per sequence, L latent heads in the cache, n branches,
 G = L / n head groups, j heads a latent serves, D latent dim, R RoPE dim, t cached tokens.
 """
 

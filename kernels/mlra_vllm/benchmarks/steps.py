@@ -262,7 +262,7 @@ def throughput(llm: Any, count: int, given: int, new: int) -> dict[str, Any]:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Markdown, one row a model."""
+    """Markdown, one row per model."""
     cases = list(
         dict.fromkeys(
             (s["batch"], s["context"]) for record in records for s in record.get("steps", ())

@@ -94,7 +94,7 @@ def _of_preset(preset: str, tp: int, context: int, place: Place) -> list[Case]:
 def table(records: list[dict[str, Any]]) -> str:
     """Markdown: microseconds, share of the roof and cache, by case, batch and context."""
     lines = [
-        "| case | batch | context | us a step | roof us | share | weights GB | cache GB |",
+        "| case | batch | context | us per step | roof us | share | weights GB | cache GB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in records:

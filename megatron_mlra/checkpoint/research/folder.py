@@ -168,7 +168,7 @@ def write_research(
 
     Args:
         dtype: of the weights, default the source's.
-        file_format: 'safetensors', or 'bin' (one file a layer).
+        file_format: 'safetensors', or 'bin' (one file per layer).
         tokenizer: a folder with tokenizer files; default: the files beside the weights.
         say: is told which tokenizer files were copied from where.
 

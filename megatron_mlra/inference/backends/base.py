@@ -1,6 +1,6 @@
 """What a layer does besides matrix products, as the protocol that every backend fulfils.
 
-Letters: T tokens, b sequences, q query tokens a sequence, n g latent heads of the rank, j heads a
+Letters: T tokens, b sequences, q query tokens per sequence, n g latent heads of the rank, j heads a
 latent serves, l latent dim, r RoPE dim, H heads, e dims of a head.
 """
 

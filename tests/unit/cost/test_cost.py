@@ -55,7 +55,7 @@ def test_importing_it_loads_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-# (preset, KV numbers a token in units of d_h = 128: all, per device at TP4)
+# (preset, KV numbers per token in units of d_h = 128: all, per device at TP4)
 KV_TABLE = [
     ("mla_2.9b", 4.5, 4.5),
     ("gla2_2.9b", 4.5, 2.5),

@@ -356,7 +356,7 @@ def test_a_parquet_file_that_grows(capsys):
     assert max(Path(f"{name}.parquet").stat().st_size for name in "ab") < 200_000
     for name, said in (
         ("a", "a.parquet:1: the record has more than 20 MB: raise --max-record-mb"),
-        ("b", "b.parquet:1: row group 0 has 400 MB in 1 rows, more than 20 MB a row: raise --max-"),
+        ("b", "b.parquet:1: row group 0 has 400 MB in 1 rows, more than 20 MB per row: raise --"),
     ):
         argv = ["--input", f"{name}.parquet", "--output-prefix", "out", "--max-record-mb", "20"]
         code, error, memory = _most_memory(*argv, *BYTE)

@@ -120,7 +120,7 @@ def test_core_flops_are_what_grows_with_the_length():
 
 
 def test_traffic_by_hand():
-    # MLA's 2.9B at TP2 DP4, one micro-batch of 1 x 2048 tokens a rank.
+    # MLA's 2.9B at TP2 DP4, one micro-batch of 1 x 2048 tokens per rank.
     model, s, d = shape("mla_2.9b"), 2048, 3072
     layout = Layout(tp=2, dp=4)
     sent = traffic(model, layout, 1)
@@ -136,8 +136,8 @@ def test_traffic_by_hand():
 
 
 def test_context_parallel_traffic_by_hand():
-    # The whole sequence's latents and RoPE keys, 4 x 128 + 64 numbers a token, less the rank's own
-    # share; their gradients the same way.
+    # The whole sequence's latents and RoPE keys, 4 x 128 + 64 numbers per token, less the rank's
+    # own share; their gradients the same way.
     model = replace(shape("mlra4_2.9b"), seq_length=32768)
     layout = Layout(tp=2, cp=4, dp=2, micro_batch=2)
     gathered = 3 / 4 * 2 * 32768 * 576
