@@ -2,8 +2,8 @@
 
 A rank keeps the queries of its own tokens and gathers what keys and values are made of, d_c + d_r
 numbers per token, from all ranks. In absorbed form that is the keys and values; the materialized
-form expands them for the whole sequence. Every rank uses all of it, so the gradient is a sum over ranks:
-the all-gather's backward is a reduce-scatter.
+form expands them for the whole sequence. Every rank uses all of it, so the gradient is a sum over
+ranks: the all-gather's backward is a reduce-scatter.
 """
 
 from __future__ import annotations
