@@ -44,7 +44,10 @@ class CheckpointFolder:
     description: ModelDescription
 
     left_out: str | None = None
-    """What the folder holds besides the model, and no tool reads."""
+    """What the folder holds besides the model, and conversions do not read."""
+
+    draft_layers: int = 0
+    """Layers of multi-token prediction, whose tensors `tensor` gives too."""
 
     verify: bool = False
     """Compare files with the folder's checksums, where it has any."""

@@ -18,6 +18,15 @@ EXPERT_BIAS = "mlp.router.expert_bias"
 """Kept in float32 whatever the dtype of the weights is, as Megatron does."""
 
 
+MULTI_TOKEN_LAYER = "transformer_layer."
+"""What the names of the transformer layer within one of multi-token prediction start with."""
+
+
+def multi_token_prefix(depth: int) -> str:
+    """What the names of a layer of multi-token prediction start with."""
+    return f"mtp.layers.{depth}."
+
+
 def layer_prefix(layer: int) -> str:
     """What the names of a layer's tensors start with."""
     return f"decoder.layers.{layer}."
@@ -102,4 +111,16 @@ def expected_tensors(description: ModelDescription) -> dict[str, tuple[int, ...]
     tensors[FINAL_NORM] = (m.hidden_size,)
     if not m.tie_embeddings:
         tensors[OUTPUT] = (m.vocab_size, m.hidden_size)
+    return tensors
+
+
+def multi_token_tensors(description: ModelDescription, depths: int) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the layers of multi-token prediction, which are like the last one."""
+    d = description.hidden_size
+    own = {"enorm": (d,), "hnorm": (d,), "eh_proj": (d, 2 * d), "final_layernorm": (d,)}
+    last = layer_tensors(description, description.num_layers - 1)
+    tensors: dict[str, tuple[int, ...]] = {}
+    for prefix in map(multi_token_prefix, range(depths)):
+        tensors |= {f"{prefix}{name}.weight": shape for name, shape in own.items()}
+        tensors |= {prefix + MULTI_TOKEN_LAYER + name: shape for name, shape in last.items()}
     return tensors

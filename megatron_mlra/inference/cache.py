@@ -98,6 +98,9 @@ class LatentCache:
 
     A row is `[c_0 ... c_{n-1} | k_rope]` of the rank's n latent heads: `n d_l + d_r` numbers. FP8
     stores latents in e4m3 with one float32 scale a latent, and the RoPE key in bfloat16.
+
+    Args:
+        layers: default: the model's.
     """
 
     def __init__(
@@ -108,17 +111,17 @@ class LatentCache:
         page_size: int,
         dtype: torch.dtype,
         device: str | torch.device,
+        layers: int | None = None,
     ) -> None:
         fp8 = dtype == torch.float8_e4m3fn
         latents = shard.core.branches * shard.core.groups
         num_pages, self.page_size = _pages(num_pages, page_size)
         width = latents * model.latent_dim + model.qk_rope_head_dim * (2 if fp8 else 1)
-        self.data = torch.empty(
-            model.num_layers, num_pages, page_size, width, dtype=dtype, device=device
-        )
+        layers = model.num_layers if layers is None else layers
+        self.data = torch.empty(layers, num_pages, page_size, width, dtype=dtype, device=device)
         self.scale = None
         if fp8:
-            shape = (model.num_layers, num_pages, latents, page_size)
+            shape = (layers, num_pages, latents, page_size)
             self.scale = torch.empty(shape, dtype=torch.float32, device=device)
 
     def layer(self, index: int) -> tuple[Tensor, Tensor | None]:
@@ -164,12 +167,13 @@ class GroupedCache:
         page_size: int,
         dtype: torch.dtype,
         device: str | torch.device,
+        layers: int | None = None,
     ) -> None:
         if dtype == torch.float8_e4m3fn:
             raise ValueError(f"an FP8 cache needs latent attention, this is {model.variant}")
         num_pages, self.page_size = _pages(num_pages, page_size)
         self.data = torch.empty(
-            (model.num_layers, 2, num_pages + 1, page_size, kv_heads, model.head_dim),
+            (layers or model.num_layers, 2, num_pages + 1, page_size, kv_heads, model.head_dim),
             dtype=dtype,
             device=device,
         )

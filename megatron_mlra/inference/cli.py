@@ -37,7 +37,7 @@ from megatron_mlra.inference.backends.select import BACKENDS
 from megatron_mlra.inference.cache import CACHE_DTYPES
 from megatron_mlra.inference.engine import Engine, Request
 from megatron_mlra.inference.growing_text import GrowingText
-from megatron_mlra.inference.load import DTYPES, LoadOptions, load_model
+from megatron_mlra.inference.load import DTYPES, LoadOptions, load_draft, load_model
 from megatron_mlra.inference.parallel import WEIGHT_MODES, TensorParallel, tensor_parallel_size
 from megatron_mlra.inference.runner import Runner
 from megatron_mlra.inference.sampling import SamplingParams
@@ -104,6 +104,11 @@ def parser() -> argparse.ArgumentParser:
         "--context-parallel", type=int, default=1, metavar="N",
         help="cut the tokens of each sequence over N groups of the processes, and latents or heads"
         " within a group (default: 1)",
+    )  # fmt: skip
+    p.add_argument(
+        "--speculate", action="store_true",
+        help="guess a token per step by the run's layer of multi-token prediction (the same output;"
+        " no CUDA graphs)",
     )  # fmt: skip
     add_no_verify(p)
     p.add_argument("--no-graphs", action="store_true", help="no CUDA graphs of the decode step")
@@ -182,6 +187,11 @@ def _generate(args: argparse.Namespace, rank: int, device: str) -> int:
     if args.output:
         check_output(args.output, "--output")
     folder = open_checkpoint(args.checkpoint, args.vocab_size, verify=args.verify)
+    if args.speculate and not folder.draft_layers:
+        raise ValueError(
+            f"--speculate needs a layer of multi-token prediction, and {args.checkpoint} has none;"
+            " leave it out, or train with --mtp-num-layers 1"
+        )
     tokenizer = checkpoint_tokenizer(folder, args.tokenizer, args.tokenizer_model)
     if not args.ignore_eod:
         params = [SamplingParams(**{**vars(p), "stop_ids": (tokenizer.eod,)}) for p in params]
@@ -260,6 +270,7 @@ def _engine(
         dtype=args.dtype, cache_dtype=args.cache_dtype, page_size=args.page_size,
         cache_tokens=tokens if args.cache_tokens is None else args.cache_tokens,
         max_positions=args.context, backend=args.backend, weight_mode=args.weight_mode,
+        draft=args.speculate,
     )  # fmt: skip
 
     def progress(layers: range):
@@ -272,9 +283,10 @@ def _engine(
         if args.context_parallel > 1:
             size += f", context parallel {args.context_parallel}"
         print(f"{model.variant}, {where}, backend {loaded.ops.name}{size}", file=sys.stderr)
-    graphs = loaded.ops.name == "mlra_kernels" and not args.no_graphs
+    draft = load_draft(loaded, folder.tensor, args.weight_mode) if args.speculate else None
+    graphs = loaded.ops.name == "mlra_kernels" and not (args.no_graphs or args.speculate)
     runner = Runner(loaded, together, -(-needs[0] // page), graphs=graphs)
-    return Engine(runner, args.chunk_size, tokenizer.detokenize)
+    return Engine(runner, args.chunk_size, tokenizer.detokenize, draft=draft)
 
 
 def _stream(
@@ -308,11 +320,15 @@ def _report(engine: Engine, requests: list[Request], seconds: float) -> None:
     ]
     cache, context = engine.runner.model.cache, engine.runner.model.parallel.context
     a_token = f", {1e3 * sum(gaps) / len(gaps):.1f} ms per token of a request" if gaps else ""
+    guesses, speculation = "", engine.speculation
+    if speculation is not None and speculation.guessed:
+        share = speculation.right / speculation.guessed
+        guesses = f"; {speculation.right} of {speculation.guessed} guesses right ({share:.0%})"
     wait = f" first token after {1e3 * first[len(first) // 2]:.0f} ms (median);" if first else ""
     print(
         f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s{a_token};"
         f"{wait} {cache.bytes_per_token // context:,} KV bytes per token and rank in"
-        f" {cache.dtype_name}, {cache.allocated_bytes:,} allocated",
+        f" {cache.dtype_name}, {cache.allocated_bytes:,} allocated{guesses}",
         file=sys.stderr,
     )
 

@@ -12,50 +12,16 @@ import itertools
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 
 import torch
 
 from megatron_mlra.inference.cache import CacheFull
 from megatron_mlra.inference.checks import shown, whole
+from megatron_mlra.inference.model import DraftModel
+from megatron_mlra.inference.request import Draw, Request
 from megatron_mlra.inference.runner import Chunk, Runner, pool_for
 from megatron_mlra.inference.sampling import SamplingParams, sample
-
-
-@dataclass(frozen=True)
-class Draw:
-    """The next token of a request."""
-
-    token: int
-    logprob: float | None
-
-
-@dataclass(eq=False)
-class Request:
-    """One prompt and what has become of it. Equal to itself alone."""
-
-    id: int
-    prompt: list[int]
-    params: SamplingParams
-    output: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    text: str = ""
-    """Of the output, cut in front of a stop text (with a detokenizer)."""
-    finish_reason: str | None = None
-    """'stop', 'length', 'cancelled', 'error'; None while it runs."""
-    error: str | None = None
-    """What ended a request whose finish reason is 'error', in one line."""
-    submitted: float = 0.0
-    """time.monotonic() of submission, of the first and of the last token."""
-    first_token: float | None = None
-    last_token: float | None = None
-    pages: list[int] = field(default_factory=list, repr=False)
-    cached: int = field(default=0, repr=False)
-
-    @property
-    def limit(self) -> int:
-        """Tokens it can put into the cache: the last one is never fed back."""
-        return len(self.prompt) + self.params.max_new_tokens - 1
+from megatron_mlra.inference.speculation import Speculation
 
 
 class Engine:
@@ -66,6 +32,7 @@ class Engine:
         chunk_size: prompt tokens prefilled in a step; decoding goes on between chunks.
         detokenize: ids to text; needed for stop texts and `Request.text`.
         max_length: longest prompt plus output; None takes the model's positions.
+        draft: a layer of multi-token prediction, for speculative decoding (speculation.py).
 
     Raises:
         ValueError: a size that is not a whole number of at least 1, or no callable `detokenize`.
@@ -80,6 +47,7 @@ class Engine:
         chunk_size: int = 2048,
         detokenize: Callable[[list[int]], str] | None = None,
         max_length: int | None = None,
+        draft: DraftModel | None = None,
     ) -> None:
         self.chunk_size = whole("chunk size", chunk_size)
         if detokenize is not None and not callable(detokenize):
@@ -89,6 +57,7 @@ class Engine:
         if max_length is not None:
             self.max_length = min(whole("max length", max_length), self.max_length)
         self.pool = pool_for(runner.model)
+        self.speculation = None if draft is None else Speculation(draft, runner)
         self.waiting: OrderedDict[int, Request] = OrderedDict()
         """By id, in order of arrival."""
         self.prefilling: deque[Request] = deque()
@@ -188,7 +157,8 @@ class Engine:
         """
         self._admit()
         # Rows of the decode step are settled before a prefill adds to them.
-        advanced = self._decode() if self.running else []
+        decode = self._decode if self.speculation is None else self._speculate
+        advanced = decode() if self.running else []
         if self.prefilling:
             advanced += self._prefill()
         return advanced
@@ -220,11 +190,22 @@ class Engine:
                 break
 
         def run(requests: list[Request]) -> list[Draw | Exception | None]:
-            logits = self.runner.prefill([chunks[request] for request in requests])
+            mine = {request: chunks[request] for request in requests}
             ends = [request.cached + len(chunks[request].tokens) for request in requests]
             rows = [i for i, request in enumerate(requests) if ends[i] == len(request.prompt)]
+            if self.speculation is None:
+                states, logits = None, self.runner.prefill(list(mine.values()))
+            else:
+                states = self.runner.states(list(mine.values()))
+                last = itertools.accumulate(len(chunk.tokens) for chunk in mine.values())
+                logits = self.runner.model.logits(states[[end - 1 for end in last]])
             draws = iter(self._draw([requests[i] for i in rows], logits[rows]) if rows else ())
-            return [next(draws) if i in rows else None for i in range(len(requests))]
+            found = [next(draws) if i in rows else None for i in range(len(requests))]
+            if states is not None:
+                self.speculation.follow_prompts(
+                    mine, dict(zip(requests, found, strict=True)), states
+                )
+            return found
 
         requests = list(chunks)
         results = dict(zip(requests, self._isolated(requests, run), strict=True))
@@ -259,6 +240,41 @@ class Engine:
             request.cached += 1
         return self._take(results)
 
+    def _speculate(self) -> list[Request]:
+        """`_decode` of a token and a guess at once."""
+        batch, speculation = list(self.running), self.speculation
+
+        def run(requests: list[Request]) -> list[list[Draw | Exception]]:
+            chunks = {request: speculation.chunk(request) for request in requests}
+            states = self.runner.states(list(chunks.values()))
+            rows = [(r, i) for r, chunk in chunks.items() for i in range(len(chunk.tokens))]
+            draws = iter(
+                self._draw(
+                    [request for request, _ in rows],
+                    self.runner.model.logits(states),
+                    [place for _, place in rows],
+                )
+            )
+            found, following = [], {}
+            for request, chunk in chunks.items():
+                own = [next(draws) for _ in chunk.tokens]
+                if isinstance(own[0], Draw):
+                    count = speculation.accepted(chunk, [own[0].token])
+                    own = own[:count]
+                    following[request] = [draw.token for draw in own if isinstance(draw, Draw)]
+                found.append(own)
+            speculation.follow(chunks, following, states)
+            return found
+
+        results = dict(zip(batch, self._isolated(batch, run), strict=True))
+        for request, found in results.items():
+            for result in found if isinstance(found, list) else [found]:
+                request.cached += 1
+                self._take({request: result})
+                if request.finish_reason is not None:
+                    break
+        return batch
+
     def _isolated(self, requests: list[Request], run: Callable[[list[Request]], list]) -> list:
         """`run` of all requests; where that fails, of one after the other.
 
@@ -276,8 +292,13 @@ class Engine:
                 return [error]
         return [self._isolated([request], run)[0] for request in requests]
 
-    def _draw(self, requests: list[Request], logits: torch.Tensor) -> list[Draw | Exception]:
+    def _draw(
+        self, requests: list[Request], logits: torch.Tensor, ahead: list[int] | None = None
+    ) -> list[Draw | Exception]:
+        """Draws of each row; `ahead`: how far behind its request's next token the row's is."""
         positions = [len(request.prompt) + len(request.output) for request in requests]
+        if ahead is not None:
+            positions = [at + more for at, more in zip(positions, ahead, strict=True)]
         tokens, logprobs = sample(logits, [request.params for request in requests], positions)
         return [
             Draw(token, logprobs and logprobs[i])
@@ -337,6 +358,8 @@ class Engine:
                 reason = "error"
                 request.error = request.error or f"{type(error).__name__}: {error}"
         request.finish_reason = reason
+        if self.speculation is not None:
+            self.speculation.forget(request)
         self.waiting.pop(request.id, None)
         if request in self.prefilling:
             self.prefilling.remove(request)

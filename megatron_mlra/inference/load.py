@@ -13,12 +13,13 @@ from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.inference.backends.select import select_backend
 from megatron_mlra.inference.cache import CACHE_DTYPES, GroupedCache, LatentCache
 from megatron_mlra.inference.checks import whole
-from megatron_mlra.inference.model import InferenceModel
+from megatron_mlra.inference.model import DraftModel, InferenceModel
 from megatron_mlra.inference.parallel import (
     HeadShard,
     TensorParallel,
     check_parallel,
 )
+from megatron_mlra.inference.weights import load_draft as weights_of_draft
 from megatron_mlra.inference.weights import load_weights
 
 DTYPES = ("auto", *WEIGHT_DTYPES)
@@ -43,6 +44,8 @@ class LoadOptions:
     """'mlra_kernels' (CUDA), 'torch', or 'auto': the kernels where they run."""
     weight_mode: str = "replicated"
     """See `parallel.WEIGHT_MODES`."""
+    draft: bool = False
+    """Room in the cache for a layer of multi-token prediction (`load_draft`)."""
 
 
 def load_model(
@@ -75,20 +78,32 @@ def load_model(
     check_parallel(model, parallel.size, parallel.context)
     ops = select_backend(options.backend, model, dtype, device)
     pages = -(-options.cache_tokens // (options.page_size * parallel.context))
-    shard = None
+    shard, layers = None, model.num_layers + options.draft
     if model.attention == "mlra":
         shard = HeadShard.plan(
             model, parallel.size, parallel.rank, options.weight_mode,
             parallel.context, parallel.context_rank,
         )  # fmt: skip
-        cache = LatentCache(model, shard, pages, options.page_size, cache_dtype, device)
+        cache = LatentCache(model, shard, pages, options.page_size, cache_dtype, device, layers)
     else:
         kv_heads = max(1, model.num_query_groups // parallel.size)
-        cache = GroupedCache(model, kv_heads, pages, options.page_size, cache_dtype, device)
+        cache = GroupedCache(model, kv_heads, pages, options.page_size, cache_dtype, device, layers)
     weights = load_weights(model, read, parallel, options.weight_mode, dtype, device, progress)
     # Nothing is at a position that the cache has no room for, whatever the checkpoint declares.
     rows = min(max_positions, pages * options.page_size * parallel.context)
     return InferenceModel(model, weights, cache, ops, max_positions, parallel, shard, rows)
+
+
+def load_draft(
+    main: InferenceModel, read: Callable[[str], Tensor], weight_mode: str = "replicated"
+) -> DraftModel:
+    """The first layer of multi-token prediction of a model that was loaded with room for it.
+
+    Args:
+        read: canonical name -> global tensor.
+    """
+    weights = weights_of_draft(main.model, read, main.parallel, weight_mode, main.weights)
+    return DraftModel(main, weights)
 
 
 def _dtype(model: ModelDescription, options: LoadOptions, device: torch.device) -> torch.dtype:

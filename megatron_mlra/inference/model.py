@@ -19,7 +19,12 @@ from megatron_mlra.inference.backends.base import Ops
 from megatron_mlra.inference.cache import GroupedCache, LatentCache
 from megatron_mlra.inference.mlp import run_mlp
 from megatron_mlra.inference.parallel import HeadShard, TensorParallel
-from megatron_mlra.inference.weights import GroupedWeights, LatentWeights, ModelWeights
+from megatron_mlra.inference.weights import (
+    DraftWeights,
+    GroupedWeights,
+    LatentWeights,
+    ModelWeights,
+)
 from megatron_mlra.maths.rope import rotary_tables
 from mlra_kernels.absorption import absorb_queries, sum_branches
 from mlra_kernels.prefill import (
@@ -74,6 +79,8 @@ class Step:
     """Decoding: `[b]` int32 tokens of this rank's cache, new ones included; 0 for a padding row."""
     metadata: object = None
     """Decoding: the backend's schedule."""
+    behind: Tensor | None = None
+    """`[T, d]`, of a `DraftModel`: the decoder's states at the tokens before these."""
 
 
 class InferenceModel:
@@ -113,6 +120,8 @@ class InferenceModel:
         """Whether decoding steps may be captured; else experts run as in prefill, which a CPU does
         several times faster."""
         self.device = weights.embedding.device
+        self.first_layer = 0
+        """Of the cache."""
         self.tables = rotary_tables(model, table_rows or max_positions, self.device)
 
     @torch.inference_mode()
@@ -126,9 +135,12 @@ class InferenceModel:
         Returns:
             `[R, vocab_size]`.
         """
-        hidden = self._hidden(step)
-        if rows is not None:
-            hidden = hidden[rows]
+        hidden = self.states(step)
+        return self.logits(hidden if rows is None else hidden[rows])
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[R, d]`, of `states` -> `[R, vocab_size]` float32."""
         logits = self.parallel.gather_vocabulary(linear(hidden, self.weights.output))
         return logits[:, : self.model.vocab_size].float()
 
@@ -154,19 +166,26 @@ class InferenceModel:
             page_size=self.cache.page_size,
         )
 
-    def _hidden(self, step: Step) -> Tensor:
+    @torch.inference_mode()
+    def states(self, step: Step) -> Tensor:
+        """The states behind the last norm, `[T, d]`."""
         ops, layers, eps = self.ops, self.weights.layers, self.model.layernorm_epsilon
         attend = self._grouped if self.model.attention == "gqa" else self._latent
         static = self.static_decoding and not step.bundles
-        x = self.weights.embedding[step.tokens]  # [T, d]
+        x = self._inputs(step)
         normed = ops.rms_norm(x, layers[0].input_norm, eps)
         following = [layer.input_norm for layer in layers[1:]] + [self.weights.final_norm]
         for i, (layer, next_norm) in enumerate(zip(layers, following, strict=True)):
-            out = linear(attend(i, layer.attention, normed, step), layer.attention.proj)
+            at = self.first_layer + i
+            out = linear(attend(at, layer.attention, normed, step), layer.attention.proj)
             x, normed = ops.add_rms_norm(self.parallel.all_reduce(out), x, layer.mlp_norm, eps)
             out = run_mlp(normed, layer.mlp, self.model, ops.silu_mul, static)
             x, normed = ops.add_rms_norm(self.parallel.all_reduce(out), x, next_norm, eps)
         return normed
+
+    def _inputs(self, step: Step) -> Tensor:
+        """What the first layer reads, `[T, d]`."""
+        return self.weights.embedding[step.tokens]
 
     # -- MLA, GLA, MLRA ----------------------------------------------------------------------------
 
@@ -277,6 +296,30 @@ class InferenceModel:
         else:
             out, _ = self._over_ranks(*self.ops.decode_grouped(q, layer, step, scale))
         return _gated(out.flatten(1), x, weights.gate)
+
+
+class DraftModel(InferenceModel):
+    """A layer of multi-token prediction beside its decoder, whose cache has one layer more.
+
+    Of a token and the decoder's state in front of it (`Step.behind`) it computes the logits of the
+    next token but one, at the place of that state.
+    """
+
+    weights: DraftWeights
+
+    def __init__(self, main: InferenceModel, weights: DraftWeights) -> None:
+        rows = main.tables[0].size(0)
+        super().__init__(
+            main.model, weights, main.cache, main.ops, main.max_positions, main.parallel,
+            main.shard, rows,
+        )  # fmt: skip
+        self.first_layer = main.model.num_layers
+
+    def _inputs(self, step: Step) -> Tensor:
+        weights, eps = self.weights, self.model.layernorm_epsilon
+        embedded = self.ops.rms_norm(super()._inputs(step), weights.embedding_norm, eps)
+        states = self.ops.rms_norm(step.behind, weights.states_norm, eps)
+        return linear(torch.cat((embedded, states), dim=1), weights.join)
 
 
 def _gated(out: Tensor, x: Tensor, gate: Tensor | None) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -72,18 +73,29 @@ class Runner:
 
         `every_row` gives the logits of all tokens instead, `[T, vocab]`.
         """
-        device = self.model.device
-        tokens, positions, slots, last = [], [], [], []
+        rows = None
+        if not every_row:
+            ends = itertools.accumulate(len(chunk.tokens) for chunk in chunks)
+            rows = torch.tensor([end - 1 for end in ends]).to(self.model.device)
+        return self.model.forward(self._prompt_step(chunks), rows)
+
+    def states(self, chunks: list[Chunk], behind: Tensor | None = None) -> Tensor:
+        """As `prefill`: the states `[T, d]` of all tokens, of which `model.logits` makes logits.
+
+        Args:
+            behind: see `Step`.
+        """
+        return self.model.states(replace(self._prompt_step(chunks), behind=behind))
+
+    def _prompt_step(self, chunks: list[Chunk]) -> Step:
+        tokens, positions, slots = [], [], []
         for chunk in chunks:
             where = range(chunk.start, chunk.start + len(chunk.tokens))
             tokens += chunk.tokens
             positions += where
             slots += [self.cut.slot(chunk.pages, position) for position in where]
-            last.append(len(tokens) - 1)
-        inputs = torch.tensor([tokens, positions, slots], dtype=torch.int64).to(device)
-        step = Step(*inputs, *self._plan(chunks))
-        rows = None if every_row else torch.tensor(last).to(device)
-        return self.model.forward(step, rows)
+        inputs = torch.tensor([tokens, positions, slots], dtype=torch.int64).to(self.model.device)
+        return Step(*inputs, *self._plan(chunks))
 
     def _plan(self, chunks: list[Chunk]) -> tuple[tuple[Bundle, ...], Fresh | None]:
         """What a prefill step's tokens attend to."""

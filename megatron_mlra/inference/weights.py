@@ -8,12 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from megatron_mlra.description.model import ModelDescription
-from megatron_mlra.description.tensors import EMBEDDING, FINAL_NORM, OUTPUT, layer_prefix
+from megatron_mlra.description.tensors import (
+    EMBEDDING,
+    FINAL_NORM,
+    MULTI_TOKEN_LAYER,
+    OUTPUT,
+    layer_prefix,
+    multi_token_prefix,
+)
 from megatron_mlra.inference.mlp import DenseWeights, ExpertWeights, load_mlp
 from megatron_mlra.inference.parallel import HeadShard, TensorParallel, check_parallel
 from megatron_mlra.sharding.placement import Share, placements, serving_share
@@ -86,6 +94,16 @@ class ModelWeights:
         return sum(t.numel() * t.element_size() for t in self.tensors())
 
 
+@dataclass
+class DraftWeights(ModelWeights):
+    """A layer of multi-token prediction, in place of the decoder's layers."""
+
+    embedding_norm: Tensor
+    states_norm: Tensor
+    join: Tensor
+    """`[d, 2 d]`: of the normed embedding, then the normed states."""
+
+
 def _tensors(part: object) -> Iterator[Tensor]:
     """Those that a step reads of a list or dataclass, and of what it holds."""
     if isinstance(part, LatentWeights):
@@ -118,38 +136,16 @@ def load_weights(
     Raises:
         ValueError: for a size the model cannot be cut into.
     """
-    tp, rank, world, world_rank = (
-        parallel.size, parallel.rank, parallel.world, parallel.world_rank,
-    )  # fmt: skip
-    check_parallel(model, tp, parallel.context)
+    check_parallel(model, parallel.size, parallel.context)
+    world, world_rank = parallel.world, parallel.world_rank
 
     def place(tensor: Tensor) -> Tensor:
         return tensor.to(device=device, dtype=dtype).contiguous()
 
-    layers = []
-    for i in progress(range(model.num_layers)):
-        prefix = layer_prefix(i)
-
-        def get(name: str, prefix: str = prefix) -> Tensor:
-            return read(f"{prefix}{name}.weight")
-
-        if model.attention == "gqa":
-            attention = _grouped(model, get, parallel, place)
-        else:
-            shard = HeadShard.plan(
-                model, tp, rank, weight_mode, parallel.context, parallel.context_rank
-            )
-            attention = _latent(model, get, shard, place)
-        layers.append(
-            LayerWeights(
-                input_norm=place(get("input_layernorm")),
-                attention=attention,
-                mlp_norm=place(get("pre_mlp_layernorm")),
-                mlp=load_mlp(
-                    model, i, lambda name, at=prefix: read(at + name), world, world_rank, place
-                ),
-            )
-        )
+    layers = [
+        _layer(model, i, partial(_under, read, layer_prefix(i)), parallel, weight_mode, place)
+        for i in progress(range(model.num_layers))
+    ]
     embedding = place(read(EMBEDDING))
     output = embedding if model.tie_embeddings else place(read(OUTPUT))
     rows = -(-model.vocab_size // world)
@@ -159,6 +155,69 @@ def load_weights(
     if not model.tie_embeddings:
         output = output.clone()
     return ModelWeights(embedding, layers, place(read(FINAL_NORM)), output)
+
+
+def load_draft(
+    model: ModelDescription,
+    read: Callable[[str], Tensor],
+    parallel: TensorParallel,
+    weight_mode: str,
+    like: ModelWeights,
+) -> DraftWeights:
+    """Cut and prepare one rank's layer of multi-token prediction, the first of them.
+
+    Args:
+        read: canonical name -> global tensor.
+        like: the decoder's weights, of which embedding and output layer are shared.
+    """
+
+    def place(tensor: Tensor) -> Tensor:
+        return tensor.to(like.embedding).contiguous()
+
+    own = partial(_under, read, multi_token_prefix(0))
+    inner = partial(_under, own, MULTI_TOKEN_LAYER)
+    return DraftWeights(
+        embedding=like.embedding,
+        layers=[_layer(model, model.num_layers - 1, inner, parallel, weight_mode, place)],
+        final_norm=place(own("final_layernorm.weight")),
+        output=like.output,
+        embedding_norm=place(own("enorm.weight")),
+        states_norm=place(own("hnorm.weight")),
+        join=place(own("eh_proj.weight")),
+    )
+
+
+def _under(read: Callable[[str], Tensor], prefix: str, name: str) -> Tensor:
+    return read(prefix + name)
+
+
+def _layer(
+    model: ModelDescription,
+    index: int,
+    read: Callable[[str], Tensor],
+    parallel: TensorParallel,
+    weight_mode: str,
+    place: Callable,
+) -> LayerWeights:
+    """A layer like the decoder's layer `index`; `read` takes names behind the layer's prefix."""
+
+    def get(name: str) -> Tensor:
+        return read(f"{name}.weight")
+
+    if model.attention == "gqa":
+        attention = _grouped(model, get, parallel, place)
+    else:
+        shard = HeadShard.plan(
+            model, parallel.size, parallel.rank, weight_mode,
+            parallel.context, parallel.context_rank,
+        )  # fmt: skip
+        attention = _latent(model, get, shard, place)
+    return LayerWeights(
+        input_norm=place(get("input_layernorm")),
+        attention=attention,
+        mlp_norm=place(get("pre_mlp_layernorm")),
+        mlp=load_mlp(model, index, read, parallel.world, parallel.world_rank, place),
+    )
 
 
 def _latent(

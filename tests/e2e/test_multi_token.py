@@ -10,6 +10,7 @@ import pytest
 
 from megatron_mlra.checkpoint.cli import main as convert
 from megatron_mlra.checkpoint.megatron.torch_dist import TorchDistFolder
+from megatron_mlra.inference.cli import main as generate
 
 WEIGHT = r"(?!optimizer).*\.(weight|layer_norm_weight)$"
 FLAGS = ("--mtp-num-layers", 1, "--log-interval", 1)
@@ -64,3 +65,17 @@ def test_an_export_is_the_model_without_it(begun, tmp_path, capsys):
     assert f"{said} is left out" in capsys.readouterr().out
     compared = ["verify", save, str(tmp_path / "exported"), "--quiet", "--tokenizer", "byte"]
     assert convert(compared) == 0
+
+
+def test_guesses_leave_the_output_as_it_is(begun, tmp_path, capsys):
+    save = str(begun.folder / "save")
+    argv = [save, "--max-new-tokens", "24", "--ignore-eod", "--prompt", "def one", "--prompt", "x"]
+    assert generate([*argv, "--output", str(tmp_path / "plain.jsonl")]) == 0
+    capsys.readouterr()
+    assert generate([*argv, "--speculate", "--output", str(tmp_path / "guessed.jsonl")]) == 0
+    assert re.search(r"\d+ of \d+ guesses right \(\d+%\)\n", capsys.readouterr().err)
+    assert (tmp_path / "guessed.jsonl").read_bytes() == (tmp_path / "plain.jsonl").read_bytes()
+    assert convert(["export-hf", save, str(tmp_path / "exported"), "--quiet"]) == 0
+    capsys.readouterr()
+    assert generate([str(tmp_path / "exported"), *argv[1:], "--speculate"]) == 2
+    assert "has none; leave it out, or train with --mtp-num-layers 1" in capsys.readouterr().err

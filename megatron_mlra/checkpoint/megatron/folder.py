@@ -18,7 +18,14 @@ from megatron_mlra.checkpoint.folder import (
 from megatron_mlra.checkpoint.megatron.torch_dist import COMMON_KEY, TorchDistFolder
 from megatron_mlra.description.megatron_args import check_convertible, from_megatron_args
 from megatron_mlra.description.model import CheckpointError, check_layers
-from megatron_mlra.description.tensors import EXPERTS, VOCABULARY, dtype_of, expected_tensors
+from megatron_mlra.description.tensors import (
+    EXPERTS,
+    MULTI_TOKEN_LAYER,
+    VOCABULARY,
+    dtype_of,
+    expected_tensors,
+    multi_token_tensors,
+)
 
 RENAMED = {"mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight"}
 """Norms that Transformer Engine fuses into the linear behind them, and that keep that name."""
@@ -28,8 +35,8 @@ RENAMED_GQA = {"self_attention.linear_qkv.layer_norm_weight": "input_layernorm.w
 _STATE = re.compile(
     r"(?:chained_\d+\.)?optimizer\.|rng_state|rerun_state|opt_param_scheduler|.*\._extra_state"
 )
-_MULTI_TOKEN = re.compile(r"mtp\.layers\.\d+\.")
-_LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.+)")
+_LAYER = re.compile(r"(decoder\.layers\.)(?:(\d+)\.)?(.+)")
+_DRAFT_LAYER = re.compile(rf"(mtp\.layers\.)(\d+)\.{re.escape(MULTI_TOKEN_LAYER)}(.+)")
 
 
 class MegatronFolder(CheckpointFolder):
@@ -53,6 +60,7 @@ class MegatronFolder(CheckpointFolder):
         if depths := getattr(args, "mtp_num_layers", None):
             overrides |= {"mtp_num_layers": 0, "mtp_use_repeated_layer": False}
             self.left_out = f"multi-token prediction ({depths} tokens ahead)"
+            self.draft_layers = 1 if getattr(args, "mtp_use_repeated_layer", False) else depths
         try:
             check_layers("num_layers", getattr(args, "num_layers", None), self._stored_layers())
             check_convertible(args)
@@ -99,20 +107,21 @@ class MegatronFolder(CheckpointFolder):
         found: dict[str, tuple[int, ...]] = {}
         places: dict[str, tuple[str, tuple[int, ...]]] = {}
         for key, shape in self.files.shapes().items():
-            if _STATE.match(key) or (self.left_out and _MULTI_TOKEN.match(key)):
+            if _STATE.match(key):
                 continue
-            match = _LAYER.fullmatch(key)
+            match = _LAYER.fullmatch(key) or _DRAFT_LAYER.fullmatch(key)
             if match is None:
                 found[key], places[key] = shape, (key, ())
                 continue
-            layer, rest = match.groups()
+            kind, layer, rest = match.groups()
+            inner = "" if match.re is _LAYER else MULTI_TOKEN_LAYER
             rest = renamed.get(rest, rest)
             if layer is None:
                 # One more than the model has is enough to be refused.
                 stacked = min(shape[0] if shape else 0, self.description.num_layers + 1)
                 each = [(f"decoder.layers.{i}.", (i,)) for i in range(stacked)]
             else:
-                each = [(f"decoder.layers.{layer}.", ())]
+                each = [(f"{kind}{layer}.{inner}", ())]
             if rest.startswith(EXPERTS):
                 each = [
                     (f"{prefix}{EXPERTS}{e}.", (*at, e))
@@ -123,6 +132,7 @@ class MegatronFolder(CheckpointFolder):
             for prefix, at in each:
                 found[prefix + rest], places[prefix + rest] = shape[len(at) :], (key, at)
         expected = expected_tensors(self.description)
+        expected |= multi_token_tensors(self.description, self.draft_layers)
         for name in VOCABULARY:
             if name in found and name in expected and found[name][0] > expected[name][0]:
                 found[name] = (expected[name][0], *found[name][1:])
