@@ -7,6 +7,11 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+NO_DATA = (
+    "no data: give --data-path PREFIX (mlra preprocess writes PREFIX.bin and PREFIX.idx) or"
+    " --mock-data"
+)
+
 is_number = re.compile(r"[-+.\deE]+").fullmatch
 """Whether a word of a blend is a weight: `0.3 data/a 0.7 data/b`."""
 

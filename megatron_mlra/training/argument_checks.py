@@ -20,17 +20,8 @@ from megatron_mlra.fault_tolerance.hang import collective_seconds
 from megatron_mlra.layers.config import resolve_core_backend
 from megatron_mlra.training import logits, muon
 from megatron_mlra.training.cpu_backend import CPU_DEFAULTS
-from megatron_mlra.training.number_checks import check_numbers
+from megatron_mlra.training.number_checks import check_numbers, check_required
 from megatron_mlra.training.rope import check_rope
-
-REQUIRED = (
-    "num_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "seq_length",
-    "micro_batch_size",
-    "lr",
-)
 
 REPLACED = {
     "multi_latent_attention": "is Megatron's own MLA; use --attention mlra",
@@ -79,9 +70,7 @@ def _check_replaced(args: Namespace) -> None:
 
 
 def _check_values(args: Namespace) -> None:
-    for name in REQUIRED:
-        if getattr(args, name) is None:
-            raise ValueError(f"{flag(name)} is missing; give it, or a preset with --config")
+    check_required(lambda name: getattr(args, name) is not None)
     check_numbers(args)
     if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None:
         raise ValueError("--vocab-size is missing; give the size of the data's vocabulary")

@@ -27,7 +27,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from megatron_mlra.data.contents import cache_folder, check_contents
 from megatron_mlra.data.index import Index, read_index
 from megatron_mlra.data.metadata import read_metadata
-from megatron_mlra.data.prefixes import check_files, is_number
+from megatron_mlra.data.prefixes import NO_DATA, check_files, is_number
 from megatron_mlra.evaluation.token_stream import named_sets
 from megatron_mlra.fault_tolerance import samples
 from megatron_mlra.sharding.token_plan import PackedDocuments, plan_tokens
@@ -76,10 +76,7 @@ def _prefixes(args: Namespace) -> list[str]:
         raise ValueError(_NOT_ALTERNATING) from None
     blends = [b for b in (blend, *(per_split or ())) if b is not None]
     if not blends:
-        raise ValueError(
-            "no data: give --data-path PREFIX (mlra preprocess writes PREFIX.bin and"
-            " PREFIX.idx) or --mock-data"
-        )
+        raise ValueError(NO_DATA)
     for prefixes, weights in blends:
         for prefix, weight in zip(prefixes, weights or (), strict=False):
             if not 0 < weight < float("inf"):

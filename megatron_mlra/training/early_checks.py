@@ -11,14 +11,17 @@ import argparse
 from argparse import Namespace
 from typing import Any, NoReturn
 
+from megatron_mlra.command_line.parser import flag, flags_given
 from megatron_mlra.command_line.suggest import refusal
-from megatron_mlra.data.prefixes import check_files, without_weights
+from megatron_mlra.data.prefixes import NO_DATA, check_files, without_weights
 from megatron_mlra.description.presets import KEYS, preset_values
 from megatron_mlra.fault_tolerance import saved_steps
 from megatron_mlra.training import flags
+from megatron_mlra.training.number_checks import check_required
 
 _DATA = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
-_PATHS = ("save", "load")
+_DATA_FILES = ("data_args_path", "per_split_data_args_path")
+_PATHS = ("save", "load", *_DATA_FILES)
 _SWITCHES = ("mock_data", "skip_train", "exit_on_missing_checkpoint")
 _NUMBERS = ("ckpt_step", "dry_run")
 
@@ -33,7 +36,10 @@ def check(argv: list[str]) -> None:
         return
     _check_flags(argv)
     preset = flags.preset_of(argv, _refuse)
-    given = _given(argv, {} if preset is None else preset_values(preset))
+    values = {} if preset is None else preset_values(preset)
+    there = flags_given(argv)
+    check_required(lambda name: values.get(name) is not None or flag(name) in there)
+    given = _given(argv, values)
     if given is None or given.dry_run is not None:
         return  # --dry-run is about another machine
     if given.save is not None:
@@ -41,7 +47,10 @@ def check(argv: list[str]) -> None:
         saved_steps.check_unused(given)
     saved_steps.to_load(given)
     if not (given.mock_data or given.skip_train):
-        for prefix in without_weights(word for name in _DATA for word in getattr(given, name)):
+        words = [word for name in _DATA for word in getattr(given, name)]
+        if not (words or any(getattr(given, name) for name in _DATA_FILES)):
+            _refuse(NO_DATA)
+        for prefix in without_weights(words):
             check_files(prefix)
 
 
@@ -52,7 +61,7 @@ def _check_flags(argv: list[str]) -> None:
         ValueError: names it, and the one that is likely meant.
     """
     known = {*flags.parser()._option_string_actions}
-    known |= {f"--{key.replace('_', '-')}" for key in KEYS.read_text(encoding="utf-8").split()}
+    known |= {flag(key) for key in KEYS.read_text(encoding="utf-8").split()}
     for word in argv[: argv.index("--") if "--" in argv else None]:
         name = word.partition("=")[0]
         if not name.startswith("--"):
@@ -70,14 +79,13 @@ def _given(argv: list[str], values: dict[str, Any]) -> Namespace | None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.error = _refuse
     for name in _DATA:
-        parser.add_argument(f"--{name.replace('_', '-')}", nargs="*", default=[])
+        parser.add_argument(flag(name), nargs="*", default=[])
     for name in _PATHS:
-        parser.add_argument(f"--{name}")
+        parser.add_argument(flag(name))
     for name in _SWITCHES:
-        flag = name.replace("_", "-")
-        parser.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction, default=False)
+        parser.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=False)
     for name in _NUMBERS:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int)
+        parser.add_argument(flag(name), type=int)
     kinds = dict.fromkeys(_DATA, str | list) | dict.fromkeys(_PATHS, str)
     kinds |= dict.fromkeys(_SWITCHES, bool) | dict.fromkeys(_NUMBERS, int)
     for name, kind in kinds.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
+from collections.abc import Callable
 
 from megatron_mlra.command_line.parser import flag
 
@@ -57,6 +58,30 @@ SHARES = (
     "lr_warmup_fraction",
 )
 """Shares of what was before: at least 0 and below 1."""
+
+
+REQUIRED = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "seq_length",
+    "micro_batch_size",
+    "lr",
+)
+
+
+def check_required(is_given: Callable[[str], bool]) -> None:
+    """Refuse a run without one of the numbers that nothing else says.
+
+    Args:
+        is_given: whether there is a value, by argparse destination.
+
+    Raises:
+        ValueError: one line that names the flag.
+    """
+    for name in REQUIRED:
+        if not is_given(name):
+            raise ValueError(f"{flag(name)} is missing; give it, or a preset with --config")
 
 
 def check_numbers(args: Namespace) -> None:

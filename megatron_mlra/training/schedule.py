@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from megatron_mlra.command_line.parser import flag
+from megatron_mlra.command_line.parser import flag, say
 
 LENGTHS = ("train_iters", "train_samples")
 PAIRS = (
@@ -59,6 +59,21 @@ def settle(args: Namespace, given: set[str]) -> None:
             raise _exclude(args, "lr_warmup_fraction", warmup)
         else:
             args.lr_warmup_fraction = None
+    _fit_warmup(args, given, LENGTHS[unit], PAIRS[0][unit])
+
+
+def _fit_warmup(args: Namespace, given: set[str], length: str, warmup: str) -> None:
+    """A preset's warm-up that would take all of the run that a command line asks for becomes a
+    tenth of it; rank 0 says so."""
+    steps, before = getattr(args, length), getattr(args, warmup) or 0
+    if flag(length) not in given or flag(warmup) in given or not steps or before < steps:
+        return
+    setattr(args, warmup, steps // 10)
+    if args.rank == 0:
+        say(
+            f"note: the preset's {flag(warmup)} {before:,} is as long as {flag(length)} {steps:,};"
+            f" {steps // 10:,} is used"
+        )
 
 
 def _exclude(args: Namespace, one: str, other: str) -> ValueError:

@@ -43,9 +43,9 @@ def launch(
 def test_a_signal_saves_and_a_relaunch_goes_on(preset, tmp_path):
     save, out = tmp_path / "save", tmp_path / "out.txt"
     run = launch(preset, save, out, 2, "--train-iters", 100000, "--eval-iters", 0)
-    wait_for(out, "step 3/", 120)
+    wait_for(out, "step 3/", 300)
     run.send_signal(signal.SIGINT)
-    assert run.wait(120) == 0, out.read_text()
+    assert run.wait(300) == 0, out.read_text()
     said = out.read_text()
     assert said.count("note: stopping in order; ") == 1
     assert "by SIGTERM, which is saved" in said

@@ -12,6 +12,8 @@ import pytest
 from megatron_mlra.training import early_checks
 from support import ENV
 
+DEBUG = ("--config", "debug", "--mock-data")
+
 RUN = """
 import io, json, sys
 from contextlib import redirect_stderr
@@ -46,13 +48,28 @@ def test_refused_in_a_moment(tmp_path):
             "bad.yaml",
         ): "--config bad.yaml: while parsing a flow sequence",
         ("--config", "key.yaml"): "unknown key 'num_heads'; did you mean num_attention_heads?",
+        ("--config", "debug"): "no data: give --data-path PREFIX (mlra preprocess writes",
+        ("--lr", "1"): "--num-layers is missing; give it, or a preset with --config",
         ("--config",): "argument --config: expected one argument",
         ("--config", "data.yaml"): "data file gone.idx does not exist; make it with mlra preproc",
-        ("--data-path", "file.bin"): "--data-path file.bin names a file; leave .bin out: file",
-        ("--save", "file"): "--save file cannot be written: file is not a folder",
-        ("--save", "run"): "--save run holds a checkpoint of step 4, which this run would replace",
-        ("--load", "none"): "--load none is not a folder; give the --save of an earlier run",
-        ("--load", "hf"): "an exported folder is made one by mlra convert import-hf",
+        (
+            "--config",
+            "debug",
+            "--data-path",
+            "file.bin",
+        ): "--data-path file.bin names a file; leave",
+        (*DEBUG, "--save", "file"): "--save file cannot be written: file is not a folder",
+        (
+            *DEBUG,
+            "--save",
+            "run",
+        ): "--save run holds a checkpoint of step 4, which",
+        (
+            *DEBUG,
+            "--load",
+            "none",
+        ): "--load none is not a folder; give the --save of",
+        (*DEBUG, "--load", "hf"): "an exported folder is made one by mlra convert import-hf",
     }
     argvs = json.dumps([[argv] if isinstance(argv, str) else argv for argv in cases])
     before = os.times()
@@ -71,12 +88,13 @@ def test_what_is_left_to_the_whole_parser(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.yaml").write_text("base: debug\nsave: [1]\ndata_path: gone\n")
     for argv in (
-        ["--config", "debug", "--no-bf16"],
+        [*DEBUG, "--no-bf16"],
+        ["--config", "debug", "--data-args-path", "x"],
         ["--config", "debug", "--mock-data", "--save", "new", "--load", "new"],
         ["--config", "debug", "--data-path", "gone", "--dry-run", "8", "--load", "there"],
         ["--config", "a.yaml"],
         ["--help-megatron", "--what"],
-        ["--lr", "--"],
+        [*DEBUG, "--lr", "--"],
     ):
         early_checks.check(argv)
 

@@ -27,6 +27,10 @@ def schedule(*argv: str) -> dict:
         ),
         (["--train-samples", "800", "--lr-warmup-fraction", "0.1"], {"train_samples": 800}),
         (["--lr-warmup-fraction", "0.1"], {"train_iters": 320}),
+        # Its warm-up would be all of the run.
+        (["--train-iters", "20"], {"train_iters": 20, "lr_warmup_iters": 2}),
+        (["--train-samples", "160"], {"train_samples": 160, "lr_warmup_samples": 16}),
+        (["--train-iters", "6"], {"train_iters": 6}),
     ],
 )
 def test_a_presets_schedule_gives_way(argv, found):
