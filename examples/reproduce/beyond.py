@@ -31,7 +31,7 @@ def stages(
 
     Args:
         plan: {analyze: flags or None, tasks: folder, lengths: of its files, context: tokens
-            that the base takes}.
+            that the base takes, tokenizer: folder}.
         base: checkpoint of the base.
         train: flags of its training, None where it is trained.
         extend: flags of the training at a longer context, whose `--save` is `folder`/extended.
@@ -44,6 +44,8 @@ def stages(
     def score(checkpoint: Path, longest: int, name: str) -> None:
         files = ["cloze", *(f"long_{n}" for n in plan["lengths"] if n <= longest)]
         words = [checkpoint, "--task", *(plan["tasks"] / f"{file}.jsonl" for file in files)]
+        # In the precision that tells near ties apart; the data may name a tokenizer's old place.
+        words += ["--dtype", "float32", "--tokenizer", plan["tokenizer"]]
         add("evaluate", [*words, "--json", folder / name], folder / name)
 
     if train is not None:

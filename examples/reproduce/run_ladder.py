@@ -189,7 +189,8 @@ class Runner:
         sets = [f"{name}={self.corpus.prefix(name)}" for name in self.ladder.told["held_out"]]
         plan = {
             "analyze": ["--data", *sets, *phase["analyze"]] if shape.attention == "mlra" else None,
-            "tasks": self.corpus.folder.resolve() / "tasks",
+            "tasks": self.corpus.prefix("tasks"),
+            "tokenizer": self.corpus.prefix("tokenizer"),
             "lengths": phase["lengths"],
             "context": shape.max_position_embeddings,
         }

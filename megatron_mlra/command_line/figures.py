@@ -116,6 +116,11 @@ def plain_log(axis: Any) -> None:
     axis.set_minor_locator(NullLocator())
 
 
+def from_zero(panel: Any) -> None:
+    """A vertical axis from 0 to a little above the highest line."""
+    panel.set_ylim(0, 1.08 * max(max(line.get_ydata()) for line in panel.get_lines()))
+
+
 def title(figure: Any, text: str, source: str = "") -> None:
     """What the figure shows to be so, above everything, and below it where it was measured."""
     said = f"{text}\n{source}" if source else text

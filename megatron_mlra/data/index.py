@@ -34,6 +34,9 @@ class Index:
     """Tokens of every sequence, int32 `[n]`, mapped from the file. Megatron's GPT dataset takes a
     sequence for a document."""
 
+    token_type: np.dtype
+    """Of PREFIX.bin, in which the sequences follow one another without gaps."""
+
     def tokens(self, first: int, last: int) -> int:
         """Tokens of the sequences from number `first` up to, and without, `last`."""
         return int(self.lengths[first:last].sum(dtype=np.int64))
@@ -93,7 +96,7 @@ def _read(prefix: str) -> Index:
             f"data file {prefix}.bin {what}: {stored:,} of {end:,} bytes; preprocess the data"
             " again, or copy it again"
         )
-    return Index(lengths)
+    return Index(lengths, np.dtype(TOKEN_TYPES[code]).newbyteorder("<"))
 
 
 def _check_sequences(lengths: np.ndarray, offsets: np.ndarray, itemsize: int) -> int:

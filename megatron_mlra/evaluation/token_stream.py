@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_mlra.data.index import read_index
+
 
 def named_sets(values: list[str] | None) -> dict[str, str]:
     """Name -> prefix of `--held-out`'s words; a prefix alone is named by its last part.
@@ -40,13 +42,7 @@ def read_stream(prefix: str | Path) -> np.ndarray:
             raise ValueError(
                 f"data file {prefix}{suffix} does not exist; make it with mlra preprocess"
             )
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    from megatron_mlra.data.index import read_index
-
-    read_index(str(prefix))
-    dataset = IndexedDataset(str(prefix))
-    return np.concatenate([dataset[i] for i in range(len(dataset))])
+    return np.fromfile(f"{prefix}.bin", read_index(str(prefix)).token_type)
 
 
 def windows(tokens: np.ndarray, first: int, length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -7,6 +7,7 @@ of a branch whose values are zero already stays the same to the last bit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -69,10 +70,19 @@ class Passes:
 
     @torch.inference_mode()
     def add(self, window: Window, done: Callable[[], Any]) -> None:
-        """Measure one window; `done` is called after each of its `steps`."""
+        """Measure one window; `done` is called after each of its `steps`.
+
+        Raises:
+            ValueError: the model's loss is no number.
+        """
         inputs, targets = (torch.from_numpy(part).to(self.device) for part in window)
         states, named = self._measured(inputs[None])
         base = self._loss(states[-1], targets)
+        if not math.isfinite(base):
+            raise ValueError(
+                f"the model's loss is {base} on a window of {len(targets)} tokens; check its"
+                " weights with mlra inspect, or use --dtype float32"
+            )
         self.losses.append(base)
         self.tokens.append(len(targets))
         done()

@@ -10,7 +10,7 @@ from megatron_mlra.command_line import figures
 from megatron_mlra.evaluation.analysis.passes import mean_off_diagonal
 from megatron_mlra.evaluation.analysis.report import IDLE, divergence_share, idle
 
-DARK, LIGHT = "#1b1b1b", "#9a9a9a"
+DARK, LIGHT = figures.OTHERS[0], "#9a9a9a"
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
@@ -41,7 +41,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
         Line2D([], [], color=LIGHT, marker="^", linestyle="--", label="without calibration"),
         Line2D([], [], color=LIGHT, marker="^", label="values; divergence"),
     ]
-    figures.legend_below(figure, marks, branches + 3)
+    figures.legend_below(figure, marks, max(4, branches))
     figures.title(figure, _headline(found), f"{found['tokens']:,} held-out tokens")
     figures.save(figure, path)
 
@@ -63,9 +63,8 @@ def _colours(found: dict[str, Any]) -> list[str]:
     """One for each branch; of one branch the colour of its kind of attention."""
     if found["branches"] == 1:
         return [figures.colours([found["variant"]])[found["variant"]]]
-    return list(figures.colours(f"{i}" for i in range(found["branches"])).values())[
-        : found["branches"]
-    ]
+    # The first of these colours is that of the RoPE keys.
+    return list(figures.OTHERS[1:] * found["branches"])[: found["branches"]]
 
 
 def _layers(found: dict[str, Any]) -> range:
@@ -88,16 +87,16 @@ def _variance(panel: Any, found: dict[str, Any]) -> None:
     mean = [sum(each) / len(each) for each in without]
     panel.plot(_layers(found), mean, "^--", color=LIGHT, markersize=4)
     panel.set_yscale("log")
-    panel.set_ylabel("variance of keys over tokens")
-    panel.set_title("NoPE keys, with and without calibration")
+    panel.set_ylabel("over tokens")
+    panel.set_title("Variance of NoPE and RoPE keys")
 
 
 def _entropy(panel: Any, found: dict[str, Any]) -> None:
     _by_branch(panel, found, [layer["entropy"] for layer in found["layers"]], "o-")
-    panel.set_ylim(bottom=0)
+    figures.from_zero(panel)
     most = found["layers"][0]["entropy_of_equal_weights"]
-    panel.set_ylabel("entropy of attention rows, nats")
-    panel.set_title(f"Attention entropy (equal weights: {most:.2f})")
+    panel.set_ylabel("nats")
+    panel.set_title(f"Entropy of attention (at most {most:.2f})")
 
 
 def _rank(panel: Any, found: dict[str, Any]) -> None:
@@ -107,9 +106,9 @@ def _rank(panel: Any, found: dict[str, Any]) -> None:
         for group in range(per_branch):
             line = [each[i * per_branch + group] for each in ranks]
             panel.plot(_layers(found), line, "o-", color=colour, markersize=4)
-    panel.set_ylim(bottom=0)
+    figures.from_zero(panel)
     panel.set_ylabel("effective rank")
-    panel.set_title(f"Latent heads (of {size} dims)")
+    panel.set_title(f"Rank of latent heads (of {size})")
 
 
 def _up_rank(panel: Any, found: dict[str, Any]) -> None:
@@ -118,9 +117,9 @@ def _up_rank(panel: Any, found: dict[str, Any]) -> None:
         for latent in range(found["latent_heads"]):
             line = [each[latent] for each in ranks]
             panel.plot(_layers(found), line, mark, color=colour, markersize=4, alpha=0.7)
-    panel.set_ylim(bottom=0)
+    figures.from_zero(panel)
     panel.set_ylabel("effective rank")
-    panel.set_title(f"Up-projections of keys and values (of {found['latent_dim']})")
+    panel.set_title(f"Rank of up-projections (of {found['latent_dim']})")
 
 
 def _likeness(panel: Any, found: dict[str, Any]) -> None:
@@ -130,7 +129,7 @@ def _likeness(panel: Any, found: dict[str, Any]) -> None:
     panel.plot(_layers(found), shares, "^-", color=LIGHT, markersize=4)
     panel.set_ylim(min(0, *cosine) - 0.02, 1.02)
     panel.set_ylabel("cosine; divergence / ln 2")
-    panel.set_title("How alike the branches are (means of pairs)")
+    panel.set_title("Likeness of branches, pairs")
 
 
 def _ablation(panel: Any, found: dict[str, Any]) -> None:
@@ -143,6 +142,6 @@ def _ablation(panel: Any, found: dict[str, Any]) -> None:
             panel.errorbar(_layers(found), line, yerr=errors, fmt="none", color=colour, capsize=2)
     panel.set_yscale("symlog", linthresh=IDLE)
     panel.axhspan(-IDLE, IDLE, color="#000000", alpha=0.06, linewidth=0)
-    panel.set_ylabel("held-out loss more, nats per token")
-    what = "a branch" if found["branches"] > 1 else "the layer's attention"
-    panel.set_title(f"Cost of leaving out {what}")
+    panel.set_ylabel("nats per token")
+    what = "a branch" if found["branches"] > 1 else "the attention"
+    panel.set_title(f"Held-out loss more without {what}")

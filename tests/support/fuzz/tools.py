@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_mlra.checkpoint.cli import main as convert
 from megatron_mlra.data.cli import main as preprocess
+from megatron_mlra.evaluation.analysis.cli import main as analyze
 from megatron_mlra.evaluation.cli import main as evaluate
 from megatron_mlra.inference.cli import main as generate
 from megatron_mlra.planner.cli import main as plan
@@ -114,6 +115,7 @@ def _checkpoint(kind: str, source: Path, out: Path) -> Iterator[Call]:
     yield Call("generate", generate, argv, out / "said.jsonl")
     argv = (source, "--text", source.parents[1] / "honest/text.txt", "--device", "cpu")
     yield Call("evaluate", evaluate, argv)
+    yield Call("analyze", analyze, (*argv, "--tokens", 32, "--max-length", 16))
 
 
 def _text(source: Path, out: Path) -> Iterator[Call]:

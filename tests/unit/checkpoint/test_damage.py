@@ -15,6 +15,7 @@ from megatron_mlra.checkpoint.megatron.torch_dist import TorchDistFolder
 from megatron_mlra.checkpoint.megatron.writer import write_megatron
 from megatron_mlra.description.model import CheckpointError
 from megatron_mlra.evaluation import cli as evaluation
+from megatron_mlra.evaluation.analysis import cli as analysis
 from megatron_mlra.inference import cli as generation
 from support.hostile import write_config
 from support.random_checkpoint import RandomFolder, grouped, latent
@@ -58,6 +59,7 @@ def tools(convert, tmp_path, capsys):
         for name, main, more in (
             ("generate", generation.main, ["--prompt", "a", "--max-new-tokens", "2"]),
             ("evaluate", evaluation.main, ["--text", str(text), "--device", "cpu"]),
+            ("analyze", analysis.main, ["--text", str(text), "--device", "cpu"]),
         ):
             capsys.readouterr()
             found[name] = (main([*argv, *more]), capsys.readouterr().err)

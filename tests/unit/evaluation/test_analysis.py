@@ -231,3 +231,11 @@ def test_what_cannot_be_analyzed_is_one_line(tmp_path, capsys):
         assert main([str(folder), *flags, "--device", "cpu"]) == 2
         printed = capsys.readouterr()
         assert said in printed.err and printed.err.count("\n") == 1 and not printed.out
+
+
+def test_a_model_whose_loss_is_no_number_is_refused():
+    model = model_of(latent(4, 4))
+    with torch.no_grad():
+        model.model.layers[1].self_attn.kv_b_proj.weight[0] = math.inf
+    with pytest.raises(ValueError, match="the model's loss is nan on a window of 40 tokens; check"):
+        measured(model)
