@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mlra.evaluation.cli import main as evaluate
 from support import ENV, ROOT
 
 HERE = ROOT / "examples" / "reproduce"
@@ -84,10 +85,9 @@ def test_evaluate_gives_the_held_out_losses_of_training(rehearsal, tmp_path):
     name = "tiny_tiny_mlra4_lr2.00e-03_seed1"
     sets = ("books", "docs", "dictionary")
     found = tmp_path / "found.json"
-    call(
-        *(sys.executable, ROOT / "tools/evaluate.py", folder / "work" / name / "checkpoint"),
-        *("--data", *(f"{n}={folder / 'tokens' / n}" for n in sets), "--json", found),
-    )
+    argv = [folder / "work" / name / "checkpoint", "--json", found]
+    argv += ["--data", *(f"{n}={folder / 'tokens' / n}" for n in sets)]
+    assert evaluate([*map(str, argv)]) == 0
     trained = json.loads((folder / f"docs/results/evidence/{name}.json").read_text())["held_out"]
     evaluated = json.loads(found.read_text())["data"]
     for each in sets:
@@ -95,7 +95,7 @@ def test_evaluate_gives_the_held_out_losses_of_training(rehearsal, tmp_path):
         assert math.isclose(evaluated[each]["loss"], trained[each]["loss"], abs_tol=2e-5)
 
 
-def test_an_interrupted_run_goes_on_to_the_same_losses(rehearsal):
+def test_an_interrupted_run_goes_on_to_the_same_losses(rehearsal, entry, tmp_path):
     """A run is stopped by the budget in its middle; the next call ends it as if nothing was."""
     folder, _ = rehearsal
     name = "tiny_tiny_mla_lr2.00e-03_seed2"
@@ -109,7 +109,9 @@ def test_an_interrupted_run_goes_on_to_the_same_losses(rehearsal):
     assert command.startswith("$ ") and str(preset) in command
     words = command[2:].replace(str(folder / "work" / name), str(work)).split()
     work.mkdir()
-    call(*words, "--exit-interval", "16")
+    # Behind the interpreter, its script and the lock: the flags of the entry.
+    begun = entry.run(tmp_path, *words[3:], "--exit-interval", 16)
+    assert begun.code == 0, begun.err
     status = ladder(folder, "--status")
     assert f"interrupted: {name} at step 16" in status and f"next: {name}" in status
     assert "1 runs finished" in ladder(folder)
