@@ -28,7 +28,8 @@ rm -f "$site/linked.pth"
 rm -rf "$venv/linked"
 echo "installing vLLM into $venv (some minutes the first time)"
 grep -vE "^#|^($shared)==" "$list" >"$venv/install.txt"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -r "$venv/install.txt"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile --no-deps \
+  -r "$venv/install.txt"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
   --no-build-isolation -e ./kernels
 mkdir "$venv/linked"

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from support import ENV, ROOT
-from support.runs import TINY, Run, write_corpus
+from support.runs import TINY, WHOLE, Run, write_corpus
 
 
 @pytest.fixture(scope="session")
@@ -27,17 +24,7 @@ def preset(tmp_path_factory, corpus) -> Path:
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory, preset) -> Run:
-    """The uninterrupted run, by its own command line: 8 steps, checkpoints of steps 4 and 8."""
+def whole(entry, tmp_path_factory, preset) -> Run:
+    """The uninterrupted run: 8 steps, checkpoints of steps 4 and 8."""
     folder = tmp_path_factory.mktemp("whole")
-    done = subprocess.run(
-        [
-            *(sys.executable, ROOT / "pretrain_mlra.py", "--config", preset),
-            *("--save", folder / "save", "--eval-at-start", "--log-interval", "1"),
-        ],
-        capture_output=True,
-        text=True,
-        env=ENV,
-        timeout=300,
-    )
-    return Run(done.returncode, done.stdout, done.stderr, folder)
+    return entry.run(folder, "--config", preset, "--save", folder / "save", *WHOLE)

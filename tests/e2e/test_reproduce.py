@@ -123,7 +123,7 @@ def test_evaluate_gives_the_held_out_losses_of_training(rehearsal, tmp_path):
         assert math.isclose(evaluated[each]["loss"], trained[each]["loss"], abs_tol=2e-5)
 
 
-def test_an_interrupted_run_goes_on_to_the_same_losses(rehearsal):
+def test_an_interrupted_run_goes_on_to_the_same_losses(rehearsal, entry, tmp_path):
     """A run is stopped by the budget in its middle; the next call ends it as if nothing was."""
     folder, _ = rehearsal
     name = "tiny_tiny_mla_lr2.00e-03_seed2"
@@ -137,7 +137,9 @@ def test_an_interrupted_run_goes_on_to_the_same_losses(rehearsal):
     assert command.startswith("$ ") and str(preset) in command
     words = command[2:].replace(str(folder / "work" / name), str(work)).split()
     work.mkdir()
-    call(*words, "--exit-interval", "16")
+    # Behind the interpreter, its script and the lock: the flags of the entry.
+    begun = entry.run(tmp_path, *words[3:], "--exit-interval", 16)
+    assert begun.code == 0, begun.err
     status = ladder(folder, "--status")
     assert f"interrupted: {name} at step 16" in status and f"next: {name}" in status
     assert "1 runs finished" in ladder(folder)

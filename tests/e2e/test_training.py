@@ -15,9 +15,9 @@ import pytest
 from megatron_mlra.benchmarks import losses_files
 from megatron_mlra.fault_tolerance.integrity import check_complete
 from megatron_mlra.fault_tolerance.saved_steps import latest_step
-from support import ENV, wandb_file
+from support import ENV, ROOT, wandb_file
 from support.programs import program
-from support.runs import Run, scalars, wait_for
+from support.runs import WHOLE, Run, scalars, wait_for
 
 
 def at_step_4(source, folder):
@@ -32,6 +32,23 @@ def at_step_4(source, folder):
 def save(whole, tmp_path):
     """A folder with the checkpoint of step 4."""
     return at_step_4(whole.folder / "save", tmp_path / "save")
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory, preset) -> Run:
+    """The uninterrupted run by its own command line, in a process that imports all itself."""
+    folder = tmp_path_factory.mktemp("whole-by-itself")
+    done = subprocess.run(
+        [
+            *(sys.executable, ROOT / "pretrain_mlra.py", "--config", preset),
+            *("--save", folder / "save", *WHOLE),
+        ],
+        capture_output=True,
+        text=True,
+        env=ENV,
+        timeout=300,
+    )
+    return Run(done.returncode, done.stdout, done.stderr, folder)
 
 
 @pytest.fixture(scope="session")

@@ -37,6 +37,9 @@ eval_iters: 2
 save_interval: 4
 """
 
+WHOLE = ("--eval-at-start", "--log-interval", "1")
+"""Flags of the uninterrupted run."""
+
 
 def write_corpus(folder: Path) -> Path:
     """Write some 60 KB of tokenised bytes; returns their prefix."""
@@ -48,9 +51,11 @@ def tokenize(documents: list[str], prefix: Path) -> Path:
     """Write documents as tokenised bytes; returns their prefix."""
     text = prefix.with_suffix(".jsonl")
     text.write_text("\n".join(json.dumps({"text": document}) for document in documents))
-    command = [sys.executable, ROOT / "tools/preprocess_data.py", "--tokenizer", "byte"]
-    command += ["--input", text, "--output-prefix", prefix]
-    subprocess.run(command, check=True, capture_output=True)
+    # In this process, which has Megatron imported; the tool has its own tests.
+    from megatron_mlra.data.cli import main
+
+    argv = ["--tokenizer", "byte", "--input", str(text), "--output-prefix", str(prefix)]
+    assert main(argv) == 0
     return prefix
 
 

@@ -105,7 +105,7 @@ MODELS: dict[str, ModelDescription] = {
     "MHA": _grouped(8),
     "MQA": _grouped(1),
 }
-EVERY_LENGTH = ("MLRA-4", "MLA")
+EVERY_LENGTH = ("MLRA-4",)
 """Models that are decoded from a prompt of each length from 1 to 300."""
 SOME_LENGTHS = (1, 2, 15, 16, 17, 33, 100, 299, 300)
 PARALLEL = {
@@ -124,14 +124,17 @@ PARALLEL = {
 
 
 def parallel_cases() -> list[tuple[int, str, str]]:
-    """(ranks, model, weight mode); grouped attention has one mode only."""
-    return [
-        (tp, name, mode)
-        for tp, names in PARALLEL.items()
-        for name in names
-        for mode in WEIGHT_MODES
-        if MODELS[name].attention == "mlra" or mode == WEIGHT_MODES[0]
-    ]
+    """(ranks, model, weight mode): each model in each mode, each size in each mode; grouped
+    attention has one mode only."""
+    found = []
+    for name in dict.fromkeys(name for names in PARALLEL.values() for name in names):
+        sizes = [tp for tp, names in PARALLEL.items() if name in names]
+        for place, tp in enumerate(sizes):
+            modes = WEIGHT_MODES if len(sizes) == 1 else (WEIGHT_MODES[place % len(WEIGHT_MODES)],)
+            if MODELS[name].attention != "mlra":
+                modes = WEIGHT_MODES[:1]
+            found += [(tp, name, mode) for mode in modes]
+    return sorted(found, key=lambda case: case[0])
 
 
 def random_tokens() -> list[list[int]]:
