@@ -108,7 +108,7 @@ class ModelDescription(LatentSizes, ExpertSizes):
     """d_h of 'mlra'."""
 
     qk_rope_head_dim: int = 0
-    """d_r of 'mlra' and 'gta'."""
+    """d_r of 'mlra' and 'gta'; 0 in 'mlra' is NoPE: no layer rotates anything."""
 
     v_head_dim: int = 0
     """d_v of 'mlra'."""
@@ -235,9 +235,10 @@ class ModelDescription(LatentSizes, ExpertSizes):
             sizes.append("q_lora_rank")
         for name in sizes:
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            least = 0 if (self.attention, name) == ("mlra", "qk_rope_head_dim") else 1
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise CheckpointError(
-                    f"{name} is {value!r}; it must be a whole number of at least 1"
+                    f"{name} is {value!r}; it must be a whole number of at least {least}"
                 )
         if not 0 <= self.mtp_num_layers <= MOST_LAYERS:
             raise CheckpointError(
@@ -260,6 +261,10 @@ class ModelDescription(LatentSizes, ExpertSizes):
         self._check_types()
         if self.attention != "mlra" and self.rope_type != "rope":
             raise CheckpointError(f"rope_type {self.rope_type!r} needs latent attention")
+        if self.attention == "mlra" and not self.qk_rope_head_dim and self.rope_type != "rope":
+            raise CheckpointError(
+                f"rope_type {self.rope_type!r} stretches RoPE, and qk_rope_head_dim is 0: use rope"
+            )
         for name, part, whole_name, whole in self._divisors():
             if whole % part:
                 shown = name if name == "2" else f"{name} {part}"

@@ -354,6 +354,6 @@ class MLRASelfAttention(Attention):
         if self.shard.tp_size > 1:
             placed = placements(self.config)["linear_kv_down_proj"]
             boxes = placed.boxes(training_share(self.config, self.shard))
-            blocks = tuple(rows.stop - rows.start for (rows,) in boxes)
+            blocks = tuple(rows.stop - rows.start for (rows,) in boxes if rows.stop > rows.start)
             sharded[key] = split_rows_factory(sharded[key], blocks, sharded_offsets)
         return sharded

@@ -37,11 +37,15 @@ def resolve_core_backend(core_backend: str, transformer_impl: str) -> str:
     return "te" if transformer_impl == "transformer_engine" else "torch"
 
 
-def resolve_latent_kernels(latent_kernels: str, transformer_impl: str) -> str:
-    """'torch' or 'mlra_kernels': `auto` follows the layers' implementation."""
+def resolve_latent_kernels(
+    latent_kernels: str, transformer_impl: str, rope_dim: int | None = None
+) -> str:
+    """'torch' or 'mlra_kernels': `auto` follows the layers' implementation, and is torch without
+    RoPE dims, for which the kernels have no tile."""
     if latent_kernels != "auto":
         return latent_kernels
-    return "mlra_kernels" if transformer_impl == "transformer_engine" else "torch"
+    kernels = transformer_impl == "transformer_engine" and rope_dim != 0
+    return "mlra_kernels" if kernels else "torch"
 
 
 @dataclass
@@ -87,7 +91,7 @@ class MLRAConfig(LatentSizes, MLATransformerConfig):
 
     latent_kernels: str = "auto"
     """Norms, absorbed queries and keys, and branch sums by 'torch' or by this project's kernels
-    ('mlra_kernels'); 'auto' takes the kernels with Transformer Engine layers."""
+    ('mlra_kernels'); 'auto' takes the kernels with Transformer Engine layers, except for NoPE."""
 
     recompute_absorbed_query: bool = True
     """Rebuild the absorbed core's queries, N h (d_l + d_r) numbers per token, in backward from
@@ -176,7 +180,6 @@ class MLRAConfig(LatentSizes, MLATransformerConfig):
             "hidden_size",
             "kv_lora_rank",
             "qk_head_dim",
-            "qk_pos_emb_head_dim",
             "v_head_dim",
             "num_layers",
             "tensor_model_parallel_size",
@@ -210,6 +213,11 @@ class MLRAConfig(LatentSizes, MLATransformerConfig):
                 f"num_attention_heads {h} does not divide into {G} head groups (num_latent_heads"
                 f" {L} / num_branches {N}); use num_attention_heads {_next_multiple(h, G)}"
             )
+        if not _is_size(self.qk_pos_emb_head_dim, least=0):
+            raise ValueError(
+                f"qk_rope_head_dim is {self.qk_pos_emb_head_dim!r}; it must be a whole number, 0"
+                " for no RoPE (NoPE)"
+            )
         if self.qk_pos_emb_head_dim % 2:
             raise ValueError(
                 f"qk_rope_head_dim {self.qk_pos_emb_head_dim} is odd and RoPE rotates pairs; use"
@@ -238,6 +246,8 @@ class MLRAConfig(LatentSizes, MLATransformerConfig):
             raise ValueError(
                 f"softmax_scale is {self.softmax_scale!r}; leave it out for (d_h + d_r)^-1/2"
             )
+        if not self.qk_pos_emb_head_dim:
+            self._validate_nope()
         if self.rope_type == "yarn":
             for name in ("rotary_scaling_factor", "original_max_position_embeddings"):
                 value = getattr(self, name)
@@ -249,6 +259,19 @@ class MLRAConfig(LatentSizes, MLATransformerConfig):
             raise ValueError(
                 f"rotary_percent is {self.rotary_percent}; use 1.0 and set qk_rope_head_dim, which"
                 " is the RoPE dims themselves"
+            )
+
+    def _validate_nope(self) -> None:
+        """What is about RoPE dims, where there are none."""
+        if self.rope_type == "yarn":
+            raise ValueError(
+                "rope_type yarn stretches RoPE, and qk_rope_head_dim is 0 (NoPE); use rope_type"
+                " rope"
+            )
+        if self.latent_kernels == "mlra_kernels":
+            raise ValueError(
+                "latent_kernels mlra_kernels rotate at least 16 dims, and qk_rope_head_dim is 0"
+                " (NoPE); use latent_kernels torch or auto"
             )
 
     def _validate_parallel(self) -> None:
@@ -295,11 +318,12 @@ class MLRAConfig(LatentSizes, MLATransformerConfig):
 _REFUSED = {
     "add_bias_linear": "it has no biases; use --disable-bias-linear",
     "add_qkv_bias": "it has no biases; leave it out",
-    "qk_layernorm": "it always normalises its latents; leave it out",
+    "qk_layernorm": "it always normalises the latents of queries and keys, and a norm of keys"
+    " behind their up-projection would take them out of latent space; leave it out, or use qk_clip",
     "attention_output_gate": "use output_gate",
     "apply_rope_fusion": "use --no-rope-fusion",
     "rotary_interleaved": "its RoPE is half-split; leave it out",
-    "no_rope_freq": "every layer rotates its RoPE dims; leave it out",
+    "no_rope_freq": "its layers are alike; leave it out, or use qk_rope_head_dim 0 for no RoPE",
     "cache_mla_latents": "it is for Megatron's own MLA; leave it out",
     "mla_down_proj_fusion": "it is for Megatron's own MLA; leave it out",
     "experimental_attention_variant": "it replaces the attention; leave it out",
@@ -324,8 +348,8 @@ def _nearest(values: Iterable[int], wanted: int) -> int | None:
     return min(values, key=lambda n: (abs(n - wanted), -n), default=None)
 
 
-def _is_size(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _is_size(value, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _is_at_least(value, least: float) -> bool:

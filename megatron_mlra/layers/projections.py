@@ -30,7 +30,8 @@ def latent_functions(config: MLRAConfig) -> ModuleType:
     `rotate_absorb`, `join_keys` and `sum_branches`."""
     # Baselines share the norm, not the choice.
     kernels = getattr(config, "latent_kernels", "torch")
-    if resolve_latent_kernels(kernels, config.transformer_impl) == "torch":
+    rope_dim = getattr(config, "qk_pos_emb_head_dim", None) if kernels != "torch" else None
+    if resolve_latent_kernels(kernels, config.transformer_impl, rope_dim) == "torch":
         return attention
     from mlra_kernels import latent_projections
 

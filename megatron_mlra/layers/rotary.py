@@ -33,11 +33,13 @@ class RotaryTables:
         common = {"rotary_base": config.rotary_base}
         if config.use_cpu_initialization:
             common["use_cpu_initialization"] = True
+        # Of a model without RoPE (NoPE) the tables are empty: those of 2 dims, cut to none.
         self.width = config.qk_rope_head_dim // 2
+        dims = config.qk_rope_head_dim or 2
         self.is_yarn = config.rope_type == "yarn"
         if self.is_yarn:
             self.embedding = YarnRotaryEmbedding(
-                config.qk_rope_head_dim,
+                dims,
                 scaling_factor=config.rotary_scaling_factor,
                 original_max_position_embeddings=config.original_max_position_embeddings,
                 beta_fast=config.beta_fast,
@@ -47,7 +49,7 @@ class RotaryTables:
                 **common,
             )
         else:
-            self.embedding = RotaryEmbedding(config.qk_rope_head_dim, rotary_percent=1.0, **common)
+            self.embedding = RotaryEmbedding(dims, rotary_percent=1.0, **common)
         self._last: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
 
     @torch.no_grad()

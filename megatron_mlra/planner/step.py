@@ -112,6 +112,7 @@ def micro_batch_seconds(
     core *= 7 / 6
     peak = (gpu.fp8_tflops if fp8 else gpu.bf16_tflops) * 1e12 * assume.gemm
     own = shape.attention == "mlra" and shape.absorbed and shape.latent_dim <= 128
+    own = own and shape.qk_rope_head_dim > 0
     share = assume.latent_core if own and gpu.name in ("h100", "h200") else assume.core
     core_peak = gpu.bf16_tflops * 1e12 * share
     stage = tokens / layout.tp / layout.pp

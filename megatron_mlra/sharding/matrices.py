@@ -38,12 +38,13 @@ def latent_matrices(model: ModelDescription, shard: LatentShard) -> dict[str, tu
     d_h, d_r, d_v = model.qk_nope_head_dim, model.qk_rope_head_dim, model.v_head_dim
     tp, d_l = shard.tp_size, model.latent_dim
     queries = (Rows(d_h, d_h, name="a head's NoPE query"), Rows(d_r, d_r, name="its RoPE query"))
+    queries = queries[: 1 + (d_r > 0)]
     latents, rope = model.kv_lora_rank // tp, d_r // tp
     found = {
         "linear_kv_down_proj": (
             Rows(latents, d_l, gathered=latents % d_l != 0, name="a latent head"),
             Rows(rope, d_r, gathered=tp > 1, name="the RoPE key"),
-        ),
+        )[: 1 + (d_r > 0)],
         "linear_kv_up_proj": (
             Rows(d_h, d_h, name="a branch's and head's key"),
             Rows(d_v, d_v, name="its value"),

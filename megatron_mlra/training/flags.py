@@ -90,7 +90,7 @@ def _add_attention(group: argparse._ArgumentGroup) -> None:
         type=int,
         dest="qk_pos_emb_head_dim",
         metavar="DIM",
-        help="size of its rotated part; Megatron's --qk-pos-emb-head-dim",
+        help="size of its rotated part, 0 for none (NoPE); Megatron's --qk-pos-emb-head-dim",
     )
     add("--tpa-q-rank", type=int, default=6, metavar="R", help="rank of TPA's queries (default: 6)")
     add(

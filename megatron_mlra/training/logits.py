@@ -9,6 +9,7 @@ behind the step, the logits those in front of it, as in the paper.
 from __future__ import annotations
 
 import contextlib
+import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -66,7 +67,7 @@ class LogitWatch:
                 self.largest = largest.tolist()
             elif self._is_measured(self.args.curr_iteration + 1):
                 self.finish(model)
-            return max(self.largest, default=0.0)
+            return _top(self.largest) if self.largest else 0.0
 
         return clip
 
@@ -104,7 +105,7 @@ class LogitWatch:
         """Parts of the run's line; begins to count clipped heads anew."""
         if not self.largest:
             return []
-        top = max(self.largest)
+        top = _top(self.largest)
         where = f" (layer {self.largest.index(top) + 1})" if len(self.largest) > 1 else ""
         parts = [f"max logit {top:#.3g}{where}"]
         if self.clipped:
@@ -118,7 +119,12 @@ class LogitWatch:
             return {}
         wide = len(str(len(self.largest)))
         layers = {f"{LOGIT}/layer_{i:0{wide}}": x for i, x in enumerate(self.largest, 1)}
-        return {LOGIT: max(self.largest)} | (layers if len(layers) > 1 else {})
+        return {LOGIT: _top(self.largest)} | (layers if len(layers) > 1 else {})
+
+
+def _top(largest: list[float]) -> float:
+    """The largest, or NaN where there is one."""
+    return next((x for x in largest if math.isnan(x)), max(largest))
 
 
 def _reduced(

@@ -56,11 +56,13 @@ def test_a_clip_reaches_the_copies_of_weights(name: str, results: Path) -> None:
     assert max(after) < 0.9 * max(before)
     for weight, plain in zip(found[name]["weights"], found["plain"]["weights"], strict=True):
         assert all(torch.equal(weight[key], plain[key]) for key in plain)
-    moved = {key: float((clipped[key] - start[key]).abs().max()) for key in start}
     for key, weight in renewed.items():
         # To the rounding of bf16: the weights were scaled rounded, their copies before rounding.
         assert torch.allclose(weight, clipped[key], rtol=2**-7, atol=0), key
-    assert min(moved.values()) > 0
+    for key in start:
+        if "up_proj" in key:  # by more than the step did
+            moved = (clipped[key] - start[key]).abs().max() / start[key].abs().max()
+            assert moved > 0.02, f"{key} moved by {moved:.3f}"
 
 
 @pytest.mark.parametrize("model", ["MLRA-4 MTP", "MLRA-4 MTP odd documents"])

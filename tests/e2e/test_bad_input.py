@@ -54,21 +54,6 @@ FLAGS = [
     (["--full-validation"], "--full-validation fails in Megatron 0.19.2"),
     (["--sft"], "--sft reads conversations; use --packed-sequences to keep documents apart"),
     (["--hybrid-context-parallel"], "--hybrid-context-parallel is not supported; use --context-"),
-    (["--qk-clip-threshold", "50"], "--qk-clip-threshold 50 has no effect without --qk-clip; add"),
-    (["--qk-clip", "--qk-clip-alpha", "1"], "--qk-clip-alpha is 1; use a share between 0 and 1"),
-    (["--qk-clip", "--qk-clip-threshold", "0"], "--qk-clip-threshold is 0; use e.g. 100"),
-    (
-        ["--qk-clip", "--attention", "gqa", "--num-query-groups", "2"],
-        "--qk-clip with --attention gqa needs Transformer Engine's core, which reports logits; use",
-    ),
-    (
-        ["--qk-clip", "--attention", "mfa"],
-        "--qk-clip with --attention mfa: queries or keys of its heads share weights; use --log-max",
-    ),
-    (
-        ["--qk-clip", "--use-distributed-optimizer", "--use-precision-aware-optimizer"],
-        "--use-precision-aware-optimizer keeps weights within the optimizer, which --qk-clip does",
-    ),
     # The model.
     (
         ["--num-latent-heads", "5"],

@@ -10,7 +10,12 @@ import math
 import pytest
 import torch
 
-from mlra_kernels.latent_attention import key_ranges, latent_attention, latent_attention_with_lse
+from mlra_kernels.latent_attention import (
+    key_ranges,
+    latent_attention,
+    latent_attention_with_lse,
+    latent_attention_with_top,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -55,9 +60,10 @@ def oracle(query, key, grad, latent_dim, scale, ranges=None):
         unread = at > at[len(key) - len(query) :, None]
     else:
         unread = (at < ranges[0, :, None]) | (at > ranges[1, :, None])
-    weights = x.masked_fill(unread, -math.inf).softmax(-1)
-    out = torch.einsum("bpst,tbpl->sbpl", weights, keys[..., :latent_dim])
-    return out, *torch.autograd.grad(out, (query, key), grad.double())
+    x = x.masked_fill(unread, -math.inf)
+    out = torch.einsum("bpst,tbpl->sbpl", x.softmax(-1), keys[..., :latent_dim])
+    grads = torch.autograd.grad(out, (query, key), grad.double())
+    return out, *grads, x.detach().amax((0, 2, 3))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -80,12 +86,16 @@ def test_output_and_gradients(shape, spans, dtype) -> None:
     leaves = [x.requires_grad_() for x in (query, key)]
     out = latent_attention(*leaves, latent, scale, ranges)
     found = (out, *torch.autograd.grad(out, leaves, grad))
-    expected = oracle(query.detach(), key.detach(), grad, latent, scale, ranges)
+    *expected, top = oracle(query.detach(), key.detach(), grad, latent, scale, ranges)
     for what, ours, theirs in zip(("out", "query", "key"), found, expected, strict=True):
         assert ours.dtype == dtype and ours.shape == theirs.shape
         # A query with one key has no gradient.
         difference = (ours.double() - theirs).norm() / theirs.norm().clamp(min=1)
         assert difference <= TOLERANCE[dtype], (what, float(difference))
+    again, largest = latent_attention_with_top(*leaves, latent, scale, ranges)
+    assert torch.equal(again, out) and not largest.requires_grad
+    # The products are exact in float32 up to the order of their sum.
+    assert (largest - top).abs().max() <= 1e-4 * top.abs().max()
 
 
 def test_repeated_launches_agree() -> None:

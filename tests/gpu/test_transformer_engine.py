@@ -20,11 +20,18 @@ FP8_TOLERANCE = 0.3
 themselves, in every product of two layers."""
 
 
-def run(implementation: str, weights: dict | None = None, **overrides):
-    """One forward and backward; logits, gradients by global name, and the weights used."""
+def run(
+    implementation: str,
+    weights: dict | None = None,
+    largest: list[torch.Tensor] | None = None,
+    **overrides,
+):
+    """One forward and backward; logits, gradients by global name, and the weights used; `largest`
+    is given what each layer's core reports."""
     from megatron.core import parallel_state as mpu
     from megatron.core.models.gpt import GPTModel
 
+    from megatron_mlra.layers.logits import measured
     from megatron_mlra.layers.specs import block_spec
     from support.tiny import SEQ, VOCAB, Layout, global_batch, make_config
 
@@ -58,6 +65,9 @@ def run(implementation: str, weights: dict | None = None, **overrides):
                 param.copy_(weights[name])
     tokens = global_batch(0).cuda()
     positions = torch.arange(SEQ, device="cuda")[None].expand(len(tokens), -1)
+    cores = [attention.core_attention for attention in measured(model)]
+    for core in cores:
+        core.largest.wanted = largest is not None
     logits = model(tokens[:, :-1].contiguous(), positions, None)
     # Delayed scaling takes its factors from the passes before.
     for _ in range(3 if overrides.get("fp8_recipe") == "delayed" else 1):
@@ -66,6 +76,8 @@ def run(implementation: str, weights: dict | None = None, **overrides):
         labels = tokens[:, 1:].contiguous()
         losses = model(tokens[:, :-1].contiguous(), positions, None, labels=labels)
         losses.float().mean().backward()
+    if largest is not None:
+        largest += [core.largest.take() for core in cores]
     gradients = {n: p.main_grad if p.grad is None else p.grad.float() for n, p in named.items()}
     return logits.float().detach(), gradients, {n: p.detach() for n, p in named.items()}
 
@@ -104,6 +116,28 @@ def test_other_cores_under_transformer_engine(backend: str) -> None:
     found, te_gradients, _ = run("transformer_engine", weights, core_backend=backend)
     assert difference(found, expected) <= BF16_TOLERANCE
     assert max(difference(te_gradients[n], g) for n, g in gradients.items()) <= BF16_TOLERANCE
+
+
+@pytest.mark.parametrize("core_form", ["absorbed", "materialized"])
+def test_without_rope(core_form: str) -> None:
+    nope = {"qk_pos_emb_head_dim": 0, "core_form": core_form}
+    expected, gradients, weights = run("local", **nope)
+    found, te_gradients, _ = run("transformer_engine", weights, **nope)
+    assert difference(found, expected) <= BF16_TOLERANCE
+    assert max(difference(te_gradients[n], g) for n, g in gradients.items()) <= BF16_TOLERANCE
+
+
+@pytest.mark.parametrize("backend", ["torch", "te", "mlra_kernels"])
+def test_every_core_reports_its_largest_logits(backend: str) -> None:
+    expected: list[torch.Tensor] = []
+    found: list[torch.Tensor] = []
+    plain, _, weights = run("local", largest=expected)
+    logits, _, _ = run("transformer_engine", weights, largest=found, core_backend=backend)
+    assert difference(logits, plain) <= BF16_TOLERANCE
+    assert len(found) == len(expected) > 0
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == torch.float32 and ours.shape == theirs.shape
+        assert difference(ours, theirs) <= BF16_TOLERANCE
 
 
 @pytest.mark.parametrize("linears", ["wide", "all"])

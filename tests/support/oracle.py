@@ -88,6 +88,8 @@ def rms_norm(vector: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rotate(vector: Tensor, position: float, base: float, yarn: Yarn | None = None) -> Tensor:
     """Turn pair (i, i + d_r / 2) of one vector by the angle position * base^(-2 i / d_r)."""
     dim = vector.shape[0]
+    if dim == 0:
+        return vector
     half = dim // 2
     first, second = [], []
     for i in range(half):

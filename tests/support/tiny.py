@@ -4,7 +4,6 @@ sharding."""
 from __future__ import annotations
 
 import hashlib
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -30,7 +29,6 @@ from megatron_mlra.layers.baselines.config import BaselineConfig
 from megatron_mlra.layers.config import MLRAConfig
 from megatron_mlra.layers.multi_token import multi_token_spec
 from megatron_mlra.layers.specs import block_spec
-from megatron_mlra.training.logits import LogitWatch
 from megatron_mlra.training.muon import cut_grouped_queries
 
 VOCAB, SEQ, BATCH = 128, 32, 2
@@ -258,36 +256,6 @@ class Tiny:
         gradients = self.collect("gradient") if seed == 0 else None
         _, grad_norm, _ = self.optimizer.step()
         return {"loss": loss, "gradients": gradients, "grad_norm": float(grad_norm)}
-
-    def clip(self, threshold: float | None, step: bool = False, learn: bool = True) -> LogitWatch:
-        """The largest logits of a pass over batch 0, behind which heads above `threshold` are
-        clipped, where one is given.
-
-        Args:
-            step: take an optimizer's step before, as training does.
-            learn: at its rate; or at a rate of 0, which renews the weights from their copies.
-        """
-        watch = LogitWatch(
-            Namespace(
-                attention="mlra",
-                qk_clip=threshold is not None,
-                qk_clip_threshold=threshold,
-                qk_clip_alpha=0.5,
-            )
-        )
-        watch.optimizer = self.optimizer
-        watch.begin(self.chunks)
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        self._run(0, forward_only=False)
-        if step:
-            for group in self.optimizer.param_groups:
-                group["lr"] = 1e-3 if learn else 0.0
-            self.optimizer.step()
-        watch.finish(self.chunks)
-        watch.begin(self.chunks, wanted=False)
-        return watch
 
     def update(self, draw: Callable[[str, tuple[int, ...]], Tensor]) -> dict[str, Tensor]:
         """What one step of the optimizer adds to weights of zero, by global name.

@@ -35,7 +35,7 @@ def split_cache(cache: Tensor, rope_dim: int) -> tuple[Tensor, Tensor]:
     """Split a paged cache into views of its latents and its RoPE keys, without a copy.
 
     `cache` is `[..., L * D + R]` in fp16, bf16 or fp32; or, in FP8, `[..., L * D + 2 * R]` e4m3
-    whose last `2 * R` bytes of a row hold R bf16 numbers.
+    whose last `2 * R` bytes of a row hold R bf16 numbers. R may be 0, of a model without RoPE.
 
     Raises:
         ValueError: a row does not hold the RoPE key and a latent, or cannot be split in place.
@@ -43,7 +43,7 @@ def split_cache(cache: Tensor, rope_dim: int) -> tuple[Tensor, Tensor]:
     checks.check_tensors(cache=cache)
     if cache.dim() == 0:
         raise ValueError("cache has no dims: give [pages, page_size, width]")
-    checks.check_integer("rope_dim", rope_dim, 1)
+    checks.check_integer("rope_dim", rope_dim, 0)
     rope_columns = rope_dim * (2 if cache.dtype == FP8_DTYPE else 1)
     if rope_columns >= cache.shape[-1]:
         raise ValueError(
@@ -51,7 +51,7 @@ def split_cache(cache: Tensor, rope_dim: int) -> tuple[Tensor, Tensor]:
             f"{rope_columns} and leaves no latent"
         )
     if cache.dtype != FP8_DTYPE:
-        return cache[..., :-rope_dim], cache[..., -rope_dim:]
+        return cache.split((cache.shape[-1] - rope_dim, rope_dim), -1)
     *strides, step = cache.stride()
     if step != 1 or any(n % 2 for n in (*strides, cache.storage_offset(), cache.shape[-1])):
         raise ValueError(
@@ -59,8 +59,8 @@ def split_cache(cache: Tensor, rope_dim: int) -> tuple[Tensor, Tensor]:
             f"have strides {cache.stride()}: make the last dim contiguous and all others even, as"
             " the rows hold bf16 numbers"
         )
-    rope_bytes = cache.view(torch.uint8)[..., -2 * rope_dim :]
-    return cache[..., : -2 * rope_dim], rope_bytes.view(torch.bfloat16)
+    latents, rope_bytes = cache.split((cache.shape[-1] - rope_columns, rope_columns), -1)
+    return latents, rope_bytes.view(torch.uint8).view(torch.bfloat16)
 
 
 def latent_decode_reference(

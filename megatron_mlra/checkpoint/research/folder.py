@@ -266,5 +266,9 @@ def _check_exportable(model: ModelDescription) -> None:
             raise CheckpointError(
                 f"the research code has {name} {needed} only, and this model {value}; use export-hf"
             )
+    if latent and not model.qk_rope_head_dim:
+        raise CheckpointError(
+            "the research code rotates at least one pair, and this model none (NoPE); use export-hf"
+        )
     if latent and model.q_lora_rank is None:
         raise CheckpointError("the research code has no model without q_lora_rank; use export-hf")

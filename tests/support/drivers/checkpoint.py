@@ -28,6 +28,7 @@ MODELS = {
     "MLRA-2": VARIANTS["MLRA-2"],
     "MLA": VARIANTS["MLA"],
     "MLRA-4-gated": {**VARIANTS["MLRA-4"], "output_gate": True},
+    "MLRA-4-NoPE": {**VARIANTS["MLRA-4"], "qk_pos_emb_head_dim": 0},
 }
 
 

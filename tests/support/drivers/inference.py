@@ -82,6 +82,7 @@ MODELS: dict[str, ModelDescription] = {
     "MLRA-4-gated": _latent(4, 4, output_gate=True),
     "MLRA-4-unscaled": _latent(4, 4, variance_scaling=False),
     "MLRA-4-no-q-lora": _latent(4, 4, q_lora_rank=None),
+    "MLRA-4-nope": _latent(4, 4, qk_rope_head_dim=0),
     "MLRA-4-yarn": _latent(4, 4, **YARN),
     "MLRA-4-experts": _latent(
         4,
@@ -115,6 +116,7 @@ PARALLEL = {
         "MLRA-2-gated",
         "MLRA-4",
         "MLRA-4-no-q-lora",
+        "MLRA-4-nope",
         "GQA-gated",
         "MLRA-4-experts",
     ),

@@ -51,6 +51,7 @@ def references() -> dict[str, dict[str, Any]]:
         "variance_scaling": False,
         "q_lora_rank": None,
     }
+    models["MLRA-4 NoPE"] = {**VARIANTS["MLRA-4"], "qk_pos_emb_head_dim": 0}
     models["MLRA-4 deep"] = {**VARIANTS["MLRA-4"], "num_layers": 4}
     models["GLA-2 deep"] = {**VARIANTS["GLA-2"], "num_layers": 4}
     models["MLRA-4 MoE"] = {
@@ -96,6 +97,7 @@ def cases() -> list[Case]:
     for style in ("head", "latent"):
         add("MLRA-4 gated", {"tp": 2}, latent_tp_layout=style, sequence_parallel=True)
         add("MLRA-4 unscaled, no q latent", {"tp": 2}, latent_tp_layout=style)
+        add("MLRA-4 NoPE", {"tp": 2}, latent_tp_layout=style, sequence_parallel=True)
         add("MLRA-4", {"tp": 2}, latent_tp_layout=style, core_form="materialized")
         for modules in recomputed[style]:
             recompute = {"recompute_granularity": "selective", "recompute_modules": modules}
@@ -123,6 +125,7 @@ def cases() -> list[Case]:
         add(variant, {"cp": 2})
     add("MLRA-4", {"cp": 2}, core_form="materialized")
     add("MLRA-4 gated", {"cp": 2})
+    add("MLRA-4 NoPE", {"cp": 2})
     add("MLRA-4", {"cp": 2}, recompute_absorbed_query=False)
     for modules in (both[:1], both):
         recompute = {"recompute_granularity": "selective", "recompute_modules": modules}
@@ -208,25 +211,29 @@ def main(folder: Path, pattern: str) -> None:
 
 def _clip_reference(tiny, start: dict[str, Any]) -> dict[str, Any]:
     """The largest logits of the start, and the weights that QK-clip makes of it."""
+    from support.clipping import clip
+
     attention = getattr(tiny.config, "attention", "mlra")
     if attention == "gqa":
         return {}
-    largest = tiny.clip(None).largest
+    largest = clip(tiny, None).largest
     if attention != "mlra":
         return {"largest": largest}
     threshold = 0.8 * min(largest)
-    clipped = tiny.clip(threshold).clipped
+    clipped = clip(tiny, threshold).clipped
     found = {"threshold": threshold, "largest": largest, "heads": clipped}
-    found |= {"clipped": tiny.collect("weight"), "after": tiny.clip(None).largest}
+    found |= {"clipped": tiny.collect("weight"), "after": clip(tiny, None).largest}
     tiny.load(start)
     return found
 
 
 def _compare_clip(tiny, reference: dict[str, Any]) -> dict[str, Any]:
     """How far the largest logits, and the weights behind a clip, are from the reference's."""
+    from support.clipping import clip
+
     if "largest" not in reference:
         return {}
-    watch = tiny.clip(reference.get("threshold"))
+    watch = clip(tiny, reference.get("threshold"))
     found: dict[str, Any] = {"largest": _relative(watch.largest, reference["largest"])}
     if "clipped" in reference:
         found["heads"] = [watch.clipped, reference["heads"]]
@@ -239,6 +246,7 @@ def _clip_copies(folder: Path, rank: int) -> None:
     """QK-clip behind a step in bf16, under each optimizer that keeps float32 copies elsewhere."""
     import torch
 
+    from support.clipping import clip
     from support.tiny import Layout, Tiny, make_config
 
     found: dict[str, Any] = {}
@@ -252,13 +260,13 @@ def _clip_copies(folder: Path, rank: int) -> None:
         if found:
             tiny.load(found["plain"]["weights"][0])
         weights = [tiny.collect("weight")]
-        largest = tiny.clip(None).largest
-        watch = tiny.clip(0.8 * min(largest), step=True)
-        tiny.clip(None)  # whose forward waits for weights that are still under way
+        largest = clip(tiny, None).largest
+        watch = clip(tiny, 0.8 * min(largest), step=True)
+        clip(tiny, None)  # whose forward waits for weights that are still under way
         weights.append(tiny.collect("weight"))
-        after = tiny.clip(None).largest
-        tiny.clip(None, step=True, learn=False)
-        tiny.clip(None)
+        after = clip(tiny, None).largest
+        clip(tiny, None, step=True, learn=False)
+        clip(tiny, None)
         weights.append(tiny.collect("weight"))
         digests: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(digests, tiny.replicas())

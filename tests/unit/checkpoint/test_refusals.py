@@ -280,6 +280,16 @@ def test_exported_experts_that_megatron_has_not():
         assert said in str(refused.value)
 
 
+def test_the_research_code_rotates_something(tmp_path):
+    from megatron_mlra.checkpoint.research.folder import write_research
+    from support.random_checkpoint import RandomFolder, latent
+
+    source = RandomFolder(latent(4, 4, qk_rope_head_dim=0, v_head_dim=16))
+    with pytest.raises(ValueError, match=r"at least one pair, and this model none \(NoPE\)"):
+        write_research(source, tmp_path / "out", progress=False)
+    assert not list(tmp_path.iterdir())
+
+
 def test_destinations(research, convert, tmp_path, monkeypatch):
     source = research("MLRA-4")
     (tmp_path / "there").mkdir()

@@ -75,6 +75,14 @@ def test_kv_cache_of_the_latent_family(preset, whole, at_tp4):
     assert kv_cache_bytes_per_token(shape, 4) == 24 * at_tp4 * 128 * 2
 
 
+def test_kv_cache_without_rope():
+    shape = shape_of("mlra4_2.9b").replace(qk_rope_head_dim=0, softmax_scale=None)
+    assert shape.softmax_scale == pytest.approx(128**-0.5)
+    assert kv_cache_bytes_per_token(shape, tp=4) == 24 * 256, "384 per layer with RoPE"
+    weights = parameters(shape).total - parameters(shape_of("mlra4_2.9b")).total
+    assert weights == -24 * (24 * 64 * 1024 + 64 * 3072)
+
+
 def test_kv_cache_of_the_others():
     gqa8 = shape_of("gqa_2.9b", num_query_groups=8)
     assert [kv_cache_elements(gqa8, tp) / 128 for tp in (1, 4, 8, 16)] == [16, 4, 2, 2]

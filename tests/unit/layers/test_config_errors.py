@@ -58,7 +58,21 @@ ROWS = [
     ({"kv_lora_rank": -28}, "kv_lora_rank is -28", [(WHOLE, {"kv_lora_rank": 4})]),
     ({"kv_lora_rank": 28.0}, "kv_lora_rank is 28.0", [(WHOLE, {"kv_lora_rank": 28})]),
     ({"qk_head_dim": 0}, "qk_head_dim is 0", [(WHOLE, {"qk_head_dim": 1})]),
-    ({"qk_pos_emb_head_dim": 0}, "qk_pos_emb_head_dim is 0", [(WHOLE, {"qk_pos_emb_head_dim": 2})]),
+    (
+        {"qk_pos_emb_head_dim": -2},
+        "qk_rope_head_dim is -2",
+        [("0 for no RoPE", {"qk_pos_emb_head_dim": 0})],
+    ),
+    (
+        {"qk_pos_emb_head_dim": 0, "rope_type": "yarn"},
+        "rope_type yarn stretches RoPE, and qk_rope_head_dim is 0 (NoPE)",
+        [(r"use rope_type (\w+)", "rope_type")],
+    ),
+    (
+        {"qk_pos_emb_head_dim": 0, "latent_kernels": "mlra_kernels"},
+        "latent_kernels mlra_kernels rotate at least 16 dims, and qk_rope_head_dim is 0 (NoPE)",
+        [(r"use latent_kernels (\w+) or (\w+)", "latent_kernels")],
+    ),
     ({"v_head_dim": 2.5}, "v_head_dim is 2.5", [(WHOLE, {"v_head_dim": 1})]),
     ({"q_lora_rank": 0}, "q_lora_rank is 0", [(r"at least (\d+)", "q_lora_rank")]),
     ({"q_lora_rank": -3}, "q_lora_rank is -3", [("leave it out", {"q_lora_rank": None})]),
@@ -183,7 +197,14 @@ ROWS = [
     ),
     ({"add_qkv_bias": True}, "add_qkv_bias (True)", [("leave it out", {"add_qkv_bias": False})]),
     ({"flash_decode": True}, "flash_decode (True)", [("leave it out", {"flash_decode": False})]),
-    ({"no_rope_freq": [1, 0]}, "no_rope_freq ([1, 0])", [("leave it out", {"no_rope_freq": None})]),
+    (
+        {"no_rope_freq": [1, 0]},
+        "no_rope_freq ([1, 0])",
+        [
+            ("leave it out", {"no_rope_freq": None}),
+            ("use qk_rope_head_dim 0", {"no_rope_freq": None, "qk_pos_emb_head_dim": 0}),
+        ],
+    ),
     ({"softmax_scale": 0.0}, "softmax_scale is 0.0", [("leave it out", {"softmax_scale": None})]),
     (
         {"layernorm_epsilon": 0.0},
@@ -239,7 +260,14 @@ ROWS = [
     ({"fp8_linears": "some"}, "fp8_linears is 'some'", [(r"one of (.+)", "fp8_linears")]),
     ({"latent_kernels": "cuda"}, "latent_kernels is 'cuda'", [(r"one of (.+)", "latent_kernels")]),
     # Features of Megatron's that this attention does not have.
-    ({"qk_layernorm": True}, "qk_layernorm (True)", [("leave it out", {"qk_layernorm": False})]),
+    (
+        {"qk_layernorm": True},
+        "qk_layernorm (True)",
+        [
+            ("leave it out", {"qk_layernorm": False}),
+            ("use qk_clip", {"qk_layernorm": False, "qk_clip": True}),
+        ],
+    ),
     (
         {"attention_output_gate": True},
         "attention_output_gate (True)",

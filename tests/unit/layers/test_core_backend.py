@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_mlra.layers import specs
-from megatron_mlra.layers.config import MLRAConfig
+from megatron_mlra.layers.config import MLRAConfig, resolve_latent_kernels
 
 SIZES = {
     "num_layers": 2,
@@ -51,6 +51,7 @@ def core_of(**overrides):
         ({"deterministic_mode": True}, "te"),
         ({"fp8_dot_product_attention": True}, "te"),
         ({"qk_pos_emb_head_dim": 8}, "te"),
+        ({"qk_pos_emb_head_dim": 0}, "te"),
     ],
     ids=str,
 )
@@ -87,3 +88,9 @@ def test_refused(overrides, said) -> None:
         ValueError, match=f"core_backend mlra_kernels {said}.*, or core_backend auto"
     ):
         core_of(core_backend="mlra_kernels", **overrides)
+
+
+def test_kernels_of_projections_need_something_to_rotate() -> None:
+    for rope_dim, kernels in ((16, "mlra_kernels"), (0, "torch")):
+        assert resolve_latent_kernels("auto", "transformer_engine", rope_dim) == kernels
+        assert resolve_latent_kernels("auto", "local", rope_dim) == "torch"

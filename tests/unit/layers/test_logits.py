@@ -110,8 +110,13 @@ def test_blocks_of_queries_find_what_the_whole_does(scores, cp, monkeypatch):
 @pytest.mark.parametrize("alpha", [0.5, 0.3])
 @pytest.mark.parametrize(
     "case",
-    [*VARIANTS.values(), replace(MLRA2, q_rank=None), replace(MLRA2, gate=True)],
-    ids=[*VARIANTS, "MLRA-2 without a query latent", "MLRA-2 gated"],
+    [
+        *VARIANTS.values(),
+        replace(MLRA2, q_rank=None),
+        replace(MLRA2, gate=True),
+        replace(MLRA2, qk_rope=0),
+    ],
+    ids=[*VARIANTS, "MLRA-2 without a query latent", "MLRA-2 gated", "MLRA-2 without RoPE"],
 )
 def test_a_clip_ends_at_the_threshold(case: OracleConfig, alpha, form, groups):
     expected = reference(case, TOKENS, BATCH)

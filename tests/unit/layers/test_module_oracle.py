@@ -66,6 +66,8 @@ def test_output_and_every_gradient(variant, gate, scaling, form, groups):
         {"value": 9},
         {"value": 11},
         {"kv_rank": 12, "qk_rope": 8},
+        {"qk_rope": 0},
+        {"qk_rope": 0, "q_rank": None, "kv_rank": 12},
     ],
     ids=lambda changes: " ".join(f"{name}={value}" for name, value in changes.items()),
 )
