@@ -53,13 +53,11 @@ def test_a_world_is_cut_by_latents_or_by_tokens(capsys):
         ("MLA tokens cut in 2 sharded x2", 1, 2), ("GQA-6 tokens cut in 2 x2", 1, 2),
     ]  # fmt: skip
     # What does not fit is left out with its reason.
-    assert {case.context for case in tool.cases([1], presets, [1, 16], Place(ranks=16))} == {1}
-    assert (
-        "left out: MLA: context parallel size 16 does not fit MLA (24 h" in capsys.readouterr().out
-    )
-    with pytest.raises(
-        ValueError, match="context parallel size 3 does not divide the number of pr"
-    ):
+    assert {case.tp for case in tool.cases([1], presets, [1, 8], Place(ranks=8))} == {8, 1}
+    assert not tool.cases([1], presets, [1], Place(ranks=16)) and not tool.cases([16], presets)
+    said = "left out: MLA: tensor parallel size 16 does not fit MLA (24 heads"
+    assert said in capsys.readouterr().out
+    with pytest.raises(ValueError, match="context parallel size 3 does not divide the number of"):
         tool.cases([1], presets, [3], Place(ranks=4))
 
 
