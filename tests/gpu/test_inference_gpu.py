@@ -62,6 +62,12 @@ def test_kernels_equal_the_reference_and_graphs_eager_steps(name):
     assert 0 < gate(Case(name, MODELS[name]), seed=3) < 0.03
 
 
+@pytest.mark.parametrize("name", ["MLRA-4", "GLA-2", "MLA", "GQA"])
+def test_a_share_of_the_tokens(name):
+    # One of two ranks, without the other: what it exchanges with itself is the reference's too.
+    assert 0 < gate(Case(name, MODELS[name], context=2), seed=6) < 0.03
+
+
 @pytest.mark.parametrize("name", ["MLRA-4", "MLA"])
 def test_fp8_cache(name):
     assert gate(Case(name, MODELS[name], cache_dtype="fp8"), seed=4) < 0.1

@@ -169,8 +169,9 @@ def test_nothing_imports_the_tests(module):
 
 @pytest.mark.parametrize("module", [name for name in FILES if name.startswith("mlra_kernels")])
 def test_kernels_stand_alone(module):
-    # Benchmarks plot, and measure a rival where it is installed.
-    extra = {"matplotlib", "numpy", "flash_attn_interface"} if ".benchmarks" in module else set()
+    # Benchmarks plot, and measure rivals where they are installed.
+    rivals = {"flash_attn_interface", "flash_attn", "flashinfer"}
+    extra = {"matplotlib", "numpy", *rivals} if ".benchmarks" in module else set()
     allowed = sys.stdlib_module_names | {"torch", "triton", "mlra_kernels"} | extra
     assert roots(module) <= allowed
 

@@ -63,17 +63,17 @@ def _of_preset(preset: str, tp: int, context: int, place: Place) -> list[Case]:
     model = preset_description(preset)
     label = model.variant
     if model.attention == "gqa":
-        if model.num_query_groups % tp:
+        if model.num_query_groups % (tp * context):
             # Six key heads cannot be cut in four; eight are the usual choice.
             model = model.replace(num_query_groups=8)
         label = f"GQA-{model.num_query_groups}"
-    if place.rehearsal:
-        model = tiny(model)
     try:
         check_parallel(model, tp, context)
     except ValueError as misfit:
         place.say(f"left out: {label}: {misfit}")
         return []
+    if place.rehearsal:
+        model = tiny(model)
     latents = model.attention == "mlra"
     cut = f" tokens cut in {context}" if context > 1 else ""
     where = "whole" if tp * context == 1 else f"1/{tp * context}"

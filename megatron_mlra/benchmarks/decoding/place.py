@@ -7,7 +7,7 @@ import datetime
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,8 @@ class Place:
     rank: int = 0
     rehearsal: bool = False
     """On CPUs, at tiny sizes, in float32: every line runs and nothing is timed."""
+    cuts: dict[tuple, TensorParallel] = field(default_factory=dict, compare=False)
+    """Collectives by what they depend on: each set of process groups holds memory of the GPU."""
 
     @property
     def device(self) -> str:
@@ -43,7 +45,10 @@ class Place:
     def parallel(self, model: ModelDescription, tp: int, context: int) -> TensorParallel | None:
         """The collectives of this rank; alone, a share that has none; None for a whole model."""
         if self.ranks > 1:
-            return TensorParallel.over_world(model, context)
+            key = tp, context, model.attention, model.num_branches
+            if key not in self.cuts:
+                self.cuts[key] = TensorParallel.over_world(model, context)
+            return self.cuts[key]
         return None if tp * context == 1 else TensorParallel.share(tp, context=context)
 
     def most(self, value: float) -> float:

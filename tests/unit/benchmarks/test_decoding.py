@@ -10,6 +10,8 @@ import pytest
 
 from megatron_mlra.benchmarks.decoding import cli as tool
 from megatron_mlra.benchmarks.decoding.measure import random_reader
+from megatron_mlra.benchmarks.decoding.place import Place
+from megatron_mlra.benchmarks.decoding.plot import _finding
 from megatron_mlra.description.presets import preset_description
 from megatron_mlra.description.tensors import expected_tensors
 from support import CONFIGS, ROOT
@@ -40,6 +42,25 @@ def test_cases_hold_every_model_whole_and_as_a_share():
     ]  # fmt: skip
 
 
+def test_a_world_is_cut_by_latents_or_by_tokens(capsys):
+    presets = [CONFIGS / f"{name}_2.9b.yaml" for name in ("mlra4", "mla", "gqa")]
+    two = tool.cases([1], presets, [1, 2], Place(ranks=2))
+    assert [(case.label, case.tp, case.context) for case in two] == [
+        ("MLRA-4 x2", 2, 1), ("MLRA-4 FP8 x2", 2, 1), ("MLRA-4 sharded x2", 2, 1), ("MLA x2", 2, 1),
+        ("GQA-6 x2", 2, 1),
+        ("MLRA-4 tokens cut in 2 x2", 1, 2), ("MLRA-4 tokens cut in 2 FP8 x2", 1, 2),
+        ("MLRA-4 tokens cut in 2 sharded x2", 1, 2), ("MLA tokens cut in 2 x2", 1, 2),
+        ("MLA tokens cut in 2 sharded x2", 1, 2), ("GQA-6 tokens cut in 2 x2", 1, 2),
+    ]  # fmt: skip
+    # What does not fit is left out with its reason.
+    assert {case.tp for case in tool.cases([1], presets, [1, 8], Place(ranks=8))} == {8, 1}
+    assert not tool.cases([1], presets, [1], Place(ranks=16)) and not tool.cases([16], presets)
+    said = "left out: MLA: tensor parallel size 16 does not fit MLA (24 heads"
+    assert said in capsys.readouterr().out
+    with pytest.raises(ValueError, match="context parallel size 3 does not divide the number of"):
+        tool.cases([1], presets, [3], Place(ranks=4))
+
+
 def test_random_weights_repeat_and_are_not_zero():
     model = preset_description(CONFIGS / "mlra4_2.9b.yaml").replace(
         num_layers=1, hidden_size=64, ffn_hidden_size=48, vocab_size=100
@@ -66,6 +87,15 @@ def test_table_and_plot(tmp_path):
     assert len({line.count("|") for line in lines}) == 1
     tool.plot(records, "a GPU", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    cut = {"label": "MLA tokens cut in 2 x2", "tp": 1, "context_parallel": 2, "gpus": 2}
+    whole = {"label": "MLRA-4 x2", "tp": 2, "context_parallel": 1, "gpus": 2}
+    both = [r | way for r in records[:2] for way in (cut, whole)]
+    assert _finding(both) == (
+        "32K tokens of context on 2 GPUs, ms per token: MLA tokens cut in 2 0.9, MLRA-4 0.9"
+    )
+    tool.plot(both, "two GPUs", tmp_path / "plot.png")
+    rehearsed = tool.table([whole | r | {"fits": True} for r in records[2:]]).splitlines()[2]
+    assert "| rehearsed | | |" in rehearsed
 
 
 def test_without_a_gpu_it_says_so_in_one_line():

@@ -91,6 +91,17 @@ else:
         assert metadata_for(case).splits[0, 1] > 1
         check(case, 1, rtol=2e-3)
 
+    def test_decode_cut_for_a_blackwell_gpu(monkeypatch):
+        """A rank of MLRA-4 at TP4 in the portable kernel, scheduled for 148 multiprocessors."""
+        from mlra_kernels.latent_decode import metadata
+
+        monkeypatch.setattr(metadata, "sm_count", lambda device: 148)
+        sizes = {**BASE, "heads": 64, "dim": 128, "rope": 64}
+        case = paged_case([300], dtype=torch.float16, **sizes)
+        made = metadata_for(case)
+        assert not made.config.hopper and made.schedule.shape[0] == 2 * 148
+        check(case, 1, rtol=2e-3)
+
     def test_decode_fp32_is_exact_to_rounding():
         case = paged_case([700, 65, 0], dtype=torch.float32, **{**BASE, "q_len": 2, "latents": 2})
         check(case, 1, rtol=1e-5)
