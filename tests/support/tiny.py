@@ -30,6 +30,7 @@ from megatron_mlra.layers.config import MLRAConfig
 from megatron_mlra.layers.multi_token import multi_token_spec
 from megatron_mlra.layers.specs import block_spec
 from megatron_mlra.training.muon import cut_grouped_queries
+from support.pieces import like_built, pieces, place, slices
 
 VOCAB, SEQ, BATCH = 128, 32, 2
 
@@ -190,9 +191,9 @@ class Tiny:
         """Set every weight to its part of the global ones."""
         with torch.no_grad():
             for param, entry in self.shards():
-                parts = [weights[p.key][_place(p)] for p in _pieces(entry, param.data)]
+                parts = [weights[p.key][place(p)] for p in pieces(entry, param.data)]
                 if isinstance(entry, ShardedTensorFactory):
-                    param.copy_(entry.merge_fn(_like_built(entry, param.data, parts)))
+                    param.copy_(entry.merge_fn(like_built(entry, param.data, parts)))
                 else:
                     param.copy_(parts[0])
         self.optimizer.reload_model_params()
@@ -206,15 +207,15 @@ class Tiny:
         mine = [
             (piece.key, piece.global_shape, piece.global_offset, piece.local_shape, piece.data)
             for param, entry in self.shards()
-            for piece in _pieces(entry, of(param))
+            for piece in pieces(entry, of(param))
         ]
         gathered: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(gathered, mine)
         whole: dict[str, Tensor] = {}
-        for pieces in gathered:
-            for key, shape, offset, local, data in pieces:
+        for parts in gathered:
+            for key, shape, offset, local, data in parts:
                 target = whole.setdefault(key, torch.full(shape, float("nan")))
-                target[_slices(offset, local, len(shape))] = data
+                target[slices(offset, local, len(shape))] = data
         return whole
 
     def replicas(self) -> list[tuple[tuple[Any, ...], str]]:
@@ -227,7 +228,7 @@ class Tiny:
                 ).hexdigest(),
             )
             for param, entry in self.shards()
-            for piece in _pieces(entry, param.data)
+            for piece in pieces(entry, param.data)
         ]
 
     def _gradient(self, param: torch.nn.Parameter) -> Tensor:
@@ -265,9 +266,9 @@ class Tiny:
         """
         with torch.no_grad():
             for param, entry in self.shards():
-                parts = [draw(p.key, p.global_shape)[_place(p)] for p in _pieces(entry, param.data)]
+                parts = [draw(p.key, p.global_shape)[place(p)] for p in pieces(entry, param.data)]
                 whole = isinstance(entry, ShardedTensorFactory)
-                built = entry.merge_fn(_like_built(entry, param.data, parts)) if whole else parts[0]
+                built = entry.merge_fn(like_built(entry, param.data, parts)) if whole else parts[0]
                 param.main_grad.copy_(built)
                 param.zero_()
         self.optimizer.step()
@@ -396,31 +397,3 @@ def _logits_step(iterator, model):
     batch = next(iterator)
     out = model(batch["tokens"], batch["position_ids"], None)
     return out, lambda logits, non_loss_data=True: logits.detach().clone()
-
-
-def _pieces(entry: ShardedTensor | ShardedTensorFactory, data: Tensor) -> list[ShardedTensor]:
-    """The stored pieces of a parameter (or its gradient), holding `data`."""
-    if isinstance(entry, ShardedTensorFactory):
-        built = entry.build_fn(entry.key, data, entry.replica_id, None)
-        return list(built.values()) if isinstance(built, dict) else list(built)
-    view = entry.without_data()
-    view.data = data
-    return [view]
-
-
-def _like_built(entry: ShardedTensorFactory, data: Tensor, parts: list[Tensor]):
-    built = entry.build_fn(entry.key, data, entry.replica_id, None)
-    return dict(zip(built, parts, strict=True)) if isinstance(built, dict) else parts
-
-
-def _place(piece: ShardedTensor) -> tuple[Any, ...]:
-    return _slices(piece.global_offset, piece.local_shape, len(piece.global_shape))
-
-
-def _slices(offset, local_shape, dims: int) -> tuple[Any, ...]:
-    """Index of a piece in the global tensor; leading axes (layers) are not part of the local
-    shape."""
-    prepended = dims - len(local_shape)
-    index: list[Any] = list(offset[:prepended])
-    index += [slice(o, o + n) for o, n in zip(offset[prepended:], local_shape, strict=True)]
-    return tuple(index)
