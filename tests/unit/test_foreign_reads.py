@@ -73,6 +73,8 @@ ALLOWED = {
     # The user's own results and ladder, and packages of the distribution.
     "examples/reproduce/ladder.py": {"json.loads", "yaml"},
     "examples/reproduce/run_results.py": {"json.loads"},
+    "examples/reproduce/beyond.py": {"json.loads"},
+    "examples/reproduce/make_tasks.py": {"json.loads"},
     "examples/reproduce/tokenized.py": {"json.loads"},
     "examples/reproduce/corpus_sources.py": {"gzip", "json.loads", "zipfile"},
     "examples/reproduce/rehearsal/sources.py": {"gzip", "zipfile"},
