@@ -30,8 +30,8 @@ def power_failure(cluster: Cluster) -> None:
     cluster.script("kill", lost)
     try:
         said = rf"^note: host {lost} gives no sign of life for \d+ s; if it does not come back, the"
-        job.wait_for(rf"{said} others wait 900 s \(JOIN_TIMEOUT\)", seconds=60)
-        job.wait("requeued", lambda: job.fields()["Restarts"] == "1", 120)
+        job.wait_for(rf"{said} others wait 900 s \(JOIN_TIMEOUT\)")
+        job.wait("requeued", lambda: job.fields()["Restarts"] == "1")
     finally:
         cluster.script("start", lost)
     job.wait_for(r"^continuing after step \d+ ")
@@ -45,7 +45,7 @@ def refusal(cluster: Cluster) -> None:
     flags = ("--data-path", cluster.data)
     one = cluster.launch("node3", outs[0], work / "refusal", *flags, **meet)
     two = cluster.launch("node4", outs[1], work / "refusal", *flags, "--no-such-flag", **meet)
-    assert (one.wait(300), two.wait(60)) == (2, 2), [out.read_text() for out in outs]
+    assert (one.wait(300), two.wait(300)) == (2, 2), [out.read_text() for out in outs]
     said = outs[1].read_text()
     assert re.search(r"^error: host node4: unknown flag --no-such-flag", said, re.M), said
     said = outs[0].read_text()
@@ -76,9 +76,9 @@ def missing(cluster: Cluster) -> None:
             r" compare NODES, RDZV_ENDPOINT and RDZV_ID; waiting 900 s in all \(JOIN_TIMEOUT\)$",
         )
     launchers[0].kill()
-    assert launchers[1].wait(120) == 1, outs[1].read_text()
+    assert launchers[1].wait(300) == 1, outs[1].read_text()
     until(outs[1], r"^error: host node3, where all meet \(node3:29512\), (is gone|gives no sign)")
-    launchers[0].wait(10)
+    launchers[0].wait(120)
 
 
 def wrong_first_host(cluster: Cluster) -> None:

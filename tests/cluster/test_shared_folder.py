@@ -35,7 +35,7 @@ def second_launch(cluster: Cluster) -> None:
     assert f"host {host}, pid " in said and f", job {job.number}, since" in said
     assert "restart 1 of" not in said
     steps = job.said.count("\nstep ")
-    job.wait("going on", lambda: job.said.count("\nstep ") > steps, 60)
+    job.wait("going on", lambda: job.said.count("\nstep ") > steps)
     job.cancel()
     assert job.end() == "CANCELLED"
     assert "is saved; continue with" in job.said

@@ -28,18 +28,18 @@ def time_limit(cluster: Cluster) -> None:
     job = cluster.submit("limit", *LIVES, options=(*PAIR, "--time", 30))
     job.wait_for(r"^step 3/")
     job.scontrol("update", "JobId", "JOB", "TimeLimit=9")
-    job.wait_for(r"^slurm.sh: ended with 75 at step \d+; requeueing", seconds=90)
+    job.wait_for(r"^slurm.sh: ended with 75 at step \d+; requeueing")
     (step,) = saved_by_signal(job.said)
     assert job.saved_step() == step
     check_complete(job.save / f"iter_{step:07d}")
     assert job.said.count("the time is nearly up; saving, then requeueing") == 1
-    job.wait("requeued", lambda: job.fields()["Restarts"] == "1", 30)
+    job.wait("requeued", lambda: job.fields()["Restarts"] == "1")
     job.scontrol("update", "JobId", "JOB", "TimeLimit=30")
     job.wait_for(rf"^continuing after step {step:,} ")
     job.wait_for(rf"^step {step + 1:,}/")
     job.scontrol("update", "JobId", "JOB", "TimeLimit=1")
-    job.wait("requeued", lambda: job.fields()["Restarts"] == "2", 120)
-    job.wait("saved twice", lambda: len(saved_by_signal(job.said)) == 2, 60)
+    job.wait("requeued", lambda: job.fields()["Restarts"] == "2")
+    job.wait("saved twice", lambda: len(saved_by_signal(job.said)) == 2)
     # Before it starts again, perhaps before its script has ended: nothing revives it.
     job.cancel()
     assert job.end() == "CANCELLED"
@@ -54,20 +54,20 @@ def one_node_then_requeue_then_cancel(cluster: Cluster) -> None:
     job.wait_for(r"^step 3/")
     (launcher,) = job.processes(job.hosts()[1], "megatron_mlra.launch")
     os.kill(launcher, signal.SIGTERM)
-    job.wait_for(r"^slurm.sh: ended with 75 at step \d+; requeueing", seconds=60)
+    job.wait_for(r"^slurm.sh: ended with 75 at step \d+; requeueing")
     (first,) = saved_by_signal(job.said)
 
     job.wait_for(rf"^step {first + 2:,}/")
     job.scontrol("requeue", "JOB")
-    job.wait_for(r"^slurm.sh: SLURM requeues this job; saving first", seconds=30)
-    job.wait_for(r"^slurm.sh: stopped at step \d+; SLURM starts this job again", seconds=60)
+    job.wait_for(r"^slurm.sh: SLURM requeues this job; saving first")
+    job.wait_for(r"^slurm.sh: stopped at step \d+; SLURM starts this job again")
     second = saved_by_signal(job.said)[-1]
     assert second > first and job.saved_step() == second
 
     job.wait_for(rf"^step {second + 2:,}/")
     job.cancel()
     assert job.end() == "CANCELLED"
-    job.wait_for(r"^slurm.sh: ended by SLURM at step \d+; sbatch again to go on", seconds=5)
+    job.wait_for(r"^slurm.sh: ended by SLURM at step \d+; sbatch again to go on")
     third = saved_by_signal(job.said)[-1]
     assert third > second and job.saved_step() == third
     check_complete(job.save / f"iter_{third:07d}")
@@ -117,7 +117,7 @@ def preempted(cluster: Cluster) -> None:
     (host,) = job.hosts()
     urgent = ("sbatch", "--partition", "urgent", "--nodelist", host, "--exclusive", "--output")
     cluster.on("head", *urgent, "/dev/null", "--wrap", "sleep 2")
-    job.wait_for(r"^slurm.sh: ended with 75 at step \d+; requeueing", seconds=90)
+    job.wait_for(r"^slurm.sh: ended with 75 at step \d+; requeueing")
     (step,) = saved_by_signal(job.said)
     job.wait_for(rf"^continuing after step {step:,} ")
     job.wait_for(rf"^step {step + 1:,}/")

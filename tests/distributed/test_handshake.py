@@ -30,7 +30,7 @@ def driver():
     )
     yield process
     process.stdin.close()
-    process.wait(10)
+    process.wait(300)
 
 
 @pytest.fixture
@@ -62,7 +62,8 @@ def test_eight_ranks_meet_in_a_moment(meet):
     said = meet(8, {})
     hosts = [f"node{rank // 2 + 1}" for rank in range(8)]
     assert [answer["hosts"] for answer in said] == [hosts] * 8
-    assert max(answer["seconds"] for answer in said) < 2
+    # Far from the seconds that ranks are waited for.
+    assert max(answer["seconds"] for answer in said) < 20
 
 
 DIFFERENT = {
@@ -113,17 +114,17 @@ def test_a_folder_that_is_not_shared(meet, tmp_path):
 
 
 def test_ranks_that_do_not_come(meet):
-    line = the_line(meet(4, {2: {"absent": True}, 3: {"absent": True}}, seconds=3))
+    line = the_line(meet(4, {2: {"absent": True}, 3: {"absent": True}}, seconds=8))
     assert line == (
-        "ranks 2, 3 (node number 1) did not come within 3 s (--distributed-timeout-minutes); those"
+        "ranks 2, 3 (node number 1) did not come within 8 s (--distributed-timeout-minutes); those"
         " that did: ranks 0, 1 (host node1); look at the output on the hosts that are missing"
     )
 
 
 def test_a_rank_that_ends_after_it_came(meet):
-    said = meet(4, {3: {"dies": True}}, seconds=3)
+    said = meet(4, {3: {"dies": True}}, seconds=8)
     assert said.pop() is None
-    assert "rank 3 (host node2) did not come within 3 s" in the_line(said)
+    assert "rank 3 (host node2) did not come within 8 s" in the_line(said)
 
 
 def test_all_ranks_end_with_what_rank_0_is_refused(meet):

@@ -17,7 +17,7 @@ from support.hf_cases import CASES
 @pytest.fixture(scope="session")
 def megatron(run_driver):
     """Folder of Megatron checkpoints, with each one's logits and gradients beside it."""
-    return run_driver("hf", 300)
+    return run_driver("hf", 900)
 
 
 @pytest.fixture(scope="session", params=CASES)

@@ -34,7 +34,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def measured(run_driver):
     """Case -> bytes on rank 0."""
-    folder = run_driver("memory", 300)
+    folder = run_driver("memory", 900)
     found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*-0.json")}
     assert {name.removesuffix("-0") for name in found} == set(CASES)
     return found

@@ -11,7 +11,7 @@ from support.drivers.fsdp import HOW, MODELS, RANKS
 @pytest.fixture(scope="module")
 def found(run_driver):
     """Results of each rank."""
-    folder = run_driver("fsdp", 300)
+    folder = run_driver("fsdp", 900)
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 

@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -121,11 +120,9 @@ def test_two_runs_on_one_folder(entry, preset, tmp_path):
         os.kill(pid, signal.SIGKILL)
     entry.wait(first, pids)
     assert (save / NAME).exists()
-    begin = time.monotonic()
     after = entry.run(second, *flags, *endless, "--exit-interval", 1)
     assert (after.code, after.err) == (0, "")
     assert "waiting" not in after.out
-    assert time.monotonic() - begin < 60
     assert not (save / NAME).exists()
 
 

@@ -155,7 +155,7 @@ class Job:
         """Wait until SLURM has started the job."""
         self.wait("running", lambda: self.fields()["JobState"] == "RUNNING")
 
-    def end(self, seconds: float = 90) -> str:
+    def end(self, seconds: float = 240) -> str:
         """Wait until SLURM is done with the job; returns its last state."""
         over = ("CANCELLED", "FAILED", "COMPLETED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
         self.wait("at its end", lambda: self.fields()["JobState"] in over, seconds)

@@ -261,9 +261,15 @@ def record_samples(path: Path) -> None:
 
 
 def fall_asleep(
-    rank: int, ranks: list[int], place: str, seconds: float, step: int | None = None
+    rank: int,
+    ranks: list[int],
+    place: str,
+    seconds: float,
+    step: int | None = None,
+    until: str | None = None,
 ) -> None:
-    """Have a function, module:name, take longer on some ranks, once; `step` says in which."""
+    """Have a function, module:name, take longer on some ranks, once; `step` says in which, `until`
+    names a file whose first line wakes it."""
     if rank not in ranks:
         return
     from megatron.training import get_args
@@ -274,7 +280,9 @@ def fall_asleep(
 
     def slow(*args, **named):
         if left and (step is None or get_args().curr_iteration + 1 == step):
-            time.sleep(left.pop())
+            end = time.monotonic() + left.pop()
+            while time.monotonic() < end and not (until and b"\n" in Path(until).read_bytes()):
+                time.sleep(0.05)
         return function(*args, **named)
 
     setattr(module, name, slow)

@@ -124,11 +124,19 @@ class Entry:
         return self.wait(folder, self.start(folder, *argv, **job))
 
 
-def wait_for(file: Path, text: str, seconds: float = 60) -> None:
+def wait_for(file: Path, text: str, seconds: float = 300) -> None:
     """Wait until `file` holds `text`."""
     deadline = time.monotonic() + seconds
     while not (file.exists() and text in file.read_text(errors="replace")):
         assert time.monotonic() < deadline, f"{file} never said {text!r}"
+        time.sleep(0.02)
+
+
+def wait_for_end(pids: list[str], seconds: float = 60) -> None:
+    """Wait until none of these processes runs."""
+    deadline = time.monotonic() + seconds
+    while left := [pid for pid in pids if runs_still(pid)]:
+        assert time.monotonic() < deadline, f"processes {left} still run"
         time.sleep(0.02)
 
 

@@ -181,7 +181,7 @@ def main(folder: Path) -> None:
             figures = measure(layout, overrides)
             (folder / f"{name}-{rank}.json").write_text(json.dumps(figures))
 
-        run_world(layout.world, work, folder / name, timeout=120)
+        run_world(layout.world, work, folder / name)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ BATCH, SEQ, VOCAB = 4, 32, 128
 @pytest.fixture(scope="module")
 def saved(run_driver) -> Path:
     """Folders and logits of the driver."""
-    return run_driver("megatron", 300)
+    return run_driver("megatron", 900)
 
 
 def batch() -> torch.Tensor:

@@ -120,7 +120,7 @@ def test_presets_of_strangers(text, said, tmp_path, monkeypatch):
 def test_a_number_with_colons_is_text(tmp_path):
     minutes = "1" + ":59" * 60_000
     (tmp_path / "p.yaml").write_text(f"a: {minutes}\nb: 1:30\nc: 1:30.5\nd: 12\n")
-    begun = time.monotonic()
+    begun = time.process_time()
     values = read_yaml(tmp_path / "p.yaml")
     assert values == {"a": minutes, "b": "1:30", "c": "1:30.5", "d": 12}
-    assert time.monotonic() - begun < 2
+    assert time.process_time() - begun < 2

@@ -33,7 +33,7 @@ if mode == "one process number":
 built = []
 def build():
     built.append(1)
-    time.sleep(0.5)
+    time.sleep(600 if mode == "one is killed" and sys.argv[4] == "one" else 0.5)
     return tuple(np.arange(200_000) * factor for factor in (1, 2, 3))
 open(start.with_name(f"ready-{sys.argv[4]}"), "w").close()
 while not start.exists():
@@ -82,8 +82,8 @@ def test_both_get_the_arrays_and_leave_whole_files(tmp_path, mode):
 
 
 def test_one_that_is_killed_leaves_nothing_that_the_other_trusts(tmp_path):
-    one, two = start_two(tmp_path, "locks")
-    time.sleep(0.2)
+    one, two = start_two(tmp_path, "one is killed")
+    time.sleep(0.2)  # it builds, or waits for the other to
     one.send_signal(signal.SIGKILL)
     one.wait()
     out, err = two.communicate(timeout=120)

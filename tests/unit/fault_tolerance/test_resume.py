@@ -19,7 +19,7 @@ from megatron_mlra.checkpoint.files import manifest
 from megatron_mlra.fault_tolerance import resume
 root, rank = sys.argv[1], int(sys.argv[2])
 torch.distributed.init_process_group(
-    "gloo", f"file://{root}/meet", datetime.timedelta(seconds=20), 2, rank
+    "gloo", f"file://{root}/meet", datetime.timedelta(seconds=240), 2, rank
 )
 said = {}
 for case in sys.argv[3:]:

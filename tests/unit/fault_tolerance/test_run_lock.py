@@ -24,7 +24,7 @@ from megatron_mlra.fault_tolerance.run_lock import NAME, Owner, RunLock
 OWN = """
 import os, sys, time
 from megatron_mlra.fault_tolerance import run_lock
-run_lock.BEAT, run_lock.STALE = 0.2, 2.0
+run_lock.BEAT, run_lock.STALE = 0.2, 6.0
 def lost(line):
     print(line, flush=True)
     os._exit(3)
@@ -68,7 +68,7 @@ def owner(tmp_path):
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
     monkeypatch.setattr(run_lock, "BEAT", 0.2)
-    monkeypatch.setattr(run_lock, "STALE", 2.0)
+    monkeypatch.setattr(run_lock, "STALE", 6.0)
 
 
 def acquire(folder: Path) -> float:
@@ -100,7 +100,7 @@ def test_a_dead_owner_is_succeeded_at_once(owner, tmp_path):
     process = owner()
     process.kill()
     process.wait()
-    assert acquire(tmp_path) < 1
+    assert acquire(tmp_path) < 5
 
 
 def test_a_process_id_that_is_used_again_is_another_process(owner, tmp_path):
@@ -109,7 +109,7 @@ def test_a_process_id_that_is_used_again_is_another_process(owner, tmp_path):
     process.wait()
     there = json.loads((tmp_path / NAME).read_text())
     (tmp_path / NAME).write_text(json.dumps(there | {"pid": os.getpid()}))
-    assert acquire(tmp_path) < 1
+    assert acquire(tmp_path) < 5
 
 
 def test_a_writer_that_outlives_its_rank_is_waited_for(owner, tmp_path, monkeypatch):
@@ -151,12 +151,12 @@ def test_an_owner_on_another_machine_is_judged_by_its_beat(owner, tmp_path):
     with pytest.raises(ValueError, match=r"host node9, pid .* is alive"):
         RunLock(tmp_path, said.append).acquire()
     # As soon as it beats, not once it could have been gone.
-    assert time.monotonic() - begin < 1.9
+    assert time.monotonic() - begin < 5.9
     assert len(said) == 1
     assert "waiting up to" in said[0]
     process.kill()
     process.wait()
-    assert 0.5 < acquire(tmp_path) < 10
+    assert acquire(tmp_path) > 0.5
 
 
 def test_an_owner_that_was_stopped_and_succeeded_ends(owner, tmp_path):
@@ -167,7 +167,7 @@ def test_an_owner_that_was_stopped_and_succeeded_ends(owner, tmp_path):
     lock.acquire()
     os.kill(int(inner[0]), signal.SIGCONT)
     assert "belongs to another run now" in process.stdout.readline()
-    assert process.wait(10) == 3
+    assert process.wait(60) == 3
     assert lock.is_mine()
     lock.release()
 
@@ -192,7 +192,7 @@ def test_a_lock_that_names_nobody_is_taken_once_it_is_old(tmp_path, monkeypatch)
 def test_a_lock_deleted_under_its_owner_comes_back(owner, tmp_path):
     owner()
     (tmp_path / NAME).unlink()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not (tmp_path / NAME).exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -257,7 +257,7 @@ def test_a_lock_that_is_no_plain_file_is_refused(tmp_path, kind):
         path.symlink_to(victim)
     if kind == "link":
         victim.write_text("")
-    signal.alarm(20)
+    signal.alarm(120)
     try:
         with pytest.raises(ValueError, match=r"run\.lock is no plain file .*; remove it"):
             run_lock.RunLock(tmp_path).acquire()
@@ -272,7 +272,7 @@ def test_a_lock_dated_ahead_is_not_waited_for_longer(tmp_path, monkeypatch):
     ahead = time.time() + 10**6
     os.utime(tmp_path / "run.lock", (ahead, ahead))
     said = []
-    signal.alarm(20)
+    signal.alarm(120)
     try:
         lock = run_lock.RunLock(tmp_path, said.append)
         lock.acquire()

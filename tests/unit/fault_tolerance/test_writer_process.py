@@ -16,7 +16,7 @@ from megatron_mlra.fault_tolerance.writer_process import end_with_rank
 def writer(ready):
     end_with_rank(multiprocessing.parent_process().pid)
     ready.put(os.getpid())
-    time.sleep(60)
+    time.sleep(600)
 
 if __name__ == "__main__":
     context = multiprocessing.get_context("forkserver")
@@ -27,7 +27,7 @@ if __name__ == "__main__":
     if os.fork() == 0:
         time.sleep(60)
     print(pid, flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
@@ -40,7 +40,7 @@ def test_a_writer_of_a_fork_server_ends_with_its_rank(tmp_path):
     rank.kill()
     rank.wait()
     try:
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while runs_still(writer):
             assert time.monotonic() < deadline, "the writer outlived its rank"
             time.sleep(0.01)

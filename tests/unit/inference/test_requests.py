@@ -259,10 +259,10 @@ def test_cancelling_thousands_of_waiting_requests_takes_no_time():
     running = engine()
     prompt = list(range(61)) * 3
     requests = [running.submit(prompt, SamplingParams(max_new_tokens=9)) for _ in range(3000)]
-    start = time.perf_counter()
+    start = time.process_time()
     for request in reversed(requests):
         running.cancel(request)
-    assert time.perf_counter() - start < 5 and not running.busy
+    assert time.process_time() - start < 5 and not running.busy
 
 
 # -- any order of anything -------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import sys, time
 from megatron_mlra.training.build_lock import BuildLock
 assert BuildLock(sys.argv[1]).try_acquire()
 print("held", flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -33,7 +33,7 @@ def test_one_at_a_time(tmp_path):
         time.sleep(0.3)
         assert not waiting.done()
         first.release()
-        waiting.result(timeout=5)
+        waiting.result(timeout=60)
     assert second.try_acquire()
     second.release()
     assert not os.path.exists(path)
