@@ -25,7 +25,7 @@ behind them. `linear_q_proj` takes the place of `linear_q_up_proj` without a que
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,12 +42,13 @@ def largest_logits(
     query: Tensor,
     key: Tensor,
     softmax_scale: float,
-    spans: Iterable[tuple[int, int, int, int]] | None = None,
+    spans: Sequence[tuple[int, int, int, int]] | None = None,
     allowed: Tensor | None = None,
 ) -> Tensor:
     """The largest logit of each query head, over queries, sequences and the keys that are read.
 
     It costs the first of the core's two matrix products once more, in float32, block by block.
+    Beside a block's scores it holds one key head's keys in float32.
 
     Args:
         query: `[s, b, heads, e]`; query head i reads key head `i // (heads / kv_heads)`.
@@ -59,29 +60,31 @@ def largest_logits(
     Returns:
         `[heads]` in float32 (float64 of float64 inputs); -inf for a head without a query.
     """
-    s, b, heads, e = query.shape
-    kv_heads = key.size(2)
-    query = widen(query).view(s, b, kv_heads, heads // kv_heads, e)
-    key = widen(key).permute(1, 2, 3, 0)  # [b, kv_heads, e, t]
-    found = query.new_full((heads,), -torch.inf)
-    whole = [(0, s, 0, key.size(3))]
-    for first, end, start, stop in whole if spans is None or allowed is not None else spans:
-        rows = max(1, SCORES // (b * heads * (stop - start)))
-        for a in range(first, end, rows):
-            z = min(a + rows, end)
-            # No query of the block reads a key behind that of its last.
-            read = stop if allowed is not None else stop - (end - z)
-            block = query[a:z].permute(1, 2, 3, 0, 4).flatten(2, 3)
-            scores = block @ key[..., start:read]
-            scores = scores.view(b, kv_heads, -1, z - a, read - start)
-            if allowed is None:
-                ones = torch.ones(z - a, read - start, dtype=torch.bool, device=query.device)
-                unread = ones.triu(1 + read - start - (z - a))
-            else:
-                unread = ~allowed[:, :, a:z, start:read].unsqueeze(1)
-            scores = scores.masked_fill_(unread, -torch.inf)
-            found = torch.maximum(found, scores.amax((0, 3, 4)).flatten())
-    return found * softmax_scale
+    s, b, heads, _ = query.shape
+    t, kv_heads = key.size(0), key.size(2)
+    served = heads // kv_heads
+    found = widen(query.new_full((kv_heads, served), -torch.inf))
+    whole = [(0, s, 0, t)]
+    for kv_head in range(kv_heads):
+        # In float32 a head at a time: all of them would be as large as the scores.
+        own = query[:, :, kv_head * served : (kv_head + 1) * served]
+        keys = widen(key[:, :, kv_head]).permute(1, 2, 0)  # [b, e, t]
+        for first, end, start, stop in whole if spans is None or allowed is not None else spans:
+            rows = max(1, SCORES // (b * served * (stop - start)))
+            for a in range(first, end, rows):
+                z = min(a + rows, end)
+                # No query of the block reads a key behind that of its last.
+                read = stop if allowed is not None else stop - (end - z)
+                block = widen(own[a:z]).permute(1, 2, 0, 3).flatten(1, 2)
+                scores = (block @ keys[..., start:read]).view(b, served, z - a, read - start)
+                if allowed is None:
+                    ones = torch.ones(z - a, read - start, dtype=torch.bool, device=query.device)
+                    unread = ones.triu(1 + read - start - (z - a))
+                else:
+                    unread = ~allowed[:, :, a:z, start:read]
+                scores = scores.masked_fill_(unread, -torch.inf)
+                found[kv_head] = torch.maximum(found[kv_head], scores.amax((0, 2, 3)))
+    return found.flatten() * softmax_scale
 
 
 class Shrink(NamedTuple):

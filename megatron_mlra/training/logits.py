@@ -208,11 +208,8 @@ def check(args: Namespace) -> None:
     if not (args.qk_clip or args.log_max_attention_logit):
         return
     asked = "--qk-clip" if args.qk_clip else "--log-max-attention-logit"
-    if args.attention == "gqa" and args.transformer_impl != "transformer_engine":
-        raise ValueError(
-            f"{asked} with --attention gqa needs Transformer Engine's core, which reports logits;"
-            " use --attention mlra, or install the extra megatron-mlra[te]"
-        )
+    if args.attention == "gqa":
+        _check_megatrons(args, asked)
     if args.cuda_graph_impl != "none":
         raise ValueError(
             f"--cuda-graph-impl {args.cuda_graph_impl} replays launches, and {asked} has each step"
@@ -220,6 +217,22 @@ def check(args: Namespace) -> None:
         )
     if args.qk_clip:
         _check_clip(args)
+
+
+def _check_megatrons(args: Namespace, asked: str) -> None:
+    """What Megatron's own `clip_qk` needs, which serves its own attention."""
+    if args.transformer_impl != "transformer_engine":
+        raise ValueError(
+            f"{asked} with --attention gqa needs Transformer Engine's core, which reports logits;"
+            " use --attention mlra, or install the extra megatron-mlra[te]"
+        )
+    if not (args.bf16 or args.fp16):
+        raise ValueError(f"{asked} with --attention gqa needs 16-bit weights; add --bf16")
+    if args.qk_clip and args.use_distributed_optimizer:
+        raise ValueError(
+            "--qk-clip with --attention gqa is Megatron's, which takes the parts of"
+            " --use-distributed-optimizer for whole weights; leave one of them out"
+        )
 
 
 def _check_clip(args: Namespace) -> None:

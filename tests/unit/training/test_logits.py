@@ -41,6 +41,21 @@ def test_what_cannot_work_is_refused(argv, said):
     assert said in str(refused.value) and "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "--qk-clip with --attention gqa needs 16-bit weights; add --bf16"),
+        ({"bf16": True, "use_distributed_optimizer": True}, "takes the parts of --use-distributed"),
+    ],
+)
+def test_what_megatrons_own_cannot(given, said):
+    args = parse(["--config", DEBUG, "--attention", "gqa", "--num-query-groups", "2"])
+    te = {"qk_clip": True, "transformer_impl": "transformer_engine"}
+    with pytest.raises(ValueError, match=said):
+        logits.check(Namespace(**vars(args) | te | given))
+    logits.check(Namespace(**vars(args) | te | {"bf16": True}))
+
+
 def test_transformer_engine_is_not_asked_for():
     args = parse(["--config", DEBUG, "--qk-clip", "--log-max-attention-logit", "--mock-data"])
     args.rank, args.world_size = 0, 1
