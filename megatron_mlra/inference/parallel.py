@@ -206,16 +206,20 @@ class TensorParallel:
         check_parallel(model, tp, context)
         turn, tensor_rank = divmod(rank, tp)
         span = tp if model.attention == "gqa" else max(1, tp // model.num_branches)
+
         # Every rank creates every group, as torch.distributed asks.
-        contexts = [dist.new_group(list(range(t, world, tp))) for t in range(tp)]
+        def group(ranks: list[int]) -> dist.ProcessGroup | None:
+            return dist.new_group(ranks) if len(ranks) > 1 else None
+
+        contexts = [group(list(range(t, world, tp))) for t in range(tp)]
         queries = [
-            dist.new_group([c * tp + e for c in range(context) for e in range(first, tp, span)])
+            group([c * tp + e for c in range(context) for e in range(first, tp, span)])
             for first in range(span)
         ]
         exchanges = queries
         if context > 1:
             exchanges = [
-                dist.new_group([c * tp + e for e in range(first, tp, span)])
+                group([c * tp + e for e in range(first, tp, span)])
                 for c in range(context)
                 for first in range(span)
             ]
