@@ -64,18 +64,20 @@ def guard(ending: bool) -> None:
             os.dup2(os.open(os.devnull, os.O_RDWR), fd)
     for fd, name in _STREAMS.items():
         old = getattr(sys, name)
-        if isinstance(getattr(getattr(old, "buffer", None), "raw", None), _Stream):
+        buffer = getattr(old, "buffer", None)
+        if isinstance(getattr(buffer, "raw", buffer), _Stream):
             continue
         if old is not None:
             with contextlib.suppress(OSError, ValueError):
                 old.flush()
-        terminal = os.isatty(fd)
+        raw = _Stream(fd, "w", closefd=False)
+        at_once = getattr(old, "write_through", False)  # python -u, as torchrun starts ranks
         stream = io.TextIOWrapper(
-            io.BufferedWriter(_Stream(fd, "w", closefd=False)),
+            raw if at_once else io.BufferedWriter(raw),
             encoding=getattr(old, "encoding", None) or "utf-8",
             errors=getattr(old, "errors", None) or "backslashreplace",
-            line_buffering=terminal or fd == 2,
-            write_through=fd == 2,
+            line_buffering=os.isatty(fd) or fd == 2,
+            write_through=at_once,
         )
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)

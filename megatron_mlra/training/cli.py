@@ -74,8 +74,13 @@ def has_gpu() -> bool:
     return False
 
 
-def train(end_by_interrupt: EndByInterrupt) -> int:
-    """Check all that can be checked, then hand over to Megatron; returns the exit code."""
+def train(end_by_interrupt: EndByInterrupt | None = None) -> int:
+    """Check all that can be checked, then hand over to Megatron; returns the exit code.
+
+    Args:
+        end_by_interrupt: what a second Ctrl-C calls; is told what is left then.
+    """
+    end_by_interrupt = end_by_interrupt or EndByInterrupt()
     on_cpu = not has_gpu()
     import torch
     from megatron.core.enums import ModelType

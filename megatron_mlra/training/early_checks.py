@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from megatron_mlra.command_line.parser import flag, flags_given
 from megatron_mlra.command_line.suggest import refusal
 from megatron_mlra.data.prefixes import NO_DATA, check_files, without_weights
-from megatron_mlra.description.presets import KEYS, preset_values
+from megatron_mlra.description.presets import FOLDER, KEYS, find_preset, preset_values
 from megatron_mlra.fault_tolerance import saved_steps
 from megatron_mlra.training import flags
 from megatron_mlra.training.number_checks import check_required
@@ -37,8 +37,11 @@ def check(argv: list[str]) -> None:
     _check_flags(argv)
     preset = flags.preset_of(argv, _refuse)
     values = {} if preset is None else preset_values(preset)
+    # Of a preset of the user's own, values that cannot be are said before those that are missing.
+    is_known = preset is None or find_preset(preset).is_relative_to(FOLDER)
     there = flags_given(argv)
-    check_required(lambda name: values.get(name) is not None or flag(name) in there)
+    if is_known:
+        check_required(lambda name: values.get(name) is not None or flag(name) in there)
     given = _given(argv, values)
     if given is None or given.dry_run is not None:
         return  # --dry-run is about another machine
@@ -48,7 +51,7 @@ def check(argv: list[str]) -> None:
     saved_steps.to_load(given)
     if not (given.mock_data or given.skip_train):
         words = [word for name in _DATA for word in getattr(given, name)]
-        if not (words or any(getattr(given, name) for name in _DATA_FILES)):
+        if is_known and not (words or any(getattr(given, name) for name in _DATA_FILES)):
             _refuse(NO_DATA)
         for prefix in without_weights(words):
             check_files(prefix)

@@ -57,7 +57,7 @@ def entry(argv: list[str]) -> int:
     meeting.meet_all = meet
     sys.argv = ["mlra pretrain", *argv]
     try:
-        return training.train()
+        return training.main()
     except Met:
         return 0
 

@@ -48,3 +48,15 @@ def test_a_reader_that_leaves(program, redirected, code, goes_on, tmp_path):
     )  # fmt: skip
     assert done.returncode == code and (tmp_path / "done").exists() == goes_on
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("flags", [(), ("-u",)])
+def test_what_is_printed_at_once_stays_so(flags):
+    code = "import os, sys\nfrom megatron_mlra.command_line.output import guard\n"
+    code += "guard(ending=False)\nguard(ending=False)\nprint('out')\n"
+    code += "print('err', file=sys.stderr)\nos._exit(0)"
+    env = {name: value for name, value in ENV.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        [sys.executable, *flags, "-c", code], capture_output=True, text=True, env=env
+    )
+    assert (done.stdout, done.stderr) == ("out\n" if flags else "", "err\n")

@@ -273,7 +273,10 @@ def test_the_list_of_keys_of_presets_is_the_parsers():
     ("words", "said"),
     [
         ("--train-samples 0", "--train-samples is 0; it must be at least 1"),
-        ("--train-samples 7", "leaves nothing of the 7 samples the rate decays over; use at most"),
+        (
+            "--train-samples 7 --lr-warmup-samples 7",
+            "leaves nothing of the 7 samples the rate decays over; use at most",
+        ),
         ("--lr-decay-iters 0", "--lr-decay-iters is 0; it must be at least 1"),
         ("--lr-warmup-iters -1", "--lr-warmup-iters is -1; it must be at least 0"),
         ("--adam-beta1 2", "--adam-beta1 is 2.0; it must be at least 0 and below 1"),
