@@ -94,7 +94,8 @@ class Ladder:
         """All runs whose learning rate is known by now, in order: seeds outermost, so that all
         mechanisms have a seed before one has two."""
         for phase in self.told["phases"]:
-            for seed in range(1, phase["seeds"] + 1):
+            first = phase.get("first_seed", 1)
+            for seed in range(first, first + phase["seeds"]):
                 for mechanism in phase["mechanisms"]:
                     for rate in self._rates(phase, mechanism, done):
                         yield RunSpec(

@@ -101,7 +101,7 @@ class Runner:
         busy = {job.spec.id for each in self.lanes for job in each} | set(self.failed)
         done = self.ladder.done()
         left = self.deadline - SAVING - time.monotonic() - sum(job.left() for job in lane)
-        for spec in self.ladder.left(done):
+        for spec in self._in_order(done):
             base = self.ladder.base(spec)
             if spec.id in busy or (base and (self.corpus.tasks is None or base.id in busy)):
                 continue
@@ -113,6 +113,15 @@ class Runner:
                 continue
             lane.append(self._start(number, spec, steps, at, seconds))
             return
+
+    def _in_order(self, done: dict[str, dict]) -> list[RunSpec]:
+        """What is left: first what goes on with a checkpoint that may be gone the next time."""
+
+        def waits(spec: RunSpec) -> bool:
+            base = self.ladder.base(spec)
+            return base is None or not self._kept(base)
+
+        return sorted(self.ladder.left(done), key=waits)
 
     def _checkpoint(self, spec: RunSpec) -> Path:
         return self.work / spec.id / "checkpoint"

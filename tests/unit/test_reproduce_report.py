@@ -129,10 +129,13 @@ def test_a_run_beyond_the_loss_begins_with_what_is_kept(tmp_path):
     assert [word for word in score["words"] if "long_" in word][-1].endswith("long_8192.jsonl")
     # Data made on another host name a folder there.
     assert score["words"][-3:-2] == [str(tokens / "tokenizer")]
+    assert spec.seed == 4 and runner._in_order({})[0].phase == "sweep"
     base = tmp_path / ladder.base(spec).id / "checkpoint"
     base.mkdir(parents=True)
     (base / "held_out.json").write_text("{}")
     assert [s["does"] for s in plan()] == ["analyze", "evaluate", "train", "evaluate"]
+    # What goes on with a checkpoint comes before what needs none.
+    assert runner._in_order(ladder.done())[0] == spec
     assert plan()[0]["words"][0] == plan()[2]["words"][-2] == str(base)
     # Contexts that the base does not take are asked of the extended model alone.
     assert [w[-15:] for w in plan()[1]["words"] if "long_" in w] == [
