@@ -144,6 +144,8 @@ def _open(args: argparse.Namespace, path: str, kinds: Sequence[str] = ()):
         raise CheckpointError(
             f"{path} is a {folder.kind} folder; {args.command} reads {' or '.join(kinds)} folders"
         )
+    if folder.left_out and args.command != "inspect":
+        print(f"{printable(path)}: {folder.left_out} is left out")
     return folder
 
 

@@ -44,6 +44,9 @@ class CheckpointFolder:
     path: Path
     description: ModelDescription
 
+    left_out: str | None = None
+    """What the folder holds besides the model, and no tool reads."""
+
     verify: bool = False
     """Compare files with the folder's checksums, where it has any."""
 

@@ -43,6 +43,8 @@ def train_flops_per_token(
       applying W_UV, cost the same 2 N h d_l (d_h + d_v), so the term of the weights does not
       change.
 
+    Each layer of multi-token prediction adds a layer like the last one, 4 d^2 and an output layer.
+
     `recompute` adds its extra forward to the hardware FLOPs: 'core' the score and value products,
     'up_proj' what lies between the compressed latents and the core (the query's up-projection; W_UK
     absorbed, W_UK and W_UV materialized), 'full' all layers. `fused_core` adds the score product
@@ -59,10 +61,14 @@ def train_flops_per_token(
     mlp = p.mlp * n
     if shape.num_experts:
         mlp = p.mlp * shape.num_dense_layers + p.moe_active * (n - shape.num_dense_layers)
-    layers = 2.0 * (n * sum(p.attention.values()) + mlp)
+    ahead = shape.mtp_num_layers
+    if ahead:
+        mlp += ahead * (p.moe_active if shape.is_moe(-1) else p.mlp)
+        n += ahead
+    layers = 2.0 * (n * sum(p.attention.values()) + mlp + ahead * 2 * shape.hidden_size**2)
     if shape.attention == "tpa":
         layers += n * 2 * h * c * (shape.tpa_q_rank + 2 * shape.tpa_kv_rank)
-    output = 2.0 * p.embedding
+    output = 2.0 * p.embedding * (1 + ahead)
     heads, score, value, run_score, run_value = h, c, c, c, c
     up_proj = 0.0
     if shape.attention == "mlra":

@@ -29,6 +29,8 @@ class Parameters:
     """The same with the k experts that a token visits in place of all E."""
     final_norm: int
     """d."""
+    multi_token: int
+    """2 d^2 + 3 d and a layer, per layer of multi-token prediction."""
     total: int
     active: int
     """What one token uses; `total` for a dense model."""
@@ -38,7 +40,7 @@ def parameters(shape: ModelDescription) -> Parameters:
     """Count every parameter of the model.
 
     total = V d (twice if untied) + d + n (attention + attention norms + 2 d) + dense layers * mlp
-    + MoE layers * moe.
+    + MoE layers * moe + multi-token prediction, whose layers are like the last one.
     """
     d, f, n = shape.hidden_size, shape.ffn_hidden_size, shape.num_layers
     matrices = 3 if shape.swiglu else 2
@@ -49,13 +51,11 @@ def parameters(shape: ModelDescription) -> Parameters:
     expert = matrices * d * shape.moe_ffn_hidden_size
     moe, active = shared + shape.num_experts * expert, shared + shape.moe_router_topk * expert
     moe_layers = n - shape.num_dense_layers if shape.num_experts else 0
-    rest = (
-        embedding
-        + output
-        + d
-        + n * (sum(weights.values()) + sum(norms.values()) + 2 * d)
-        + (n - moe_layers) * mlp
-    )
+    per_layer = sum(weights.values()) + sum(norms.values()) + 2 * d
+    last = shape.is_moe(-1)
+    ahead = 1 if shape.mtp_use_repeated_layer and shape.mtp_num_layers else shape.mtp_num_layers
+    join = 2 * d * d + 3 * d + per_layer
+    rest = embedding + output + d + n * per_layer + (n - moe_layers) * mlp
     return Parameters(
         embedding=embedding,
         output_layer=output,
@@ -66,8 +66,9 @@ def parameters(shape: ModelDescription) -> Parameters:
         moe=moe,
         moe_active=active,
         final_norm=d,
-        total=rest + moe_layers * moe,
-        active=rest + moe_layers * active,
+        multi_token=ahead * (join + (moe if last else mlp)),
+        total=rest + moe_layers * moe + ahead * (join + (moe if last else mlp)),
+        active=rest + moe_layers * active + ahead * (join + (active if last else mlp)),
     )
 
 

@@ -48,6 +48,8 @@ def from_megatron_args(args: Any, **overrides: Any) -> ModelDescription:
         "vocab_size": get("vocab_size", "padded_vocab_size", default=0),
         "padded_vocab_size": get("padded_vocab_size") or _padded(values),
         "seq_length": get("seq_length", default=0),
+        "mtp_num_layers": get("mtp_num_layers", default=0),
+        "mtp_use_repeated_layer": switch("mtp_use_repeated_layer"),
         "swiglu": swiglu,
         "tie_embeddings": tied,
         "rotary_base": float(get("rotary_base", default=10000)),
@@ -249,6 +251,8 @@ def to_megatron_args(description: ModelDescription) -> dict[str, Any]:
         "bf16": description.dtype == "bfloat16",
         "fp16": description.dtype == "float16",
         "softmax_scale": description.softmax_scale,
+        "mtp_num_layers": description.mtp_num_layers or None,
+        "mtp_use_repeated_layer": description.mtp_use_repeated_layer,
         **expert_args(description),
     }
     if description.attention == "gqa":
@@ -286,7 +290,6 @@ _NEEDED = {
 }
 _REFUSED = (
     "qk_layernorm",
-    "mtp_num_layers",
     "rotary_interleaved",
     "use_rope_scaling",
     "rotary_seq_len_interpolation_factor",

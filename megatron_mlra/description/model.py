@@ -149,6 +149,12 @@ class ModelDescription(LatentSizes, ExpertSizes):
     mscale: float = 1.0
     mscale_all_dim: float = 0.0
 
+    mtp_num_layers: int = 0
+    """m: layers behind the decoder that predict further tokens (multi-token prediction)."""
+
+    mtp_use_repeated_layer: bool = False
+    """Whether one layer does for all m of them."""
+
     layernorm_epsilon: float = 1e-6
     swiglu: bool = True
     tie_embeddings: bool = True
@@ -233,6 +239,10 @@ class ModelDescription(LatentSizes, ExpertSizes):
                 raise CheckpointError(
                     f"{name} is {value!r}; it must be a whole number of at least 1"
                 )
+        if not 0 <= self.mtp_num_layers <= MOST_LAYERS:
+            raise CheckpointError(
+                f"mtp_num_layers is {self.mtp_num_layers}; it can be from 0 to {MOST_LAYERS}"
+            )
         for name, most in (
             ("num_layers", MOST_LAYERS),
             ("max_position_embeddings", MOST_POSITIONS),

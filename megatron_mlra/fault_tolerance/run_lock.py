@@ -38,6 +38,8 @@ _LONGEST = 65536
 """Bytes of a lock file that are read."""
 _WRITERS = 15.0
 """Seconds for which a lock waits for the asynchronous writers of an owner that has ended."""
+_ENDING = 5.0
+"""Seconds for which a run that ends waits for its own asynchronous writers."""
 
 
 @dataclass(frozen=True)
@@ -156,11 +158,12 @@ class RunLock:
     def release(self) -> None:
         """End the beat and remove the lock, and the folder if this run made it and left it empty.
 
-        Where a writer of this run has not ended, the lock stays: the next run waits for it.
+        Writers that are ending are waited for. Where a writer of this run goes on, the lock stays:
+        the next run waits for it.
         """
         self._ended.set()
         with contextlib.suppress(OSError):
-            if self.is_mine() and not _is_held(self.path):
+            if self.is_mine() and self._writers_end(_ENDING):
                 self.path.unlink()
             if self._made:
                 self.folder.rmdir()
@@ -201,12 +204,12 @@ class RunLock:
 
     def _is_gone(self, there: Owner | str) -> bool:
         if isinstance(there, Owner) and there.machine == self.owner.machine:
-            return _born(there.pid) != there.born and self._writers_end()
+            return _born(there.pid) != there.born and self._writers_end(_WRITERS)
         return self._stops_beating(there)
 
-    def _writers_end(self) -> bool:
-        """Whether the asynchronous writers of an owner that has ended have ended as well."""
-        deadline = time.monotonic() + _WRITERS
+    def _writers_end(self, seconds: float) -> bool:
+        """Whether the asynchronous writers of the lock's owner end within `seconds`."""
+        deadline = time.monotonic() + seconds
         while _is_held(self.path):
             if time.monotonic() > deadline:
                 return False

@@ -39,7 +39,7 @@ def mlra_attention_spec(config: MLRAConfig) -> ModuleSpec:
         ValueError: if a requested backend is not installed, or does not support this model's
             sizes.
     """
-    use_te = _use_transformer_engine(config)
+    use_te = uses_transformer_engine(config)
     core_attention = _core_attention(config)
     if use_te:
         from megatron.core.extensions.transformer_engine import TERowParallelLinear
@@ -116,7 +116,7 @@ def _latent_core_misfit(config: MLRAConfig) -> str | None:
 def layer_spec(config: TransformerConfig) -> ModuleSpec:
     """One transformer layer of any attention kind this project knows, dense unless the config has
     experts."""
-    if _use_transformer_engine(config):
+    if uses_transformer_engine(config):
         spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
             moe_grouped_gemm=config.moe_grouped_gemm,
@@ -145,7 +145,7 @@ def block_spec(
         ValueError: `transformer_impl` is unknown, or Transformer Engine is not installed.
     """
     specs = get_gpt_decoder_layer_specs(
-        config, _use_transformer_engine(config), normalization=config.normalization
+        config, uses_transformer_engine(config), normalization=config.normalization
     )
     dense, moe = (_adapt(_first(specs, config, m), config, is_moe=m) for m in (False, True))
     layers = [moe if is_moe else dense for is_moe in _moe_pattern(config)]
@@ -155,7 +155,16 @@ def block_spec(
     elif config.pipeline_model_parallel_size > 1:
         offset = get_transformer_layer_offset(config, vp_stage=vp_stage)
         layers = layers[offset : offset + get_num_layers_to_build(config, vp_stage=vp_stage)]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_norm(config))
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm_class(config))
+
+
+def last_layer_spec(config: TransformerConfig) -> ModuleSpec:
+    """The decoder's last layer."""
+    specs = get_gpt_decoder_layer_specs(
+        config, uses_transformer_engine(config), normalization=config.normalization
+    )
+    is_moe = _moe_pattern(config)[-1]
+    return _adapt(_first(specs, config, is_moe), config, is_moe)
 
 
 def _moe_pattern(config: TransformerConfig) -> list[bool]:
@@ -185,27 +194,33 @@ def _adapt(spec: ModuleSpec | None, config: TransformerConfig, is_moe: bool) -> 
     stored = {} if is_moe else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
     if isinstance(config, MLRAConfig):
         layer.self_attention = mlra_attention_spec(config)
-        layer.input_layernorm = _norm(config)
+        layer.input_layernorm = norm_class(config)
     elif isinstance(config, BaselineConfig) and config.attention != "gqa":
         layer.self_attention = baseline_attention_spec(config)
-        layer.input_layernorm = _norm(config)
+        layer.input_layernorm = norm_class(config)
     else:
         stored["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
-    if not _use_transformer_engine(config):
+    if not uses_transformer_engine(config):
         layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
         layer.sharded_state_dict_keys_map = stored
     return spec
 
 
-def _norm(config: TransformerConfig) -> type:
-    if _use_transformer_engine(config):
+def norm_class(config: TransformerConfig) -> type:
+    """The norm of replicated hidden states."""
+    if uses_transformer_engine(config):
         from megatron.core.extensions.transformer_engine import TENorm
 
         return TENorm
     return RMSNorm
 
 
-def _use_transformer_engine(config: TransformerConfig) -> bool:
+def uses_transformer_engine(config: TransformerConfig) -> bool:
+    """Whether layers are made of Transformer Engine's modules.
+
+    Raises:
+        ValueError: `transformer_impl` is unknown, or Transformer Engine is not installed.
+    """
     if config.transformer_impl == "transformer_engine":
         if not HAVE_TE:
             raise ValueError(

@@ -140,6 +140,11 @@ def shape_of(values: dict[str, Any], seq_length: int | None = None) -> ModelDesc
         raise ValueError(f"--config: a size is not a number ({error})") from None
     if seq_length is not None:
         shape = replace(shape, seq_length=seq_length)
+    if shape.mtp_num_layers:
+        _refuse(
+            f"mtp_num_layers is {shape.mtp_num_layers}: the planner does not know multi-token"
+            " prediction; leave it out"
+        )
     if shape.seq_length < 1:
         raise ValueError(f"--seq-length is {shape.seq_length}; use at least 1")
     return shape

@@ -35,7 +35,6 @@ REQUIRED = (
 REPLACED = {
     "multi_latent_attention": "is Megatron's own MLA; use --attention mlra",
     "spec": "replaces the attention; use --attention",
-    "mtp_num_layers": "is not supported; leave it out",
     "hybrid_layer_pattern": "builds Megatron's hybrid models; leave it out",
     "hybrid_override_pattern": "builds Megatron's hybrid models; leave it out",
     "heterogeneous_layers_config_path": "replaces the layers; leave it out",
@@ -64,6 +63,7 @@ def check_arguments(args: Namespace) -> None:
     _check_parallel(args)
     _check_context_parallel(args)
     _check_packed(args)
+    _check_multi_token(args)
     _check_held_out(args)
     _check_batches(args)
     check_rope(args)
@@ -261,6 +261,26 @@ def _check_packed(args: Namespace) -> None:
         raise ValueError(
             f"--cuda-graph-impl {args.cuda_graph_impl} replays one batch's documents on all with"
             " --packed-sequences; use none"
+        )
+
+
+def _check_multi_token(args: Namespace) -> None:
+    depths = args.mtp_num_layers
+    if not depths:
+        args.mtp_num_layers = None  # as Megatron's code asks for it
+        return
+    if depths < 0:
+        raise ValueError(f"--mtp-num-layers {depths} is negative; use e.g. 1, or leave it out")
+    if args.pipeline_model_parallel_layout is not None:
+        raise ValueError(
+            f"--mtp-num-layers {depths} stands on the last pipeline stage;"
+            " --pipeline-model-parallel-layout"
+            f" {args.pipeline_model_parallel_layout} may place it elsewhere: leave one out"
+        )
+    if args.reset_attention_mask:
+        raise ValueError(
+            f"--mtp-num-layers {depths} would predict across documents with"
+            " --reset-attention-mask; use --packed-sequences"
         )
 
 

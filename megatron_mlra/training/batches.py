@@ -239,7 +239,7 @@ def get_batch(iterator: Iterator | None, vp_stage: int | None = None) -> dict[st
         if torch.is_grad_enabled()
         else args.eval_micro_batch_size,
         seq_length=args.seq_length,
-        mtp_on_this_rank=False,
+        mtp_on_this_rank=last and bool(args.mtp_num_layers),
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=first,
         is_pipeline_last_stage=last,

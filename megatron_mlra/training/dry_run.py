@@ -62,6 +62,8 @@ def layout_of(args: Namespace) -> Layout:
 
 
 def _plan(args: Namespace, shape: ModelDescription) -> list[str]:
+    if shape.mtp_num_layers:
+        return ["plan: none, since the planner does not know multi-token prediction"]
     gpu, layout = find(args.dry_run_gpu), layout_of(args)
     held = memory(shape, layout, half=args.bf16 or args.fp16)
     fp8 = bool(args.fp8) and bool(gpu.fp8_tflops)

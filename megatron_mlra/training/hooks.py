@@ -1,10 +1,11 @@
 """What a run replaces in Megatron and in torch: every function, in order, each with its reason.
 
 Megatron's trainer has no hooks at these points, so a run sets attributes of its modules and
-classes. This file is the whole list. A row names its target once: where several parts of this
-project stand around one function, they stand in that row, the innermost first. Two things lie
-elsewhere, because tests and argument defaults use them without a run: cpu_backend.py (CUDA devices
-read as the CPU) and `accumulate_weight_gradients_in_products` of upstream_fixes.py.
+classes. This file is the whole list, and hook.py puts its rows in place. A row names its target
+once: where several parts of this project stand around one function, they stand in that row, the
+innermost first. Two things lie elsewhere, because tests and argument defaults use them without a
+run: cpu_backend.py (CUDA devices read as the CPU) and `accumulate_weight_gradients_in_products` of
+upstream_fixes.py.
 
 Read in megatron-core 0.19.2 and torch 2.11.0. A new version of either: read the targets again,
 then change `READ_IN`, which a test compares with what is installed.
@@ -13,15 +14,9 @@ then change `READ_IN`, which a test compares with what is installed.
 from __future__ import annotations
 
 import functools
-import inspect
-import pkgutil
-from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
 
 from megatron_mlra.checkpoint.files import guarded_loads
-from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.evaluation import held_out
 from megatron_mlra.fault_tolerance import (
     checksums,
@@ -32,81 +27,20 @@ from megatron_mlra.fault_tolerance import (
     saved_files,
     stopping,
 )
-from megatron_mlra.fault_tolerance.run_lock import RunLock
+from megatron_mlra.layers.multi_token import (
+    multi_token_loss,
+    multi_token_spec,
+    next_tokens,
+    tie_output_layer,
+)
 from megatron_mlra.training import arguments, curves, muon, progress, upstream_fixes, validation
 from megatron_mlra.training.build_lock import BuildLock
+from megatron_mlra.training.hook import Hook, Run, apply, instead
+
+__all__ = ["BEFORE_CHECKS", "BEFORE_TRAINING", "Hook", "Run", "apply"]
 
 READ_IN = {"megatron-core": "0.19.2", "torch": "2.11.0"}
 """The versions in which the targets were read."""
-
-
-@dataclass
-class Run:
-    """What wrappers know of the run they belong to.
-
-    Attributes:
-        args: parsed; validated before `BEFORE_TRAINING`.
-        on_cpu: whether there is no GPU.
-        lock: of `--save`, if any.
-        shape: the model, known before `BEFORE_TRAINING`.
-        hosts: name of each rank's host, known before `BEFORE_TRAINING`.
-    """
-
-    args: Namespace
-    on_cpu: bool = False
-    lock: RunLock | None = None
-    shape: ModelDescription | None = None
-    hosts: list[str] = field(default_factory=list)
-
-    @functools.cached_property
-    def progress(self) -> progress.Progress:
-        """The run's lines and its bar."""
-        return progress.Progress(self.args, self.shape)
-
-    @functools.cached_property
-    def watch(self) -> heartbeat.Watch | None:
-        """The watch over hanging ranks, where the run has one."""
-        return heartbeat.watch(self.args, arguments.run_folder(self.args), self._leave_folder)
-
-    def _leave_folder(self) -> None:
-        if self.lock:
-            self.lock.release_within(5)
-
-
-Wrapper = Callable[[Any, Run], Any]
-
-
-@dataclass(frozen=True)
-class Hook:
-    """One attribute that a run replaces.
-
-    Attributes:
-        target: its dotted name, through modules and classes.
-        why: the reason, one line.
-        by: functions of (what stands there, the run) that return what stands there afterwards, the
-            innermost first; one that returns its argument changes nothing.
-    """
-
-    target: str
-    why: str
-    by: tuple[Wrapper, ...]
-
-    def find(self) -> tuple[Any, str]:
-        """The module or class that holds the target, and the target's name in it.
-
-        Raises:
-            ImportError, AttributeError: it is not there in the installed version.
-        """
-        place, _, name = self.target.rpartition(".")
-        owner = pkgutil.resolve_name(place)
-        getattr(owner, name)
-        return owner, name
-
-
-def instead(replacement: Any) -> Wrapper:
-    """A wrapper that leaves nothing of what it replaces."""
-    return lambda _, run: replacement
-
 
 READER = "torch.distributed.checkpoint.FileSystemReader"
 PLANNER = "torch.distributed.checkpoint.default_planner.DefaultLoadPlanner"
@@ -203,6 +137,37 @@ MUON = (
 )
 """For Muon. The first and the fourth are tables, which are added to where they stand."""
 
+_MTP = "megatron.core.transformer.multi_token_prediction"
+
+MULTI_TOKEN = (
+    Hook(
+        "megatron.training.models.gpt.mtp_block_spec",
+        "Megatron would build the layers of multi-token prediction with its own attention",
+        (instead(lambda config, _, vp_stage=None: multi_token_spec(config.transformer, vp_stage)),),
+    ),
+    Hook(
+        f"{_MTP}.roll_tensor",
+        "Megatron's knows neither documents of any length nor this project's cut of them",
+        (instead(next_tokens),),
+    ),
+    Hook(
+        "megatron.core.models.gpt.gpt_model.process_mtp_loss",
+        "Megatron averages over each context-parallel rank's tokens, however many have a label",
+        (instead(multi_token_loss),),
+    ),
+    Hook(
+        "megatron.core.models.gpt.gpt_model.GPTModel.setup_embeddings_and_output_layer",
+        "of tied embeddings, Megatron gives the last pipeline stage an output layer of its own",
+        (lambda set_up, run: tie_output_layer(set_up),),
+    ),
+    Hook(
+        f"{_MTP}.MTPLossLoggingHelper.track_mtp_metrics",
+        "the losses of multi-token prediction stand in the run's own lines too",
+        (lambda track, run: run.progress.wrap_multi_token(track),),
+    ),
+)
+"""For multi-token prediction; without it nothing calls them."""
+
 BEFORE_TRAINING = (
     Hook(
         "torch.utils.cpp_extension.FileBaton",
@@ -211,6 +176,7 @@ BEFORE_TRAINING = (
     ),
     *TORCH_ADAMW,
     *MUON,
+    *MULTI_TOKEN,
     Hook(
         "megatron.core.optimizer.optimizer.MegatronOptimizer._filter_and_reorder_param_groups",
         "a resume at another rate finds no group: Megatron tells groups apart by their rates",
@@ -378,30 +344,6 @@ BEFORE_TRAINING = (
     ),
 )
 """Applied once all ranks have met, before Megatron trains."""
-
-_applied: set[str] = set()
-
-
-def apply(hooks: tuple[Hook, ...], run: Run) -> None:
-    """Put `hooks` in place, for the life of the process.
-
-    Raises:
-        RuntimeError: one of them is in place already; nothing is changed then.
-        ImportError, AttributeError: the installed version has no such target.
-    """
-    targets = [hook.target for hook in hooks]
-    again = [name for name in targets if name in _applied or targets.count(name) > 1]
-    if again:
-        raise RuntimeError(f"{again[0]} is replaced already: a process can start one run")
-    places = [hook.find() for hook in hooks]
-    for hook, (owner, name) in zip(hooks, places, strict=True):
-        _applied.add(hook.target)
-        before = after = getattr(owner, name)
-        for wrap in hook.by:
-            after = wrap(after, run)
-        if after is not before:
-            is_static = isinstance(inspect.getattr_static(owner, name), staticmethod)
-            setattr(owner, name, staticmethod(after) if is_static else after)
 
 
 def _successor(run: Run) -> Callable[[], object]:

@@ -85,6 +85,19 @@ class Progress:
 
         return log
 
+    def wrap_multi_token(self, track: Callable) -> Callable:
+        """Megatron's log of multi-token prediction, whose losses join the run's line."""
+
+        def log(scale, iteration, writer, wandb_writer=None, total_loss_dict=None):
+            losses: dict[str, torch.Tensor] = {}
+            track(scale, iteration, writer, wandb_writer, losses)
+            for name, loss in losses.items():
+                self.losses.setdefault(name, []).append(loss)
+                if total_loss_dict is not None:
+                    total_loss_dict[name] = total_loss_dict.get(name, 0.0) + loss
+
+        return log
+
     def _step(
         self,
         learning_rate: float | None,
@@ -98,6 +111,7 @@ class Progress:
         said = [f"step {iteration:,}/{last}"]
         # As Megatron's log has it: the mean of the steps since the line before.
         means = {name: _mean(losses) for name, losses in self.losses.items()}
+        means = {name: means[name] for name in sorted(means, key=lambda n: n.startswith("mtp"))}
         self.losses.clear()
         said += [f"{name} {mean:.4f}" for name, mean in means.items()]
         if skipped:

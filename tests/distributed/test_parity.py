@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from support.drivers.parity import STEPS, Case, _file, cases
 
@@ -33,3 +34,14 @@ def test_layout_trains_as_one_rank(case: Case, results: Path) -> None:
     assert result["loss"] <= 1e-5, f"losses of {STEPS} steps are off by {result['loss']:.1e}"
     assert result["grad_norm"] <= 1e-5, f"grad norm is off by {result['grad_norm']:.1e}"
     assert not result["replicas"], f"replicas differ after {STEPS} steps: {result['replicas'][:3]}"
+
+
+@pytest.mark.parametrize("model", ["MLRA-4 MTP", "MLRA-4 MTP odd documents"])
+def test_multi_token_prediction_is_its_definition(model: str, results: Path) -> None:
+    expected = torch.load(results / f"{_file(model)}-oracle.pt")
+    actual = torch.load(results / f"{_file(model)}.pt")["steps"][0]["gradients"]
+    assert actual.keys() == expected.keys()
+    assert any(name.startswith("mtp.layers.1.") for name in expected)
+    for name, gradient in expected.items():
+        difference = (actual[name] - gradient).abs().max() / gradient.abs().max()
+        assert difference <= GRADIENT_TOLERANCE, f"gradient of {name} is off by {difference:.1e}"

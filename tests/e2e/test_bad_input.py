@@ -45,7 +45,12 @@ FLAGS = [
     ),
     (["--yaml-cfg", "x.yaml"], "argument --yaml-cfg: x.yaml would replace all flags; use --config"),
     (["--spec", "a", "b"], "--spec replaces the attention; use --attention"),
-    (["--mtp-num-layers", "1"], "--mtp-num-layers is not supported; leave it out"),
+    (["--mtp-num-layers", "-1"], "--mtp-num-layers -1 is negative; use e.g. 1, or leave it out"),
+    (
+        ["--mtp-num-layers", "1", "--reset-attention-mask"],
+        "--mtp-num-layers 1 would predict across documents with --reset-attention-mask; use"
+        " --packed-sequences",
+    ),
     (["--full-validation"], "--full-validation fails in Megatron 0.19.2"),
     (["--sft"], "--sft reads conversations; use --packed-sequences to keep documents apart"),
     (["--hybrid-context-parallel"], "--hybrid-context-parallel is not supported; use --context-"),

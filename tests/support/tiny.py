@@ -27,6 +27,7 @@ from torch import Tensor
 
 from megatron_mlra.layers.baselines.config import BaselineConfig
 from megatron_mlra.layers.config import MLRAConfig
+from megatron_mlra.layers.multi_token import multi_token_spec
 from megatron_mlra.layers.specs import block_spec
 from megatron_mlra.training.muon import cut_grouped_queries
 
@@ -137,6 +138,7 @@ class Tiny:
                 share_embeddings_and_output_weights=True,
                 position_embedding_type="rope",
                 vp_stage=vp_stage,
+                mtp_block_spec=multi_token_spec(config, vp_stage=vp_stage),
             )
             ddp = DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
@@ -189,10 +191,14 @@ class Tiny:
 
     def collect(self, what: str) -> dict[str, Tensor]:
         """Global tensors of 'weight' or 'gradient', assembled from all ranks (on every rank)."""
+        return self.assemble(self._gradient if what == "gradient" else lambda param: param.data)
+
+    def assemble(self, of: Callable[[torch.nn.Parameter], Tensor]) -> dict[str, Tensor]:
+        """Global tensors of which `of` gives this rank's part, by weight (on every rank)."""
         mine = [
             (piece.key, piece.global_shape, piece.global_offset, piece.local_shape, piece.data)
             for param, entry in self.shards()
-            for piece in _pieces(entry, param.data if what == "weight" else self._gradient(param))
+            for piece in _pieces(entry, of(param))
         ]
         gathered: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(gathered, mine)

@@ -29,6 +29,7 @@ RENAMED_GQA = {"self_attention.linear_qkv.layer_norm_weight": "input_layernorm.w
 _STATE = re.compile(
     r"(?:chained_\d+\.)?optimizer\.|rng_state|rerun_state|opt_param_scheduler|.*\._extra_state"
 )
+_MULTI_TOKEN = re.compile(r"mtp\.layers\.\d+\.")
 _LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.+)")
 
 
@@ -50,6 +51,9 @@ class MegatronFolder(CheckpointFolder):
             )
         self.args = args
         overrides = {} if vocab_size is None else {"vocab_size": vocab_size}
+        if depths := getattr(args, "mtp_num_layers", None):
+            overrides |= {"mtp_num_layers": 0, "mtp_use_repeated_layer": False}
+            self.left_out = f"multi-token prediction ({depths} tokens ahead)"
         try:
             check_layers("num_layers", getattr(args, "num_layers", None), self._stored_layers())
             check_convertible(args)
@@ -96,7 +100,7 @@ class MegatronFolder(CheckpointFolder):
         found: dict[str, tuple[int, ...]] = {}
         places: dict[str, tuple[str, tuple[int, ...]]] = {}
         for key, shape in self.files.shapes().items():
-            if _STATE.match(key):
+            if _STATE.match(key) or (self.left_out and _MULTI_TOKEN.match(key)):
                 continue
             match = _LAYER.fullmatch(key)
             if match is None:

@@ -42,6 +42,8 @@ def lines(folder: CheckpointFolder) -> list[str]:
             f" {m.moe_router_score_function}, times {m.moe_router_topk_scaling_factor:g}"
             f"{', chosen with a bias' if m.moe_router_enable_expert_bias else ''}"
         )
+    if folder.left_out:
+        out.append(f"besides: {folder.left_out}, which conversions leave out")
     step = getattr(folder, "iteration", None)
     if step is not None:
         out.append(f"step {step:,}")

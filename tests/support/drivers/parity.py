@@ -56,6 +56,8 @@ def references() -> dict[str, dict[str, Any]]:
         "moe_token_dispatcher_type": "alltoall",
     }
     models |= dict.fromkeys(DOCUMENTS, VARIANTS["MLRA-4"])
+    models["MLRA-4 MTP"] = {**VARIANTS["MLRA-4"], "mtp_num_layers": 2}
+    models["MLRA-4 MTP odd documents"] = {**VARIANTS["MLRA-4"], "mtp_num_layers": 2}
     models["GQA"] = {"attention": "gqa", "num_query_groups": 4}
     models["GTA"] = {"attention": "gta", "num_query_groups": 4, "qk_pos_emb_head_dim": 8}
     models["MFA"] = {"attention": "mfa", "q_lora_rank": 32}
@@ -132,6 +134,15 @@ def cases() -> list[Case]:
         add(documents, {"cp": 4})
         add(documents, {"tp": 2, "cp": 2}, latent_tp_layout="latent")
     add("MLRA-4 odd documents", {"tp": 2}, sequence_parallel=True)
+    for style in ("head", "latent"):
+        add("MLRA-4 MTP", {"tp": 2}, latent_tp_layout=style, sequence_parallel=True)
+    add("MLRA-4 MTP", {"pp": 2})
+    add("MLRA-4 MTP", {"tp": 2, "pp": 2}, sequence_parallel=True)
+    add("MLRA-4 MTP", {"cp": 2})
+    add("MLRA-4 MTP", {"tp": 2, "cp": 2}, sequence_parallel=True)
+    add("MLRA-4 MTP", {"dp": 2, "distributed_optimizer": True})
+    add("MLRA-4 MTP odd documents", {"cp": 2})
+    add("MLRA-4 MTP odd documents", {"cp": 4})
     for baseline in ("GQA", "GTA", "MFA", "TPA"):
         add(baseline, {"tp": 2}, sequence_parallel=True)
     return found
@@ -146,6 +157,7 @@ def main(folder: Path, pattern: str) -> None:
     enable_cpu_backend()
     # A world that is killed while it builds torch's extension must not stop later ones.
     hooks.apply(hooks.BEFORE_TRAINING[:1], hooks.Run(Namespace()))
+    hooks.apply(hooks.MULTI_TOKEN[1:4], hooks.Run(Namespace()))
     logging.disable(logging.WARNING)
     wanted = [case for case in cases() if fnmatch.fnmatch(case.name, pattern)]
     models = {n: c for n, c in references().items() if any(case.reference == n for case in wanted)}
@@ -153,6 +165,7 @@ def main(folder: Path, pattern: str) -> None:
     def train_references(_rank: int) -> None:
         import torch
 
+        from support.multi_token import expected_gradients
         from support.tiny import Layout, Tiny, make_config
 
         layout = Layout()
@@ -161,6 +174,8 @@ def main(folder: Path, pattern: str) -> None:
             config = make_config(layout, **overrides, zero_init_output=False)
             tiny = Tiny.build(config, layout, _packing(name))
             start = tiny.collect("weight")
+            if "MTP" in name:
+                torch.save(expected_gradients(tiny, 0), folder / f"{_file(name)}-oracle.pt")
             steps = [tiny.step(seed) for seed in range(STEPS)]
             torch.save(
                 {"start": start, "steps": steps, "end": tiny.collect("weight")},
@@ -189,7 +204,7 @@ def main(folder: Path, pattern: str) -> None:
 def _packing(reference: str):
     from support.tiny import Packing
 
-    bounds = DOCUMENTS.get(reference)
+    bounds = DOCUMENTS.get(reference.replace(" MTP", ""))
     return Packing(bounds, cut_documents="even" in reference) if bounds else None
 
 

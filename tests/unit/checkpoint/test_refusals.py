@@ -223,7 +223,6 @@ def test_a_checkpoint_of_another_attention(research, megatron, convert, tmp_path
     args = open_checkpoint(megatron).args
     for name, value, said in (
         ("attention", "tpa", "attention 'tpa' cannot be converted"),
-        ("mtp_num_layers", 1, "a model with mtp_num_layers (1) cannot be converted"),
         ("normalization", "LayerNorm", "normalization 'LayerNorm' cannot be converted"),
         ("kv_lora_rank", None, "name no kv_lora_rank"),
     ):

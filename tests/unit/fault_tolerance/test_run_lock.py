@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -122,6 +123,25 @@ def test_a_writer_that_outlives_its_rank_is_waited_for(owner, tmp_path, monkeypa
     os.kill(int(writer), signal.SIGKILL)
     monkeypatch.setattr(run_lock, "_WRITERS", 10)
     acquire(tmp_path)
+
+
+@pytest.mark.parametrize("goes_on", [False, True], ids=["ending", "going on"])
+def test_a_run_that_ends_waits_for_a_writer_that_ends(tmp_path, monkeypatch, goes_on):
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    hold = "import sys; from megatron_mlra.fault_tolerance.run_lock import hold; hold(sys.argv[1])"
+    hold += "; print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", hold, str(lock.path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as writer:
+        writer.stdout.readline()
+        if goes_on:
+            monkeypatch.setattr(run_lock, "_ENDING", 0.2)
+        else:
+            threading.Timer(0.3, writer.stdin.close).start()
+            monkeypatch.setattr(run_lock, "_ENDING", 60)
+        lock.release()
+        assert lock.path.exists() is goes_on
 
 
 def test_an_owner_on_another_machine_is_judged_by_its_beat(owner, tmp_path):

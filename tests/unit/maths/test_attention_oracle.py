@@ -1,4 +1,4 @@
-"""functional.mlra_attention against the oracle, in float64: output and every gradient."""
+"""maths.attention.mlra_attention against the oracle, in float64: output and every gradient."""
 
 from dataclasses import replace
 

@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from megatron_mlra.training import hooks
+from megatron_mlra.training import hook, hooks
 from support import ROOT
 
 LISTS = (*hooks.BEFORE_CHECKS, *hooks.BEFORE_TRAINING)
@@ -51,7 +51,7 @@ def upstream(monkeypatch):
         vars(module),
     )
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(hooks, "_applied", set())
+    monkeypatch.setattr(hook, "_applied", set())
     return module
 
 

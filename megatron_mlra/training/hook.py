@@ -1,0 +1,112 @@
+"""One attribute of Megatron or torch that a run replaces: found, wrapped, put in place once.
+
+hooks.py is the list.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import pkgutil
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_mlra.description.model import ModelDescription
+from megatron_mlra.fault_tolerance import heartbeat
+from megatron_mlra.fault_tolerance.run_lock import RunLock
+from megatron_mlra.training import arguments, progress
+
+
+@dataclass
+class Run:
+    """What wrappers know of the run they belong to.
+
+    Attributes:
+        args: parsed; validated before `BEFORE_TRAINING`.
+        on_cpu: whether there is no GPU.
+        lock: of `--save`, if any.
+        shape: the model, known before `BEFORE_TRAINING`.
+        hosts: name of each rank's host, known before `BEFORE_TRAINING`.
+    """
+
+    args: Namespace
+    on_cpu: bool = False
+    lock: RunLock | None = None
+    shape: ModelDescription | None = None
+    hosts: list[str] = field(default_factory=list)
+
+    @functools.cached_property
+    def progress(self) -> progress.Progress:
+        """The run's lines and its bar."""
+        return progress.Progress(self.args, self.shape)
+
+    @functools.cached_property
+    def watch(self) -> heartbeat.Watch | None:
+        """The watch over hanging ranks, where the run has one."""
+        return heartbeat.watch(self.args, arguments.run_folder(self.args), self._leave_folder)
+
+    def _leave_folder(self) -> None:
+        if self.lock:
+            self.lock.release_within(5)
+
+
+Wrapper = Callable[[Any, Run], Any]
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One attribute that a run replaces.
+
+    Attributes:
+        target: its dotted name, through modules and classes.
+        why: the reason, one line.
+        by: functions of (what stands there, the run) that return what stands there afterwards, the
+            innermost first; one that returns its argument changes nothing.
+    """
+
+    target: str
+    why: str
+    by: tuple[Wrapper, ...]
+
+    def find(self) -> tuple[Any, str]:
+        """The module or class that holds the target, and the target's name in it.
+
+        Raises:
+            ImportError, AttributeError: it is not there in the installed version.
+        """
+        place, _, name = self.target.rpartition(".")
+        owner = pkgutil.resolve_name(place)
+        getattr(owner, name)
+        return owner, name
+
+
+def instead(replacement: Any) -> Wrapper:
+    """A wrapper that leaves nothing of what it replaces."""
+    return lambda _, run: replacement
+
+
+_applied: set[str] = set()
+
+
+def apply(hooks: tuple[Hook, ...], run: Run) -> None:
+    """Put `hooks` in place, for the life of the process.
+
+    Raises:
+        RuntimeError: one of them is in place already; nothing is changed then.
+        ImportError, AttributeError: the installed version has no such target.
+    """
+    targets = [hook.target for hook in hooks]
+    again = [name for name in targets if name in _applied or targets.count(name) > 1]
+    if again:
+        raise RuntimeError(f"{again[0]} is replaced already: a process can start one run")
+    places = [hook.find() for hook in hooks]
+    for hook, (owner, name) in zip(hooks, places, strict=True):
+        _applied.add(hook.target)
+        before = after = getattr(owner, name)
+        for wrap in hook.by:
+            after = wrap(after, run)
+        if after is not before:
+            is_static = isinstance(inspect.getattr_static(owner, name), staticmethod)
+            setattr(owner, name, staticmethod(after) if is_static else after)
