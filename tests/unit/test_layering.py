@@ -1,6 +1,7 @@
 """Imports go one way: a package's docstring says what it may import; no file is in a circle."""
 
 import ast
+import functools
 import re
 import sys
 from pathlib import Path
@@ -36,7 +37,8 @@ def source_files() -> dict[str, Path]:
 FILES = source_files()
 
 
-def imports(module: str) -> set[str]:
+@functools.cache
+def imports(module: str) -> frozenset[str]:
     """Every module that this one imports, at its top, inside a function or for type checking only,
     by absolute name."""
     path = FILES[module]
@@ -54,7 +56,7 @@ def imports(module: str) -> set[str]:
             named = {f"{base}.{alias.name}" for alias in node.names}
             found |= {name for name in named if name in FILES} or {base}
             found |= {base} if not named <= FILES.keys() else set()
-    return found
+    return frozenset(found)
 
 
 def room(module: str) -> str:
