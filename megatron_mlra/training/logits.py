@@ -88,13 +88,16 @@ class LogitWatch:
         All ranks of the world call it. `optimizer` holds the float32 copies of the weights.
         """
         layers = [attention for chunk in model for attention in measured(chunk)]
-        table = _reduced(layers, next(model[0].parameters()).device).cpu()
+        # Of the chunk, since a pipeline's stage may have no layer.
+        config, device = model[0].config, next(model[0].parameters()).device
+        table = _reduced(layers, config, device).cpu()
         self.largest = table.amax((1, 2)).tolist()
         if not self.args.qk_clip:
             return
         threshold, alpha = self.args.qk_clip_threshold, self.args.qk_clip_alpha
-        factors = [shrink(layer, threshold, alpha) for layer in table]
-        self.clipped += sum(int((each.rope < 1).sum()) for each in factors if each)
+        has_rope = config.qk_rope_head_dim > 0
+        factors = [shrink(layer, threshold, alpha, has_rope) for layer in table]
+        self.clipped += sum(int((each.key < 1).any(0).sum()) for each in factors if each)
         for attention in layers:
             if factor := factors[attention.layer_number - 1]:
                 for weight, rows in row_factors(attention, factor):
@@ -126,10 +129,9 @@ def _top(largest: list[float]) -> float:
     return next((x for x in largest if math.isnan(x)), max(largest))
 
 
-def _reduced(layers: list[torch.nn.Module], device: torch.device) -> Tensor:
+def _reduced(layers: list[torch.nn.Module], config: Any, device: torch.device) -> Tensor:
     """The largest logit of each layer, branch and head of the model, `[layers, N, h]` float32; -inf
     where nothing was measured."""
-    config = layers[0].config
     branches = getattr(config, "num_branches", 1)
     shape = (config.num_layers, branches, config.num_attention_heads)
     table = torch.full(shape, -torch.inf, device=device)
