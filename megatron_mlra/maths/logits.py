@@ -58,7 +58,7 @@ def largest_logits(
         query: `[s, b, heads, e]`; query head i reads key head `i // (heads / kv_heads)`.
         key: `[t, b, kv_heads, e]`.
         spans: (first query, their end, first key, their end), causal from each span's last query
-            and key; default: all queries, the last t of s.
+            and key; default: all queries, the last s of the t keys.
         allowed: `[b or 1, 1, s, t]`, True where a query reads a key; replaces the spans.
 
     Returns:
