@@ -144,6 +144,8 @@ class MLRAConfig(PreTrainedConfig):
             raise ValueError(
                 f"rope_type is {self.rope_parameters['rope_type']!r}; use default or yarn"
             )
+        if self.rope_parameters["rope_type"] == "yarn" and not self.qk_rope_head_dim:
+            raise ValueError("rope_type yarn stretches RoPE, qk_rope_head_dim is 0; use default")
         if self.num_experts:
             self._check_experts()
         self.check_backend()

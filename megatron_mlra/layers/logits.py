@@ -57,7 +57,7 @@ def row_factors(attention: torch.nn.Module, factors: Shrink) -> Iterator[Row]:
     """The weights of an MLRASelfAttention that QK-clip scales, and by what, in float64.
 
     Args:
-        factors: of all heads, `[h]`; the layout says which of them the rank's weights serve.
+        factors: of all branches and heads; the layout says which of them the rank's weights serve.
     """
     config, shard = attention.config, attention.shard
     share = training_share(config, shard)
@@ -66,6 +66,6 @@ def row_factors(attention: torch.nn.Module, factors: Shrink) -> Iterator[Row]:
     queries = torch.cat([f[:, None].expand(-1, n) for f, n in zip(own, (d_h, d_r), strict=True)], 1)
     name = "linear_q_proj" if config.q_lora_rank is None else "linear_q_up_proj"
     yield getattr(attention, name).weight, queries.flatten()
-    keys = factors.key[share.core_heads]
-    keys = torch.cat((keys[:, None].expand(-1, d_h), keys.new_ones(len(keys), d_v)), 1)
-    yield attention.linear_kv_up_proj.weight, keys.expand(shard.branches, -1, -1).flatten()
+    keys = factors.key[share.branches, share.core_heads, None]  # [n, h_c, 1]
+    keys = torch.cat((keys.expand(-1, -1, d_h), torch.ones_like(keys).expand(-1, -1, d_v)), 2)
+    yield attention.linear_kv_up_proj.weight, keys.flatten()

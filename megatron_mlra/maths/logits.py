@@ -19,8 +19,12 @@ part shrank by less would lose the RoPE part that balances it: parts of 150 and 
 threshold of 100, and 120 once the RoPE part alone is halved. So all branches of a head shrink
 by one gamma, that of the head's largest logit over its branches. Nothing less holds every logit at
 the threshold, and what the head's branches score keeps its proportions. MLA and GLA are the case
-N = 1. Absorbed or materialized, the logits and weights are the same, and the output gate stands
-behind them. `linear_q_proj` takes the place of `linear_q_up_proj` without a query latent.
+N = 1. Without RoPE dims (NoPE) nothing binds the branches, and each shrinks by its own gamma_b: the
+query, which they share, by alpha of what all of them shrink by, (max_b gamma_b)^alpha, and the keys
+of a branch by the rest. A branch below the threshold then keeps its bits.
+
+Absorbed or materialized, the logits and weights are the same, and the output gate stands behind
+them. `linear_q_proj` takes the place of `linear_q_up_proj` without a query latent.
 """
 
 from __future__ import annotations
@@ -54,7 +58,7 @@ def largest_logits(
         query: `[s, b, heads, e]`; query head i reads key head `i // (heads / kv_heads)`.
         key: `[t, b, kv_heads, e]`.
         spans: (first query, their end, first key, their end), causal from each span's last query
-            and key; default: all queries, the last t of s.
+            and key; default: all queries, the last s of the t keys.
         allowed: `[b or 1, 1, s, t]`, True where a query reads a key; replaces the spans.
 
     Returns:
@@ -88,27 +92,30 @@ def largest_logits(
 
 
 class Shrink(NamedTuple):
-    """Factors of the weights of some heads, `[heads]` in float64; 1 leaves a weight as it is."""
+    """Factors of weights, in float64; 1 leaves a weight as it is."""
 
     nope: Tensor
-    """Of a head's NoPE query."""
+    """`[heads]`, of a head's NoPE query."""
     rope: Tensor
-    """Of a head's RoPE query."""
+    """`[heads]`, of a head's RoPE query."""
     key: Tensor
-    """Of a head's key up-projection, in every branch."""
+    """`[N, heads]`, of a branch's and head's key up-projection."""
 
 
-def shrink(largest: Tensor, threshold: float, alpha: float) -> Shrink | None:
+def shrink(largest: Tensor, threshold: float, alpha: float, has_rope: bool = True) -> Shrink | None:
     """The factors by which no logit exceeds `threshold`; None where none does.
 
     Args:
         largest: `[N, heads]`, the largest logit of each branch and head. A head of which one is not
             finite is left alone: its weights would become zeros or NaN.
         alpha: the query's share of the factor, between 0 and 1; the paper's is 1/2.
+        has_rope: whether the branches of a head share a RoPE score.
     """
-    of_heads = largest.double().amax(0)
-    exceeds = (of_heads > threshold) & largest.isfinite().all(0)
+    largest = largest.double()
+    bound = largest.amax(0).expand_as(largest) if has_rope else largest
+    exceeds = (bound > threshold) & largest.isfinite().all(0)
     if not exceeds.any():
         return None
-    gamma = torch.where(exceeds, threshold / of_heads, 1.0)
-    return Shrink(gamma**alpha, gamma, gamma ** (1 - alpha))
+    gamma = torch.where(exceeds, threshold / bound, 1.0)
+    common = gamma.amax(0)  # with RoPE every branch's
+    return Shrink(common**alpha, common, gamma / common**alpha)

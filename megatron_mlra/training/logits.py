@@ -89,13 +89,16 @@ class LogitWatch:
         All ranks of the world call it. `optimizer` holds the float32 copies of the weights.
         """
         layers = [found for chunk in model for found in measured(chunk)]
-        table = _reduced(layers, model[0].config, next(model[0].parameters()).device).cpu()
+        # Of the chunk, since a pipeline's stage may have no layer.
+        config, device = model[0].config, next(model[0].parameters()).device
+        table = _reduced(layers, config, device).cpu()
         self.largest = table.amax((1, 2)).tolist()
         if not self.args.qk_clip:
             return
         threshold, alpha = self.args.qk_clip_threshold, self.args.qk_clip_alpha
-        factors = [shrink(layer, threshold, alpha) for layer in table]
-        self.clipped += sum(int((each.rope < 1).sum()) for each in factors if each)
+        has_rope = config.qk_rope_head_dim > 0
+        factors = [shrink(layer, threshold, alpha, has_rope) for layer in table]
+        self.clipped += sum(int((each.key < 1).any(0).sum()) for each in factors if each)
         for place, attention in layers:
             if factor := factors[place]:
                 for weight, rows in row_factors(attention, factor):

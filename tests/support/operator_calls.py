@@ -45,11 +45,14 @@ def split_calls(draw: Callable) -> Call:
 
 def expected_split(cache, rope_dim):
     """Latents and RoPE keys."""
-    assert 0 < rope_dim * (2 if cache.dtype == torch.float8_e4m3fn else 1) < cache.shape[-1]
-    if cache.dtype != torch.float8_e4m3fn:
-        return cache[..., :-rope_dim].double(), cache[..., -rope_dim:].double()
-    key = cache[..., -2 * rope_dim :].contiguous().view(torch.uint8).view(torch.bfloat16)
-    return cache[..., : -2 * rope_dim].double(), key.double()
+    columns = rope_dim * (2 if cache.dtype == torch.float8_e4m3fn else 1)
+    assert 0 <= columns < cache.shape[-1]
+    latents, key = (cache[..., part] for part in (slice(-columns or None), slice(-columns, None)))
+    if not columns:
+        key = cache[..., :0]
+    if cache.dtype == torch.float8_e4m3fn:
+        key = key.contiguous().view(torch.uint8).view(torch.bfloat16)
+    return latents.double(), key.double()
 
 
 @st.composite

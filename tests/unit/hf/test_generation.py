@@ -297,6 +297,10 @@ def _said_by(work) -> str:
         ({"kv_lora_rank": 250}, "num_latent_heads 4 does not divide kv_lora_rank 250"),
         ({"num_branches": 3}, "num_branches 3 must divide num_latent_heads 4"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope_type is 'linear'; use default or"),
+        (
+            {"rope_parameters": {"rope_type": "yarn"}, "qk_rope_head_dim": 0},
+            "rope_type yarn stretches RoPE, qk_rope_head_dim is 0; use default",
+        ),
     ],
 )
 def test_configurations_that_cannot_work(changes, said):

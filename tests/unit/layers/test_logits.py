@@ -114,9 +114,9 @@ def test_blocks_of_queries_find_what_the_whole_does(scores, cp, monkeypatch):
         *VARIANTS.values(),
         replace(MLRA2, q_rank=None),
         replace(MLRA2, gate=True),
-        replace(MLRA2, qk_rope=0),
+        replace(VARIANTS["GLA-4"], qk_rope=0),
     ],
-    ids=[*VARIANTS, "MLRA-2 without a query latent", "MLRA-2 gated", "MLRA-2 without RoPE"],
+    ids=[*VARIANTS, "MLRA-2 without a query latent", "MLRA-2 gated", "GLA-4 without RoPE"],
 )
 def test_a_clip_ends_at_the_threshold(case: OracleConfig, alpha, form, groups):
     expected = reference(case, TOKENS, BATCH)
@@ -125,8 +125,9 @@ def test_a_clip_ends_at_the_threshold(case: OracleConfig, alpha, form, groups):
     of_heads = expected.largest.amax(0)
     threshold = float(of_heads.sort().values[-2:].mean())  # the largest head alone exceeds it
     head = int(of_heads.argmax())
-    factors = shrink(seen(attention, expected.x, None), threshold, alpha)
-    assert int((factors.rope < 1).sum()) == 1
+    has_rope = case.qk_rope > 0
+    factors = shrink(seen(attention, expected.x, None), threshold, alpha, has_rope)
+    assert int((factors.key < 1).any(0).sum()) == 1
     for weight, rows in row_factors(attention, factors):
         scale_rows(weight, rows, None)
 
@@ -155,6 +156,38 @@ def test_a_clip_ends_at_the_threshold(case: OracleConfig, alpha, form, groups):
             assert torch.allclose(now[:, head, : case.qk_nope], keys)
         else:
             assert torch.equal(now, was), name
+
+
+@pytest.mark.parametrize("threshold", ["of one branch", "of all"])
+def test_without_rope_a_branch_is_clipped_by_itself(threshold, groups):
+    case = replace(VARIANTS["MLRA-4"], qk_rope=0)
+    expected = reference(case, TOKENS, BATCH)
+    attention = build(case, groups, expected.parameters)
+    largest = expected.largest
+    ordered = largest.flatten().sort().values
+    tau = float(ordered[-2:].mean() if threshold == "of one branch" else 0.9 * ordered[0])
+    assert tau > 0
+    before = {name: p.detach().clone() for name, p in named(attention).items()}
+    factors = shrink(seen(attention, expected.x, None), tau, 0.5, has_rope=False)
+    for weight, rows in row_factors(attention, factors):
+        scale_rows(weight, rows, None)
+    after = seen(attention, expected.x, None)
+    assert torch.allclose(after, largest.clamp(max=tau), rtol=TOLERANCE)
+    found = named(attention)
+    up, query = found["linear_kv_up_proj"].detach(), found["linear_q_up_proj"].detach()
+    if threshold == "of one branch":
+        kept = largest < tau
+        assert int((~kept).sum()) == 1
+        assert torch.equal(up[kept], before["linear_kv_up_proj"][kept])
+        assert torch.equal(query, before["linear_q_up_proj"])
+    else:
+        # A branch that shrinks least shares with the query as the paper's head does.
+        heads = query.view(case.heads, case.qk_nope, -1)
+        was = before["linear_q_up_proj"].view_as(heads)
+        for head in range(case.heads):
+            gamma = float((tau / largest[:, head]).max())
+            assert torch.allclose(heads[head], was[head] * gamma**0.5)
+        assert (factors.key <= 1).all()
 
 
 def test_what_is_not_finite_is_left_alone():
