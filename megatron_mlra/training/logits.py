@@ -136,8 +136,10 @@ def _reduced(
     """The largest logit of each layer, branch and head of the model, `[layers, N, h]` float32; -inf
     where nothing was measured."""
     branches = getattr(config, "num_branches", 1)
-    count = config.num_layers + (config.mtp_num_layers or 0)
-    shape = (count, branches, config.num_attention_heads)
+    ahead = config.mtp_num_layers or 0
+    if config.mtp_use_repeated_layer:
+        ahead = min(ahead, 1)
+    shape = (config.num_layers + ahead, branches, config.num_attention_heads)
     table = torch.full(shape, -torch.inf, device=device)
     for place, attention in layers:
         found = attention.core_attention.largest.take()
