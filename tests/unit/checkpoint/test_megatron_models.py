@@ -18,7 +18,7 @@ from support.drivers.megatron import MODELS, MOE_LAYOUTS, MOE_MODELS
 from support.research_model import VARIANTS, logits
 from support.tensors import assert_same_tensors, weights_of
 
-BATCH, SEQ, VOCAB = 4, 32, 128
+BATCH, SEQ, VOCAB = 2, 32, 128
 
 
 @pytest.fixture(scope="module")
