@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of tests/fuzz."""
     group = parser.getgroup("fuzz", "inputs that are nearly right (tests/fuzz)")
-    group.addoption("--fuzz-inputs", type=int, default=150, help="how many (default: 150)")
+    group.addoption("--fuzz-inputs", type=int, default=300, help="how many (default: 300)")
     group.addoption("--fuzz-seed", type=int, default=0, help="which (default: 0)")
 
 
