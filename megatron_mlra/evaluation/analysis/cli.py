@@ -155,7 +155,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     from megatron_mlra.command_line.progress_bar import bar
 
     passes = Passes(load_model(source, args.dtype).to(device), device, args.ablate)
-    with bar(total=len(chosen) * passes.steps(), unit="pass") as progress:
+    with bar(desc="analyzing", total=len(chosen) * passes.steps(), unit="passes") as progress:
         for window in chosen:
             passes.add(window, progress.update)
     found = {
