@@ -54,7 +54,7 @@ def check_arguments(args: Namespace) -> None:
     _check_parallel(args)
     _check_context_parallel(args)
     _check_packed(args)
-    _check_multi_token(args)
+    check_multi_token(args)
     _check_held_out(args)
     _check_batches(args)
     check_rope(args)
@@ -254,7 +254,13 @@ def _check_packed(args: Namespace) -> None:
         )
 
 
-def _check_multi_token(args: Namespace) -> None:
+def check_multi_token(args: Namespace) -> None:
+    """Refuse what multi-token prediction cannot be combined with; once more of the arguments that
+    `--use-checkpoint-args` takes.
+
+    Raises:
+        ValueError: one line that names the flag and the fix.
+    """
     depths = args.mtp_num_layers
     if not depths:
         args.mtp_num_layers = None  # as Megatron's code asks for it
