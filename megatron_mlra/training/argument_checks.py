@@ -264,6 +264,10 @@ def check_multi_token(args: Namespace) -> None:
     depths = args.mtp_num_layers
     if not depths:
         args.mtp_num_layers = None  # as Megatron's code asks for it
+        for name in ("mtp_use_repeated_layer", "mtp_detach_heads"):
+            # The checkpoint's arguments may name depths.
+            if getattr(args, name) and not args.use_checkpoint_args:
+                raise ValueError(f"{flag(name)} has no effect without --mtp-num-layers; add it")
         return
     if depths < 0:
         raise ValueError(f"--mtp-num-layers {depths} is negative; use e.g. 1, or leave it out")
