@@ -230,22 +230,21 @@ class ModelDescription(LatentSizes, ExpertSizes):
                 f"attention is {self.attention!r}; use one of {', '.join(ATTENTIONS)}"
             )
         sizes = ["num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"]
-        sizes += ["vocab_size", "max_position_embeddings", *_SIZES[self.attention]]
+        sizes += ["vocab_size", "max_position_embeddings", "mtp_num_layers"]
+        sizes += _SIZES[self.attention]
         if self.attention == "mlra" and self.q_lora_rank is not None:
             sizes.append("q_lora_rank")
         for name in sizes:
             value = getattr(self, name)
-            least = 0 if (self.attention, name) == ("mlra", "qk_rope_head_dim") else 1
+            may_be_zero = (self.attention, name) == ("mlra", "qk_rope_head_dim")
+            least = 0 if may_be_zero or name == "mtp_num_layers" else 1
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise CheckpointError(
                     f"{name} is {value!r}; it must be a whole number of at least {least}"
                 )
-        if not 0 <= self.mtp_num_layers <= MOST_LAYERS:
-            raise CheckpointError(
-                f"mtp_num_layers is {self.mtp_num_layers}; it can be from 0 to {MOST_LAYERS}"
-            )
         for name, most in (
             ("num_layers", MOST_LAYERS),
+            ("mtp_num_layers", MOST_LAYERS),
             ("max_position_embeddings", MOST_POSITIONS),
         ):
             if getattr(self, name) > most:

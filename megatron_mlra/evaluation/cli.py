@@ -86,7 +86,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
         command_line.check_output(args.json, "--json")
     texts = {file: read_text(file) for file in args.text}
     tasks = {file: read_task(file) for file in args.task}
-    sets = named_sets(args.data)
+    sets = named_sets(args.data, "--data")
     streams = {name: read_stream(prefix) for name, prefix in sets.items()}
     if args.verify:
         from megatron_mlra.data.contents import check_contents

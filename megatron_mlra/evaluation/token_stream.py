@@ -15,8 +15,8 @@ import numpy as np
 from megatron_mlra.data.index import read_index
 
 
-def named_sets(values: list[str] | None) -> dict[str, str]:
-    """Name -> prefix of `--held-out`'s words; a prefix alone is named by its last part.
+def named_sets(values: list[str] | None, flag: str = "--held-out") -> dict[str, str]:
+    """Name -> prefix of the words of a flag; a prefix alone is named by its last part.
 
     Raises:
         ValueError: a name comes twice.
@@ -26,7 +26,7 @@ def named_sets(values: list[str] | None) -> dict[str, str]:
         name, equals, prefix = value.partition("=")
         name, prefix = (name, prefix) if equals else (Path(value).name, value)
         if name in sets:
-            raise ValueError(f"--held-out names {name} twice; use NAME=PREFIX with other names")
+            raise ValueError(f"{flag} names {name} twice; use NAME=PREFIX with other names")
         sets[name] = prefix
     return sets
 

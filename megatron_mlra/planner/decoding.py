@@ -6,6 +6,7 @@ sampling and scheduling come on top, for every attention alike. Letters of cost/
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 
 from megatron_mlra.cost.cache import kv_cache_elements
@@ -81,7 +82,9 @@ def ways(shape: ModelDescription, devices: int) -> list[Way]:
     def family(L: int, N: int) -> ModelDescription:
         return replace(shape, **latent, num_latent_heads=L, num_branches=N)
 
-    groups = shape.num_query_groups if shape.attention == "gqa" else 8
+    groups = math.gcd(8, shape.num_attention_heads)
+    if shape.attention == "gqa":
+        groups = shape.num_query_groups
     gqa = replace(shape, attention="gqa", num_query_groups=groups, head_dim=d_h, rope_type="rope")
     found = [
         _latent_way("MLRA-4", family(4, 4), devices),

@@ -54,7 +54,7 @@ def check_arguments(args: Namespace) -> None:
     _check_parallel(args)
     _check_context_parallel(args)
     _check_packed(args)
-    _check_multi_token(args)
+    check_multi_token(args)
     _check_held_out(args)
     _check_batches(args)
     check_rope(args)
@@ -254,10 +254,20 @@ def _check_packed(args: Namespace) -> None:
         )
 
 
-def _check_multi_token(args: Namespace) -> None:
+def check_multi_token(args: Namespace) -> None:
+    """Refuse what multi-token prediction cannot be combined with; once more of the arguments that
+    `--use-checkpoint-args` takes.
+
+    Raises:
+        ValueError: one line that names the flag and the fix.
+    """
     depths = args.mtp_num_layers
     if not depths:
         args.mtp_num_layers = None  # as Megatron's code asks for it
+        for name in ("mtp_use_repeated_layer", "mtp_detach_heads"):
+            # The checkpoint's arguments may name depths.
+            if getattr(args, name) and not args.use_checkpoint_args:
+                raise ValueError(f"{flag(name)} has no effect without --mtp-num-layers; add it")
         return
     if depths < 0:
         raise ValueError(f"--mtp-num-layers {depths} is negative; use e.g. 1, or leave it out")

@@ -27,7 +27,7 @@ from megatron_mlra.fault_tolerance import integrity
 from megatron_mlra.layers.baselines.config import BaselineConfig
 from megatron_mlra.layers.config import MLRAConfig
 from megatron_mlra.training import data_defaults, logits
-from megatron_mlra.training.argument_checks import check_arguments
+from megatron_mlra.training.argument_checks import check_arguments, check_multi_token
 from megatron_mlra.training.cpu_backend import CPU_DEFAULTS
 from megatron_mlra.training.flags import add_mlra_arguments, preset_of, repair_help
 from megatron_mlra.training.presets import add_opposites, load_preset
@@ -143,6 +143,7 @@ def validate(args: Namespace) -> MLRAConfig | BaselineConfig:
             asked = args.rotary_base if "--rotary-base" in flags_given(sys.argv[1:]) else None
             _load_checkpoint_args(args)
             args.rotary_base = asked or args.rotary_base
+            check_multi_token(args)
         with logits.without_transformer_engine(args):
             validate_args(args, {})
         return transformer_config(args)

@@ -130,16 +130,19 @@ def _top(largest: list[float]) -> float:
     return next((x for x in largest if math.isnan(x)), max(largest))
 
 
+def measured_layers(config: TransformerConfig) -> int:
+    """Layers that have weights of their own: the decoder's, and those of multi-token prediction."""
+    ahead = config.mtp_num_layers or 0
+    return config.num_layers + (min(ahead, 1) if config.mtp_use_repeated_layer else ahead)
+
+
 def _reduced(
     layers: list[tuple[int, torch.nn.Module]], config: TransformerConfig, device: torch.device
 ) -> Tensor:
     """The largest logit of each layer, branch and head of the model, `[layers, N, h]` float32; -inf
     where nothing was measured."""
     branches = getattr(config, "num_branches", 1)
-    ahead = config.mtp_num_layers or 0
-    if config.mtp_use_repeated_layer:
-        ahead = min(ahead, 1)
-    shape = (config.num_layers + ahead, branches, config.num_attention_heads)
+    shape = (measured_layers(config), branches, config.num_attention_heads)
     table = torch.full(shape, -torch.inf, device=device)
     for place, attention in layers:
         found = attention.core_attention.largest.take()

@@ -46,6 +46,7 @@ AT_LEAST_0 = (
     "weight_decay",
     "clip_grad",
     "adam_eps",
+    "mtp_loss_scaling_factor",
 )
 
 SHARES = (

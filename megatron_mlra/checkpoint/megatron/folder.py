@@ -57,14 +57,16 @@ class MegatronFolder(CheckpointFolder):
             )
         self.args = args
         overrides = {} if vocab_size is None else {"vocab_size": vocab_size}
-        if depths := getattr(args, "mtp_num_layers", None):
-            overrides |= {"mtp_num_layers": 0, "mtp_use_repeated_layer": False}
-            self.left_out = f"multi-token prediction ({depths} tokens ahead)"
-            self.draft_layers = 1 if getattr(args, "mtp_use_repeated_layer", False) else depths
         try:
             check_layers("num_layers", getattr(args, "num_layers", None), self._stored_layers())
             check_convertible(args)
-            self.description = from_megatron_args(args, **overrides)
+            described = from_megatron_args(args, **overrides)
+            if depths := described.mtp_num_layers:
+                self.left_out = f"multi-token prediction ({depths} tokens ahead)"
+                self.draft_layers = 1 if described.mtp_use_repeated_layer else depths
+                stored = sum(key.startswith("mtp.layers.") for key in self.files.shapes())
+                check_layers("mtp_num_layers", self.draft_layers, stored)
+            self.description = described.replace(mtp_num_layers=0, mtp_use_repeated_layer=False)
         except CheckpointError as error:
             raise CheckpointError(f"checkpoint {self.folder}: {error}") from None
         self.iteration = state.get("iteration")

@@ -106,7 +106,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     _check(args)
     from megatron_mlra.evaluation.token_stream import named_sets, read_stream, windows
 
-    sets = named_sets(args.data)
+    sets = named_sets(args.data, "--data")
     streams = {name: read_stream(prefix) for name, prefix in sets.items()}
     texts = {file: command_line.read_text(file) for file in args.text}
     if empty := next((file for file, text in texts.items() if not text), None):
@@ -155,7 +155,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     from megatron_mlra.command_line.progress_bar import bar
 
     passes = Passes(load_model(source, args.dtype).to(device), device, args.ablate)
-    with bar(total=len(chosen) * passes.steps(), unit="pass") as progress:
+    with bar(desc="analyzing", total=len(chosen) * passes.steps(), unit="passes") as progress:
         for window in chosen:
             passes.add(window, progress.update)
     found = {

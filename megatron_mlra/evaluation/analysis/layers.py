@@ -131,7 +131,7 @@ class LayerSums:
         self.divergence = self.divergence + divergence
 
     def result(self) -> dict[str, Any]:
-        """The layer's quantities, as plain numbers."""
+        """The layer's quantities, as plain numbers; None for the variance of no RoPE dims."""
         config, tokens = self.attention.config, self.latents.count
         heads = config.num_attention_heads
         # a_kv^2 by the method; a model without variance scaling has not applied it.
@@ -140,8 +140,9 @@ class LayerSums:
         without = nope / config.kv_scale**2
         eigenvalues = self.latents.eigenvalues()
         keys, values = self._up_projections()
+        rope = self.rope_keys.variances()
         return {
-            "rope_key_variance": float(self.rope_keys.variances().mean()),
+            "rope_key_variance": float(rope.mean()) if len(rope) else None,
             "nope_key_variance": (without * calibration).tolist(),
             "nope_key_variance_without_calibration": without.tolist(),
             "entropy": (self.entropy / tokens).mean(-1).tolist(),

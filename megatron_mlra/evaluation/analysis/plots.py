@@ -82,7 +82,8 @@ def _variance(panel: Any, found: dict[str, Any]) -> None:
     rope = [layer["rope_key_variance"] for layer in found["layers"]]
     nope = [layer["nope_key_variance"] for layer in found["layers"]]
     without = [layer["nope_key_variance_without_calibration"] for layer in found["layers"]]
-    panel.plot(_layers(found), rope, "s-", color=DARK, markersize=4)
+    if rope[0] is not None:
+        panel.plot(_layers(found), rope, "s-", color=DARK, markersize=4)
     _by_branch(panel, found, nope, "o-")
     mean = [sum(each) / len(each) for each in without]
     panel.plot(_layers(found), mean, "^--", color=LIGHT, markersize=4)

@@ -51,7 +51,13 @@ def verdict(found: dict[str, Any]) -> list[str]:
             f"branches' attention rows differ by {min(shares):.2f} to {max(shares):.2f} of the most"
             f" there can be; cosine of their outputs {min(cosines):.2f} to {max(cosines):.2f}"
         )
-    ratios = [_mean(x["nope_key_variance"]) / x["rope_key_variance"] for x in found["layers"]]
+    ratios = [
+        _mean(layer["nope_key_variance"]) / layer["rope_key_variance"]
+        for layer in found["layers"]
+        if layer["rope_key_variance"]  # None without RoPE, 0 of a single token
+    ]
+    if not ratios:
+        return lines
     factor = found["calibration"]
     applied = "as trained" if found["variance_scaling"] else "if calibrated (this model is not)"
     lines.append(
@@ -76,7 +82,7 @@ def table(found: dict[str, Any]) -> str:
     for number, layer in enumerate(found["layers"], 1):
         row = [
             str(number),
-            f"{layer['rope_key_variance']:.3f}",
+            "-" if layer["rope_key_variance"] is None else f"{layer['rope_key_variance']:.3f}",
             f"{_mean(layer['nope_key_variance']):.3f}",
             f"{_mean(layer['nope_key_variance_without_calibration']):.3f}",
             " ".join(f"{value:.2f}" for value in layer["entropy"]),

@@ -291,6 +291,10 @@ def test_arguments_that_declare_sizes(folder, convert, bounded):
         ("max_position_embeddings", 10**12, "it can be at most 2147483647"),
         ("rotary_base", 10**400, "no model's (OverflowError"),
         ("num_layers", [2], "num_layers is [2]"),
+        ("mtp_num_layers", "x", "mtp_num_layers is 'x'; it must be a whole number"),
+        ("mtp_num_layers", True, "mtp_num_layers is True"),
+        ("mtp_num_layers", 10**12, "it can be at most 10000"),
+        ("mtp_num_layers", 3, "mtp_num_layers is 3, and the weights are 0 tensors"),
     ):
         args = type(state["args"])(**vars(state["args"]) | {name: value})
         hostile.replace_entry(

@@ -216,6 +216,19 @@ def test_the_command_tells_writes_and_draws(tmp_path, capsys):
     assert (tmp_path / "a.png").read_bytes()[1:4] == b"PNG"
 
 
+def test_a_model_without_rope_has_no_variance_of_its_keys(tmp_path, capsys):
+    folder, text = tmp_path / "exported", tmp_path / "text.txt"
+    shape = latent(4, 4, qk_rope_head_dim=0)
+    write_huggingface(RandomFolder(shape), folder, tokenizer="byte", progress=False)
+    text.write_text("A text that is held out.")
+    out = ["--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.png")]
+    assert main([str(folder), "--text", str(text), "--no-ablation", "--device", "cpu", *out]) == 0
+    said = capsys.readouterr().out
+    assert "nan" not in said and "RoPE keys" not in said
+    found = json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)
+    assert [layer["rope_key_variance"] for layer in found["layers"]] == [None, None]
+
+
 def test_what_cannot_be_analyzed_is_one_line(tmp_path, capsys):
     folder, text = tmp_path / "gqa", tmp_path / "text.txt"
     text.write_text("text")
@@ -227,6 +240,7 @@ def test_what_cannot_be_analyzed_is_one_line(tmp_path, capsys):
         (["--text", str(text), "--tokens", "0"], "--tokens is 0; use at least 2"),
         (["--text", str(text), "--dtype", "int8"], "dtype is 'int8'; use one of float32"),
         (["--data", "nowhere"], "data file nowhere.idx does not exist"),
+        (["--data", "x=a", "x=b"], "--data names x twice"),
     ):
         assert main([str(folder), *flags, "--device", "cpu"]) == 2
         printed = capsys.readouterr()

@@ -33,7 +33,12 @@ MODELS = {
     "MLA": ModelDescription(**SIZES, **LATENT, num_latent_heads=1, num_branches=1),
     "MLRA-4": ModelDescription(**SIZES, **LATENT, num_latent_heads=4, num_branches=4),
     "GQA": ModelDescription(**SIZES, attention="gqa", num_query_groups=2, head_dim=8),
-}
+    "MLRA-4 gated NoPE, experts": ModelDescription(
+        **SIZES, **LATENT | {"qk_rope_head_dim": 0}, num_latent_heads=4, num_branches=4,
+        output_gate=True, num_experts=4, moe_ffn_hidden_size=16, moe_router_topk=2,
+        moe_layer_pattern=(0, 1),
+    ),
+}  # fmt: skip
 
 
 def tensors(model: ModelDescription) -> dict[str, torch.Tensor]:

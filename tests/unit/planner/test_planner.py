@@ -109,6 +109,8 @@ def test_decoding_is_told_fairly():
     assert per_layer("GLA-4", 4) == 1.5
     assert per_layer("GQA, 8 KV heads", 8) == 2
     assert per_layer("MLRA-4, tokens cut x2", 8) == 0.75
+    few = replace(model, num_attention_heads=4)
+    assert "GQA, 4 KV heads" in {way.name for way in ways(few, 4)}
 
 
 def test_core_flops_are_what_grows_with_the_length():

@@ -283,6 +283,12 @@ def test_the_list_of_keys_of_presets_is_the_parsers():
         ("--clip-grad -1", "--clip-grad is -1.0; it must be at least 0"),
         ("--weight-decay nan", "--weight-decay is nan; it must be a finite number"),
         ("--init-method-std inf", "--init-method-std is inf; it must be a finite number"),
+        (
+            "--mtp-loss-scaling-factor -1",
+            "--mtp-loss-scaling-factor is -1.0; it must be at",
+        ),
+        ("--mtp-use-repeated-layer", "--mtp-use-repeated-layer has no effect without --mtp-num-"),
+        ("--mtp-detach-heads", "--mtp-detach-heads has no effect without --mtp-num-layers; add it"),
         ("--muon-momentum nan", "--muon-momentum is nan; it must be a finite number"),
         ("--muon-extra-scale-factor 0", "--muon-extra-scale-factor is 0.0; it must be above 0"),
         ("--muon-num-ns-steps -1", "--muon-num-ns-steps is -1; it must be at least 1"),

@@ -76,3 +76,15 @@ def test_lines_and_points():
     )
     watch.largest = [3.0, math.nan]
     assert watch.said() == ["max logit nan (layer 2)"]
+
+
+def test_a_layer_that_does_for_all_depths_is_one():
+    """A place for each depth would stay -inf in the curves."""
+    for depths, repeated, layers in (
+        (None, False, 4),
+        (2, False, 6),
+        (2, True, 5),
+        (None, True, 4),
+    ):
+        config = Namespace(num_layers=4, mtp_num_layers=depths, mtp_use_repeated_layer=repeated)
+        assert logits.measured_layers(config) == layers
