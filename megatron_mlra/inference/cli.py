@@ -183,12 +183,12 @@ def _generate(args: argparse.Namespace, rank: int, device: str) -> int:
     for flag, value in (("--max-batch", args.max_batch), ("--chunk-size", args.chunk_size)):
         if value < 1:
             raise ValueError(f"{flag} is {value}; use at least 1")
-    tensor_parallel_size(_processes(), args.context_parallel)
     if args.speculate and args.context_parallel > 1:
         raise ValueError(
             f"--speculate needs whole sequences, and --context-parallel {args.context_parallel}"
             " cuts them; leave one of them out"
         )
+    tensor_parallel_size(_processes(), args.context_parallel)
     if args.output:
         check_output(args.output, "--output")
     folder = open_checkpoint(args.checkpoint, args.vocab_size, verify=args.verify)

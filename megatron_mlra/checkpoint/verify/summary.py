@@ -16,12 +16,14 @@ def lines(folder: CheckpointFolder) -> list[str]:
     shapes = expected_tensors(m)
     count = sum(math.prod(shape) for shape in shapes.values())
     embedding = "tied" if m.tie_embeddings else "untied"
+    rope = f"{'YaRN' if m.rope_type == 'yarn' else 'RoPE'} base {m.rotary_base:g}"
+    if m.attention == "mlra" and not m.qk_rope_head_dim:
+        rope = "no RoPE (NoPE)"
     out = [
         f"{folder.path}: {folder.kind} checkpoint of {m.variant}, {count:,} parameters, {m.dtype}",
         f"{m.num_layers} layers, hidden {m.hidden_size}, ffn {m.ffn_hidden_size},"
         f" {m.num_attention_heads} heads, vocabulary {m.vocab_size} ({embedding}),"
-        f" {m.max_position_embeddings} positions,"
-        f" {'YaRN' if m.rope_type == 'yarn' else 'RoPE'} base {m.rotary_base:g},"
+        f" {m.max_position_embeddings} positions, {rope},"
         f" eps {m.layernorm_epsilon:g}",
     ]
     if m.attention == "mlra":

@@ -9,6 +9,7 @@ import torch
 
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.description.tensors import expected_tensors, multi_token_tensors
+from megatron_mlra.inference.cli import main
 from megatron_mlra.inference.engine import Engine
 from megatron_mlra.inference.load import LoadOptions, load_draft, load_model
 from megatron_mlra.inference.runner import Runner
@@ -125,7 +126,11 @@ def test_a_failing_request_ends_alone():
     assert good.output == other.output
 
 
-def test_tokens_cut_over_ranks_are_refused():
+def test_tokens_cut_over_ranks_are_refused(tmp_path, capsys):
+    # From the command line before the folder is looked at.
+    argv = [str(tmp_path), "--prompt", "x", "--speculate", "--context-parallel", "2"]
+    assert main(argv) == 2
+    assert "--context-parallel 2 cuts them; leave one of them out" in capsys.readouterr().err
     guessing = engine(MODELS["MLRA-4"], speculate=True)
     model = guessing.speculation.runner.model
     model.parallel = type(model.parallel)(context=2)

@@ -1,0 +1,14 @@
+"""What `mlra inspect` says of a model."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_mlra.checkpoint.verify.summary import lines
+from support.random_checkpoint import RandomFolder, latent
+
+
+@pytest.mark.parametrize(("dims", "said"), [(8, "RoPE base 10000"), (0, "no RoPE (NoPE)")])
+def test_a_model_without_rope_has_no_base_of_it(dims, said):
+    sizes = lines(RandomFolder(latent(4, 4, qk_rope_head_dim=dims)))[1]
+    assert f" 64 positions, {said}, eps " in sizes
