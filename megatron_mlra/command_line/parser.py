@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import os
 import re
 import signal
@@ -24,6 +25,8 @@ from megatron_mlra.version import __version__
 
 LONGEST = 1500
 """Most letters of an error. A file may hold a value of megabytes in place of a number."""
+TEXT_BYTES = 512 << 20
+"""Most bytes of a text that a command takes as a whole."""
 _PROCESS = uuid.uuid4().hex
 """Tells this process, and those forked of it, from those of other hosts and containers."""
 
@@ -144,10 +147,14 @@ def read_text(file: str | Path) -> str:
     """A UTF-8 text file.
 
     Raises:
-        ValueError: it cannot be read; one line that names it.
+        ValueError: it cannot be read, or has more than `TEXT_BYTES`; one line that names it.
     """
     try:
-        return Path(file).read_text(encoding="utf-8")
+        with open(file, "rb") as stream:  # which may have no end
+            read = stream.read(TEXT_BYTES + 1)
+        if len(read) > TEXT_BYTES:
+            raise ValueError(f"{file} has more than {TEXT_BYTES / 1e6:,.0f} MB; give a part of it")
+        return io.TextIOWrapper(io.BytesIO(read), encoding="utf-8").read()
     except OSError as error:
         raise ValueError(f"{file}: {error.strerror}") from None
     except UnicodeDecodeError:

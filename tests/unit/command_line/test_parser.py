@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from megatron_mlra.command_line import parser
 from megatron_mlra.command_line.parser import LONGEST, OneLineParser, one_line, say
 from megatron_mlra.launch import control
 from support import ENV, ROOT
@@ -78,3 +79,11 @@ def test_processes_of_one_number_have_names_of_their_own(tmp_path):
         for _ in range(2)
     }  # fmt: skip
     assert len(names) == 2
+
+
+def test_a_text_without_an_end_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(parser, "TEXT_BYTES", 2_000_000)
+    with pytest.raises(ValueError, match=r"^/dev/zero has more than 2 MB; give a part of it$"):
+        parser.read_text("/dev/zero")
+    (tmp_path / "text").write_bytes("a\r\n\u00e9".encode())
+    assert parser.read_text(tmp_path / "text") == "a\n\u00e9"
