@@ -31,6 +31,8 @@ echo "installing packages into $venv (some minutes the first time)"
 # Not compiled: Python does that with what it imports, and all 300 MB of sources take 100 seconds.
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt \
   -e ./kernels -e ".[dev]"
+# Megatron's first import would print its warnings about syntax.
+"$venv/bin/python" -W ignore -m compileall -q -j 2 "$venv"/lib/python*/site-packages/megatron || true
 if command -v nvidia-smi >/dev/null && ! "$venv/bin/python" -c 'import transformer_engine' 2>/dev/null; then
   echo "note: there is a GPU but no Transformer Engine; '$venv/bin/pip install -c constraints.txt -e ./kernels -e .[te]' adds it (compiles for some minutes)"
 fi

@@ -3,7 +3,6 @@ library, so that a prefix that is none is refused before anything is imported.""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,8 +11,15 @@ NO_DATA = (
     " --mock-data"
 )
 
-is_number = re.compile(r"[-+.\deE]+").fullmatch
-"""Whether a word of a blend is a weight: `0.3 data/a 0.7 data/b`."""
+
+def is_number(word: str) -> bool:
+    """Whether a word of a blend is a weight: `0.3 data/a 0.7 data/b`. One that is not finite is
+    one too, which is refused later."""
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def without_weights(words: Iterable[str]) -> list[str]:

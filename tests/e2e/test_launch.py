@@ -192,7 +192,8 @@ def test_a_package_that_is_missing_is_one_line(tmp_path):
     (tmp_path / "megatron" / "__init__.py").touch()  # hides the real one
     out = tmp_path / "out.txt"
     path = {"PYTHONPATH": f"{tmp_path}:{ENV['PYTHONPATH']}", "MAX_RESTARTS": "3"}
-    assert launch(Path("debug"), tmp_path / "save", out, 2, env=path).wait(300) == 2
+    run = launch(Path("debug"), tmp_path / "save", out, 2, "--mock-data", env=path)
+    assert run.wait(300) == 2
     (line,) = out.read_text().splitlines()
     assert re.match(
         r"error: .* lacks a package of the run \(No module named 'megatron\.core'", line
