@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import multiprocessing
 import os
@@ -47,6 +48,9 @@ class EndByInterrupt:
             left = self.what_is_left()
         if os.environ.get("LOCAL_RANK", "0") == "0":
             say_error(f"error: ended at once by a second Ctrl-C{left}")
+        # torch's handler raises an error in the main thread for a killed data loader. Python sets
+        # handlers in that thread alone, the system in any.
+        ctypes.CDLL(None).signal(int(signal.SIGCHLD), ctypes.c_void_p(None))
         for child in multiprocessing.active_children():
             child.kill()
         self.before()
