@@ -19,7 +19,7 @@ from megatron_mlra.inference.cache import CacheFull
 from megatron_mlra.inference.checks import shown, whole
 from megatron_mlra.inference.model import DraftModel
 from megatron_mlra.inference.request import Draw, Request
-from megatron_mlra.inference.runner import Chunk, Runner, pool_for
+from megatron_mlra.inference.runner import Chunk, Runner, last_rows, pool_for
 from megatron_mlra.inference.sampling import SamplingParams, sample
 from megatron_mlra.inference.speculation import Speculation
 
@@ -197,8 +197,7 @@ class Engine:
                 states, logits = None, self.runner.prefill(list(mine.values()))
             else:
                 states = self.runner.states(list(mine.values()))
-                last = itertools.accumulate(len(chunk.tokens) for chunk in mine.values())
-                logits = self.runner.model.logits(states[[end - 1 for end in last]])
+                logits = self.runner.model.logits(states[last_rows(mine.values())])
             draws = iter(self._draw([requests[i] for i in rows], logits[rows]) if rows else ())
             found = [next(draws) if i in rows else None for i in range(len(requests))]
             if states is not None:

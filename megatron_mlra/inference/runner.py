@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,6 +25,11 @@ class Chunk:
     """Tokens of the sequence that are cached already."""
     pages: list[int]
     """Pages of the whole sequence, on all ranks."""
+
+
+def last_rows(chunks: Iterable[Chunk]) -> list[int]:
+    """The row of each chunk's last token, where they lie one behind the other."""
+    return [end - 1 for end in itertools.accumulate(len(chunk.tokens) for chunk in chunks)]
 
 
 def batch_buckets(max_batch: int) -> list[int]:
@@ -75,8 +80,7 @@ class Runner:
         """
         rows = None
         if not every_row:
-            ends = itertools.accumulate(len(chunk.tokens) for chunk in chunks)
-            rows = torch.tensor([end - 1 for end in ends]).to(self.model.device)
+            rows = torch.tensor(last_rows(chunks)).to(self.model.device)
         return self.model.forward(self._prompt_step(chunks), rows)
 
     def states(self, chunks: list[Chunk], behind: Tensor | None = None) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_mlra.inference.model import DraftModel
 from megatron_mlra.inference.request import Draw, Request
-from megatron_mlra.inference.runner import Chunk, Runner
+from megatron_mlra.inference.runner import Chunk, Runner, last_rows
 
 
 class Speculation:
@@ -83,24 +83,17 @@ class Speculation:
             chunks: what it computed, in the order of the rows of `states` `[T, d]`.
             following: the token behind each of a chunk's first tokens; no more are cached.
         """
-        rows, own = [], []
-        at = 0
+        rows, own, at = [], {}, 0
         for request, chunk in chunks.items():
-            tokens = following.get(request, [])
-            if tokens:
-                own.append(replace(chunk, tokens=tokens))
+            if tokens := following.get(request, []):
+                own[request] = replace(chunk, tokens=tokens)
                 rows += range(at, at + len(tokens))
             at += len(chunk.tokens)
         if not own:
             return
-        found = self.runner.states(own, states[rows])
-        ends, end = [], 0
-        for chunk in own:
-            end += len(chunk.tokens)
-            ends.append(end - 1)
-        guesses = self.runner.model.logits(found[ends]).argmax(-1).tolist()
-        asked = [request for request in chunks if following.get(request)]
-        self.guesses.update(zip(asked, guesses, strict=True))
+        found = self.runner.states(list(own.values()), states[rows])
+        logits = self.runner.model.logits(found[last_rows(own.values())])
+        self.guesses.update(zip(own, logits.argmax(-1).tolist(), strict=True))
 
     def forget(self, request: Request) -> None:
         """A request has ended."""
