@@ -14,6 +14,7 @@ import numpy as np
 from megatron_mlra.command_line import parser as command_line
 from megatron_mlra.command_line.parser import OneLineParser
 from megatron_mlra.command_line.threads import wait_passively
+from megatron_mlra.description.model import DTYPES
 from megatron_mlra.evaluation.tasks import read_task, run_task, told
 from megatron_mlra.evaluation.token_stream import named_sets, read_stream
 
@@ -47,6 +48,19 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--device", help="default: cuda where there is a GPU")
     command.add_argument("--batch-size", type=int, default=8, help="sequences a forward (8)")
     command.add_argument("--max-length", type=int, help="tokens a window; default: the model's")
+    command.add_argument(
+        *("--cache-dtype", "--cache-dtypes"),
+        dest="cache_dtype",
+        nargs="+",
+        default=[],
+        choices=(*DTYPES, "fp8"),
+        metavar="DTYPE",
+        help="decode half of each window of --data from caches of these dtypes, and compare their"
+        " losses and logits with the first's: float32 bfloat16 fp8",
+    )
+    command.add_argument(
+        "--windows", type=int, default=64, help="windows per set that are decoded so (64)"
+    )
     command_line.add_no_verify(command)
     command.add_argument("--json", metavar="FILE", help="write the results here too")
     return command
@@ -78,7 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> dict[str, Any]:
     if not args.text and not args.task and not args.data:
         raise ValueError("nothing to evaluate; give --text, --data or --task")
-    for name in ("batch_size", "max_length"):
+    if args.cache_dtype and (args.text or args.task or not args.data):
+        raise ValueError("--cache-dtype decodes windows of datasets; give --data and nothing else")
+    for name in ("batch_size", "max_length", "windows"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; use at least 1")
@@ -93,6 +109,9 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
 
         for prefix in sets.values():
             check_contents(prefix, None)
+
+    if args.cache_dtype:
+        return {"checkpoint": args.checkpoint, "decoded": _decoded(args, streams)}
 
     from megatron_mlra.evaluation.models import load_scorer
 
@@ -120,6 +139,32 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     for file, items in tasks.items():
         found = results["task"][file] = run_task(scorer, items)
         print("\n".join(told(file, found)))
+    return results
+
+
+def _decoded(args: argparse.Namespace, streams: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Per set and cache dtype, what decoded.py tells; a table on the way."""
+    from megatron_mlra.checkpoint.formats import open_checkpoint
+    from megatron_mlra.evaluation.decoded import chosen_windows, decoded_losses, load_runners
+    from megatron_mlra.evaluation.models import check_device
+
+    device = check_device(args.device, args.dtype)
+    source = open_checkpoint(args.checkpoint, verify=args.verify)
+    length = args.max_length or source.description.max_position_embeddings
+    rows = {}
+    for name, tokens in streams.items():
+        check_ids(tokens, name, source.description.vocab_size)
+        rows[name] = chosen_windows(tokens, length, args.windows, f"--data {name}")
+    runners = load_runners(source, args.cache_dtype, args.dtype, device, args.batch_size, length)
+    results = {}
+    for name, windows in rows.items():
+        results[name] = decoded_losses(runners, windows, progress=True)
+        for dtype, found in results[name].items():
+            print(
+                f"{name}, cache in {dtype}: loss {found['loss']:.4f} nats per token, logits off"
+                f" {args.cache_dtype[0]}'s by {found['rms_logit_error']:.1e} (root mean square),"
+                f" {found['max_logit_error']:.1e} (largest), {found['tokens']:,} tokens"
+            )
     return results
 
 
@@ -153,10 +198,19 @@ def stream_loss(scorer: Any, tokens: np.ndarray, name: str) -> dict[str, float]:
     Raises:
         ValueError: the dataset has ids that the model has not.
     """
-    if scorer.vocab_size is not None and int(tokens.max()) >= scorer.vocab_size:
-        raise ValueError(
-            f"--data {name} holds token {int(tokens.max())} and the model has {scorer.vocab_size};"
-            " give data made with the model's tokenizer"
-        )
+    check_ids(tokens, name, scorer.vocab_size)
     score = scorer.stream(tokens, scorer.prefix_id)
     return {"loss": -score.log_likelihood / score.num_tokens, "tokens": score.num_tokens}
+
+
+def check_ids(tokens: np.ndarray, name: str, vocab_size: int | None) -> None:
+    """Refuse a dataset with ids that the model has not.
+
+    Raises:
+        ValueError: names the dataset, its largest id and the model's vocabulary.
+    """
+    if vocab_size is not None and int(tokens.max()) >= vocab_size:
+        raise ValueError(
+            f"--data {name} holds token {int(tokens.max())} and the model has {vocab_size};"
+            " give data made with the model's tokenizer"
+        )

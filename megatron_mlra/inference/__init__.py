@@ -3,7 +3,7 @@
 Start with engine.py (requests), runner.py (one step), model.py (one layer).
 
 May import:   checkpoint, description, maths, sharding, data, command_line, mlra_kernels; torch
-Imported by:  benchmarks
+Imported by:  benchmarks, evaluation
 Never:        Megatron
 Held by:      tests/unit/inference, tests/distributed/test_inference.py
 """

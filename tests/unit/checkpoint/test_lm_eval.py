@@ -6,11 +6,16 @@ import json
 import math
 
 import pytest
+import torch
 
+from megatron_mlra.checkpoint.formats import open_checkpoint
 from megatron_mlra.checkpoint.huggingface.folder import write_huggingface
 from megatron_mlra.checkpoint.megatron.writer import write_megatron
+from megatron_mlra.data.pipeline import PreprocessConfig, preprocess
+from megatron_mlra.data.tokenizers import TokenizerSpec
 from megatron_mlra.evaluation.cli import main
-from megatron_mlra.evaluation.models import load_scorer
+from megatron_mlra.evaluation.models import load_model, load_scorer
+from megatron_mlra.evaluation.token_stream import read_stream
 from support.random_checkpoint import RandomFolder, grouped, latent
 
 CHOICES = """
@@ -109,8 +114,6 @@ def test_harness_gives_the_scorers_log_likelihoods(exported, tasks):
 
 
 def test_perplexity_is_that_of_the_megatron_folder(exported, tmp_path, capsys):
-    from megatron_mlra.checkpoint.formats import open_checkpoint
-
     write_megatron(open_checkpoint(exported), tmp_path / "megatron", progress=False)
     text = tmp_path / "text.txt"
     text.write_text(TEXTS[1])
@@ -129,9 +132,42 @@ def test_perplexity_is_that_of_the_megatron_folder(exported, tmp_path, capsys):
     assert "bits a byte" in capsys.readouterr().out
 
 
+def test_decoded_losses_are_the_models_and_fp8_is_near(exported, tmp_path, capsys):
+    """The second half of windows from a float32 cache has transformers' logits; an FP8 one is off."""
+    text = tmp_path / "text.txt"
+    text.write_text(TEXTS[1] * 3)
+    preprocess(PreprocessConfig((str(text),), str(tmp_path / "set"), TokenizerSpec("byte")))
+    command = [str(exported), "--data", f"set={tmp_path}/set", "--cache-dtype", "float32"]
+    command += ["--max-length", "60", "--windows", "3", "--batch-size", "2", "--json"]
+    if exported.name == "GQA":
+        assert main([*command, str(tmp_path / "out.json"), "--cache-dtype", "fp8"]) == 2
+        assert "an FP8 cache needs latent attention" in capsys.readouterr().err
+        assert main([*command, str(tmp_path / "out.json")]) == 0
+    else:
+        command[4:5] = ["float32", "fp8"]
+        assert main([*command, str(tmp_path / "out.json")]) == 0
+    found = json.loads((tmp_path / "out.json").read_text())["decoded"]["set"]
+
+    model = load_model(open_checkpoint(exported), "float32")
+    stream = torch.from_numpy(read_stream(tmp_path / "set").astype("int64"))
+    losses, last = [], (len(stream) - 1) // 60 - 1
+    for start in (0, 60 * round(last / 2), 60 * last):
+        window = stream[start : start + 61]
+        with torch.no_grad():
+            log_probs = model(window[None, :-1]).logits[0].log_softmax(-1)
+        losses.append(-log_probs.gather(-1, window[1:, None])[30:].mean().item())
+    whole = found["float32"]
+    assert whole["tokens"] == 90 and whole["max_logit_error"] == 0
+    assert whole["loss"] == pytest.approx(sum(losses) / 3, abs=1e-4)
+    if "fp8" in found:
+        assert 0 < found["fp8"]["rms_logit_error"] < found["fp8"]["max_logit_error"] < 0.5
+        assert found["fp8"]["loss"] == pytest.approx(whole["loss"], abs=0.05)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--text", __file__, "--cache-dtype", "fp8"], "give --data and nothing else"),
         ([], "nothing to evaluate; give --text, --data or --task"),
         (["--text", "missing.txt"], "missing.txt: No such file or directory"),
         (["--text", __file__, "--batch-size", "0"], "--batch-size is 0; use at least 1"),
