@@ -1,11 +1,10 @@
-"""Command line of the scorer: perplexity of text files, accuracy on local tasks."""
+"""Command line of `mlra evaluate`: loss on datasets, perplexity of texts, accuracy on tasks."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,17 +13,17 @@ import numpy as np
 from megatron_mlra.command_line import parser as command_line
 from megatron_mlra.command_line.parser import OneLineParser
 from megatron_mlra.command_line.threads import wait_passively
+from megatron_mlra.evaluation.inputs import add_inputs, exit_code, read_inputs
 from megatron_mlra.evaluation.tasks import read_task, run_task, told
-from megatron_mlra.evaluation.token_stream import named_sets, read_stream
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The flags."""
     command = OneLineParser(
         description="Log-likelihoods and perplexity of a Megatron, research or exported folder.",
     )
     command.add_argument("checkpoint", help="folder of a checkpoint")
-    command.add_argument("--text", nargs="+", default=[], metavar="FILE", help="UTF-8 text files")
+    add_inputs(command)
     command.add_argument(
         "--data",
         nargs="+",
@@ -40,42 +39,21 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="JSON lines of {context, choices, answer}, {context, continuation} or ARC's",
     )
-    command.add_argument(
-        "--tokenizer", help="'byte' or a folder with tokenizer.json; default: the checkpoint's own"
-    )
     command.add_argument("--dtype", help="float32, bfloat16 or float16; default: the weights'")
-    command.add_argument("--device", help="default: cuda where there is a GPU")
-    command.add_argument("--batch-size", type=int, default=8, help="sequences a forward (8)")
-    command.add_argument("--max-length", type=int, help="tokens a window; default: the model's")
-    command_line.add_no_verify(command)
+    command.add_argument("--batch-size", type=int, default=8, help="sequences per forward (8)")
+    command.add_argument("--max-length", type=int, help="tokens per window; default: the model's")
     command.add_argument("--json", metavar="FILE", help="write the results here too")
     return command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run; returns the exit code: 0, or 2 for wrong input."""
+    """Run the command line; returns the exit code: 0, or 2 for wrong input."""
     wait_passively()
     args = parser().parse_args(argv)
-    try:
-        results = _run(args)
-        if args.json:
-            command_line.write_text(args.json, json.dumps(results, indent=2) + "\n")
-    except ModuleNotFoundError as error:
-        print(
-            f"error: {command_line.one_line(error)}; install the extra megatron-mlra[hf]",
-            file=sys.stderr,
-        )
-        return 2
-    except (ValueError, OSError) as error:
-        print(f"error: {command_line.one_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: _run(args))
 
 
-def _run(args: argparse.Namespace) -> dict[str, Any]:
+def _run(args: argparse.Namespace) -> None:
     if not args.text and not args.task and not args.data:
         raise ValueError("nothing to evaluate; give --text, --data or --task")
     for name in ("batch_size", "max_length"):
@@ -84,15 +62,8 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; use at least 1")
     if args.json:
         command_line.check_output(args.json, "--json")
-    texts = {file: read_text(file) for file in args.text}
+    texts, streams = read_inputs(args)
     tasks = {file: read_task(file) for file in args.task}
-    sets = named_sets(args.data, "--data")
-    streams = {name: read_stream(prefix) for name, prefix in sets.items()}
-    if args.verify:
-        from megatron_mlra.data.contents import check_contents
-
-        for prefix in sets.values():
-            check_contents(prefix, None)
 
     from megatron_mlra.evaluation.models import load_scorer
 
@@ -120,23 +91,13 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     for file, items in tasks.items():
         found = results["task"][file] = run_task(scorer, items)
         print("\n".join(told(file, found)))
-    return results
-
-
-def read_text(file: str) -> str:
-    """A text file.
-
-    Raises:
-        ValueError: it is missing, empty or not UTF-8.
-    """
-    text = command_line.read_text(file)
-    if not text:
-        raise ValueError(f"{file} is empty")
-    return text
+    if args.json:
+        command_line.write_text(args.json, json.dumps(results, indent=2) + "\n")
 
 
 def perplexity(score: Any, text: str) -> dict[str, float]:
-    """exp(-log-likelihood / tokens), and -log2-likelihood / bytes."""
+    """Perplexity exp(-log-likelihood / tokens) and bits per byte -log2-likelihood / bytes of a
+    text with a Score."""
     num_bytes = len(text.encode("utf-8"))
     return {
         "log_likelihood": score.log_likelihood,
@@ -148,10 +109,10 @@ def perplexity(score: Any, text: str) -> dict[str, float]:
 
 
 def stream_loss(scorer: Any, tokens: np.ndarray, name: str) -> dict[str, float]:
-    """Nats per token of a dataset's tokens, and their number.
+    """Loss of a dataset in nats per token, and its number of tokens.
 
     Raises:
-        ValueError: the dataset has ids that the model has not.
+        ValueError: the dataset has ids beyond the model's vocabulary.
     """
     if scorer.vocab_size is not None and int(tokens.max()) >= scorer.vocab_size:
         raise ValueError(
