@@ -1,11 +1,10 @@
-"""Benchmarks: training steps, decoding steps, CPU rates, and losses of runs side by side.
+"""Benchmarks: training steps, decoding steps, training on a CPU, and losses of several runs.
 
-Start with training/cli.py, decoding/cli.py, cpu.py and losses.py; tools/ has a thin shell for
-each.
+Start with training/cli.py, decoding/cli.py, cpu.py and losses.py.
 
 May import:   training, inference, layers, cost, description, command_line, mlra_kernels; torch,
               Megatron
 Imported by:  nothing of the package
-Never:        a measurement inside a test; a figure without its GPU, versions and commit
+Never:        a measurement inside a test; a result without GPU, versions and commit
 Held by:      tests/unit/benchmarks, tests/gpu
 """

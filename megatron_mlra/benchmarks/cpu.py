@@ -1,11 +1,11 @@
 """Training speed on the CPU: mlra pretrain against a plain torch loop of the same model.
 
-Both run on the same threads in float32, with the same batch, attention core and torch AdamW, and
-take turns, so that both see the same load. Letters: b batch, s tokens, d hidden size, h heads, n
-branches, g head groups, l latent dim.
+Both run on the same threads in float32, with the same batch, attention core and torch AdamW. They
+take turns, so that both are measured under the same load. Letters: b batch, s tokens, d hidden
+size, h heads, n branches, g head groups, l latent dim.
 """
 
-# ruff: noqa: E402  (what torch reads of the environment, it reads when it is imported)
+# ruff: noqa: E402  (`wait_passively` must run before torch is imported)
 
 import json
 import os
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megatron_mlra.benchmarks.commit import commit
 from megatron_mlra.command_line.log_line import logged_steps
 from megatron_mlra.command_line.parser import OneLineParser
 from megatron_mlra.command_line.progress_bar import bar
@@ -34,8 +35,8 @@ from megatron_mlra.description.megatron_args import from_megatron_args
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.description.presets import find_preset, preset_name, preset_values
 
-ROOT = Path(__file__).resolve().parents[2]
 TURNS = 3
+"""Number of turns of each program."""
 
 
 class Attention(nn.Module):
@@ -97,7 +98,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and a SwiGLU MLP, each behind an RMSNorm and beside a residual."""
+    """Attention and a SwiGLU MLP, each after an RMSNorm and with a residual."""
 
     def __init__(self, shape: ModelDescription, eps: float, rotary_base: float) -> None:
         super().__init__()
@@ -113,7 +114,7 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """Logits `[b, s, V]` of tokens `[b, s]`; embeddings tied, output projections zero at first."""
+    """Tokens `[b, s]` -> logits `[b, s, V]`; tied embeddings, output projections start at zero."""
 
     def __init__(self, shape: ModelDescription, eps: float, rotary_base: float) -> None:
         super().__init__()
@@ -129,7 +130,11 @@ class Model(nn.Module):
 
 
 def plain_rates(model: Model, optimizer, preset: dict, steps: int) -> list[float]:
-    """Tokens/s of each of `steps` training steps on random tokens."""
+    """Tokens/s of each of `steps` training steps on random tokens.
+
+    Args:
+        preset: values of a preset.
+    """
     b, s, rates = preset["global_batch_size"], preset["seq_length"], []
     for _ in range(steps):
         start = time.perf_counter()
@@ -144,7 +149,7 @@ def plain_rates(model: Model, optimizer, preset: dict, steps: int) -> list[float
 
 
 def megatron_rates(config: str | Path, steps: int) -> list[float]:
-    """Tokens/s that the training entry prints for `steps` steps, the ones after its first."""
+    """Tokens/s that `mlra pretrain` prints for `steps` steps, without its first step."""
     threads = str(torch.get_num_threads())
     env = os.environ | {"OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""}
     flags = f"--mock-data --train-iters {steps + 1} --lr-warmup-iters 0 --log-interval 1"
@@ -159,13 +164,11 @@ def megatron_rates(config: str | Path, steps: int) -> list[float]:
 
 
 def machine() -> dict:
-    """What a timing depends on."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    """Version, CPU, threads and commit, on which timings depend."""
     info = Path("/proc/cpuinfo")
     found = info.exists() and re.search(r"model name\s*: (.*)", info.read_text())
     cpu, threads = found[1] if found else "unknown", torch.get_num_threads()
-    return {"torch": torch.__version__, "cpu": cpu, "threads": threads, "commit": commit}
+    return {"torch": torch.__version__, "cpu": cpu, "threads": threads, "commit": commit()}
 
 
 def parser() -> OneLineParser:

@@ -2,10 +2,10 @@
 
     mlra compare-losses bf16=runs/bf16 fp8=runs/fp8 --png losses.png
 
-Each run is named with its --save folder, an event file of TensorBoard, its megatron.log or what it
-printed. A run's losses are means of the steps between two lines of its log, whatever
---log-interval it had; the table says of which steps. Differences are to the first run. A file that
---json wrote stands for all runs in it.
+Each run is given as its --save folder, an event file of TensorBoard, its megatron.log, or a file
+with its printed output. A run's losses are means over the steps between two lines of its log, for
+any --log-interval; the table says over which steps. Differences are relative to the first run. A
+file that --json wrote stands for all runs in it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_mlra.command_line.parser import OneLineParser, check_output, write
 
 
 def table(runs: dict[str, Run], last: int) -> str:
-    """Markdown: mean loss of the last steps and validation loss, with differences."""
+    """A Markdown table: mean loss of the last steps and validation loss, with differences."""
     lines = ["| run | mean of steps | loss | | validation | |", "|---|---|---|---|---|---|"]
     reference = next(iter(runs.values()))
     base, *base_steps = reference.tail(last)
@@ -43,7 +43,11 @@ def table(runs: dict[str, Run], last: int) -> str:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Read, compare, draw."""
+    """Read the runs, print the table, write the outputs.
+
+    Raises:
+        ValueError: an argument or a run is wrong.
+    """
     for flag, file in (("--json", args.json), ("--png", args.png)):
         if file:
             check_output(file, flag)

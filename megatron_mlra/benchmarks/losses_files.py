@@ -1,4 +1,4 @@
-"""The losses that runs leave: in event files, in logs, in what they print."""
+"""Reads the losses of runs from event files, logs and printed output."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Run:
     """Losses of a run.
 
     Attributes:
-        steps: of the lines, ascending.
-        losses: mean loss of the steps behind the line before, nats per token.
-        validation: the last validation loss.
+        steps: of the logged lines, ascending.
+        losses: mean loss since the previous line, in nats per token.
+        validation: the last validation loss, or None.
     """
 
     steps: list[int]
@@ -32,12 +32,12 @@ class Run:
     validation: float | None = None
 
     def interval(self) -> int:
-        """Steps between two lines."""
+        """Steps between the last two lines."""
         return self.steps[-1] - self.steps[-2] if len(self.steps) > 1 else self.steps[-1]
 
     def tail(self, last: int) -> tuple[float, int, int]:
-        """Mean loss of the last steps, and the first and the last of them: whole intervals, at
-        least one."""
+        """(Mean loss of the last steps, the first of them, the last of them). Only whole intervals
+        between lines count, at least one."""
         begins = [max(0, self.steps[0] - self.interval()), *self.steps[:-1]]
         kept = [i for i, begin in enumerate(begins) if begin >= self.steps[-1] - last]
         first = min(kept, default=len(begins) - 1)
@@ -47,11 +47,11 @@ class Run:
 
 
 def read(path: Path) -> Run:
-    """The losses that a run left.
+    """The losses of a run, from its folder or one of its files.
 
     Raises:
-        ValueError: there are none.
-        OSError: it cannot be read.
+        ValueError: there are no losses.
+        OSError: the file cannot be read.
     """
     if path.is_dir():
         folders = sorted({file.parent for file in path.rglob(_EVENTS)})
@@ -70,7 +70,8 @@ def read(path: Path) -> Run:
 
 
 def _of_events(places: list[Path]) -> Run | None:
-    """Of TensorBoard's files or folders, where the later word on a step holds; None without any."""
+    """The losses in TensorBoard's files or folders; the latest event of a step counts. None without
+    losses."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     losses: dict[int, tuple[float, float]] = {}
@@ -90,13 +91,13 @@ def _of_events(places: list[Path]) -> Run | None:
 
 
 def _of_text(path: Path) -> Run:
-    """Of what a run printed, or of megatron.log."""
+    """The losses in printed output, or in megatron.log."""
     text = path.read_text(errors="replace")
-    # A resumed run tells the steps behind its checkpoint twice: the later word holds.
+    # A resumed run prints the steps after its checkpoint again: the later line counts.
     losses = {told.step: told.loss for told in logged_steps(text)}
     validation = VALIDATION.findall(text)
     if not losses:
-        # A run's first step has a line too, without an interval of its own.
+        # Megatron also logs the first step of a run, which is no interval.
         interval = max(map(int, _MEGATRON_INTERVAL.findall(text)), default=1)
         losses = {
             int(step): float(loss)
@@ -115,11 +116,11 @@ def read_json(path: Path) -> dict[str, Run]:
     """The runs of a file that --json wrote.
 
     Raises:
-        ValueError: it is no such file.
+        ValueError: the file is another one.
     """
     try:
         return {
-            # Written before steps were: one loss for each step.
+            # Files of earlier versions have no steps, and one loss per step.
             name: Run(
                 told.get("steps") or list(range(1, len(told["losses"]) + 1)),
                 told["losses"],
@@ -132,7 +133,7 @@ def read_json(path: Path) -> dict[str, Run]:
 
 
 def smooth(run: Run, window: int) -> dict[int, float]:
-    """Step -> mean loss of the lines within a window of that many steps behind it."""
+    """Step -> mean loss over the `window` steps up to that step."""
     count = max(1, round(window / run.interval()))
     return {
         run.steps[i + count - 1]: mean(run.losses[i : i + count])

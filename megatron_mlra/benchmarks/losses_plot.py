@@ -1,4 +1,4 @@
-"""The picture of several runs' losses."""
+"""The figure of several runs' losses."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from megatron_mlra.benchmarks.losses_files import Run, smooth
 from megatron_mlra.command_line import figures
 
 ALIKE = 2.0
-"""Per cent within which the second halves of curves cannot be told apart: one is drawn for all."""
+"""Largest difference in per cent, in the second half, of curves that are drawn as one."""
 
 
 def plot(runs: dict[str, Run], window: int, path: Path) -> None:
-    """Losses over steps, and beside them the running mean's difference to the first run's."""
+    """Draw losses over steps, and the relative difference of each running mean to the first run."""
     figure, ((curves, differences),) = figures.sheet(1, 2)
     first, *others = runs
     means = {name: smooth(run, window) for name, run in runs.items()}
@@ -52,12 +52,12 @@ def plot(runs: dict[str, Run], window: int, path: Path) -> None:
 
 
 def _centred(values: dict[int, float], window: int) -> tuple[list[float], list[float]]:
-    """Means of the steps behind, drawn in the middle of those."""
+    """x and y of running means, each drawn at the middle of its window."""
     return [step - window / 2 for step in values], list(values.values())
 
 
 def _finding(runs: dict[str, Run], window: int) -> str:
-    """How far apart the runs end."""
+    """The figure's statement: how much the runs differ at their end."""
     tails = {name: run.tail(window)[0] for name, run in runs.items()}
     first, *others = tails
     if not others:

@@ -1,7 +1,7 @@
 """Checkpoints: folders of every format behind one interface, and conversion between them.
 
-Start with formats.py (which kind of folder this is), folder.py (the interface) and rules.py (how
-one tensor is stored elsewhere).
+Start with formats.py (tells the formats apart), folder.py (their interface) and rules.py (how one
+format stores a tensor of another).
 
 May import:   description, maths, cost, data, command_line; torch, and the file format of
               torch.distributed.checkpoint

@@ -1,13 +1,13 @@
-"""Command line of the checkpoint conversion."""
+"""Command lines of checkpoints: inspect, verify, reshard, and conversion between formats."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from megatron_mlra.command_line.parser import OneLineParser, add_no_verify, one_line, read_text
+from megatron_mlra.command_line.parser import OneLineParser, add_no_verify, fail, read_text
 from megatron_mlra.command_line.printable import printable
 from megatron_mlra.command_line.signals import Interrupted, interruptible
 from megatron_mlra.command_line.threads import wait_passively
@@ -118,22 +118,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code (1: verify found a difference, or
-    inspect code; 2: refused)."""
+    """Run the command line; returns the exit code (1: verify found a difference, or inspect found
+    code; 2: refused; 128 + the number of a stop signal)."""
     wait_passively()
     args = parser().parse_args(argv)
     try:
         with interruptible():
             return args.run(args)
     except Interrupted as error:
-        return _fail("interrupted; nothing written", 128 + error.number)
+        return fail("interrupted; nothing written", 128 + error.number)
     except (ValueError, OSError, ImportError) as error:
-        return _fail(str(error), 2)
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"error: {one_line(message)}", file=sys.stderr)
-    return code
+        return fail(str(error), 2)
 
 
 def _open(args: argparse.Namespace, path: str, kinds: Sequence[str] = ()):
@@ -150,7 +145,7 @@ def _open(args: argparse.Namespace, path: str, kinds: Sequence[str] = ()):
 
 
 def _check_destination(args: argparse.Namespace) -> None:
-    """Before the source is read, which may take a while."""
+    """Refuse a wrong destination before the source is read, which may take minutes."""
     from megatron_mlra.checkpoint.files.staging import check_destination
 
     check_destination(Path(args.destination), 0)
@@ -172,7 +167,7 @@ def _inspect(args: argparse.Namespace) -> int:
         print("\n".join(map(printable, lines(folder))))
         folder.check_finite()
     except ForbiddenNames as error:
-        return _fail(str(error), 1)
+        return fail(str(error), 1)
     return 0
 
 
@@ -195,47 +190,35 @@ def _import(args: argparse.Namespace) -> int:
 def _export_official(args: argparse.Namespace) -> int:
     from megatron_mlra.checkpoint.research.folder import write_research
 
-    max_shard_bytes = _shard_bytes(args)
-    _check_destination(args)
-    problem = write_research(
-        _open(args, args.source, ("megatron", "huggingface")),
-        args.destination,
-        dtype=args.dtype,
-        file_format=args.format,
-        max_shard_bytes=max_shard_bytes,
-        tokenizer=args.tokenizer,
-        progress=not args.quiet,
-        say=print,
-    )
-    if problem:
-        print(problem)
-    return _wrote(args)
+    return _export(args, ("megatron", "huggingface"), write_research, file_format=args.format)
 
 
 def _export_hf(args: argparse.Namespace) -> int:
     from megatron_mlra.checkpoint.huggingface.folder import write_huggingface
 
-    max_shard_bytes = _shard_bytes(args)
+    kinds = ("megatron", "research")
+    return _export(args, kinds, write_huggingface, chat_template=args.chat_template)
+
+
+def _export(
+    args: argparse.Namespace, kinds: Sequence[str], write: Callable[..., str | None], **options: Any
+) -> int:
+    if not args.max_shard_gb > 0:
+        raise CheckpointError(f"--max-shard-gb {args.max_shard_gb:g} is not positive; use e.g. 5")
     _check_destination(args)
-    problem = write_huggingface(
-        _open(args, args.source, ("megatron", "research")),
+    problem = write(
+        _open(args, args.source, kinds),
         args.destination,
         dtype=args.dtype,
         tokenizer=args.tokenizer,
-        chat_template=args.chat_template,
-        max_shard_bytes=max_shard_bytes,
+        max_shard_bytes=int(args.max_shard_gb * GIGABYTE),
         progress=not args.quiet,
         say=print,
+        **options,
     )
     if problem:
         print(problem)
     return _wrote(args)
-
-
-def _shard_bytes(args: argparse.Namespace) -> int:
-    if not args.max_shard_gb > 0:
-        raise CheckpointError(f"--max-shard-gb {args.max_shard_gb:g} is not positive; use e.g. 5")
-    return int(args.max_shard_gb * GIGABYTE)
 
 
 def _reshard(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Checkpoint folders of every kind, behind one interface: the model and its tensors by name."""
+"""The interface of checkpoint folders of every kind: the model, and its tensors by name."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ TOKENIZER_FILES = (
 
 
 class CheckpointFolder:
-    """A model's weights in a folder: canonical names, global tensors, one at a time.
+    """A model's weights in a folder: global tensors with canonical names (description/tensors.py).
 
-    `tensor` reads lazily, so memory holds what the caller keeps.
+    `tensor` reads one tensor at a time; nothing is cached.
     """
 
     kind: str
@@ -44,53 +44,53 @@ class CheckpointFolder:
     description: ModelDescription
 
     left_out: str | None = None
-    """What the folder holds besides the model, and conversions do not read."""
+    """Name of the parts of the folder that conversions do not read, for messages."""
 
     draft_layers: int = 0
-    """Layers of multi-token prediction, whose tensors `tensor` gives too."""
+    """Number of layers of multi-token prediction, whose tensors `tensor` reads too."""
 
     verify: bool = False
-    """Compare files with the folder's checksums, where it has any."""
+    """Compare files with the folder's checksums, if it has any."""
 
     def names(self) -> list[str]:
-        """Canonical names of all tensors, in the order a forward pass needs them."""
+        """Canonical names of all tensors, in the order of a forward pass."""
         return list(expected_tensors(self.description))
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The whole tensor of a canonical name, on the CPU, in the description's dtype, which holds
-        every stored number exactly.
+        """The global tensor of a canonical name, on the CPU, in the description's dtype (float32
+        for a router's expert bias), which holds every stored number exactly.
 
         Raises:
-            CheckpointError: it cannot be read (truncated, damaged), or holds NaN or infinities.
-            KeyError: the model has no such tensor.
+            CheckpointError: the tensor is damaged, or holds NaN or infinities.
+            KeyError: the model has no tensor of this name.
         """
         tensor = self._read(name)
         check_finite(tensor, f"{self.path}: {name}")
         return tensor
 
     def _read(self, name: str) -> torch.Tensor:
-        """`tensor`, whatever its numbers."""
+        """As `tensor`, without the check of the numbers."""
         raise NotImplementedError
 
     def check_finite(self) -> None:
         """Read every tensor once.
 
         Raises:
-            CheckpointError: one cannot be read, or holds NaN or infinities.
+            CheckpointError: a tensor is damaged, or holds NaN or infinities.
         """
         for _ in self.tensors():
             pass
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor, one after the other."""
+        """(name, tensor) of every tensor, in the order of `names`."""
         for name in self.names():
             yield name, self.tensor(name)
 
     def tokenizer_files(self) -> list[Path]:
-        """Files of the tokenizer that lie beside the weights.
+        """Files of the tokenizer beside the weights.
 
         Raises:
-            CheckpointError: one is not what was written, or a link out of the folder.
+            CheckpointError: a file differs from its checksum, or is a link out of the folder.
         """
         files = tokenizer_files(self.path)
         if self.verify:
@@ -98,19 +98,22 @@ class CheckpointFolder:
         return files
 
     def named_tokenizer(self) -> list[Path]:
-        """Files of the tokenizer that the checkpoint only names, wherever they lie.
+        """Files of a tokenizer elsewhere, whose path the checkpoint names.
 
-        They may be read by the user's own process, and are never copied: the path is the choice of
-        whoever made the checkpoint.
+        The user's own process may read the files. They are never copied into an export: the author
+        of the checkpoint chose the path.
         """
         return []
 
 
 def check_finite(tensor: torch.Tensor, what: str) -> None:
-    """Refuse numbers that no model computes with.
+    """Refuse NaN and infinities.
+
+    Args:
+        what: name of the tensor, for the message.
 
     Raises:
-        CheckpointError: `what` holds NaN or infinities.
+        CheckpointError: the tensor holds NaN or infinities.
     """
     if not tensor.is_floating_point() or not tensor.numel():
         return
@@ -127,10 +130,10 @@ def tokenizer_files(folder: Path, *, follow_links: bool = False) -> list[Path]:
     """Tokenizer files in a folder.
 
     Args:
-        follow_links: out of the folder too, for files that are read and not copied.
+        follow_links: allow links out of the folder, for files that are read and not copied.
 
     Raises:
-        CheckpointError: one is a link out of the folder.
+        CheckpointError: a file is a link out of the folder.
     """
     names = [*TOKENIZER_FILES, *sorted(path.name for path in folder.glob("*.tiktoken"))]
     there = [folder / name for name in names if (folder / name).is_file()]
@@ -146,10 +149,10 @@ def read_config(path: Path, verify: bool = False) -> dict:
     """The folder's config.json.
 
     Args:
-        verify: compare it with its checksum, if it has one.
+        verify: compare the file with its checksum, if it has one.
 
     Raises:
-        CheckpointError: there is none, it is not JSON, or not what was written.
+        CheckpointError: the file is missing, is no JSON object, or differs from its checksum.
     """
     file = inside(path, "config.json")
     if not file.is_file():
@@ -171,10 +174,11 @@ def read_config(path: Path, verify: bool = False) -> dict:
 def check_tensors(
     where: str | Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Compare stored tensors (name -> shape) with those the model needs.
+    """Compare stored tensors (name -> shape) with those that the model needs.
 
     Raises:
-        CheckpointError: names every tensor that is missing, unknown or of another shape.
+        CheckpointError: names the tensors that are missing, unknown or of another shape, the first
+            `PROBLEMS_SHOWN` of them.
     """
     problems = [f"missing {name}" for name in expected if name not in found]
     problems += [

@@ -1,4 +1,4 @@
-"""Which kind of checkpoint a folder is: the one door to all formats."""
+"""Opens a checkpoint folder of any format."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ def open_checkpoint(
     """Open a Megatron `--save` folder (or one of its `iter_*`), a Hugging Face or research folder.
 
     Args:
-        vocab_size: true vocabulary of a Megatron checkpoint, where its arguments do not name one.
-        verify: compare the files with the checkpoint's checksums, where it has any.
+        vocab_size: vocabulary of a Megatron checkpoint, without padding, if its arguments do not
+            name it.
+        verify: compare the files with the checkpoint's checksums, if it has any.
 
     Raises:
-        CheckpointError: no checkpoint, of no known kind, damaged, or not what its model needs; the
-        line names every tensor that is missing, unknown or of a wrong shape.
+        CheckpointError: the folder is no checkpoint of a known kind, is damaged, or does not hold
+            the tensors that its model needs; see `check_tensors`.
     """
     path = Path(path)
     if not path.is_dir():

@@ -1,4 +1,4 @@
-"""Rules of a name table: how one canonical tensor is stored elsewhere, and back."""
+"""Rules of a name table: how another format stores a canonical tensor, and how to read it back."""
 
 from __future__ import annotations
 
@@ -20,34 +20,35 @@ from megatron_mlra.description.tensors import (
 
 @dataclass(frozen=True)
 class Rule:
-    """How one canonical tensor is stored there: as one tensor or as several."""
+    """How another format stores one canonical tensor: as one tensor or as several."""
 
     theirs: tuple[str, ...]
+    """The other format's names."""
     split: Callable[[Tensor], list[Tensor]]
-    """Canonical -> theirs."""
-
+    """Canonical tensor -> the other format's tensors, in the order of `theirs`."""
     join: Callable[[list[Tensor]], Tensor]
-    """Theirs -> canonical."""
+    """The inverse of `split`."""
 
     def store(self, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Their names, each with its part of the canonical tensor."""
+        """(name, tensor) of the other format, for each part of a canonical tensor."""
         return zip(self.theirs, self.split(tensor), strict=True)
 
 
 def same(name: str) -> Rule:
-    """The tensor as it is, under another name."""
+    """The rule of a tensor that only has another name."""
     return Rule((name,), lambda tensor: [tensor], lambda parts: parts[0])
 
 
 def rows(*names: str) -> Rule:
-    """Equal blocks of rows."""
+    """The rule of a tensor that is stored as equal blocks of rows."""
     return Rule(names, lambda tensor: list(tensor.chunk(len(names))), torch.cat)
 
 
 def grouped_queries(model: ModelDescription, *names: str) -> Rule:
-    """Megatron's `linear_qkv` as tensors of queries, gates (gated models), keys and values.
+    """The rule of Megatron's `linear_qkv` `[(h + 2 g) c, d]` as tensors of queries, gates (in gated
+    models), keys and values, each `[heads c, d]`.
 
-    Megatron's rows are interleaved by query group: its queries, gates, one key, one value.
+    Megatron's rows are ordered by query group: the group's queries, its gates, one key, one value.
     """
     g, c, d = model.num_query_groups, model.head_dim, model.hidden_size
     j = model.num_attention_heads // g
@@ -76,9 +77,9 @@ def whole_table(
     """Canonical name -> rule, for every tensor of the model, in canonical order.
 
     Args:
-        layer: number of a layer -> its rules, by canonical name behind its prefix.
-        embedding, final_norm, output: their names outside the layers.
-        prefix: theirs of a layer, with `{}` for its number.
+        layer: maps a layer's number to its rules, by canonical name without the layer's prefix.
+        embedding, final_norm, output: the other format's names of tensors outside the layers.
+        prefix: the other format's prefix of a layer, with `{}` for its number.
     """
     table = {EMBEDDING: same(embedding)}
     for i in range(model.num_layers):
@@ -92,7 +93,7 @@ def whole_table(
 
 
 def their_shapes(model: ModelDescription, table: Mapping[str, Rule]) -> dict[str, tuple[int, ...]]:
-    """Their name -> shape, in canonical order."""
+    """The other format's names -> shapes, in canonical order."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in expected_tensors(model).items():
         parts = table[name].store(torch.empty(shape, device="meta"))

@@ -1,4 +1,4 @@
-"""What every writer of a checkpoint shares: each tensor taken once, checked, cast and counted."""
+"""The source of tensors for all writers: each tensor is read once, checked, cast and counted."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from megatron_mlra.description.tensors import dtype_of, expected_tensors
 
 
 class TensorStream:
-    """The tensors of a source, in a dtype, with progress; used as a context manager.
+    """The tensors of a source in one dtype, with a progress bar; a context manager.
 
     Args:
-        source: whose tensors are taken.
-        dtype: of the tensors handed out, 'float32', 'bfloat16' or 'float16'; default the source's.
+        dtype: of the tensors that `take` returns: 'float32', 'bfloat16' or 'float16'; default the
+            source's.
         progress: show a bar of bytes.
+
+    Raises:
+        CheckpointError: the dtype is unknown.
     """
 
     def __init__(
@@ -30,7 +33,7 @@ class TensorStream:
         self.description: ModelDescription = source.description.replace(
             dtype=dtype or source.description.dtype
         )
-        """The source's, in the dtype of the tensors handed out."""
+        """The source's description, with the dtype of the stream."""
         self.dtype: torch.dtype = getattr(torch, self.description.dtype)
         self.shapes = expected_tensors(self.description)
         self.bytes = sum(
@@ -40,14 +43,15 @@ class TensorStream:
         self._bar = bar(desc="copying", total=self.bytes, unit="B", unit_scale=True, shown=progress)
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """What `take` hands this tensor out in."""
+        """The dtype in which `take` returns this tensor."""
         return getattr(torch, dtype_of(name, self.description.dtype))
 
     def take(self, name: str) -> torch.Tensor:
-        """The tensor of a canonical name, once.
+        """The tensor of a canonical name.
 
         Raises:
-            CheckpointError: it was taken before, is not of this model or not of its shape.
+            CheckpointError: the tensor was taken before, is not of this model, has a wrong shape,
+                or holds numbers beyond the range of the dtype.
         """
         if name not in self._waiting:
             what = "is written twice" if name in self.shapes else "is no tensor of this model"
@@ -77,7 +81,7 @@ class TensorStream:
         """Check that every tensor was taken.
 
         Raises:
-            CheckpointError: names those that were not.
+            CheckpointError: names the tensors that were not.
         """
         if self._waiting:
             left = [name for name in self.shapes if name in self._waiting]

@@ -1,9 +1,9 @@
-"""Which tokenizer a checkpoint has, and which of its files may be copied.
+"""Finds a checkpoint's tokenizer, and decides which of its files may be copied.
 
-A checkpoint names paths: its run's --tokenizer-model, and data whose metadata names a tokenizer.
-The user's own process may read a tokenizer there. An export is published, so it holds only files
-beside the weights, or of a tokenizer that the user names: a stranger's checkpoint could name any
-file of this machine.
+A checkpoint names paths: --tokenizer-model of its run, and data whose metadata name a tokenizer.
+The user's own process may read a tokenizer from there. An export is published, and a stranger's
+checkpoint could name any file of this machine. So an export holds only files from beside the
+weights, or of a tokenizer that the user names.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_mlra.checkpoint.folder import CheckpointFolder, tokenizer_files
+from megatron_mlra.command_line.plain_file import sha256
 from megatron_mlra.data import read_metadata
+from megatron_mlra.data.prefixes import without_weights
 from megatron_mlra.data.tokenizers import (
     ByteTokenizer,
     Tokenizer,
     TokenizerSpec,
     build_tokenizer,
-    file_sha256,
 )
 from megatron_mlra.description.model import CheckpointError
 
 WHOLE = ("tokenizer.json", "tokenizer.model")
-"""Files either of which is a tokenizer."""
+"""Files each of which alone is a tokenizer."""
 
 _NAME_ONE = "name one by --tokenizer byte or FOLDER"
 
@@ -33,7 +34,7 @@ def chosen_tokenizer(folder: str) -> list[Path]:
     """The tokenizer files of a folder that the user names.
 
     Raises:
-        CheckpointError: it has no tokenizer.json.
+        CheckpointError: the folder has no tokenizer.json.
     """
     files = tokenizer_files(Path(folder))
     if not any(file.name == "tokenizer.json" for file in files):
@@ -46,13 +47,13 @@ def chosen_tokenizer(folder: str) -> list[Path]:
 def own_tokenizer(
     source: CheckpointFolder, outside: bool = False
 ) -> tuple[str | list[Path], str | None]:
-    """The tokenizer of a checkpoint: 'byte' or files.
+    """The tokenizer of a checkpoint.
 
     Args:
-        outside: take files that the checkpoint only names too: to read them, not to copy them.
+        outside: also return files elsewhere that the checkpoint names, to be read and not copied.
 
     Returns:
-        'byte' or the files, and one line that says what is missing, or None.
+        ('byte' or the files, one line that says what is missing or None).
     """
     beside = source.tokenizer_files()
     if any(file.name in WHOLE for file in beside):
@@ -86,10 +87,11 @@ def own_tokenizer(
 
 
 def data_tokenizer(source: CheckpointFolder) -> TokenizerSpec | None:
-    """The tokenizer that the first metadata beside the run's data names; None without any.
+    """The tokenizer in the metadata of the run's data, of the first data set that has metadata;
+    None without metadata.
 
     Raises:
-        CheckpointError: the file it names is gone or is another one.
+        CheckpointError: the tokenizer's file is missing or has another checksum.
     """
     for prefix in data_prefixes(source):
         try:
@@ -105,7 +107,7 @@ def data_tokenizer(source: CheckpointFolder) -> TokenizerSpec | None:
                 raise CheckpointError(f"{prefix}.json names the file {model} without its sha256")
             return TokenizerSpec(kind, model)
         file = Path(str(model))
-        if not file.is_file() or file_sha256(file) != described.get("sha256"):
+        if not file.is_file() or sha256(file) != described.get("sha256"):
             raise CheckpointError(f"{file} is gone or is not the file the data was made with")
         if kind == "hf":
             return TokenizerSpec(kind, model, described.get("eod_token"))
@@ -116,29 +118,22 @@ def data_tokenizer(source: CheckpointFolder) -> TokenizerSpec | None:
 
 
 def data_prefixes(source: CheckpointFolder) -> list[str]:
-    """Where a Megatron run's data was; of other folders nothing."""
-    data = getattr(getattr(source, "args", None), "data_path", None) or []
-    return [part for part in data if not _is_weight(part)]
-
-
-def _is_weight(part: str) -> bool:
-    try:
-        float(part)
-    except ValueError:
-        return False
-    return True
+    """The --data-path prefixes of a Megatron run, each once; empty for other kinds of folders."""
+    return without_weights(getattr(getattr(source, "args", None), "data_path", None) or [])
 
 
 def checkpoint_tokenizer(
     folder: CheckpointFolder, type: str | None = None, model: str | None = None
 ) -> Tokenizer:
-    """The named tokenizer; without a name the tokenizer.json beside the weights, the one the run's
-    data was made with, or bytes.
+    """The named tokenizer. Without a name: the tokenizer.json beside the weights or that the
+    checkpoint names, else the tokenizer of the run's data, else bytes for a vocabulary of 257.
 
-    Bytes are taken for a model of 257 tokens, which is what that tokenizer has.
+    Args:
+        type: 'byte', 'hf' or 'tiktoken'.
+        model: see TokenizerSpec; without `type`, its name tells the type.
 
     Raises:
-        ValueError: none can be told, or it has more tokens than the model.
+        ValueError: no tokenizer is found, or it has more tokens than the model.
     """
     files = folder.tokenizer_files() or folder.named_tokenizer()
     beside = [path for path in files if path.name == "tokenizer.json"]

@@ -1,6 +1,6 @@
 """The command `mlra`, and what all command lines share: one-line errors, whole files, stop signals.
 
-Start with parser.py; commands.py names every command's body, and imports it when it is asked for.
+Start with parser.py; commands.py lists the commands, and imports the body of the one that runs.
 
 May import:   the standard library alone
 Imported by:  every package with a command line

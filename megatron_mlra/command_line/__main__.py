@@ -1,4 +1,4 @@
-"""`python -m megatron_mlra.command_line`, where the folder of `mlra` is not in the PATH."""
+"""`python -m megatron_mlra.command_line`: the command `mlra` where it is not on the PATH."""
 
 from megatron_mlra.command_line.commands import main
 

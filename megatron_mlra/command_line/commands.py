@@ -1,6 +1,6 @@
-"""The command `mlra`: which subcommands there are, and where their bodies lie.
+"""The command `mlra`: its subcommands, and the module with the body of each.
 
-A body is imported when it is asked for, so that `mlra --help` needs neither torch nor Megatron.
+A body is imported only when its subcommand runs: `mlra --help` needs neither torch nor Megatron.
 """
 
 from __future__ import annotations
@@ -25,25 +25,26 @@ class Command:
     """One subcommand."""
 
     module: str
-    """Its body, below megatron_mlra: `main(argv)`, and `parser()`, which makes its flags."""
+    """Module of the body, relative to megatron_mlra: it defines `main(argv)` and `parser()`."""
     about: str
+    """One line for `mlra --help`."""
     first: tuple[str, ...] = ()
-    """Words that its body reads before those of the command line."""
+    """Arguments put in front of those of the command line: a subcommand of a shared parser."""
     flags: str = ""
-    """Where `parser` lies, if not beside `main`."""
+    """Module of `parser`, if it is not `module`."""
     program: bool = False
-    """The body is a whole program, with output and exit of its own: `start()`."""
+    """The body is `start()`, which handles its own output and exit, and not `main(argv)`."""
 
     def body(self) -> Callable[..., Any]:
-        """Its `main`, or `start`."""
+        """The function `main`, or `start` of a program."""
         return getattr(self._import(self.module), "start" if self.program else "main")
 
     def parser(self) -> Any:
-        """An argparse parser of its flags."""
+        """The argparse parser of the command's flags."""
         return self._import(self.flags or self.module).parser()
 
     def is_there(self) -> bool:
-        """Whether this installation has it."""
+        """Whether this installation has the command's module."""
         return (PACKAGE / f"{self.module.replace('.', '/')}.py").is_file()
 
     @staticmethod
@@ -56,7 +57,7 @@ COMMANDS = {
     "plan": Command("planner.cli", "memory, time and layouts of a run before it starts"),
     "twin": Command("planner.twin_cli", "write a preset of another attention, equal in parameters"),
     "preprocess": Command("data.cli", "turn text, JSON lines, parquet or token shards into data"),
-    "demo-corpus": Command("data.demo_cli", "write a small corpus that every Python carries"),
+    "demo-corpus": Command("data.demo_cli", "write a small corpus from the files of this Python"),
     "pretrain": Command(
         "training.cli", "train a model, or resume a run", flags="training.flags", program=True
     ),
@@ -77,7 +78,7 @@ COMMANDS = {
     "benchmark-training": Command("benchmarks.training.cli", "training speed on one GPU"),
     "benchmark-decoding": Command("benchmarks.decoding.cli", "time per output token"),
 }
-"""In the order of a first day."""
+"""Name -> command, in the order in which a newcomer needs them."""
 
 
 def there() -> dict[str, Command]:
@@ -105,14 +106,14 @@ def overview() -> str:
 
 
 def main() -> NoReturn:
-    """Be the program `mlra`."""
+    """Run the program `mlra` on `sys.argv`, and exit."""
     name, *rest = sys.argv[1:] or [""]
     if name in ("-h", "--help", "help", "--version"):
         run(lambda: print(Version.text() if name == "--version" else overview()))
     command = COMMANDS.get(name)
     if command is None or not command.is_there():
         _refuse(name)
-    # What argparse takes for the program's name. A parser of subcommands adds theirs.
+    # argparse shows argv[0] as the program's name, and a parser of subcommands adds their names.
     sys.argv = ["mlra" if command.first else f"mlra {name}", *command.first, *rest]
     if command.program:
         command.body()()

@@ -1,7 +1,7 @@
-"""How every figure of the project looks: 1,200 x 700 pixels, one colour for each kind of attention,
-plain numbers on the axes, and a legend that lies over no data.
+"""The common look of all figures: 1,200 x 700 pixels, one colour per kind of attention, plain
+numbers on the axes, and a legend that covers no data.
 
-`COLOURS` is the only table of colours. matplotlib is imported when something is drawn.
+`COLOURS` is the only table of colours. matplotlib is imported only when a figure is drawn.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ COLOURS = {
 }
 
 OTHERS = ("#1b1b1b", "#e07b39", "#2b7bba", "#c23b80", "#4f9d45", "#8a6bbf", "#a87f32", "#4fb3bf")
-"""For series that are no kinds of attention: recipes, parts of a step."""
+"""Colours of series that are not kinds of attention: recipes, parts of a step."""
 
 
 def colour(name: str) -> str | None:
-    """The colour of the kind of attention that `name` begins with ('GQA-8 whole' is GQA's), None
-    where it begins with none."""
+    """The colour of the kind of attention that `name` begins with ('GQA-8 whole' has the colour of
+    GQA), or None."""
     name = re.sub(r"^stock-mla(-fused)?", "MLA", name)
     fits = [kind for kind in COLOURS if re.match(rf"{re.escape(kind)}(?![\w])", name)]
     return COLOURS[max(fits, key=len)] if fits else None
 
 
 def colours(names: Iterable[str]) -> dict[str, str]:
-    """A colour for each name: its kind's, else the next of `OTHERS`."""
+    """Name -> colour: that of the kind of attention, else the next of `OTHERS`."""
     free, found = iter(OTHERS * 9), {}
     for name in names:
         found[name] = colour(name) or next(free)
@@ -65,10 +65,10 @@ def tokens(count: float) -> str:
 
 
 def pyplot() -> Any:
-    """matplotlib's pyplot, for files.
+    """matplotlib's pyplot, set up to draw into files.
 
     Raises:
-        ImportError: it is not installed.
+        ImportError: matplotlib is not installed.
     """
     import matplotlib
 
@@ -98,7 +98,7 @@ def sheet(rows: int = 1, columns: int = 1, **ratios: Any) -> tuple[Any, Any]:
 
 
 def token_ticks(axis: Any, counts: Iterable[float]) -> None:
-    """Ticks at these numbers of tokens and no others."""
+    """Put ticks at these numbers of tokens and nowhere else."""
     from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
     places = sorted(set(counts))
@@ -108,7 +108,7 @@ def token_ticks(axis: Any, counts: Iterable[float]) -> None:
 
 
 def plain_log(axis: Any) -> None:
-    """Plain round numbers, on a logarithmic axis."""
+    """Label a logarithmic axis with plain round numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axis.set_major_locator(LogLocator(base=10, subs=(1, 1.5, 2, 3, 5, 7), numticks=40))
@@ -117,18 +117,18 @@ def plain_log(axis: Any) -> None:
 
 
 def from_zero(panel: Any) -> None:
-    """A vertical axis from 0 to a little above the highest line."""
+    """Let the vertical axis go from 0 to 8% above the highest line."""
     panel.set_ylim(0, 1.08 * max(max(line.get_ydata()) for line in panel.get_lines()))
 
 
 def title(figure: Any, text: str, source: str = "") -> None:
-    """What the figure shows to be so, above everything, and below it where it was measured."""
+    """Set the figure's title: its statement, and in a second line where that was measured."""
     said = f"{text}\n{source}" if source else text
     figure.suptitle(said, x=0.01, ha="left", fontsize=12.5, weight="bold")
 
 
 def legend_below(figure: Any, handles: list[Any], columns: int = 5) -> None:
-    """One legend for all axes, below them."""
+    """Draw one legend for all axes, below them."""
     figure.legend(
         handles=handles, loc="outside lower center", ncols=min(columns, len(handles)), frameon=False
     )

@@ -1,8 +1,8 @@
-"""docs/flags.md: every command's own flags, as its parser has them.
+"""Writes docs/flags.md: every command's own flags, from its parser.
 
     python -m megatron_mlra.command_line.flags_page > docs/flags.md
 
-Megatron's flags, which `mlra pretrain` takes too, are not on it.
+The page omits Megatron's flags, which `mlra pretrain` takes too.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ THEIRS = {
     "launch": "Flags of torchrun, then `-m megatron_mlra.training` (or a script) and its flags:"
     " `mlra launch --help`.\n"
 }
-"""Commands whose flags are somebody else's."""
+"""Command -> text in place of a table, for commands whose flags another program defines."""
 HIDDEN = ("--help", "--version")
 
 
 def page() -> str:
-    """The page."""
+    """The text of docs/flags.md."""
     return "\n".join([HEAD, *(_section(name, command) for name, command in there().items())])
 
 
@@ -54,7 +54,7 @@ def _section(name: str, command: Command) -> str:
 
 
 def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """The parsers of a parser's subcommands, by their names."""
+    """Name -> parser of each subcommand; empty for a parser without subcommands."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             return action.choices
@@ -62,7 +62,8 @@ def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
 
 
 def _tables(parser: argparse.ArgumentParser) -> list[str]:
-    """A table, or one per group where the parser has groups of its own."""
+    """Lines of the tables of a parser: one per argument group that the parser itself defines, and
+    one for all other arguments."""
     lines: list[str] = []
     for group in parser._action_groups:
         shown = [a for a in group._group_actions if not {*HIDDEN} & {*a.option_strings}]
@@ -71,7 +72,7 @@ def _tables(parser: argparse.ArgumentParser) -> list[str]:
         if group.title not in ("positional arguments", "options"):
             lines += [f"{group.title[0].upper()}{group.title[1:]}:", ""]
         elif lines and lines[-1] == "":
-            # What stands without a flag, and the flags, are one table.
+            # Positional arguments and flags share one table.
             lines.pop()
             lines += [*map(_row, shown), ""]
             continue
@@ -91,7 +92,7 @@ def _row(action: argparse.Action) -> str:
 
 
 def _values(action: argparse.Action) -> str:
-    """What follows the flag, as `--help` has it."""
+    """The placeholder of the flag's values, as `--help` prints it."""
     name = action.metavar or (action.dest if not action.option_strings else action.dest.upper())
     if action.choices is not None and action.metavar is None:
         name = f"{{{','.join(map(str, action.choices))}}}"
@@ -101,7 +102,7 @@ def _values(action: argparse.Action) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text that does not end a cell of a table."""
+    """The text with its vertical bars escaped, which would end a cell."""
     return text.replace("|", "\\|")
 
 

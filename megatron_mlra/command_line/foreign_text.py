@@ -1,7 +1,7 @@
-"""JSON and YAML of strangers: bounded in size and depth, and of finite numbers.
+"""Readers of untrusted JSON and YAML, with limits on size and depth, and finite numbers only.
 
-Python's parsers recurse once per level and take numbers beyond a float's range for infinite; YAML's
-aliases make a few bytes stand for many gigabytes.
+Python's parsers recurse once per level of brackets, and read a number beyond a float's range as
+infinity. YAML's aliases let a few bytes expand to many gigabytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ YAML_BYTES = 1 << 18
 DEPTH = 100
 """Most levels of brackets."""
 
-# A string may be without its end: the search must not start again at every quote within it.
+# The closing quote is optional: in an unterminated string the search must not restart at every
+# quote, which would take quadratic time.
 _TOKENS = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
 
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
@@ -32,8 +33,8 @@ def read_json(file: str | Path, most: int = JSON_BYTES) -> Any:
     """The value of a JSON file.
 
     Raises:
-        ValueError: it cannot be read, has more than `most` bytes or too many levels, or a number
-            that is not finite; one line that names the file.
+        ValueError: the file cannot be read, is not JSON, has more than `most` bytes or too many
+            levels, or holds a number that is not finite; one line that names the file.
     """
     text = _read(Path(file), most)
     try:
@@ -49,7 +50,7 @@ def parse_json(text: str, finite: bool = False) -> Any:
         finite: refuse NaN, Infinity and numbers beyond a float's or 64 bits' range.
 
     Raises:
-        ValueError: it is none, or has too many levels.
+        ValueError: the text is not JSON, or has too many levels.
     """
     if text.count("[") + text.count("{") > DEPTH:
         depth = 0
@@ -87,14 +88,14 @@ def read_yaml(file: str | Path) -> Any:
     """The value of a YAML file without aliases, in which no key is given twice.
 
     Raises:
-        FileNotFoundError: it is missing.
-        ValueError: it cannot be read; one line without the file's name.
+        FileNotFoundError: the file is missing.
+        ValueError: the file cannot be read; one line without the file's name.
     """
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """YAML of which PyYAML would take the last of a key given twice, expand aliases, take 1:30
-        for 90, and end in errors of its own where a tag does not fit its value."""
+        """Refuses keys given twice (PyYAML takes the last), aliases (which expand without limit)
+        and tags (which may not fit their value), and reads 1:30 as text (PyYAML reads 90)."""
 
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):
@@ -125,13 +126,13 @@ def read_yaml(file: str | Path) -> Any:
         raise ValueError("too many levels") from None
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(" ".join(str(error).split())) from None
-    except Exception as error:  # of PyYAML's constructors: TypeError, AttributeError, LookupError
+    except Exception as error:  # PyYAML's constructors raise TypeError, AttributeError, LookupError
         said = " ".join(str(error).split())
         raise ValueError(f"it is no YAML of a preset ({type(error).__name__}: {said})") from None
 
 
 def _read(file: Path, most: int, named: bool = True) -> str:
-    """A UTF-8 file of at most that many bytes, if it is a plain file."""
+    """The text of a plain UTF-8 file of at most `most` bytes."""
     name = f"{file}: " if named else ""
     try:
         with open_plain(file) as opened:

@@ -1,9 +1,9 @@
-"""The line that training prints per logged step: laid out for a width, and read again.
+"""The line that training prints per logged step: its layout for a width, and its parser.
 
 `step 310/320 | lm loss 1.4916 | grad norm 0.800 | lr 1.05e-04 | 892 tokens/s | 0.4 GiB | 11 s left`
 
-Where that is wider than the terminal, or than 100 columns, what the machine does comes on a second
-line, indented.
+A line wider than the terminal, or than 100 columns, is broken: speed, memory and time left come on
+an indented second line.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import NamedTuple, TextIO
 
 WIDEST = 100
-"""Columns of a line at most."""
+"""Most columns of a line."""
 
 STEP = re.compile(r"^step ([\d,]+)/([\d,]+) \| lm loss ([\d.]+|nan|inf)", re.MULTILINE)
 _RATE = re.compile(r"([\d,]+) tokens/s")
@@ -24,23 +24,23 @@ _BETWEEN = " | "
 
 
 class LogLine:
-    """Lays lines out alike: once one had to be stacked, all later ones are."""
+    """Lays out the lines of a run. After the first line that had to be broken, all are broken."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = sys.__stdout__ if stream is None else stream
         self.stacked = False
 
     def width(self) -> int:
-        """Columns to fill: those of the terminal where there is one."""
+        """Columns to fill: those of the terminal, at most `WIDEST`."""
         if not self.stream.isatty():
             return WIDEST
         return min(WIDEST, shutil.get_terminal_size((WIDEST, 24)).columns)
 
     def __call__(self, *groups: list[str], growth: int = 0) -> str:
-        """Groups of parts on one line, or a line per group where that would be too wide.
+        """The groups' parts on one line, or one line per group where one line is too wide.
 
         Args:
-            growth: columns by which a later line of the run may be longer.
+            growth: columns by which a later line of the run may be longer than this one.
         """
         width = self.width()
         groups = [group for group in groups if group]
@@ -74,16 +74,16 @@ def duration(seconds: float) -> str:
 
 
 class LoggedStep(NamedTuple):
-    """What a line says."""
+    """The values of one logged line."""
 
     step: int
     loss: float
-    """Mean of the steps since the line before."""
+    """Mean over the steps since the previous line."""
     tokens_per_second: int | None
 
 
 def logged_steps(text: str) -> Iterator[LoggedStep]:
-    """The steps that lines of a run's output tell of, in the order of the lines."""
+    """The logged steps in the output of a run, in the order of their lines."""
     lines: list[str] = []
     for line in text.splitlines():
         if STEP.match(line):

@@ -1,8 +1,8 @@
 """Standard output and standard error, whose reader may leave before the program ends.
 
-`tool | head`, a full disk, a terminal that is closed under a run: a write then fails. Python would
-end the program by a traceback, at the write or at its very end. Here a tool ends in order, and a
-run that trains goes on: who reads along must not decide whether a checkpoint is written.
+A write fails after `tool | head`, on a full disk, or in a terminal that was closed. Python would
+end the program with a traceback, at the write or at exit. Here a tool exits cleanly. A training run
+goes on: a lost terminal must not cost a checkpoint.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import sys
 from megatron_mlra.command_line.printable import printable
 
 CODE = 128 + signal.SIGPIPE
-"""Exit code where the reader of the output leaves first, as SIGPIPE gives a program in a shell."""
+"""Exit code when the reader of the output leaves first: a shell's code for SIGPIPE."""
 
 _STREAMS = {1: "stdout", 2: "stderr"}
 _ending = False
-"""Whether the program ends once nobody reads its standard output."""
+"""Whether the program ends when its standard output cannot be written."""
 
 
 class _Stream(io.FileIO):
-    """One of the two, unbuffered. The signal is left as Python has it, since it would also end a
-    tool whose worker process died."""
+    """An unbuffered standard stream. SIGPIPE stays ignored, as Python has it: its default action
+    would also end a tool whose worker process died."""
 
     def write(self, data: bytes) -> int | None:
         try:
             return super().write(data)
         except OSError as error:
-            # What is still buffered is written once more at exit.
+            # Python writes the buffered rest again at exit; that write must not fail.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
             if _ending and self.fileno() == 1:
                 _end(error)
@@ -39,7 +39,7 @@ class _Stream(io.FileIO):
 
 
 def _end(error: OSError) -> None:
-    """By SystemExit and not by an OSError, which tools report as bad input."""
+    """End by SystemExit: tools report an OSError as bad input."""
     if isinstance(error, BrokenPipeError):
         raise SystemExit(CODE) from None
     say_error(f"error: standard output: {error.strerror}")
@@ -47,11 +47,12 @@ def _end(error: OSError) -> None:
 
 
 def guard(ending: bool) -> None:
-    """Have this process's two streams outlive their reader; for programs, not for libraries.
+    """Replace `sys.stdout` and `sys.stderr` by streams whose writes do not raise OSError. For
+    programs, not for libraries.
 
     Args:
-        ending: the program ends, by SystemExit, once its standard output cannot be written; else it
-            goes on without one.
+        ending: whether the program ends, by SystemExit, when its standard output cannot be written;
+            else later output is dropped.
     """
     global _ending
     _ending = ending
@@ -59,8 +60,8 @@ def guard(ending: bool) -> None:
         try:
             os.fstat(fd)
         except OSError:
-            # Closed by whoever started this program. Left free, the next file would be opened here,
-            # and hold what a C library prints.
+            # The parent process closed it. The next file that is opened would get this number, and
+            # with it the output of C libraries.
             os.dup2(os.open(os.devnull, os.O_RDWR), fd)
     for fd, name in _STREAMS.items():
         old = getattr(sys, name)
@@ -84,6 +85,7 @@ def guard(ending: bool) -> None:
 
 
 def say_error(line: str) -> None:
-    """One line on standard error past Python's streams, from any thread, whoever wrote the text."""
+    """Write one line to standard error, past Python's streams, from any thread. The text may come
+    from a file or another host: unprintable letters are escaped."""
     with contextlib.suppress(OSError):
         os.write(2, f"{printable(line)}\n".encode())

@@ -1,4 +1,4 @@
-"""What all command lines share: help, errors of one line, whole files, a quiet end."""
+"""What all command lines share: help, one-line errors, files that are whole or absent, the exit."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from megatron_mlra.command_line.suggest import refusal
 from megatron_mlra.version import __version__
 
 LONGEST = 1500
-"""Most letters of an error. A file may hold a value of megabytes in place of a number."""
+"""Most letters of an error. A message may quote a value of megabytes from a file."""
 TEXT_BYTES = 512 << 20
-"""Most bytes of a text that a command takes as a whole."""
+"""Most bytes of a text file that a command reads into memory."""
 _PROCESS = uuid.uuid4().hex
-"""Tells this process, and those forked of it, from those of other hosts and containers."""
+"""Identifies this process and its forks among those of all hosts and containers."""
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Help in which flags are not broken at their dashes, and whose texts may hold a bare `%`,
-    which argparse takes for the start of a field."""
+    """Help that does not break flags at their dashes, and whose texts may contain a bare `%`, which
+    argparse would take for the start of a field."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        """A description of several lines has them where it wants them."""
+        """A description of several lines keeps its line breaks."""
         lines = text.splitlines() if "\n" in text else self._split_lines(text, width)
         return "\n".join(indent + line for line in lines)
 
@@ -52,7 +52,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Version(argparse.Action):
-    """`--version`: one line, found without importing what it names."""
+    """`--version`: one line of versions, found without importing the packages."""
 
     def __init__(self, option_strings: list[str], dest: str, help: str | None = None) -> None:
         suppress = argparse.SUPPRESS
@@ -60,7 +60,7 @@ class Version(argparse.Action):
 
     @staticmethod
     def text() -> str:
-        """The versions of this package and of what decides how it computes."""
+        """The versions of this package, of megatron-core and of torch."""
         from importlib.metadata import PackageNotFoundError, version
 
         found = [f"megatron-mlra {__version__}"]
@@ -79,7 +79,7 @@ class Version(argparse.Action):
 class OneLineParser(argparse.ArgumentParser):
     """A parser with `--version`, whose errors are one line, ``error: ...``, with exit code 2.
 
-    An unknown flag is named first, whatever else is missing, with the one that is likely meant.
+    An unknown flag is reported before all other errors, with the known flag that is most alike.
     """
 
     _strict = False
@@ -90,11 +90,11 @@ class OneLineParser(argparse.ArgumentParser):
             self.add_argument("--version", action=Version, help="print the versions and exit")
 
     def error(self, message: str) -> NoReturn:
-        """Print the message and exit."""
+        """Print the message as one line and exit with code 2."""
         self.exit(2, f"error: {one_line(refusal(message, self._option_string_actions))}\n")
 
     def parse_args(self, args=None, namespace=None):
-        """As argparse's; it and the parsers of subcommands refuse unknown flags before all else."""
+        """As argparse's, but unknown flags are refused first, those of subcommands too."""
         self._be_strict()
         return super().parse_args(args, namespace)
 
@@ -107,7 +107,7 @@ class OneLineParser(argparse.ArgumentParser):
         if self._strict and not takes_rest:
             for word in words[: words.index("--") if "--" in words else None]:
                 name = word.partition("=")[0]
-                # argparse takes the beginning of a flag for the flag.
+                # argparse accepts a flag's unique prefix.
                 known = any(option.startswith(name) for option in self._option_string_actions)
                 if re.match("--[a-zA-Z]", name) and not known:
                     self.error(f"unrecognized arguments: {name}")
@@ -123,8 +123,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def one_line(error: BaseException | str) -> str:
-    """An error in one line of at most `LONGEST` letters. What is too long is nearly always a value,
-    between the name that it stands for and the fix, so the middle is left out."""
+    """An error in one line of at most `LONGEST` letters. The middle of a longer message is left
+    out: a long value nearly always stands between its name and the fix."""
     line = printable(" ".join(str(error).split()))
     if len(line) <= LONGEST:
         return line
@@ -133,8 +133,14 @@ def one_line(error: BaseException | str) -> str:
     return f"{line[:head]} ... ({left_out:,} letters left out) ... {line[-tail:]}"
 
 
+def fail(message: str, code: int) -> int:
+    """Print a one-line error to standard error; returns the exit code."""
+    print(f"error: {one_line(message)}", file=sys.stderr)
+    return code
+
+
 def add_no_verify(parser: argparse.ArgumentParser) -> None:
-    """Add the flag of all tools that read a checkpoint."""
+    """Add `--no-verify`, which all tools that read a checkpoint have."""
     parser.add_argument(
         "--no-verify",
         action="store_false",
@@ -144,13 +150,13 @@ def add_no_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def read_text(file: str | Path) -> str:
-    """A UTF-8 text file.
+    """The content of a UTF-8 text file.
 
     Raises:
-        ValueError: it cannot be read, or has more than `TEXT_BYTES`; one line that names it.
+        ValueError: the file cannot be read, or has more than `TEXT_BYTES`; one line that names it.
     """
     try:
-        with open(file, "rb") as stream:  # which may have no end
+        with open(file, "rb") as stream:  # a pipe or a device may never end
             read = stream.read(TEXT_BYTES + 1)
         if len(read) > TEXT_BYTES:
             raise ValueError(f"{file} has more than {TEXT_BYTES / 1e6:,.0f} MB; give a part of it")
@@ -162,10 +168,11 @@ def read_text(file: str | Path) -> str:
 
 
 def check_output(file: str | Path, flag: str) -> None:
-    """Make an output file's folder, and refuse before any work what could not be written.
+    """Make the folder of an output file, so that a path that cannot be written fails before any
+    work.
 
     Raises:
-        ValueError: one line that names the flag.
+        ValueError: the file cannot be written; one line that names the flag.
     """
     path = Path(file).absolute()
     if path.is_dir():
@@ -174,10 +181,10 @@ def check_output(file: str | Path, flag: str) -> None:
 
 
 def make_folder(folder: str | Path, what: str) -> None:
-    """Make a folder for output, and those above it, where they are missing.
+    """Make a folder for output and its missing parents.
 
     Raises:
-        ValueError: it cannot be made or written into; one line that begins with `what`.
+        ValueError: the folder cannot be made or written into; one line that begins with `what`.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -188,12 +195,12 @@ def make_folder(folder: str | Path, what: str) -> None:
 
 
 def aside(path: str | Path) -> Path:
-    """`path`, a name that only this program uses to write a file before it is renamed, made free.
+    """Remove any file at `path`, a temporary name that only this program uses, and return `path`.
 
-    Of a link that lies there the link is removed, so that nothing is written where it points.
+    A symbolic link is removed itself: nothing is written to its target.
 
     Raises:
-        OSError: a folder lies there.
+        OSError: `path` is a folder.
     """
     path = Path(path)
     path.unlink(missing_ok=True)
@@ -201,15 +208,15 @@ def aside(path: str | Path) -> Path:
 
 
 def own_name(path: str | Path) -> Path:
-    """A hidden name beside `path` that no other thread, process or host writes to: of hosts and
-    containers that share a folder, two may have one name, and two processes one number."""
+    """A hidden name beside `path` that no other thread, process or host uses. Host name and process
+    id alone do not suffice: containers that share a folder may have both in common."""
     path = Path(path)
     mine = f"{_PROCESS}-{os.uname().nodename}-{os.getpid()}-{threading.get_ident()}"
     return path.with_name(f".{path.name[:150]}.{hashlib.sha256(mine.encode()).hexdigest()[:16]}")
 
 
 def write_text(file: str | Path, text: str) -> None:
-    """Write aside, then rename: an interrupted run leaves no half file."""
+    """Write a temporary file, then rename it: an interrupted run leaves no partial file."""
     path = Path(file)
     partial = aside(own_name(path))
     try:
@@ -221,7 +228,7 @@ def write_text(file: str | Path, text: str) -> None:
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run a tool's `main` and exit with its code; an interrupted one ends with one line."""
+    """Run a tool's `main` and exit with its code. Ctrl-C ends the tool with one line."""
     guard(ending=True)
     try:
         code = main()
@@ -233,16 +240,16 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 def say(line: str) -> None:
-    """Print lines for a person, past the redirection of Megatron's output."""
+    """Print lines for the user, past the redirection of Megatron's output."""
     tqdm.write(printable(line, kept="\n\t\xa0"), file=sys.__stdout__)
     sys.__stdout__.flush()
 
 
 def flags_given(argv: list[str]) -> set[str]:
-    """The flags that stand on a command line, however their values follow."""
+    """The flags on a command line, without values, whether those follow `=` or a space."""
     return {word.partition("=")[0] for word in argv if word.startswith("--")}
 
 
 def flag(name: str) -> str:
-    """The flag of an argparse destination, for messages."""
+    """The flag of an argparse destination, for messages: `save_interval` -> `--save-interval`."""
     return "--" + name.replace("_", "-")

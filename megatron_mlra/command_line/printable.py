@@ -1,14 +1,14 @@
-"""Texts of files and of other hosts on a terminal: shown, and never obeyed."""
+"""Text from files and other hosts, made safe to print on a terminal."""
 
 from __future__ import annotations
 
 
 def printable(text: str, kept: str = "") -> str:
-    """`text` with what is no printable letter written as Python escapes it: line ends, a terminal's
-    commands (ESC), letters that turn the direction of a line, halves of a UTF-16 pair.
+    """`text` with every unprintable letter as a Python escape: line ends, control sequences of
+    terminals (ESC), marks of text direction, lone surrogates.
 
     Args:
-        kept: letters that stay as they are.
+        kept: letters that are not escaped.
     """
     if text.isprintable():
         return text

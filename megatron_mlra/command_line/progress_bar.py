@@ -1,4 +1,4 @@
-"""The one progress bar of all tools: a bar on a terminal, a line now and then in a log."""
+"""The one progress bar of all tools: a bar on a terminal, a line every 30 s in a log."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ def bar(
     every: float = SECONDS_PER_LINE,
     **named: Any,
 ) -> tqdm:
-    """tqdm on stderr, which says what is done and what is counted.
+    """A tqdm bar on stderr.
 
-    Where stderr is no terminal, a carriage return would not bring the cursor back: a log gets a
-    line at most every `every` seconds, and nothing of what ends sooner.
+    A log cannot overwrite a line. Where stderr is no terminal, a line is written at most once per
+    `every` seconds, and none by work that takes less.
 
     Args:
-        things: what to go through, if it is not told by `update`.
-        desc: what is done (`scoring`).
-        unit: what is counted, in the plural (`tokens`), or B.
+        things: what to iterate over; None if the caller advances the bar by `update`.
+        desc: name of the work (`scoring`).
+        unit: what is counted, in the plural (`tokens`), or B for bytes.
         shown: whether to show anything.
-        named: of tqdm.
+        every: seconds between lines of a log.
+        named: other arguments of tqdm.
     """
     named |= {"desc": desc, "unit": unit if unit == "B" else f" {unit}", "disable": not shown}
     counted = "{n_fmt}/{total_fmt}{unit}"
@@ -53,7 +54,7 @@ def bar(
 
 
 class _Lines:
-    """A stream for tqdm: each state of the bar on a line of its own."""
+    """A stream for tqdm that writes each state of the bar as a line."""
 
     encoding = "utf-8"
 

@@ -1,7 +1,7 @@
-"""Signals that ask a program to stop: as exceptions, and deferred.
+"""Stop signals, raised as exceptions or deferred.
 
-Python lets the main thread alone set handlers. A library's user may run a training or a tool in
-another thread (Ray Train does): there, nothing is set, and signals are the caller's.
+Only Python's main thread can set signal handlers. A caller may run a training or a tool in another
+thread (Ray Train does). There no handler is set, and signals are left to the caller.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def can_be_set() -> bool:
 
 
 def handle(numbers: Iterable[int], handler: Any) -> dict[int, Any]:
-    """Set a handler of signals where one can be set.
+    """Set a handler for these signals, in the main thread only.
 
     Args:
         handler: a function, or signal.SIG_DFL or SIG_IGN.
 
     Returns:
-        the handlers before; nothing outside the main thread, where nothing is set.
+        Signal -> previous handler, for `restore`; empty in other threads.
     """
     return {n: signal.signal(n, handler) for n in numbers} if can_be_set() else {}
 
@@ -49,7 +49,7 @@ def restore(earlier: dict[int, Any]) -> None:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside, the stop signals raise ``Interrupted``, so that clean-up code runs."""
+    """Inside the block, the stop signals raise ``Interrupted``, so that clean-up code runs."""
     seen: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
@@ -62,7 +62,7 @@ def interruptible() -> Iterator[None]:
     except Exception as error:
         if not seen:
             raise
-        # C++ that called Python when the signal came (torch.save) raises an error of its own.
+        # C++ code that called Python when the signal came (torch.save) raises another error.
         raise Interrupted(seen[0]) from error
     finally:
         restore(earlier)
@@ -70,14 +70,15 @@ def interruptible() -> Iterator[None]:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Inside, stop signals wait; processes started inside begin with them blocked."""
+    """Delay stop signals until the end of the block. Processes started inside the block begin with
+    those signals blocked."""
     if not can_be_set():
-        yield  # Python acts on signals in the main thread alone
+        yield  # Python runs handlers in the main thread only, so nothing interrupts this one
         return
     waiting: list[int] = []
     earlier = handle(STOP_SIGNALS, lambda number, frame: waiting.append(number))
-    # The mask is for child processes. It does not protect this one, where another thread may take
-    # the signal and leave it to the main thread to act.
+    # The mask is inherited by child processes. It does not protect this process: another thread may
+    # receive the signal, and Python then runs the handler in the main thread.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield

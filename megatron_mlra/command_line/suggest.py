@@ -1,7 +1,7 @@
-"""What somebody meant by a name that is none: a flag, a preset's key, a command, a preset.
+"""Suggestions for an unknown name of a flag, a preset, a preset's key or a command.
 
-Two rules, in this order: the names that other programs have for the same thing, then likeness, by
-letters (a slip of the keyboard) and by words (`--num-heads` for `--num-attention-heads`).
+First the names that other programs use for the same thing are tried, then similarity: of letters (a
+slip of the keyboard) and of words (`--num-heads` for `--num-attention-heads`).
 """
 
 from __future__ import annotations
@@ -97,20 +97,20 @@ ELSEWHERE = {
     "evaluate": "eval perplexity test lm-eval",
     "benchmark-training": "bench benchmark",
 }
-"""A name here -> the names that people bring along for it."""
+"""A name of this project -> the names that other programs have for it."""
 
 _NEAR = 0.72
-"""Least likeness, of 1, of a name that is offered."""
+"""Least similarity, from 0 to 1, of a name that is suggested."""
 _SAME_WORD = 0.8
 _WORDS = {"steps": "iters", "iterations": "iters", "sequence": "seq", "learning-rate": "lr"}
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """'; did you mean X?' for the known name that `name` is likely to mean, '' where none is.
+    """'; did you mean X?' with the known name most like `name`, or '' if none is alike.
 
     Args:
-        name: as it was given: `--num-heads`, `num_heads`, `trian`.
-        known: names of the same kind, in their own spelling.
+        name: as the user gave it: `--num-heads`, `num_heads`, `trian`.
+        known: valid names of the same kind.
     """
     by_plain: dict[str, str] = {}
     for each in known:
@@ -139,21 +139,22 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def _plain(name: str) -> str:
-    """A name without what all of its kind begin with, and without the spelling of its kind."""
+    """A name in lower case with dashes, without leading dashes and without `no-`."""
     return name.lstrip("-").replace("_", "-").removeprefix("no-").casefold()[:200]
 
 
 def _by_letters(one: str, other: str) -> float:
-    """How much alike the letters of two names are, 1 where they are the same."""
+    """Similarity of two names' letters, 1 for equal names, 0 below `_NEAR`."""
     letters = difflib.SequenceMatcher(None, one, other)
-    # Cheap bounds first: a command line has a thousand names.
+    # Cheap bounds first: Megatron's parser has a thousand flags.
     if letters.real_quick_ratio() < _NEAR or letters.quick_ratio() < _NEAR:
         return 0.0
     return letters.ratio()
 
 
 def _by_words(one: str, other: str) -> float:
-    """Whether every word of `one` is one of `other`'s, and how many of those it has."""
+    """Similarity by words: 0 unless every word of `one` is a word of `other`, else from 0.65 to 1
+    by the share of `other`'s words that `one` has."""
     ours, theirs = one.split("-"), other.split("-")
     if len(one) < 4 or not all(any(_is_word(a, b) for b in theirs) for a in ours):
         return 0.0
@@ -172,10 +173,10 @@ def _is_word(one: str, other: str) -> bool:
 
 
 def refusal(message: str, known: Iterable[str]) -> str:
-    """An argparse error in words of this project, with what was meant where it names what is none.
+    """An argparse error, with a suggestion where it names an unknown flag or choice.
 
     Args:
-        message: argparse's.
+        message: argparse's message.
         known: the parser's flags.
     """
     unknown = re.match(r"unrecognized arguments: ([^\s=]+)", message)

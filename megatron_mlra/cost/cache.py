@@ -1,19 +1,26 @@
-"""Cached numbers and bytes per token. Pure Python."""
+"""Sizes of the KV cache per token. Pure Python; letters of flops.py."""
 
 from __future__ import annotations
 
 from megatron_mlra.description.model import ModelDescription
 
 DTYPE = "bfloat16"
-"""In which bytes of a cache are counted, wherever none is allocated."""
+"""The dtype for which cache bytes are stated if no cache is allocated."""
 
 
 def kv_cache_elements(shape: ModelDescription, tp: int = 1, layout: str = "latent") -> int:
-    """Cached numbers per token and layer on one of `tp` tensor-parallel ranks (tp = 1: all).
+    """Cached numbers per token and layer on each of `tp` tensor-parallel ranks.
 
-    Latent layout max(L / tp, 1) d_l + d_r; head layout d_c + d_r on every rank; GQA max(g / tp, 1)
-    2 c; GTA max(g / tp, 1) c + d_r; MFA 2 c (one key and one value head, replicated); TPA, which
-    caches the key and value factors, 2 R_kv (max(h / tp, 1) + c).
+    - MLRA, MLA, GLA: max(L / tp, 1) d_l + d_r in the latent layout, d_c + d_r in the head layout;
+    - GQA: max(g / tp, 1) 2 c; GTA: max(g / tp, 1) c + d_r;
+    - MFA: 2 c, one key and one value head on every rank;
+    - TPA: 2 R_kv (max(h / tp, 1) + c), the factors of keys and values.
+
+    Args:
+        layout: 'latent' or 'head', of the latent family.
+
+    Raises:
+        ValueError: the layout is unknown.
     """
     if layout not in ("latent", "head"):
         raise ValueError(f"layout is {layout!r}; use latent or head")
@@ -37,14 +44,14 @@ def kv_cache_elements(shape: ModelDescription, tp: int = 1, layout: str = "laten
 def kv_cache_bytes_per_token(
     shape: ModelDescription, tp: int = 1, dtype_bytes: int = 2, layout: str = "latent"
 ) -> int:
-    """Bytes a cached token takes on one rank, all layers: n * elements * dtype_bytes."""
+    """Cached bytes per token on one rank, all layers: n * kv_cache_elements * dtype_bytes."""
     return shape.num_layers * kv_cache_elements(shape, tp, layout) * dtype_bytes
 
 
 def kv_cache_text(shape: ModelDescription, tp: int = 1) -> str:
-    """How a line names the cache of a model: in bfloat16, whatever it is trained in.
+    """Text on the cache of a model in bfloat16, whatever the dtype of its weights.
 
-    A cache that is allocated (`mlra generate`, `mlra serve`) is named with its own dtype.
+    `mlra generate` and `mlra serve`, which allocate a cache, name the dtype of that cache.
     """
     text = f"{kv_cache_bytes_per_token(shape):,} KV bytes per token in {DTYPE}"
     return text + (f" ({kv_cache_bytes_per_token(shape, tp):,} per TP rank)" if tp > 1 else "")

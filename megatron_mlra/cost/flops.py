@@ -20,9 +20,9 @@ class TrainFlops(NamedTuple):
     """Floating-point operations (a multiply-add is two) of one training step, per token."""
 
     model: float
-    """What the method needs."""
+    """FLOPs that the method needs."""
     hardware: float
-    """What the chosen form runs."""
+    """FLOPs that the chosen form of the core executes, recomputation included."""
 
 
 def train_flops_per_token(
@@ -31,25 +31,31 @@ def train_flops_per_token(
     recompute: str | None = None,
     fused_core: bool = False,
 ) -> TrainFlops:
-    """Training FLOPs per token: forward plus a backward of twice the forward.
+    """Training FLOPs per token: a forward, and a backward of twice the forward.
 
-    Counted: every matrix product. A weight matrix of P parameters costs 2 P forward, the output
-    layer 2 V d; TPA adds 2 h c (R_q + 2 R_kv) for assembling heads from factors. The core costs
+    All matrix products are counted. A weight matrix of P parameters costs 2 P forward, the output
+    layer 2 V d; TPA adds 2 h c (R_q + 2 R_kv) to assemble heads from factors. The core costs
     2 N h (score terms + value terms) k, with the **causal half** k = (s + 1) / 2, the mean number
     of keys that a query sees. Terms of a score and of a value product:
 
-    - model FLOPs: d_h + d_r and d_v for the latent family, in all N branches, whatever form is run;
-    - hardware FLOPs: d_l + d_r and d_l where absorbed. Up-projecting latents, or absorbing W_UK and
-      applying W_UV, cost the same 2 N h d_l (d_h + d_v), so the term of the weights does not
-      change.
+    - model FLOPs: d_h + d_r and d_v for the latent family, in all N branches, in either form;
+    - hardware FLOPs: d_l + d_r and d_l in the absorbed form. Up-projecting latents costs as much as
+      absorbing W_UK and applying W_UV, 2 N h d_l (d_h + d_v): the cost of the weights is the same
+      in both forms.
 
     Each layer of multi-token prediction adds a layer like the last one, 4 d^2 and an output layer.
 
-    `recompute` adds its extra forward to the hardware FLOPs: 'core' the score and value products,
-    'up_proj' what lies between the compressed latents and the core (the query's up-projection; W_UK
-    absorbed, W_UK and W_UV materialized), 'full' all layers. `fused_core` adds the score product
-    that flash-style kernels repeat in their backward; it is off by default, as is usual where
-    hardware FLOPs are compared.
+    Args:
+        seq_length: s; default that of `shape`.
+        recompute: adds a second forward to the hardware FLOPs: 'core' of the score and value
+            products, 'up_proj' of the products between the compressed latents and the core (the
+            query's up-projection; W_UK if absorbed, W_UK and W_UV if materialized), 'full' of all
+            layers.
+        fused_core: adds the score product that flash-style kernels repeat in their backward. Off by
+            default, as is usual in comparisons of hardware FLOPs.
+
+    Raises:
+        ValueError: an argument is wrong, or `recompute` is 'up_proj' without latents.
     """
     if recompute not in RECOMPUTES:
         raise ValueError(f"recompute is {recompute!r}; use None, 'core', 'up_proj' or 'full'")

@@ -9,7 +9,7 @@ from megatron_mlra.description.model import ModelDescription
 
 @dataclass(frozen=True)
 class Parameters:
-    """Parameter counts. `attention` and `attention_norms` are of one layer, by weight name."""
+    """Parameter counts. `attention` and `attention_norms` map the names of weights of one layer."""
 
     embedding: int
     """V d."""
@@ -26,14 +26,14 @@ class Parameters:
     moe: int
     """d E + E 3 d f_e + 3 d f_shared: router, experts and shared expert of one MoE layer."""
     moe_active: int
-    """The same with the k experts that a token visits in place of all E."""
+    """The same with the k experts of one token in place of all E."""
     final_norm: int
     """d."""
     multi_token: int
-    """2 d^2 + 3 d and a layer, per layer of multi-token prediction."""
+    """All layers of multi-token prediction, each 2 d^2 + 3 d and a layer like the last one."""
     total: int
     active: int
-    """What one token uses; `total` for a dense model."""
+    """Parameters that one token uses; `total` for a dense model."""
 
 
 def parameters(shape: ModelDescription) -> Parameters:

@@ -17,10 +17,11 @@ class Collective(NamedTuple):
     kind: str
     """'all_gather', 'reduce_scatter', 'all_reduce' or 'all_to_all'."""
     numbers: float
-    """Per token: of the gathered, scattered or reduced whole; what an all-to-all hands one rank."""
+    """Numbers per token of the whole tensor; of an all-to-all those that one rank receives."""
 
     def wire_numbers(self, ranks: int) -> float:
-        """Numbers a rank sends per token: rings (1 - 1/ranks) n, an all-reduce twice that."""
+        """Numbers that a rank sends per token: (1 - 1/ranks) n in a ring, twice that for an
+        all-reduce."""
         if self.kind == "all_to_all":
             return self.numbers
         return (2 if self.kind == "all_reduce" else 1) * (ranks - 1) / ranks * self.numbers
@@ -28,7 +29,7 @@ class Collective(NamedTuple):
 
 @dataclass(frozen=True)
 class Communication:
-    """Communication of one layer's attention over one group (the MLP's is not in it)."""
+    """Communication of one layer's attention, without the MLP, over one group."""
 
     ranks: int
     """Size of the tensor- or context-parallel group."""
@@ -36,18 +37,8 @@ class Communication:
     backward: tuple[Collective, ...]
 
     @property
-    def forward_numbers(self) -> float:
-        """Numbers a token and layer, forward: the sum over collectives."""
-        return sum(c.numbers for c in self.forward)
-
-    @property
-    def backward_numbers(self) -> float:
-        """Numbers a token and layer, backward."""
-        return sum(c.numbers for c in self.backward)
-
-    @property
     def wire_numbers(self) -> float:
-        """Numbers a rank sends a token and layer, forward and backward."""
+        """Numbers that a rank sends per token and layer, forward and backward."""
         return sum(c.wire_numbers(self.ranks) for c in self.forward + self.backward)
 
 
@@ -56,21 +47,27 @@ def tp_communication(
 ) -> Communication:
     """Collectives of one layer's attention at tensor-parallel size `tp`, numbers per token.
 
-    - entry and exit, d each: all-gather before and reduce-scatter after with sequence parallel (the
-      reverse backward), else one all-reduce forward after and one backward before. Megatron's own
-      attention (GQA) gathers its input once more for the weight gradient;
-    - latents, d_q + d_c + d_r: one all-gather of what is compressed, backward a reduce-scatter. The
-      latent layout keeps c where it is made while tp <= L: d_q + d_r. Likewise what all heads share
-      in GTA (d_r), MFA (d_q + 2 c) and TPA (c (R_q + 2 R_kv)); GQA with g < tp gathers all its
-      projections;
-    - norms: the sum of squares of a query latent split over ranks, 1, and of each latent head where
-      tp > L splits it, L; all-reduced forward and backward;
-    - latent layout: queries h (d_h + d_r) to the latents and branch outputs h d_v back to the
-      heads. At tp > N a rank works on N h / tp heads and the exchange is an all-to-all (at N = 1
-      some of these, at tp = L all of them, are the rank's own).
+    - entry and exit, d each. With sequence parallel: an all-gather before and a reduce-scatter
+      after, and the reverse in backward. Without: an all-reduce after in forward, and one before in
+      backward. Megatron's own attention (GQA) gathers its input again for the weight gradient;
+    - latents, d_q + d_c + d_r: one all-gather of the compressed tensors, in backward a
+      reduce-scatter. In the latent layout with tp <= L latents stay where they are made: d_q + d_r.
+      GTA gathers the tensors that all heads share (d_r), and so do MFA (d_q + 2 c) and TPA
+      (c (R_q + 2 R_kv)). GQA with g < tp gathers all its projections;
+    - norms: the sum of squares of a query latent that is split over ranks, 1, and of each latent
+      head that is split (tp > L), L; an all-reduce forward and backward;
+    - latent layout: queries h (d_h + d_r) go to the latents, and branch outputs h d_v back to the
+      heads. At tp > N a rank works on N h / tp heads, and the exchange is an all-to-all. At N = 1
+      some of these heads, at tp = L all of them, are the rank's own.
 
-    Recomputing up-projections repeats the exchange of queries, recomputing all layers every forward
-    collective but the exit.
+    Recomputing up-projections repeats the exchange of queries. Recomputing all layers repeats every
+    forward collective except the exit.
+
+    Args:
+        layout: 'head' or 'latent', of the latent family.
+
+    Raises:
+        ValueError: the layout is unknown.
     """
     if layout not in ("head", "latent"):
         raise ValueError(f"layout is {layout!r}; use head or latent")
@@ -123,12 +120,14 @@ def cp_communication(
     """Collectives of one layer's attention at context-parallel size `cp`, numbers per token of the
     whole sequence, on each of `tp` tensor-parallel ranks.
 
-    One all-gather of the latents the rank reads and the RoPE key, backward a reduce-scatter: head
-    layout N max(G / tp, 1) d_l + d_r (d_c + d_r where G = 1), latent layout max(L / tp, 1) d_l +
-    d_r. Recomputing all layers repeats it, recomputing the core or the up-projections does not.
+    There is one all-gather of the RoPE key and of the latents that the rank reads, in backward a
+    reduce-scatter: N max(G / tp, 1) d_l + d_r in the head layout (d_c + d_r if G = 1),
+    max(L / tp, 1) d_l + d_r in the latent layout. Recomputing all layers repeats the all-gather;
+    recomputing the core or the up-projections does not.
 
     Raises:
-        ValueError: for attentions other than MLRA, whose context parallelism is Megatron's own.
+        ValueError: the layout is unknown, or the attention is not 'mlra' (Megatron's own context
+            parallelism serves the others).
     """
     if shape.attention != "mlra":
         raise ValueError(f"attention is {shape.attention!r}; use mlra, which gathers latents")
@@ -146,7 +145,7 @@ def cp_communication(
 
 
 def _shared_numbers(shape: ModelDescription, tp: int) -> int:
-    """What all heads share and is gathered from column-parallel projections, numbers per token."""
+    """Numbers per token that a baseline gathers from column-parallel projections."""
     c = shape.head_dim
     if shape.attention == "gta":
         return shape.qk_rope_head_dim

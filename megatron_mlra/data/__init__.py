@@ -1,7 +1,7 @@
 """Data: text to Megatron datasets, and tokenizers.
 
-Start with pipeline.py (the whole way) and tokenizers.py; index.py and contents.py
-check what a trainer reads.
+Start with pipeline.py (all of preprocessing) and tokenizers.py. index.py and contents.py check the
+files that a trainer reads.
 
 May import:   command_line; numpy, pyarrow, tokenizers, and no torch
 Imported by:  checkpoint, evaluation, training

@@ -1,4 +1,4 @@
-"""Command line of the preprocessing."""
+"""Command line of `mlra preprocess`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 
-from megatron_mlra.command_line.parser import OneLineParser, one_line
+from megatron_mlra.command_line.parser import OneLineParser, fail, one_line
 from megatron_mlra.command_line.signals import Interrupted, interruptible
 from megatron_mlra.data.errors import BadRecordError, InputError
 from megatron_mlra.data.pipeline import PreprocessConfig, preprocess
@@ -60,21 +60,22 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code (2: wrong arguments or inputs, 1: failed)."""
+    """Run the command line; returns the exit code (2: wrong arguments or inputs; 1: a bad record or
+    a failed write; 128 + the number of a stop signal)."""
     args = parser().parse_args(argv)
     try:
         with interruptible():
             metadata = preprocess(_config(args), report=_report_skipped, progress=True)
     except BadRecordError as error:
-        return _fail(f"{error}; nothing written", 1)
+        return fail(f"{error}; nothing written", 1)
     except InputError as error:
-        return _fail(str(error), 2)
+        return fail(str(error), 2)
     except BrokenProcessPool:
-        return _fail("a worker process died, perhaps for lack of memory; nothing written", 1)
+        return fail("a worker process died, perhaps for lack of memory; nothing written", 1)
     except OSError as error:
-        return _fail(f"{error}; nothing written", 1)
+        return fail(f"{error}; nothing written", 1)
     except Interrupted as error:
-        return _fail("interrupted; temporary files removed", 128 + error.number)
+        return fail("interrupted; temporary files removed", 128 + error.number)
     print(
         "{documents} documents, {tokens} tokens ({dtype}, vocabulary {vocab_size}, EOD {eod_id}), "
         "{empty_documents} empty documents and {bad_records} bad records left out".format_map(
@@ -114,8 +115,3 @@ def _config(args: argparse.Namespace) -> PreprocessConfig:
 
 def _report_skipped(problem: str) -> None:
     print(f"skipped {one_line(problem)}", file=sys.stderr)
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"error: {one_line(message)}", file=sys.stderr)
-    return code

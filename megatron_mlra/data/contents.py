@@ -1,7 +1,7 @@
-"""Whether a dataset's files hold what was written: their SHA-256 stand in PREFIX.json.
+"""Compares a dataset's files with the SHA-256 checksums in PREFIX.json.
 
-Hashing takes a second per gigabyte or two, so a file is hashed once: what was found whole is noted,
-with its size and time of change, in a small file of the data's cache folder.
+Hashing takes about a second per 1 to 2 GB, so each file is hashed once. A small file in the data's
+cache folder then records its checksum, size and modification time.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from megatron_mlra.command_line.foreign_text import read_json
 from megatron_mlra.command_line.parser import write_text
+from megatron_mlra.command_line.plain_file import sha256
 from megatron_mlra.data.errors import InputError
 from megatron_mlra.data.metadata import read_metadata
 
@@ -22,18 +23,11 @@ SUMMED = (".bin", ".idx")
 """Suffixes of the files that have a checksum."""
 
 SAY_FROM = 1 << 30
-"""Bytes of a file from which its hashing is announced."""
-
-
-def sha256(path: str | Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+"""Least bytes of a file whose hashing is announced."""
 
 
 def cache_folder(prefix: str, given: str | None = None) -> Path:
-    """Where what is derived from a dataset is kept: `given` (--data-cache-path), else below
-    PREFIX/."""
+    """Folder of files derived from a dataset: `given` (--data-cache-path), else PREFIX/cache."""
     return Path(given) if given else Path(prefix) / "cache"
 
 
@@ -43,12 +37,12 @@ def check_contents(
     """Compare PREFIX.bin and PREFIX.idx with the checksums in PREFIX.json, if there are any.
 
     Args:
-        cache: folder for the note that they were compared; one that cannot be written is left. None
-            compares, and notes nothing.
-        say: is told of a file that takes seconds.
+        cache: folder of the record that the files match; not needed if it cannot be written. None
+            compares the files and records nothing.
+        say: called with one line for each file whose hashing takes seconds.
 
     Raises:
-        InputError: names the file that is not what was written.
+        InputError: a file differs from its checksum; names the file.
     """
     sums = (read_metadata(prefix) or {}).get("sha256")
     if not isinstance(sums, dict):
@@ -77,6 +71,6 @@ def check_contents(
 
 
 def _state(prefix: str, sums: dict) -> dict[str, list]:
-    """Size, time of change and checksum of each file: as long as these stay, it is not hashed."""
+    """Suffix -> [size, modification time in ns, checksum]; a change means to hash again."""
     stats = {suffix: os.stat(prefix + suffix) for suffix in SUMMED}
     return {s: [stat.st_size, stat.st_mtime_ns, sums.get(s)] for s, stat in stats.items()}

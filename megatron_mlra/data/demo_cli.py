@@ -1,4 +1,4 @@
-"""Command line of the demo's corpus."""
+"""Command line of `mlra demo-corpus`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from megatron_mlra.data.demo_corpus import write_demo_corpus
 def parser() -> OneLineParser:
     """The flags."""
     flags = OneLineParser(
-        description="Write the demo's corpus, English and code that every Python carries, as JSON"
-        " lines."
+        description="Write the demo's corpus, English and code from the files of this Python, as"
+        " JSON lines."
     )
     flags.add_argument("output", metavar="OUT.jsonl", help="the file to write")
     flags.add_argument(

@@ -1,7 +1,7 @@
-"""A corpus of English and code that every Python carries: nothing to download.
+"""A corpus of English and code from the files of every Python installation: nothing to download.
 
-Documents are the standard library's sources, the language reference's topics that `help()` shows,
-and the docstrings of modules written in C, which no source file repeats.
+Its documents are the standard library's sources, the topics of the language reference that `help()`
+shows, and the docstrings of modules written in C, which are in no Python source file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SKIPPED_FOLDERS = frozenset(
         "encodings",  # tables of code points
         "idle_test",
         "lib2to3",
-        "pydoc_data",  # its text comes as documents of its own
+        "pydoc_data",  # `_topics` makes a document of each of its topics
         "site-packages",
         "dist-packages",
         "test",
@@ -43,21 +43,22 @@ class CorpusSize:
     documents: int
     """Lines of the file."""
     text_bytes: int
-    """UTF-8 bytes of all texts, which is their number of byte-level tokens."""
+    """UTF-8 bytes of all texts: the number of byte-level tokens without ends of documents."""
 
 
 def write_demo_corpus(path: str | os.PathLike[str], max_bytes: int, seed: int = 0) -> CorpusSize:
     """Write the corpus as JSON lines ``{"text": ...}``, replacing ``path``.
 
-    The order is shuffled by ``seed``: cutting the file anywhere, as Megatron's ``--split`` does,
-    leaves the same kind of documents on both sides. No document comes twice.
+    Documents are shuffled, so that a cut anywhere, as Megatron's ``--split`` makes one, leaves the
+    same mixture of documents on both sides. No document appears twice.
 
     Args:
         path: the .jsonl file.
-        max_bytes: the most bytes of text; the shuffled corpus is cut before it exceeds them.
+        max_bytes: most bytes of text; writing stops before the first document that exceeds it.
+        seed: of the shuffle.
 
     Raises:
-        ValueError: ``max_bytes`` holds no document.
+        ValueError: the first document has more than ``max_bytes``.
         OSError: writing failed; no part of the file is left.
     """
     documents = _documents()
@@ -82,7 +83,7 @@ def write_demo_corpus(path: str | os.PathLike[str], max_bytes: int, seed: int = 
 
 
 def _documents() -> list[str]:
-    """All documents in a fixed order, without repetitions."""
+    """All documents in a fixed order, each once."""
     unique: dict[bytes, str] = {}
     for texts in (_sources(), _topics(), _docstrings()):
         for text in texts:
@@ -108,7 +109,8 @@ def _topics() -> Iterator[str]:
 
 
 def _docstrings() -> Iterator[str]:
-    """One document per module compiled into the interpreter: its docstring and its members'."""
+    """One document per module compiled into the interpreter: the docstrings of the module and of
+    its members."""
     for name in sorted(sys.builtin_module_names):
         module = importlib.import_module(name)
         parts = [f"{name}\n\n{inspect.getdoc(module) or ''}"]

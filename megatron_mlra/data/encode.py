@@ -1,4 +1,4 @@
-"""Batches of raw documents to token arrays: the work of a worker process (imports no torch)."""
+"""Raw documents to token arrays, batch by batch: the work of a worker process. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_mlra.data.readers import Batch
 from megatron_mlra.data.tokenizers import ByteTokenizer, Tokenizer
 
 UINT16_VOCAB_LIMIT = 65500
-"""Megatron's own rule: vocabularies below this size are stored as uint16, others as int32."""
+"""Megatron stores vocabularies below this size as uint16, others as int32."""
 
 
 @dataclass(frozen=True)
@@ -21,21 +21,21 @@ class Encoded:
     """The tokens of a batch."""
 
     source: int
-    """Index of the source."""
+    """Index of the batch's source."""
     tokens: np.ndarray
-    """The documents one after the other, uint16 or int32 [sum of lengths]."""
+    """All documents, concatenated, uint16 or int32 [sum of lengths]."""
     lengths: np.ndarray
-    """Tokens of each document with its EOD, int64 [documents]; none is 0."""
+    """Tokens of each document, its EOD included, int64 [documents]; at least 1."""
     problems: list[str] = field(default_factory=list)
     """``file:line: reason`` of each bad record, in order."""
     empty: int = 0
-    """Documents without text, which are left out."""
+    """Number of documents without text, which are left out."""
     consumed: int = 0
-    """Bytes of the source this batch stands for."""
+    """Bytes of the source that the batch was read from."""
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
-    """The smallest type Megatron stores a vocabulary in."""
+    """The type in which Megatron stores the tokens of a vocabulary."""
     return np.uint16 if vocab_size < UINT16_VOCAB_LIMIT else np.int32
 
 
@@ -49,7 +49,7 @@ class Encoder:
         self._dtype = token_dtype(tokenizer.vocab_size)
 
     def encode(self, batch: Batch) -> Encoded:
-        """Tokens of a batch; a record that cannot be encoded becomes one of its problems."""
+        """Tokens of a batch. A record that cannot be encoded is listed in `problems`."""
         arrays: list[np.ndarray] = []
         lengths: list[int] = []
         problems: list[str] = []
@@ -87,7 +87,7 @@ class Encoder:
             if isinstance(self._tokenizer, ByteTokenizer):
                 return self._tokenizer.tokenize_array(text).astype(self._dtype)
             return np.array(self._tokenizer.tokenize(text), dtype=self._dtype)
-        except Exception as error:  # of three packages; the record's place must not be lost
+        except Exception as error:  # three packages raise their own; the message needs the place
             reason = f"the tokenizer failed: {type(error).__name__}: {error}"
             raise BadRecordError(" ".join(reason.split())) from error
 

@@ -1,4 +1,4 @@
-"""What a user of the preprocessing can get wrong."""
+"""Errors of preprocessing that a user can mend."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class BadRecordError(InputError):
 
 
 def require(module: str, purpose: str) -> ModuleType:
-    """Import a module of an optional package; the package is called as its top-level module.
+    """Import a module of an optional package, whose name on PyPI is that of its top-level module.
 
     Raises:
-        InputError: it is not installed; the message names the pip command.
+        InputError: the package is not installed; the message gives the pip command.
     """
     package = module.partition(".")[0]
     try:
@@ -30,6 +30,6 @@ def require(module: str, purpose: str) -> ModuleType:
 
 
 def first_line(error: BaseException) -> str:
-    """The message of an exception of another library, cut to one line."""
+    """The first line of another library's error message, or the error's type."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -1,8 +1,8 @@
-"""PREFIX.idx: where the documents of a Megatron dataset lie in PREFIX.bin, every number checked.
+"""PREFIX.idx: the places of the documents of a Megatron dataset in PREFIX.bin, read and checked.
 
-The layout, little endian: a header of 34 bytes (magic, version, code of the token type, number of
-sequences n, number of bounds b), then n lengths in tokens (int32), n offsets in bytes (int64), and
-b bounds of documents in sequences (int64).
+The layout, little-endian: a header of 34 bytes (magic, version, code of the token type, number n of
+sequences, number b of document bounds), n lengths in tokens (int32), n offsets in bytes (int64), b
+document bounds, which are sequence numbers (int64).
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import numpy as np
 from megatron_mlra.data.errors import InputError
 
 INDEX_HEADER = b"MMIDIDX\x00\x00"
-"""How a Megatron index begins."""
+"""The first bytes of a Megatron index."""
 
 TOKEN_TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
-"""Megatron's codes of those types that hold token ids."""
+"""Megatron's code -> integer type of token ids."""
 
 _HEAD = struct.Struct("<9sQBQQ")
 _CHUNK = 1 << 20
-"""Sequences that are checked at a time: the bound on memory."""
+"""Sequences checked at a time, which bounds memory."""
 
 
 @dataclass(frozen=True)
@@ -31,22 +31,23 @@ class Index:
     """A checked index."""
 
     lengths: np.ndarray
-    """Tokens of every sequence, int32 `[n]`, mapped from the file. Megatron's GPT dataset takes a
-    sequence for a document."""
+    """Tokens of every sequence, int32 `[n]`, mapped from the file. A sequence is a document to
+    Megatron's GPT dataset."""
 
     token_type: np.dtype
-    """Of PREFIX.bin, in which the sequences follow one another without gaps."""
+    """Type of the tokens in PREFIX.bin, where the sequences follow one another without gaps."""
 
     def tokens(self, first: int, last: int) -> int:
-        """Tokens of the sequences from number `first` up to, and without, `last`."""
+        """Number of tokens of the sequences `first` to `last - 1`."""
         return int(self.lengths[first:last].sum(dtype=np.int64))
 
 
 def read_index(prefix: str) -> Index:
-    """The index of the dataset at `prefix`, which fits its PREFIX.bin byte for byte.
+    """The index of the dataset at `prefix`. Its offsets cover PREFIX.bin exactly.
 
     Raises:
-        InputError: it is none, or damaged, or of other data; names the file and what is wrong.
+        InputError: the file is no index, is damaged, or belongs to other data; names the file and
+            the fault.
     """
     try:
         return _read(prefix)
@@ -57,7 +58,7 @@ def read_index(prefix: str) -> Index:
 
 
 class _Damaged(Exception):
-    """What is wrong with an index."""
+    """An index is wrong; the message continues the file's name."""
 
 
 def _read(prefix: str) -> Index:
@@ -100,8 +101,11 @@ def _read(prefix: str) -> Index:
 
 
 def _check_sequences(lengths: np.ndarray, offsets: np.ndarray, itemsize: int) -> int:
-    """Each sequence begins where the one before it ends; returns where the last one ends, in
-    bytes."""
+    """Check that each sequence begins where the previous one ends.
+
+    Returns:
+        The end of the last sequence, in bytes.
+    """
     end = 0
     for first in range(0, len(lengths), _CHUNK):
         some = lengths[first : first + _CHUNK].astype(np.int64)
@@ -121,7 +125,7 @@ def _check_sequences(lengths: np.ndarray, offsets: np.ndarray, itemsize: int) ->
 
 
 def _check_documents(bounds: np.ndarray, sequences: int) -> None:
-    """Bounds of documents go up from 0 to the number of sequences."""
+    """Check that the document bounds do not decrease, from 0 to the number of sequences."""
     last = 0
     for first in range(0, len(bounds), _CHUNK):
         some = bounds[first : first + _CHUNK]

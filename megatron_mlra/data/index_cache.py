@@ -1,8 +1,8 @@
-"""Arrays that take long to build, kept in files that are either whole or built again.
+"""Arrays that take long to build, cached in files with checksums. Damaged files are built again.
 
-Any number of processes on any number of hosts may ask for the same arrays at once. The arrays are
-a function of their key, so that whoever writes them writes the same bytes; each file appears whole,
-by renaming, and the list of their checksums appears last.
+Any number of processes on any number of hosts may ask for the same arrays at once. The key
+determines the arrays, so that all writers write the same bytes. Each file is renamed into place
+when it is complete; the list of checksums comes last.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from megatron_mlra.command_line.foreign_text import read_json
 from megatron_mlra.command_line.parser import aside, own_name, write_text
-from megatron_mlra.data.contents import sha256
+from megatron_mlra.command_line.plain_file import sha256
 
 
 def cached(
@@ -29,15 +29,16 @@ def cached(
     say: Callable[[str], None],
     misfit: Callable[[tuple[np.ndarray, ...]], str | None] = lambda _: None,
 ) -> tuple[np.ndarray, ...]:
-    """The arrays of `build`, mapped from `folder` if they are there and whole, else built and kept.
+    """The arrays that `build` returns, mapped from `folder` if they are cached there, else built
+    and written.
 
     Args:
-        key: what the arrays are a function of; part of the files' names.
-        names: of the arrays.
-        say: is told, in a line, of files that are damaged, and of a folder that cannot be written;
-            arrays that cannot be kept are only returned.
-        misfit: what makes arrays of the folder none of `build`'s, if anything. A cache may come
-            with the data, and its checksums with it.
+        key: determines the arrays; part of the files' names.
+        names: of the arrays, one per array.
+        say: called with one line if cached files are damaged, or if `folder` cannot be written (the
+            arrays are then returned, and not cached).
+        misfit: returns why cached arrays cannot be those of `build`, or None. Checksums do not
+            suffice: a cache, checksums included, may come with somebody else's data.
     """
     paths = tuple(folder / f"{key}-{name}.npy" for name in names)
     sums = folder / f"{key}-sha256.json"
@@ -94,8 +95,8 @@ def _keep(arrays: tuple[np.ndarray, ...], paths: tuple[Path, ...], sums: Path) -
 
 @contextlib.contextmanager
 def _alone(lock: Path) -> Iterator[None]:
-    """One process of a host builds, and the others wait for it. Where the file system has no locks
-    they all build, which costs time and no harm."""
+    """Inside the block this process is the only builder on its host; other processes wait. On file
+    systems without locks all processes build, which costs time and does no harm."""
     with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError):
             lock.parent.mkdir(parents=True, exist_ok=True)

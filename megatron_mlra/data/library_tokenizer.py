@@ -1,4 +1,4 @@
-"""A stranger's `tokenizer.json` and the library that runs it: bounded growth, ordinary errors."""
+"""Untrusted `tokenizer.json` files: limits on the growth of a text, and errors of one kind."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from megatron_mlra.command_line.foreign_text import parse_json
 from megatron_mlra.data.errors import InputError, first_line
 
 MOST_GROWTH = 100
-"""Times that the replacements of a tokenizer may lengthen a text, one after the other."""
+"""Largest factor by which all replacements of a tokenizer together may lengthen a text."""
 
 _WIDENS = {"NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "ByteLevel": 4, "BertNormalizer": 3}
-"""Letters that one letter may become. A text that is normalised twice is as long as after once,
-until something else changes it; one that is written as bytes twice is not."""
+"""Most letters that one letter becomes. Normalising a text (`_NORMAL`) a second time in a row does
+not lengthen it; writing it as bytes a second time does."""
 _NORMAL = ("NFC", "NFD", "NFKC", "NFKD", "Precompiled")
 
 _CLASS = re.compile(r"\\[pP]\{[^{}]*\}")
-"""A class of Unicode, which Python's own expressions lack."""
+"""A class of Unicode letters, which Python's regular expressions lack."""
 
 
 @contextlib.contextmanager
 def ordinary_errors(what: str) -> Iterator[None]:
-    """Have the library's errors be input errors.
+    """Turn the errors of the `tokenizers` library into input errors.
 
-    A panic of its Rust code, as of a regular expression that backtracks too often, is no
-    `Exception`, and would pass every `except`; its other errors are plain `Exception`.
+    A panic of its Rust code (a regular expression that backtracks too often) is a `BaseException`
+    that `except Exception` would not catch. The library's other errors are plain `Exception`.
 
     Raises:
         InputError: one line that begins with `what`.
@@ -43,10 +43,11 @@ def ordinary_errors(what: str) -> Iterator[None]:
 
 
 def check_growth(tokenizer: Any) -> None:
-    """Refuse a `tokenizers.Tokenizer` that makes gigabytes of a short text.
+    """Refuse a `tokenizers.Tokenizer` that expands a short text to gigabytes.
 
     Raises:
-        InputError: what comes before or behind the model replaces by too much.
+        InputError: its normalizer, pre-tokenizer or decoder lengthens texts more than `MOST_GROWTH`
+            times.
     """
     for what in ("normalizer", "pre_tokenizer", "decoder"):
         part = getattr(tokenizer, what)
@@ -64,12 +65,12 @@ def check_growth(tokenizer: Any) -> None:
 
 
 def _factors(part: Any) -> Iterator[int]:
-    """How many times as long a text may become by each part that is one alone, in order."""
+    """The largest factor by which each part lengthens a text, in order of application."""
     normal = 1
     for kind, each in _flat(part):
         if kind in _NORMAL:
             factor = _precompiled(each) if kind == "Precompiled" else _WIDENS[kind]
-            # Behind one another they count as the widest of them.
+            # Consecutive normalisations together count as the widest of them.
             yield -(-max(normal, factor) // normal)
             normal = max(normal, factor)
             continue
@@ -85,7 +86,7 @@ def _factors(part: Any) -> Iterator[int]:
 
 
 def _flat(part: Any) -> Iterator[tuple[str, dict]]:
-    """The parts within a part, and within those, by their type."""
+    """(type, part) of every nested part, innermost first."""
     if not isinstance(part, dict):
         return
     for name in ("normalizers", "pretokenizers", "decoders"):
@@ -95,14 +96,14 @@ def _flat(part: Any) -> Iterator[tuple[str, dict]]:
 
 
 def _precompiled(part: dict) -> int:
-    """The most letters that a table of sentencepiece's writes for one: its texts lie behind its
-    tree, each with a zero at its end."""
+    """The most letters that one letter becomes by a table of sentencepiece: 4 bytes with the size
+    of a tree, the tree, then the replacements, each ended by a zero byte."""
     try:
         table = base64.b64decode(part["precompiled_charsmap"])
         texts = table[4 + int.from_bytes(table[:4], "little") :]
         return max(map(len, texts.decode("utf-8", errors="replace").split("\0")), default=1) or 1
     except (KeyError, TypeError, ValueError):
-        return 1  # the library refuses it
+        return 1  # the library refuses such a table
 
 
 def _replaced(pattern: dict[str, str], length: int) -> int:
@@ -113,8 +114,8 @@ def _replaced(pattern: dict[str, str], length: int) -> int:
 
 
 def _may_be_empty(pattern: str) -> bool:
-    """Whether a regular expression may match between two letters; True where that is unknown."""
+    """Whether a regular expression may match an empty text; True if unknown."""
     try:
         return re._parser.parse(_CLASS.sub("p", pattern)).getwidth()[0] == 0
-    except Exception:  # of another dialect, or nested too deeply
+    except Exception:  # another dialect than Python's, or nested too deeply
         return True

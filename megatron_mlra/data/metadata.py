@@ -1,4 +1,4 @@
-"""PREFIX.json: what a dataset was made from, so that a trainer can check that it fits."""
+"""PREFIX.json: how a dataset was made, so that a trainer can check whether the dataset fits."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ METADATA_VERSION = 1
 
 
 def read_metadata(prefix: str) -> dict[str, Any] | None:
-    """Metadata of the dataset at ``prefix``, or None where it has none (other tools write none).
+    """Metadata of the dataset at ``prefix``, or None without PREFIX.json (other tools write none).
 
     The keys are listed in docs/data.md.
 
     Raises:
-        InputError: the file is damaged or of another version.
+        InputError: the file is damaged, or its `version` is not `METADATA_VERSION`.
     """
     file = Path(prefix + ".json")
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""The preprocessing from arguments to files: checks, workers, order, counts."""
+"""Preprocessing, from arguments to files: checks, worker processes, order, counts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from megatron_mlra.data.sources import Source, find_sources
 from megatron_mlra.data.tokenizers import Tokenizer, TokenizerSpec, build_tokenizer
 from megatron_mlra.data.writer import SUFFIXES, DatasetWriter, check_output
 
-_BATCHES_IN_FLIGHT = 4  # per worker: enough to hide reading, and the bound on memory
+_BATCHES_IN_FLIGHT = 4
+"""Batches per worker that are submitted at once: enough to hide reading, few enough for memory."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class PreprocessConfig:
     record_bytes: int = RECORD_BYTES
     """Most bytes of one line, text file, parquet cell or document of token shards, decompressed."""
     split_lines: bool = False
-    """Every line of a text file is a document; otherwise the file is one."""
+    """Every line of a text file is a document; otherwise the whole file is one document."""
     append_eod: bool = True
     """End every document with the end-of-document id."""
     shard_eod_id: int = DEFAULT_EOD
@@ -54,9 +55,9 @@ class PreprocessConfig:
     shard_vocab_size: int | None = None
     """Token shards: size of their vocabulary; default ``shard_eod_id`` + 1."""
     workers: int = 1
-    """Tokenising processes; the output does not depend on it."""
+    """Number of tokenising processes; does not change the output."""
     on_error: str = "fail"
-    """fail: a bad record stops the run; skip: it is reported, counted and left out."""
+    """fail: a bad record stops the run; skip: bad records are reported, counted and left out."""
     overwrite: bool = False
     """Replace earlier output."""
 
@@ -71,10 +72,10 @@ def preprocess(
 
     Args:
         report: called with ``file:line: reason`` for every skipped record.
-        progress: show a bar of bytes read on a terminal.
+        progress: show a bar of bytes read.
 
     Raises:
-        BadRecordError: a bad record, with ``on_error`` "fail"; nothing is written.
+        BadRecordError: a record is bad and ``on_error`` is "fail"; nothing is written.
         InputError: arguments or inputs are wrong; nothing is written.
         OSError: reading or writing failed; nothing is written.
     """
@@ -119,7 +120,7 @@ def preprocess(
 
 
 def _check(config: PreprocessConfig) -> list[Source]:
-    """The sources, after every check that reads no document."""
+    """The sources, after all checks that need not read a document."""
     if config.workers < 1:
         raise InputError(f"--workers {config.workers}: use 1 or more")
     if config.record_bytes < 1:
@@ -216,7 +217,7 @@ def _encode_in_workers(config: PreprocessConfig, batches: Iterator[Batch]) -> Ge
     """Encode in processes; results come in the order of the batches."""
     pool = ProcessPoolExecutor(
         config.workers,
-        # Not fork: the parent may have imported torch, whose threads do not survive it.
+        # Not fork: the parent may have imported torch, whose threads a fork does not copy.
         mp_context=get_context("spawn"),
         initializer=_start_worker,
         initargs=(config.tokenizer, config.append_eod, config.json_key),
@@ -224,8 +225,8 @@ def _encode_in_workers(config: PreprocessConfig, batches: Iterator[Batch]) -> Ge
     pending: deque[Future[Encoded]] = deque()
     try:
         for batch in batches:
-            # Submitting starts workers, which inherit the deferral: a terminal sends Ctrl-C to all
-            # processes of the group, but the parent alone must act on it.
+            # Submitting may start workers, which inherit the blocked signals. A terminal sends
+            # Ctrl-C to all processes of the group, and only the parent must act on it.
             with deferred():
                 pending.append(pool.submit(_encode_batch, batch))
             if len(pending) >= config.workers * _BATCHES_IN_FLIGHT:
@@ -236,12 +237,13 @@ def _encode_in_workers(config: PreprocessConfig, batches: Iterator[Batch]) -> Ge
         pool.shutdown(cancel_futures=True)
 
 
-_encoder: Encoder | None = None  # of this worker process
+_encoder: Encoder | None = None
+"""The encoder of this worker process."""
 
 
 def _start_worker(spec: TokenizerSpec, append_eod: bool, json_key: str) -> None:
     global _encoder
-    # Ctrl-C stays blocked; SIGTERM is how the pool ends workers when one of them has died.
+    # Ctrl-C stays blocked. SIGTERM must not: by it the pool ends its workers after one has died.
     signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGINT})
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     _encoder = Encoder(build_tokenizer(spec), append_eod=append_eod, json_key=json_key)

@@ -1,5 +1,5 @@
-"""Prefixes of datasets on a command line: PREFIX.bin and PREFIX.idx. Nothing beyond the standard
-library, so that a prefix that is none is refused before anything is imported."""
+"""Prefixes of datasets on a command line: PREFIX names PREFIX.bin and PREFIX.idx. Only the standard
+library is used, so that a wrong prefix is refused before slow imports."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ NO_DATA = (
 
 
 def is_number(word: str) -> bool:
-    """Whether a word of a blend is a weight: `0.3 data/a 0.7 data/b`. One that is not finite is
-    one too, which is refused later."""
+    """Whether a word of a blend (`0.3 data/a 0.7 data/b`) is a weight. Weights that are not finite
+    count too; they are refused later."""
     try:
         float(word)
     except ValueError:
@@ -31,7 +31,7 @@ def check_files(prefix: str) -> None:
     """Check that a dataset's two files are there.
 
     Raises:
-        ValueError: names the file that is not, and what to do.
+        ValueError: one is missing; names the file and the fix.
     """
     for suffix in (".idx", ".bin"):
         path = Path(prefix + suffix)

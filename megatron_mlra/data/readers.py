@@ -1,6 +1,6 @@
 """Readers: input files to batches of undecoded documents, in order and in bounded memory.
 
-The parent process reads and decompresses; decoding, parsing and tokenising a batch is the workers'.
+The parent process reads and decompresses. The workers decode, parse and tokenise.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from megatron_mlra.data.sources import Source
 
 BATCH_BYTES = 1 << 20
 RECORD_BYTES = 256_000_000
-"""Most bytes of one record, unless the caller says otherwise."""
+"""Default of the most bytes of one record."""
 _PARQUET_ROWS = 64
 _ZSTD_PIECE = 2048
-"""Compressed bytes given to zstd at a time: they can stand for 64 MiB, 128 KiB per 3 bytes."""
+"""Compressed bytes given to zstd at a time. 3 bytes expand to at most 128 KiB, all to 64 MiB."""
 
 
 @dataclass(frozen=True)
@@ -31,24 +31,25 @@ class Batch:
     """Index of the source."""
     path: str
     parser: str
-    """json: a document is a JSON line; text: a line of text; file: a whole text file;
-    cell: a parquet cell."""
+    """What a document is: json, a JSON line; text, a line of text; file, a whole text file; cell, a
+    parquet cell."""
     first: int
     """Line or row number of the first document, from 1."""
     documents: list[bytes | int | None] = field(default_factory=list)
-    """None: a null cell. A number: a record of more bytes than that, left unread."""
+    """bytes: a document. None: a null cell. A number: the limit of bytes that a record exceeds,
+    which is left unread."""
     consumed: int = 0
-    """Bytes of the source read since the batch before, for the progress bar."""
+    """Bytes of the source read since the previous batch, for the progress bar."""
     failure: str | None = None
-    """Why reading the source ended before its end, after ``documents``."""
+    """Why reading stopped after ``documents`` and before the end of the source."""
 
 
 class ZstdReader(io.RawIOBase):
-    """Decompressed bytes of a .zst file, of several frames too.
+    """Decompressed bytes of a .zst file, which may have several frames.
 
     Raises:
-        EOFError: on reading the end of a file whose last frame is cut off (the package's own stream
-            reader ends there without an error).
+        EOFError: while reading, if the last frame is cut off (the package's own stream reader ends
+            there without an error).
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -86,10 +87,10 @@ class ZstdReader(io.RawIOBase):
 
 
 def check_readers(sources: list[Source], parquet_column: str) -> None:
-    """Check what can be checked without reading the sources.
+    """Check packages, and the schemas of parquet files.
 
     Raises:
-        InputError: a package is missing, a file is not parquet, or it lacks the column.
+        InputError: a package is missing, or a parquet file is damaged or lacks the column.
     """
     if any(source.compression == ".zst" for source in sources):
         require("zstandard", "reading .zst")
@@ -107,9 +108,12 @@ def read_batches(
     parquet_column: str,
     record_bytes: int = RECORD_BYTES,
 ) -> Iterator[Batch]:
-    """Batches of about ``BATCH_BYTES`` of one source; damage ends the last one's ``failure``. Of a
-    line or file of more than ``record_bytes``, decompressed, no more is held in memory, and of a
-    parquet file no cells that a larger one must be among, by the sizes that the file declares."""
+    """Batches of about ``BATCH_BYTES`` of one source. If the source is damaged, the last batch says
+    why in ``failure``.
+
+    At most ``record_bytes`` decompressed bytes of a line or text file are in memory. A row group of
+    a parquet file is not read if its declared size implies a cell of more than ``record_bytes``.
+    """
     if source.size == 0:
         yield Batch(index, source.path, "file", 1, failure="the file is empty (0 bytes)")
     elif source.format == "parquet":
@@ -129,7 +133,7 @@ def _open(source: Source, raw: IO[bytes]) -> IO[bytes]:
 
 
 def _damage(source: Source) -> tuple[type[Exception], ...]:
-    """What reading a damaged file of this compression raises."""
+    """The errors that reading a damaged file of this compression raises."""
     errors: tuple[type[Exception], ...] = (EOFError, OSError, zlib.error)
     return (
         (*errors, require("zstandard", ".zst").ZstdError)
@@ -181,8 +185,10 @@ def _read_lines(index: int, source: Source, most: int) -> Iterator[Batch]:
 
 
 def _open_parquet(path: str, column: str | None = None) -> Any:
-    """Args:
-    column: to be read as numbers of distinct values.
+    """The pyarrow.parquet.ParquetFile; `column` is read as a dictionary array.
+
+    Raises:
+        InputError: the file is not parquet.
     """
     parquet = require("pyarrow.parquet", "reading parquet")
     try:
@@ -214,7 +220,8 @@ def _read_parquet(index: int, source: Source, column: str, most: int) -> Iterato
             while True:
                 try:
                     cells = next(batches, None)
-                except (ValueError, OSError, MemoryError) as error:  # a page says its own size
+                # MemoryError: a damaged page may declare any size.
+                except (ValueError, OSError, MemoryError) as error:
                     yield Batch(index, source.path, "cell", first, [], 0, first_line(error))
                     return
                 if cells is None:
@@ -225,7 +232,7 @@ def _read_parquet(index: int, source: Source, column: str, most: int) -> Iterato
 
 
 def _group_cells(file: Any, group: int, column: str, most: int) -> Iterator[list]:
-    """Documents of a row group, some ``BATCH_BYTES`` at a time.
+    """Documents of a row group, about ``BATCH_BYTES`` at a time.
 
     Raises:
         ValueError, OSError: the group is damaged, or must hold a cell of more than ``most`` bytes.
@@ -234,7 +241,7 @@ def _group_cells(file: Any, group: int, column: str, most: int) -> Iterator[list
     described = file.metadata.row_group(group)
     parts = [described.column(i) for i in range(described.num_columns)]
     size = sum(part.total_uncompressed_size for part in parts if part.path_in_schema == column)
-    # Beside the text a cell takes some bytes of levels and lengths.
+    # A cell also takes some bytes for levels and lengths.
     if size > described.num_rows * (most + 64) + (1 << 20):
         raise ValueError(
             f"row group {group} has {size / 1e6:,.0f} MB in {described.num_rows:,} rows, more than"
@@ -242,7 +249,7 @@ def _group_cells(file: Any, group: int, column: str, most: int) -> Iterator[list
         )
     rows = max(1, min(_PARQUET_ROWS, BATCH_BYTES * described.num_rows // max(size, 1)))
     for table in file.iter_batches(batch_size=rows, row_groups=[group], columns=[column]):
-        # A value that stands in many rows is in memory once, until it is handed on.
+        # In a dictionary array a value that many rows share is in memory once.
         cells = table.column(0)
         sizes = compute.binary_length(cells.dictionary).to_pylist()
         documents: list[bytes | int | None] = []
@@ -260,5 +267,5 @@ def _group_cells(file: Any, group: int, column: str, most: int) -> Iterator[list
 
 
 def _cell_bytes(cell: Any) -> bytes | None:
-    """Bytes, not str: a cell that is not UTF-8 is one bad record, not the end of the file."""
+    """The cell as bytes, not str: decoding here would end the file at a cell that is not UTF-8."""
     return cell.as_buffer().to_pybytes() if cell.is_valid else None

@@ -1,9 +1,9 @@
-"""Token shards as nanoGPT-style FineWeb scripts write them, to documents.
+"""Reads documents from token shards, the format of nanoGPT-style FineWeb scripts.
 
 A shard is 256 int32 (magic, version, number of tokens, zeros), then uint16 tokens, little-endian.
-The end-of-document id separates documents; those scripts write it in front of each document and cut
-a document where a shard is full. Megatron wants it behind, so tokens are split after each id, and
-the rest of a shard continues in the next one.
+Those scripts write the end-of-document id before each document, and cut a document where a shard is
+full. Megatron expects the id after each document. So tokens are split after each id, and the rest
+of a shard continues in the next shard.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def check_shards(sources: Sequence[Source]) -> None:
     """Check the header and the size of every shard.
 
     Raises:
-        InputError: wrong magic, version or size; the message has the numbers found and expected.
+        InputError: wrong magic, version or size; the message gives the numbers found and expected.
     """
     for source in sources:
         _token_count(source.path)
@@ -37,14 +37,14 @@ def check_shards(sources: Sequence[Source]) -> None:
 def read_shards(
     sources: Sequence[Source], *, eod: int, vocab_size: int, append_eod: bool, record_bytes: int
 ) -> Generator[Encoded]:
-    """Documents of shards that follow each other, a chunk at a time.
+    """Documents of consecutive shards, a chunk at a time.
 
     Raises:
         BadRecordError: a token is outside the vocabulary, the first shard holds no EOD, or a
-            document, which is held in memory, has more than `record_bytes`.
+            document has more than `record_bytes` (a document is held in memory whole).
     """
     dtype = token_dtype(vocab_size)
-    rest = np.empty(0, np.uint16)  # tokens of the document that is still open
+    rest = np.empty(0, np.uint16)  # tokens of the document whose end is not read yet
     for index, source in enumerate(sources):
         ended = 0
         for chunk, start in _chunks(source.path):
@@ -67,7 +67,7 @@ def read_shards(
             tokens, lengths = _documents(stream[:closed], ends, append_eod)
             yield Encoded(index, tokens.astype(dtype), lengths, consumed=chunk.nbytes)
         if index == 0 and not ended:
-            # With a wrong id the whole corpus would be one document, held in memory.
+            # With a wrong id the whole corpus would be one document, in memory.
             raise BadRecordError(f"{source.path} holds no token {eod}: pass the right --eod-id")
     if rest.size:
         tokens = np.append(rest, np.uint16(eod)) if append_eod else rest
@@ -77,7 +77,11 @@ def read_shards(
 def _documents(
     stream: np.ndarray, ends: np.ndarray, append_eod: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and lengths of documents that end at ``ends``, the positions of EOD in ``stream``."""
+    """Tokens and lengths (int64 [documents]) of the documents of ``stream`` that are not empty.
+
+    Args:
+        ends: positions of the EOD ids in ``stream``.
+    """
     lengths = np.diff(ends, prepend=-1)
     full = lengths > 1
     tokens = np.delete(stream, ends[~full] if append_eod else ends)
@@ -85,7 +89,7 @@ def _documents(
 
 
 def _chunks(path: str) -> Iterator[tuple[np.ndarray, int]]:
-    """Chunks of a shard, uint16 [<= _CHUNK_TOKENS], each with the position of its first token."""
+    """Chunks of a shard, uint16 [<= _CHUNK_TOKENS], each with its first token's position."""
     count = _token_count(path)
     with open(path, "rb") as file:
         file.seek(_HEADER_BYTES)

@@ -1,4 +1,4 @@
-"""Input files: what the arguments name, checked before any work is spent."""
+"""The input files that the arguments name, checked before any work."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
     """Expand paths and globs, in the order given; the matches of a glob are sorted.
 
     Raises:
-        InputError: nothing matches, a file is missing, unreadable, named twice, of an unknown
-            suffix, or token shards are mixed with text.
+        InputError: a glob matches nothing; a file is missing, unreadable, named twice, or has an
+            unknown suffix; or token shards are mixed with text.
     """
     if not inputs:
         raise InputError("no input files")

@@ -1,14 +1,13 @@
 """Tokenizers: bytes, a Hugging Face tokenizer.json, tiktoken.
 
-None of them reads special tokens out of a document: ``<|endoftext|>`` written in a text is encoded
-as the characters it is, so no document can forge its own end.
+The text ``<|endoftext|>`` inside a document is encoded as ordinary characters, never as a special
+token: no document can forge its own end.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +16,18 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_mlra.command_line.foreign_text import read_json
+from megatron_mlra.command_line.plain_file import sha256
 from megatron_mlra.data.errors import InputError, first_line, require
 from megatron_mlra.data.library_tokenizer import check_growth, ordinary_errors
 
 TOKENIZER_TYPES = ("byte", "hf", "tiktoken")
 TOKENIZER_BYTES = 256 << 20
-"""Most bytes of a tokenizer's file; one of 256,000 tokens has 33 MB."""
+"""Most bytes of a tokenizer's file; that of 256,000 tokens has 33 MB."""
 
 
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """Which tokenizer to build: small enough to send to a worker process."""
+    """Names a tokenizer. Worker processes are sent this and build the tokenizer themselves."""
 
     type: str
     """One of ``TOKENIZER_TYPES``."""
@@ -42,10 +42,11 @@ class TokenizerSpec:
 
 
 class Tokenizer(Protocol):
-    """What the preprocessing needs of a tokenizer."""
+    """The interface of all tokenizers."""
 
     vocab_size: int
     eod: int
+    """Id of the end of a document."""
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of a text, without an end-of-document id."""
@@ -76,16 +77,14 @@ class ByteTokenizer:
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
 
     def detokenize(self, ids: Iterable[int]) -> str:
-        """Bytes back to text: ids of EOD vanish, all that is not UTF-8 becomes U+FFFD.
-
-        Ids above 256 (rows that only pad a vocabulary) also become U+FFFD.
-        """
+        """The text of ids. EOD is left out; bytes that are not UTF-8 and ids above 256 (rows that
+        pad a vocabulary) become U+FFFD."""
         never_utf8 = 0xFF
         data = bytes(i if 0 <= i < 256 else never_utf8 for i in ids if i != self.eod)
         return data.decode("utf-8", errors="replace")
 
     def describe(self) -> dict[str, Any]:
-        """Type only: there is no model file."""
+        """The type alone: there is no model file."""
         return {"type": "byte"}
 
 
@@ -96,11 +95,11 @@ class HFTokenizer:
         """Load ``model``, a tokenizer.json or the folder that holds it.
 
         Raises:
-            InputError: no such file, not a tokenizer, or no end-of-document token known.
+            InputError: the file is missing or no tokenizer, or no end-of-document token is known.
         """
         self._file = _tokenizer_json(Path(model))
         self._tokenizer = read_tokenizer_json(self._file)
-        # A saved tokenizer may cut or pad what it encodes; a corpus must stay whole.
+        # A saved tokenizer may be set to truncate or pad texts; documents must stay whole.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
@@ -136,12 +135,12 @@ class HFTokenizer:
             return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def describe(self) -> dict[str, Any]:
-        """Type, file, its SHA-256, and the token that ends a document."""
+        """Type, file, the file's SHA-256, and the token that ends a document."""
         return {
             "type": "hf",
-            # The data are read from other working directories.
+            # Absolute: programs in other working directories read the data.
             "model": str(self._file.absolute()),
-            "sha256": file_sha256(self._file),
+            "sha256": sha256(self._file),
             "eod_token": self._eod_token,
         }
 
@@ -153,7 +152,8 @@ class TiktokenTokenizer:
         """Load the encoding called ``model``, or the ranks file at that path.
 
         Raises:
-            InputError: unknown name, failed download, wrong ranks file, wrong pattern.
+            InputError: the name is unknown, the download fails, or the ranks file or the pattern is
+                wrong.
         """
         library = require("tiktoken", "the tiktoken tokenizer")
         self._file = Path(model) if Path(model).exists() else None
@@ -181,22 +181,22 @@ class TiktokenTokenizer:
             return self._encoding.encode_ordinary(text)
 
     def detokenize(self, ids: Iterable[int]) -> str:
-        """The text of ids; what is not UTF-8 becomes U+FFFD, EOD is left out."""
+        """The text of ids. EOD is left out; bytes that are not UTF-8 become U+FFFD."""
         return self._encoding.decode([i for i in ids if i != self.eod], errors="replace")
 
     def describe(self) -> dict[str, Any]:
-        """Type, name or file, word pattern, and the SHA-256 of a file."""
+        """Type, name or file, word pattern, and the SHA-256 of a ranks file."""
         described = {"type": "tiktoken", "model": self._name, "pattern": self._encoding._pat_str}
         if self._file is not None:
-            described["sha256"] = file_sha256(self._file)
+            described["sha256"] = sha256(self._file)
         return described
 
 
 def build_tokenizer(spec: TokenizerSpec) -> Tokenizer:
-    """Build what ``spec`` names.
+    """Build the tokenizer that ``spec`` names.
 
     Raises:
-        InputError: unknown type, an option that the type does not take, or a wrong model.
+        InputError: the type is unknown or does not take an option, or the model is wrong.
     """
     if spec.type not in TOKENIZER_TYPES:
         raise InputError(f"unknown tokenizer {spec.type!r}: use {', '.join(TOKENIZER_TYPES)}")
@@ -218,8 +218,8 @@ def read_tokenizer_json(file: Path) -> Any:
     """The `tokenizers.Tokenizer` of a file.
 
     Raises:
-        InputError: the library cannot read it, it makes too much of a text, or the package is
-            missing.
+        InputError: the library cannot read the file, the tokenizer lengthens texts too much (see
+            `check_growth`), or the package is missing.
     """
     library = require("tokenizers", "the hf tokenizer")
     if file.stat().st_size > TOKENIZER_BYTES:
@@ -259,7 +259,7 @@ def _named_encoding(library: Any, name: str) -> Any:
         raise InputError(f"{name!r} is no ranks file and no tiktoken encoding: {', '.join(known)}")
     try:
         return library.get_encoding(name)
-    except Exception as error:  # network, proxy, disk and hash errors of several packages
+    except Exception as error:  # several packages raise network, proxy, disk and hash errors
         raise InputError(
             f"tiktoken could not download the encoding {name!r} ({type(error).__name__}): "
             "pass a local ranks file, --tokenizer-model FILE.tiktoken"
@@ -303,8 +303,3 @@ def _read_ranks(file: Path) -> dict[bytes, int]:
     if missing:
         raise InputError(f"{file} lacks {missing} of the 256 single bytes: not a full ranks file")
     return ranks
-
-
-def file_sha256(file: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -15,28 +15,29 @@ from typing import Any
 import numpy as np
 
 from megatron_mlra.command_line.parser import make_folder
+from megatron_mlra.command_line.plain_file import sha256
 from megatron_mlra.command_line.signals import deferred
-from megatron_mlra.data.contents import SUMMED, sha256
+from megatron_mlra.data.contents import SUMMED
 from megatron_mlra.data.errors import InputError
 from megatron_mlra.data.index import INDEX_HEADER
 from megatron_mlra.data.metadata import read_metadata
 
 SUFFIXES = (".bin", ".idx", ".json")
 MAX_DOCUMENT_TOKENS = np.iinfo(np.int32).max
-"""The index stores lengths as int32."""
+"""An index stores lengths as int32."""
 
 
 class DatasetWriter:
     """Context manager that writes ``PREFIX.bin``, ``PREFIX.idx`` and ``PREFIX.json``.
 
-    All is written to ``*.partial-PID-RANDOM`` beside the target; ``publish`` renames it into place.
-    Left without ``publish``, by an exception or a signal, it removes what it wrote and earlier
-    output stays as it was.
+    Files are written as ``*.partial-PID-RANDOM`` beside the target, and ``publish`` renames them
+    into place. If the block ends without ``publish``, by an exception or a signal, they are removed
+    and earlier output stays as it was.
     """
 
     def __init__(self, prefix: str, dtype: type[np.number], *, overwrite: bool) -> None:
         self._final = {suffix: prefix + suffix for suffix in SUFFIXES}
-        # In containers that share a folder two processes may have one number.
+        # Processes of two containers that share a folder may have the same id.
         own = f"{os.getpid()}-{uuid.uuid4().hex[:16]}"
         self._partial = {suffix: f"{path}.partial-{own}" for suffix, path in self._final.items()}
         self._dtype = dtype
@@ -52,7 +53,15 @@ class DatasetWriter:
         return self
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Append documents: ``tokens`` [sum of lengths] one after the other, ``lengths`` [n]."""
+        """Append documents.
+
+        Args:
+            tokens: all documents, concatenated, of the writer's dtype, [sum of lengths].
+            lengths: tokens of each document, [documents].
+
+        Raises:
+            InputError: a document has more tokens than an index can store.
+        """
         if self._builder is None:
             self._builder = _indexed_dataset().IndexedDatasetBuilder(
                 self._partial[".bin"], dtype=self._dtype
@@ -71,11 +80,11 @@ class DatasetWriter:
         """Complete the files and rename them into place, ``.bin`` before ``.idx``. The files'
         checksums are added to ``metadata``.
 
-        Earlier output goes first, index before data: at no moment does an index stand beside data
-        that it does not describe.
+        An earlier index is removed first: at no moment is there an index beside data that it does
+        not describe.
 
         Raises:
-            InputError: without ``overwrite``, output has come meanwhile, from another process.
+            InputError: ``overwrite`` is off, and another process has written the output meanwhile.
         """
         with _naming(self._final[".bin"]):
             self._builder.finalize(self._partial[".idx"])
@@ -96,7 +105,11 @@ class DatasetWriter:
                 os.replace(self._partial[suffix], self._final[suffix])
 
     def _claim(self) -> None:
-        """Of several processes that publish in one moment one alone makes the file."""
+        """Create ``.bin``, which succeeds in only one of several processes.
+
+        Raises:
+            InputError: the file exists.
+        """
         try:
             open(self._final[".bin"], "xb").close()
         except FileExistsError:
@@ -111,7 +124,7 @@ class DatasetWriter:
         trace: TracebackType | None,
     ) -> None:
         if self._builder is not None:
-            # On a full disk closing flushes, and fails, once more.
+            # Closing flushes, which fails again on a full disk.
             with contextlib.suppress(OSError):
                 self._builder.data_file.close()
         for path in self._partial.values():
@@ -123,7 +136,8 @@ def check_output(prefix: str, *, overwrite: bool) -> None:
     """Make the folder of ``prefix``, and check that output may be written there.
 
     Raises:
-        InputError: the folder cannot be made, or output exists and ``overwrite`` is off.
+        InputError: ``prefix`` names no file; its folder cannot be made; or output exists and
+            ``overwrite`` is off, or is no dataset.
     """
     if prefix.endswith((".bin", ".idx")):
         raise InputError(f"--output-prefix {prefix}: leave out the suffix {prefix[-4:]}")
@@ -144,14 +158,14 @@ def check_output(prefix: str, *, overwrite: bool) -> None:
 
 
 def _check_replaceable(prefix: str) -> None:
-    """What --overwrite replaces must be a dataset, not a file that only has such a name.
+    """Check that the files that --overwrite would replace belong to a dataset.
 
     Raises:
-        InputError: names the file; it stays as it is.
+        InputError: names the file that does not.
     """
     known = {
         ".idx": lambda path: _begins(path, INDEX_HEADER),
-        # Data has no header of its own.
+        # A .bin has no header; its index tells.
         ".bin": lambda path: os.path.lexists(prefix + ".idx") or not os.path.getsize(path),
         ".json": lambda path: "tokenizer" in (read_metadata(prefix) or {}),
     }
@@ -173,7 +187,8 @@ def _begins(path: str, header: bytes) -> bool:
 
 
 def _indexed_dataset() -> Any:
-    # Importing Megatron takes seconds and warns about accelerators that no tokeniser needs.
+    # Imported here, since Megatron takes seconds to import. Its warnings concern accelerators,
+    # which preprocessing does not need.
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
@@ -194,7 +209,7 @@ def _sync(path: str) -> None:
 
 @contextlib.contextmanager
 def _naming(path: str) -> Iterator[None]:
-    """Gives errors of writing, which know no file name, this one."""
+    """Add the file's name to OSErrors without one."""
     try:
         yield
     except OSError as error:

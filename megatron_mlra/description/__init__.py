@@ -1,9 +1,9 @@
-"""What a model is: one description, its tensors' names and shapes, Megatron's arguments, presets.
+"""The description of a model: sizes, names and shapes of tensors, Megatron's arguments, presets.
 
 Start with model.py (ModelDescription).
 
 May import:   command_line; nothing else of the package, no torch, no Megatron
 Imported by:  every package but maths, data and hf
-Never:        how a model is stored, sharded or run
+Never:        storage, sharding or execution of a model
 Held by:      tests/unit/description
 """

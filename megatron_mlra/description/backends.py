@@ -1,7 +1,7 @@
-"""What implementations, forms and layouts are called, wherever one is chosen.
+"""The names of implementations, forms and layouts, for all flags and arguments that choose one.
 
-`auto` takes the fastest that runs, `torch` is plain torch, `te` Transformer Engine and
-`mlra_kernels` this project's kernels. Each choice offers some of them.
+`auto` takes the fastest implementation that runs, `torch` is plain torch, `te` Transformer Engine,
+`mlra_kernels` this project's kernels. Each choice offers some of these.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import cache
 AUTO, TORCH, TE, MLRA_KERNELS = "auto", "torch", "te", "mlra_kernels"
 
 TP_LAYOUTS = ("head", "latent")
-"""Which cut of latent attention over tensor-parallel ranks: heads, or latents."""
+"""How latent attention is cut over tensor-parallel ranks: by heads or by latents."""
 CORE_FORMS = (AUTO, "absorbed", "materialized")
 CORE_BACKENDS = (AUTO, TORCH, TE, MLRA_KERNELS)
 LATENT_KERNELS = (AUTO, TORCH, MLRA_KERNELS)
@@ -23,11 +23,11 @@ OLD_NAMES = {
     "latent_kernels": {"triton": MLRA_KERNELS},
     "backend": {"reference": TORCH, "triton": MLRA_KERNELS},
 }
-"""By choice: names of an earlier version, which are understood for one more."""
+"""Choice -> old name -> new name; the old names are accepted for one more version."""
 
 
 def current_name(choice: str, name: str) -> str:
-    """The name today of an implementation; for an old name, says so in one line, once.
+    """The current name of an implementation. For an old name prints one line, once.
 
     Args:
         choice: a key of OLD_NAMES.

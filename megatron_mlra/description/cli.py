@@ -1,4 +1,4 @@
-"""Command line of the presets: their list, or the values of one."""
+"""Command line of `mlra presets`: the list of presets, or the values of one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _plain(value: object) -> str:
-    """A value as YAML has it."""
+    """A value as YAML writes it."""
     if isinstance(value, bool):
         return str(value).lower()
     return "null" if value is None else str(value)

@@ -20,7 +20,7 @@ _SAME = (
     "moe_router_enable_expert_bias",
     "moe_router_dtype",
 )
-"""Fields that are Megatron's arguments as they are."""
+"""Fields whose name and value are those of Megatron's arguments."""
 
 REFUSED = (
     "moe_router_num_groups",
@@ -36,10 +36,10 @@ REFUSED = (
     "moe_router_force_load_balancing",
     "moe_router_force_biased",
 )
-"""Megatron's arguments that change what a layer computes, and that nothing here computes."""
+"""Megatron's arguments that change the function of a layer, which this project does not support."""
 
 REFUSED_BALANCING = ("sinkhorn", "quantile_balancing")
-"""Of `moe_router_load_balancing_type`: these choose experts by another rule than top-k."""
+"""Values of `moe_router_load_balancing_type` that choose experts by another rule than top-k."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,23 +59,23 @@ class ExpertSizes:
     """Hidden size of all shared experts together; 0 for none."""
 
     moe_router_topk: int = 0
-    """k, experts a token visits."""
+    """k, experts per token."""
 
     moe_router_score_function: str = "softmax"
     """'softmax' over the experts, or 'sigmoid' of each."""
 
     moe_router_pre_softmax: bool = False
-    """Of 'softmax': the k largest of the softmax over all experts, rather than a softmax over the k
-    largest logits, which sums to 1."""
+    """Of 'softmax': the weights are the k largest of a softmax over all experts, instead of a
+    softmax over the k largest logits, which sums to 1."""
 
     moe_router_topk_scaling_factor: float = 1.0
     """Multiplies the weights of the k experts."""
 
     moe_router_enable_expert_bias: bool = False
-    """Of 'sigmoid': a bias that counts in the choice of experts and not in their weights."""
+    """Of 'sigmoid': whether a bias is added in the choice of experts (not in their weights)."""
 
     moe_router_dtype: str | None = None
-    """Of the router's logits and weights: None for the activations', or 'fp32'."""
+    """Dtype of the router's logits and weights: None for that of the activations, or 'fp32'."""
 
     def is_moe(self, layer: int) -> bool:
         """Whether a layer has experts."""
@@ -83,12 +83,12 @@ class ExpertSizes:
 
     @property
     def num_dense_layers(self) -> int:
-        """Layers of a mixture of experts whose MLP is dense; 0 in a dense model."""
+        """Number of layers with a dense MLP in a mixture of experts; 0 in a dense model."""
         return self.moe_layer_pattern.count(0)
 
     @property
     def stacks_layers(self) -> bool:
-        """Whether Megatron stores all layers as one tensor: it does where they are of one kind."""
+        """Whether all layers are of one kind, which Megatron stores stacked in one tensor."""
         return len(set(self.moe_layer_pattern)) <= 1
 
     @property
@@ -99,7 +99,7 @@ class ExpertSizes:
         return self.moe_router_topk > 1
 
     def experts_problem(self, num_layers: int) -> str | None:
-        """One line if these fields make no model."""
+        """One line on the first field with an invalid value, or None."""
         if not self.num_experts:
             set_fields = [n for n in (*_COUNTS, "moe_layer_pattern") if getattr(self, n)]
             return f"{set_fields[0]} is set, and num_experts is 0" if set_fields else None
@@ -121,7 +121,8 @@ class ExpertSizes:
         return None
 
     def routing_problem(self) -> str | None:
-        """One line for routing that checkpoints, exports and inference of this project lack."""
+        """One line on routing that this project's checkpoints, exports and inference do not
+        support, or None."""
         if not self.num_experts:
             return None
         for name, allowed in (
@@ -139,7 +140,7 @@ class ExpertSizes:
 
 
 def refused_experts(args: Mapping[str, Any]) -> str | None:
-    """One line for routing, in a run's arguments, that cannot be converted."""
+    """One line on routing in a run's arguments that cannot be converted, or None."""
     if not args.get("num_experts"):
         return None
     for name in REFUSED:
@@ -156,7 +157,7 @@ def expert_fields(args: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
     """Fields of ExpertSizes from a run's arguments, a preset or a config.
 
     Raises:
-        ValueError: for a moe_layer_freq that is no pattern of the layers.
+        ValueError: moe_layer_freq is no pattern of the layers.
     """
     experts = args.get("num_experts") or args.get("num_moe_experts")
     if not experts:
@@ -184,7 +185,8 @@ def expert_fields(args: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
 
 
 def expert_args(sizes: ExpertSizes) -> dict[str, Any]:
-    """Megatron's arguments, which its config has too (`num_experts` as `num_moe_experts`)."""
+    """Megatron's arguments of the experts. Its config has the same names, but `num_moe_experts` for
+    `num_experts`."""
     if not sizes.num_experts:
         return {}
     pattern, scale = sizes.moe_layer_pattern, sizes.moe_router_topk_scaling_factor

@@ -24,17 +24,17 @@ class LatentSizes:
 
     @property
     def q_scale(self) -> float:
-        """a_q = sqrt(d / d_q), or 1."""
+        """a_q = sqrt(d / d_q); 1 without variance scaling or without a query latent."""
         if not self.variance_scaling or self.q_lora_rank is None:
             return 1.0
         return math.sqrt(self.hidden_size / self.q_lora_rank)
 
     @property
     def kv_scale(self) -> float:
-        """a_kv = sqrt(d / d_l), or 1."""
+        """a_kv = sqrt(d / d_l); 1 without variance scaling."""
         return math.sqrt(self.hidden_size / self.latent_dim) if self.variance_scaling else 1.0
 
     @property
     def branch_scale(self) -> float:
-        """N^-1/2, or 1."""
+        """N^-1/2; 1 without variance scaling."""
         return self.num_branches**-0.5 if self.variance_scaling else 1.0

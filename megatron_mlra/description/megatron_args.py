@@ -1,4 +1,4 @@
-"""A model's description from and to the arguments that a Megatron run saves with its weights."""
+"""Conversion between a model's description and the arguments that a Megatron run saves."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from megatron_mlra.description.model import MOST_LAYERS, YARN, CheckpointError, 
 
 
 def from_megatron_args(args: Any, **overrides: Any) -> ModelDescription:
-    """The model of a run's arguments, a preset (a mapping) or a Megatron config.
+    """The model that a run's arguments, a preset (a mapping) or a Megatron config describes.
 
-    Megatron's names are read (`qk_head_dim`, `padded_vocab_size`, `num_experts`, ...); `overrides`
-    are fields of ModelDescription and win. Without `padded_vocab_size`, the embedding is padded as
-    Megatron pads it. Whether its checkpoints can be converted, check_convertible says.
+    Names are Megatron's (`qk_head_dim`, `padded_vocab_size`, `num_experts`, ...). Without
+    `padded_vocab_size` the embedding is padded by Megatron's rule. `check_convertible` tells
+    whether checkpoints of the model can be converted.
+
+    Args:
+        overrides: fields of ModelDescription that replace those of `args`.
 
     Raises:
-        CheckpointError: the arguments make no model; the line names one of them.
+        CheckpointError: the arguments describe no model; the line names one of them.
     """
     values = _mapping(args)
 
@@ -105,7 +108,7 @@ def from_megatron_args(args: Any, **overrides: Any) -> ModelDescription:
 
 
 ROPE_ARGUMENTS = ("rotary_base", "rope_type", *YARN)
-"""Arguments of the positions, by which a context is extended."""
+"""Arguments of RoPE, which change when a context is extended."""
 
 _NAMED = {
     "head_dim": "kv_channels",
@@ -114,30 +117,30 @@ _NAMED = {
     "tie_embeddings": "untie_embeddings_and_output_weights",
     "moe_layer_pattern": "moe_layer_freq",
 }
-"""Fields of ModelDescription whose argument has another name."""
+"""Field of ModelDescription -> Megatron's argument, if the names differ."""
 
 _NOT_COMPARED = {
     *("vocab_size", "seq_length", "max_position_embeddings", "core_form", "dtype"),
     *("moe_router_dtype", "tokenizer_type", "tokenizer_model", "eod_token_id"),
 }
-"""Fields that leave the function of a model's weights as it is; the number of rows decides about
-the vocabulary."""
+"""Fields that do not change the function of a model's weights. For the vocabulary the number of
+rows (`padded_vocab_size`) is compared instead."""
 
 
 def differing_arguments(
     saved: Any, here: Any, relaxed: Collection[str] = ()
 ) -> list[tuple[str, Any, Any]]:
-    """Arguments that make two models different functions of their weights.
+    """Arguments by which two models with equal weights are different functions.
 
     Args:
         saved, here: arguments of two runs.
         relaxed: arguments that may differ, such as ROPE_ARGUMENTS.
 
     Returns:
-        (name, saved value, value here) of each that differs, in the order of the description.
+        (name, saved value, value here) of each difference, in the order of the description.
 
     Raises:
-        CheckpointError: `saved` makes no model.
+        CheckpointError: `saved` describes no model.
     """
     there, ours = _mapping(saved), _mapping(here)
     try:
@@ -172,19 +175,19 @@ def differing_arguments(
 
 
 def _plain(value: Any, default: Any) -> Any:
-    """A value of an argument of Megatron's, where an older run may have none."""
+    """The value of a Megatron argument for a comparison; arguments of older runs may lack it."""
     if value is None or value is False or value == []:
         return default or None
     return tuple(value) if isinstance(value, list) else value
 
 
 def _mapping(args: Any) -> dict[str, Any]:
-    """The values of a namespace, mapping or configuration object by name."""
+    """Name -> value of a namespace, mapping or configuration object."""
     return dict(args) if isinstance(args, Mapping) else dict(vars(args))
 
 
 def _padded(values: Mapping[str, Any]) -> int:
-    """Megatron's padding of a vocabulary, as VocabUtility does it."""
+    """The vocabulary padded by the rule of Megatron's VocabUtility."""
     multiple = values.get("make_vocab_size_divisible_by") or 128
     multiple *= values.get("tensor_model_parallel_size") or 1
     return -(-(values.get("vocab_size") or 0) // multiple) * multiple
@@ -194,7 +197,7 @@ def check_convertible(args: Any) -> None:
     """Check that a checkpoint of a run with these arguments can be converted.
 
     Raises:
-        CheckpointError: names the argument that is missing, or the value that cannot.
+        CheckpointError: names the argument that is missing, or the value that is not supported.
     """
     values = _mapping(args)
     _refuse_unsupported(values)
@@ -213,9 +216,10 @@ def check_convertible(args: Any) -> None:
 
 
 def to_megatron_args(description: ModelDescription) -> dict[str, Any]:
-    """The arguments that `pretrain_mlra.py` builds this model from; no layout, no training.
+    """The arguments from which `mlra pretrain` builds this model, without those of parallelism and
+    training.
 
-    `params_dtype` stays text, and `padded_vocab_size` is the writer's to choose.
+    `params_dtype` is a text, and `padded_vocab_size` is left to the writer of a checkpoint.
     """
     args: dict[str, Any] = {
         name: getattr(description, name)

@@ -1,9 +1,9 @@
-"""The one description of a model: its attention, sizes and scales, apart from storage and layout.
+"""The one description of a model: attention, sizes and scales, independent of storage and layout.
 
-Everything else that speaks of a model reads it from here: checkpoints of every format, inference,
-costs, the planner. Pure Python, so that reading a folder or pricing a run needs neither torch nor
-Megatron. Letters: d hidden size, h attention heads, L latent heads, N branches, d_q, d_c, d_h, d_r,
-d_v the sizes of a latent attention (docs/numerics.md).
+Checkpoints of every format, inference, costs and the planner all use it. Pure Python, so that
+reading a folder or pricing a run needs neither torch nor Megatron. Letters: d hidden size, h
+attention heads, L latent heads, N branches, d_q, d_c, d_h, d_r, d_v the sizes of a latent attention
+(docs/notation.md).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ ATTENTIONS = ("mlra", "gqa", "gta", "mfa", "tpa")
 DTYPES = ("float32", "bfloat16", "float16")
 MOST_LAYERS = 10_000
 MOST_TENSORS = 1_000_000
-"""Layers, and tensors with one per layer and expert, beyond which no model is described: a table of
-their names would fill the memory."""
+"""Most layers, and most tensors of experts (2 per layer and expert), of a model: a table of the
+names of more would fill the memory."""
 MOST_POSITIONS = 2**31 - 1
 YARN = (
     "rotary_scaling_factor",
@@ -31,7 +31,7 @@ YARN = (
     "mscale",
     "mscale_all_dim",
 )
-"""Fields, and Megatron's arguments, of YaRN."""
+"""Fields of YaRN, which are also the names of Megatron's arguments."""
 
 
 _SIZES = {
@@ -44,23 +44,23 @@ _SIZES = {
     "mfa": ("q_lora_rank", "head_dim"),
     "tpa": ("head_dim", "tpa_q_rank", "tpa_kv_rank"),
 }
-"""Sizes that each kind of attention needs."""
+"""Kind of attention -> sizes that it needs."""
 
 
 _MAY_BE_ZERO = ("mscale", "mscale_all_dim")
-"""Numbers with a fraction that need not be positive."""
+"""Float fields that need not be positive."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is damaged, foreign or not convertible; one line, names what and the fix."""
+    """A checkpoint is damaged, foreign or not convertible; one line with the fault and the fix."""
 
 
 def check_layers(name: str, layers: Any, stored: int) -> None:
-    """Refuse a number of layers that the stored tensors cannot make, before a table of it is.
+    """Refuse more layers than there are stored tensors, before a table of the layers is made.
 
     Args:
-        name: of the number, for the message.
-        stored: tensors, or layers of stacked ones, that there are.
+        name: of the number of layers, for the message.
+        stored: number of stored tensors, or of layers in stacked tensors.
 
     Raises:
         CheckpointError: names both numbers.
@@ -73,12 +73,12 @@ def check_layers(name: str, layers: Any, stored: int) -> None:
 class ModelDescription(LatentSizes, ExpertSizes):
     """A decoder with one kind of attention, dense or a mixture of experts.
 
-    RMSNorm, RoPE (half-split pairs) and no biases are the family's, so they have no field. Sizes
-    that an attention does not have stay 0. Checkpoints of 'mlra' and 'gqa' can be converted
-    (`megatron_args.check_convertible`); all kinds can be priced.
+    All models of the family have RMSNorm, RoPE (half-split pairs) and no biases, for which there
+    are no fields. Sizes that an attention does not have stay 0. Checkpoints of 'mlra' and 'gqa' can
+    be converted (`megatron_args.check_convertible`); all kinds can be priced.
 
     Raises:
-        CheckpointError: for sizes that make no model.
+        CheckpointError: a field is invalid.
     """
 
     num_layers: int
@@ -86,7 +86,7 @@ class ModelDescription(LatentSizes, ExpertSizes):
     ffn_hidden_size: int
     num_attention_heads: int
     vocab_size: int
-    """The true size, without the rows that pad Megatron's embedding."""
+    """Size of the vocabulary, without the rows that pad Megatron's embedding."""
 
     attention: str = "mlra"
     """'mlra' (MLA, GLA and MLRA), 'gqa' (MHA, MQA and GQA), 'gta', 'mfa' or 'tpa'."""
@@ -98,8 +98,8 @@ class ModelDescription(LatentSizes, ExpertSizes):
     """N of 'mlra'."""
 
     q_lora_rank: int | None = None
-    """d_q of 'mlra' (None projects queries straight from the hidden state), and the shared query
-    size of 'mfa'."""
+    """d_q of 'mlra' (None: queries are projected directly from the hidden state), and the shared
+    query size of 'mfa'."""
 
     kv_lora_rank: int = 0
     """d_c of 'mlra'."""
@@ -108,7 +108,7 @@ class ModelDescription(LatentSizes, ExpertSizes):
     """d_h of 'mlra'."""
 
     qk_rope_head_dim: int = 0
-    """d_r of 'mlra' and 'gta'; 0 in 'mlra' is NoPE: no layer rotates anything."""
+    """d_r of 'mlra' and 'gta'; 0 in 'mlra' means NoPE: no RoPE in any layer."""
 
     v_head_dim: int = 0
     """d_v of 'mlra'."""
@@ -117,10 +117,13 @@ class ModelDescription(LatentSizes, ExpertSizes):
     """Key/value heads of 'gqa' and 'gta'."""
 
     head_dim: int = 0
-    """Dims of a query, key or value head of 'gqa' (RoPE turns all of them), 'gta', 'mfa', 'tpa'."""
+    """Size of a query, key or value head of 'gqa' (all rotated by RoPE), 'gta', 'mfa' and 'tpa'."""
 
     tpa_q_rank: int = 0
+    """R_q of 'tpa'."""
+
     tpa_kv_rank: int = 0
+    """R_kv of 'tpa'."""
 
     qk_layernorm: bool = False
     """Of 'gqa': an RMSNorm on each query and key head."""
@@ -129,54 +132,64 @@ class ModelDescription(LatentSizes, ExpertSizes):
     """sigmoid(x W_G) on the attention output ('mlra' and 'gqa')."""
 
     variance_scaling: bool = True
-    """Of 'mlra': scale query latent, latents and branch sum; off sets all three to 1."""
+    """Of 'mlra': scale query latent, latents and branch sum; off sets all three scales to 1."""
 
     softmax_scale: float | None = None
-    """t; None becomes (d_h + d_r)^-1/2 (times YaRN's factor) or head_dim^-1/2."""
+    """Scale of attention scores; None becomes (d_h + d_r)^-1/2 (times YaRN's factor), or
+    head_dim^-1/2."""
 
     rope_type: str = "rope"
     """'rope', or for 'mlra' 'yarn'."""
 
     rotary_base: float = 10000.0
     rotary_scaling_factor: float = 1.0
-    """YaRN: how far the context is extended."""
+    """YaRN: factor by which the context is extended."""
 
     original_max_position_embeddings: int = 4096
-    """YaRN: context before the extension."""
+    """YaRN: context before the extension, in tokens."""
 
     beta_fast: float = 32.0
+    """YaRN: pairs that rotate more often than this within the original context are unchanged."""
+
     beta_slow: float = 1.0
+    """YaRN: pairs that rotate less often than this are stretched by the whole factor."""
+
     mscale: float = 1.0
+    """YaRN: cos and sin are multiplied by m(mscale) / m(mscale_all_dim), where m(x) = 0.1 x
+    ln(factor) + 1."""
+
     mscale_all_dim: float = 0.0
+    """YaRN: see `mscale`; the default softmax_scale is multiplied by m(mscale_all_dim)^2."""
 
     mtp_num_layers: int = 0
-    """m: layers behind the decoder that predict further tokens (multi-token prediction)."""
+    """m, number of tokens ahead that multi-token prediction adds."""
 
     mtp_use_repeated_layer: bool = False
-    """Whether one layer does for all m of them."""
+    """Whether multi-token prediction uses one layer m times, and not m layers."""
 
     layernorm_epsilon: float = 1e-6
     swiglu: bool = True
     tie_embeddings: bool = True
     max_position_embeddings: int = 2048
     dtype: str = "float32"
-    """Of the stored weights."""
+    """Dtype of the stored weights."""
 
     tokenizer_type: str | None = None
-    """Megatron's name of the tokenizer, or None where the source names none."""
+    """Megatron's name of the tokenizer, or None if unknown."""
 
     tokenizer_model: str | None = None
-    """Where the tokenizer was read from when the model was trained."""
+    """Path of the tokenizer in training."""
 
     eod_token_id: int | None = None
+    """Id of the end of a document, or None if unknown."""
 
-    # -- how it is run; two models that differ in these alone are the same ------------------------
+    # -- execution; two models that differ only in these fields are equal -------------------------
 
     padded_vocab_size: int = field(default=0, compare=False)
-    """Rows of the embedding where it is padded, else 0."""
+    """Rows of the embedding if it is padded, else 0."""
 
     seq_length: int = field(default=0, compare=False)
-    """Tokens of a training sequence where a run is priced, else 0."""
+    """Tokens of a training sequence if a run is priced, else 0."""
 
     core_form: str = field(default="auto", compare=False)
     """Of 'mlra': 'absorbed' or 'materialized' attention, or 'auto'."""
@@ -190,12 +203,12 @@ class ModelDescription(LatentSizes, ExpertSizes):
 
     @property
     def variant(self) -> str:
-        """The name people use: 'MLA', 'GLA-2', 'MLRA-4', 'GQA', ..., then ' gated', ' MoE'."""
+        """The model's common name: 'MLA', 'GLA-2', 'MLRA-4', 'GQA', ..., then ' gated', ' MoE'."""
         return self.attention_variant + " MoE" * bool(self.num_experts)
 
     @property
     def attention_variant(self) -> str:
-        """The variant without ' MoE'."""
+        """The common name without ' MoE'."""
         if self.attention == "gqa":
             name = {1: "MQA", self.num_attention_heads: "MHA"}.get(self.num_query_groups, "GQA")
         elif self.attention != "mlra":
@@ -208,12 +221,12 @@ class ModelDescription(LatentSizes, ExpertSizes):
 
     @property
     def embedding_rows(self) -> int:
-        """V: rows of the embedding and of the output layer, padding among them."""
+        """V, rows of the embedding and of the output layer, padding included."""
         return self.padded_vocab_size or self.vocab_size
 
     @property
     def absorbed(self) -> bool:
-        """Whether the core of 'mlra' attends in latent space; 'auto' does where d_l <= d_h."""
+        """Whether the core of 'mlra' attends in latent space; by default ('auto') if d_l <= d_h."""
         if self.core_form != "auto":
             return self.core_form == "absorbed"
         return self.attention == "mlra" and self.latent_dim <= self.qk_nope_head_dim
@@ -278,7 +291,8 @@ class ModelDescription(LatentSizes, ExpertSizes):
             )
 
     def _check_types(self) -> None:
-        """Switches are true or false (a text "false" would count as true), numbers are finite."""
+        """Check the types of all fields (a text "false" would count as true), and that numbers are
+        finite and, with few exceptions, positive."""
         for entry in dataclasses.fields(self):
             name, kind, value = entry.name, str(entry.type), getattr(self, entry.name)
             if value is None and "None" in kind:
@@ -298,7 +312,7 @@ class ModelDescription(LatentSizes, ExpertSizes):
                 raise CheckpointError(f"{name} is {value!r}; it must be positive")
 
     def _divisors(self) -> list[tuple[str, int, str, int]]:
-        """(name, part, name, whole) of everything that must divide."""
+        """(name, divisor, name, multiple) of all sizes of which one must divide the other."""
         h = self.num_attention_heads
         if self.attention == "mlra":
             L, N = self.num_latent_heads, self.num_branches
@@ -321,6 +335,7 @@ class ModelDescription(LatentSizes, ExpertSizes):
             return self.head_dim**-0.5
         factor = 1.0
         if self.rope_type == "yarn" and self.rotary_scaling_factor > 1:
-            # YaRN, equation 22, with DeepSeek-V2's mscale_all_dim; squared, as q and k both had it.
+            # YaRN, equation 22, with DeepSeek-V2's mscale_all_dim. Squared, since the factor
+            # belongs to both q and k.
             factor = 0.1 * self.mscale_all_dim * math.log(self.rotary_scaling_factor) + 1.0
         return factor * factor / math.sqrt(self.qk_nope_head_dim + self.qk_rope_head_dim)

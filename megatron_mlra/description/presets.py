@@ -1,6 +1,6 @@
-"""YAML presets: where they lie, their values and bases, the model they describe. No Megatron.
+"""YAML presets: their files, values and bases, and the model that one describes. No Megatron.
 
-A preset is named, like `mlra4_2.9b`, where it is one of the package's, or given by its path.
+A preset of the package is given by its name, like `mlra4_2.9b`, any other by its path.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from megatron_mlra.description.megatron_args import check_convertible, from_mega
 from megatron_mlra.description.model import ModelDescription
 
 ALIASES = {"qk_nope_head_dim": "qk_head_dim", "qk_rope_head_dim": "qk_pos_emb_head_dim"}
-"""Flags whose argparse destination has another name."""
+"""Key of a preset -> argparse destination, if the names differ."""
 
 FOLDER = Path(__file__).resolve().parents[1] / "presets"
-"""Where the presets of the package lie; the bases that are no models by themselves are below it."""
+"""Folder of the package's presets; its subfolders hold bases, which are no complete models."""
 KEYS = FOLDER / "keys.txt"
-"""The keys that a preset may have, as `python -m megatron_mlra.training.presets` lists them: what
-prices a run knows no Megatron, and must not price another one for a misspelt key."""
+"""File with the keys that a preset may have, as `python -m megatron_mlra.training.presets` lists
+them. The planner, which does not import Megatron, must refuse a misspelt key too."""
 _TITLE = re.compile(r"# (.+?)\n")
 _COUNT = re.compile(r": ([\d,]+) parameters\.$")
 
@@ -33,19 +33,19 @@ def preset_names() -> list[str]:
 
 
 def preset_name(preset: str | Path) -> str:
-    """What a preset given by name or path is called: `mlra4_2.9b`."""
+    """The name of a preset that is given by name or path: `mlra4_2.9b`."""
     return Path(preset).name.removesuffix(".yaml")
 
 
 def find_preset(preset: str | Path, beside: Path | None = None) -> Path:
-    """The file of a preset that is given by a path, or by the name of one of the package's.
+    """The file of a preset that is given by a path, or by the name of one of the package.
 
     Args:
-        preset: a path, a name (`debug`), or that of a base (`recipes/paper_recipe`).
-        beside: folder that a path starts from; default: the working directory.
+        preset: a path, or the name of a preset (`debug`) or of a base (`recipes/paper_recipe`).
+        beside: folder to which a path is relative; default: the working directory.
 
     Returns:
-        a file; where there is none, the path that was given, for a message to name.
+        The file; if there is none, the given path, for a message.
     """
     path = Path(preset) if beside is None else beside / preset
     files = FOLDER.rglob("*.yaml")
@@ -56,7 +56,7 @@ def find_preset(preset: str | Path, beside: Path | None = None) -> Path:
 
 
 def preset_list() -> str:
-    """The package's presets, a line each: name, parameters, what it is."""
+    """The package's presets, one per line: name, parameters, description."""
     rows = []
     for name in preset_names():
         title = _TITLE.match((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))[1]
@@ -68,11 +68,11 @@ def preset_list() -> str:
 
 
 def preset_values(path: str | Path) -> dict[str, Any]:
-    """The values of a preset and its bases, by argparse destination, without a parser to check
-    them: for what needs no Megatron.
+    """Argparse destination -> value, of a preset and its bases. Values are not checked, since that
+    needs Megatron's parser.
 
     Raises:
-        ValueError: for a missing file, bad YAML, an unknown key or a base that leads back.
+        ValueError: a file is missing or bad YAML, a key is unknown, or the bases form a circle.
     """
     merged: dict[str, Any] = {}
     known = KEYS.read_text(encoding="utf-8").split()
@@ -85,10 +85,10 @@ def preset_values(path: str | Path) -> dict[str, Any]:
 
 
 def refuse_unknown(file: Path, values: Collection[str], known: Collection[str]) -> None:
-    """Refuse a preset's keys that are none.
+    """Refuse unknown keys of a preset.
 
     Raises:
-        ValueError: names the first, and the nearest known one.
+        ValueError: names the first unknown key, and a similar known one.
     """
     for key in values:
         if key not in known:
@@ -96,9 +96,12 @@ def refuse_unknown(file: Path, values: Collection[str], known: Collection[str]) 
 
 
 def preset_chain(path: str | Path) -> list[tuple[Path, dict[str, Any]]]:
-    """A preset and its bases with their own values, each behind the ones it overrides.
+    """(file, own values) of a preset and its bases; each file follows its base.
 
-    A base is a path from the file that names it, or the name of one of the package's presets.
+    A base is a path relative to the file that names it, or the name of a preset of the package.
+
+    Raises:
+        ValueError: a file is missing or bad YAML, or the bases form a circle.
     """
     path = find_preset(path)
     chain: list[tuple[Path, dict[str, Any]]] = []
@@ -116,7 +119,7 @@ def preset_chain(path: str | Path) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def _layer_pattern(text: str) -> list[int] | int:
-    """Megatron's pattern of layers, e.g. `([0]+[1]*26)`, or a plain number."""
+    """A pattern of layers in Megatron's form, e.g. `([0]+[1]*26)`, or a number."""
     if text.isdigit():
         return int(text)
     pattern: list[int] = []
@@ -141,7 +144,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _missing(path: Path) -> str:
-    """Why there is no such preset, and the nearest that there is."""
+    """The message on a missing preset, with the most similar existing one."""
     name = preset_name(path)
     if name in preset_names():
         return f"no such file; the preset of this name is --config {name}"
@@ -156,7 +159,7 @@ def preset_description(path: str | Path) -> ModelDescription:
     """The model of a YAML preset (its own keys over those of its `base`), in bfloat16.
 
     Raises:
-        ValueError: the file is missing, or describes no model of this package.
+        ValueError: see `preset_values`; or the preset describes no model that can be converted.
     """
     values = preset_values(path)
     if values.get("attention") not in ("mlra", "gqa"):

@@ -1,6 +1,6 @@
-"""Canonical names and shapes of a model's weights: Megatron's names, an entry per layer and expert.
+"""Canonical names and shapes of a model's weights: Megatron's names, one per layer and expert.
 
-Shapes are global (no tensor parallelism) and without vocabulary padding. The vectors are norms.
+Shapes are global (without tensor parallelism), and without padding of the vocabulary.
 """
 
 from __future__ import annotations
@@ -13,37 +13,37 @@ FINAL_NORM = "decoder.final_layernorm.weight"
 VOCABULARY = (EMBEDDING, OUTPUT)
 """Tensors whose rows are the vocabulary."""
 EXPERTS = "mlp.experts.experts."
-"""What the names of a layer's routed experts start with; then the expert's number."""
+"""Prefix of the names of a layer's routed experts, before the expert's number."""
 EXPERT_BIAS = "mlp.router.expert_bias"
-"""Kept in float32 whatever the dtype of the weights is, as Megatron does."""
+"""A tensor that is float32 for every dtype of the weights, as in Megatron."""
 
 
 MULTI_TOKEN_LAYER = "transformer_layer."
-"""What the names of the transformer layer within one of multi-token prediction start with."""
+"""Prefix of the transformer layer's names within a layer of multi-token prediction."""
 
 
 def multi_token_prefix(depth: int) -> str:
-    """What the names of a layer of multi-token prediction start with."""
+    """Prefix of the names of a layer of multi-token prediction."""
     return f"mtp.layers.{depth}."
 
 
 def layer_prefix(layer: int) -> str:
-    """What the names of a layer's tensors start with."""
+    """Prefix of the names of a layer's tensors."""
     return f"decoder.layers.{layer}."
 
 
 def dtype_of(name: str, dtype: str) -> str:
-    """The dtype of a canonical tensor in a model whose weights have this one."""
+    """The dtype of a canonical tensor in a model with weights of `dtype`."""
     return "float32" if name.endswith(EXPERT_BIAS) else dtype
 
 
 def layer_tensors(description: ModelDescription, layer: int) -> dict[str, tuple[int, ...]]:
-    """Name behind the layer's prefix -> shape.
+    """Name without the layer's prefix -> shape. The order of rows:
 
     - `self_attention.linear_kv_down_proj.weight` `[d_c + d_r, d]`: latents, then the RoPE key
-    - `self_attention.linear_kv_up_proj.weight` `[N, h, d_h + d_v, d_l]`: keys first
-    - `self_attention.linear_qkv.weight` ('gqa'): for each query group its query heads, gated its
-      gate heads, then one key and one value head
+    - `self_attention.linear_kv_up_proj.weight` `[N, h, d_h + d_v, d_l]`: keys, then values
+    - `self_attention.linear_qkv.weight` ('gqa'): per query group its query heads, its gate heads
+      (if gated), one key and one value head
     - `mlp.linear_fc1.weight` `[2 ffn, d]`: gate rows, then up rows; in a layer with experts
       `mlp.experts.experts.{e}.linear_fc1.weight` and `mlp.shared_experts.linear_fc1.weight`
     - `mlp.router.weight` `[E, d]`
@@ -102,7 +102,7 @@ def _attention(m: ModelDescription) -> dict[str, tuple[int, ...]]:
 
 
 def expected_tensors(description: ModelDescription) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the model, by canonical name, in the order a forward pass needs them."""
+    """Canonical name -> shape of every tensor of the model, in the order of a forward pass."""
     m = description
     tensors: dict[str, tuple[int, ...]] = {EMBEDDING: (m.vocab_size, m.hidden_size)}
     for layer in range(m.num_layers):
@@ -115,7 +115,8 @@ def expected_tensors(description: ModelDescription) -> dict[str, tuple[int, ...]
 
 
 def multi_token_tensors(description: ModelDescription, depths: int) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the layers of multi-token prediction, which are like the last one."""
+    """Canonical name -> shape of every tensor of `depths` layers of multi-token prediction. Each
+    contains a layer like the model's last one."""
     d = description.hidden_size
     own = {"enorm": (d,), "hnorm": (d,), "eh_proj": (d, 2 * d), "final_layernorm": (d,)}
     last = layer_tensors(description, description.num_layers - 1)

@@ -1,6 +1,6 @@
-"""Log-likelihoods and perplexity of checkpoints, on local text and tasks; what attention does.
+"""Log-likelihoods and perplexity of checkpoints on local text and tasks; analysis of attention.
 
-Start with cli.py (`mlra evaluate`), analysis/cli.py (`mlra analyze`).
+Start with cli.py (`mlra evaluate`) and analysis/cli.py (`mlra analyze`).
 
 May import:   checkpoint, hf, data, inference, description, command_line; torch, transformers,
               and Megatron in held_out.py

@@ -1,11 +1,10 @@
-"""Command line of the scorer: perplexity of text files, accuracy on local tasks."""
+"""Command line of `mlra evaluate`: loss on datasets, perplexity of texts, accuracy on tasks."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,17 +14,17 @@ from megatron_mlra.command_line import parser as command_line
 from megatron_mlra.command_line.parser import OneLineParser
 from megatron_mlra.command_line.threads import wait_passively
 from megatron_mlra.description.model import DTYPES
+from megatron_mlra.evaluation.inputs import add_inputs, exit_code, read_inputs
 from megatron_mlra.evaluation.tasks import read_task, run_task, told
-from megatron_mlra.evaluation.token_stream import named_sets, read_stream
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The flags."""
     command = OneLineParser(
         description="Log-likelihoods and perplexity of a Megatron, research or exported folder.",
     )
     command.add_argument("checkpoint", help="folder of a checkpoint")
-    command.add_argument("--text", nargs="+", default=[], metavar="FILE", help="UTF-8 text files")
+    add_inputs(command)
     command.add_argument(
         "--data",
         nargs="+",
@@ -41,13 +40,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="JSON lines of {context, choices, answer}, {context, continuation} or ARC's",
     )
-    command.add_argument(
-        "--tokenizer", help="'byte' or a folder with tokenizer.json; default: the checkpoint's own"
-    )
     command.add_argument("--dtype", help="float32, bfloat16 or float16; default: the weights'")
-    command.add_argument("--device", help="default: cuda where there is a GPU")
-    command.add_argument("--batch-size", type=int, default=8, help="sequences a forward (8)")
-    command.add_argument("--max-length", type=int, help="tokens a window; default: the model's")
+    command.add_argument("--batch-size", type=int, default=8, help="sequences per forward (8)")
+    command.add_argument("--max-length", type=int, help="tokens per window; default: the model's")
     command.add_argument(
         *("--cache-dtype", "--cache-dtypes"),
         dest="cache_dtype",
@@ -59,37 +54,20 @@ def parser() -> argparse.ArgumentParser:
         " losses and logits with the first's: float32 bfloat16 fp8",
     )
     command.add_argument(
-        "--windows", type=int, default=64, help="windows per set that are decoded so (64)"
+        "--windows", type=int, default=64, help="windows per set for --cache-dtype (64)"
     )
-    command_line.add_no_verify(command)
     command.add_argument("--json", metavar="FILE", help="write the results here too")
     return command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run; returns the exit code: 0, or 2 for wrong input."""
+    """Run the command line; returns the exit code: 0, or 2 for wrong input."""
     wait_passively()
     args = parser().parse_args(argv)
-    try:
-        results = _run(args)
-        if args.json:
-            command_line.write_text(args.json, json.dumps(results, indent=2) + "\n")
-    except ModuleNotFoundError as error:
-        print(
-            f"error: {command_line.one_line(error)}; install the extra megatron-mlra[hf]",
-            file=sys.stderr,
-        )
-        return 2
-    except (ValueError, OSError) as error:
-        print(f"error: {command_line.one_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: _run(args))
 
 
-def _run(args: argparse.Namespace) -> dict[str, Any]:
+def _run(args: argparse.Namespace) -> None:
     if not args.text and not args.task and not args.data:
         raise ValueError("nothing to evaluate; give --text, --data or --task")
     if args.cache_dtype and (args.text or args.task or not args.data):
@@ -100,19 +78,21 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; use at least 1")
     if args.json:
         command_line.check_output(args.json, "--json")
-    texts = {file: read_text(file) for file in args.text}
+    texts, streams = read_inputs(args)
     tasks = {file: read_task(file) for file in args.task}
-    sets = named_sets(args.data, "--data")
-    streams = {name: read_stream(prefix) for name, prefix in sets.items()}
-    if args.verify:
-        from megatron_mlra.data.contents import check_contents
 
-        for prefix in sets.values():
-            check_contents(prefix, None)
+    results = _decoded(args, streams) if args.cache_dtype else _scored(args, texts, streams, tasks)
+    if args.json:
+        command_line.write_text(args.json, json.dumps(results, indent=2) + "\n")
 
-    if args.cache_dtype:
-        return {"checkpoint": args.checkpoint, "decoded": _decoded(args, streams)}
 
+def _scored(
+    args: argparse.Namespace,
+    texts: dict[str, str],
+    streams: dict[str, np.ndarray],
+    tasks: dict[str, list],
+) -> dict[str, Any]:
+    """Scores of whole windows by transformers; told on the way."""
     from megatron_mlra.evaluation.models import load_scorer
 
     scorer = load_scorer(
@@ -156,10 +136,10 @@ def _decoded(args: argparse.Namespace, streams: dict[str, np.ndarray]) -> dict[s
         check_ids(tokens, name, source.description.vocab_size)
         rows[name] = chosen_windows(tokens, length, args.windows, f"--data {name}")
     runners = load_runners(source, args.cache_dtype, args.dtype, device, args.batch_size, length)
-    results = {}
+    results: dict[str, Any] = {"checkpoint": args.checkpoint, "decoded": {}}
     for name, windows in rows.items():
-        results[name] = decoded_losses(runners, windows, progress=True)
-        for dtype, found in results[name].items():
+        results["decoded"][name] = decoded_losses(runners, windows, progress=True)
+        for dtype, found in results["decoded"][name].items():
             print(
                 f"{name}, cache in {dtype}: loss {found['loss']:.4f} nats per token, logits off"
                 f" {args.cache_dtype[0]}'s by {found['rms_logit_error']:.1e} (root mean square),"
@@ -168,20 +148,9 @@ def _decoded(args: argparse.Namespace, streams: dict[str, np.ndarray]) -> dict[s
     return results
 
 
-def read_text(file: str) -> str:
-    """A text file.
-
-    Raises:
-        ValueError: it is missing, empty or not UTF-8.
-    """
-    text = command_line.read_text(file)
-    if not text:
-        raise ValueError(f"{file} is empty")
-    return text
-
-
 def perplexity(score: Any, text: str) -> dict[str, float]:
-    """exp(-log-likelihood / tokens), and -log2-likelihood / bytes."""
+    """Perplexity exp(-log-likelihood / tokens) and bits per byte -log2-likelihood / bytes of a
+    text with a Score."""
     num_bytes = len(text.encode("utf-8"))
     return {
         "log_likelihood": score.log_likelihood,
@@ -193,10 +162,10 @@ def perplexity(score: Any, text: str) -> dict[str, float]:
 
 
 def stream_loss(scorer: Any, tokens: np.ndarray, name: str) -> dict[str, float]:
-    """Nats per token of a dataset's tokens, and their number.
+    """Loss of a dataset in nats per token, and its number of tokens.
 
     Raises:
-        ValueError: the dataset has ids that the model has not.
+        ValueError: the dataset has ids beyond the model's vocabulary.
     """
     check_ids(tokens, name, scorer.vocab_size)
     score = scorer.stream(tokens, scorer.prefix_id)

@@ -1,8 +1,8 @@
-"""Whole held-out datasets scored behind the last training step (`--held-out NAME=PREFIX ...`).
+"""Scores whole held-out datasets after the last training step (`--held-out NAME=PREFIX ...`).
 
-Megatron's validation draws samples, other ones at each evaluation. Here every token of each set is
-predicted once, in the order of the file (token_stream.py), so runs may be compared to the last
-digit. The results are printed, written to `held_out.json` in the run's folder and to the curves.
+Megatron's validation draws other samples at each evaluation. Here every token of each set is
+predicted once, in the order of the file (token_stream.py), so that runs can be compared exactly.
+The results are printed, written to `held_out.json` in the run's folder and added to the curves.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ FILE = "held_out.json"
 
 
 Record = Callable[[dict[str, float], int], None]
-"""Adds points at a step to curves."""
+"""Adds points to curves: (name -> value, step)."""
 
 
 def score_behind(
     train: Callable[..., Any], args: Namespace, folder: Path, record: Record
 ) -> Callable[..., Any]:
-    """Training that scores the sets once its last step is done; writes into `folder`.
+    """Megatron's `train`, which then scores the sets if the last step is done; writes into
+    `folder`.
 
-    Made before progress.py wraps Megatron's evaluation, which is therefore used without a line for
-    each set.
+    Call this before progress.py wraps Megatron's `evaluate`, so that no line is printed per set.
     """
     sets = named_sets(args.held_out)
     if not sets:
@@ -45,7 +45,8 @@ def score_behind(
     def train_and_score(forward_step, model, *rest, **named):
         result = train(forward_step, model, *rest, **named)
         if result[0] >= args.train_iters:
-            # Behind optimizer, scheduler, two iterators and what takes other outputs.
+            # Megatron's train(forward_step, model, optimizer, scheduler, two iterators,
+            # process_non_loss_data_func, config, ...).
             config = rest[5]
             groups = {k: named[k] for k in ("p2p_communicator", "pg_collection") if k in named}
 
@@ -69,12 +70,13 @@ def score(
     chunks: int,
     record: Record,
 ) -> None:
-    """Score each set, print the losses (nats per token) and write them; on all ranks.
+    """Score each set, print the losses in nats per token and write them. All ranks call this.
 
     Args:
-        evaluate: micro-batches (of each model chunk) and the number of iterations -> mean loss per
-            token, None on ranks without the output layer.
-        chunks: model chunks of this rank.
+        sets: name -> prefix.
+        evaluate: (micro-batches, or a list of them per model chunk; number of iterations) -> mean
+            loss per token, None on ranks without the output layer.
+        chunks: number of model chunks of this rank.
     """
     consumed, results = args.consumed_valid_samples, {}
     for name, prefix in sets.items():
@@ -102,7 +104,7 @@ def score(
 
 
 def end_of_document(args: Namespace) -> int:
-    """The token that a stream follows."""
+    """Id of the end-of-document token, which precedes a stream."""
     if args.null_tokenizer_eod_id is not None:
         return args.null_tokenizer_eod_id
     return args.vocab_size - 1
@@ -111,8 +113,8 @@ def end_of_document(args: Namespace) -> int:
 def micro_batches(
     rows: list[tuple[np.ndarray, np.ndarray]], args: Namespace
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """This data-parallel rank's micro-batches `[b, s]` of all rows in order; what is missing of the
-    last ones has loss mask 0."""
+    """This data-parallel rank's micro-batches `[b, s]` of all rows, in order. Missing tokens of the
+    last micro-batches have loss mask 0."""
     size, length = args.eval_micro_batch_size, args.seq_length
     replicas, rank = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
     count = math.ceil(len(rows) / args.eval_global_batch_size) * args.eval_global_batch_size

@@ -1,4 +1,4 @@
-"""A checkpoint of any kind as a transformers model with its tokenizer."""
+"""Loads a checkpoint of any kind as a transformers model with its tokenizer."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ def load_scorer(
     """A scorer of a Megatron, research or exported folder.
 
     Args:
-        dtype: the model runs in, default that of the weights.
-        device: default CUDA where there is a GPU.
+        dtype: of the model, default that of the weights.
+        device: default CUDA if there is a GPU.
         tokenizer: 'byte' or a tokenizer's folder; default: the checkpoint's own.
-        verify: see open_checkpoint.
+        batch_size, progress: see Scorer.
+        verify: see `open_checkpoint`.
 
     Raises:
         CheckpointError: the folder cannot be read, has no tokenizer or one that does not fit; or
@@ -46,7 +47,7 @@ def load_scorer(
     model = load_model(source, dtype).to(device)
 
     def encode(string: str) -> list[int]:
-        # As in training data, special tokens written in a text are plain characters.
+        # As in training data, a special token written in a text is encoded as plain characters.
         return text.encode(string, add_special_tokens=False, split_special_tokens=True)
 
     prefix = end_of_document(text, path)
@@ -68,7 +69,7 @@ def load_scorer(
 
 
 def check_device(device: str | None, dtype: str | None) -> str:
-    """The device to run on, default CUDA where there is a GPU.
+    """The device to run on, default CUDA if there is a GPU.
 
     Raises:
         CheckpointError: the device or dtype does not exist.
@@ -86,10 +87,10 @@ def check_device(device: str | None, dtype: str | None) -> str:
 
 
 def end_of_document(tokenizer: Any, path: str | Path) -> int:
-    """The token that a text without context follows.
+    """Id of the token that precedes a text without context: beginning of sequence, else end.
 
     Raises:
-        CheckpointError: the tokenizer of the checkpoint `path` names none.
+        CheckpointError: the tokenizer of the checkpoint `path` names neither.
     """
     first = tokenizer.bos_token_id
     first = first if first is not None else tokenizer.eos_token_id
@@ -101,10 +102,10 @@ def end_of_document(tokenizer: Any, path: str | Path) -> int:
 def load_model(source: CheckpointFolder, dtype: str | None = None) -> torch.nn.Module:
     """The transformers model of a checkpoint, on the CPU, in evaluation mode.
 
-    An exported folder's own code is not run: the same files of this package are.
+    An exported folder's own code is not run; this package has the same files.
 
     Raises:
-        CheckpointError: transformers has no such model, or a tensor cannot be read.
+        CheckpointError: see `to_hf_config`; or a tensor cannot be read.
     """
     config = to_hf_config(source.description)
     model_class, config_class = _classes(config["model_type"])
@@ -133,10 +134,10 @@ def _classes(model_type: str) -> tuple[Any, Any]:
 
 
 def load_tokenizer(source: CheckpointFolder, tokenizer: str | None = None) -> Any:
-    """The transformers tokenizer of a checkpoint; bytes for a model of 257 tokens that names none.
+    """The transformers tokenizer of a checkpoint; without one, bytes for a vocabulary of 257.
 
     Raises:
-        CheckpointError: there is none, or transformers cannot read it; the line says what to give.
+        CheckpointError: there is no tokenizer, or transformers cannot read it.
     """
     from transformers import PreTrainedTokenizerFast
     from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
@@ -150,11 +151,11 @@ def load_tokenizer(source: CheckpointFolder, tokenizer: str | None = None) -> An
         if not (Path(folder) / "tokenizer.json").is_file():
             raise CheckpointError(f"{source.path} has no tokenizer.json; give --tokenizer")
         try:
-            # Long texts are cut into windows after they are tokenized.
+            # Without a limit: long texts are cut into windows after they are tokenized.
             return PreTrainedTokenizerFast.from_pretrained(
                 folder, model_max_length=VERY_LARGE_INTEGER
             )
-        except Exception as error:  # of whatever kind a value of a configuration leads to
+        except Exception as error:  # a wrong configuration may raise an error of any type
             said = " ".join(str(error).split())
             raise CheckpointError(
                 f"the tokenizer of {tokenizer or source.path} is none that transformers can read"

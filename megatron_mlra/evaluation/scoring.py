@@ -1,8 +1,8 @@
 """Log-likelihoods of texts and of continuations under a causal language model.
 
-Conventions are lm-evaluation-harness's, so that both give the same numbers: trailing spaces of a
-context belong to its continuation, an empty context is the end-of-document token, inputs that are
-too long lose tokens on the left, and a long text is scored in windows.
+The conventions are those of lm-evaluation-harness, so that both give the same numbers: trailing
+spaces of a context belong to its continuation; an empty context becomes the end-of-document token;
+inputs that are too long lose tokens on the left; a long text is scored in windows.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from megatron_mlra.evaluation.token_stream import windows
 
 @dataclass(frozen=True)
 class Score:
-    """Of one continuation or text."""
+    """The score of one continuation or text."""
 
     log_likelihood: float
-    """Natural logarithm, summed over the tokens."""
+    """Sum over tokens of the natural logarithm of their probability."""
 
     is_greedy: bool
     """Whether every token is the model's first choice."""
@@ -31,7 +31,7 @@ class Score:
     num_tokens: int
 
     was_cut: bool = False
-    """Whether its context lost tokens on the left."""
+    """Whether the context lost tokens on the left."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,14 @@ class Scorer:
     """Scores texts with a model.
 
     Args:
-        logits: ids `[b, s]` and a number n -> logits `[b, n, V]` of the last n positions; right
-            padding must not change earlier positions.
+        logits: (ids `[b, s]`, n) -> logits `[b, n, V]` of the last n positions. Padding on the
+            right must not change earlier positions.
         encode: text -> ids, without special tokens.
-        prefix_id: what a text without context follows, the end of a document.
-        max_length: tokens the model takes at once.
-        batch_size: sequences a forward.
+        prefix_id: id that precedes a text without context, the end of a document.
+        max_length: most tokens of an input of the model.
+        batch_size: sequences per forward.
         progress: show a bar.
-        vocab_size: ids that the model has.
+        vocab_size: of the model.
     """
 
     def __init__(
@@ -72,7 +72,11 @@ class Scorer:
         self.device, self.progress = device, progress
 
     def continuations(self, pairs: Iterable[tuple[str, str]]) -> list[Score]:
-        """The score of each (context, continuation)."""
+        """The score of each (context, continuation).
+
+        Raises:
+            ValueError: a continuation has no tokens, or more than the model takes.
+        """
         return self._score([self._pair(*pair) for pair in pairs])
 
     def texts(self, texts: Iterable[str]) -> list[Score]:
@@ -86,7 +90,7 @@ class Scorer:
 
         Args:
             tokens: all tokens of the dataset.
-            first: the token that the stream follows, the end of a document.
+            first: id that precedes the stream, the end of a document.
         """
         cut = windows(tokens, first, self.max_length)
         return _sum(self._score([_Request(a.tolist(), b.tolist()) for a, b in cut]))
@@ -96,7 +100,7 @@ class Scorer:
         continuation = context[len(kept) :] + continuation
         if not kept:
             ids = self.encode(continuation)
-            # A continuation that starts with the prefix itself follows that one.
+            # No second prefix for a continuation that starts with the prefix itself.
             ids = ids if ids[:1] == [self.prefix_id] else [self.prefix_id, *ids]
             start = 1
         else:
@@ -113,13 +117,13 @@ class Scorer:
         return _Request(ids[:-1][-self.max_length :], targets, len(ids) - 1 > self.max_length)
 
     def _windows(self, ids: list[int]) -> Iterator[_Request]:
-        """Windows that predict every token once; each starts with the last token of the one
-        before."""
+        """Windows that predict every token once; each begins with the last token of the previous
+        window."""
         ids = [self.prefix_id, *ids]
         for start in range(0, len(ids) - 1, self.max_length):
             window = ids[start : start + self.max_length + 1]
             if start and len(window) <= self.max_length:
-                # The last window is shorter: what is missing is context on its left.
+                # The last window is filled up with context on its left.
                 longer = ids[-self.max_length - 1 :]
                 yield _Request(longer[:-1], window[1:])
             else:
@@ -143,7 +147,7 @@ class Scorer:
             tokens = torch.full((len(batch), width), self.prefix_id)
             for row, i in enumerate(batch):
                 tokens[row, : len(requests[i].inputs)] = torch.tensor(requests[i].inputs)
-            # Logits of a long context's positions would take more than the model does.
+            # Logits of a long context would take more memory than the model.
             skipped = min(len(requests[i].inputs) - len(requests[i].targets) for i in batch)
             logits = self.logits(tokens.to(self.device), width - skipped)
             for row, i in enumerate(batch):
@@ -154,7 +158,7 @@ class Scorer:
 
 
 def _score_row(logits: Tensor, skipped: int, request: _Request) -> Score:
-    """Score of a request's targets, by logits `[n, V]` of the positions behind `skipped` ones."""
+    """Score of a request's targets, from the logits `[n, V]` of positions `skipped` and later."""
     end, count = len(request.inputs) - skipped, len(request.targets)
     log_probs = logits[end - count : end].float().log_softmax(-1)
     wanted = torch.tensor(request.targets, device=logits.device)

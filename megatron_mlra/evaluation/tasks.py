@@ -1,8 +1,8 @@
-"""Local tasks: items of JSON lines, and how well a model answers them.
+"""Local tasks: items in JSON lines, and a model's accuracy on them.
 
-An item is {context, choices, answer} (which choice is likeliest), {context, continuation} (would
-greedy decoding write it), or one of ARC as its authors publish it, {question, answerKey}. A `group`
-in an item gives its results apart as well.
+An item is {context, choices, answer} (is the right choice the likeliest?), {context, continuation}
+(would greedy decoding write the continuation?), or an item of ARC in its authors' format,
+{question, answerKey, ...}. Items with a `group` also get results per group.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ Item = dict[str, Any]
 
 
 def read_task(file: str) -> list[Item]:
-    """A task: one JSON object per line.
+    """The items of a task, one JSON object per line.
 
     Raises:
-        ValueError: names the file, the line and what is wrong.
+        ValueError: names the file, the line and the fault.
     """
     items = []
     for number, line in enumerate(read_text(file).splitlines(), 1):
@@ -45,8 +45,8 @@ def read_task(file: str) -> list[Item]:
 
 
 def _of_arc(item: Item) -> Item | None:
-    """An item of ARC, with choices beside the question or in it, in the words of
-    lm-evaluation-harness; None where it is none."""
+    """An item of ARC with the prompt of lm-evaluation-harness; the choices may be beside the
+    question or inside it. None if the item has another form."""
     question, choices = item.get("question"), item.get("choices")
     if isinstance(question, dict):
         question, choices = question.get("stem"), question.get("choices")
@@ -91,12 +91,12 @@ def _problem(item: Any) -> str | None:
 
 
 def run_task(scorer: Any, items: list[Item]) -> dict[str, Any]:
-    """How well the items are answered, and of each of their groups the same.
+    """A model's results on all items, and under `groups` those of each group.
 
-    With choices, `acc` is the share answered by log-likelihood, `acc_norm` by log-likelihood a
-    character. In any case, of the right answers: `greedy`, the share that greedy decoding would
-    write, token by token; `log_likelihood`, the mean; `perplexity`, exp of minus that, per answer;
-    `cut`, how many lost tokens on their left because the model takes fewer.
+    With choices: `acc`, the fraction of items whose right choice has the largest log-likelihood,
+    and `acc_norm`, the same by log-likelihood per character. For all items, on the right answers:
+    `greedy`, the fraction that greedy decoding would write; `log_likelihood`, the mean;
+    `perplexity`, exp(-mean); `cut`, the number that lost tokens on the left.
     """
     pairs = [(item["context"], text) for item in items for text in _texts(item)]
     scores = iter(scorer.continuations(pairs))
@@ -138,7 +138,7 @@ def _summary(answered: Sequence[tuple[Item, list[Any]]]) -> dict[str, Any]:
 
 
 def told(file: str, found: dict[str, Any]) -> list[str]:
-    """A line on a task, and one on each of its groups."""
+    """Lines on the results of a task and of its groups."""
     lines = [f"{file}: {_numbers(found)}"]
     lines += [f"  {name}: {_numbers(each)}" for name, each in found.get("groups", {}).items()]
     if found["cut"]:

@@ -1,8 +1,8 @@
 """A whole dataset as one stream of tokens, cut into windows that predict each token once.
 
-Documents follow one another as they lie in the dataset, as they do in training. The order and the
-windows depend on the dataset and the length of a window alone, so two models scored on one dataset
-are scored on the same predictions.
+Documents follow one another in the order of the dataset, without separation, as in training. Order
+and windows depend only on the dataset and the length of a window: two models scored on one dataset
+make the same predictions.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from megatron_mlra.data.index import read_index
 
 
 def named_sets(values: list[str] | None, flag: str = "--held-out") -> dict[str, str]:
-    """Name -> prefix of the words of a flag; a prefix alone is named by its last part.
+    """Name -> prefix, of a flag's values NAME=PREFIX or PREFIX; the latter is named by its last
+    part.
 
     Raises:
-        ValueError: a name comes twice.
+        ValueError: a name is given twice.
     """
     sets: dict[str, str] = {}
     for value in values or ():
@@ -46,12 +47,12 @@ def read_stream(prefix: str | Path) -> np.ndarray:
 
 
 def windows(tokens: np.ndarray, first: int, length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Inputs and targets `[length]` int64, of which the last pair may be shorter.
+    """Yield (inputs, targets), each `[length]` int64; the last pair may be shorter.
 
     Args:
-        tokens: the stream, each of which is a target once.
-        first: the token that the stream follows, the end of a document.
-        length: tokens of a window.
+        tokens: the stream; each token is a target once.
+        first: id that precedes the stream, the end of a document.
+        length: tokens per window.
     """
     stream = np.concatenate(([first], tokens)).astype(np.int64)
     for start in range(0, len(tokens), length):

@@ -1,7 +1,7 @@
-"""Surviving faults: whole saves, bad batches, hanging ranks, and where a run goes on.
+"""Fault tolerance: complete checkpoints, bad batches, hanging ranks, stop signals, resumption.
 
 Start with integrity.py and resume.py (checkpoints), heartbeat.py and hang.py (ranks), samples.py
-(batches), saved_steps.py (which steps there are).
+(batches), saved_steps.py (the saved steps of a folder), stopping.py (signals).
 
 May import:   checkpoint, description, command_line, launch.control; torch, Megatron's
               checkpointing

@@ -1,7 +1,7 @@
-"""What all hosts of a run must agree on: the code, the arguments, the bytes of the data.
+"""Fingerprints of what all hosts of a run must have in common: code, arguments, data files.
 
-A fingerprint is a dictionary of short texts, by what a message calls them. Two hosts agree if their
-fingerprints are equal.
+A fingerprint maps the name of a thing, as messages call it, to a short text. Two hosts agree if
+their fingerprints are equal.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from megatron_mlra.command_line.parser import flag
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "flash-attn")
-"""Installed packages whose versions change what is computed."""
+"""Packages whose version may change the results of a run."""
 
 LOCAL = {"rank", "local_rank", "config", "tensorboard_dir", "wandb_save_dir"}
-"""Arguments that may differ between ranks. The values of a preset are arguments themselves; logs
-are written by one rank."""
+"""Arguments that may differ between ranks: `config`, since a preset's values are arguments
+themselves, and folders of logs, which one rank writes."""
 
 BLOCK = 4096
 """Bytes of one sample of a data file."""
 BLOCKS = 1024
-"""Samples of all data files together, where there are fewer files than that."""
+"""Samples of all data files together; each file has 4 to 64."""
 
 
 def of_arguments(args: Namespace) -> dict[str, str]:
-    """Every argument but those that may differ between ranks, by its flag."""
+    """Flag -> value of every argument, except those that may differ between ranks."""
     return {
         flag(name): value if isinstance(value, str) else repr(value)
         for name, value in sorted(vars(args).items())
@@ -42,7 +42,7 @@ def of_arguments(args: Namespace) -> dict[str, str]:
 
 
 def of_code() -> dict[str, str]:
-    """Versions of packages, and a digest of this project's own source."""
+    """Versions of packages, and digests of this project's source."""
     found = {}
     for name in PACKAGES:
         try:
@@ -60,7 +60,7 @@ def of_code() -> dict[str, str]:
 
 
 def of_data(args: Namespace) -> dict[str, str]:
-    """Size of every data file, and a digest of blocks spread evenly over it."""
+    """Size of every data file, and a digest of blocks spread evenly over the file."""
     if args.mock_data or args.skip_train:
         return {}
     blend, per_split = get_blend_and_blend_per_split(args)

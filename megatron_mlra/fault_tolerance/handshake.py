@@ -1,7 +1,7 @@
-"""All ranks of a run meet before any does anything: same code, arguments, data and save folder.
+"""The handshake of all ranks before a run starts: same code, arguments, data and save folder.
 
-The ranks talk through the store that the launcher provides, not by collectives: a collective among
-ranks that disagree about sizes hangs or fails without a name. The order:
+The ranks exchange messages through the launcher's store, not by collectives: a collective among
+ranks that disagree about sizes hangs, or fails without naming a rank. The order:
 
 1. every rank leaves the name of its host, rank 0 its fingerprint;
 2. every other rank answers what differs in its own fingerprint;
@@ -28,11 +28,11 @@ from torch.distributed import PrefixStore, Store, TCPStore
 from megatron_mlra.fault_tolerance import shared_folder
 
 Fingerprint = dict[str, dict[str, str]]
-"""Fingerprints by kind ('code', 'data', ...), those first whose differences explain the others."""
+"""Kind ('code', 'data', ...) -> fingerprint. Kinds whose differences explain others come first."""
 
 _SLACK = 90.0
-"""Seconds for which ranks wait longer for rank 0 than rank 0 for them, so that rank 0's line, which
-names who is missing, comes first; a lock may be waited for in between."""
+"""Seconds by which the other ranks wait longer than rank 0. The line of rank 0, which names the
+missing ranks, then comes first. Rank 0 may also have to wait for the lock."""
 
 
 @dataclass
@@ -42,7 +42,7 @@ class World:
     hosts: list[str]
     """Name of each rank's host."""
     store: Store | None = None
-    """For torch.distributed; None for one process alone."""
+    """Store for torch.distributed; None if there is one rank."""
 
 
 def meet(
@@ -57,11 +57,11 @@ def meet(
     """Meet the other ranks; every rank returns, or every rank raises the same line.
 
     Args:
-        fingerprint: of this rank. A kind that only some ranks give is compared among those.
+        fingerprint: of this rank. Kinds that this rank or rank 0 lacks are not compared.
         seconds: how long to wait for ranks that do not come.
         save: folder that all ranks must see, if any.
-        enter: called on rank 0 once all ranks are there and agree, before the folder is looked
-            at; what it raises ends all ranks.
+        enter: called on rank 0 when all ranks are there and agree, before the check of the folder.
+            An error that it raises ends all ranks.
 
     Raises:
         ValueError: one line that names the rank, its host and what is wrong.
@@ -79,7 +79,7 @@ def meet(
 def _lead(
     talk: _Talk, fingerprint: Fingerprint, save: str | None, enter: Callable[[], None]
 ) -> list[str]:
-    """Rank 0."""
+    """The part of rank 0; returns the host of each rank."""
     hosts: dict[int, str] = {}
     try:
         hosts = talk.collect("host", {})
@@ -101,7 +101,7 @@ def _lead(
 
 
 def _follow(talk: _Talk, fingerprint: Fingerprint, save: str | None) -> list[str]:
-    """Any other rank."""
+    """The part of any other rank; returns the host of each rank."""
     different: list[tuple[str, str, str]] = []
     for kind, here in talk.ask("reference").items():
         if kind in fingerprint and not different:
@@ -113,7 +113,11 @@ def _follow(talk: _Talk, fingerprint: Fingerprint, save: str | None) -> list[str
 
 
 def _check_same(answers: dict[int, list], hosts: dict[int, str]) -> None:
-    """Refuse ranks that differ from rank 0; names the first."""
+    """Refuse ranks that differ from rank 0.
+
+    Raises:
+        ValueError: names the first such rank and its differences.
+    """
     differing = {rank: answers[rank] for rank in sorted(answers) if answers[rank]}
     if not differing:
         return
@@ -132,7 +136,11 @@ def _check_same(answers: dict[int, list], hosts: dict[int, str]) -> None:
 
 
 def _check_shared(answers: dict[int, bool], hosts: dict[int, str], save: str | None) -> None:
-    """Refuse a folder that not all ranks see."""
+    """Refuse a folder in which some rank does not see the probe.
+
+    Raises:
+        ValueError: names these ranks.
+    """
     if blind := [rank for rank in sorted(answers) if not answers[rank]]:
         do = "does" if len(blind) == 1 else "do"
         raise ValueError(
@@ -142,9 +150,9 @@ def _check_shared(answers: dict[int, bool], hosts: dict[int, str], save: str | N
 
 
 def _named(ranks: list[int], hosts: dict[int, str]) -> str:
-    """Ranks with their hosts, in a few words: `rank 8 (host node2), ranks 16 to 23 (host node3)`.
+    """Ranks with their hosts for a message: `rank 8 (host node2), ranks 16 to 23 (host node3)`.
 
-    Ranks that never said where they run are named by their node's number, as the launcher counts.
+    Ranks whose host is unknown have the number of their node instead.
     """
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     groups: dict[str, list[int]] = {}
@@ -166,7 +174,7 @@ def _numbers(ranks: list[int]) -> str:
 
 
 def _differences(here: dict[str, str], there: dict[str, str]) -> list[tuple[str, str, str]]:
-    """What differs between two fingerprints: what it is, its value here and there."""
+    """(name, value here, value there) of all differences between two fingerprints."""
     names = [*here, *(name for name in there if name not in here)]
     return [
         (name, here.get(name, "missing"), there.get(name, "missing"))
@@ -176,15 +184,15 @@ def _differences(here: dict[str, str], there: dict[str, str]) -> list[tuple[str,
 
 
 class _Talk:
-    """What the ranks say to each other, by keys of the launcher's store."""
+    """Messages between the ranks, as keys of the launcher's store."""
 
     def __init__(self, rank: int, world_size: int, seconds: float) -> None:
         self.rank, self.world_size = rank, world_size
         self.deadline = time.monotonic() + seconds
         self.seconds = seconds
         self.absent: set[int] = set()
-        # As torch's own rendezvous makes it, but without waiting for all ranks: those that do not
-        # come are to be named.
+        # As in torch's rendezvous, but without waiting for all ranks: `collect` names those that
+        # do not come.
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         self.store = TCPStore(
             os.environ["MASTER_ADDR"],
@@ -197,22 +205,22 @@ class _Talk:
         )
 
     def leave(self, key: str, what: Any, refusal: str = "") -> None:
-        """Leave something for the others: a value, or the line that ends them."""
+        """Set a key for the other ranks: to a value, or to the line that ends them."""
         self.store.set(_key(key), zlib.compress(json.dumps([what, refusal]).encode(), 1))
 
     def _read(self, key: str) -> Any:
         what, refusal = json.loads(zlib.decompress(self.store.get(_key(key))))
         if refusal:
-            # Rank 0 may host the store, and ends once all have read this.
+            # Rank 0, which may host the store, ends when all ranks have read the line.
             self.leave(f"read/{self.rank}", True)
             raise ValueError(refusal)
         return what
 
     def ask(self, key: str) -> Any:
-        """Wait for what rank 0 leaves.
+        """Wait for a value of rank 0.
 
         Raises:
-            ValueError: rank 0 refuses, or leaves nothing.
+            ValueError: rank 0 refuses, or does not set the key in time.
         """
         left = timedelta(seconds=max(1.0, self.deadline - time.monotonic()) + _SLACK)
         try:
@@ -226,15 +234,15 @@ class _Talk:
             ) from error
 
     def collect(self, kind: str, hosts: dict[int, str]) -> dict[int, Any]:
-        """What every rank left; rank 0's own answer is not asked for.
+        """Rank -> its value of a kind. Rank 0 has a value only of the kind "host".
 
         Raises:
-            ValueError: names the ranks that left nothing in time.
+            ValueError: names the ranks that set no value in time.
         """
         ranks = [rank for rank in range(self.world_size) if rank or kind == "host"]
         keys = [_key(f"{kind}/{rank}") for rank in ranks]
         try:
-            # To look at a folder takes some time, however long rank 0 waited for its lock.
+            # Looking for the probe needs time even if rank 0 has used up the limit at the lock.
             least = 2 * shared_folder.PATIENCE if kind == "sees" else 1.0
             left = max(least, self.deadline - time.monotonic())
             self.store.wait(keys, timedelta(seconds=left))
@@ -251,12 +259,12 @@ class _Talk:
         return {rank: self._read(f"{kind}/{rank}") for rank in ranks}
 
     def wait_for_readers(self) -> None:
-        """After a refusal: until all ranks that are there have read it."""
+        """Wait up to 10 s until all present ranks have read a refusal."""
         there = set(range(1, self.world_size)) - self.absent
         with contextlib.suppress(RuntimeError):
             self.store.wait([_key(f"read/{rank}") for rank in there], timedelta(seconds=10))
 
 
 def _key(name: str) -> str:
-    # The launcher's store may still hold what ranks said before a restart.
+    # The launcher's store may still hold the keys from before a restart.
     return f"handshake/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}"

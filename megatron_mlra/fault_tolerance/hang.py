@@ -1,8 +1,8 @@
-"""Which rank hangs, judged from what the ranks last said of themselves.
+"""Decides which rank hangs, from the last heartbeat (beat) of every rank.
 
-Two kinds: a process that says nothing any more (stopped, its node dead), and one that is alive
-while the others wait for it inside a collective. The second is told from its victims by where its
-main thread is: a victim is inside communication, the culprit is not.
+There are two kinds of hangs: a process that sends no beats any more (stopped, or its node is dead),
+and a live process for which the others wait inside a collective. The place of the main thread tells
+the second kind from its victims: a victim is inside communication, the culprit is not.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ _MOST_NAMED = 4
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank says of itself."""
+    """A rank's report on itself."""
 
     rank: int
     host: str
     pid: int
     device: str
-    """The device it computes on, in words: `GPU 3`."""
+    """The rank's device, in words: `GPU 3`."""
     number: int
-    """Counts its beats, so that no two are the same."""
+    """Number of the beat, so that no two beats are equal."""
     step: int
     marks: int
-    """Marks that its training loop has passed."""
+    """Number of marks that the training loop has passed."""
     phase: str
     bounded: bool
     """Whether the phase takes less than the limit in a healthy run."""
     waiting: bool
-    """Whether its main thread is in communication with other ranks."""
+    """Whether the main thread is in communication with other ranks."""
     at: str
-    """Where its main thread is: `file.py:12 (function)`."""
+    """The line of code of the main thread: `file.py:12 (function)`."""
     idle: float
-    """Seconds since it last passed a mark or started a collective."""
+    """Seconds since the rank last passed a mark or started a collective."""
 
     def write(self) -> str:
         """As JSON."""
@@ -51,7 +51,7 @@ class Beat:
 
 @dataclass(frozen=True)
 class Heard:
-    """What is known of a rank: its last beat, and the seconds since that came."""
+    """A rank's last beat, and the seconds since it arrived (`silent`)."""
 
     beat: Beat
     silent: float
@@ -59,12 +59,13 @@ class Heard:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What ends the job: the ranks that hang and a line that names them, or a line of one rank."""
+    """The reason to end the job: the ranks that hang, or the error of one rank."""
 
     ranks: tuple[int, ...]
     line: str
+    """The message, which names the ranks."""
     told_on: str | None = None
-    """The host of the rank that ends the job by this line of its own; None for a hang."""
+    """Host of the rank whose error ends the job; None for a hang."""
 
     def write(self) -> str:
         """As JSON."""
@@ -78,14 +79,14 @@ class Verdict:
 
 
 def judge(heard: Sequence[Heard], limit: float) -> Verdict | None:
-    """Whether the job hangs, and by whom.
+    """The verdict on a job that hangs; None if it does not.
 
-    It does when a rank has said nothing for `limit` seconds; or has made no progress for as long in
-    a phase that is bounded, or in waiting for others. Phases that may take any time (starting,
-    saving) so end the job only if others wait for them.
+    The job hangs if for `limit` seconds a rank has sent no beat, or has made no progress in a
+    bounded phase or in communication. A phase that may take any time (starting, saving) therefore
+    ends the job only if other ranks wait for it.
 
     Args:
-        heard: of every rank, by rank.
+        heard: every rank's last beat, indexed by rank.
         limit: seconds.
     """
     if not any(
@@ -93,7 +94,7 @@ def judge(heard: Sequence[Heard], limit: float) -> Verdict | None:
         for it in heard
     ):
         return None
-    # A rank that fell silent stalls all others at once, who may reach the limit first.
+    # A silent rank stalls all others at once, and they may reach the limit before it does.
     silent = [rank for rank, it in enumerate(heard) if it.silent > limit / 2]
     if silent:
         return Verdict(tuple(silent), _line(silent, heard, _silent))
@@ -108,11 +109,11 @@ def judge(heard: Sequence[Heard], limit: float) -> Verdict | None:
 
 
 def silent_host(beat: Beat, seconds: float) -> Verdict:
-    """The verdict of a rank that no longer reaches rank 0, where the beats are kept.
+    """The verdict of a rank that no longer reaches rank 0, which keeps the beats.
 
     Args:
-        beat: the last of rank 0.
-        seconds: since it was reached.
+        beat: the last beat of rank 0.
+        seconds: since rank 0 was last reached.
     """
     return Verdict((0,), _line([0], [Heard(beat, seconds)], _silent))
 
@@ -147,5 +148,5 @@ def _busy(heard: Heard) -> str:
 
 
 def collective_seconds(args: Namespace) -> float:
-    """How long a collective may wait once training runs, before torch ends the process."""
+    """Seconds that a collective may wait during training before torch ends the process."""
     return args.distributed_timeout_seconds_after_init or 60 * args.distributed_timeout_minutes

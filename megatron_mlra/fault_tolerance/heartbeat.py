@@ -1,10 +1,10 @@
-"""Every rank says that it lives and how far it is; a hang ends the job with the rank named.
+"""Heartbeats: every rank reports its progress; a hang ends the job with a line that names the rank.
 
-Rank 0 keeps the beats in a store of its own, reads them all and judges; every other rank writes its
-beat and reads two keys: the verdict, and rank 0's beat. One that no longer reaches rank 0 names it.
-Threads do all of this, and release the GIL while they wait: they go on while the main thread is
-stuck in a collective. A main thread that never gives the GIL back silences its rank, and the other
-ranks notice.
+Rank 0 keeps the beats of all ranks in its own store, and judges them (hang.py). Every other rank
+writes its beat and reads two keys: the verdict, and rank 0's beat. A rank that no longer reaches
+rank 0 names rank 0. Threads do all of this. They release the GIL while they wait, so that they run
+while the main thread is stuck in a collective. A main thread that never releases the GIL silences
+its rank, which the other ranks notice.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from megatron_mlra.fault_tolerance.hang import (
 )
 
 SHARE_OF_TIMEOUT = 0.8
-"""Default limit, as a share of --distributed-timeout-minutes: a hang is named before a collective
-gives up, and nothing is ended that would not be ended a little later."""
+"""Default limit, as a share of --distributed-timeout-minutes: a hang is reported before torch's
+timeout, which would end the job a little later anyway."""
 
 _CONNECT = timedelta(seconds=60)
 _VERDICT = "verdict"
@@ -50,7 +50,7 @@ _OFF = "off"
 
 
 class _Progress:
-    """Where the training loop is: written by the main thread, read by the watch."""
+    """The place of the training loop: written by the main thread, read by the watch's threads."""
 
     def __init__(self) -> None:
         # One tuple, replaced as a whole: step, phase, bounded, marks.
@@ -59,7 +59,7 @@ class _Progress:
 
     def mark(self, phase: str, *, step: int | None = None, bounded: bool = True) -> None:
         before, _, _, marks = self.now
-        # What a first step compiles and allocates may take any time.
+        # A first step may take any time: it compiles and allocates.
         bounded = bounded and self.past_first_step
         self.now = (before if step is None else step, phase, bounded, marks + 1)
 
@@ -69,13 +69,13 @@ _watch: Watch | None = None
 
 
 def mark(phase: str) -> None:
-    """The training loop comes to `phase` of the step it is in."""
+    """Note that the training loop enters `phase` of its current step."""
     _progress.mark(phase)
 
 
 @contextmanager
 def unbounded(phase: str) -> Iterator[None]:
-    """A phase that may take any time, as long as no other rank waits for it."""
+    """Inside the block the rank is in a phase that may take any time, unless other ranks wait."""
     _, before, bounded, _ = _progress.now
     _progress.mark(phase, bounded=False)
     yield
@@ -83,11 +83,10 @@ def unbounded(phase: str) -> Iterator[None]:
 
 
 def tell(line: str) -> None:
-    """End all ranks by the line that this rank would fail with. Without it the other ranks, which
-    wait for this rank in a collective, could only say that it is gone. Each host prints the line
-    once.
+    """End all ranks with the error of this rank. Without this the other ranks, which wait for this
+    rank in a collective, could only report that it is gone. Each host prints the line once.
 
-    Returns only without a watch, for the caller to raise.
+    Returns only if there is no watch: the caller then raises the error.
     """
     if _watch is not None and _watch.threads:
         _watch.tell(line)
@@ -105,12 +104,12 @@ def limit_of(args: Namespace) -> float:
 def watch(
     args: Namespace, folder: Path, before_leaving: Callable[[], object] = lambda: None
 ) -> Watch | None:
-    """The watch over all ranks, not yet started; None where a hang never ends the job.
+    """The watch over all ranks, not yet started; None if a hang never ends the job.
 
     Args:
         args: of the run.
-        folder: where a rank that hangs leaves the stacks of its threads, if it can.
-        before_leaving: called by the thread that ends this process for a hang.
+        folder: where a hanging rank writes the stacks of its threads, if it can.
+        before_leaving: called before the watch ends this process, in the watch's thread.
     """
     global _watch
     limit = limit_of(args)
@@ -119,7 +118,7 @@ def watch(
 
 
 def mark_step(train_step: Callable, args: Namespace) -> Callable:
-    """Megatron's `train_step`, its begin and its end marked."""
+    """Megatron's `train_step`, with a mark at its begin and its end."""
 
     @functools.wraps(train_step)
     def marked_step(*rest, **named):
@@ -133,7 +132,7 @@ def mark_step(train_step: Callable, args: Namespace) -> Callable:
 
 
 def mark_end(train: Callable) -> Callable:
-    """Megatron's `train`, its end marked: what comes behind it may take any time."""
+    """Megatron's `train`, with a mark at its end, after which a phase may take any time."""
 
     @functools.wraps(train)
     def train_and_mark(*rest, **named):
@@ -146,7 +145,7 @@ def mark_end(train: Callable) -> Callable:
 
 
 class Watch:
-    """The threads of one rank."""
+    """The heartbeat threads of one rank; see `watch` for the arguments."""
 
     def __init__(
         self,
@@ -161,7 +160,7 @@ class Watch:
         self.interval = min(15.0, limit / 20)
         local = int(os.environ.get("LOCAL_RANK", 0))
         self.device = f"GPU {local}" if torch.cuda.is_available() else f"local rank {local}"
-        self.speaks = local == 0  # one rank of each machine
+        self.speaks = local == 0  # one rank per host prints verdicts
         self.main = threading.main_thread().ident
         self.ended = threading.Event()
         self.threads: list[threading.Thread] = []
@@ -173,7 +172,7 @@ class Watch:
         self.reached = 0.0
 
     def start_after(self, initialize: Callable) -> Callable:
-        """Megatron's `initialize_megatron`, behind which ranks can reach each other."""
+        """Megatron's `initialize_megatron`, then the start: from there on ranks can communicate."""
 
         @functools.wraps(initialize)
         def initialize_and_watch(*rest, **named):
@@ -184,7 +183,11 @@ class Watch:
         return initialize_and_watch
 
     def start(self) -> None:
-        """Meet the other ranks; returns when this rank's first beat is kept."""
+        """Connect to the store of rank 0 and start the threads, after every rank's first beat.
+
+        Raises:
+            RuntimeError: this rank cannot reach rank 0's store.
+        """
         where: list[tuple[str, int] | None] = [None]
         if self.rank == 0:
             _allow_connections(self.world_size)
@@ -212,8 +215,8 @@ class Watch:
             self.threads.append(thread)
 
     def stop(self) -> None:
-        """End the threads, once all ranks are done: no rank may leave before all have called it.
-        Rank 0's store stays, for ranks that are not there yet."""
+        """End the threads. No rank may exit before all ranks have called this. Rank 0's store stays
+        for ranks that are still on their way here."""
         self.ended.set()
         for thread in self.threads:
             thread.join(5)
@@ -221,15 +224,15 @@ class Watch:
     def tell(self, line: str) -> None:
         """See the function `tell`."""
         mine = first = Verdict((self.rank,), f"(rank {self.rank}): {line}", socket.gethostname())
-        with contextlib.suppress(RuntimeError):  # Rank 0, where the store is, is gone.
+        with contextlib.suppress(RuntimeError):  # rank 0, which has the store, is gone
             first = Verdict.read(self.store.compare_set(_VERDICT, "", mine.write()).decode())
         self.stop()
         if first == mine:
             say_error(f"error {mine.line}")
         else:
             self._say(first)
-        # Whoever sees this process end before it has read the verdict says that a rank is gone.
-        # Rank 0 reads within an interval, and stays two more for the others.
+        # A rank that sees this process end before it has read the verdict reports a lost rank.
+        # Rank 0 reads the verdict within an interval, and waits two more for the others.
         time.sleep(4 * self.interval + 2)
         self._leave(first)
 
@@ -237,14 +240,14 @@ class Watch:
         try:
             run()
         except Exception:
-            # A fault of the watch ends the watch on all ranks, not the job.
+            # A bug in the watch ends the watch on all ranks, not the job.
             self.ended.set()
             with contextlib.suppress(RuntimeError):
                 self.store.set(_VERDICT, _OFF)
             raise
 
     def _judge_all(self) -> None:
-        """Rank 0: read all beats, judge."""
+        """The thread of rank 0: read all beats and judge them."""
         keys = [_VERDICT, *map(_key, range(self.world_size))]
         seen = [""] * self.world_size
         changed = [time.monotonic()] * self.world_size
@@ -267,12 +270,12 @@ class Watch:
             if found := told or judge(heard, self.limit):
                 self._say(found)
                 self.store.set(_VERDICT, found.write())
-                # The store ends with this process: the others must have read it.
+                # The store ends with this process; the others must read the verdict first.
                 time.sleep(2 * self.interval + 1)
                 self._leave(found)
 
     def _follow(self) -> None:
-        """Any other rank: leave a beat, heed the verdict, see rank 0's beat change."""
+        """A thread of any other rank: write a beat, read the verdict and rank 0's beat."""
         seen = ""
         while (lost := self._sleep()) is not None:
             try:
@@ -281,7 +284,7 @@ class Watch:
                     text.decode() for text in self.store.multi_get([_VERDICT, _key(0)])
                 )
             except RuntimeError:
-                return  # Rank 0 is gone; `_guard` counts on.
+                return  # rank 0 is gone; `_guard` goes on counting
             if verdict == _OFF:
                 self.ended.set()
                 return
@@ -293,20 +296,25 @@ class Watch:
                 seen, self.host_beat, self.reached = host, Beat.read(host), time.monotonic()
 
     def _guard(self) -> None:
-        """Count the time since rank 0 was reached, whatever becomes of a request to it."""
+        """A thread of any other rank: count the time since rank 0 was reached. `_follow` cannot,
+        since its request to a dead rank 0 may hang."""
         while (lost := self._sleep()) is not None:
             self.reached += lost
             silence = time.monotonic() - self.reached
             if self.host_beat and silence > self.limit:
-                # Rank 0 may have been the only one of the only machine to speak.
+                # On a single host rank 0 was the only rank that prints verdicts.
                 self.speaks = self.speaks or self.rank == 1
                 found = silent_host(self.host_beat, silence)
                 self._say(found)
                 self._leave(found)
 
     def _sleep(self) -> float | None:
-        """Until the next round; None to end. Returns the seconds for which this process itself was
-        stopped (with the whole job, perhaps), which count against nobody."""
+        """Wait for the next round.
+
+        Returns:
+            Seconds for which this process itself was stopped (perhaps with the whole job), which
+            must not count as another rank's silence; None to end the thread.
+        """
         begin = time.monotonic()
         if self.ended.wait(self.interval):
             return None
@@ -329,9 +337,9 @@ class Watch:
         return Beat(*who, self.beats, step, marks, phase, bounded, waiting, at, idle)
 
     def _gpu_is_busy(self) -> bool:
-        """Whether work is queued on this rank's GPU. The host of a rank that waits inside a
-        collective of NCCL may stand anywhere; that of one which the others wait for has an idle
-        GPU. The driver may not answer, so another thread asks."""
+        """Whether work is queued on this rank's GPU. While a rank waits inside a collective of
+        NCCL, its main thread may be anywhere, but its GPU is busy; the GPU of the culprit is idle.
+        The driver may not answer, so that another thread asks."""
         if self.probe is None or not self.probe.is_alive():
             answer: list[bool] = []
             stream = torch.cuda.default_stream(int(os.environ.get("LOCAL_RANK", 0)))
@@ -356,7 +364,7 @@ class Watch:
 
 
 def leave_stacks(log: Path) -> None:
-    """Write the stacks of all threads into a file, in place of what a link there points to."""
+    """Write the stacks of all threads into a new file; a link at its path is replaced."""
     with contextlib.suppress(OSError), aside(log).open("x") as file:
         faulthandler.dump_traceback(file, all_threads=True)
 
@@ -366,7 +374,7 @@ def _key(rank: int) -> str:
 
 
 def _collectives() -> int:
-    """Collectives that this rank has started, over all its groups that count them."""
+    """Number of collectives that this rank has started, over all its process groups."""
     count = 0
     for group in list(distributed_c10d._world.pg_map):
         with contextlib.suppress(RuntimeError):
@@ -375,11 +383,11 @@ def _collectives() -> int:
 
 
 def _communication(thread: int) -> tuple[bool, str]:
-    """Whether a thread is inside communication, and the line of code it is at."""
+    """(Whether a thread is inside communication, the line of code that it executes)."""
     frame = sys._current_frames()[thread]
     code = frame.f_code
     at = f"{Path(code.co_filename).name}:{frame.f_lineno} ({code.co_name})"
-    # A request that Megatron waits for is a call from its own code.
+    # Megatron waits for point-to-point requests by `.wait(` in its own code.
     line = linecache.getline(code.co_filename, frame.f_lineno)
     waiting = "/megatron/core/" in code.co_filename and ".wait(" in line
     while frame and not waiting:
@@ -389,7 +397,7 @@ def _communication(thread: int) -> tuple[bool, str]:
 
 
 def _allow_connections(world_size: int) -> None:
-    """Each rank holds one connection to rank 0; a common limit on open files is 1,024."""
+    """Raise the limit on open files, commonly 1,024: every rank has a connection to rank 0."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = soft + 2 * world_size if soft < 4 * world_size + 1024 else soft
     wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)

@@ -1,4 +1,4 @@
-"""Processes that serve a rank's saves: the queue that writers report to, the asynchronous writer.
+"""The helper processes of a rank's saves: the asynchronous writer, and the queue of its results.
 
 Two rules. A helper dies with its rank (else it would keep writing into a checkpoint that the
 restarted job is writing). But it ignores the stop signals, which schedulers and terminals send to
@@ -26,14 +26,14 @@ def tied(loop: Callable[..., None], lock: Path | None) -> Callable[..., None]:
 
     Args:
         loop: Megatron's function.
-        lock: of the save folder, which counts as held while the writer lives.
+        lock: file of the run lock, which counts as held while the writer lives.
     """
     writer_process.replaced = loop
     return functools.partial(writer_process.write_for_rank, lock)
 
 
 def unseen(start_writer: Callable[..., None], stops: Set[signal.Signals]) -> Callable[..., None]:
-    """Megatron's `init_persistent_async_worker`, whose process does not see the signals `stops`."""
+    """Megatron's `init_persistent_async_worker`; its process has the signals `stops` blocked."""
 
     def start_unseen(*args, **named) -> None:
         with _children_without(stops):
@@ -43,8 +43,8 @@ def unseen(start_writer: Callable[..., None], stops: Set[signal.Signals]) -> Cal
 
 
 def results_queue(stops: Set[signal.Signals]) -> Queue:
-    """The queue that writers report to, its process started now and not at the first save; it does
-    not see the signals `stops`."""
+    """The queue for the writers' results. Its process starts now instead of at the first save, with
+    the signals `stops` blocked."""
     global _manager
     _manager = SyncManager(ctx=multiprocessing.get_context("fork"))
     with _children_without(stops):
@@ -54,7 +54,8 @@ def results_queue(stops: Set[signal.Signals]) -> Queue:
 
 @contextlib.contextmanager
 def _children_without(stops: Set[signal.Signals]) -> Iterator[None]:
-    """Processes started inside never get the signals; one sent to this process waits until then."""
+    """Processes started inside the block have these signals blocked. Signals to this process wait
+    until the end of the block."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, stops)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Refuse a damaged or foreign checkpoint before loading, a disk too small before training."""
+"""Checks before a run: the checkpoint of --load is whole and fits, the disk of --save has room."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ from megatron_mlra.fault_tolerance.saved_steps import (
 def first_usable(
     folders: list[Path], check: Callable[[Path], None]
 ) -> tuple[Path | None, list[str]]:
-    """The first folder that `check` does not refuse, and why those before it were.
+    """(The first folder that `check` accepts, the errors of those before it); (None, []) without
+    folders.
 
     Raises:
-        ValueError: if there are folders and all are refused; names the first.
+        ValueError: all folders are refused; the error of the first.
     """
     refused: list[str] = []
     for folder in folders:
@@ -46,7 +47,7 @@ def first_usable(
 
 
 def _others(folders: list[Path]) -> str:
-    """Which steps could be loaded in place of these folders, all of which were refused."""
+    """The end of the message that all folders are refused: steps that could be loaded instead."""
     if len(folders) > 1:
         return f"the {len(folders) - 1} earlier ones are damaged too"
     there = sorted(path.name for path in folders[0].parent.glob("iter_*") if path != folders[0])
@@ -56,8 +57,8 @@ def _others(folders: list[Path]) -> str:
 
 
 def check_load(args: Namespace, argv: list[str] | None = None) -> None:
-    """Check what `--load` will read: complete, and of this architecture; rank 0 says what of it the
-    command line `argv` changes.
+    """Check that the checkpoint of `--load` is complete and fits the architecture and the
+    optimizer. Rank 0 prints what the flags of `argv` change in its RoPE and lengths.
 
     Raises:
         ValueError: names the checkpoint, and the damaged file or the arguments that differ.
@@ -74,17 +75,17 @@ def check_load(args: Namespace, argv: list[str] | None = None) -> None:
 
 
 def folder_to_load(args: Namespace) -> Path | None:
-    """The checkpoint that `--load` will read, complete; None where the run starts anew.
+    """The complete checkpoint that `--load` will read; None if the run starts at step 0.
 
     Raises:
-        ValueError: there is none, or none that is complete.
+        ValueError: `--load` names no complete checkpoint.
     """
     return first_usable(to_load(args), check_complete)[0]
 
 
 def check_complete(folder: Path) -> None:
-    """Check that every file a torch_dist checkpoint's metadata refers to is there, at full length,
-    that its arguments can be read, and that what Megatron unpickles holds no code.
+    """Check that every file of a torch_dist checkpoint's index exists at full length, that the
+    arguments can be read, and that no entry holds code.
 
     Raises:
         ValueError: names the first missing or short file, or the code.
@@ -98,11 +99,11 @@ _opened: dict[Path, tuple[tuple, TorchDistFolder]] = {}
 
 
 def opened(folder: Path) -> TorchDistFolder:
-    """A checkpoint, read and checked once as long as its files stay as they are: a start asks for
-    it several times, and the index of a large run has hundreds of megabytes.
+    """A checkpoint, read and checked; cached until its files change. The start of a run needs it
+    several times, and the index of a large run has hundreds of megabytes.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: the checkpoint cannot be read.
     """
     state = _state(folder)
     known = _opened.get(folder)
@@ -113,12 +114,12 @@ def opened(folder: Path) -> TorchDistFolder:
 
 
 def forget_opened() -> None:
-    """Free what `opened` keeps."""
+    """Empty the cache of `opened`."""
     _opened.clear()
 
 
 def _state(folder: Path) -> tuple:
-    """Names, sizes and times of change of a folder's files."""
+    """(name, inode, size, modification time in ns) of a folder's files."""
     try:
         with os.scandir(folder) as entries:
             stats = [(entry.name, entry.stat(follow_symlinks=False)) for entry in entries]
@@ -130,10 +131,13 @@ def _state(folder: Path) -> tuple:
 def check_architecture(
     stored: TorchDistFolder, args: Namespace, given: Collection[str] = ()
 ) -> list[str]:
-    """Compare the arguments a checkpoint was saved with to these.
+    """Compare the arguments in a checkpoint with those of this run.
+
+    Args:
+        given: flags on the command line.
 
     Returns:
-        what of its RoPE and lengths the flags `given` change.
+        The changes of RoPE and lengths that the flags ask for, as texts.
 
     Raises:
         ValueError: names every argument that differs, with both values.
@@ -161,10 +165,13 @@ def check_architecture(
 
 
 def check_save(args: Namespace, parameters: int) -> None:
-    """Check that `--save` can be written, has room for one checkpoint and none of another run.
+    """Check that `--save` can be written, has room for a checkpoint, and holds none of another run.
 
-    A checkpoint holds the weights and, with the optimizer, Adam's two moments in 32 bits and beside
-    16-bit weights a 32-bit copy of them.
+    A checkpoint holds the weights and, with the optimizer, Adam's two moments in float32 and a
+    float32 copy of 16-bit weights.
+
+    Args:
+        parameters: of the model.
 
     Raises:
         ValueError: names the folder, and the fix or the bytes needed.
@@ -185,7 +192,7 @@ def check_save(args: Namespace, parameters: int) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """Why a checkpoint could not be written, in one line: the first rank's own error."""
+    """The reason why a checkpoint could not be written, in one line: the first rank's error."""
     while isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     # "Worker failure: An error is caught while starting worker 0, error: ..."

@@ -1,6 +1,6 @@
-"""Whether a run can take up a checkpoint's optimizer and schedule: asked before anything is built.
+"""Checks that a run can load a checkpoint's optimizer and schedule, before the model is built.
 
-Megatron finds out while it loads, by a KeyError or an assertion that names no flag.
+Megatron would fail during the load, with a KeyError or an assertion that names no flag.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _SCHEDULE = {
     "end_wd": "end_weight_decay",
     "wd_incr_style": "weight_decay_incr_style",
 }
-"""What Megatron's schedule saves -> the argument that it comes from."""
+"""Key of the schedule's state -> the argument from which Megatron sets it."""
 
 _FRESH = "add --no-load-optim to go on with fresh moments, or --finetune for a new run"
 
 
 def check_optimizer(stored: TorchDistFolder, args: Namespace) -> None:
-    """Compare a checkpoint's optimizer and schedule with those that `args` ask for.
+    """Compare a checkpoint's optimizer and schedule with those of this run.
 
     Raises:
-        ValueError: names the checkpoint, what differs and the flags that help.
+        ValueError: names the checkpoint, the differences and the flags that resolve them.
     """
     if stored.path.name == "release" or args.finetune or args.no_load_optim or args.skip_train:
         return
@@ -64,7 +64,7 @@ def _precision(args: Any) -> str:
 
 
 def _of_optimizer(args: Any, name: str) -> Any:
-    # Megatron turns the one flag into the other where the optimizer takes whole matrices.
+    # For optimizers of whole matrices (Muon) Megatron replaces the one flag by the other.
     if name == "use_distributed_optimizer" and getattr(
         args, "use_layer_wise_distributed_optimizer", False
     ):
@@ -105,7 +105,7 @@ _LENGTHS = {
 
 
 def _samples(args: Namespace) -> dict[str, float]:
-    """Lengths of the schedule in samples, as Megatron computes them."""
+    """Key of the schedule's state -> length in samples, as Megatron computes it."""
     if args.train_iters:
         decay = (args.lr_decay_iters or args.train_iters) * args.global_batch_size
         warmup = args.lr_warmup_iters * args.global_batch_size
@@ -118,11 +118,12 @@ def _samples(args: Namespace) -> dict[str, float]:
 
 
 def other_end(scheduler: Any, args: Namespace) -> str | None:
-    """What to say of a resumed run whose steps no longer fit its schedule in samples: the steps
-    before had another global batch, so that the rate ends elsewhere than it would have.
+    """A warning if a resumed run ends at another learning rate than its schedule says, or None. The
+    schedule counts samples; earlier steps may have had another global batch size.
 
     Args:
         scheduler: Megatron's, with the checkpoint's state loaded.
+        args: with `iteration`, the step of the checkpoint.
     """
     if not args.train_iters or scheduler.lr_decay_style == "constant":
         return None

@@ -1,4 +1,4 @@
-"""Continue from the newest checkpoint that is whole."""
+"""Resumes from the newest checkpoint that is whole."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_mlra.fault_tolerance.optimizer_state import other_end
 
 
 def choose_step(load_checkpoint: Callable, args: Namespace) -> Callable:
-    """Megatron's `load_checkpoint`, told the step: the newest whose files are what was saved."""
+    """Megatron's `load_checkpoint`, for the newest step whose checkpoint is whole."""
 
     def load(*rest, **named):
         asked = args.ckpt_step
@@ -29,7 +29,7 @@ def choose_step(load_checkpoint: Callable, args: Namespace) -> Callable:
         finally:
             args.ckpt_step = asked
         scheduler = next((it for it in rest if isinstance(it, OptimizerParamScheduler)), None)
-        # What Megatron returns first; it sets the argument later.
+        # Megatron returns the step first, and sets args.iteration later.
         reached = Namespace(**vars(args) | {"iteration": result[0]})
         line = scheduler and result[0] and other_end(scheduler, reached)
         if args.rank == 0 and line:
@@ -40,13 +40,13 @@ def choose_step(load_checkpoint: Callable, args: Namespace) -> Callable:
 
 
 def whole_step(args: Namespace) -> int | None:
-    """The step to load, the same on every rank; None leaves it to Megatron (nothing to load, or a
-    release). Says what was passed over, and why.
+    """The step to load, the same on every rank; None if there is nothing to load, or a release.
+    Rank 0 prints why newer checkpoints are skipped.
 
     Raises:
-        ValueError: if no checkpoint is whole, or not the one of --ckpt-step.
+        ValueError: no checkpoint is whole, or the one of --ckpt-step is not.
     """
-    # One rank looks: another may see a shared folder in an earlier state.
+    # Only one rank lists the folder: others may see an earlier state of a shared folder.
     found = _on_first_rank(lambda: saved_steps.candidates(args.load, args.ckpt_step))
     folder, refused = integrity.first_usable(found, check_whole)
     if args.rank == 0:
@@ -62,7 +62,7 @@ def whole_step(args: Namespace) -> int | None:
 
 
 def _name_step(args: Namespace, step: int) -> None:
-    """Have the tracker file name a step, which Megatron asks it for."""
+    """Write a missing or empty tracker file, from which Megatron reads the step."""
     if not args.ckpt_step and saved_steps.latest_step(args.load) is None:
         say(
             f"warning: {args.load} has no {TRACKER} (lost, or not copied along): continuing"
@@ -71,13 +71,13 @@ def _name_step(args: Namespace, step: int) -> None:
     try:
         saved_steps.mend_tracker(args.load, step)
     except OSError:
-        # Another run's folder may be read-only, and need not be mended to be loaded from.
+        # Another run's folder may be read-only; Megatron is given the step.
         if args.load == args.save:
             raise
 
 
 def check_whole(folder: Path) -> None:
-    """Check a checkpoint's files by size and, all ranks together, by checksum.
+    """Check the sizes of a checkpoint's files on rank 0, and the checksums on all ranks together.
 
     Raises:
         ValueError: names the first file that is missing, short or changed; the same on every rank.
@@ -88,11 +88,10 @@ def check_whole(folder: Path) -> None:
 
 
 def _on_first_rank(work: Callable[[], Any]) -> Any:
-    """What `work` returns on the first rank, on every rank. The others wait for it, so that
-    whatever it raises there is raised on all.
+    """Run `work` on the first rank; every rank returns its result.
 
     Raises:
-        ValueError: what it raised, in one line.
+        ValueError: `work` raised an error; its text, in one line, on every rank.
     """
     result: list[Any] = [None, None]
     if torch.distributed.get_rank() == 0:

@@ -1,4 +1,4 @@
-"""Keep the newest K checkpoints of a folder, and never less than what a resumption needs."""
+"""Deletes all but the newest checkpoints of a folder, and never one that a resumption needs."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _DELETED = re.compile(r"\.deleted-iter_\d{7,}").fullmatch
 
 
 def prune(folder: str | Path, keep: int) -> list[int]:
-    """Delete all but the newest `keep` complete checkpoints; returns the steps deleted.
+    """Delete all but the newest `keep` complete checkpoints; returns the deleted steps.
 
-    The one that the tracker names stays whatever happens, and so do those after it, which are still
-    being written. Incomplete ones before it count for nothing and stay too, to be looked at. A
-    folder is renamed before it is emptied, so that none is ever seen half deleted.
+    The checkpoint that the tracker names always stays, and so do later ones, which are still being
+    written. Incomplete checkpoints do not count, and stay for inspection. A folder is renamed
+    before it is emptied: no `iter_*` folder is ever partly deleted.
     """
     folder = Path(folder)
     latest = latest_step(folder)
     if latest is None:
         return []
     for left in folder.glob(".deleted-iter_*"):
-        # Not what only begins like this; of a link neither the link nor what it points to.
+        # Other names that begin like this are not ours. Neither a link nor its target is deleted.
         if _DELETED(left.name) and left.is_dir() and not left.is_symlink():
             shutil.rmtree(left, ignore_errors=True)
     named = {step: folder / f"iter_{step:07d}" for step in steps(folder)}
@@ -41,7 +41,7 @@ def prune(folder: str | Path, keep: int) -> list[int]:
         aside = folder / f".deleted-{found[step].name}"
         try:
             os.rename(found[step], aside)
-        except OSError:  # Something else of this name is in the way.
+        except OSError:  # a file or folder of this name is in the way
             continue
         shutil.rmtree(aside, ignore_errors=True)
         deleted.append(step)

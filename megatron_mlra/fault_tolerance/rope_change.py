@@ -1,7 +1,7 @@
-"""What may differ between a checkpoint and the run that loads it: its RoPE and its lengths.
+"""Changes of RoPE and sequence lengths between a checkpoint and the run that loads it.
 
-A longer context is trained by loading weights under another RoPE. As nothing but the arguments
-tells one RoPE from another, a change counts as meant only where the command line itself names it.
+To train a longer context, weights are loaded under another RoPE. Only the arguments tell one RoPE
+from another, so that a change counts as intended only if a flag on the command line asks for it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _DEFAULTS = {
     "mscale": 1.0,
     "mscale_all_dim": 0.0,
 }
-"""Of Megatron's configuration, for arguments that were saved without."""
+"""Defaults of Megatron's configuration, for checkpoints whose arguments lack these."""
 
 _FLAGS = {
     "original_max_position_embeddings": "--yarn-original-max-position-embeddings",
@@ -32,16 +32,16 @@ _LENGTHS = {"seq_length": "sequence length", "max_position_embeddings": "positio
 
 
 def changes(saved: Namespace, args: Namespace, given: set[str]) -> tuple[list[str], list[str]]:
-    """What differs in RoPE and lengths.
+    """Differences in RoPE and lengths.
 
     Args:
         saved: arguments of the checkpoint.
         args: those of this run.
-        given: flags on its command line.
+        given: flags on this run's command line.
 
     Returns:
-        what was asked for, as text for a person; what differs without being asked for, with the
-        flags that settle it.
+        Texts of the changes that flags ask for, and of the other differences, each with the flags
+        that resolve it.
     """
     asked, not_asked = [], []
     there, here = _rope(saved), _rope(args)
@@ -49,7 +49,7 @@ def changes(saved: Namespace, args: Namespace, given: set[str]) -> tuple[list[st
         old, new, option = there.get(name), here.get(name), _FLAGS.get(name, flag(name))
         if old == new:
             continue
-        # A change of type brings YaRN's numbers with it, or takes them away.
+        # A change of type adds or removes YaRN's numbers.
         by_type = "--rope-type" in given and None in (old, new)
         if option in given or by_type:
             if new is not None:
@@ -68,7 +68,7 @@ def changes(saved: Namespace, args: Namespace, given: set[str]) -> tuple[list[st
 
 
 def _rope(args: Namespace) -> dict[str, Any]:
-    """What RoPE tables are a function of."""
+    """The arguments that determine the RoPE tables."""
     found = {
         "rotary_base": getattr(args, "rotary_base", 10000),
         "rope_type": getattr(args, "rope_type", None) or "rope",

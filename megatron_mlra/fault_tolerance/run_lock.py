@@ -1,7 +1,8 @@
-"""One run at a time in a `--save` folder: a lock file that names its owner and beats.
+"""One run at a time in a `--save` folder: a lock file that names its owner.
 
-The lock is `run.lock` in the folder, created so that of several runs exactly one succeeds. Its
-owner touches it every `BEAT` seconds. Another run takes the lock over if the owner is gone:
+The lock is the file `run.lock` in the folder. Its creation succeeds for exactly one of several
+runs. The owner touches the file every `BEAT` seconds. Another run takes the lock over if the owner
+is gone:
 
 - on the owner's machine, as soon as its process and its asynchronous writers have ended;
 - on any other machine, once the lock has not been touched for `STALE` seconds.
@@ -33,28 +34,31 @@ BEAT = 5.0
 STALE = 60.0
 """Seconds without a touch after which an owner on another machine counts as gone."""
 _HALF_WRITTEN = 2.0
-"""Seconds for which a lock file may lie empty between its creation and its first byte."""
+"""Seconds for which a lock file may be empty after its creation."""
 _LONGEST = 65536
-"""Bytes of a lock file that are read."""
+"""Most bytes of a lock file that are read."""
 _WRITERS = 15.0
-"""Seconds for which a lock waits for the asynchronous writers of an owner that has ended."""
+"""Seconds for which a new run waits for the asynchronous writers of an owner that has ended."""
 _ENDING = 5.0
-"""Seconds for which a run that ends waits for its own asynchronous writers."""
+"""Seconds for which an ending run waits for its own asynchronous writers."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a lock, as its file says."""
+    """The owner of a lock: the content of the lock file."""
 
     token: str
+    """Random, 32 hexadecimal digits."""
     host: str
     pid: int
     born: str
-    """When the process started, in ticks since the machine did: process ids are used again."""
+    """Start time of the process, in clock ticks since boot: process ids are reused."""
     machine: str
-    """The running kernel and its process ids' namespace: where `pid` means this process."""
+    """Boot id and pid namespace, within which `pid` is unique."""
     job: str
+    """Id of the SLURM or torchrun job, or empty."""
     since: str
+    """Local time at which the lock was made."""
 
     @classmethod
     def this_process(cls) -> Owner:
@@ -79,7 +83,8 @@ class Owner:
         """
         found = parse_json(text)
         owner = cls(**{field.name: found[field.name] for field in fields(cls)})
-        # Whoever can write to the folder wrote this: it becomes part of a path, and of a message.
+        # Checked, since anybody who can write to the folder may have written the file: `token`
+        # becomes part of a path, the other fields part of a message.
         texts = [value for name, value in asdict(owner).items() if name != "pid"]
         if not (
             re.fullmatch("[0-9a-f]{32}", owner.token)
@@ -98,10 +103,10 @@ class RunLock:
     """The lock of one folder.
 
     Args:
-        folder: made where it does not exist.
-        say: told what the lock waits for, where that takes longer than a moment.
-        lost: told, by a thread, that the lock has another owner now: this process was stopped for
-            longer than `STALE`, and must not write to the folder any more.
+        folder: made if it does not exist.
+        say: called with a line before a wait of several seconds.
+        lost: called with a line, in another thread, when the lock has another owner: this process
+            was stopped for longer than `STALE`, and must not write to the folder any more.
     """
 
     def __init__(
@@ -118,10 +123,10 @@ class RunLock:
         self._made = False
 
     def acquire(self) -> None:
-        """Become the owner, and beat from now on.
+        """Become the owner, and touch the lock regularly from now on.
 
         Raises:
-            ValueError: another run owns the folder; names it, and how to release the lock.
+            ValueError: another run owns the folder; names the run and how to release the lock.
         """
         self._made = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -145,7 +150,7 @@ class RunLock:
                 )
 
     def is_mine(self) -> bool:
-        """Whether the lock file names this run."""
+        """Whether this run owns the folder."""
         there = self._read()
         return isinstance(there, Owner) and there.token == self.owner.token
 
@@ -156,10 +161,10 @@ class RunLock:
         return there if taken else None
 
     def release(self) -> None:
-        """End the beat and remove the lock, and the folder if this run made it and left it empty.
+        """Remove the lock, and the folder if this run made it and it is empty.
 
-        Writers that are ending are waited for. Where a writer of this run goes on, the lock stays:
-        the next run waits for it.
+        The asynchronous writers of this run get `_ENDING` seconds to end. If one goes on, the lock
+        stays, and the next run waits for the writer.
         """
         self._ended.set()
         with contextlib.suppress(OSError):
@@ -169,14 +174,14 @@ class RunLock:
                 self.folder.rmdir()
 
     def release_within(self, seconds: float) -> None:
-        """Release, for a process that must end even if the file server does not answer."""
+        """`release`, but return after `seconds` even if the file server does not answer."""
         thread = threading.Thread(target=self.release, daemon=True)
         thread.start()
         thread.join(seconds)
 
     def _create(self, path: Path) -> bool:
         try:
-            # The file system creates the file for one process alone, over NFS too.
+            # O_EXCL is atomic, over NFS too.
             file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
             return False
@@ -187,7 +192,7 @@ class RunLock:
         return True
 
     def _read(self) -> Owner | str | None:
-        """The owner; the text of a file that names none; None where there is no lock."""
+        """The owner; the text of a file that names no owner; None without a lock."""
         deadline, text = time.monotonic() + _HALF_WRITTEN, ""
         while True:
             try:
@@ -197,7 +202,7 @@ class RunLock:
             except FileNotFoundError:
                 return None
             except (ValueError, TypeError, KeyError, RecursionError):
-                # Created by another run in this moment, and not written yet.
+                # Another run may just have created the file, and not written it yet.
                 if time.monotonic() > deadline:
                     return text
             time.sleep(0.05)
@@ -217,12 +222,17 @@ class RunLock:
         return True
 
     def _stops_beating(self, there: Owner | str) -> bool:
-        """Watch the lock until a touch shows that its owner lives, or none came for `STALE`."""
+        """Watch the lock until it is touched, or has not been touched for `STALE` seconds.
+
+        Returns:
+            Whether the owner is gone.
+        """
         first = _touched(self.path)
         if first is None:
             return True
-        # The clock of the file system alone: those of two machines may differ.
-        left = min(STALE, STALE - (self._now_of_folder() - first))  # dated ahead, perhaps
+        # Only the file system's clock is used, since the clocks of two machines may differ. The
+        # file may still be dated ahead.
+        left = min(STALE, STALE - (self._now_of_folder() - first))
         if left > 0:
             who = there if isinstance(there, Owner) else "an unnamed run"
             self._say(
@@ -247,7 +257,7 @@ class RunLock:
     def _replace(self, gone: Owner | str) -> bool:
         """Take the lock over from an owner that is gone; False if another run was faster."""
         token = gone.token if isinstance(gone, Owner) else "unnamed"
-        # Of all runs that find this owner gone, the one that creates this file replaces its lock.
+        # Of all runs that find this owner gone, only the one that creates this file takes over.
         claim = self.folder / f".{NAME}.after-{token}"
         if not self._create(claim):
             age = self._now_of_folder() - (_touched(claim) or self._now_of_folder())
@@ -283,14 +293,14 @@ class RunLock:
             try:
                 there = self._read()
                 if there is None and self.folder.is_dir():
-                    # Deleted by hand. The folder is this run's as long as no other has come.
+                    # The lock was deleted by hand. This run still owns the folder.
                     self._create(self.path)
                 elif isinstance(there, Owner) and there.token != self.owner.token:
                     break
                 else:
                     os.utime(self.path, follow_symlinks=False)
             except OSError:
-                continue  # a file server that does not answer now, or a folder that is gone
+                continue  # the file server does not answer now, or the folder is gone
         if not self._ended.is_set():
             self._lost(
                 f"--save {self.folder} belongs to another run now ({there}): the lock of this one"
@@ -299,18 +309,18 @@ class RunLock:
 
 
 def hold(path: str | Path) -> None:
-    """Have this process, an asynchronous writer, count as part of the lock's owner until it ends.
+    """Let this process, an asynchronous writer, count as part of the lock's owner until it ends.
 
-    That is told by a lock of the operating system, on the owner's machine alone: file servers
-    differ in what they do with the locks of a machine that is gone.
+    It holds a lock of the operating system (flock), on the owner's machine only: file servers
+    differ in how they treat the flocks of a machine that is gone.
     """
     with contextlib.suppress(OSError, ValueError, KeyError):
         if read_json(path)["machine"] == _machine():
-            fcntl.flock(_plain(path, os.O_RDONLY), fcntl.LOCK_SH)  # open for the process's life
+            fcntl.flock(_plain(path, os.O_RDONLY), fcntl.LOCK_SH)  # never closed
 
 
 def _plain(path: str | Path, flags: int) -> int:
-    """Open a file such that a link is not followed and a pipe not waited for."""
+    """Open a file without following a link or blocking on a pipe."""
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
@@ -331,7 +341,7 @@ def _is_held(path: Path) -> bool:
 
 
 def _touched(path: Path) -> float | None:
-    """When a file was last touched, None if it is gone. Opening it asks the file server anew."""
+    """Modification time of a file, None if it is gone. Opening the file refreshes NFS's cache."""
     try:
         with open(path, "rb", opener=_plain) as file:
             return os.fstat(file.fileno()).st_mtime
@@ -345,9 +355,9 @@ def _machine() -> str:
 
 
 def _born(pid: int) -> str | None:
-    """When a process started, None if it does not run."""
+    """Start time of a process in clock ticks since boot, None if it does not run."""
     try:
-        # The name in parentheses may hold anything.
+        # The program's name, in parentheses, may contain spaces and parentheses.
         rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None

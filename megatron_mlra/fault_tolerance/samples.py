@@ -1,4 +1,4 @@
-"""Which samples a rank's latest micro-batch and step hold, so that a bad one can be named."""
+"""Remembers the samples of a rank's latest micro-batch and step, so that errors can name them."""
 
 from __future__ import annotations
 
@@ -21,23 +21,22 @@ from megatron_mlra.fault_tolerance.heartbeat import tell
 _MOST_NAMED = 4
 
 SOURCE = "source"
-"""Key of what a sample is made from: its number in the dataset, its first document and the token in
-it, int64 `[3]`."""
+"""Key of a sample's origin, int64 `[3]`: its number in the dataset, its first document, and the
+position of its first token in that document."""
 
 BAD_TOKEN = "bad_token"
-"""Key of what is wrong with a sample's token ids, a line; empty where nothing is."""
+"""Key of a line on a wrong token id in the sample; empty if there is none."""
 
 _latest: Tensor | None = None
 _step: list[list[int]] = []
 
 
 class _WithSource:
-    """Samples with two more entries: their source, and a line about a token id outside the model's
-    vocabulary.
+    """A mixin that adds two entries to samples: `SOURCE`, and `BAD_TOKEN`, a line on a token id
+    outside the model's vocabulary.
 
-    Ids are checked before Megatron replaces those that equal the padding id. The loader's process
-    leaves the line in the sample and raises nothing: an error there would arrive as a traceback
-    inside another message.
+    Ids are checked before Megatron replaces those that equal the padding id. The data loader's
+    process does not raise an error, which would arrive as a traceback inside another message.
     """
 
     def __init__(self, *rest: Any, **named: Any) -> None:
@@ -48,7 +47,7 @@ class _WithSource:
     def _query_document_sample_shuffle_indices(self, idx: int):
         text, documents, lengths = super()._query_document_sample_shuffle_indices(idx)
         self._bad_token = ""
-        # Behind the documents the last sample of an epoch is padded.
+        # The last sample of an epoch is padded after its documents.
         ids = text[: sum(lengths)]
         if ids.size and (ids.min() < 0 or ids.max() >= self.vocabulary):
             place = int(((ids < 0) | (ids >= self.vocabulary)).argmax())
@@ -86,19 +85,19 @@ class SourcedMockDataset(_WithSource, MockGPTDataset):
 
 
 def vocabulary(args: Namespace) -> int:
-    """How many token ids the data may have: the true size of the vocabulary where it is given.
+    """The number of valid token ids: the size of the vocabulary without padding if it is given.
 
-    Rows that only pad the embedding belong to no token: an id of such a row comes from another
+    Rows that pad the embedding belong to no token. An id of such a row comes from another
     tokenizer.
     """
     return args.vocab_size or args.padded_vocab_size
 
 
 def check(loaded: dict[str, Any]) -> None:
-    """Refuse a micro-batch with a token id outside the vocabulary; the line ends all ranks.
+    """Refuse a micro-batch with a token id outside the vocabulary; the error ends all ranks.
 
-    A tensor-parallel rank would take an id that is not in its part of the embedding for another
-    rank's, and train on a vector of zeros.
+    A tensor-parallel rank treats an id outside its shard of the embedding as another rank's. For an
+    id outside all shards the model would train on a vector of zeros.
 
     Raises:
         ValueError: names the data, the document, the token in it and the id.
@@ -111,7 +110,7 @@ def check(loaded: dict[str, Any]) -> None:
 def name_bad(train_step: Callable) -> Callable:
     """Megatron's `train_step`, whose error for a NaN or infinite gradient names the step's samples.
 
-    Megatron looks at gradients once per step, when those of all its micro-batches are summed up.
+    Megatron checks gradients once per step, after those of all micro-batches are summed.
     """
 
     @functools.wraps(train_step)
@@ -120,8 +119,8 @@ def name_bad(train_step: Callable) -> Callable:
         try:
             return train_step(*rest, **named)
         except RuntimeError as error:
-            # Megatron's validate_result, whose iteration is one too high; its rank, node and device
-            # go to the log with the cause.
+            # Of Megatron's validate_result, which reports a step one too high. Rank, node and
+            # device go to the log with the cause.
             found = re.search(r"Unexpected result (\S+) \(message='(.*)'\)", str(error))
             if not found:
                 raise
@@ -137,7 +136,7 @@ def name_bad(train_step: Callable) -> Callable:
 
 
 def note(loaded: dict[str, Any]) -> None:
-    """Remember a micro-batch as it comes from the loader."""
+    """Remember the samples of a micro-batch from the data loader."""
     global _latest
     _latest = loaded.get(SOURCE)
     if torch.is_grad_enabled() and _latest is not None:
@@ -145,8 +144,8 @@ def note(loaded: dict[str, Any]) -> None:
 
 
 def latest() -> str:
-    """The latest micro-batch in words. Of a tensor-parallel group the first rank loads, and the
-    others say so."""
+    """The samples of the latest micro-batch, for a message. Only the first rank of a
+    tensor-parallel group loads data; the others refer to it."""
     if _latest is None:
         where = f"data-parallel rank {mpu.get_data_parallel_rank()}"
         return f"{where} (its first tensor-parallel rank names the samples)"
@@ -154,7 +153,7 @@ def latest() -> str:
 
 
 def _of_step() -> list[list[int]]:
-    """The `SOURCE` of this step's samples so far; only their numbers on ranks that load none."""
+    """`SOURCE` of this step's samples so far; on ranks that load no data only their numbers."""
     if _step:
         return _step
     args, rank = get_args(), mpu.get_data_parallel_rank()

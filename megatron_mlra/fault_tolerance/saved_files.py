@@ -1,8 +1,8 @@
-"""Rank 0 looks at every checkpoint before it counts: are all ranks' files there, in full?
+"""Rank 0 checks that the files of all ranks are complete before the tracker names a checkpoint.
 
-Megatron moves its tracker file once rank 0 has written the metadata. It does not look at the files
-of other ranks: on a folder that is not shared, or on a mount that is gone, the tracker would name a
-checkpoint that is not whole.
+Megatron writes its tracker file when rank 0 has written the index. It does not check the files of
+other ranks. In a folder that is not shared, or on a lost mount, the tracker would then name an
+incomplete checkpoint.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ _WRITER = re.compile(r"__(\d+)_\d+\.distcp").fullmatch
 def look_behind(
     finalize: Callable[..., None], hosts: list[str], successor: Callable[[], object]
 ) -> Callable[..., None]:
-    """Megatron's `save_state_dict_async_finalize`, behind which rank 0 looks at the save. The
-    tracker is written afterwards.
+    """Megatron's `save_state_dict_async_finalize`, then rank 0's check of the files.
+
+    Megatron writes the tracker after this function.
 
     Args:
         finalize: Megatron's function.
         hosts: name of each rank's host.
-        successor: the other run that owns the folder now, if any.
+        successor: returns the other run that owns the folder now, or None.
     """
 
     def finalize_and_look(storage_writer, global_metadata, dist_wrapper) -> None:
@@ -54,13 +55,13 @@ def look_behind(
 
 
 def missing(folder: Path, hosts: list[str]) -> str | None:
-    """The first file of a checkpoint just written that this host does not see within `PATIENCE`.
+    """The first file of a new checkpoint that this host does not see within `PATIENCE`.
 
     Args:
         hosts: name of each rank's host.
 
     Returns:
-        a line that names the file and the host that wrote it, or None.
+        A line that names the file and the host that wrote it, or None.
     """
     try:
         needed = needed_files(read_metadata(folder))
@@ -72,7 +73,7 @@ def missing(folder: Path, hosts: list[str]) -> str | None:
         left.clear()
         for name, size in needed.items():
             try:
-                # Opening a file asks the file server for its size; a look alone may not.
+                # Opening a file asks the file server for its size; stat may use a cache.
                 with open(folder / name, "rb") as file:
                     there = os.fstat(file.fileno()).st_size
             except OSError as error:

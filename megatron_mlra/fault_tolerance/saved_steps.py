@@ -1,6 +1,6 @@
-"""Which steps of a run are saved, and whether `--load` and `--save` name what they must.
+"""The saved steps of a run's folder, and checks of `--load` and `--save`.
 
-Nothing here imports torch: what is wrong with a folder is said before torch is imported.
+Nothing here imports torch, so that a wrong folder is reported before that slow import.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _ITERATION = re.compile(r"iter_(\d+)").fullmatch
 
 
 def latest_step(folder: str | Path) -> int | None:
-    """The step of the checkpoint that `folder` names as its latest, None where it names none.
+    """The step that the tracker file of `folder` names, 0 for a release; None without a tracker.
 
     Raises:
-        ValueError: for a tracker file that names no step, or cannot be read.
+        ValueError: the tracker file names no step, or cannot be read.
     """
     text = tracked_step(Path(folder))
     if text is None:
@@ -30,14 +30,14 @@ def latest_step(folder: str | Path) -> int | None:
     if text == "release":
         return 0
     if not text:
-        # The job or its machine died between truncating the file and writing it. Whatever folder
-        # is complete was saved before, or just now.
+        # The job or its machine died between truncating the file and writing it: the newest folder
+        # is the one of that save.
         return max(steps(folder), default=None)
     return int(text)
 
 
 def mend_tracker(load: str | Path, step: int) -> None:
-    """Write `step` into a tracker file that is empty, which Megatron cannot read, or gone."""
+    """Write `step` into a tracker file that is missing, or empty (which Megatron cannot read)."""
     tracker = Path(load) / TRACKER
     if not tracker.is_file() or not tracker.read_text().strip():
         parser.write_text(tracker, str(step))
@@ -45,11 +45,13 @@ def mend_tracker(load: str | Path, step: int) -> None:
 
 def candidates(load: str | Path, step: int | None = None) -> list[Path]:
     """Checkpoint folders to load from, best first: the one that the tracker names, then earlier
-    steps; only `step` if it is given. What is later than the tracker was never completed. Without a
-    tracker: every step whose save came to its end, newest first.
+    steps. Later ones were never completed. Without a tracker: all complete steps, newest first.
+
+    Args:
+        step: if given, the only step to load.
 
     Raises:
-        ValueError: for a tracker file that names no step, a folder that cannot be read.
+        ValueError: the tracker file names no step, or the folder cannot be read.
     """
     load = Path(load)
     if step:
@@ -64,9 +66,10 @@ def candidates(load: str | Path, step: int | None = None) -> list[Path]:
 
 
 def saved_without_tracker(folder: str | Path) -> list[Path]:
-    """Checkpoints of a folder that has no tracker file, newest first: it was lost, or the folders
-    were copied without it. A run that was killed in its first save leaves neither a tracker nor any
-    of the files that are written last.
+    """Complete checkpoints of a folder whose tracker file was lost or not copied, newest first.
+
+    A run that was killed in its first save leaves no tracker either; its checkpoint lacks the files
+    that are written last.
 
     Raises:
         ValueError: the folder cannot be read, or holds a `release` checkpoint.
@@ -82,14 +85,14 @@ def saved_without_tracker(folder: str | Path) -> list[Path]:
 
 
 _WRITTEN_LAST = (".metadata", FORMAT_FILE, MANIFEST)
-"""Files of a checkpoint that are written once all tensors are."""
+"""Files of a checkpoint that are written after all tensors."""
 
 
 def steps(folder: str | Path) -> set[int]:
-    """Steps of which `folder` holds an `iter_*` folder, complete or not.
+    """Steps of the `iter_*` folders in `folder`, complete or not; empty if `folder` is missing.
 
     Raises:
-        ValueError: the folder is there but cannot be read: what it holds is unknown.
+        ValueError: the folder exists but cannot be read.
     """
     try:
         names = os.listdir(folder)
@@ -104,10 +107,10 @@ def check_writable(flag: str, folder: str | Path) -> Path:
     """Check that a folder, which need not exist, can be written.
 
     Returns:
-        the nearest folder that exists.
+        The nearest folder above it that exists, or the folder itself.
 
     Raises:
-        ValueError: it cannot; names the flag and the folder.
+        ValueError: the folder cannot be written; names the flag and the folder.
     """
     existing = folder = Path(folder)
     while not existing.exists():
@@ -115,7 +118,7 @@ def check_writable(flag: str, folder: str | Path) -> Path:
     if not existing.is_dir():
         raise ValueError(f"{flag} {folder} cannot be written: {existing} is not a folder")
     try:
-        # Asked of the file system itself: permission bits say nothing about a read-only mount.
+        # A real write, since permission bits do not show a read-only mount.
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
@@ -126,10 +129,10 @@ def check_writable(flag: str, folder: str | Path) -> Path:
 
 
 def check_unused(args: Namespace) -> None:
-    """Check that `--save` holds no checkpoints, unless this run continues them.
+    """Check that `--save` holds no checkpoint, unless this run continues from that folder.
 
     Raises:
-        ValueError: it does; names the newest, and the fix.
+        ValueError: names the step of the newest checkpoint, and the fix.
     """
     folder = Path(args.save)
     if args.load is not None and Path(args.load).resolve() == folder.resolve():
@@ -145,10 +148,11 @@ def check_unused(args: Namespace) -> None:
 
 
 def to_load(args: Namespace) -> list[Path]:
-    """Checkpoint folders that `--load` names, best first; none where the run starts anew.
+    """Checkpoint folders that `--load` names, best first; empty if the run starts at step 0.
 
     Raises:
-        ValueError: there are none, and the run is to go on from one.
+        ValueError: there is no checkpoint, and `--load` is not also `--save`, or
+            `--exit-on-missing-checkpoint` is given.
     """
     if args.load is None:
         return []

@@ -1,4 +1,4 @@
-"""Whether all hosts see one folder: a file that rank 0 writes and every other rank must find."""
+"""Checks that all hosts share a folder: rank 0 writes a file that every other rank must find."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PATIENCE = 10.0
-"""Seconds for which a host may see a shared folder in an earlier state, as NFS clients do."""
+"""Seconds for which a host may see an earlier state of a shared folder (NFS clients cache)."""
 
 
 @contextlib.contextmanager
 def probe(folder: str | None) -> Iterator[str | None]:
-    """Write a file that all hosts must see; yields its name. It is new, so that no host remembers
-    that there was none, and removed afterwards."""
+    """Inside the block the folder holds a file that all hosts must see; yields its name, None
+    without a folder. The name is new, so that no host has cached its absence."""
     if folder is None:
         yield None
         return
@@ -29,17 +29,17 @@ def probe(folder: str | None) -> Iterator[str | None]:
 
 
 def sees(folder: str, name: str) -> bool:
-    """Whether this host sees a probe, within `PATIENCE`."""
+    """Whether this host sees the probe of this name within `PATIENCE`."""
     return comes_true(lambda: (Path(folder) / name).is_file(), Path(folder))
 
 
 def comes_true(look: Callable[[], bool], folder: Path) -> bool:
-    """Whether `look` at something in `folder` is true within `PATIENCE`."""
+    """Whether `look`, a check of something in `folder`, returns True within `PATIENCE`."""
     deadline = time.monotonic() + PATIENCE
     while not look():
         if time.monotonic() > deadline:
             return False
         time.sleep(0.2)
         with contextlib.suppress(OSError):
-            os.listdir(folder)  # asks the file server anew
+            os.listdir(folder)  # refreshes the cache of the NFS client
     return True

@@ -1,11 +1,11 @@
-"""Kill ranks of a small run at random, and compare its end with that of a run left alone.
+"""Kill ranks of a small run at random, and compare its losses with those of an undisturbed run.
 
     mlra soak --config debug --data-path data/text --work runs/soak
 
-Both runs are launched as by examples/launch.sh, which restarts the job after each kill (SIGKILL, a
-random rank, a random moment); the job continues from its last checkpoint. The exit code is 0 if all
-steps' loss is the same in both. Times: `restart` from the kill to the first step that was not there
-before the kill, `lost` the steps that had to be repeated.
+Both runs are started by `mlra launch`. Each kill is a SIGKILL to a random rank at a random moment.
+The launcher then restarts the job, which continues from its last checkpoint. The exit code is 0 if
+the losses of all steps are equal in both runs. `restart_seconds` are the times from each kill to
+the first new step, `lost_steps` the numbers of steps that were repeated.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from megatron_mlra.command_line.parser import OneLineParser, write_text
 from megatron_mlra.command_line.progress_bar import bar
 from megatron_mlra.launch.control import REFUSED
 
-# Restarted ranks must not find in torchrun's own store the addresses of those that are gone.
+# Else restarted ranks find the addresses of the killed ranks in torchrun's own store.
 ENV = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 START = re.compile(r"^training [^|]*: [\d,]+ parameters")
 
 
 def parser() -> OneLineParser:
-    """The flags; others go to the training entry."""
+    """The parser of the command's own flags."""
     flags = OneLineParser(
         description=__doc__.splitlines()[0], epilog="Other flags go to the training entry."
     )
@@ -50,9 +50,13 @@ def parser() -> OneLineParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run both; prints and writes `soak.json` into --work. 1 for a difference, 2 for bad input."""
+    """Run both jobs, print the result and write it to `soak.json` in --work.
+
+    Returns:
+        The exit code: 0 if all losses are equal, 1 for a difference or a failure, 2 for bad input.
+    """
     args, rest = parser().parse_known_args(argv)
-    # A kill after the last checkpoint but one may come when all is done.
+    # A kill that is due later may come after the run has ended.
     last = args.steps - args.save_interval
     if args.kills >= last:
         least = args.kills + args.save_interval + 1
@@ -91,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class Job:
-    """A launched job whose printed steps are read as they come."""
+    """A launched job; its printed steps are read while it runs."""
 
     def __init__(self, args: argparse.Namespace, name: str, rest: list[str]) -> None:
         self.steps, self.folder = args.steps, args.work / name
@@ -111,10 +115,14 @@ class Job:
         ]
 
     def run(self, kills: list[tuple[int, int, float]]) -> int:
-        """Run to the end; each kill is (after which step, which rank, what part of a step later).
+        """Run the job to its end.
+
+        Args:
+            kills: of each kill the step after which it comes, the rank, and the fraction of a
+                step's time by which it comes later.
 
         Returns:
-            the launcher's exit code.
+            The launcher's exit code.
         """
         self.folder.mkdir()
         begin, kills = time.perf_counter(), list(kills)
@@ -133,7 +141,7 @@ class Job:
                     before = self.losses[step]
                     shown.write(f"step {step}: loss {found[3]}, before the kill {before}")
                     self.losses[step] = found[3]
-                # Steps that were printed before the kill may still be in the pipe.
+                # After a kill, lines of earlier steps may still be in the pipe.
                 if killed_at is not None and back:
                     self.lost[-1] += step <= reached
                     if step <= reached:
@@ -168,7 +176,7 @@ def kill_rank(launcher: int, rank: int) -> None:
 
 
 def report(result: dict) -> None:
-    """The result for a person."""
+    """Print the result for a person."""
     print(
         f"{result['kills']} kills in {result['steps']} steps: final loss"
         f" {result['final_loss_killed']}, left alone {result['final_loss_alone']};"

@@ -1,10 +1,10 @@
-"""Signals that ask a run to stop, heeded from the entry's first line to its last step.
+"""Stop signals, handled from the first line of the entry to the last step.
 
-Ctrl-C (SIGINT) and a terminal that is closed (SIGHUP) ask as SIGTERM does: the step is ended and
-saved. A second Ctrl-C ends the run at once.
+SIGTERM, Ctrl-C (SIGINT) and a closed terminal (SIGHUP) ask a run to stop: the current step is
+completed and saved. A second Ctrl-C ends the run at once.
 
-This module is imported before torch, so it needs the standard library alone. In another thread
-than the main one no signal is heeded: whoever started the thread decides what they do.
+This module is imported before torch and uses only the standard library. Outside the main thread no
+signal is handled: signals are left to the code that started the thread.
 """
 
 from __future__ import annotations
@@ -26,21 +26,20 @@ _asked: signal.Signals | None = None
 _handler: Any = None
 _told: list[int] = []
 _over = False
-"""Whether the run has ended: a stop that comes later has nothing to stop."""
+"""Whether the run has ended, so that a later signal has nothing to stop."""
 _by_default = False
-"""Whether signals do what they do by default."""
+"""Whether signals have their default action."""
 
 
 def listen(*numbers: signal.Signals) -> None:
-    """Note these signals from here on, and any that waited.
+    """Handle these signals from here on, and those that are pending.
 
-    The launcher starts ranks with SIGTERM blocked, so that a signal that comes while Python starts
-    waits. Unblocked, it would kill the rank before anything could heed it. In a thread that can set
-    no handlers this does nothing.
+    The launcher starts ranks with SIGTERM blocked, so that a signal during the start of Python is
+    pending here, and does not kill the rank. Outside the main thread this does nothing.
     """
     if not can_be_set():
         return
-    # `nohup` starts a program with SIGHUP ignored, which means just that.
+    # `nohup` starts a program with SIGHUP ignored, which is respected.
     ignored = {n for n in numbers if n == signal.SIGHUP and signal.getsignal(n) is signal.SIG_IGN}
     _numbers.update({*numbers} - ignored)
     handle(_numbers, _note)
@@ -48,16 +47,16 @@ def listen(*numbers: signal.Signals) -> None:
 
 
 def listen_to_interrupts(end: Callable[[], None]) -> None:
-    """Have a first SIGINT ask the run to stop, and a second one call `end`.
+    """Let a first SIGINT ask the run to stop, and a second one call `end`.
 
-    A thread waits for the signal, which is blocked in all others: the main thread would act on it
-    only once it returns from a collective, or from the write of a file. Child processes inherit the
-    block, so that a terminal's Ctrl-C does not end the helpers that a last save needs.
+    A thread waits for SIGINT, which is blocked in all other threads: the main thread would act on
+    it only after its current collective or file write. Child processes inherit the block, so that a
+    terminal's Ctrl-C does not end the helper processes of the last save.
 
-    A shell starts background jobs of a script with SIGINT ignored; they do not listen.
+    Nothing is done if SIGINT is ignored, as in background jobs of a script.
 
     Args:
-        end: ends the process; called in that thread.
+        end: ends the process; called in the waiting thread.
     """
     if not can_be_set() or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         return
@@ -81,15 +80,15 @@ def listen_to_interrupts(end: Callable[[], None]) -> None:
 
 
 def heeded() -> frozenset[signal.Signals]:
-    """The signals that ask this run to stop, and that its helper processes must not see."""
+    """The signals that ask this run to stop; its helper processes must have them blocked."""
     return frozenset(_numbers) | {signal.SIGINT}
 
 
 def close() -> None:
-    """Ignore the signals from here on: the run has ended, and its process is on the way out.
+    """Ignore the signals from here on, since the run has ended.
 
-    Python restores the default action of signals before it ends. A stop signal that comes that
-    late, relayed by another host for example, would then kill a rank that had ended in order.
+    Python restores the default actions of signals before it exits. A late stop signal, relayed by
+    another host for example, would then kill a rank that has ended normally.
     """
     global _over
     _over = True
@@ -97,7 +96,7 @@ def close() -> None:
 
 
 def ignore_no_more() -> None:
-    """Let the signals end the process, as they do by default (`--no-exit-signal-handler`)."""
+    """Restore the signals' default action, to end the process (`--no-exit-signal-handler`)."""
     global _by_default
     _by_default = True
     handle(_numbers, signal.SIG_DFL)
@@ -106,7 +105,7 @@ def ignore_no_more() -> None:
 
 
 def hand_over(handler: Any) -> None:
-    """Have Megatron's handler know of signals that came before it, and of all our signals.
+    """Report earlier signals to Megatron's handler, and all later ones of `heeded`.
 
     Args:
         handler: Megatron's DistributedSignalHandler, which asks all ranks at the end of each step.
@@ -118,8 +117,7 @@ def hand_over(handler: Any) -> None:
 
 
 def enter_where_possible(enter: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Megatron's `DistributedSignalHandler.__enter__`, which sets a handler in any thread and so
-    fails in all but the main one."""
+    """Megatron's `DistributedSignalHandler.__enter__`, which would fail outside the main thread."""
 
     def enter_or_leave(handler: Any) -> Any:
         if can_be_set():
@@ -131,7 +129,7 @@ def enter_where_possible(enter: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def remember_told(ask_all: Callable[[Any], list[int]]) -> Callable[[Any], list[int]]:
-    """Megatron's `signals_received`, whose answer is kept for `by`."""
+    """Megatron's `signals_received`, whose result is kept for `by`."""
 
     def signals_received(handler: Any) -> list[int]:
         received = ask_all(handler)
@@ -142,12 +140,12 @@ def remember_told(ask_all: Callable[[Any], list[int]]) -> Callable[[Any], list[i
 
 
 def any_rank_asked() -> bool:
-    """Whether any rank was asked to stop: the same answer on all, who must all call this."""
+    """Whether any rank was asked to stop, the same on all ranks. A collective: all must call it."""
     return _handler is not None and any(_handler.signals_received())
 
 
 def by() -> str:
-    """What stops the run, in words for the end of a clause; empty if no signal does."""
+    """The signal that stops the run, as the end of a clause (` by SIGTERM`); empty if none does."""
     if _asked is not None:
         return f" by {_asked.name}"
     if not _told:

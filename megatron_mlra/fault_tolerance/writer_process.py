@@ -1,6 +1,6 @@
-"""The process that writes a rank's asynchronous checkpoints, tied to its rank from its first line.
+"""The process that writes a rank's checkpoints asynchronously, and ends when the rank ends.
 
-It imports nothing heavy before it is tied: a rank may be killed while its writer starts.
+It imports nothing heavy before it is tied to its rank, which may be killed while the writer starts.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from megatron_mlra.fault_tolerance import run_lock
 _PR_SET_PDEATHSIG = 1
 
 replaced: Callable[..., None] | None = None
-"""Megatron's loop, in a process where `write_for_rank` stands in its place."""
+"""Megatron's loop, in a process where `write_for_rank` has replaced it; None in a new process."""
 
 
 def write_for_rank(lock: Path | None, *args) -> None:
     """Megatron's loop of a persistent writer, in a process that ends with its rank.
 
     Args:
-        lock: of the save folder, which counts as held while this process lives.
+        lock: file of the run lock, which counts as held while this process lives.
         args: of Megatron's loop.
     """
     end_with_rank(multiprocessing.parent_process().pid)
     if lock is not None:
         run_lock.hold(lock)
     if replaced is not None:
-        replaced(*args)  # a fork of the rank, which starts this function in its place
+        replaced(*args)  # this process is a fork of the rank, where the loop was replaced
         return
-    # As its rank does: Megatron warns about every optional package at import.
+    # Megatron warns about every optional package at import.
     warnings.filterwarnings("ignore")
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
@@ -44,10 +44,10 @@ def write_for_rank(lock: Path | None, *args) -> None:
 
 
 def end_with_rank(rank: int) -> None:
-    """Have this process killed when the process `rank`, which need not be its parent, ends.
+    """Kill this process when the process with the id `rank` ends.
 
-    A writer's parent is the fork server, not the rank. The fork server ends once all copies of a
-    pipe are closed. Data loaders hold copies, and outlive a killed rank by some seconds.
+    A writer's parent is the fork server, not the rank. The fork server ends when all copies of a
+    pipe are closed. Data loaders have copies too, and outlive a killed rank by some seconds.
     """
     end_with_parent()
     try:
@@ -55,7 +55,7 @@ def end_with_rank(rank: int) -> None:
     except ProcessLookupError:
         os._exit(1)
     except OSError:
-        return  # a kernel or a container without it
+        return  # the kernel or the container does not allow pidfd_open
 
     def wait() -> None:
         select.select([ended], [], [])
@@ -65,5 +65,5 @@ def end_with_rank(rank: int) -> None:
 
 
 def end_with_parent() -> None:
-    """Have this process killed when the thread that started it ends."""
+    """Let the kernel kill this process when the thread that started it ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

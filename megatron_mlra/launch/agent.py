@@ -1,4 +1,4 @@
-"""torchrun's agent, which hands a stop on to its ranks and does not restart what was refused."""
+"""torchrun's agent, which also passes stop signals to its ranks and does not restart refusals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from megatron_mlra.launch.control import INTERRUPTED, REFUSED, Control, Ended, Phase, say
 
 GRACE = 3.0
-"""Seconds for the ranks beside one that failed to say what they know; then they are killed."""
+"""Seconds for the other ranks to print their errors after one failed; then they are killed."""
 
 
 class Agent(LocalElasticAgent):
@@ -44,7 +44,7 @@ class Agent(LocalElasticAgent):
 
         def close_soon(death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
             if death_sig in (None, signal.SIGTERM):
-                # SIGTERM asks ranks to save, which they cannot without those that failed.
+                # SIGTERM would ask the ranks to save, which they cannot without the failed rank.
                 grace = 0 if self.control.over == INTERRUPTED else GRACE
                 deadline = time.monotonic() + grace
                 while _alive(context.pids().values()) and time.monotonic() < deadline:
@@ -64,7 +64,7 @@ class Agent(LocalElasticAgent):
             raise Ended
         result = super()._monitor_workers(worker_group)
         if self.control.asked:
-            # A rank that fails now is not started again: it would miss the stop.
+            # A restarted rank would not know of the stop.
             self._remaining_restarts = 0
             for pid in set(self._pcontext.pids().values()) - self.told:
                 with contextlib.suppress(ProcessLookupError):
@@ -82,7 +82,7 @@ class Agent(LocalElasticAgent):
 
 
 def _alive(pids) -> bool:
-    """Whether one of these children runs still."""
+    """Whether one of these child processes still runs."""
     for pid in pids:
         with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
             if file.read().rpartition(")")[2].split()[0] != "Z":
@@ -91,7 +91,7 @@ def _alive(pids) -> bool:
 
 
 def describe(failures: dict[int, ProcessFailure]) -> str:
-    """How ranks ended, in one clause: the first that failed, its reason if it gave one."""
+    """How the ranks ended, in one clause: the first that failed, and the number of others."""
     rank, first = min(failures.items(), key=lambda item: item[1].timestamp)
     if first.exitcode < 0:
         what = f"rank {rank} was killed by {signal.Signals(-first.exitcode).name}"
@@ -103,7 +103,7 @@ def describe(failures: dict[int, ProcessFailure]) -> str:
 
 
 def reason(failures: dict[int, ProcessFailure]) -> str:
-    """What the first rank that failed gave as its reason; empty if it could say nothing."""
+    """The reason that the earliest failed rank with a reason gave; empty if none gave one."""
     for failure in sorted(failures.values(), key=lambda failure: failure.timestamp):
         if failure.exitcode > 0 and failure.error_file_data.get("message"):
             return failure.message

@@ -1,8 +1,8 @@
-"""What a launcher says of itself to the other hosts, and how a host that has no torch says it.
+"""Calls: a launcher's report on itself to the other hosts, and a way to send one without torch.
 
-    python call.py HOST:PORT NODES RDZV_ID TEXT    this host is refused, and TEXT says why
+    python call.py HOST:PORT NODES RDZV_ID TEXT    this host is refused; TEXT is the reason
 
-The standard library is enough here, so that a host which lacks a package is heard as well.
+Only the standard library is used, so that a host without torch can tell the others.
 """
 
 from __future__ import annotations
@@ -20,40 +20,43 @@ COUNT = "mlra/count"
 """Key of the number of calls."""
 
 MOST = 1 << 24
-"""More calls than any run has."""
+"""A number of calls that no run reaches."""
 LONGEST = 4000
 """Most letters of a text in a call."""
 
 PATIENCE = 20.0
-"""Seconds for which a refused host waits for the first one, to be heard."""
+"""Seconds for which a refused host tries to reach the first host."""
 
-# Of torch's TCPStore, as its clients say them (TCPStoreBackend.hpp); keys are stored behind a "/".
+# The protocol of torch's TCPStore (TCPStoreBackend.hpp); clients put a "/" in front of keys.
 _VALIDATE, _SET, _ADD = 0, 1, 4
 _MAGIC = 0x3C85F7CE
 
 
 @dataclass
 class Call:
-    """What a launcher says of itself."""
+    """A launcher's report on itself."""
 
     host: str
     pid: int
     nodes: str
-    """Its NODES."""
+    """NODES of the launcher."""
     run: str
-    """Its RDZV_ID."""
+    """RDZV_ID of the launcher."""
     beat: int = 0
+    """Counts the reports."""
     asked: str = ""
+    """The signal that asked the launcher to stop, or empty."""
     code: int | None = None
-    """Its exit code, once it has ended."""
+    """The launcher's exit code, once it has ended."""
     why: str = ""
+    """The reason of an exit code that is not 0."""
 
 
 def read_call(text: str | bytes) -> Call:
-    """What another launcher said; fields that this version does not know are left out.
+    """Another launcher's call; unknown fields are ignored.
 
     Raises:
-        ValueError: this is no call. Whoever reaches the port can write one.
+        ValueError: the text is no call. Any program that reaches the port could have written it.
     """
     said = read_fields(text, {"host", "pid", "nodes", "run"})
     call = Call(**{name: said[name] for name in Call.__dataclass_fields__ if name in said})
@@ -70,10 +73,10 @@ def read_call(text: str | bytes) -> Call:
 
 
 def read_fields(text: str | bytes, needed: set[str]) -> dict:
-    """A JSON object of a store that others write to, with the fields that are needed.
+    """A JSON object from the hosts' store, with at least the needed fields.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the text is something else.
     """
     try:
         said = json.loads(text)
@@ -85,28 +88,29 @@ def read_fields(text: str | bytes, needed: set[str]) -> dict:
 
 
 def is_code(code: object) -> bool:
-    """Whether this is an exit code, or the None of a launcher that goes on."""
+    """Whether the value is an exit code, or None (the launcher still runs)."""
     return code is None or (type(code) is int and 0 <= code <= 255)
 
 
 def key(number: int) -> str:
-    """Where the call of this number is."""
+    """The store's key of the call of this number."""
     return f"mlra/call/{number}"
 
 
 def refuse(endpoint: str, nodes: str, run: str, why: str) -> bool:
-    """Tell the other hosts, which wait for this one, that it is refused.
+    """Tell the other hosts, which wait for this host, that it is refused.
 
     Args:
-        endpoint: host:port where all meet.
+        endpoint: host:port of the store.
         nodes: NODES of this host.
         run: RDZV_ID of this host.
         why: the reason, one line.
 
     Returns:
-        whether the first host has it: not if nobody is there, or if no torch is behind the port.
+        Whether the call is in the store. It is not if no host answers, or if another program does.
     """
-    if "SLURM_STEP_ID" in os.environ:  # srun ends the other hosts, and their output is one
+    # srun itself ends the other hosts, and shows the output of all.
+    if "SLURM_STEP_ID" in os.environ:
         return False
     nodes, run, why = (value[:LONGEST] for value in (nodes, run, why))
     call = Call(socket.gethostname(), os.getpid(), nodes, run, beat=1, code=2, why=why)
@@ -126,7 +130,7 @@ def refuse(endpoint: str, nodes: str, run: str, why: str) -> bool:
 
 
 def _leave(store: socket.socket, call: Call) -> None:
-    """Write a call under the next number."""
+    """Write a call to the store under the next number."""
     store.sendall(struct.pack("=BI", _VALIDATE, _MAGIC))
     store.sendall(struct.pack("=B", _ADD) + _text(f"/{COUNT}") + struct.pack("=q", 1))
     answer = b""
@@ -148,7 +152,7 @@ def _text(text: str) -> bytes:
 
 
 def _is_own(host: str) -> bool:
-    """Whether a name means this host, which then is the first: the others have not met."""
+    """Whether a name means this host. Then this is the first host, and there is no store yet."""
     try:
         for family, kind, _, _, address in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM):
             with socket.socket(family, kind) as probe:

@@ -36,21 +36,22 @@ if TYPE_CHECKING:
     from megatron_mlra.launch.hosts import Hosts
 
 DEFAULT_JOIN_TIMEOUT = 600.0
-"""Seconds, torchrun's own."""
+"""Seconds, torchrun's default."""
 
 
 def main(argv: list[str]) -> int:
-    """Start this host's ranks, see them to their end.
+    """Start this host's ranks and wait for their end.
 
     Args:
-        argv: flags of torchrun, the script, its flags.
+        argv: flags of torchrun, the script, the script's flags.
 
     Returns:
-        0 when the ranks have ended in order; STOPPED_CODE (environment, default 0) when they did so
-        by a signal; 2 when the command line or the input was refused; 130 when a second Ctrl-C
+        The exit code: 0 if the ranks ended normally; STOPPED_CODE (environment, default 0) if a
+        signal stopped them; 2 if the command line or the input was refused; 130 if a second Ctrl-C
         ended them at once; 1 otherwise.
     """
-    # From here on a stop waits for its thread. The ranks inherit this, until they can heed it.
+    # The thread of Watch waits for the blocked signals. The ranks inherit the block, and remove it
+    # when they can handle the signals.
     signal.pthread_sigmask(signal.SIG_BLOCK, heeded())
     control = Control()
     said = os.environ.get("STOPPED_CODE", "0")
@@ -94,7 +95,7 @@ def main(argv: list[str]) -> int:
 
 
 def start() -> NoReturn:
-    """Be the program `mlra launch`."""
+    """Run the program `mlra launch` on `sys.argv`, and exit."""
     guard(ending=False)
     code = 1
     try:
@@ -105,21 +106,21 @@ def start() -> NoReturn:
         sys.excepthook(*sys.exc_info())
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not through the interpreter's end: that ends threads, and C++ aborts the whole process, with
-    # exit code -6, if one of them is in a request to the hosts' store.
+    # Python's normal exit would end threads, and C++ aborts the process with exit code -6 if one of
+    # them is in a request to the hosts' store.
     os._exit(code)
 
 
 def heeded() -> set[signal.Signals]:
-    """The stop signals, without those that whoever started this program had it ignore: `nohup`, or
-    a script that starts it in the background."""
+    """The stop signals, without those that the parent process ignored (`nohup`, or a script that
+    starts this program in the background)."""
     may_be_ignored = (signal.SIGINT, signal.SIGHUP)
     ignored = {n for n in may_be_ignored if signal.getsignal(n) is signal.SIG_IGN}
     return {*STOP_SIGNALS} - ignored
 
 
 class Watch(threading.Thread):
-    """Hears the stop signals, and ends the process where its agent cannot."""
+    """The thread that receives stop signals, and ends the process when its agent cannot."""
 
     def __init__(self, control: Control, stopped_code: int) -> None:
         super().__init__(daemon=True)
@@ -127,7 +128,7 @@ class Watch(threading.Thread):
         self.hosts: Hosts | None = None
 
     def run(self) -> None:
-        """Until the process ends."""
+        """Run until the process ends."""
         stops = heeded()
         while True:
             heard = signal.sigtimedwait(stops, 0.5)
@@ -145,7 +146,12 @@ class Watch(threading.Thread):
 
 
 def _join(args: Namespace, control: Control) -> Hosts:
-    """Check what torchrun needs of several hosts, and have them know of each other."""
+    """Check the settings that several hosts need, and join the exchange of calls.
+
+    Raises:
+        ValueError: a setting is wrong.
+        TimeoutError: the first host did not come.
+    """
     from megatron_mlra.launch import hosts, network
 
     if not args.nnodes.isdigit() or int(args.nnodes) < 1:
@@ -176,7 +182,7 @@ def _join(args: Namespace, control: Control) -> Hosts:
 
 
 def _run(args: Namespace, control: Control, hosts: Hosts | None) -> tuple[int, str]:
-    """torchrun; returns the exit code and, for other hosts, the reason."""
+    """Run torchrun; returns the exit code, and the reason for the other hosts."""
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -236,7 +242,11 @@ def _refuse_flags(flags: ArgumentParser, message: str) -> NoReturn:
 
 
 def _seconds(said: str) -> float:
-    """JOIN_TIMEOUT. Nothing ever comes later than `nan`, and a clock has no `inf`."""
+    """JOIN_TIMEOUT in seconds; `nan` and `inf` are refused.
+
+    Raises:
+        ValueError: the text is not a number from 0 to 1,000,000.
+    """
     with contextlib.suppress(ValueError):
         if 0 < float(said) <= 1e6:
             return float(said)
@@ -244,7 +254,8 @@ def _seconds(said: str) -> float:
 
 
 def _refused(argv: list[str], line: str) -> int:
-    """Say why this host is refused, to the others too, where there is no parser yet."""
+    """Print why this host is refused, tell the other hosts, and return the exit code. For errors
+    before torchrun's parser can be imported."""
     say(f"error: {line}")
     names = ("--rdzv-endpoint", "--nnodes", "--rdzv-id")
     if names[0] in argv:
@@ -253,13 +264,13 @@ def _refused(argv: list[str], line: str) -> int:
 
 
 def _after(argv: list[str], name: str) -> str:
-    """The value of a flag, before there is a parser; empty if it is not there."""
+    """The word after a flag; empty if the flag is not given."""
     return dict(itertools.pairwise(argv)).get(name, "")
 
 
 @contextlib.contextmanager
 def _quiet_cpp() -> Iterator[None]:
-    """Import torch such that its C++ side prints no warnings here; the ranks are as they were."""
+    """Inside the block torch's C++ code prints no warnings. The ranks' environment is unchanged."""
     name = "TORCH_CPP_LOG_LEVEL"
     chosen = name in os.environ
     os.environ.setdefault(name, "FATAL")

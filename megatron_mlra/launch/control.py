@@ -1,4 +1,4 @@
-"""What the threads of one launcher share: whether a stop was asked, and whether all is over."""
+"""The state that the threads of one launcher share, and the names that ranks and launcher share."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ from enum import Enum
 from megatron_mlra.command_line.output import say_error as say
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-"""SIGUSR1 too: srun hands it on to a step, where it answers SIGTERM by killing the step. SIGINT is
-a terminal's Ctrl-C, SIGHUP a terminal that is closed; torchrun gives ranks sessions of their own,
-which neither of these reaches."""
+"""SIGUSR1, since srun passes it to a step, while at SIGTERM srun kills the step. SIGINT comes from
+a terminal's Ctrl-C, SIGHUP from a closed terminal; neither reaches the ranks, to which torchrun
+gives sessions of their own."""
 
 INTERRUPTED = 128 + signal.SIGINT
-"""Exit code of a launcher, or a rank, that a second Ctrl-C ends at once."""
+"""Exit code of a launcher, or a rank, that a second Ctrl-C ended at once."""
 
 ONCE = (
     "note: stopping in order; the step under way is ended, and saved where there is --save (a"
     " second Ctrl-C ends the run at once)"
 )
-"""What is said at the first one: the end of a step may take a while."""
+"""Message of the first Ctrl-C, since the rest of a step may take a while."""
 AGAIN = (
     "error: ended at once by a second Ctrl-C; what was being saved is not, the checkpoints before"
     " it are whole"
 )
 
 REFUSED = 2
-"""Exit code of a rank whose command line or input was refused: another start would end alike."""
+"""Exit code of a rank whose command line or input was refused: a restart would end alike."""
 
 SPEAKER = "MLRA_LAUNCHER_SPEAKS"
-"""Environment of the ranks: they leave why they were refused where the launcher reads it, and it
-says so once. A rank itself may be ended before its turn, because of another that was refused."""
+"""Environment variable of the ranks: the launcher, not the ranks, prints why they were refused. A
+rank may be killed before it prints, because another rank was refused too."""
 
 INTERVAL = 1.0
-"""Seconds between two words of hosts to each other."""
+"""Seconds between two calls of a host."""
 LINGER = 3 * INTERVAL + 1
-"""Seconds for which a launcher that ends waits, so that all hosts read why."""
+"""Seconds for which an ending launcher waits, so that all hosts read the reason."""
 
 
 class Phase(Enum):
-    """What the agent's thread does."""
+    """The activity of the agent's thread."""
 
     MEETING = "waiting for the other hosts"
     RUNNING = "watching its ranks"
@@ -50,19 +50,19 @@ class Phase(Enum):
 
 
 class Ended(Exception):
-    """This launcher ends for a reason that lies outside its own ranks."""
+    """This launcher ends for a reason outside its own ranks."""
 
 
 class Control:
-    """State of one launcher. The agent's thread polls it; other threads change it."""
+    """State of one launcher. The agent's thread polls the state; other threads change it."""
 
     def __init__(self) -> None:
         self.asked = ""
-        """What asked the run to stop, in words; empty while nothing did."""
+        """Name of the signal that asked the run to stop; empty if none did."""
         self.over: int | None = None
-        """Exit code, once this launcher is to end without waiting for its ranks."""
+        """Exit code, set when this launcher must end without waiting for its ranks."""
         self.finished = False
-        """Whether the agent has returned: what other hosts do no longer matters."""
+        """Whether the agent has returned, so that other hosts no longer matter."""
         self.ran = False
         """Whether ranks have been started."""
         self.phase = Phase.MEETING
@@ -70,14 +70,14 @@ class Control:
         self._lock = threading.Lock()
 
     def ask(self, who: str) -> None:
-        """Ask the run to stop in order: its ranks save and end."""
+        """Ask the run to stop: its ranks save and end."""
         with self._lock:
             if self.asked or self.finished:
                 return
             self.asked = who
 
     def interrupt(self) -> None:
-        """A Ctrl-C: the first asks the run to stop, the second ends it."""
+        """Handle a Ctrl-C: the first asks the run to stop, the second ends it."""
         with self._lock:
             again, self._interrupted = self._interrupted, True
         if again:
@@ -87,16 +87,16 @@ class Control:
         self.ask(signal.SIGINT.name)
 
     def end(self, code: int, line: str) -> None:
-        """End this launcher; its ranks are killed."""
+        """Print `line` and end this launcher with the exit code `code`; its ranks are killed."""
         with self._lock:
             if self.over is None and not self.finished:
                 say(line)
                 self.over = code
 
     def exit_code(self, stopped_code: int) -> int | None:
-        """Exit code where the process can end at once, without its agent: None where it cannot.
+        """The exit code if the process can end at once, without its agent; else None.
 
-        The agent's thread sees neither a stop nor an end while it waits for other hosts.
+        While the agent's thread waits for other hosts, it notices neither a stop nor an end.
         """
         with self._lock:
             if self.finished or self.phase is Phase.RUNNING:
@@ -110,7 +110,7 @@ class Control:
 
     @contextmanager
     def during(self, phase: Phase) -> Iterator[None]:
-        """The agent's thread is in `phase` inside."""
+        """Inside the block the agent's thread is in `phase`."""
         before = self.phase
         self.phase = phase
         try:

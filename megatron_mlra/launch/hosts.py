@@ -1,8 +1,8 @@
-"""The hosts of one run know of each other: who is there, who was told to stop, who has failed.
+"""The hosts of one run tell each other who is there, who was asked to stop, and who has failed.
 
 Each launcher writes a call into the store in which torchrun's agents meet. The launchers on the
-store's own host read all calls and write news, which all others read: two keys a round, however
-many hosts there are.
+store's own host read all calls and write news, which all others read: two keys per round, for any
+number of hosts.
 """
 
 from __future__ import annotations
@@ -31,31 +31,34 @@ from megatron_mlra.launch.control import INTERVAL, LINGER, Control, say
 SILENT = 15.0
 """Seconds without a call after which a host counts as gone, and the others are told."""
 DEAD = 60.0
-"""Seconds without the first host, after which the others end: nothing can go on without it."""
+"""Seconds without contact to the first host, which has the store, after which the others end."""
 LATE = 60.0
-"""Seconds after which hosts that have not come are asked for."""
+"""Seconds after which a message names the hosts that have come, if some are missing."""
 
 GAP = 1000
-"""Numbers in a row without a call, behind which none is looked for: a host takes its number just
-before it calls."""
+"""Consecutive numbers without a call after which the search for calls ends. A host takes its number
+just before it calls, so that honest gaps are short."""
 
 _NEWS, _BEAT = "mlra/news", "mlra/beat"
 
 
 @dataclass
 class News:
-    """What all hosts are told."""
+    """The message to all hosts."""
 
     asked: str = ""
+    """The signal that asked the run to stop, with its host; or empty."""
     code: int | None = None
+    """The exit code with which all hosts must end, if any; the last line is the reason."""
     lines: list[str] = field(default_factory=list)
+    """All lines to print so far."""
 
 
 def read_news(text: str | bytes) -> News:
-    """What the first host tells.
+    """The news of the first host.
 
     Raises:
-        ValueError: this is no news. Whoever reaches the port can write some.
+        ValueError: the text is no news. Any program that reaches the port could have written it.
     """
     said = read_fields(text, {"asked", "code"})
     news = News(said["asked"], said["code"], said.get("lines"))
@@ -71,7 +74,7 @@ def read_news(text: str | bytes) -> News:
 
 
 def calls_in(store: TCPStore, note: Callable[[str], None]) -> dict[int, Call]:
-    """All calls in the store, by number. What is no call is left out, with a note."""
+    """Number -> call, of all calls in the store. Other values are skipped with a note."""
     count = store.add(COUNT, 0)
     if count > MOST:
         note("a number of calls in the hosts' store is none; is its port open to others?")
@@ -90,7 +93,7 @@ def calls_in(store: TCPStore, note: Callable[[str], None]) -> dict[int, Call]:
 
 
 class Judge:
-    """Makes news of calls. Free of threads and sockets."""
+    """Turns calls into news. Has no threads and sockets."""
 
     def __init__(self, join_timeout: float, now: float) -> None:
         self.join_timeout, self.began = join_timeout, now
@@ -100,7 +103,12 @@ class Judge:
         self.asked_for = False
 
     def read(self, calls: dict[int, Call], now: float) -> News:
-        """Take up one round of calls, by number; returns the news so far."""
+        """Read one round of calls; returns the news.
+
+        Args:
+            calls: number -> call.
+            now: seconds of a monotonic clock.
+        """
         for number, call in calls.items():
             if call.beat != self.heard.get(number, (-1, 0.0))[0]:
                 self.heard[number] = (call.beat, now)
@@ -108,7 +116,7 @@ class Judge:
             elif call.code is None and number not in self.gone:
                 silence = now - self.heard[number][1]
                 if any(n > number and other.host == call.host for n, other in calls.items()):
-                    self.gone.add(number)  # another launcher there took its place
+                    self.gone.add(number)  # a new launcher on that host has replaced this one
                 elif silence > SILENT:
                     self.gone.add(number)
                     self._say(
@@ -160,7 +168,7 @@ class Judge:
 
 
 class Hosts:
-    """One launcher's part: a thread that calls and heeds the news."""
+    """One launcher's thread that sends calls and follows the news."""
 
     def __init__(
         self, control: Control, call: Call, endpoint: tuple[str, int], join_timeout: float
@@ -177,19 +185,24 @@ class Hosts:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self, judges: bool) -> None:
-        """Begin to call."""
+        """Start the thread.
+
+        Args:
+            judges: whether the store is on this host.
+        """
         self.judges = judges
         if judges:
             self._judge = Judge(self.join_timeout, time.monotonic())
         self._thread.start()
 
     def report(self, code: int, why: str) -> None:
-        """Tell all hosts how this launcher ends; returns when they can have read it."""
+        """Tell all hosts the exit code and its reason; returns after they had time to read it."""
         self.call.code, self.call.why = code, why
         self._thread.join(LINGER)
 
     def check(self) -> None:
-        """Called by another thread: the store's host may be gone, and a request to it hang."""
+        """End the launcher if the store's host is gone. Called by another thread than `_run`, whose
+        request to a dead host may hang."""
         if self.reached is None or self.judges or self.call.code is not None:
             return
         silence = time.monotonic() - self.reached
@@ -211,15 +224,16 @@ class Hosts:
                         f"note: hosts cannot hear of each other: {str(error).partition(chr(10))[0]}"
                     )
                     return
-                # A request failed, or the store has ended with its host's launcher: `check` counts.
+                # A request failed, or the store has ended with its host's launcher. `check` counts
+                # the time.
                 time.sleep(INTERVAL)
             except Exception as error:
-                # Without this thread the other hosts would take a healthy one for gone.
+                # If this thread ended, the other hosts would consider this healthy host gone.
                 self._note(f"a word between hosts went wrong ({type(error).__name__}: {error})")
                 time.sleep(INTERVAL)
 
     def _note(self, line: str) -> None:
-        """Say a line once."""
+        """Print a line once."""
         if line not in self._noted and len(self._noted) < 9:
             self._noted.add(line)
             say(f"note: {line[:LONGEST]}")
@@ -250,11 +264,15 @@ class Hosts:
                     self._note("news in the hosts' store is none; is its port open to others?")
             time.sleep(INTERVAL)
             if self.reached is not None and time.monotonic() - begin > INTERVAL + SILENT / 3:
-                # This process itself was stopped, with the whole job perhaps.
+                # This process itself was stopped, perhaps with the whole job.
                 self.reached = time.monotonic()
 
     def _connect(self) -> TCPStore:
-        """The store; the agents' own, so nobody waits for it longer than they do."""
+        """A client of the store of torchrun's agents, which wait for it for `join_timeout` too.
+
+        Raises:
+            RuntimeError: the store did not answer in time.
+        """
         deadline = time.monotonic() + self.join_timeout
         while True:
             try:
@@ -270,7 +288,7 @@ class Hosts:
         own = self.call.code is not None
         for line in news.lines[self._told :]:
             last = news.code is not None and line == news.lines[-1]
-            # This host has said its own reason already.
+            # A host that ends has printed its own reason already.
             if not own and not last:
                 say(f"note: {line}")
         self._told = len(news.lines)

@@ -1,4 +1,4 @@
-"""Names, addresses and ports, tried before torchrun: its errors come late and at great length."""
+"""Checks of names, addresses and ports before torchrun, whose own errors come late and are long."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _PROBE = 10.0
 
 
 def parse_endpoint(endpoint: str) -> tuple[str, int]:
-    """Host and port.
+    """(host, port) of a text HOST:PORT.
 
     Raises:
-        ValueError: it is not HOST:PORT.
+        ValueError: the text is not HOST:PORT.
     """
     host, colon, port = endpoint.rpartition(":")
     if not (colon and host and port.isdigit() and 0 < int(port) < 65536):
@@ -33,10 +33,13 @@ def parse_endpoint(endpoint: str) -> tuple[str, int]:
 
 
 def resolve(host: str, port: int, here: str) -> None:
-    """See that there is such a host.
+    """Check that the name of a host can be resolved.
+
+    Args:
+        here: name of this host, for messages.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the name is unknown.
     """
     try:
         socket.getaddrinfo(host, port)
@@ -47,14 +50,19 @@ def resolve(host: str, port: int, here: str) -> None:
 
 
 def meet(host: str, port: int, join_timeout: float, say: Callable[[str], None], here: str) -> bool:
-    """See that the hosts can meet at host:port, waiting for the first one to be there.
+    """Check that the hosts can meet at host:port; waits for the first host.
+
+    Args:
+        join_timeout: most seconds to wait.
+        say: called with a line when the wait is long.
+        here: name of this host, for messages.
 
     Returns:
-        whether this host is the first one, which holds the store.
+        Whether this host is the first one, which has the store.
 
     Raises:
-        ValueError: the port is another program's.
-        TimeoutError: nobody came.
+        ValueError: another program has the port.
+        TimeoutError: nothing answered.
     """
     taken = f"port {port} of {host} is taken by another program; choose another (RDZV_ENDPOINT)"
     if _matches_machine_hostname(host) and _is_free(port):
@@ -81,19 +89,20 @@ def meet(host: str, port: int, join_timeout: float, say: Callable[[str], None], 
 
 
 def own_address(endpoint: tuple[str, int], chosen: str | None) -> tuple[str, str] | None:
-    """This host's address for the others, and its interface, where its own name does not say.
+    """(address, interface) of this host for the other hosts, if its name does not tell.
 
-    On Debian a host's own name is 127.0.1.1 to itself; gloo would give that address to the others.
+    On Debian a host's own name resolves to 127.0.1.1 on that host. gloo would give that address to
+    the other hosts.
 
     Args:
-        endpoint: where all meet.
-        chosen: the address that was chosen by hand (`--local-addr`, LOCAL_ADDR).
+        endpoint: host and port where all meet.
+        chosen: the address that the user chose (`--local-addr`, LOCAL_ADDR).
 
     Returns:
-        None where nothing has to be chosen: the own name is an address that others can reach.
+        None if the name of this host resolves to an address that others can reach.
 
     Raises:
-        ValueError: one line; nothing or too much to choose from.
+        ValueError: `chosen` is no address of this host; or there are no addresses or several.
     """
     if chosen is None and not _is_loopback(socket.gethostname()):
         return None
@@ -121,7 +130,7 @@ def own_address(endpoint: tuple[str, int], chosen: str | None) -> tuple[str, str
 
 
 def _is_loopback(name: str) -> bool:
-    """Whether a name means this machine alone; so does one that means nothing."""
+    """Whether a name resolves to loopback addresses only, or to none."""
     try:
         found = {item[4][0] for item in socket.getaddrinfo(name, None, socket.AF_INET)}
     except socket.gaierror:
@@ -130,7 +139,7 @@ def _is_loopback(name: str) -> bool:
 
 
 def _addresses() -> dict[str, str]:
-    """Address -> interface, of IPv4 addresses that other machines may reach."""
+    """Address -> interface of all IPv4 addresses that other hosts may reach."""
     up = {name for name, state in psutil.net_if_stats().items() if state.isup}
     return {
         entry.address: name
@@ -164,7 +173,7 @@ def _answers(host: str, port: int) -> bool:
 
 
 def _is_store(host: str, port: int) -> bool:
-    """Whether torch's store answers there. Other programs may never answer: a thread asks."""
+    """Whether torch's store answers. A thread asks, since another program may never answer."""
     answer: list[bool] = []
 
     def ask() -> None:

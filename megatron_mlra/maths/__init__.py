@@ -1,4 +1,4 @@
-"""How the attention is computed: the definition in plain torch, to which all else is held.
+"""The definition of the attention in plain torch; all other implementations are compared with it.
 
 Start with attention.py (mlra_attention, steps 1 to 6 of the paper).
 

@@ -1,9 +1,9 @@
-"""The maths of MLRA in plain torch: what every other implementation in this project is held to.
+"""The maths of MLRA in plain torch, with which all other implementations are compared.
 
 Letters: s tokens, b batch, d hidden size, h attention heads, n branches (N), g head groups
 (G = L / N), l latent dim d_l, q `q_lora_rank`, `nope` d_h, `rope` d_r, v `v_head_dim`. Latent
-`branch * G + group` serves heads `[group * h / G, (group + 1) * h / G)`. Everything works in the
-dtype of its inputs, except that norms, RoPE and softmax run in float32 for half-precision inputs.
+`branch * G + group` serves heads `[group * h / G, (group + 1) * h / G)`. Results have the dtype of
+the inputs; norms, RoPE and softmax are computed in float32 for half-precision inputs.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from megatron_mlra.maths.rope import apply_rope, rope_cos_sin
 
 
 def split_up_projection(weight: Tensor, nope: int) -> tuple[Tensor, Tensor]:
-    """`[n, h, nope + v, l]` -> W_UK `[n, h, nope, l]`, W_UV `[n, h, v, l]`."""
+    """`[n, h, nope + v, l]` -> W_UK^T `[n, h, nope, l]` and W_UV^T `[n, h, v, l]`."""
     return weight[:, :, :nope], weight[:, :, nope:]
 
 
 def rotate_absorb(q: Tensor, w_uk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Absorbed queries: `[q_i^nope W_UK_b,i^T | rotated q_i^rope]` of every (branch, head) pair.
+    """Absorbed queries of all (branch b, head i): `[q_i^nope W_UK_b,i^T | rotated q_i^rope]`.
 
     Args:
         q: `[s, b, h, nope + rope]`, not yet rotated; w_uk: `[n, h, nope, l]`;
             cos, sin: `[s, rope / 2]`.
 
     Returns:
-        `[s, b, n * h, l + rope]`, branch-major, so that query head (branch, head) reads latent
-        (branch, group of head) of `join_keys` as grouped-query attention does.
+        `[s, b, n * h, l + rope]`, branch-major: as in grouped-query attention, query head
+        (branch, head) reads key (branch, group of the head) of `join_keys`.
     """
     n, _, nope, _ = w_uk.shape
     q_nope, q_rope = q.split((nope, q.size(-1) - nope), dim=-1)
@@ -66,18 +66,19 @@ def expand_latents(latents: Tensor, weight: Tensor) -> Tensor:
 def sum_branches(z: Tensor, w_uv: Tensor, scale: float) -> Tensor:
     """scale sum_b z_b,i W_UV_b,i: `[s, b, n, h, l]`, `[n, h, v, l]` -> `[s, b, h, v]`.
 
-    The sum over branches is part of the contraction, so it costs no pass of its own.
+    The contraction includes the sum over branches, which therefore needs no separate pass.
     """
     return torch.einsum("sbnhl,nhvl->sbhv", z, w_uv) * scale
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool = True) -> Tensor:
-    """softmax(t q k^T) v with grouped queries: the attention reference.
+    """softmax(softmax_scale q k^T) v with grouped queries: the attention reference.
 
     Args:
         q: `[s, b, heads, d_k]`; query head i reads key head `i // (heads / kv_heads)`.
-        k, v: `[s, b, kv_heads, d_k]`, `[s, b, kv_heads, d_v]`.
-        softmax_scale: t, always explicit: in absorbed form d_k is not what it derives from.
+        k, v: `[t, b, kv_heads, d_k]`, `[t, b, kv_heads, d_v]`.
+        softmax_scale: never derived from d_k, which in absorbed form is not d_h + d_r.
+        causal: query i sees the keys up to number i + t - s.
 
     Returns:
         `[s, b, heads, d_v]`.
@@ -102,11 +103,16 @@ def materialized_qkv(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of all n * h (branch, head) pairs.
 
-    Arguments as in `rotate_absorb` and `join_keys`, with the whole up-projection
-    `[n, h, nope + v, l]` and (cos, sin) of queries and of keys; there may be t keys for s queries.
+    Args:
+        q: `[s, b, h, nope + rope]`, not yet rotated.
+        latents: `[t, b, n, g, l]`.
+        k_rope: `[t, b, rope]`, not yet rotated.
+        weight: `[n, h, nope + v, l]`, the whole up-projection.
+        angles, key_angles: (cos, sin) of queries `[s, rope / 2]` and of keys `[t, rope / 2]`.
 
     Returns:
-        query `[s, b, n * h, nope + rope]`, key alike and value `[t, b, n * h, v]`, branch-major.
+        query `[s, b, n * h, nope + rope]`, key `[t, b, n * h, nope + rope]` and value
+        `[t, b, n * h, v]`, branch-major.
     """
     n, h = weight.shape[:2]
     t, b = latents.shape[:2]
@@ -142,7 +148,8 @@ def mlra_attention(
             `kv_norm` `[L * l]`, `linear_kv_up_proj` `[n, h, nope + v, l]`,
             `linear_proj` `[d, h * v]`,
             gated: `linear_gate_proj` `[h * v, d]`.
-        config: an MLRAConfig, or anything with its sizes and scales.
+        config: an MLRAConfig, or an object with the same sizes and scales.
+        absorbed: attend to the latents themselves; else materialize keys and values.
         positions: `[s]`, default 0 .. s - 1.
         angles: cos and sin `[s, rope / 2]`, default plain RoPE of `positions`.
         eps: of the norms, default `config.layernorm_epsilon`.

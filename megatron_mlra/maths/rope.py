@@ -12,7 +12,7 @@ from megatron_mlra.maths.norms import widen
 
 
 class Rotary(Protocol):
-    """What RoPE tables are a function of; Rotary has these fields."""
+    """The fields of a ModelDescription that determine its RoPE tables."""
 
     attention: str
     head_dim: int
@@ -32,7 +32,7 @@ def rotary_tables(
 ) -> tuple[Tensor, Tensor]:
     """cos and sin `[positions, dim / 2]` float32, times YaRN's concentration factor.
 
-    Angles are computed in float64: positions of half a million leave float32 no digits to spare.
+    Angles are computed in float64: at positions of half a million float32 angles are inexact.
     """
     dim = model.head_dim if model.attention == "gqa" else model.qk_rope_head_dim
     frequencies = model.rotary_base ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
@@ -53,10 +53,11 @@ def _magnitude(model: Rotary, mscale: float) -> float:
 
 
 def _yarn_frequencies(model: Rotary, frequencies: Tensor, dim: int) -> Tensor:
-    """Fast pairs keep their frequency, slow ones are stretched, those between are mixed."""
+    """YaRN's frequencies: fast pairs keep theirs, those of slow pairs are divided by the scaling
+    factor, those between are interpolated."""
 
     def pair(rotations: float) -> float:
-        """The (fractional) pair that turns `rotations` times over the original context."""
+        """The (fractional) pair that turns `rotations` times within the original context."""
         turns = model.original_max_position_embeddings / (rotations * 2 * math.pi)
         return dim * math.log(turns) / (2 * math.log(model.rotary_base))
 

@@ -1,4 +1,4 @@
-"""Which experts a token visits, and with which weights, as Megatron's router chooses them.
+"""The choice of experts for each token, and their weights, as Megatron's router computes them.
 
 Letters: T tokens, d hidden size, E experts, k experts of a token.
 """
@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 
 class RoutingSizes(Protocol):
-    """What routing depends on: fields of ModelDescription."""
+    """The fields of a ModelDescription that determine the routing."""
 
     moe_router_topk: int
     moe_router_score_function: str
@@ -25,15 +25,16 @@ class RoutingSizes(Protocol):
 def choose_experts(
     x: Tensor, weight: Tensor, bias: Tensor | None, sizes: RoutingSizes
 ) -> tuple[Tensor, Tensor]:
-    """The k experts of each token: weights `[T, k]` in the router's dtype, and numbers `[T, k]`.
+    """The k experts of each token: their weights `[T, k]` in the router's dtype, and their numbers
+    `[T, k]` int64.
 
-    Logits are in the router's dtype, scores in float32. Nothing waits for the device, so a decoding
-    step that routes can be captured.
+    Logits are in the router's dtype, scores in float32. Nothing waits for the device, so that a
+    CUDA graph can capture a decoding step with routing.
 
     Args:
         x: `[T, d]`.
         weight: `[E, d]`.
-        bias: `[E]` float32, counts in the choice alone; only for sigmoid scores.
+        bias: `[E]` float32, added to sigmoid scores in the choice of experts, not in their weights.
     """
     if sizes.moe_router_dtype == "fp32":
         x, weight = x.float(), weight.float()

@@ -1,6 +1,6 @@
-"""A run before it is launched: memory, time, traffic and layouts. Arithmetic only.
+"""The planner: memory, time, traffic and layouts of a run before its launch. Arithmetic only.
 
-Start with cli.py and report.py; memory.py and step.py hold the model of a GPU.
+Start with cli.py and report.py. memory.py and step.py model a GPU's memory and a step's time.
 
 May import:   cost, sharding, description, command_line; rich
 Imported by:  training (the dry run)

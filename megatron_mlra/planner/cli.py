@@ -1,4 +1,4 @@
-"""The command line of the planner."""
+"""Command line of `mlra plan`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CONTEXTS = (8192, 131072, 1048576)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags, those of Assumptions among them."""
+    """The flags, including one per field of Assumptions."""
     flags = OneLineParser(
         description="Memory, time, traffic and layouts of a run before it is launched.",
         allow_abbrev=False,
@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the plan; returns the exit code."""
+    """Print the plan; returns the exit code (0; 1: no layout fits; 2: bad input)."""
     try:
         args = parser().parse_args(argv)
         report = plan(args)
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def plan(args: argparse.Namespace) -> Report:
-    """The report of parsed flags.
+    """The report that parsed flags ask for.
 
     Raises:
         ValueError: one line that names the flag and the fix.
@@ -151,10 +151,14 @@ def plan(args: argparse.Namespace) -> Report:
 
 
 def shape_of(values: dict[str, Any], seq_length: int | None = None) -> ModelDescription:
-    """The shape of a preset's values; `seq_length` replaces the preset's.
+    """The model of a preset's values.
+
+    Args:
+        values: see `preset_values`.
+        seq_length: replaces the preset's.
 
     Raises:
-        ValueError: for a size that is missing or not positive.
+        ValueError: a size is missing or invalid, or the model has multi-token prediction.
     """
     try:
         shape = from_megatron_args({"swiglu": True} | values)

@@ -1,4 +1,4 @@
-"""The command that starts a run under a layout."""
+"""The command that starts a run with a layout."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.planner.layout import Layout
 
 NODE = 8
-"""Most GPUs of a node, unless said otherwise."""
+"""Default of the most GPUs per node."""
 _OFF = {
     "context_parallel_size": 1,
     "expert_model_parallel_size": 1,
     "sequence_parallel": False,
 }
-"""What a layout without it says over a preset that has it."""
+"""Values of arguments that a layout does not use, given if the preset has others."""
 _KEPT = (
     "recompute_granularity",
     "recompute_method",
@@ -28,7 +28,7 @@ _KEPT = (
     "num_virtual_stages_per_pipeline_rank",
     "pipeline_model_parallel_layout",
 )
-"""What no flag takes back."""
+"""Arguments of a preset that no flag can unset."""
 
 
 def launch_command(
@@ -39,15 +39,15 @@ def launch_command(
     asked: Mapping[str, Any],
     node: int = NODE,
 ) -> list[str]:
-    """The lines to run, the same on every node, with DATA and RUN to be filled in.
+    """The lines of the command, the same on every node; the user replaces DATA and RUN.
 
     Args:
-        config: the preset, as it was given.
+        config: the preset as the user gave it.
         layout: of all GPUs.
-        shape: of the model.
-        values: the preset's.
-        asked: more flags, by argparse destination, whatever the preset says.
-        node: GPUs of a node.
+        shape: the model.
+        values: of the preset, by argparse destination.
+        asked: flags that the user gave, by argparse destination.
+        node: GPUs per node.
     """
     per_node = min(node, layout.gpus)
     nodes = -(-layout.gpus // per_node)
@@ -83,7 +83,7 @@ def launch_command(
 
 
 def left_over(layout: Layout, shape: ModelDescription, values: Mapping[str, Any]) -> list[str]:
-    """Keys of the preset that the layout has no use for and that no flag takes back."""
+    """Keys of the preset that the layout does not use and that no flag can unset."""
     chosen = layout.flags(shape)
     return [name for name in _KEPT if values.get(name) is not None and name not in chosen]
 

@@ -1,7 +1,7 @@
-"""What decoding costs at a context length: cache bytes per device, and a floor of a token's time.
+"""The cost of decoding at a context length: cache bytes per device, and a floor of ms per token.
 
-The floor loads the weights and the cache once and sends what the layout exchanges; kernels,
-sampling and scheduling come on top, for every attention alike. Letters of cost/flops.py.
+The floor counts loading weights and cache once, and the exchange between devices. Kernels, sampling
+and scheduling take additional time, for every attention alike. Letters of cost/flops.py.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ class Decoding:
     batch: int
     devices: int
     kv_bytes_per_token: int
-    """All layers, on one device."""
+    """Cached bytes per token of all layers on one device."""
     cache_gib: float
-    """Of the batch, on one device."""
+    """Cache of the whole batch on one device, in GiB."""
     weights_ms: float
     cache_ms: float
     exchange_ms: float
 
     @property
     def floor_ms(self) -> float:
-        """Milliseconds a token, at least."""
+        """Least milliseconds per token."""
         return self.weights_ms + self.cache_ms + self.exchange_ms
 
     def to_json(self) -> dict:
@@ -42,26 +42,26 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Way:
-    """An attention and how its cache is cut over devices."""
+    """An attention, and how its cache is cut over devices."""
 
     name: str
     shape: ModelDescription
     heads: int
-    """Devices over which heads (or latents) are cut; the rest cut the tokens of the cache."""
+    """Devices over which heads or latents are cut; the other factor cuts the cache's tokens."""
     gathered: int
-    """Numbers a sequence and layer that are gathered before the core."""
+    """Numbers per sequence and layer that are gathered before the core."""
     returned: int
-    """Numbers a sequence and layer that come back after it."""
+    """Numbers per sequence and layer that are returned after the core."""
     collectives: int
-    """Of a layer's attention; the MLP adds one."""
+    """Collectives of a layer's attention; the MLP adds one."""
 
 
 def ways(shape: ModelDescription, devices: int) -> list[Way]:
-    """This model and what a user might pick instead, all of this model's heads and layers.
+    """This model, and alternatives with the same heads and layers and another attention.
 
-    The others differ in the attention alone: MLA with every device holding all latents, MLA with
-    the cache's tokens cut over devices (decode context parallelism: no retraining, a softmax merge
-    over devices), GLA-4 and GQA with 8 key/value heads.
+    The alternatives: MLA with all latents on every device; MLA with the cache's tokens cut over
+    devices (decode context parallelism, which needs no retraining and merges softmaxes over
+    devices); GLA-4; GQA with 8 key/value heads.
     """
     if shape.attention != "mlra":
         c = shape.head_dim
@@ -107,7 +107,7 @@ def _latent_way(name: str, shape: ModelDescription, devices: int) -> Way:
     """Latent heads over devices: queries to the latents, branch outputs back to the heads."""
     h, d_v = shape.num_attention_heads, shape.v_head_dim
     if shape.num_branches == 1:
-        # Every head has one latent, which is where its head is: nothing to exchange.
+        # Every head has one latent, on the head's own device: nothing is exchanged.
         return Way(name, shape, devices, 0, 0, 1)
     return Way(
         name, shape, devices, h * (shape.qk_nope_head_dim + shape.qk_rope_head_dim), h * d_v, 3
@@ -115,7 +115,8 @@ def _latent_way(name: str, shape: ModelDescription, devices: int) -> Way:
 
 
 def _sharded_tokens(name: str, shape: ModelDescription, heads: int, devices: int) -> Way:
-    """The cache's tokens over devices: absorbed queries out, partial outputs and their LSE back."""
+    """The cache's tokens over devices: absorbed queries are sent, partial outputs and their LSE are
+    returned."""
     h, l, d_r = shape.num_attention_heads, shape.latent_dim, shape.qk_rope_head_dim
     return Way(name, shape, heads, h * (l + d_r), h * (l + 1), 4)
 
@@ -123,7 +124,7 @@ def _sharded_tokens(name: str, shape: ModelDescription, heads: int, devices: int
 def decode(
     way: Way, context: int, batch: int, devices: int, gpu: GPU, assume: Assumptions
 ) -> Decoding:
-    """The floor of one step that decodes a token for each of `batch` sequences, in bf16."""
+    """The floor of a step that decodes a token for each of `batch` sequences, in bfloat16."""
     e, shape = 2, way.shape
     cut = devices // way.heads
     elements = kv_cache_elements(shape, way.heads)

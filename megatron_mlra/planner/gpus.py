@@ -1,7 +1,7 @@
-"""Stated rates of GPUs, and what share of them a run is assumed to reach.
+"""Vendors' rates of GPUs, and the shares of these rates that a run is assumed to reach.
 
-The shares are set by one GPU's steps in docs/performance/training.md, which they meet within 8 %;
-shares of links and of overlap are guesses, to be replaced by what a cluster measures.
+The shares were fitted to the steps on one GPU in docs/performance/training.md, which they predict
+within 8 %. The shares of links and of overlap are guesses; measure them on a cluster.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from typing import Any
 
 @dataclass(frozen=True)
 class GPU:
-    """One GPU as its vendor states it; dense rates, decimal units, one direction of a link."""
+    """A GPU by its vendor's data: dense rates, decimal units, one direction of a link."""
 
     name: str
     memory_gb: float
     bf16_tflops: float
     fp8_tflops: float
-    """0 where the GPU has none."""
+    """0 if the GPU has no FP8."""
     memory_gb_s: float
     link_gb_s: float
     """To the other GPUs of its NVLink domain."""
     network_gb_s: float
-    """To other nodes: one NIC a GPU, as in the vendor's reference systems."""
+    """To other nodes, with one NIC per GPU as in the vendor's reference systems."""
     domain: int
-    """GPUs of one NVLink domain."""
+    """GPUs per NVLink domain."""
     source: str
 
 
@@ -48,7 +48,7 @@ _CUDA_NAMES = {
     "b200": r"\bB200$",
     "gb200": r"\bGB200\b",
 }
-"""Under which names CUDA knows them, and not relatives of other rates (H100 PCIe, H100 NVL)."""
+"""Patterns of CUDA's names, which do not match variants of other rates (H100 PCIe, H100 NVL)."""
 
 
 def _assume(default: float, about: str) -> Any:
@@ -58,7 +58,7 @@ def _assume(default: float, about: str) -> Any:
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Shares of the stated rates, and latencies; every field is a flag of `mlra plan`."""
+    """Shares of the vendors' rates, and latencies; every field is a flag of `mlra plan`."""
 
     gemm: float = _assume(
         0.6, "share of the peak that a layer's matrix products reach, launches and gaps included"
@@ -99,7 +99,7 @@ class Assumptions:
 
 
 def of_device(name: str) -> GPU | None:
-    """The GPU that CUDA knows by this name ("NVIDIA H100 80GB HBM3"), None for one not listed."""
+    """The GPU with this name in CUDA ("NVIDIA H100 80GB HBM3"), None if it is not listed."""
     return next((GPUS[gpu] for gpu, names in _CUDA_NAMES.items() if re.search(names, name)), None)
 
 
@@ -107,7 +107,7 @@ def find(name: str) -> GPU:
     """The GPU of this name.
 
     Raises:
-        ValueError: names those there are.
+        ValueError: the name is unknown; lists the known names.
     """
     if name not in GPUS:
         raise ValueError(f"--gpu {name} is not known; use one of {', '.join(GPUS)}")

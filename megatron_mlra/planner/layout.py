@@ -1,4 +1,4 @@
-"""How a world of GPUs is cut, and whether a model fits that cut."""
+"""Parallel layouts of a training run, and whether a model's sizes divide by one."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.sharding.fit import misfit
 
 RECOMPUTES = ("none", "core", "up_proj", "core+up_proj", "full")
-"""What backward computes again: names of the planner; `Layout.flags` has Megatron's."""
+"""The planner's names of recomputation in backward; `Layout.flags` gives Megatron's."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to cut a training run over GPUs."""
+    """One way to cut a training run over GPUs; sizes of Megatron's parallel groups."""
 
     tp: int = 1
     pp: int = 1
     vpp: int = 1
-    """Model chunks a pipeline stage (1: not interleaved)."""
+    """Model chunks per pipeline stage (1: not interleaved)."""
     cp: int = 1
     ep: int = 1
     dp: int = 1
     micro_batch: int = 1
     recompute: str = "none"
     sequence_parallel: bool = True
-    """Has no effect at tp 1."""
+    """No effect at tp 1."""
     tp_layout: str = "head"
     distributed_optimizer: bool = True
     keep_absorbed_query: bool = False
-    """Whether the absorbed core's query is kept for backward and not rebuilt."""
+    """Whether the absorbed core's query is saved for backward instead of rebuilt."""
 
     @property
     def gpus(self) -> int:
@@ -38,7 +38,8 @@ class Layout:
 
     @property
     def sequence_share(self) -> float:
-        """Share of a context-parallel rank's tokens between the parallel regions."""
+        """Share of a context-parallel rank's tokens that each tensor-parallel rank has outside the
+        tensor-parallel regions."""
         return 1 / self.tp if self.sequence_parallel else 1.0
 
     def __str__(self) -> str:
@@ -52,7 +53,7 @@ class Layout:
         return " ".join(parts)
 
     def flags(self, shape: ModelDescription) -> dict[str, Any]:
-        """The same as keys of a preset."""
+        """The layout as keys of a preset."""
         values: dict[str, Any] = {
             "tensor_model_parallel_size": self.tp,
             "pipeline_model_parallel_size": self.pp,
@@ -84,7 +85,12 @@ class Layout:
 
 
 def why_not(shape: ModelDescription, layout: Layout, global_batch: int, domain: int) -> str | None:
-    """What of a model and batch a layout does not divide, in one line; None where all fits."""
+    """The first reason why a model and batch do not fit a layout, in one line; None if they fit.
+
+    Args:
+        global_batch: sequences per step.
+        domain: GPUs per NVLink domain.
+    """
     tp, n = layout.tp, shape.num_layers
     if tp > domain:
         return f"TP{tp} leaves the NVLink domain of {domain}"
@@ -118,7 +124,7 @@ def why_not(shape: ModelDescription, layout: Layout, global_batch: int, domain: 
 
 
 def attention_misfit(shape: ModelDescription, tp: int, tp_layout: str) -> str | None:
-    """What of the attention a tensor-parallel size does not divide."""
+    """The reason why the attention does not fit a tensor-parallel size, or None."""
     if shape.attention == "mlra":
         found = misfit(
             tp,

@@ -1,13 +1,14 @@
-"""What one GPU of a training run holds: weights, gradients, optimizer, activations.
+"""Memory of one GPU of a training run: weights, gradients, optimizer, activations.
 
-Letters of cost/flops.py; `e` bytes of a number (2 in bf16). Activations are what torch keeps for
-backward, counted where the layers keep it: `local` as the torch layers do on a CPU, held to them by
-tests/distributed/test_planner_memory.py; `transformer_engine` as the fused layers do.
+Letters of cost/flops.py; `e` bytes per number (2 in bfloat16). Activations are the tensors that
+torch saves for backward. There are two implementations: `local`, the torch layers on a CPU, with
+which tests/distributed/test_planner_memory.py compares the counts; and `transformer_engine`, the
+fused layers.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from megatron_mlra.cost.parameters import parameters
 from megatron_mlra.description.model import ModelDescription
@@ -18,23 +19,24 @@ GIB = 2**30
 
 
 def gib(count: float) -> str:
-    """Bytes in GiB, for a table."""
+    """Bytes as text in GiB."""
     return f"{count / GIB:.1f}"
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Bytes of a number: bf16 training with float32 gradients and main weights, or all float32."""
+    """Bytes per parameter: bfloat16 with float32 gradients and main weights, or all float32."""
 
     weight: int = 2
     gradient: int = 4
     main: int = 4
-    """A float32 copy of a weight; 0 where the weight is one."""
+    """The float32 copy of a weight; 0 if the weight itself is float32."""
     moments: int = 8
-    """Adam's two."""
+    """Adam's two moments."""
 
     @classmethod
     def of(cls, half: bool) -> Precision:
+        """The precision with 16-bit weights, or with float32 weights."""
         return cls() if half else cls(weight=4, main=0)
 
 
@@ -43,13 +45,14 @@ class Memory:
     """Bytes on the fullest GPU."""
 
     parameters: int
-    """Of that GPU (a count, not bytes)."""
+    """Number of parameters on that GPU (not bytes)."""
     weights: int
     gradients: int
     optimizer: int
     activations: int
     working: int
-    """On top while one micro-batch runs: logits and their gradient, the layer recomputed."""
+    """Additional bytes while a micro-batch runs: logits and their gradient, the layer that is
+    recomputed."""
 
     @property
     def total(self) -> int:
@@ -60,7 +63,7 @@ class Memory:
 
 
 def rank_parameters(shape: ModelDescription, layout: Layout, stage: int = 0) -> tuple[int, int]:
-    """Parameters of one rank of a pipeline stage: (dense, experts)."""
+    """(Parameters outside experts, parameters of experts) of one rank of a pipeline stage."""
     p, tp, n = parameters(shape), layout.tp, shape.num_layers
     attention = sum(p.attention.values())
     replicated = 0
@@ -74,7 +77,6 @@ def rank_parameters(shape: ModelDescription, layout: Layout, stage: int = 0) -> 
     else:
         attention += sum(p.attention_norms.values())
     per_layer = attention // tp + replicated + p.layer_norms
-    moe = [i >= shape.num_dense_layers for i in range(n)] if shape.num_experts else [False] * n
     first, count = stage * n // layout.pp, n // layout.pp
     experts_of_layer = 0
     if shape.num_experts:
@@ -84,7 +86,7 @@ def rank_parameters(shape: ModelDescription, layout: Layout, stage: int = 0) -> 
         shared = matrices * shape.hidden_size * shape.moe_shared_expert_intermediate_size // tp
         router = shape.hidden_size * shape.num_experts
     dense = experts = 0
-    for is_moe in moe[first : first + count]:
+    for is_moe in _moe_layers(shape)[first : first + count]:
         dense += per_layer + ((shared + router) if is_moe else p.mlp // tp)
         experts += experts_of_layer if is_moe else 0
     if stage == 0:
@@ -99,7 +101,7 @@ def rank_parameters(shape: ModelDescription, layout: Layout, stage: int = 0) -> 
 def attention_activations(
     shape: ModelDescription, layout: Layout, implementation: str, e: int
 ) -> float:
-    """Bytes per token that one layer's attention saves, its input among them."""
+    """Bytes per token that one layer's attention saves for backward, including its input."""
     return sum(_attention_items(shape, layout, implementation, e).values())
 
 
@@ -114,7 +116,7 @@ def _attention_items(
     shard = LatentShard.plan(shape, tp, 0, layout.tp_layout)
     n, heads, groups, l = shard.branches, shard.heads, shard.groups, shape.latent_dim
     d_h, d_r, d_v = shape.qk_nope_head_dim, shape.qk_rope_head_dim, shape.v_head_dim
-    # torch's norm keeps its input and its result in float32, the fused one its input as it came.
+    # torch's norm saves its input and its result in float32, the fused norm its input unchanged.
     norm = 2 * 4 if local else e
     items: dict[str, float] = {"input": e * d}
     if shape.q_lora_rank:
@@ -137,7 +139,8 @@ def _attention_items(
         items["value"] = e * n * heads * d_v
     width = max(l + d_r if shape.absorbed else d_h + d_r, value_dim)
     if local:
-        # torch's CPU kernel takes one head dim for all three, and a key and value a query head.
+        # torch's CPU kernel needs one head dim for query, key and value, and one key and value head
+        # per query head.
         items["core"] = e * n * heads * width + 4 * n * heads
         repeated = e * n * heads * width
         if groups < heads:
@@ -150,7 +153,7 @@ def _attention_items(
     if shape.output_gate:
         items["gate"] = (4 + 2 * e) * h * d_v / tp
     items = _without(items, drop, shape, local, core_key, latents)
-    # Context parallel gathers latents: what is made of them is of the whole sequence.
+    # Context parallelism gathers latents: keys and values are of the whole sequence.
     return {
         name: size * (layout.cp if name in ("key", "value", "latents") else 1)
         for name, size in items.items()
@@ -158,7 +161,7 @@ def _attention_items(
 
 
 def _without(items, drop, shape, local, core_key, latents) -> dict[str, float]:
-    """What is left when backward recomputes the core, the up-projections, or both."""
+    """The saved tensors when backward recomputes the core, the up-projections, or both."""
     if "core" in drop:
         items["core"] = 0.0
         if local:
@@ -186,7 +189,7 @@ def _baseline_items(
     items["query"], items["key"] = e * heads * c, e * groups * c
     items["value"] = e * groups * c
     if local:
-        # Megatron's torch core keeps the scores: softmax, its copy in e bytes, the mask.
+        # Megatron's torch core saves the softmax in float32 and its copy in e bytes.
         items["key"] = items["value"] = e * heads * c
         items["core"] = (4 + e) * heads * shape.seq_length
     else:
@@ -204,7 +207,7 @@ def _baseline_items(
 def layer_activations(
     shape: ModelDescription, layout: Layout, implementation: str, e: int, moe: bool = False
 ) -> float:
-    """Bytes per token that one layer saves for backward, `layout.recompute` applied."""
+    """Bytes per token that one layer saves for backward with `layout.recompute`."""
     d, tp = shape.hidden_size, layout.tp
     share = layout.sequence_share
     if layout.recompute == "full":
@@ -224,7 +227,7 @@ def layer_activations(
 def output_activations(
     shape: ModelDescription, layout: Layout, implementation: str, e: int
 ) -> float:
-    """Bytes per token of the final norm, the output layer's input and the softmax."""
+    """Saved bytes per token of the final norm, the output layer's input and the softmax."""
     norm = (2 * 4 if implementation == "local" else e) * shape.hidden_size
     kept = (norm + e * shape.hidden_size) * layout.sequence_share
     return kept + 4 * shape.embedding_rows / layout.tp
@@ -236,25 +239,24 @@ def saved_activations(
     implementation: str = "transformer_engine",
     half: bool = True,
 ) -> float:
-    """Bytes that one forward of one micro-batch through all layers and the loss saves on a rank."""
+    """Bytes that a rank saves in the forward of one micro-batch, all layers and the loss."""
     e = 2 if half else 4
     layers = sum(
         layer_activations(shape, layout, implementation, e, moe) for moe in _moe_layers(shape)
     )
     tokens = layout.micro_batch * shape.seq_length / layout.cp
     if layout.recompute == "full":
-        layers += e * shape.hidden_size * layout.sequence_share  # what the last one returns
+        layers += e * shape.hidden_size * layout.sequence_share  # the last layer's output
     return tokens * (layers + output_activations(shape, layout, implementation, e))
 
 
 def _moe_layers(shape: ModelDescription) -> list[bool]:
-    if not shape.num_experts:
-        return [False] * shape.num_layers
-    return [i >= shape.num_dense_layers for i in range(shape.num_layers)]
+    return [shape.is_moe(layer) for layer in range(shape.num_layers)]
 
 
 def optimizer_bytes(dense: int, experts: int, layout: Layout, half: bool = True) -> int:
-    """Main weights and Adam's moments; the distributed optimizer shares them over replicas."""
+    """Bytes of main weights and Adam's moments, which the distributed optimizer divides among
+    replicas."""
     precision = Precision.of(half)
     each = precision.main + precision.moments
     if not layout.distributed_optimizer:
@@ -269,7 +271,13 @@ def memory(
     implementation: str = "transformer_engine",
     half: bool = True,
 ) -> Memory:
-    """Of the fullest pipeline stage: the first holds most micro-batches, the last the logits."""
+    """Memory of the fullest pipeline stage: the first has most micro-batches in flight, the last
+    has the logits.
+
+    Args:
+        implementation: 'transformer_engine' or 'local'; see above.
+        half: 16-bit weights; else float32.
+    """
     stages = {0, layout.pp - 1}
     return max(
         (_stage_memory(shape, layout, stage, implementation, half) for stage in stages),
@@ -285,7 +293,7 @@ def _stage_memory(
     pp, vpp = layout.pp, layout.vpp
     tokens = layout.micro_batch * shape.seq_length / layout.cp
     count = shape.num_layers // pp
-    # Micro-batches whose activations a stage holds under 1F1B, in forwards of the whole stage.
+    # Micro-batches whose activations a stage holds in a 1F1B schedule, in units of the whole stage.
     in_flight = float(pp - stage)
     if vpp > 1:
         in_flight = pp + (pp - 1) / vpp - stage * (vpp - 1) / vpp
@@ -296,7 +304,7 @@ def _stage_memory(
         activations += tokens * output_activations(shape, layout, implementation, e)
         working += tokens * (4 + e) * shape.embedding_rows / layout.tp
     if layout.recompute == "full":
-        whole = Layout(**(layout.to_json() | {"recompute": "none"}))
+        whole = replace(layout, recompute="none")
         working += tokens * layer_activations(shape, whole, implementation, e, kinds[-1])
     return Memory(
         parameters=dense + experts,

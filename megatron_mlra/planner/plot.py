@@ -1,4 +1,4 @@
-"""The planner's report as one picture."""
+"""The planner's report as a figure."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ PARTS = {
     "bubble": "#a5d5da",
     "data": "#d8b13c",
 }
-"""One colour for each part of memory and of a step."""
+"""Part of the memory or of a step -> colour."""
 
 
 def draw(report: Report, path: Path) -> None:
-    """Memory and time of the best layouts, decoding floors over context; written whole or not.
+    """Draw memory and time of the best layouts, and decoding floors over context, into a file.
 
     Raises:
-        ValueError: for a picture format matplotlib does not know, or where it is not installed.
+        ValueError: matplotlib is not installed, or does not know the file's format.
     """
     try:
         plt = figures.pyplot()
@@ -74,7 +74,7 @@ def _decoding(axes: Any, report: Report) -> None:
     names = list(dict.fromkeys(row.name for row in report.decodings))
     for i, (name, colour) in enumerate(figures.colours(names).items()):
         rows = [row for row in report.decodings if row.name == name]
-        # Of lines that coincide, those drawn first are wider; dashed where the tokens are cut too.
+        # Earlier lines are wider, so that lines that coincide stay visible.
         width = 1.6 + 0.5 * (len(names) - 1 - i)
         axes.plot(
             *([r.context for r in rows], [r.floor_ms for r in rows]),

@@ -1,4 +1,4 @@
-"""Everything the planner says about a model on a number of GPUs: as tables and as JSON."""
+"""The planner's report on a model and a number of GPUs, with its JSON form."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SURCHARGE_LENGTHS = (2048, 4096, 8192, 32768)
 
 @dataclass(frozen=True)
 class Report:
-    """What was asked and what came out."""
+    """The question and the results; its fields are those of `mlra plan --json`."""
 
     name: str
     shape: ModelDescription
@@ -30,18 +30,19 @@ class Report:
     assume: Assumptions
     fp8: bool
     plans: list[Plan]
-    """The fastest first, `top` of them."""
+    """The `top` fastest layouts that fit, the fastest first."""
     misfits: list[Misfit]
+    """The `top` layouts that come nearest to fitting."""
     found: int
-    """Layouts that fit, before the cut to `top`."""
+    """Number of all layouts that fit."""
     surcharge: dict[int, float]
-    """Sequence length -> training FLOPs over those of the same model with MLA; empty for others
-    than MLRA and GLA."""
+    """Sequence length -> training FLOPs divided by those of the same model with MLA; only for MLRA
+    and GLA."""
     decodings: list[Decoding]
     layouts_traffic: dict[str, float]
-    """Tensor-parallel bytes that a GPU sends per step under the best plan's size, by layout."""
+    """'head' and 'latent' -> tensor-parallel bytes per GPU and step, at the best plan's sizes."""
     command: list[str]
-    """Lines that start the run under the best plan; none where no layout fits."""
+    """Lines of the command for the best plan; empty if no layout fits."""
 
     def to_json(self) -> dict:
         flops = train_flops_per_token(self.shape)
@@ -97,13 +98,16 @@ def build(
     decode_gpus: int,
     decode_batch: int,
 ) -> Report:
-    """Search and count.
+    """Search layouts, and price training and decoding.
 
     Args:
-        command: the lines that start the run under a layout.
+        command: layout -> lines of the command that starts the run.
+        cp: context-parallel size; None tries several.
+        top: number of layouts in the report.
+        contexts: tokens of a decoded sequence.
 
     Raises:
-        ValueError: when no cut of the GPUs exists for the model.
+        ValueError: the number of GPUs cannot be cut for the model.
     """
     plans, misfits = search(shape, gpus, global_batch, gpu, assume, tp_layout, cp, fp8)
     surcharge = {}

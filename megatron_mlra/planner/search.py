@@ -1,9 +1,9 @@
-"""Try every layout of a world, keep the fastest that fit, and say why the others do not."""
+"""Prices every layout of a number of GPUs: the fastest that fit, and why the others do not."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.planner.gpus import GPU, Assumptions
@@ -14,19 +14,19 @@ from megatron_mlra.planner.step import Step, predict
 MICRO_BATCHES = (1, 2, 4, 8)
 CONTEXT_PARALLEL = (1, 2, 4, 8, 16)
 LEAST_TOKENS = 4096
-"""Of a sequence on a rank, for more context parallelism to be tried."""
+"""Least tokens of a sequence per rank for which context parallelism is tried."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A layout with its price."""
+    """A layout with its memory and time."""
 
     layout: Layout
     memory: Memory
     step: Step
 
     def reason(self) -> str:
-        """What its step time goes to, largest first, beside computation."""
+        """The two largest parts of the step's time besides matrix products, with their shares."""
         parts = {
             "tensor parallel": self.step.tensor,
             "expert parallel": self.step.expert,
@@ -43,7 +43,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Misfit:
-    """A layout that cannot be used, and why."""
+    """A layout that does not fit, and the reason."""
 
     layout: Layout
     why: str
@@ -52,14 +52,17 @@ class Misfit:
 def layouts(
     shape: ModelDescription, gpus: int, gpu: GPU, tp_layout: str, cp: int | None
 ) -> Iterator[Layout]:
-    """Every cut of `gpus`, without regard to what fits; cp None tries context parallelism for long
-    sequences."""
+    """Every way to cut `gpus`, whether its memory fits or not.
+
+    Args:
+        cp: context-parallel size; None tries all of `context_sizes`.
+    """
     for size in context_sizes(shape) if cp is None else (cp,):
         yield from _layouts(shape, gpus, gpu, tp_layout, size)
 
 
 def context_sizes(shape: ModelDescription) -> list[int]:
-    """Context-parallel sizes worth a try."""
+    """The context-parallel sizes that leave at least `LEAST_TOKENS` per rank."""
     return [
         cp
         for cp in CONTEXT_PARALLEL
@@ -98,11 +101,11 @@ def search(
     cp: int | None = None,
     fp8: bool = False,
 ) -> tuple[list[Plan], list[Misfit]]:
-    """Layouts that fit, the fastest first, one for each cut (its best micro-batch and recompute);
-    and those that do not fit, the nearest miss first.
+    """Layouts that fit, the fastest first, one per cut, with its best micro-batch and
+    recomputation; and layouts that do not fit, those with the least memory first.
 
     Raises:
-        ValueError: when no cut of this number of GPUs exists for the model at all.
+        ValueError: this number of GPUs cannot be cut for the model.
     """
     limit = gpu.memory_gb * 1e9 * assume.memory
     plans: list[Plan] = []
@@ -116,8 +119,7 @@ def search(
             for recompute in RECOMPUTES:
                 if "up_proj" in recompute and shape.attention != "mlra":
                     continue
-                values = cut.to_json() | {"micro_batch": micro, "recompute": recompute}
-                layout = Layout(**values)
+                layout = replace(cut, micro_batch=micro, recompute=recompute)
                 why = why_not(shape, layout, global_batch, gpu.domain)
                 if why:
                     candidate = (float("inf"), Misfit(layout, why))

@@ -1,14 +1,14 @@
-"""Predicted time of a training step, from stated rates; letters of cost/flops.py.
+"""Predicted time of a training step from vendors' rates. Letters of cost/flops.py.
 
 A step is m micro-batches through pp stages (1F1B or interleaved), then gradients and optimizer:
 
-    (m + (pp - 1) / vpp) (compute + elementwise + tensor parallel + expert parallel + pipeline)
-    + data parallel that a micro-batch does not hide + optimizer
+    (m + (pp - 1) / vpp) (compute + elementwise + tensor + context + expert parallel + pipeline)
+    + the data-parallel time that a micro-batch does not hide + optimizer
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from megatron_mlra.cost.flops import train_flops_per_token
 from megatron_mlra.cost.parameters import parameters
@@ -21,7 +21,7 @@ from megatron_mlra.planner.memory import layer_activations, output_activations, 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes one GPU sends a step, by parallelism."""
+    """Bytes that one GPU sends per step, by kind of parallelism."""
 
     tensor: float
     context: float
@@ -35,7 +35,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Step:
-    """Predicted seconds of one training step on the slowest stage, and what they amount to."""
+    """Predicted seconds of one training step on the slowest stage, by cause."""
 
     compute: float
     elementwise: float
@@ -45,15 +45,16 @@ class Step:
     expert: float
     bubble: float
     data: float
-    """What no computation hides."""
+    """Data-parallel seconds that computation does not hide."""
     optimizer: float
     traffic: Traffic
     tokens: int
+    """Tokens of the whole step."""
     gpus: int
     model_flops: float
-    """Of the whole step, by all GPUs."""
+    """FLOPs of the whole step, all GPUs together."""
     peak: float
-    """FLOP/s of all GPUs in the precision of the products."""
+    """FLOP/s of all GPUs in the precision of the matrix products."""
 
     @property
     def seconds(self) -> float:
@@ -62,7 +63,7 @@ class Step:
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs over what the GPUs could have done."""
+        """Model FLOPs utilization: model FLOPs / (seconds * peak)."""
         return self.model_flops / (self.seconds * self.peak)
 
     @property
@@ -78,11 +79,11 @@ class Step:
 
 
 def core_flops_per_token(shape: ModelDescription, hardware: bool) -> float:
-    """Score and value products of all layers, forward and backward: what grows with the length."""
+    """FLOPs per token of the score and value products of all layers, forward and backward."""
     at = train_flops_per_token
     name = "hardware" if hardware else "model"
     s = shape.seq_length
-    # The rest does not depend on the length, so two lengths give the slope in (s + 1) / 2 keys.
+    # Only these products depend on the length: two lengths give the slope in (s + 1) / 2 keys.
     slope = getattr(at(shape, 3), name) - getattr(at(shape, 1), name)
     return slope * (s + 1) / 2
 
@@ -90,7 +91,7 @@ def core_flops_per_token(shape: ModelDescription, hardware: bool) -> float:
 def micro_batch_seconds(
     shape: ModelDescription, layout: Layout, gpu: GPU, assume: Assumptions, fp8: bool
 ) -> tuple[float, float]:
-    """(compute, elementwise) of one micro-batch on the slowest stage, forward and backward."""
+    """(compute, elementwise) seconds of one micro-batch on the slowest stage, with backward."""
     tokens = layout.micro_batch * shape.seq_length / layout.cp
     flops = train_flops_per_token(shape)
     core = core_flops_per_token(shape, hardware=True)
@@ -108,7 +109,7 @@ def micro_batch_seconds(
             core *= 4 / 3
         if "up_proj" in layout.recompute and shape.attention == "mlra":
             again = train_flops_per_token(shape, recompute="up_proj").hardware - flops.hardware
-    # Flash-style backwards repeat the score product: 7 products where 6 are counted.
+    # Flash-style backwards repeat the score product: 7 products instead of the counted 6.
     core *= 7 / 6
     peak = (gpu.fp8_tflops if fp8 else gpu.bf16_tflops) * 1e12 * assume.gemm
     own = shape.attention == "mlra" and shape.absorbed and shape.latent_dim <= 128
@@ -119,9 +120,9 @@ def micro_batch_seconds(
     output_peak = gpu.bf16_tflops * 1e12 * assume.gemm
     last = tokens / layout.tp * output / output_peak
     compute = stage * ((linear + again) / peak + core / core_peak)
-    # The last stage also has the output layer; stages run in step, so it sets the pace.
+    # The last stage also has the output layer. All stages wait for the slowest.
     compute += last
-    saved = layer_activations(shape, _without_recompute(layout), "transformer_engine", 2)
+    saved = layer_activations(shape, replace(layout, recompute="none"), "transformer_engine", 2)
     moved = shape.num_layers / layout.pp * saved
     moved += output_activations(shape, layout, "transformer_engine", 2)
     passes = assume.passes * (4 / 3 if layout.recompute == "full" else 1)
@@ -129,19 +130,17 @@ def micro_batch_seconds(
     return compute, elementwise
 
 
-def _without_recompute(layout: Layout) -> Layout:
-    return Layout(**(layout.to_json() | {"recompute": "none"}))
-
-
 def traffic(shape: ModelDescription, layout: Layout, micro_batches: int) -> Traffic:
-    """Bytes one GPU sends a step: ring algorithms, bf16 activations, float32 gradients."""
+    """Bytes that one GPU sends per step: ring algorithms, bfloat16 activations and weights, float32
+    gradients."""
     e, d, tp = 2, shape.hidden_size, layout.tp
     tokens = layout.micro_batch * shape.seq_length / layout.cp * micro_batches
     layers = shape.num_layers / layout.pp
     tensor = 0.0
     if tp > 1:
         attention = tp_communication(shape, tp, layout.tp_layout, layout.sequence_parallel)
-        # The MLP: entry and exit, forward and backward, and the input once more for its weights.
+        # The MLP: entry and exit, forward and backward; with sequence parallel the input again for
+        # the weight gradient.
         mlp = (5 if layout.sequence_parallel else 4) * (tp - 1) / tp * d
         tensor = e * tokens * layers * (attention.wire_numbers + mlp)
         if layout.recompute == "full":
@@ -164,13 +163,13 @@ def traffic(shape: ModelDescription, layout: Layout, micro_batches: int) -> Traf
 
 
 def context_numbers(shape: ModelDescription, layout: Layout) -> float:
-    """Numbers a GPU sends per token of its own and layer, forward and backward, over its
-    context-parallel group: MLRA gathers latents; Megatron's attention passes keys and values around
-    a ring, and in backward them again and their gradients."""
+    """Numbers that a GPU sends to its context-parallel group, per own token and layer, forward and
+    backward. MLRA gathers latents. Megatron's attention passes keys and values around a ring, in
+    backward again and with their gradients."""
     cp, full = layout.cp, layout.recompute == "full"
     if shape.attention == "mlra":
         sent = cp_communication(shape, cp, layout.tp, layout.tp_layout)
-        # Of the whole sequence, `cp` times the rank's tokens.
+        # Its numbers are per token of the whole sequence, which has `cp` times the rank's tokens.
         again = sum(c.wire_numbers(cp) for c in sent.forward) if full else 0.0
         return cp * (sent.wire_numbers + again)
     groups = max(1.0, (shape.num_query_groups or shape.num_attention_heads) / layout.tp)
@@ -185,7 +184,7 @@ def predict(
     assume: Assumptions,
     fp8: bool = False,
 ) -> Step:
-    """The step of `global_batch` sequences."""
+    """The predicted step of `global_batch` sequences."""
     m = global_batch // (layout.dp * layout.micro_batch)
     compute, elementwise = micro_batch_seconds(shape, layout, gpu, assume, fp8)
     sent = traffic(shape, layout, m)
@@ -198,7 +197,7 @@ def predict(
     tensor = seconds(sent.tensor, layout.tp)
     context = seconds(sent.context, inner)
     expert = seconds(sent.expert, layout.tp * layout.ep)
-    # Stages are the outermost cut, so their neighbours are on other nodes where one is full.
+    # Stages are the outermost cut: neighbouring stages are on other nodes once a node is full.
     pipeline = seconds(sent.pipeline, layout.gpus)
     data = seconds(sent.data, inner * layout.dp)
     busy = m * (compute + elementwise) + tensor + context + expert + pipeline
@@ -207,7 +206,7 @@ def predict(
     dense, experts = rank_parameters(shape, layout, 0)
     replicas = layout.dp * layout.cp if layout.distributed_optimizer else 1
     own = dense / replicas + experts / max(1, replicas // layout.ep)
-    # Main weights and moments read and written, gradient read, weight written.
+    # Bytes: main weights and moments read and written, gradient read, weight written.
     updated = own * (2 * 12 + 4 + 2) / (gpu.memory_gb_s * 1e9 * assume.bandwidth)
     tokens = global_batch * shape.seq_length
     return Step(

@@ -1,4 +1,4 @@
-"""The planner's report as rich tables."""
+"""The planner's report as tables in a terminal."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from megatron_mlra.planner.memory import gib
 from megatron_mlra.planner.report import Report
 
 Row = tuple[list[str], list[str], list[str]]
-"""Names of a row, its numbers, its words."""
+"""(names, numbers, words) of a row: the cells of these three kinds of columns."""
 
 LEAST_WORDS = 20
-"""Columns that words are wrapped in at least."""
+"""Least width of a column of words, in which text is wrapped."""
 
 
 def print_report(report: Report, console: Console | None = None, details: bool = False) -> None:
-    """Print a report for a person, on stdout; of a terminal, as wide as it is.
+    """Print a report to stdout, in the width of the terminal. The command for the best layout comes
+    last.
 
     Args:
-        details: all of it, not the layouts alone; the command for the best one is always the end.
+        details: print everything, and not the layouts alone.
     """
     if console is None:
         console = Console(highlight=False)
@@ -42,18 +43,18 @@ def print_report(report: Report, console: Console | None = None, details: bool =
         many = ", on every node" if any("--nnodes" in line for line in report.command) else ""
         console.print(f"To train by the first layout ({best}){many}:")
         for line in report.command:
-            # As it is: a shell reads it.
+            # Printed unchanged, since the user pastes the line into a shell.
             console.print(f"  {line}", markup=False, soft_wrap=True)
 
 
 @dataclass
 class Sheet:
-    """A table whose numbers are never cut: what is too wide becomes several tables.
+    """A table whose numbers are never cut: a table that is too wide is printed as several.
 
     Attributes:
-        names, numbers, words: heads of the columns. Names begin each row of each table; words may
-            be wrapped.
-        caption: below it all.
+        names, numbers, words: heads of the columns. Each of the tables begins with the names; words
+            may be wrapped.
+        caption: printed below the last table.
     """
 
     title: str
@@ -64,7 +65,7 @@ class Sheet:
     caption: str = ""
 
     def print(self, console: Console) -> None:
-        """Print it, a table below the other where the console is too narrow."""
+        """Print the table, or several below one another if the console is too narrow."""
         if self._fits(0, len(self.numbers), True, console):
             tables = [self._table(0, len(self.numbers), True)]
         else:
@@ -100,13 +101,13 @@ class Sheet:
 
     def _fits(self, first: int, last: int, with_words: bool, console: Console) -> bool:
         unbound = console.options.update(max_width=10**6)
-        # No column but that of words may be narrower than its widest cell.
+        # Only columns of words may be narrower than their widest cell.
         needed = Measurement.get(console, unbound, self._table(first, last, False)).maximum
         return needed + with_words * len(self.words) * (LEAST_WORDS + 3) <= console.width
 
 
 def tables(report: Report, details: bool = False) -> Iterator[Sheet | str]:
-    """What to print, in order."""
+    """The tables and lines to print, in order."""
     yield from _head(report)
     if report.plans:
         yield _layouts(report, details)

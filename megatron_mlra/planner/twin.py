@@ -1,10 +1,10 @@
-"""A preset's twin: another attention at the same number of parameters.
+"""A preset's twin: a model with another attention and the same number of parameters.
 
-The rules of the sizes are the paper's ratios. Letters: d hidden size, h heads, d_h dims of a head.
-Latent family: d_c = 4 d_h, d_r = d_h / 2, query rank d / 2 for MLA and d / 3 for the others; GQA
-and GTA have h / 4 key/value heads; MFA has heads of 2 d_h from a shared query of 2 d / 3; TPA has
-ranks 6 and 2. A source of the latent family keeps its own sizes, with the query rank in the ratio
-3 : 2 between MLA and the others. The MLP takes what the attention leaves.
+Sizes follow the paper's ratios. Letters: d hidden size, h heads, d_h size of a head. Latent family:
+d_c = 4 d_h, d_r = d_h / 2, query rank d / 2 for MLA and d / 3 for the others. GQA and GTA have
+h / 4 key/value heads. MFA has heads of 2 d_h from a shared query of 2 d / 3. TPA has ranks 6 and 2.
+A source of the latent family keeps its own sizes; the query ranks of MLA and the others are as
+3 : 2. The MLP's size makes the number of parameters equal.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ VARIANTS = (
     *OTHERS,
     "gqa-gated",
 )
-"""What `--attention` takes: '-gated' adds the output gate, '-unscaled' leaves out the scales."""
+"""Values of `--attention`; '-gated' adds the output gate, '-unscaled' omits variance scaling."""
 
 TOLERANCE = 1e-3
 """Largest relative difference of the parameter counts."""
@@ -58,24 +58,29 @@ class Twin:
 
     variant: str
     base: Path | None
-    """The preset that both stand on, which says nothing of attention."""
+    """The common base of both presets, without keys of the attention."""
     values: dict[str, Any]
-    """The twin's values above `base`, ready for YAML."""
+    """The twin's own values, which are added to `base`."""
     source: ModelDescription
     shape: ModelDescription
 
     @property
     def title(self) -> str:
-        """The twin's attention as people call it."""
+        """The common name of the twin's attention."""
         return self.shape.variant + " unscaled" * self.variant.endswith("-unscaled")
 
     @property
     def difference(self) -> float:
-        """Parameters of the twin relative to the source, minus 1."""
+        """Parameters of the twin / those of the source - 1."""
         return parameters(self.shape).total / parameters(self.source).total - 1
 
     def to_yaml(self, folder: Path, source: str) -> str:
-        """The twin as a preset in `folder`, of a source by that name."""
+        """The text of the twin as a preset.
+
+        Args:
+            folder: of the preset; the path of the base is relative to it.
+            source: name of the source.
+        """
         head = (
             f"# {self.title}: the twin of {source}, {parameters(self.shape).total:,}"
             f" parameters ({100 * self.difference:+.4f} %).\n"
@@ -87,7 +92,7 @@ class Twin:
 
 
 def base_from(base: Path, folder: Path) -> str:
-    """How a preset in `folder` names its base: one of the package's by name, others by path."""
+    """The value of `base` in a preset in `folder`: the name of one of the package, else a path."""
     if FOLDER in base.resolve().parents:
         return base.resolve().relative_to(FOLDER).as_posix().removesuffix(".yaml")
     return Path(os.path.relpath(base.resolve(), folder.resolve())).as_posix()
@@ -96,13 +101,13 @@ def base_from(base: Path, folder: Path) -> str:
 def twin(preset: str | Path, variant: str) -> Twin:
     """The twin of a preset with another attention, equal in parameters to 0.1 %.
 
-    The MLP's hidden size is a multiple of 8 (at every tensor-parallel rank) where one lies within
-    the tolerance, otherwise of 4, 2 or 1. In a mixture of experts the shared experts' size gives
-    way, or the routed experts' where there is none.
+    The MLP's hidden size per tensor-parallel rank is a multiple of 8 if one is within the
+    tolerance, else of 4, 2 or 1. In a mixture of experts the size of the shared experts is adapted,
+    or that of the routed experts if there are no shared ones.
 
     Raises:
-        ValueError: for an unknown variant, a preset that cannot be read or lacks a size, or where
-            no MLP size meets the tolerance.
+        ValueError: the variant is unknown, the preset cannot be read or lacks a size, or no MLP
+            size meets the tolerance.
     """
     if variant not in VARIANTS:
         raise ValueError(f"--attention is {variant!r}; use one of {', '.join(VARIANTS)}")
@@ -138,8 +143,8 @@ def twin(preset: str | Path, variant: str) -> Twin:
 
 
 def _plain_part(preset: str | Path) -> tuple[Path | None, dict[str, Any]]:
-    """The last preset of the chain that says nothing of attention, and the merged values above it,
-    by argparse destination."""
+    """(The last preset of the chain before any with keys of the attention, the merged values of the
+    later ones by argparse destination)."""
     preset = find_preset(preset)
     base: Path | None = None
     above: dict[str, Any] = {}

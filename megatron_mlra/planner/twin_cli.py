@@ -1,4 +1,4 @@
-"""The command line of the twins."""
+"""Command line of `mlra twin`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def table(found: Twin, source: str) -> str:
-    """Both models, a column each, within 80 columns of text."""
+    """A table of both models, one column each, at most 80 characters wide."""
     columns = [
         (
             "",
@@ -87,7 +87,7 @@ def table(found: Twin, source: str) -> str:
 
 
 def _mlp(shape: ModelDescription) -> int:
-    """The MLP size that gives way: of a mixture of experts, the shared or the routed experts'."""
+    """The MLP size that is adapted: the dense one, or that of the shared or routed experts."""
     if not shape.num_experts:
         return shape.ffn_hidden_size
     return shape.moe_shared_expert_intermediate_size or shape.moe_ffn_hidden_size

@@ -1,9 +1,9 @@
-"""From a finished run to a server: an export, vLLM's own server, a page to talk to.
+"""Serves a finished run: an export, vLLM's own server, a chat page.
 
 Start with cli.py.
 
 May import:   checkpoint, command_line, description
 Imported by:  the command `mlra serve`
-Never:        vllm, mlra_vllm: they run in an environment of their own
+Never:        vllm and mlra_vllm, which run in their own environment
 Held by:      tests/unit/serving, tests/vllm/test_serve.py
 """

@@ -1,4 +1,4 @@
-"""`mlra serve`: a run, checkpoint or exported folder behind vLLM's HTTP server."""
+"""Command line of `mlra serve`: a run, checkpoint or exported folder behind vLLM's HTTP server."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_mlra.command_line.parser import OneLineParser, add_no_verify, one_line, read_text
+from megatron_mlra.command_line.parser import OneLineParser, add_no_verify, fail, read_text
 from megatron_mlra.command_line.signals import Interrupted, interruptible
 from megatron_mlra.serving.environment import find_python
 from megatron_mlra.serving.server import check_port, last_error, running, wait_until_healthy
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from megatron_mlra.checkpoint.folder import CheckpointFolder
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
+"""Hosts that only this machine reaches."""
 ROOT = Path(__file__).parents[2]
-"""The checkout, where this package is one's."""
+"""The checkout, if this package is installed from one."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,7 +56,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until a signal ends it; returns the exit code (2: refused, 1: vLLM failed)."""
+    """Serve until a signal; returns the exit code (2: refused; 1: vLLM failed; 128 + the number of
+    a signal)."""
     words = list(sys.argv[1:] if argv is None else argv)
     own = words.index("--") if "--" in words else len(words)
     args = parser().parse_args(words[:own])
@@ -67,12 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("stopped", file=sys.stderr)
         return 128 + error.number
     except (ValueError, OSError, ImportError) as error:
-        return _fail(str(error), 2)
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"error: {one_line(message)}", file=sys.stderr)
-    return code
+        return fail(str(error), 2)
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -106,11 +103,11 @@ def _serve(args: argparse.Namespace) -> int:
                 problem = str(error)
         said = last_error(log)
         kept = _keep(log)
-    return _fail(f"{problem}{f': {said}' if said else ''}; its log is {kept}", 1)
+    return fail(f"{problem}{f': {said}' if said else ''}; its log is {kept}", 1)
 
 
 def _keep(log: Path) -> Path:
-    """The log of a failure, where it stays."""
+    """Copy the log to a file that is not deleted; returns the file."""
     with tempfile.NamedTemporaryFile(
         "wb", prefix="mlra-serve-", suffix=".log", delete=False
     ) as kept:
@@ -119,11 +116,11 @@ def _keep(log: Path) -> Path:
 
 
 def exported(args: argparse.Namespace, source: Path) -> Path:
-    """The folder that vLLM opens: the source itself, or its export, which is written once.
+    """The folder that vLLM opens: the source itself, or its export, which is written if missing.
 
     Raises:
-        ValueError: it is damaged, a link leads out of the source, the export is another model's, or
-            a flag would be without effect.
+        ValueError: the source is damaged, a link leads out of it, the export belongs to another
+            model, or a flag would have no effect.
     """
     from megatron_mlra.checkpoint.formats import open_checkpoint
     from megatron_mlra.checkpoint.huggingface.folder import write_huggingface
@@ -159,7 +156,11 @@ def exported(args: argparse.Namespace, source: Path) -> Path:
 
 
 def _own_export(source: Path, step: str) -> Path:
-    """Where a source's export lies: in it, and not where a link that came with it leads."""
+    """The folder of a source's export, inside the source.
+
+    Raises:
+        ValueError: a link in the source leads elsewhere.
+    """
     from megatron_mlra.checkpoint.files.inside import inside
 
     try:
@@ -169,7 +170,11 @@ def _own_export(source: Path, step: str) -> Path:
 
 
 def _check_export(args: argparse.Namespace, target: Path, checkpoint: CheckpointFolder) -> None:
-    """Refuse what lies where a checkpoint's export belongs, unless it is that and whole."""
+    """Check that an existing folder is the complete export of a checkpoint.
+
+    Raises:
+        ValueError: the folder is damaged or another model's, or a flag would have no effect.
+    """
     from megatron_mlra.checkpoint.files import manifest
     from megatron_mlra.checkpoint.formats import open_checkpoint
     from megatron_mlra.description.tensors import expected_tensors
@@ -199,7 +204,7 @@ def _check_export(args: argparse.Namespace, target: Path, checkpoint: Checkpoint
 
 
 def _check_whole(folder: CheckpointFolder) -> None:
-    """Read an exported folder as vLLM will, which compares nothing with checksums."""
+    """Read an exported folder completely and compare its checksums, which vLLM does not."""
     folder.tokenizer_files()
     folder.check_finite()
 
@@ -220,7 +225,8 @@ def _has_chat(args: argparse.Namespace, model: Path) -> bool:
 def _command(
     args: argparse.Namespace, python: str, model: Path, name: str, tokenizer: bool
 ) -> list[str]:
-    """vLLM's server; it answers no other site's scripts, and at 127.0.0.1 to no other name."""
+    """The command of vLLM's server. It refuses requests from other sites' scripts, and at a local
+    host also requests with another host name."""
     page = "LocalChatPage" if args.host in LOCAL else "ChatPage"
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model.resolve())]
     command += ["--served-model-name", name, "--host", args.host, "--port", str(args.port)]
@@ -237,7 +243,7 @@ def _command(
 
 
 def _say(args: argparse.Namespace, host: str, name: str, chat: bool, tokenizer: bool) -> None:
-    """What a user types next."""
+    """Print the address and an example request."""
     url = f"http://{f'[{host}]' if ':' in host else host}:{args.port}"
     body = {"model": name, "max_tokens": 50}
     if chat:

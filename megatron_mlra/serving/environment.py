@@ -1,4 +1,4 @@
-"""Where vLLM is: a Python that has it and this project's plugin."""
+"""Finds a Python that has vLLM and this project's plugin."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def find_python(named: str | None, folders: list[Path]) -> str:
     """The Python to serve with.
 
     Args:
-        named: `--python`: a Python, or the folder of its environment.
-        folders: where a `.venv-vllm` may lie; the first that is there is taken.
+        named: value of `--python`: a Python, or the folder of its environment.
+        folders: folders in which a `.venv-vllm` is looked for, in order.
 
     Raises:
-        ValueError: there is none, or the one that is named has no vLLM or no plugin.
+        ValueError: no Python is found, or the named one lacks vLLM or the plugin.
     """
     variable = os.environ.get(VARIABLE)
     for flag, value in (("--python", named), (VARIABLE, variable)):

@@ -1,4 +1,4 @@
-"""vLLM's server as a process of this one: started, waited for, ended with all its children."""
+"""vLLM's server as a child process: starting, waiting, and ending it with all its children."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from pathlib import Path
 from typing import IO
 
 END_S = 20
-"""What the server has to end in order, before it is killed."""
+"""Seconds that the server has to end by itself before it is killed."""
 QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
-"""The server calls nobody, unless the environment says so."""
+"""Environment in which the server contacts no other host; the user's environment overrides it."""
 _ERROR = re.compile(r"\b([A-Za-z]*Error: .+)$")
 _INVALID = re.compile(r"\bValue error, (.+?)(?: \[type=.*)?$")
-"""Of pydantic: the line behind its error has what is wrong."""
+"""The line after an error of pydantic, which states the fault."""
 
 
 def check_port(host: str, port: int) -> None:
-    """Refuse an address that cannot be listened at.
+    """Check that the server can listen at an address.
 
     Raises:
-        ValueError: it is taken, or this machine has no such address.
+        ValueError: the port is taken or invalid, or this machine does not have the address.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
-        # As the server does: a port whose last connections are still closing is free.
+        # As the server does: else a port whose last connections are still closing would be taken.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -49,7 +49,7 @@ def check_port(host: str, port: int) -> None:
 
 @contextlib.contextmanager
 def running(command: Sequence[str], log: IO[str]) -> Iterator[subprocess.Popen]:
-    """The process of a command in a session of its own, which ends with the block."""
+    """Inside the block a command runs in its own session; the process ends with the block."""
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -71,7 +71,7 @@ def _end(process: subprocess.Popen) -> None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(END_S)
     finally:
-        # What it started too: engines and workers, which outlive a server that dies.
+        # Its engines and workers too, which outlive a server that dies.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -81,7 +81,7 @@ def wait_until_healthy(process: subprocess.Popen, host: str, port: int, seconds:
     """Return when the server answers.
 
     Raises:
-        RuntimeError: it ended first, or took longer.
+        RuntimeError: the server ended, or did not answer within `seconds`.
     """
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -101,11 +101,11 @@ def wait_until_healthy(process: subprocess.Popen, host: str, port: int, seconds:
 
 
 def last_error(log: Path) -> str | None:
-    """What a server's log says last of an error, in one line."""
+    """The last error in a server's log, in one line; None without any."""
     found = None
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
         match = _INVALID.search(line) or _ERROR.search(line)
-        # Not what only says that another process failed.
+        # That line only reports the failure of another process.
         if match and "Engine core initialization failed" not in line:
             found = match[1]
     return found

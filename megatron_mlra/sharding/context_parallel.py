@@ -1,9 +1,12 @@
 """The attention's context-parallel collective: latents and the RoPE key of the whole sequence.
 
-A rank keeps the queries of its own tokens and gathers what keys and values are made of, d_c + d_r
-numbers per token, from all ranks. In absorbed form that is the keys and values; the materialized
-form expands them for the whole sequence. Every rank uses all of it, so the gradient is a sum over
-ranks: the all-gather's backward is a reduce-scatter.
+A rank keeps the queries of its own tokens, and gathers latents and RoPE keys from all ranks, at
+most d_c + d_r numbers per token. In absorbed form these are the keys and values; the materialized
+form expands them for the whole sequence. Every rank uses the whole sequence, so that the gradient
+is a sum over ranks: the all-gather's backward is a reduce-scatter.
+
+Letters: T tokens of the sequence, s = T / cp tokens of the rank, b batch, n branches and g head
+groups of the rank, l latent dim.
 """
 
 from __future__ import annotations
@@ -16,18 +19,18 @@ from megatron_mlra.sharding.token_plan import TokenPlan
 
 
 class ContextParallel:
-    """Gathers for one context-parallel group; with one rank there is nothing to gather."""
+    """The gathers over one context-parallel group; with one rank nothing is sent."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
 
     def start_gather(self, latents: Tensor, k_rope: Tensor) -> PendingGather:
-        """Begin to gather `[s, b, n, g, l]` and `[s, b, d_r]` of this rank's tokens."""
+        """Start the gather of this rank's latents `[s, b, n, g, l]` and RoPE key `[s, b, d_r]`."""
         return PendingGather(latents, k_rope, self.group)
 
 
 class PendingGather:
-    """A gather under way: what is computed until `finish` overlaps with it, backward too."""
+    """A gather that has started. Computation before `finish` overlaps with it, in backward too."""
 
     def __init__(self, latents: Tensor, k_rope: Tensor, group: dist.ProcessGroup) -> None:
         self.parts = (latents, k_rope)
@@ -51,7 +54,7 @@ class PendingGather:
 
 
 class _Exchange:
-    """What `_Start` and `_Finish` share: the collective under way and its output."""
+    """State of `_Start` and `_Finish`: the current collective and its output."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -77,7 +80,7 @@ class _Exchange:
 class _Start(torch.autograd.Function):
     """Starts the all-gather; in backward, waits for the reduce-scatter that `_Finish` started.
 
-    Backward runs `_Finish` first and `_Start` behind everything that forward ran in between.
+    Backward runs `_Finish` first, then the operations that forward ran in between, then `_Start`.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Which tensor-parallel sizes the latent family's dimensions allow: arithmetic only."""
+"""The tensor-parallel sizes that the latent family's dimensions allow. Pure Python."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ def misfit(
     kv_lora_rank: int,
     qk_rope_head_dim: int,
 ) -> tuple[str, str] | None:
-    """What a tensor-parallel size does not fit, and another way out than a different size (''
-    where there is none); None for a size that works.
+    """Why a tensor-parallel size does not work; None if it does.
 
-    `layout` is 'head' or 'latent'.
+    Args:
+        layout: 'head' or 'latent'.
+
+    Returns:
+        (the reason, an alternative to another size or ''), parts of a message.
     """
     L, N = num_latent_heads, num_branches
     G = L // N

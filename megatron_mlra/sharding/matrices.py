@@ -1,8 +1,8 @@
-"""The matrices that a rank's weights of the attention are made of.
+"""The matrices that a rank's attention weights consist of. Pure Python.
 
-An optimizer that takes a whole matrix at a time (Muon) must see the matrices of the method, not the
-blocks in which they happen to be stored: each head's query projection, each branch's and head's key
-and value up-projection, each latent's down-projection. Pure Python.
+An optimizer of whole matrices (Muon) must see the matrices of the method, not the blocks in which
+they are stored: the query projection of each head, the key and the value up-projection of each
+branch and head, the down-projection of each latent.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from megatron_mlra.sharding.partition import LatentShard
 
 @dataclass(frozen=True)
 class Rows:
-    """A run of rows in a weight whose local rows repeat the same runs, group by group."""
+    """A run of rows. The local rows of a weight are groups, and each group has the same runs."""
 
     count: int
     """Local rows of the run in each group."""
     matrix: int
-    """Rows of each matrix that the run is made of."""
+    """Rows of each matrix in the run."""
     gathered: bool = False
-    """Whether a matrix is cut over ranks: the run of all ranks, in their order, holds it."""
+    """Whether a matrix is cut over ranks: it is in the runs of all ranks, concatenated."""
     name: str = ""
-    """What a matrix is, in words."""
+    """Name of such a matrix, in words."""
 
 
 def latent_matrices(model: ModelDescription, shard: LatentShard) -> dict[str, tuple[Rows, ...]]:
-    """Module name -> the runs of its local rows; axes in front of the last count as rows.
+    """Module name -> the runs of its local rows; all axes but the last count as rows.
 
-    The output projection is one matrix and not among them.
+    The output projection, which is a single matrix, is not listed.
 
     Args:
         model: a description of kind 'mlra', or a configuration with its sizes.
@@ -66,7 +66,7 @@ def latent_matrices(model: ModelDescription, shard: LatentShard) -> dict[str, tu
 def grouped_query_matrices(
     num_attention_heads: int, num_query_groups: int, head_dim: int, gated: bool
 ) -> tuple[Rows, ...]:
-    """The runs of Megatron's `linear_qkv`: per key/value head its queries, (gates,) key, value."""
+    """The runs of Megatron's `linear_qkv`; per key/value head: queries, (gates,) key, value."""
     queries = Rows(num_attention_heads // num_query_groups * head_dim, head_dim, name="a query")
     gates = (Rows(queries.count, head_dim, name="a gate"),) if gated else ()
     return (

@@ -1,10 +1,11 @@
-"""Which tensor-parallel rank owns which heads and latents; pure Python.
+"""Which tensor-parallel rank owns which heads and latents. Pure Python.
 
-A rank's core attention works on a rectangle of (branch, head) pairs. Flattened branch-major, the
-N * h pairs lie in latent order too, because latent `branch * G + group` serves consecutive heads:
+A rank's core attention works on a rectangle of (branch, head) pairs. Pairs in branch-major order
+are also in the order of their latents, because latent `branch * G + group` serves consecutive
+heads. There are two layouts:
 
-- `head` layout: all N branches of h / tp consecutive heads.
-- `latent` layout: N * h / tp consecutive pairs: whole latents, or a part of one where tp > L.
+- `head`: all N branches of h / tp consecutive heads.
+- `latent`: N * h / tp consecutive pairs, which are whole latents, or a part of one if tp > L.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LatentShard:
-    """One rank's rectangle of (branch, head) pairs and the latents that serve it."""
+    """One rank's rectangle of (branch, head) pairs, and the latents that serve these pairs."""
 
     tp_size: int
     tp_rank: int
@@ -23,23 +24,23 @@ class LatentShard:
     """Branches of the core on this rank (n)."""
     branch_start: int
     heads: int
-    """Heads of the core on this rank (h): of the queries, keys and values it attends with."""
+    """Heads of the core on this rank (h)."""
     head_start: int
     groups: int
-    """Head groups those heads belong to (g); the rank reads n * g latents."""
+    """Head groups of these heads (g); the rank reads n * g latents."""
     group_start: int
     owns_latents: bool
-    """Whether the latents the rank reads are the very ones its down-projection makes."""
+    """Whether the rank's own down-projection makes the latents that the rank reads."""
 
     @classmethod
     def plan(
         cls, config: Any, tp_size: int, tp_rank: int, layout: str | None = None
     ) -> LatentShard:
-        """The share of `tp_rank`.
+        """The shard of `tp_rank`.
 
         Args:
             config: has `num_attention_heads`, `num_branches` and `num_latent_heads`, which fit
-                `tp_size`.
+                `tp_size` (fit.py).
             layout: 'head' or 'latent'; None takes `config.latent_tp_layout`.
         """
         layout = layout or config.latent_tp_layout

@@ -1,7 +1,7 @@
-"""Where every weight lies: its global shape, and the part of it that each rank holds.
+"""The placement of every weight: its global shape, and the part that each rank holds. Pure Python.
 
-One table, `placements`. Training's modules and checkpoints, the cutting of inference, the dry run
-and docs/parallelism.md read it. Pure Python.
+`placements` is the only such table. The modules and checkpoints of training, the sharding of
+inference, the dry run and docs/parallelism.md use it.
 
 Letters: V vocabulary, d hidden size, f hidden size of an MLP, h attention heads, L latent heads, N
 branches, G = L / N head groups, d_q, d_c, d_l = d_c / L, d_h, d_r, d_v as in docs/notation.md; g
@@ -22,40 +22,40 @@ Box = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class Share:
-    """What of a layer's attention one rank holds, in rows of the global weights."""
+    """The part of a layer's attention that one rank holds, as ranges of the global sizes."""
 
     query_latent: slice
-    """Rows of the query latent, of d_q."""
+    """Range of d_q."""
     latents: tuple[slice, ...]
-    """Rows of the latents, of d_c: one slice per run of latents that lie side by side."""
+    """Ranges of d_c, one per run of adjacent latents."""
     rope: slice
-    """Rows of the RoPE key, of d_r."""
+    """Range of d_r."""
     heads: slice
-    """Heads whose query, gate and output projections the rank holds, of h."""
+    """Range of h: heads whose query, gate and output projections the rank holds."""
     branches: slice
-    """Branches of the core's (branch, head) pairs, of N."""
+    """Range of N: branches of the core's (branch, head) pairs."""
     core_heads: slice
-    """Heads of the core's pairs, of h."""
+    """Range of h: heads of the core's pairs."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """One weight."""
+    """The placement of one weight."""
 
     letters: str
     """Global shape in letters."""
     shape: tuple[int, ...]
     """Global shape."""
     cut: str
-    """How training cuts it, in words."""
+    """Sharding in training, in words."""
     served: str
-    """How inference cuts it, in words."""
+    """Sharding in inference, in words."""
     boxes: Callable[[Share], tuple[Box, ...]]
-    """A rank's parts, which its local weight joins along the first axis."""
+    """The rank's parts; concatenated along the first axis they are its local weight."""
 
 
 def training_share(model: ModelDescription, shard: LatentShard) -> Share:
-    """The rank's share in training, in the layout that `shard` was planned for.
+    """The rank's share in training, in the layout of `shard`.
 
     Args:
         model: a description of kind 'mlra', or a configuration with its sizes.
@@ -78,8 +78,8 @@ def training_share(model: ModelDescription, shard: LatentShard) -> Share:
 def serving_share(
     model: ModelDescription, core: LatentShard, own_start: int, own_heads: int
 ) -> Share:
-    """The rank's share in inference: the latents its core reads, the whole query latent and RoPE
-    key, and the projections of `own_heads` heads from `own_start` on."""
+    """The rank's share in inference: the latents that its core reads, the whole query latent and
+    RoPE key, and the projections of the heads `own_start` to `own_start + own_heads - 1`."""
     l, groups = model.latent_dim, model.num_head_groups
     starts = [
         (branch * groups + core.group_start) * l
@@ -96,7 +96,7 @@ def serving_share(
 
 
 def placements(model: ModelDescription) -> dict[str, Placement]:
-    """Every weight of a layer's latent attention, by the name of its module.
+    """Module name -> placement of every weight of a layer's latent attention.
 
     Args:
         model: a description of kind 'mlra', or a configuration with its sizes.
@@ -176,20 +176,11 @@ def placements(model: ModelDescription) -> dict[str, Placement]:
 
 
 def local_shape(placement: Placement, share: Share) -> tuple[int, ...]:
-    """The shape of a rank's part."""
+    """The shape of a rank's local weight."""
     parts = [
         tuple(map(_length, box)) + placement.shape[len(box) :] for box in placement.boxes(share)
     ]
     return (sum(part[0] for part in parts), *parts[0][1:])
-
-
-def markdown_table(model: ModelDescription) -> str:
-    """The table of docs/parallelism.md."""
-    lines = ["| parameter | global shape | training | inference |", "|---|---|---|---|"]
-    for name, placed in placements(model).items():
-        gated = " (gated)" if name == "linear_gate_proj" else ""
-        lines.append(f"| `{name}`{gated} | `{placed.letters}` | {placed.cut} | {placed.served} |")
-    return "\n".join(lines)
 
 
 def _run(start: int, count: int) -> slice:

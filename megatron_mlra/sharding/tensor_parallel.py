@@ -1,8 +1,11 @@
-"""The attention's tensor-parallel collectives; partition.py says which rank owns what.
+"""The attention's tensor-parallel collectives. partition.py tells which rank owns what.
 
-Between the gathers below and the rank-local core, all ranks hold the same latents and RoPE key but
-use them for different pairs, so the gradient of whatever is gathered is a sum over ranks: each
-gather's backward is a reduce-scatter.
+After the gathers below all ranks hold the same latents and RoPE key, but use them for different
+(branch, head) pairs. The gradient of a gathered tensor is therefore a sum over ranks: each gather's
+backward is a reduce-scatter.
+
+Letters: s tokens, b batch, d hidden size, h heads, n branches and g head groups of the rank, e
+query dim d_h + d_r, v value dim.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from megatron_mlra.sharding.partition import LatentShard
 
 
 class _AllReduceSum(torch.autograd.Function):
-    """Sum over ranks of a term each rank then uses on its own: the gradient is a sum too."""
+    """Sum over ranks. Each rank uses the sum for itself, so that the gradient is a sum too."""
 
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -40,7 +43,7 @@ class _AllReduceSum(torch.autograd.Function):
 
 
 def all_reduce_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """x summed over `group`, in both directions."""
+    """x summed over `group`; in backward the gradient is summed too."""
     return x if group.size() == 1 else _AllReduceSum.apply(x, group)
 
 
@@ -61,9 +64,9 @@ class LatentParallel:
         self.exchanges = config.latent_tp_layout == "latent" and shard.tp_size > 1
 
     def enter(self, x: Tensor) -> Tensor:
-        """The input of all column-parallel projections, gathered once for all of them.
+        """The input of all column-parallel projections, gathered once.
 
-        `[s / tp, b, d]` -> `[s, b, d]` (backward: reduce-scatter) with sequence parallel, else the
+        With sequence parallel `[s / tp, b, d]` -> `[s, b, d]` (backward: reduce-scatter), else the
         identity (backward: all-reduce).
         """
         if self.shard.tp_size == 1:
@@ -75,14 +78,16 @@ class LatentParallel:
     def gather_compressed(
         self, c_q: Tensor | None, c: Tensor, k_rope: Tensor
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """One all-gather of everything compressed.
+        """One all-gather of all compressed tensors.
 
         Args:
-            c_q: `[s, b, d_q / tp]` or None; c: `[s, b, d_c / tp]`; k_rope: `[s, b, d_r / tp]`.
+            c_q: `[s, b, d_q / tp]` or None.
+            c: `[s, b, d_c / tp]`; not gathered if the rank owns its latents.
+            k_rope: `[s, b, d_r / tp]`.
 
         Returns:
-            c_q `[s, b, d_q]`, the latents this rank reads `[s, b, n, g, d_l]`,
-            k_rope `[s, b, d_r]`.
+            c_q `[s, b, d_q]` or None, the latents that this rank reads `[s, b, n, g, d_l]`, k_rope
+            `[s, b, d_r]`.
         """
         shard, l = self.shard, self.config.latent_dim
         shape = c.shape[:-1]
@@ -111,7 +116,10 @@ class LatentParallel:
         return {name: part.flatten(-2) for name, part in zip(parts, by_rank, strict=True)}
 
     def exchange_queries(self, q: Tensor) -> Tensor:
-        """Own heads `[s, b, h / tp, e]` -> those the core needs `[s, b, shard.heads, e]`."""
+        """Queries of own heads `[s, b, h / tp, e]` -> of the core's heads `[s, b, shard.heads, e]`.
+
+        An all-gather if tp divides N, else an all-to-all; the identity in the head layout.
+        """
         if not self.exchanges:
             return q
         s, b, own, e = q.shape
@@ -124,7 +132,8 @@ class LatentParallel:
         return q.view(n, s, b, own, e).permute(1, 2, 0, 3, 4).flatten(2, 3)
 
     def reduce_branches(self, out: Tensor) -> Tensor:
-        """Partial branch sums `[s, b, shard.heads, v]` -> own heads, whole `[s, b, h / tp, v]`."""
+        """Partial branch sums of the core's heads `[s, b, shard.heads, v]` -> complete sums of own
+        heads `[s, b, h / tp, v]`. The reverse of `exchange_queries`."""
         if not self.exchanges:
             return out
         s, b, _, v = out.shape
@@ -141,10 +150,11 @@ class LatentParallel:
         return out.view(n, s, b, own, v).sum(0)
 
     def _reader_and_owner_splits(self, s: int) -> tuple[list[int], list[int]]:
-        """Tokens to each rank that reads this rank's heads, from each that owns those it reads.
+        """Tokens sent to each rank (which reads this rank's heads), and received from each rank
+        (which owns heads that this rank reads).
 
-        With tp > N a branch spans tp / N ranks: rank r works on the heads that ranks
-        `N * (r mod tp / N)` and the N - 1 after it own, for branch `r // (tp / N)`.
+        With tp > N a branch spans tp / N ranks. Rank r works on branch `r // (tp / N)`, and on the
+        heads of the N ranks from `N * (r mod tp / N)` on.
         """
         tp, rank, n = self.shard.tp_size, self.shard.tp_rank, self.config.num_branches
         span = tp // n

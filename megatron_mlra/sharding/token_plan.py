@@ -1,9 +1,8 @@
-"""Which tokens of a sequence a context-parallel rank holds, where they stand, and what they attend
-to.
+"""The tokens of a sequence that a context-parallel rank holds, their positions, and their keys.
 
-A sequence of T tokens is one document, or several packed one behind the other. Each token attends
-to its own document's past and itself. A rank holds T / cp tokens as chunks. After the
-context-parallel gather (context_parallel.py) every rank has the keys of the whole sequence. The
+A sequence of T tokens is one document, or several documents packed one after the other. Each token
+attends to itself and to earlier tokens of its document. A rank holds T / cp tokens as chunks. After
+the context-parallel gather (context_parallel.py) every rank has the keys of the whole sequence. The
 queries of one chunk that belong to one document therefore attend to that document from its start
 up to themselves. `Span` holds those two ranges: the queries and their keys.
 """
@@ -21,8 +20,8 @@ from torch import Tensor
 
 
 class Span(NamedTuple):
-    """Local queries `[query_start, query_stop)`, which attend to keys `[key_start, key_stop)` of
-    the whole sequence, causally: the last query to all of them, the one before to one less."""
+    """Local queries `[query_start, query_stop)`, which attend causally to the keys `[key_start,
+    key_stop)` of the whole sequence: the last query to all keys, the one before to all but one."""
 
     query_start: int
     query_stop: int
@@ -31,7 +30,7 @@ class Span(NamedTuple):
 
 
 class Varlen(NamedTuple):
-    """The spans as variable-length attention kernels take them."""
+    """The spans in the form of variable-length attention kernels."""
 
     cu_seqlens_q: Tensor
     """`[spans + 1]` int32."""
@@ -39,7 +38,7 @@ class Varlen(NamedTuple):
     max_seqlen_q: int
     max_seqlen_kv: int
     key_index: Tensor | None
-    """Key of each key row, where spans share keys or skip some; None: all keys in order."""
+    """int64: the key of each key row, if spans share keys or skip some. None: all keys in order."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,40 +46,40 @@ class TokenPlan:
     """One rank's share of a sequence."""
 
     tokens: int
-    """T, of the whole sequence."""
+    """T, tokens of the whole sequence."""
     spans: tuple[Span, ...]
-    """In the order of the local queries, all of which they cover."""
+    """Spans of all local queries, in their order."""
     is_packed: bool
     """Whether the sequence was described as documents."""
     own_chunks: tuple[tuple[int, int], ...]
-    """(first, end) of what this rank holds, in the order of its tokens."""
+    """(first, end) of each chunk of this rank, in the order of the rank's tokens."""
     chunk_sizes: tuple[int, ...]
-    """Tokens of every rank's chunks, rank by rank: what an all-gather makes."""
+    """Tokens of each chunk of all ranks, rank by rank, as in the output of an all-gather."""
     chunk_order: tuple[int, ...]
-    """Which of them is the sequence's first, second, ..."""
+    """Indices into `chunk_sizes` in the order of the sequence."""
     positions: Tensor | None
-    """`[T / cp]` int64: place of each local token in its document; None: 0 .. T - 1."""
+    """`[T / cp]` int64: position of each local token in its document; None: 0 .. T - 1."""
     key_positions: Tensor | None
-    """`[T]`, of all tokens."""
+    """`[T]` int64: the same of all tokens of the sequence."""
 
     @property
     def is_whole(self) -> bool:
-        """Whether this is plain causal attention of the whole sequence, on this one rank."""
+        """Whether this is plain causal attention over one document, all of it on this rank."""
         return self.spans == (Span(0, self.tokens, 0, self.tokens),)
 
     def cut(self, x: Tensor, dim: int) -> Tensor:
-        """This rank's tokens of the whole sequence's, which lie along `dim`."""
+        """This rank's tokens of `x`, which has the whole sequence along `dim`."""
         return torch.cat([x.narrow(dim, a, b - a) for a, b in self.own_chunks], dim)
 
     def in_sequence_order(self, gathered: Tensor) -> Tensor:
-        """`[T, ...]` gathered rank by rank -> in the order of the sequence."""
+        """`[T, ...]` in the order of ranks -> `[T, ...]` in the order of the sequence."""
         chunks = gathered.split(self.chunk_sizes)
         return torch.cat([chunks[i] for i in self.chunk_order])
 
     @cached_property
     @torch.inference_mode(False)
     def varlen(self) -> Varlen:
-        """The spans as one variable-length batch, on the device of the tokens."""
+        """The spans as a variable-length batch, on the device of the tokens."""
         assert not self.is_whole, "the whole sequence needs no variable lengths"
         device = self.key_positions.device
         queries = [span.query_stop - span.query_start for span in self.spans]
@@ -100,7 +99,7 @@ class TokenPlan:
     @cached_property
     @torch.inference_mode(False)
     def key_ranges(self) -> Tensor:
-        """The spans as `mlra_kernels.latent_attention` takes them, on the device of the tokens."""
+        """The spans in the form of `mlra_kernels.latent_attention`, on the device of the tokens."""
         from mlra_kernels.latent_attention import key_ranges
 
         return key_ranges(self.spans).to(self.key_positions.device)
@@ -115,19 +114,21 @@ def plan_tokens(
 ) -> TokenPlan:
     """The share of context-parallel rank `cp_rank`.
 
-    Cuts are zig-zag, into 2 cp chunks of which rank r holds chunks r and 2 cp - 1 - r: of the whole
-    sequence as `get_batch_on_this_cp_rank` does, where documents may have any length and cross
-    chunks; or of every document as `thd_get_partitioned_indices` does, where `packed` has
-    `cu_seqlens_q_padded`, whose documents divide by 2 cp. Padding stands behind a document's
-    tokens, so no token attends to it, and it is treated as tokens. `PackedDocuments` cut every
-    document too, but need no padding.
+    Cuts are zig-zag: of 2 cp chunks, rank r holds chunks r and 2 cp - 1 - r. There are three cases:
+
+    - The whole sequence is cut, as `get_batch_on_this_cp_rank` does. Documents may have any length
+      and cross chunks.
+    - Every document is cut, as `thd_get_partitioned_indices` does, if `packed` has
+      `cu_seqlens_q_padded`. Padded lengths divide by 2 cp. Padding follows a document's tokens, so
+      that no token attends to it; it is treated as tokens.
+    - Every document is cut, without padding, if `packed` is a `PackedDocuments`.
 
     Args:
-        local: tokens this rank holds, T / cp.
-        packed: describes the whole sequence, its lengths before the cut; None: one document.
+        local: tokens of this rank, T / cp.
+        packed: the documents of the whole sequence, before the cut; None: one document.
 
     Raises:
-        ValueError: for lengths that do not fit the tokens or do not divide.
+        ValueError: the lengths do not sum to the tokens, or do not divide by 2 cp.
     """
     if packed is None:
         return _plan(None, False, local, cp_size, cp_rank, device)
@@ -145,14 +146,14 @@ def plan_tokens(
 
 @dataclass
 class PackedDocuments(PackedSeqParams):
-    """Megatron's packed sequences, with the cumulative lengths on the host, which spares every
-    layer the wait for the device."""
+    """Megatron's packed sequences with the cumulative lengths on the host, so that no layer waits
+    for the device."""
 
     bounds: tuple[int, ...] = ()
-    """0, then where each document ends."""
+    """0, then the end of each document."""
 
 
-# Evaluation in inference mode must leave tensors that training can use.
+# Not in inference mode: training may use tensors that were cached during evaluation.
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _plan(
@@ -163,7 +164,7 @@ def _plan(
     cp_rank: int,
     device: torch.device,
 ) -> TokenPlan:
-    """`plan_tokens` of host values; all layers share the result."""
+    """`plan_tokens` of values on the host, cached for all layers."""
     tokens = local * cp_size
     if bounds is not None and (
         not bounds or bounds[0] != 0 or bounds[-1] != tokens or min(_lengths(bounds)) < 0
@@ -203,10 +204,10 @@ def _plan(
 
 
 def _zig_zag(parts: list[tuple[int, int]], cp_size: int) -> list[list[tuple[int, int]]]:
-    """Each rank's chunks of the parts; all ranks get as many tokens.
+    """Each rank's chunks of the parts; all ranks get equally many tokens.
 
-    Where a part does not divide by 2 cp, the tokens left over lengthen the chunks of one rank after
-    the other, on from where the part before stopped.
+    The tokens that remain of a part after division by 2 cp lengthen the chunks of one rank after
+    the other. The next part continues with the next rank.
     """
     if cp_size == 1:
         return [parts]

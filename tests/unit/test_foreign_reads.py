@@ -52,7 +52,7 @@ READERS = {
 ALLOWED = {
     # The readers themselves.
     "megatron_mlra/command_line/foreign_text.py": {"json.loads", "yaml"},
-    "megatron_mlra/checkpoint/megatron/safe_pickle.py": {"pickle"},
+    "megatron_mlra/checkpoint/files/safe_pickle.py": {"pickle"},
     "megatron_mlra/checkpoint/files/torch_file.py": {"torch.load"},
     # Behind check_safetensors; the library compares the tensors with the file.
     "megatron_mlra/checkpoint/files/weight_files.py": {"safetensors.safe_open"},

@@ -1,1 +1,1 @@
-"""Decoding steps of whole models, measured."""
+"""Measures decoding steps of whole models."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 import triton
 
+from megatron_mlra.benchmarks.commit import commit
 from megatron_mlra.benchmarks.decoding.measure import (
     ONE_GPU,
     Case,
@@ -41,11 +41,13 @@ K = 1024
 def cases(
     tps: list[int], presets: list[str], contexts: Sequence[int] = (1,), place: Place = ONE_GPU
 ) -> list[Case]:
-    """What is measured: every preset in every cut that it fits, and variations.
+    """The cases to measure: every preset in every cut that it fits, and variations.
 
     Args:
-        tps: shares, on one GPU.
-        contexts: ranks over which tokens are cut, besides those of a share, or of a world's.
+        tps: tensor-parallel sizes whose share of one rank is measured on one GPU; not used in a
+            world of several ranks.
+        contexts: numbers of ranks over which tokens are cut, in addition to the tensor-parallel
+            ranks on one GPU, as a part of the ranks in a world.
     """
     if place.ranks > 1:
         layouts = [(tensor_parallel_size(place.ranks, n), n) for n in contexts]
@@ -64,7 +66,7 @@ def _of_preset(preset: str, tp: int, context: int, place: Place) -> list[Case]:
     label = model.variant
     if model.attention == "gqa":
         if model.num_query_groups % (tp * context):
-            # Six key heads cannot be cut in four; eight are the usual choice.
+            # Six key/value heads cannot be cut into four; eight is the usual number.
             model = model.replace(num_query_groups=8)
         label = f"GQA-{model.num_query_groups}"
     try:
@@ -92,7 +94,7 @@ def _of_preset(preset: str, tp: int, context: int, place: Place) -> list[Case]:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Markdown: microseconds, share of the roof and cache, by case, batch and context."""
+    """A Markdown table: microseconds, share of the roof, and bytes, by case, batch and context."""
     lines = [
         "| case | batch | context | us per step | roof us | share | weights GB | cache GB |",
         "|---|---|---|---|---|---|---|---|",
@@ -157,7 +159,7 @@ def parser() -> OneLineParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Gate, measure, report."""
+    """Check correctness, measure and report every case."""
     args = parser().parse_args(argv)
     if not args.rehearse and not torch.cuda.is_available():
         sys.exit("error: this benchmark needs a CUDA GPU, and torch sees none")
@@ -175,15 +177,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(args: argparse.Namespace, todo: list[Case], place: Place) -> list[str]:
-    """Every case; returns the labels of those that failed."""
-    # All ranks draw alike.
+    """Measure every case; returns the labels of those that failed."""
+    # The same seed on all ranks.
     seed = args.seed if args.seed is not None else int(place.most(time.time_ns() % 2**20))
     roof = 1.0 if place.rehearsal else -place.most(-read_roof())
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     about = {
         "gpu": "none: a rehearsal" if place.rehearsal else torch.cuda.get_device_name(),
         "gpus": 0 if place.rehearsal else place.ranks, "torch": torch.__version__,
-        "triton": triton.__version__, "commit": args.commit or done.stdout.strip() or "unknown",
+        "triton": triton.__version__, "commit": args.commit or commit(),
         "read_gb_s": round(roof / 1e9), "seed": seed,
     }  # fmt: skip
     place.say(", ".join(f"{k} {v}" for k, v in about.items()))

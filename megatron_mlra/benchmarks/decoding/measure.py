@@ -1,4 +1,4 @@
-"""Time of a decoding step, against the time that a GPU's bytes take at the measured bandwidth."""
+"""Time of a decoding step, compared with the time to read its bytes at the measured bandwidth."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from megatron_mlra.inference.runner import Chunk, Runner
 PAGE = 64
 ONE_GPU = Place()
 SPARE_BYTES = 4 << 30
-"""GPU memory left to activations and graphs when deciding what fits."""
+"""GPU memory reserved for activations and graphs in the decision which cases fit."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One model and what of it a GPU holds: in a world its part, with collectives; on one GPU the
-    share of one rank, without them, where there are more."""
+    """A model and its cut over ranks. In a world each rank holds its part, and collectives run. On
+    one GPU with a cut, the share of one rank is measured, without collectives."""
 
     label: str
     model: ModelDescription
     tp: int = 1
     """Ranks over which latents or heads are cut."""
     context: int = 1
-    """Ranks over which tokens are cut besides."""
+    """Ranks over which tokens are cut, in addition."""
     weight_mode: str = "replicated"
     cache_dtype: str = "auto"
 
@@ -41,7 +41,8 @@ class Case:
 def random_reader(
     model: ModelDescription, device: str, dtype: torch.dtype = torch.bfloat16, seed: int = 1
 ) -> Callable[[str], Tensor]:
-    """Random global tensors by name, N(0, 0.02), norms near 1; the same for the same seed."""
+    """A function name -> random global tensor: N(0, 0.02^2), norms 1 + N(0, 0.1^2). The tensors
+    depend only on the seed."""
     shapes = expected_tensors(model)
     order = {name: i for i, name in enumerate(shapes)}
 
@@ -55,14 +56,14 @@ def random_reader(
 
 
 def gate(case: Case, seed: int, place: Place = ONE_GPU) -> float:
-    """Relative error of the fast path's logits on two layers, or an error if it is too large.
+    """The relative error of the fast path's logits on two layers.
 
-    Chunked prefill and three steps of the captured decode graph in bfloat16, against the reference
-    backend in float32 on the same weights: the whole model on each rank of a world, else the same
-    share. Eager steps must equal captured ones bitwise.
+    Chunked prefill and three steps of the captured decode graph in bfloat16 are compared with the
+    reference backend in float32 on the same weights. In a world each rank computes the whole model
+    by the reference, else the same share. Eager and captured steps must agree bitwise.
 
     Raises:
-        RuntimeError: the results differ; nothing should be reported.
+        RuntimeError: the error is too large; the case must not be reported.
     """
     small = case.model.replace(num_layers=2)
     prompt = torch.randint(small.vocab_size, (333,), generator=torch.Generator().manual_seed(seed))
@@ -103,8 +104,11 @@ def gate(case: Case, seed: int, place: Place = ONE_GPU) -> float:
 
 
 def _spread(rows: list[list[int]], ranks: int, count: int) -> list[list[int]]:
-    """`count` pages a sequence in turn over ranks (inference/context.py), of every rank those that
-    a row lists."""
+    """Page ids of each sequence, `count` per sequence, in turn over ranks (inference/context.py).
+
+    Args:
+        rows: page numbers within each rank, one row per sequence.
+    """
     return [[row[i // ranks] * ranks + i % ranks for i in range(count)] for row in rows]
 
 
@@ -116,7 +120,11 @@ def measure(
     seed: int,
     place: Place = ONE_GPU,
 ) -> list[dict[str, Any]]:
-    """Records of every (batch, context); those that do not fit say what they would need."""
+    """A record for each (batch, context). Records that do not fit the GPU have sizes and no times.
+
+    Args:
+        roof: bytes per second of the memory.
+    """
     probe = _load(case, 1, seed, place)
     token_bytes, weight_bytes = probe.cache.bytes_per_token, probe.weights.bytes_per_step
     free = float("inf")
@@ -166,12 +174,12 @@ def _load(
 
 
 def _fill(model: InferenceModel, seed: int) -> None:
-    """Random numbers in the whole cache, in place of prefilling it."""
+    """Fill the whole cache with random numbers, instead of a prefill."""
     torch.manual_seed(seed)
     for layer in model.cache.data:
         if layer.dtype == torch.float8_e4m3fn:
             rope = 2 * model.model.qk_rope_head_dim
-            # Any finite e4m3 below 0x78; the RoPE key is bfloat16.
+            # Bytes below 0x78 are finite in e4m3. The RoPE key is stored in bfloat16.
             layer.view(torch.uint8).random_(0, 0x78)
             key = layer.view(torch.uint8)[..., -rope:].view(torch.bfloat16)
             key.copy_(torch.randn(key.shape, device=key.device, dtype=torch.bfloat16))
@@ -184,8 +192,12 @@ def _fill(model: InferenceModel, seed: int) -> None:
 def step_microseconds(
     model: InferenceModel, batch: int, context: int, seed: int, place: Place = ONE_GPU
 ) -> float | None:
-    """Median time of one captured decoding step and the choice of its likeliest tokens, on the
-    slowest rank; None in a rehearsal, which runs the step."""
+    """Median microseconds of one captured decoding step with its argmax, on the slowest rank; None
+    in a rehearsal, which only runs the step.
+
+    Raises:
+        RuntimeError: the logits are not finite.
+    """
     ranks = model.parallel.context
     count = -(-(context + 1) // PAGE)
     own = -(-count // ranks)
@@ -194,7 +206,7 @@ def step_microseconds(
     pages = _spread(order.view(batch, own).tolist(), ranks, count)
     for row in range(batch):
         runner.tables.set(row, pages[row])
-    # The step caches one token more: it attends to `context` tokens.
+    # The step caches the last of `context` tokens, and attends to all of them.
     logits = runner.decode([1] * batch, [context - 1] * batch, pages)
     if place.most(float(not bool(logits.isfinite().all()))):
         raise RuntimeError(f"logits at batch {batch}, context {context} are not finite")
@@ -216,7 +228,7 @@ def step_microseconds(
 def measure_prefill(
     case: Case, context: int, chunk: int, seed: int, place: Place = ONE_GPU
 ) -> dict[str, Any]:
-    """Time and peak memory of a prompt of `context` tokens, `chunk` at a time, on this rank."""
+    """Seconds and peak bytes on this rank of a prefill of `context` tokens, `chunk` at a time."""
     spare = PAGE * case.context
     model = _load(case, context + spare, seed, place, context + spare)
     draw, count = torch.Generator().manual_seed(seed), -(-context // PAGE)

@@ -1,4 +1,4 @@
-"""Where decoding is measured: one GPU, all GPUs of a world, or, to rehearse, processes on CPUs."""
+"""The place of a decoding benchmark: one GPU, all GPUs of a world, or CPUs for a rehearsal."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.inference.parallel import TensorParallel
 
 LONGEST_WAIT = datetime.timedelta(minutes=10)
-"""Of a rank for the others, before the run ends: one may be out of memory where they are not."""
+"""Longest wait of a rank for the others, one of which may have run out of memory."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """The processes of a run and what each computes with."""
+    """The ranks of a run, with device, dtype and backend."""
 
     ranks: int = 1
     rank: int = 0
     rehearsal: bool = False
-    """On CPUs, at tiny sizes, in float32: every line runs and nothing is timed."""
+    """Run on CPUs, at tiny sizes, in float32, without timing."""
     cuts: dict[tuple, TensorParallel] = field(default_factory=dict, compare=False)
-    """Collectives by what they depend on: each set of process groups holds memory of the GPU."""
+    """Cache of `parallel`, since each set of process groups takes memory of the GPU."""
 
     @property
     def device(self) -> str:
@@ -43,7 +43,8 @@ class Place:
         return "torch" if self.rehearsal else "mlra_kernels"
 
     def parallel(self, model: ModelDescription, tp: int, context: int) -> TensorParallel | None:
-        """The collectives of this rank; alone, a share that has none; None for a whole model."""
+        """This rank's part and collectives in a world; on one GPU a share without collectives, or
+        None for a whole model."""
         if self.ranks > 1:
             key = tp, context, model.attention, model.num_branches
             if key not in self.cuts:
@@ -52,7 +53,7 @@ class Place:
         return None if tp * context == 1 else TensorParallel.share(tp, context=context)
 
     def most(self, value: float) -> float:
-        """The largest of all ranks' values."""
+        """The largest value of all ranks."""
         if self.ranks == 1:
             return value
         shared = torch.tensor(value, dtype=torch.float64, device=self.device)
@@ -60,14 +61,14 @@ class Place:
         return float(shared)
 
     def say(self, *text: object) -> None:
-        """Print, once for all ranks."""
+        """Print on rank 0."""
         if self.rank == 0:
             print(*text, flush=True)
 
 
 @contextlib.contextmanager
 def joined(rehearsal: bool) -> Iterator[Place]:
-    """The place of this process, inside torchrun's world if there is one."""
+    """The place of this process, in torchrun's world if there is one."""
     ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if dist.is_initialized():
         yield Place(dist.get_world_size(), dist.get_rank(), rehearsal)

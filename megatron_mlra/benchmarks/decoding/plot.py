@@ -1,4 +1,4 @@
-"""The picture of decoding's records."""
+"""The figure of a decoding benchmark."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from megatron_mlra.command_line import figures
 
 _STYLES = {"FP8": ("--", "s"), "sharded": (":", "^"), "tokens cut": ("-.", "D")}
 _VARIATIONS = ("FP8", "sharded")
-"""Of a case in the figure, which its finding leaves out."""
+"""Words in the labels of cases that the figure's statement does not mention."""
 
 
 def plot(records: list[dict[str, Any]], source: str, path: Path) -> None:
-    """Time per output token over context, one panel for each of whole or share, and batch.
+    """Draw the time per output token over context, one panel per number of ranks and batch.
 
     Args:
-        records: of measure.py; those without `us` did not fit.
+        records: of measure.py; those without `us` are left out.
         source: GPU and commit.
     """
     from matplotlib.lines import Line2D
@@ -32,7 +32,7 @@ def plot(records: list[dict[str, Any]], source: str, path: Path) -> None:
         for i, label in enumerate(names):
             points = sorted((r["context"], r["us"] / 1e3) for r in mine if r["label"] == label)
             line, marker = next((s for word, s in _STYLES.items() if word in label), ("-", "o"))
-            # Of lines that coincide, those drawn first are wider.
+            # Earlier lines are wider, so that lines that coincide stay visible.
             width = 1.8 + 0.8 * (len(names) - 1 - i) if line == "-" else 1.8
             look = {"color": figures.colour(label), "linestyle": line, "marker": marker}
             axes.plot(*zip(*points, strict=True), linewidth=width, markersize=width + 4, **look)
@@ -53,7 +53,7 @@ def plot(records: list[dict[str, Any]], source: str, path: Path) -> None:
 
 
 def _finding(records: list[dict[str, Any]]) -> str:
-    """Which bf16 variant is fastest at the longest context of the most divided case."""
+    """The figure's statement: bf16 variants by speed, at the longest context on the most ranks."""
     timed = [
         r for r in records if "us" in r and not any(word in r["label"] for word in _VARIATIONS)
     ]

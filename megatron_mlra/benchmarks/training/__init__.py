@@ -1,4 +1,1 @@
-"""Training speed on a GPU: cases, their correctness, timing and report.
-
-`mlra benchmark-training` is its command line.
-"""
+"""Training speed on a GPU (`mlra benchmark-training`): cases, their correctness, timing, report."""

@@ -1,6 +1,6 @@
-"""One measured configuration, built as the entry builds it: flags, DDP and optimizer.
+"""One measured configuration, built as `mlra pretrain` builds a run: flags, DDP and optimizer.
 
-The rival is Megatron's own MLA under the same flags.
+Megatron's own MLA is built with the same flags for comparison.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from megatron_mlra.layers.specs import block_spec
 from megatron_mlra.training import arguments
 
 STOCK = "stock-mla"
-"""Megatron's MLA as it comes; `stock-mla-fused` turns on its RoPE fusion, which it has for YaRN
-only: with factor 1 that is plain RoPE."""
+"""Megatron's own MLA. `stock-mla-fused` turns on its RoPE fusion, which exists only for YaRN; with
+factor 1 YaRN is plain RoPE."""
 
 RECIPES = ("bf16", "delayed", "tensorwise", "blockwise")
 FORMS = ("auto", "absorbed", "materialized")
@@ -39,10 +39,10 @@ FORMS = ("auto", "absorbed", "materialized")
 
 @dataclass(frozen=True)
 class Case:
-    """What one row of the results measures."""
+    """One row of the results."""
 
     variant: str
-    """`mlra4` for the preset mlra4_2.9b, `mlra4_350m`, ..., a path, or stock-mla."""
+    """`mlra4` for the preset mlra4_2.9b; another preset's name; a path; or stock-mla."""
     recipe: str = "bf16"
     form: str = "auto"
     seq_length: int = 2048
@@ -52,7 +52,7 @@ class Case:
         """`VARIANT[/RECIPE[/FORM[/SEQ_LENGTH]]]`.
 
         Raises:
-            ValueError: for an unknown part; names what there is.
+            ValueError: a part is unknown; lists the known ones.
         """
         name, *rest = text.split("/") if not text.endswith(".yaml") else [text]
         if len(rest) > 3 or (len(rest) == 3 and not (rest[2].isdecimal() and int(rest[2]))):
@@ -69,7 +69,11 @@ class Case:
         return self.variant.startswith(STOCK)
 
     def preset(self) -> Path:
-        """The preset the sizes come from."""
+        """The file of the preset with the sizes.
+
+        Raises:
+            ValueError: there is no such preset.
+        """
         if self.variant.endswith(".yaml"):
             return Path(self.variant)
         name = "mla" if self.is_stock else self.variant
@@ -86,20 +90,24 @@ class Case:
 
 @dataclass(frozen=True)
 class Load:
-    """What every case runs."""
+    """The load that all cases have in common."""
 
     num_layers: int
     tokens: int
-    """Of a micro-batch, in sequences of the case's length (at least one)."""
+    """Tokens of a micro-batch, in sequences of the case's length (at least one)."""
     micro_batches: int = 1
     ffn_multiple: int = 16
-    """MLP sizes are rounded up to it, as FP8 needs, in bf16 too."""
+    """MLP sizes are rounded up to a multiple of this, which FP8 needs; in bf16 too."""
     flags: tuple[str, ...] = ()
-    """More flags of the entry."""
+    """More flags of `mlra pretrain`."""
 
 
 def parse_case(case: Case, load: Load, *more: str) -> tuple[Namespace, TransformerConfig]:
-    """Arguments and transformer config of a case, checked as the entry checks them."""
+    """Arguments and transformer config of a case, validated as in `mlra pretrain`.
+
+    Args:
+        more: flags in addition to those of `load`.
+    """
     micro = max(1, load.tokens // case.seq_length)
     argv = ["--config", str(case.preset()), "--core-form", case.form, "--mock-data"]
     sizes = {
@@ -171,11 +179,11 @@ class Trainee:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a step."""
+        """Tokens per step."""
         return self.batch[0] * self.batch[1] * self.load.micro_batches
 
     def step(self) -> tuple[float | torch.Tensor, Any]:
-        """One optimizer step; mean loss (on the device) and gradient norm."""
+        """Run one optimizer step; returns the mean loss (on the device) and the gradient norm."""
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         reported = get_forward_backward_func()(
@@ -191,8 +199,8 @@ class Trainee:
         return sum(r["loss"] for r in reported) / len(reported), norm
 
     def close(self) -> None:
-        """Free the device memory: Megatron's gradient hooks hold the model in a cycle that
-        Python's collector does not see."""
+        """Free the device memory. Megatron's gradient hooks keep the model alive in a cycle that
+        Python's garbage collector does not see."""
         tensors = list(self.model.parameters())
         for buffer in (*self.model.buffers, *self.model.expert_parallel_buffers):
             tensors += [buffer.param_data, buffer.grad_data]
@@ -220,5 +228,5 @@ class Trainee:
 
 def _mean_loss(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     loss = losses.float().mean()
-    # The schedule divides the loss it is given in place, so the log gets its own copy.
+    # The schedule divides the loss in place, so that the log needs a copy.
     return loss, {"loss": loss.detach().clone()}

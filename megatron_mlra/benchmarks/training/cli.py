@@ -2,10 +2,10 @@
 
     mlra benchmark-training --case mlra4 --case stock-mla --out runs/benchmark
 
-Each case is VARIANT[/RECIPE[/FORM[/SEQ_LENGTH]]], e.g. mlra4/tensorwise/absorbed/4096: a preset of
-2.9B by its variant, or any by its name, cut to --num-layers, or stock-mla (stock-mla-fused with its
-RoPE fusion). It is checked against the torch layers, then timed through Megatron's DDP, schedule
-and optimizer. Flags this tool does not know go to Megatron.
+Each case is VARIANT[/RECIPE[/FORM[/SEQ_LENGTH]]], e.g. mlra4/tensorwise/absorbed/4096. VARIANT is a
+2.9B preset by its variant, any preset by its name, or stock-mla (stock-mla-fused with its RoPE
+fusion); the model is cut to --num-layers. A case is compared with the torch layers, then timed with
+Megatron's DDP, schedule and optimizer. Unknown flags are passed to Megatron.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DEFAULT_CASES = [
 
 
 def parser() -> OneLineParser:
-    """The flags; others go to Megatron."""
+    """The parser of the command's own flags."""
     flags = OneLineParser(description=__doc__.splitlines()[0], epilog="Other flags go to Megatron.")
     add = flags.add_argument
     add(
@@ -60,7 +60,7 @@ def parser() -> OneLineParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure every case; returns 1 if one could not be."""
+    """Measure every case; returns the exit code: 1 if a case failed."""
     own = parser()
     args, flags = own.parse_known_args(argv)
 

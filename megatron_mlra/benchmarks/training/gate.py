@@ -1,4 +1,4 @@
-"""A case is timed only if it computes what the torch layers compute: loss and every gradient."""
+"""The correctness gate: a case is timed only if its gradients agree with the torch layers'."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from megatron_mlra.benchmarks.training.case import Case, Load, build_model, pars
 
 LAYERS, SEQUENCES, TOKENS = 2, 2, 512
 TOLERANCE = {"bf16": 0.03, "fp8": 0.45}
-"""Largest relative difference of norms, |found - expected| / |expected|, of a parameter's
-gradient. FP8 rounds values to 1/16 (e4m3) and gradients to 1/8 (e5m2) of themselves; the query's
-gradients, differences of terms near each other in an untrained model, show it magnified."""
+"""Largest relative difference |found - expected| / |expected| of a parameter's gradient. FP8 rounds
+values to 1/16 (e4m3) and gradients to 1/8 (e5m2) of themselves. The query's gradients are
+differences of nearly equal terms in an untrained model, which magnifies the error."""
 
 DELAYED_PASSES = 4
-"""Delayed scaling takes its factors from the pass before and starts with 1, which makes small
-gradients 0; those of a linear are right one pass after those of the linears behind it."""
+"""Passes before gradients of delayed scaling are compared. It takes its factors from the previous
+pass, and starts with 1, which rounds small gradients to 0. The gradients of a linear are right one
+pass after those of the next linear."""
 
 
 def check(case: Case, load: Load) -> float:
-    """The largest relative gradient difference of a 2-layer cut of the case.
+    """The largest relative gradient difference in 2 layers of the case.
 
-    Megatron's own MLA has no second implementation here: its loss must be finite.
+    Megatron's own MLA has no second implementation here; only its loss is checked to be finite.
 
     Raises:
-        ValueError: naming the parameter, if a difference is beyond the tolerance.
+        ValueError: a difference is beyond the tolerance; names the parameter.
     """
     if case.is_stock:
         loss, _ = _run(case, load, None)
@@ -45,7 +46,7 @@ def check(case: Case, load: Load) -> float:
 
 
 def _run(case: Case, load: Load, weights: dict[str, Tensor] | None, *flags: str):
-    """Loss and gradients by checkpoint name; `weights` are filled where empty, else loaded."""
+    """(Loss, name in checkpoints -> gradient). `weights` is filled if empty, else loaded."""
     torch.manual_seed(1)
     cut = Load(LAYERS, SEQUENCES * TOKENS, 1, load.ffn_multiple, load.flags)
     short = Case(case.variant, case.recipe, case.form, min(TOKENS, case.seq_length))

@@ -1,4 +1,4 @@
-"""Timing of a case against the matrix rate of the same GPU in the same run."""
+"""Timing of a case, compared with the matrix rate of the same GPU in the same run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_mlra.cost.parameters import parameters
 
 @dataclass
 class Result:
-    """One row. Rates are per device, TFLOP/s; GiB are peaks of allocated memory."""
+    """One row. Rates are in TFLOP/s per device."""
 
     case: str
     variant: str
@@ -28,21 +28,24 @@ class Result:
     tokens: int
     parameters: int
     gate: float
-    """Largest relative gradient difference against the torch layers."""
+    """Largest relative gradient difference to the torch layers."""
     step_ms: float
+    """Median over the timed steps."""
     spread_ms: float
-    """Between the 20th and the 80th percentile of the steps."""
+    """80th minus 20th percentile of the timed steps."""
     tokens_per_second: float
     model_tflops: float
     hardware_tflops: float
     mfu: float
-    """hardware_tflops over the matrix rate."""
+    """hardware_tflops / the measured matrix rate."""
     peak_gib: float
+    """Peak of allocated device memory."""
     loss: float
+    """Mean loss of the step after the timed ones."""
 
 
 def matmul_tflops(size: int = 8192, repeats: int = 10) -> float:
-    """The rate of a square bf16 product of random matrices: median of single timings, TFLOP/s."""
+    """TFLOP/s of a square bf16 product of random matrices, from the median of single timings."""
     if not torch.cuda.is_available():
         size, repeats = 512, 3
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
@@ -52,7 +55,7 @@ def matmul_tflops(size: int = 8192, repeats: int = 10) -> float:
 
 
 def time_calls(call, repeats: int, warmup: int) -> list[float]:
-    """Milliseconds of each of `repeats` calls, by device events where there is a device."""
+    """Milliseconds of each of `repeats` calls; by device events if there is a GPU."""
     for _ in range(warmup):
         call()
     if not torch.cuda.is_available():
@@ -75,12 +78,12 @@ def time_calls(call, repeats: int, warmup: int) -> list[float]:
 def measure(
     case: Case, load: Load, gate: float, matmul: float, steps: int, warmup: int, trace: Path | None
 ) -> Result:
-    """Train for `warmup + steps` steps.
+    """Time `steps` training steps after `warmup` others.
 
     Args:
-        gate: what `gate.check` returned, for the row.
-        matmul: TFLOP/s that MFU is a share of.
-        trace: where to write a profiler trace of two more steps, or None.
+        gate: result of `gate.check`, for the row.
+        matmul: TFLOP/s of the matrix rate, the denominator of MFU.
+        trace: file for a profiler trace of two more steps, or None.
     """
     free_memory()
     trainee = Trainee(case, load)
@@ -119,21 +122,22 @@ def measure(
 
 @dataclass
 class SublayerResult:
-    """The attention sublayer alone: milliseconds, and MiB beyond weights and input."""
+    """The attention sublayer alone: median milliseconds, and MiB besides weights and input."""
 
     case: str
     form: str
     tokens: int
     forward_ms: float
     total_ms: float
-    """Forward and backward, every gradient."""
+    """Forward and backward with all gradients."""
     saved_mib: float
-    """Held between forward and backward, the output included."""
+    """Memory between forward and backward, including the output."""
     peak_mib: float
+    """Peak during forward and backward."""
 
 
 def measure_sublayer(case: Case, load: Load, repeats: int) -> SublayerResult:
-    """Forward and backward of one attention sublayer on random hidden states."""
+    """Time forward and backward of one attention sublayer on random hidden states."""
     free_memory()
     single = Load(1, load.tokens, 1, load.ffn_multiple, load.flags)
     args, config = parse_case(
@@ -175,7 +179,7 @@ def measure_sublayer(case: Case, load: Load, repeats: int) -> SublayerResult:
 
 
 def profile(trainee: Trainee, trace: Path) -> None:
-    """Write a Chrome trace of two steps, and beside it a table of its kernels by time."""
+    """Write a Chrome trace of two steps, and a text file with a table of kernels by time."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -192,8 +196,8 @@ def profile(trainee: Trainee, trace: Path) -> None:
 
 
 def free_memory() -> None:
-    """Let go of the previous case, and of code compiled for its shapes: functions that see a second
-    shape are compiled again for any shape, which is slower (SwiGLU three times)."""
+    """Free the memory of the previous case and its compiled code. A function that meets a second
+    shape would be compiled for all shapes, which is slower (SwiGLU by a factor of 3)."""
     gc.collect()
     torch.compiler.reset()
     if torch.cuda.is_available():

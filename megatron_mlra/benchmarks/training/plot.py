@@ -1,4 +1,4 @@
-"""The picture of training's rows."""
+"""The figure of a training benchmark."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from megatron_mlra.command_line import figures
 
 
 def plot(rows: list[dict[str, Any]], path: Path, source: str) -> None:
-    """Tokens/s over sequence length, a line for each variant, recipe and form.
+    """Draw tokens/s over sequence length, one line per variant, recipe and form.
 
     Args:
-        rows: of measure.Result, as training.json holds them.
+        rows: fields of measure.Result, as in training.json.
         source: GPU and commit.
     """
     figure, ((axes,),) = figures.sheet()
@@ -35,7 +35,7 @@ def plot(rows: list[dict[str, Any]], path: Path, source: str) -> None:
             color=figures.colours([name])[name],
             label=label,
         )
-        # Beside a hollow mark, below a filled one: those of one length may be near each other.
+        # Labels beside hollow marks and below filled ones: marks of one length may be close.
         place, align = ((10, -4), "left") if face else ((0, -20), "center")
         for length, rate in points:
             axes.annotate(
@@ -58,7 +58,8 @@ def _name(variant: str) -> str:
 
 
 def _finding(rows: list[dict[str, Any]]) -> str:
-    """What share of the fastest variant's bf16 rate the others reach, at the ends."""
+    """The figure's statement: bf16 rates relative to the fastest variant, at the shortest and
+    longest sequences."""
     rates = {
         (_name(r["variant"]), r["seq_length"]): r["tokens_per_second"]
         for r in rows

@@ -1,15 +1,15 @@
-"""Results as a table, a JSON file and a plot."""
+"""Results as a table and as a JSON file."""
 
 from __future__ import annotations
 
 import json
-import subprocess
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from megatron_mlra.benchmarks.commit import commit
 from megatron_mlra.benchmarks.training.measure import Result, SublayerResult
 from megatron_mlra.command_line.parser import write_text
 
@@ -47,7 +47,7 @@ def table(rows: list[Result] | list[SublayerResult]) -> str:
 
 
 def line(row: Result | SublayerResult) -> str:
-    """What is printed of a result as soon as it is there."""
+    """A result in one line, printed as soon as it is measured."""
     if isinstance(row, SublayerResult):
         return f"{row.case}: {row.total_ms:.2f} ms, {row.saved_mib:.0f} MiB saved"
     rate = f"{row.tokens_per_second:,.0f} tokens/s, MFU {row.mfu:.1%}"
@@ -55,13 +55,10 @@ def line(row: Result | SublayerResult) -> str:
 
 
 def environment() -> dict[str, str]:
-    """What timings depend on: device, versions, commit."""
-    root = Path(__file__).resolve().parents[3]
-    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    """Device, commit and versions, on which timings depend."""
     found = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "commit": commit or "unknown",
+        "commit": commit(),
         "torch": torch.__version__,
     }
     for package in ("megatron-core", "transformer-engine", "triton", "nvidia-cudnn-frontend"):
@@ -75,7 +72,12 @@ def environment() -> dict[str, str]:
 def write(
     rows: list[Result] | list[SublayerResult], matmul: float, settings: dict, folder: Path
 ) -> dict:
-    """Write training.json; returns its object."""
+    """Write training.json into `folder`; returns its content.
+
+    Args:
+        matmul: TFLOP/s of the matrix rate.
+        settings: more entries of the file.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     values = [asdict(row) for row in rows]
     result = {**environment(), "matmul_tflops": matmul, **settings, "rows": values}

@@ -1,1 +1,1 @@
-"""Files of checkpoints: what they may hold and how large they may be, before anything is made."""
+"""Readers and writers of checkpoint files, which check contents and sizes before they allocate."""

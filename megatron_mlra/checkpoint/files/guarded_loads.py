@@ -1,9 +1,9 @@
-"""Megatron's loads, by the readers that run nothing.
+"""Replacements of torch's functions that load torch_dist checkpoints; these run no code.
 
-torch's reader of torch_dist checkpoints unpickles `.metadata`, and every entry that is no tensor,
-with Python's unpickler, which runs whatever they name. A check beforehand would leave the files
-time to change, and each rank reads them for itself. A run therefore puts the functions of this file
-in place of torch's own (training/hooks.py); Megatron's readers are made of torch's.
+torch unpickles `.metadata`, and every entry that is not a tensor, with Python's unpickler, which
+calls whatever function a pickle names. A check before the load is not enough: the files could
+change after it, and every rank reads them itself. A run therefore puts the functions of this file
+in place of torch's (training/hooks.py). Megatron's readers call torch's.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _slice_file = FileSystemReader._slice_file
 
 
 def read_metadata(self: FileSystemReader, *_, **named) -> Metadata:
-    """FileSystemReader.read_metadata, running nothing.
+    """FileSystemReader.read_metadata, without running code.
 
     Raises:
-        CheckpointError: it names code, or is damaged.
+        CheckpointError: the index names code, or is damaged.
     """
     file = Path(self._get_metadata_path(named.get("rank")))
     index = torch_dist_index.read_metadata(file.parent, file.name)
@@ -47,18 +47,18 @@ def checkpoint_format(folder: str | Path, *_) -> str:
     """Megatron's `_get_checkpoint_format`: torch_dist, the only format whose files are checked.
 
     Raises:
-        CheckpointError: the folder is, or has files, of another.
+        CheckpointError: the folder has another format, or files of another one.
     """
     torch_dist_index.check_format(Path(folder))
     return "torch_dist"
 
 
 def slice_file(self: FileSystemReader, file, info):
-    """FileSystemReader._slice_file: the part of a file with one entry, looked into before torch
-    takes a tensor's size from it.
+    """FileSystemReader._slice_file: the part of a file with one entry, checked before torch
+    allocates the tensor whose size the entry states.
 
     Raises:
-        CheckpointError: the entry names code, or does not hold what it says.
+        CheckpointError: the entry names code, or has fewer bytes than it states.
     """
     part = _slice_file(self, file, info)
     try:
@@ -71,7 +71,7 @@ def slice_file(self: FileSystemReader, file, info):
 
 
 def load_bytes(self: DefaultLoadPlanner, read_item, value: io.BytesIO) -> None:
-    """DefaultLoadPlanner.load_bytes, running nothing.
+    """DefaultLoadPlanner.load_bytes, without running code.
 
     Raises:
         CheckpointError: the entry names code, or is damaged.

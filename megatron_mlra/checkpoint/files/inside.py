@@ -1,7 +1,7 @@
-"""Names that a checkpoint holds: they may name files of its folder, and nothing else.
+"""File names from inside a checkpoint: they may name files of its folder, and no others.
 
-Whoever made a checkpoint chose its file names and its symbolic links. A name with `..`, or a link
-to a private file, would have a tool read that file and write its content into an exported folder.
+The author of a checkpoint chose its file names and symbolic links. Through a name with `..`, or a
+link to a private file, a tool would copy that file into an exported folder.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from megatron_mlra.description.model import CheckpointError
 
 
 def inside(folder: str | Path, name: str) -> Path:
-    """`folder / name`, which may not exist, where links lead nowhere but into the folder.
+    """`folder / name`, checked to lie in the folder after links are resolved. It need not exist.
 
-    The folder itself may be reached by a link: its caller chose it. A snapshot of the Hugging Face
-    hub's cache may also link to the blobs of the same repository.
+    `folder` itself may be a link: the caller chose it. A snapshot of the Hugging Face hub's cache
+    may also link to the blobs of the same repository.
 
     Raises:
-        CheckpointError: the name, or a link that it names, leads out of the folder.
+        CheckpointError: the name, or a link of this name, leads out of the folder.
     """
     folder = Path(folder)
     path = folder / name
@@ -32,11 +32,11 @@ def inside(folder: str | Path, name: str) -> Path:
 
 
 def open_inside(folder: str | Path, name: str) -> BinaryIO:
-    """The file `folder / name`, opened, of which the content will be written elsewhere: what was
-    opened lies in the folder, whatever was put in its place since somebody looked.
+    """The file `folder / name`, opened to be copied elsewhere. The opened file itself is checked to
+    lie in the folder, since its path may have been replaced after a check of the path.
 
     Raises:
-        CheckpointError: see `inside`; or no plain file lies there, or it cannot be read.
+        CheckpointError: see `inside`; or the path names no plain file, or it cannot be read.
     """
     path = inside(folder, name)
     try:
@@ -61,6 +61,6 @@ def _refuse_outside(path: Path, folder: Path, target: Path) -> None:
 
 
 def _blobs(root: Path) -> list[Path]:
-    """Where the hub's cache keeps the files of REPOSITORY/snapshots/REVISION."""
+    """[REPOSITORY/blobs] if `root` is REPOSITORY/snapshots/REVISION of the hub's cache, else []."""
     blobs = root.parents[1] / "blobs" if root.parent.name == "snapshots" else None
     return [blobs] if blobs is not None and blobs.is_dir() and not blobs.is_symlink() else []

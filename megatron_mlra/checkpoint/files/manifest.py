@@ -1,13 +1,12 @@
-"""The checksums of a checkpoint: `integrity.json`, the SHA-256 of every file of its folder.
+"""The manifest of a checkpoint, `integrity.json`: the SHA-256 of every file of its folder.
 
-Runs write one into each checkpoint, conversions and exports into the folders that they make.
-Folders of others have none, and are read unverified. A file that somebody adds to a folder is
-listed in no manifest: it is refused where numbers or a model would come from it.
+Training runs, conversions and exports write a manifest into each folder that they make. Folders
+that other programs wrote have none, and are read unverified. A file that was added later is not
+listed: it is refused as a source of weights or of a model's configuration.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from pathlib import Path
 from megatron_mlra.checkpoint.files.inside import inside
 from megatron_mlra.checkpoint.files.staging import MARKER
 from megatron_mlra.command_line.foreign_text import read_json
+from megatron_mlra.command_line.plain_file import sha256
 from megatron_mlra.description.model import CheckpointError
 
 MANIFEST = "integrity.json"
@@ -23,21 +23,15 @@ MEGATRON = (".metadata", "metadata.json")
 """Files that every reader of a Megatron folder reads."""
 _THREADS = 8
 _EDITED = (".json", ".jinja", ".py")
-"""Ends of names of files that people edit."""
+"""Suffixes of files that users edit by hand."""
 _DIFFERS = " does not match its checksum"
 
 
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write(folder: Path, names: Iterable[str] | None = None, made_from: str | None = None) -> None:
-    """List the checksums of a folder that was just written.
+    """Write the manifest of a folder that was just written.
 
     Args:
-        names: of the files; default: all.
+        names: files to list; default: all files of the folder.
         made_from: the `identity` of the checkpoint that this one was converted from.
     """
     if names is None:
@@ -54,8 +48,8 @@ def write(folder: Path, names: Iterable[str] | None = None, made_from: str | Non
 
 
 def identity(folder: Path) -> str | None:
-    """What tells a checkpoint from all others, one of the same step among them: the SHA-256 of its
-    manifest; None without one.
+    """The SHA-256 of a checkpoint's manifest, None without a manifest. It differs between all
+    checkpoints, even of the same step.
 
     Raises:
         CheckpointError: the manifest is a link out of the folder.
@@ -65,7 +59,7 @@ def identity(folder: Path) -> str | None:
 
 
 def made_from(folder: Path) -> str | None:
-    """The `identity` of the checkpoint that a folder was converted from, if it is known.
+    """The `identity` of the checkpoint that a folder was converted from, or None if unknown.
 
     Raises:
         CheckpointError: the manifest cannot be read.
@@ -76,15 +70,15 @@ def made_from(folder: Path) -> str | None:
 
 
 def entries(folder: Path, needed: tuple[str, ...] = MEGATRON) -> dict[str, str] | None:
-    """File name -> checksum, or None for a checkpoint without a manifest: an older one, another
-    program's, or one saved with `verify_integrity: false`.
+    """File name -> checksum, or None for a checkpoint without a manifest: saved by an older version
+    or another program, or with `verify_integrity: false`.
 
     Args:
-        needed: files that whoever reads the folder reads.
+        needed: files that the manifest must list, since every reader of the folder reads them.
 
     Raises:
-        CheckpointError: the manifest cannot be read, or is none of this folder's files; one line
-            without the folder's name.
+        CheckpointError: the manifest cannot be read, lists a path outside the folder, or lacks a
+            needed file; one line without the folder's name.
     """
     path = inside(folder, MANIFEST)
     if not path.is_file():
@@ -97,7 +91,7 @@ def entries(folder: Path, needed: tuple[str, ...] = MEGATRON) -> dict[str, str] 
     if not isinstance(files, dict):
         raise CheckpointError(f"{MANIFEST} cannot be read (it holds no object of files)")
     for name, digest in files.items():
-        # Half of a surrogate pair can be neither a file's name nor part of a line.
+        # A lone surrogate can be in no file name, and cannot be printed.
         if Path(name).name != name or not name.isprintable() or not isinstance(digest, str):
             raise CheckpointError(f"{MANIFEST} names what is no file of the folder")
     for name in needed:
@@ -109,7 +103,7 @@ def entries(folder: Path, needed: tuple[str, ...] = MEGATRON) -> dict[str, str] 
 def damage(
     folder: Path, names: Iterable[str] | None = None, needed: tuple[str, ...] = MEGATRON
 ) -> str | None:
-    """What is wrong with the first of these files that is not what was saved, or None.
+    """What is wrong with the first of these files that differs from its checksum, or None.
 
     Args:
         names: files of the folder; default: all that the manifest lists.
@@ -142,13 +136,13 @@ def damage(
 
 
 def check(folder: Path, names: Iterable[str], needed: tuple[str, ...] = MEGATRON) -> None:
-    """Refuse files that are not what was saved.
+    """Compare files with their checksums.
 
     Args:
         needed: see `entries`.
 
     Raises:
-        CheckpointError: names the first.
+        CheckpointError: a file differs; names the first.
     """
     what = damage(folder, names, needed)
     if what is None:
@@ -165,10 +159,10 @@ def check(folder: Path, names: Iterable[str], needed: tuple[str, ...] = MEGATRON
 
 
 def check_listed(folder: Path, names: Iterable[str]) -> None:
-    """`check` of those of these files that the manifest lists; others, somebody added.
+    """Compare with their checksums those of these files that the manifest lists.
 
     Raises:
-        CheckpointError: names the first that differs.
+        CheckpointError: a file differs; names the first.
     """
     try:
         files = entries(folder, ()) or {}

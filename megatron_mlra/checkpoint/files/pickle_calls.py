@@ -1,8 +1,9 @@
-"""Calls that pickles of checkpoints make, by arguments: torch makes them too, unasked.
+"""Rules for the arguments of the calls that pickles of checkpoints make.
 
-A harmless name is not harmless with every argument: an array of a size that the pickle names takes
-memory that the file does not have, and a set of tuples within tuples is hashed for ever. Every name
-here is given what honest checkpoints give it, and nothing else.
+A harmless function is not harmless with every argument. An array of a size that the pickle states
+may take far more memory than the file has bytes; hashing a set of deeply nested tuples may take
+for ever. So each function is allowed only the arguments that honest checkpoints give it.
+safe_pickle makes almost none of these calls, but torch, which reads the file next, makes them all.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ import torch
 
 ATOMS = (str, int, float, bool, bytes, type(None), torch.dtype)
 _FEW = 64
-"""Most arguments of a call, and most values of a tuple among them."""
+"""Most arguments of a call, and most values of a tuple among the arguments."""
 _SHORT = 4096
-"""Most letters of a text among arguments."""
+"""Most letters of a text among the arguments."""
 
 
 class Inert:
     """Stands for an object of a class that is not needed here.
 
     Attributes:
-        name: of what made it; "" where nothing is known.
-        numbers: how many a storage holds at most.
+        name: of the function or class that made the object; "" if unknown.
+        numbers: most numbers that a storage holds.
     """
 
     def __init__(self, name: str = "", numbers: int = 0) -> None:
@@ -34,17 +35,17 @@ class Inert:
 
 
 class Named(Inert):
-    """Stands for the class or function itself; its name is "" where it is refused anyway."""
+    """Stands for a class or function itself; its name is "" if it is refused."""
 
 
 def check_call(name: str, args: Any, check_key: Callable[[Any], None]) -> int:
     """Check the arguments of a call.
 
     Args:
-        check_key: raises ValueError for what cannot be hashed in a time that its size allows.
+        check_key: raises ValueError for a value that takes too long to hash.
 
     Returns:
-        what the call costs: values that it copies.
+        The cost of the call: the number of values that it copies.
 
     Raises:
         ValueError: no checkpoint makes this call.
@@ -61,14 +62,14 @@ def check_call(name: str, args: Any, check_key: Callable[[Any], None]) -> int:
 
 
 def check_build(made: Inert, state: Any) -> None:
-    """Check the state that an object of a harmless class is given.
+    """Check the state that a pickle sets on an object of a harmless class.
 
     Raises:
-        ValueError: an array of another size than its values, or a tensor that is given a storage.
+        ValueError: an array's shape does not fit its values, or the object is a tensor.
     """
     if made.name.endswith("multiarray._reconstruct"):
         plain = type(state) is tuple and len(state) == 5 and type(state[1]) is tuple
-        # numpy itself compares the length of bytes; for a list it allocates what the shape says.
+        # numpy compares the shape with the length of bytes, but for a list it allocates the shape.
         if plain and (
             type(state[4]) is bytes
             or (isinstance(state[4], Inert) and not state[4].name)
@@ -84,7 +85,7 @@ def rebuilt_from(args: Any) -> tuple[str, Any]:
     """(name, arguments) of the call that `_rebuild_from_type_v2` makes.
 
     Raises:
-        ValueError: of no function that makes a tensor.
+        ValueError: the called function does not make a tensor.
     """
     if type(args) is tuple and len(args) == 4 and isinstance(args[0], Named):
         plain = isinstance(args[1], Named) and isinstance(args[3], dict)
@@ -101,8 +102,11 @@ def _size(shape: tuple[int, ...]) -> int:
     return math.prod(shape) if len(shape) <= _FEW else 1 << 62
 
 
+# Rules: arguments -> cost of the call, or None if no checkpoint has these arguments.
+
+
 def _few(args: tuple) -> int | None:
-    """Numbers, short texts and what is inert, or short tuples of them."""
+    """Few numbers, short texts, inert objects, and short tuples of numbers and texts."""
     for arg in args:
         parts = arg if type(arg) is tuple else (arg,)
         if len(parts) > _FEW or not all(isinstance(part, ATOMS) for part in parts):
@@ -127,7 +131,7 @@ def _latin(args: tuple) -> int | None:
 
 
 def _hashed(args: tuple) -> int | None:
-    """A set or a counter: of keys, which `check_call` has checked."""
+    """A set or a counter of keys, which `check_call` has checked."""
     if args == ():
         return 1
     kinds = (list, tuple, set, frozenset, dict)
@@ -135,7 +139,7 @@ def _hashed(args: tuple) -> int | None:
 
 
 def _empty_array(args: tuple) -> int | None:
-    """numpy's arrays are made empty, and get their shape with their bytes."""
+    """An array of numpy is made empty; its state (`check_build`) has the shape and the bytes."""
     plain = len(args) == 3 and isinstance(args[0], Named) and args[0].name == "numpy.ndarray"
     return 1 if plain and args[1] == (0,) and args[2] in (b"b", "b") else None
 
@@ -158,13 +162,13 @@ def _never(args: tuple) -> int | None:
 
 
 def _tensor(args: tuple) -> int | None:
-    """A tensor must lie within its storage: torch makes a storage larger that is too small."""
+    """A tensor must lie within its storage: torch enlarges a storage that is too small."""
     if len(args) < 4 or type(args[0]) is not Inert or not _counts((args[1],)):
         return None
     size, stride = args[2:4]
     if not (_counts(size) and _counts(stride) and len(size) == len(stride) <= _FEW):
         return None
-    # The third version's storage counts bytes.
+    # _rebuild_tensor_v3 also has a dtype, and its storage counts bytes.
     itemsize = args[6].itemsize if len(args) > 6 and type(args[6]) is torch.dtype else 1
     last = args[1] + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     return len(args) if 0 in size or (last + 1) * itemsize <= args[0].numbers else None

@@ -1,6 +1,44 @@
-"""Classes and functions that pickles of checkpoints may name: none runs a stranger's code."""
+"""Classes and functions that pickles of checkpoints may name: none runs code from the file."""
 
 from __future__ import annotations
+
+import argparse
+import collections
+from pathlib import PosixPath
+
+import torch
+from torch.distributed.checkpoint import filesystem, metadata
+
+_METADATA = metadata.__name__
+
+BUILT = {
+    ("argparse", "Namespace"): argparse.Namespace,
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
+    **{
+        (_METADATA, name): getattr(metadata, name)
+        for name in (
+            "Metadata",
+            "MetadataIndex",
+            "TensorStorageMetadata",
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "TensorProperties",
+            "StorageMeta",
+        )
+    },
+}
+"""(module, name) -> class whose objects safe_pickle makes empty and then gives their attributes."""
+
+CALLED = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+    (_METADATA, "_MEM_FORMAT_ENCODING"): metadata._MEM_FORMAT_ENCODING,
+    ("pathlib", "PosixPath"): PosixPath,
+}
+"""(module, name) -> class or function that safe_pickle calls, with plain values."""
+
+DTYPES = {("torch", n): d for n, d in vars(torch).items() if isinstance(d, torch.dtype)}
 
 HARMLESS = frozenset(
     f"{module}.{name}"
@@ -30,7 +68,7 @@ HARMLESS = frozenset(
     }.items()
     for name in names.split()
 )
-"""Names that a checkpoint may hold, and that torch and Megatron load with `weights_only=True`."""
+"""Other names that a checkpoint may hold: torch and Megatron load them with `weights_only=True`."""
 
 FP8_STATE = frozenset(
     f"{module}.{name}"
@@ -44,8 +82,8 @@ FP8_STATE = frozenset(
     }.items()
     for name in names.split()
 )
-"""Names of the pickle that Transformer Engine keeps in a tensor of its extra state. Megatron makes
-`_load_from_bytes` one that loads tensors alone."""
+"""Names in the pickle that Transformer Engine stores in a tensor of its extra state. Megatron
+replaces `_load_from_bytes` by a function that loads tensors alone."""
 
 STORAGES = {
     ("torch", f"{name}Storage"): size
@@ -55,4 +93,4 @@ STORAGES = {
         *(("ComplexFloat", 8), ("ComplexDouble", 16)),
     )
 } | {("torch.storage", "UntypedStorage"): 1}
-"""Bytes of one number of each kind of storage."""
+"""(module, name) of a storage class -> bytes of one number."""

@@ -1,7 +1,7 @@
-"""The header of a safetensors file, compared with the file before the library reads it.
+"""Check of a safetensors file's header, before the library reads the file.
 
-The library checks that the tensors' bytes are there and lie one behind the other; how much memory a
-header takes is left to its reader.
+The library checks that the tensors' bytes are in the file and follow one another. It does not limit
+the memory that a header takes.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 
 HEADER_BYTES = 32 << 20
-"""Most bytes of a header: some 250,000 tensors."""
+"""Most bytes of a header: about 250,000 tensors."""
 
 
 def check_safetensors(file: Path) -> None:
-    """Raises:
-    ValueError: the header is longer than the file, or than any model needs.
-    OSError: the file cannot be read.
+    """Check the length of the header.
+
+    Raises:
+        ValueError: the header is longer than the file, or has more than `HEADER_BYTES`.
+        OSError: the file cannot be read.
     """
     size = file.stat().st_size
     with file.open("rb") as opened:

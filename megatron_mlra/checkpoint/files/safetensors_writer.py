@@ -1,7 +1,8 @@
-"""Safetensors shards with an index, written tensor by tensor: memory holds one.
+"""Writes safetensors shards and their index tensor by tensor: memory holds one tensor.
 
 The format: 8 bytes of header length, a JSON header of names, dtypes, shapes and byte ranges, then
-the numbers, little-endian, in C order. The safetensors library writes from memory alone.
+the numbers, little-endian, in C order. The safetensors library itself needs all tensors of a file
+in memory.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ def write_safetensors(
     """Write `model.safetensors`, or shards and `model.safetensors.index.json`.
 
     Args:
-        shapes: name -> shape of every tensor, in the order `tensors` yields them.
-        dtypes: name -> dtype of each.
+        shapes: name -> shape of every tensor, in the order in which `tensors` yields them.
+        dtypes: name -> dtype of each tensor.
+        max_shard_bytes: most bytes of tensors in a file, unless one tensor alone has more.
 
     Raises:
         CheckpointError: `tensors` yields another name, shape or dtype, or too few.
@@ -61,13 +63,13 @@ def write_safetensors(
 
 
 def write_index(file: Path, total_bytes: int, files: Mapping[str, str]) -> None:
-    """Write an index as transformers reads it: tensor name -> file."""
+    """Write an index of shards (tensor name -> file name) in the format of transformers."""
     index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(files)}
     file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Names of each file, at most `limit` bytes unless one tensor alone is larger."""
+    """The tensor names of each file: at most `limit` bytes, unless one tensor alone is larger."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, more in sizes.items():

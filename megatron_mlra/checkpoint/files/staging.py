@@ -1,4 +1,4 @@
-"""Folders that appear complete or not at all."""
+"""Output folders that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_mlra.description.model import CheckpointError
 
 MARKER = ".megatron-mlra-conversion"
-"""A file in a folder that is being written: only this tool makes it, and holds a lock on it."""
+"""Name of a file in the folder that a conversion is writing; the conversion holds a lock on it."""
 
 _SAYS = b"A conversion of megatron-mlra writes this folder, and empties it to start again.\n"
 
@@ -21,16 +21,16 @@ _SAYS = b"A conversion of megatron-mlra writes this folder, and empties it to st
 def written_aside(destination: str | Path, needed_bytes: int) -> Iterator[Path]:
     """A folder to write into, which becomes `destination` when the block ends without an error.
 
-    It is `destination` with `.partial` behind it, removed on any error; what a killed process left
-    there is removed by the next one, told by its marker from a folder of somebody else.
+    The folder is named `destination` with `.partial` appended, and is removed on any error. A
+    folder that a killed conversion left is recognised by its marker, and emptied.
 
     Args:
-        needed_bytes: what the block will write, compared with the free space first.
+        needed_bytes: bytes that the block will write; compared with the free space first.
 
     Raises:
-        CheckpointError: the destination exists or is being written, its `.partial` is somebody
-            else's, or the disk is too small.
-        OSError: it cannot be written.
+        CheckpointError: the destination exists or is being written, its `.partial` was not made by
+            a conversion, or the disk is too small.
+        OSError: the folder cannot be written.
     """
     destination = Path(destination)
     check_destination(destination, needed_bytes)
@@ -49,12 +49,12 @@ def written_aside(destination: str | Path, needed_bytes: int) -> Iterator[Path]:
                     shutil.rmtree(left) if is_folder else left.unlink()
             yield partial
             (partial / MARKER).unlink()
-            # Rename replaces an empty folder, so that one is refused here once more.
+            # Checked again, since rename would replace an empty folder.
             check_destination(destination, 0)
             partial.rename(destination)
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
-            # torch.save, where a write fails, goes on to fail with an error of its own.
+            # torch.save raises a RuntimeError after a write has failed; its cause is the OSError.
             cause = error.__context__ if isinstance(error, RuntimeError) else error
             if isinstance(cause, OSError) and cause.filename is None:
                 raise OSError(cause.errno, cause.strerror, str(destination)) from None
@@ -64,12 +64,16 @@ def written_aside(destination: str | Path, needed_bytes: int) -> Iterator[Path]:
 
 
 def _own(partial: Path) -> int:
-    """Make the folder, or take over what a killed conversion left: the descriptor of its marker.
+    """Make the folder, or take over one that a killed conversion left.
 
-    What else lies at that path, a link to a folder among it, is somebody's, and would be emptied.
+    Anything else at that path, a link to a folder included, belongs to the user and must not be
+    emptied.
+
+    Returns:
+        The file descriptor of the folder's marker.
 
     Raises:
-        CheckpointError: it is there and is no folder with this tool's marker.
+        CheckpointError: the path exists and is no folder with this tool's marker.
     """
     try:
         partial.mkdir()
@@ -90,10 +94,10 @@ def _own(partial: Path) -> int:
 
 
 def check_destination(destination: Path, needed_bytes: int) -> None:
-    """Refuse a destination that exists or lies on a disk with too little room.
+    """Refuse a destination that exists, or whose disk has less than `needed_bytes` free.
 
     Raises:
-        CheckpointError: names the destination and the fix or the bytes.
+        CheckpointError: names the destination, and the fix or the bytes.
     """
     if os.path.lexists(destination):
         raise CheckpointError(f"{destination} exists already; remove it, or choose another folder")

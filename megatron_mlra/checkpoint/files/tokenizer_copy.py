@@ -15,13 +15,13 @@ from megatron_mlra.command_line.foreign_text import read_json
 from megatron_mlra.description.model import CheckpointError
 
 CODE = "auto_map"
-"""Where a tokenizer's configuration names Python code that `trust_remote_code` would run."""
+"""Key of a tokenizer_config.json that names Python code, which `trust_remote_code` would run."""
 CHAT_TEMPLATE = "chat_template"
-"""Where it holds how a conversation is written."""
+"""Key of a tokenizer_config.json with the Jinja template of a conversation."""
 
 
 def say_nothing(_line: str) -> None:
-    """For callers that need not hear what was copied."""
+    """Drop the line: the default of `say` arguments."""
 
 
 def copy_tokenizer(
@@ -31,17 +31,16 @@ def copy_tokenizer(
     without: tuple[str, ...] = (CODE,),
     linked: bool = False,
 ) -> None:
-    """Copy files as `tokenizer_files` found them, and say of each where it came from.
+    """Copy the files that `tokenizer_files` found, and report the origin of each.
 
     Args:
-        without: what is left out of a tokenizer_config.json.
-        linked: follow links out of the files' folder, which whoever runs the tool has named.
-
-    What a tokenizer_config.json says of code to run is left out: the code is not copied, and it may
-    be anybody's.
+        say: called with one line per file.
+        without: keys that are left out of a tokenizer_config.json. By default those that name code
+            to run: the code is not copied, and a stranger may have written it.
+        linked: follow links out of the files' folder, for a folder that the user has named.
 
     Raises:
-        CheckpointError: a file has no tokenizer's name, or would replace one of the folder.
+        CheckpointError: a file's name is not a tokenizer's, or the folder has a file of that name.
     """
     for file in files:
         target = folder / file.name
@@ -51,7 +50,7 @@ def copy_tokenizer(
             raise CheckpointError(f"{file} would replace the {file.name} that was just written")
         copy_file(file, target, linked)
         left_out = ""
-        # The copy is read: nobody else changes it.
+        # The copy is read, since the original may change meanwhile.
         if file.name == "tokenizer_config.json" and (config := _with_any(target, without, file)):
             named = {key: config.pop(key) for key in without if key in config}
             target.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
@@ -60,13 +59,13 @@ def copy_tokenizer(
 
 
 def copy_file(file: Path, target: Path, linked: bool = False) -> None:
-    """Copy a file's content. Its mode is not the copy's.
+    """Copy a file's content, not its mode.
 
     Args:
         linked: follow a link out of the file's folder.
 
     Raises:
-        CheckpointError: it is a link out of its folder, or no plain file.
+        CheckpointError: the file is a link out of its folder, or no plain file.
     """
     file = file.resolve() if linked else file
     with open_inside(file.parent, file.name) as opened, target.open("xb") as written:
@@ -74,13 +73,13 @@ def copy_file(file: Path, target: Path, linked: bool = False) -> None:
 
 
 def json_object(file: Path, called: Path | None = None) -> dict[str, Any]:
-    """What a tokenizer's or a model's small JSON file holds.
+    """The object in a small JSON file of a tokenizer or model.
 
     Args:
-        called: of what it is a copy, for messages.
+        called: name of the file in messages, if `file` is a copy of it.
 
     Raises:
-        CheckpointError: it cannot be read, or is no JSON object.
+        CheckpointError: the file cannot be read, or holds no JSON object.
     """
     try:
         config = read_json(file)
@@ -92,6 +91,6 @@ def json_object(file: Path, called: Path | None = None) -> dict[str, Any]:
 
 
 def _with_any(file: Path, keys: tuple[str, ...], called: Path) -> dict | None:
-    """The configuration, if it has one of the keys."""
+    """The configuration if it has one of the keys, else None."""
     config = json_object(file, called)
     return config if any(key in config for key in keys) else None

@@ -1,7 +1,7 @@
 """The index of a torch_dist checkpoint (`.metadata`), read and compared with the files beside it.
 
-It says which bytes of which file hold which block of which tensor. Loaders unpickle it, and the
-entries that are no tensors, before anything else, so both are looked into here.
+The index maps each block of each tensor to a range of bytes in a file. Loaders first unpickle the
+index and the entries that are not tensors; both are checked here.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_mlra.checkpoint.files import safe_pickle
 from megatron_mlra.checkpoint.files.inside import inside
 from megatron_mlra.checkpoint.files.torch_file import (
     ForbiddenCode,
@@ -31,31 +32,30 @@ from megatron_mlra.checkpoint.files.torch_file import (
     read_object,
 )
 from megatron_mlra.checkpoint.files.tracker import FORMAT_FILE
-from megatron_mlra.checkpoint.megatron import safe_pickle
 from megatron_mlra.command_line.foreign_text import read_json
 from megatron_mlra.description.model import CheckpointError
 
 INDEX = ".metadata"
 COMMON_FILE = "common.pt"
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-"""What Megatron writes into `metadata.json`, and tells the format of a folder by."""
+"""Content of `metadata.json`, by which Megatron recognises the format of a folder."""
 INDEX_BYTES = 256 << 20
-"""Most bytes of an index, which may not have more than the files beside it and a mebibyte."""
+"""Most bytes of an index. It may also not exceed the files beside it by more than 1 MiB."""
 OBJECT_BYTES = 256 << 20
-"""Most bytes of an entry that is no tensor."""
+"""Most bytes of an entry that is not a tensor."""
 _TENSOR_DIMS = 64
 
 
 class ForbiddenNames(CheckpointError):
-    """A checkpoint names code; the line lists the names and where they are."""
+    """A checkpoint names code; the message lists the names and their places."""
 
 
 def read_metadata(folder: Path, name: str = INDEX) -> Metadata:
-    """A checkpoint's index, whole: every field is of its type; nothing pickled in it is run.
+    """A checkpoint's index, unpickled without running code, and the type of every field checked.
 
     Raises:
-        ForbiddenNames: it names code.
-        CheckpointError: it is missing, damaged or too large.
+        ForbiddenNames: the index names code.
+        CheckpointError: the index is missing, damaged or too large.
     """
     file = inside(folder, name)
     if not file.is_file():
@@ -85,11 +85,11 @@ def read_metadata(folder: Path, name: str = INDEX) -> Metadata:
 
 
 def check_format(folder: Path) -> None:
-    """Check that Megatron would read a folder by its index too: without `metadata.json` it looks
-    for files of its older format, which no index lists, and reads those.
+    """Check that Megatron, too, would read the folder by its index. Without `metadata.json` it
+    would read files of its older format, which no index lists.
 
     Raises:
-        CheckpointError: there is no `metadata.json`, it names another format, or there are files of
+        CheckpointError: `metadata.json` is missing or names another format, or there are files of
             the older format.
     """
     file = inside(folder, FORMAT_FILE)
@@ -117,7 +117,7 @@ def check_format(folder: Path) -> None:
 
 
 def _misfit(index: object) -> str | None:
-    """What of an index is not of its type, the first of it."""
+    """The first field of an index that has the wrong type, or None."""
     if not isinstance(index, Metadata):
         return "no Metadata"
     entries = getattr(index, "state_dict_metadata", None)
@@ -162,7 +162,7 @@ def _are_counts(values: Iterable[object]) -> bool:
 
 
 def _is_size(value: object) -> bool:
-    """Whether it is the size of a tensor, whose numbers can be counted."""
+    """Whether the value is a tensor's size of fewer than 2^62 numbers."""
     return (
         isinstance(value, tuple)
         and len(value) <= _TENSOR_DIMS
@@ -179,11 +179,11 @@ def _is_chunk(chunk: object, dims: int) -> bool:
 
 
 def check_files(folder: Path, index: Metadata) -> None:
-    """Check that every file the index refers to is there at full length, that no two blocks share
-    bytes, and that the blocks hold as many bytes as their tensors have numbers.
+    """Check that every file of the index exists at full length, that no two blocks share bytes, and
+    that the blocks of each tensor have at least as many bytes as its numbers need.
 
     Raises:
-        CheckpointError: names the first file that is missing or short, or the first such block.
+        CheckpointError: names the first file that is missing or short, or the first wrong entry.
     """
     places = sorted(
         ((info.relative_path, info.offset, info.length, at.fqn) for at, info in _blocks(index)),
@@ -220,7 +220,7 @@ def check_files(folder: Path, index: Metadata) -> None:
 
 
 def needed_files(index: Metadata) -> dict[str, int]:
-    """Every file that an index refers to, and the bytes it must have at least."""
+    """File -> least number of bytes that it must have, for every file of an index."""
     needed: dict[str, int] = {}
     for _, info in _blocks(index):
         end = info.offset + info.length
@@ -233,10 +233,10 @@ def _blocks(index: Metadata) -> Iterable[tuple[MetadataIndex, _StorageInfo]]:
 
 
 def check_objects(folder: Path, index: Metadata) -> None:
-    """Check every entry that a loader unpickles: everything that is no tensor.
+    """Check every entry that a loader unpickles: all entries that are not tensors.
 
     Raises:
-        ForbiddenNames: names of code, and the entries they are in.
+        ForbiddenNames: entries name code; lists the names and the entries.
         CheckpointError: an entry cannot be read.
     """
     forbidden: dict[str, tuple[str, ...]] = {}
@@ -253,7 +253,7 @@ def check_objects(folder: Path, index: Metadata) -> None:
 
 
 def _refused(folder: Path, name: str, file: Path, start: int, length: int) -> tuple[str, ...]:
-    """Names of code in one entry."""
+    """The names of code in one entry."""
     try:
         if length > OBJECT_BYTES:
             raise TorchFileError(f"{length:,} bytes, of at most {OBJECT_BYTES:,}")

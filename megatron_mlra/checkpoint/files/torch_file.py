@@ -1,9 +1,9 @@
-"""Files and entries that `torch.save` wrote, looked into before torch reads them.
+"""Checks of files and entries that `torch.save` wrote, before torch reads them.
 
-torch runs the code of a TorchScript archive unless it is told `weights_only=True`, takes a tensor's
-size from its pickle without comparing it with the bytes that are there, and expands compressed
-records. So the archive is read here first, by rules that leave no two readings of it: records are
-stored as they are, one behind the other, and the directory is the file's end.
+torch runs the code of a TorchScript archive unless `weights_only=True` is given, believes the size
+of a tensor in its pickle without comparing the bytes in the file, and expands compressed records.
+So the archive (a ZIP file) is checked here first, by rules that make it unambiguous: records are
+uncompressed and follow one another, and the file ends with the directory.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any, BinaryIO
 
 import torch
 
+from megatron_mlra.checkpoint.files import safe_pickle
 from megatron_mlra.checkpoint.files.pickle_names import FP8_STATE, HARMLESS
-from megatron_mlra.checkpoint.megatron import safe_pickle
 
 DIRECTORY_BYTES = 32 << 20
-"""Most bytes of an archive's directory: some 300,000 tensors."""
+"""Most bytes of an archive's directory: about 300,000 tensors."""
 PICKLE_BYTES = 64 << 20
 """Most bytes of the pickle in an archive."""
 
@@ -32,22 +32,22 @@ _LOCATOR = struct.Struct("<4sIQI")
 
 
 class TorchFileError(ValueError):
-    """No file of plain tensors and values; one line without the file's name."""
+    """A file does not hold plain tensors and values; one line without the file's name."""
 
 
 class ForbiddenCode(TorchFileError):
-    """Names code, or is code."""
+    """A file names code, or contains code."""
 
 
 @dataclass(frozen=True)
 class Archive:
-    """Where the records of an archive lie."""
+    """The places of an archive's records."""
 
     records: dict[str, tuple[int, int]]
-    """Name without the archive's own in front -> (offset, bytes)."""
+    """Record name, without the leading name of the archive -> (offset, bytes)."""
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each record of a tensor, by its key."""
+        """Key of a storage -> bytes of its record."""
         return {n[5:]: size for n, (_, size) in self.records.items() if n.startswith("data/")}
 
 
@@ -55,8 +55,9 @@ def read_archive(file: BinaryIO, size: int) -> Archive:
     """The directory of a torch archive, checked against the file.
 
     Raises:
-        TorchFileError: it is none, or a TorchScript archive; or its records are compressed, lie in
-            one another, or go beyond the file.
+        ForbiddenCode: the file is a TorchScript archive.
+        TorchFileError: the file is not an archive; or its records are compressed, overlap, or go
+            beyond the file.
     """
     count, start, length = _end(file, size)
     if length > min(DIRECTORY_BYTES, start + length):
@@ -88,7 +89,7 @@ def read_archive(file: BinaryIO, size: int) -> Archive:
 
 
 def _end(file: BinaryIO, size: int) -> tuple[int, int, int]:
-    """(records, offset of the directory, its bytes), from the file's last bytes."""
+    """(number of records, offset of the directory, bytes of the directory), from the file's end."""
     if size < _END.size or _at(file, 0, 4) != b"PK\3\4":
         raise TorchFileError("no archive of torch.save, or cut short")
     here = size - _END.size
@@ -118,7 +119,7 @@ def _end(file: BinaryIO, size: int) -> tuple[int, int, int]:
 
 
 def _wide(extra: bytes, values: tuple[int, ...]) -> list[int]:
-    """Sizes and offset of a record, of 64 bits where those of 32 say so."""
+    """Sizes and offset of a record; 0xFFFFFFFF stands for a 64-bit number in the field `extra`."""
     found, rest = list(values), extra
     while len(rest) >= 4:
         kind, length = struct.unpack_from("<2H", rest)
@@ -134,7 +135,7 @@ def _wide(extra: bytes, values: tuple[int, ...]) -> list[int]:
 def _records(
     file: BinaryIO, places: list[tuple[int, int, str]], end: int
 ) -> dict[str, tuple[int, int]]:
-    """Each record's bytes, its own header read too."""
+    """Name -> (offset, bytes) of each record, after a check of the header before its bytes."""
     records: dict[str, tuple[int, int]] = {}
     roots = {name.partition("/")[0] for *_, name in places}
     behind = 0
@@ -165,7 +166,8 @@ def _records(
 def read_object(
     file: BinaryIO, size: int, harmless: frozenset[str] = HARMLESS
 ) -> safe_pickle.Unpickled:
-    """What `torch.save` wrote, without tensors, without torch, running nothing.
+    """The object that `torch.save` wrote, read without torch and without running code; tensors are
+    inert.
 
     Raises:
         TorchFileError: see `read_archive` and `safe_pickle.load`.
@@ -179,8 +181,8 @@ def read_object(
 
 
 def read_extra_state(file: BinaryIO, size: int) -> tuple[str, ...]:
-    """Names that the pickles within an extra state's tensors refuse: Transformer Engine keeps its
-    FP8 scales as a pickle in a tensor of bytes.
+    """Names of code in an extra state. Transformer Engine stores its FP8 scales as a pickle inside
+    a tensor of bytes, so that the pickle of each tensor is checked too.
 
     Raises:
         TorchFileError: see `read_archive` and `safe_pickle.load`.
@@ -200,13 +202,13 @@ def read_extra_state(file: BinaryIO, size: int) -> tuple[str, ...]:
 
 
 def check_old_file(file: BinaryIO, size: int) -> tuple[str, ...]:
-    """Look into a file of torch before 1.6: pickles one behind the other, then the tensors' bytes.
+    """Check a file of torch before 1.6: four pickles, then the tensors' bytes.
 
     Returns:
         Names that no checkpoint has.
 
     Raises:
-        TorchFileError: it is none.
+        TorchFileError: the file is not of this format.
     """
     refused: dict[str, None] = {}
     try:
@@ -218,10 +220,11 @@ def check_old_file(file: BinaryIO, size: int) -> tuple[str, ...]:
 
 
 def load_tensors(path: Path) -> Any:
-    """`torch.load` of a file of tensors, mapped where it can be.
+    """`torch.load` of a file of tensors, after its check. Archives are memory-mapped.
 
     Raises:
-        TorchFileError: it holds anything else, or does not hold what it says.
+        ForbiddenCode: the file names code.
+        TorchFileError: the file is damaged, or a tensor has fewer bytes than it states.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -232,17 +235,18 @@ def load_tensors(path: Path) -> Any:
         said = safe_pickle.shown(refused)
         raise ForbiddenCode(f"holds more than tensors, and is not run: {said}")
     try:
-        # Files of before torch 1.6 are no archives and cannot be mapped.
+        # Files of torch before 1.6 are not archives and cannot be mapped.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except Exception as error:
         raise TorchFileError(f"{' '.join(str(error).split()):.200}") from None
 
 
 def check_entry(file: BinaryIO, size: int) -> None:
-    """Look into an entry of a checkpoint's file.
+    """Check an entry of a checkpoint's file.
 
     Raises:
-        TorchFileError: see `read_object`; or it names what no checkpoint has.
+        ForbiddenCode: the entry names code.
+        TorchFileError: see `read_object`.
     """
     refused = read_object(file, size).refused
     if refused:
@@ -250,11 +254,11 @@ def check_entry(file: BinaryIO, size: int) -> None:
 
 
 def load_entry(file: BinaryIO, size: int) -> Any:
-    """`torch.load` of an entry of a checkpoint's file: a tensor, or values that torch and Megatron
-    hold for safe.
+    """`torch.load` of an entry of a checkpoint's file, after its check: a tensor, or values of
+    classes that torch and Megatron consider safe.
 
     Raises:
-        TorchFileError: see `check_entry`.
+        TorchFileError: see `check_entry`; or torch cannot load the entry.
     """
     check_entry(file, size)
     file.seek(0)
@@ -265,10 +269,11 @@ def load_entry(file: BinaryIO, size: int) -> Any:
 
 
 def check_stored(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, if its numbers are stored one by one.
+    """The tensor itself, if its storage has all its numbers.
 
     Raises:
-        TorchFileError: it repeats few numbers to look large, or is of a kind without numbers.
+        TorchFileError: the tensor has more numbers than its storage (by strides of 0), or is
+            sparse, quantised or on another device than the CPU.
     """
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
         raise TorchFileError("a tensor that is not stored number by number")

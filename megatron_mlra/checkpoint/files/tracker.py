@@ -1,4 +1,4 @@
-"""The tracker file of a `--save` folder, which names the step of its newest checkpoint."""
+"""The tracker file of a `--save` folder: it names the step of the newest checkpoint."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from megatron_mlra.description.model import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 FORMAT_FILE = "metadata.json"
-"""Says which format a checkpoint has; one of the last files that Megatron writes."""
+"""File that names the format of a checkpoint; one of the last files that Megatron writes."""
 
 
 def tracked_step(folder: Path) -> str | None:
-    """What the tracker file of a `--save` folder says: 'release', the digits of a step, or '' (a
-    job died while it wrote). None without a tracker file.
+    """The content of a `--save` folder's tracker file: 'release', the digits of a step, or '' (a
+    job died while writing the file). None without a tracker file.
 
     Raises:
-        CheckpointError: it says anything else, which is not taken for a path.
+        CheckpointError: the file has any other content, which must not become part of a path.
     """
     tracker = inside(folder, TRACKER)
     if not tracker.is_file():

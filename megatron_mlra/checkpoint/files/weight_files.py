@@ -19,14 +19,14 @@ STEMS = (("model", "safetensors"), ("pytorch_model", "bin"))
 
 
 class WeightFiles:
-    """Tensors by name, read lazily; `.bin` files are loaded with `weights_only=True`, mapped.
-
-    Raises:
-        CheckpointError: no weights, or a file is missing, damaged, truncated, holds code, or holds
-        other tensors than the index says.
+    """Tensors by name, read lazily. `.bin` files are loaded with `weights_only=True` and mapped.
 
     Args:
-        verify: compare the files with the folder's checksums, where it has any.
+        verify: compare the files with the folder's checksums, if it has any.
+
+    Raises:
+        CheckpointError: there are no weights; or a file is missing, damaged or truncated, holds
+            code, or holds other tensors than the index lists.
     """
 
     def __init__(self, folder: Path, verify: bool = False) -> None:
@@ -43,7 +43,7 @@ class WeightFiles:
             self._measure(file)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor; of a `.bin`, a view of the mapped file."""
+        """One tensor; from a `.bin`, a view of the mapped file."""
         file = self.where[name]
         if file.endswith(".bin"):
             return self._bin(file)[name]
@@ -95,7 +95,7 @@ class WeightFiles:
             raise self._damaged(file, error) from None
 
     def _measure(self, file: str) -> None:
-        """Shapes and dtypes of a file, and whether it holds what it should."""
+        """Record the shapes and dtypes of a file's tensors, and compare names with the index."""
         found = set(self._names(file))
         named = {name for name, where in self.where.items() if where == file}
         problems = [f"missing {name}" for name in sorted(named - found)]
@@ -143,10 +143,11 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "
 
 
 def common_dtype(dtypes: Mapping[str, torch.dtype], where: Path) -> str:
-    """The narrowest dtype that holds all of these exactly, by name.
+    """Name of a dtype that holds all numbers of these dtypes exactly: the common dtype, else
+    'float32'.
 
     Raises:
-        CheckpointError: a tensor is of no dtype that converts ('float32', 'bfloat16', 'float16').
+        CheckpointError: a tensor is neither 'float32', 'bfloat16' nor 'float16'.
     """
     for name, dtype in dtypes.items():
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):

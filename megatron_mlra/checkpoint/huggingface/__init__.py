@@ -1,1 +1,1 @@
-"""Exported Hugging Face folders: config, tensor names, tokenizer files."""
+"""Hugging Face folders: config, tensor names, tokenizer files, model card."""

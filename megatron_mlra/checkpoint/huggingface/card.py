@@ -16,14 +16,16 @@ from megatron_mlra.data import read_metadata
 from megatron_mlra.description.model import ModelDescription
 
 RANKS = (1, 4, 8)
+"""Tensor-parallel sizes in the table of cache bytes."""
 MOST_DATA = 20
-"""Data sets that are listed."""
+"""Most data sets that are listed."""
 
 
 def model_card(source: CheckpointFolder, model: ModelDescription, name: str, chat: bool) -> str:
     """The text of a model's README.md.
 
     Args:
+        source: the checkpoint that the model was exported from.
         name: of the folder.
         chat: whether the folder has a chat template.
     """
@@ -89,7 +91,7 @@ def model_card(source: CheckpointFolder, model: ModelDescription, name: str, cha
 
 
 def _training(source: CheckpointFolder) -> list[str]:
-    """What the checkpoint and the metadata of its data say; numbers and names alone."""
+    """Lines on the run's step and data, from the checkpoint and the metadata of its data."""
     args = getattr(source, "args", None)
     step = getattr(source, "iteration", None)
     samples, length = (_number(args, key) for key in ("consumed_train_samples", "seq_length"))
@@ -104,7 +106,7 @@ def _training(source: CheckpointFolder) -> list[str]:
 
 
 def _data(prefix: str) -> str:
-    """A row of the table of data; a path is left out but for its last part."""
+    """A row of the table of data. Of the path only the last part is published."""
     try:
         metadata = read_metadata(prefix) or {}
     except (ValueError, OSError):
@@ -125,5 +127,5 @@ def _number(args: Any, key: str) -> int | None:
 
 
 def _plain(text: str) -> str:
-    """Text of a checkpoint or path without what Markdown, JSON or a shell would read."""
+    """Text of a checkpoint or path, without letters special to Markdown, JSON or a shell."""
     return re.sub(r"[^\w.+-]", "_", text)[:100] or "model"

@@ -13,7 +13,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_mlra.MLRAModel",
     "AutoModelForCausalLM": "modeling_mlra.MLRAForCausalLM",
 }
-"""Which classes of the exported code transformers takes."""
+"""Which class of the exported code transformers loads for each of its own."""
 
 _COMMON = {
     "vocab_size": "vocab_size",
@@ -55,7 +55,7 @@ def to_hf_config(model: ModelDescription) -> dict[str, Any]:
     """The `config.json` of a model.
 
     Raises:
-        CheckpointError: transformers has no such model, and this project exports none.
+        CheckpointError: a model with grouped queries that transformers' Llama cannot express.
     """
     config: dict[str, Any] = {theirs: getattr(model, ours) for theirs, ours in _COMMON.items()}
     config |= {"hidden_act": "silu", "dtype": model.dtype, "rope_parameters": _rope(model)}
@@ -83,7 +83,7 @@ def from_hf_config(config: Mapping[str, Any], dtype: str) -> ModelDescription:
     """The model that a `config.json` of type `mlra` or `llama` describes.
 
     Raises:
-        CheckpointError: a key is missing, or asks for what this family has not.
+        CheckpointError: a key is missing, or its value has no counterpart in ModelDescription.
     """
 
     def needed(name: str) -> Any:
@@ -174,7 +174,7 @@ def _rope(model: ModelDescription) -> dict[str, Any]:
         "rope_theta": float(model.rotary_base),
         "factor": model.rotary_scaling_factor,
         **{name: getattr(model, name) for name in _YARN},
-        # Said outright: transformers' own rule takes mscale_all_dim 0 for "not given".
+        # Given explicitly, since transformers treats mscale_all_dim 0 as "not given".
         "attention_factor": magnitude(model.mscale) / magnitude(model.mscale_all_dim),
     }
 
@@ -194,7 +194,7 @@ def _rope_fields(rope: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_llama(model: ModelDescription) -> None:
-    """What transformers' Llama fixes."""
+    """Refuse a model that transformers' Llama cannot express."""
     if model.num_experts:
         raise CheckpointError(
             f"a {model.variant} model has no Hugging Face counterpart: Llama has no experts"

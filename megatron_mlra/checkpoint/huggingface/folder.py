@@ -1,8 +1,8 @@
 """Hugging Face folders: written from any checkpoint, and read back.
 
-Latent attention ships its own code (`megatron_mlra/hf`), so that
-`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` needs transformers alone.
-MHA, MQA and GQA are transformers' Llama.
+An exported model with latent attention includes its own code (`megatron_mlra/hf`), so that
+`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` needs only transformers. A
+model with MHA, MQA or GQA is exported as transformers' Llama.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from megatron_mlra.description.model import CheckpointError, check_layers
 from megatron_mlra.description.tensors import dtype_of
 
 CODE = Path(__file__).parents[2] / "hf"
-"""The files an exported model runs on."""
+"""Folder of the code that is copied into exports."""
 
 
 class HuggingFaceFolder(CheckpointFolder):
@@ -75,10 +75,11 @@ class HuggingFaceFolder(CheckpointFolder):
 
 
 def check_own_code(folder: Path) -> None:
-    """Refuse to have transformers run code of a folder that an export of this version has not.
+    """Check that transformers would run only the code that this version exports.
 
     Raises:
-        CheckpointError: names the first file or entry that differs.
+        CheckpointError: the folder has other code, or its config names other code; names the first
+            such file or entry.
     """
     own = {path.name: path.read_bytes() for path in CODE.glob("*_mlra.py")}
     for path in sorted(folder.rglob("*")):
@@ -110,13 +111,14 @@ def write_huggingface(
     Args:
         dtype: of the weights, default the source's.
         tokenizer, chat_template: see `write_tokenizer`.
-        say: is told which tokenizer files were copied from where.
+        max_shard_bytes: see `write_safetensors`.
+        say: called with one line per copied tokenizer file.
 
     Returns:
-        None, or one line that says why the folder has no tokenizer.
+        None, or one line with the reason why the folder has no tokenizer.
 
     Raises:
-        CheckpointError: transformers has no such model; or see TensorStream, written_aside.
+        CheckpointError: see `to_hf_config`, `write_tokenizer`, TensorStream and `written_aside`.
     """
     with TensorStream(source, dtype, progress) as stream:
         model = stream.description

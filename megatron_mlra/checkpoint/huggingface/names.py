@@ -1,7 +1,7 @@
-"""Names of exported Hugging Face folders, as a table against the canonical ones.
+"""The table of canonical tensor names and those of Hugging Face folders.
 
-Latent attention has the names of `hf/attention_mlra.py`, grouped queries those of transformers'
-Llama.
+Models with latent attention have the names of `hf/attention_mlra.py`, models with grouped queries
+those of transformers' Llama.
 """
 
 from __future__ import annotations

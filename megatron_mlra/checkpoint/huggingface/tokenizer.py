@@ -1,4 +1,4 @@
-"""The tokenizer an exported folder ships with: copied, or made for byte-level models."""
+"""The tokenizer of an exported folder: copied, or written for byte-level models."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from megatron_mlra.description.model import CheckpointError, ModelDescription
 
 CHAT, GENERATION = "chat_template.jinja", "generation_config.json"
 OF_ANOTHER_MODEL = (CHAT, GENERATION)
-"""Files that say how a model is used, not how text is cut: a tokenizer's folder that the user names
-has those of the model that it was taken from."""
+"""Files that describe the use of a model. They are not copied from a tokenizer's folder that the
+user names: there they describe another model."""
 END_OF_DOCUMENT = "<|endoftext|>"
 PADDING = "<|padding|>"
 PADDING_BYTE = 255
-"""The byte that stands for padding: UTF-8 has no use for it. The end of a document must not: labels
-of padding are ignored, so that a fine-tuned model would never learn to stop."""
+"""The byte that stands for padding, which no UTF-8 text contains. The end of a document must not be
+the padding: labels of padding are ignored, so that a fine-tuned model would never learn to stop."""
 
 
 def write_tokenizer(
@@ -46,20 +46,21 @@ def write_tokenizer(
     """Write or copy the model's tokenizer files, and `generation_config.json`, into `folder`.
 
     Args:
-        tokenizer: 'byte', or a folder with tokenizer files; default: the files beside the weights,
-            or bytes where the metadata of a Megatron run's data says so. Of a folder, no chat
-            template and no generation_config.json is taken.
+        tokenizer: 'byte', or a folder with tokenizer files, of which the chat template and the
+            generation_config.json are not copied. Default: the files beside the weights, or bytes
+            if the metadata of a Megatron run's data names them.
         chat_template: a file with the Jinja template that the model was trained with.
-        outside: also copy files that the checkpoint only names, into a folder that nobody gets.
-        say: is told which files were copied from where.
+        outside: also copy files elsewhere that the checkpoint names. For a `folder` that is not
+            published.
+        say: called with one line per copied file.
 
     Returns:
-        None, or one line that says why there is no tokenizer.
+        None, or one line with the reason why there is no tokenizer.
 
     Raises:
-        CheckpointError: `tokenizer` is neither, or does not fit the vocabulary; or a file is a link
-            out of its folder.
-        InputError: a tokenizer.json that the library cannot read.
+        CheckpointError: `tokenizer` is neither 'byte' nor such a folder, or 'byte' does not fit the
+            vocabulary; or a file is a link out of its folder.
+        InputError: the library cannot read the tokenizer.json.
     """
     template = None if chat_template is None else read_text(chat_template)
     missing, foreign = None, False
@@ -85,7 +86,7 @@ def write_tokenizer(
 
 
 def has_chat_template(folder: Path) -> bool:
-    """Whether a server can take messages of roles."""
+    """Whether the exported folder has a chat template."""
     if (folder / CHAT).is_file():
         return True
     config = folder / "tokenizer_config.json"
@@ -93,7 +94,7 @@ def has_chat_template(folder: Path) -> bool:
 
 
 def _write_generation(model: ModelDescription, folder: Path) -> None:
-    """Servers end a text where `generation_config.json` says: at the model's end of document."""
+    """Add the model's end of document to `generation_config.json`, where servers look for it."""
     file = folder / GENERATION
     config = json_object(file) if file.exists() else {}
     named = config.get("eos_token_id")
@@ -107,7 +108,7 @@ def _write_generation(model: ModelDescription, folder: Path) -> None:
 
 
 def _end_of_tokenizer(folder: Path) -> int | None:
-    """The id of the token that the tokenizer ends texts with; None where none can be told."""
+    """The id of the tokenizer's `eos_token`; None if unknown."""
     file, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
     if not (file.is_file() and config.is_file()):
         return None
@@ -115,14 +116,14 @@ def _end_of_tokenizer(folder: Path) -> int | None:
     token = token.get("content") if isinstance(token, dict) else token
     if not isinstance(token, str):
         return None
-    with contextlib.suppress(InputError):  # no tokenizer
+    with contextlib.suppress(InputError):  # tokenizer.json is damaged
         return read_tokenizer_json(file).token_to_id(token)
     return None
 
 
 def _name_end_of_document(source: CheckpointFolder, model: ModelDescription, folder: Path) -> None:
-    """Give a bare tokenizer.json, as the `tokenizers` library saves it, the end-of-document token
-    of the model or of its data: transformers reads it from tokenizer_config.json alone."""
+    """Write a missing tokenizer_config.json with the end-of-document token of the model or of its
+    data. The `tokenizers` library saves only tokenizer.json, where transformers does not look."""
     file, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
     if not file.is_file() or config.exists():
         return
@@ -133,17 +134,18 @@ def _name_end_of_document(source: CheckpointFolder, model: ModelDescription, fol
         with contextlib.suppress(CheckpointError):
             made_with = data_tokenizer(source)
             end = made_with.eod_token if made_with else None
-    named = {} if end is None else {"eos_token": end}
-    _write_json(
-        config,
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            **named,
-            "model_max_length": model.max_position_embeddings,
-            "clean_up_tokenization_spaces": False,
-            "padding_side": "left",
-        },
-    )
+    _write_config(model, folder, {} if end is None else {"eos_token": end})
+
+
+def _write_config(model: ModelDescription, folder: Path, special: dict[str, str]) -> None:
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **special,
+        "model_max_length": model.max_position_embeddings,
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left",
+    }
+    _write_json(folder / "tokenizer_config.json", config)
 
 
 def _write_json(file: Path, values: dict[str, Any]) -> None:
@@ -151,7 +153,8 @@ def _write_json(file: Path, values: dict[str, Any]) -> None:
 
 
 def _write_byte_tokenizer(model: ModelDescription, folder: Path) -> None:
-    """UTF-8 bytes as ids 0..255 and the end of a document, as `preprocess` encodes them."""
+    """Write a tokenizer of UTF-8 bytes (ids 0..255) and the end of a document (id 256), which
+    encodes as `preprocess` does."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     end = 256 if model.eod_token_id is None else model.eod_token_id
@@ -171,21 +174,13 @@ def _write_byte_tokenizer(model: ModelDescription, folder: Path) -> None:
     if tokenizer.token_to_id(END_OF_DOCUMENT) != end:
         raise CheckpointError(f"a byte tokenizer ends documents with id 256, not {end}")
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": END_OF_DOCUMENT,
-        "pad_token": PADDING,
-        "model_max_length": model.max_position_embeddings,
-        "clean_up_tokenization_spaces": False,
-        "padding_side": "left",
-    }
-    _write_json(folder / "tokenizer_config.json", config)
+    _write_config(model, folder, {"eos_token": END_OF_DOCUMENT, "pad_token": PADDING})
 
 
 def _byte_letters() -> dict[int, str]:
-    """The printable letter that byte-level tokenizers write for each byte (GPT-2's table).
+    """Byte -> printable letter, the table of GPT-2's byte-level tokenizer.
 
-    Printable Latin-1 bytes are themselves, the others follow from U+0100 on.
+    Printable Latin-1 bytes map to themselves, the others to U+0100 and following.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]

@@ -1,1 +1,1 @@
-"""Megatron's --save folders: torch_dist files read (no pickle is run), written, resharded."""
+"""Megatron's --save folders (torch_dist): read without running code, written, resharded."""

@@ -28,9 +28,11 @@ from megatron_mlra.description.tensors import (
 )
 
 RENAMED = {"mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight"}
-"""Norms that Transformer Engine fuses into the linear behind them, and that keep that name."""
+"""Stored name -> canonical name of norms that Transformer Engine fuses into the next linear. Their
+stored name is the same without Transformer Engine."""
 
 RENAMED_GQA = {"self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight"}
+"""The same for models with grouped queries only."""
 
 _STATE = re.compile(
     r"(?:chained_\d+\.)?optimizer\.|rng_state|rerun_state|opt_param_scheduler|.*\._extra_state"
@@ -40,7 +42,7 @@ _DRAFT_LAYER = re.compile(rf"(mtp\.layers\.)(\d+)\.{re.escape(MULTI_TOKEN_LAYER)
 
 
 class MegatronFolder(CheckpointFolder):
-    """A `--save` folder (its latest checkpoint) or one `iter_*` folder."""
+    """The latest checkpoint of a `--save` folder, or an `iter_*` folder."""
 
     kind = "megatron"
 
@@ -81,7 +83,7 @@ class MegatronFolder(CheckpointFolder):
         self.files.check_contents({*(key for key, _ in self._places.values()), COMMON_KEY})
 
     def _read(self, name: str) -> torch.Tensor:
-        """See CheckpointFolder.tensor; rows that pad the vocabulary are left out."""
+        """See CheckpointFolder.tensor; without the rows that pad the vocabulary."""
         tensor = self.files.tensor(*self._places[name])
         if name in VOCABULARY:
             tensor = tensor[: self.description.vocab_size]
@@ -98,13 +100,14 @@ class MegatronFolder(CheckpointFolder):
         return [model] if model.is_file() else []
 
     def _stored_layers(self) -> int:
-        """Layers that the stored tensors can make: one per name, or those of stacked ones."""
+        """An upper bound of the layers that the stored tensors hold: one per stored name, or the
+        first dimension of stacked tensors."""
         shapes = self.files.shapes()
         stacked = [s[0] for key, s in shapes.items() if s and key.startswith("decoder.layers.")]
         return max(len(shapes), *stacked, 0)
 
     def _map(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Canonical name -> (stored name, where in its first dimensions: layer, expert)."""
+        """Canonical name -> (stored name, indices of its first dimensions: layer, expert)."""
         renamed = RENAMED | (RENAMED_GQA if self.description.attention == "gqa" else {})
         found: dict[str, tuple[int, ...]] = {}
         places: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -119,7 +122,7 @@ class MegatronFolder(CheckpointFolder):
             inner = "" if match.re is _LAYER else MULTI_TOKEN_LAYER
             rest = renamed.get(rest, rest)
             if layer is None:
-                # One more than the model has is enough to be refused.
+                # `check_tensors` refuses one layer too many; more need not be listed.
                 stacked = min(shape[0] if shape else 0, self.description.num_layers + 1)
                 each = [(f"decoder.layers.{i}.", (i,)) for i in range(stacked)]
             else:
@@ -143,10 +146,11 @@ class MegatronFolder(CheckpointFolder):
 
 
 def iteration_folder(path: Path) -> Path:
-    """The folder with the weights: `path` itself, or the one its tracker names.
+    """The folder with the weights: the one that the tracker of `path` names, or `path` itself
+    without a tracker.
 
     Raises:
-        CheckpointError: the tracker names no folder that is there.
+        CheckpointError: the tracker names a folder that is missing.
     """
     step = tracked_step(path)
     if step is None:

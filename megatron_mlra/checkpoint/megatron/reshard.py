@@ -1,7 +1,7 @@
-"""Rewriting a Megatron checkpoint: other files, without the optimizer, or in another dtype.
+"""Rewrites a Megatron checkpoint: into other files, without the optimizer, or in another dtype.
 
-Loading at another layout needs no rewriting: torch_dist stores global tensors. The entries are
-copied whatever the model is, so every attention and mixtures of experts work.
+Loading at another parallel layout needs no rewriting: torch_dist stores global tensors. Entries are
+copied without knowledge of the model, so every attention and mixtures of experts work.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from megatron_mlra.description.tensors import EXPERT_BIAS
 _OF_A_RUN = re.compile(r"(chained_\d+\.)?optimizer\.|rng_state|rerun_state|opt_param_scheduler")
 _STACKED = re.compile(r"(.*\.)?decoder\.layers\.(?!\d)")
 _RESHARDABLE = (None, "fully_reshardable", "fully_sharded_model_space")
-"""Formats of a distributed optimizer's state that do not depend on the layout."""
+"""Formats of a distributed optimizer's state that do not depend on the parallel layout."""
 
 
 def reshard(
@@ -50,19 +50,20 @@ def reshard(
     say: Callable[[str], object] = say_nothing,
     verify: bool = True,
 ) -> None:
-    """Rewrite a `--save` folder's latest checkpoint, or one `iter_*` folder.
+    """Rewrite the latest checkpoint of a `--save` folder, or an `iter_*` folder.
 
     Args:
-        files: how many files hold the tensors; each is written by a thread of its own.
+        files: number of files for the tensors; each is written by its own thread.
         weights_only: leave out optimizer, schedule and random states. The copy is a release
             checkpoint: a run that loads it starts at step 0.
-        dtype: of the weights; needs `weights_only`, since an optimizer's state fits its weights.
-        verify: compare the source's files with its checksums, where it has any.
-        say: is told which tokenizer files were copied from where.
+        dtype: of the weights, default the source's; needs `weights_only`, since an optimizer's
+            state belongs to weights of its dtype.
+        say: called with one line per copied tokenizer file.
+        verify: compare the source's files with its checksums, if it has any.
 
     Raises:
-        CheckpointError: the source is damaged, or its optimizer state is bound to its layout; or
-        see written_aside.
+        CheckpointError: an argument is wrong; the source is damaged; its optimizer state depends on
+            its parallel layout; or see `written_aside`.
     """
     if files < 1:
         raise CheckpointError(f"files is {files}; use at least 1")
@@ -116,7 +117,7 @@ def _check_layout(stored: TorchDistFolder, weights_only: bool) -> None:
 
 
 class _Copy(StreamingPlanner):
-    """Every entry of a checkpoint, tensors in one block (stacked layers: one a layer)."""
+    """Plans every entry of a checkpoint. A tensor is one block; stacked layers one per layer."""
 
     def __init__(
         self, stored: TorchDistFolder, weights_only: bool, dtype: torch.dtype | None
@@ -150,7 +151,7 @@ class _Copy(StreamingPlanner):
         return self.dtype if cast else dtype
 
     def plan(self) -> None:
-        """Objects, then tensors."""
+        """Add the objects, then the tensors."""
         for key in self.objects:
             known = self.replaced.get(key)
             self.add_bytes(key, self.stored.stored[key, ()].length if known is None else len(known))
@@ -162,7 +163,7 @@ class _Copy(StreamingPlanner):
             self.add_tensor(key, shape, self._dtype(key), blocks)
 
     def data(self, key: str, offsets: tuple[int, ...]) -> torch.Tensor | bytes:
-        """An object's bytes unread, or a block."""
+        """The bytes of an object, copied as they are, or a block of a tensor."""
         if key not in self.shapes:
             known = self.replaced.get(key)
             return self.stored.raw(key) if known is None else known
@@ -178,7 +179,7 @@ class _Copy(StreamingPlanner):
 
 
 def _released(stored: TorchDistFolder, dtype: torch.dtype | None) -> dict[str, Any]:
-    """The common state of a checkpoint that starts a run: arguments without the run's progress."""
+    """The common state of a checkpoint at step 0: the arguments without the run's progress."""
     state = stored.common_state()
     args = state.get("args")
     if not isinstance(args, argparse.Namespace):
@@ -201,7 +202,8 @@ def _released(stored: TorchDistFolder, dtype: torch.dtype | None) -> dict[str, A
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value was read whole; enums and other classes are not (see safe_pickle)."""
+    """Whether a value is complete. Enums and objects of other classes are not: safe_pickle reads
+    them as inert objects."""
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, bool | int | float | str | torch.dtype)

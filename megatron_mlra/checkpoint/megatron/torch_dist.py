@@ -1,6 +1,6 @@
-"""The torch_dist files of a Megatron checkpoint, read without a process group.
+"""Reads the torch_dist files of a Megatron checkpoint without a process group.
 
-Every entry of `.metadata` says which bytes of which file hold which block of which tensor.
+The index (files/torch_dist_index.py) maps each block of each tensor to a range of bytes in a file.
 """
 
 from __future__ import annotations
@@ -38,17 +38,18 @@ _SMALL_FILES = (COMMON_FILE, FORMAT_FILE)
 
 
 class TorchDistFolder:
-    """An `iter_*` folder: sizes without reading, blocks of tensors on demand.
+    """An `iter_*` folder. Shapes come from the index; blocks of tensors are read on demand.
 
-    Nothing in it is run: what loaders unpickle is looked into before anything is read.
+    No code from the folder runs: entries that are not tensors are checked here, tensors when read.
 
     Args:
-        verify: compare files with the checkpoint's checksums, where it has any: the small ones
-            here, those of tensors in `check_contents`.
+        verify: compare files with the checkpoint's checksums, if it has any: small files here,
+            those of tensors in `check_contents`.
 
     Raises:
-        CheckpointError: the folder is incomplete; names the missing or short file. Or Megatron
-        would read other files of it than these. Or it holds code; lists the names.
+        ForbiddenNames: the folder holds code; lists the names.
+        CheckpointError: a file is missing, short or damaged; or Megatron would read other files of
+            the folder than the index lists.
     """
 
     def __init__(self, path: Path, verify: bool = False) -> None:
@@ -68,7 +69,7 @@ class TorchDistFolder:
         }
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Global shape of every stored tensor, by stored name."""
+        """Stored name -> global shape of every tensor."""
         return {
             name: tuple(entry.size)
             for name, entry in self.metadata.state_dict_metadata.items()
@@ -76,10 +77,10 @@ class TorchDistFolder:
         }
 
     def check_contents(self, names: Iterable[str]) -> None:
-        """Compare the files that hold these tensors with their checksums, if asked to verify.
+        """Compare the files of these entries with their checksums, if `verify` is on.
 
         Raises:
-            CheckpointError: names the first that differs.
+            CheckpointError: a file differs; names the first.
         """
         wanted = set(names)
         if self.verify:
@@ -91,10 +92,10 @@ class TorchDistFolder:
         return self.metadata.state_dict_metadata[name].properties.dtype
 
     def tensor(self, name: str, at: tuple[int, ...] = ()) -> torch.Tensor:
-        """A stored tensor, or its part at these indices of its first dimensions (layer, expert).
+        """A stored tensor, or its part at the indices `at` of its first dimensions (layer, expert).
 
         Raises:
-            CheckpointError: a block of it is missing or cannot be read.
+            CheckpointError: a block of the tensor is missing or cannot be read.
         """
         try:
             return self._assemble(name, at)
@@ -164,11 +165,11 @@ class TorchDistFolder:
             return file.read(info.length)
 
     def check_tensors(self) -> None:
-        """Look into every tensor's entry, without reading its numbers.
+        """Check every tensor's entry without reading its numbers.
 
         Raises:
-            ForbiddenNames: one names code.
-            CheckpointError: one does not hold what it says.
+            ForbiddenNames: an entry names code.
+            CheckpointError: an entry is damaged, or has fewer bytes than it states.
         """
         for index, info in self.metadata.storage_data.items():
             try:
@@ -182,15 +183,15 @@ class TorchDistFolder:
                 ) from None
 
     def raw(self, name: str) -> bytes:
-        """The bytes of an entry that is no tensor."""
+        """The bytes of an entry that is not a tensor."""
         return self._bytes(self.stored[name, ()])
 
     def common_state(self) -> dict[str, Any]:
-        """Megatron's state that is no tensor: `args`, `iteration`, ...; unknown classes are inert.
-        It is read once, and not to be changed.
+        """Megatron's state besides tensors: `args`, `iteration`, ... Objects of unknown classes are
+        inert. The result is cached; do not change it.
 
         Raises:
-            CheckpointError: there is none, or it cannot be read.
+            CheckpointError: the state is missing or cannot be read.
         """
         if self._common is None:
             self._common = self._read_common_state()
@@ -217,7 +218,7 @@ class TorchDistFolder:
 
 
 class _Part(io.RawIOBase):
-    """A range of bytes of a file, as a file: torch.load then reads it without a second copy."""
+    """A range of bytes of a file, as a file: torch.load reads from it without a second copy."""
 
     def __init__(self, file: io.RawIOBase, start: int, length: int) -> None:
         self.file, self.start, self.length, self.at = file, start, length, 0

@@ -1,7 +1,7 @@
-"""Writing Megatron checkpoint folders (torch_dist) tensor by tensor, without a process group.
+"""Writes Megatron checkpoint folders (torch_dist) tensor by tensor, without a process group.
 
-`pretrain_mlra.py --load` reads them at any layout. Torch's distributed checkpoint writes the files;
-the planner below hands it one layer's tensor at a time, so memory holds one.
+`mlra pretrain --load` reads them at any parallel layout. torch.distributed.checkpoint writes the
+files. The planner below hands it one layer's tensor at a time, so that memory holds one tensor.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from megatron_mlra.description.tensors import (
 )
 
 VOCABULARY_MULTIPLE = 128
-"""Rows of the embedding are padded to a multiple, as Megatron does at one tensor-parallel rank."""
+"""The rows of the embedding are padded to a multiple of this, as Megatron does at TP1."""
 
 
 def write_megatron(
@@ -67,18 +67,19 @@ def write_megatron(
     progress: bool = True,
     say: Callable[[str], object] = say_nothing,
 ) -> None:
-    """Write a `--load` folder with the source's weights, and its arguments; no optimizer state.
+    """Write a `--load` folder with the source's weights and arguments, without optimizer state.
 
     It is a release checkpoint (tracker `release`): a run that loads it starts at step 0.
 
     Args:
         dtype: of the weights, default the source's.
-        padded_vocab_size: rows of the embedding, default the vocabulary rounded up to 128; added
-            rows are zero.
-        say: is told which tokenizer files were copied from where.
+        padded_vocab_size: rows of the embedding, default the vocabulary rounded up to a multiple of
+            128; added rows are zero.
+        say: called with one line per copied tokenizer file.
 
     Raises:
-        CheckpointError: see TensorStream and written_aside; or fewer rows than the vocabulary has.
+        CheckpointError: `padded_vocab_size` is less than the vocabulary; or see TensorStream and
+            `written_aside`.
     """
     vocab = source.description.vocab_size
     rows = padded_vocab_size
@@ -100,7 +101,13 @@ def write_megatron(
 
 
 def seal(weights: Path, folder: Path, tokenizer: list[Path], say: Callable[[str], object]) -> None:
-    """Copy the tokenizer's files beside a checkpoint that is written, and list both's checksums."""
+    """Write the manifest of a complete checkpoint, copy the tokenizer's files into `folder`, and
+    write their manifest.
+
+    Args:
+        weights: the `iter_*` or release folder.
+        folder: the `--load` folder around it.
+    """
     manifest.write(weights)
     copy_tokenizer(tokenizer, folder, say)
     if tokenizer:
@@ -108,7 +115,8 @@ def seal(weights: Path, folder: Path, tokenizer: list[Path], say: Callable[[str]
 
 
 def save_torch_dist(planner: SavePlanner, folder: Path, files: int = 1) -> None:
-    """Let torch's distributed checkpoint write what a planner plans, in this process alone."""
+    """Write the entries of `planner` into `folder` with torch.distributed.checkpoint, in this
+    process alone, as `files` files."""
     writer = dcp.FileSystemWriter(folder, thread_count=files)
     with warnings.catch_warnings():
         # "torch.distributed is unavailable, assuming a single process": that is the intent.
@@ -117,7 +125,8 @@ def save_torch_dist(planner: SavePlanner, folder: Path, files: int = 1) -> None:
         try:
             dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
         except CheckpointException as error:
-            # It wraps whatever happens, interrupts too. Raised here, that would lose its context.
+            # It wraps every error, KeyboardInterrupt too. The cause is raised outside the handler,
+            # so that its own context stays: written_aside looks for an OSError there.
             failure = next(iter(error.failures.values()))[0]
         if failure is not None:
             raise failure
@@ -125,14 +134,15 @@ def save_torch_dist(planner: SavePlanner, folder: Path, files: int = 1) -> None:
 
 
 class StreamingPlanner(SavePlanner):
-    """Plans entries whose data is made when it is written. Subclasses add entries in `plan`."""
+    """Plans entries whose data is made only when they are written. Subclasses define `plan` and
+    `data`."""
 
     def __init__(self) -> None:
         self.items: list[WriteItem] = []
         self.entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
 
     def add_bytes(self, key: str, size: int) -> None:
-        """Plan an entry of bytes."""
+        """Plan an entry of `size` bytes."""
         self.entries[key] = BytesStorageMetadata()
         self.items.append(
             WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO, BytesIOWriteData(size))
@@ -145,7 +155,7 @@ class StreamingPlanner(SavePlanner):
         dtype: torch.dtype,
         blocks: list[tuple[tuple[int, ...], tuple[int, ...]]],
     ) -> None:
-        """Plan a tensor, stored as blocks of (offsets, sizes)."""
+        """Plan a tensor of a global shape, stored as blocks of (offsets, sizes)."""
         properties = TensorProperties(dtype=dtype)
         chunks = [ChunkStorageMetadata(torch.Size(o), torch.Size(n)) for o, n in blocks]
         self.entries[key] = TensorStorageMetadata(properties, torch.Size(shape), chunks)
@@ -155,27 +165,28 @@ class StreamingPlanner(SavePlanner):
             self.items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
 
     def plan(self) -> None:
-        """Add every entry, in the order it is written."""
+        """Add every entry, in the order of writing."""
         raise NotImplementedError
 
     def data(self, key: str, offsets: tuple[int, ...]) -> torch.Tensor | bytes:
-        """What an entry holds (a tensor's block, of any shape with as many numbers)."""
+        """The bytes of an entry, or the block at `offsets` of a tensor, in any shape with as many
+        numbers."""
         raise NotImplementedError
 
     def set_up_planner(self, state_dict, storage_meta=None, is_coordinator=False) -> None:
-        """Nothing to do: the state is not in memory."""
+        """Do nothing: there is no state dict."""
 
     def create_local_plan(self) -> SavePlan:
-        """All entries."""
+        """The plan of all entries."""
         self.plan()
         return SavePlan(self.items)
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """The one plan, and what `.metadata` says of it."""
+        """The one plan, and the content of `.metadata`."""
         return all_plans, Metadata(self.entries)
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        """Unchanged."""
+        """The plan, unchanged."""
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
@@ -188,9 +199,8 @@ class StreamingPlanner(SavePlanner):
 
 
 class _Planner(StreamingPlanner):
-    """A model's weights as Megatron stores them: experts stacked, and layers of one kind; each one
-    a block.
-    """
+    """Plans a model's weights as Megatron stores them: experts are stacked into one tensor, and so
+    are layers if all are of one kind. Each stacked tensor is a block."""
 
     def __init__(self, stream: TensorStream, padded_vocab_size: int) -> None:
         super().__init__()
@@ -203,7 +213,7 @@ class _Planner(StreamingPlanner):
         self.objects: dict[str, bytes] = {}
 
     def plan(self) -> None:
-        """Bytes, embedding, layer by layer, final norm, output."""
+        """Add the objects, the embedding, the final norm, the output, and the layers."""
         for key in _extra_states(self.model):
             self.objects[key] = saved_object([None])
         common = {
@@ -227,13 +237,17 @@ class _Planner(StreamingPlanner):
                 self._add_layers(layer_prefix(i), {i: ()})
 
     def _add_layers(self, prefix: str, layers: dict[int, tuple[int, ...]]) -> None:
-        """Plan layers of one kind: number -> index in the tensors that stack them."""
+        """Plan layers of one kind.
+
+        Args:
+            layers: number of a layer -> its index in the tensors that stack layers.
+        """
         is_moe = self.model.is_moe(next(iter(layers)))
         for name, shape in layer_tensors(self.model, next(iter(layers))).items():
             expert, _, rest = name.removeprefix(EXPERTS).partition(".")
             if not name.startswith(EXPERTS):
                 fused = self.stored.get(name, name)
-                # Megatron fuses no norm into a router.
+                # The norm before a router is not fused.
                 key = name if is_moe and fused.startswith("mlp.") else fused
                 parts = {layer_prefix(i) + name: at for i, at in layers.items()}
                 self._add(prefix + key, shape, parts)
@@ -246,7 +260,11 @@ class _Planner(StreamingPlanner):
                 self._add(prefix + EXPERTS + rest, shape, parts)
 
     def _add(self, key: str, shape: tuple[int, ...], parts: dict[str, tuple[int, ...]]) -> None:
-        """Plan a tensor that stacks tensors of this shape: canonical name -> leading indices."""
+        """Plan a tensor that stacks tensors of one shape.
+
+        Args:
+            parts: canonical name -> leading indices in the stack.
+        """
         zeros = (0,) * len(shape)
         blocks = {name: ((*at, *zeros), (*(1 for _ in at), *shape)) for name, at in parts.items()}
         name, last = next(reversed(parts.items()))
@@ -268,7 +286,7 @@ class _Planner(StreamingPlanner):
 
 
 def saved_arguments(model: ModelDescription, padded_vocab_size: int) -> argparse.Namespace:
-    """The arguments that a checkpoint of this model names, as of one process."""
+    """The arguments in a checkpoint of this model, as one process would save them."""
     args: dict[str, Any] = to_megatron_args(model)
     args |= {
         "padded_vocab_size": padded_vocab_size,
@@ -303,11 +321,11 @@ _STATEFUL = (
     "self_attention.linear_proj",
     "self_attention.core_attention",
 )
-"""Modules that keep an (empty) extra state in checkpoints, Megatron's or Transformer Engine's."""
+"""Modules of Megatron or Transformer Engine that have an (empty) extra state in checkpoints."""
 
 
 def _extra_states(model: ModelDescription) -> list[str]:
-    """Keys of extra states. A run asks for those of the modules it has and ignores the others."""
+    """Keys of extra states. A run loads those of its modules and ignores the others."""
     layers, experts = model.num_layers, model.num_experts
     keys = [f"{name.removesuffix('weight')}_extra_state/shard_0_1" for name in (FINAL_NORM, OUTPUT)]
     for i in range(layers):
@@ -328,7 +346,7 @@ def _extra_states(model: ModelDescription) -> list[str]:
 
 
 def saved_object(value: Any) -> bytes:
-    """An entry's bytes, as Megatron saves what is no tensor."""
+    """The bytes of an entry that is not a tensor, as Megatron saves it."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()

@@ -1,1 +1,1 @@
-"""Folders of the paper's research code: tensor names of every variant, both ways."""
+"""Folders of the paper's research code, read and written, of every variant."""

@@ -1,6 +1,6 @@
-"""Folders of the MLRA paper's research code: reading, and writing what it reads.
+"""Folders of the MLRA paper's research code, read and written.
 
-Its `config.json` does not name the variant, so names and shapes of the weights do.
+The `config.json` does not name the variant. The names and shapes of the weights tell it.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class ResearchFolder(CheckpointFolder):
         return rule.join([self.files.tensor(their).to(dtype) for their in rule.theirs])
 
     def _is_tied(self) -> bool:
-        """Whether the stored output weight is the embedding once more."""
+        """Whether the stored output weight equals the embedding."""
         names = (RESEARCH_EMBEDDING, RESEARCH_OUTPUT)
         if not set(names) <= set(self.files.shapes):
             return False
@@ -81,7 +81,7 @@ def infer_fields(
     """Fields of ModelDescription from a research `config.json` and the weights' shapes.
 
     Raises:
-        CheckpointError: a needed key or tensor is missing, or they fit no variant.
+        CheckpointError: a needed key or tensor is missing, or the shapes fit no variant.
     """
 
     def needed(name: str) -> int:
@@ -134,7 +134,12 @@ def infer_fields(
 
 
 def _latents(shapes: Mapping[str, tuple[int, ...]], h: int, d_h: int) -> tuple[int, int]:
-    """(L, N): by the up-projection's name, or by the heads that each of its latents serves."""
+    """(L, N), from the up-projection's name, or from the number of heads that a latent serves.
+
+    Args:
+        h: attention heads.
+        d_h: NoPE size of a head.
+    """
     if f"{_ATTENTION}kv_b_proj.weight" in shapes:
         return 1, 1
     if f"{_ATTENTION}kv_b_proj_1.weight" in shapes:
@@ -164,19 +169,21 @@ def write_research(
     progress: bool = True,
     say: Callable[[str], object] = say_nothing,
 ) -> str | None:
-    """Write a folder as the research code saves one.
+    """Write a folder in the format of the research code.
 
     Args:
         dtype: of the weights, default the source's.
         file_format: 'safetensors', or 'bin' (one file per layer).
+        max_shard_bytes: see `write_safetensors`.
         tokenizer: a folder with tokenizer files; default: the files beside the weights.
-        say: is told which tokenizer files were copied from where.
+        say: called with one line per copied tokenizer file.
 
     Returns:
-        None, or one line that says which tokenizer was not copied.
+        None, or one line that names the tokenizer that was not copied.
 
     Raises:
-        CheckpointError: the research code has no such model; or see TensorStream, written_aside.
+        CheckpointError: the research code cannot express the model; or see TensorStream and
+            `written_aside`.
     """
     if file_format not in FORMATS:
         raise CheckpointError(f"format is {file_format!r}; use one of {', '.join(FORMATS)}")
@@ -209,7 +216,7 @@ def write_research(
 
 
 def _write_bins(folder: Path, model: ModelDescription, names: list[str], parts, total) -> None:
-    """One `.bin` for the embedding, one a layer, one for the rest, and the index."""
+    """Write a `.bin` for the embedding, one per layer, one for the rest, and the index."""
     prefixes = [layer_prefix(i) for i in range(model.num_layers)]
     groups = [names[:1]]
     groups += [[name for name in names if name.startswith(prefix)] for prefix in prefixes]
@@ -217,9 +224,9 @@ def _write_bins(folder: Path, model: ModelDescription, names: list[str], parts, 
     where: dict[str, str] = {}
     for i, group in enumerate(groups, 1):
         file = f"pytorch_model-{i:05d}-of-{len(groups):05d}.bin"
-        # clone: torch.save writes the whole storage that a view is part of.
+        # clone: torch.save would write the whole storage of a view.
         state = {name: tensor.contiguous().clone() for name, tensor in parts(group)}
-        # Opened here, so that a full disk is an OSError.
+        # Opened here: on a full disk torch.save would raise a RuntimeError for its own file.
         with (folder / file).open("wb") as opened:
             torch.save(state, opened)
         where |= dict.fromkeys(state, file)
@@ -248,7 +255,7 @@ def research_config(model: ModelDescription) -> dict[str, Any]:
 
 
 def _check_exportable(model: ModelDescription) -> None:
-    """What the research code fixes."""
+    """Refuse a model that the research code cannot express."""
     latent = model.attention == "mlra"
     if model.num_experts:
         raise CheckpointError(

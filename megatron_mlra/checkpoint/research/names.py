@@ -1,4 +1,4 @@
-"""Names and layouts of the MLRA paper's research code, as a table against the canonical ones.
+"""The table of canonical tensor names and layouts, and those of the paper's research code.
 
 Letters: N branches, G head groups, L = N G latents, h heads, j heads of a group, e = d_h + d_v,
 l latent dim.
@@ -75,7 +75,7 @@ def _grouped(model: ModelDescription) -> dict[str, Rule]:
 
 
 def _linears(model: ModelDescription, *names: str) -> Rule:
-    """One Linear `[j e, l]` a latent, of a single branch: together `[1, h, e, l]`."""
+    """One Linear `[j e, l]` per latent, of a single branch; canonical `[1, h, e, l]`."""
     h, l = model.num_attention_heads, model.latent_dim
 
     def split(weight: Tensor) -> list[Tensor]:
@@ -85,7 +85,7 @@ def _linears(model: ModelDescription, *names: str) -> Rule:
 
 
 def _one_parameter(model: ModelDescription) -> Rule:
-    """A raw parameter `[L, l, j e]`, latent = branch * G + group; ours is `[N, h, e, l]`."""
+    """One parameter `[L, l, j e]`, latent = branch * G + group; canonical `[N, h, e, l]`."""
     N, G, l = model.num_branches, model.num_head_groups, model.latent_dim
     h = model.num_attention_heads
     j = h // G

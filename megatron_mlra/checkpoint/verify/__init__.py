@@ -1,1 +1,1 @@
-"""Whether two checkpoints are the same model: the paper's forward pass, compared."""
+"""Comparison of two checkpoints by the logits of the paper's forward pass; and `inspect`."""

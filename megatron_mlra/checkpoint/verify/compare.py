@@ -1,4 +1,4 @@
-"""Whether two checkpoints compute the same logits on a text, within a tolerance."""
+"""Compares the logits of two checkpoints on a text."""
 
 from __future__ import annotations
 
@@ -27,21 +27,24 @@ _STORAGE = {"dtype", "tokenizer_type", "tokenizer_model", "eod_token_id", "max_p
 
 @dataclass(frozen=True)
 class Comparison:
-    """Differences of two models' logits over a text."""
+    """Differences between the logits of two models, A and B, over a text."""
 
     tokens: int
     max_difference: float
+    """Largest |logit of A - logit of B|."""
     mean_difference: float
+    """Mean of |logit of A - logit of B|."""
     max_logit: float
+    """Largest |logit of A|."""
     kl: float
-    """Mean over tokens of KL(A || B), nats."""
+    """Mean over tokens of KL(A || B), in nats."""
     top1: float
-    """Share of tokens whose likeliest next token is the same."""
+    """Fraction of tokens for which both models predict the same next token."""
     tolerance: float
 
     @property
     def same(self) -> bool:
-        """Whether no logit differs by more than the tolerance (NaN never is within it)."""
+        """Whether no logit differs by more than the tolerance; False if a difference is NaN."""
         return self.max_difference <= self.tolerance
 
     def __str__(self) -> str:
@@ -64,7 +67,7 @@ def compare(
     """Run both models over `tokens` `[sequences, s]` layer by layer, in float32.
 
     Raises:
-        CheckpointError: the two describe different functions; names what differs.
+        CheckpointError: the models differ in architecture; see `check_same_function`.
     """
     check_same_function(a, b)
     passes = zip(hidden_states(a, tokens), hidden_states(b, tokens), strict=True)
@@ -80,12 +83,12 @@ def compare(
 def compare_with_transformers(
     a: CheckpointFolder, b: CheckpointFolder, tokens: Tensor, tolerance: float = TOLERANCE
 ) -> Comparison:
-    """As `compare`, but B, a Hugging Face folder, is run by transformers and the folder's own code,
-    which shares nothing with the conversion. B is in memory as a whole, in float32.
+    """As `compare`, but B, a Hugging Face folder, is run by transformers with the code in the
+    folder, which shares no code with the conversion. The whole of B is in memory, in float32.
 
     Raises:
-        CheckpointError: the two describe different functions, B is of another kind, or its code is
-        not that of this version.
+        CheckpointError: the models differ in architecture, B is of another kind, or its code is not
+            that of this version.
     """
     check_same_function(a, b)
     if b.kind != "huggingface":
@@ -103,7 +106,11 @@ def compare_with_transformers(
 
 
 def measure(parts: Iterable[tuple[Tensor, Tensor]], tolerance: float) -> Comparison:
-    """The comparison of logits `[tokens, V]` that come in parts, at most some tokens at a time."""
+    """Compare logits that come in parts.
+
+    Args:
+        parts: pairs of logits of A and B, `[tokens, V]` float32.
+    """
     largest = largest_logit = 0.0
     sums = torch.zeros(3, dtype=torch.float64)  # differences, KL, equal top-1
     count = 0
@@ -122,7 +129,7 @@ def measure(parts: Iterable[tuple[Tensor, Tensor]], tolerance: float) -> Compari
 
 
 def check_same_function(a: CheckpointFolder, b: CheckpointFolder) -> None:
-    """Refuse to compare models of different architecture.
+    """Check that two checkpoints have the same architecture.
 
     Raises:
         CheckpointError: names every field that differs, with both values.
@@ -141,13 +148,16 @@ def check_same_function(a: CheckpointFolder, b: CheckpointFolder) -> None:
 def sample_tokens(
     folder: CheckpointFolder, text: str | None, tokenizer: str | None, count: int, length: int
 ) -> tuple[Tensor, str]:
-    """Ids `[sequences, length]` of a text, and a line that says where they come from.
+    """Token ids `[sequences, length]` int64 of a text, and a line that names text and tokenizer.
 
-    Without a text, the documentation of Python's `textwrap` and its source; without a tokenizer,
-    that of the folder, else bytes as ids.
+    Args:
+        text: default: the source of Python's module `textwrap`.
+        tokenizer: 'byte', or a tokenizer.json or its folder; default: that of `folder`, else bytes.
+        count: of tokens, rounded up to whole sequences.
+        length: of a sequence.
 
     Raises:
-        CheckpointError: too little text, or ids beyond the model's vocabulary.
+        CheckpointError: the text is too short, or an id is beyond the model's vocabulary.
     """
     length = min(length, folder.description.max_position_embeddings)
     if count < 1 or length < 1:

@@ -1,4 +1,5 @@
-"""Logits of a checkpoint, layer by layer: memory holds one layer (of its routed experts, one).
+"""The forward pass of a checkpoint, layer by layer. Memory holds one layer, and one of its routed
+experts at a time.
 
 Plain torch over `maths/attention.py`, in float32. Letters: s tokens, b sequences, d hidden size, h
 query heads, g key/value heads, c head dim, V vocabulary.
@@ -29,14 +30,14 @@ from megatron_mlra.maths.rope import apply_rope, rotary_tables
 from megatron_mlra.maths.routing import choose_experts
 
 ROWS = 8192
-"""Rows of the vocabulary that are multiplied at a time."""
+"""Rows of the output weight that are multiplied at a time, which bounds the memory in float32."""
 
 
 def hidden_states(folder: CheckpointFolder, tokens: Tensor) -> Iterator[Tensor]:
-    """The embedding, then the state behind every layer, `[s, b, d]` float32.
+    """Yield the embedding, then the output of every layer, `[s, b, d]` float32.
 
     Args:
-        tokens: `[b, s]` ids.
+        tokens: ids `[b, s]`.
     """
     model = folder.description
     angles = rotary_tables(model, tokens.size(1))
@@ -77,7 +78,7 @@ def attention_block(
 def swiglu(
     x: Tensor, weights: dict[str, Tensor], _: ModelDescription, prefix: str = "mlp."
 ) -> Tensor:
-    """A dense MLP, or the shared experts, `[..., d]` -> the same."""
+    """A dense MLP or the shared experts, `[..., d]` -> `[..., d]`: W2 (silu(W_gate x) * W_up x)."""
     gate, up = (x @ weights[f"{prefix}linear_fc1"].T).chunk(2, dim=-1)
     return (torch.nn.functional.silu(gate) * up) @ weights[f"{prefix}linear_fc2"].T
 
@@ -88,7 +89,11 @@ def experts(
     model: ModelDescription,
     read: Callable[[str], Tensor],
 ) -> Tensor:
-    """Routed and shared experts, `[s, b, d]` -> the same; `read` gives an expert's weights."""
+    """Routed and shared experts, `[s, b, d]` -> `[s, b, d]`.
+
+    Args:
+        read: reads a weight of the layer, so that only chosen experts are read.
+    """
     tokens = x.flatten(0, 1)
     bias = weights.get(EXPERT_BIAS)
     scales, chosen = choose_experts(tokens, weights["mlp.router"], bias, model)
@@ -108,7 +113,10 @@ def experts(
 def grouped_attention(
     x: Tensor, weights: dict[str, Tensor], model: ModelDescription, angles: tuple[Tensor, Tensor]
 ) -> Tensor:
-    """MHA, GQA or MQA on `[s, b, d]`, from `linear_qkv` and `linear_proj` (see names.py)."""
+    """MHA, GQA or MQA, `[s, b, d]` -> `[s, b, d]`.
+
+    The rows of `linear_qkv` are ordered by query group: queries, gates, one key, one value.
+    """
     s, b, _ = x.shape
     g, c = model.num_query_groups, model.head_dim
     j = model.num_attention_heads // g
@@ -123,12 +131,13 @@ def grouped_attention(
 
 
 def logits(folder: CheckpointFolder, x: Tensor) -> Tensor:
-    """`[s, b, V]` of the state behind the last layer."""
+    """Logits `[s, b, V]` of the last layer's output `x` `[s, b, d]`."""
     return output_head(folder)(x)
 
 
 def output_head(folder: CheckpointFolder) -> Callable[[Tensor], Tensor]:
-    """Final norm and output weight, read once: state `[..., d]` -> logits `[..., V]`."""
+    """A function of the final norm and the output weight, which are read once: the last layer's
+    output `[..., d]` -> logits `[..., V]`."""
     model = folder.description
     norm = folder.tensor(FINAL_NORM).float()
     output = folder.tensor(EMBEDDING if model.tie_embeddings else OUTPUT)

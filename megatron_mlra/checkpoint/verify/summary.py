@@ -1,4 +1,4 @@
-"""What `inspect` prints of a checkpoint."""
+"""The text that `mlra inspect` prints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_mlra.description.tensors import expected_tensors
 
 
 def lines(folder: CheckpointFolder) -> list[str]:
-    """A summary of the model, then every kind of tensor with its shape and how many there are."""
+    """A summary of the model, then the name, shape and number of every kind of tensor."""
     m = folder.description
     shapes = expected_tensors(m)
     count = sum(math.prod(shape) for shape in shapes.values())

@@ -1,10 +1,9 @@
-"""Command line of the analysis of a checkpoint's attention, layer by layer."""
+"""Command line of `mlra analyze`."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,14 @@ import numpy as np
 from megatron_mlra.command_line import parser as command_line
 from megatron_mlra.command_line.parser import OneLineParser
 from megatron_mlra.command_line.threads import wait_passively
+from megatron_mlra.evaluation.inputs import add_inputs, exit_code, read_inputs
 
 LONGEST = 1024
-"""Tokens of a window unless asked for more: attention costs their square."""
+"""Most tokens per window by default: the cost of attention is quadratic in the window."""
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The flags."""
     command = OneLineParser(
         description="What the attention of a latent model (MLA, GLA-n, MLRA-n) does by layer:"
         " variance of keys, entropy, likeness of branches, ranks, what ablating a branch costs.",
@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--data", nargs="+", default=[], metavar="NAME=PREFIX", help="datasets of `mlra preprocess`"
     )
-    command.add_argument("--text", nargs="+", default=[], metavar="FILE", help="UTF-8 text files")
+    add_inputs(command)
     command.add_argument(
         "--tokens",
         type=int,
@@ -47,43 +47,31 @@ def parser() -> argparse.ArgumentParser:
         dest="ablate",
         help="leave out the ablations, which take most of the time",
     )
-    command.add_argument(
-        "--tokenizer", help="'byte' or a folder with tokenizer.json; default: the checkpoint's own"
-    )
     command.add_argument("--dtype", default="float32", help="float32 (default), bfloat16, float16")
-    command.add_argument("--device", help="default: cuda where there is a GPU")
-    command_line.add_no_verify(command)
     command.add_argument("--json", metavar="FILE", help="write the numbers here")
     command.add_argument("--plot", metavar="FILE", help="draw them here (.png, .svg or .pdf)")
     return command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run; returns the exit code: 0, or 2 for wrong input."""
+    """Run the command line; returns the exit code: 0, or 2 for wrong input."""
     wait_passively()
     args = parser().parse_args(argv)
-    try:
-        found = _run(args)
-        if args.json:
-            command_line.write_text(args.json, json.dumps(found) + "\n")
-        if args.plot:
-            from megatron_mlra.evaluation.analysis.plots import draw
+    return exit_code(lambda: _run(args))
 
-            draw(found, Path(args.plot))
-    except ModuleNotFoundError as error:
-        print(
-            f"error: {command_line.one_line(error)}; install the extra megatron-mlra[hf]",
-            file=sys.stderr,
-        )
-        return 2
-    except (ValueError, OSError) as error:
-        print(f"error: {command_line.one_line(error)}", file=sys.stderr)
-        return 2
-    return 0
+
+def _run(args: argparse.Namespace) -> None:
+    found = _analyze(args)
+    if args.json:
+        command_line.write_text(args.json, json.dumps(found) + "\n")
+    if args.plot:
+        from megatron_mlra.evaluation.analysis.plots import draw
+
+        draw(found, Path(args.plot))
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse what cannot work before anything is read.
+    """Check the flags before any file is read.
 
     Raises:
         ValueError: names the flag and the fix.
@@ -102,20 +90,9 @@ def _check(args: argparse.Namespace) -> None:
         command_line.check_output(args.plot, "--plot")
 
 
-def _run(args: argparse.Namespace) -> dict[str, Any]:
+def _analyze(args: argparse.Namespace) -> dict[str, Any]:
     _check(args)
-    from megatron_mlra.evaluation.token_stream import named_sets, read_stream, windows
-
-    sets = named_sets(args.data, "--data")
-    streams = {name: read_stream(prefix) for name, prefix in sets.items()}
-    texts = {file: command_line.read_text(file) for file in args.text}
-    if empty := next((file for file, text in texts.items() if not text), None):
-        raise ValueError(f"{empty} is empty")
-    if args.verify:
-        from megatron_mlra.data.contents import check_contents
-
-        for prefix in sets.values():
-            check_contents(prefix, None)
+    texts, streams = read_inputs(args)
 
     from megatron_mlra.checkpoint.formats import open_checkpoint
     from megatron_mlra.evaluation.analysis.passes import Passes, spread
@@ -126,6 +103,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
         load_model,
         load_tokenizer,
     )
+    from megatron_mlra.evaluation.token_stream import windows
 
     device = check_device(args.device, args.dtype)
     source = open_checkpoint(args.checkpoint, verify=args.verify)

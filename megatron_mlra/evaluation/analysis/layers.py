@@ -1,4 +1,4 @@
-"""Quantities of one attention layer, summed over windows of text.
+"""Measurements of one attention layer, summed over windows of text.
 
 Letters: s tokens of a window, d hidden size, h heads, n branches, g head groups, L = n g latent
 heads, l latent dim, r RoPE dim, d_h and d_v the other head dims. All sums are float64.
@@ -16,12 +16,12 @@ from torch import Tensor
 from megatron_mlra.hf.attention_mlra import MLRAAttention
 
 SCORES_AT_ONCE = 2**24
-"""Attention scores held at a time, in numbers: 64 MiB of float32, and a few times that in all."""
+"""Most attention scores held at a time: 64 MiB of float32, and a few copies of them."""
 
 
 def effective_rank(variances: Tensor) -> float:
-    """exp(entropy of the variances' shares): r where r directions have equal variance and the
-    others none; 0 where nothing varies.
+    """exp(entropy of the shares of variance): r if r directions have equal variance and the others
+    none; 0 without any variance.
 
     Args:
         variances: eigenvalues of a covariance, or squared singular values.
@@ -33,41 +33,40 @@ def effective_rank(variances: Tensor) -> float:
 
 
 def rank(variances: Tensor) -> int:
-    """How many directions have more than 1e-6 of the largest one's variance (1e-3 of its
-    amplitude)."""
+    """Number of directions with more than 1e-6 of the largest variance (1e-3 in amplitude)."""
     variances = variances.double()
     return int((variances > 1e-6 * variances.max()).sum()) if float(variances.max()) > 0 else 0
 
 
 @dataclass
 class Moments:
-    """Sums over tokens of vectors: their mean and covariance, or variances alone."""
+    """Sums of vectors over tokens, for their mean and variances, or their covariance."""
 
     count: int = 0
     total: Tensor | float = 0.0
     squares: Tensor | float = 0.0
 
     def add(self, x: Tensor) -> None:
-        """Vectors `[s, ..., e]`, of which only the variance of each component is kept."""
+        """Add vectors `[s, ..., e]` for `variances`."""
         x = x.double()
         self.count += len(x)
         self.total = self.total + x.sum(0)
         self.squares = self.squares + x.square().sum(0)
 
     def add_products(self, x: Tensor) -> None:
-        """Vectors `[s, k, e]`, of which the covariances `[k, e, e]` are kept."""
+        """Add vectors `[s, k, e]` for `eigenvalues`, with covariances `[k, e, e]`."""
         x = x.double()
         self.count += len(x)
         self.total = self.total + x.sum(0)
         self.squares = self.squares + torch.einsum("ske,skf->kef", x, x)
 
     def variances(self) -> Tensor:
-        """Of each component over tokens."""
+        """Variance of each component over tokens, `[..., e]` float64."""
         mean = self.total / self.count
         return (self.squares / self.count - mean.square()).clamp(min=0)
 
     def eigenvalues(self) -> Tensor:
-        """Of the covariances `[k, e, e]`: `[k, e]`."""
+        """Eigenvalues `[k, e]` float64 of the covariances."""
         mean = self.total / self.count
         covariance = self.squares / self.count - mean[:, :, None] * mean[:, None, :]
         return torch.linalg.eigvalsh(covariance).clamp(min=0)
@@ -75,30 +74,35 @@ class Moments:
 
 @dataclass
 class LayerSums:
-    """What is summed of one layer, and what comes of it."""
+    """The sums of one layer over windows, and its measurements."""
 
     attention: MLRAAttention
     rope_keys: Moments = field(default_factory=Moments)
     nope_keys: Moments = field(default_factory=Moments)
     latents: Moments = field(default_factory=Moments)
     entropy: Tensor | float = 0.0
-    """`[n, h]`, over queries."""
+    """`[n, h]`, entropies of attention rows, summed over queries."""
     most_entropy: float = 0.0
-    """What the entropies would sum to if every token in sight got the same weight."""
+    """The same sum for rows of equal weights, the largest possible."""
     divergence: Tensor | float = 0.0
-    """`[n, n]`, Jensen-Shannon, over queries and heads."""
+    """`[n, n]`, Jensen-Shannon divergence of branches, summed over queries and heads."""
     cosine: Tensor | float = 0.0
-    """`[n, n]`, of the branches' outputs, over tokens and heads."""
+    """`[n, n]`, cosine of the branches' outputs, summed over tokens and heads."""
 
     @torch.inference_mode()
     def add(self, x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> None:
-        """One window: the layer's normed inputs `[1, s, d]`, and the positions' cos and sin."""
+        """Add a window.
+
+        Args:
+            x: the layer's input after its norm, `[1, s, d]`.
+            cos_sin: RoPE tables of the positions.
+        """
         module = self.attention
         config = module.config
         q_nope, q_rope, rows = module.compress(x, cos_sin)
         latents, k_rope = module.split_rows(rows)  # [1, s, n, g, l], [1, s, r]
         k_nope, value = module.kv_b_proj(latents, "expand").split(module.kv_b_proj.sizes, dim=-1)
-        # Rotation turns a key and leaves its length: variances are told before it.
+        # The variance is measured before RoPE, which rotates keys and keeps their length.
         self.rope_keys.add(module.kv_a_proj_with_mqa(x)[0, :, config.kv_lora_rank :])
         self.nope_keys.add(k_nope[0])
         self.latents.add_products(latents[0].flatten(1, 2))
@@ -115,7 +119,7 @@ class LayerSums:
             self._add_rows(scores.softmax(-1), value[0, :last].float())
 
     def _add_rows(self, weights: Tensor, value: Tensor) -> None:
-        """Attention rows `[n, h, q, t]` of some queries, and values `[t, n, h, d_v]`."""
+        """Add attention rows `[n, h, q, t]` of some queries, with values `[t, n, h, d_v]`."""
         branches = len(weights)
         entropies = torch.special.entr(weights).sum(-1)  # [n, h, q]
         self.entropy = self.entropy + entropies.double().sum(-1)
@@ -131,10 +135,10 @@ class LayerSums:
         self.divergence = self.divergence + divergence
 
     def result(self) -> dict[str, Any]:
-        """The layer's quantities, as plain numbers; None for the variance of no RoPE dims."""
+        """The layer's measurements as plain numbers; `rope_key_variance` is None without RoPE."""
         config, tokens = self.attention.config, self.latents.count
         heads = config.num_attention_heads
-        # a_kv^2 by the method; a model without variance scaling has not applied it.
+        # The method's a_kv^2, which a model without variance scaling does not apply.
         calibration = config.hidden_size / config.latent_dim
         nope = self.nope_keys.variances().mean((1, 2))  # [n]
         without = nope / config.kv_scale**2

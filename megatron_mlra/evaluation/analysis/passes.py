@@ -1,8 +1,8 @@
-"""The passes over held-out text: one that measures every layer, and one for each ablation.
+"""The passes over held-out text: one that measures every layer, and one per ablation.
 
-Memory is bounded by one window: the inputs of all layers, a block of attention scores and a block
-of logits. A branch is ablated by values of zero, so the model computes as it always does; the loss
-of a branch whose values are zero already stays the same to the last bit.
+Memory holds the inputs of all layers for one window, a block of attention scores and a block of
+logits. A branch is ablated by setting its values to zero, without other changes to the computation:
+if the values of a branch are zero already, the loss is unchanged to the last bit.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from megatron_mlra.evaluation.analysis.layers import LayerSums
 
 LOGITS_AT_ONCE = 2**25
-"""Logits held at a time, in numbers: 128 MiB of float32."""
+"""Most logits held at a time: 128 MiB of float32."""
 
 Window = tuple[np.ndarray, np.ndarray]
 """Inputs and targets, int64."""
 
 
 def spread(windows: Sequence[Window], tokens: int) -> list[Window]:
-    """So many windows, evenly over all, that they have about `tokens` tokens; one at least."""
+    """Windows with about `tokens` tokens in total, at least one, spread evenly over all windows."""
     length = max(len(inputs) for inputs, _ in windows)
     count = min(len(windows), max(1, tokens // length))
     return [windows[i * len(windows) // count] for i in range(count)]
@@ -36,11 +36,12 @@ def spread(windows: Sequence[Window], tokens: int) -> list[Window]:
 
 @dataclass
 class Cost:
-    """What an ablation costs, by window."""
+    """The cost of an ablation, by window."""
 
     losses: list[float] = field(default_factory=list)
-    """Nats per token more than without it."""
+    """Increase of the loss, in nats per token."""
     tokens: list[int] = field(default_factory=list)
+    """Tokens of the window."""
 
     def result(self) -> dict[str, float | None]:
         """Mean over tokens, and the standard error over windows (None for one window)."""
@@ -51,7 +52,11 @@ class Cost:
 
 
 class Passes:
-    """Goes through windows of text with a transformers model of latent attention."""
+    """Runs a transformers model with latent attention over windows of text.
+
+    Args:
+        ablate: measure ablations too.
+    """
 
     def __init__(self, model: Any, device: str, ablate: bool = True) -> None:
         self.model, self.device, self.ablate = model, device, ablate
@@ -60,12 +65,12 @@ class Passes:
         self.sums = [LayerSums(layer.self_attn) for layer in self.layers]
         self.costs = [[Cost() for _ in range(self.branches)] for _ in self.layers]
         self.everywhere = [Cost() for _ in range(self.branches)]
-        """Of a branch ablated in all layers."""
+        """The cost of ablating a branch in all layers, by branch."""
         self.losses: list[float] = []
         self.tokens: list[int] = []
 
     def steps(self) -> int:
-        """Passes over one window."""
+        """Number of passes over one window."""
         return 1 + self.ablate * self.branches * (len(self.layers) + 1)
 
     @torch.inference_mode()
@@ -73,7 +78,7 @@ class Passes:
         """Measure one window; `done` is called after each of its `steps`.
 
         Raises:
-            ValueError: the model's loss is no number.
+            ValueError: the model's loss is not finite.
         """
         inputs, targets = (torch.from_numpy(part).to(self.device) for part in window)
         states, named = self._measured(inputs[None])
@@ -105,8 +110,13 @@ class Passes:
         named: dict[str, Any],
         targets: Tensor,
     ) -> None:
-        """Add what this window's loss is more, with a branch's values zero in layers `where`, from
-        the input of the first of them on."""
+        """Add the cost of ablating a branch in the layers `where` to `cost`.
+
+        Args:
+            where: indices of layers, ascending.
+            state: input of the first of these layers, `[1, s, d]`.
+            named: keyword arguments of the layers.
+        """
         with _without_branch([self.layers[i] for i in where], branch):
             for layer in self.layers[where[0] :]:
                 state = layer(state, **named)
@@ -114,8 +124,12 @@ class Passes:
         cost.tokens.append(len(targets))
 
     def _measured(self, inputs: Tensor) -> tuple[list[Tensor], dict[str, Any]]:
-        """Inputs of each layer and the output of the last `[1, s, d]`, and what layers are called
-        with besides; every attention is measured on the way."""
+        """Run the model and measure every attention.
+
+        Returns:
+            The input of each layer and the output of the last, `[1, s, d]`, and the keyword
+            arguments of the layers.
+        """
         states: list[Tensor] = []
         named: dict[str, Any] = {}
 
@@ -138,7 +152,7 @@ class Passes:
         return states, named
 
     def _loss(self, state: Tensor, targets: Tensor) -> float:
-        """Nats per token of a window, from the last layer's output."""
+        """Loss of a window in nats per token, from the last layer's output `[1, s, d]`."""
         hidden, total = self.model.model.norm(state)[0], 0.0
         step = max(1, LOGITS_AT_ONCE // self.model.config.vocab_size)
         for first in range(0, len(hidden), step):
@@ -148,7 +162,7 @@ class Passes:
         return total / len(targets)
 
     def result(self) -> dict[str, Any]:
-        """Everything that was measured, as plain numbers."""
+        """All measurements as plain numbers."""
         layers = []
         for sums, costs in zip(self.sums, self.costs, strict=True):
             told = sums.result()
@@ -170,7 +184,7 @@ class Passes:
 
 @contextmanager
 def _without_branch(layers: Sequence[nn.Module], branch: int) -> Iterator[None]:
-    """W_UV of one branch zero in these layers, for a while."""
+    """Inside the block W_UV of one branch is zero in these layers."""
     parts = []
     for layer in layers:
         module = layer.self_attn.kv_b_proj
@@ -186,6 +200,6 @@ def _without_branch(layers: Sequence[nn.Module], branch: int) -> Iterator[None]:
 
 
 def mean_off_diagonal(matrix: list[list[float]]) -> float | None:
-    """Of a symmetric `[n, n]` matrix; None for n = 1."""
+    """Mean of the off-diagonal elements of an `[n, n]` matrix; None for n = 1."""
     others = [value for i, row in enumerate(matrix) for j, value in enumerate(row) if i != j]
     return fmean(others) if others else None

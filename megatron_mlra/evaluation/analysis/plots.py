@@ -1,4 +1,4 @@
-"""The picture of an analysis: one panel per question, layers from left to right."""
+"""The figure of an analysis: one panel per question, over layers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DARK, LIGHT = figures.OTHERS[0], "#9a9a9a"
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Write the picture of what `mlra analyze` found."""
+    """Draw the result of `mlra analyze` into a file."""
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
@@ -47,7 +47,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 
 def _headline(found: dict[str, Any]) -> str:
-    """What the picture shows to be so."""
+    """The figure's statement."""
     said = found["variant"]
     if "ablation" not in found["layers"][0]:
         return f"{said}: what its attention does by layer"
@@ -60,7 +60,7 @@ def _headline(found: dict[str, Any]) -> str:
 
 
 def _colours(found: dict[str, Any]) -> list[str]:
-    """One for each branch; of one branch the colour of its kind of attention."""
+    """One colour per branch; for a single branch that of its kind of attention."""
     if found["branches"] == 1:
         return [figures.colours([found["variant"]])[found["variant"]]]
     # The first of these colours is that of the RoPE keys.
@@ -72,7 +72,7 @@ def _layers(found: dict[str, Any]) -> range:
 
 
 def _by_branch(panel: Any, found: dict[str, Any], values: list[list[float]], style: str) -> None:
-    """A line for each branch of values `[layer][branch]`."""
+    """Draw one line per branch of values `[layer][branch]`."""
     for branch, colour in enumerate(_colours(found)):
         line = [each[branch] for each in values]
         panel.plot(_layers(found), line, style, color=colour, markersize=4)

@@ -1,4 +1,4 @@
-"""An analysis as a short table, and what it says in a few words."""
+"""The table of an analysis, and its findings in a few lines."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from megatron_mlra.evaluation.analysis.passes import mean_off_diagonal
 
 IDLE = 0.001
-"""Nats per token: a branch that costs less than this in its layer is called idle."""
+"""Nats per token: a branch whose ablation in one layer costs less than this is called idle."""
 
 
 def divergence_share(layer: dict[str, Any]) -> float | None:
@@ -19,7 +19,7 @@ def divergence_share(layer: dict[str, Any]) -> float | None:
 
 
 def costs(found: dict[str, Any]) -> list[tuple[float, int, int]]:
-    """(nats per token, layer, branch) of each branch ablated in one layer, the least first."""
+    """(nats per token, layer, branch) of each branch ablated in one layer, ascending."""
     return sorted(
         (cost["loss"], i, branch)
         for i, layer in enumerate(found["layers"])
@@ -33,7 +33,7 @@ def idle(found: dict[str, Any]) -> list[tuple[int, int]]:
 
 
 def verdict(found: dict[str, Any]) -> list[str]:
-    """Lines on what is seen: what branches cost, how alike they are, how variances compare."""
+    """The findings, one per line: costs of branches, similarity of branches, ratio of variances."""
     lines = []
     ordered = costs(found)
     several = found["branches"] > 1
@@ -54,7 +54,7 @@ def verdict(found: dict[str, Any]) -> list[str]:
     ratios = [
         _mean(layer["nope_key_variance"]) / layer["rope_key_variance"]
         for layer in found["layers"]
-        if layer["rope_key_variance"]  # None without RoPE, 0 of a single token
+        if layer["rope_key_variance"]  # None without RoPE, 0 for a single token
     ]
     if not ratios:
         return lines

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron_mlra.checkpoint.files import safe_pickle
 from megatron_mlra.checkpoint.files.manifest import MANIFEST
-from megatron_mlra.checkpoint.megatron import safe_pickle
 from megatron_mlra.checkpoint.megatron.torch_dist import COMMON_KEY, TorchDistFolder
 from support.fuzz import changes
 from support.hostile import CODE, PICKLES, replace_entry, saved

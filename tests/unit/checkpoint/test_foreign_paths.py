@@ -224,11 +224,11 @@ def test_a_named_tokenizer_of_links_is_read_and_not_copied(megatron, secret, con
 
 
 def test_data_that_the_arguments_name_names_no_file_to_copy(megatron, secret, convert, tmp_path):
-    from megatron_mlra.data.tokenizers import file_sha256
+    from megatron_mlra.command_line.plain_file import sha256
 
     tokenizer = secret.with_name("tokenizer.json")
     shutil.copy(secret, tokenizer)
-    described = {"type": "hf", "model": str(tokenizer), "sha256": file_sha256(tokenizer)}
+    described = {"type": "hf", "model": str(tokenizer), "sha256": sha256(tokenizer)}
     data = tmp_path / "data.json"
     data.write_text(json.dumps({"version": 1, "vocab_size": 128, "tokenizer": described}))
     with_arguments(megatron, data_path=[str(tmp_path / "data")])

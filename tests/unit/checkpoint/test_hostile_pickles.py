@@ -18,16 +18,14 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.enums import AttnBackend
 
 from megatron_mlra.checkpoint.files import torch_file
-from megatron_mlra.checkpoint.files.pickle_names import HARMLESS
-from megatron_mlra.checkpoint.megatron import safe_pickle
+from megatron_mlra.checkpoint.files.pickle_names import BUILT, CALLED, HARMLESS
 from support import hostile
 
 
 def test_what_megatron_holds_for_safe_is_harmless():
     from megatron.core.safe_globals import SAFE_GLOBALS
 
-    known = HARMLESS | {f"{module}.{name}" for module, name in safe_pickle._BUILT}
-    known |= {f"{module}.{name}" for module, name in safe_pickle._CALLED}
+    known = HARMLESS | {f"{module}.{name}" for module, name in BUILT | CALLED}
     missing = {f"{c.__module__}.{c.__qualname__}" for c in SAFE_GLOBALS} - known
     assert not missing
 

@@ -1,14 +1,14 @@
-"""Reading pickles of strangers: no code runs, and no file grows in memory beyond its size.
+"""Reads untrusted pickles: no code runs, and memory is bounded by the size of the file.
 
-A pickle is a program of one-byte operations that names functions to call. Here the few classes that
-checkpoints are made of keep their meaning. Every other name becomes an inert object, and is listed
-unless a checkpoint may hold it. Python's own unpickler in Python does the rest: unlike the one in C
-it keeps its memo in a dictionary, so that a memo index of 2^31 allocates nothing.
+A pickle is a program of one-byte operations that names functions to call. Only the few classes that
+checkpoints consist of (pickle_names.py) are made here. Every other name becomes an inert object;
+names that no checkpoint has are listed. All else is left to Python's unpickler written in Python.
+Unlike the one in C it keeps its memo in a dictionary, so that a memo index of 2^31 allocates
+nothing.
 """
 
 from __future__ import annotations
 
-import argparse
 import collections
 import io
 import pickle
@@ -18,7 +18,7 @@ from pathlib import PosixPath
 from typing import Any, BinaryIO, ClassVar
 
 import torch
-from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint import metadata
 
 from megatron_mlra.checkpoint.files.pickle_calls import (
     ATOMS,
@@ -28,45 +28,15 @@ from megatron_mlra.checkpoint.files.pickle_calls import (
     check_call,
     rebuilt_from,
 )
-from megatron_mlra.checkpoint.files.pickle_names import HARMLESS, STORAGES
+from megatron_mlra.checkpoint.files.pickle_names import BUILT, CALLED, DTYPES, HARMLESS, STORAGES
 
 OPERATIONS = 20_000_000
 """Most operations of a pickle; the index of a checkpoint needs about 75 per stored block."""
 EXPANDED = 1_000_000
-"""Most values of a pickle, shared ones counted as often as they appear, beside 8 per operation."""
+"""Most values of a pickle besides 8 per operation; a shared value counts at each appearance."""
 DEPTH = 100
-"""Most levels of containers in containers."""
+"""Most levels of nested containers."""
 NAMES_SHOWN = 20
-
-_METADATA = "torch.distributed.checkpoint.metadata"
-_BUILT = {
-    ("argparse", "Namespace"): argparse.Namespace,
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
-    **{
-        (_METADATA, name): getattr(metadata, name)
-        for name in (
-            "Metadata",
-            "MetadataIndex",
-            "TensorStorageMetadata",
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "TensorProperties",
-            "StorageMeta",
-        )
-    },
-}
-"""Classes whose objects are made empty and then given their attributes."""
-
-_CALLED = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-    (_METADATA, "_MEM_FORMAT_ENCODING"): metadata._MEM_FORMAT_ENCODING,
-    ("pathlib", "PosixPath"): PosixPath,
-}
-"""What may be called, with plain values."""
-
-_DTYPES = {("torch", n): d for n, d in vars(torch).items() if isinstance(d, torch.dtype)}
 
 
 @dataclass(frozen=True)
@@ -78,7 +48,7 @@ class _Storage:
 
 @dataclass(frozen=True)
 class Unpickled:
-    """What a pickle holds."""
+    """The content of a pickle."""
 
     value: Any
     refused: tuple[str, ...]
@@ -91,15 +61,16 @@ def load(
     stored: int = 0,
     harmless: frozenset[str] = HARMLESS,
 ) -> Unpickled:
-    """The next pickle of `file`, running nothing; objects of classes not needed here are Inert.
+    """Read the next pickle of `file`. No code runs; objects of other classes are Inert.
 
     Args:
-        records: bytes of each `data/` record beside the pickle, which its storages must fill.
-        stored: bytes that a storage may have where there are no records.
-        harmless: names that are Inert and not listed.
+        records: key -> bytes of each `data/` record beside the pickle; each storage must have
+            exactly the bytes of its record.
+        stored: most bytes of a storage if there are no records.
+        harmless: names of classes and functions that are not listed in `refused`.
 
     Raises:
-        ValueError: it is damaged, or would take more memory or time than its size allows.
+        ValueError: the pickle is damaged, or would take more memory or time than its size allows.
     """
     source = io.BytesIO(file) if isinstance(file, bytes) else file
     reader = _Reader(source, records, stored, harmless)
@@ -115,7 +86,7 @@ def load(
 
 
 class _Reader(pickle._Unpickler):
-    """Makes plain values and objects of the known classes alone."""
+    """An unpickler that makes only plain values and objects of the known classes."""
 
     dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
 
@@ -151,11 +122,11 @@ class _Reader(pickle._Unpickler):
     # -- names -------------------------------------------------------------------------------------
 
     def find_class(self, module: str, name: str) -> Any:
-        """The known class, or Inert."""
+        """The known class, or a Named in its place."""
         at = (module, name)
         if at in STORAGES:
             return _Storage(STORAGES[at])
-        for known in (_BUILT, _CALLED, _DTYPES):
+        for known in (BUILT, CALLED, DTYPES):
             if at in known:
                 return known[at]
         full = f"{module}.{name}"
@@ -168,7 +139,7 @@ class _Reader(pickle._Unpickler):
         raise ValueError("a pickle with an extension code")
 
     def persistent_load(self, pid: Any) -> Any:
-        """A tensor's storage: its size must be that of the record with its bytes."""
+        """A tensor's storage; its size must be that of the record that holds its bytes."""
         plain = isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == "storage"
         if not plain or not isinstance(pid[1], _Storage):
             raise ValueError("a pickle that refers to something beside tensors")
@@ -186,14 +157,14 @@ class _Reader(pickle._Unpickler):
         return Inert(numbers=count)
 
     def _spend(self, values: int) -> None:
-        """Count what is copied, hashed or walked: one value may be used any number of times."""
+        """Count values that are copied, hashed or walked. A memo lets a pickle use one value any
+        number of times."""
         self.spent += values
         if self.spent > EXPANDED + 8 * self.operations:
             raise ValueError(f"a pickle that handles more than {EXPANDED:,} values again and again")
 
     def _check_key(self, key: Any) -> None:
-        """A key or argument is hashed as soon as it is used, which for tuples within tuples takes
-        time that doubles with each level."""
+        """Refuse keys and arguments of nested tuples: the time to hash them doubles per level."""
         parts = (key,)
         if type(key) is metadata.MetadataIndex:
             parts = tuple(vars(key).values())
@@ -208,7 +179,7 @@ class _Reader(pickle._Unpickler):
             elif type(part) in ATOMS:
                 continue
             elif isinstance(part, Inert) and not part.name.startswith("transformer_engine."):
-                # Transformer Engine's have fields that are hashed too.
+                # The fields of Transformer Engine's objects are hashed too.
                 continue
             raise ValueError("a pickle with a key of nested values")
 
@@ -218,7 +189,7 @@ class _Reader(pickle._Unpickler):
         """The result of a call."""
         if isinstance(func, Named):
             return self._make_inert(func.name, args)
-        if not any(func is known for known in _CALLED.values()):
+        if not any(func is known for known in CALLED.values()):
             raise ValueError("a pickle that calls what is no constructor")
         if func is collections.OrderedDict:
             if args != ():
@@ -233,7 +204,7 @@ class _Reader(pickle._Unpickler):
         return func(args[0])
 
     def _make_inert(self, name: str, args: Any) -> Any:
-        """What stands for the result of a call of a harmless function, or of a refused one ("")."""
+        """A stand-in for the result of calling a harmless function, or a refused one (name "")."""
         made = name
         while name == "torch._tensor._rebuild_from_type_v2":
             self._spend(1)
@@ -248,8 +219,8 @@ class _Reader(pickle._Unpickler):
         return Inert(made)
 
     def _make_storage(self, name: str, data: bytes = b"") -> Inert:
-        """A storage whose bytes are a file of `torch.save` before torch 1.6 in the pickle: four
-        pickles, then numbers."""
+        """A storage whose bytes, inside the pickle, are a file of `torch.save` before torch 1.6:
+        four pickles, then the numbers."""
         file = io.BytesIO(data)
         for _ in range(4):
             inner = load(file, stored=len(data))
@@ -258,7 +229,7 @@ class _Reader(pickle._Unpickler):
 
     def _new(self, cls: Any, args: Any) -> Any:
         """An object without attributes."""
-        if any(cls is known for known in _BUILT.values()) and args == ():
+        if any(cls is known for known in BUILT.values()) and args == ():
             return cls.__new__(cls)
         return self._make(cls, args)
 
@@ -287,7 +258,7 @@ class _Reader(pickle._Unpickler):
             return
         if isinstance(made, Inert):
             return check_build(made, state)
-        if not any(type(made) is known for known in _BUILT.values()):
+        if not any(type(made) is known for known in BUILT.values()):
             raise ValueError("a pickle that changes what is no object of it")
         if isinstance(made, metadata.TensorProperties):
             kinds = (torch.dtype, torch.layout, bool, metadata._MEM_FORMAT_ENCODING, bool)
@@ -359,11 +330,11 @@ class _Reader(pickle._Unpickler):
 
     def load_bytearray8(self) -> None:
         size = int.from_bytes(self.read(8), "little")
-        # Read before it is allocated: a file shorter than it says gives less.
+        # Read first, then allocate: a file may have fewer bytes than the operation states.
         self.append(bytearray(self.read(min(size, 1 << 40))))
 
     def _put(self, index: int) -> None:
-        # Others read with the unpickler in C, whose memo is an array.
+        # Other programs read the file with the unpickler in C, whose memo is an array.
         if not 0 <= index <= self.operations:
             raise ValueError(f"a pickle with a memo of {index:,} values")
         self.memo[index] = self.stack[-1]
@@ -386,9 +357,14 @@ for _name in (
 
 
 def _check_expanded(value: Any, budget: int) -> None:
-    """Values that contain one another many times over are small here and endless to walk."""
+    """Refuse a value with more than `budget` parts. Shared containers take little memory, and a
+    walk over them may take for ever.
+
+    Raises:
+        ValueError: too many parts, or too many levels.
+    """
     left, waiting = budget, [(value, 0)]
-    built = tuple(_BUILT.values())
+    built = tuple(BUILT.values())
     while waiting:
         item, depth = waiting.pop()
         left -= 1
@@ -411,7 +387,7 @@ def _check_expanded(value: Any, budget: int) -> None:
 
 
 def shown(names: Any) -> str:
-    """Names for a line of text, the first few of them, each cut to a sane length."""
+    """The first `NAMES_SHOWN` names for a message, each cut to 100 letters."""
     names = list(names)
     more = f" and {len(names) - NAMES_SHOWN:,} more" if len(names) > NAMES_SHOWN else ""
     return ", ".join(f"{name:.100}" for name in names[:NAMES_SHOWN]) + more

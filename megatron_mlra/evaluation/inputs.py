@@ -1,0 +1,51 @@
+"""The flags, inputs and exit codes that `mlra evaluate` and `mlra analyze` share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import numpy as np
+
+from megatron_mlra.command_line import parser as command_line
+from megatron_mlra.evaluation.token_stream import named_sets, read_stream
+
+
+def add_inputs(command: argparse.ArgumentParser) -> None:
+    """Add the flags of texts, tokenizer, device and checksums."""
+    command.add_argument("--text", nargs="+", default=[], metavar="FILE", help="UTF-8 text files")
+    command.add_argument(
+        "--tokenizer", help="'byte' or a folder with tokenizer.json; default: the checkpoint's own"
+    )
+    command.add_argument("--device", help="default: cuda where there is a GPU")
+    command_line.add_no_verify(command)
+
+
+def read_inputs(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """The texts of --text by file, and the tokens of --data by name.
+
+    Raises:
+        ValueError: an input is missing, empty or damaged, or a name is given twice.
+    """
+    texts = {file: command_line.read_text(file) for file in args.text}
+    if empty := next((file for file, text in texts.items() if not text), None):
+        raise ValueError(f"{empty} is empty")
+    sets = named_sets(args.data, "--data")
+    streams = {name: read_stream(prefix) for name, prefix in sets.items()}
+    if args.verify:
+        from megatron_mlra.data.contents import check_contents
+
+        for prefix in sets.values():
+            check_contents(prefix, None)
+    return texts, streams
+
+
+def exit_code(work: Callable[[], object]) -> int:
+    """Run a command's body; returns 0, or 2 after an error of one line."""
+    try:
+        work()
+    except ModuleNotFoundError as error:
+        return command_line.fail(f"{error}; install the extra megatron-mlra[hf]", 2)
+    except (ValueError, OSError) as error:
+        return command_line.fail(str(error), 2)
+    return 0
