@@ -23,7 +23,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from support import ENV, ROOT
+from support import ENV
 
 READY = b"ready\n"
 Handler = Callable[[socket.socket], int]
@@ -60,8 +60,8 @@ def greeted(path: Path) -> socket.socket:
 
 
 def write_python(folder: Path, session: Path) -> Path:
-    """Write into `folder` a program that stands for this Python and runs what it is given in a fork; see
-    `become_python` for what it takes."""
+    """Write into `folder` a program that stands for this Python, and runs in a fork what it is
+    given; see `become_python` for what it takes."""
     path = folder / "python"
     text = (Path(__file__).parent / "warm_python.py").read_text()
     path.write_text(f"#!{sys.executable} -IS\n" + text.replace("SOCKET", str(session / "warm")))

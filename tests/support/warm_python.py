@@ -1,4 +1,4 @@
-# Written into a session's folder by support/warm.py, behind a first line that names the interpreter.
+# Copied by support/warm.py behind a first line that names the interpreter.
 """Stands for Python: has ARGV run in a fork of the process behind SOCKET, and ends as it does."""
 
 import json
