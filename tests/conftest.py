@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from support import ROOT
 from support.parsers import read_help_once
 from support.runs import Entry
+from support.warm import write_python
 
 LONG = (
     "distributed/test_parity.py",
@@ -57,12 +58,24 @@ def _parsers() -> None:
 
 
 @pytest.fixture(scope="session")
-def entry() -> Iterator[Entry]:
+def session(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of all test processes of a session."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def entry(session: Path) -> Iterator[Entry]:
     """The training entry."""
-    entry = Entry()
+    entry = Entry(session)
     yield entry
-    entry.worker.stdin.close()
-    entry.worker.wait(300)  # behind it, the interpreter ends with Megatron loaded
+    entry.close()
+
+
+@pytest.fixture(scope="session")
+def warm_python(session: Path, entry: Entry, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A program that stands for this Python, and begins with Megatron imported."""
+    return write_python(tmp_path_factory.mktemp("warm"), session)
 
 
 @pytest.fixture(scope="session")

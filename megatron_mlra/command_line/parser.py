@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import textwrap
 import threading
 import uuid
@@ -175,8 +176,13 @@ def check_output(file: str | Path, flag: str) -> None:
         ValueError: the file cannot be written; one line that names the flag.
     """
     path = Path(file).absolute()
-    if path.is_dir():
-        raise ValueError(f"{flag} {file} is a folder; name a file in it")
+    try:
+        if path.is_dir():
+            raise ValueError(f"{flag} {file} is a folder; name a file in it")
+        if path.exists() and not path.is_file():  # which a file would be put in the place of
+            raise ValueError(f"{flag} {file} is no plain file; name another")
+    except OSError as error:
+        raise ValueError(f"{flag} {file} cannot be written ({error.strerror})") from None
     make_folder(path.parent, f"{flag} {file}")
 
 
@@ -190,8 +196,22 @@ def make_folder(folder: str | Path, what: str) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{what}: the folder {folder} cannot be made ({error.strerror})") from None
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"{what}: the folder {folder} cannot be written; use another")
+    try:
+        try_writing(folder)
+    except OSError as error:
+        raise ValueError(
+            f"{what}: the folder {folder} cannot be written ({error.strerror}); use another"
+        ) from None
+
+
+def try_writing(folder: str | Path) -> None:
+    """Ask the file system itself: permission bits say nothing about a read-only mount.
+
+    Raises:
+        OSError: no file can be made in this folder.
+    """
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def aside(path: str | Path) -> Path:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -118,9 +117,7 @@ def check_writable(flag: str, folder: str | Path) -> Path:
     if not existing.is_dir():
         raise ValueError(f"{flag} {folder} cannot be written: {existing} is not a folder")
     try:
-        # A real write, since permission bits do not show a read-only mount.
-        with tempfile.TemporaryFile(dir=existing):
-            pass
+        parser.try_writing(existing)
     except OSError as error:
         raise ValueError(
             f"{flag} {folder} cannot be written ({error.strerror}); use another folder"

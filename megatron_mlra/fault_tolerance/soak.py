@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 from megatron_mlra.command_line.log_line import STEP
-from megatron_mlra.command_line.parser import OneLineParser, write_text
+from megatron_mlra.command_line.parser import OneLineParser, make_folder, write_text
 from megatron_mlra.command_line.progress_bar import bar
 from megatron_mlra.launch.control import REFUSED
 
@@ -62,10 +62,14 @@ def main(argv: list[str] | None = None) -> int:
         least = args.kills + args.save_interval + 1
         print(f"error: --kills {args.kills} needs at least --steps {least}", file=sys.stderr)
         return 2
-    if args.work.exists() and any(args.work.iterdir()):
+    try:
+        make_folder(args.work, f"--work {args.work}")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if any(args.work.iterdir()):
         print(f"error: --work {args.work} is not empty; use another folder", file=sys.stderr)
         return 2
-    args.work.mkdir(parents=True, exist_ok=True)
     alone = Job(args, "alone", rest)
     if code := alone.run([]):
         refused = (alone.folder / "errors.txt").read_text().strip() if code == REFUSED else ""

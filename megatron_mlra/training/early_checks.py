@@ -1,8 +1,8 @@
 """What of a command line can be refused before torch and Megatron are imported, within a second.
 
-Nothing here is a list of its own. Flags are those of this project's parser and the keys that a
-preset may have, which are made of Megatron's parser; presets, folders and data are looked at by the
-functions that look at them again later, when all arguments are known.
+Nothing here is a list of its own, but for `_UNDERSCORED`. Flags are those of this project's parser
+and the keys that a preset may have, which are made of Megatron's parser; presets, folders and data
+are looked at by the functions that look at them again later, when all arguments are known.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ _DATA_FILES = ("data_args_path", "per_split_data_args_path")
 _PATHS = ("save", "load", *_DATA_FILES)
 _SWITCHES = ("mock_data", "skip_train", "exit_on_missing_checkpoint")
 _NUMBERS = ("ckpt_step", "dry_run")
+_UNDERSCORED = ("--override-opt_param-scheduler", "--use-checkpoint-opt_param-scheduler")
+"""Flags of Megatron with an underscore, which keys do not tell."""
 
 
 def check(argv: list[str]) -> None:
@@ -69,11 +71,13 @@ def _check_flags(argv: list[str]) -> None:
         name = word.partition("=")[0]
         if not name.startswith("--"):
             continue
-        # Every switch has an opposite. Some of Megatron's flags have an underscore somewhere, which
-        # keys do not tell: those are for the whole parser.
         spelt = name.replace("_", "-")
-        if not known & {spelt, spelt.replace("--no-", "--", 1), spelt.replace("--", "--no-", 1)}:
+        # Every switch has an opposite.
+        alike = {spelt, spelt.replace("--no-", "--", 1), spelt.replace("--", "--no-", 1)}
+        if not known & alike:
             _refuse(refusal(f"unrecognized arguments: {name}", known))
+        if "_" in name and name.replace("--no-", "--", 1) not in _UNDERSCORED:
+            _refuse(refusal(f"unrecognized arguments: {name}", {spelt}))
 
 
 def _given(argv: list[str], values: dict[str, Any]) -> Namespace | None:

@@ -175,10 +175,11 @@ def test_disk_full_during_a_save(entry, preset, whole, small_disk, tmp_path, mod
     assert run.losses == {step: whole.losses[step] for step in range(intact + 1, 9)}
 
 
-def test_ranks_killed_and_restarted_by_torchrun(preset, tmp_path):
+def test_ranks_killed_and_restarted_by_torchrun(preset, warm_python, tmp_path):
+    env = ENV | {"PYTHON_EXEC": str(warm_python)}  # what torchrun starts ranks with
     command = [sys.executable, ROOT / "tools/soak.py", "--config", preset, "--work"]
     command += [tmp_path / "soak", "--kills", "1", "--steps", "14"]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=1200)
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     result = json.loads((tmp_path / "soak/soak.json").read_text())
     assert (result["kills"], result["steps_that_differ"], result["exit_code"]) == (1, 0, 0)

@@ -40,7 +40,7 @@ def launch(
         )
 
 
-def test_a_signal_saves_and_a_relaunch_goes_on(preset, tmp_path):
+def test_a_signal_saves_and_a_relaunch_goes_on(preset, warm_python, tmp_path):
     save, out = tmp_path / "save", tmp_path / "out.txt"
     run = launch(preset, save, out, 2, "--train-iters", 100000, "--eval-iters", 0)
     wait_for(out, "step 3/")
@@ -55,7 +55,8 @@ def test_a_signal_saves_and_a_relaunch_goes_on(preset, tmp_path):
     again = tmp_path / "again.txt"
     flags = ("--train-iters", 100000, "--exit-interval", step + 2, "--eval-iters", 0)
     flags += ("--save-interval", 1, "--keep-last", 2)
-    assert launch(preset, save, again, 1, *flags).wait(300) == 0, again.read_text()
+    warm = {"PYTHON_EXEC": str(warm_python)}  # what torchrun starts ranks with
+    assert launch(preset, save, again, 1, *flags, env=warm).wait(300) == 0, again.read_text()
     said = again.read_text()
     assert f"step {step + 1}/" in said and f"step {step}/" not in said
     kept = tmp_path / "kept"

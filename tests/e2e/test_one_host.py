@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -55,7 +54,7 @@ def trained(tmp_path_factory, entry, runs) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory, trained) -> Path:
+def served(tmp_path_factory, entry, trained) -> Path:
     """The driver's folder: the checkpoint in five worlds, decoding.sh's rehearsal."""
     out = tmp_path_factory.mktemp("served")
     done = script("decoding", out, "--contexts", "70", REHEARSE="1")
@@ -64,9 +63,8 @@ def served(tmp_path_factory, trained) -> Path:
     assert done.stdout.startswith(start)
     job = {"checkpoint": str(trained), "benchmark": done.stdout.removeprefix(start).split()}
     (out / "job.json").write_text(json.dumps(job))
-    command = [sys.executable, "-W", "ignore", "-m", "support.drivers.one_host", out]
-    driver = subprocess.run(command, capture_output=True, text=True, timeout=900, env=ENV)
-    assert driver.returncode == 0, driver.stderr[-3000:]
+    driver = entry.run(out / "said", out, module="support.drivers.one_host", timeout=900)
+    assert driver.code == 0, driver.err[-3000:]
     return out
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,20 +27,23 @@ def call(*command: object, code: int = 0) -> str:
     return done.stdout
 
 
-def ladder(folder: Path, *flags: object) -> str:
-    """What run_ladder.py says of the rehearsal in `folder`."""
-    paths = ("--ladder", LADDER, "--tokens", folder / "tokens")
-    results = ("--results", folder / "docs/results/evidence", "--work", folder / "work")
-    return call(sys.executable, HERE / "run_ladder.py", *paths, *results, *flags)
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory, warm_python) -> tuple[Path, str]:
+    """The folder of a rehearsal in which one run was interrupted, and what was printed."""
+    folder = tmp_path_factory.mktemp("rehearsal")
+    script = ("bash", HERE / "reproduce.sh", warm_python, folder, "--rehearsal")
+    said = call(*script, "--keep-checkpoints")
+    return folder, said
 
 
 @pytest.fixture(scope="module")
-def rehearsal(tmp_path_factory) -> tuple[Path, str]:
-    """The folder of a rehearsal in which one run was interrupted, and what was printed."""
-    folder = tmp_path_factory.mktemp("rehearsal")
-    script = ("bash", HERE / "reproduce.sh", sys.executable, folder, "--rehearsal")
-    said = call(*script, "--keep-checkpoints")
-    return folder, said
+def ladder(rehearsal, warm_python) -> Callable[..., str]:
+    """What run_ladder.py says of the rehearsal."""
+    folder, _ = rehearsal
+    paths = ("--ladder", LADDER, "--tokens", folder / "tokens")
+    results = ("--results", folder / "docs/results/evidence", "--work", folder / "work")
+    command = (warm_python, HERE / "run_ladder.py", *paths, *results)
+    return lambda *flags: call(*command, *flags)
 
 
 def test_the_whole_chain(rehearsal):
@@ -123,7 +126,7 @@ def test_evaluate_gives_the_held_out_losses_of_training(rehearsal, tmp_path):
         assert math.isclose(evaluated[each]["loss"], trained[each]["loss"], abs_tol=2e-5)
 
 
-def test_an_interrupted_run_goes_on_to_the_same_losses(rehearsal, entry, tmp_path):
+def test_an_interrupted_run_goes_on_to_the_same_losses(rehearsal, ladder, entry, tmp_path):
     """A run is stopped by the budget in its middle; the next call ends it as if nothing was."""
     folder, _ = rehearsal
     name = "tiny_tiny_mla_lr2.00e-03_seed2"
@@ -140,17 +143,17 @@ def test_an_interrupted_run_goes_on_to_the_same_losses(rehearsal, entry, tmp_pat
     # Behind the interpreter, its script and the lock: the flags of the entry.
     begun = entry.run(tmp_path, *words[3:], "--exit-interval", 16)
     assert begun.code == 0, begun.err
-    status = ladder(folder, "--status")
+    status = ladder("--status")
     assert f"interrupted: {name} at step 16" in status and f"next: {name}" in status
-    assert "1 runs finished" in ladder(folder)
+    assert "1 runs finished" in ladder()
     again = json.loads(file.read_text())
     assert again["held_out"] == whole["held_out"]
     behind = [[pair for pair in told["losses"] if pair[0] > 16] for told in (again, whole)]
     assert behind[0] == behind[1] and len(behind[0]) > 5
 
 
-def test_a_budget_too_short_begins_nothing(rehearsal):
+def test_a_budget_too_short_begins_nothing(rehearsal, ladder):
     folder, _ = rehearsal
     (folder / "docs/results/evidence/tiny_tiny_mla_lr2.00e-03_seed1.json").unlink()
-    said = ladder(folder, "--minutes", "0.05")
+    said = ladder("--minutes", "0.05")
     assert "0 runs finished" in said and "1 are left" in said

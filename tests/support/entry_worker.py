@@ -1,10 +1,10 @@
 """Runs the training entry, or a driver of the tests, many times on one import: forks a process for
 each run.
 
-Reads one JSON job a line from stdin, answers one JSON line. A job {"argv", "folder", "ranks",
-"env", "free_bytes", "file_bytes", "nan_at", "terminal",
-"nan_gradient_at", "samples", "asleep", "hosts", "in_thread"} starts a run, one of {"argv",
-"folder", "module", "timeout"} a program as `python -m MODULE` does; each is answered
+The process of support/warm.py. On a connection with jobs it reads one JSON job a line, and answers
+one JSON line. A job {"argv", "folder", "ranks", "env", "free_bytes", "file_bytes", "nan_at",
+"terminal", "nan_gradient_at", "samples", "asleep", "hosts", "in_thread"} starts a run, one of
+{"argv", "folder", "module", "timeout"} a program as `python -m MODULE` does; each is answered
 {"pids": [...]}. {"wait": pid} is answered with its exit {"code": ...}, negative for a signal.
 """
 
@@ -34,6 +34,7 @@ from pathlib import Path
 
 from support import ROOT
 from support.parsers import read_help_once
+from support.warm import serve
 
 IMPORTED = (
     "megatron.training.training",
@@ -51,8 +52,8 @@ IMPORTED = (
 """What runs import, done once."""
 
 
-def main() -> None:
-    """Serve jobs until stdin closes."""
+def main(path: Path) -> None:
+    """Import, then serve connections to `path`."""
     sys.path.insert(0, str(ROOT))
     import pretrain_mlra
 
@@ -64,15 +65,19 @@ def main() -> None:
     gc.collect()
     gc.freeze()
 
-    answers = os.fdopen(os.dup(1), "w")
-    print("{}", file=answers, flush=True)
-    for line in sys.stdin:
-        job = json.loads(line)
-        if "wait" in job:
-            answer = {"code": os.waitstatus_to_exitcode(os.waitpid(job["wait"], 0)[1])}
-        else:
-            answer = {"pids": start(pretrain_mlra, job)}
-        print(json.dumps(answer), file=answers, flush=True)
+    def jobs(connection: socket.socket) -> int:
+        with connection.makefile("rw") as lines:
+            for line in lines:
+                job = json.loads(line)
+                if "wait" in job:
+                    status = os.waitpid(job["wait"], 0)[1]
+                    answer = {"code": os.waitstatus_to_exitcode(status)}
+                else:
+                    answer = {"pids": start(pretrain_mlra, job)}
+                print(json.dumps(answer), file=lines, flush=True)
+        return 0
+
+    serve(path, jobs)
 
 
 def start(entry: types.ModuleType, job: dict) -> list[int]:
@@ -308,4 +313,4 @@ def inject_nan(step: int, in_gradient: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))

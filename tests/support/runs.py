@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from support import ENV, ROOT
+from support import ROOT, warm
 
 TINY = """
 base: debug
@@ -90,20 +88,20 @@ def scalars(folder: Path, name: str) -> dict[int, float]:
 class Entry:
     """Starts runs in processes forked from one that has Megatron imported."""
 
-    def __init__(self) -> None:
-        self.worker = subprocess.Popen(
-            [sys.executable, "-m", "support.entry_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=ENV,
-        )
-        self.worker.stdout.readline()
+    def __init__(self, session: Path) -> None:
+        """Connect to the process behind this session's folder."""
+        self.connection = warm.connect(session)
+        self.connection.sendall(b"j")
+        self.lines = self.connection.makefile("rw")
+
+    def close(self) -> None:
+        """Leave the process to others, or to its end."""
+        self.lines.close()
+        self.connection.close()
 
     def _ask(self, question: dict) -> dict:
-        self.worker.stdin.write(json.dumps(question) + "\n")
-        self.worker.stdin.flush()
-        return json.loads(self.worker.stdout.readline())
+        print(json.dumps(question), file=self.lines, flush=True)
+        return json.loads(self.lines.readline())
 
     def start(self, folder: Path, *argv: object, **job: object) -> list[int]:
         """Start a run in `folder`; returns the process ids of its ranks."""

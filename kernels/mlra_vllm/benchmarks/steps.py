@@ -25,6 +25,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from mlra_kernels.benchmarks.output import output_file
 from mlra_vllm.benchmarks import workers
 from mlra_vllm.benchmarks.shapes import SHAPES, write_shape
 
@@ -77,7 +78,7 @@ def main() -> None:
         metavar=("N", "IN", "OUT"),
         help="time N requests at once, IN tokens each, OUT new ones",
     )
-    parser.add_argument("--json", type=Path, help="where to write the records")
+    parser.add_argument("--json", type=output_file, help="where to write the records")
     parser.add_argument("--timeout", type=float, default=900, help="seconds for one model")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -91,7 +92,7 @@ def main() -> None:
             records.append(_child(model, runner, args))
             print(table(records[-1:]), flush=True)
             if args.json:
-                args.json.write_text(json.dumps(records, indent=1))
+                Path(args.json).write_text(json.dumps(records, indent=1))
     print(table(records))
     if failed := [record["model"] for record in records if "error" in record]:
         sys.exit(f"error: not measured: {', '.join(failed)}")

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_mlra.command_line.parser import OneLineParser
+from megatron_mlra.command_line.parser import OneLineParser, make_folder
 
 warnings.filterwarnings("ignore")
 logging.getLogger("megatron").setLevel(logging.ERROR)
@@ -81,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         cases = [Case.parse(text) for text in args.case or DEFAULT_CASES]
+        make_folder(args.out, f"--out {args.out}")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

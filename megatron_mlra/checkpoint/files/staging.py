@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_mlra.command_line.parser import try_writing
 from megatron_mlra.description.model import CheckpointError
 
 MARKER = ".megatron-mlra-conversion"
@@ -94,7 +95,7 @@ def _own(partial: Path) -> int:
 
 
 def check_destination(destination: Path, needed_bytes: int) -> None:
-    """Refuse a destination that exists, or whose disk has less than `needed_bytes` free.
+    """Refuse a destination that exists, cannot be made, or has too little room on its disk.
 
     Raises:
         CheckpointError: names the destination, and the fix or the bytes.
@@ -106,6 +107,12 @@ def check_destination(destination: Path, needed_bytes: int) -> None:
         existing = existing.parent
     if not existing.is_dir():
         raise CheckpointError(f"{destination} cannot be written: {existing} is not a folder")
+    try:
+        try_writing(existing)
+    except OSError as error:
+        raise CheckpointError(
+            f"{destination} cannot be written ({error.strerror}); use another folder"
+        ) from None
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise CheckpointError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import re
 import subprocess
@@ -164,6 +165,8 @@ def test_output_folders_are_made_or_refused_before_any_work(tmp_path):
     assert file.parent.is_dir()
     for wrong, said in (
         (tmp_path, f"--json {tmp_path} is a folder; name a file in it"),
+        ("/dev/null", "--json /dev/null is no plain file; name another"),
+        ("x" * 300, "cannot be written (File name too long)"),
         ("/proc/no/x", "--json /proc/no/x: the folder /proc/no cannot be made (No such file"),
         (file.parent / "x" / "y", "cannot be made ("),
     ):
@@ -171,6 +174,42 @@ def test_output_folders_are_made_or_refused_before_any_work(tmp_path):
         with pytest.raises(ValueError) as error:
             check_output(wrong, "--json")
         assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("module", "argv"),
+    [
+        ("evaluation.cli", "gone --text gone --json"),
+        ("evaluation.analysis.cli", "gone --text gone --json"),
+        ("evaluation.analysis.cli", "gone --text gone --plot"),
+        ("benchmarks.losses", "a=gone --json"),
+        ("benchmarks.losses", "a=gone --png"),
+        ("benchmarks.decoding.cli", "--rehearse --json"),
+        ("benchmarks.decoding.cli", "--rehearse --png"),
+        ("planner.cli", "--config debug --gpus 8 --plot"),
+        ("planner.twin_cli", "debug --attention gqa --output"),
+        ("data.demo_cli", ""),
+        ("data.cli", "--input {tmp_path}/in.txt --tokenizer byte --output-prefix"),
+        ("inference.cli", "gone --prompt x --output"),
+        ("fault_tolerance.soak", "--config debug --work"),
+        ("checkpoint.cli", "reshard gone"),
+        ("checkpoint.cli", "export-hf gone"),
+    ],
+)
+@pytest.mark.parametrize("folder", ["/proc", "/proc/no", "{tmp_path}/in.txt"])
+def test_what_cannot_be_written_is_refused_before_all_else(module, argv, folder, tmp_path, capsys):
+    (tmp_path / "in.txt").write_text("text")
+    words = [*argv.split(), f"{folder}/out" + (".jsonl" if module == "data.demo_cli" else ".png")]
+    main = importlib.import_module(f"megatron_mlra.{module}").main
+    try:
+        code = main([word.format(tmp_path=tmp_path) for word in words])
+    except SystemExit as end:
+        code = end.code
+    said = capsys.readouterr()
+    line = code if isinstance(code, str) else said.err.rstrip("\n")
+    assert code in (1, 2) or line is code
+    assert line.startswith("error: ") and words[-1].format(tmp_path=tmp_path) in line
+    assert re.search(r"cannot be (made|written)|is not a folder", line) and "\n" not in line
 
 
 def test_an_interrupt_is_one_line():

@@ -40,6 +40,10 @@ def test_refused_in_a_moment(tmp_path):
     (tmp_path / "hf/config.json").write_text("{}")
     cases = {
         ("--num-heads", "4"): "unknown flag --num-heads; did you mean --num-attention-heads?",
+        ("--num_layers", "4"): "unknown flag --num_layers; did you mean --num-layers?",
+        ("--no_bf16",): "unknown flag --no_bf16; did you mean --no-bf16?",
+        ("--train_iters=4",): "unknown flag --train_iters; did you mean --train-iters?",
+        ("--num_layer", "4"): "unknown flag --num_layer; did you mean --num-layers?",
         ("--learning-rate=1"): "unknown flag --learning-rate; did you mean --lr?",
         ("--config", "none.yaml"): "--config none.yaml: no such file",
         ("--config", "mlra4_2.9"): "did you mean mlra4_2.9b?",
@@ -112,6 +116,12 @@ def test_every_flag_of_the_whole_parser_is_known():
     flags = [name for name in parser._option_string_actions if name.startswith("--")]
     assert len(flags) > 1000
     early_checks._check_flags(flags)
+    assert {*early_checks._UNDERSCORED} <= {*flags}
+    for flag in flags:
+        if (other := flag[:4] + flag[4:].replace("-", "_")) not in flags:
+            meant = flag.replace("_", "-")
+            with pytest.raises(ValueError, match=rf"^unknown flag {other}; did you mean {meant}\?"):
+                early_checks._check_flags([other])
     for wrong in ("--num-layer", "--no-such"):
         with pytest.raises(ValueError):
             early_checks._check_flags([wrong])
