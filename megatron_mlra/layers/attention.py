@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_mlra.layers.config import MLRAConfig, resolve_core_backend
 from megatron_mlra.layers.fp8 import linear_config
+from megatron_mlra.layers.offload import OffloadGroup
 from megatron_mlra.layers.projections import (
     LatentUpProjection,
     ShardedRMSNorm,
@@ -100,11 +101,9 @@ class MLRASelfAttention(Attention):
         self.parallel = LatentParallel(config, self.shard, group, config.sequence_parallel)
         self.context = ContextParallel(pg_collection.cp)
         self.latent_functions = latent_functions(config)
-        # Offloading keeps tensors by hooks of its own, which rebuilding would hide from it.
+        # Offloading of whole layers keeps tensors by hooks that rebuilding would hide from it.
         self.rebuilds_query = (
-            config.absorbed
-            and config.recompute_absorbed_query
-            and not (config.cpu_offloading or config.fine_grained_activation_offloading)
+            config.absorbed and config.recompute_absorbed_query and not config.cpu_offloading
         )
         self.own_heads = config.num_attention_heads // group.size()
         self.recompute_up_projection = (
@@ -190,32 +189,56 @@ class MLRASelfAttention(Attention):
         if packed_seq_params is not None and attention_mask is not None:
             raise ValueError("packed sequences say what is attended to; leave the mask out")
 
-        x = self.parallel.enter(hidden_states)  # [s, b, d]
-        q, latents, k_rope = self._compress(x)
-        plan = self._plan_tokens(q, packed_seq_params)
-        angles = self._rotary_angles(plan, sequence_len_offset or 0)
-        gather = self.context.start_gather(latents, k_rope)
-        if self.recompute_up_projection and self.training:
-            up_projection = tensor_parallel.CheckpointWithoutOutput(
-                fp8=self.config.fp8 or self.config.fp4 or None
-            )
+        recomputes = self.recompute_up_projection and self.training
+        group = self._offload("qkv_linear", self.offload_qkv_linear, hidden_states)
+        with group as hidden_states:
+            x = self.parallel.enter(hidden_states)  # [s, b, d]
+            q, latents, k_rope = self._compress(x)
+            gate = self.linear_gate_proj(x)[0] if self.config.output_gate else None
+            del x
+            plan = self._plan_tokens(q, packed_seq_params)
+            angles = self._rotary_angles(plan, sequence_len_offset or 0)
+            gather = self.context.start_gather(latents, k_rope)
+            if not recomputes:
+                q = self._query_heads(q)
             latents, k_rope = gather.finish(plan)  # [t, b, n, g, l], [t, b, d_r]
-            qkv = up_projection.checkpoint(self._query_key_value, q, latents, k_rope, *angles)
-            z = self._attend(qkv, latents, attention_mask, plan)
-            up_projection.discard_output_and_register_recompute(z)
-        else:
-            q = self._query_heads(q)
-            latents, k_rope = gather.finish(plan)
-            qkv = self._assemble(q, latents, k_rope, *angles)
-            with self._query_rebuilt(qkv[0], q.detach(), angles[:2], plan):
-                z = self._attend(qkv, latents, attention_mask, plan)
-        del qkv  # backward rebuilds its query, so nothing else may hold it
+        q = group.commit(q)
 
-        out = self._combine_branches(z)  # [s, b, h / tp * d_v]
-        if self.config.output_gate:
-            gate, _ = self.linear_gate_proj(x)
-            out = out * torch.sigmoid(gate.float()).to(out.dtype)
-        return self.linear_proj(out)
+        with (group := self._offload("core_attn", self.offload_core_attention, q)) as q:
+            if recomputes:
+                up_projection = tensor_parallel.CheckpointWithoutOutput(
+                    fp8=self.config.fp8 or self.config.fp4 or None
+                )
+                qkv = up_projection.checkpoint(self._query_key_value, q, latents, k_rope, *angles)
+                z = self._attend(qkv, latents, attention_mask, plan)
+                up_projection.discard_output_and_register_recompute(z)
+            else:
+                qkv = self._assemble(q, latents, k_rope, *angles)
+                with self._query_rebuilt(qkv[0], q, angles[:2], plan, group):
+                    z = self._attend(qkv, latents, attention_mask, plan)
+            del q, qkv, latents  # backward has them from elsewhere: nothing else may hold them
+            out = self._combine_branches(z)  # [s, b, h / tp * d_v]
+            del z
+        out = group.commit(out)
+
+        with (group := self._offload("attn_proj", self.offload_attn_proj, out)) as out:
+            if gate is not None:
+                out = out * torch.sigmoid(gate.float()).to(out.dtype)
+            out, bias = self.linear_proj(out)
+        return group.commit(out), bias
+
+    def _offload(self, name: str, wanted: bool, tensor: Tensor) -> OffloadGroup:
+        """The part `name`, computed from `tensor`, whose saved tensors go to the host if wanted."""
+        wanted = wanted and self.training and torch.is_grad_enabled()
+        return OffloadGroup(wanted, tensor, name, (self.linear_kv_up_proj.weight,))
+
+    def backward_dw(self) -> None:
+        """The linears' weight gradients, where `delay_wgrad_compute` keeps them from backward.
+
+        Norms and the up-projection of the latents have theirs already.
+        """
+        for linear in reversed([m for m in self.children() if hasattr(m, "backward_dw")]):
+            linear.backward_dw()
 
     def _compress(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query latent `[s, b, d_q]` (x itself without one), latents `[s, b, n, g, l]`, RoPE key
@@ -274,18 +297,24 @@ class MLRASelfAttention(Attention):
         return split_up_projection(self.linear_kv_up_proj.weight, self.config.qk_nope_head_dim)
 
     def _query_rebuilt(
-        self, query: Tensor, q: Tensor, angles: tuple[Tensor, Tensor], plan: TokenPlan
+        self,
+        query: Tensor,
+        q: Tensor,
+        angles: tuple[Tensor, Tensor],
+        plan: TokenPlan,
+        group: OffloadGroup,
     ) -> AbstractContextManager:
         """Where the absorbed core keeps the way to its query instead of the query."""
         config = self.config
         # torch's core is called for every span, and each call would rebuild the whole query.
         backend = resolve_core_backend(config.core_backend, config.transformer_impl)
         many_calls = backend == "torch" and len(plan.spans) > 2
-        if many_calls or not (config.absorbed and config.recompute_absorbed_query):
+        if many_calls or not self.rebuilds_query:
             return nullcontext()
         w_uk = self._up_projections[0].detach()
+        kept = group.kept(q)
         return rebuilt_in_backward(
-            query, lambda: self.latent_functions.rotate_absorb(q, w_uk, *angles)
+            query, lambda: self.latent_functions.rotate_absorb(kept(), w_uk, *angles), group
         )
 
     def _attend(

@@ -307,11 +307,28 @@ class MLRAConfig(LatentSizes, MLATransformerConfig):
             value = getattr(self, name)
             if value != needed:
                 raise ValueError(f"{name} ({value!r}) does not work with MLRA: use {needed}")
-        offloaded = {"qkv_linear", "core_attn", "attn_proj"} & set(self.offload_modules or ())
-        if self.fine_grained_activation_offloading and offloaded:
+        if self.fine_grained_activation_offloading:
+            self._validate_offloading()
+
+    def _validate_offloading(self) -> None:
+        offloaded, granularity = set(self.offload_modules or ()), self.recompute_granularity
+        if granularity == "full":
             raise ValueError(
-                f"offload_modules ({', '.join(sorted(offloaded))}) does not work with MLRA: use"
-                " recompute_modules core_attn, mla_up_proj"
+                "recompute_granularity full leaves nothing to fine_grained_activation_offloading;"
+                " use recompute_granularity selective"
+            )
+        modules = ["core_attn"] if self.recompute_modules is None else self.recompute_modules
+        rebuilt = {"core_attn", "mla_up_proj"} & set(modules if granularity else ())
+        if "core_attn" in offloaded and rebuilt:
+            raise ValueError(
+                f"recompute_modules {' '.join(sorted(rebuilt))} rebuilds what offload_modules"
+                " core_attn copies to the host; leave it out of one of them"
+            )
+        graphs, ours = self.cuda_graph_impl, offloaded & {"qkv_linear", "core_attn", "attn_proj"}
+        if ours and graphs != "none":
+            raise ValueError(
+                f"cuda_graph_impl {graphs} does not work with offload_modules"
+                f" {' '.join(sorted(ours))} of MLRA; use cuda_graph_impl none"
             )
 
 
@@ -330,7 +347,6 @@ _REFUSED = {
     "flash_decode": "it caches expanded heads; leave it out",
     "window_size": "it attends to the whole past; leave it out",
     "apply_query_key_layer_scaling": "leave it out",
-    "delay_wgrad_compute": "leave it out",
 }
 """Features of Megatron's own attentions: refused where they would be ignored."""
 

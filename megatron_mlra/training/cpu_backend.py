@@ -59,7 +59,7 @@ def _on_cpu(value):
     return value
 
 
-class _NoStream:
+class NoStream:
     """A CUDA stream or event that has nothing to wait for."""
 
     def __init__(self, *args, **kwargs) -> None:
@@ -68,7 +68,7 @@ class _NoStream:
     def query(self) -> bool:
         return True
 
-    def record_event(self, _event=None) -> _NoStream:
+    def record_event(self, _event=None) -> NoStream:
         return self
 
     def elapsed_time(self, _other) -> float:
@@ -97,7 +97,7 @@ def enable_cpu_backend() -> None:
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
     import megatron.training.training  # noqa: F401
 
-    stream = _NoStream()
+    stream = NoStream()
     properties = types.SimpleNamespace(
         major=9, minor=0, name="cpu", total_memory=0, multi_processor_count=1, gcnArchName=""
     )
@@ -110,8 +110,8 @@ def enable_cpu_backend() -> None:
         "current_stream": lambda *_: stream,
         "default_stream": lambda *_: stream,
         "stream": lambda *_: nullcontext(),
-        "Stream": _NoStream,
-        "Event": _NoStream,
+        "Stream": NoStream,
+        "Event": NoStream,
         "get_device_properties": lambda *_: properties,
         "get_device_capability": lambda *_: (9, 0),
         "get_rng_state": lambda *_: torch.get_rng_state(),

@@ -15,6 +15,9 @@ from argparse import Namespace
 from collections.abc import Callable
 
 import torch
+from megatron.core.pipeline_parallel.fine_grained_activation_offload import (
+    FineGrainedActivationOffloadingInterface,
+)
 from megatron.training import async_utils, training
 from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
@@ -202,6 +205,9 @@ class Progress:
         )
         if has_hooks:
             training.enable_forward_pre_hook(model)
+        if args.fine_grained_activation_offloading:
+            # Megatron learns from the first pass what there is to offload: here, nothing.
+            FineGrainedActivationOffloadingInterface.reset_instance()
         args.consumed_valid_samples = consumed
 
     def wrap_train(self, train: Callable) -> Callable:

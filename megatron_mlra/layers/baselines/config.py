@@ -138,6 +138,17 @@ class BaselineConfig(TransformerConfig):
             (self.rotary_interleaved, "rotary_interleaved", "its RoPE is half-split; leave it out"),
             (self.window_size is not None, "window_size", "leave it out"),
             (self.no_rope_freq is not None, "no_rope_freq", "leave it out"),
+            (
+                self.fine_grained_activation_offloading
+                and {"qkv_linear", "core_attn", "attn_proj"} & set(self.offload_modules or ()),
+                "offload_modules",
+                "offload attn_norm, mlp_norm or the experts' modules alone, or use mlra or gqa",
+            ),
+            (
+                self.overlap_moe_expert_parallel_comm,
+                "overlap_moe_expert_parallel_comm",
+                "leave it out, or use mlra or gqa",
+            ),
         ):
             if wrong:
                 value = getattr(self, name)

@@ -115,7 +115,7 @@ def measure(layout: Layout, overrides: dict[str, Any]) -> dict[str, int]:
         return tensor
 
     @contextlib.contextmanager
-    def rebuilt_in_backward(query: torch.Tensor, rebuild):
+    def rebuilt_in_backward(query: torch.Tensor, rebuild, group):
         # The module's own hooks would hide what the core saves from those below.
         weights.add(query.untyped_storage().data_ptr())
         kept.append(query)

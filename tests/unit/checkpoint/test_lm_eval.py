@@ -133,7 +133,7 @@ def test_perplexity_is_that_of_the_megatron_folder(exported, tmp_path, capsys):
 
 
 def test_decoded_losses_are_the_models_and_fp8_is_near(exported, tmp_path, capsys):
-    """The second half of windows from a float32 cache has transformers' logits; an FP8 one is off."""
+    """A float32 cache gives the logits of transformers; an FP8 cache gives others nearby."""
     text = tmp_path / "text.txt"
     text.write_text(TEXTS[1] * 3)
     preprocess(PreprocessConfig((str(text),), str(tmp_path / "set"), TokenizerSpec("byte")))

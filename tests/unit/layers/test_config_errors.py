@@ -41,6 +41,7 @@ FP8 = {
     "qk_pos_emb_head_dim": 16,
     "v_head_dim": 16,
 }
+OFFLOAD = {"fine_grained_activation_offloading": True, "offload_modules": ["core_attn"]}
 WHOLE = r"must be a whole number of at least 1$"
 
 # Each row: what is set, the words that name what is wrong, and the fixes offered. A fix is a
@@ -300,18 +301,28 @@ ROWS = [
         [("leave it out", {"apply_query_key_layer_scaling": False})],
     ),
     (
-        {"fine_grained_activation_offloading": True, "offload_modules": ["core_attn"]},
-        "offload_modules (core_attn)",
+        OFFLOAD | {"recompute_granularity": "full", "recompute_method": "uniform"},
+        "recompute_granularity full",
         [
             (
-                "use recompute_modules core_attn",
-                {
-                    "fine_grained_activation_offloading": False,
-                    "recompute_granularity": "selective",
-                    "recompute_modules": ["core_attn"],
-                },
+                "use recompute_granularity selective",
+                {"recompute_granularity": "selective", "recompute_method": None}
+                | {"recompute_modules": ["mlp"]},
             )
         ],
+    ),
+    (
+        OFFLOAD | {"recompute_granularity": "selective"},
+        "recompute_modules core_attn rebuilds what offload_modules core_attn",
+        [
+            ("leave it out of one of them", {"offload_modules": ["qkv_linear"]}),
+            ("leave it out of one of them", {"recompute_modules": ["layernorm"]}),
+        ],
+    ),
+    (
+        OFFLOAD | {"cuda_graph_impl": "transformer_engine"},
+        "cuda_graph_impl transformer_engine does not work with offload_modules core_attn",
+        [("use cuda_graph_impl none", {"cuda_graph_impl": "none"})],
     ),
     (
         {"recompute_granularity": "selective", "recompute_modules": ["core_attention"]},
@@ -368,6 +379,10 @@ def test_refused_with_the_wrong_value_and_one_that_works(settings, wrong, fixes)
         FP8,
         FP8 | {TP: 2},
         {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mla_up_proj"]},
+        OFFLOAD | {"offload_modules": ["qkv_linear", "core_attn", "attn_proj", "attn_norm"]},
+        OFFLOAD
+        | {"offload_modules": ["qkv_linear"], "recompute_granularity": "selective"}
+        | {"recompute_modules": ["core_attn", "mla_up_proj"]},
     ],
     ids=lambda settings: " ".join(f"{name}={value}" for name, value in settings.items()),
 )
