@@ -136,7 +136,8 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _open(args: argparse.Namespace, path: str, kinds: Sequence[str] = ()):
+def _open(args: argparse.Namespace, path: str, kinds: Sequence[str] = (), takes_ahead: bool = True):
+    """Open a source; `takes_ahead`: the command reads layers of multi-token prediction too."""
     from megatron_mlra.checkpoint.formats import open_checkpoint
 
     folder = open_checkpoint(path, args.vocab_size, verify=args.verify)
@@ -144,8 +145,8 @@ def _open(args: argparse.Namespace, path: str, kinds: Sequence[str] = ()):
         raise CheckpointError(
             f"{path} is a {folder.kind} folder; {args.command} reads {' or '.join(kinds)} folders"
         )
-    if folder.left_out and args.command != "inspect":
-        print(f"{printable(path)}: {folder.left_out} is left out")
+    if folder.ahead and not takes_ahead:
+        print(f"{printable(path)}: {folder.ahead} is left out")
     return folder
 
 
@@ -198,7 +199,7 @@ def _export_official(args: argparse.Namespace) -> int:
     max_shard_bytes = _shard_bytes(args)
     _check_destination(args)
     problem = write_research(
-        _open(args, args.source, ("megatron", "huggingface")),
+        _open(args, args.source, ("megatron", "huggingface"), takes_ahead=False),
         args.destination,
         dtype=args.dtype,
         file_format=args.format,
@@ -261,7 +262,7 @@ def _verify(args: argparse.Namespace) -> int:
     if not args.tolerance >= 0:
         raise CheckpointError(f"--tolerance {args.tolerance:g} is negative; use e.g. 1e-4")
     text = None if args.text is None else read_text(args.text)
-    a, b = _open(args, args.a), _open(args, args.b)
+    a, b = (_open(args, path, takes_ahead=False) for path in (args.a, args.b))
     compare.check_same_function(a, b)
     named = b if not a.tokenizer_files() and b.tokenizer_files() else a
     tokens, said = compare.sample_tokens(named, text, args.tokenizer, args.tokens, args.length)

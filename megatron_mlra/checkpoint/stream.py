@@ -18,19 +18,23 @@ class TensorStream:
     Args:
         source: whose tensors are taken.
         dtype: of the tensors handed out, 'float32', 'bfloat16' or 'float16'; default the source's.
+        ahead: with the layers of multi-token prediction, where the source has any.
         progress: show a bar of bytes.
     """
 
     def __init__(
-        self, source: CheckpointFolder, dtype: str | None = None, progress: bool = True
+        self,
+        source: CheckpointFolder,
+        dtype: str | None = None,
+        progress: bool = True,
+        ahead: bool = False,
     ) -> None:
         if dtype is not None and dtype not in DTYPES:
             raise CheckpointError(f"dtype is {dtype!r}; use one of {', '.join(DTYPES)}")
         self.source = source
-        self.description: ModelDescription = source.description.replace(
-            dtype=dtype or source.description.dtype
-        )
-        """The source's, in the dtype of the tensors handed out."""
+        model = source.description if ahead else source.description.decoder()
+        self.description: ModelDescription = model.replace(dtype=dtype or model.dtype)
+        """Of the tensors handed out."""
         self.dtype: torch.dtype = getattr(torch, self.description.dtype)
         self.shapes = expected_tensors(self.description)
         self.bytes = sum(
