@@ -39,6 +39,11 @@ class MLRAConfig(PreTrainedConfig):
         """N^-1/2, or 1: times the sum over branches."""
         return self.num_branches**-0.5 if self.variance_scaling else 1.0
 
+    @property
+    def draft_layers(self) -> int:
+        """Layers of multi-token prediction, behind the decoder's."""
+        return getattr(self, "num_nextn_predict_layers", 0)
+
     def layer_has_experts(self, layer: int) -> bool:
         """Whether a layer's MLP is a mixture of experts."""
         types = getattr(self, "mlp_layer_types", None)

@@ -29,13 +29,18 @@ class MLRADecoderLayer(nn.Module):
     """Pre-norm attention and MLP, each with a residual connection that the next norm adds."""
 
     def __init__(
-        self, vllm_config: VllmConfig, index: int, tables: tuple[Tensor, Tensor], prefix: str
+        self,
+        vllm_config: VllmConfig,
+        index: int,
+        tables: tuple[Tensor, Tensor],
+        prefix: str,
+        reserves: bool,
     ) -> None:
         super().__init__()
         config: MLRAConfig = vllm_config.model_config.hf_config
         d, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = RMSNorm(d, eps=eps)
-        self.self_attn = MLRAAttention(vllm_config, tables, f"{prefix}.self_attn", index == 0)
+        self.self_attn = MLRAAttention(vllm_config, tables, f"{prefix}.self_attn", reserves)
         self.post_attention_layernorm = RMSNorm(d, eps=eps)
         if config.layer_has_experts(index):
             self.mlp = MLRAExperts(config, f"{prefix}.mlp")
@@ -74,7 +79,7 @@ class MLRAModel(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.layers = nn.ModuleList(
-            MLRADecoderLayer(vllm_config, i, (self.cos, self.sin), f"{prefix}.layers.{i}")
+            MLRADecoderLayer(vllm_config, i, (self.cos, self.sin), f"{prefix}.layers.{i}", i == 0)
             for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -144,7 +149,10 @@ class MLRAForCausalLM(nn.Module):
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """See AutoWeightsLoader; attention cuts its own (attention.py)."""
-        tied = ["lm_head."] if self.config.tie_word_embeddings else None
-        loader = AutoWeightsLoader(self, skip_prefixes=tied)
+        """See AutoWeightsLoader; attention cuts its own (attention.py). Layers of multi-token
+        prediction are the drafter's (draft.py)."""
+        first = self.config.num_hidden_layers
+        skipped = [f"model.layers.{first + i}." for i in range(self.config.draft_layers)]
+        skipped += ["lm_head."] if self.config.tie_word_embeddings else []
+        loader = AutoWeightsLoader(self, skip_prefixes=skipped)
         return loader.load_weights(weights, mapper=self.hf_to_vllm_mapper)

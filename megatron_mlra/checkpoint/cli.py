@@ -131,7 +131,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(str(error), 2)
 
 
-def _open(args: argparse.Namespace, path: str, kinds: Sequence[str] = ()):
+def _open(args: argparse.Namespace, path: str, kinds: Sequence[str] = (), takes_ahead: bool = True):
+    """Open a source; `takes_ahead`: the command reads layers of multi-token prediction too."""
     from megatron_mlra.checkpoint.formats import open_checkpoint
 
     folder = open_checkpoint(path, args.vocab_size, verify=args.verify)
@@ -139,8 +140,8 @@ def _open(args: argparse.Namespace, path: str, kinds: Sequence[str] = ()):
         raise CheckpointError(
             f"{path} is a {folder.kind} folder; {args.command} reads {' or '.join(kinds)} folders"
         )
-    if folder.left_out and args.command != "inspect":
-        print(f"{printable(path)}: {folder.left_out} is left out")
+    if folder.ahead and not takes_ahead:
+        print(f"{printable(path)}: {folder.ahead} is left out")
     return folder
 
 
@@ -190,7 +191,8 @@ def _import(args: argparse.Namespace) -> int:
 def _export_official(args: argparse.Namespace) -> int:
     from megatron_mlra.checkpoint.research.folder import write_research
 
-    return _export(args, ("megatron", "huggingface"), write_research, file_format=args.format)
+    kinds = ("megatron", "huggingface")
+    return _export(args, kinds, write_research, takes_ahead=False, file_format=args.format)
 
 
 def _export_hf(args: argparse.Namespace) -> int:
@@ -201,13 +203,17 @@ def _export_hf(args: argparse.Namespace) -> int:
 
 
 def _export(
-    args: argparse.Namespace, kinds: Sequence[str], write: Callable[..., str | None], **options: Any
+    args: argparse.Namespace,
+    kinds: Sequence[str],
+    write: Callable[..., str | None],
+    takes_ahead: bool = True,
+    **options: Any,
 ) -> int:
     if not args.max_shard_gb > 0:
         raise CheckpointError(f"--max-shard-gb {args.max_shard_gb:g} is not positive; use e.g. 5")
     _check_destination(args)
     problem = write(
-        _open(args, args.source, kinds),
+        _open(args, args.source, kinds, takes_ahead),
         args.destination,
         dtype=args.dtype,
         tokenizer=args.tokenizer,
@@ -244,7 +250,7 @@ def _verify(args: argparse.Namespace) -> int:
     if not args.tolerance >= 0:
         raise CheckpointError(f"--tolerance {args.tolerance:g} is negative; use e.g. 1e-4")
     text = None if args.text is None else read_text(args.text)
-    a, b = _open(args, args.a), _open(args, args.b)
+    a, b = (_open(args, path, takes_ahead=False) for path in (args.a, args.b))
     compare.check_same_function(a, b)
     named = b if not a.tokenizer_files() and b.tokenizer_files() else a
     tokens, said = compare.sample_tokens(named, text, args.tokenizer, args.tokens, args.length)

@@ -43,14 +43,15 @@ class CheckpointFolder:
     path: Path
     description: ModelDescription
 
-    left_out: str | None = None
-    """Name of the parts of the folder that conversions do not read, for messages."""
-
-    draft_layers: int = 0
-    """Number of layers of multi-token prediction, whose tensors `tensor` reads too."""
-
     verify: bool = False
     """Compare files with the folder's checksums, if it has any."""
+
+    @property
+    def ahead(self) -> str | None:
+        """What layers of multi-token prediction the model has, in words."""
+        depths = self.description.mtp_num_layers
+        said = f"multi-token prediction ({depths} token{'s' * (depths > 1)} ahead)"
+        return said if depths else None
 
     def names(self) -> list[str]:
         """Canonical names of all tensors, in the order of a forward pass."""

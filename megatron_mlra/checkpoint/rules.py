@@ -83,13 +83,19 @@ def whole_table(
     """
     table = {EMBEDDING: same(embedding)}
     for i in range(model.num_layers):
-        for name, rule in layer(i).items():
-            theirs = tuple(prefix.format(i) + their for their in rule.theirs)
-            table[layer_prefix(i) + name] = Rule(theirs, rule.split, rule.join)
+        table |= under(layer(i), layer_prefix(i), prefix.format(i))
     table[FINAL_NORM] = same(final_norm)
     if not model.tie_embeddings:
         table[OUTPUT] = same(output)
     return table
+
+
+def under(table: Mapping[str, Rule], ours: str, theirs: str) -> dict[str, Rule]:
+    """The table with a prefix to our names and to theirs."""
+    return {
+        ours + name: Rule(tuple(theirs + their for their in rule.theirs), rule.split, rule.join)
+        for name, rule in table.items()
+    }
 
 
 def their_shapes(model: ModelDescription, table: Mapping[str, Rule]) -> dict[str, tuple[int, ...]]:

@@ -18,6 +18,7 @@ class TensorStream:
     Args:
         dtype: of the tensors that `take` returns: 'float32', 'bfloat16' or 'float16'; default the
             source's.
+        ahead: take the layers of multi-token prediction too, if the source has any.
         progress: show a bar of bytes.
 
     Raises:
@@ -25,14 +26,17 @@ class TensorStream:
     """
 
     def __init__(
-        self, source: CheckpointFolder, dtype: str | None = None, progress: bool = True
+        self,
+        source: CheckpointFolder,
+        dtype: str | None = None,
+        progress: bool = True,
+        ahead: bool = False,
     ) -> None:
         if dtype is not None and dtype not in DTYPES:
             raise CheckpointError(f"dtype is {dtype!r}; use one of {', '.join(DTYPES)}")
         self.source = source
-        self.description: ModelDescription = source.description.replace(
-            dtype=dtype or source.description.dtype
-        )
+        model = source.description if ahead else source.description.decoder()
+        self.description: ModelDescription = model.replace(dtype=dtype or model.dtype)
         """The source's description, with the dtype of the stream."""
         self.dtype: torch.dtype = getattr(torch, self.description.dtype)
         self.shapes = expected_tensors(self.description)

@@ -53,7 +53,7 @@ def parameters(shape: ModelDescription) -> Parameters:
     moe_layers = n - shape.num_dense_layers if shape.num_experts else 0
     per_layer = sum(weights.values()) + sum(norms.values()) + 2 * d
     last = shape.is_moe(-1)
-    ahead = 1 if shape.mtp_use_repeated_layer and shape.mtp_num_layers else shape.mtp_num_layers
+    ahead = shape.draft_layers
     join = 2 * d * d + 3 * d + per_layer
     rest = embedding + output + d + n * per_layer + (n - moe_layers) * mlp
     return Parameters(

@@ -231,9 +231,18 @@ class ModelDescription(LatentSizes, ExpertSizes):
             return self.core_form == "absorbed"
         return self.attention == "mlra" and self.latent_dim <= self.qk_nope_head_dim
 
+    @property
+    def draft_layers(self) -> int:
+        """Layers of multi-token prediction: one a token ahead, or one for all."""
+        return min(self.mtp_num_layers, 1) if self.mtp_use_repeated_layer else self.mtp_num_layers
+
     def replace(self, **changes: Any) -> ModelDescription:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+    def decoder(self) -> ModelDescription:
+        """A copy without the layers of multi-token prediction."""
+        return self.replace(mtp_num_layers=0, mtp_use_repeated_layer=False)
 
     # -- validation --------------------------------------------------------------------------------
 

@@ -102,7 +102,10 @@ def _attention(m: ModelDescription) -> dict[str, tuple[int, ...]]:
 
 
 def expected_tensors(description: ModelDescription) -> dict[str, tuple[int, ...]]:
-    """Canonical name -> shape of every tensor of the model, in the order of a forward pass."""
+    """Canonical name -> shape of every tensor of the model, in the order of a forward pass.
+
+    The tensors of multi-token prediction are last.
+    """
     m = description
     tensors: dict[str, tuple[int, ...]] = {EMBEDDING: (m.vocab_size, m.hidden_size)}
     for layer in range(m.num_layers):
@@ -111,7 +114,7 @@ def expected_tensors(description: ModelDescription) -> dict[str, tuple[int, ...]
     tensors[FINAL_NORM] = (m.hidden_size,)
     if not m.tie_embeddings:
         tensors[OUTPUT] = (m.vocab_size, m.hidden_size)
-    return tensors
+    return tensors | multi_token_tensors(m, m.draft_layers)
 
 
 def multi_token_tensors(description: ModelDescription, depths: int) -> dict[str, tuple[int, ...]]:

@@ -107,19 +107,20 @@ def load_model(source: CheckpointFolder, dtype: str | None = None) -> torch.nn.M
     Raises:
         CheckpointError: see `to_hf_config`; or a tensor cannot be read.
     """
-    config = to_hf_config(source.description)
+    model = source.description.decoder()
+    config = to_hf_config(model)
     model_class, config_class = _classes(config["model_type"])
-    wanted = getattr(torch, dtype or source.description.dtype)
-    model = model_class._from_config(config_class(**config), dtype=wanted)
-    stored = model.state_dict()
-    parameters = dict(model.named_parameters())
-    parameters |= {name: buffer for name, buffer in model.named_buffers() if name in stored}
+    wanted = getattr(torch, dtype or model.dtype)
+    loaded = model_class._from_config(config_class(**config), dtype=wanted)
+    stored = loaded.state_dict()
+    parameters = dict(loaded.named_parameters())
+    parameters |= {name: buffer for name, buffer in loaded.named_buffers() if name in stored}
     with torch.no_grad():
-        for name, rule in rules(source.description).items():
+        for name, rule in rules(model).items():
             for their, part in rule.store(source.tensor(name)):
                 parameters.pop(their).copy_(part)
     assert not parameters, f"left as initialised: {list(parameters)}"
-    return model.eval()
+    return loaded.eval()
 
 
 def _classes(model_type: str) -> tuple[Any, Any]:

@@ -56,22 +56,39 @@ def _others(folders: list[Path]) -> str:
     return f"there is {', '.join(there)}: --ckpt-step names the step to load"
 
 
-def check_load(args: Namespace, argv: list[str] | None = None) -> None:
+def check_load(args: Namespace, argv: list[str] | None = None) -> bool:
     """Check that the checkpoint of `--load` is complete and fits the architecture and the
     optimizer. Rank 0 prints what the flags of `argv` change in its RoPE and lengths.
+
+    Returns:
+        Whether the run has layers of multi-token prediction that begin anew, beside weights that
+        are loaded.
+
+    Returns:
+        whether the run has layers of multi-token prediction that begin anew, beside weights that
+        are loaded.
 
     Raises:
         ValueError: names the checkpoint, and the damaged file or the arguments that differ.
     """
     folder = folder_to_load(args)
     if folder is None:
-        return
+        return False
     stored = opened(folder)
     given = parser.flags_given(sys.argv[1:] if argv is None else argv)
     changed = check_architecture(stored, args, given)
     if changed and args.rank == 0:
         parser.say(f"{folder}: {', '.join(changed)}, as asked")
     check_optimizer(stored, args)
+    return adds_multi_token(stored.common_state()["args"], args)
+
+
+def adds_multi_token(saved: Namespace, args: Namespace) -> bool:
+    """Whether `--mtp-num-layers` asks for layers that a checkpoint of the arguments `saved` has
+    not."""
+    return bool(getattr(args, "mtp_num_layers", None)) and not getattr(
+        saved, "mtp_num_layers", None
+    )
 
 
 def folder_to_load(args: Namespace) -> Path | None:
@@ -137,7 +154,7 @@ def check_architecture(
         given: flags on the command line.
 
     Returns:
-        The changes of RoPE and lengths that the flags ask for, as texts.
+        The changes of RoPE and lengths that the flags ask for, and the new layers, as texts.
 
     Raises:
         ValueError: names every argument that differs, with both values.
@@ -152,13 +169,22 @@ def check_architecture(
         found = differing_arguments(saved, args, ROPE_ARGUMENTS)
     except CheckpointError as error:
         raise ValueError(f"checkpoint {folder}: {error}") from None
+    adds = adds_multi_token(saved, args)
     for name, there, here in found:
         fix = ""
+        if adds and name in ("mtp_num_layers", "mtp_use_repeated_layer"):
+            if args.finetune:
+                continue
+            fix = " (--finetune begins a new run with these weights and new layers)"
         if name == "padded_vocab_size":
             fix = f" (train with --padded-vocab-size {there}, or convert it with {here})"
         different.append(f"{name} is {there} there, {here} here{fix}")
     changed, unasked = changes(saved, args, set(given))
     different += unasked
+    if adds:
+        layers = 1 if args.mtp_use_repeated_layer else args.mtp_num_layers
+        said = f"{layers} layer{'s' * (layers > 1)} of multi-token prediction"
+        changed.append(f"{said} that it has not, newly initialised")
     if different:
         raise ValueError(f"checkpoint {folder} is of another architecture: {'; '.join(different)}")
     return changed

@@ -66,6 +66,11 @@ class MLRAConfig(PreTrainedConfig):
     """Of "sigmoid": add e_score_correction_bias to the scores that experts are chosen by."""
     router_dtype: str | None = None
     """Of the router's product: None for the activations', or "float32"."""
+    num_nextn_predict_layers: int = 0
+    """Layers of multi-token prediction, numbered behind the decoder's. The model leaves them out
+    when weights are loaded, and sets this to 0."""
+    num_nextn_predict_depths: int = 0
+    """Tokens that one such layer predicts, where it does for all of them."""
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6

@@ -79,6 +79,13 @@ class MLRAModel(MLRAPreTrainedModel):
         )
         self.norm = MLRARMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
+        # Layers of multi-token prediction, which are not run here: they are left in the files, and
+        # the configuration no longer names them, so that it is true of what is saved.
+        first, ahead = config.num_hidden_layers, config.num_nextn_predict_layers
+        self._keys_to_ignore_on_load_unexpected = [
+            rf"(?:^|\.)layers\.{first + i}\." for i in range(ahead)
+        ]
+        config.num_nextn_predict_layers = config.num_nextn_predict_depths = 0
         self.post_init()
 
     @merge_with_config_defaults

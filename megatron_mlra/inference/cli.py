@@ -192,7 +192,7 @@ def _generate(args: argparse.Namespace, rank: int, device: str) -> int:
     if args.output:
         check_output(args.output, "--output")
     folder = open_checkpoint(args.checkpoint, args.vocab_size, verify=args.verify)
-    if args.speculate and not folder.draft_layers:
+    if args.speculate and not folder.description.mtp_num_layers:
         raise ValueError(
             f"--speculate needs a layer of multi-token prediction, and {args.checkpoint} has none;"
             " leave it out, or train with --mtp-num-layers 1"

@@ -188,7 +188,10 @@ def _check_export(args: argparse.Namespace, target: Path, checkpoint: Checkpoint
         raise ValueError(
             f"--vocab-size {args.vocab_size}: {target} was exported before, with {size}; {again}"
         )
-    same = expected_tensors(there.description) == expected_tensors(checkpoint.description)
+    ours, theirs = checkpoint.description, there.description
+    if ours.attention == "gqa":
+        ours = ours.decoder()  # as Llama's exports are
+    same = expected_tensors(theirs) == expected_tensors(ours)
     if there.kind != "huggingface" or not same:
         raise ValueError(
             f"{target} is no export of {checkpoint.path}: it holds another model; remove it to"

@@ -125,7 +125,7 @@ def train(end_by_interrupt: EndByInterrupt | None = None) -> int:
         integrity.check_save(args, parameters(shape).total)
         if args.tensorboard_dir is not None:
             saved_steps.check_writable("--tensorboard-dir", args.tensorboard_dir)
-        integrity.check_load(args)
+        run.new_multi_token = integrity.check_load(args)
         batches.check_data(args)
 
         world = meet_all(args, given, lock)

@@ -29,6 +29,8 @@ class Run:
         lock: of `--save`, if any.
         shape: the model, known before `BEFORE_TRAINING`.
         hosts: name of each rank's host, known before `BEFORE_TRAINING`.
+        new_multi_token: whether its layers of multi-token prediction are in no checkpoint that it
+            loads, known before `BEFORE_TRAINING`.
     """
 
     args: Namespace
@@ -36,6 +38,7 @@ class Run:
     lock: RunLock | None = None
     shape: ModelDescription | None = None
     hosts: list[str] = field(default_factory=list)
+    new_multi_token: bool = False
 
     @functools.cached_property
     def progress(self) -> progress.Progress:

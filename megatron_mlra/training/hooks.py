@@ -36,6 +36,7 @@ from megatron_mlra.layers.multi_token import (
 from megatron_mlra.training import arguments, curves, muon, progress, upstream_fixes, validation
 from megatron_mlra.training.build_lock import BuildLock
 from megatron_mlra.training.hook import Hook, Run, apply, instead
+from megatron_mlra.training.new_layers import keep_new_layers
 
 __all__ = ["BEFORE_CHECKS", "BEFORE_TRAINING", "Hook", "Run", "apply"]
 
@@ -164,6 +165,11 @@ MULTI_TOKEN = (
         f"{_MTP}.MTPLossLoggingHelper.track_mtp_metrics",
         "the losses of multi-token prediction stand in the run's own lines too",
         (lambda track, run: run.progress.wrap_multi_token(track),),
+    ),
+    Hook(
+        f"{SAVING}.load",
+        "--finetune may begin with the weights of a run without such layers",
+        (keep_new_layers,),
     ),
 )
 """For multi-token prediction; without it nothing calls them."""

@@ -33,7 +33,9 @@ def model_card(source: CheckpointFolder, model: ModelDescription, name: str, cha
     name = _plain(name)
     call = f'"{name}", trust_remote_code=True' if latent else f'"{name}"'
     # Rows that only pad the vocabulary are not exported.
-    count = parameters(replace(model, padded_vocab_size=model.vocab_size))
+    whole = replace(model, padded_vocab_size=model.vocab_size)
+    count = parameters(whole.decoder())
+    ahead = _ahead(model, parameters(whole).total - count.total)
     active = f", {count.active:,} of them for a token" if count.active != count.total else ""
     plugin = (
         "vLLM 0.26 serves it by the plugin of the megatron-mlra project, without"
@@ -57,6 +59,7 @@ def model_card(source: CheckpointFolder, model: ModelDescription, name: str, cha
         f"{active}: {model.num_layers} layers of width {model.hidden_size},"
         f" {model.num_attention_heads} heads, {model.vocab_size:,} tokens in its vocabulary,"
         f" {model.max_position_embeddings:,} positions, weights in {model.dtype}.",
+        *ahead,
         "",
         "It is a base model: it continues text and has no chat template."
         if not chat
@@ -88,6 +91,19 @@ def model_card(source: CheckpointFolder, model: ModelDescription, name: str, cha
         *_training(source),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _ahead(model: ModelDescription, count: int) -> list[str]:
+    """Of multi-token prediction, whose layers have `count` parameters."""
+    if not model.mtp_num_layers:
+        return []
+    layers = "layer" if model.draft_layers == 1 else f"{model.draft_layers} layers"
+    return [
+        "",
+        f"Its {layers} of multi-token prediction ({count:,} more parameters,"
+        f" `model.layers.{model.num_layers}` on) can guess tokens in speculative decoding;"
+        " transformers leaves them alone.",
+    ]
 
 
 def _training(source: CheckpointFolder) -> list[str]:

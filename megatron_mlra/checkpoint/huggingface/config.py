@@ -46,6 +46,10 @@ _EXPERTS = {
     "routed_scaling_factor": "moe_router_topk_scaling_factor",
     "use_expert_bias": "moe_router_enable_expert_bias",
 }
+AHEAD = "num_nextn_predict_layers"
+"""Layers of multi-token prediction, in DeepSeek-V3's words."""
+_DEPTHS = "num_nextn_predict_depths"
+"""Tokens that one such layer predicts, where it does for all of them."""
 _MLP_TYPES = ("dense", "sparse")
 _ROUTER_DTYPES = {None: None, "fp32": "float32"}
 _YARN = ("original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
@@ -67,6 +71,7 @@ def to_hf_config(model: ModelDescription) -> dict[str, Any]:
             "auto_map": AUTO_MAP,
             **{name: getattr(model, name) for name in _LATENT},
             **_experts(model),
+            **_ahead(model),
         }
     _check_llama(model)
     return config | {
@@ -108,6 +113,7 @@ def from_hf_config(config: Mapping[str, Any], dtype: str) -> ModelDescription:
         fields |= {name: needed(name) for name in _LATENT}
         if config.get("num_experts"):
             fields |= _expert_fields(config, needed)
+        fields |= _ahead_fields(config)
         model = ModelDescription(attention="mlra", **fields)
         if problem := model.routing_problem():
             raise CheckpointError(problem)
@@ -158,6 +164,30 @@ def _expert_fields(config: Mapping[str, Any], needed: Callable[[str], Any]) -> d
         "moe_router_pre_softmax": softmax and not normalizes,
         "moe_router_dtype": dtypes[config.get("router_dtype")],
     }
+
+
+def _ahead(model: ModelDescription) -> dict[str, Any]:
+    """The keys of multi-token prediction."""
+    if not model.mtp_num_layers:
+        return {}
+    repeats = {_DEPTHS: model.mtp_num_layers} if model.mtp_use_repeated_layer else {}
+    return {AHEAD: model.draft_layers, **repeats}
+
+
+def _ahead_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    layers, depths = config.get(AHEAD) or 0, config.get(_DEPTHS)
+    for name, value in ((AHEAD, layers), (_DEPTHS, depths or 0)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise CheckpointError(
+                f"config.json: {name} is {value!r:.60}; it must be a whole number of at least 0"
+            )
+    if not depths:
+        return {"mtp_num_layers": layers}
+    if layers != 1:
+        raise CheckpointError(
+            f"config.json: {_DEPTHS} is {depths}, which needs {AHEAD} 1, and that is {layers}"
+        )
+    return {"mtp_num_layers": depths, "mtp_use_repeated_layer": True}
 
 
 def _rope(model: ModelDescription) -> dict[str, Any]:

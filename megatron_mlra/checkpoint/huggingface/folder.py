@@ -21,7 +21,12 @@ from megatron_mlra.checkpoint.files.tokenizer_copy import say_nothing
 from megatron_mlra.checkpoint.files.weight_files import WeightFiles, common_dtype
 from megatron_mlra.checkpoint.folder import CheckpointFolder, check_tensors, read_config
 from megatron_mlra.checkpoint.huggingface.card import model_card
-from megatron_mlra.checkpoint.huggingface.config import AUTO_MAP, from_hf_config, to_hf_config
+from megatron_mlra.checkpoint.huggingface.config import (
+    AHEAD,
+    AUTO_MAP,
+    from_hf_config,
+    to_hf_config,
+)
 from megatron_mlra.checkpoint.huggingface.names import (
     HF_EMBEDDING,
     HF_EXPERT_BIAS,
@@ -53,6 +58,7 @@ class HuggingFaceFolder(CheckpointFolder):
             dtype = common_dtype(weights, path)
             layers = config.get("num_hidden_layers")
             check_layers("config.json: num_hidden_layers", layers, len(self.files.shapes))
+            check_layers(f"config.json: {AHEAD}", config.get(AHEAD), len(self.files.shapes))
             self.description = from_hf_config(config, dtype)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
@@ -112,7 +118,7 @@ def write_huggingface(
         dtype: of the weights, default the source's.
         tokenizer, chat_template: see `write_tokenizer`.
         max_shard_bytes: see `write_safetensors`.
-        say: called with one line per copied tokenizer file.
+        say: called with one line per copied tokenizer file, and one about what is left out.
 
     Returns:
         None, or one line with the reason why the folder has no tokenizer.
@@ -120,7 +126,10 @@ def write_huggingface(
     Raises:
         CheckpointError: see `to_hf_config`, `write_tokenizer`, TensorStream and `written_aside`.
     """
-    with TensorStream(source, dtype, progress) as stream:
+    ahead = source.description.attention == "mlra"
+    if source.ahead and not ahead:
+        say(f"{source.path}: {source.ahead} is left out, which Llama has not")
+    with TensorStream(source, dtype, progress, ahead) as stream:
         model = stream.description
         config = to_hf_config(model)
         table = rules(model)

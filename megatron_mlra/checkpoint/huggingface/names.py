@@ -6,9 +6,15 @@ those of transformers' Llama.
 
 from __future__ import annotations
 
-from megatron_mlra.checkpoint.rules import Rule, grouped_queries, rows, same, whole_table
+from megatron_mlra.checkpoint.rules import Rule, grouped_queries, rows, same, under, whole_table
 from megatron_mlra.description.model import ModelDescription
-from megatron_mlra.description.tensors import EXPERT_BIAS, EXPERTS, layer_tensors
+from megatron_mlra.description.tensors import (
+    EXPERT_BIAS,
+    EXPERTS,
+    MULTI_TOKEN_LAYER,
+    layer_tensors,
+    multi_token_prefix,
+)
 
 HF_EMBEDDING = "model.embed_tokens.weight"
 HF_OUTPUT = "lm_head.weight"
@@ -25,18 +31,36 @@ _ATTENTION = {
     "linear_gate_proj": "g_proj",
     "linear_proj": "o_proj",
 }
+_PREFIX = "model.layers.{}."
+_AHEAD = {
+    "enorm.weight": "enorm.weight",
+    "hnorm.weight": "hnorm.weight",
+    "eh_proj.weight": "eh_proj.weight",
+    "final_layernorm.weight": "shared_head.norm.weight",
+}
+"""Of a layer of multi-token prediction what a layer of the decoder has not, in DeepSeek-V3's names.
+Embedding and output layer are the decoder's, of which DeepSeek-V3's files hold copies."""
 
 
 def rules(model: ModelDescription) -> dict[str, Rule]:
-    """Canonical name -> rule, for every tensor of the model, in canonical order."""
-    return whole_table(
+    """Canonical name -> rule, for every tensor of the model, in canonical order.
+
+    Layers of multi-token prediction are numbered behind the decoder's, as DeepSeek-V3's are.
+    """
+    table = whole_table(
         model,
         lambda layer: _layer(model, layer),
         embedding=HF_EMBEDDING,
-        prefix="model.layers.{}.",
+        prefix=_PREFIX,
         final_norm="model.norm.weight",
         output=HF_OUTPUT,
     )
+    for i in range(model.draft_layers):
+        own = {ours: same(theirs) for ours, theirs in _AHEAD.items()}
+        last = _layer(model, model.num_layers - 1)
+        own |= {MULTI_TOKEN_LAYER + name: rule for name, rule in last.items()}
+        table |= under(own, multi_token_prefix(i), _PREFIX.format(model.num_layers + i))
+    return table
 
 
 def _layer(model: ModelDescription, layer: int) -> dict[str, Rule]:

@@ -24,7 +24,6 @@ from megatron_mlra.description.tensors import (
     VOCABULARY,
     dtype_of,
     expected_tensors,
-    multi_token_tensors,
 )
 
 RENAMED = {"mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight"}
@@ -63,12 +62,9 @@ class MegatronFolder(CheckpointFolder):
             check_layers("num_layers", getattr(args, "num_layers", None), self._stored_layers())
             check_convertible(args)
             described = from_megatron_args(args, **overrides)
-            if depths := described.mtp_num_layers:
-                self.left_out = f"multi-token prediction ({depths} tokens ahead)"
-                self.draft_layers = 1 if described.mtp_use_repeated_layer else depths
-                stored = sum(key.startswith("mtp.layers.") for key in self.files.shapes())
-                check_layers("mtp_num_layers", self.draft_layers, stored)
-            self.description = described.replace(mtp_num_layers=0, mtp_use_repeated_layer=False)
+            stored = sum(key.startswith("mtp.layers.") for key in self.files.shapes())
+            check_layers("mtp_num_layers", described.draft_layers, stored)
+            self.description = described
         except CheckpointError as error:
             raise CheckpointError(f"checkpoint {self.folder}: {error}") from None
         self.iteration = state.get("iteration")
@@ -137,7 +133,6 @@ class MegatronFolder(CheckpointFolder):
             for prefix, at in each:
                 found[prefix + rest], places[prefix + rest] = shape[len(at) :], (key, at)
         expected = expected_tensors(self.description)
-        expected |= multi_token_tensors(self.description, self.draft_layers)
         for name in VOCABULARY:
             if name in found and name in expected and found[name][0] > expected[name][0]:
                 found[name] = (expected[name][0], *found[name][1:])

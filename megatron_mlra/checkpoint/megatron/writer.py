@@ -48,10 +48,12 @@ from megatron_mlra.description.model import CheckpointError, ModelDescription
 from megatron_mlra.description.tensors import (
     EXPERTS,
     FINAL_NORM,
+    MULTI_TOKEN_LAYER,
     OUTPUT,
     VOCABULARY,
     layer_prefix,
     layer_tensors,
+    multi_token_prefix,
 )
 
 VOCABULARY_MULTIPLE = 128
@@ -87,7 +89,7 @@ def write_megatron(
         rows = -(-vocab // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     if rows < vocab:
         raise CheckpointError(f"padded_vocab_size {rows} is smaller than the vocabulary of {vocab}")
-    with TensorStream(source, dtype, progress) as stream:
+    with TensorStream(source, dtype, progress, ahead=True) as stream:
         model = stream.description
         extra = (rows - vocab) * model.hidden_size * stream.dtype.itemsize
         needed = stream.bytes + extra * (1 if model.tie_embeddings else 2)
@@ -226,35 +228,38 @@ class _Planner(StreamingPlanner):
         for key, data in self.objects.items():
             self.add_bytes(key, len(data))
         for name, shape in self.stream.shapes.items():
-            if not name.startswith("decoder.layers."):
+            if not name.startswith("decoder.layers.") and MULTI_TOKEN_LAYER not in name:
                 rows = self.rows if name in VOCABULARY else shape[0]
                 self._add(name, (rows, *shape[1:]), {name: ()})
         layers = range(self.model.num_layers)
         if self.model.stacks_layers:
-            self._add_layers("decoder.layers.", {i: (i,) for i in layers})
+            self._add_layers("decoder.layers.", {layer_prefix(i): (i,) for i in layers}, 0)
         else:
             for i in layers:
-                self._add_layers(layer_prefix(i), {i: ()})
+                self._add_layers(layer_prefix(i), {layer_prefix(i): ()}, i)
+        for inner in _ahead(self.model):
+            self._add_layers(inner, {inner: ()}, self.model.num_layers - 1)
 
-    def _add_layers(self, prefix: str, layers: dict[int, tuple[int, ...]]) -> None:
+    def _add_layers(self, prefix: str, layers: dict[str, tuple[int, ...]], like: int) -> None:
         """Plan layers of one kind.
 
         Args:
-            layers: number of a layer -> its index in the tensors that stack layers.
+            layers: canonical prefix of a layer -> its index in the tensors that stack layers.
+            like: number of the decoder's layer that has the same tensors.
         """
-        is_moe = self.model.is_moe(next(iter(layers)))
-        for name, shape in layer_tensors(self.model, next(iter(layers))).items():
+        is_moe = self.model.is_moe(like)
+        for name, shape in layer_tensors(self.model, like).items():
             expert, _, rest = name.removeprefix(EXPERTS).partition(".")
             if not name.startswith(EXPERTS):
                 fused = self.stored.get(name, name)
                 # The norm before a router is not fused.
                 key = name if is_moe and fused.startswith("mlp.") else fused
-                parts = {layer_prefix(i) + name: at for i, at in layers.items()}
+                parts = {layer + name: at for layer, at in layers.items()}
                 self._add(prefix + key, shape, parts)
             elif expert == "0":
                 parts = {
-                    f"{layer_prefix(i)}{EXPERTS}{e}.{rest}": (*at, e)
-                    for i, at in layers.items()
+                    f"{layer}{EXPERTS}{e}.{rest}": (*at, e)
+                    for layer, at in layers.items()
                     for e in range(self.model.num_experts)
                 }
                 self._add(prefix + EXPERTS + rest, shape, parts)
@@ -322,27 +327,38 @@ _STATEFUL = (
     "self_attention.core_attention",
 )
 """Modules of Megatron or Transformer Engine that have an (empty) extra state in checkpoints."""
+_STATEFUL_AHEAD = ("enorm", "hnorm", "eh_proj", "final_layernorm")
+"""Those of a layer of multi-token prediction, around its transformer layer."""
 
 
 def _extra_states(model: ModelDescription) -> list[str]:
     """Keys of extra states. A run loads those of its modules and ignores the others."""
     layers, experts = model.num_layers, model.num_experts
     keys = [f"{name.removesuffix('weight')}_extra_state/shard_0_1" for name in (FINAL_NORM, OUTPUT)]
-    for i in range(layers):
-        if model.stacks_layers:
-            prefix, at, size = "decoder.layers.", f"{i}", f"{layers}"
-            expert_at, expert_size = f"{i}.", f"{layers}.{experts}"
-        else:
-            prefix, at, size = layer_prefix(i), "0", "1"
-            expert_at, expert_size = "", f"{experts}"
-        keys += [f"{prefix}{module}._extra_state/shard_{at}_{size}" for module in _STATEFUL]
-        if model.is_moe(i):
-            keys += [
-                f"{prefix}{EXPERTS}{linear}._extra_state/shard_{expert_at}{e}_{expert_size}"
+
+    def add(prefix: str, like: int, stacked: bool) -> None:
+        at, size = (like, layers) if stacked else (0, 1)
+        expert_at, expert_size = (f"{like}.", f"{layers}.") if stacked else ("", "")
+        keys.extend(f"{prefix}{module}._extra_state/shard_{at}_{size}" for module in _STATEFUL)
+        if model.is_moe(like):
+            keys.extend(
+                f"{prefix}{EXPERTS}{linear}._extra_state/shard_{expert_at}{e}_{expert_size}{experts}"
                 for linear in ("linear_fc1", "linear_fc2")
                 for e in range(experts)
-            ]
+            )
+
+    for i in range(layers):
+        add("decoder.layers." if model.stacks_layers else layer_prefix(i), i, model.stacks_layers)
+    for inner in _ahead(model):
+        own = inner.removesuffix(MULTI_TOKEN_LAYER)
+        keys += [f"{own}{module}._extra_state/shard_0_1" for module in _STATEFUL_AHEAD]
+        add(inner, layers - 1, False)
     return keys
+
+
+def _ahead(model: ModelDescription) -> list[str]:
+    """Prefixes of the transformer layers within those of multi-token prediction."""
+    return [multi_token_prefix(i) + MULTI_TOKEN_LAYER for i in range(model.draft_layers)]
 
 
 def saved_object(value: Any) -> bytes:

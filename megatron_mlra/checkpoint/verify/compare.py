@@ -21,8 +21,11 @@ from megatron_mlra.description.model import CheckpointError
 TOLERANCE = 1e-4
 TOKENS = 64
 """Tokens whose logits are compared at a time."""
-_STORAGE = {"dtype", "tokenizer_type", "tokenizer_model", "eod_token_id", "max_position_embeddings"}
-"""Fields of a description that do not change the function."""
+_APART = {
+    *("dtype", "tokenizer_type", "tokenizer_model", "eod_token_id", "max_position_embeddings"),
+    *("mtp_num_layers", "mtp_use_repeated_layer"),
+}
+"""Fields of a description that do not change the decoder's function."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def check_same_function(a: CheckpointFolder, b: CheckpointFolder) -> None:
     different = [
         f"{field.name} is {left} and {right}"
         for field in dataclasses.fields(a.description)
-        if field.compare and field.name not in _STORAGE
+        if field.compare and field.name not in _APART
         for left, right in [(getattr(f.description, field.name) for f in (a, b))]
         if left != right
     ]

@@ -7,14 +7,16 @@ import re
 from collections import Counter
 
 from megatron_mlra.checkpoint.folder import CheckpointFolder
-from megatron_mlra.description.tensors import expected_tensors
+from megatron_mlra.description.tensors import expected_tensors, multi_token_tensors
 
 
 def lines(folder: CheckpointFolder) -> list[str]:
     """A summary of the model, then the name, shape and number of every kind of tensor."""
     m = folder.description
     shapes = expected_tensors(m)
-    count = sum(math.prod(shape) for shape in shapes.values())
+    ahead = set(multi_token_tensors(m, m.draft_layers))
+    parameters = {name: math.prod(shape) for name, shape in shapes.items()}
+    count = sum(n for name, n in parameters.items() if name not in ahead)
     embedding = "tied" if m.tie_embeddings else "untied"
     rope = f"{'YaRN' if m.rope_type == 'yarn' else 'RoPE'} base {m.rotary_base:g}"
     if m.attention == "mlra" and not m.qk_rope_head_dim:
@@ -44,8 +46,12 @@ def lines(folder: CheckpointFolder) -> list[str]:
             f" {m.moe_router_score_function}, times {m.moe_router_topk_scaling_factor:g}"
             f"{', chosen with a bias' if m.moe_router_enable_expert_bias else ''}"
         )
-    if folder.left_out:
-        out.append(f"besides: {folder.left_out}, which conversions leave out")
+    if ahead:
+        layers = f"{m.draft_layers} layer" + "s" * (m.draft_layers > 1)
+        out.append(
+            f"besides: {folder.ahead}: {layers},"
+            f" {sum(parameters[name] for name in ahead):,} parameters"
+        )
     step = getattr(folder, "iteration", None)
     if step is not None:
         out.append(f"step {step:,}")

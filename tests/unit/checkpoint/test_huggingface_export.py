@@ -19,9 +19,11 @@ from transformers import (
 
 from megatron_mlra.checkpoint.formats import open_checkpoint
 from megatron_mlra.checkpoint.huggingface.folder import write_huggingface
+from megatron_mlra.checkpoint.megatron.writer import write_megatron
 from megatron_mlra.data.tokenizers import ByteTokenizer
 from megatron_mlra.description.model import CheckpointError
 from megatron_mlra.evaluation.models import load_tokenizer
+from support.hf_cases import EXPERTS
 from support.random_checkpoint import RandomFolder, grouped, latent
 
 pytestmark = pytest.mark.usefixtures("unsealed")
@@ -250,3 +252,90 @@ def test_saved_again_by_transformers_it_is_still_read(exported, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
     tokens = torch.arange(20)[None]
     assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
+AHEAD = {
+    "two layers": latent(4, 4, mtp_num_layers=2),
+    "one for three tokens, experts": latent(
+        2, 1, mtp_num_layers=3, mtp_use_repeated_layer=True, tie_embeddings=False, **EXPERTS
+    ),
+}
+"""Models with layers of multi-token prediction."""
+
+
+@pytest.mark.parametrize("name", AHEAD)
+def test_multi_token_prediction_comes_along_and_back(name, tmp_path):
+    source = RandomFolder(AHEAD[name])
+    write_huggingface(source, tmp_path / "hf", tokenizer="byte", progress=False)
+    exported = open_checkpoint(tmp_path / "hf")
+    assert "mtp.layers.0.transformer_layer.input_layernorm.weight" in exported.names()
+    write_megatron(exported, tmp_path / "back", progress=False)
+    back = open_checkpoint(tmp_path / "back")
+    for opened in (exported, back):
+        assert opened.names() == source.names()
+        assert all(torch.equal(opened.tensor(name), source.tensor(name)) for name in source.names())
+        for field in ("mtp_num_layers", "mtp_use_repeated_layer"):
+            assert getattr(opened.description, field) == getattr(source.description, field)
+    # Numbered behind the decoder's layers, as DeepSeek-V3's are, without copies of the embedding.
+    stored = load_file(tmp_path / "hf" / "model.safetensors")
+    last = {key.removeprefix("model.layers.1.") for key in stored if ".layers.1." in key}
+    last |= {f"{part}.weight" for part in ("enorm", "hnorm", "eh_proj", "shared_head.norm")}
+    layers = range(2, 2 + source.description.draft_layers)
+    assert json.loads((tmp_path / "hf/config.json").read_text())["num_nextn_predict_layers"] == len(
+        layers
+    )
+    for i in layers:
+        found = {key for key in stored if key.startswith(f"model.layers.{i}.")}
+        assert found == {f"model.layers.{i}.{name}" for name in last}
+
+
+def test_transformers_leaves_multi_token_prediction_alone(exported, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "ahead"
+    write_huggingface(RandomFolder(AHEAD["two layers"]), folder, tokenizer="byte", progress=False)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    plain = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True)
+    tokens = torch.arange(20)[None]
+    assert torch.equal(model(tokens).logits, plain(tokens).logits)
+    # What it saves has no such layers, and says so.
+    model.save_pretrained(tmp_path / "again")
+    again = open_checkpoint(tmp_path / "again").description
+    assert again == open_checkpoint(exported).description and not again.mtp_num_layers
+
+
+def test_llama_has_no_multi_token_prediction(tmp_path):
+    said = []
+    source = RandomFolder(grouped(2, mtp_num_layers=1))
+    write_huggingface(source, tmp_path / "hf", tokenizer="byte", progress=False, say=said.append)
+    assert said[0] == (
+        "random: multi-token prediction (1 token ahead) is left out, which Llama has not"
+    )
+    assert open_checkpoint(tmp_path / "hf").description == grouped(2).replace(tokenizer_type=None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_nextn_predict_layers": 3}, "missing model.layers.4.enorm.weight"),
+        ({"num_nextn_predict_layers": 1}, "unknown model.layers.3.eh_proj.weight [64, 128]"),
+        ({"num_nextn_predict_layers": ...}, "unknown model.layers.2.eh_proj.weight [64, 128]"),
+        ({"num_nextn_predict_layers": 9999}, "num_nextn_predict_layers is 9999, and the weights"),
+        ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers is -1; it must be a whole"),
+        ({"num_nextn_predict_layers": "2"}, "num_nextn_predict_layers is '2'; it must be a whole"),
+        ({"num_nextn_predict_depths": 2}, "depths is 2, which needs num_nextn_predict_layers 1"),
+        ({"hidden_size": 128}, "model.layers.2.eh_proj.weight is [64, 128], not [128, 256]"),
+    ],
+)
+def test_wrong_multi_token_prediction_is_refused(changes, said, tmp_path):
+    folder = tmp_path / "ahead"
+    write_huggingface(RandomFolder(AHEAD["two layers"]), folder, tokenizer="byte", progress=False)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    config = {name: value for name, value in config.items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError) as refused:
+        open_checkpoint(folder)
+    assert said in str(refused.value) and "\n" not in str(refused.value)
