@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any
 
 from megatron_mlra.data.errors import InputError, first_line, require
+from megatron_mlra.data.parquet_pages import pages
 from megatron_mlra.data.sources import Source
 
 BATCH_BYTES = 1 << 20
 RECORD_BYTES = 256_000_000
 """Most bytes of one record, unless the caller says otherwise."""
 _PARQUET_ROWS = 64
+_PAGE_BYTES = 64_000_000
+"""Bytes of a parquet page beyond those of four records: pages hold a thousand small ones."""
 _ZSTD_PIECE = 2048
 """Compressed bytes given to zstd at a time: they can stand for 64 MiB, 128 KiB per 3 bytes."""
 
@@ -207,10 +211,10 @@ def _check_column(file: Any, path: str, column: str) -> None:
 
 def _read_parquet(index: int, source: Source, column: str, most: int) -> Iterator[Batch]:
     first, position = 1, 0
-    with _open_parquet(source.path, column) as file:
+    with open(source.path, "rb") as raw, _open_parquet(source.path, column) as file:
         rows = file.metadata.num_rows
         for group in range(file.metadata.num_row_groups):
-            batches = _group_cells(file, group, column, most)
+            batches = _group_cells(file, raw, group, column, most)
             while True:
                 try:
                     cells = next(batches, None)
@@ -224,23 +228,38 @@ def _read_parquet(index: int, source: Source, column: str, most: int) -> Iterato
                 first, position = first + len(cells), end
 
 
-def _group_cells(file: Any, group: int, column: str, most: int) -> Iterator[list]:
+def _group_cells(
+    file: Any, raw: IO[bytes], group: int, column: str, most: int
+) -> Iterator[list[bytes | int | None]]:
     """Documents of a row group, some ``BATCH_BYTES`` at a time.
 
     Raises:
-        ValueError, OSError: the group is damaged, or must hold a cell of more than ``most`` bytes.
+        ValueError, OSError: the group is damaged, has a page that is too large, or must hold a cell
+            of more than ``most`` bytes.
     """
     compute = require("pyarrow.compute", "reading parquet")
     described = file.metadata.row_group(group)
     parts = [described.column(i) for i in range(described.num_columns)]
-    size = sum(part.total_uncompressed_size for part in parts if part.path_in_schema == column)
+    size, largest, most_rows = 0, 0, _PARQUET_ROWS
+    file_bytes = os.fstat(raw.fileno()).st_size
+    for part in parts:
+        for page in pages(raw, file_bytes, part) if part.path_in_schema == column else ():
+            size, largest = size + page.size, max(largest, page.size)
+            # As many rows at a time as the densest page has in the bytes of a batch.
+            if page.values:
+                most_rows = min(most_rows, BATCH_BYTES * page.values // max(page.size, 1))
     # Beside the text a cell takes some bytes of levels and lengths.
     if size > described.num_rows * (most + 64) + (1 << 20):
         raise ValueError(
             f"row group {group} has {size / 1e6:,.0f} MB in {described.num_rows:,} rows, more than"
             f" {most / 1e6:g} MB per row: raise --max-record-mb"
         )
-    rows = max(1, min(_PARQUET_ROWS, BATCH_BYTES * described.num_rows // max(size, 1)))
+    if largest > 4 * most + _PAGE_BYTES:
+        raise ValueError(
+            f"row group {group} has a page of {largest / 1e6:,.0f} MB, more than four of"
+            f" {most / 1e6:g} MB and {_PAGE_BYTES / 1e6:g}: raise --max-record-mb"
+        )
+    rows = max(1, min(most_rows, BATCH_BYTES * described.num_rows // max(size, 1)))
     for table in file.iter_batches(batch_size=rows, row_groups=[group], columns=[column]):
         # A value that stands in many rows is in memory once, until it is handed on.
         cells = table.column(0)
