@@ -1,7 +1,8 @@
 """What the pages of a parquet column say of themselves, read before any of them is decompressed.
 
 A footer may say anything of a column. What reading it takes is what its pages say: pyarrow makes a
-buffer of a page's decompressed size, and keeps the cells of as many pages as a batch has rows of.
+buffer of a page's decompressed size, and keeps the cells of a batch's rows; of a column that is
+read as numbers of distinct values it keeps all values until the row group ends.
 Format: Apache Parquet's `PageHeader`, in Thrift's compact protocol.
 """
 
@@ -14,8 +15,12 @@ from typing import IO, Any
 _HEADER_BYTES = 16 << 20
 """Most bytes of a header, as pyarrow has it."""
 _DEPTH = 8
-_SIZE, _COMPRESSED, _DATA, _DATA_V2 = 2, 3, 5, 8
-"""Fields of `PageHeader`; field 1 of the last two is the number of values."""
+_SIZE, _COMPRESSED = 2, 3
+_DATA = {5: 2, 8: 4}
+"""Fields of `PageHeader` for data -> in them, the field of the encoding; field 1 is the number of
+values."""
+_NUMBERED = (2, 8)
+"""Encodings PLAIN_DICTIONARY and RLE_DICTIONARY."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,8 @@ class Page:
     """Bytes, decompressed."""
     values: int
     """Cells, null ones too; 0 of a dictionary."""
+    numbered: bool
+    """Whether cells are numbers of values in the dictionary."""
 
 
 def pages(raw: IO[bytes], file_bytes: int, column: Any) -> Iterator[Page]:
@@ -47,13 +54,14 @@ def pages(raw: IO[bytes], file_bytes: int, column: Any) -> Iterator[Page]:
     while at < end:
         raw.seek(at)
         header = _struct(raw, at + _HEADER_BYTES, _DEPTH)
-        of_data = header.get(_DATA) or header.get(_DATA_V2) or {1: 0}
-        values = of_data.get(1) if isinstance(of_data, dict) else None
-        size, compressed = header.get(_SIZE), header.get(_COMPRESSED)
+        size, compressed, values, encoding = header.get(_SIZE), header.get(_COMPRESSED), 0, None
+        for field, place in _DATA.items():
+            if isinstance(data := header.get(field), dict):
+                values, encoding = data.get(1), data.get(place)
         for number in (size, compressed, values):
             if not isinstance(number, int) or not 0 <= number <= 1 << 31:
                 raise ValueError(f"the page at byte {at:,} is none")
-        yield Page(size, values)
+        yield Page(size, values, encoding in _NUMBERED)
         if (at := raw.tell() + compressed) > file_bytes:
             raise ValueError(f"a page up to byte {at:,} of a file of {file_bytes:,} bytes")
 
