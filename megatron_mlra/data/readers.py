@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any
 
 from megatron_mlra.data.errors import InputError, first_line, require
+from megatron_mlra.data.parquet_pages import pages
 from megatron_mlra.data.sources import Source
 
 BATCH_BYTES = 1 << 20
 RECORD_BYTES = 256_000_000
 """Default of the most bytes of one record."""
 _PARQUET_ROWS = 64
+_PAGE_BYTES = 64_000_000
+"""Bytes of a parquet page beyond those of four records: pages hold a thousand small ones."""
 _ZSTD_PIECE = 2048
 """Compressed bytes given to zstd at a time. 3 bytes expand to at most 128 KiB, all to 64 MiB."""
 
@@ -213,10 +217,14 @@ def _check_column(file: Any, path: str, column: str) -> None:
 
 def _read_parquet(index: int, source: Source, column: str, most: int) -> Iterator[Batch]:
     first, position = 1, 0
-    with _open_parquet(source.path, column) as file:
+    with (
+        open(source.path, "rb") as raw,
+        _open_parquet(source.path) as file,
+        _open_parquet(source.path, column) as numbered,
+    ):
         rows = file.metadata.num_rows
         for group in range(file.metadata.num_row_groups):
-            batches = _group_cells(file, group, column, most)
+            batches = _group_cells((file, numbered), raw, group, column, most)
             while True:
                 try:
                     cells = next(batches, None)
@@ -231,32 +239,60 @@ def _read_parquet(index: int, source: Source, column: str, most: int) -> Iterato
                 first, position = first + len(cells), end
 
 
-def _group_cells(file: Any, group: int, column: str, most: int) -> Iterator[list]:
+def _group_cells(
+    files: tuple[Any, Any], raw: IO[bytes], group: int, column: str, most: int
+) -> Iterator[list[bytes | int | None]]:
     """Documents of a row group, about ``BATCH_BYTES`` at a time.
 
+    Args:
+        files: read as texts, and as numbers of distinct texts.
+
     Raises:
-        ValueError, OSError: the group is damaged, or must hold a cell of more than ``most`` bytes.
+        ValueError, OSError: the group is damaged, has a page that is too large, or must hold a cell
+            of more than ``most`` bytes.
     """
-    compute = require("pyarrow.compute", "reading parquet")
+    arrow, compute = (require(name, "reading parquet") for name in ("pyarrow", "pyarrow.compute"))
+    file, numbered = files
     described = file.metadata.row_group(group)
     parts = [described.column(i) for i in range(described.num_columns)]
-    size = sum(part.total_uncompressed_size for part in parts if part.path_in_schema == column)
+    (part,) = (part for part in parts if part.path_in_schema == column)
+    found = [*pages(raw, os.fstat(raw.fileno()).st_size, part)]
+    size = sum(page.size for page in found)
     # A cell also takes some bytes for levels and lengths.
     if size > described.num_rows * (most + 64) + (1 << 20):
         raise ValueError(
             f"row group {group} has {size / 1e6:,.0f} MB in {described.num_rows:,} rows, more than"
             f" {most / 1e6:g} MB per row: raise --max-record-mb"
         )
-    rows = max(1, min(_PARQUET_ROWS, BATCH_BYTES * described.num_rows // max(size, 1)))
-    for table in file.iter_batches(batch_size=rows, row_groups=[group], columns=[column]):
-        # In a dictionary array a value that many rows share is in memory once.
+    # A value that stands in many rows is in memory once, until it is handed on. Values that pages
+    # hold themselves would be kept to the end of the group.
+    if all(page.numbered for page in found if page.values):
+        file, whole = numbered, 0
+    else:
+        whole = size if arrow.types.is_dictionary(file.schema_arrow.field(column).type) else 0
+    if (whole := max(whole, *(page.size for page in found), 0)) > 4 * most + _PAGE_BYTES:
+        raise ValueError(
+            f"row group {group} has a page of {whole / 1e6:,.0f} MB, more than four of"
+            f" {most / 1e6:g} MB and {_PAGE_BYTES / 1e6:g}: raise --max-record-mb"
+        )
+    rows = _PARQUET_ROWS
+    for page in found:
+        if page.values and not page.numbered:  # as many as the densest page has in a batch's bytes
+            rows = min(rows, BATCH_BYTES * page.values // max(page.size, 1))
+        elif not page.values and file is not numbered:  # each may be the whole dictionary
+            rows = min(rows, _PAGE_BYTES // max(page.size, 1))
+    for table in file.iter_batches(max(rows, 1), row_groups=[group], columns=[column]):
         cells = table.column(0)
-        sizes = compute.binary_length(cells.dictionary).to_pylist()
+        if arrow.types.is_dictionary(cells.type):
+            values, places = cells.dictionary, cells.indices.to_pylist()
+        else:
+            values, places = cells.cast(arrow.large_string()), range(len(cells))
+        sizes = compute.binary_length(values).to_pylist()
         documents: list[bytes | int | None] = []
         held = 0
-        for at in cells.indices.to_pylist():
+        for at in places:
             large = at is not None and sizes[at] is not None and sizes[at] > most
-            value = None if at is None or large else _cell_bytes(cells.dictionary[at])
+            value = None if at is None or large else _cell_bytes(values[at])
             documents.append(most if large else value)
             held += len(value or b"")
             if held >= BATCH_BYTES:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 
@@ -19,10 +18,10 @@ SAME = {
 
 
 @pytest.fixture(scope="module")
-def driver():
+def driver(warm_python):
     """Forks worlds from a process that has torch imported."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "support.drivers.handshake"],
+        [warm_python, "-m", "support.drivers.handshake"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

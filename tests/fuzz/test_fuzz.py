@@ -8,15 +8,14 @@ beyond bounds, nothing half written, nothing changed outside the output folder. 
 from __future__ import annotations
 
 import subprocess
-import sys
 
 from support import ENV
 
 
-def test_every_input_is_read_or_refused_in_one_line(request):
+def test_every_input_is_read_or_refused_in_one_line(request, warm_python):
     inputs = request.config.getoption("--fuzz-inputs")
     seed = request.config.getoption("--fuzz-seed")
-    command = [sys.executable, "-W", "ignore", "-m", "support.fuzz"]
+    command = [warm_python, "-W", "ignore", "-m", "support.fuzz"]
     command += ["--inputs", str(inputs), "--seed", str(seed)]
     done = subprocess.run(command, capture_output=True, text=True, env=ENV)
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"

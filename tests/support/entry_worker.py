@@ -4,8 +4,9 @@ each run.
 The process of support/warm.py. On a connection with jobs it reads one JSON job a line, and answers
 one JSON line. A job {"argv", "folder", "ranks", "env", "free_bytes", "file_bytes", "nan_at",
 "terminal", "nan_gradient_at", "samples", "asleep", "hosts", "in_thread"} starts a run, one of
-{"argv", "folder", "module", "timeout"} a program as `python -m MODULE` does; each is answered
-{"pids": [...]}. {"wait": pid} is answered with its exit {"code": ...}, negative for a signal.
+{"argv", "folder", "module", "timeout", "session"} a program as `python -m MODULE` does, if asked to
+in a session of its own; each is answered {"pids": [...]}. {"wait": pid} is answered with its exit
+{"code": ...}, negative for a signal.
 """
 
 from __future__ import annotations
@@ -101,6 +102,9 @@ def start(entry: types.ModuleType, job: dict) -> list[int]:
 
 def be_module(job: dict) -> int:
     """Become `python -W ignore -m MODULE ARGV`, with stdout and stderr in files."""
+    if job.get("session"):
+        os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     write_to(Path(job["folder"]), 0)
     signal.alarm(int(job["timeout"]))
     warnings.simplefilter("ignore")

@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,7 +135,8 @@ PATH = sys.path[1 + len(ENV["PYTHONPATH"].split(os.pathsep)) :]
 def become_python(
     argv: list[str], env: dict[str, str], cwd: str, executable: str, blocked: list[int]
 ) -> int:
-    """Become `python ARGV`: `[-u] SCRIPT ...` or `[-u] -m MODULE ...`; returns the exit code."""
+    """Become `python [-u] [-W ignore] ARGV`, of a script, `-m MODULE` or `-c TEXT`; returns the
+    exit code."""
     signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     os.chdir(cwd)
     os.environ.clear()
@@ -142,18 +144,22 @@ def become_python(
     signal.signal(signal.SIGINT, signal.default_int_handler)
     unbuffered = argv[0] == "-u" or bool(env.get("PYTHONUNBUFFERED"))
     argv = argv[argv[0] == "-u" :]
+    if argv[:2] == ["-W", "ignore"]:
+        warnings.simplefilter("ignore")
+        argv = argv[2:]
     sys.stdout.reconfigure(line_buffering=sys.stdout.isatty(), write_through=unbuffered)
     sys.executable = executable
-    module = argv[0] == "-m"
-    assert module or not argv[0].startswith("-"), f"support/warm.py has no {argv[0]}"
-    first = cwd if module else str(Path(argv[0]).resolve().parent)
+    kind = argv[0] if argv[0] in ("-m", "-c") else ""
+    assert kind or not argv[0].startswith("-"), f"support/warm.py has no {argv[0]}"
+    first = {"-m": cwd, "-c": ""}.get(kind, str(Path(argv[0]).resolve().parent))
     sys.path[:] = [first, *filter(None, env.get("PYTHONPATH", "").split(os.pathsep)), *PATH]
-    sys.argv = argv[module:]
-    return ended(
-        (lambda: runpy.run_module(argv[1], run_name="__main__", alter_sys=True))
-        if module
-        else (lambda: runpy.run_path(argv[0], run_name="__main__"))
-    )
+    sys.argv = argv[kind == "-m" :]
+    if kind == "-c":
+        sys.argv = ["-c", *argv[2:]]
+        return ended(lambda: exec(argv[1], {"__name__": "__main__"}))
+    if kind == "-m":
+        return ended(lambda: runpy.run_module(argv[1], run_name="__main__", alter_sys=True))
+    return ended(lambda: runpy.run_path(argv[0], run_name="__main__"))
 
 
 def ended(program: Callable[[], object]) -> int:

@@ -19,11 +19,12 @@ sys.exit(1 / 0 if sys.argv[1] == "error" else {"0": 0, "7": 7, "text": "said"}[s
 
 def test_it_ends_as_python_does(warm_python, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
-    for words in (["program.py", "0"], ["-m", "program", "7"], ["program.py", "text"], ["error"]):
+    unbuffered = ["-u", "-W", "ignore", "program.py", "error"]
+    for words in (["program.py", "0"], ["-m", "program", "7"], ["-c", PROGRAM, "text"], unbuffered):
         done = [
             subprocess.run(
-                [python, *(["-u", "program.py"] * (words == ["error"])), *words],
-                capture_output=True, text=True, input="in", cwd=tmp_path, env={"HERE": "x"},
+                [python, *words], capture_output=True, text=True, input="in", cwd=tmp_path,
+                env={"HERE": "x"},
             )
             for python in (sys.executable, warm_python)
         ]  # fmt: skip

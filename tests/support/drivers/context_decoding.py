@@ -66,7 +66,8 @@ def random_tensors(name: str) -> dict[str, torch.Tensor]:
 
 def serve(name: str, cache_dtype: str, parallel: TensorParallel | None, mode: str):
     """The engine behind six requests: shorter than a page and longer, more than run together,
-    prompts cached in chunks beside others that decode, one cancelled, one sampled."""
+    prompts cached in chunks beside others that decode, one cancelled, one sampled; all but one
+    begin a page as they decode."""
     options = LoadOptions(
         cache_tokens=20 * PAGE, page_size=PAGE, backend="torch", weight_mode=mode,
         cache_dtype=cache_dtype,
@@ -78,7 +79,7 @@ def serve(name: str, cache_dtype: str, parallel: TensorParallel | None, mode: st
     rng = random.Random(11)
     requests: list[Request] = []
     for length, new, temperature in (
-        (3, 16, 0.0), (90, 9, 0.0), (16, 18, 0.0), (130, 5, 0.0), (1, 20, 1.0), (47, 8, 0.0),
+        (3, 15, 0.0), (90, 7, 0.0), (16, 18, 0.0), (130, 3, 0.0), (1, 17, 1.0), (47, 4, 0.0),
     ):  # fmt: skip
         prompt = [rng.randrange(VOCAB) for _ in range(length)]
         params = SamplingParams(max_new_tokens=new, temperature=temperature, logprobs=True)

@@ -37,7 +37,7 @@ def serve(checkpoint: str, context: int) -> list[tuple[list[int], list[float]]]:
     options = LoadOptions(cache_tokens=512, page_size=16)
     model = load_model(folder.description, folder.tensor, options, parallel=parallel)
     engine = Engine(Runner(model, max_batch=4, max_pages=8))
-    params = SamplingParams(max_new_tokens=20, logprobs=True)
+    params = SamplingParams(max_new_tokens=16, logprobs=True)
     requests = [engine.submit(prompt, params) for prompt in PROMPTS]
     for _ in engine.run():
         pass

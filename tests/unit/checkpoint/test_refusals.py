@@ -11,7 +11,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -367,11 +366,13 @@ sys.exit(cli.main())
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_conversion_leaves_no_destination(number, research, convert, tmp_path):
+def test_a_killed_conversion_leaves_no_destination(
+    number, research, convert, warm_python, tmp_path
+):
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     command = ["import-official", research("MLRA-4"), out]
     running = subprocess.Popen(
-        [sys.executable, "-c", SLOWED, *command], stderr=subprocess.PIPE, text=True
+        [warm_python, "-c", SLOWED, *command], stderr=subprocess.PIPE, text=True
     )
     while not list(partial.glob("release/*.distcp")):
         assert running.poll() is None and not out.exists()

@@ -16,6 +16,8 @@ import zstandard
 from tokenizers import Tokenizer, models
 
 from megatron_mlra.data.cli import main
+from megatron_mlra.data.readers import read_batches
+from megatron_mlra.data.sources import find_sources
 from support import ROOT
 
 GOOD = b'{"text": "good"}\n'
@@ -380,6 +382,67 @@ def test_a_parquet_page_that_says_another_size():
         assert code == 1 and "a.parquet:1: " in error and said in error, error
         assert error.count("\n") == 1 and memory < 100, error
     assert not list(Path().glob("out*"))
+
+
+def _varint(number: int, length: int = 0) -> bytes:
+    """Thrift's number of 7 bits a byte, of a `length` that may be longer than it needs."""
+    rest = bytes([number * 2 >> shift & 127 | 128 for shift in range(0, 70, 7)])
+    length = length or max(1, -(-(2 * number).bit_length() // 7))
+    return rest[: length - 1] + bytes([rest[length - 1] & 127])
+
+
+def _replace_in_footer(name: str, before: int, after: int, behind: bytes) -> None:
+    """Replace a number that has these bytes behind it."""
+    data = Path(name).read_bytes()
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    old = b"\x16" + _varint(before) + behind  # an int64, in the field behind the one before
+    assert data.count(old, footer) >= 1
+    new = b"\x16" + _varint(after, len(_varint(before))) + behind
+    Path(name).write_bytes(data[:footer] + data[footer:].replace(old, new))
+
+
+def test_a_parquet_footer_that_says_other_sizes(capsys):
+    """48 MB of records, one at a time, whatever the footer says of them and behind many nulls."""
+    texts = [None] * 500 + [str(number) * 400_000 for number in range(10, 70)]
+    options = {"compression": "zstd", "use_dictionary": False, "write_batch_size": 1}
+    pq.write_table(pa.table({"text": texts}), "a.parquet", data_page_size=1000, **options)
+    column = pq.ParquetFile("a.parquet").metadata.row_group(0).column(0)
+    _replace_in_footer("a.parquet", column.total_uncompressed_size, 1000, b"\x16")
+    (source,) = find_sources(["a.parquet"])
+    found, most, idle = [], 0, pa.total_allocated_bytes()
+    for batch in read_batches(0, source, split_lines=False, parquet_column="text"):
+        found += batch.documents
+        most = max(most, pa.total_allocated_bytes() - idle)
+    assert [text and text.decode() for text in found] == texts
+    assert most < 10_000_000
+    _replace_in_footer("a.parquet", column.total_compressed_size, 8191, b"\x26")
+    said = "a.parquet:1: a column from byte 4 to 8,195 of a file of "
+    assert said in error_of(capsys, 1, "--input", "a.parquet", "--output-prefix", "out", *BYTE)
+
+
+def test_a_parquet_page_of_many_records(capsys):
+    options = {"compression": "zstd", "use_dictionary": False}
+    pq.write_table(pa.table({"text": ["x" * 1_500_000] * 60}), "a.parquet", **options)
+    argv = ["--input", "a.parquet", "--output-prefix", "out", *BYTE, "--max-record-mb", "2"]
+    said = "a.parquet:1: row group 0 has a page of 90 MB, more than four of 2 MB and 64: raise"
+    assert said in error_of(capsys, 1, *argv)
+
+
+@pytest.mark.parametrize(
+    ("begin", "end", "header", "said"),
+    [
+        (0, 1, b"\x1b", "a page's header is none"),  # a kind that it has no fields of
+        (0, 1, b"\x00", "is none"),
+        (0, 1, b"\x19\xfc\xff\xff\xff\x0f", "a page's header"),  # a list of billions
+        (5, 6, b"\xfe\xff\xff\x7f", "a page up to byte 134,2"),
+    ],
+)
+def test_a_parquet_page_whose_header_is_none(begin, end, header, said, capsys):
+    pq.write_table(pa.table({"text": ["a" * 50]}), "a.parquet", use_dictionary=False)
+    at = pq.ParquetFile("a.parquet").metadata.row_group(0).column(0).data_page_offset
+    whole = Path("a.parquet").read_bytes()
+    Path("a.parquet").write_bytes(whole[: at + begin] + header + whole[at + end :])
+    assert said in error_of(capsys, 1, "--input", "a.parquet", "--output-prefix", "out", *BYTE)
 
 
 def test_a_document_of_token_shards_beyond_the_bound(capsys):

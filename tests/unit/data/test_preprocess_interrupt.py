@@ -4,9 +4,8 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,6 @@ from megatron_mlra.data import pipeline
 from megatron_mlra.data.cli import main
 from megatron_mlra.data.errors import InputError
 from megatron_mlra.data.writer import DatasetWriter
-from support import ROOT
 
 BYTE = ("--tokenizer", "byte")
 
@@ -71,10 +69,11 @@ def test_full_disk(capsys):
 
 
 @pytest.fixture
-def long_run():
+def long_run(entry, tmp_path_factory):
     """A run with two workers in a session of its own, stopped once it has written tokens.
 
-    Yields the process, its children, and a check that the folder is as it was.
+    Yields the process, its children, what waits for its end and returns exit code and last line,
+    and a check that the folder is as it was.
     """
     earlier = earlier_output()
     tokenizer = Tokenizer(models.BPE({chr(i): i for i in range(97, 123)}, []))
@@ -82,48 +81,43 @@ def long_run():
     tokenizer.save("t.json")
     line = json.dumps({"text": "some words of a document " * 40}) + "\n"
     Path("big.jsonl").write_text(line * 40_000)
-    argv = ["--input", "big.jsonl", "--output-prefix", "out", "--overwrite", "--workers", "2"]
-    argv += ["--tokenizer", "hf", "--tokenizer-model", "t.json", "--eod-token", "a"]
+    argv = ["--input", Path("big.jsonl").absolute(), "--output-prefix", Path("out").absolute()]
+    argv += ["--overwrite", "--workers", "2", "--eod-token", "a"]
+    argv += ["--tokenizer", "hf", "--tokenizer-model", Path("t.json").absolute()]
     before = sorted(os.listdir())
+    said = tmp_path_factory.mktemp("said")
 
     def check() -> None:
         assert sorted(os.listdir()) == before
         assert {name: Path(name).read_bytes() for name in earlier} == earlier
 
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "tools/preprocess_data.py"), *argv],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    def end() -> tuple[int, str]:
+        """Behind lines of progress on a machine that is slow enough for some."""
+        run = entry.wait(said, [pid])
+        *progress, last = run.err.splitlines()
+        assert all(line.startswith("tokenising:") for line in progress), run.err
+        return run.code, last
+
+    job = {"module": "megatron_mlra.command_line", "timeout": 600, "session": True}
+    (pid,) = entry.start(said, "preprocess", *argv, **job)
+    process = psutil.Process(pid)
     try:
         deadline = time.monotonic() + 300
         while not any(part.stat().st_size for part in Path().glob("out.bin.partial-*")):
-            assert process.poll() is None and time.monotonic() < deadline
+            assert process.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline
             time.sleep(0.02)
-        yield process, psutil.Process(process.pid).children(recursive=True), check
+        yield process, process.children(recursive=True), end, check
     finally:
-        process.kill()
-        process.wait()
-
-
-def last_line(process: subprocess.Popen) -> str:
-    """What a run ends with, behind lines of progress on a machine that is slow enough for some."""
-    _, error = process.communicate(timeout=300)
-    *progress, said = error.splitlines()
-    assert all(line.startswith("tokenising:") for line in progress), error
-    return said
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_to_the_process_group(long_run, number):
     """As a terminal's Ctrl-C or a scheduler's kill: parent and workers all get the signal."""
-    process, children, check = long_run
+    process, children, end, check = long_run
     os.killpg(process.pid, number)
-    said = last_line(process)
-    assert process.returncode == 128 + number
-    assert said == "error: interrupted; temporary files removed"
+    assert end() == (128 + number, "error: interrupted; temporary files removed")
     check()
     _, alive = psutil.wait_procs(children, timeout=60)
     assert len(children) >= 2 and not alive
@@ -169,10 +163,10 @@ def test_two_writers_of_one_process_number_write_files_of_their_own(overwrite):
 
 def test_killed_worker(long_run):
     """As the kernel does when memory runs out."""
-    process, children, check = long_run
+    _, children, end, check = long_run
     workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
     workers[0].kill()
-    said = last_line(process)
-    assert process.returncode == 1
+    code, said = end()
+    assert code == 1
     assert said.startswith("error: a worker process died")
     check()

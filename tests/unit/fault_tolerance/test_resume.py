@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 
 from megatron_mlra.checkpoint.files.manifest import MANIFEST
 from megatron_mlra.checkpoint.megatron.writer import write_megatron
@@ -37,7 +36,7 @@ print(json.dumps(said))
 """
 
 
-def test_all_ranks_refuse_what_one_cannot_read(tmp_path):
+def test_all_ranks_refuse_what_one_cannot_read(warm_python, tmp_path):
     write_megatron(RandomFolder(latent(2, 2)), tmp_path / "saved", progress=False)
 
     def case(name: str, tracker: bytes = b"4", *forged: str) -> None:
@@ -66,7 +65,7 @@ def test_all_ranks_refuse_what_one_cannot_read(tmp_path):
     }
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, tmp_path, str(rank), *cases],
+            [warm_python, "-c", RANK, tmp_path, str(rank), *cases],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 
 from support import ENV
 
@@ -22,13 +21,13 @@ except ValueError as error:
 """
 
 
-def test_a_log_is_not_written_where_a_link_points(tmp_path):
+def test_a_log_is_not_written_where_a_link_points(warm_python, tmp_path):
     victim = tmp_path / "victim"
     victim.write_text("theirs")
     (tmp_path / "megatron.log").symlink_to(victim)
     os.mkfifo(tmp_path / "pipe")
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", OPEN, tmp_path, "megatron.log", "pipe", "plain"],
+        [warm_python, "-W", "ignore", "-c", OPEN, tmp_path, "megatron.log", "pipe", "plain"],
         capture_output=True, text=True, env=ENV, timeout=120,
     )  # fmt: skip
     assert victim.read_text() == "theirs" and (tmp_path / "plain").read_text() == "line\n"
