@@ -18,7 +18,7 @@ from megatron_mlra.command_line.parser import flag
 from megatron_mlra.evaluation.token_stream import named_sets
 from megatron_mlra.fault_tolerance.hang import collective_seconds
 from megatron_mlra.layers.config import resolve_core_backend
-from megatron_mlra.training import logits, muon
+from megatron_mlra.training import logits, memory_flags, muon
 from megatron_mlra.training.cpu_backend import CPU_DEFAULTS
 from megatron_mlra.training.number_checks import check_numbers, check_required
 from megatron_mlra.training.rope import check_rope
@@ -61,6 +61,7 @@ def check_arguments(args: Namespace) -> None:
     _check_packages(args)
     muon.check(args)
     logits.check(args)
+    memory_flags.check(args)
 
 
 def _check_replaced(args: Namespace) -> None:

@@ -43,6 +43,8 @@ class _CudaAsCpu(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.Tensor.cuda:
             return args[0]
+        if func is torch.Tensor.record_stream:
+            return None
         args = tuple(_on_cpu(a) for a in args)
         out = func(*args, **{name: _on_cpu(value) for name, value in kwargs.items()})
         if func is torch.Tensor.type and isinstance(out, str):

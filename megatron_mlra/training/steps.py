@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel.utils import AbstractSchedulePlan
 from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_attr_wrapped_model
@@ -39,14 +40,21 @@ def _layers(config: GPTModelConfig, vp_stage: int | None = None):
     return block_spec(config.transformer, vp_stage=vp_stage)
 
 
-def forward_step(data_iterator: Iterator, model: GPTModel) -> tuple[Tensor, Callable]:
-    """One micro-batch: per-token losses `[b, s]` (or the stage's output) and how to reduce them."""
+def forward_step(
+    data_iterator: Iterator, model: GPTModel, return_schedule_plan: bool = False
+) -> tuple[Tensor | AbstractSchedulePlan, Callable]:
+    """One micro-batch: per-token losses `[b, s]` (or the stage's output) and how to reduce them.
+
+    With `return_schedule_plan`, the plan to compute them instead, whose layers Megatron runs beside
+    another micro-batch's (`--overlap-moe-expert-parallel-comm`).
+    """
     vp_stage = get_attr_wrapped_model(model, "vp_stage")
     during = "" if torch.is_grad_enabled() else "validation: "
     heartbeat.mark(during + "loading data")
     batch = get_batch(data_iterator, vp_stage)
     heartbeat.mark(during + "forward")
-    output = model(
+    run = model.build_schedule_plan if return_schedule_plan else model
+    output = run(
         batch["tokens"],
         batch["position_ids"],
         batch["attention_mask"],

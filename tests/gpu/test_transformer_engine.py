@@ -234,3 +234,39 @@ def test_weight_gradients_summed_in_their_products(recipe: str) -> None:
     expected = gradients("--no-gradient-accumulation-fusion")
     for name, gradient in gradients().items():
         assert difference(gradient, expected[name]) <= BF16_TOLERANCE / 3, name
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_delayed_weight_gradients_are_those_of_backward(gated: bool) -> None:
+    from megatron.core.models.gpt import GPTModel
+
+    from megatron_mlra.layers.specs import block_spec
+    from support.tiny import SEQ, VOCAB, Layout, global_batch, make_config
+
+    found = []
+    for delayed in (False, True):
+        torch.manual_seed(1)
+        sizes = {**SIZES, "transformer_impl": "transformer_engine", "output_gate": gated}
+        config = make_config(Layout(), core_backend="te", **sizes)
+        # Megatron's config takes it with expert parallelism alone.
+        config.delay_wgrad_compute = delayed
+        model = GPTModel(config, block_spec(config), VOCAB, SEQ, position_embedding_type="rope")
+        model = model.cuda()
+        with torch.no_grad():
+            generator = torch.Generator().manual_seed(2)
+            for p in model.parameters():
+                p.copy_(0.05 * torch.randn(p.shape, generator=generator))
+        tokens = global_batch(0).cuda()
+        positions = torch.arange(SEQ, device="cuda")[None].expand(len(tokens), -1)
+        labels = tokens[:, 1:].contiguous()
+        losses = model(tokens[:, :-1].contiguous(), positions, None, labels=labels)
+        losses.float().mean().backward()
+        if delayed:
+            for layer in model.decoder.layers:
+                assert layer.self_attention.linear_proj.weight.grad is None
+                layer.self_attention.backward_dw()
+                layer.mlp.backward_dw()
+        found.append({n: p.grad.float() for n, p in model.named_parameters()})
+    for name, gradient in found[0].items():
+        assert gradient.norm() > 0, name
+        assert difference(found[1][name], gradient) <= BF16_TOLERANCE / 10, name

@@ -375,9 +375,10 @@ def global_batch(seed: int) -> Tensor:
     )
 
 
-def _forward_step(iterator, model):
+def _forward_step(iterator, model, return_schedule_plan: bool = False):
     batch = next(iterator)
-    out = model(
+    run = model.build_schedule_plan if return_schedule_plan else model
+    out = run(
         batch["tokens"],
         batch["position_ids"],
         None,

@@ -1,0 +1,97 @@
+"""Megatron's flags of memory and overlap: the table has them all, and refusals say the fix."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+
+import pytest
+from megatron.training.arguments import add_megatron_arguments
+
+from megatron_mlra.training import memory_flags
+from megatron_mlra.training.arguments import parse
+from support import CONFIGS, ROOT
+
+DEBUG = ["--config", str(CONFIGS / "debug.yaml")]
+
+
+def test_every_flag_of_megatron_has_a_row():
+    theirs = memory_flags.upstream_flags(add_megatron_arguments(argparse.ArgumentParser()))
+    ours = " ".join(row.flags for row in memory_flags.ROWS).split()
+    assert len(ours) == len(set(ours))
+    new, gone = theirs - set(ours), set(ours) - theirs
+    assert not new, f"new in Megatron: {sorted(new)}; try each, then give it a row of ROWS"
+    assert not gone, f"gone from Megatron: {sorted(gone)}; remove them from ROWS"
+
+
+def test_a_new_flag_would_be_seen():
+    parser = add_megatron_arguments(argparse.ArgumentParser())
+    parser.add_argument_group("training").add_argument("--offload-everything")
+    assert "--offload-everything" in memory_flags.upstream_flags(parser)
+
+
+def test_the_documentation_has_the_table():
+    assert memory_flags.table() in (ROOT / "docs/parallelism.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (
+            "--use-torch-fsdp2",
+            "--use-torch-fsdp2 fails on tied embeddings; use --use-megatron-fsdp",
+        ),
+        ("--init-model-with-meta-device", "leaves MLRA's weights without values; leave it out"),
+        ("--tensor-parallel-num-weight-shards 2", "--tensor-parallel-num-weight-shards 2 cuts"),
+        ("--ckpt-format torch", "--ckpt-format torch is not read here; leave it out"),
+        ("--cpu-offloading-num-layers 1", "--cpu-offloading-num-layers needs Transformer Engine"),
+        (
+            "--fine-grained-activation-offloading --offload-modules core_attn",
+            "--fine-grained-activation-offloading needs Transformer Engine and a GPU",
+        ),
+        ("--delay-wgrad-compute", "--delay-wgrad-compute needs Transformer Engine and a GPU"),
+        (
+            "--recompute-granularity selective --recompute-modules mlp layernorm",
+            "--recompute-modules layernorm fails in Megatron 0.19.2 without Transformer Engine",
+        ),
+        (
+            "--dry-run 1 --fine-grained-activation-offloading",
+            "--dry-run does not count what --fine-grained-activation-offloading moves",
+        ),
+        ("--dry-run 1 --use-megatron-fsdp", "--dry-run does not count what --use-megatron-fsdp"),
+        (
+            "--use-megatron-fsdp --save runs/a",
+            "--use-megatron-fsdp with --save runs/a: nothing here reads its checkpoints; use"
+            " --use-distributed-optimizer",
+        ),
+        ("--use-megatron-fsdp --load runs/a", "--use-megatron-fsdp with --load runs/a"),
+        (
+            "--use-megatron-fsdp --expert-model-parallel-size 2",
+            "--expert-model-parallel-size 2 has not been tried; use 1",
+        ),
+    ],
+)
+def test_what_cannot_work_is_one_line(flags, words, environment):
+    with pytest.raises(ValueError) as error:
+        parse([*DEBUG, *flags.split()])
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_megatron_fsdp_gets_what_it_needs(environment):
+    args = parse([*DEBUG, "--use-megatron-fsdp"])
+    assert (args.ckpt_format, args.verify_integrity) == ("fsdp_dtensor", False)
+    assert not args.gradient_reduce_div_fusion
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] != "1"
+
+
+def test_megatron_fsdp_without_einops_is_one_line(environment, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--use-megatron-fsdp needs einops; pip install einops"):
+        parse([*DEBUG, "--use-megatron-fsdp"])
