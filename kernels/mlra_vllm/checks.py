@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
@@ -87,10 +89,31 @@ def _problems(vllm_config: VllmConfig):
         yield str(error)
     yield from _dtype_problems(model.dtype, cache.cache_dtype, cache.kv_cache_dtype_skip_layers)
     speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method == "eagle":
+        yield from _draft_problems(config, speculative.draft_model_config.hf_config)
     if speculative is not None and (speculative.num_speculative_tokens or 0) >= MAX_Q_LEN:
         yield (
             f"{speculative.num_speculative_tokens} speculative tokens; the kernels verify at most"
             f" {MAX_Q_LEN - 1} a step"
+        )
+
+
+def _draft_problems(config: MLRAConfig, draft) -> Iterator[str]:
+    """Of vLLM's method `eagle`; `draft`: an EAGLEConfig around the drafter's own configuration."""
+    if draft.model.model_type != config.model_type:
+        yield (
+            f"the drafter is a {draft.model.model_type} model; name the served model's own folder"
+            " in --speculative-config, whose layer of multi-token prediction drafts"
+        )
+    elif not config.draft_layers:
+        yield (
+            "the model has no layer of multi-token prediction to draft with; use"
+            ' {"method": "ngram"} in --speculative-config, or train with --mtp-num-layers 1'
+        )
+    elif draft.model.to_dict() != config.to_dict():
+        yield (
+            "the drafter is another model than the served one; name the served model's own folder"
+            " in --speculative-config"
         )
 
 

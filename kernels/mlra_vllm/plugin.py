@@ -52,3 +52,5 @@ def register() -> None:
     register_checks()
     if "MLRAForCausalLM" not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model("MLRAForCausalLM", "mlra_vllm.model:MLRAForCausalLM")
+    if "EagleMLRAForCausalLM" not in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model("EagleMLRAForCausalLM", "mlra_vllm.draft:EagleMLRAForCausalLM")

@@ -107,8 +107,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument(
         "--speculate", action="store_true",
-        help="guess a token per step by the run's layer of multi-token prediction (the same output;"
-        " no CUDA graphs)",
+        help="guess a token per step by the run's layer of multi-token prediction: the same output",
     )  # fmt: skip
     add_no_verify(p)
     p.add_argument("--no-graphs", action="store_true", help="no CUDA graphs of the decode step")
@@ -289,7 +288,7 @@ def _engine(
             size += f", context parallel {args.context_parallel}"
         print(f"{model.variant}, {where}, backend {loaded.ops.name}{size}", file=sys.stderr)
     draft = load_draft(loaded, folder.tensor, args.weight_mode) if args.speculate else None
-    graphs = loaded.ops.name == "mlra_kernels" and not (args.no_graphs or args.speculate)
+    graphs = loaded.ops.name == "mlra_kernels" and not args.no_graphs
     runner = Runner(loaded, together, -(-needs[0] // page), graphs=graphs)
     return Engine(runner, args.chunk_size, tokenizer.detokenize, draft=draft)
 

@@ -8,6 +8,7 @@ An exception inside a step ends the request that it belongs to and no other.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections import OrderedDict, deque
@@ -220,18 +221,12 @@ class Engine:
         batch = list(self.running)
 
         def run(requests: list[Request]) -> list[Draw | Exception]:
-            borrowed = requests != batch
-            if borrowed:
-                self.runner.tables.set(0, requests[0].pages)
-            try:
+            with self._tables_of(requests):
                 logits = self.runner.decode(
                     [request.output[-1] for request in requests],
                     [request.cached for request in requests],
                     [request.pages for request in requests],
                 )
-            finally:
-                if borrowed:
-                    self.runner.tables.set(0, batch[0].pages)
             return self._draw(requests, logits)
 
         results = dict(zip(batch, self._isolated(batch, run), strict=True))
@@ -244,15 +239,15 @@ class Engine:
         batch, speculation = list(self.running), self.speculation
 
         def run(requests: list[Request]) -> list[list[Draw | Exception]]:
+            with self._tables_of(requests):
+                return verify(requests)
+
+        def verify(requests: list[Request]) -> list[list[Draw | Exception]]:
             chunks = {request: speculation.chunk(request) for request in requests}
-            states = self.runner.states(list(chunks.values()))
+            states, logits = self.runner.verify(list(chunks.values()))
             rows = [(r, i) for r, chunk in chunks.items() for i in range(len(chunk.tokens))]
             draws = iter(
-                self._draw(
-                    [request for request, _ in rows],
-                    self.runner.model.logits(states),
-                    [place for _, place in rows],
-                )
+                self._draw([request for request, _ in rows], logits, [place for _, place in rows])
             )
             found, following = [], {}
             for request, chunk in chunks.items():
@@ -273,6 +268,18 @@ class Engine:
                 if request.finish_reason is not None:
                     break
         return batch
+
+    @contextlib.contextmanager
+    def _tables_of(self, requests: list[Request]) -> Iterator[None]:
+        """The first block tables are those of `requests`: of all that run, or of one alone."""
+        alone = requests != self.running
+        if alone:
+            self.runner.tables.set(0, requests[0].pages)
+        try:
+            yield
+        finally:
+            if alone:
+                self.runner.tables.set(0, self.running[0].pages)
 
     def _isolated(self, requests: list[Request], run: Callable[[list[Request]], list]) -> list:
         """`run` of all requests; where that fails, of one after the other.

@@ -76,7 +76,8 @@ class Step:
     block_table: Tensor | None = None
     """Decoding: `[b, max_pages]` int32."""
     lengths: Tensor | None = None
-    """Decoding: `[b]` int32 tokens of this rank's cache, new ones included; 0 for a padding row."""
+    """Decoding: `[b]` int32 tokens of this rank's cache, new ones included; 0 for padding rows.
+    Each sequence has T / b rows, of which row i sees all tokens but the last T / b - 1 - i."""
     metadata: object = None
     """Decoding: the backend's schedule."""
     behind: Tensor | None = None
@@ -151,14 +152,15 @@ class InferenceModel:
             return EXPANDED_KEYS
         return keys_at_once(self.model.qk_nope_head_dim, self.model.latent_dim)
 
-    def decode_schedule(self, lengths: Tensor) -> object:
-        """The backend's schedule of a decoding step for `[b]` int32 lengths; None needs none."""
+    def decode_schedule(self, lengths: Tensor, q: int = 1) -> object:
+        """The backend's schedule of a decoding step for `[b]` int32 lengths and `q` tokens of each
+        sequence; None needs none."""
         if self.model.attention == "gqa":
             return None
         core = self.shard.core
         return self.ops.schedule(
             lengths,
-            q_len=1,
+            q_len=q,
             num_latents=core.branches * core.groups,
             heads_per_latent=core.heads // core.groups,
             latent_dim=self.model.latent_dim,
@@ -170,7 +172,9 @@ class InferenceModel:
     def states(self, step: Step) -> Tensor:
         """The states behind the last norm, `[T, d]`."""
         ops, layers, eps = self.ops, self.weights.layers, self.model.layernorm_epsilon
-        attend = self._grouped if self.model.attention == "gqa" else self._latent
+        attend = self._latent
+        if self.model.attention == "gqa":
+            attend, step = self._grouped, _one_row_each(step)
         static = self.static_decoding and not step.bundles
         x = self._inputs(step)
         normed = ops.rms_norm(x, layers[0].input_norm, eps)
@@ -320,6 +324,18 @@ class DraftModel(InferenceModel):
         embedded = self.ops.rms_norm(super()._inputs(step), weights.embedding_norm, eps)
         states = self.ops.rms_norm(step.behind, weights.states_norm, eps)
         return linear(torch.cat((embedded, states), dim=1), weights.join)
+
+
+def _one_row_each(step: Step) -> Step:
+    """A decoding step whose every row is a sequence: grouped kernels take one token of each."""
+    if step.bundles or step.lengths.size(0) == step.tokens.size(0):
+        return step
+    b = step.lengths.size(0)
+    q = step.tokens.size(0) // b
+    ahead = torch.arange(1 - q, 1, dtype=torch.int32, device=step.lengths.device)
+    lengths = (step.lengths[:, None] + ahead).clamp(min=0).flatten()
+    table = step.block_table[:, None].expand(-1, q, -1).flatten(0, 1)
+    return replace(step, lengths=lengths, block_table=table)
 
 
 def _gated(out: Tensor, x: Tensor, gate: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_mlra.inference.cache import BlockTables, PagePool
 from megatron_mlra.inference.checks import whole
 from megatron_mlra.inference.context import TokenCut
-from megatron_mlra.inference.model import Fresh, InferenceModel, Step
+from megatron_mlra.inference.model import DraftModel, Fresh, InferenceModel, Step
 from mlra_kernels.prompts import Bundle, PromptChunk, plan_history, plan_prompts
 
 
@@ -45,7 +45,10 @@ class Runner:
         max_batch: sequences that decode together.
         max_pages: pages of the longest sequence, on all ranks.
         graphs: capture the decode step in CUDA graphs, one for each of `batch_buckets`, at first
-            use; a batch runs in the next larger one, its spare rows empty.
+            use; a batch runs in the next larger one, its spare rows empty. Steps of `verify` have
+            graphs of their own.
+        verified: tokens of a sequence in a step of `verify`.
+        tables: block tables of the same sequences, of another runner.
 
     Raises:
         ValueError: a size that is not a whole number of at least 1, or graphs asked for where the
@@ -53,7 +56,13 @@ class Runner:
     """
 
     def __init__(
-        self, model: InferenceModel, max_batch: int, max_pages: int, graphs: bool = False
+        self,
+        model: InferenceModel,
+        max_batch: int,
+        max_pages: int,
+        graphs: bool = False,
+        verified: int = 2,
+        tables: BlockTables | None = None,
     ) -> None:
         if graphs and model.ops.name != "mlra_kernels":
             raise ValueError(
@@ -65,13 +74,24 @@ class Runner:
         self.cut = TokenCut(
             model.cache.page_size, model.parallel.context, model.parallel.context_rank
         )
-        self.tables = BlockTables(max_batch, max_pages, model.device, self.cut)
-        # Rows: tokens, positions, slots. Captured steps read these addresses.
-        self._inputs = torch.zeros(3, max_batch, dtype=torch.int64, device=model.device)
-        self._lengths = torch.zeros(max_batch, dtype=torch.int32, device=model.device)
+        self.verified = whole("verified", verified)
+        if tables is None:
+            tables = BlockTables(max_batch, max_pages, model.device, self.cut)
+        self.tables = tables
+        # Captured steps read these addresses. Rows: tokens, positions, slots.
+        rows, device = max_batch * verified, model.device
+        self._inputs = torch.zeros(3, rows, dtype=torch.int64, device=device)
+        self._lengths = torch.zeros(max_batch, dtype=torch.int32, device=device)
+        self._behind = None
+        if isinstance(model, DraftModel):
+            self._behind = model.weights.embedding.new_zeros(rows, model.model.hidden_size)
+        self.graphs = graphs
         self._buckets = batch_buckets(max_batch) if graphs else []
-        # A graph reads its step's schedule, so the step lives as long as the graph.
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Step]] = {}
+        # By (sequences, tokens of each). A graph reads its step's schedule, so the step lives as
+        # long as the graph.
+        self._graphs: dict[
+            tuple[int, int], tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor], Step]
+        ] = {}
 
     def prefill(self, chunks: list[Chunk], every_row: bool = False) -> Tensor:
         """Cache the tokens of some prompts; logits `[chunks, vocab]` behind each one's last token.
@@ -136,56 +156,110 @@ class Runner:
             lengths: tokens of each row that are, on all ranks.
             pages: each row's, as they were given to `tables`.
         """
-        b = len(tokens)
+        rows = zip(tokens, lengths, pages, strict=True)
+        return self._rows([Chunk([token], start, own) for token, start, own in rows], 1)[1]
+
+    def verify(self, chunks: list[Chunk], behind: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """At most `verified` more tokens for each of the first rows of the block tables.
+
+        One step of a fixed size, which a graph can hold: a sequence of fewer tokens has them in the
+        last of its rows. Those in front are written nowhere and attend to what is cached.
+
+        Args:
+            chunks: of the sequences, in the order of the tables; one may have no token.
+            behind: `[T, d]` of a `DraftModel`, see `Step`.
+
+        Returns:
+            states `[T, d]` and logits `[T, vocab]` of all T tokens, in the chunks' order. They may
+            live in a captured graph's memory: use them before the next call.
+        """
+        states, logits = self._rows(chunks, self.verified, behind)
+        if len(states) == sum(len(chunk.tokens) for chunk in chunks):
+            return states, logits
+        rows = self._places(chunks, self.verified)
+        return states[rows], logits[rows]
+
+    def _places(self, chunks: list[Chunk], q: int) -> Tensor:
+        """The row of each of the chunks' tokens where every sequence has `q` rows."""
+        ends = range(q, q * len(chunks) + 1, q)
+        rows = [
+            row
+            for end, chunk in zip(ends, chunks, strict=True)
+            for row in range(end - len(chunk.tokens), end)
+        ]
+        return torch.tensor(rows, dtype=torch.int64).to(self.model.device)
+
+    def _rows(
+        self, chunks: list[Chunk], q: int, behind: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """States `[b q, d]` and logits `[b q, vocab]` of a step with `q` rows a sequence."""
+        b = len(chunks)
         bucket = next((size for size in self._buckets if size >= b), b)
+        tokens, positions, slots = [], [], []
+        for chunk in chunks:
+            spare = q - len(chunk.tokens)
+            where = range(chunk.start, chunk.start + len(chunk.tokens))
+            tokens += [0] * spare + chunk.tokens
+            positions += [0] * spare + list(where)
+            slots += [-1] * spare + [self.cut.slot(chunk.pages, position) for position in where]
         spare = [0] * (bucket - b)
-        rows = list(zip(pages, lengths, strict=True))
-        slots = [self.cut.slot(own, n) for own, n in rows]
-        inputs = [tokens + spare, lengths + spare, slots + [-1] * (bucket - b)]
-        self._inputs[:, :bucket].copy_(torch.tensor(inputs, dtype=torch.int64))
-        new = [self.cut.own_tokens(own, n + 1) for own, n in rows]
+        inputs = [tokens + spare * q, positions + spare * q, slots + [-1] * len(spare * q)]
+        self._inputs[:, : bucket * q].copy_(torch.tensor(inputs, dtype=torch.int64))
+        new = [self.cut.own_tokens(c.pages, c.start + len(c.tokens)) for c in chunks]
         self._lengths[:bucket].copy_(torch.tensor(new + spare, dtype=torch.int32))
-        if not self._buckets:
-            return self.model.forward(self._step(bucket))
-        return self.captured(bucket)()[:b]
+        if behind is not None:
+            self._behind[: bucket * q].zero_()
+            self._behind[self._places(chunks, q)] = behind
+        if self._buckets:
+            states, logits = self.captured(bucket, q)()
+        else:
+            states, logits = self._forward(self._step(bucket, q))
+        return states[: b * q], logits[: b * q]
 
-    def captured(self, rows: int) -> Callable[[], Tensor]:
-        """The captured step of `rows` rows on the inputs of the last `decode`."""
-        if rows not in self._graphs:
-            self._capture(rows)
-        graph, logits, _ = self._graphs[rows]
+    def captured(self, sequences: int, q: int = 1) -> Callable[[], tuple[Tensor, Tensor]]:
+        """The captured step of so many sequences and tokens of each, on the inputs of the last
+        `decode` or `verify`: states and logits."""
+        key = sequences, q
+        if key not in self._graphs:
+            self._capture(*key)
+        graph, found, _ = self._graphs[key]
 
-        def replay() -> Tensor:
+        def replay() -> tuple[Tensor, Tensor]:
             graph.replay()
-            return logits
+            return found
 
         return replay
 
-    def _step(self, rows: int) -> Step:
-        lengths = self._lengths[:rows]
+    def _forward(self, step: Step) -> tuple[Tensor, Tensor]:
+        states = self.model.states(step)
+        return states, self.model.logits(states)
+
+    def _step(self, sequences: int, q: int) -> Step:
+        lengths, rows = self._lengths[:sequences], sequences * q
         return Step(
             *self._inputs[:, :rows].unbind(0),
-            block_table=self.tables.device_table[:rows],
+            block_table=self.tables.device_table[:sequences],
             lengths=lengths,
-            metadata=self.model.decode_schedule(lengths),
+            metadata=self.model.decode_schedule(lengths, q),
+            behind=None if self._behind is None else self._behind[:rows],
         )
 
-    def _capture(self, rows: int) -> None:
-        step = self._step(rows)
+    def _capture(self, sequences: int, q: int) -> None:
+        step = self._step(sequences, q)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             # Rewriting the same cache rows with the same values is harmless.
             for _ in range(2):
-                self.model.forward(step)
+                self._forward(step)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values()))[0].pool() if self._graphs else None
         with torch.cuda.graph(graph, pool=pool):
             if step.metadata is not None:
                 step.metadata.update(step.lengths)
-            logits = self.model.forward(step)
-        self._graphs[rows] = graph, logits, step
+            found = self._forward(step)
+        self._graphs[sequences, q] = graph, found, step
 
 
 def pool_for(model: InferenceModel) -> PagePool:

@@ -37,7 +37,9 @@ class Speculation:
                 f"guesses need whole sequences, and context parallel size is"
                 f" {model.parallel.context}; use 1, or decode without them"
             )
-        self.runner = Runner(model, runner.max_batch, runner.max_pages)
+        self.runner = Runner(
+            model, runner.max_batch, runner.max_pages, runner.graphs, runner.verified, runner.tables
+        )
         self.guesses: dict[Request, int] = {}
         """The token behind the latest one of a request's output."""
         self.guessed = 0
@@ -72,28 +74,42 @@ class Speculation:
             following[request] = request.prompt[request.cached + 1 : end + 1]
             if isinstance(draws[request], Draw):
                 following[request].append(draws[request].token)
-        self.follow(chunks, following, states)
+        own, rows = self._own(chunks, following)
+        own = {request: chunk for request, chunk in own.items() if chunk.tokens}
+        found = self.runner.states(list(own.values()), states[rows])
+        self._guess(own, self.runner.model.logits(found[last_rows(own.values())]))
 
     def follow(
         self, chunks: dict[Request, Chunk], following: dict[Request, list[int]], states: Tensor
     ) -> None:
-        """Cache what the decoder has computed, and guess anew.
+        """Cache what the decoder has verified, and guess anew.
 
         Args:
-            chunks: what it computed, in the order of the rows of `states` `[T, d]`.
+            chunks: what it verified, in the order of the block tables and of the rows of `states`
+                `[T, d]`.
             following: the token behind each of a chunk's first tokens; no more are cached.
         """
-        rows, own, at = [], {}, 0
-        for request, chunk in chunks.items():
-            if tokens := following.get(request, []):
-                own[request] = replace(chunk, tokens=tokens)
-                rows += range(at, at + len(tokens))
-            at += len(chunk.tokens)
-        if not own:
+        own, rows = self._own(chunks, following)
+        if not rows:
             return
-        found = self.runner.states(list(own.values()), states[rows])
-        logits = self.runner.model.logits(found[last_rows(own.values())])
-        self.guesses.update(zip(own, logits.argmax(-1).tolist(), strict=True))
+        _, logits = self.runner.verify(list(own.values()), states[rows])
+        own = {request: chunk for request, chunk in own.items() if chunk.tokens}
+        self._guess(own, logits[last_rows(own.values())])
+
+    def _own(
+        self, chunks: dict[Request, Chunk], following: dict[Request, list[int]]
+    ) -> tuple[dict[Request, Chunk], list[int]]:
+        """The layer's chunks, and which of the decoder's states stand behind their tokens."""
+        own, rows, at = {}, [], 0
+        for request, chunk in chunks.items():
+            tokens = following.get(request, [])
+            own[request] = replace(chunk, tokens=tokens)
+            rows += range(at, at + len(tokens))
+            at += len(chunk.tokens)
+        return own, rows
+
+    def _guess(self, chunks: dict[Request, Chunk], logits: Tensor) -> None:
+        self.guesses.update(zip(chunks, logits.argmax(-1).tolist(), strict=True))
 
     def forget(self, request: Request) -> None:
         """A request has ended."""

@@ -11,7 +11,7 @@ import torch
 from megatron_mlra.benchmarks.decoding.measure import Case, gate, random_reader
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.inference.engine import Engine
-from megatron_mlra.inference.load import LoadOptions, load_model
+from megatron_mlra.inference.load import LoadOptions, load_draft, load_model
 from megatron_mlra.inference.runner import Chunk, Runner
 from megatron_mlra.inference.sampling import SamplingParams
 
@@ -93,6 +93,65 @@ def test_a_batch_between_two_captured_sizes():
             runner.tables.set(row, own)
         results.append(runner.decode([1, 2, 3], [5, 64, 90], pages).clone())
     torch.testing.assert_close(results[1], results[0], atol=2e-2, rtol=2e-2)
+
+
+def _speculating(model, graphs):
+    """An engine that guesses, in bfloat16 on the kernels."""
+    model = model.replace(mtp_num_layers=1)
+    read = random_reader(model, "cpu", seed=5)
+    options = LoadOptions(dtype="bfloat16", cache_tokens=4096, max_positions=1024, draft=True)
+    loaded = load_model(model, read, options, "cuda")
+    runner = Runner(loaded, max_batch=4, max_pages=16, graphs=graphs)
+    return Engine(runner, chunk_size=96, draft=load_draft(loaded, read))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_verified_steps_as_graphs_are_eager_ones(name):
+    """Of sequences with two tokens, one and none; of the decoder and of the layer that guesses."""
+    results = []
+    pages, lengths = [[9, 1], [0, 4], [7, 3], [12]], (5, 63, 90, 1)
+    more = [[8, 9], [1], [10, 11], []]
+    for graphs in (False, True):
+        engine, found = _speculating(MODELS[name], graphs), []
+        new = None
+        for runner in (engine.runner, engine.speculation.runner):
+            prompts = [Chunk(list(range(n)), 0, own) for n, own in zip(lengths, pages, strict=True)]
+            behind = None if new is None else new.new_zeros(sum(lengths), new.size(1))
+            runner.states(prompts, behind)
+            for row, own in enumerate(pages):
+                runner.tables.set(row, own)
+            # A whole bucket, for the same products; then a part of one, whose rows it leaves empty.
+            for count in (4, 3):
+                steps = zip(more[:count], lengths, pages, strict=False)
+                chunks = [Chunk(tokens, n, own) for tokens, n, own in steps]
+                states, logits = (x.clone() for x in runner.verify(chunks, new))
+                assert states.isfinite().all() and logits.isfinite().all()
+                found.append((states, logits))
+            new = states
+        results.append(found)
+    for at, (eager, captured) in enumerate(zip(*results, strict=True)):
+        for one, other in zip(eager, captured, strict=True):
+            if at % 2 == 0:
+                assert torch.equal(one, other)
+            else:
+                torch.testing.assert_close(one, other, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("name", ["MLRA-4", "MLA", "GQA"])
+def test_guesses_change_no_token(name):
+    """One sequence at a time, whose steps have the same shape with graphs and without."""
+    outputs = []
+    for graphs in (False, True):
+        engine = _speculating(MODELS[name], graphs)
+        for prompt in ([1], [2] * 63, list(range(200))):
+            request = engine.submit(prompt, SamplingParams(max_new_tokens=12))
+            for _ in engine.run():
+                pass
+            outputs.append((prompt, request.output))
+        outputs.append(engine.speculation.guessed)
+        assert engine.pool.free == engine.pool.num_pages
+    half = len(outputs) // 2
+    assert outputs[:half] == outputs[half:]
 
 
 @pytest.mark.parametrize("name", ["MLRA-4", "MLA", "GQA"])

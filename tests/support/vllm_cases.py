@@ -47,6 +47,7 @@ CASES: dict[str, ModelDescription] = {
     "MLRA-4-gated-untied": served(4, 4, output_gate=True, tie_embeddings=False),
     "MLRA-4-unscaled": served(4, 4, variance_scaling=False, rotary_base=5e5),
     "MLRA-4-absorbed": served(4, 4, qk_nope_head_dim=64),
+    "MLRA-4-ahead": served(4, 4, tie_embeddings=False, mtp_num_layers=1),
     "MLRA-8-yarn": served(8, 8, v_head_dim=8, **YARN | {"original_max_position_embeddings": 64}),
     "MLRA-4-experts": served(4, 4, tie_embeddings=False, **SHARED),
     "MLA-experts": served(1, 1, **EXPERTS | {"moe_layer_pattern": (1, 1)}),
@@ -63,9 +64,24 @@ def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
     return [torch.randint(0, 256, (n,), generator=generator).tolist() for n in lengths]
 
 
+class GuessableFolder(RandomFolder):
+    """A decoder in which the latest token says much of the next one, and a layer of multi-token
+    prediction that knows that much: some of its guesses are right."""
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """See RandomFolder."""
+        tensor = super().tensor(name)
+        if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+            return 0.03 * tensor
+        if name.endswith("eh_proj.weight"):  # the token's embedding, as the decoder takes it
+            return torch.eye(*tensor.shape) + 0.05 * tensor
+        return tensor
+
+
 def export(name: str, folder: Path) -> None:
     """Write one of CASES with random weights and the byte tokenizer."""
-    write_huggingface(RandomFolder(CASES[name]), folder, tokenizer="byte", progress=False)
+    kind = GuessableFolder if CASES[name].mtp_num_layers else RandomFolder
+    write_huggingface(kind(CASES[name]), folder, tokenizer="byte", progress=False)
 
 
 class Reference:
@@ -145,6 +161,8 @@ def equality_jobs(models: Path) -> list[dict[str, Any]]:
 
 EXACT = ("chunked", "prefix", "preempted", "speculative")
 """Features that change no token."""
+AHEAD = "MLRA-4-ahead"
+"""The case with a layer of multi-token prediction."""
 FEATURES = "MLRA-4-gated-untied"
 """The case that features of the engine are tried with."""
 SHARED_PREFIX = prompts(100, seed=1)[0]
@@ -159,6 +177,13 @@ LOOKUP = {
     "prompt_lookup_min": 1,
 }
 """Guesses from the prompt."""
+
+
+def drafter(folder: str, guesses: int) -> dict[str, Any]:
+    """Guesses by a folder's layer of multi-token prediction."""
+    return {"method": "eagle", "model": folder, "num_speculative_tokens": guesses}
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "quantization": ({"quantization": "fp8"}, "quantization 'fp8' of latent attention is not"),
     "lora": ({"enable_lora": True}, "LoRA adapters of latent attention are not there"),
@@ -202,6 +227,7 @@ def feature_jobs(models: Path) -> list[dict[str, Any]]:
     """What the scheduler can do with a cache: pieces, prefixes, preemption; FP8; speculation."""
     model = str(models / FEATURES)
     job = {"model": model, "new": NEW}
+    ahead = str(models / AHEAD)
     small = {"block_size": 32}
     return [
         {
@@ -236,6 +262,22 @@ def feature_jobs(models: Path) -> list[dict[str, Any]]:
             "options": {"speculative_config": LOOKUP},
             "batches": [[[*p, *p] for p in prompts(6, 20, 50, seed=4)]],
         },
+        {
+            **job,
+            "name": "multi-token",
+            "model": ahead,
+            "options": {"speculative_config": drafter(ahead, 2)},
+            "batches": [prompts(*LENGTHS)],
+        },
+        *(
+            {
+                "name": f"drafter-of-{name}",
+                "model": served,
+                "options": {"speculative_config": drafter(model, 1)},
+                "batches": [],
+            }
+            for name, served in {"none": model, "another": ahead}.items()
+        ),
         {
             **job,
             "name": "dummy",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from support.vllm_cases import (
+    AHEAD,
     EXACT,
     FEATURES,
     RANKS,
@@ -56,6 +57,28 @@ def test_sequences_were_preempted_and_computed_again(engines):
 def test_guesses_were_verified_several_at_a_time(engines):
     steps = engines["speculative"]["batches"][0]["steps"]
     assert max(max(step) for step in steps[1:]) == 4
+
+
+def test_a_layer_of_multi_token_prediction_guesses(engines, reference):
+    result = engines["multi-token"]
+    assert "error" not in result, result
+    batch = result["batches"][0]
+    assert batch["tokens"] == [run["tokens"] for run in reference[AHEAD]["prompts"]]
+    # Three tokens a step and sequence: the latest and two guesses, of which some were right.
+    verified = sum(rows == 3 for step in batch["steps"] for rows in step)
+    new = sum(len(tokens) - 1 for tokens in batch["tokens"])
+    assert new / 3 < verified < 0.85 * new
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("none", "the model has no layer of multi-token prediction to draft with; use"),
+        ("another", "the drafter is another model than the served one; name the served model's"),
+    ],
+)
+def test_a_drafter_that_cannot_be_is_refused_in_one_line(name, said, engines):
+    assert said in engines[f"drafter-of-{name}"]["error"]
 
 
 def test_an_fp8_cache_is_small_and_that_of_the_projects_engine(engines, reference):

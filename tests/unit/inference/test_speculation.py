@@ -12,7 +12,7 @@ from megatron_mlra.description.tensors import expected_tensors
 from megatron_mlra.inference.cli import main
 from megatron_mlra.inference.engine import Engine
 from megatron_mlra.inference.load import LoadOptions, load_draft, load_model
-from megatron_mlra.inference.runner import Runner
+from megatron_mlra.inference.runner import Chunk, Runner
 from megatron_mlra.inference.sampling import SamplingParams
 
 SIZES = {
@@ -87,6 +87,32 @@ def test_guesses_change_no_token(name, temperature):
     speculation = guessing.speculation
     assert speculation.guessed > 20 and 0 < speculation.right < speculation.guessed
     assert not speculation.guesses
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_verified_step_is_a_prompts(name):
+    """Sequences with two tokens, one and none in one step of fixed size, of decoder and layer."""
+    running = engine(MODELS[name], speculate=True)
+    prompts, more = [[1, 2, 3, 4], [5], list(range(12)) + [7] * 21], [[8, 9], [], [10]]
+    pages = [[4, 1], [7], [2, 9, 0]]
+    chunks = [
+        Chunk(tokens, len(prompt), own)
+        for prompt, tokens, own in zip(prompts, more, pages, strict=True)
+    ]
+    states = None
+    for runner in (running.runner, running.speculation.runner):
+        first = [Chunk(prompt, 0, own) for prompt, own in zip(prompts, pages, strict=True)]
+        behind = None if states is None else states[: sum(map(len, prompts))]
+        before = runner.states(first, behind)
+        for row, own in enumerate(pages):
+            runner.tables.set(row, own)
+        new = None if states is None else states[len(behind) :]
+        found, logits = runner.verify(chunks, new)
+        expected = runner.states([chunk for chunk in chunks if chunk.tokens], new)
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+        torch.testing.assert_close(logits, runner.model.logits(expected), rtol=0, atol=2e-5)
+        assert len(found) == 3
+        states = torch.cat((before, found))
 
 
 def test_right_guesses_halve_the_steps():
