@@ -15,6 +15,7 @@ from mlra_kernels.latent_attention import (
     latent_attention,
     latent_attention_with_lse,
     latent_attention_with_top,
+    query_tiles,
 )
 
 pytestmark = pytest.mark.gpu
@@ -84,14 +85,17 @@ def test_output_and_gradients(shape, spans, dtype) -> None:
     query, key = draw(s, pairs, latent + rope), draw(t, groups, latent + rope)
     grad, scale = draw(s, pairs, latent), (latent + rope) ** -0.5
     leaves = [x.requires_grad_() for x in (query, key)]
-    out = latent_attention(*leaves, latent, scale, ranges)
-    found = (out, *torch.autograd.grad(out, leaves, grad))
     *expected, top = oracle(query.detach(), key.detach(), grad, latent, scale, ranges)
-    for what, ours, theirs in zip(("out", "query", "key"), found, expected, strict=True):
-        assert ours.dtype == dtype and ours.shape == theirs.shape
-        # A query with one key has no gradient.
-        difference = (ours.double() - theirs).norm() / theirs.norm().clamp(min=1)
-        assert difference <= TOLERANCE[dtype], (what, float(difference))
+    tiles = query_tiles(spans or [(0, s, 0, t)]).cuda()
+    for options in ({"tiles": tiles}, {"tiles": tiles, "own_delta": True}, {"ranges": ranges}):
+        torch.full((64 << 20,), math.nan, device="cuda")  # what a kernel does not write shows
+        out = latent_attention(*leaves, latent, scale, **options)
+        found = (out, *torch.autograd.grad(out, leaves, grad))
+        for what, ours, theirs in zip(("out", "query", "key"), found, expected, strict=True):
+            assert ours.dtype == dtype and ours.shape == theirs.shape
+            # A query with one key has no gradient.
+            difference = (ours.double() - theirs).norm() / theirs.norm().clamp(min=1)
+            assert difference <= TOLERANCE[dtype], (what, *options, float(difference))
     again, largest = latent_attention_with_top(*leaves, latent, scale, ranges)
     assert torch.equal(again, out) and not largest.requires_grad
     # The products are exact in float32 up to the order of their sum.

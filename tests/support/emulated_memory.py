@@ -48,6 +48,11 @@ class Shared:
     def permute(self, order: tuple[int, ...]) -> Shared:
         return Shared(self.tensor.permute(order), self.machine)
 
+    def load(self, layout) -> Tensor:
+        """Warps read what copies brought or, after a barrier, what warps wrote."""
+        assert self.machine.acting.written.get(self.place) is None, "no barrier came"
+        return self.tensor.clone()
+
     def store(self, value: Tensor) -> None:
         assert (value.dtype, value.shape) == (self.tensor.dtype, self.tensor.shape)
         writer = self.machine.acting

@@ -2,12 +2,12 @@
 
 from mlra_kernels.latent_attention.ops import (
     check_supported,
-    key_ranges,
     latent_attention,
     latent_attention_with_lse,
     latent_attention_with_top,
     misfit,
 )
+from mlra_kernels.latent_attention.spans import key_ranges, query_tiles
 
 __all__ = [
     "check_supported",
@@ -16,4 +16,5 @@ __all__ = [
     "latent_attention_with_lse",
     "latent_attention_with_top",
     "misfit",
+    "query_tiles",
 ]

@@ -21,12 +21,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from mlra_kernels.latent_attention.tiles import (
+    MASKED,
     async_add_shared_to_global,
     keys_read_by_all,
     load_keys,
     mask,
+    mask_diagonal,
     opaque,
+    pass_tiles,
     place_program,
+    place_tile,
+    store_rows,
+    tiles_of_half,
     tiles_read,
 )
 
@@ -56,13 +62,15 @@ def row_products(
 @gluon.jit
 def latent_attention_backward(
     q_nope_desc, q_rope_desc, key_nope_desc, key_rope_desc, do_desc, dq_nope_desc, dq_rope_desc,
-    dkey_nope_desc, dkey_rope_desc, lse_ptr, delta_ptr, ranges_ptr, s, t, past, scale, log2_scale,
+    dkey_nope_desc, dkey_rope_desc, out_ptr, dq_ptr, lse_ptr, delta_ptr, ranges_ptr, tiles_ptr,
+    s, t, past, scale, log2_scale,
     P: gl.constexpr, G: gl.constexpr, L: gl.constexpr, R: gl.constexpr,
-    M: gl.constexpr, N: gl.constexpr, RANGES: gl.constexpr,
+    M: gl.constexpr, N: gl.constexpr, RANGES: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
     """q, dq `[s, b, P, L + R]`; key `[t, b, G, L + R]`; dO `[s, b, P, L]`; lse, delta `[b, P, s]`
-    and dkey `[t, b, G, L + R]`, to which is added, both in float32. Which keys a query reads: see
-    the forward.
+    and dkey `[t, b, G, L + R]`, to which is added, both in float32. Without delta, a program makes
+    its own from out, `[s, b, P, L]`. Which keys a query reads, and what a program takes: see the
+    forward.
 
     Blocks of the descriptors: M / 2 queries, N keys. Programs: (query tile, the last first; pair;
     sequence), of 4 warps and the partitions' beside them. Two warpgroups take P, dS and dq of
@@ -98,28 +106,39 @@ def latent_attention_backward(
     mbarrier.init(added.index(0), count=1)
     fence_async_shared()  # the copy engine sees the barriers
 
-    head, start, q_column, k_column = place_program(P, G, L + R, M)
-    reading = (ranges_ptr, s, t, past)
-    first, tiles = tiles_read(start, M, reading, N, RANGES)
-    if RANGES:
-        tiles_0 = tiles  # both halves free the stages: neither may end more than 2 tiles early
+    UNIT: gl.constexpr = 1 if TILES else N  # in which the first key is counted
+    if TILES:
+        head, place, q_column, k_column = place_tile(tiles_ptr, s, t, P, G, L + R, M)
+        start, end, first, stop = place
+        reading = (ranges_ptr, end, stop, stop - end)
+        tiles_0 = tiles_of_half(start, first, reading, m, N)
+        tiles_1 = tiles_of_half(start + m, first, reading, m, N)
+        tiles = gl.maximum(tiles_0, tiles_1)
     else:
-        _, tiles_0 = tiles_read(start, m, reading, N, RANGES)  # may be one less
+        head, start, q_column, k_column = place_program(P, G, L + R, M)
+        reading = (ranges_ptr, s, t, past)
+        first, tiles = tiles_read(start, M, reading, N, RANGES)
+        tiles_1 = tiles
+        if RANGES:
+            tiles_0 = tiles  # both halves free the stages: neither may end more than 2 tiles early
+        else:
+            _, tiles_0 = tiles_read(start, m, reading, N, RANGES)  # may be one less
     queries, keys = (q_nope, q_rope, do, loaded), (c_ring, r_ring, full, free)
     scores, sums = (p_tiles, ds_tiles, ready, taken), (dc_tile, dr_tile, summed, added)
-    rows = (lse_ptr, delta_ptr, head, start, s, scale, log2_scale)
-    read_0, read_1 = (reading, first, tiles_0), (reading, first, tiles)
-    dq = (dq_nope_desc, dq_rope_desc, q_column)
+    rows = (out_ptr, lse_ptr, delta_ptr, head, start, s, scale, log2_scale)
+    read_0, read_1 = (reading, first, tiles_0, tiles), (reading, first, tiles_1, tiles)
+    dq = (dq_nope_desc, dq_rope_desc, dq_ptr, q_column)
     inputs = (q_nope_desc, q_rope_desc, do_desc, key_nope_desc, key_rope_desc)
     dkey = (dkey_nope_desc, dkey_rope_desc, k_column)
     columns = (q_column, head * L, k_column)
+    shared = (queries, keys, scores, rows, dq)
     gl.warp_specialize(
         [
-            (_attend, (0, queries, keys, scores, rows, dq, read_0, L, R, m, N, RANGES)),
-            (_attend, (1, queries, keys, scores, rows, dq, read_1, L, R, m, N, RANGES)),
-            (_sum, (queries, scores, sums, tiles_0, tiles, L, R, N)),
-            (_load, (queries, keys, inputs, start, columns, first, tiles, L, m, N)),
-            (_add, (sums, dkey, first, tiles, L, N)),
+            (_attend, (0, shared, read_0, L, R, m, N, P, RANGES, TILES, UNIT)),
+            (_attend, (1, shared, read_1, L, R, m, N, P, RANGES, TILES, UNIT)),
+            (_sum, (queries, scores, sums, tiles_0, tiles_1, L, R, N, TILES)),
+            (_load, (queries, keys, inputs, start, columns, first, tiles, L, m, N, UNIT)),
+            (_add, (sums, dkey, first, tiles, L, N, UNIT)),
         ],
         [4, 4, 1, 1],
         [192, 104, 24, 24],
@@ -129,7 +148,7 @@ def latent_attention_backward(
 @gluon.jit
 def _load(
     queries, keys, descs, start, columns, first, tiles,
-    L: gl.constexpr, m: gl.constexpr, N: gl.constexpr,
+    L: gl.constexpr, m: gl.constexpr, N: gl.constexpr, UNIT: gl.constexpr,
 ):  # fmt: skip
     """A warp: loads queries and dO, then keys into the stages that both halves are done with."""
     q_nope, q_rope, do, loaded = queries
@@ -142,31 +161,45 @@ def _load(
         tma.async_copy_global_to_shared(q_nope_desc, [row, q_column], bar, q_nope.index(half))
         tma.async_copy_global_to_shared(q_rope_desc, [row, q_column + L], bar, q_rope.index(half))
         tma.async_copy_global_to_shared(do_desc, [row, do_column], bar, do.index(half))
-    load_keys(key_nope_desc, key_rope_desc, keys, k_column, first * N, N, tiles, L, 2)
+    load_keys(key_nope_desc, key_rope_desc, keys, k_column, first * UNIT, N, tiles, L, 2)
 
 
 @gluon.jit
 def _attend(
-    half: gl.constexpr, queries, keys, scores, rows, dq, read,
-    L: gl.constexpr, R: gl.constexpr, m: gl.constexpr, N: gl.constexpr, RANGES: gl.constexpr,
+    half: gl.constexpr, shared, read,
+    L: gl.constexpr, R: gl.constexpr, m: gl.constexpr, N: gl.constexpr, P: gl.constexpr,
+    RANGES: gl.constexpr, TILES: gl.constexpr, UNIT: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: P, dS and dq of half of the queries."""
+    queries, keys, scores, rows, dq = shared
     q_nope_tiles, q_rope_tiles, do_tiles, loaded = queries
     c_ring, r_ring, full, free = keys
     p_tiles, ds_tiles, ready, taken = scores
-    lse_ptr, delta_ptr, head, start, s, scale, log2_scale = rows
-    reading, first, tiles = read
-    dq_nope_desc, dq_rope_desc, q_column = dq
+    out_ptr, lse_ptr, delta_ptr, head, start, s, scale, log2_scale = rows
+    reading, first, tiles, passed = read
+    dq_nope_desc, dq_rope_desc, dq_ptr, q_column = dq
     dtype: gl.constexpr = dq_nope_desc.dtype
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, L, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, R, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
     start += half * m
-    by_all = keys_read_by_all(start, m, reading, RANGES)
+    if TILES:
+        last = start + reading[3] - first  # that query 0 reads, from the first key on
+    else:
+        by_all = keys_read_by_all(start, m, reading, RANGES)
     row = start + gl.arange(0, m, gl.SliceLayout(1, layout))
-    lse = gl.load(lse_ptr + head * s + row, row < s, 0.0) * LOG2E
-    delta = gl.load(delta_ptr + head * s + row, row < s, 0.0) * scale
+    end = reading[1]
+    # A weight of a row of another program is exp2(-inf).
+    lse = gl.load(lse_ptr + head * s + row, row < end, -MASKED if TILES else 0.0) * LOG2E
+    if delta_ptr is None:
+        mbarrier.wait(loaded.index(half), 0)
+        do = do_tiles.index(half)
+        pitch = (gl.num_programs(1) if TILES else gl.num_programs(2)) * P * L
+        delta = _row_products(out_ptr, do, start, end, head * L, pitch, m, L)
+        delta = gl.convert_layout(delta, gl.SliceLayout(1, layout)) * scale
+    else:
+        delta = gl.load(delta_ptr + head * s + row, row < end, 0.0) * scale
     zeros = gl.zeros([m, N], gl.float32, layout)
     dq_nope = gl.zeros([m, L], gl.float32, wide)
     dq_rope = gl.zeros([m, R], gl.float32, narrow)
@@ -185,7 +218,10 @@ def _attend(
         x = warpgroup_mma(q_rope_tiles.index(h), r, x, is_async=True)
         x = warpgroup_mma_wait(0, deps=[x])
         x = x * log2_scale - lse[:, None]
-        x = mask(x, (first + j) * N, start + zero, by_all, reading, m, N, layout, RANGES)
+        if TILES:
+            x = mask_diagonal(x, j, last, zero, m, N, layout)
+        else:
+            x = mask(x, first * UNIT + j * N, start + zero, by_all, reading, m, N, layout, RANGES)
         p = opaque(gl.exp2(x).to(dtype))
         dp = warpgroup_mma(do_tiles.index(h), c, zeros, use_acc=False, is_async=True)
         mbarrier.wait(taken.index(half), (j + 1) & 1)
@@ -204,42 +240,70 @@ def _attend(
         gl.thread_barrier()
         mbarrier.arrive(free.index(stage), count=1)
 
+    if TILES:
+        pass_tiles(tiles, passed, full, free, 2)
     mbarrier.wait(taken.index(half), (tiles + 1) & 1)  # nobody reads the queries any more
     q_nope, q_rope = q_nope_tiles.index(half), q_rope_tiles.index(half)
     q_nope.store(dq_nope.to(dtype))
     q_rope.store(dq_rope.to(dtype))
     fence_async_shared()
     gl.thread_barrier()
-    tma.async_copy_shared_to_global(dq_nope_desc, [start, q_column], q_nope)
-    tma.async_copy_shared_to_global(dq_rope_desc, [start, q_column + L], q_rope)
+    if TILES:
+        pitch = gl.num_programs(1) * P * (L + R)
+        start += passed >> 30  # 0, see above
+        store_rows(dq_nope_desc, dq_ptr, q_nope, start, end, pitch, q_column, m, L)
+        store_rows(dq_rope_desc, dq_ptr, q_rope, start, end, pitch, q_column + L, m, R)
+    else:
+        tma.async_copy_shared_to_global(dq_nope_desc, [start, q_column], q_nope)
+        tma.async_copy_shared_to_global(dq_rope_desc, [start, q_column + L], q_rope)
     tma.store_wait(0)
 
 
 @gluon.jit
-def _sum(queries, scores, sums, tiles_0, tiles, L: gl.constexpr, R: gl.constexpr, N: gl.constexpr):
+def _row_products(a_ptr, b_tile, start, end, column, pitch, m: gl.constexpr, C: gl.constexpr):
+    """sum over the columns of a * b, of m rows from `start` on; those from `end` on count as 0."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // C, C // 8], [gl.num_warps(), 1], [1, 0])
+    rows = start + gl.arange(0, m, gl.SliceLayout(1, layout))
+    columns = gl.arange(0, C, gl.SliceLayout(0, layout))
+    live = (rows < end)[:, None] & (columns < C)[None, :]
+    at = (rows.to(gl.int64) * pitch + column)[:, None] + columns[None, :]
+    a = gl.load(a_ptr + at, live, 0.0).to(gl.float32)
+    return gl.sum(a * b_tile.load(layout).to(gl.float32), 1)
+
+
+@gluon.jit
+def _sum(
+    queries, scores, sums, tiles_0, tiles_1,
+    L: gl.constexpr, R: gl.constexpr, N: gl.constexpr, TILES: gl.constexpr,
+):  # fmt: skip
     """A warpgroup: dc and dr, a tile after the other."""
     mbarrier.wait(queries[3].index(0), 0)
     mbarrier.wait(queries[3].index(1), 0)
-    for j in range(tiles_0):
-        _sum_tile(j, True, queries, scores, sums, L, R, N)
-    for j in range(tiles_0, tiles):
-        _sum_tile(j, False, queries, scores, sums, L, R, N)
+    both, tiles, half = tiles_0, tiles_1, 1
+    if TILES:
+        both, tiles = gl.minimum(tiles_0, tiles_1), gl.maximum(tiles_0, tiles_1)
+        if tiles_0 > tiles_1:
+            half = 0
+    for j in range(both):
+        _sum_tile(j, True, 1, queries, scores, sums, L, R, N)
+    for j in range(both, tiles):
+        _sum_tile(j, False, half, queries, scores, sums, L, R, N)
 
 
 @gluon.jit
 def _sum_tile(
-    j, both: gl.constexpr, queries, scores, sums,
+    j, both: gl.constexpr, half, queries, scores, sums,
     L: gl.constexpr, R: gl.constexpr, N: gl.constexpr,
 ):  # fmt: skip
-    """dc and dr of tile j from both halves of the queries or only the second. dc leaves its
-    registers before dr takes them."""
+    """dc and dr of tile j from both halves of the queries or only from one. dc leaves its registers
+    before dr takes them."""
     q_nope, q_rope, do, _ = queries
     p_tiles, ds_tiles, ready, taken = scores
     dc_tile, dr_tile, summed, added = sums
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, L, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, R, 16])
     zero = j >> 30  # see _attend
-    one = 1 + zero
+    one = half + zero
     dc = gl.zeros([N, L], gl.float32, wide)
     dr = gl.zeros([N, R], gl.float32, narrow)
     if both:
@@ -247,7 +311,7 @@ def _sum_tile(
         p, ds = p_tiles.index(zero).permute((1, 0)), ds_tiles.index(zero).permute((1, 0))
         dc = warpgroup_mma(p, do.index(zero), dc, use_acc=False, is_async=True)
         dc = warpgroup_mma(ds, q_nope.index(zero), dc, is_async=True)
-    mbarrier.wait(ready.index(1), j & 1)
+    mbarrier.wait(ready.index(half), j & 1)
     p, ds = p_tiles.index(one).permute((1, 0)), ds_tiles.index(one).permute((1, 0))
     dc = warpgroup_mma(p, do.index(one), dc, use_acc=both, is_async=True)
     dc = warpgroup_mma(ds, q_nope.index(one), dc, is_async=True)
@@ -263,7 +327,7 @@ def _sum_tile(
     gl.thread_barrier()
     if both:
         mbarrier.arrive(taken.index(0), count=1)
-    mbarrier.arrive(taken.index(1), count=1)
+    mbarrier.arrive(taken.index(half), count=1)
     dr_tile.index(zero).store(dr)
     fence_async_shared()
     gl.thread_barrier()
@@ -271,13 +335,13 @@ def _sum_tile(
 
 
 @gluon.jit
-def _add(sums, dkey, first, tiles, L: gl.constexpr, N: gl.constexpr):
+def _add(sums, dkey, first, tiles, L: gl.constexpr, N: gl.constexpr, UNIT: gl.constexpr):
     """A warp: adds the sums of every tile to memory."""
     dc_tile, dr_tile, summed, added = sums
     dkey_nope_desc, dkey_rope_desc, column = dkey
     for j in range(tiles):
         mbarrier.wait(summed.index(0), j & 1)
-        row = (first + j) * N
+        row = first * UNIT + j * N
         async_add_shared_to_global(dkey_nope_desc, [row, column], dc_tile.index(0))
         async_add_shared_to_global(dkey_rope_desc, [row, column + L], dr_tile.index(0))
         tma.store_wait(0)

@@ -20,7 +20,12 @@ from mlra_kernels.latent_attention.tiles import (
     load_keys,
     load_rows,
     mask,
+    mask_diagonal,
+    pass_tiles,
     place_program,
+    place_tile,
+    store_rows,
+    tiles_of_half,
     tiles_read,
 )
 
@@ -30,10 +35,11 @@ LN2 = gl.constexpr(0.6931471805599453)
 # One build for every length: a server's prompts have any, and a build takes seconds.
 @gluon.jit(do_not_specialize=["s", "t", "past"])
 def latent_attention_forward(
-    q_nope_desc, q_rope_desc, key_nope_desc, key_rope_desc, out_desc, lse_ptr, top_ptr,
-    ranges_ptr, s, t, past, log2_scale,
+    q_nope_desc, q_rope_desc, key_nope_desc, key_rope_desc, out_desc, out_ptr, lse_ptr, top_ptr,
+    ranges_ptr, tiles_ptr, s, t, past, log2_scale,
     P: gl.constexpr, G: gl.constexpr, L: gl.constexpr, R: gl.constexpr,
     M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, RANGES: gl.constexpr,
+    TILES: gl.constexpr,
 ):  # fmt: skip
     """q `[s, b, P, L + R]`, key `[t, b, G, L + R]` -> out `[s, b, P, L]`, lse `[b, P, s]`.
 
@@ -41,9 +47,11 @@ def latent_attention_forward(
     never fall: int32 `[2, s]`. lse is the natural logarithm, float32; log2_scale = softmax scale *
     log2(e). top, where it is not None, holds each query's largest scaled score, shaped as lse:
     the softmax has it at hand. Blocks of the descriptors: M / 2 queries, N keys. Programs: (query
-    tile, the last first; pair; sequence), of 4 warps and the partitions' beside them: two
-    warpgroups take half of the queries each, so that one's softmax runs while the other's products
-    do, and one warp loads. Tiles of keys come from the last.
+    tile, the last first; pair; sequence) or, with TILES, (row of tiles, its pairs; sequence), where
+    tiles `[n, 4]` int32 says which queries and keys a program takes (`query_tiles`). They are of 4
+    warps and the partitions' beside them: two warpgroups take half of the queries each, so that
+    one's softmax runs while the other's products do, and one warp loads. Tiles of keys come from
+    the last.
     """
     dtype: gl.constexpr = out_desc.dtype
     m: gl.constexpr = M // 2
@@ -63,18 +71,26 @@ def latent_attention_forward(
         mbarrier.init(free.index(i), count=2)
     fence_async_shared()  # the copy engine sees the barriers
 
-    head, start, q_column, k_column = place_program(P, G, L + R, M)
-    reading = (ranges_ptr, s, t, past)
-    first, tiles = tiles_read(start, M, reading, N, RANGES)
+    UNIT: gl.constexpr = 1 if TILES else N  # in which the first key is counted
+    if TILES:
+        head, place, q_column, k_column = place_tile(tiles_ptr, s, t, P, G, L + R, M)
+        start, end, first, stop = place
+        reading = (ranges_ptr, end, stop, stop - end)
+        tiles = gl.cdiv(stop - first, N)
+    else:
+        head, start, q_column, k_column = place_program(P, G, L + R, M)
+        reading = (ranges_ptr, s, t, past)
+        first, tiles = tiles_read(start, M, reading, N, RANGES)
     queries, keys = (q_nope, q_rope, loaded), (c_ring, r_ring, full, free)
-    rows = (lse_ptr, top_ptr, head, start, s, log2_scale)
+    rows = (out_ptr, lse_ptr, top_ptr, head, start, s, log2_scale)
     read = (reading, first, tiles)
     descs = (q_nope_desc, q_rope_desc, key_nope_desc, key_rope_desc)
+    shared = (queries, keys, anchor, out_desc, rows, read)
     gl.warp_specialize(
         [
-            (_attend, (0, queries, keys, anchor, out_desc, rows, read, L, m, N, STAGES, RANGES)),
-            (_attend, (1, queries, keys, anchor, out_desc, rows, read, L, m, N, STAGES, RANGES)),
-            (_load, (queries, keys, descs, start, q_column, k_column, read, L, m, N, STAGES)),
+            (_attend, (0, shared, L, m, N, P, STAGES, RANGES, TILES, UNIT)),
+            (_attend, (1, shared, L, m, N, P, STAGES, RANGES, TILES, UNIT)),
+            (_load, (queries, keys, descs, start, q_column, k_column, read, L, m, N, STAGES, UNIT)),
         ],
         [4, 1],
         [240, 24],
@@ -84,7 +100,7 @@ def latent_attention_forward(
 @gluon.jit
 def _load(
     queries, keys, descs, start, q_column, k_column, read,
-    L: gl.constexpr, m: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+    L: gl.constexpr, m: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr,
 ):  # fmt: skip
     """A warp: loads the queries, then keys into the stages that both halves are done with."""
     q_nope, q_rope, loaded = queries
@@ -95,19 +111,21 @@ def _load(
             q_nope_desc, q_rope_desc, start + half * m, q_column,
             q_nope.index(half), q_rope.index(half), loaded.index(half), L,
         )  # fmt: skip
-    last = (first + tiles - 1) * N
+    last = first * UNIT + (tiles - 1) * N
     load_keys(key_nope_desc, key_rope_desc, keys, k_column, last, -N, tiles, L, STAGES)
 
 
 @gluon.jit
 def _attend(
-    half: gl.constexpr, queries, keys, anchor, out_desc, rows, read,
-    L: gl.constexpr, m: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, RANGES: gl.constexpr,
+    half: gl.constexpr, shared,
+    L: gl.constexpr, m: gl.constexpr, N: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr,
+    RANGES: gl.constexpr, TILES: gl.constexpr, UNIT: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: half of the queries."""
+    queries, keys, anchor, out_desc, rows, read = shared
     q_nope_tiles, q_rope_tiles, loaded = queries
     c_ring, r_ring, full, free = keys
-    lse_ptr, top_ptr, head, start, s, log2_scale = rows
+    out_ptr, lse_ptr, top_ptr, head, start, s, log2_scale = rows
     reading, first, tiles = read
     dtype: gl.constexpr = out_desc.dtype
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
@@ -115,24 +133,35 @@ def _attend(
     operand: gl.constexpr = gl.DotOperandLayout(0, values, 2)
     of_rows: gl.constexpr = gl.SliceLayout(1, scores)
     start += half * m
-    by_all = keys_read_by_all(start, m, reading, RANGES)
-    last = (first + tiles - 1) * N
+    if TILES:
+        last = start + reading[3] - first  # that query 0 reads, from the first key on
+    else:
+        by_all = keys_read_by_all(start, m, reading, RANGES)
+        last = first * UNIT + (tiles - 1) * N
     q_nope, q_rope = q_nope_tiles.index(half), q_rope_tiles.index(half)
     zero = gl.zeros([m, N], gl.float32, scores)
     out = gl.zeros([m, L], gl.float32, values)
     top = gl.full([m], MASKED, gl.float32, of_rows)
     total = gl.zeros([m], gl.float32, of_rows)
 
+    begin = 0
+    if TILES:  # a half without queries takes one tile, so that its loop needs no other shape
+        begin = tiles - gl.maximum(tiles_of_half(start, first, reading, m, N), 1)
+        pass_tiles(0, begin, full, free, STAGES)
     mbarrier.wait(loaded.index(half), 0)
-    mbarrier.wait(full.index(0), 0)
-    c, r = c_ring.index(0).permute((1, 0)), r_ring.index(0).permute((1, 0))
+    mbarrier.wait(full.index(begin % STAGES), (begin // STAGES) & 1)
+    c = c_ring.index(begin % STAGES).permute((1, 0))
+    r = r_ring.index(begin % STAGES).permute((1, 0))
     x = warpgroup_mma(q_nope, c, zero, use_acc=False, is_async=True)
     x = warpgroup_mma(q_rope, r, x, is_async=True)
     x = warpgroup_mma_wait(0, deps=[x])
-    x = mask(x, last, start, by_all, reading, m, N, scores, RANGES)
+    if TILES:
+        x = mask_diagonal(x, tiles - 1 - begin, last, 0, m, N, scores)
+    else:
+        x = mask(x, last, start, by_all, reading, m, N, scores, RANGES)
     weights, shrink, top, total = _softmax(x, top, total, log2_scale)
     p = gl.convert_layout(weights.to(dtype), operand)
-    for j in range(1, tiles):
+    for j in range(begin + 1, tiles):
         stage, before = j % STAGES, (j - 1) % STAGES
         mbarrier.wait(full.index(stage), (j // STAGES) & 1)
         c, r = c_ring.index(stage).permute((1, 0)), r_ring.index(stage).permute((1, 0))
@@ -141,7 +170,10 @@ def _attend(
         out = warpgroup_mma(p, c_ring.index(before), out, is_async=True)
         # The softmax of this tile while the values of the one before are summed.
         x = warpgroup_mma_wait(1, deps=[x])
-        x = mask(x, last - j * N, start, by_all, reading, m, N, scores, RANGES)
+        if TILES:
+            x = mask_diagonal(x, tiles - 1 - j, last, j >> 30, m, N, scores)
+        else:
+            x = mask(x, last - j * N, start, by_all, reading, m, N, scores, RANGES)
         weights, shrink, top, total = _softmax(x, top, total, log2_scale)
         # Nobody reads it: ptxas would move the softmax behind the next wait.
         anchor.index(half).store(total)
@@ -154,16 +186,21 @@ def _attend(
 
     out = warpgroup_mma(p, c_ring.index((tiles - 1) % STAGES), out, is_async=True)
     row = start + gl.arange(0, m, of_rows)
-    gl.store(lse_ptr + head * s + row, (top + gl.log2(total)) * LN2, row < s)
+    end = reading[1]
+    gl.store(lse_ptr + head * s + row, (top + gl.log2(total)) * LN2, row < end)
     if top_ptr is not None:
-        gl.store(top_ptr + head * s + row, top * LN2, row < s)
+        gl.store(top_ptr + head * s + row, top * LN2, row < end)
     out = warpgroup_mma_wait(0, deps=[out])
     out = out / gl.convert_layout(total, gl.SliceLayout(1, values))[:, None]
     gl.thread_barrier()  # every warp is done with the queries
     q_nope.store(out.to(dtype))
     fence_async_shared()
     gl.thread_barrier()
-    tma.async_copy_shared_to_global(out_desc, [start, head * L], q_nope)
+    if TILES:
+        pitch = gl.num_programs(1) * P * L
+        store_rows(out_desc, out_ptr, q_nope, start, end, pitch, head * L, m, L)
+    else:
+        tma.async_copy_shared_to_global(out_desc, [start, head * L], q_nope)
     tma.store_wait(0)
 
 

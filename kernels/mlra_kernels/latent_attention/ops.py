@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import triton
@@ -15,15 +14,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from mlra_kernels import checks
 from mlra_kernels.latent_attention.backward_kernel import latent_attention_backward, row_products
 from mlra_kernels.latent_attention.forward_kernel import latent_attention_forward
+from mlra_kernels.latent_attention.spans import QUERIES
 
 LATENT_DIMS, ROPE_DIMS = (32, 64, 128), (16, 32, 64)
 """What the kernels take."""
 
 TRITON = "3.6"
 """Gluon changes from one version to the next."""
-
-QUERIES = 128
-"""Of a program, both passes: two warpgroups take 64 each."""
 
 FORWARD_KEYS, BACKWARD_KEYS = 128, 64
 """Keys of a tile."""
@@ -40,7 +37,14 @@ _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 def latent_attention(
-    query: Tensor, key: Tensor, latent_dim: int, scale: float, ranges: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    latent_dim: int,
+    scale: float,
+    ranges: Tensor | None = None,
+    *,
+    tiles: Tensor | None = None,
+    own_delta: bool = False,
 ) -> Tensor:
     """Causal attention whose values are the first `latent_dim` columns of its keys.
 
@@ -56,6 +60,10 @@ def latent_attention(
             checked: other numbers give wrong results, though no kernel reads past its keys or
             waits for ever. Packed documents and a context-parallel rank's chunks are such
             (`key_ranges`).
+        tiles: in place of ranges, what each program takes: int32 `[n, 4]` on the same device, from
+            `query_tiles`. Not measured yet.
+        own_delta: whether backward's programs make their own rows' sums of dO * O, instead of a
+            kernel before. Not measured yet.
 
     Returns:
         `[s, b, P, latent_dim]`. The gradient of `key` holds what comes through the values too; it
@@ -68,7 +76,14 @@ def latent_attention(
     if ranges is not None:
         _check_ranges(ranges, query)
         ranges = ranges.contiguous()
-    return _LatentAttention.apply(query, key, latent_dim, scale, ranges, False)
+    if tiles is not None:
+        if ranges is not None:
+            raise ValueError("tiles with ranges: leave one of them out")
+        _check_tiles(tiles, query)
+        tiles = tiles.contiguous()
+    return _LatentAttention.apply(
+        query, key, latent_dim, scale, ranges, False, tiles, bool(own_delta)
+    )
 
 
 def latent_attention_with_top(
@@ -90,7 +105,7 @@ def latent_attention_with_top(
     if ranges is not None:
         _check_ranges(ranges, query)
         ranges = ranges.contiguous()
-    return _LatentAttention.apply(query, key, latent_dim, scale, ranges, True)
+    return _LatentAttention.apply(query, key, latent_dim, scale, ranges, True, None, False)
 
 
 def latent_attention_with_lse(
@@ -123,40 +138,6 @@ def latent_attention_with_lse(
     past = len(key) - len(query) if causal else len(key)
     out, lse, _ = _forward(query.contiguous(), key.contiguous(), latent_dim, scale, past, ranges)
     return out, lse
-
-
-def key_ranges(spans: Sequence[tuple[int, int, int, int]]) -> Tensor:
-    """`ranges` of latent_attention, on the CPU.
-
-    Args:
-        spans: (first query, their end, first key, their end), which cover the queries in order: the
-            last query of a span reads all its keys, the one before one less.
-
-    Returns:
-        int32 `[2, s]`.
-
-    Raises:
-        ValueError: the spans do not cover the queries in order, or what they read falls.
-    """
-    if not isinstance(spans, Sequence) or isinstance(spans, str) or not spans:
-        raise ValueError("spans is no sequence of (first query, end, first key, end): give one")
-    end = opened = closed = 0
-    for span in spans:
-        whole = isinstance(span, Sequence) and len(span) == 4
-        if not whole or not all(isinstance(x, int) and 0 <= x < 2**31 for x in span):
-            raise ValueError(f"span {span!r} is not four integers from 0 on: give those")
-        a, b, start, stop = span
-        if a != end or b <= a:
-            raise ValueError(f"span {span} follows query {end}: spans cover all queries in order")
-        if stop - start < b - a or start < opened or stop - (b - a) + 1 < closed:
-            raise ValueError(
-                f"span {span} reads too few keys or earlier ones than the span before: give each"
-                " at least as many keys as queries, and keys in order"
-            )
-        end, opened, closed = b, start, stop
-    first = [torch.full((b - a,), start) for a, b, start, _ in spans]
-    last = [torch.arange(a - b, 0) + stop for a, b, _, stop in spans]
-    return torch.stack([torch.cat(first), torch.cat(last)]).to(torch.int32)
 
 
 def misfit(latent_dim: int, rope_dim: int) -> str | None:
@@ -238,6 +219,21 @@ def _check_ranges(ranges: Tensor, query: Tensor) -> None:
         )
 
 
+def _check_tiles(tiles: Tensor, query: Tensor) -> None:
+    checks.check_tensors(query=query, tiles=tiles)
+    shaped = tiles.dim() == 2 and tiles.size(1) == 4 and len(tiles) > 0
+    if not shaped or tiles.dtype != torch.int32 or tiles.device != query.device:
+        raise ValueError(
+            f"tiles is {tiles.dtype} {list(tiles.shape)} on {tiles.device}; it is torch.int32"
+            f" [n, 4] on {query.device}, from query_tiles"
+        )
+
+
+def _grid(query: Tensor, tiles: Tensor | None) -> tuple[int, ...]:
+    s, b, pairs, _ = query.shape
+    return (triton.cdiv(s, QUERIES), pairs, b) if tiles is None else (len(tiles) * pairs, b)
+
+
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -246,6 +242,7 @@ def _forward(
     past: int,
     ranges: Tensor | None,
     top: bool = False,
+    tiles: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     s, b, pairs, width = query.shape
     t, rope, half = key.size(0), width - latent_dim, QUERIES // 2
@@ -253,12 +250,14 @@ def _forward(
     lse = query.new_empty(b, pairs, s, dtype=torch.float32)
     tops = torch.empty_like(lse) if top else None
     with torch.cuda.device_of(query):
-        latent_attention_forward[(triton.cdiv(s, QUERIES), pairs, b)](
+        latent_attention_forward[_grid(query, tiles)](
             _rows(query, half, latent_dim), _rows(query, half, rope),
             _rows(key, FORWARD_KEYS, latent_dim), _rows(key, FORWARD_KEYS, rope),
-            _rows(out, half, latent_dim), lse, tops, ranges, s, t, past, scale / math.log(2),
-            P=pairs, G=key.size(2), L=latent_dim, R=rope, M=QUERIES, N=FORWARD_KEYS,
-            STAGES=STAGES, RANGES=ranges is not None, **FORWARD_LAUNCH,
+            _rows(out, half, latent_dim), None if tiles is None else out, lse, tops, ranges, tiles,
+            s, t, past,
+            scale / math.log(2), P=pairs, G=key.size(2), L=latent_dim, R=rope, M=QUERIES,
+            N=FORWARD_KEYS, STAGES=STAGES, RANGES=ranges is not None, TILES=tiles is not None,
+            **FORWARD_LAUNCH,
         )  # fmt: skip
     return out, lse, tops
 
@@ -266,13 +265,21 @@ def _forward(
 class _LatentAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, query, key, latent_dim: int, scale: float, ranges: Tensor | None, top: bool
+        ctx,
+        query,
+        key,
+        latent_dim: int,
+        scale: float,
+        ranges: Tensor | None,
+        top: bool,
+        tiles: Tensor | None,
+        own_delta: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
         query, key = query.contiguous(), key.contiguous()
         past = len(key) - len(query)
-        out, lse, tops = _forward(query, key, latent_dim, scale, past, ranges, top)
-        ctx.save_for_backward(query, key, out, lse, ranges)
-        ctx.scale = scale
+        out, lse, tops = _forward(query, key, latent_dim, scale, past, ranges, top, tiles)
+        ctx.save_for_backward(query, key, out, lse, ranges, tiles)
+        ctx.scale, ctx.own_delta = scale, own_delta
         if tops is None:
             return out
         largest = tops.amax((0, 2))
@@ -282,30 +289,33 @@ class _LatentAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor, *_):
-        query, key, out, lse, ranges = ctx.saved_tensors
+        query, key, out, lse, ranges, tiles = ctx.saved_tensors
         grad = grad.contiguous()
         s, b, pairs, width = query.shape
         latent_dim = out.size(-1)
         rope = width - latent_dim
         grad_query = torch.empty_like(query)
         grad_key = torch.zeros_like(key, dtype=torch.float32)
-        delta = torch.empty_like(lse)
+        delta = None if ctx.own_delta else torch.empty_like(lse)
         with torch.cuda.device_of(query):
-            row_products[(triton.cdiv(s, 32), pairs, b)](
-                out, grad, delta, s, b, P=pairs, L=latent_dim, T=32, num_warps=4
-            )
+            if delta is not None:
+                row_products[(triton.cdiv(s, 32), pairs, b)](
+                    out, grad, delta, s, b, P=pairs, L=latent_dim, T=32, num_warps=4
+                )
             half = QUERIES // 2
-            latent_attention_backward[(triton.cdiv(s, QUERIES), pairs, b)](
+            latent_attention_backward[_grid(query, tiles)](
                 _rows(query, half, latent_dim), _rows(query, half, rope),
                 _rows(key, BACKWARD_KEYS, latent_dim), _rows(key, BACKWARD_KEYS, rope),
                 _rows(grad, half, latent_dim),
                 _rows(grad_query, half, latent_dim), _rows(grad_query, half, rope),
                 _rows(grad_key, BACKWARD_KEYS, latent_dim), _rows(grad_key, BACKWARD_KEYS, rope),
-                lse, delta, ranges, s, key.size(0), key.size(0) - s, ctx.scale,
+                out if ctx.own_delta else None, None if tiles is None else grad_query, lse, delta,
+                ranges, tiles, s, key.size(0), key.size(0) - s, ctx.scale,
                 ctx.scale / math.log(2), P=pairs, G=key.size(2), L=latent_dim, R=rope, M=QUERIES,
-                N=BACKWARD_KEYS, RANGES=ranges is not None, **BACKWARD_LAUNCH,
+                N=BACKWARD_KEYS, RANGES=ranges is not None, TILES=tiles is not None,
+                **BACKWARD_LAUNCH,
             )  # fmt: skip
-        return grad_query, grad_key.to(key.dtype), None, None, None, None
+        return grad_query, grad_key.to(key.dtype), *[None] * 6
 
 
 def _rows(x: Tensor, rows: int, columns: int) -> TensorDescriptor:

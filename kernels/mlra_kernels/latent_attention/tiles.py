@@ -63,6 +63,59 @@ def place_program(P: gl.constexpr, G: gl.constexpr, W: gl.constexpr, M: gl.const
 
 
 @gluon.jit
+def place_tile(tiles_ptr, s, t, P: gl.constexpr, G: gl.constexpr, W: gl.constexpr, M: gl.constexpr):
+    """Of a program (tile of queries, its pairs; sequence), whatever the list of tiles holds.
+
+    Returns: its (sequence, pair), counted through; its queries, at most M, and keys, at least one,
+    as (first query, their end, first key, their end); columns of the pair's queries and keys.
+    """
+    pair, seq = gl.program_id(0) % P, gl.program_id(1)
+    row = tiles_ptr + gl.program_id(0) // P * 4
+    start = gl.maximum(gl.minimum(gl.load(row), s - 1), 0)
+    end = gl.maximum(gl.minimum(gl.load(row + 1), gl.minimum(start + M, s)), start)
+    first = gl.maximum(gl.minimum(gl.load(row + 2), t - 1), 0)
+    stop = gl.maximum(gl.minimum(gl.load(row + 3), t), first + 1)
+    head = seq * P + pair
+    return head, (start, end, first, stop), head * W, (seq * G + pair // (P // G)) * W
+
+
+@gluon.jit
+def tiles_of_half(start, first, reading, m: gl.constexpr, N: gl.constexpr):
+    """Tiles of N keys from key `first` on that the m queries from `start` on read; of none, 0."""
+    _, end, _, _ = reading
+    _, last = keys_read(start + m - 1, reading, False)
+    tiles = 0
+    if start < end:
+        tiles = gl.maximum((last - first) // N + 1, 0)
+    return tiles
+
+
+@gluon.jit
+def pass_tiles(begin, end, full, free, STAGES: gl.constexpr):
+    """Give tiles begin to end back unread. A barrier that is met at every filling of its stage
+    cannot take one filling for another."""
+    for j in range(begin, end):
+        mbarrier.wait(full.index(j % STAGES), (j // STAGES) & 1)
+        gl.thread_barrier()
+        mbarrier.arrive(free.index(j % STAGES), count=1)
+
+
+@gluon.jit
+def store_rows(desc, ptr, tile, start, end, pitch, column, m: gl.constexpr, C: gl.constexpr):
+    """Copy a tile `[m, C]` of shared memory to the rows from `start` on that lie before `end`: by
+    the copy engine if these are all, for the rows behind belong to another program."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // C, C // 8], [gl.num_warps(), 1], [1, 0])
+    if start + m <= end:
+        tma.async_copy_shared_to_global(desc, [start, column], tile)
+    else:
+        rows = start + gl.arange(0, m, gl.SliceLayout(1, layout))
+        columns = gl.arange(0, C, gl.SliceLayout(0, layout))
+        live = (rows < end)[:, None] & (columns < C)[None, :]
+        at = (rows.to(gl.int64) * pitch + column)[:, None] + columns[None, :]
+        gl.store(ptr + at, tile.load(layout), live)
+
+
+@gluon.jit
 def keys_read(query, reading, RANGES: gl.constexpr):
     """First and last key of a query: of its range, or 0 and query + past.
 
@@ -94,6 +147,19 @@ def keys_read_by_all(start, count: gl.constexpr, reading, RANGES: gl.constexpr):
     first, _ = keys_read(start + count - 1, reading, RANGES)
     _, last = keys_read(start, reading, RANGES)
     return first, last
+
+
+@gluon.jit
+def mask_diagonal(x, tile, last, zero, m: gl.constexpr, N: gl.constexpr, layout: gl.constexpr):
+    """Scores x `[m, N]` of a tile of keys, MASKED where key tile * N + j > last + i of query i.
+
+    zero: 0, which the compiler must not know of a loop if it shall compare anew for every tile.
+    """
+    if tile * N + N - 1 > last:
+        queries = gl.arange(0, m, gl.SliceLayout(1, layout)) + (last + zero)
+        keys = tile * N + gl.arange(0, N, gl.SliceLayout(0, layout))
+        x = gl.where(queries[:, None] >= keys[None, :], x, MASKED)
+    return x
 
 
 @gluon.jit

@@ -14,7 +14,14 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from mlra_kernels.latent_attention import backward_kernel, check_supported, forward_kernel, ops
+from mlra_kernels.latent_attention import (
+    backward_kernel,
+    check_supported,
+    forward_kernel,
+    key_ranges,
+    ops,
+    query_tiles,
+)
 from mlra_kernels.latent_attention.reference import latent_attention_reference
 from support.emulated import launch
 from support.emulated_memory import Descriptor, Pointer
@@ -83,7 +90,7 @@ def test_reference_equals_the_oracle(name):
         ranges = torch.stack([torch.zeros(s), torch.arange(said, said + s)])
         options = {"causal": said < t}
     else:
-        ranges = ops.key_ranges(said)
+        ranges = key_ranges(said)
         options = {"ranges": ranges}
     *expected, _, dq, dk = oracle(query, key, grad, latent, 0.3, ranges)
     leaves = query.requires_grad_(), key.requires_grad_()
@@ -112,8 +119,8 @@ def test_ranges_that_cannot_be_neither_wait_for_ever_nor_read_on(first, last):
             q_nope_desc=rows(query, 32, 32), q_rope_desc=rows(query, 32, 16),
             key_nope_desc=rows(key, 32, 32), key_rope_desc=rows(key, 32, 16),
             out_desc=rows(out, 32, 32), lse_ptr=Pointer(torch.empty(1, 2, s)), top_ptr=None,
-            ranges_ptr=Pointer(ranges), s=s, t=90, past=None, log2_scale=1.0,
-            P=2, G=1, L=32, R=16, M=64, N=32, STAGES=3, RANGES=True,
+            ranges_ptr=Pointer(ranges), s=s, t=90, past=None, log2_scale=1.0, out_ptr=None,
+            P=2, G=1, L=32, R=16, M=64, N=32, STAGES=3, RANGES=True, TILES=False, tiles_ptr=None,
         )  # fmt: skip
 
     if first <= min(last, 89):
@@ -125,14 +132,23 @@ def test_ranges_that_cannot_be_neither_wait_for_ever_nor_read_on(first, last):
 
 
 @pytest.mark.parametrize("lazy", [False, True], ids=["eager", "lazy"])
-@pytest.mark.parametrize("stages", [3, 4])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_values_and_gradients(shape, stages, lazy):
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        (name, stages)
+        for name in SHAPES
+        for stages in (3, 4, "tiles")
+        if stages != "tiles" or not name.startswith("every key")  # no span says that
+    ],
+)
+def test_values_and_gradients(name, stages, lazy):
+    """With a list of tiles, backward's programs also make their own deltas."""
+    shape = SHAPES[name]
     s, t, b, pairs, groups, latent, rope, queries, keys = shape[:9]
     said = shape[9] if len(shape) > 9 else t - s
     past = said if isinstance(said, int) else None
     if past is None:
-        ranges = ops.key_ranges(said)
+        ranges = key_ranges(said)
     else:
         ranges = torch.stack([torch.zeros(s), torch.arange(past, past + s)])
     generator = torch.Generator().manual_seed(1)
@@ -142,9 +158,10 @@ def test_values_and_gradients(shape, stages, lazy):
         for tokens, heads, size in ((s, pairs, width), (t, groups, width), (s, pairs, latent))
     )
     expected = oracle(query, key, grad, latent, scale, ranges)
-    out, lse = torch.empty(s, b, pairs, latent), torch.empty(b, pairs, s)
-    top = torch.empty_like(lse)
-    delta, grad_query, grad_key = torch.empty_like(lse), torch.empty_like(query), key * 0
+    out = torch.full((s, b, pairs, latent), math.nan)
+    lse = torch.full((b, pairs, s), math.nan)
+    top, delta, grad_query = lse.clone(), lse.clone(), query * math.nan
+    grad_key = key * 0
 
     def rows(x, count, columns):
         return Descriptor(x.flatten(1), count, columns)
@@ -163,11 +180,18 @@ def test_values_and_gradients(shape, stages, lazy):
         "past": past,
         "log2_scale": scale / math.log(2),
     } | {"P": pairs, "G": groups, "L": latent, "R": rope, "M": queries, "N": keys}
-    inputs["RANGES"] = past is None
+    inputs |= {"RANGES": past is None, "TILES": False, "tiles_ptr": None, "out_ptr": None}
+    if stages == "tiles":
+        spans = said if past is None else [(0, s, 0, t)]
+        tiles = query_tiles(spans, sum(-(-(b - a) // queries) for a, b, *_ in spans) + 2, queries)
+        grid = (len(tiles) * pairs, b)
+        inputs |= {"RANGES": False, "ranges_ptr": None, "past": None, "TILES": True}
+        inputs |= {"tiles_ptr": Pointer(tiles), "out_ptr": Pointer(out)}
     run = {"lazy": lazy, "warps": 4}
     launch(
         forward_kernel.latent_attention_forward, grid, **run, **inputs,
-        out_desc=rows(out, half, latent), top_ptr=Pointer(top), STAGES=stages,
+        out_desc=rows(out, half, latent), top_ptr=Pointer(top),
+        STAGES=3 if stages == "tiles" else stages,
     )  # fmt: skip
     assert difference(out, expected[0]) < 1e-6 and difference(lse, expected[1]) < 1e-6
     assert (top - expected[2]).abs().max() <= 1e-6 * expected[2].abs().max()
@@ -175,10 +199,12 @@ def test_values_and_gradients(shape, stages, lazy):
     products = {"a_ptr": Pointer(out), "b_ptr": Pointer(grad), "out_ptr": Pointer(delta)}
     products |= {"s": s, "b": b, "P": pairs, "L": latent, "T": 32}
     launch(backward_kernel.row_products, (triton.cdiv(s, 32), pairs, b), **run, **products)
+    inputs["out_ptr"] = Pointer(out)
     launch(
         backward_kernel.latent_attention_backward, grid, **run, **inputs,
         do_desc=rows(grad, half, latent), dq_nope_desc=rows(grad_query, half, latent),
-        dq_rope_desc=rows(grad_query, half, rope), delta_ptr=Pointer(delta), scale=scale,
+        dq_rope_desc=rows(grad_query, half, rope), scale=scale, dq_ptr=Pointer(grad_query),
+        delta_ptr=None if stages == "tiles" else Pointer(delta),
         dkey_nope_desc=rows(grad_key, keys, latent), dkey_rope_desc=rows(grad_key, keys, rope),
     )  # fmt: skip
     assert difference(grad_query, expected[3]) < 2e-6
@@ -221,25 +247,31 @@ def rows_type(rows: int, columns: int, dtype=gl.bfloat16) -> str:
         (128, 64, "forward with top"),
     ],
 )
-@pytest.mark.parametrize("ranges", [False, True], ids=["causal", "ranges"])
+@pytest.mark.parametrize("ranges", [False, True, None], ids=["causal", "ranges", "tiles"])
 def test_compiles_for_hopper(which, ranges, latent, rope, tmp_path):
+    """With tiles, backward makes its own deltas."""
     backward = which == "backward"
     keys = ops.BACKWARD_KEYS if backward else ops.FORWARD_KEYS
     half = ops.QUERIES // 2
     constants = {"P": 24, "G": 4, "L": latent, "R": rope, "M": ops.QUERIES, "N": keys}
-    constants["RANGES"] = ranges
+    tiles = ranges is None
+    constants |= {"RANGES": ranges is True, "TILES": tiles}
     of_queries = {"nope": rows_type(half, latent), "rope": rows_type(half, rope)}
     types = {f"q_{part}_desc": kind for part, kind in of_queries.items()}
     types |= {"key_nope_desc": rows_type(keys, latent), "key_rope_desc": rows_type(keys, rope)}
     types |= {"lse_ptr": "*fp32", "log2_scale": "fp32"}
-    if ranges:
-        types["ranges_ptr"] = "*i32"
-    else:
-        constants["ranges_ptr"] = None
+    for name, given, kind in (
+        ("ranges_ptr", ranges, "*i32"), ("tiles_ptr", tiles, "*i32"), ("out_ptr", tiles, "*bf16"),
+        *((("dq_ptr", tiles, "*bf16"), ("delta_ptr", not tiles, "*fp32")) if backward else ()),
+    ):  # fmt: skip
+        if given:
+            types[name] = kind
+        else:
+            constants[name] = None
     if backward:
         kernel, launch = backward_kernel.latent_attention_backward, ops.BACKWARD_LAUNCH
         types |= {f"dq_{part}_desc": kind for part, kind in of_queries.items()}
-        types |= {"do_desc": of_queries["nope"], "scale": "fp32", "delta_ptr": "*fp32"}
+        types |= {"do_desc": of_queries["nope"], "scale": "fp32"}
         types |= {"dkey_nope_desc": rows_type(keys, latent, gl.float32)}
         types |= {"dkey_rope_desc": rows_type(keys, rope, gl.float32)}
     else:
@@ -254,7 +286,7 @@ def test_compiles_for_hopper(which, ranges, latent, rope, tmp_path):
     assert "HGMMA" in sass and "UTMALDG" in sass and ("UTMAREDG" in sass) == backward
     assert shared <= 232448, "more shared memory than a block of an H100 has"
     # One value that is needed after the loop.
-    assert stack <= 8 * (backward and ranges), f"{stack} bytes of registers do not fit"
+    assert stack <= 8 * (backward and ranges is not False), f"{stack} bytes of registers do not fit"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,84 @@
+"""Which queries read which keys, as the kernels take it: ranges of queries, or tiles of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mlra_kernels import checks
+
+QUERIES = 128
+"""Of a program, both passes: two warpgroups take 64 each."""
+
+
+def key_ranges(spans: Sequence[tuple[int, int, int, int]]) -> Tensor:
+    """`ranges` of latent_attention, on the CPU.
+
+    Args:
+        spans: (first query, their end, first key, their end), which cover the queries in order: the
+            last query of a span reads all its keys, the one before one less.
+
+    Returns:
+        int32 `[2, s]`.
+
+    Raises:
+        ValueError: the spans do not cover the queries in order, or what they read falls.
+    """
+    _check_spans(spans)
+    first = [torch.full((b - a,), start) for a, b, start, _ in spans]
+    last = [torch.arange(a - b, 0) + stop for a, b, _, stop in spans]
+    return torch.stack([torch.cat(first), torch.cat(last)]).to(torch.int32)
+
+
+def query_tiles(
+    spans: Sequence[tuple[int, int, int, int]], programs: int | None = None, queries: int = QUERIES
+) -> Tensor:
+    """`tiles` of latent_attention, on the CPU: the spans in pieces of as many queries as a program
+    takes.
+
+    Pieces begin where a span does, so that no tile of scores joins two documents, and those that
+    read most keys come first, as programs that start last should be short.
+
+    Args:
+        spans: as in key_ranges.
+        programs: rows to fill up to with pieces of no queries, where a CUDA graph needs one shape.
+        queries: of a program.
+
+    Returns:
+        int32 `[n, 4]`: first query, their end, first key, their end, as a span.
+
+    Raises:
+        ValueError: see key_ranges, or `programs` is less than the pieces.
+    """
+    _check_spans(spans)
+    pieces = [
+        (at, min(at + queries, b), start, stop - b + min(at + queries, b))
+        for a, b, start, stop in spans
+        for at in range(a, b, queries)
+    ]
+    pieces.sort(key=lambda piece: piece[2] - piece[3])
+    if programs is not None:
+        checks.check_integer("programs", programs, len(pieces))
+        pieces += [(0, 0, 0, 1)] * (programs - len(pieces))
+    return torch.tensor(pieces, dtype=torch.int32)
+
+
+def _check_spans(spans: Sequence[tuple[int, int, int, int]]) -> None:
+    if not isinstance(spans, Sequence) or isinstance(spans, str) or not spans:
+        raise ValueError("spans is no sequence of (first query, end, first key, end): give one")
+    end = opened = closed = 0
+    for span in spans:
+        whole = isinstance(span, Sequence) and len(span) == 4
+        if not whole or not all(isinstance(x, int) and 0 <= x < 2**31 for x in span):
+            raise ValueError(f"span {span!r} is not four integers from 0 on: give those")
+        a, b, start, stop = span
+        if a != end or b <= a:
+            raise ValueError(f"span {span} follows query {end}: spans cover all queries in order")
+        if stop - start < b - a or start < opened or stop - (b - a) + 1 < closed:
+            raise ValueError(
+                f"span {span} reads too few keys or earlier ones than the span before: give each"
+                " at least as many keys as queries, and keys in order"
+            )
+        end, opened, closed = b, start, stop
