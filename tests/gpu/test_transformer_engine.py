@@ -65,7 +65,7 @@ def run(
                 param.copy_(weights[name])
     tokens = global_batch(0).cuda()
     positions = torch.arange(SEQ, device="cuda")[None].expand(len(tokens), -1)
-    cores = [attention.core_attention for attention in measured(model)]
+    cores = [attention.core_attention for _, attention in measured(model)]
     for core in cores:
         core.largest.wanted = largest is not None
     logits = model(tokens[:, :-1].contiguous(), positions, None)
