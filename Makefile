@@ -4,7 +4,7 @@ PY := $(VENV)/bin/python
 # vLLM has an environment of its own: it pins older versions of what the project uses.
 VENV_VLLM := .venv-vllm
 
-.PHONY: demo test test-vllm test-cluster lint format setup
+.PHONY: demo test test-vllm test-cluster lint format setup setup-vllm
 
 setup: $(VENV)/.installed
 
@@ -22,7 +22,9 @@ test: setup
 $(VENV_VLLM)/.installed: kernels/pyproject.toml constraints-vllm.txt tools/setup_vllm.sh $(VENV)/.installed
 	bash tools/setup_vllm.sh $(VENV_VLLM) $(PY)
 
-test-vllm: setup $(VENV_VLLM)/.installed
+setup-vllm: setup $(VENV_VLLM)/.installed
+
+test-vllm: setup-vllm
 	$(PY) -m pytest -m vllm tests/vllm
 
 # A real SLURM on this machine (tests/cluster/slurm.sh), which apt-get installs if it is missing.

@@ -5,7 +5,8 @@ A block that is marked runs:
     <!-- runs: what is printed => what is run instead; another => its substitute -->
 
 `<!-- file: NAME -->` before a block writes the block into that file. All blocks of a page run in
-one folder. README comes first: other pages use what it makes.
+one folder. README comes first: other pages use what it makes. README's commands and scripts are
+processes that import all themselves; `mlra` of the other pages is forked (support/warm.py).
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ DONE_BEFORE = re.compile(r"^(?:pip install|source) .*\n", re.M)
 RUN = [page for page, text in PAGES.items() if "<!-- runs" in text and page != "README.md"]
 
 
-def run_blocks(page: str, folder: Path) -> str:
-    """Run a page's marked blocks in a folder; returns what they printed."""
+def run_blocks(page: str, folder: Path, mlra: Path) -> str:
+    """Run a page's marked blocks in a folder, with this `mlra`; returns what they printed."""
     said = []
     for kind, argument, block in MARKED.findall(PAGES[page]):
         if kind == "file":
@@ -44,7 +45,7 @@ def run_blocks(page: str, folder: Path) -> str:
             printed, substitute = pair.split(" => ")
             assert printed in block, f"{page}: {printed!r} is not in the block that it is for"
             block = block.replace(printed, substitute)
-        folders = dict.fromkeys((program("mlra").parent, Path(sys.executable).parent))
+        folders = dict.fromkeys((mlra.parent, Path(sys.executable).parent))
         path = os.pathsep.join((*map(str, folders), ENV["PATH"]))
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", DONE_BEFORE.sub("", block)],
@@ -75,9 +76,19 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def warm_mlra(warm_python, tmp_path_factory) -> Path:
+    """The command, of a Python that begins with Megatron imported."""
+    path = tmp_path_factory.mktemp("bin") / "mlra"
+    _, _, text = program("mlra").read_text().partition("\n")
+    path.write_text(f"#!{warm_python}\n{text}")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture(scope="module")
 def readme(folder) -> str:
     """What README's commands printed."""
-    return run_blocks("README.md", folder)
+    return run_blocks("README.md", folder, program("mlra"))
 
 
 def test_the_readmes_commands(readme, folder):
@@ -87,8 +98,8 @@ def test_the_readmes_commands(readme, folder):
 
 
 @pytest.mark.parametrize("page", RUN)
-def test_the_commands_of(page, readme, folder):
-    run_blocks(page, folder)
+def test_the_commands_of(page, readme, folder, warm_mlra):
+    run_blocks(page, folder, warm_mlra)
 
 
 def test_marks_are_whole():

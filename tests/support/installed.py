@@ -15,6 +15,7 @@ import torch
 from support import ROOT
 
 THIRD_PARTY = Path(torch.__file__).parents[1]
+MADE = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
 OURS = ("megatron_mlra", "mlra_kernels", "mlra_vllm", "__editable__")
 
 
@@ -22,7 +23,7 @@ def build_wheels(folder: Path) -> Path:
     """Build both wheels from a copy of the sources; returns the folder that holds them."""
     source = folder / "source"
     for name in ("megatron_mlra", "kernels"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, source / name, ignore=MADE)
     (source / "docs").mkdir()
     for name in ("pyproject.toml", "LICENSE", "docs/package.md"):
         shutil.copy(ROOT / name, source / name)
