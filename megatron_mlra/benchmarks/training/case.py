@@ -16,7 +16,10 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
@@ -25,13 +28,14 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.training import get_megatron_ddp_config, get_megatron_optimizer_config
 
 from megatron_mlra.description.megatron_args import from_megatron_args
-from megatron_mlra.description.presets import find_preset, preset_names
+from megatron_mlra.description.presets import find_preset, preset_names, preset_values
 from megatron_mlra.layers.specs import block_spec
 from megatron_mlra.training import arguments
 
 STOCK = "stock-mla"
-"""Megatron's own MLA. `stock-mla-fused` turns on its RoPE fusion, which exists only for YaRN; with
-factor 1 YaRN is plain RoPE."""
+"""Megatron's MLA as it comes, `stock-mla_7b` and `stock-mla_moe_16b` in the sizes of these presets;
+`stock-mla-fused` turns on its RoPE fusion, which it has for YaRN only: with factor 1 that is plain
+RoPE."""
 
 RECIPES = ("bf16", "delayed", "tensorwise", "blockwise")
 FORMS = ("auto", "absorbed", "materialized")
@@ -68,6 +72,14 @@ class Case:
     def is_stock(self) -> bool:
         return self.variant.startswith(STOCK)
 
+    @property
+    def is_fused(self) -> bool:
+        return self.is_stock and self.variant.endswith("-fused")
+
+    @property
+    def has_experts(self) -> bool:
+        return preset_values(self.preset()).get("num_experts") is not None
+
     def preset(self) -> Path:
         """The file of the preset with the sizes.
 
@@ -76,7 +88,9 @@ class Case:
         """
         if self.variant.endswith(".yaml"):
             return Path(self.variant)
-        name = "mla" if self.is_stock else self.variant
+        name = self.variant
+        if self.is_stock:
+            name = name.removeprefix("stock-").removesuffix("-fused")
         known = preset_names()
         for preset in (f"{name}_2.9b", name):
             if preset in known:
@@ -117,6 +131,7 @@ def parse_case(case: Case, load: Load, *more: str) -> tuple[Namespace, Transform
         "micro-batch-size": micro,
         "global-batch-size": micro * load.micro_batches,
         "lr-warmup-iters": 0,
+        "expert-model-parallel-size": 1,
     }
     for name, value in sizes.items():
         argv += [f"--{name}", str(value)]
@@ -127,10 +142,12 @@ def parse_case(case: Case, load: Load, *more: str) -> tuple[Namespace, Transform
         args = arguments.parse(argv)
         ffn, step = args.ffn_hidden_size, load.ffn_multiple
         args.ffn_hidden_size = -(-ffn // step) * step
+        if isinstance(args.moe_layer_freq, list):
+            args.moe_layer_freq = args.moe_layer_freq[: load.num_layers]
         config = arguments.validate(args)
         if case.is_stock:
             args.multi_latent_attention = True
-            if case.variant == f"{STOCK}-fused":
+            if case.is_fused:
                 args.apply_rope_fusion, args.rope_type = True, "yarn"
                 args.rotary_scaling_factor = args.mscale = args.mscale_all_dim = 1.0
                 args.original_max_position_embeddings = case.seq_length
@@ -142,7 +159,9 @@ def parse_case(case: Case, load: Load, *more: str) -> tuple[Namespace, Transform
 
 def build_model(case: Case, args: Namespace, config: TransformerConfig) -> GPTModel:
     """The case's GPT on the current device."""
-    if case.is_stock:
+    if case.is_stock and case.has_experts:
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True)
+    elif case.is_stock:
         spec = get_gpt_layer_with_transformer_engine_spec(multi_latent_attention=True)
     else:
         spec = block_spec(config)
@@ -176,6 +195,36 @@ class Trainee:
         self.model.broadcast_params()
         self.batch = self.args.micro_batch_size, case.seq_length
         self.generator = torch.Generator().manual_seed(1)
+        self.activations = 0
+        """Bytes that a micro-batch holds between forward and backward, logits and losses too; 0
+        without a GPU."""
+
+    def held(self) -> dict[str, int]:
+        """Bytes held between steps: of `weights`, `gradients` and the `optimizer`, whose float32
+        copies of the weights count there."""
+        buffers = (*self.model.buffers, *self.model.expert_parallel_buffers)
+        parts = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+        groups = [g for part in parts for g in part.optimizer.param_groups]
+        states = [s for part in parts for s in part.optimizer.state.values()]
+        seen: set[int] = set()
+        found = {}
+        for name, tensors in (
+            ("weights", [*self.model.parameters(), *(b.param_data for b in buffers)]),
+            ("gradients", [b.grad_data for b in buffers]),
+            (
+                "optimizer",
+                [p for g in groups for p in g["params"]]
+                + [x for s in states for x in s.values() if torch.is_tensor(x)],
+            ),
+        ):
+            there = {
+                x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+                for x in tensors
+                if x is not None
+            }
+            found[name] = sum(size for place, size in there.items() if place not in seen)
+            seen |= there.keys()
+        return found
 
     @property
     def tokens(self) -> int:
@@ -222,7 +271,9 @@ class Trainee:
         tokens = next(batches)
         positions = torch.arange(self.batch[1], device=tokens.device)[None]
         labels = tokens[:, 1:].contiguous()
+        start = torch.cuda.memory_allocated()
         losses = model(tokens[:, :-1].contiguous(), positions, None, labels=labels)
+        self.activations = max(self.activations, torch.cuda.memory_allocated() - start)
         return losses, _mean_loss
 
 

@@ -2,10 +2,11 @@
 
     mlra benchmark-training --case mlra4 --case stock-mla --out runs/benchmark
 
-Each case is VARIANT[/RECIPE[/FORM[/SEQ_LENGTH]]], e.g. mlra4/tensorwise/absorbed/4096. VARIANT is a
-2.9B preset by its variant, any preset by its name, or stock-mla (stock-mla-fused with its RoPE
-fusion); the model is cut to --num-layers. A case is compared with the torch layers, then timed with
-Megatron's DDP, schedule and optimizer. Unknown flags are passed to Megatron.
+Each case is VARIANT[/RECIPE[/FORM[/SEQ_LENGTH]]], e.g. mlra4/tensorwise/absorbed/4096: a preset of
+2.9B by its variant, or any by its name, cut to --num-layers (experts on this GPU alone), or
+stock-mla, stock-mla_moe_16b (stock-mla-fused with its RoPE fusion). It is checked against the torch
+layers, then timed through Megatron's DDP, schedule and optimizer. Flags this tool does not know go
+to Megatron.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ def parser() -> OneLineParser:
         "--case",
         action="append",
         metavar="VARIANT[/RECIPE[/FORM[/SEQ_LENGTH]]]",
-        help="a preset of 2.9B by its variant (mlra4), any by its name, or stock-mla, Megatron's"
-        " own; may be repeated (default: mlra4 and stock-mla at 2, 4 and 8 K tokens)",
+        help="a preset of 2.9B by its variant (mlra4), any by its name (mlra4_moe_16b), or"
+        " stock-mla and stock-mla_moe_16b, Megatron's own; may be repeated (default:"
+        " mlra4 and stock-mla at 2, 4 and 8 K tokens)",
     )
     add("--num-layers", type=int, default=6, help="of every case (default: 6)")
     add("--tokens", type=int, default=16384, help="of a micro-batch (default: 16384)")
@@ -125,5 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print("no plot: matplotlib is not installed")
     print(json.dumps(result))
+    if rows and not args.sublayer:
+        print(f"\n{result['device']}, {load.tokens:,} tokens of a micro-batch, JSON in {args.out}")
+        print(report.memory_table(rows))
     torch.distributed.destroy_process_group()
     return 1 if failed else 0

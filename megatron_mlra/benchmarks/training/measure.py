@@ -27,8 +27,10 @@ class Result:
     seq_length: int
     tokens: int
     parameters: int
+    layers: int
     gate: float
-    """Largest relative gradient difference to the torch layers."""
+    """Largest relative gradient difference against the torch layers; 0 where there is nothing to
+    compare with (Megatron's own MLA, experts)."""
     step_ms: float
     """Median over the timed steps."""
     spread_ms: float
@@ -37,7 +39,13 @@ class Result:
     model_tflops: float
     hardware_tflops: float
     mfu: float
-    """hardware_tflops / the measured matrix rate."""
+    """hardware_tflops over the matrix rate."""
+    weights_gib: float
+    gradients_gib: float
+    optimizer_gib: float
+    """Moments, and float32 copies of the weights."""
+    activations_gib: float
+    """What a micro-batch holds between forward and backward, logits and losses too."""
     peak_gib: float
     """Peak of allocated device memory."""
     loss: float
@@ -93,6 +101,7 @@ def measure(
         times = sorted(time_calls(trainee.step, steps, warmup))
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
         loss = float(trainee.step()[0])
+        held = trainee.held()
         if trace is not None:
             profile(trainee, trace)
     finally:
@@ -108,6 +117,7 @@ def measure(
         seq_length=case.seq_length,
         tokens=trainee.tokens,
         parameters=parameters(trainee.shape).total,
+        layers=load.num_layers,
         gate=gate,
         step_ms=step,
         spread_ms=times[int(0.8 * len(times))] - times[int(0.2 * len(times))],
@@ -115,6 +125,10 @@ def measure(
         model_tflops=flops.model * rate / 1e12,
         hardware_tflops=flops.hardware * rate / 1e12,
         mfu=flops.hardware * rate / 1e12 / matmul,
+        weights_gib=held["weights"] / 2**30,
+        gradients_gib=held["gradients"] / 2**30,
+        optimizer_gib=held["optimizer"] / 2**30,
+        activations_gib=trainee.activations / 2**30,
         peak_gib=peak / 2**30,
         loss=loss,
     )

@@ -27,6 +27,20 @@ COLUMNS = (
 )
 
 
+MEMORY_COLUMNS = (
+    ("case", "{case}"),
+    ("form", "{form}"),
+    ("step ms", "{step_ms:.1f}"),
+    ("activations GiB", "{activations_gib:.2f}"),
+    ("MiB a layer", "{layer_mib:.0f}"),
+    ("weights", "{weights_gib:.2f}"),
+    ("gradients", "{gradients_gib:.2f}"),
+    ("optimizer", "{optimizer_gib:.2f}"),
+    ("peak GiB", "{peak_gib:.2f}"),
+)
+"""Of the short table at the end; all memory but the activations' layer share is in GiB."""
+
+
 SUBLAYER_COLUMNS = (
     ("case", "{case}"),
     ("form", "{form}"),
@@ -40,9 +54,20 @@ SUBLAYER_COLUMNS = (
 def table(rows: list[Result] | list[SublayerResult]) -> str:
     """A Markdown table of results."""
     sublayers = bool(rows) and isinstance(rows[0], SublayerResult)
-    columns = SUBLAYER_COLUMNS if sublayers else COLUMNS
+    return _table(SUBLAYER_COLUMNS if sublayers else COLUMNS, [asdict(row) for row in rows])
+
+
+def memory_table(rows: list[Result]) -> str:
+    """A Markdown table of time and memory; a layer's share of the activations counts the embedding
+    and the logits in."""
+    layer = [row.activations_gib * 1024 / row.layers for row in rows]
+    values = [asdict(row) | {"layer_mib": mib} for row, mib in zip(rows, layer, strict=True)]
+    return _table(MEMORY_COLUMNS, values)
+
+
+def _table(columns: tuple[tuple[str, str], ...], rows: list[dict]) -> str:
     lines = [[name for name, _ in columns], ["---"] * len(columns)]
-    lines += [[text.format(**asdict(row)) for _, text in columns] for row in rows]
+    lines += [[text.format(**row) for _, text in columns] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -51,7 +76,8 @@ def line(row: Result | SublayerResult) -> str:
     if isinstance(row, SublayerResult):
         return f"{row.case}: {row.total_ms:.2f} ms, {row.saved_mib:.0f} MiB saved"
     rate = f"{row.tokens_per_second:,.0f} tokens/s, MFU {row.mfu:.1%}"
-    return f"{row.case}: {rate}, {row.peak_gib:.1f} GiB, gate {row.gate:.2g}"
+    memory = f"{row.peak_gib:.1f} GiB, of them {row.activations_gib:.2f} activations"
+    return f"{row.case}: {rate}, {memory}, gate {row.gate:.2g}"
 
 
 def environment() -> dict[str, str]:

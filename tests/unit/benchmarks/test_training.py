@@ -23,6 +23,7 @@ def result(case: Case, rate: float) -> Result:
         seq_length=case.seq_length,
         tokens=8192,
         parameters=1,
+        layers=6,
         gate=0.01,
         step_ms=100.0,
         spread_ms=1.0,
@@ -30,6 +31,10 @@ def result(case: Case, rate: float) -> Result:
         model_tflops=300.0,
         hardware_tflops=310.0,
         mfu=0.4,
+        weights_gib=5.0,
+        gradients_gib=6.0,
+        optimizer_gib=7.0,
+        activations_gib=1.5,
         peak_gib=20.0,
         loss=11.0,
     )
@@ -68,6 +73,37 @@ def test_arguments_follow_the_case():
     assert config.kv_scale == 1.0
 
 
+def test_experts_are_cut_to_the_layers_and_to_one_gpu():
+    for variant in ("mlra4_moe_16b", "stock-mla_moe_16b"):
+        case = Case.parse(f"{variant}/bf16/auto/64")
+        assert case.has_experts and not case.is_fused
+        load = Load(num_layers=3, tokens=64, flags=("--no-moe-grouped-gemm",))
+        args, config = parse_case(case, load)
+        assert (config.moe_layer_freq, args.expert_model_parallel_size) == ([0, 1, 1], 1)
+    assert Case.parse("stock-mla-fused").is_fused and not Case.parse("mlra4").has_experts
+
+
+def test_a_case_is_measured_with_its_memory_apart(tmp_path):
+    """On the CPU, of a dense and a mixture-of-experts model: the gate, the steps, what is held."""
+    run = subprocess.run(
+        [sys.executable, "-m", "support.drivers.training_benchmark", tmp_path],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    rows = json.loads((tmp_path / "training.json").read_text())["rows"]
+    assert [row["gate"] for row in rows] == [0.0, 0.0, 0.0]
+    for row in rows:
+        weights = 4 * row["parameters"]
+        held = {n: row[f"{n}_gib"] * 2**30 for n in ("weights", "gradients", "optimizer")}
+        assert held["weights"] == pytest.approx(weights, rel=0.01)
+        assert held["gradients"] == pytest.approx(weights, rel=0.01)
+        assert held["optimizer"] == pytest.approx(2 * weights, rel=0.01)
+        assert row["step_ms"] > 0 and row["loss"] > 0
+    assert run.stdout.splitlines()[-1].startswith("| ") and "materialized" in run.stdout
+
+
 def test_results_are_written_whole(tmp_path):
     rows = [result(Case("mlra4", "bf16", "auto", s), 1e5 / s) for s in (2048, 4096)]
     written = report.write(rows, 800.0, {"num_layers": 6}, tmp_path)
@@ -77,6 +113,7 @@ def test_results_are_written_whole(tmp_path):
     assert stored["matmul_tflops"] == 800.0 and stored["commit"]
     assert {path.name for path in tmp_path.iterdir()} == {"training.json", "training.png"}
     assert report.table(rows).count("\n") == 3
+    assert "| 1.50 | 256 | 5.00 | 6.00 | 7.00 | 20.00 |" in report.memory_table(rows)
 
 
 def test_sublayers_have_a_table_of_their_own():
