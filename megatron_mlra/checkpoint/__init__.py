@@ -5,7 +5,7 @@ format stores a tensor of another).
 
 May import:   description, maths, cost, data, command_line; torch, and the file format of
               torch.distributed.checkpoint
-Imported by:  fault_tolerance, inference, evaluation
+Imported by:  fault_tolerance, inference, evaluation, benchmarks
 Never:        Megatron modules: a conversion needs no process group
 Held by:      tests/unit/checkpoint, tests/e2e/test_converted.py
 """

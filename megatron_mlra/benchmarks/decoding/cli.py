@@ -20,6 +20,12 @@ import torch
 import triton
 
 from megatron_mlra.benchmarks.commit import commit
+from megatron_mlra.benchmarks.decoding.guesses import (
+    guess_table,
+    measure_guesses,
+    of_checkpoint,
+    of_preset,
+)
 from megatron_mlra.benchmarks.decoding.measure import (
     ONE_GPU,
     Case,
@@ -29,7 +35,7 @@ from megatron_mlra.benchmarks.decoding.measure import (
 )
 from megatron_mlra.benchmarks.decoding.place import Place, joined, tiny
 from megatron_mlra.benchmarks.decoding.plot import plot
-from megatron_mlra.command_line.parser import OneLineParser, check_output, write_text
+from megatron_mlra.command_line.parser import OneLineParser, check_output, one_line, write_text
 from megatron_mlra.description.presets import preset_description
 from megatron_mlra.inference.parallel import HeadShard, check_parallel, tensor_parallel_size
 from mlra_kernels.benchmarks.timing import read_roof
@@ -145,12 +151,22 @@ def parser() -> OneLineParser:
         type=int,
         nargs="+",
         metavar="TOKENS",
-        default=[4 * K, 32 * K, 128 * K, 512 * K],
-        help="tokens in the cache (default: 4, 32, 128 and 512 K)",
+        help="tokens in the cache (default: 4, 32, 128 and 512 K; 1 K with --speculate)",
     )
     add("--batches", type=int, nargs="+", default=[1, 32], help="sequences (default: 1 32)")
     add("--prefill", type=int, nargs="*", default=[], help="prompt lengths to time")
     add("--prefill-chunk", type=int, default=4096, help="tokens of a prefill step (default: 4096)")
+    add(
+        "--speculate",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="serve prompts without and with guesses of multi-token prediction, by the layer of a"
+        " checkpoint (on a CPU too), or of --configs with random weights",
+    )
+    add("--text", metavar="FILE", help="what FOLDER's prompts are pieces of; default: a sample")
+    add("--new-tokens", type=int, default=128, help="behind each of its prompts (default: 128)")
+    add("--temperature", type=float, default=0.0, help="of its draws; default 0: the likeliest")
     add("--json", metavar="FILE", help="where to write the records")
     add("--png", metavar="FILE", help="where to draw time over context")
     add("--commit", help="commit to name in the report")
@@ -161,32 +177,30 @@ def parser() -> OneLineParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Check correctness, measure and report every case."""
     args = parser().parse_args(argv)
-    if not args.rehearse and not torch.cuda.is_available():
+    on_cpu = args.rehearse or (args.speculate and not torch.cuda.is_available())
+    if not on_cpu and not torch.cuda.is_available():
         sys.exit("error: this benchmark needs a CUDA GPU, and torch sees none")
     try:
         for flag, file in (("--json", args.json), ("--png", args.png)):
             if file:
                 check_output(file, flag)
-        with joined(args.rehearse) as place:
+        with joined(on_cpu) as place:
+            if args.speculate is not None:
+                _run_guesses(args, place)
+                return
             todo = cases(args.tp, args.configs, args.context_parallel, place)
             failed = _run(args, todo, place)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {one_line(str(error))}")
     if failed:
         sys.exit(f"error: not reported: {', '.join(failed)}")
 
 
 def _run(args: argparse.Namespace, todo: list[Case], place: Place) -> list[str]:
     """Measure every case; returns the labels of those that failed."""
-    # The same seed on all ranks.
-    seed = args.seed if args.seed is not None else int(place.most(time.time_ns() % 2**20))
     roof = 1.0 if place.rehearsal else -place.most(-read_roof())
-    about = {
-        "gpu": "none: a rehearsal" if place.rehearsal else torch.cuda.get_device_name(),
-        "gpus": 0 if place.rehearsal else place.ranks, "torch": torch.__version__,
-        "triton": triton.__version__, "commit": args.commit or commit(),
-        "read_gb_s": round(roof / 1e9), "seed": seed,
-    }  # fmt: skip
+    about = _about(args, place) | {"read_gb_s": round(roof / 1e9)}
+    seed, contexts = about["seed"], args.contexts or [4 * K, 32 * K, 128 * K, 512 * K]
     place.say(", ".join(f"{k} {v}" for k, v in about.items()))
     records, prefills, failed = [], [], []
     for case in todo:
@@ -195,7 +209,7 @@ def _run(args: argparse.Namespace, todo: list[Case], place: Place) -> list[str]:
         try:
             error = gate(case, seed, place)
             _free(place)
-            found = measure(case, args.contexts, args.batches, roof, seed, place)
+            found = measure(case, contexts, args.batches, roof, seed, place)
             took = time.monotonic() - start
             place.say(f"{case.label}: error {error:.1e}, {took:.0f} s\n{table(found)}")
             records += [record | {"gate_error": error} for record in found]
@@ -215,6 +229,59 @@ def _run(args: argparse.Namespace, todo: list[Case], place: Place) -> list[str]:
     if args.png and place.rank == 0 and any("us" in record for record in records):
         plot(records, f"{about['gpu']}, {about['commit']}", Path(args.png))
     return failed
+
+
+def _about(args: argparse.Namespace, place: Place) -> dict[str, Any]:
+    """On what it is measured, and by which seed."""
+    # The same seed on all ranks.
+    seed = args.seed if args.seed is not None else int(place.most(time.time_ns() % 2**20))
+    cpu = "none: a rehearsal" if args.rehearse else "none: a CPU"
+    return {
+        "gpu": cpu if place.rehearsal else torch.cuda.get_device_name(),
+        "gpus": 0 if place.rehearsal else place.ranks, "torch": torch.__version__,
+        "triton": triton.__version__, "commit": args.commit or commit(),
+        "seed": seed,
+    }  # fmt: skip
+
+
+def _run_guesses(args: argparse.Namespace, place: Place) -> None:
+    """Every model, batch and context without and with guesses."""
+    for flag, values in (
+        ("--batches", args.batches),
+        ("--contexts", args.contexts or [K]),
+        ("--new-tokens", [args.new_tokens]),
+    ):
+        if min(values) < 1:
+            raise ValueError(f"{flag} is {min(values)}; use at least 1")
+    if args.context_parallel != [1]:
+        raise ValueError("--speculate needs whole sequences; leave --context-parallel out")
+    about = _about(args, place)
+    if args.speculate:
+        guessers = [of_checkpoint(args.speculate, args.text)]
+    else:
+        guessers = [of_preset(preset, place, about["seed"]) for preset in args.configs]
+    place.say(", ".join(f"{k} {v}" for k, v in about.items()))
+    records = []
+    for guesser in guessers:
+        longest = guesser.model.max_position_embeddings - args.new_tokens
+        for context in args.contexts or [max(min(K, longest), 1)]:
+            if args.speculate and context > longest:
+                raise ValueError(
+                    f"--contexts {context} and --new-tokens {args.new_tokens} exceed the model's"
+                    f" {guesser.model.max_position_embeddings} positions; use fewer"
+                )
+            for batch in args.batches:
+                ways = batch, context, args.new_tokens, args.temperature
+                try:
+                    records.append(measure_guesses(guesser, *ways, place))
+                except RuntimeError as error:
+                    raise ValueError(
+                        f"{guesser.label}, batch {batch}, context {context}: {error}"
+                    ) from None
+                _free(place)
+        place.say(guess_table(records[-len(args.batches) :], not args.rehearse))
+    if args.json and place.rank == 0:
+        write_text(args.json, json.dumps({**about, "records": records}, indent=1))
 
 
 def _free(place: Place) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -12,9 +13,11 @@ from megatron_mlra.benchmarks.decoding import cli as tool
 from megatron_mlra.benchmarks.decoding.measure import random_reader
 from megatron_mlra.benchmarks.decoding.place import Place
 from megatron_mlra.benchmarks.decoding.plot import _finding
+from megatron_mlra.checkpoint.huggingface.folder import write_huggingface
 from megatron_mlra.description.presets import preset_description
 from megatron_mlra.description.tensors import expected_tensors
 from support import CONFIGS, ROOT
+from support.random_checkpoint import RandomFolder, latent
 
 TOOL = ROOT / "tools" / "benchmark_decoding.py"
 
@@ -104,3 +107,65 @@ def test_without_a_gpu_it_says_so_in_one_line():
     )
     assert done.returncode == 1
     assert done.stderr == "error: this benchmark needs a CUDA GPU, and torch sees none\n"
+
+
+GUESSING = latent(4, 4, mtp_num_layers=1)
+
+
+@pytest.fixture(scope="module")
+def guessing(tmp_path_factory):
+    """A checkpoint with a layer of multi-token prediction."""
+    folder = tmp_path_factory.mktemp("guessing") / "hf"
+    write_huggingface(RandomFolder(GUESSING), folder, tokenizer="byte", progress=False)
+    return folder
+
+
+def test_guesses_of_a_checkpoint_are_measured(guessing, tmp_path, capsys):
+    out = tmp_path / "guesses.json"
+    argv = ["--batches", "1", "3", "--contexts", "20", "--new-tokens", "9", "--json", str(out)]
+    tool.main(["--speculate", str(guessing), *argv])
+    lines = capsys.readouterr().out.splitlines()
+    assert len({line.count("|") for line in lines[1:]}) == 1
+    for batch, line in zip((1, 3), lines[3:], strict=True):
+        assert line.startswith(f"| MLRA-4 (hf) | {batch} | 20 | ")
+    for record in json.loads(out.read_text())["records"]:
+        assert record["equal_outputs"] == record["batch"]
+        assert record["plain_tokens_per_step"] == 1
+        assert 1 <= record["guessing_tokens_per_step"] <= 2
+        ratio = record["plain_ms"] / record["guessing_ms"]
+        gain = record["guessing_tokens_per_step"] * ratio
+        assert record["speed_up"] == pytest.approx(gain)
+        assert record["pays_from"] == pytest.approx(1 / ratio - 1)
+
+
+def test_guesses_of_presets_are_rehearsed(capsys):
+    argv = ["--rehearse", "--speculate", "--configs", "mlra4_2.9b", "gqa_2.9b", "--batches", "2"]
+    tool.main([*argv, "--contexts", "70", "--new-tokens", "5"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "| MLRA-4, random | 2 | 70 | rehearsed | rehearsed | 0 of " in lines[3]
+    assert "| GQA, random | 2 | 70 | rehearsed | rehearsed | " in lines[6]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--contexts", "60"], "--contexts 60 and --new-tokens 9 exceed the model's 64 positions"),
+        (["--batches", "0"], "--batches is 0; use at least 1"),
+        (["--context-parallel", "2"], "--speculate needs whole sequences; leave"),
+        (["--text", "TEXT"], "the text makes 1 prompts of 20 tokens, and 2 of 20 are asked for"),
+    ],
+)
+def test_guesses_that_cannot_be_measured(argv, said, guessing, tmp_path):
+    (tmp_path / "text").write_text("x" * 30)
+    own = [str(tmp_path / "text") if word == "TEXT" else word for word in argv]
+    common = ["--batches", "2", "--contexts", "20", "--new-tokens", "9"]
+    with pytest.raises(SystemExit) as refused:
+        tool.main(["--speculate", str(guessing), *common, *own])
+    assert said in refused.value.code and "\n" not in refused.value.code
+
+
+def test_a_checkpoint_without_a_layer_has_no_guesses(tmp_path):
+    write_huggingface(RandomFolder(GUESSING.decoder()), tmp_path / "hf", progress=False)
+    with pytest.raises(SystemExit) as refused:
+        tool.main(["--speculate", str(tmp_path / "hf")])
+    assert "has none; train with --mtp-num-layers 1, or leave the folder out" in refused.value.code
