@@ -96,10 +96,10 @@ def test_output_and_gradients(shape, spans, dtype) -> None:
             # A query with one key has no gradient.
             difference = (ours.double() - theirs).norm() / theirs.norm().clamp(min=1)
             assert difference <= TOLERANCE[dtype], (what, *options, float(difference))
-    again, largest = latent_attention_with_top(*leaves, latent, scale, ranges)
-    assert torch.equal(again, out) and not largest.requires_grad
-    # The products are exact in float32 up to the order of their sum.
-    assert (largest - top).abs().max() <= 1e-4 * top.abs().max()
+        again, largest = latent_attention_with_top(*leaves, latent, scale, **options)
+        assert torch.equal(again, out) and not largest.requires_grad
+        # The products are exact in float32 up to the order of their sum.
+        assert (largest - top).abs().max() <= 1e-4 * top.abs().max()
 
 
 def test_repeated_launches_agree() -> None:

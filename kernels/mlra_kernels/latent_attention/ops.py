@@ -72,22 +72,18 @@ def latent_attention(
     Raises:
         ValueError: see check_supported, or the tensors are not on a Hopper GPU.
     """
-    _check(query, key, latent_dim, scale, causal=True)
-    if ranges is not None:
-        _check_ranges(ranges, query)
-        ranges = ranges.contiguous()
-    if tiles is not None:
-        if ranges is not None:
-            raise ValueError("tiles with ranges: leave one of them out")
-        _check_tiles(tiles, query)
-        tiles = tiles.contiguous()
-    return _LatentAttention.apply(
-        query, key, latent_dim, scale, ranges, False, tiles, bool(own_delta)
-    )
+    return _apply(query, key, latent_dim, scale, ranges, False, tiles, own_delta)
 
 
 def latent_attention_with_top(
-    query: Tensor, key: Tensor, latent_dim: int, scale: float, ranges: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    latent_dim: int,
+    scale: float,
+    ranges: Tensor | None = None,
+    *,
+    tiles: Tensor | None = None,
+    own_delta: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The same, and the largest scaled score of each query head, without another pass over keys.
 
@@ -101,11 +97,22 @@ def latent_attention_with_top(
     Raises:
         ValueError: see latent_attention.
     """
+    return _apply(query, key, latent_dim, scale, ranges, True, tiles, own_delta)
+
+
+def _apply(query, key, latent_dim, scale, ranges, top: bool, tiles, own_delta):
     _check(query, key, latent_dim, scale, causal=True)
     if ranges is not None:
         _check_ranges(ranges, query)
         ranges = ranges.contiguous()
-    return _LatentAttention.apply(query, key, latent_dim, scale, ranges, True, None, False)
+    if tiles is not None:
+        if ranges is not None:
+            raise ValueError("tiles with ranges: leave one of them out")
+        _check_tiles(tiles, query)
+        tiles = tiles.contiguous()
+    return _LatentAttention.apply(
+        query, key, latent_dim, scale, ranges, top, tiles, bool(own_delta)
+    )
 
 
 def latent_attention_with_lse(

@@ -226,7 +226,9 @@ def _consume(
                     fence_async_shared()
                     acc = warpgroup_mma(p_smem, c, acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=[acc])
-                if TERMS == 0:
+                if TERMS > 0:
+                    gl.thread_barrier()  # every warp is done with the copy
+                else:
                     mbarrier.arrive(empty.index(stage), count=1)
             l_i = gl.convert_layout(gl.sum(gl.sum(l_own, 2), 1), S_ROW)
             if w > 0:

@@ -322,3 +322,47 @@ def test_other_dtypes_and_devices():
     query = query.bfloat16()
     with pytest.raises(ValueError, match="runs on Hopper GPUs, not on cpu"):
         ops.latent_attention(query, query, 128, 1.0)
+
+
+def test_tiles_take_every_query_once_and_the_longest_first():
+    spans = documents(1, 300, 128, 70)
+    tiles = query_tiles(spans, programs=9).tolist()
+    assert tiles[-3:] == [[0, 0, 0, 1]] * 3 and len(tiles) == 9
+    taken = sorted(tiles[:-3])
+    assert key_ranges([tuple(tile) for tile in taken]).equal(key_ranges(spans))
+    keys = [stop - first for _, _, first, stop in tiles]
+    assert keys == sorted(keys, reverse=True)
+    with pytest.raises(ValueError, match="programs is 5: give an integer from 6"):
+        query_tiles(spans, programs=5)
+    query = torch.empty(8, 1, 4, 192)
+    for wrong in (torch.zeros(2, 3, dtype=torch.int32), torch.zeros(2, 4)):
+        with pytest.raises(
+            ValueError, match=r"it is torch.int32 \[n, 4\] on cpu, from query_tiles"
+        ):
+            ops._check_tiles(wrong, query)
+
+
+@pytest.mark.parametrize(
+    "tile",
+    [(-5, 2**30, 80, 3), (60, 10, 0, 90), (0, 64, 85, 90), (64, 70, -3, 2**30), (69, 70, 89, 0)],
+)
+def test_tiles_that_cannot_be_neither_wait_for_ever_nor_read_on(tile):
+    s, t, generator = 70, 90, torch.Generator().manual_seed(1)
+    query, key = (torch.randn(n, 1, 48, generator=generator) for n in (s, t))
+    grad, grad_query, grad_key = query[..., :32].clone(), query * 0, key * 0
+
+    def rows(x, count, columns):
+        return Descriptor(x.flatten(1), count, columns)
+
+    launch(
+        backward_kernel.latent_attention_backward, (1, 1), lazy=True, warps=4,
+        q_nope_desc=rows(query, 32, 32), q_rope_desc=rows(query, 32, 16),
+        key_nope_desc=rows(key, 32, 32), key_rope_desc=rows(key, 32, 16),
+        do_desc=rows(grad, 32, 32), dq_nope_desc=rows(grad_query, 32, 32),
+        dq_rope_desc=rows(grad_query, 32, 16), dkey_nope_desc=rows(grad_key, 32, 32),
+        dkey_rope_desc=rows(grad_key, 32, 16), out_ptr=Pointer(grad), dq_ptr=Pointer(grad_query),
+        lse_ptr=Pointer(torch.zeros(1, 1, s)), delta_ptr=None, ranges_ptr=None,
+        tiles_ptr=Pointer(torch.tensor([tile])), s=s, t=t, past=None, scale=0.1, log2_scale=0.1,
+        P=1, G=1, L=32, R=16, M=64, N=32, RANGES=False, TILES=True,
+    )  # fmt: skip
+    assert grad_query.isfinite().all() and grad_key.isfinite().all()
