@@ -9,6 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from typing import Any
@@ -26,6 +27,8 @@ from megatron_mlra.data.sources import Source, find_sources
 from megatron_mlra.data.tokenizers import Tokenizer, TokenizerSpec, build_tokenizer
 from megatron_mlra.data.writer import SUFFIXES, DatasetWriter, check_output
 
+_LOOK = 5.0
+"""Seconds of waiting for a worker, before all workers are checked."""
 _BATCHES_IN_FLIGHT = 4
 """Batches per worker that are submitted at once: enough to hide reading, few enough for memory."""
 
@@ -230,11 +233,37 @@ def _encode_in_workers(config: PreprocessConfig, batches: Iterator[Batch]) -> Ge
             with deferred():
                 pending.append(pool.submit(_encode_batch, batch))
             if len(pending) >= config.workers * _BATCHES_IN_FLIGHT:
-                yield pending.popleft().result()
+                yield _result(pool, pending.popleft())
         while pending:
-            yield pending.popleft().result()
+            yield _result(pool, pending.popleft())
+    except BaseException:
+        _abandon(pool)
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _result(pool: ProcessPoolExecutor, future: Future[Encoded]) -> Encoded:
+    """What a worker made of a batch.
+
+    Raises:
+        BrokenProcessPool: a worker died.
+    """
+    while True:
+        try:
+            return future.result(timeout=_LOOK)
+        except TimeoutError:
+            # The pool notices a death, but not of a worker that had half a result written.
+            if not all(process.is_alive() for process in (pool._processes or {}).values()):
+                raise BrokenProcessPool("a worker died") from None
+
+
+def _abandon(pool: ProcessPoolExecutor) -> None:
+    """Kill the workers, and have the pool's thread read no further in what one of them had half
+    written: it would wait for the rest as long as anybody can write it, this process among them."""
+    for process in [*(pool._processes or {}).values()]:
+        process.kill()
+    pool._result_queue._writer.close()
 
 
 _encoder: Encoder | None = None

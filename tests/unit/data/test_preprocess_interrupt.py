@@ -112,11 +112,27 @@ def long_run(entry, tmp_path_factory):
             os.killpg(pid, signal.SIGKILL)
 
 
+def stop_with_half_a_result(process: psutil.Process) -> int:
+    """Stop a run that reads no results from now on; the worker that writes in vain."""
+    process.suspend()
+    deadline = time.monotonic() + 300
+    while True:
+        for child in process.children():
+            if "pipe_write" in Path(f"/proc/{child.pid}/wchan").read_text():
+                return child.pid
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_to_the_process_group(long_run, number):
-    """As a terminal's Ctrl-C or a scheduler's kill: parent and workers all get the signal."""
+    """As a terminal's Ctrl-C or a scheduler's kill: parent and workers all get the signal; SIGTERM
+    kills one in the middle of a result."""
     process, children, end, check = long_run
+    if number == signal.SIGTERM:
+        stop_with_half_a_result(process)
     os.killpg(process.pid, number)
+    process.resume()
     assert end() == (128 + number, "error: interrupted; temporary files removed")
     check()
     _, alive = psutil.wait_procs(children, timeout=60)
@@ -161,11 +177,13 @@ def test_two_writers_of_one_process_number_write_files_of_their_own(overwrite):
     assert sorted(os.listdir()) == ["good.jsonl", "out.bin", "out.idx", "out.json"]
 
 
-def test_killed_worker(long_run):
+@pytest.mark.parametrize("half", [False, True], ids=["working", "half a result"])
+def test_killed_worker(long_run, half):
     """As the kernel does when memory runs out."""
-    _, children, end, check = long_run
-    workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
-    workers[0].kill()
+    process, children, end, check = long_run
+    workers = [child.pid for child in children if "spawn_main" in " ".join(child.cmdline())]
+    os.kill(stop_with_half_a_result(process) if half else workers[0], signal.SIGKILL)
+    process.resume()
     code, said = end()
     assert code == 1
     assert said.startswith("error: a worker process died")
