@@ -39,6 +39,11 @@ class MLRAConfig(PreTrainedConfig):
         """N^-1/2, or 1: times the sum over branches."""
         return self.num_branches**-0.5 if self.variance_scaling else 1.0
 
+    @property
+    def norms_query_heads(self) -> bool:
+        """Whether there is an RMSNorm of each query head; older exports do not say."""
+        return bool(getattr(self, "query_head_norm", False))
+
     def layer_has_experts(self, layer: int) -> bool:
         """Whether a layer's MLP is a mixture of experts."""
         types = getattr(self, "mlp_layer_types", None)

@@ -70,6 +70,7 @@ def from_megatron_args(args: Any, **overrides: Any) -> ModelDescription:
             "qk_nope_head_dim": get("qk_head_dim", "qk_nope_head_dim", default=128),
             "qk_rope_head_dim": get("qk_pos_emb_head_dim", "qk_rope_head_dim", default=64),
             "v_head_dim": get("v_head_dim", default=128),
+            "query_head_norm": switch("query_head_norm"),
             "output_gate": switch("output_gate"),
             "variance_scaling": switch("variance_scaling", default=True),
             "rope_type": get("rope_type", default="rope"),
@@ -264,9 +265,8 @@ def to_megatron_args(description: ModelDescription) -> dict[str, Any]:
             "attention_output_gate": description.output_gate,
         }
     names = ("num_latent_heads", "num_branches", "q_lora_rank", "kv_lora_rank", "v_head_dim")
-    args |= {
-        name: getattr(description, name) for name in (*names, "variance_scaling", "output_gate")
-    }
+    names += ("query_head_norm", "variance_scaling", "output_gate")
+    args |= {name: getattr(description, name) for name in names}
     args |= {name: getattr(description, name) for name in YARN}
     return args | {
         "qk_head_dim": description.qk_nope_head_dim,

@@ -125,6 +125,10 @@ class ModelDescription(LatentSizes, ExpertSizes):
     qk_layernorm: bool = False
     """Of 'gqa': an RMSNorm on each query and key head."""
 
+    query_head_norm: bool = False
+    """Of 'mlra': an RMSNorm on each query head, before RoPE. Its keys are latents, which are
+    normalised already."""
+
     output_gate: bool = False
     """sigmoid(x W_G) on the attention output ('mlra' and 'gqa')."""
 
@@ -263,6 +267,11 @@ class ModelDescription(LatentSizes, ExpertSizes):
         if self.attention == "mlra" and not self.qk_rope_head_dim and self.rope_type != "rope":
             raise CheckpointError(
                 f"rope_type {self.rope_type!r} stretches RoPE, and qk_rope_head_dim is 0: use rope"
+            )
+        if self.query_head_norm and self.attention != "mlra":
+            raise CheckpointError(
+                f"query_head_norm needs latent attention, and attention is {self.attention}; leave"
+                " it out, or with gqa use qk_layernorm"
             )
         for name, part, whole_name, whole in self._divisors():
             if whole % part:

@@ -146,6 +146,8 @@ class MLRAAttention(nn.Module):
             self.q_a_proj = nn.Linear(d, config.q_lora_rank, bias=False)
             self.q_a_layernorm = MLRARMSNorm(config.q_lora_rank, eps, scale=config.q_scale)
             self.q_b_proj = nn.Linear(config.q_lora_rank, query_size, bias=False)
+        if config.query_head_norm:
+            self.query_head_norm = MLRARMSNorm(query_size, eps, parts=h)
         row = config.kv_lora_rank + config.qk_rope_head_dim
         self.kv_a_proj_with_mqa = nn.Linear(d, row, bias=False)
         self.kv_a_layernorm = MLRARMSNorm(
@@ -196,6 +198,8 @@ class MLRAAttention(nn.Module):
             q = self.q_proj(x)
         else:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        if config.query_head_norm:
+            q = self.query_head_norm(q)
         q = q.unflatten(-1, (config.num_attention_heads, -1))
         nope, rope = config.qk_nope_head_dim, config.qk_rope_head_dim
         q_nope, q_rope = q.split((nope, rope), dim=-1)

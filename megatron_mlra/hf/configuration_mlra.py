@@ -41,6 +41,8 @@ class MLRAConfig(PreTrainedConfig):
     qk_nope_head_dim: int = 128
     qk_rope_head_dim: int = 64
     v_head_dim: int = 128
+    query_head_norm: bool = False
+    """RMSNorm of each query head's d_h + d_r numbers before RoPE."""
     output_gate: bool = False
     """Multiply the attention output by sigmoid(x W_G) before the output projection."""
     variance_scaling: bool = True

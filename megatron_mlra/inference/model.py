@@ -199,6 +199,8 @@ class InferenceModel:
             c_q, kv = down.split((model.q_lora_rank, down.size(1) - model.q_lora_rank), dim=1)
             c_q = ops.rms_norm(c_q, weights.q_norm, eps)
         q = linear(c_q, weights.q_up).unflatten(1, (shard.query_heads, -1))  # [T, h_q, e]
+        if weights.head_norm is not None:
+            q = ops.norm_heads(q, weights.head_norm, eps)
         q = ops.rotate(q, model.qk_nope_head_dim, *self.tables, step.positions)
         q = self.parallel.gather_queries(q, core.heads // shard.query_heads)  # [T, h, e]
 

@@ -65,6 +65,10 @@ class MLRAConfig(LatentSizes, MLATransformerConfig):
     num_branches: int = 4
     """Latent heads N that serve each attention head; their attention outputs are summed."""
 
+    query_head_norm: bool = False
+    """RMSNorm of each query head's d_h + d_r numbers, before RoPE and absorption, with a weight of
+    its own. Megatron's `qk_layernorm` would norm keys too, which here are latents."""
+
     output_gate: bool = False
     """Multiply the attention output by sigmoid(x W_G), elementwise, before the output
     projection."""
@@ -319,7 +323,8 @@ _REFUSED = {
     "add_bias_linear": "it has no biases; use --disable-bias-linear",
     "add_qkv_bias": "it has no biases; leave it out",
     "qk_layernorm": "it always normalises the latents of queries and keys, and a norm of keys"
-    " behind their up-projection would take them out of latent space; leave it out, or use qk_clip",
+    " behind their up-projection would take them out of latent space; leave it out, or use"
+    " query_head_norm or qk_clip",
     "attention_output_gate": "use output_gate",
     "apply_rope_fusion": "use --no-rope-fusion",
     "rotary_interleaved": "its RoPE is half-split; leave it out",

@@ -53,7 +53,7 @@ def to_config(description: ModelDescription, **overrides: Any) -> MLRAConfig | B
         }
         return BaselineConfig(**fields | overrides)
     names = ("num_latent_heads", "num_branches", "q_lora_rank", "kv_lora_rank", "v_head_dim")
-    names += ("output_gate", "variance_scaling", "rope_type", *YARN)
+    names += ("query_head_norm", "output_gate", "variance_scaling", "rope_type", *YARN)
     fields |= {name: getattr(description, name) for name in names}
     fields |= {
         "qk_head_dim": description.qk_nope_head_dim,

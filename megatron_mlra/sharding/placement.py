@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.sharding.partition import LatentShard
 
+OPTIONAL = ("query_head_norm", "linear_gate_proj")
+"""Weights that a switch adds."""
+
 Box = tuple[slice, ...]
 """A part of a global tensor, one slice per leading axis; later axes are whole."""
 
@@ -144,6 +147,10 @@ def placements(model: ModelDescription) -> dict[str, Placement]:
         found["linear_q_up_proj"] = Placement(
             "[h (d_h + d_r), d_q]", (h * q_dim, d_q), "heads", "own heads", queries
         )
+    if model.query_head_norm:
+        found["query_head_norm"] = Placement(
+            "[h (d_h + d_r)]", (h * q_dim,), "heads", "own heads", queries
+        )
     found["linear_kv_down_proj"] = Placement(
         "[d_c + d_r, d]",
         (d_c + d_r, d),
@@ -187,8 +194,8 @@ def markdown_table(model: ModelDescription) -> str:
     """The table of docs/parallelism.md."""
     lines = ["| parameter | global shape | training | inference |", "|---|---|---|---|"]
     for name, placed in placements(model).items():
-        gated = " (gated)" if name == "linear_gate_proj" else ""
-        lines.append(f"| `{name}`{gated} | `{placed.letters}` | {placed.cut} | {placed.served} |")
+        shown = f"`{name}`" + " (optional)" * (name in OPTIONAL)
+        lines.append(f"| {shown} | `{placed.letters}` | {placed.cut} | {placed.served} |")
     return "\n".join(lines)
 
 

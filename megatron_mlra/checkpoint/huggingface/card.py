@@ -28,6 +28,7 @@ def model_card(source: CheckpointFolder, model: ModelDescription, name: str, cha
         chat: whether the folder has a chat template.
     """
     latent = model.attention == "mlra"
+    norm = " (RMSNorm of query heads)" * model.query_head_norm
     name = _plain(name)
     call = f'"{name}", trust_remote_code=True' if latent else f'"{name}"'
     # Rows that only pad the vocabulary are not exported.
@@ -51,8 +52,8 @@ def model_card(source: CheckpointFolder, model: ModelDescription, name: str, cha
         "---",
         f"# {name}",
         "",
-        f"A decoder-only language model with {model.variant} attention, {count.total:,} parameters"
-        f"{active}: {model.num_layers} layers of width {model.hidden_size},"
+        f"A decoder-only language model with {model.variant} attention{norm}, {count.total:,}"
+        f" parameters{active}: {model.num_layers} layers of width {model.hidden_size},"
         f" {model.num_attention_heads} heads, {model.vocab_size:,} tokens in its vocabulary,"
         f" {model.max_position_embeddings:,} positions, weights in {model.dtype}.",
         "",

@@ -66,6 +66,7 @@ def to_hf_config(model: ModelDescription) -> dict[str, Any]:
             "architectures": ["MLRAForCausalLM"],
             "auto_map": AUTO_MAP,
             **{name: getattr(model, name) for name in _LATENT},
+            "query_head_norm": model.query_head_norm,
             **_experts(model),
         }
     _check_llama(model)
@@ -106,6 +107,8 @@ def from_hf_config(config: Mapping[str, Any], dtype: str) -> ModelDescription:
     fields |= _rope_fields(config.get("rope_parameters") or {"rope_theta": 10000.0})
     if config.get("model_type") == "mlra":
         fields |= {name: needed(name) for name in _LATENT}
+        # Folders that were exported before there was such a norm do not name it.
+        fields["query_head_norm"] = config.get("query_head_norm", False)
         if config.get("num_experts"):
             fields |= _expert_fields(config, needed)
         model = ModelDescription(attention="mlra", **fields)

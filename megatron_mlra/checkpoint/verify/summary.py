@@ -29,10 +29,11 @@ def lines(folder: CheckpointFolder) -> list[str]:
     if m.attention == "mlra":
         query = m.q_lora_rank if m.q_lora_rank is not None else "none"
         scaling = "on" if m.variance_scaling else "off"
+        norm = ", norm of query heads" * m.query_head_norm
         out.append(
             f"{m.num_latent_heads} latents of {m.latent_dim}, {m.num_branches} branches, query rank"
             f" {query}, head dims {m.qk_nope_head_dim} + {m.qk_rope_head_dim} RoPE, value"
-            f" {m.v_head_dim}, variance scaling {scaling}"
+            f" {m.v_head_dim}, variance scaling {scaling}{norm}"
         )
     else:
         out.append(f"{m.num_query_groups} key/value heads of {m.head_dim}")

@@ -280,12 +280,19 @@ def test_exported_experts_that_megatron_has_not():
         assert said in str(refused.value)
 
 
-def test_the_research_code_rotates_something(tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"qk_rope_head_dim": 0}, r"at least one pair, and this model none \(NoPE\)"),
+        ({"query_head_norm": True}, "no norm of query heads; use export-hf"),
+    ],
+)
+def test_what_the_research_code_has_not_is_refused(changes, said, tmp_path):
     from megatron_mlra.checkpoint.research.folder import write_research
     from support.random_checkpoint import RandomFolder, latent
 
-    source = RandomFolder(latent(4, 4, qk_rope_head_dim=0, v_head_dim=16))
-    with pytest.raises(ValueError, match=r"at least one pair, and this model none \(NoPE\)"):
+    source = RandomFolder(latent(4, 4, v_head_dim=16, **changes))
+    with pytest.raises(ValueError, match=said):
         write_research(source, tmp_path / "out", progress=False)
     assert not list(tmp_path.iterdir())
 

@@ -265,7 +265,8 @@ ROWS = [
         "qk_layernorm (True)",
         [
             ("leave it out", {"qk_layernorm": False}),
-            ("use qk_clip", {"qk_layernorm": False, "qk_clip": True}),
+            ("use query_head_norm", {"qk_layernorm": False, "query_head_norm": True}),
+            ("or qk_clip", {"qk_layernorm": False, "qk_clip": True}),
         ],
     ),
     (

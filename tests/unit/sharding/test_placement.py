@@ -37,6 +37,7 @@ def model(L: int, N: int, **changes: object) -> ModelDescription:
         "qk_nope_head_dim": 6,
         "qk_rope_head_dim": 16,
         "v_head_dim": 10,
+        "query_head_norm": True,
         "output_gate": True,
     }
     return ModelDescription(**(sizes | changes))
