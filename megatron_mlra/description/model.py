@@ -141,6 +141,10 @@ class ModelDescription(LatentSizes, ExpertSizes):
     rope_type: str = "rope"
     """'rope', or for 'mlra' 'yarn'."""
 
+    no_rope_pattern: tuple[int, ...] = ()
+    """1 for a layer that rotates nothing, 0 for one with RoPE; empty where all have it. Megatron's
+    `no_rope_freq`: the RoPE dims stay, as dims without a position, and so do all sizes and t."""
+
     rotary_base: float = 10000.0
     rotary_scaling_factor: float = 1.0
     """YaRN: how far the context is extended."""
@@ -222,6 +226,10 @@ class ModelDescription(LatentSizes, ExpertSizes):
             return self.core_form == "absorbed"
         return self.attention == "mlra" and self.latent_dim <= self.qk_nope_head_dim
 
+    def rotates(self, layer: int) -> bool:
+        """Whether a layer rotates its RoPE dims."""
+        return not (self.no_rope_pattern and self.no_rope_pattern[layer])
+
     def replace(self, **changes: Any) -> ModelDescription:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
@@ -273,6 +281,8 @@ class ModelDescription(LatentSizes, ExpertSizes):
                 f"query_head_norm needs latent attention, and attention is {self.attention}; leave"
                 " it out, or with gqa use qk_layernorm"
             )
+        if problem := self._pattern_problem():
+            raise CheckpointError(problem)
         for name, part, whole_name, whole in self._divisors():
             if whole % part:
                 shown = name if name == "2" else f"{name} {part}"
@@ -285,6 +295,26 @@ class ModelDescription(LatentSizes, ExpertSizes):
             raise CheckpointError(
                 f"num_experts is {self.num_experts}: {tensors} tensors, of at most {MOST_TENSORS}"
             )
+
+    def _pattern_problem(self) -> str | None:
+        """One line if the layers without RoPE make no model."""
+        pattern = self.no_rope_pattern
+        if not pattern:
+            return None
+        if len(pattern) != self.num_layers or set(pattern) - {0, 1}:
+            return (
+                f"no_rope_pattern is {list(pattern)!r:.200}; it needs a 0 or 1 for each of"
+                f" {self.num_layers} layers"
+            )
+        latent = self.attention == "mlra"
+        for name, wrong, fix in (
+            ("rope_type", self.rope_type != "rope", "use rope"),
+            ("mtp_num_layers", latent and self.mtp_num_layers, "leave it out"),
+            ("qk_rope_head_dim", latent and not self.qk_rope_head_dim, "leave no_rope_freq out"),
+        ):
+            if wrong:
+                return f"{name} {getattr(self, name)!r} does not go with no_rope_freq: {fix}"
+        return None
 
     def _check_types(self) -> None:
         """Switches are true or false (a text "false" would count as true), numbers are finite."""

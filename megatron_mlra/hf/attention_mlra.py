@@ -138,6 +138,7 @@ class MLRAAttention(nn.Module):
     def __init__(self, config: MLRAConfig, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
+        self.rotates = config.layer_rotates(layer_idx)
         d, h, eps = config.hidden_size, config.num_attention_heads, config.rms_norm_eps
         query_size = h * (config.qk_nope_head_dim + config.qk_rope_head_dim)
         if config.q_lora_rank is None:
@@ -194,6 +195,8 @@ class MLRAAttention(nn.Module):
     def compress(self, x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Query parts `[b, s, h, d_h]`, `[b, s, h, r]` and cache rows `[b, s, L * l + r]`."""
         config = self.config
+        if not self.rotates:
+            cos_sin = torch.ones_like(cos_sin[0]), torch.zeros_like(cos_sin[1])
         if config.q_lora_rank is None:
             q = self.q_proj(x)
         else:

@@ -31,6 +31,7 @@ from megatron_mlra.layers.projections import (
 from megatron_mlra.layers.recompute import rebuilt_in_backward
 from megatron_mlra.layers.rotary import rotary_tables
 from megatron_mlra.maths.attention import materialized_qkv, split_up_projection
+from megatron_mlra.maths.rope import unrotated
 from megatron_mlra.sharding.context_parallel import ContextParallel
 from megatron_mlra.sharding.matrices import latent_matrices
 from megatron_mlra.sharding.partition import LatentShard
@@ -107,6 +108,7 @@ class MLRASelfAttention(Attention):
             and config.recompute_absorbed_query
             and not (config.cpu_offloading or config.fine_grained_activation_offloading)
         )
+        self.rotates = config.rotates(layer_number - 1)
         self.own_heads = config.num_attention_heads // group.size()
         self.recompute_up_projection = (
             config.recompute_granularity == "selective"
@@ -344,6 +346,8 @@ class MLRASelfAttention(Attention):
     def _rotary_angles(self, plan: TokenPlan, offset: int) -> tuple[Tensor, ...]:
         """cos and sin of the queries `[s, d_r / 2]` and of the keys `[t, d_r / 2]`, float32."""
         tables = rotary_tables(self.config).cos_sin(plan.tokens, offset)
+        if not self.rotates:
+            tables = unrotated(*tables)
         if plan.positions is None:
             return *tables, *tables
         places = (plan.positions, plan.key_positions)

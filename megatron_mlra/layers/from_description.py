@@ -37,6 +37,7 @@ def to_config(description: ModelDescription, **overrides: Any) -> MLRAConfig | B
         "add_bias_linear": False,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
+        "no_rope_freq": list(description.no_rope_pattern) or None,
         "bf16": description.dtype == "bfloat16",
         "fp16": description.dtype == "float16",
     }

@@ -39,7 +39,7 @@ def prompts(*lengths):
 VARIANTS = {
     "MLA": {"num_latent_heads": 1, "num_branches": 1},
     "GLA-2": {"num_latent_heads": 2, "num_branches": 1, "output_gate": True},
-    "GLA-4": {"num_latent_heads": 4, "num_branches": 1},
+    "GLA-4": {"num_latent_heads": 4, "num_branches": 1, "rope_layer_types": ["nope", "rope"]},
     "MLRA-2": {
         "num_latent_heads": 4,
         "num_branches": 2,

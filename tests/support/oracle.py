@@ -302,12 +302,17 @@ class Reference:
 
 @cache
 def reference(
-    config: OracleConfig, tokens: int, batch: int, documents: tuple[int, ...] = ()
+    config: OracleConfig,
+    tokens: int,
+    batch: int,
+    documents: tuple[int, ...] = (),
+    still: bool = False,
 ) -> Reference:
     """Output and every gradient of a layer with parameters N(0, 0.2) and norms around one.
 
     The drawn numbers are exact in float32, so that both precisions start from the same ones. With
     ``documents``, the lengths of a sequence's documents, no token looks into another document.
+    ``still``: a layer that rotates nothing, as if every token were the first.
     """
     generator = torch.Generator().manual_seed(tokens)
 
@@ -323,10 +328,19 @@ def reference(
     upstream = draw(tokens, batch, config.hidden)
     allowed = document_mask(tokens, documents) if documents else None
     weights = oracle_weights(parameters, config)
+    positions = [0.0] * tokens if still else None
     logits: dict[tuple[int, int], list[float]] = {}
     output = torch.stack(
         [
-            mlra_oracle(x[:, n], weights, config, allowed=allowed, logits=logits)
+            mlra_oracle(
+                x[:, n],
+                weights,
+                config,
+                query_positions=positions,
+                key_positions=positions,
+                allowed=allowed,
+                logits=logits,
+            )
             for n in range(batch)
         ],
         dim=1,

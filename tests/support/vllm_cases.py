@@ -182,6 +182,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"hf_overrides": {"kv_lora_rank": 64}},
         "the kernels take latent dims (64, 128, 256, 512), this model has 16",
     ),
+    "pattern": (
+        {"hf_overrides": {"rope_layer_types": ["rope", "nope"]}},
+        "rope_layer_types names layers without RoPE, which are not there",
+    ),
 }
 """Options that cannot be served, and what is said of them."""
 WRONG_WEIGHTS: dict[str, tuple[dict[str, Any], str]] = {

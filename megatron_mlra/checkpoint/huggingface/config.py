@@ -47,6 +47,7 @@ _EXPERTS = {
     "use_expert_bias": "moe_router_enable_expert_bias",
 }
 _MLP_TYPES = ("dense", "sparse")
+_ROPE_TYPES = ("rope", "nope")
 _ROUTER_DTYPES = {None: None, "fp32": "float32"}
 _YARN = ("original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
@@ -67,6 +68,7 @@ def to_hf_config(model: ModelDescription) -> dict[str, Any]:
             "auto_map": AUTO_MAP,
             **{name: getattr(model, name) for name in _LATENT},
             "query_head_norm": model.query_head_norm,
+            "rope_layer_types": [_ROPE_TYPES[bit] for bit in model.no_rope_pattern] or None,
             **_experts(model),
         }
     _check_llama(model)
@@ -109,6 +111,7 @@ def from_hf_config(config: Mapping[str, Any], dtype: str) -> ModelDescription:
         fields |= {name: needed(name) for name in _LATENT}
         # Folders that were exported before there was such a norm do not name it.
         fields["query_head_norm"] = config.get("query_head_norm", False)
+        fields["no_rope_pattern"] = _no_rope_pattern(config.get("rope_layer_types"))
         if config.get("num_experts"):
             fields |= _expert_fields(config, needed)
         model = ModelDescription(attention="mlra", **fields)
@@ -122,6 +125,18 @@ def from_hf_config(config: Mapping[str, Any], dtype: str) -> ModelDescription:
         head_dim=config.get("head_dim") or fields["hidden_size"] // heads,
         **fields,
     )
+
+
+def _no_rope_pattern(types: Any) -> tuple[int, ...]:
+    if types is None:
+        return ()
+    if not isinstance(types, list) or not all(kind in _ROPE_TYPES for kind in types):
+        raise CheckpointError(
+            f"config.json: rope_layer_types is {types!r:.60}; name {' or '.join(_ROPE_TYPES)} for"
+            " each layer"
+        )
+    pattern = tuple(map(_ROPE_TYPES.index, types))
+    return pattern if any(pattern) else ()
 
 
 def _experts(model: ModelDescription) -> dict[str, Any]:

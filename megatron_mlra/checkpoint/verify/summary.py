@@ -19,6 +19,8 @@ def lines(folder: CheckpointFolder) -> list[str]:
     rope = f"{'YaRN' if m.rope_type == 'yarn' else 'RoPE'} base {m.rotary_base:g}"
     if m.attention == "mlra" and not m.qk_rope_head_dim:
         rope = "no RoPE (NoPE)"
+    elif without := sum(m.no_rope_pattern):
+        rope += f" (none in {without} of {m.num_layers} layers)"
     out = [
         f"{folder.path}: {folder.kind} checkpoint of {m.variant}, {count:,} parameters, {m.dtype}",
         f"{m.num_layers} layers, hidden {m.hidden_size}, ffn {m.ffn_hidden_size},"

@@ -80,7 +80,7 @@ MODELS: dict[str, ModelDescription] = {
     "MLA-untied": _latent(1, 1, tie_embeddings=False),
     "MLRA-2-gated": _latent(4, 2, output_gate=True, tie_embeddings=False, query_head_norm=True),
     "MLRA-4-gated": _latent(4, 4, output_gate=True),
-    "MLRA-4-unscaled": _latent(4, 4, variance_scaling=False),
+    "MLRA-4-unscaled": _latent(4, 4, variance_scaling=False, no_rope_pattern=(1, 0)),
     "MLRA-4-no-q-lora": _latent(4, 4, q_lora_rank=None, query_head_norm=True),
     "MLRA-4-nope": _latent(4, 4, qk_rope_head_dim=0),
     "MLRA-4-yarn": _latent(4, 4, **YARN),

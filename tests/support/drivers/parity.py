@@ -53,7 +53,8 @@ def references() -> dict[str, dict[str, Any]]:
     }
     models["MLRA-4 query norm"] = {**VARIANTS["MLRA-4"], "query_head_norm": True}
     models["MLRA-4 NoPE"] = {**VARIANTS["MLRA-4"], "qk_pos_emb_head_dim": 0}
-    models["MLRA-4 deep"] = {**VARIANTS["MLRA-4"], "num_layers": 4}
+    # Stages must know which of their layers rotate.
+    models["MLRA-4 deep"] = {**VARIANTS["MLRA-4"], "num_layers": 4, "no_rope_freq": [0, 1, 1, 0]}
     models["GLA-2 deep"] = {**VARIANTS["GLA-2"], "num_layers": 4}
     models["MLRA-4 MoE"] = {
         **VARIANTS["MLRA-4"],

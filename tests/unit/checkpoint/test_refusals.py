@@ -273,6 +273,8 @@ def test_exported_experts_that_megatron_has_not():
         ("router_dtype", "float64", "router_dtype 'float64' has no counterpart"),
         ("mlp_layer_types", ["dense", "moe"], "mlp_layer_types 'moe' has no counterpart"),
         ("mlp_layer_types", ["sparse"], "needs a 0 or 1 for each of 2 layers"),
+        ("rope_layer_types", ["nope"], "needs a 0 or 1 for each of 2 layers"),
+        ("rope_layer_types", [[], 1], "rope_layer_types is [[], 1]; name rope or nope for each"),
         ("scoring_func", "sqrtsoftplus", "'sqrtsoftplus' is not supported"),
     ):
         with pytest.raises(ValueError) as refused:
@@ -285,6 +287,7 @@ def test_exported_experts_that_megatron_has_not():
     [
         ({"qk_rope_head_dim": 0}, r"at least one pair, and this model none \(NoPE\)"),
         ({"query_head_norm": True}, "no norm of query heads; use export-hf"),
+        ({"no_rope_pattern": (0, 1)}, "rotates in every layer; use export-hf"),
     ],
 )
 def test_what_the_research_code_has_not_is_refused(changes, said, tmp_path):

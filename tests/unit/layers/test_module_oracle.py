@@ -170,6 +170,18 @@ def test_document_mask(form, groups):
     assert relative_error(actual["output"], causal.output) > 0.01
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_pattern_of_layers_without_rope(form, groups):
+    """Such a layer keeps its RoPE dims, which no position turns; the others are as without it."""
+    for layer, still in ((1, False), (2, True)):
+        expected = reference(MLRA2, TOKENS, BATCH, still=still)
+        pattern = {"layer_number": layer, "no_rope_freq": 2, "core_form": form}
+        attention = build(MLRA2, groups, expected.parameters, **pattern)
+        assert_near(run(attention, expected.x, expected.upstream), expected)
+    rotated = reference(MLRA2, TOKENS, BATCH)
+    assert relative_error(expected.output, rotated.output) > 0.01
+
+
 YARN = {
     "rope_type": "yarn",
     "original_max_position_embeddings": 16,
