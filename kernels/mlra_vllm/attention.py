@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, rms_norm
 from vllm.config import VllmConfig
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
@@ -63,6 +63,8 @@ class MLRAAttention(nn.Module):
         self.q_up = weight(heads * self.query_size, self.query_rank or d)
         if self.query_rank:
             self.q_norm = RMSNorm(self.query_rank, eps=config.rms_norm_eps)
+        if config.norms_query_heads:
+            self.query_head_norm = weight(heads, self.query_size)
         if config.output_gate:
             self.gate = weight(heads * config.v_head_dim, d)
         self.proj = weight(d, heads * config.v_head_dim)
@@ -78,6 +80,9 @@ class MLRAAttention(nn.Module):
             query, kv = down.split((self.query_rank, self.kv_size), dim=-1)
             query = self.q_norm(query.contiguous())
         q = linear(query, self.q_up).unflatten(-1, (self.shard.heads, self.query_size))
+        if self.config.norms_query_heads:
+            wide = rms_norm(q.float(), (self.query_size,), eps=self.config.rms_norm_eps)
+            q = (wide * self.query_head_norm.float()).to(q.dtype)
         q = torch.cat((q[..., :nope], rotate(q[..., nope:], cos, sin)), dim=-1)
         out = self.attn(q, kv, positions).flatten(1)
         if self.config.output_gate:

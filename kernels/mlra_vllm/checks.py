@@ -122,6 +122,11 @@ def _size_problems(config: MLRAConfig, block_size: int | None):
         yield f"the kernels take latent dims {LATENT_DIMS}, this model has {config.latent_dim}"
     if config.qk_rope_head_dim not in ROPE_DIMS:
         yield f"the kernels take RoPE dims {ROPE_DIMS}, this model has {config.qk_rope_head_dim}"
+    if "nope" in (getattr(config, "rope_layer_types", None) or ()):
+        yield (
+            "rope_layer_types names layers without RoPE, which are not there; use mlra generate or"
+            " transformers"
+        )
     if config.hidden_act not in ("silu", "swish"):
         yield f"hidden_act is {config.hidden_act!r}; only silu is there"
     if config.rope_parameters["rope_type"] not in ("default", "yarn"):

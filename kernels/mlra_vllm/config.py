@@ -44,6 +44,11 @@ class MLRAConfig(PreTrainedConfig):
         """Layers of multi-token prediction, behind the decoder's."""
         return getattr(self, "num_nextn_predict_layers", 0)
 
+    @property
+    def norms_query_heads(self) -> bool:
+        """Whether there is an RMSNorm of each query head; older exports do not say."""
+        return bool(getattr(self, "query_head_norm", False))
+
     def layer_has_experts(self, layer: int) -> bool:
         """Whether a layer's MLP is a mixture of experts."""
         types = getattr(self, "mlp_layer_types", None)

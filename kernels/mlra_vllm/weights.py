@@ -92,6 +92,12 @@ def sources(config: MLRAConfig, shard: Shard) -> dict[str, Source]:
         table["q_b_proj.weight"] = Source((h * e, d_q), (("q_up", WHOLE),), rows(e))
     else:
         table["q_proj.weight"] = Source((h * e, d), (("q_up", WHOLE),), rows(e))
+    if config.norms_query_heads:
+        table["query_head_norm.weight"] = Source(
+            (h * e,),
+            (("query_head_norm", WHOLE),),
+            lambda x: (x[of_heads(e)].unflatten(0, (-1, e)),),
+        )
     if config.output_gate:
         table["g_proj.weight"] = Source((h * d_v, d), (("gate", WHOLE),), rows(d_v))
     return table

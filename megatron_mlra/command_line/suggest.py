@@ -62,6 +62,7 @@ ELSEWHERE = {
     "wandb-exp-name": "run-name wandb-name wandb-run-name",
     "wandb-project": "report-to use-wandb wandb",
     "qk-nope-head-dim": "qk-nope-dim nope-head-dim",
+    "query-head-norm": "qk-norm qk-head-norm query-norm q-norm q-layernorm",
     "qk-rope-head-dim": "qk-rope-dim rope-head-dim",
     "finetune": "fine-tune",
     "gpus": "num-gpus n-gpus ngpus devices world-size nproc-per-node",

@@ -120,6 +120,9 @@ def _attention_norms(shape: ModelDescription) -> dict[str, int]:
         norms["q_norm"] = shape.q_lora_rank
     if shape.attention == "mlra":
         norms["kv_norm"] = shape.kv_lora_rank  # L weights of d_l
+    if shape.query_head_norm:
+        q_dim = shape.qk_nope_head_dim + shape.qk_rope_head_dim
+        norms["query_head_norm"] = shape.num_attention_heads * q_dim
     if shape.attention == "gqa" and shape.qk_layernorm:
         norms["qk_layernorm"] = 2 * shape.head_dim
     return norms

@@ -60,6 +60,7 @@ def from_megatron_args(args: Any, **overrides: Any) -> ModelDescription:
         "max_position_embeddings": get("max_position_embeddings", "seq_length", default=2048),
         "dtype": str(get("params_dtype", default="float32")).removeprefix("torch."),
         "softmax_scale": get("softmax_scale"),
+        "no_rope_pattern": _no_rope_pattern(get("no_rope_freq"), get("num_layers", default=0)),
         "tokenizer_type": get("tokenizer_type"),
         "tokenizer_model": get("tokenizer_model"),
         "eod_token_id": get("null_tokenizer_eod_id"),
@@ -73,6 +74,7 @@ def from_megatron_args(args: Any, **overrides: Any) -> ModelDescription:
             "qk_nope_head_dim": get("qk_head_dim", "qk_nope_head_dim", default=128),
             "qk_rope_head_dim": get("qk_pos_emb_head_dim", "qk_rope_head_dim", default=64),
             "v_head_dim": get("v_head_dim", default=128),
+            "query_head_norm": switch("query_head_norm"),
             "output_gate": switch("output_gate"),
             "variance_scaling": switch("variance_scaling", default=True),
             "rope_type": get("rope_type", default="rope"),
@@ -107,6 +109,23 @@ def from_megatron_args(args: Any, **overrides: Any) -> ModelDescription:
     return ModelDescription(**fields | overrides)
 
 
+def _no_rope_pattern(freq: Any, num_layers: Any) -> tuple[int, ...]:
+    """Megatron's `no_rope_freq` by layers: of N the last of every N layers has no RoPE.
+
+    Raises:
+        CheckpointError: it is no pattern of the layers.
+    """
+    if freq is None or not isinstance(num_layers, int):
+        return ()
+    if isinstance(freq, list | tuple) and all(type(each) is int for each in freq):
+        return tuple(freq) if any(freq) else ()
+    if type(freq) is int and 0 < freq <= num_layers <= MOST_LAYERS and num_layers % freq == 0:
+        return (*(0,) * (freq - 1), 1) * (num_layers // freq)
+    raise CheckpointError(
+        f"no_rope_freq is {freq!r:.60}; use a divisor of {num_layers} layers, or a 0 or 1 for each"
+    )
+
+
 ROPE_ARGUMENTS = ("rotary_base", "rope_type", *YARN)
 """Arguments of RoPE, which change when a context is extended."""
 
@@ -114,6 +133,7 @@ _NAMED = {
     "head_dim": "kv_channels",
     "qk_nope_head_dim": "qk_head_dim",
     "qk_rope_head_dim": "qk_pos_emb_head_dim",
+    "no_rope_pattern": "no_rope_freq",
     "tie_embeddings": "untie_embeddings_and_output_weights",
     "moe_layer_pattern": "moe_layer_freq",
 }
@@ -166,7 +186,7 @@ def differing_arguments(
             said = values
         found.append((name, *said))
     for name in (*_NEEDED, *_REFUSED):
-        if name in ("swiglu", "qk_layernorm"):  # fields
+        if name in ("swiglu", "qk_layernorm", "no_rope_freq"):  # fields
             continue
         values = [_plain(of.get(name), _NEEDED.get(name)) for of in (there, ours)]
         if values[0] != values[1]:
@@ -255,6 +275,7 @@ def to_megatron_args(description: ModelDescription) -> dict[str, Any]:
         "bf16": description.dtype == "bfloat16",
         "fp16": description.dtype == "float16",
         "softmax_scale": description.softmax_scale,
+        "no_rope_freq": list(description.no_rope_pattern) or None,
         "mtp_num_layers": description.mtp_num_layers or None,
         "mtp_use_repeated_layer": description.mtp_use_repeated_layer,
         **expert_args(description),
@@ -268,9 +289,8 @@ def to_megatron_args(description: ModelDescription) -> dict[str, Any]:
             "attention_output_gate": description.output_gate,
         }
     names = ("num_latent_heads", "num_branches", "q_lora_rank", "kv_lora_rank", "v_head_dim")
-    args |= {
-        name: getattr(description, name) for name in (*names, "variance_scaling", "output_gate")
-    }
+    names += ("query_head_norm", "variance_scaling", "output_gate")
+    args |= {name: getattr(description, name) for name in names}
     args |= {name: getattr(description, name) for name in YARN}
     return args | {
         "qk_head_dim": description.qk_nope_head_dim,
@@ -317,5 +337,5 @@ def _refuse_unsupported(values: Mapping[str, Any]) -> None:
         if value is not None and value != needed:
             raise CheckpointError(f"{name} {value!r} cannot be converted; only {needed!r} can")
     for name in _REFUSED:
-        if values.get(name):
+        if values.get(name) and (kind, name) != ("mlra", "no_rope_freq"):
             raise CheckpointError(f"a model with {name} ({values[name]!r}) cannot be converted")

@@ -128,6 +128,10 @@ class ModelDescription(LatentSizes, ExpertSizes):
     qk_layernorm: bool = False
     """Of 'gqa': an RMSNorm on each query and key head."""
 
+    query_head_norm: bool = False
+    """Of 'mlra': an RMSNorm on each query head, before RoPE. Its keys are latents, which are
+    normalised already."""
+
     output_gate: bool = False
     """sigmoid(x W_G) on the attention output ('mlra' and 'gqa')."""
 
@@ -140,6 +144,10 @@ class ModelDescription(LatentSizes, ExpertSizes):
 
     rope_type: str = "rope"
     """'rope', or for 'mlra' 'yarn'."""
+
+    no_rope_pattern: tuple[int, ...] = ()
+    """1 for a layer that rotates nothing, 0 for one with RoPE; empty where all have it. Megatron's
+    `no_rope_freq`: the RoPE dims stay, as dims without a position, and so do all sizes and t."""
 
     rotary_base: float = 10000.0
     rotary_scaling_factor: float = 1.0
@@ -236,6 +244,10 @@ class ModelDescription(LatentSizes, ExpertSizes):
         """Layers of multi-token prediction: one a token ahead, or one for all."""
         return min(self.mtp_num_layers, 1) if self.mtp_use_repeated_layer else self.mtp_num_layers
 
+    def rotates(self, layer: int) -> bool:
+        """Whether a layer rotates its RoPE dims."""
+        return not (self.no_rope_pattern and self.no_rope_pattern[layer])
+
     def replace(self, **changes: Any) -> ModelDescription:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
@@ -286,6 +298,13 @@ class ModelDescription(LatentSizes, ExpertSizes):
             raise CheckpointError(
                 f"rope_type {self.rope_type!r} stretches RoPE, and qk_rope_head_dim is 0: use rope"
             )
+        if self.query_head_norm and self.attention != "mlra":
+            raise CheckpointError(
+                f"query_head_norm needs latent attention, and attention is {self.attention}; leave"
+                " it out, or with gqa use qk_layernorm"
+            )
+        if problem := self._pattern_problem():
+            raise CheckpointError(problem)
         for name, part, whole_name, whole in self._divisors():
             if whole % part:
                 shown = name if name == "2" else f"{name} {part}"
@@ -298,6 +317,26 @@ class ModelDescription(LatentSizes, ExpertSizes):
             raise CheckpointError(
                 f"num_experts is {self.num_experts}: {tensors} tensors, of at most {MOST_TENSORS}"
             )
+
+    def _pattern_problem(self) -> str | None:
+        """One line if the layers without RoPE make no model."""
+        pattern = self.no_rope_pattern
+        if not pattern:
+            return None
+        if len(pattern) != self.num_layers or set(pattern) - {0, 1}:
+            return (
+                f"no_rope_pattern is {list(pattern)!r:.200}; it needs a 0 or 1 for each of"
+                f" {self.num_layers} layers"
+            )
+        latent = self.attention == "mlra"
+        for name, wrong, fix in (
+            ("rope_type", self.rope_type != "rope", "use rope"),
+            ("mtp_num_layers", latent and self.mtp_num_layers, "leave it out"),
+            ("qk_rope_head_dim", latent and not self.qk_rope_head_dim, "leave no_rope_freq out"),
+        ):
+            if wrong:
+                return f"{name} {getattr(self, name)!r} does not go with no_rope_freq: {fix}"
+        return None
 
     def _check_types(self) -> None:
         """Check the types of all fields (a text "false" would count as true), and that numbers are

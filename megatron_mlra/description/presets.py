@@ -79,8 +79,9 @@ def preset_values(path: str | Path) -> dict[str, Any]:
     for file, values in preset_chain(path):
         refuse_unknown(file, values, known)
         merged |= {ALIASES.get(key, key): value for key, value in values.items()}
-    if isinstance(merged.get("moe_layer_freq"), str):
-        merged["moe_layer_freq"] = _layer_pattern(merged["moe_layer_freq"])
+    for key in ("moe_layer_freq", "no_rope_freq"):
+        if isinstance(merged.get(key), str):
+            merged[key] = _layer_pattern(key, merged[key])
     return merged
 
 
@@ -118,7 +119,7 @@ def preset_chain(path: str | Path) -> list[tuple[Path, dict[str, Any]]]:
         path = find_preset(base, path.parent)
 
 
-def _layer_pattern(text: str) -> list[int] | int:
+def _layer_pattern(key: str, text: str) -> list[int] | int:
     """A pattern of layers in Megatron's form, e.g. `([0]+[1]*26)`, or a number."""
     if text.isdigit():
         return int(text)
@@ -126,7 +127,7 @@ def _layer_pattern(text: str) -> list[int] | int:
     for term in text.strip("() ").split("+"):
         found = re.fullmatch(r"\s*\[([01](?:\s*,\s*[01])*)\]\s*(?:\*\s*(\d+))?\s*", term)
         if not found:
-            raise ValueError(f"moe_layer_freq is {text!r}; use a form such as ([0]+[1]*26)")
+            raise ValueError(f"{key} is {text!r}; use a form such as ([0]+[1]*26)")
         pattern += [int(bit) for bit in found[1].split(",")] * int(found[2] or 1)
     return pattern
 

@@ -86,6 +86,8 @@ def _attention(m: ModelDescription) -> dict[str, tuple[int, ...]]:
             "q_norm": (m.q_lora_rank,),
             "linear_q_up_proj": (q_size, m.q_lora_rank),
         }
+    if m.query_head_norm:
+        shapes["query_head_norm"] = (q_size,)
     shapes |= {
         "linear_kv_down_proj": (m.kv_lora_rank + m.qk_rope_head_dim, d),
         "kv_norm": (m.kv_lora_rank,),

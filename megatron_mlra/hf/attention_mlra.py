@@ -138,6 +138,7 @@ class MLRAAttention(nn.Module):
     def __init__(self, config: MLRAConfig, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
+        self.rotates = config.layer_rotates(layer_idx)
         d, h, eps = config.hidden_size, config.num_attention_heads, config.rms_norm_eps
         query_size = h * (config.qk_nope_head_dim + config.qk_rope_head_dim)
         if config.q_lora_rank is None:
@@ -146,6 +147,8 @@ class MLRAAttention(nn.Module):
             self.q_a_proj = nn.Linear(d, config.q_lora_rank, bias=False)
             self.q_a_layernorm = MLRARMSNorm(config.q_lora_rank, eps, scale=config.q_scale)
             self.q_b_proj = nn.Linear(config.q_lora_rank, query_size, bias=False)
+        if config.query_head_norm:
+            self.query_head_norm = MLRARMSNorm(query_size, eps, parts=h)
         row = config.kv_lora_rank + config.qk_rope_head_dim
         self.kv_a_proj_with_mqa = nn.Linear(d, row, bias=False)
         self.kv_a_layernorm = MLRARMSNorm(
@@ -192,10 +195,14 @@ class MLRAAttention(nn.Module):
     def compress(self, x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Query parts `[b, s, h, d_h]`, `[b, s, h, r]` and cache rows `[b, s, L * l + r]`."""
         config = self.config
+        if not self.rotates:
+            cos_sin = torch.ones_like(cos_sin[0]), torch.zeros_like(cos_sin[1])
         if config.q_lora_rank is None:
             q = self.q_proj(x)
         else:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        if config.query_head_norm:
+            q = self.query_head_norm(q)
         q = q.unflatten(-1, (config.num_attention_heads, -1))
         nope, rope = config.qk_nope_head_dim, config.qk_rope_head_dim
         q_nope, q_rope = q.split((nope, rope), dim=-1)

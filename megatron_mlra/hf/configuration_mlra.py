@@ -41,6 +41,8 @@ class MLRAConfig(PreTrainedConfig):
     qk_nope_head_dim: int = 128
     qk_rope_head_dim: int = 64
     v_head_dim: int = 128
+    query_head_norm: bool = False
+    """RMSNorm of each query head's d_h + d_r numbers before RoPE."""
     output_gate: bool = False
     """Multiply the attention output by sigmoid(x W_G) before the output projection."""
     variance_scaling: bool = True
@@ -79,6 +81,8 @@ class MLRAConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
     rope_parameters: dict | None = None
     """transformers' RoPE values; `rope_type` "default" or "yarn". Pairs are (i, i + d_r / 2)."""
+    rope_layer_types: list[str] | None = None
+    """"rope", or "nope" for a layer that rotates nothing; None: all "rope"."""
     use_cache: bool = True
     decode_backend: str = "auto"
     """What attends to the cache in steps of 1 to 8 tokens: "torch" (the attention implementation,
@@ -132,6 +136,10 @@ class MLRAConfig(PreTrainedConfig):
         types = self.mlp_layer_types
         return self.num_experts > 0 and (types is None or types[layer] == "sparse")
 
+    def layer_rotates(self, layer: int) -> bool:
+        """Whether a layer rotates its RoPE dims."""
+        return self.rope_layer_types is None or self.rope_layer_types[layer] == "rope"
+
     def check(self) -> None:
         """Raise ValueError where the fields do not fit each other, those changed later too."""
         L, N, h = self.num_latent_heads, self.num_branches, self.num_attention_heads
@@ -151,6 +159,14 @@ class MLRAConfig(PreTrainedConfig):
             )
         if self.rope_parameters["rope_type"] == "yarn" and not self.qk_rope_head_dim:
             raise ValueError("rope_type yarn stretches RoPE, qk_rope_head_dim is 0; use default")
+        types = self.rope_layer_types
+        if types is not None and (
+            len(types) != self.num_hidden_layers or set(types) - {"rope", "nope"}
+        ):
+            raise ValueError(
+                f"rope_layer_types is {types}; name 'rope' or 'nope' for each of"
+                f" {self.num_hidden_layers} layers"
+            )
         if self.num_experts:
             self._check_experts()
         self.check_backend()

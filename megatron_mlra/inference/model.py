@@ -25,7 +25,7 @@ from megatron_mlra.inference.weights import (
     LatentWeights,
     ModelWeights,
 )
-from megatron_mlra.maths.rope import rotary_tables
+from megatron_mlra.maths.rope import rotary_tables, unrotated
 from mlra_kernels.absorption import absorb_queries, sum_branches
 from mlra_kernels.prefill import (
     EXPANDED_KEYS,
@@ -124,6 +124,8 @@ class InferenceModel:
         self.first_layer = 0
         """Of the cache."""
         self.tables = rotary_tables(model, table_rows or max_positions, self.device)
+        self.still = unrotated(*self.tables) if model.no_rope_pattern else self.tables
+        """The tables of layers without RoPE."""
 
     @torch.inference_mode()
     def forward(self, step: Step, rows: Tensor | None = None) -> Tensor:
@@ -197,21 +199,24 @@ class InferenceModel:
         """`[T, d]` -> the core's gated output `[T, h_o d_v]`."""
         model, ops, eps = self.model, self.ops, self.model.layernorm_epsilon
         core, shard = self.shard.core, self.shard
+        tables = self.tables if model.rotates(index) else self.still
         down = linear(x, weights.down)
         c_q, kv = x, down
         if weights.q_norm is not None:
             c_q, kv = down.split((model.q_lora_rank, down.size(1) - model.q_lora_rank), dim=1)
             c_q = ops.rms_norm(c_q, weights.q_norm, eps)
         q = linear(c_q, weights.q_up).unflatten(1, (shard.query_heads, -1))  # [T, h_q, e]
-        q = ops.rotate(q, model.qk_nope_head_dim, *self.tables, step.positions)
+        if weights.head_norm is not None:
+            q = ops.norm_heads(q, weights.head_norm, eps)
+        q = ops.rotate(q, model.qk_nope_head_dim, *tables, step.positions)
         q = self.parallel.gather_queries(q, core.heads // shard.query_heads)  # [T, h, e]
 
         layer = self.cache.layer(index)
-        ops.append(kv, weights.kv_norm, self.tables, step, layer, model.kv_scale, eps)
+        ops.append(kv, weights.kv_norm, tables, step, layer, model.kv_scale, eps)
         if step.fresh is not None:
             scratch = self.cache.scratch(step.fresh.pages)
             beside = replace(step, slots=step.fresh.slots)
-            ops.append(kv, weights.kv_norm, self.tables, beside, scratch, model.kv_scale, eps)
+            ops.append(kv, weights.kv_norm, tables, beside, scratch, model.kv_scale, eps)
             out = self._prefill_cut(q, scratch, layer, weights, step)
         elif step.bundles:
             out = prefill_latent(

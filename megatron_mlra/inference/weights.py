@@ -37,6 +37,8 @@ class LatentWeights:
     """`[d_q]`, times a_q."""
     q_up: Tensor
     """`[h_q e, d_q]`, or `[h_q e, d]` without q_lora_rank."""
+    head_norm: Tensor | None
+    """`[h_q, e]`, of the query heads."""
     kv_norm: Tensor
     """`[n g, l]`; a_kv is applied where the cache is written."""
     w_uk: Tensor
@@ -246,6 +248,9 @@ def _latent(
         down=place(torch.cat(down)),
         q_norm=q_norm,
         q_up=place(q_up),
+        head_norm=place(own("query_head_norm").unflatten(0, (shard.query_heads, -1)))
+        if model.query_head_norm
+        else None,
         kv_norm=place(own("kv_norm").unflatten(0, (-1, model.latent_dim))),
         w_uk=place(w_uk.permute(1, 2, 0, 3).flatten(2)),
         w_uv=place(w_uv.permute(1, 0, 3, 2).flatten(1, 2).float() * model.branch_scale),

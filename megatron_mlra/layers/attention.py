@@ -32,6 +32,7 @@ from megatron_mlra.layers.projections import (
 from megatron_mlra.layers.recompute import rebuilt_in_backward
 from megatron_mlra.layers.rotary import rotary_tables
 from megatron_mlra.maths.attention import materialized_qkv, split_up_projection
+from megatron_mlra.maths.rope import unrotated
 from megatron_mlra.sharding.context_parallel import ContextParallel
 from megatron_mlra.sharding.matrices import latent_matrices
 from megatron_mlra.sharding.partition import LatentShard
@@ -62,6 +63,7 @@ class MLRASelfAttention(Attention):
 
     - `linear_q_down_proj.weight` `[d_q / tp, d]`, `q_norm.weight` `[d_q / tp]`
     - `linear_q_up_proj.weight` `[h / tp * (d_h + d_r), d_q]`
+    - `query_head_norm.weight` `[h / tp * (d_h + d_r)]` (query_head_norm)
     - `linear_kv_down_proj.weight` `[d_c / tp + d_r / tp, d]`, `kv_norm.weight` `[d_c / tp]`
     - `linear_kv_up_proj.weight` `[n, h_c, d_h + d_v, l]`
     - `linear_gate_proj.weight` `[h / tp * d_v, d]` (output_gate)
@@ -105,6 +107,7 @@ class MLRASelfAttention(Attention):
         self.rebuilds_query = (
             config.absorbed and config.recompute_absorbed_query and not config.cpu_offloading
         )
+        self.rotates = config.rotates(layer_number - 1)
         self.own_heads = config.num_attention_heads // group.size()
         self.recompute_up_projection = (
             config.recompute_granularity == "selective"
@@ -134,6 +137,9 @@ class MLRASelfAttention(Attention):
             self.linear_q_down_proj = column("linear_q_down_proj")
             self.q_norm = ShardedRMSNorm(config, config.q_lora_rank, 1, config.q_scale, group)
             self.linear_q_up_proj = column("linear_q_up_proj")
+        if config.query_head_norm:
+            h = config.num_attention_heads
+            self.query_head_norm = ShardedRMSNorm(config, h * config.qk_dim, h, 1.0, group)
         self.linear_kv_down_proj = column("linear_kv_down_proj")
         d_c, L = config.kv_lora_rank, config.num_latent_heads
         self.kv_norm = ShardedRMSNorm(config, d_c, L, config.kv_scale, group)
@@ -271,6 +277,8 @@ class MLRASelfAttention(Attention):
         """Query latent (or x) -> the core's heads `[s, b, h_c, e]`, not yet rotated."""
         linear = self.linear_q_proj if self.config.q_lora_rank is None else self.linear_q_up_proj
         q, _ = linear(q)
+        if self.config.query_head_norm:
+            q = self.query_head_norm(q)  # whole heads, so on either layout without communication
         q = q.view(*q.shape[:-1], self.own_heads, self.config.qk_dim)  # [s, b, h / tp, e]
         return self.parallel.exchange_queries(q)
 
@@ -367,6 +375,8 @@ class MLRASelfAttention(Attention):
     def _rotary_angles(self, plan: TokenPlan, offset: int) -> tuple[Tensor, ...]:
         """cos and sin of the queries `[s, d_r / 2]` and of the keys `[t, d_r / 2]`, float32."""
         tables = rotary_tables(self.config).cos_sin(plan.tokens, offset)
+        if not self.rotates:
+            tables = unrotated(*tables)
         if plan.positions is None:
             return *tables, *tables
         places = (plan.positions, plan.key_positions)

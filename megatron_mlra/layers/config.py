@@ -65,6 +65,10 @@ class MLRAConfig(LatentSizes, MLATransformerConfig):
     num_branches: int = 4
     """Latent heads N that serve each attention head; their attention outputs are summed."""
 
+    query_head_norm: bool = False
+    """RMSNorm of each query head's d_h + d_r numbers, before RoPE and absorption, with a weight of
+    its own. Megatron's `qk_layernorm` would norm keys too, which here are latents."""
+
     output_gate: bool = False
     """Multiply the attention output by sigmoid(x W_G), elementwise, before the output
     projection."""
@@ -248,6 +252,8 @@ class MLRAConfig(LatentSizes, MLATransformerConfig):
             )
         if not self.qk_pos_emb_head_dim:
             self._validate_nope()
+        if self.no_rope_freq:
+            self._validate_no_rope_freq()
         if self.rope_type == "yarn":
             for name in ("rotary_scaling_factor", "original_max_position_embeddings"):
                 value = getattr(self, name)
@@ -273,6 +279,32 @@ class MLRAConfig(LatentSizes, MLATransformerConfig):
                 "latent_kernels mlra_kernels rotate at least 16 dims, and qk_rope_head_dim is 0"
                 " (NoPE); use latent_kernels torch or auto"
             )
+
+    def _validate_no_rope_freq(self) -> None:
+        """What goes with layers that rotate nothing."""
+        freq = self.no_rope_freq
+        for name, value, wrong, fix in (
+            ("rope_type", "yarn", self.rope_type == "yarn", "use rope_type rope"),
+            ("mtp_num_layers", self.mtp_num_layers, self.mtp_num_layers, "leave it out"),
+            ("qk_rope_head_dim", 0, not self.qk_pos_emb_head_dim, "leave no_rope_freq out"),
+        ):
+            if wrong:
+                raise ValueError(f"{name} {value} does not go with no_rope_freq ({freq}): {fix}")
+        n = self.num_layers
+        if isinstance(freq, int):
+            if n % freq:
+                better = _nearest(_divisors(n), freq)
+                raise ValueError(
+                    f"no_rope_freq {freq} does not divide num_layers {n}; use no_rope_freq {better}"
+                )
+        elif len(freq) != n or set(freq) - {0, 1}:
+            raise ValueError(
+                f"no_rope_freq is {freq}; use a 0 or 1 for each of num_layers {n}, 1 for no RoPE"
+            )
+
+    def rotates(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, rotates its RoPE dims."""
+        return not (self.no_rope_freq and self.no_rope_freq[layer])
 
     def _validate_parallel(self) -> None:
         tp = self.tensor_model_parallel_size
@@ -336,11 +368,11 @@ _REFUSED = {
     "add_bias_linear": "it has no biases; use --disable-bias-linear",
     "add_qkv_bias": "it has no biases; leave it out",
     "qk_layernorm": "it always normalises the latents of queries and keys, and a norm of keys"
-    " behind their up-projection would take them out of latent space; leave it out, or use qk_clip",
+    " behind their up-projection would take them out of latent space; leave it out, or use"
+    " query_head_norm or qk_clip",
     "attention_output_gate": "use output_gate",
     "apply_rope_fusion": "use --no-rope-fusion",
     "rotary_interleaved": "its RoPE is half-split; leave it out",
-    "no_rope_freq": "its layers are alike; leave it out, or use qk_rope_head_dim 0 for no RoPE",
     "cache_mla_latents": "it is for Megatron's own MLA; leave it out",
     "mla_down_proj_fusion": "it is for Megatron's own MLA; leave it out",
     "experimental_attention_variant": "it replaces the attention; leave it out",

@@ -37,6 +37,7 @@ def to_config(description: ModelDescription, **overrides: Any) -> MLRAConfig | B
         "add_bias_linear": False,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
+        "no_rope_freq": list(description.no_rope_pattern) or None,
         "bf16": description.dtype == "bfloat16",
         "fp16": description.dtype == "float16",
     }
@@ -53,7 +54,7 @@ def to_config(description: ModelDescription, **overrides: Any) -> MLRAConfig | B
         }
         return BaselineConfig(**fields | overrides)
     names = ("num_latent_heads", "num_branches", "q_lora_rank", "kv_lora_rank", "v_head_dim")
-    names += ("output_gate", "variance_scaling", "rope_type", *YARN)
+    names += ("query_head_norm", "output_gate", "variance_scaling", "rope_type", *YARN)
     fields |= {name: getattr(description, name) for name in names}
     fields |= {
         "qk_head_dim": description.qk_nope_head_dim,

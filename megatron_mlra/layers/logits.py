@@ -50,11 +50,15 @@ def measured(chunk: torch.nn.Module) -> Iterator[tuple[int, torch.nn.Module]]:
 
 
 Row = tuple[torch.nn.Parameter, Tensor]
-"""A weight, and a factor for each row of it: all axes but the last, counted through."""
+"""A weight, and a factor for each row of it: all axes but the last, counted through. A vector's
+numbers are its rows."""
 
 
 def row_factors(attention: torch.nn.Module, factors: Shrink) -> Iterator[Row]:
     """The weights of an MLRASelfAttention that QK-clip scales, and by what, in float64.
+
+    A norm of query heads undoes whatever scales the projection before it, so that then the norm's
+    weight takes the query's factors.
 
     Args:
         factors: of all branches and heads; the layout says which of them the rank's weights serve.
@@ -65,6 +69,8 @@ def row_factors(attention: torch.nn.Module, factors: Shrink) -> Iterator[Row]:
     own = (factors.nope[share.heads], factors.rope[share.heads])
     queries = torch.cat([f[:, None].expand(-1, n) for f, n in zip(own, (d_h, d_r), strict=True)], 1)
     name = "linear_q_proj" if config.q_lora_rank is None else "linear_q_up_proj"
+    if config.query_head_norm:
+        name = "query_head_norm"
     yield getattr(attention, name).weight, queries.flatten()
     keys = factors.key[share.branches, share.core_heads, None]  # [n, h_c, 1]
     keys = torch.cat((keys.expand(-1, -1, d_h), torch.ones_like(keys).expand(-1, -1, d_v)), 2)

@@ -144,7 +144,8 @@ def mlra_attention(
         weights: by parameter name, as MLRASelfAttention's at tensor parallel size 1:
             `linear_q_down_proj` `[q, d]` and `q_norm` `[q]` (or `linear_q_proj`
             `[h * (nope + rope), d]`),
-            `linear_q_up_proj` `[h * (nope + rope), q]`, `linear_kv_down_proj` `[L * l + rope, d]`,
+            `linear_q_up_proj` `[h * (nope + rope), q]`, with `query_head_norm`
+            `query_head_norm` `[h * (nope + rope)]`, `linear_kv_down_proj` `[L * l + rope, d]`,
             `kv_norm` `[L * l]`, `linear_kv_up_proj` `[n, h, nope + v, l]`,
             `linear_proj` `[d, h * v]`,
             gated: `linear_gate_proj` `[h * v, d]`.
@@ -174,6 +175,8 @@ def mlra_attention(
         c_q = rms_norm(c_q, weights["q_norm"], eps, config.q_scale)
         q = c_q @ weights["linear_q_up_proj"].T
     q = q.view(s, b, h, nope + rope)
+    if config.query_head_norm:
+        q = rms_norm(q, weights["query_head_norm"].view(h, nope + rope), eps)
 
     c, k_rope = (x @ weights["linear_kv_down_proj"].T).split((config.kv_lora_rank, rope), dim=-1)
     latents = c.view(s, b, n, g, config.latent_dim)

@@ -77,6 +77,11 @@ def rope_cos_sin(
     return angle.cos(), angle.sin()
 
 
+def unrotated(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Tables like these that leave their dims as they are, bit by bit: of a layer without RoPE."""
+    return torch.ones_like(cos), torch.zeros_like(sin)
+
+
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (i, i + d_r / 2) of the last dim: half-split RoPE.
 

@@ -85,7 +85,10 @@ def ways(shape: ModelDescription, devices: int) -> list[Way]:
     groups = math.gcd(8, shape.num_attention_heads)
     if shape.attention == "gqa":
         groups = shape.num_query_groups
-    gqa = replace(shape, attention="gqa", num_query_groups=groups, head_dim=d_h, rope_type="rope")
+    gqa = replace(
+        shape, attention="gqa", num_query_groups=groups, head_dim=d_h, rope_type="rope",
+        query_head_norm=False, qk_layernorm=shape.qk_layernorm or shape.query_head_norm,
+    )  # fmt: skip
     found = [
         _latent_way("MLRA-4", family(4, 4), devices),
         Way("MLA", family(1, 1), devices, 0, 0, 1),

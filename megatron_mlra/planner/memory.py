@@ -123,6 +123,8 @@ def _attention_items(
         items["q_norm"] = norm * shape.q_lora_rank / tp
         items["q_latent"] = e * shape.q_lora_rank
     items["kv_norm"] = norm * shape.kv_lora_rank / tp
+    if shape.query_head_norm:
+        items["query_head_norm"] = norm * h * (d_h + d_r) / tp
     latents = e * n * groups * l
     query, core_key = e * n * heads * (l + d_r), e * n * groups * (l + d_r)
     value_dim = l
@@ -169,7 +171,7 @@ def _without(items, drop, shape, local, core_key, latents) -> dict[str, float]:
             if not shape.absorbed:
                 items["key"] = items["query"]
     if "up_proj" in drop:
-        items["q"] = items["query"] = 0.0
+        items["q"] = items["query"] = items["query_head_norm"] = 0.0
         if not (local and "core" not in drop):
             items["key"] = 0.0
             items["value"] = 0.0

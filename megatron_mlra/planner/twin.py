@@ -5,6 +5,10 @@ d_c = 4 d_h, d_r = d_h / 2, query rank d / 2 for MLA and d / 3 for the others. G
 h / 4 key/value heads. MFA has heads of 2 d_h from a shared query of 2 d / 3. TPA has ranks 6 and 2.
 A source of the latent family keeps its own sizes; the query ranks of MLA and the others are as
 3 : 2. The MLP's size makes the number of parameters equal.
+
+A norm of query heads stays within the latent family, and is Megatron's `qk_layernorm` in a twin
+with grouped queries; GTA, MFA and TPA have none. In the other direction a latent twin gets none,
+because its queries and keys are made of normalised latents.
 """
 
 from __future__ import annotations
@@ -46,7 +50,7 @@ _KEYS = """
     attention num_latent_heads num_branches q_lora_rank kv_lora_rank qk_head_dim
     qk_pos_emb_head_dim v_head_dim output_gate attention_output_gate variance_scaling
     no_variance_scaling kv_channels group_query_attention num_query_groups tpa_q_rank
-    tpa_kv_rank core_form core_backend latent_kernels latent_tp_layout qk_layernorm
+    tpa_kv_rank core_form core_backend latent_kernels latent_tp_layout qk_layernorm query_head_norm
 """
 ATTENTION_KEYS = frozenset(_KEYS.split())
 """Keys of a preset that describe its attention, by argparse destination or flag."""
@@ -177,6 +181,8 @@ def _attention(source: ModelDescription, merged: dict[str, Any], variant: str) -
             "qk_pos_emb_head_dim": source.qk_rope_head_dim if latent else d_h // 2,
             "v_head_dim": source.v_head_dim if latent else d_h,
         }
+        if source.query_head_norm:
+            values["query_head_norm"] = True
         if suffix == "gated":
             values["output_gate"] = True
         if suffix == "unscaled":
@@ -196,7 +202,7 @@ def _attention(source: ModelDescription, merged: dict[str, Any], variant: str) -
         "mfa": {"attention": "mfa", "kv_channels": 2 * d_h, "q_lora_rank": _multiple(2 * d / 3)},
         "tpa": {"attention": "tpa", "kv_channels": d_h, "tpa_q_rank": 6, "tpa_kv_rank": 2},
     }[name]
-    if values["attention"] == "gqa" and merged.get("qk_layernorm"):
+    if values["attention"] == "gqa" and (merged.get("qk_layernorm") or source.query_head_norm):
         values["qk_layernorm"] = True
     return values | ({"attention_output_gate": True} if suffix else {})
 

@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.sharding.partition import LatentShard
 
+OPTIONAL = ("query_head_norm", "linear_gate_proj")
+"""Weights that a switch adds."""
+
 Box = tuple[slice, ...]
 """A part of a global tensor, one slice per leading axis; later axes are whole."""
 
@@ -143,6 +146,10 @@ def placements(model: ModelDescription) -> dict[str, Placement]:
         )
         found["linear_q_up_proj"] = Placement(
             "[h (d_h + d_r), d_q]", (h * q_dim, d_q), "heads", "own heads", queries
+        )
+    if model.query_head_norm:
+        found["query_head_norm"] = Placement(
+            "[h (d_h + d_r)]", (h * q_dim,), "heads", "own heads", queries
         )
     found["linear_kv_down_proj"] = Placement(
         "[d_c + d_r, d]",

@@ -85,6 +85,12 @@ def _check_values(args: Namespace) -> None:
         r"\s*\d[\d.]*(\s*,\s*\d[\d.]*){0,2}", args.split
     ):
         raise ValueError(f"--split {args.split} is not three shares such as 969,30,1")
+    if args.query_head_norm and args.attention != "mlra":
+        instead = "use --qk-layernorm" if args.attention == "gqa" else "leave it out"
+        raise ValueError(
+            f"--query-head-norm is of latent attention, and --attention is {args.attention};"
+            f" {instead}"
+        )
     heads = args.num_attention_heads
     if args.attention != "mlra" and args.kv_channels is None and args.hidden_size % heads:
         raise ValueError(

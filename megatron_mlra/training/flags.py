@@ -100,6 +100,12 @@ def _add_attention(group: argparse._ArgumentGroup) -> None:
         metavar="R",
         help="rank of TPA's keys and values (default: 2)",
     )
+    add(
+        "--query-head-norm",
+        action="store_true",
+        help="RMSNorm of every query head before RoPE (mlra); of gqa --qk-layernorm norms queries"
+        " and keys",
+    )
     add("--output-gate", action="store_true", help="gate the attention output")
     add(
         "--no-variance-scaling",

@@ -172,11 +172,11 @@ def scale_rows(weight: torch.nn.Parameter, rows: Tensor, optimizer: Any) -> None
     A row whose factor is 1 keeps its bits.
 
     Args:
-        rows: one factor per row, all axes but the last counted through.
+        rows: one factor per row, all axes but the last counted through; per number of a vector.
         optimizer: Megatron's. Of a distributed one a rank has a flat part of the copy.
     """
     each = rows.to(weight.device, torch.float32)[:, None]
-    each = each.expand(-1, weight.shape[-1]).flatten()
+    each = each.expand(-1, weight.numel() // rows.numel()).flatten()
     weight.data.view(-1).mul_(each)
     copy = getattr(weight, "main_param", None)
     if copy is None:

@@ -110,5 +110,8 @@ def test_the_table_says_what_goes_where(results: Path) -> None:
         in said["linear_kv_down_proj.weight"]
     )
     assert said["kv_norm.weight"].split()[-3] == "adam"
+    normed = load(results, "MLRA-4 query norm tp2")["table"].splitlines()
+    (norm,) = (line.split() for line in normed if "query_head_norm.weight" in line)
+    assert norm[1:3] == ["[96]", "adam"]
     twin = load(results, "GQA")["table"]
     assert "8 of [16 x 64], a query; 4 of [16 x 64], a key; 4 of [16 x 64], a value" in twin

@@ -52,6 +52,7 @@ def planned(name: str) -> tuple[ModelDescription, Layout]:
         "vocab_size": 512,
         "seq_length": 128,
         "output_gate": name == "mlra4_gated",
+        "query_head_norm": name == "mlra4_gated",
     }
     if name == "gqa":
         sizes |= {"attention": "gqa", "head_dim": 32, "num_query_groups": 2}

@@ -38,7 +38,7 @@ def latent(latents, branches, dim, **changes):
 MODELS = {
     "MLRA-4": latent(4, 4, 64),
     "MLRA-2": latent(4, 2, 64),
-    "MLRA-4 gated": latent(4, 4, 128, output_gate=True, tie_embeddings=False),
+    "MLRA-4 gated": latent(4, 4, 128, output_gate=True, tie_embeddings=False, query_head_norm=True),
     "GLA-2": latent(2, 1, 128, q_lora_rank=None),
     "MLA": latent(1, 1, 256),
     "MLRA-4 experts": latent(

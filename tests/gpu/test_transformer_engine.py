@@ -98,6 +98,7 @@ def test_transformer_engine_equals_torch(variant: tuple[int, int, bool], core_fo
         "num_latent_heads": latents,
         "num_branches": branches,
         "output_gate": gated,
+        "query_head_norm": gated,
         "core_form": core_form,
     }
     expected, gradients, weights = run("local", **overrides)

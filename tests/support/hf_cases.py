@@ -22,12 +22,14 @@ CASES: dict[str, ModelDescription] = {
     "MLA": latent(1, 1),
     "GLA-2": latent(2, 1, tie_embeddings=False),
     "GLA-4": latent(4, 1, output_gate=True),
-    "MLRA-2": latent(4, 2, q_lora_rank=None),
+    "MLRA-2": latent(4, 2, q_lora_rank=None, query_head_norm=True),
     "MLRA-4": latent(4, 4),
     "MLRA-4-gated-untied": latent(4, 4, output_gate=True, tie_embeddings=False),
-    "MLRA-4-unscaled": latent(4, 4, variance_scaling=False, rotary_base=5e5),
+    "MLRA-4-unscaled": latent(
+        4, 4, variance_scaling=False, rotary_base=5e5, no_rope_pattern=(0, 1)
+    ),
     "MLRA-4-nope": latent(4, 4, qk_rope_head_dim=0),
-    "MLRA-8-yarn": latent(8, 8, v_head_dim=8, **YARN),
+    "MLRA-8-yarn": latent(8, 8, v_head_dim=8, query_head_norm=True, **YARN),
     "MLRA-4-experts": latent(
         4,
         4,

@@ -39,8 +39,13 @@ def prompts(*lengths):
 VARIANTS = {
     "MLA": {"num_latent_heads": 1, "num_branches": 1},
     "GLA-2": {"num_latent_heads": 2, "num_branches": 1, "output_gate": True},
-    "GLA-4": {"num_latent_heads": 4, "num_branches": 1},
-    "MLRA-2": {"num_latent_heads": 4, "num_branches": 2, "variance_scaling": False},
+    "GLA-4": {"num_latent_heads": 4, "num_branches": 1, "rope_layer_types": ["nope", "rope"]},
+    "MLRA-2": {
+        "num_latent_heads": 4,
+        "num_branches": 2,
+        "variance_scaling": False,
+        "query_head_norm": True,
+    },
     "MLRA-4": {"num_latent_heads": 4, "num_branches": 4, "output_gate": True},
     "MLRA-4 experts": {
         "num_latent_heads": 4,

@@ -62,11 +62,13 @@ def world_of_one() -> Iterator[ProcessGroupCollection]:
         dist.destroy_process_group()
 
 
-def build(case: OracleConfig, groups, parameters, **overrides) -> MLRASelfAttention:
+def build(
+    case: OracleConfig, groups, parameters, layer_number: int = 1, **overrides
+) -> MLRASelfAttention:
     """The module with these parameters, in float32."""
     config = MLRAConfig(**(config_values(case) | overrides))
     attention = build_module(
-        mlra_attention_spec(config), config=config, layer_number=1, pg_collection=groups
+        mlra_attention_spec(config), config=config, layer_number=layer_number, pg_collection=groups
     )
     module_parameters = named(attention)
     assert {name: tuple(p.shape) for name, p in module_parameters.items()} == parameter_shapes(case)

@@ -61,6 +61,7 @@ class OracleConfig:
     latents: int
     branches: int
     q_rank: int | None = None
+    head_norm: bool = False
     gate: bool = False
     scaling: bool = True
     norm_eps: float = 1e-6
@@ -195,7 +196,10 @@ def _queries(token: Tensor, w: dict[str, Tensor], c: OracleConfig, position: flo
     width = c.qk_nope + c.qk_rope
     heads = []
     for head in range(c.heads):
-        query = flat[head * width : (head + 1) * width]
+        own = slice(head * width, (head + 1) * width)
+        query = flat[own]
+        if c.head_norm:
+            query = rms_norm(query, w["head_norm"][own], c.norm_eps)
         turned = rotate(query[c.qk_nope :], position, c.rope_base, c.yarn)
         heads.append(torch.cat([query[: c.qk_nope], turned]))
     return heads
@@ -219,6 +223,7 @@ def config_values(config: OracleConfig) -> dict:
         "kv_lora_rank": c.kv_rank,
         "num_latent_heads": c.latents,
         "num_branches": c.branches,
+        "query_head_norm": c.head_norm,
         "output_gate": c.gate,
         "variance_scaling": c.scaling,
         "layernorm_epsilon": c.norm_eps,
@@ -244,6 +249,8 @@ def parameter_shapes(config: OracleConfig) -> dict[str, tuple[int, ...]]:
         shapes["linear_q_down_proj"] = (c.q_rank, c.hidden)
         shapes["q_norm"] = (c.q_rank,)
         shapes["linear_q_up_proj"] = (query, c.q_rank)
+    if c.head_norm:
+        shapes["query_head_norm"] = (query,)
     shapes["linear_kv_down_proj"] = (c.kv_rank + c.qk_rope, c.hidden)
     shapes["kv_norm"] = (c.kv_rank,)
     shapes["linear_kv_up_proj"] = (c.branches, c.heads, c.qk_nope + c.value, c.latent_dim)
@@ -263,6 +270,8 @@ def oracle_weights(parameters: dict[str, Tensor], config: OracleConfig) -> dict[
         weights["q_down"] = p["linear_q_down_proj"].T
         weights["q_norm"] = p["q_norm"]
         weights["q_up"] = p["linear_q_up_proj"].T
+    if c.head_norm:
+        weights["head_norm"] = p["query_head_norm"]
     for latent in range(c.latents):
         branch, group = latent // c.groups, latent % c.groups
         columns = slice(latent * c.latent_dim, (latent + 1) * c.latent_dim)
@@ -293,12 +302,17 @@ class Reference:
 
 @cache
 def reference(
-    config: OracleConfig, tokens: int, batch: int, documents: tuple[int, ...] = ()
+    config: OracleConfig,
+    tokens: int,
+    batch: int,
+    documents: tuple[int, ...] = (),
+    still: bool = False,
 ) -> Reference:
     """Output and every gradient of a layer with parameters N(0, 0.2) and norms around one.
 
     The drawn numbers are exact in float32, so that both precisions start from the same ones. With
     ``documents``, the lengths of a sequence's documents, no token looks into another document.
+    ``still``: a layer that rotates nothing, as if every token were the first.
     """
     generator = torch.Generator().manual_seed(tokens)
 
@@ -314,10 +328,19 @@ def reference(
     upstream = draw(tokens, batch, config.hidden)
     allowed = document_mask(tokens, documents) if documents else None
     weights = oracle_weights(parameters, config)
+    positions = [0.0] * tokens if still else None
     logits: dict[tuple[int, int], list[float]] = {}
     output = torch.stack(
         [
-            mlra_oracle(x[:, n], weights, config, allowed=allowed, logits=logits)
+            mlra_oracle(
+                x[:, n],
+                weights,
+                config,
+                query_positions=positions,
+                key_positions=positions,
+                allowed=allowed,
+                logits=logits,
+            )
             for n in range(batch)
         ],
         dim=1,

@@ -42,7 +42,7 @@ CASES: dict[str, ModelDescription] = {
     "MLA": served(1, 1),
     "GLA-2": served(2, 1, tie_embeddings=False),
     "GLA-4": served(4, 1, output_gate=True),
-    "MLRA-2": served(4, 2, q_lora_rank=None),
+    "MLRA-2": served(4, 2, q_lora_rank=None, query_head_norm=True),
     "MLRA-4": served(4, 4),
     "MLRA-4-gated-untied": served(4, 4, output_gate=True, tie_embeddings=False),
     "MLRA-4-unscaled": served(4, 4, variance_scaling=False, rotary_base=5e5),
@@ -206,6 +206,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "sizes": (
         {"hf_overrides": {"kv_lora_rank": 64}},
         "the kernels take latent dims (64, 128, 256, 512), this model has 16",
+    ),
+    "pattern": (
+        {"hf_overrides": {"rope_layer_types": ["rope", "nope"]}},
+        "rope_layer_types names layers without RoPE, which are not there",
     ),
 }
 """Options that cannot be served, and what is said of them."""

@@ -89,7 +89,7 @@ def tiny(model: ModelDescription) -> ModelDescription:
     """A model of the same attention that a CPU runs in milliseconds."""
     sizes = {
         "num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 8,
-        "vocab_size": 128, "softmax_scale": None,
+        "vocab_size": 128, "softmax_scale": None, "no_rope_pattern": model.no_rope_pattern[:2],
     }  # fmt: skip
     if model.attention == "gqa":
         return model.replace(

@@ -30,6 +30,7 @@ def model_card(source: CheckpointFolder, model: ModelDescription, name: str, cha
         chat: whether the folder has a chat template.
     """
     latent = model.attention == "mlra"
+    norm = " (RMSNorm of query heads)" * model.query_head_norm
     name = _plain(name)
     call = f'"{name}", trust_remote_code=True' if latent else f'"{name}"'
     # Rows that only pad the vocabulary are not exported.
@@ -37,15 +38,6 @@ def model_card(source: CheckpointFolder, model: ModelDescription, name: str, cha
     count = parameters(whole.decoder())
     ahead = _ahead(model, parameters(whole).total - count.total)
     active = f", {count.active:,} of them for a token" if count.active != count.total else ""
-    plugin = (
-        "vLLM 0.26 serves it by the plugin of the megatron-mlra project, without"
-        " `--trust-remote-code`:"
-        if latent
-        else "vLLM serves it as a Llama, without a plugin:"
-    )
-    install = 'pip install "./kernels[vllm]"   # in a checkout of megatron-mlra\n' if latent else ""
-    url = "http://127.0.0.1:8000/v1/" + ("chat/completions" if chat else "completions")
-    said = '"messages": [{"role": "user", "content": "Once"}]' if chat else '"prompt": "Once upon"'
     tags = ["tags: [custom_code, mlra]"] if latent else []
     lines = [
         "---",
@@ -55,8 +47,8 @@ def model_card(source: CheckpointFolder, model: ModelDescription, name: str, cha
         "---",
         f"# {name}",
         "",
-        f"A decoder-only language model with {model.variant} attention, {count.total:,} parameters"
-        f"{active}: {model.num_layers} layers of width {model.hidden_size},"
+        f"A decoder-only language model with {model.variant} attention{norm}, {count.total:,}"
+        f" parameters{active}: {model.num_layers} layers of width {model.hidden_size},"
         f" {model.num_attention_heads} heads, {model.vocab_size:,} tokens in its vocabulary,"
         f" {model.max_position_embeddings:,} positions, weights in {model.dtype}.",
         *ahead,
@@ -80,17 +72,36 @@ def model_card(source: CheckpointFolder, model: ModelDescription, name: str, cha
         'inputs = tokenizer("Once upon a time", return_tensors="pt")',
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
         "```",
+        *_serving(model, name, chat),
+        "",
+        "## Training",
+        *_training(source),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _serving(model: ModelDescription, name: str, chat: bool) -> list[str]:
+    """How vLLM serves the model, or why it does not."""
+    latent = model.attention == "mlra"
+    if latent and (model.no_rope_pattern or not model.qk_rope_head_dim):
+        return ["vLLM does not serve it: the plugin's attention has RoPE in every layer."]
+    plugin = (
+        "vLLM 0.26 serves it by the plugin of the megatron-mlra project, without"
+        " `--trust-remote-code`:"
+        if latent
+        else "vLLM serves it as a Llama, without a plugin:"
+    )
+    install = 'pip install "./kernels[vllm]"   # in a checkout of megatron-mlra\n' if latent else ""
+    url = "http://127.0.0.1:8000/v1/" + ("chat/completions" if chat else "completions")
+    said = '"messages": [{"role": "user", "content": "Once"}]' if chat else '"prompt": "Once upon"'
+    return [
         plugin,
         "```",
         f"{install}vllm serve {name}",
         f"curl {url} -H 'Content-Type: application/json' \\",
         f'  -d \'{{"model": "{name}", {said}, "max_tokens": 50}}\'',
         "```",
-        "",
-        "## Training",
-        *_training(source),
     ]
-    return "\n".join(lines) + "\n"
 
 
 def _ahead(model: ModelDescription, count: int) -> list[str]:

@@ -51,6 +51,7 @@ AHEAD = "num_nextn_predict_layers"
 _DEPTHS = "num_nextn_predict_depths"
 """Tokens that one such layer predicts, where it does for all of them."""
 _MLP_TYPES = ("dense", "sparse")
+_ROPE_TYPES = ("rope", "nope")
 _ROUTER_DTYPES = {None: None, "fp32": "float32"}
 _YARN = ("original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
@@ -70,6 +71,8 @@ def to_hf_config(model: ModelDescription) -> dict[str, Any]:
             "architectures": ["MLRAForCausalLM"],
             "auto_map": AUTO_MAP,
             **{name: getattr(model, name) for name in _LATENT},
+            "query_head_norm": model.query_head_norm,
+            "rope_layer_types": [_ROPE_TYPES[bit] for bit in model.no_rope_pattern] or None,
             **_experts(model),
             **_ahead(model),
         }
@@ -111,6 +114,9 @@ def from_hf_config(config: Mapping[str, Any], dtype: str) -> ModelDescription:
     fields |= _rope_fields(config.get("rope_parameters") or {"rope_theta": 10000.0})
     if config.get("model_type") == "mlra":
         fields |= {name: needed(name) for name in _LATENT}
+        # Folders that were exported before there was such a norm do not name it.
+        fields["query_head_norm"] = config.get("query_head_norm", False)
+        fields["no_rope_pattern"] = _no_rope_pattern(config.get("rope_layer_types"))
         if config.get("num_experts"):
             fields |= _expert_fields(config, needed)
         fields |= _ahead_fields(config)
@@ -125,6 +131,18 @@ def from_hf_config(config: Mapping[str, Any], dtype: str) -> ModelDescription:
         head_dim=config.get("head_dim") or fields["hidden_size"] // heads,
         **fields,
     )
+
+
+def _no_rope_pattern(types: Any) -> tuple[int, ...]:
+    if types is None:
+        return ()
+    if not isinstance(types, list) or not all(kind in _ROPE_TYPES for kind in types):
+        raise CheckpointError(
+            f"config.json: rope_layer_types is {types!r:.60}; name {' or '.join(_ROPE_TYPES)} for"
+            " each layer"
+        )
+    pattern = tuple(map(_ROPE_TYPES.index, types))
+    return pattern if any(pattern) else ()
 
 
 def _experts(model: ModelDescription) -> dict[str, Any]:

@@ -25,6 +25,7 @@ _ATTENTION = {
     "linear_q_down_proj": "q_a_proj",
     "q_norm": "q_a_layernorm",
     "linear_q_up_proj": "q_b_proj",
+    "query_head_norm": "query_head_norm",
     "linear_kv_down_proj": "kv_a_proj_with_mqa",
     "kv_norm": "kv_a_layernorm",
     "linear_kv_up_proj": "kv_b_proj",

@@ -277,5 +277,9 @@ def _check_exportable(model: ModelDescription) -> None:
         raise CheckpointError(
             "the research code rotates at least one pair, and this model none (NoPE); use export-hf"
         )
+    if model.no_rope_pattern:
+        raise CheckpointError("the research code rotates in every layer; use export-hf")
+    if model.query_head_norm:
+        raise CheckpointError("the research code has no norm of query heads; use export-hf")
     if latent and model.q_lora_rank is None:
         raise CheckpointError("the research code has no model without q_lora_rank; use export-hf")

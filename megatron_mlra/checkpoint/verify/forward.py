@@ -26,7 +26,7 @@ from megatron_mlra.description.tensors import (
 )
 from megatron_mlra.maths.attention import attend, mlra_attention
 from megatron_mlra.maths.norms import rms_norm
-from megatron_mlra.maths.rope import apply_rope, rotary_tables
+from megatron_mlra.maths.rope import apply_rope, rotary_tables, unrotated
 from megatron_mlra.maths.routing import choose_experts
 
 ROWS = 8192
@@ -41,6 +41,7 @@ def hidden_states(folder: CheckpointFolder, tokens: Tensor) -> Iterator[Tensor]:
     """
     model = folder.description
     angles = rotary_tables(model, tokens.size(1))
+    still = unrotated(*angles)
     x = folder.tensor(EMBEDDING)[tokens.T].float()
     yield x
     for i in range(model.num_layers):
@@ -53,7 +54,7 @@ def hidden_states(folder: CheckpointFolder, tokens: Tensor) -> Iterator[Tensor]:
             for name in layer_tensors(model, i)
             if not name.startswith(EXPERTS)
         }
-        x = attention_block(x, weights, model, angles)
+        x = attention_block(x, weights, model, angles if model.rotates(i) else still)
         normed = rms_norm(x, weights["pre_mlp_layernorm"], model.layernorm_epsilon)
         mlp = partial(experts, read=read) if model.is_moe(i) else swiglu
         x = x + mlp(normed, weights, model)

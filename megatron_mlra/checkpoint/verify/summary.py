@@ -21,6 +21,8 @@ def lines(folder: CheckpointFolder) -> list[str]:
     rope = f"{'YaRN' if m.rope_type == 'yarn' else 'RoPE'} base {m.rotary_base:g}"
     if m.attention == "mlra" and not m.qk_rope_head_dim:
         rope = "no RoPE (NoPE)"
+    elif without := sum(m.no_rope_pattern):
+        rope += f" (none in {without} of {m.num_layers} layers)"
     out = [
         f"{folder.path}: {folder.kind} checkpoint of {m.variant}, {count:,} parameters, {m.dtype}",
         f"{m.num_layers} layers, hidden {m.hidden_size}, ffn {m.ffn_hidden_size},"
@@ -31,10 +33,11 @@ def lines(folder: CheckpointFolder) -> list[str]:
     if m.attention == "mlra":
         query = m.q_lora_rank if m.q_lora_rank is not None else "none"
         scaling = "on" if m.variance_scaling else "off"
+        norm = ", norm of query heads" * m.query_head_norm
         out.append(
             f"{m.num_latent_heads} latents of {m.latent_dim}, {m.num_branches} branches, query rank"
             f" {query}, head dims {m.qk_nope_head_dim} + {m.qk_rope_head_dim} RoPE, value"
-            f" {m.v_head_dim}, variance scaling {scaling}"
+            f" {m.v_head_dim}, variance scaling {scaling}{norm}"
         )
     else:
         out.append(f"{m.num_query_groups} key/value heads of {m.head_dim}")

@@ -19,6 +19,9 @@ class Ops(Protocol):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """`[T, d]`, statistics in float32."""
 
+    def norm_heads(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """`[T, H, e]` -> the same: the norm of every head, with weights `[H, e]` of its own."""
+
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from megatron_mlra.inference.cache import append_grouped
+from mlra_kernels import latent_projections
 from mlra_kernels.decoder import add_rms_norm, rotate_heads, silu_mul
 from mlra_kernels.grouped_decode import grouped_decode
 from mlra_kernels.latent_decode import decode_metadata, latent_cache_append, latent_decode
@@ -17,6 +18,9 @@ class TritonOps:
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return add_rms_norm(x, None, weight, eps)[1]
+
+    def norm_heads(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return latent_projections.rms_norm(x, weight, eps)
 
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float

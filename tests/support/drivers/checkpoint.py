@@ -27,7 +27,7 @@ MODELS = {
     "MLRA-4": VARIANTS["MLRA-4"],
     "MLRA-2": VARIANTS["MLRA-2"],
     "MLA": VARIANTS["MLA"],
-    "MLRA-4-gated": {**VARIANTS["MLRA-4"], "output_gate": True},
+    "MLRA-4-gated": {**VARIANTS["MLRA-4"], "output_gate": True, "query_head_norm": True},
     "MLRA-4-NoPE": {**VARIANTS["MLRA-4"], "qk_pos_emb_head_dim": 0},
 }
 
@@ -66,10 +66,12 @@ def _save(folder: Path) -> None:
     import torch
     from megatron.core import dist_checkpointing
 
+    from support.tensors import norms_drawn
     from support.tiny import save_logits
 
     for name, model in MODELS.items():
         tiny = _build(SAVED, model, std=0.2)
+        tiny.load(norms_drawn(tiny.collect("weight")))
         path = folder / f"{name}.ckpt"
         if torch.distributed.get_rank() == 0:
             path.mkdir()

@@ -78,10 +78,10 @@ MODELS: dict[str, ModelDescription] = {
     "MLRA-4": _latent(4, 4),
     "MLRA-8": _latent(8, 8),
     "MLA-untied": _latent(1, 1, tie_embeddings=False),
-    "MLRA-2-gated": _latent(4, 2, output_gate=True, tie_embeddings=False),
+    "MLRA-2-gated": _latent(4, 2, output_gate=True, tie_embeddings=False, query_head_norm=True),
     "MLRA-4-gated": _latent(4, 4, output_gate=True),
-    "MLRA-4-unscaled": _latent(4, 4, variance_scaling=False),
-    "MLRA-4-no-q-lora": _latent(4, 4, q_lora_rank=None),
+    "MLRA-4-unscaled": _latent(4, 4, variance_scaling=False, no_rope_pattern=(1, 0)),
+    "MLRA-4-no-q-lora": _latent(4, 4, q_lora_rank=None, query_head_norm=True),
     "MLRA-4-nope": _latent(4, 4, qk_rope_head_dim=0),
     "MLRA-4-yarn": _latent(4, 4, **YARN),
     "MLRA-4-experts": _latent(

@@ -61,7 +61,7 @@ CASES: dict[str, tuple[Layout, dict[str, Any]]] = {
     "mlra4_query_kept": (Layout(), {"recompute_absorbed_query": False}),
     "mlra4_fp32": (Layout(), {"bf16": False}),
     "mlra4_materialized": (Layout(), {"core_form": "materialized"}),
-    "mlra4_gated": (Layout(), {"output_gate": True}),
+    "mlra4_gated": (Layout(), {"output_gate": True, "query_head_norm": True}),
     "mlra4_core": (Layout(), SELECTIVE | {"recompute_modules": ["core_attn"]}),
     "mlra4_up_proj": (Layout(), SELECTIVE | {"recompute_modules": ["mla_up_proj"]}),
     "mlra4_both": (Layout(), SELECTIVE | {"recompute_modules": ["core_attn", "mla_up_proj"]}),

@@ -23,6 +23,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "MLRA-4 tp8 latent": ("MLRA-4", {"tp": 8}, {"latent_tp_layout": "latent"}),
     "MLRA-4 tp2 dp2": ("MLRA-4", {"tp": 2, "dp": 2}, {}),
     "MLRA-4 gated tp2": ("MLRA-4 gated", {"tp": 2}, {"sequence_parallel": True}),
+    "MLRA-4 query norm tp2": ("MLRA-4 query norm", {"tp": 2}, {"latent_tp_layout": "latent"}),
     "MLRA-4 NoPE tp2": ("MLRA-4 NoPE", {"tp": 2}, {}),
     "MLA tp2": ("MLA", {"tp": 2}, {}),
     "GLA-2 tp4 latent": ("GLA-2", {"tp": 4}, {"latent_tp_layout": "latent"}),

@@ -51,8 +51,10 @@ def references() -> dict[str, dict[str, Any]]:
         "variance_scaling": False,
         "q_lora_rank": None,
     }
+    models["MLRA-4 query norm"] = {**VARIANTS["MLRA-4"], "query_head_norm": True}
     models["MLRA-4 NoPE"] = {**VARIANTS["MLRA-4"], "qk_pos_emb_head_dim": 0}
-    models["MLRA-4 deep"] = {**VARIANTS["MLRA-4"], "num_layers": 4}
+    # Stages must know which of their layers rotate.
+    models["MLRA-4 deep"] = {**VARIANTS["MLRA-4"], "num_layers": 4, "no_rope_freq": [0, 1, 1, 0]}
     models["GLA-2 deep"] = {**VARIANTS["GLA-2"], "num_layers": 4}
     models["MLRA-4 MoE"] = {
         **VARIANTS["MLRA-4"],
@@ -97,6 +99,8 @@ def cases() -> list[Case]:
     for style in ("head", "latent"):
         add("MLRA-4 gated", {"tp": 2}, latent_tp_layout=style, sequence_parallel=True)
         add("MLRA-4 unscaled, no q latent", {"tp": 2}, latent_tp_layout=style)
+        sp = style == "head"
+        add("MLRA-4 query norm", {"tp": 2}, latent_tp_layout=style, sequence_parallel=sp)
         add("MLRA-4 NoPE", {"tp": 2}, latent_tp_layout=style, sequence_parallel=True)
         add("MLRA-4", {"tp": 2}, latent_tp_layout=style, core_form="materialized")
         for modules in recomputed[style]:
@@ -171,6 +175,7 @@ def main(folder: Path, pattern: str) -> None:
         import torch
 
         from support.multi_token import expected_gradients
+        from support.tensors import norms_drawn
         from support.tiny import Layout, Tiny, make_config
 
         layout = Layout()
@@ -178,7 +183,8 @@ def main(folder: Path, pattern: str) -> None:
         for name, overrides in models.items():
             config = make_config(layout, **overrides, zero_init_output=False)
             tiny = Tiny.build(config, layout, _packing(name))
-            start = tiny.collect("weight")
+            start = norms_drawn(tiny.collect("weight"))
+            tiny.load(start)
             if "MTP" in name:
                 torch.save(expected_gradients(tiny, 0), folder / f"{_file(name)}-oracle.pt")
             clipped = _clip_reference(tiny, start)

@@ -48,6 +48,22 @@ def test_a_card_names_variant_parameters_cache_and_how_to_run(tmp_path):
     assert "no chat template" in card and "Not recorded in the checkpoint" in card
 
 
+def test_a_norm_of_query_heads_is_named(tmp_path):
+    source = RandomFolder(latent(4, 4, query_head_norm=True))
+    files, _ = exported(tmp_path, source, tokenizer="byte")
+    said = "MLRA-4 attention (RMSNorm of query heads), "
+    assert said in files["README.md"].read_text()
+    assert json.loads(files["config.json"].read_text())["query_head_norm"] is True
+
+
+@pytest.mark.parametrize("changes", [{"no_rope_pattern": (0, 1)}, {"qk_rope_head_dim": 0}])
+def test_a_card_says_what_vllm_does_not_serve(changes, tmp_path):
+    files, _ = exported(tmp_path, RandomFolder(latent(4, 4, **changes)), tokenizer="byte")
+    card = files["README.md"].read_text()
+    assert "vLLM does not serve it: the plugin's attention has RoPE in every layer." in card
+    assert "vllm serve" not in card
+
+
 def test_a_llama_needs_no_plugin(tmp_path):
     files, _ = exported(tmp_path, RandomFolder(grouped(2)), tokenizer="byte")
     card = files["README.md"].read_text()

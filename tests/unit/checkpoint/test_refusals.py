@@ -272,6 +272,8 @@ def test_exported_experts_that_megatron_has_not():
         ("router_dtype", "float64", "router_dtype 'float64' has no counterpart"),
         ("mlp_layer_types", ["dense", "moe"], "mlp_layer_types 'moe' has no counterpart"),
         ("mlp_layer_types", ["sparse"], "needs a 0 or 1 for each of 2 layers"),
+        ("rope_layer_types", ["nope"], "needs a 0 or 1 for each of 2 layers"),
+        ("rope_layer_types", [[], 1], "rope_layer_types is [[], 1]; name rope or nope for each"),
         ("scoring_func", "sqrtsoftplus", "'sqrtsoftplus' is not supported"),
     ):
         with pytest.raises(ValueError) as refused:
@@ -279,12 +281,20 @@ def test_exported_experts_that_megatron_has_not():
         assert said in str(refused.value)
 
 
-def test_the_research_code_rotates_something(tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"qk_rope_head_dim": 0}, r"at least one pair, and this model none \(NoPE\)"),
+        ({"query_head_norm": True}, "no norm of query heads; use export-hf"),
+        ({"no_rope_pattern": (0, 1)}, "rotates in every layer; use export-hf"),
+    ],
+)
+def test_what_the_research_code_has_not_is_refused(changes, said, tmp_path):
     from megatron_mlra.checkpoint.research.folder import write_research
     from support.random_checkpoint import RandomFolder, latent
 
-    source = RandomFolder(latent(4, 4, qk_rope_head_dim=0, v_head_dim=16))
-    with pytest.raises(ValueError, match=r"at least one pair, and this model none \(NoPE\)"):
+    source = RandomFolder(latent(4, 4, v_head_dim=16, **changes))
+    with pytest.raises(ValueError, match=said):
         write_research(source, tmp_path / "out", progress=False)
     assert not list(tmp_path.iterdir())
 

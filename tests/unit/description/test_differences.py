@@ -48,6 +48,7 @@ OTHER = {
     "q_lora_rank": 64,
     "num_layers": 4,
     "swiglu": False,
+    "no_rope_pattern": (0, 1),
 }
 
 
@@ -83,6 +84,8 @@ def test_every_field_is_compared_unless_it_is_said_not_to_be(name):
     model = MODELS["grouped" if of_grouped else "latent"]
     if name == "moe_router_pre_softmax":
         model = dataclasses.replace(model, moe_router_score_function="softmax")
+    if name == "no_rope_pattern":
+        model = dataclasses.replace(model, rope_type="rope")
     one = arguments(dataclasses.replace(model, softmax_scale=None))
     more = {"qk_layernorm": True} if name == "qk_layernorm" else {}
     other = arguments(changed(model, name), **more)
@@ -125,3 +128,12 @@ def test_arguments_of_no_model():
     ):
         with pytest.raises(CheckpointError):
             differing_arguments(arguments(MODELS["latent"], **odd), arguments(MODELS["latent"]))
+
+
+def test_two_ways_to_write_one_pattern_of_layers():
+    plain = dataclasses.replace(MODELS["grouped"], softmax_scale=None)
+    one, other = arguments(plain, no_rope_freq=2), arguments(plain, no_rope_freq=[0, 1])
+    assert differing_arguments(one, other) == []
+    assert differing_arguments(one, arguments(plain)) == [("no_rope_freq", 2, None)]
+    with pytest.raises(CheckpointError, match="no_rope_freq is 3; use a divisor of 2 layers"):
+        differing_arguments(arguments(plain, no_rope_freq=3), one)

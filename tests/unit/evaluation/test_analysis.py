@@ -22,7 +22,7 @@ VARIANTS = {
     "MLA": latent(1, 1),
     "GLA-2": latent(2, 1),
     "MLRA-2": latent(4, 2),
-    "MLRA-4 gated": latent(4, 4, output_gate=True),
+    "MLRA-4 gated": latent(4, 4, output_gate=True, query_head_norm=True),
 }
 WINDOW = (np.arange(40) * 7 % 257, (np.arange(40) * 7 + 7) % 257)
 
@@ -72,6 +72,12 @@ def test_a_layer_is_measured_as_the_method_defines_it(name, monkeypatch):
     size = 64 // shape.num_latent_heads
     c_q = [rms_norm(w["q_a_proj.weight"] @ t, w["q_a_layernorm.weight"], 1e-6) for t in x]
     queries = [(w["q_b_proj.weight"] @ (c * math.sqrt(2))).view(heads, 24) for c in c_q]
+    if shape.query_head_norm:
+        norm = w["query_head_norm.weight"].view(heads, 24)
+        queries = [
+            torch.stack([rms_norm(*pair, 1e-6) for pair in zip(q, norm, strict=True)])
+            for q in queries
+        ]
     down = [w["kv_a_proj_with_mqa.weight"] @ t for t in x]
     scale = math.sqrt(64 / size)
     latents = [

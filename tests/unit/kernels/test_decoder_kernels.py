@@ -104,6 +104,7 @@ else:
         "MLA": {**LATENT, "num_latent_heads": 1, "num_branches": 1, "kv_lora_rank": 128},
         "GQA": {"attention": "gqa", "num_query_groups": 2, "head_dim": 64},
     }
+    MODELS["MLRA-2"]["query_head_norm"] = True
     MODELS["MLA experts"] = MODELS["MLA"] | {
         "num_experts": 5,
         "moe_layer_pattern": (1,),

@@ -66,6 +66,8 @@ def test_every_rank_has_the_weights_of_the_engine(name):
             }
             if theirs.q_norm is not None:
                 expected["q_norm.weight"] = theirs.q_norm
+            if theirs.head_norm is not None:
+                expected["query_head_norm"] = theirs.head_norm
             if theirs.gate is not None:
                 expected["gate"] = theirs.gate
             ours = cut(name, tp, rank)

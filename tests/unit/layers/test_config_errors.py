@@ -199,12 +199,29 @@ ROWS = [
     ({"add_qkv_bias": True}, "add_qkv_bias (True)", [("leave it out", {"add_qkv_bias": False})]),
     ({"flash_decode": True}, "flash_decode (True)", [("leave it out", {"flash_decode": False})]),
     (
-        {"no_rope_freq": [1, 0]},
-        "no_rope_freq ([1, 0])",
-        [
-            ("leave it out", {"no_rope_freq": None}),
-            ("use qk_rope_head_dim 0", {"no_rope_freq": None, "qk_pos_emb_head_dim": 0}),
-        ],
+        {"no_rope_freq": 3, "num_layers": 4},
+        "no_rope_freq 3 does not divide num_layers 4",
+        [(r"use no_rope_freq (\d)", "no_rope_freq")],
+    ),
+    (
+        {"no_rope_freq": [1, 0, 2], "num_layers": 3},
+        "no_rope_freq is [1, 0, 2]",
+        [("use a 0 or 1 for each", {"no_rope_freq": [1, 0, 0]})],
+    ),
+    (
+        {"no_rope_freq": 1, "qk_pos_emb_head_dim": 0},
+        "qk_rope_head_dim 0 does not go with no_rope_freq",
+        [("leave no_rope_freq out", {"no_rope_freq": None})],
+    ),
+    (
+        {"no_rope_freq": 1, "mtp_num_layers": 1},
+        "mtp_num_layers 1 does not go with no_rope_freq",
+        [("leave it out", {"mtp_num_layers": None})],
+    ),
+    (
+        {"no_rope_freq": 1, "rope_type": "yarn"},
+        "rope_type yarn does not go with no_rope_freq",
+        [(r"use rope_type (\w+)", "rope_type")],
     ),
     ({"softmax_scale": 0.0}, "softmax_scale is 0.0", [("leave it out", {"softmax_scale": None})]),
     (
@@ -266,7 +283,8 @@ ROWS = [
         "qk_layernorm (True)",
         [
             ("leave it out", {"qk_layernorm": False}),
-            ("use qk_clip", {"qk_layernorm": False, "qk_clip": True}),
+            ("use query_head_norm", {"qk_layernorm": False, "query_head_norm": True}),
+            ("or qk_clip", {"qk_layernorm": False, "qk_clip": True}),
         ],
     ),
     (

@@ -115,8 +115,14 @@ def test_blocks_of_queries_find_what_the_whole_does(scores, cp, monkeypatch):
         replace(MLRA2, q_rank=None),
         replace(MLRA2, gate=True),
         replace(VARIANTS["GLA-4"], qk_rope=0),
+        replace(MLRA2, head_norm=True),
+        replace(MLRA2, head_norm=True, q_rank=None),
     ],
-    ids=[*VARIANTS, "MLRA-2 without a query latent", "MLRA-2 gated", "GLA-4 without RoPE"],
+    ids=[
+        *VARIANTS,
+        *("MLRA-2 without a query latent", "MLRA-2 gated", "GLA-4 without RoPE"),
+        *("MLRA-2 with a norm of heads", "MLRA-2 with it and without a query latent"),
+    ],
 )
 def test_a_clip_ends_at_the_threshold(case: OracleConfig, alpha, form, groups):
     expected = reference(case, TOKENS, BATCH)
@@ -139,6 +145,8 @@ def test_a_clip_ends_at_the_threshold(case: OracleConfig, alpha, form, groups):
     assert torch.allclose(after, wanted, rtol=TOLERANCE, atol=TOLERANCE)
 
     query = "linear_q_proj" if case.q_rank is None else "linear_q_up_proj"
+    if case.head_norm:
+        query = "query_head_norm"
     for name, p in named(attention).items():
         was, now = before[name], p.detach()
         if name == query:
@@ -156,6 +164,27 @@ def test_a_clip_ends_at_the_threshold(case: OracleConfig, alpha, form, groups):
             assert torch.allclose(now[:, head, : case.qk_nope], keys)
         else:
             assert torch.equal(now, was), name
+
+
+def test_a_norm_of_query_heads_bounds_every_logit(groups):
+    """docs/stability.md's bound, which knows nothing of the queries' projection."""
+    case = replace(MLRA2, head_norm=True)
+    expected = reference(case, TOKENS, BATCH)
+    p, width = expected.parameters, case.qk_nope + case.qk_rope
+    grown = p | {"linear_q_up_proj": 1e3 * p["linear_q_up_proj"]}
+    found = seen(build(case, groups, grown), expected.x, None)
+    assert torch.allclose(found, expected.largest, rtol=1e-3, atol=1e-3)
+
+    g = p["query_head_norm"].abs().view(case.heads, width).amax(1)
+    keys = p["linear_kv_up_proj"][:, :, : case.qk_nope]  # [N, h, d_h, d_l]
+    gains = torch.linalg.matrix_norm(keys, 2)  # [N, h]
+    norms = p["kv_norm"].abs().view(case.branches, case.groups, -1).amax(2)
+    latents = (case.hidden**0.5 * norms).repeat_interleave(case.heads_per_latent, 1)
+    rope = (expected.x @ p["linear_kv_down_proj"][case.kv_rank :].T).norm(dim=-1).max()
+    bound = g * ((gains * latents).square() + rope.square()).sqrt()
+    assert (found <= bound).all()
+    plain = {name: weight for name, weight in grown.items() if name != "query_head_norm"}
+    assert (seen(build(MLRA2, groups, plain), expected.x, None) > bound).all()
 
 
 @pytest.mark.parametrize("threshold", ["of one branch", "of all"])

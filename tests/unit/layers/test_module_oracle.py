@@ -66,6 +66,9 @@ def test_output_and_every_gradient(variant, gate, scaling, form, groups):
         {"value": 9},
         {"value": 11},
         {"kv_rank": 12, "qk_rope": 8},
+        {"head_norm": True},
+        {"head_norm": True, "q_rank": None, "norm_eps": 0.3},
+        {"head_norm": True, "qk_rope": 0, "scaling": False},
         {"qk_rope": 0},
         {"qk_rope": 0, "q_rank": None, "kv_rank": 12},
     ],
@@ -83,7 +86,7 @@ def test_long_odd_sequence(form, groups):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("modules", [["core_attn"], ["mla_up_proj"], ["core_attn", "mla_up_proj"]])
 def test_recomputation_changes_no_gradient(modules, form, groups):
-    case = replace(MLRA2, gate=True)
+    case = replace(MLRA2, gate=True, head_norm=True)
     expected = reference(case, TOKENS, BATCH)
     plain = build(case, groups, expected.parameters, core_form=form)
     recomputing = build(
@@ -108,13 +111,14 @@ def test_recomputation_changes_no_gradient(modules, form, groups):
 
 @pytest.mark.parametrize("modules", [None, ["core_attn"]])
 def test_rebuilding_the_absorbed_query_changes_no_gradient(modules, groups):
-    expected = reference(MLRA2, TOKENS, BATCH)
+    case = replace(MLRA2, head_norm=True)
+    expected = reference(case, TOKENS, BATCH)
     recompute = {"recompute_granularity": "selective", "recompute_modules": modules}
     options = {"core_form": "absorbed", **(recompute if modules else {})}
     results, calls = [], []
     for rebuilds in (False, True):
         attention = build(
-            MLRA2, groups, expected.parameters, recompute_absorbed_query=rebuilds, **options
+            case, groups, expected.parameters, recompute_absorbed_query=rebuilds, **options
         )
         counted = Mock(wraps=attention.latent_functions)
         attention.latent_functions = counted
@@ -166,6 +170,18 @@ def test_document_mask(form, groups):
     assert relative_error(actual["output"], causal.output) > 0.01
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_pattern_of_layers_without_rope(form, groups):
+    """Such a layer keeps its RoPE dims, which no position turns; the others are as without it."""
+    for layer, still in ((1, False), (2, True)):
+        expected = reference(MLRA2, TOKENS, BATCH, still=still)
+        pattern = {"layer_number": layer, "no_rope_freq": 2, "core_form": form}
+        attention = build(MLRA2, groups, expected.parameters, **pattern)
+        assert_near(run(attention, expected.x, expected.upstream), expected)
+    rotated = reference(MLRA2, TOKENS, BATCH)
+    assert relative_error(expected.output, rotated.output) > 0.01
+
+
 YARN = {
     "rope_type": "yarn",
     "original_max_position_embeddings": 16,
@@ -193,7 +209,8 @@ def test_yarn_of_factor_one_is_plain_rope(groups):
 
 def test_output_projection_starts_at_zero_and_all_else_does_not(groups):
     def fresh(**overrides) -> dict[str, torch.nn.Parameter]:
-        config = MLRAConfig(**(config_values(replace(MLRA2, gate=True)) | overrides))
+        case = replace(MLRA2, gate=True, head_norm=True)
+        config = MLRAConfig(**(config_values(case) | overrides))
         spec = mlra_attention_spec(config)
         return named(build_module(spec, config=config, layer_number=1, pg_collection=groups))
 

@@ -54,6 +54,8 @@ def test_output_and_every_gradient(variant, gate, scaling, absorbed):
     [
         {"q_rank": None},
         {"q_rank": None, "scaling": False, "gate": True},
+        {"head_norm": True},
+        {"head_norm": True, "q_rank": None, "norm_eps": 0.3},
         {"value": 11},
         {"qk_nope": 7, "value": 7, "kv_rank": 28},
         {"kv_rank": 12, "qk_rope": 10},

@@ -76,6 +76,15 @@ def test_a_latent_twin_keeps_the_sources_sizes():
     assert "q_lora_rank" not in twin(CONFIGS / "mlra4_moe_16b.yaml", "gla2").values
 
 
+def test_a_norm_of_query_heads_is_kept_or_becomes_megatrons(tmp_path):
+    source = tmp_path / "normed.yaml"
+    source.write_text("base: mlra4_2.9b\nquery_head_norm: true\n")
+    for variant, norm in (("mla", "query_head_norm"), ("gqa", "qk_layernorm"), ("tpa", None)):
+        values = twin(source, variant).values
+        kept = {name for name in ("query_head_norm", "qk_layernorm") if values.get(name)}
+        assert kept == ({norm} if norm else set())
+
+
 def test_the_command_writes_the_preset_and_prints_both(tmp_path):
     made = run(CONFIGS / "mha_2.9b.yaml", "--attention", "mlra4", "--output", tmp_path / "t.yaml")
     assert made.returncode == 0, made.stderr

@@ -12,6 +12,7 @@ from megatron_mlra.inference.parallel import HeadShard
 from megatron_mlra.sharding.fit import misfit
 from megatron_mlra.sharding.partition import LatentShard
 from megatron_mlra.sharding.placement import (
+    OPTIONAL,
     local_shape,
     placements,
     serving_share,
@@ -36,6 +37,7 @@ def model(L: int, N: int, **changes: object) -> ModelDescription:
         "qk_nope_head_dim": 6,
         "qk_rope_head_dim": 16,
         "v_head_dim": 10,
+        "query_head_norm": True,
         "output_gate": True,
     }
     return ModelDescription(**(sizes | changes))
@@ -114,6 +116,6 @@ def test_served_parts_cover_the_whole(L, N, tp, weight_mode, context):
 def test_the_documentation_shows_the_table():
     lines = ["| parameter | global shape | training | inference |", "|---|---|---|---|"]
     for name, placed in placements(model(4, 4)).items():
-        gated = " (gated)" if name == "linear_gate_proj" else ""
-        lines.append(f"| `{name}`{gated} | `{placed.letters}` | {placed.cut} | {placed.served} |")
+        shown = f"`{name}`" + " (optional)" * (name in OPTIONAL)
+        lines.append(f"| {shown} | `{placed.letters}` | {placed.cut} | {placed.served} |")
     assert "\n".join(lines) in (ROOT / "docs/parallelism.md").read_text()

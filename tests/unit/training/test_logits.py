@@ -22,6 +22,8 @@ DEBUG = str(CONFIGS / "debug.yaml")
         ("--qk-clip --qk-clip-threshold 0", "--qk-clip-threshold is 0; use e.g. 100"),
         ("--qk-clip --attention gqa --num-query-groups 2", "gqa needs Transformer Engine's core"),
         ("--log-max-attention-logit --attention gqa", "--log-max-attention-logit with --attention"),
+        ("--query-head-norm --attention gqa", "--attention is gqa; use --qk-layernorm"),
+        ("--query-head-norm --attention mfa", "--attention is mfa; leave it out"),
         ("--qk-clip --attention mfa", "--qk-clip with --attention mfa: queries or keys of its he"),
         (
             "--qk-clip --use-distributed-optimizer --use-precision-aware-optimizer",
@@ -57,11 +59,13 @@ def test_what_megatrons_own_cannot(given, said):
 
 
 def test_transformer_engine_is_not_asked_for():
-    args = parse(["--config", DEBUG, "--qk-clip", "--log-max-attention-logit", "--mock-data"])
+    flags = ["--qk-clip", "--log-max-attention-logit", "--query-head-norm", "--mock-data"]
+    args = parse(["--config", DEBUG, *flags])
     args.rank, args.world_size = 0, 1
     config = validate(args)
     assert args.qk_clip and args.log_max_attention_logit
     assert config.qk_clip and config.qk_clip_threshold == 100
+    assert config.query_head_norm
 
 
 def test_lines_and_points():
