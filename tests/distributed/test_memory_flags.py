@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from support.drivers.memory_flags import STRATEGIES, VARIATIONS
+from support.drivers.memory_flags import OFFLOAD, STRATEGIES, VARIATIONS
 
 TOLERANCE = 1e-5
 
@@ -35,3 +35,10 @@ def test_a_mixture_of_experts_trains_as_without(variation, results):
     assert "failed" not in experts, experts["failed"]
     assert experts[variation]["gradients"] <= TOLERANCE
     close(experts[variation]["steps"], experts["plain"]["steps"])
+
+
+def test_offloading_changes_no_bit_and_moves_every_module(results):
+    experts = results["experts"]
+    assert experts["offloading"] == experts["plain"]
+    assert set(experts["offloaded"]) == set(OFFLOAD["offload_modules"])
+    assert min(experts["offloaded"].values()) > 0

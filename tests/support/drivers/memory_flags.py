@@ -26,7 +26,13 @@ EXPERTS = {
     "moe_token_dispatcher_type": "alltoall",
 }
 OVERLAP = {"overlap_moe_expert_parallel_comm": True}
+OFFLOAD = {
+    "fine_grained_activation_offloading": True,
+    "offload_modules": ["attn_norm", "qkv_linear", "core_attn", "attn_proj"],
+    "min_offloaded_tensor_size": 1,
+}
 VARIATIONS = {
+    "offloading": OFFLOAD,
     "overlap": OVERLAP,
     "early release": OVERLAP | {"ep_overlap_early_attn_memory_release": True},
     **{
@@ -103,10 +109,16 @@ def rearranged() -> dict[str, Any]:
     """A mixture of experts: losses, gradient norms and the first step's gradients, plain and with
     each of VARIATIONS."""
     import torch
+    from megatron.core.pipeline_parallel.fine_grained_activation_offload import (
+        PipelineOffloadManager,
+    )
 
     from support import tiny
+    from support.offload_host import replacements
     from support.tiny import Layout, Tiny, make_config
 
+    for replaced in replacements():
+        setattr(*replaced)
     tiny.BATCH = 6
     layout = Layout(dp=2, ep=2)
     layout.initialize()
@@ -128,6 +140,9 @@ def rearranged() -> dict[str, Any]:
             setattr(config, setting, value)
         model = Tiny.build(config, layout)
         steps = [model.step(seed) for seed in range(2)]
+        if settings is OFFLOAD:
+            manager = PipelineOffloadManager.get_instance()
+            found["offloaded"] = manager.offload_summary_bytes
         plain = plain or steps[0]["gradients"]
         worst = max(
             float((g - plain[n]).abs().max() / plain[n].abs().max())
