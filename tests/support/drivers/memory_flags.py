@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +32,11 @@ OFFLOAD = {
     "offload_modules": ["attn_norm", "qkv_linear", "core_attn", "attn_proj"],
     "min_offloaded_tensor_size": 1,
 }
+LAYOUTS: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
+    "tensor": ({"tp": 2}, {"sequence_parallel": True, "latent_tp_layout": "latent"}),
+    "context": ({"cp": 2}, {}),
+}
+"""Where offloading is compared: layout and config."""
 VARIATIONS = {
     "offloading": OFFLOAD,
     "overlap": OVERLAP,
@@ -49,7 +55,9 @@ def main(folder: Path) -> None:
 
     enable_cpu_backend()
     logging.disable(logging.WARNING)
-    for name, work in (("fsdp", fully_sharded), ("experts", rearranged)):
+    works = {"fsdp": fully_sharded, "experts": rearranged}
+    works |= {name: partial(offloaded, name) for name in LAYOUTS}
+    for name, work in works.items():
 
         def run(rank: int, name: str = name, work=work) -> None:
             found = work()
@@ -150,6 +158,33 @@ def rearranged() -> dict[str, Any]:
         )
         found[name] = {"steps": [[s["loss"], s["grad_norm"]] for s in steps], "gradients": worst}
     return found
+
+
+def offloaded(name: str) -> dict[str, Any]:
+    """Of a layout: steps and how far the first step's gradients are from those without offloading,
+    to the bit."""
+    import torch
+
+    from support.offload_host import replacements
+    from support.tiny import Layout, Tiny, make_config
+
+    for replaced in replacements():
+        setattr(*replaced)
+    sizes, settings = LAYOUTS[name]
+    layout = Layout(**sizes)
+    layout.initialize()
+    steps = []
+    for offload in ({}, OFFLOAD):
+        torch.manual_seed(1)
+        options = {**VARIANTS["MLRA-4"], **settings, **offload, "output_gate": True}
+        tiny = Tiny.build(make_config(layout, **options, zero_init_output=False), layout)
+        steps.append([tiny.step(seed) for seed in range(2)])
+    plain, found = (each[0]["gradients"] for each in steps)
+    return {
+        "plain": [[s["loss"], s["grad_norm"]] for s in steps[0]],
+        "offloading": [[s["loss"], s["grad_norm"]] for s in steps[1]],
+        "differing": [n for n, g in plain.items() if not torch.equal(found[n], g)],
+    }
 
 
 def _step(tiny, seed: int) -> list[float]:
