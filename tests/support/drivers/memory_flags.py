@@ -35,6 +35,7 @@ OFFLOAD = {
 LAYOUTS: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
     "tensor": ({"tp": 2}, {"sequence_parallel": True, "latent_tp_layout": "latent"}),
     "context": ({"cp": 2}, {}),
+    "pipeline": ({"pp": 2}, {"num_layers": 4}),
 }
 """Where offloading is compared: layout and config."""
 VARIATIONS = {
