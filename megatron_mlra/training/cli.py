@@ -3,8 +3,9 @@
     mlra pretrain --config debug --data-path data/corpus
     torchrun --nproc-per-node 8 --no-python mlra pretrain --config mlra4_2.9b ...
 
-All Megatron flags work; `--config` sets defaults, the command line wins, and every switch has an
-opposite (`--no-bf16`). `pretrain_mlra.py` and `python -m megatron_mlra.training` are the same.
+Megatron's flags work, or are refused in one line; `--config` sets defaults, the command line wins,
+and every switch has an opposite (`--no-bf16`). `pretrain_mlra.py` and `python -m
+megatron_mlra.training` are the same.
 """
 
 from __future__ import annotations

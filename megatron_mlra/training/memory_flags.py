@@ -29,6 +29,7 @@ OTHER_GROUPS = ("network size", "rl", "vision", "logging", "inference", "fault i
 TESTED = "works"
 UPSTREAM = "Megatron's"
 REFUSED = "refused"
+NOT_RUN = "not run"
 
 
 class Row(NamedTuple):
@@ -37,7 +38,8 @@ class Row(NamedTuple):
     flags: str
     verdict: str
     """`works`: compared with the run without it; `Megatron's`: beside the attention, and not
-    compared here; `refused`: one line, before anything is done."""
+    compared here; `refused`: one line, before anything is done; `not run`: built, and its test
+    needs a GPU."""
     note: str
 
 
@@ -82,7 +84,7 @@ ROWS = (
     ),
     Row(
         "--delay-wgrad-compute",
-        TESTED,
+        NOT_RUN,
         "of every linear; the latents' up-projection and the norms have their gradients in"
         " backward. Needs Transformer Engine and `--overlap-moe-expert-parallel-comm`",
     ),

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from support.drivers.memory_flags import STRATEGIES, VARIATIONS
+from support.drivers.memory_flags import LAYOUTS, OFFLOAD, STRATEGIES, VARIATIONS
 
 TOLERANCE = 1e-5
 
@@ -14,7 +14,8 @@ TOLERANCE = 1e-5
 @pytest.fixture(scope="module")
 def results(run_driver):
     folder = run_driver("memory_flags", timeout=400)
-    return {name: json.loads((folder / f"{name}.json").read_text()) for name in ("fsdp", "experts")}
+    names = ("fsdp", "experts", *LAYOUTS)
+    return {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
 
 
 def close(found: list[list[float]], expected: list[list[float]]) -> None:
@@ -35,3 +36,18 @@ def test_a_mixture_of_experts_trains_as_without(variation, results):
     assert "failed" not in experts, experts["failed"]
     assert experts[variation]["gradients"] <= TOLERANCE
     close(experts[variation]["steps"], experts["plain"]["steps"])
+
+
+def test_offloading_changes_no_bit_and_moves_every_module(results):
+    experts = results["experts"]
+    assert experts["offloading"] == experts["plain"]
+    assert set(experts["offloaded"]) == set(OFFLOAD["offload_modules"])
+    assert min(experts["offloaded"].values()) > 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_offloading_changes_no_bit_of_any_layout(layout, results):
+    found = results[layout]
+    assert "failed" not in found, found["failed"]
+    assert not found["differing"]
+    assert found["offloading"] == found["plain"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +27,19 @@ EXPERTS = {
     "moe_token_dispatcher_type": "alltoall",
 }
 OVERLAP = {"overlap_moe_expert_parallel_comm": True}
+OFFLOAD = {
+    "fine_grained_activation_offloading": True,
+    "offload_modules": ["attn_norm", "qkv_linear", "core_attn", "attn_proj"],
+    "min_offloaded_tensor_size": 1,
+}
+LAYOUTS: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
+    "tensor": ({"tp": 2}, {"sequence_parallel": True, "latent_tp_layout": "latent"}),
+    "context": ({"cp": 2}, {}),
+    "pipeline": ({"pp": 2}, {"num_layers": 4}),
+}
+"""Where offloading is compared: layout and config."""
 VARIATIONS = {
+    "offloading": OFFLOAD,
     "overlap": OVERLAP,
     "early release": OVERLAP | {"ep_overlap_early_attn_memory_release": True},
     **{
@@ -43,7 +56,9 @@ def main(folder: Path) -> None:
 
     enable_cpu_backend()
     logging.disable(logging.WARNING)
-    for name, work in (("fsdp", fully_sharded), ("experts", rearranged)):
+    works = {"fsdp": fully_sharded, "experts": rearranged}
+    works |= {name: partial(offloaded, name) for name in LAYOUTS}
+    for name, work in works.items():
 
         def run(rank: int, name: str = name, work=work) -> None:
             found = work()
@@ -103,10 +118,16 @@ def rearranged() -> dict[str, Any]:
     """A mixture of experts: losses, gradient norms and the first step's gradients, plain and with
     each of VARIATIONS."""
     import torch
+    from megatron.core.pipeline_parallel.fine_grained_activation_offload import (
+        PipelineOffloadManager,
+    )
 
     from support import tiny
+    from support.offload_host import replacements
     from support.tiny import Layout, Tiny, make_config
 
+    for replaced in replacements():
+        setattr(*replaced)
     tiny.BATCH = 6
     layout = Layout(dp=2, ep=2)
     layout.initialize()
@@ -128,6 +149,9 @@ def rearranged() -> dict[str, Any]:
             setattr(config, setting, value)
         model = Tiny.build(config, layout)
         steps = [model.step(seed) for seed in range(2)]
+        if settings is OFFLOAD:
+            manager = PipelineOffloadManager.get_instance()
+            found["offloaded"] = manager.offload_summary_bytes
         plain = plain or steps[0]["gradients"]
         worst = max(
             float((g - plain[n]).abs().max() / plain[n].abs().max())
@@ -135,6 +159,33 @@ def rearranged() -> dict[str, Any]:
         )
         found[name] = {"steps": [[s["loss"], s["grad_norm"]] for s in steps], "gradients": worst}
     return found
+
+
+def offloaded(name: str) -> dict[str, Any]:
+    """Of a layout: steps and how far the first step's gradients are from those without offloading,
+    to the bit."""
+    import torch
+
+    from support.offload_host import replacements
+    from support.tiny import Layout, Tiny, make_config
+
+    for replaced in replacements():
+        setattr(*replaced)
+    sizes, settings = LAYOUTS[name]
+    layout = Layout(**sizes)
+    layout.initialize()
+    steps = []
+    for offload in ({}, OFFLOAD):
+        torch.manual_seed(1)
+        options = {**VARIANTS["MLRA-4"], **settings, **offload, "output_gate": True}
+        tiny = Tiny.build(make_config(layout, **options, zero_init_output=False), layout)
+        steps.append([tiny.step(seed) for seed in range(2)])
+    plain, found = (each[0]["gradients"] for each in steps)
+    return {
+        "plain": [[s["loss"], s["grad_norm"]] for s in steps[0]],
+        "offloading": [[s["loss"], s["grad_norm"]] for s in steps[1]],
+        "differing": [n for n, g in plain.items() if not torch.equal(found[n], g)],
+    }
 
 
 def _step(tiny, seed: int) -> list[float]:

@@ -11,12 +11,12 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from megatron.core.extensions import transformer_engine
 from megatron.core.pipeline_parallel import fine_grained_activation_offload as upstream
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron_mlra.training.cpu_backend import NoStream
 from support.modules import BATCH, FORMS, MLRA2, TOKENS, build, named
+from support.offload_host import replacements
 from support.oracle import reference
 
 GATED = replace(MLRA2, gate=True)
@@ -36,16 +36,8 @@ def host(monkeypatch):
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
-    monkeypatch.setattr(
-        upstream.ChunkOffloadHandler,
-        "_can_manage_tensor_for_offload",
-        staticmethod(lambda tensor: not isinstance(tensor, torch.nn.Parameter)),
-    )
-    pool = upstream.OffloadTensorPool
-    monkeypatch.setattr(upstream, "OffloadTensorPool", lambda device, pin_memory: pool(device))
-    monkeypatch.setattr(upstream, "nvtx_range_push", lambda _: None)
-    monkeypatch.setattr(upstream, "nvtx_range_pop", lambda _: None)
-    monkeypatch.setattr(transformer_engine, "cpu_offload", SimpleNamespace())
+    for where, name, value in replacements():
+        monkeypatch.setattr(where, name, value)
     Interface.reset_instance()
     yield upstream.PipelineOffloadManager.get_instance
     monkeypatch.setattr(upstream.PipelineOffloadManager, "OFFLOAD_MGR", None)

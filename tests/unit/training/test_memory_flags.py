@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+from unittest.mock import Mock
 
 import pytest
 from megatron.training.arguments import add_megatron_arguments
 
-from megatron_mlra.training import memory_flags
+from megatron_mlra.training import memory_flags, progress
 from megatron_mlra.training.arguments import parse
 from support import CONFIGS, ROOT
 
@@ -95,3 +96,21 @@ def test_megatron_fsdp_without_einops_is_one_line(environment, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="--use-megatron-fsdp needs einops; pip install einops"):
         parse([*DEBUG, "--use-megatron-fsdp"])
+
+
+@pytest.mark.parametrize("offloads", [False, True])
+def test_a_validation_before_training_teaches_megatron_no_offloading(offloads, monkeypatch):
+    """From the groups of a pass without gradients, Megatron would fail in the first backward."""
+    done = []
+    args = argparse.Namespace(
+        consumed_valid_samples=3, iteration=0, fine_grained_activation_offloading=offloads
+    )
+    training = progress.training
+    monkeypatch.setattr(training, "should_disable_forward_pre_hook", lambda _: False)
+    monkeypatch.setattr(
+        training, "evaluate_and_print_results", lambda *_, **__: done.append("evaluated")
+    )
+    offloading = progress.FineGrainedActivationOffloadingInterface
+    monkeypatch.setattr(offloading, "reset_instance", lambda: done.append("forgotten"))
+    progress.Progress._evaluate_first(Mock(args=args), *[None] * 6)
+    assert done == ["evaluated", "forgotten"][: 1 + offloads]
