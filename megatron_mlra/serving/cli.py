@@ -43,6 +43,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max-model-len", type=int, help="longest sequence; default: the model's")
     p.add_argument("--kv-cache-dtype", help="fp8 halves a latent cache; default: the weights'")
     p.add_argument("--dtype", help="of weights and activations; default: as exported")
+    p.add_argument(
+        "--speculate", action="store_true",
+        help="guess a token per step by the model's layer of multi-token prediction",
+    )  # fmt: skip
     p.add_argument("--export-to", metavar="FOLDER", help="default: SOURCE/exported/STEP")
     p.add_argument("--tokenizer", help="of the export: byte, or a tokenizer's folder")
     p.add_argument("--chat-template", metavar="FILE", help="that the model was trained with")
@@ -132,9 +136,12 @@ def exported(args: argparse.Namespace, source: Path) -> Path:
                     f"{source} is exported already: --{flag.replace('_', '-')} is for runs and"
                     " checkpoints; leave it out"
                 )
-        _check_whole(open_checkpoint(source, verify=args.verify))
+        folder = open_checkpoint(source, verify=args.verify)
+        _check_guesses(args, folder)
+        _check_whole(folder)
         return source
     checkpoint = open_checkpoint(source, args.vocab_size, verify=args.verify)
+    _check_guesses(args, checkpoint)
     step = getattr(checkpoint, "folder", source).name
     if args.export_to is not None:
         target = Path(args.export_to)
@@ -206,6 +213,16 @@ def _check_export(args: argparse.Namespace, target: Path, checkpoint: Checkpoint
     _check_whole(there)
 
 
+def _check_guesses(args: argparse.Namespace, folder: CheckpointFolder) -> None:
+    """Refuse --speculate where the model, as vLLM gets it, has no layer that guesses."""
+    model = folder.description
+    if args.speculate and not (model.mtp_num_layers and model.attention == "mlra"):
+        raise ValueError(
+            f"--speculate needs a layer of multi-token prediction, and {folder.path} has none"
+            f" that vLLM gets ({model.variant}); leave it out"
+        )
+
+
 def _check_whole(folder: CheckpointFolder) -> None:
     """Read an exported folder completely and compare its checksums, which vLLM does not."""
     folder.tokenizer_files()
@@ -240,6 +257,9 @@ def _command(
             command += [f"--{flag.replace('_', '-')}", str(value)]
     if args.chat_template is not None:
         command += ["--chat-template", str(Path(args.chat_template).resolve())]
+    if args.speculate:
+        drafter = {"method": "eagle", "model": str(model.resolve()), "num_speculative_tokens": 1}
+        command += ["--speculative-config", json.dumps(drafter)]
     if not tokenizer:
         command.append("--skip-tokenizer-init")
     return [*command, *args.vllm]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import json
 import re
 import shutil
 import socket
@@ -21,7 +22,7 @@ from megatron_mlra.serving import cli
 from megatron_mlra.serving.cli import main
 from megatron_mlra.serving.server import last_error, running, wait_until_healthy
 from mlra_vllm.chat import ChatPage, LocalChatPage
-from support.random_checkpoint import RandomFolder, latent
+from support.random_checkpoint import RandomFolder, grouped, latent
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,22 @@ def run(tmp_path):
 def served(source, *words):
     """The folder that vLLM would open."""
     return cli.exported(cli.parser().parse_args([str(source), *words]), source)
+
+
+def test_guesses_need_a_layer_that_vllm_gets(run, exported, tmp_path):
+    ahead = tmp_path / "ahead"
+    write_megatron(RandomFolder(latent(4, 4, mtp_num_layers=1)), ahead, progress=False)
+    folder = served(ahead, "--speculate", "--tokenizer", "byte")
+    assert served(folder, "--speculate") == folder
+    args = cli.parser().parse_args([str(ahead), "--speculate"])
+    args.vllm = []
+    command = cli._command(args, "python", folder, "my", True)
+    drafter = json.loads(command[command.index("--speculative-config") + 1])
+    assert drafter == {"method": "eagle", "model": str(folder), "num_speculative_tokens": 1}
+    write_megatron(RandomFolder(grouped(2, mtp_num_layers=1)), tmp_path / "llama", progress=False)
+    for source in (run, exported, tmp_path / "llama"):
+        with pytest.raises(ValueError, match="--speculate needs a layer of multi-token prediction"):
+            served(source, "--speculate")
 
 
 def spoil(folder):
