@@ -23,6 +23,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.training import get_megatron_ddp_config, get_megatron_optimizer_config
@@ -159,6 +160,8 @@ def parse_case(case: Case, load: Load, *more: str) -> tuple[Namespace, Transform
 
 def build_model(case: Case, args: Namespace, config: TransformerConfig) -> GPTModel:
     """The case's GPT on the current device."""
+    # Megatron keeps a table of experts' losses, which has the first model's number of layers.
+    destroy_moe_metrics_tracker()
     if case.is_stock and case.has_experts:
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True)
     elif case.is_stock:
