@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 ATOMS = (str, int, float, bool, bytes, type(None), torch.dtype)
+GENERATORS = ("torch._C.Generator", "torch.Generator")
 _FEW = 64
 """Most arguments of a call, and most values of a tuple among the arguments."""
 _SHORT = 4096
@@ -65,7 +66,8 @@ def check_build(made: Inert, state: Any) -> None:
     """Check the state that a pickle sets on an object of a harmless class.
 
     Raises:
-        ValueError: an array's shape does not fit its values, or the object is a tensor.
+        ValueError: an array's shape does not fit its values, a generator's state is not its seed,
+            offset and bytes, or the object is a tensor.
     """
     if made.name.endswith("multiarray._reconstruct"):
         plain = type(state) is tuple and len(state) == 5 and type(state[1]) is tuple
@@ -76,6 +78,12 @@ def check_build(made: Inert, state: Any) -> None:
             or (type(state[4]) is list and _counts(state[1]) and _size(state[1]) <= len(state[4]))
         ):
             return
+    elif made.name in GENERATORS:
+        # Transformer Engine's tracker of random numbers keeps the generators themselves.
+        if type(state) is tuple and len(state) == 3 and _is_tensor(state[2]):
+            seed, offset = state[:2]
+            if type(seed) is int and (offset is None or type(offset) is int):
+                return
     elif not made.name.startswith(("torch.Tensor", "torch._", "torch.nn.")):
         return
     raise ValueError(f"a pickle that changes a {made.name} into what no checkpoint has")
@@ -174,9 +182,13 @@ def _tensor(args: tuple) -> int | None:
     return len(args) if 0 in size or (last + 1) * itemsize <= args[0].numbers else None
 
 
+def _is_tensor(value: Any) -> bool:
+    return type(value) is Inert and value.name.startswith("torch._")
+
+
 def _of_a_tensor(args: tuple) -> int | None:
     """A parameter around a tensor."""
-    if not args or type(args[0]) is not Inert or not args[0].name.startswith("torch._"):
+    if not args or not _is_tensor(args[0]):
         return None
     rest = (*ATOMS, dict, collections.OrderedDict)
     return len(args) if all(type(arg) in rest for arg in args[1:]) else None
