@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from support import ROOT
 from support.parsers import read_help_once
+from support.programs import program
 from support.runs import Entry
 from support.warm import write_python
 
@@ -76,6 +77,16 @@ def entry(session: Path) -> Iterator[Entry]:
 def warm_python(session: Path, entry: Entry, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A program that stands for this Python, and begins with Megatron imported."""
     return write_python(tmp_path_factory.mktemp("warm"), session)
+
+
+@pytest.fixture(scope="session")
+def warm_mlra(warm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The command `mlra`, of a Python that begins with Megatron imported."""
+    path = tmp_path_factory.mktemp("bin") / "mlra"
+    _, _, text = program("mlra").read_text().partition("\n")
+    path.write_text(f"#!{warm_python}\n{text}")
+    path.chmod(0o755)
+    return path
 
 
 @pytest.fixture(scope="session")

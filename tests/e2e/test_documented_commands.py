@@ -76,16 +76,6 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def warm_mlra(warm_python, tmp_path_factory) -> Path:
-    """The command, of a Python that begins with Megatron imported."""
-    path = tmp_path_factory.mktemp("bin") / "mlra"
-    _, _, text = program("mlra").read_text().partition("\n")
-    path.write_text(f"#!{warm_python}\n{text}")
-    path.chmod(0o755)
-    return path
-
-
-@pytest.fixture(scope="module")
 def readme(folder) -> str:
     """What README's commands printed."""
     return run_blocks("README.md", folder, program("mlra"))

@@ -13,7 +13,6 @@ from megatron_mlra.data.tokenizers import ByteTokenizer
 from megatron_mlra.inference.cli import main
 from megatron_mlra.inference.growing_text import GrowingText
 from support import ENV, ROOT
-from support.programs import program
 
 
 @pytest.fixture(scope="session")
@@ -85,12 +84,12 @@ def test_files_of_prompts_give_what_single_prompts_give(checkpoint, capsys, tmp_
     assert code == 0 and json.loads(one.read_text())["tokens"] == together[2]["tokens"]
 
 
-def test_ranks_write_what_one_process_writes(checkpoint, capsys):
+def test_ranks_write_what_one_process_writes(checkpoint, capsys, warm_mlra):
     argv = [checkpoint, "--prompt", "def ", "--max-new-tokens", "24", "--ignore-eod"]
     _, alone, _ = generate(capsys, *argv)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     done = subprocess.run(
-        [*command, "4", "--no-python", program("mlra"), "generate", *argv,
+        [*command, "4", "--no-python", warm_mlra, "generate", *argv,
          "--weight-mode", "sharded", "--context-parallel", "2", "--page-size", "16"],
         capture_output=True, text=True, env=ENV, timeout=300,
     )  # fmt: skip

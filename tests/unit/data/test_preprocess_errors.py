@@ -136,7 +136,10 @@ def shard(name: str, tokens, magic=20240520, version=1, count=None) -> None:
         ("--input good.jsonl --tokenizer byte --output-prefix folder/", "names a folder"),
         ("--input good.jsonl --tokenizer byte --output-prefix out.bin", "leave out the suffix"),
         ("--input good.jsonl --tokenizer byte --output-prefix bad", "bad.json is a folder"),
-        ("--input good.jsonl --tokenizer byte --output-prefix /proc/out", "cannot write /proc/out"),
+        (
+            "--input good.jsonl --tokenizer byte --output-prefix /proc/out",
+            "the folder /proc cannot be written",
+        ),
         ("--input good.bin --output-prefix good --overwrite", "would replace the input good.bin"),
     ],
 )
