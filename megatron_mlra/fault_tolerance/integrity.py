@@ -56,9 +56,9 @@ def _others(folders: list[Path]) -> str:
     return f"there is {', '.join(there)}: --ckpt-step names the step to load"
 
 
-def check_load(args: Namespace, argv: list[str] | None = None) -> None:
+def check_load(args: Namespace) -> None:
     """Check that the checkpoint of `--load` is complete and fits the architecture and the
-    optimizer. Rank 0 prints what the flags of `argv` change in its RoPE and lengths.
+    optimizer. Rank 0 prints what the command line changes in its RoPE and lengths.
 
     Raises:
         ValueError: names the checkpoint, and the damaged file or the arguments that differ.
@@ -67,7 +67,7 @@ def check_load(args: Namespace, argv: list[str] | None = None) -> None:
     if folder is None:
         return
     stored = opened(folder)
-    given = parser.flags_given(sys.argv[1:] if argv is None else argv)
+    given = parser.flags_given(sys.argv[1:])
     changed = check_architecture(stored, args, given)
     if changed and args.rank == 0:
         parser.say(f"{folder}: {', '.join(changed)}, as asked")
