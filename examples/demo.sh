@@ -50,7 +50,7 @@ echo "== 4. what it has learned: the model continues three beginnings"
 "${mlra[@]}" generate "$run/checkpoint" --prompt "def __init__(self" --prompt "Return the " \
   --prompt "import sys" --max-new-tokens 100 --temperature 0.5 --top-p 0.9 --seed 1
 
-echo "== validation loss, nats a byte: $(loss validation head) before, $(loss validation tail) after"
+echo "== validation loss, nats per byte: $(loss validation head) before, $(loss validation tail) after"
 echo "   (of 128 samples from the 5 % of the corpus that follow what it trained on)"
 echo "== test loss: $(loss test tail) (of the last 1 %, which is other text: another number)"
 echo "== step $steps: $(last "$run/train.txt") both ways, uninterrupted and resumed"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Start one node's processes of a run, any preset, any number of nodes; resumes from --save.
+# Start one node's processes of a run, for any preset and number of nodes. Resumes from SAVE.
 #
 # Usage: examples/launch.sh PRESET SAVE [flags of pretrain_mlra.py ...]
 #   PRESET   a name that `mlra presets` lists (mlra4_70b) or a path
@@ -13,8 +13,8 @@
 #   RDZV_ENDPOINT   host:port of the first node, where all meet
 #   RDZV_ID         one name for all nodes of a job (the name of SAVE)
 #   LOCAL_ADDR      this node's address for the others, where its own name does not say
-#   MAX_RESTARTS    of a node's processes before the node gives up (3)
-#   JOIN_TIMEOUT    seconds in which all nodes must have come (900)
+#   MAX_RESTARTS    restarts of a node's processes before the node gives up (3)
+#   JOIN_TIMEOUT    seconds within which all nodes must join (900)
 #   STOPPED_CODE    exit code after a signal that stopped the run in order (0)
 # Exit code: 0 done, 2 refused (a command line or an input; nothing was restarted), 130 ended at once
 #   by a second Ctrl-C, 1 failed.

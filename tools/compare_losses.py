@@ -1,4 +1,4 @@
-"""Compare the losses that runs printed (docs/performance/training.md)."""
+"""Compare the training losses of runs (docs/performance/training.md)."""
 
 from megatron_mlra.benchmarks.losses import main
 from megatron_mlra.command_line.parser import run

@@ -1,4 +1,4 @@
-"""Write the demo's corpus, English and code that every Python carries, as JSON lines."""
+"""Write the demo's corpus, English and code from the files of this Python, as JSON lines."""
 
 from megatron_mlra.command_line.parser import run
 from megatron_mlra.data.demo_cli import main

@@ -1,7 +1,4 @@
-"""Write the preset of another attention at the same number of parameters (docs/evidence.md).
-
-python tools/twin.py examples/configs/mlra4_2.9b.yaml --attention gqa --output gqa_twin.yaml
-"""
+"""Write the preset of another attention with the same number of parameters (docs/evidence.md)."""
 
 from megatron_mlra.command_line.parser import run
 from megatron_mlra.planner.twin_cli import main

@@ -19,7 +19,7 @@ shift
 
 read -ra presets <<<"${PRESETS:-mlra4_2.9b mla_2.9b gla4_2.9b gqa_2.9b}"
 cuts=(1 "$gpus")
-# Four latents have four GPUs; what is left of eight cuts tokens.
+# Four latent heads are cut over four GPUs; with eight GPUs, the remaining factor 2 cuts tokens.
 if [ "$gpus" -gt 4 ] && [ $((gpus % 4)) = 0 ]; then cuts=(1 $((gpus / 4)) "$gpus"); fi
 sizes=(--contexts 8192 32768 131072 524288 1048576 --batches 1 8 32 128)
 if [ "$rehearse" = 1 ]; then sizes=(--rehearse --contexts 96 256 --batches 1 3); fi

@@ -19,7 +19,7 @@ shift
 
 read -ra presets <<<"${PRESETS:-mlra4_2.9b mla_2.9b}"
 tp=--tensor-model-parallel-size cp=--context-parallel-size pp=--pipeline-model-parallel-size
-# What is left of more than four GPUs is data parallel.
+# With more than four GPUs, the remaining factor is data parallel.
 declare -A layouts=(
   [tp4-head]="$tp 4 --sequence-parallel --latent-tp-layout head"
   [tp4-latent]="$tp 4 --sequence-parallel --latent-tp-layout latent"

@@ -1,10 +1,11 @@
-"""What the loss does not say of a model: one run of stages, each left out where it was done.
+"""Evaluates a model beyond the loss, in stages; a stage whose output file exists is skipped.
 
     python examples/reproduce/beyond.py LOCK PLAN.json
 
-run_ladder.py starts it. Stages: train the base, unless its checkpoint is kept; analyze it; score
-the cloze set and the long contexts that it takes; train it on at a longer context; score all of
-them again. A stage that trains is a process of its own; the others share this one's imports.
+run_ladder.py starts this script. The stages: train the base model, unless its checkpoint is kept;
+analyze its attention; score the cloze set and the long contexts that fit the base model; continue
+training at a longer context; score the cloze set and all long contexts. Each training is a process
+of its own; the other stages run in this process and share its imports.
 """
 
 from __future__ import annotations
@@ -21,19 +22,22 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 
 Stage = dict[str, Any]
-"""{does: 'train', 'analyze' or 'evaluate', words: of its command line, done: the file it leaves}"""
+"""{does: 'train', 'analyze' or 'evaluate'; words: the stage's command line; done: the file that the
+stage writes at its end}"""
 
 
 def stages(
     plan: dict[str, Any], folder: Path, base: Path, train: list[str] | None, extend: list[str]
 ) -> list[Stage]:
-    """What a run does, in order.
+    """The stages of a run, in order.
 
     Args:
-        plan: {analyze: flags or None, tasks: folder, lengths: of its files, context: tokens
-            that the base takes, tokenizer: folder}.
-        base: checkpoint of the base.
-        train: flags of its training, None where it is trained.
+        plan: {analyze: flags of `mlra analyze`, or None; tasks: folder of the tasks; lengths:
+            tokens of each long-context file; context: most tokens of the base model; tokenizer:
+            folder}.
+        folder: where the run writes.
+        base: checkpoint of the base model.
+        train: flags of the base model's training; None: its checkpoint is kept.
         extend: flags of the training at a longer context, whose `--save` is `folder`/extended.
     """
     made: list[Stage] = []
@@ -44,7 +48,8 @@ def stages(
     def score(checkpoint: Path, longest: int, name: str) -> None:
         files = ["cloze", *(f"long_{n}" for n in plan["lengths"] if n <= longest)]
         words = [checkpoint, "--task", *(plan["tasks"] / f"{file}.jsonl" for file in files)]
-        # In the precision that tells near ties apart; the data may name a tokenizer's old place.
+        # float32 tells near ties apart. --tokenizer, because the path in the checkpoint may be
+        # that of another machine.
         words += ["--dtype", "float32", "--tokenizer", plan["tokenizer"]]
         add("evaluate", [*words, "--json", folder / name], folder / name)
 
@@ -60,7 +65,12 @@ def stages(
 
 
 def told(folder: Path, analyzed: bool) -> dict[str, Any]:
-    """What the stages left, for the run's result."""
+    """The part `beyond` of the run's result, read from the files that the stages wrote.
+
+    Args:
+        folder: where the run wrote.
+        analyzed: whether the attention was analyzed.
+    """
     found: dict[str, Any] = {}
     if analyzed:
         found["analysis"] = json.loads((folder / "analysis.json").read_text())
@@ -78,7 +88,7 @@ def told(folder: Path, analyzed: bool) -> dict[str, Any]:
 
 
 class Run:
-    """Works through stages; a signal to stop is handed on to the training in progress."""
+    """Works through stages, and hands SIGTERM on to the training in progress."""
 
     def __init__(self) -> None:
         self.child: subprocess.Popen | None = None
@@ -88,11 +98,11 @@ class Run:
     def _stop(self, *_: Any) -> None:
         self.stopping = True
         if self.child is None:
-            sys.exit(0)  # the stage is begun anew next time
+            sys.exit(0)  # the next call begins the stage anew
         self.child.send_signal(signal.SIGTERM)
 
     def work(self, todo: list[Stage]) -> int:
-        """Do what is not done; the exit code of the stage that failed, else 0."""
+        """Run the stages that are not done; returns the exit code of a stage that failed, or 0."""
         for stage in todo:
             if Path(stage["done"]).is_file():
                 continue
@@ -119,7 +129,7 @@ class Run:
 
 def main() -> int:
     """Take the device, work through the plan; returns the exit code."""
-    # In place of this script's folder, whose modules have everyday names.
+    # This script's folder would shadow others' modules: its modules have everyday names.
     sys.path.remove(str(Path(__file__).parent))
     sys.path.insert(0, str(ROOT))
     runner = Run()

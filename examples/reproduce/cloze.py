@@ -1,8 +1,9 @@
-"""A cloze set from held-out books, by LAMBADA's recipe: the last word of a passage, which occurs in
-the passage before.
+"""A cloze set from held-out books, in the manner of LAMBADA (Paperno et al., 2016): a model
+completes the last word of a passage.
 
-A passage is some sentences in a row. Its last word has four letters or more, is none of the
-commonest of the books, and may be a name. Passages do not overlap.
+A passage is several sentences in a row. Its last word has four letters or more, occurs earlier in
+the passage, is not among the commonest words of the books, and may be a name. Passages do not
+overlap.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 COMMONEST = 200
-"""Words of the books that are never asked for."""
+"""Number of the books' commonest words that are never asked for."""
 
 _OPEN, _CLOSE = "\"'(\u201c\u2018", "\"')\u201d\u2019"
-"""Quotation marks, straight and curled, and brackets, around sentences."""
+"""Quotation marks (straight and curled) and brackets that open and close a sentence."""
 _END = re.compile(rf"[.!?]+[{_CLOSE}]*\s+(?=[{_OPEN}]?[A-Z])")
 _TITLES = ("Mr", "Mrs", "Ms", "Dr", "St", "Prof", "Rev", "Hon", "Capt", "Col", "Gen")
 _LAST = re.compile(rf"\b([A-Za-z]{{4,}})[.!?]+[{_CLOSE}]*$")
@@ -34,7 +35,8 @@ class Book:
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a text's paragraphs, without headings, line breaks and rules."""
+    """The sentences of a Markdown text, without line breaks. Headings, lists, tables, quotations
+    and rules are left out."""
     found = []
     for part in re.split(r"\n\s*\n", text):
         part = " ".join(part.split())
@@ -52,18 +54,19 @@ def sentences(text: str) -> list[str]:
 
 
 def common_words(books: list[Book]) -> frozenset[str]:
-    """The commonest words, in lower case."""
+    """The commonest words of the books, in lower case."""
     counts: Counter[str] = Counter()
     for book in books:
         for sentence in book.sentences:
             counts.update(word.lower() for word in _WORD.findall(sentence))
-    # Of a small text fewer, so that it keeps words to ask for.
+    # A small text excludes fewer words, so that words to ask for are left.
     return frozenset(word for word, _ in counts.most_common(min(COMMONEST, len(counts) // 20)))
 
 
 def passages(book: Book, shortest: int, longest: int, common: frozenset[str]) -> Iterator[dict]:
-    """Items {name, context, continuation} of a book, contexts of `shortest` to `longest` words."""
-    free = 0  # the first sentence that no passage has
+    """Items {name, context, continuation} of a book, whose contexts have `shortest` to `longest`
+    words; words of `common` are not asked for."""
+    free = 0  # the first sentence that is in no passage yet
     for i, sentence in enumerate(book.sentences):
         match = _LAST.search(sentence)
         if match is None or match[1].lower() in common:
@@ -82,10 +85,14 @@ def passages(book: Book, shortest: int, longest: int, common: frozenset[str]) ->
 
 
 def cloze(books: list[Book], count: int, shortest: int, longest: int) -> list[dict]:
-    """At most `count` items, chosen by their hash, in the books' order.
+    """At most `count` items, chosen by the hash of their contexts, in the books' order.
+
+    Args:
+        shortest: fewest words of a context.
+        longest: most words of a context.
 
     Raises:
-        ValueError: there are none.
+        ValueError: the books have no such passage.
     """
     common = common_words(books)
     found = [item for book in books for item in passages(book, shortest, longest, common)]

@@ -1,9 +1,9 @@
-"""Statistics of the ladder: means over seeds, differences to MLA and which of them count.
+"""Statistics of the ladder: means over seeds, differences to MLA, and which differences count.
 
-The rule was fixed before the runs (docs/evidence.md): the measure is the mean of the held-out sets'
-losses. A difference to MLA counts where the p-value of Welch's t-test, corrected by Holm's method
-over the comparisons of one family, is below 0.05. Nothing else counts. The mechanisms that have
-most seeds by plan are one family, all others another.
+The rule was fixed before the runs (docs/evidence.md). The measure is the mean of the losses on the
+held-out sets. A difference to MLA counts where the p-value of Welch's t-test, corrected by Holm's
+method over the comparisons of one family, is below 0.05. Nothing else counts. The mechanisms with
+the most planned seeds are one family, all others another.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from ladder import mean_loss
 REFERENCE = "mla"
 LEVEL = 0.05
 MAIN = ("mlra4", "mlra4-gated", "gla2", "gqa")
-"""The family of the comparisons that the evidence is made for."""
+"""The mechanisms of the first family: the comparisons that the ladder was planned for."""
 MEAN = "mean"
-"""The name of the measure beside those of the sets."""
+"""The name of the measure, where the held-out sets have names too."""
 
 
 @dataclass
@@ -30,35 +30,37 @@ class Row:
 
     mechanism: str
     results: list[dict[str, Any]]
-    """Runs that did not diverge, by seed."""
+    """Results of the runs that did not diverge, by rising seed."""
     diverged: int
+    """Number of runs that diverged."""
     p: float | None = None
-    """Of the difference to MLA in the measure, after Holm's correction."""
+    """p-value of the measure's difference to MLA, after Holm's correction; None: not tested."""
 
     def losses(self, name: str = MEAN) -> list[float]:
-        """The loss of each seed on a set, or the measure."""
+        """Loss of each seed in nats per token: on the held-out set `name`, or the measure."""
         if name == MEAN:
             return [mean_loss(result) for result in self.results]
         return [result["held_out"][name]["loss"] for result in self.results]
 
     def mean(self, name: str = MEAN) -> float:
-        """Over seeds; NaN where all diverged."""
+        """Mean of `losses` over seeds; NaN where all seeds diverged."""
         losses = self.losses(name)
         return fmean(losses) if losses else math.nan
 
     def error(self, name: str = MEAN) -> float:
-        """Standard error of the mean, NaN for one seed."""
+        """Standard error of the mean over seeds, NaN for fewer than two seeds."""
         losses = self.losses(name)
         return stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
 
     @property
     def counts(self) -> bool:
-        """Whether its difference to MLA counts."""
+        """Whether the mechanism's difference to MLA counts by the rule."""
         return self.p is not None and self.p < LEVEL
 
 
 def half_width(losses: list[float]) -> float:
-    """Half of the 95 % interval of the mean of some seeds, NaN for one."""
+    """Half the width of the 95 % interval of the mean over seeds (Student's t), NaN for fewer than
+    two seeds."""
     if len(losses) < 2:
         return math.nan
     from scipy.stats import t
@@ -66,11 +68,11 @@ def half_width(losses: list[float]) -> float:
     return t.ppf(1 - LEVEL / 2, len(losses) - 1) * stdev(losses) / math.sqrt(len(losses))
 
 
-def difference(row: Row, reference: Row, name: str = MEAN) -> tuple[float, float, float]:
-    """Mean difference to the reference and its 95 % interval (Welch), NaN where a side has fewer
-    than two seeds."""
-    a, b = row.losses(name), reference.losses(name)
-    delta = row.mean(name) - reference.mean(name)
+def difference(row: Row, reference: Row) -> tuple[float, float, float]:
+    """The measure's difference to the reference, and the ends of its 95 % interval (Welch), which
+    are NaN where a side has fewer than two seeds."""
+    a, b = row.losses(), reference.losses()
+    delta = row.mean() - reference.mean()
     if min(len(a), len(b)) < 2:
         return delta, math.nan, math.nan
     from scipy.stats import ttest_ind
@@ -80,7 +82,7 @@ def difference(row: Row, reference: Row, name: str = MEAN) -> tuple[float, float
 
 
 def compare(results: Iterable[dict[str, Any]], phase: str) -> list[Row]:
-    """A row for each mechanism of a phase, by rising mean loss, with corrected p-values."""
+    """A row per mechanism of a phase, by rising measure, with corrected p-values."""
     grouped: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         if result["phase"] == phase:
@@ -98,7 +100,7 @@ def compare(results: Iterable[dict[str, Any]], phase: str) -> list[Row]:
 
 
 def _holm(rows: list[Row], reference: Row) -> None:
-    """Holm's correction of the p-values of a family of rows against the reference."""
+    """Set `p` of a family's rows by Welch's test against the reference and Holm's correction."""
     from scipy.stats import ttest_ind
 
     b = reference.losses()
@@ -111,8 +113,12 @@ def _holm(rows: list[Row], reference: Row) -> None:
 
 
 def smallest_detectable(rows: list[Row]) -> float:
-    """The difference that Welch's test at 5 % would find in 4 of 5 repeats between two mechanisms
-    with the seeds there are, by the spread pooled over all rows (2.8 standard errors)."""
+    """The smallest difference between two mechanisms that Welch's test at 5 % finds with a power of
+    80 %, in nats per token; NaN without two seeds.
+
+    The difference is 2.8 standard errors: the variance is pooled over all rows, and each side has
+    as many seeds as the row with the most.
+    """
     spreads = [
         (len(row.results) - 1, stdev(row.losses()) ** 2) for row in rows if len(row.results) > 1
     ]

@@ -1,11 +1,12 @@
-"""Build the text of the evidence: real English, deduplicated, whole books and packages held out.
+"""Build the ladder's text: real English, deduplicated, with whole books and packages held out.
 
     python examples/reproduce/corpus.py --books CLONE --packages FOLDER --out DATA
 
 CLONE is a Git clone (bare or not) of the repository mlschmitt/classic-books-markdown; FOLDER is
-what get_packages.sh filled. Writes DATA/train.jsonl, DATA/{books,docs,dictionary}.jsonl and
-DATA/corpus.json (counts and SHA-256 of each). With --fineweb N, the first N shards of FineWeb-Edu
-take the place of books and packages, and a hundredth of their documents is the set `fineweb`.
+the folder that get_packages.sh filled. Writes DATA/train.jsonl, DATA/{books,docs,dictionary}.jsonl
+and DATA/corpus.json (counts and SHA-256 of each). With --fineweb N, the first N shards of
+FineWeb-Edu replace books and packages, and a hundredth of their documents is the held-out set
+`fineweb`.
 """
 
 from __future__ import annotations
@@ -33,29 +34,32 @@ from corpus_sources import (
 from megatron_mlra.command_line.parser import OneLineParser, run
 
 SHORTEST_PARAGRAPH = 80
-"""Characters from which on a paragraph may come only once: shorter ones are dialogue, headings."""
+"""Characters of the shortest paragraph that may occur only once in the corpus. Shorter paragraphs
+are dialogue and headings, which repeat."""
 SHORTEST_DOCUMENT = 200
+"""Fewest characters of a document."""
 NGRAM = 13
-"""Words in a row by which texts are compared."""
+"""Words per n-gram; n-grams tell whether texts overlap."""
 SAMPLED = 16
-"""Of how many n-grams one is remembered, to find near duplicates among training documents."""
+"""One n-gram in so many is remembered, to find near duplicates among training documents."""
 HELD_OUT_BOOKS = 40
 """One book in so many is held out, chosen by the hash of its name."""
 COMMON = frozenset({"the", "of", "and", "to", "a", "in", "is", "that", "for", "it"})
+"""Words that English prose cannot do without."""
 LEAST_COMMON = 0.06
-"""Share of such words below which a document is no English prose."""
+"""Least share of the words `COMMON` in English prose."""
 
 _WORD = re.compile(r"[^\W_]+")
 
 
 def fingerprint(text: str) -> bytes:
-    """Eight bytes that paragraphs share which differ in case, spaces and punctuation alone."""
+    """Eight bytes, the same for paragraphs that differ only in case, spaces and punctuation."""
     letters = "".join(words_of(text))
     return hashlib.blake2b(letters.encode(), digest_size=8).digest()
 
 
 def words_of(text: str) -> list[str]:
-    """Its words in lower case, without punctuation."""
+    """The text's words in lower case, without punctuation."""
     return _WORD.findall(text.lower())
 
 
@@ -71,7 +75,11 @@ def _word_id(word: str) -> int:
 
 
 def ngrams(words: list[str]) -> np.ndarray:
-    """Hashes of every 13 words in a row, uint64, in order."""
+    """Hashes of all n-grams of `NGRAM` words, in order.
+
+    Returns:
+        [max(0, len(words) - NGRAM + 1)], uint64.
+    """
     if len(words) < NGRAM:
         return np.empty(0, np.uint64)
     ids = np.fromiter(map(_word_id, words), np.uint64, len(words))
@@ -82,32 +90,42 @@ def ngrams(words: list[str]) -> np.ndarray:
 
 
 def is_english(words: list[str]) -> bool:
-    """Whether enough of its words are those that English prose cannot do without."""
+    """Whether at least `LEAST_COMMON` of the words are in `COMMON`."""
     return bool(words) and sum(map(COMMON.__contains__, words)) >= LEAST_COMMON * len(words)
 
 
 def held_out_book(name: str) -> bool:
-    """Whether a book goes to the validation set."""
+    """Whether the book of this name is held out."""
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT_BOOKS == 0
 
 
 @dataclass
 class Filter:
-    """Lets through what was not seen before; held-out sets first, so that training loses what they
-    share."""
+    """Removes repetitions from documents. Held-out sets come first, so that text which a held-out
+    set shares with the training set is removed from the training set."""
 
     paragraphs: set[bytes] = field(default_factory=set)
+    """Fingerprints of the paragraphs seen."""
     sampled: set[int] = field(default_factory=set)
+    """Sampled n-grams of the documents admitted."""
     held_out: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     """N-grams of the held-out sets, sorted."""
     removed: Counter = field(default_factory=Counter)
-    """Why -> characters left out."""
+    """Reason -> number of characters removed."""
 
     def _drop(self, why: str, text: str) -> None:
         self.removed[why] += len(text)
 
     def admit(self, parts: list[str], english: bool = True) -> tuple[str, np.ndarray] | None:
-        """The document without its repeated paragraphs and its n-grams, or None."""
+        """Remove a document's repeated paragraphs.
+
+        Args:
+            parts: the document's paragraphs.
+            english: refuse a document that is not English prose.
+
+        Returns:
+            the remaining text and its n-grams; None where the document is left out.
+        """
         kept = []
         for part in parts:
             if len(part) >= SHORTEST_PARAGRAPH:
@@ -133,7 +151,7 @@ class Filter:
         return text, grams
 
     def shared(self, grams: np.ndarray) -> np.ndarray:
-        """Which n-grams occur in a held-out set, bool."""
+        """Which n-grams occur in a held-out set: bool, of the shape of `grams`."""
         at = np.searchsorted(self.held_out, grams)
         return self.held_out[np.minimum(at, len(self.held_out) - 1)] == grams
 
@@ -141,8 +159,12 @@ class Filter:
 def write(
     path: Path, documents: Iterable[tuple[str, list[str]]], seen: Filter, held_out: bool
 ) -> tuple[dict, list[np.ndarray]]:
-    """Write admitted documents as JSON lines; what was written, and (of held-out sets) its n-grams
-    or (of training) those of them that a held-out set has."""
+    """Write the admitted documents as JSON lines.
+
+    Returns:
+        {documents, characters, sha256}; and per document its n-grams (`held_out`), or those of its
+        n-grams that occur in a held-out set.
+    """
     digest, count, characters, found = hashlib.sha256(), 0, 0, []
     aside = path.with_suffix(".partial")
     with open(aside, "wb") as out:
@@ -161,13 +183,13 @@ def write(
 
 
 def named(source: str, documents: Iterable[Document]) -> Iterator[Document]:
-    """Documents with their source in front of their names."""
+    """Documents named `source/name`."""
     for name, parts in documents:
         yield f"{source}/{name}", parts
 
 
 def english_sets(args) -> tuple[dict[str, Iterator[Document]], Iterator[Document]]:
-    """Validation set -> its documents, and the training documents."""
+    """{held-out set: its documents}, and the training documents."""
     if args.fineweb or args.fineweb_files:
         files = args.fineweb_files or fetch_fineweb(args.out / "fineweb", args.fineweb)
         everything = enumerate(fineweb(files))
@@ -188,7 +210,7 @@ def english_sets(args) -> tuple[dict[str, Iterator[Document]], Iterator[Document
 
 
 def build(args) -> dict:
-    """Write all sets and corpus.json; returns the latter.
+    """Write all sets and corpus.json; returns the content of corpus.json.
 
     Raises:
         ValueError: a source is missing, or a set came out empty.

@@ -1,4 +1,4 @@
-"""Documents as paragraphs, from a clone of books, unpacked packages, and parquet files.
+"""Reads documents as paragraphs from a Git clone of books, unpacked packages, and parquet files.
 
 Every reader yields `(name, paragraphs)` in an order that depends on file names alone.
 """
@@ -22,7 +22,7 @@ HELD_OUT_PACKAGES = {
     "docs": ("postgresql-doc-15", "git-doc", "debian-policy", "developers-reference"),
     "dictionary": ("dict-foldoc", "dict-jargon"),
 }
-"""Validation set -> the packages of which it is made, whole."""
+"""Held-out set -> the packages that make up the set; none of their text is trained on."""
 
 TRAINING_PACKAGES = (
     "dict-gcide",
@@ -54,11 +54,11 @@ _SUFFIXES = {
     "python3.11-doc": (".txt",),
     "git-doc": (".txt",),
 }
-"""Files of a package that hold its text; of those not named here, the pages in HTML."""
+"""Package -> endings of the files that hold its text; for all other packages `.html`."""
 
 _NOT_PROSE = re.compile(
-    # Listings, source code and indexes; pages that repeat others by rule (Rust's core those of its
-    # std); other languages.
+    # Listings, source code and indexes; pages that repeat others (Rust's `core` repeats its
+    # `std`); languages other than English.
     r"/class-use/|/index-files/|package-(tree|use|summary)\.html|/html/(src|core)/|/_modules/"
     r"|/implementors/|/arch/|/search|/RelNotes/"
     r"|/translations/|_[a-z]{2}\.pod|-handbook/html/(?!en-US)|/manual/(?!en/)"
@@ -66,15 +66,15 @@ _NOT_PROSE = re.compile(
 
 
 def paragraphs(text: str) -> list[str]:
-    """Text split at blank lines; lines keep their own ends and indents."""
+    """Text split at blank lines; a paragraph keeps its line breaks and indents."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     return [part.strip("\n").rstrip() for part in re.split(r"\n[ \t]*\n", text) if part.strip()]
 
 
 def books(clone: Path) -> Iterator[Document]:
-    """The books of a Git clone (bare or not): `Author/Title.md` of its HEAD.
+    """The books of a Git clone (bare or not): the files `Author/Title.md` of HEAD.
 
-    Files that the clone lists and does not hold, as partial clones do, are left out.
+    Files whose content is not in the clone (of a partial clone) are left out.
     """
 
     def git(*args: str, feed: bytes | None = None) -> bytes:
@@ -96,7 +96,8 @@ def package(folder: Path, name: str, workers: int = 1) -> Iterator[Document]:
     """The documents of one unpacked package under `folder`.
 
     Raises:
-        ValueError: it is not there or holds no document; the line says what to run.
+        ValueError: the package is missing or holds no document; the line names the command that
+            downloads packages.
     """
     root = folder / name
     if name == "botocore":
@@ -116,7 +117,7 @@ def package(folder: Path, name: str, workers: int = 1) -> Iterator[Document]:
 
 
 def fineweb(files: Iterable[Path]) -> Iterator[Document]:
-    """The column `text` of parquet files."""
+    """One document per row of parquet files: the column `text`."""
     import pyarrow.parquet as parquet
 
     for file in files:
@@ -128,7 +129,8 @@ def fineweb(files: Iterable[Path]) -> Iterator[Document]:
 
 
 def fetch_fineweb(folder: Path, shards: int) -> list[Path]:
-    """Download the first shards of FineWeb-Edu's 100B sample; needs a network."""
+    """Download the first `shards` files of FineWeb-Edu's 100B-token sample, and return their paths.
+    Needs a network."""
     from huggingface_hub import HfApi, hf_hub_download
 
     repository = {"repo_id": "HuggingFaceFW/fineweb-edu", "repo_type": "dataset"}
@@ -170,11 +172,11 @@ _INLINE = (
 )
 _VOID = "area base br col embed hr img input link meta source track wbr"
 HIDDEN, INLINE, VOID = (frozenset(words.split()) for words in (_HIDDEN, _INLINE, _VOID))
-"""Tags whose text is left out, that do not end a paragraph, and that have no end."""
+"""HTML tags: whose text is left out; which do not end a paragraph; which have no end tag."""
 
 
 class _Text(HTMLParser):
-    """Paragraphs of a page: what lies between two tags that are not inline."""
+    """Collects a page's paragraphs: the text between two tags that are not inline."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -219,7 +221,7 @@ class _Text(HTMLParser):
 
 
 def html_paragraphs(page: str) -> list[str]:
-    """The paragraphs of a page in HTML, without its menus and scripts."""
+    """The paragraphs of an HTML page, without menus and scripts."""
     reader = _Text()
     reader.feed(page)
     reader.close()
@@ -230,17 +232,20 @@ def html_paragraphs(page: str) -> list[str]:
 _TAG_LINE = re.compile(r"^[ \t]*\[[^\[\]\n]{1,40}\][ \t]*\n", re.MULTILINE)
 
 
-def _dictionary(file: Path, entries: int = 100) -> Iterator[Document]:
-    """A dictd dictionary, in documents of some hundred paragraphs. Lines that hold only the name of
-    an entry's source are left out."""
+_PER_DOCUMENT = 100
+"""Paragraphs of a dictionary that make one document."""
+
+
+def _dictionary(file: Path) -> Iterator[Document]:
+    """A dictd dictionary. Lines that hold only the name of an entry's source are left out."""
     text = gzip.decompress(file.read_bytes()).decode("utf-8", "replace")
     blocks = paragraphs(_TAG_LINE.sub("", text))
-    for start in range(0, len(blocks), entries):
-        yield f"{file.stem}:{start}", blocks[start : start + entries]
+    for start in range(0, len(blocks), _PER_DOCUMENT):
+        yield f"{file.stem}:{start}", blocks[start : start + _PER_DOCUMENT]
 
 
 def _botocore(wheel: Path) -> Iterator[Document]:
-    """The documentation strings of botocore's service descriptions, a document each service."""
+    """The documentation strings of botocore's service descriptions, one document per service."""
     with zipfile.ZipFile(wheel) as archive:
         names = [n for n in archive.namelist() if re.search(r"/service-2\.json(\.gz)?$", n)]
         for name in sorted(names):

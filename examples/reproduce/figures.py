@@ -1,4 +1,5 @@
-"""The figures of the evidence: one colour for each mechanism in all of them, seeds as points."""
+"""Draws the figures of the ladder. A mechanism has the same colour in all figures; a point is a
+seed."""
 
 from __future__ import annotations
 
@@ -28,12 +29,12 @@ NAMES = {
 COLORS = {mechanism: common.COLOURS[name] for mechanism, name in NAMES.items()}
 
 
-def _axes(columns: int) -> tuple[Any, Any]:
-    return common.sheet(1, columns)
+WINDOW = 10
+"""Log lines over which a training loss is averaged."""
 
 
 def finish(figure: Any, path: Path, mechanisms: list[str]) -> None:
-    """A legend below the axes, over no data, and the file."""
+    """Add a legend below the axes, where it covers no data, and write the file."""
     from matplotlib.lines import Line2D
 
     marks = [
@@ -45,14 +46,18 @@ def finish(figure: Any, path: Path, mechanisms: list[str]) -> None:
 
 
 def pareto(rows: list[Row], path: Path, what: str) -> None:
-    """What a held-out loss costs: over the cache's bytes per token and device, at TP 1, 4 and 8,
-    and over the time of training. Mechanisms of the same cost are drawn side by side; a dashed
-    line joins those of which none is better and cheaper."""
+    """Held-out loss over cost: over the KV cache's bytes per token and device at TP 1, 4 and 8, and
+    over training time. Mechanisms of the same cost are drawn side by side. A dashed line joins the
+    Pareto front: the mechanisms than which no other is both better and cheaper.
+
+    Args:
+        what: what the figure is of, for its title.
+    """
     rows = [row for row in rows if row.results]
     columns = {f"TP{tp}": [kv_bytes(row, tp) for row in rows] for tp in (1, 4, 8)}
     device, times = training_minutes(rows)
     columns |= {"training": times} if times else {}
-    figure, axes = _axes(len(columns))
+    figure, axes = common.sheet(1, len(columns))
     losses = [row.mean() for row in rows]
     for panel, (name, values) in zip(axes[0], columns.items(), strict=True):
         places = [_beside(values, i) for i in range(len(rows))]
@@ -85,13 +90,13 @@ def pareto(rows: list[Row], path: Path, what: str) -> None:
 
 
 def kv_bytes(row: Row, tp: int) -> float:
-    """Of the cache, per token and device."""
+    """KV cache in bytes per token and device with `tp` tensor parallel ranks."""
     return row.results[0]["kv_bytes_per_token"][str(tp)]
 
 
 def training_minutes(rows: list[Row]) -> tuple[str, list[float]]:
-    """The device that every mechanism was trained on, and the minutes that a run takes there; no
-    times where there is no such device."""
+    """A device on which every mechanism was trained, and each mechanism's minutes per run there,
+    by the median tokens per second. ('', []) where there is no such device."""
     shared = set.intersection(*({r["device"] for r in row.results} for row in rows))
     for device in sorted(shared):
         times = []
@@ -109,8 +114,8 @@ def training_minutes(rows: list[Row]) -> tuple[str, list[float]]:
 
 
 def front_of(points: list[tuple[float, float]]) -> list[int]:
-    """Indices of the points of which no other is as low in both numbers and lower in one, by the
-    first number."""
+    """Indices of the Pareto front, by rising first number: the points for which no other point is
+    as low in both numbers and lower in one."""
     found: list[int] = []
     for i in sorted(range(len(points)), key=points.__getitem__):
         if not found or points[i][1] < points[found[-1]][1]:
@@ -119,7 +124,7 @@ def front_of(points: list[tuple[float, float]]) -> list[int]:
 
 
 def _point(panel: Any, x: float, row: Row) -> None:
-    """Seeds, their mean and its interval."""
+    """Draw a mechanism's seeds, their mean and its 95 % interval at `x`."""
     losses, color = row.losses(), COLORS[row.mechanism]
     panel.plot([x] * len(losses), losses, "o", color=color, alpha=0.45)
     width = half_width(losses)
@@ -128,13 +133,14 @@ def _point(panel: Any, x: float, row: Row) -> None:
 
 
 def _beside(values: list[float], i: int) -> float:
-    """Where to draw the i-th of some costs: shifted where others have the same."""
+    """The x at which the i-th cost is drawn: shifted where other mechanisms have the same cost."""
     same = [j for j, value in enumerate(values) if value == values[i]]
     return values[i] * 1.045 ** (same.index(i) - (len(same) - 1) / 2)
 
 
 def _sizes(panel: Any, values: list[float]) -> None:
-    """A logarithmic axis of KiB, with ticks at quarters between powers of two, or at halves."""
+    """Make the x axis logarithmic in KiB, with ticks at powers of two and, while there are at most
+    six ticks, at halves or quarters between the powers."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     low, high = min(values) / 1.25, max(values) * 1.25
@@ -150,10 +156,10 @@ def _sizes(panel: Any, values: list[float]) -> None:
 
 
 def sweep(results: list[dict[str, Any]], path: Path) -> None:
-    """Held-out loss over the peak learning rate."""
+    """Held-out loss over the peak learning rate, a line per mechanism."""
     from ladder import mean_loss
 
-    figure, ((panel,),) = _axes(1)
+    figure, ((panel,),) = common.sheet(1, 1)
     mechanisms = [m for m in NAMES if any(r["mechanism"] == m for r in results)]
     rates = sorted({r["peak_lr"] for r in results})
     for mechanism in mechanisms:
@@ -178,9 +184,9 @@ def sweep(results: list[dict[str, Any]], path: Path) -> None:
     finish(figure, path, mechanisms)
 
 
-def curves(rows: list[Row], path: Path, what: str, window: int = 10) -> None:
-    """Training loss relative to MLA's, means over seeds and over neighbouring log lines."""
-    figure, ((panel,),) = _axes(1)
+def curves(rows: list[Row], path: Path, what: str) -> None:
+    """Training loss minus MLA's over steps, as the mean over seeds and over `WINDOW` log lines."""
+    figure, ((panel,),) = common.sheet(1, 1)
     rows = [row for row in rows if row.results]
     reference = next((row for row in rows if row.mechanism == REFERENCE), rows[0])
     base = _curve(reference)
@@ -188,7 +194,7 @@ def curves(rows: list[Row], path: Path, what: str, window: int = 10) -> None:
         curve = _curve(row)
         steps = sorted(set(curve) & set(base))
         gaps = [curve[s] - base[s] for s in steps]
-        span = min(window, len(steps))
+        span = min(WINDOW, len(steps))
         smooth = [sum(gaps[i : i + span]) / span for i in range(len(gaps) - span + 1)]
         panel.plot(steps[span - 1 :], smooth, color=COLORS[row.mechanism])
     panel.set(
@@ -199,7 +205,7 @@ def curves(rows: list[Row], path: Path, what: str, window: int = 10) -> None:
 
 
 def _curve(row: Row) -> dict[int, float]:
-    """Step -> training loss, mean over seeds."""
+    """Step -> mean training loss over seeds."""
     found: dict[int, list[float]] = {}
     for result in row.results:
         for step, loss in result["losses"]:
@@ -208,7 +214,7 @@ def _curve(row: Row) -> dict[int, float]:
 
 
 def verdict(rows: list[Row]) -> str:
-    """In a few words, which differences to MLA count."""
+    """A few words that name the mechanisms whose differences to MLA count."""
     reference = next((row for row in rows if row.mechanism == REFERENCE and row.results), None)
     if reference is None:
         return "MLA is not trained yet"

@@ -1,4 +1,5 @@
-"""The figures of the runs beyond the loss: long contexts, and what the attention does."""
+"""Draws the figures of the runs beyond the loss: accuracy at long contexts, and statistics of
+attention per layer."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from report_beyond import CHANCE, Beyond, lengths, tasks, variance_ratio
 
 
 def long_contexts(rows: list[Beyond], path: Path, what: str) -> None:
-    """A panel for each task: accuracy over length."""
+    """Accuracy over context length, a panel per task."""
     sizes, names = lengths(rows), tasks(rows)
     figure, axes = common.sheet(2, (len(names) + 1) // 2)
     for panel, task in zip((p for line in axes for p in line), names, strict=False):
@@ -43,7 +44,8 @@ def long_contexts(rows: list[Beyond], path: Path, what: str) -> None:
 
 
 def why(rows: list[Beyond], path: Path, what: str) -> None:
-    """What the attention of latent mechanisms does, layer by layer."""
+    """Statistics of the latent mechanisms' attention over layers: variance of keys, entropy,
+    divergence of branches, and loss without the cheapest branch."""
     from matplotlib.ticker import MaxNLocator
 
     rows = [row for row in rows if row.is_latent()]

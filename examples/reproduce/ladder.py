@@ -1,4 +1,4 @@
-"""The runs of a ladder file: which there are, at which learning rate, and which are left."""
+"""The runs of a ladder file: their learning rates, which are done, and which are left."""
 
 from __future__ import annotations
 
@@ -23,25 +23,30 @@ class RunSpec:
     size: str
     mechanism: str
     seed: int
-    """Of the initial weights."""
+    """Seed of the initial weights."""
     peak_lr: float
     share: float
-    """Of one pass over the text."""
+    """Trained part of one pass over the text, 0 to 1."""
 
     @property
     def id(self) -> str:
-        """A name that no other run has, fit for a file."""
+        """A unique name of the run, usable as a file name."""
         return f"{self.phase}_{self.size}_{self.mechanism}_lr{self.peak_lr:.2e}_seed{self.seed}"
 
 
 @dataclass
 class Ladder:
-    """A ladder file and the results that are there."""
+    """A ladder file and the folder of its results.
+
+    Raises:
+        ValueError: the file is unreadable or incomplete; one line that names it.
+    """
 
     file: Path
     results: Path
     """Folder of one JSON per finished run."""
     told: dict[str, Any] = field(default_factory=dict)
+    """Content of the ladder file."""
 
     def __post_init__(self) -> None:
         try:
@@ -60,7 +65,7 @@ class Ladder:
             raise ValueError(f"{self.file}: {' '.join(str(error).split())}") from None
 
     def preset(self, size: str, mechanism: str) -> Path:
-        """The preset of a model."""
+        """Path of the preset of a mechanism at a size."""
         return self.file.parent / self.told["presets"] / f"{size}_{mechanism}.yaml"
 
     def done(self) -> dict[str, dict[str, Any]]:
@@ -69,7 +74,7 @@ class Ladder:
         return {result["id"]: result for result in found}
 
     def write(self, result: dict[str, Any]) -> str:
-        """Add a result; a line about it."""
+        """Write the result of a run; returns one line about the result."""
         write_text(self.results / f"{result['id']}.json", json.dumps(result) + "\n")
         if result.get("diverged"):
             return f"diverged: {result['diverged']}"
@@ -77,7 +82,7 @@ class Ladder:
         return f"{losses}; {result['tokens_per_second'] or 0:,} tokens/s"
 
     def phase(self, run: RunSpec) -> dict[str, Any]:
-        """The phase that a run belongs to."""
+        """The ladder file's entry of the phase to which a run belongs."""
         return next(
             phase
             for phase in self.told["phases"]
@@ -86,13 +91,13 @@ class Ladder:
         )
 
     def base(self, run: RunSpec) -> RunSpec | None:
-        """The run whose model a run beyond the loss is about; None for a run of the ladder."""
+        """The run that trained the model of a run beyond the loss; None for a run of the ladder."""
         name = self.phase(run).get("base")
         return name and replace(run, phase=name)
 
     def runs(self, done: dict[str, dict[str, Any]]) -> Iterator[RunSpec]:
-        """All runs whose learning rate is known by now, in order: seeds outermost, so that all
-        mechanisms have a seed before one has two."""
+        """All runs whose learning rate follows from the finished runs `done`, in order. Seeds are
+        outermost, so that every mechanism has a first seed before one has a second."""
         for phase in self.told["phases"]:
             first = phase.get("first_seed", 1)
             for seed in range(first, first + phase["seeds"]):
@@ -103,11 +108,11 @@ class Ladder:
                         )
 
     def left(self, done: dict[str, dict[str, Any]]) -> list[RunSpec]:
-        """The runs that are known and not done."""
+        """The runs of `runs` that are not done."""
         return [run for run in self.runs(done) if run.id not in done]
 
     def waiting(self, done: dict[str, dict[str, Any]]) -> int:
-        """How many runs have no learning rate before others end."""
+        """How many runs wait for the end of other runs to know their learning rate."""
         return sum(
             phase["seeds"]
             for phase in self.told["phases"]
@@ -118,7 +123,8 @@ class Ladder:
     def best_rate(
         self, mechanism: str, done: dict[str, dict[str, Any]], phase_name: str = "sweep"
     ) -> float | None:
-        """The swept rate of the lowest mean held-out loss, None before the sweep is complete."""
+        """The learning rate with the lowest mean held-out loss in a phase that sweeps rates; None
+        before the phase is complete."""
         for phase in self.told["phases"]:
             if phase["name"] == phase_name and mechanism in phase["mechanisms"]:
                 losses = self._swept(phase, mechanism, done)
@@ -146,7 +152,8 @@ class Ladder:
     def _swept(
         self, phase: dict, mechanism: str, done: dict[str, dict[str, Any]]
     ) -> dict[float, float]:
-        """Rate -> mean loss over seeds; a run that diverged counts as infinite."""
+        """Learning rate -> mean loss over seeds, for rates all of whose seeds are done. A run that
+        diverged counts as infinite."""
         by_rate: dict[float, list[float]] = {}
         for result in done.values():
             if (result["phase"], result["mechanism"]) == (phase["name"], mechanism):
@@ -156,7 +163,11 @@ class Ladder:
         }
 
     def seconds(self, run: RunSpec, tokens: int, done: dict[str, dict[str, Any]]) -> float:
-        """What a run on that many tokens is expected to take from its start to its end."""
+        """Expected seconds of a run on `tokens` tokens, from the start of its process to its end.
+
+        The speed is the median of finished runs of the same size and mechanism, or else of the
+        same size; before there are any, the ladder file's.
+        """
         alike = [r for r in done.values() if r["size"] == run.size and r.get("tokens_per_second")]
         same = [r for r in alike if r["mechanism"] == run.mechanism] or alike
         expected = self.told["expected"]
@@ -168,7 +179,8 @@ class Ladder:
 
 
 def mean_loss(result: dict[str, Any]) -> float:
-    """Mean of the held-out sets' losses, each set with the same weight; infinite if it diverged."""
+    """Mean of the losses on the held-out sets, each set with the same weight; infinite for a run
+    that diverged."""
     if result.get("diverged"):
         return math.inf
     return fmean(found["loss"] for found in result["held_out"].values())

@@ -1,17 +1,18 @@
-"""Long-context tasks with known answers, in the manner of passkey retrieval and RULER, hidden in
-held-out books.
+"""Long-context tasks with known answers hidden in held-out books, in the manner of passkey
+retrieval (Mohtashami and Jaggi, 2023) and RULER (Hsieh et al., 2024).
 
-Every item has four choices of as many tokens each, so that chance is a quarter. The question is the
-beginning of the answer's sentence: a base model answers by going on. Tasks:
+Every item has four choices with the same number of tokens, so that chance is a quarter. The
+question is the beginning of the sentence that the answer ends: a base model continues it. Tasks:
 
-passkey            one number, told twice; the other choices stand nowhere
-single_needle      one number of one thing; the other choices stand nowhere
-multi_needle       numbers of four things: the other choices are the other things'
-multi_value        four numbers of a thing, three of which are told again: which is the fourth; the
-                   other choices are another thing's
-variable_tracking  four chains of three variables: the last one's value; the other choices are the
-                   other chains'
-common_words       a list of words: the one that stands most often; the others stand there too
+passkey            one number, told twice; the wrong choices are not in the text
+single_needle      one number of one thing; the wrong choices are not in the text
+multi_needle       a number of each of four things; the wrong choices are the other things' numbers
+multi_value        four numbers of one thing; the question tells three, the answer is the fourth;
+                   the wrong choices are another thing's numbers
+variable_tracking  four chains of three variables; the answer is the value of one chain's last
+                   variable; the wrong choices are the other chains' values
+common_words       a list of words; the answer is the most frequent; the wrong choices are in the
+                   list too
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from cloze import Book
 
 CHOICES = 4
 SLACK = 4
-"""Tokens of an item left free, because words that meet may be cut otherwise."""
+"""Tokens of an item left free: two sentences may take more tokens joined than apart."""
 MOST_COMMON_SHARE = 0.1
-"""Of the list of common_words that is one word."""
+"""Share of the answer in the list of common_words."""
 THINGS = (
     *("anchor", "barrel", "bell", "bridge", "candle", "carpet", "castle", "chapel", "clock"),
     *("coach", "compass", "cottage", "drum", "engine", "farm", "ferry", "flag", "forge"),
@@ -37,15 +38,16 @@ THINGS = (
 )
 
 Needle = tuple[float, str]
-"""Where in the text, from 0 to 1, and a sentence."""
+"""Depth in the text, 0 (begin) to 1 (end), and the sentence to hide there."""
 
 
 @dataclass
 class Maker:
-    """Makes items of one text.
+    """Makes items from some books.
 
     Args:
-        count: text -> number of its tokens.
+        books: held-out books.
+        count: returns a text's number of tokens.
     """
 
     books: list[Book]
@@ -53,7 +55,7 @@ class Maker:
     sizes: list[list[int]] = field(default_factory=list)
     """Tokens of each book's sentences."""
     words: list[str] = field(default_factory=list)
-    """For lists, by falling frequency."""
+    """Words for common_words, by falling frequency in the books."""
 
     def __post_init__(self) -> None:
         self.sizes = [[self.count(f" {s}") for s in book.sentences] for book in self.books]
@@ -65,6 +67,10 @@ class Maker:
 
     def item(self, task: str, length: int, draw: random.Random, depth: float) -> dict:
         """One item of at most `length` tokens, its answer included.
+
+        Args:
+            draw: source of all random choices.
+            depth: where the answer's sentence is hidden, 0 to 1; some tasks ignore it.
 
         Raises:
             ValueError: the length is too short for the task.
@@ -87,8 +93,8 @@ class Maker:
         return self._asked(task, context, answer, others, draw)
 
     def _hay(self, draw: random.Random, room: int) -> list[str]:
-        """Sentences in a row of about so many tokens, from a book drawn by its length; of short
-        books around the end."""
+        """Consecutive sentences of at most `room` tokens, from a random place of a book drawn by
+        its length; behind the book's last sentence comes its first."""
         which = draw.choices(range(len(self.books)), [len(b.sentences) for b in self.books])[0]
         book, sizes = self.books[which], self.sizes[which]
         at, found = draw.randrange(len(sizes)), []
@@ -178,7 +184,7 @@ class Maker:
         size = length // 2
         while True:
             repeats = max(3, round(MOST_COMMON_SHARE * size))
-            # Every other word stands there two times.
+            # Every word but the answer is twice in the list.
             pool = draw.sample(rest, min(len(rest), max(CHOICES - 1, (size - repeats) // 2)))
             pool[: CHOICES - 1] = picked = draw.sample(others, CHOICES - 1)
             pool = list(dict.fromkeys(pool))
@@ -194,7 +200,7 @@ class Maker:
 
 
 def _hidden(hay: list[str], needles: list[Needle]) -> list[str]:
-    """The sentences with the needles at their depths, in the order of these."""
+    """The sentences with the needles inserted at their depths."""
     found = list(hay)
     for depth, text in sorted(needles, reverse=True):
         found.insert(int(depth * (len(hay) + 1)), text)
@@ -208,7 +214,7 @@ TASKS = (
 
 
 def long_context(maker: Maker, length: int, count: int, seed: int) -> Iterator[dict]:
-    """`count` items of each task; where a task has one needle, at even depths."""
+    """`count` items of each task of `length` tokens, with the answers at evenly spaced depths."""
     for task in TASKS:
         for i in range(count):
             draw = random.Random(f"{seed}/{task}/{length}/{i}")

@@ -1,9 +1,10 @@
-"""Tasks beyond the loss, from held-out books: a cloze set, and long contexts with known answers.
+"""Make tasks from held-out books: a cloze set, and long contexts with known answers.
 
     python examples/reproduce/make_tasks.py --text DATA --tokens TOKENS --out TASKS
 
-DATA is what corpus.py wrote, TOKENS what tokenized.py did. Writes TASKS/cloze.jsonl,
-TASKS/long_LENGTH.jsonl for each length, and TASKS/tasks.json: items and SHA-256 of each.
+DATA is the folder that corpus.py wrote, TOKENS the folder that tokenized.py wrote. Writes
+TASKS/cloze.jsonl, TASKS/long_LENGTH.jsonl for each length, and TASKS/tasks.json with the number of
+items and the SHA-256 of each file.
 `mlra evaluate CHECKPOINT --task TASKS/*.jsonl` scores them.
 """
 
@@ -32,7 +33,7 @@ def read_books(file: Path) -> list[Book]:
 
 
 def write(file: Path, items: Iterable[dict]) -> dict:
-    """Write items as JSON lines; their number and the file's SHA-256."""
+    """Write items as JSON lines; returns the number of items and the file's SHA-256."""
     lines = [json.dumps(item, ensure_ascii=False) + "\n" for item in items]
     text = "".join(lines)
     write_text(file, text)
@@ -40,7 +41,7 @@ def write(file: Path, items: Iterable[dict]) -> dict:
 
 
 def build(args) -> dict:
-    """Write all tasks; what tasks.json holds.
+    """Write all tasks and tasks.json; returns the content of tasks.json.
 
     Raises:
         ValueError: the books are too few, or a length is too short.
@@ -75,15 +76,15 @@ def main() -> int:
     parser.add_argument("--tokens", type=Path, required=True, help="folder of tokenized.py")
     parser.add_argument("--out", type=Path, required=True, help="folder for the tasks")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of an item")
-    parser.add_argument("--items", type=int, default=50, help="of each long task and length")
-    parser.add_argument("--cloze-items", type=int, default=2000, help="of the cloze set, at most")
+    parser.add_argument("--items", type=int, default=50, help="items per long task and length")
+    parser.add_argument("--cloze-items", type=int, default=2000, help="most items of the cloze set")
     parser.add_argument(
         "--words",
         type=int,
         nargs=2,
         default=(50, 100),
         metavar=("FEWEST", "MOST"),
-        help="of a cloze passage",
+        help="words of a cloze passage",
     )
     parser.add_argument("--seed", type=int, default=1234)
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Train one model: imports first, then waits for its GPU, so that a run's start costs no GPU time.
+"""Train one model: import everything, then wait for the GPU, so that imports cost no GPU time.
 
 python examples/reproduce/one_run.py LOCK FLAGS_OF_PRETRAIN...
 """
@@ -9,7 +9,7 @@ import fcntl
 import sys
 from pathlib import Path
 
-# In place of this script's folder, whose modules have everyday names.
+# This script's folder would shadow others' modules: its modules have everyday names.
 sys.path.remove(str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 

@@ -1,4 +1,4 @@
-"""The results page: one file of HTML beside its pictures, which opens from disk."""
+"""Makes the results page: one HTML file beside its pictures, which a browser opens from disk."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from comparison import LEVEL, MAIN
 from ladder import Ladder, mean_loss
 
 Table = tuple[str, list[str], list[list[str]]]
+"""Title, head, rows."""
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -52,10 +53,11 @@ of docs/results/evidence by examples/reproduce/report.py.</p>
 def page(
     tables: list[Table], pictures: list[tuple[str, str]], notes: list[str], ladder: Ladder
 ) -> str:
-    """The page.
+    """The page's HTML.
 
     Args:
-        pictures: (file, what it shows).
+        pictures: (name of the file, caption).
+        notes: paragraphs, with Markdown's backquotes for code.
     """
     names = ", ".join(figures.NAMES[name] for name in MAIN)
     rule = (
@@ -79,7 +81,7 @@ def page(
 
 
 def _text(note: str) -> str:
-    """Markdown's `code` as HTML's."""
+    """A note's HTML: text in backquotes becomes `<code>`."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(note))
 
 

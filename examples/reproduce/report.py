@@ -2,8 +2,8 @@
 
     python examples/reproduce/report.py --results RESULTS --docs DOCS
 
-Replaces what lies between the two markers of DOCS/evidence.md and writes
-DOCS/results/evidence_*.png and DOCS/results/index.html, which opens from disk.
+Replaces the text between the two markers of DOCS/evidence.md, and writes
+DOCS/results/evidence_*.png and DOCS/results/index.html.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ import report_beyond
 from comparison import MEAN, REFERENCE, Row, compare, difference, smallest_detectable
 from ladder import Ladder
 from megatron_mlra.command_line.parser import OneLineParser, run, write_text
+from page import Table
 
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+"""The markers of evidence.md."""
 SWEEP = "sweep"
-
-Table = tuple[str, list[str], list[list[str]]]
-"""Title, head, rows."""
+"""The phase that sweeps the learning rate."""
 
 
 def number(value: float, sign: str = "") -> str:
-    """Four decimals; nothing for NaN."""
+    """A number with four decimals; '' for NaN."""
     return "" if math.isnan(value) else f"{value:{sign}.4f}"
 
 
 def quality(rows: list[Row], title: str) -> Table:
-    """Losses, standard errors, differences to MLA and which of them count."""
+    """A table of losses, standard errors, differences to MLA, and which differences count."""
     sets = list(rows[0].results[0]["held_out"]) if rows[0].results else []
     head = ["mechanism", "parameters", "peak rate", "seeds", *sets, MEAN, "standard error"]
     head += ["difference to MLA", "95 % interval", "p (Holm)", "counts"]
@@ -64,7 +64,7 @@ def quality(rows: list[Row], title: str) -> Table:
 
 
 def seeds(rows: list[Row], title: str) -> Table:
-    """The measure of every run."""
+    """A table of every run's measure: a row per mechanism, a column per seed."""
     most = max((len(row.results) for row in rows), default=0)
     body = [
         [figures.NAMES[row.mechanism], *map(number, row.losses())]
@@ -75,7 +75,7 @@ def seeds(rows: list[Row], title: str) -> Table:
 
 
 def cost(rows: list[Row], title: str) -> Table:
-    """The cache's bytes and the speed of training."""
+    """A table of the KV cache's bytes per token and of training's tokens per second."""
     head = ["mechanism", "KV bytes per token, TP1", "per device, TP4", "TP8", "tokens/s", "devices"]
     body = []
     for row in (row for row in rows if row.results):
@@ -89,7 +89,8 @@ def cost(rows: list[Row], title: str) -> Table:
 
 
 def sweep_table(results: list[dict[str, Any]], title: str) -> Table:
-    """The sweep's losses: a row for each mechanism, a column for each rate."""
+    """A table of the sweep's losses: a row per mechanism, a column per learning rate, the best loss
+    in bold."""
     from ladder import mean_loss
 
     rates = sorted({r["peak_lr"] for r in results})
@@ -109,7 +110,7 @@ def _swept(loss: float, is_best: bool) -> str:
 
 
 def markdown(table: Table) -> str:
-    """A table of GitHub's Markdown."""
+    """A table in GitHub's Markdown."""
     title, head, rows = table
     lines = [head, ["---"] * len(head), *rows]
     return f"**{title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -117,7 +118,13 @@ def markdown(table: Table) -> str:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the report."""
+    """A figure of the report.
+
+    Attributes:
+        file: its name in docs/results.
+        what: its caption.
+        draw: writes the figure to a path.
+    """
 
     file: str
     what: str
@@ -125,7 +132,7 @@ class Picture:
 
 
 def sections(ladder: Ladder) -> tuple[list[Table], list[Picture], list[str]]:
-    """Tables, figures and lines of text."""
+    """The tables, figures and paragraphs of the report."""
     results = list(ladder.done().values())
     tables: list[Table] = []
     pictures: list[Picture] = []
@@ -216,16 +223,16 @@ def _sentence(text: str) -> str:
 
 
 def document_part(tables: list[Table], pictures: list[Picture], notes: list[str]) -> str:
-    """What stands between the markers of evidence.md."""
+    """The text between the markers of evidence.md."""
     parts = [*notes, *(f"![{each.what}](results/{each.file})" for each in pictures)]
     return "\n\n".join([*parts, *map(markdown, tables)])
 
 
 def placed(document: str, inner: str) -> str:
-    """evidence.md with another part between its markers.
+    """`document` with `inner` in place of the text between the markers.
 
     Raises:
-        ValueError: it lacks them.
+        ValueError: the document lacks the markers.
     """
     if BEGIN not in document or END not in document:
         raise ValueError(f"evidence.md lacks the lines {BEGIN} and {END}")

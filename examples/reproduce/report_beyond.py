@@ -1,4 +1,5 @@
-"""Tables and words on the runs beyond the loss: cloze words, long contexts, what attention does."""
+"""Tables and text on the runs beyond the loss: cloze words, long contexts, and statistics of
+attention."""
 
 from __future__ import annotations
 
@@ -10,35 +11,36 @@ from typing import Any
 import figures
 from megatron_mlra.evaluation.analysis.passes import mean_off_diagonal
 from megatron_mlra.evaluation.analysis.report import IDLE, costs, divergence_share, idle
-
-Table = tuple[str, list[str], list[list[str]]]
-"""Title, head, rows."""
+from page import Table
 
 CHANCE = 0.25
+"""Accuracy of guessing among four choices."""
 
 
 @dataclass(frozen=True)
 class Beyond:
-    """The runs of one mechanism, and what they found."""
+    """The runs of one mechanism and their results."""
 
     mechanism: str
     runs: list[dict[str, Any]]
 
     @property
     def name(self) -> str:
-        """For a reader."""
+        """The mechanism's name in tables and figures."""
         return figures.NAMES[self.mechanism]
 
     def mean(self, value: Callable[[dict[str, Any]], float]) -> float:
-        """Of a number of each run, over seeds."""
+        """Mean over seeds of `value`, which takes the part `beyond` of a run's result."""
         return fmean(value(run["beyond"]) for run in self.runs)
 
     def cloze(self, name: str) -> float:
-        """`greedy` or `log_likelihood` of the cloze set, before the extension."""
+        """Mean over seeds of the cloze set's `greedy` or `log_likelihood`, before the training at a
+        longer context."""
         return self.mean(lambda found: found["base"]["cloze"][name])
 
     def accuracy(self, length: int, task: str | None = None) -> float:
-        """Of a long-context task, or the mean of all, after the extension."""
+        """Accuracy at `length` tokens of a long-context task, or the mean over all tasks (None),
+        after the training at a longer context."""
 
         def value(found: dict[str, Any]) -> float:
             groups = found["extended"][f"long_{length}"]["groups"]
@@ -47,12 +49,12 @@ class Beyond:
         return self.mean(value)
 
     def layers(self, value: Callable[[dict[str, Any]], float]) -> list[float]:
-        """A number of each layer's analysis, mean over seeds."""
+        """Per layer, the mean over seeds of `value`, which takes the layer's analysis."""
         told = [[value(x) for x in run["beyond"]["analysis"]["layers"]] for run in self.runs]
         return [fmean(each) for each in zip(*told, strict=True)]
 
     def is_latent(self) -> bool:
-        """Whether its attention was analyzed."""
+        """Whether the mechanism has latent heads, so that its attention was analyzed."""
         return all("analysis" in run["beyond"] for run in self.runs)
 
 
@@ -64,18 +66,22 @@ def grouped(results: list[dict[str, Any]], phase: str) -> list[Beyond]:
 
 
 def lengths(rows: list[Beyond]) -> list[int]:
-    """Of the long contexts, rising."""
+    """Lengths of the long contexts in tokens, rising."""
     names = rows[0].runs[0]["beyond"]["extended"]
     return sorted(int(name.removeprefix("long_")) for name in names if name.startswith("long_"))
 
 
 def tasks(rows: list[Beyond]) -> list[str]:
-    """The long-context tasks."""
+    """Names of the long-context tasks."""
     return [*rows[0].runs[0]["beyond"]["extended"][f"long_{lengths(rows)[0]}"]["groups"]]
 
 
 def tables(rows: list[Beyond], what: str) -> list[Table]:
-    """All tables of a phase's runs."""
+    """All tables of a phase's runs.
+
+    Args:
+        what: what the tables are of, for their titles.
+    """
     import math
 
     sizes = lengths(rows)
@@ -101,7 +107,7 @@ def tables(rows: list[Beyond], what: str) -> list[Table]:
 
 
 def variance_ratio(layer: dict[str, Any], calibrated: bool) -> float:
-    """Variance of NoPE keys over that of RoPE keys."""
+    """Variance of NoPE keys over variance of RoPE keys in one layer."""
     name = "nope_key_variance" + ("" if calibrated else "_without_calibration")
     return fmean(layer[name]) / layer["rope_key_variance"]
 
@@ -130,7 +136,7 @@ def _why(rows: list[Beyond], what: str) -> Table:
 
 
 def note(rows: list[Beyond], size: str) -> str:
-    """A line on what was asked and how much."""
+    """A paragraph on what the runs were asked: number of items, steps and tokens."""
     first = rows[0].runs[0]
     extension = first["beyond"]["extension"]
     base, long = (first["beyond"][name] for name in ("base", "extended"))

@@ -3,7 +3,7 @@
 # Usage: examples/reproduce/reproduce.sh PYTHON FOLDER [--rehearsal] [FLAGS of run_ladder.py, such as --minutes 60]
 #   FOLDER gets the books, packages, text, tokens and checkpoints (about 12 GB); results go to docs/results/evidence.
 #   --rehearsal: the whole chain with miniature sources and two tiny models, on a CPU, all of it in FOLDER.
-# Run it again to go on: what is there is kept.
+# A second run continues the first: finished files are kept.
 set -euo pipefail
 python=${1:?usage: reproduce.sh PYTHON FOLDER [--rehearsal] [FLAGS]} folder=${2:?name a folder}
 shift 2

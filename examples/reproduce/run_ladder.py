@@ -1,11 +1,11 @@
-"""Train the models of a ladder that are not trained yet, one on each GPU, within a time budget.
+"""Train the models of a ladder that are not trained yet, one per GPU, within a time budget.
 
     python examples/reproduce/run_ladder.py --tokens TOKENS --results RESULTS --minutes 9
     python examples/reproduce/run_ladder.py --tokens TOKENS --results RESULTS --status
 
-TOKENS is what tokenized.py wrote. RESULTS gets one small JSON for each finished run. A run that
-does not fit into the budget is not begun (with --partial it is begun, stopped in time and resumed
-by the next call, if --work is still there).
+TOKENS is the folder that tokenized.py wrote. RESULTS gets one small JSON per finished run. A run
+that does not fit into the budget is not begun. With --partial the run is begun, stopped in time,
+and resumed by the next call that finds the same --work.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import beyond
 from ladder import Ladder, RunSpec
+from megatron_mlra.benchmarks.commit import commit
 from megatron_mlra.command_line.parser import OneLineParser, run, write_text
 from megatron_mlra.description.presets import preset_values
 from run_results import (
@@ -42,20 +43,24 @@ SAVING = 20.0
 
 @dataclass
 class Job:
-    """A run in progress."""
+    """A run in progress.
+
+    Attributes:
+        folder: of the run, below the runner's `work`.
+        seconds: expected time from the moment when the run has its GPU to its end.
+        attempts: how many times the run had begun before this process.
+        begun: time (`time.monotonic`) at which the run got its GPU; None while it waits.
+    """
 
     spec: RunSpec
     process: subprocess.Popen
     folder: Path
     seconds: float
-    """What is expected to be left of it when it begins."""
     attempts: int
-    """How many times it had begun before."""
     begun: float | None = None
-    """When it got its GPU."""
 
     def left(self) -> float:
-        """Seconds until it ends, as expected."""
+        """Expected seconds until the run ends."""
         if self.begun is None:
             return self.seconds
         return max(5.0, self.seconds - (time.monotonic() - self.begun))
@@ -63,26 +68,35 @@ class Job:
 
 @dataclass
 class Runner:
-    """Lanes of jobs: one GPU each, or the CPU."""
+    """Runs the jobs of a ladder in lanes, one lane per GPU, or one on the CPU.
+
+    Attributes:
+        work: folder of logs and checkpoints.
+        gpus: (index for CUDA_VISIBLE_DEVICES, name) per GPU; empty: use the CPU.
+        deadline: end of the budget (`time.monotonic`).
+        partial: begin runs that do not fit into the budget.
+        keep: keep checkpoints that no run needs any more.
+        commit: noted in every result.
+        lanes: the jobs of each lane: the one that trains, and the one that waits for its GPU.
+        failed: run id -> the error line of the run.
+    """
 
     ladder: Ladder
     corpus: Corpus
     work: Path
     gpus: list[tuple[str, str]]
-    """Index, as CUDA_VISIBLE_DEVICES takes it, and name; empty: the CPU."""
     deadline: float
     partial: bool
     keep: bool
     commit: str
     lanes: list[list[Job]] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
-    """Run id -> what its last line of error said."""
 
     def run(self) -> int:
-        """Work until nothing is left that fits; returns the number of finished runs."""
+        """Run jobs until none is left that fits; returns the number of finished runs."""
         self.lanes = [[] for _ in self.gpus or ("cpu",)]
         finished = 0
-        # As a budget that ends now: runs in progress save.
+        # SIGTERM ends the budget: runs in progress save and stop.
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "deadline", 0.0))
         while True:
             for number, lane in enumerate(self.lanes):
@@ -95,7 +109,8 @@ class Runner:
             time.sleep(0.3)
 
     def _fill(self, number: int, lane: list[Job]) -> None:
-        """Start the next run, or, while one trains, the imports of the one behind it."""
+        """Start the next run of a lane. While one run trains, the next may already import its
+        modules and wait for the GPU."""
         if len(lane) > 1 or (lane and lane[0].begun is None):
             return
         busy = {job.spec.id for each in self.lanes for job in each} | set(self.failed)
@@ -115,7 +130,8 @@ class Runner:
             return
 
     def _in_order(self, done: dict[str, dict]) -> list[RunSpec]:
-        """What is left: first what goes on with a checkpoint that may be gone the next time."""
+        """The runs left. First come those that continue a checkpoint of a finished run, because the
+        checkpoint may be gone at the next call."""
 
         def waits(spec: RunSpec) -> bool:
             base = self.ladder.base(spec)
@@ -127,11 +143,12 @@ class Runner:
         return self.work / spec.id / "checkpoint"
 
     def _kept(self, spec: RunSpec) -> bool:
-        """Whether the checkpoint of a finished run is still there."""
+        """Whether the run is finished and its checkpoint still exists."""
         return (self._checkpoint(spec) / "held_out.json").is_file()
 
     def _base_checkpoint(self, spec: RunSpec) -> Path:
-        """The checkpoint that a run beyond the loss begins with: its base's, or one of its own."""
+        """The checkpoint with which a run beyond the loss begins: its base run's, if kept, or one
+        that the run trains itself."""
         base = self.ladder.base(spec)
         return self._checkpoint(base if self._kept(base) else spec)
 
@@ -160,7 +177,7 @@ class Runner:
         return self.work / f"device{number}.lock"
 
     def flags(self, number: int, spec: RunSpec, steps: int, at: int) -> list[str]:
-        """The flags of a run's training."""
+        """The flags of a run's training, which resumes from its checkpoint if `at` is not 0."""
         checkpoint, seed = self._checkpoint(spec), self.ladder.told["data_seed"]
         flags = self._training(number, spec, steps, spec.peak_lr, seed, checkpoint)
         return [*flags, "--load", str(checkpoint)] if at else flags
@@ -181,7 +198,7 @@ class Runner:
         return [*map(str, flags)]
 
     def beyond_command(self, number: int, spec: RunSpec, steps: int) -> list[str]:
-        """The command of a run beyond the loss, whose plan it writes."""
+        """Write the plan of a run beyond the loss; returns the run's command."""
         folder, base = self.work / spec.id, self._base_checkpoint(spec)
         phase, shape = self.ladder.phase(spec), shape_of(spec, self.ladder)
         more, extended = phase["extension"], folder / "extended"
@@ -209,7 +226,7 @@ class Runner:
         return [*map(str, command)]
 
     def _reap(self, number: int, lane: list[Job]) -> int:
-        """Take the jobs of a lane that have ended; the number of finished runs."""
+        """Remove the ended jobs from a lane; returns the number of finished runs."""
         finished = 0
         for job in list(lane):
             log = (job.folder / "log.txt").read_text(errors="replace")
@@ -222,7 +239,7 @@ class Runner:
         return finished
 
     def _ended(self, job: Job, number: int, log: str) -> bool:
-        """Write the result of a job; whether it is done."""
+        """Write the result of an ended job; returns whether the run is finished."""
         base = self.ladder.base(job.spec)
         last = job.folder / ("extended.json" if base else "checkpoint/held_out.json")
         scored = last.is_file()
@@ -258,7 +275,8 @@ class Runner:
                 subprocess.run(["rm", "-rf", str(folder)], check=True)
 
     def _stop(self) -> int:
-        """The budget is over: let jobs save, end those that only wait for a GPU."""
+        """Let training jobs save and stop, and end the jobs that wait for a GPU; returns the number
+        of finished runs."""
         jobs = [(number, job) for number, lane in enumerate(self.lanes) for job in lane]
         for _, job in jobs:
             job.process.send_signal(signal.SIGTERM if job.begun else signal.SIGKILL)
@@ -274,8 +292,12 @@ class Runner:
 
 
 def visible_gpus() -> list[tuple[str, str]]:
-    """Index and name of this machine's GPUs, by nvidia-smi; of those that CUDA_VISIBLE_DEVICES
-    lists by index, where it is set."""
+    """(index, name) of the machine's GPUs by nvidia-smi; where CUDA_VISIBLE_DEVICES is set, of the
+    GPUs that it lists by index.
+
+    Raises:
+        ValueError: CUDA_VISIBLE_DEVICES names something else.
+    """
     asked = ["nvidia-smi", "--query-gpu=index,name", "--format=csv,noheader"]
     try:
         listed = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
@@ -294,14 +316,8 @@ def visible_gpus() -> list[tuple[str, str]]:
     return [(index, names[index]) for index in indices]
 
 
-def commit() -> str:
-    """The commit of this checkout, '' outside of one."""
-    asked = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(asked, capture_output=True, text=True).stdout.strip()
-
-
 def status(ladder: Ladder, corpus: Corpus, work: Path) -> str:
-    """What is done, interrupted and left, and what is next."""
+    """Lines on the runs done, interrupted and left, and on the next runs."""
     done = ladder.done()
     left = ladder.left(done)
     batch = ladder.told["tokens_per_step"]
@@ -326,7 +342,7 @@ def status(ladder: Ladder, corpus: Corpus, work: Path) -> str:
 
 
 def check_presets(ladder: Ladder) -> None:
-    """Refuse presets whose step is not the ladder's.
+    """Refuse presets whose tokens per step are not the ladder's.
 
     Raises:
         ValueError: names the preset.
@@ -349,9 +365,9 @@ def main() -> int:
     parser.add_argument("--results", type=Path, required=True, help="folder of finished runs")
     parser.add_argument("--work", type=Path, default=Path("runs/ladder"), help="logs, checkpoints")
     parser.add_argument("--minutes", type=float, default=1e6, help="time budget of this call")
-    parser.add_argument("--partial", action="store_true", help="begin runs that do not fit, too")
-    parser.add_argument("--keep-checkpoints", action="store_true", help="of finished runs, too")
-    parser.add_argument("--commit", default=commit(), help="to note where this is no checkout")
+    parser.add_argument("--partial", action="store_true", help="also begin runs that do not fit")
+    parser.add_argument("--keep-checkpoints", action="store_true", help="also of finished runs")
+    parser.add_argument("--commit", default=commit(), help="to note in results (this checkout's)")
     parser.add_argument("--status", action="store_true", help="say what is left, train nothing")
     args = parser.parse_args()
     deadline = time.monotonic() + 60 * args.minutes

@@ -1,4 +1,4 @@
-"""What a finished run leaves: one small JSON, made from its log and its held-out losses."""
+"""Makes the result of a finished run, one small JSON, from its log and its held-out losses."""
 
 from __future__ import annotations
 
@@ -23,20 +23,24 @@ from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.description.presets import preset_values
 
 BEGUN = "has the device"
-"""What one_run.py prints once it trains."""
+"""The line that one_run.py and beyond.py print once they have the GPU."""
 
 _NOT_FINITE = re.compile(r"^error: .*(?:loss is|gradient|grad).*(?:nan|inf)", re.M | re.I)
 
 
 @dataclass
 class Corpus:
-    """The datasets that tokenized.py wrote."""
+    """The folder of datasets that tokenized.py wrote."""
 
     folder: Path
 
     @cached_property
     def told(self) -> dict[str, Any]:
-        """tokens.json."""
+        """Content of tokens.json.
+
+        Raises:
+            ValueError: the file does not exist.
+        """
         file = self.folder / "tokens.json"
         try:
             return json.loads(file.read_text())
@@ -47,26 +51,30 @@ class Corpus:
 
     @cached_property
     def tasks(self) -> dict[str, Any] | None:
-        """tasks/tasks.json, None where make_tasks.py has not written it."""
+        """Content of tasks/tasks.json; None before make_tasks.py has run."""
         file = self.folder / "tasks" / "tasks.json"
         return json.loads(file.read_text()) if file.is_file() else None
 
     def prefix(self, name: str) -> Path:
-        """The prefix of a dataset."""
+        """The path of a dataset without `.bin`, as `--data-path` takes it."""
         return (self.folder / name).resolve()
 
     def check(self, names: list[str]) -> None:
         """Refuse a folder without these datasets.
 
         Raises:
-            ValueError: names what is missing.
+            ValueError: a dataset is missing; names the dataset.
         """
         for name in names:
             if name not in self.told["sets"] or not self.prefix(name).with_suffix(".idx").is_file():
                 raise ValueError(f"{self.folder} has no dataset {name}; run tokenized.py")
 
     def steps(self, run: RunSpec, ladder: Ladder) -> int:
-        """Steps of a run, so that no token is seen twice."""
+        """Steps of a run: its share of one pass over the text, so that no token is seen twice.
+
+        Raises:
+            ValueError: the warm-up is longer.
+        """
         values = preset_values(ladder.preset(run.size, run.mechanism))
         tokens = self.told["sets"]["train"]["tokens"]
         tokens = min(tokens, ladder.told.get("pass_tokens", tokens))
@@ -78,25 +86,25 @@ class Corpus:
 
 
 def latest_step(checkpoint: Path) -> int:
-    """The step that an interrupted run can go on from, 0 for none."""
+    """The step at which an interrupted run resumes; 0 without a checkpoint."""
     file = checkpoint / "latest_checkpointed_iteration.txt"
     return int(file.read_text()) if file.is_file() else 0
 
 
 def last_error(log: str) -> str:
-    """The line that says why a run failed."""
+    """The last line of a log that begins with `error:`, or else the last line."""
     lines = [line for line in log.splitlines() if line.strip()] or ["no output"]
     return next((line for line in reversed(lines) if line.startswith("error:")), lines[-1])
 
 
 def divergence(log: str) -> str | None:
-    """The line of a loss or gradient that is not finite, None for another failure."""
+    """The log's error line on a loss or gradient that is not finite; None for other failures."""
     found = _NOT_FINITE.search(log)
     return log[found.start() : log.find("\n", found.end())] if found else None
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that decide the numbers."""
+    """Package -> version, for Python and the packages that influence results."""
     found = {"python": platform.python_version()}
     for name in ("torch", "megatron-core", "transformer-engine", "triton", "megatron-mlra"):
         try:
@@ -109,8 +117,12 @@ def versions() -> dict[str, str]:
 def collect(
     run: RunSpec, ladder: Ladder, corpus: Corpus, folder: Path, log: str, diverged: str | None
 ) -> dict[str, Any]:
-    """The result of a run that has ended."""
-    # A resumed run tells the steps behind its checkpoint twice: the later word holds.
+    """The result of a run of the ladder that has ended.
+
+    Args:
+        diverged: the line of `divergence`, or None.
+    """
+    # A resumed run logs the steps after its checkpoint again: the later line counts.
     steps = {told.step: told for told in logged_steps(log) if isfinite(told.loss)}
     rates = [told.tokens_per_second for told in steps.values() if told.tokens_per_second]
     held_out = read_held_out(folder / "checkpoint") if diverged is None else {}
@@ -132,7 +144,9 @@ def collect_beyond(
     """The result of a run beyond the loss that has ended.
 
     Args:
-        base: checkpoint that it began with.
+        base: checkpoint with which the run began.
+        folder: where the run wrote.
+        diverged: the line of `divergence`, or None.
     """
     found = header(run, ladder, corpus)
     if diverged is None:
@@ -151,7 +165,7 @@ def collect_beyond(
 
 
 def read_held_out(checkpoint: Path) -> dict[str, Any]:
-    """Loss and tokens of each held-out set, as training left them."""
+    """Held-out set -> {loss: nats per token, tokens}, from the checkpoint's held_out.json."""
     told = json.loads((checkpoint / "held_out.json").read_text())
     return {
         name: {"loss": found["loss"], "tokens": found["tokens"]}
@@ -160,13 +174,13 @@ def read_held_out(checkpoint: Path) -> dict[str, Any]:
 
 
 def shape_of(run: RunSpec, ladder: Ladder) -> ModelDescription:
-    """The model of a run."""
+    """The description of a run's model."""
     values = preset_values(ladder.preset(run.size, run.mechanism))
     return from_megatron_args({"swiglu": True} | values)
 
 
 def header(run: RunSpec, ladder: Ladder, corpus: Corpus) -> dict[str, Any]:
-    """What is known of a run before it begins."""
+    """The part of a run's result that is known before the run begins."""
     shape = shape_of(run, ladder)
     counted = parameters(shape)
     count = corpus.steps(run, ladder)

@@ -2,18 +2,18 @@
 
     python examples/reproduce/tokenized.py --text DATA --out TOKENS
 
-DATA is what corpus.py wrote. Writes TOKENS/tokenizer/, TOKENS/SET.bin, .idx, .json for each
-SET.jsonl, and TOKENS/tokens.json: tokens and SHA-256 of each.
+DATA is the folder that corpus.py wrote. Writes TOKENS/tokenizer/; TOKENS/SET.bin, .idx and .json
+for each DATA/SET.jsonl; and TOKENS/tokens.json with the tokens and the SHA-256 of each set.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_mlra.command_line.parser import OneLineParser, run, write_text
+from megatron_mlra.command_line.plain_file import sha256
 from megatron_mlra.data.metadata import read_metadata
 from megatron_mlra.data.pipeline import PreprocessConfig, preprocess
 from megatron_mlra.data.tokenizers import TokenizerSpec
@@ -22,7 +22,7 @@ END = "<|endoftext|>"
 
 
 def sample(file: Path, megabytes: float) -> Iterator[str]:
-    """Texts spread evenly over a file of JSON lines, about so much in all."""
+    """Every n-th text of a file of JSON lines, about `megabytes` (10^6 bytes) in all."""
     every = max(1, round(file.stat().st_size / (megabytes * 1e6)))
     with open(file, encoding="utf-8") as lines:
         for number, line in enumerate(lines):
@@ -31,7 +31,12 @@ def sample(file: Path, megabytes: float) -> Iterator[str]:
 
 
 def train_tokenizer(file: Path, folder: Path, vocab_size: int, megabytes: float) -> None:
-    """Byte-level BPE of a sample of the text, as `tokenizer.json` and `tokenizer_config.json`."""
+    """Train byte-level BPE on a sample of the text, and write `tokenizer.json` and
+    `tokenizer_config.json`.
+
+    Raises:
+        ValueError: the text has too few different byte pairs for `vocab_size`.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -54,14 +59,9 @@ def train_tokenizer(file: Path, folder: Path, vocab_size: int, megabytes: float)
     write_text(folder / "tokenizer_config.json", json.dumps({"eos_token": END}) + "\n")
 
 
-def digest(file: Path) -> str:
-    """SHA-256 of a file."""
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
 def build(args) -> dict:
-    """Tokenizer, datasets and tokens.json; returns the latter.
+    """Write the tokenizer, the datasets and tokens.json; returns the content of tokens.json. A
+    tokenizer or dataset that is already complete is kept.
 
     Raises:
         ValueError: there is no text, or too little for the vocabulary.
@@ -73,7 +73,7 @@ def build(args) -> dict:
     tokenizer = args.out / "tokenizer"
     if not (tokenizer / "tokenizer_config.json").is_file():
         train_tokenizer(args.text / "train.jsonl", tokenizer, args.vocab_size, args.sample_mb)
-    report = {"tokenizer_sha256": digest(tokenizer / "tokenizer.json"), "sets": {}}
+    report = {"tokenizer_sha256": sha256(tokenizer / "tokenizer.json"), "sets": {}}
     for file in texts:
         prefix = args.out / file.stem
         if read_metadata(str(prefix)) is None:
@@ -90,7 +90,7 @@ def build(args) -> dict:
             "documents": made["documents"],
             "tokens": made["tokens"],
             "eod_id": made["eod_id"],
-            "sha256": digest(prefix.with_name(f"{prefix.name}.bin")),
+            "sha256": sha256(prefix.with_name(f"{prefix.name}.bin")),
         }
         print(f"{file.stem}: {report['sets'][file.stem]}", flush=True)
     write_text(args.out / "tokens.json", json.dumps(report, indent=1) + "\n")
@@ -104,7 +104,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the datasets")
     parser.add_argument("--vocab-size", type=int, default=16384)
     parser.add_argument(
-        "--sample-mb", type=float, default=40, help="text the tokenizer learns from"
+        "--sample-mb", type=float, default=40, help="megabytes of text to train the tokenizer on"
     )
     parser.add_argument("--workers", type=int, default=2, help="tokenising processes")
     args = parser.parse_args()

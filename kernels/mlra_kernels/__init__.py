@@ -1,16 +1,17 @@
-"""Latent attention kernels for MLA, GLA and MLRA; needs torch and triton only.
+"""Latent attention kernels for MLA, GLA and MLRA. Needs only torch and triton.
 
-Decoding is in `mlra_kernels.latent_decode` (`grouped_decode` for grouped queries, `decoder` for the
-rest of a decoding step), prompts in `mlra_kernels.prefill`, the products around an absorbed core in
-`mlra_kernels.absorption`, training in `mlra_kernels.latent_projections` (the passes around the
-core) and `mlra_kernels.latent_attention` (the core). `mlra_kernels.benchmarks` measures each of
-them.
+- decoding: `latent_decode`; `grouped_decode` for grouped queries; `decoder` for the other
+  operations of a decoding step;
+- prompts: `prefill`, by the plan of `prompts`;
+- training: `latent_attention` (the core), `latent_projections` (the passes around the core);
+- `absorption`: the products around an absorbed core;
+- `benchmarks`: a measurement of each.
 
-Every public function checks its arguments (`checks.py`) by sizes, strides, dtypes and devices, and
+Every public function checks sizes, strides, dtypes and devices of its arguments (`checks.py`), and
 raises ValueError with one line that names the value and the fix. No check waits for a device, so
-that calls can be captured in CUDA graphs. What only numbers on the device can tell (lengths, page
-ids, slots, positions) the kernels guard themselves: whatever they are, no kernel reads or writes
-outside its arguments.
+that calls can be captured in CUDA graphs. Numbers on the device (lengths, page ids, slots,
+positions) are checked by the kernels: for any such number, no kernel reads or writes outside its
+arguments.
 """
 
 from mlra_kernels import interpreter

@@ -1,4 +1,4 @@
-"""Checks that several operators share: each message names the value and says what to change."""
+"""Checks of arguments that several operators share. Each message names the value and the fix."""
 
 import math
 import warnings
@@ -10,12 +10,12 @@ from mlra_kernels.interpreter import INTERPRETED
 
 BACKENDS = ("mlra_kernels", "torch")
 OLD_BACKENDS = {"triton": "mlra_kernels", "reference": "torch"}
-"""Names of an earlier version, accepted for one more."""
+"""Old name -> new name; old names are accepted for one more version."""
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INDEX_DTYPES = (torch.int32, torch.int64)
 MAX_GRID = 65535
-"""Programs along the second and third dim of a CUDA grid."""
+"""Most programs along the second and third dim of a CUDA grid."""
 
 
 def check_tensors(**tensors: Tensor) -> None:
@@ -33,7 +33,7 @@ def check_tensors(**tensors: Tensor) -> None:
 
 
 def check_dims(name: str, x: Tensor, dims: str) -> None:
-    """Raise ValueError unless x has as many dims as `dims` ("[b, H, D]") names."""
+    """Raise ValueError unless x has the number of dims that `dims` ("[b, H, D]") lists."""
     if x.dim() != dims.count(",") + 1:
         raise ValueError(f"{name} is {list(x.shape)}: give {dims}")
 
@@ -59,7 +59,7 @@ def check_contiguous(**tensors: Tensor) -> None:
 
 
 def check_number(name: str, value: float, *, positive: bool = False) -> None:
-    """Raise ValueError unless `value` is a finite number, or a positive one."""
+    """Raise ValueError unless `value` is a finite number, and positive if asked for."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not (0 if positive else -math.inf) < value < math.inf:
         kind = "positive" if positive else "finite"
@@ -67,20 +67,20 @@ def check_number(name: str, value: float, *, positive: bool = False) -> None:
 
 
 def check_integer(name: str, value: int, least: int, most: int = 2**31 - 1) -> None:
-    """Raise ValueError unless `value` is an integer of the range."""
+    """Raise ValueError unless `value` is an integer from `least` to `most`."""
     integer = isinstance(value, int) and not isinstance(value, bool)
     if not integer or not least <= value <= most:
         raise ValueError(f"{name} is {_shown(value)}: give an integer from {least} to {most}")
 
 
 def check_batch(batch: int, most: int = MAX_GRID) -> None:
-    """Raise ValueError for more sequences than a launch takes."""
+    """Raise ValueError for more sequences than one launch can have."""
     if batch > most:
         raise ValueError(f"the batch has {batch} sequences: give at most {most} a call")
 
 
 def check_device(name: str, x: Tensor) -> None:
-    """Raise ValueError unless kernels can run where x is."""
+    """Raise ValueError unless kernels can run on x's device."""
     if not (x.is_cuda or (INTERPRETED and x.device.type == "cpu")):
         raise ValueError(
             f"{name} is on {x.device}: the kernels need CUDA tensors, move it to a GPU"
@@ -90,7 +90,8 @@ def check_device(name: str, x: Tensor) -> None:
 def check_rope_tables(cos: Tensor, sin: Tensor, half: int, positions: str | int) -> None:
     """Raise ValueError unless cos and sin are contiguous fp32 `[positions, half]`.
 
-    `positions` is a number of rows, or the name of a free one.
+    Args:
+        positions: number of rows; or, for any number, its name in messages.
     """
     for name, table in (("cos", cos), ("sin", sin)):
         rows = table.shape[0] if table.dim() and isinstance(positions, str) else positions
@@ -124,10 +125,10 @@ def check_paging(block_table: Tensor, cache_seqlens: Tensor, batch: int) -> None
 def read_paging(
     block_table: Tensor, cache_seqlens: Tensor, page_size: int, num_pages: int
 ) -> list[tuple[int, Tensor]]:
-    """Length and page ids of every sequence, for the plain torch forms, which wait for both.
+    """(Length, page ids) of every sequence, for the torch references. Waits for the device.
 
     Raises:
-        ValueError: a length outside of the table, or a page id outside of the cache.
+        ValueError: a length is outside the table, or a page id is outside the cache.
     """
     table, most = block_table.cpu().long(), block_table.shape[1] * page_size
     found = []
@@ -148,11 +149,13 @@ def read_paging(
 
 
 def resolve_backend(backend: str, tensor: Tensor, *, half: bool = False) -> str:
-    """The backend meant, 'mlra_kernels' or 'torch'.
+    """The backend's current name, 'mlra_kernels' or 'torch'.
+
+    Args:
+        half: the kernels take only half precision on a GPU.
 
     Raises:
-        ValueError: an unknown name, or the kernels on a tensor that they cannot run on; with `half`
-            a GPU's float32 is such.
+        ValueError: the name is unknown, or the kernels cannot run on `tensor`.
     """
     if isinstance(backend, str) and backend in OLD_BACKENDS:
         new = OLD_BACKENDS[backend]
@@ -175,7 +178,7 @@ def resolve_backend(backend: str, tensor: Tensor, *, half: bool = False) -> str:
 
 
 def _shown(value: object) -> str:
-    """A value in one line of bounded length."""
+    """A value in one line of at most 60 letters."""
     if isinstance(value, Tensor):
         return f"a tensor {list(value.shape)}"
     text = " ".join(repr(value).split())

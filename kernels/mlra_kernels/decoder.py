@@ -1,4 +1,4 @@
-"""Small fused operations of a decoding step, each one launch: norms, rotation, SwiGLU.
+"""Small fused operations of a decoding step, one launch each: norms, rotation, SwiGLU.
 
 Letters: T tokens, d hidden size, H heads, e dims of a head, R rotated dims, f MLP size.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 from mlra_kernels import checks
 
 MAX_ROW = 65536
-"""Numbers of a row that one program norms."""
+"""Most numbers of a row, which one program normalises."""
 
 
 @triton.jit
@@ -44,10 +44,15 @@ def _add_rms_norm_kernel(
 def add_rms_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """`x + residual` (x itself without one) and its RMSNorm, statistics in fp32.
+    """`x + residual` and its RMSNorm, with statistics in fp32.
 
-    x: `[T, d]` with contiguous rows; residual: `[T, d]` contiguous; weight: `[d]`
-    contiguous; all in one float dtype on one GPU, but for weight's dtype. Returns two `[T, d]`.
+    Args:
+        x: `[T, d]` with contiguous rows, in a float dtype on a GPU.
+        residual: `[T, d]` contiguous, in x's dtype; or None, for x itself.
+        weight: `[d]` contiguous, in any float dtype.
+
+    Returns:
+        (sum, norm), both `[T, d]` in x's dtype.
 
     Raises:
         ValueError: an argument does not fit; the message names the value and the fix.
@@ -102,7 +107,7 @@ def _silu_mul_kernel(
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """`[T, 2 f]` contiguous, on a GPU -> silu(first half) * second half, `[T, f]`.
+    """silu(first half) * second half of `[T, 2 f]` (contiguous, on a GPU), `[T, f]`.
 
     Raises:
         ValueError: an argument does not fit; the message names the value and the fix.
@@ -146,11 +151,12 @@ def _rotate_heads_kernel(
 
 
 def rotate_heads(x: Tensor, start: int, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
-    """Rotate dims `start:` of every head in place (half-split RoPE) and return x.
+    """Rotate dims `start` to e - 1 of every head in place (half-split RoPE) and return x.
 
-    x: `[T, H, e]`, last dim contiguous, e - start = R with R / 2 a power of two; cos, sin:
-    `[positions, R / 2]` fp32 contiguous; positions: `[T]` int32 or int64 contiguous, a position
-    that the tables lack gives NaN.
+    Args:
+        x: `[T, H, e]` on a GPU, last dim contiguous; e - start = R, R / 2 a power of two.
+        cos, sin: `[positions, R / 2]` fp32, contiguous.
+        positions: `[T]` int32 or int64, contiguous. A position outside the tables gives NaN.
 
     Raises:
         ValueError: an argument does not fit; the message names the value and the fix.

@@ -1,18 +1,18 @@
 """Triton's interpreter (`TRITON_INTERPRET=1`), which runs the kernels on the CPU.
 
-NumPy 2.5 no longer turns an array of one element into an int, which the interpreter of Triton 3.6
-relies on for every loop bound. `mend` puts that right; the package calls it when it is imported
-under the interpreter, so that no user has to.
+The interpreter of Triton 3.6 uses arrays of one element as loop bounds. NumPy 2.5 no longer
+converts such an array to an int. `mend` adds the conversion. The package calls `mend` when it is
+imported under the interpreter.
 """
 
 import triton
 
 INTERPRETED = triton.knobs.runtime.interpret
-"""Whether kernels are interpreted; Triton fixes it when a kernel is defined."""
+"""Whether kernels are interpreted. Triton decides this when a kernel is defined."""
 
 
 def mend() -> None:
-    """Let the interpreter's scalars be loop bounds under any NumPy; a second call does nothing."""
+    """Let the interpreter's scalars be loop bounds with any NumPy. A second call does nothing."""
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang_tensor

@@ -1,13 +1,13 @@
-"""Attention of prompts' chunks to all cached tokens before them and to themselves.
+"""Attention of chunks of prompts to themselves and to all cached tokens before them.
 
-The keys of a launch are gathered from the cache; what one launch cannot hold is computed in parts,
-each with a log-sum-exp, which are merged, so memory holds the keys of one launch and never
-`[chunk, history]` scores of a whole prompt. The project's engine and its vLLM plugin both run
-prompts through these functions, by a plan that is made once a step (prompts.py).
+The keys of a launch are gathered from the cache. Attention to more keys than one launch can hold is
+computed in parts, each with a log-sum-exp, which are merged. Memory therefore holds the keys of one
+launch, and never the `[chunk, history]` scores of a whole prompt. The project's engine and its vLLM
+plugin both run prompts with these functions, by a plan that is made once per step (prompts.py).
 
 Letters: T tokens of a step, c those of a bundle, t keys of a launch, n branches, g head groups,
-h heads of the core, l latent dim, r RoPE dim, e dims of a query or key, w dims of a value, d_h and
-d_v those of a head's keys (without RoPE) and values.
+h heads of the core, l latent dim, r RoPE dim, e size of a query or key, w size of a value, d_h and
+d_v sizes of a head's keys (without RoPE) and values.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from mlra_kernels.latent_decode.reference import merge_states_reference, split_c
 from mlra_kernels.prompts import Bundle, Part
 
 ABSORBED_KEYS, EXPANDED_KEYS = 131072, 16384
-"""Keys of a launch. Absorbed ones are as small as the cache's rows, so a long prompt's history
-fits in one; expanded ones are of every head."""
+"""Most keys of a launch. Absorbed keys are as small as the cache's rows, so that the history of a
+long prompt fits in one launch; expanded keys exist for every head."""
 SCORE_NUMBERS = 1 << 26
-"""Scores that the torch path holds at a time."""
+"""Most scores that the torch path holds at a time."""
 FLASH_MAX_DIM = 256
 
 
 def runs_absorbed(nope_dim: int, latent_dim: int) -> bool:
-    """Whether prompts attend to latents as they are: where that costs no FLOPs (l <= d_h)."""
+    """Whether prompts attend to the latents themselves: if that costs no more FLOPs (l <= d_h)."""
     return latent_dim <= nope_dim
 
 
 def keys_at_once(nope_dim: int, latent_dim: int) -> int:
-    """Keys of a launch of latent attention, for `plan_prompts`."""
+    """Most keys of a launch of latent attention, for `plan_prompts`."""
     return ABSORBED_KEYS if runs_absorbed(nope_dim, latent_dim) else EXPANDED_KEYS
 
 
@@ -46,17 +46,18 @@ def attention_with_lse(
 ) -> tuple[Tensor, Tensor]:
     """Grouped-query attention of a part's sequences and its log-sum-exp.
 
-    On a GPU in half precision this project's kernels for values that are part of their keys where
-    these take the sizes (Hopper), else flash attention (torch's own), in one launch; else torch in
-    float32, one sequence after another.
+    On a GPU in half precision there is one launch: of this project's kernels if the values are the
+    first columns of the keys and the kernels take the sizes (Hopper), else of torch's flash
+    attention. Otherwise torch computes in float32, one sequence after another.
 
     Args:
-        q: `[s, heads, e]`; k: `[t, kv_heads, e]`; v: `[t, kv_heads, w]`, of which the absorbed
-            form's are the first w columns of k.
-        part: which of them each query reads.
+        q: `[s, heads, e]`.
+        k: `[t, kv_heads, e]`.
+        v: `[t, kv_heads, w]`; in absorbed form a view of the first w columns of k.
+        part: which keys each query reads.
 
     Returns:
-        `[s, heads, w]` in q's dtype and `[s, heads]` float32.
+        Outputs `[s, heads, w]` in q's dtype, log-sum-exps `[s, heads]` float32.
     """
     if _is_part(v, k) and _latent_kernels_take(q, v.size(-1)):
         out, lse = latent_attention_with_lse(
@@ -85,7 +86,7 @@ def attention_with_lse(
 
 
 def _is_part(v: Tensor, k: Tensor) -> bool:
-    """Whether v is the first columns of k, in memory."""
+    """Whether v is a view of the first columns of k."""
     return v.data_ptr() == k.data_ptr() and v.stride() == k.stride()
 
 
@@ -110,10 +111,10 @@ def _attend(
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, part: Part) -> tuple[Tensor, Tensor]:
-    """torch's FlashAttention-2: queries and keys aligned at their ends, grouped heads native."""
+    """torch's FlashAttention-2, which aligns queries and keys at their ends and groups heads."""
     width = v.size(-1)
     if width < q.size(-1):
-        # It wants values as wide as keys.
+        # FlashAttention-2 needs values as wide as keys.
         v = k if _is_part(v, k) else torch.nn.functional.pad(v, (0, q.size(-1) - width))
     run = torch.ops.aten._flash_attention_forward
     longest = max(part.queries), max(part.keys)
@@ -128,13 +129,13 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, part: Part) -> tuple[T
 
 
 def merged(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The attention over both sets of keys from each one's output and log-sum-exp."""
+    """(Output, log-sum-exp) over two sets of keys, from those over each set."""
     outs = torch.stack((first[0], second[0]))
     return merged_all(outs, torch.stack((first[1].float(), second[1].float())))
 
 
 def merged_all(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
-    """`merge_states`, by its kernel where that takes the arguments."""
+    """`merge_states`, by its kernel if it takes the arguments, else by the reference."""
     if outs.is_cuda and outs.dtype != torch.float32 and outs.size(-1).bit_count() == 1:
         return merge_states(outs, lses)
     return merge_states_reference(outs, lses)
@@ -164,15 +165,16 @@ def prefill_latent(
 ) -> Tensor:
     """Outputs of chunks whose tokens are already in the cache, summed over branches.
 
-    Absorbed where that costs no FLOPs (l <= d_h), else with keys and values expanded launch by
-    launch.
+    Absorbed if that costs no more FLOPs (l <= d_h), else with keys and values that are expanded
+    for each launch.
 
     Args:
         q: `[T, h, d_h + r]`, rotated, of all chunks' tokens.
         layer: rows `[pages, page_size, n g l + r]` and, for FP8, scales `[pages, n g, page_size]`,
             both as in `latent_decode`.
         bundles: of all T rows, from `plan_prompts`.
-        w_uk: `[h, d_h, n l]`; w_uv: `[h, n l, d_v]`, times whatever scales the sum over branches.
+        w_uk: `[h, d_h, n l]`.
+        w_uv: `[h, n l, d_v]`, multiplied by the scale of the sum over branches.
 
     Returns:
         `[T, h, d_v]` in q's dtype.
@@ -197,16 +199,17 @@ def latent_states(
     softmax_scale: float,
     groups: slice = slice(None),
 ) -> tuple[Tensor, Tensor]:
-    """Attention to some of a prompt's tokens, to be merged with that to the others.
+    """Attention to some of a prompt's tokens, to be merged with the attention to the others.
 
     Args:
         q, layer, w_uk, w_uv: as in `prefill_latent`.
-        bundles: of any rows of q; the other rows see no token and get 0 and -inf.
+        bundles: of any rows of q; the other rows read no token, and get 0 and -inf.
         groups: the layer's head groups that the h heads read.
 
     Returns:
-        `[T, n, h, w]` in q's dtype, w = l where `runs_absorbed` (`sum_branches` makes outputs of
-        it), else d_v (the sum over n does); and the log-sum-exp `[T, n, h]` float32.
+        States `[T, n, h, w]` in q's dtype, and log-sum-exps `[T, n, h]` float32. If
+        `runs_absorbed`, w = l, and `sum_branches` gives the outputs; else w = d_v, and the sum over
+        n gives them.
     """
     absorbed = runs_absorbed(w_uk.size(1), w_uk.size(2) // branches)
     width = w_uk.size(2) // branches if absorbed else w_uv.size(2)
@@ -231,7 +234,7 @@ def _latent_states(
     softmax_scale: float,
     groups: slice = slice(None),
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Rows of q, their `[c, n, h, w]` and log-sum-exp `[c, n, h]`, bundle by bundle."""
+    """Yield (rows of q, states `[c, n, h, w]`, log-sum-exps `[c, n, h]`) of each bundle."""
     h, nope, l = w_uk.size(0), w_uk.size(1), w_uk.size(2) // branches
     latents = split_cache(layer[0], rope_dim)[0].size(-1) // l
     absorbed = runs_absorbed(nope, l)
@@ -283,7 +286,7 @@ def _gather(data: Tensor, slots: Tensor) -> Tensor:
 def _expand(
     rows: Tensor, k_rope: Tensor, w_uk: Tensor, w_uv: Tensor, n: int
 ) -> tuple[Tensor, Tensor]:
-    """Keys `[t, n h, d_h + r]` and values `[t, n h, d_v]` of a launch (times w_uv's scale)."""
+    """Keys `[t, n h, d_h + r]` and values `[t, n h, d_v]` of a launch."""
     t, latents, l = rows.shape
     h, nope, _ = w_uk.shape
     g = latents // n
@@ -299,9 +302,15 @@ def _expand(
 def prefill_grouped(
     q: Tensor, layer: Tensor, bundles: Sequence[Bundle], softmax_scale: float
 ) -> Tensor:
-    """Outputs `[T, heads, dim]` of chunks already in a grouped cache `[2, pages, page_size, ...]`.
+    """Outputs of chunks whose tokens are already in a cache of grouped keys and values.
 
-    `bundles` are of `EXPANDED_KEYS` keys at once.
+    Args:
+        q: `[T, heads, dim]`, rotated.
+        layer: `[2, pages, page_size, kv_heads, dim]`.
+        bundles: of all T rows, planned for `EXPANDED_KEYS` keys at once.
+
+    Returns:
+        `[T, heads, dim]` in q's dtype.
     """
     return grouped_states(q, layer, bundles, softmax_scale)[0]
 
@@ -313,9 +322,13 @@ def grouped_states(
     softmax_scale: float,
     groups: slice = slice(None),
 ) -> tuple[Tensor, Tensor]:
-    """As `latent_states`, of a grouped cache: `[T, heads, dim]` and `[T, heads]` float32.
+    """As `latent_states`, for a cache of grouped keys and values.
 
-    `groups` are the layer's key heads that q's heads read.
+    Args:
+        groups: the layer's key heads that q's heads read.
+
+    Returns:
+        Outputs `[T, heads, dim]` in q's dtype, log-sum-exps `[T, heads]` float32.
     """
     out, lse = torch.zeros_like(q), torch.full(q.shape[:-1], -torch.inf, device=q.device)
     for bundle in bundles:

@@ -1,9 +1,9 @@
-"""Which prompts of a step attend in one launch, and to which rows of the cache.
+"""The plan of a step's prompts: which share a launch, and which rows of the cache they read.
 
-Prompts, or chunks of them, lie one behind the other in a step. As many of them as have few enough
-keys together are a bundle, which attends in one launch: their keys lie one behind the other too,
-and each query reads a range of them. A prompt with more keys is a bundle of its own, of several
-parts, whose results are merged.
+The tokens of prompts, or of chunks of prompts, follow one another in a step. Consecutive chunks
+with few enough keys in total form a bundle, which attends in one launch: their keys follow one
+another too, and each query reads a range of them. A chunk with more keys is a bundle by itself, of
+several parts, whose results are merged.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class PromptChunk:
     """The next tokens of one sequence's prompt, which are in the cache already."""
 
     tokens: int
-    """How many; their queries follow those of the chunk before."""
+    """Number of tokens; their queries follow those of the previous chunk."""
     start: int
-    """Tokens of the sequence in front of them."""
+    """Number of the sequence's tokens before the chunk."""
     pages: Tensor
-    """`[P]` integers: the sequence's pages in the cache, at least those of `start + tokens`."""
+    """`[P]` integers: the sequence's pages in the cache, enough for `start + tokens` tokens."""
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,21 @@ class Part:
     slots: Tensor
     """`[t]` int64: page * page_size + offset of each key."""
     queries: tuple[int, ...]
-    """Queries of each sequence; s in all."""
+    """Queries of each sequence, s in total."""
     keys: tuple[int, ...]
-    """Keys of each sequence; t in all."""
+    """Keys of each sequence, t in total."""
     causal: bool
-    """Whether a sequence's last query reads all its keys, the one before one less; else all read
-    all, of one sequence."""
+    """Whether attention is causal: a sequence's last query reads all its keys, the one before all
+    but one. Else there is one sequence, all of whose queries read all keys."""
     ranges: Tensor | None = None
-    """`[2, s]` int32, of several sequences: first and last key of each query."""
+    """`[2, s]` int32, first and last key of each query; only for several sequences."""
     offsets: Tensor | None = None
-    """`[2, n + 1]` int32, of several sequences: where each one's queries and keys begin."""
+    """`[2, n + 1]` int32, start of each sequence's queries and keys; only for several sequences."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """Consecutive rows of a step and the parts whose merged results are theirs."""
+    """Consecutive rows of a step, and the parts whose merged results are the rows' attention."""
 
     rows: slice
     parts: tuple[Part, ...]
@@ -60,14 +60,14 @@ class Bundle:
 def plan_prompts(
     chunks: Sequence[PromptChunk], page_size: int, keys_at_once: int
 ) -> tuple[Bundle, ...]:
-    """The bundles of a step's chunks, in their order; made once, for all layers.
+    """The bundles of a step's chunks, in their order. One plan serves all layers.
 
     Args:
-        keys_at_once: keys of a launch, see `prefill.keys_at_once`; the new tokens of one chunk may
-            be more.
+        keys_at_once: most keys of a launch (`prefill.keys_at_once`), unless the new tokens of one
+            chunk are more.
 
     Raises:
-        ValueError: a chunk without tokens, or with fewer pages than it needs.
+        ValueError: a chunk has no tokens, or fewer pages than it needs.
     """
     for i, chunk in enumerate(chunks):
         needed = chunk.start + chunk.tokens
@@ -91,10 +91,10 @@ def plan_prompts(
 def plan_history(
     chunks: Sequence[PromptChunk], page_size: int, keys_at_once: int
 ) -> tuple[Bundle, ...]:
-    """Bundles of the chunks' rows and the tokens in front of them alone.
+    """Bundles in which the chunks' rows read only the tokens before the chunks.
 
-    For tokens of a sequence that are cut over caches: `start` counts those that lie in this one,
-    and `pages` are its pages. Chunks without any are left out.
+    For sequences whose tokens are cut over several caches: `start` counts the tokens in this cache,
+    and `pages` are pages of this cache. Chunks with `start` 0 are left out.
     """
     bundles, first = [], 0
     for chunk in chunks:
@@ -118,7 +118,7 @@ def _bundle(chunks: list[PromptChunk], first: int, page_size: int, limit: int) -
     (chunk,) = chunks
     end = chunk.start + chunk.tokens
     slots = _slots(chunk, page_size)
-    # The last launch holds the chunk itself and as much of what is before it as it can.
+    # The last launch has the chunk itself, and as many of the tokens before it as fit.
     last = end - min(end, max(chunk.tokens, limit))
     cuts = [*range(0, last, limit), last]
     parts = [Part(slots[a:b], (chunk.tokens,), (b - a,), causal=False) for a, b in pairwise(cuts)]
@@ -137,7 +137,7 @@ def _together(chunks: list[PromptChunk], page_size: int) -> Part:
 
 
 def _sent(x: Tensor, device: torch.device) -> Tensor:
-    """x of the CPU on `device`, without waiting for what runs there."""
+    """x, a tensor on the CPU, copied to `device` without waiting for the device."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 

@@ -1,6 +1,6 @@
-"""The vLLM plugin: MLA, GLA and MLRA models, exported to Hugging Face's layout, in unmodified vLLM.
+"""The vLLM plugin: MLA, GLA and MLRA models in Hugging Face's format, in unmodified vLLM.
 
-Start with plugin.py (what vLLM loads), model.py (one layer), backend.py (the cache and its step).
+Start with plugin.py (which vLLM loads), model.py (the decoder), backend.py (cache and attention).
 
 May import:   vllm, torch, mlra_kernels; transformers, which vLLM brings, for the configuration
 Imported by:  vLLM, through the entry point `vllm.general_plugins`

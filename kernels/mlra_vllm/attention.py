@@ -26,10 +26,10 @@ from mlra_vllm.weights import sources
 
 
 class MLRAAttention(nn.Module):
-    """MLA, GLA or MLRA: a rank holds the heads that its latents serve; one all-reduce at the end.
+    """MLA, GLA or MLRA: a rank has the heads that its latents serve; one all-reduce at the end.
 
     Args:
-        tables: cos and sin `[positions, r / 2]` float32.
+        tables, reserves: see LatentAttention.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class MLRAAttention(nn.Module):
         def weight(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape), requires_grad=False)
 
-        # Query latent (if any), own latents, RoPE key: one product.
+        # One product for the query latent (if any), the rank's latents and the RoPE key.
         self.down = weight(self.query_rank + self.kv_size, d)
         self.q_up = weight(heads * self.query_size, self.query_rank or d)
         if self.query_rank:
@@ -72,7 +72,7 @@ class MLRAAttention(nn.Module):
         self._sources, self._arrived = sources(config, self.shard), set()
 
     def forward(self, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """`[T, d]` -> the same; cos, sin `[T, r / 2]` of the tokens' positions."""
+        """`[T, d]` -> `[T, d]`; cos, sin `[T, r / 2]` of the tokens' positions."""
         nope = self.config.qk_nope_head_dim
         down = linear(x, self.down)
         query, kv = x, down
@@ -91,14 +91,13 @@ class MLRAAttention(nn.Module):
         return tensor_model_parallel_all_reduce(out) if self.tp > 1 else out
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Cut and prepare an exported layer's tensors; may be called again with the rest of them.
+        """Shard and prepare an exported layer's tensors. Several calls may share the tensors.
 
         Returns:
-            the parameters that are whole now: vLLM refuses a checkpoint that leaves one out.
+            Names of the complete parameters. vLLM refuses a checkpoint that leaves one incomplete.
 
         Raises:
-            ValueError: a tensor that this attention has not, or of another shape than config.json
-                makes it.
+            ValueError: this attention has no such tensor, or its shape does not fit config.json.
         """
         for name, tensor in weights:
             source = self._sources.get(name)

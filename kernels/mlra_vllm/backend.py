@@ -1,7 +1,7 @@
-"""The attention backend: what a step's metadata holds, how the cache lies, what a step computes.
+"""The attention backend: metadata of a step, layout of the cache, computation of a step.
 
 Letters: T tokens, b sequences, q query tokens per sequence, h heads of the rank's core, L its
-latent heads, n its branches, l latent dim, r RoPE dim, d_h and d_v dims of a head's key (without
+latent heads, n its branches, l latent dim, r RoPE dim, d_h and d_v sizes of a head's key (without
 RoPE) and value.
 """
 
@@ -33,7 +33,7 @@ from mlra_kernels.prompts import Bundle, PromptChunk, plan_prompts
 from mlra_vllm.checks import PAGE_MULTIPLE
 
 HOPPER_PAGE = 64
-"""Pages of multiples of this many tokens run on Hopper's fast kernel."""
+"""Hopper's fast kernel needs pages of a multiple of this many tokens."""
 
 
 class LatentBackend(AttentionBackend):
@@ -60,7 +60,7 @@ class LatentBackend(AttentionBackend):
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
-        # What vLLM takes on a GPU where the user names no block size.
+        # vLLM takes this on a GPU if the user gives no block size.
         return HOPPER_PAGE
 
     @staticmethod
@@ -76,7 +76,7 @@ class LatentBackend(AttentionBackend):
 
 @dataclass
 class LatentMetadata:
-    """A step: decoding sequences first, then chunks of prompts."""
+    """Metadata of a step: decoding sequences first, then chunks of prompts."""
 
     decodes: int
     decode_tokens: int
@@ -87,12 +87,12 @@ class LatentMetadata:
     schedule: DecodeMetadata | None
     """The kernels' schedule, made once per step; None for the reference."""
     prompts: tuple[Bundle, ...]
-    """Of the rows behind those of the decoding sequences."""
+    """Bundles of the rows after those of the decoding sequences."""
     prompt_tokens: int
 
 
 class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
-    """Builds a step's metadata; buffers of captured steps keep their addresses."""
+    """Builds a step's metadata. Buffers of captured steps keep their addresses."""
 
     _cudagraph_support: ClassVar = AttentionCGSupport.UNIFORM_BATCH
 
@@ -131,7 +131,8 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
         starts = common.query_start_loc_cpu.tolist()
         lengths = common.seq_lens_cpu_upper_bound  # exact for prompts
         if lengths is None or self.speculative:
-            # Sequences whose guesses differ in number come here too; their bound may be too high.
+            # Sequences with different numbers of speculative tokens are prompts here too, and
+            # their upper bound may be too high.
             lengths = common.seq_lens.cpu()
         lengths = lengths.tolist()
         chunks = []
@@ -143,7 +144,8 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
         return chunks
 
     def _schedule(self, lengths: Tensor, tokens: int) -> DecodeMetadata | None:
-        """One schedule per batch size, updated in place: a captured step reads its buffers."""
+        """The schedule of a batch size, updated in place, since a captured step reads its
+        buffers."""
         batch = lengths.size(0)
         if not batch or not lengths.is_cuda:
             return None
@@ -165,19 +167,19 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
 
 
 class LatentImpl:
-    """What vLLM's two operations of an attention layer run: the cache write and the attention.
+    """The two operations that vLLM calls for an attention layer: the cache write and the attention.
 
-    Has no state: every number comes from the layer (`layer.LatentAttention`).
+    Has no state: all sizes and weights come from the layer (`layer.LatentAttention`).
     """
 
     @staticmethod
     def do_kv_cache_update(
         layer, kv_down: Tensor, positions: Tensor, kv_cache: Tensor, slots: Tensor
     ) -> None:
-        """Norm, rotate and write new tokens.
+        """Normalise, rotate and cache new tokens.
 
         Args:
-            kv_down: `[T, L l + r]`, the raw down projection.
+            kv_down: `[T, L l + r]`, the raw down-projection.
             positions: `[T]` int64.
             slots: `[tokens]` int64, page * page_size + offset; -1 for padding, which is not
                 written. (A boolean mask would break the capture of CUDA graphs.)
@@ -209,10 +211,12 @@ class LatentImpl:
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> None:
-        """Attention of `[T, h, d_h + r]` to the cache, summed over branches, into `[T, h, d_v]`."""
+        """Attention of queries `[T, h, d_h + r]` to the cache, summed over branches and written
+        into `output` `[T, h, d_v]`."""
         if attn_metadata is None:
             output.zero_()
-            # Without a cache yet: vLLM measures. Later it captures what lies between attentions.
+            # Without a cache vLLM measures memory; with one it captures the parts between
+            # attentions.
             if layer.reserves and not kv_cache.numel():
                 _reserve(layer, query)
             return
@@ -231,7 +235,7 @@ def _decode(
     step: LatentMetadata,
     output: Tensor,
 ) -> None:
-    """`[b q, h, d_h + r]` -> `[b q, h, d_v]`, into output."""
+    """Queries `[b q, h, d_h + r]` -> `[b q, h, d_v]`, written into output."""
     shard, rows, scales = layer.shard, *cache
     nope = q.size(-1) - layer.rope_dim
     head = absorb_queries(q[..., :nope], layer.w_uk, shard.branches)  # [b q, n, h, l]
@@ -254,7 +258,7 @@ def _decode(
 def _prefill(
     layer, q: Tensor, cache: tuple[Tensor, Tensor | None], prompts: tuple[Bundle, ...]
 ) -> Tensor:
-    """`[T, h, d_h + r]` of the prompts' tokens -> `[T, h, d_v]`."""
+    """Queries `[T, h, d_h + r]` of the prompts' tokens -> `[T, h, d_v]`."""
     return prefill_latent(
         q,
         cache,
@@ -268,11 +272,11 @@ def _prefill(
 
 
 def _reserve(layer, q: Tensor) -> None:
-    """Allocate what the largest prompt step allocates, for vLLM's measurement of free memory.
+    """Allocate as much as the largest prompt step does, for vLLM's measurement of free memory.
 
-    vLLM measures with a step that has no metadata and sizes the cache by what is left. The largest
-    step is one chunk, behind as much history as its sequence can have or as needs a second launch
-    and the merging of both. Its pages are one page, many times.
+    vLLM measures a step without metadata, and gives the remaining memory to the cache. The largest
+    step is a single chunk with a history that needs a second launch and a merge, or that is as long
+    as a sequence can be. All its pages are one and the same page.
     """
     page_size, limit = HOPPER_PAGE, layer.prompt_keys
     tokens = min(q.size(0), layer.max_positions)
@@ -282,6 +286,7 @@ def _reserve(layer, q: Tensor) -> None:
     pages = torch.zeros(-(-(start + tokens) // page_size), dtype=torch.int64, device=q.device)
     chunk = PromptChunk(tokens, start, pages)
     _prefill(layer, q[:tokens], cache, plan_prompts([chunk], page_size, limit))
-    # Several prompts in one launch are another build of the kernel: made here, before requests.
+    # Several prompts in one launch need another build of the kernel, which is compiled here, before
+    # requests come.
     some = [PromptChunk(1, 0, pages[:1])] * min(2, q.size(0))
     _prefill(layer, q[: len(some)], cache, plan_prompts(some, page_size, limit))

@@ -1,6 +1,6 @@
-"""A page to talk to the model, in vLLM's own server: `--middleware mlra_vllm.chat.ChatPage`.
+"""A chat page in vLLM's own server: `--middleware mlra_vllm.chat.ChatPage`.
 
-The page is of the server's origin, so nothing has to be open to other sites.
+The page has the server's origin, so that the server need not allow requests from other sites.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ LOOPBACK = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?", re.IGNORE
 
 
 def _page() -> tuple[bytes, list[tuple[bytes, bytes]]]:
-    """The page and its headers: its script alone runs, and asks this server alone."""
+    """The page and its headers: only its own script runs, and contacts only this server."""
     page = files("mlra_vllm").joinpath("chat.html").read_text(encoding="utf-8")
     script = re.search(r"<script>(.*?)</script>", page, re.DOTALL)[1]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -34,7 +34,7 @@ def _page() -> tuple[bytes, list[tuple[bytes, bytes]]]:
 
 
 class ChatPage:
-    """ASGI middleware: GET /chat is the page, everything else the server's."""
+    """ASGI middleware that answers GET /chat with the page, and passes on all other requests."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -52,11 +52,11 @@ class ChatPage:
 
 
 class LocalChatPage(ChatPage):
-    """The same, of a server for this machine, for requests over HTTP and websockets alike.
+    """The same for a server that serves only this machine, for HTTP and websockets.
 
-    Requests under another name are refused, as a site that names its own host and points it here
-    (DNS rebinding) would send; so are those of other sites' pages, which need not read an answer to
-    have the model compute one.
+    Requests with another host name are refused: a site whose name resolves to this machine (DNS
+    rebinding) would send them. Requests from other sites' pages are refused too: such a page could
+    not read an answer, but could make the model compute.
     """
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -65,20 +65,20 @@ class LocalChatPage(ChatPage):
         if said is None:
             await super().__call__(scope, receive, send)
         elif scope["type"] == "websocket":
-            # Before it is accepted: the client sees status 403.
+            # Closed before it is accepted, the client sees status 403.
             await send({"type": "websocket.close", "code": 1008, "reason": said})
         else:
             await _answer(send, 403, [(b"content-type", b"text/plain")], f"{said}\n".encode())
 
 
 def _refusal(headers: list[tuple[bytes, bytes]]) -> str | None:
-    """Why a local server does not answer a request with these headers, None if it does."""
+    """Why a local server refuses a request with these headers, or None."""
     hosts = [value.decode("latin-1") for name, value in headers if name == b"host"]
     if not all(LOOPBACK.fullmatch(host) for host in hosts):
         return "This server answers to localhost and 127.0.0.1 alone."
     own = hosts[0].lower() if hosts else "localhost"
     for name, value in headers:
-        # A scheme, ://, then what a request to the same place has as its host.
+        # An origin is a scheme, ://, and the host of requests from the same origin.
         if name == b"origin" and value.decode("latin-1").lower().partition("://")[2] != own:
             return "This server answers no page of another site."
     return None

@@ -1,4 +1,4 @@
-"""What cannot be served, refused in one line before a weight is read."""
+"""Checks that a model can be served, in one line, before a weight is read."""
 
 from __future__ import annotations
 
@@ -20,34 +20,39 @@ FP8 = ("fp8", "fp8_e4m3")
 
 
 class LatentArchitecture(architecture.ModelArchConfigConvertorBase):
-    """What vLLM asks of an architecture before it builds the model: one row per token is cached."""
+    """vLLM's questions on an architecture before it builds the model: one row per token is
+    cached."""
 
     def get_head_size(self) -> int:
         """The numbers of a cached row, without tensor parallelism."""
         return self.hf_text_config.kv_lora_rank + self.hf_text_config.qk_rope_head_dim
 
     def get_total_num_kv_heads(self) -> int:
-        """One: latents and RoPE key are one row."""
+        """One: the latents and the RoPE key are one row."""
         return 1
 
 
 class LatentChecks(VerifyAndUpdateConfig):
-    """vLLM's hook, called where it builds its configuration: in the process that was started."""
+    """vLLM's hook, called in the user's process when vLLM builds its configuration."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """Raise ValueError for what cannot be served."""
+        """See `check`."""
         check(vllm_config)
 
 
 def register_checks() -> None:
-    """Hang both into vLLM's tables; may run many times."""
+    """Enter both classes into vLLM's tables; may run many times."""
     architecture.MODEL_ARCH_CONFIG_CONVERTORS["mlra"] = LatentArchitecture
     MODELS_CONFIG_MAP["MLRAForCausalLM"] = LatentChecks
 
 
 def check(vllm_config: VllmConfig) -> None:
-    """Raise ValueError, in one line that names the value and the fix, for what cannot be served."""
+    """Check that a configuration can be served.
+
+    Raises:
+        ValueError: one line that names the value and the fix.
+    """
     for problem in _problems(vllm_config):
         raise ValueError(problem)
 

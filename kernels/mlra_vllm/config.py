@@ -1,4 +1,4 @@
-"""An exported model's config.json as vLLM reads it: no code of the exported folder is run.
+"""The configuration class of exported models for vLLM: no code of the exported folder is run.
 
 Letters: L `num_latent_heads`, N `num_branches`, d `hidden_size`, d_q `q_lora_rank`, d_c
 `kv_lora_rank`.
@@ -24,19 +24,19 @@ class MLRAConfig(PreTrainedConfig):
 
     @property
     def q_scale(self) -> float:
-        """sqrt(d / d_q), or 1: times the query latent."""
+        """Factor of the query latent: sqrt(d / d_q); 1 without scaling or query latent."""
         if not self.variance_scaling or self.q_lora_rank is None:
             return 1.0
         return (self.hidden_size / self.q_lora_rank) ** 0.5
 
     @property
     def kv_scale(self) -> float:
-        """sqrt(d / d_l), or 1: times every latent."""
+        """Factor of every latent: sqrt(d / d_l); 1 without variance scaling."""
         return (self.hidden_size / self.latent_dim) ** 0.5 if self.variance_scaling else 1.0
 
     @property
     def branch_scale(self) -> float:
-        """N^-1/2, or 1: times the sum over branches."""
+        """Factor of the sum over branches: N^-1/2; 1 without variance scaling."""
         return self.num_branches**-0.5 if self.variance_scaling else 1.0
 
     @property

@@ -1,4 +1,4 @@
-"""A mixture of experts on vLLM's FusedMoE, routed as the exported model routes.
+"""A mixture of experts by vLLM's FusedMoE, with the routing of the exported model.
 
 Letters: T tokens, d hidden size, E routed experts, k experts of a token.
 """
@@ -15,11 +15,8 @@ from mlra_vllm.config import MLRAConfig
 
 
 class MLRARouter(nn.Module):
-    """The experts and weights of each token.
-
-    One function for every platform: vLLM's own routing on a CPU knows neither sigmoid scores nor a
-    scaling factor.
-    """
+    """Chooses the experts of each token and their weights, on every platform. vLLM's own routing on
+    a CPU has neither sigmoid scores nor a scaling factor."""
 
     def __init__(self, config: MLRAConfig) -> None:
         super().__init__()
@@ -53,7 +50,7 @@ class MLRARouter(nn.Module):
 
 
 class MLRAExperts(nn.Module):
-    """Routed experts, weighted by the router, and shared ones that every token visits."""
+    """Routed experts, weighted by the router, and shared experts, which process every token."""
 
     def __init__(self, config: MLRAConfig, prefix: str) -> None:
         super().__init__()
@@ -80,5 +77,5 @@ class MLRAExperts(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[T, d]` -> the same, summed over tensor-parallel ranks."""
+        """`[T, d]` -> `[T, d]`, summed over tensor-parallel ranks."""
         return self.experts(hidden_states=x, router_logits=self.gate(x))

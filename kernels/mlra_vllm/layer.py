@@ -1,4 +1,4 @@
-"""The layer that vLLM knows: one attention over a paged cache of latents.
+"""The attention layer that is registered with vLLM: attention over a paged cache of latents.
 
 Letters: L latent heads of the rank, n its branches, h heads of its core, l latent dim, r RoPE dim.
 """
@@ -22,12 +22,12 @@ from mlra_vllm.shard import Shard
 
 
 class LatentAttention(nn.Module, AttentionLayerBase):
-    """Attention of a rank's heads to its latents, and what they are up-projected by.
+    """Attention of a rank's heads to its latents, with the up-projections.
 
     Args:
         tables: cos and sin `[positions, r / 2]` float32, one pair for all layers.
-        reserves: whether this layer, one of all, allocates a largest step's memory where vLLM
-            measures.
+        reserves: whether this layer allocates the memory of the largest step when vLLM measures
+            free memory; True for one layer of a model.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         self.fp8 = vllm_config.cache_config.cache_dtype in FP8
         numbers = shard.latents * config.latent_dim
         if self.fp8:
-            # Latents in one byte each, the RoPE key in bfloat16, one float32 scale per latent.
+            # One byte per number of a latent, the RoPE key in bfloat16, a float32 scale per latent.
             self.cache_dtype, self.stored_dtype = FP8_DTYPE, torch.uint8
             self.row_size = numbers + 2 * self.rope_dim + 4 * shard.latents
         else:
@@ -75,7 +75,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one token in this layer on this rank."""
+        """Cached bytes per token in this layer on this rank."""
         return self.row_size * self.stored_dtype.itemsize
 
     def get_attn_backend(self) -> type[AttentionBackend]:
@@ -83,7 +83,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         return LatentBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        """One row per token, of the rank's own latents: all that sharding the cache needs."""
+        """One row per token, with the rank's own latents. Sharding the cache needs no more."""
         return MLAAttentionSpec(
             block_size=vllm_config.cache_config.block_size,
             num_kv_heads=1,
@@ -94,9 +94,9 @@ class LatentAttention(nn.Module, AttentionLayerBase):
     def cache_views(self, kv_cache: Tensor) -> tuple[Tensor, Tensor | None]:
         """Rows `[pages, page_size, width]` and FP8 scales `[pages, L, page_size]` of the layer.
 
-        The kernels want the rows of all pages in one piece, so an FP8 layer's allocation holds
-        first all rows, then all scales. What moves single pages of it would tear them apart:
-        checks.py refuses connectors and offloading.
+        The kernels need the rows of all pages to be contiguous. An FP8 layer's allocation therefore
+        holds all rows, then all scales. Moving a single page would separate rows from scales, so
+        that checks.py refuses connectors and offloading.
         """
         if not self.fp8:
             return kv_cache, None
@@ -108,8 +108,16 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         return rows, scales.view(pages, self.shard.latents, page_size)
 
     def forward(self, query: Tensor, kv_down: Tensor, positions: Tensor) -> Tensor:
-        """Queries `[T, h, d_h + r]`, rotated, and the raw down projection `[T, L l + r]` of new
-        tokens -> `[T, h, d_v]`, summed over the rank's branches."""
+        """Attention of new tokens, summed over the rank's branches.
+
+        Args:
+            query: `[T, h, d_h + r]`, rotated.
+            kv_down: `[T, L l + r]`, the raw down-projection.
+            positions: `[T]` int64.
+
+        Returns:
+            `[T, h, d_v]`.
+        """
         name = _encode_layer_name(self.layer_name)
         written = torch.ops.vllm.unified_kv_cache_update(kv_down, positions, name)
         output = query.new_empty(query.size(0), query.size(1), self.w_uv.size(2))

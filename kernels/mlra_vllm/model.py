@@ -1,4 +1,4 @@
-"""The decoder, as vLLM builds and runs it. (Annotations are evaluated here: vLLM inspects them.)
+"""The decoder for vLLM. (Annotations are evaluated here, since vLLM inspects them.)
 
 Letters: T tokens of a step, d hidden size, r RoPE dim.
 """
@@ -26,7 +26,7 @@ from mlra_vllm.rope import rotary_tables
 
 
 class MLRADecoderLayer(nn.Module):
-    """Pre-norm attention and MLP, each with a residual connection that the next norm adds."""
+    """Pre-norm attention and MLP. The next norm adds the residual."""
 
     def __init__(
         self,
@@ -50,7 +50,8 @@ class MLRADecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None, positions: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """`[T, d]` and the sum it is to be added to -> the same, of the next layer."""
+        """(Output of the previous layer, residual) -> (output, residual), all `[T, d]`; the first
+        layer's residual is None."""
         if residual is None:
             normed, residual = self.input_layernorm(x), x
         else:
@@ -85,7 +86,7 @@ class MLRAModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        """`[T]` -> `[T, d]`."""
+        """Token ids `[T]` -> embeddings `[T, d]`."""
         return self.embed_tokens(input_ids)
 
     def forward(
@@ -105,7 +106,7 @@ class MLRAModel(nn.Module):
 
 
 class MLRAForCausalLM(nn.Module):
-    """The language model: MLA, GLA-n and MLRA-n of any shape that the kernels take."""
+    """The language model: MLA, GLA-n or MLRA-n of any shape that the kernels support."""
 
     hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_stacked={
@@ -145,12 +146,12 @@ class MLRAForCausalLM(nn.Module):
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """`[T, d]` -> logits `[T, vocabulary]`, on the rank that samples."""
+        """Hidden states `[T, d]` -> logits `[T, V]`, on the rank that samples."""
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """See AutoWeightsLoader; attention cuts its own (attention.py). Layers of multi-token
-        prediction are the drafter's (draft.py)."""
+        """See AutoWeightsLoader; the attention shards its weights itself (attention.py). Layers of
+        multi-token prediction are the drafter's (draft.py)."""
         first = self.config.num_hidden_layers
         skipped = [f"model.layers.{first + i}." for i in range(self.config.draft_layers)]
         skipped += ["lm_head."] if self.config.tie_word_embeddings else []

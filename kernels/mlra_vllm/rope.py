@@ -13,7 +13,7 @@ from mlra_vllm.config import MLRAConfig
 def rotary_tables(config: MLRAConfig, positions: int) -> tuple[Tensor, Tensor]:
     """cos and sin `[positions, r / 2]` float32, times YaRN's factor.
 
-    Angles are computed in float64: positions of half a million leave float32 no digits to spare.
+    Angles are computed in float64: at positions of half a million float32 angles are inexact.
     """
     rope, dim = config.rope_parameters, config.qk_rope_head_dim
     exponent = torch.arange(0, dim, 2, dtype=torch.float64) / dim
@@ -25,10 +25,11 @@ def rotary_tables(config: MLRAConfig, positions: int) -> tuple[Tensor, Tensor]:
 
 
 def _yarn_frequencies(rope: dict, frequencies: Tensor, dim: int) -> Tensor:
-    """Fast pairs keep their frequency, slow ones are stretched, those between are mixed."""
+    """YaRN's frequencies: fast pairs keep theirs, those of slow pairs are divided by the factor,
+    those between are interpolated."""
 
     def pair(rotations: float) -> float:
-        """The (fractional) pair that turns `rotations` times over the original context."""
+        """The (fractional) pair that turns `rotations` times within the original context."""
         turns = rope["original_max_position_embeddings"] / (rotations * 2 * math.pi)
         return dim * math.log(turns) / (2 * math.log(rope["rope_theta"]))
 

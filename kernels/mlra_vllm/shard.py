@@ -1,7 +1,7 @@
-"""Which latents and heads a tensor-parallel rank serves; pure Python.
+"""Which latents and heads a tensor-parallel rank serves. Pure Python.
 
-The cut of training's `latent` layout: a rank holds whole latents, or where ranks outnumber the
-latents, a part of the heads that one latent serves.
+The sharding is that of the `latent` layout in training: a rank has whole latents or, with more
+ranks than latents, a part of the heads that one latent serves.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shard:
-    """One rank's rectangle of (branch, head) pairs and the latents that serve it."""
+    """One rank's rectangle of (branch, head) pairs, and the latents that serve these pairs."""
 
     branches: int
     branch_start: int
     heads: int
     head_start: int
     groups: int
-    """Head groups that the heads belong to; each has one latent per branch."""
+    """Head groups of these heads; each has one latent per branch."""
     group_start: int
 
     @property
@@ -28,10 +28,10 @@ class Shard:
 
 
 def plan(heads: int, latents: int, branches: int, tp: int, rank: int) -> Shard:
-    """The share of `rank` of `tp` ranks.
+    """The shard of rank `rank` of `tp` ranks.
 
     Raises:
-        ValueError: the model cannot be cut over so many ranks; names the sizes that work.
+        ValueError: the model cannot be cut over `tp` ranks; lists the sizes that work.
     """
     if not _fits(heads, latents, branches, tp):
         works = [n for n in range(1, 129) if _fits(heads, latents, branches, n)]

@@ -1,11 +1,11 @@
-"""The cut of an attention's weights: which part of an exported tensor a rank takes, and where to.
+"""The sharding of an attention's weights: which part of an exported tensor fills which parameter.
 
-What is constant is folded into the weights here, once. Weights that are never loaded
-(`load_format="dummy"`) are random numbers, which lack nothing by lacking a factor.
+Constant factors are multiplied into the weights here, once. Weights that are not loaded
+(`load_format="dummy"`) are random numbers, where a missing factor does not matter.
 
-Letters: d hidden size, h heads, L latent heads, N branches, G = L / N head groups, d_q query rank,
-d_c latent size, l = d_c / L, r RoPE dim, d_h and d_v dims of a head's key (without RoPE) and value,
-e = d_h + r. All are the whole model's.
+Letters, all of the whole model: d hidden size, h heads, L latent heads, N branches, G = L / N head
+groups, d_q query rank, d_c latent size, l = d_c / L, r RoPE dim, d_h and d_v sizes of a head's key
+(without RoPE) and value, e = d_h + r.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class Source:
 
     shape: tuple[int, ...]
     targets: tuple[tuple[str, slice], ...]
-    """Parameters of MLRAAttention, and their rows, that the parts fill."""
+    """(Parameter of MLRAAttention, its rows) that each part fills."""
     cut: Callable[[Tensor], tuple[Tensor, ...]]
-    """The rank's part for each target."""
+    """Tensor -> the rank's part for each target."""
 
 
 def sources(config: MLRAConfig, shard: Shard) -> dict[str, Source]:
-    """Every tensor of an exported attention, by its name behind `self_attn.`."""
+    """Name without `self_attn.` -> source, of every tensor of an exported attention."""
     d, h, d_c = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
     nope, rope, d_v, l = (
         config.qk_nope_head_dim,
@@ -51,7 +51,7 @@ def sources(config: MLRAConfig, shard: Shard) -> dict[str, Source]:
         return slice(heads.start * size, heads.stop * size)
 
     def latents(x: Tensor) -> Tensor:
-        """Rows of the rank's latents of x `[d_c, ...]`."""
+        """The rows of x `[d_c, ...]` of the rank's latents."""
         own = x.unflatten(0, (config.num_branches, groups, l))
         own = own[branches, shard.group_start : shard.group_start + shard.groups]
         return own.flatten(0, 2)

@@ -98,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("a", metavar="A", help="checkpoint folder of any kind")
     verify.add_argument("b", metavar="B", help="checkpoint folder of any kind")
     verify.add_argument("--text", metavar="FILE", help="text to run on; default: a sample")
-    verify.add_argument("--tokenizer", help="tokenizer.json, or byte; default: that of A or B")
+    verify.add_argument("--tokenizer", help="tokenizer.json, or byte; default: A's or B's")
     verify.add_argument("--tokens", type=int, default=512, help="how many (default: 512)")
     verify.add_argument("--length", type=int, default=256, help="of a sequence (default: 256)")
     verify.add_argument(

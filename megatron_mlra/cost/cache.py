@@ -41,11 +41,9 @@ def kv_cache_elements(shape: ModelDescription, tp: int = 1, layout: str = "laten
     return 2 * shape.tpa_kv_rank * (share(shape.num_attention_heads) + c)
 
 
-def kv_cache_bytes_per_token(
-    shape: ModelDescription, tp: int = 1, dtype_bytes: int = 2, layout: str = "latent"
-) -> int:
-    """Cached bytes per token on one rank, all layers: n * kv_cache_elements * dtype_bytes."""
-    return shape.num_layers * kv_cache_elements(shape, tp, layout) * dtype_bytes
+def kv_cache_bytes_per_token(shape: ModelDescription, tp: int = 1) -> int:
+    """Cached bytes per token on one rank, in `DTYPE`, all layers: 2 n kv_cache_elements."""
+    return 2 * shape.num_layers * kv_cache_elements(shape, tp)
 
 
 def kv_cache_text(shape: ModelDescription, tp: int = 1) -> str:

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = flags.parse_args(argv)
     if args.preset is None:
         if args.path:
-            flags.error("--path: of which preset? Give its name")
+            flags.error("--path needs the name of a preset")
         print(preset_list())
         return 0
     try:

@@ -360,7 +360,7 @@ class ModelDescription(LatentSizes, ExpertSizes):
                 raise CheckpointError(f"{name} is {value!r}; it must be positive")
 
     def _divisors(self) -> list[tuple[str, int, str, int]]:
-        """(name, divisor, name, multiple) of all sizes of which one must divide the other."""
+        """(name, divisor, name, multiple) of all sizes that must divide another size."""
         h = self.num_attention_heads
         if self.attention == "mlra":
             L, N = self.num_latent_heads, self.num_branches

@@ -12,9 +12,8 @@ import numpy as np
 
 from megatron_mlra.command_line import parser as command_line
 from megatron_mlra.command_line.parser import OneLineParser
-from megatron_mlra.command_line.threads import wait_passively
 from megatron_mlra.description.model import DTYPES
-from megatron_mlra.evaluation.inputs import add_inputs, exit_code, read_inputs
+from megatron_mlra.evaluation.inputs import add_inputs, read_inputs, run
 from megatron_mlra.evaluation.tasks import read_task, run_task, told
 
 
@@ -62,9 +61,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, or 2 for wrong input."""
-    wait_passively()
-    args = parser().parse_args(argv)
-    return exit_code(lambda: _run(args))
+    return run(parser(), _run, argv)
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -110,12 +107,12 @@ def _scored(
     for file, text in texts.items():
         found = results["text"][file] = perplexity(scorer.texts([text])[0], text)
         print(
-            f"{file}: perplexity {found['perplexity']:.4f} a token,"
-            f" {found['bits_per_byte']:.4f} bits a byte, {found['tokens']} tokens"
+            f"{file}: perplexity {found['perplexity']:.4f} per token,"
+            f" {found['bits_per_byte']:.4f} bits per byte, {found['tokens']} tokens"
         )
     for name, tokens in streams.items():
         found = results["data"][name] = stream_loss(scorer, tokens, name)
-        print(f"{name}: loss {found['loss']:.4f} nats a token, {found['tokens']} tokens")
+        print(f"{name}: loss {found['loss']:.4f} nats per token, {found['tokens']} tokens")
     for file, items in tasks.items():
         found = results["task"][file] = run_task(scorer, items)
         print("\n".join(told(file, found)))

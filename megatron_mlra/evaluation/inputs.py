@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from megatron_mlra.command_line import parser as command_line
+from megatron_mlra.command_line.threads import wait_passively
 from megatron_mlra.evaluation.token_stream import named_sets, read_stream
 
 
@@ -40,10 +41,16 @@ def read_inputs(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, np.
     return texts, streams
 
 
-def exit_code(work: Callable[[], object]) -> int:
-    """Run a command's body; returns 0, or 2 after an error of one line."""
+def run(
+    parser: argparse.ArgumentParser,
+    work: Callable[[argparse.Namespace], object],
+    argv: Sequence[str] | None,
+) -> int:
+    """Parse the flags and do the command's work; returns 0, or 2 after an error of one line."""
+    wait_passively()
+    args = parser.parse_args(argv)
     try:
-        work()
+        work(args)
     except ModuleNotFoundError as error:
         return command_line.fail(f"{error}; install the extra megatron-mlra[hf]", 2)
     except (ValueError, OSError) as error:

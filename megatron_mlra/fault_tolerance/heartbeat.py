@@ -10,13 +10,10 @@ its rank, which the other ranks notice.
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import functools
-import linecache
 import os
 import resource
 import socket
-import sys
 import threading
 import time
 from argparse import Namespace
@@ -27,10 +24,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed import TCPStore, distributed_c10d
+from torch.distributed import TCPStore
 
 from megatron_mlra.command_line.output import say_error
-from megatron_mlra.command_line.parser import aside
 from megatron_mlra.fault_tolerance.hang import (
     Beat,
     Heard,
@@ -39,6 +35,7 @@ from megatron_mlra.fault_tolerance.hang import (
     judge,
     silent_host,
 )
+from megatron_mlra.fault_tolerance.rank_state import collectives, communication, leave_stacks
 
 SHARE_OF_TIMEOUT = 0.8
 """Default limit, as a share of --distributed-timeout-minutes: a hang is reported before torch's
@@ -323,13 +320,13 @@ class Watch:
 
     def _beat(self, now: float, lost: float = 0.0) -> Beat:
         step, phase, bounded, marks = _progress.now
-        progress = (marks, _collectives())
+        progress = (marks, collectives())
         if progress != self.last:
             self.last, self.since = progress, now
         else:
             self.since += lost
         idle = now - self.since
-        waiting, at = _communication(self.main)
+        waiting, at = communication(self.main)
         if not waiting and idle > self.limit / 2 and torch.cuda.is_initialized():
             waiting = self._gpu_is_busy()
         self.beats += 1
@@ -363,37 +360,8 @@ class Watch:
         os._exit(1)
 
 
-def leave_stacks(log: Path) -> None:
-    """Write the stacks of all threads into a new file; a link at its path is replaced."""
-    with contextlib.suppress(OSError), aside(log).open("x") as file:
-        faulthandler.dump_traceback(file, all_threads=True)
-
-
 def _key(rank: int) -> str:
     return f"beat/{rank}"
-
-
-def _collectives() -> int:
-    """Number of collectives that this rank has started, over all its process groups."""
-    count = 0
-    for group in list(distributed_c10d._world.pg_map):
-        with contextlib.suppress(RuntimeError):
-            count += group._get_sequence_number_for_group()
-    return count
-
-
-def _communication(thread: int) -> tuple[bool, str]:
-    """(Whether a thread is inside communication, the line of code that it executes)."""
-    frame = sys._current_frames()[thread]
-    code = frame.f_code
-    at = f"{Path(code.co_filename).name}:{frame.f_lineno} ({code.co_name})"
-    # Megatron waits for point-to-point requests by `.wait(` in its own code.
-    line = linecache.getline(code.co_filename, frame.f_lineno)
-    waiting = "/megatron/core/" in code.co_filename and ".wait(" in line
-    while frame and not waiting:
-        waiting = frame.f_code.co_filename == distributed_c10d.__file__
-        frame = frame.f_back
-    return waiting, at
 
 
 def _allow_connections(world_size: int) -> None:

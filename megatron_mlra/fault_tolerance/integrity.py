@@ -56,16 +56,12 @@ def _others(folders: list[Path]) -> str:
     return f"there is {', '.join(there)}: --ckpt-step names the step to load"
 
 
-def check_load(args: Namespace, argv: list[str] | None = None) -> bool:
+def check_load(args: Namespace) -> bool:
     """Check that the checkpoint of `--load` is complete and fits the architecture and the
-    optimizer. Rank 0 prints what the flags of `argv` change in its RoPE and lengths.
+    optimizer. Rank 0 prints what the command line changes in its RoPE and lengths.
 
     Returns:
         Whether the run has layers of multi-token prediction that begin anew, beside weights that
-        are loaded.
-
-    Returns:
-        whether the run has layers of multi-token prediction that begin anew, beside weights that
         are loaded.
 
     Raises:
@@ -75,7 +71,7 @@ def check_load(args: Namespace, argv: list[str] | None = None) -> bool:
     if folder is None:
         return False
     stored = opened(folder)
-    given = parser.flags_given(sys.argv[1:] if argv is None else argv)
+    given = parser.flags_given(sys.argv[1:])
     changed = check_architecture(stored, args, given)
     if changed and args.rank == 0:
         parser.say(f"{folder}: {', '.join(changed)}, as asked")

@@ -24,8 +24,8 @@ ONCE = (
 )
 """Message of the first Ctrl-C, since the rest of a step may take a while."""
 AGAIN = (
-    "error: ended at once by a second Ctrl-C; what was being saved is not, the checkpoints before"
-    " it are whole"
+    "error: ended at once by a second Ctrl-C; a save in progress is lost, earlier checkpoints are"
+    " whole"
 )
 
 REFUSED = 2

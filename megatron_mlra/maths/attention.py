@@ -135,7 +135,6 @@ def mlra_attention(
     absorbed: bool,
     positions: Tensor | None = None,
     angles: tuple[Tensor, Tensor] | None = None,
-    eps: float | None = None,
 ) -> Tensor:
     """The whole attention sublayer of one unsharded layer (method: Forward, steps 1 to 6).
 
@@ -153,7 +152,6 @@ def mlra_attention(
         absorbed: attend to the latents themselves; else materialize keys and values.
         positions: `[s]`, default 0 .. s - 1.
         angles: cos and sin `[s, rope / 2]`, default plain RoPE of `positions`.
-        eps: of the norms, default `config.layernorm_epsilon`.
 
     Returns:
         `[s, b, d]`.
@@ -161,7 +159,7 @@ def mlra_attention(
     s, b, _ = x.shape
     n, g, h = config.num_branches, config.num_head_groups, config.num_attention_heads
     nope, rope = config.qk_nope_head_dim, config.qk_rope_head_dim
-    eps = config.layernorm_epsilon if eps is None else eps
+    eps = config.layernorm_epsilon
     if positions is None:
         positions = torch.arange(s, device=x.device)
     if angles is None:

@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument(
         "--details",
         action="store_true",
-        help="memory by its parts, traffic, what does not fit, decoding and what is assumed, too",
+        help="also print memory by part, traffic, layouts that do not fit, decoding, assumptions",
     )
     flags.add_argument("--json", action="store_true", help="print JSON, all of it, and no tables")
     flags.add_argument("--plot", metavar="FILE.png", help="draw memory, time and decoding")

@@ -75,7 +75,7 @@ class Assumptions:
     )
     network: float = _assume(0.75, "share of a link's rate that collectives reach")
     passes: float = _assume(
-        5.0, "how often elementwise work moves what is saved for backward, forward and backward"
+        5.0, "how often elementwise work of forward and backward moves the saved activations"
     )
     dp_overlap: float = _assume(
         0.8, "share of one micro-batch's time that hides data-parallel traffic"

@@ -16,6 +16,7 @@ from megatron_mlra.planner.layout import Layout
 from megatron_mlra.sharding.partition import LatentShard
 
 GIB = 2**30
+FUSED = "transformer_engine"
 
 
 def gib(count: float) -> str:
@@ -238,7 +239,7 @@ def output_activations(
 def saved_activations(
     shape: ModelDescription,
     layout: Layout,
-    implementation: str = "transformer_engine",
+    implementation: str = FUSED,
     half: bool = True,
 ) -> float:
     """Bytes that a rank saves in the forward of one micro-batch, all layers and the loss."""
@@ -267,29 +268,18 @@ def optimizer_bytes(dense: int, experts: int, layout: Layout, half: bool = True)
     return int(each * (dense / replicas + experts / max(1, replicas // layout.ep)))
 
 
-def memory(
-    shape: ModelDescription,
-    layout: Layout,
-    implementation: str = "transformer_engine",
-    half: bool = True,
-) -> Memory:
+def memory(shape: ModelDescription, layout: Layout, half: bool = True) -> Memory:
     """Memory of the fullest pipeline stage: the first has most micro-batches in flight, the last
     has the logits.
 
     Args:
-        implementation: 'transformer_engine' or 'local'; see above.
         half: 16-bit weights; else float32.
     """
-    stages = {0, layout.pp - 1}
-    return max(
-        (_stage_memory(shape, layout, stage, implementation, half) for stage in stages),
-        key=lambda m: m.total,
-    )
+    stages = (_stage_memory(shape, layout, stage, half) for stage in {0, layout.pp - 1})
+    return max(stages, key=lambda m: m.total)
 
 
-def _stage_memory(
-    shape: ModelDescription, layout: Layout, stage: int, implementation: str, half: bool
-) -> Memory:
+def _stage_memory(shape: ModelDescription, layout: Layout, stage: int, half: bool) -> Memory:
     e, precision = 2 if half else 4, Precision.of(half)
     dense, experts = rank_parameters(shape, layout, stage)
     pp, vpp = layout.pp, layout.vpp
@@ -300,14 +290,14 @@ def _stage_memory(
     if vpp > 1:
         in_flight = pp + (pp - 1) / vpp - stage * (vpp - 1) / vpp
     kinds = _moe_layers(shape)[stage * count : (stage + 1) * count]
-    layers = sum(layer_activations(shape, layout, implementation, e, moe) for moe in kinds)
+    layers = sum(layer_activations(shape, layout, FUSED, e, moe) for moe in kinds)
     activations, working = tokens * layers * in_flight, 0.0
     if stage == pp - 1:
-        activations += tokens * output_activations(shape, layout, implementation, e)
+        activations += tokens * output_activations(shape, layout, FUSED, e)
         working += tokens * (4 + e) * shape.embedding_rows / layout.tp
     if layout.recompute == "full":
         whole = replace(layout, recompute="none")
-        working += tokens * layer_activations(shape, whole, implementation, e, kinds[-1])
+        working += tokens * layer_activations(shape, whole, FUSED, e, kinds[-1])
     return Memory(
         parameters=dense + experts,
         weights=(dense + experts) * precision.weight,

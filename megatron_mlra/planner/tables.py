@@ -116,7 +116,7 @@ def tables(report: Report, details: bool = False) -> Iterator[Sheet | str]:
     if not details:
         if not report.plans and report.misfits:
             yield _misfits(report)
-        yield "Predictions, not measurements (--details: what they are made of, and decoding)."
+        yield "Predictions, not measurements (--details: parts, assumptions, decoding)."
         return
     if report.plans:
         yield _traffic(report)
@@ -131,7 +131,7 @@ def tables(report: Report, details: bool = False) -> Iterator[Sheet | str]:
 def _head(report: Report) -> Iterator[str]:
     shape, counts = report.shape, parameters(report.shape)
     flops = train_flops_per_token(shape)
-    active = "" if counts.active == counts.total else f" ({counts.active:,} a token)"
+    active = "" if counts.active == counts.total else f" ({counts.active:,} per token)"
     yield (
         f"[bold]{report.name}[/]: {shape.attention_variant}, {counts.total:,} parameters{active},"
         f" {report.global_batch:,} sequences of {shape.seq_length:,} tokens per step on"

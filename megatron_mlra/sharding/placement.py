@@ -1,7 +1,7 @@
 """The placement of every weight: its global shape, and the part that each rank holds. Pure Python.
 
 `placements` is the only such table. The modules and checkpoints of training, the sharding of
-inference, the dry run and docs/parallelism.md use it.
+inference, and docs/parallelism.md follow it.
 
 Letters: V vocabulary, d hidden size, f hidden size of an MLP, h attention heads, L latent heads, N
 branches, G = L / N head groups, d_q, d_c, d_l = d_c / L, d_h, d_r, d_v as in docs/notation.md; g

@@ -1,4 +1,4 @@
-"""What tests share: the oracle, emulators, tiny models, and processes that drive real worlds.
+"""Shared by tests: the oracle, emulators, tiny models, and drivers of real process groups.
 
 pytest finds this package by `pythonpath` in pyproject.toml; processes that tests start find it by
 the PYTHONPATH of `ENV`.

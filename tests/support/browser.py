@@ -1,4 +1,4 @@
-"""A headless Chromium, driven over a pipe by its own protocol."""
+"""A headless Chromium, driven through its DevTools protocol over a pipe."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ WAIT_S = 60
 
 
 def find() -> str | None:
-    """A Chromium of this machine."""
+    """Path of a Chromium on this machine, or None."""
     return next(filter(None, map(shutil.which, NAMES)), None)
 
 
 class Browser:
-    """One page."""
+    """A browser with one page."""
 
     def __init__(self, profile: Path, width: int = 900, height: int = 700) -> None:
         binary = find()
@@ -43,7 +43,7 @@ class Browser:
         os.close(theirs_out)
         self._rest, self._numbers, self._session = b"", itertools.count(1), None
         self.said: list[str] = []
-        """What the page wrote to its console, and what went wrong in it."""
+        """Lines that the page wrote to its console, and its uncaught errors."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         found = self.call("Target.attachToTarget", targetId=target, flatten=True)
         self._session = found["sessionId"]
@@ -60,7 +60,7 @@ class Browser:
         os.close(self._out)
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """One command of the protocol and its result."""
+        """Send a command of the protocol; returns the command's result."""
         number = next(self._numbers)
         message = {"id": number, "method": method, "params": params}
         if self._session:
@@ -109,15 +109,15 @@ class Browser:
             time.sleep(0.05)
 
     def type(self, text: str) -> None:
-        """Into what has the focus."""
+        """Type into the focused element."""
         self.call("Input.insertText", text=text)
 
     def press_enter(self) -> None:
-        """The key, down and up."""
+        """Press and release the Enter key."""
         key = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13}
         self.call("Input.dispatchKeyEvent", type="keyDown", text="\r", **key)
         self.call("Input.dispatchKeyEvent", type="keyUp", **key)
 
     def screenshot(self, file: Path) -> None:
-        """A PNG of the window."""
+        """Write a PNG of the window."""
         file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))

@@ -9,12 +9,13 @@ from support.tiny import Tiny
 
 
 def clip(tiny: Tiny, threshold: float | None, step: bool = False, learn: bool = True) -> LogitWatch:
-    """The largest logits of a pass over batch 0, behind which heads above `threshold` are
-    clipped, where one is given.
+    """Watch the largest logits in a pass over batch 0, and clip the heads above `threshold`.
 
     Args:
-        step: take an optimizer's step before, as training does.
-        learn: at its rate; or at a rate of 0, which renews the weights from their copies.
+        threshold: None: clip nothing.
+        step: take an optimizer step before the clip, as training does.
+        learn: take the step at the learning rate; False: at a rate of 0, which only renews the
+            weights from the optimizer's copies.
     """
     watch = LogitWatch(
         Namespace(

@@ -1,4 +1,4 @@
-"""The cluster of slurm.sh and its jobs, as tests use them."""
+"""The SLURM cluster that tests/cluster/slurm.sh starts on this machine, and its jobs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support import ENV, ROOT
 from support.runs import TINY
 
 LIVES = ("--train-iters", 100000, "--eval-iters", 0, "--log-interval", 1, "--save-interval", 100000)
-"""Flags of a run that goes on until it is stopped, and says each step."""
+"""Flags of a run that trains until it is stopped, and prints every step."""
 PAIR = ("--nodes", 2, "--gpus-per-node", 1)
 ONE = ("--nodes", 1, "--gpus-per-node", 1)
 
@@ -26,10 +26,10 @@ class Cluster:
         self.folder = folder
         self.preset, self.data = folder / "work" / "tiny.yaml", folder / "work" / "text"
         self.env = ENV | {"CLUSTER": str(folder), "PYTHON": sys.executable}
-        # What a job of SLURM itself would leave here, where the tests run in one.
         self._mine = threading.local()
         self._asking, self._asked = threading.Lock(), 0.0
         self._jobs: dict[int, dict[str, str]] = {}
+        # The tests may run in a SLURM job: its variables must not reach the cluster's jobs.
         self.env = {k: v for k, v in self.env.items() if not k.startswith(("SLURM_", "SBATCH_"))}
 
     def prepare(self, write_corpus: Callable[[Path], Path]) -> None:
@@ -53,7 +53,7 @@ class Cluster:
         return self.script("in", host, *command)
 
     def start(self, host: str, out: Path, *command: object, **env: object) -> subprocess.Popen:
-        """Start a command on a host, its output in `out`."""
+        """Start a command on a host, with its output in `out`."""
         words = ["bash", ROOT / "tests/cluster/slurm.sh", "in", host, *command]
         env = self.env | {name: str(value) for name, value in env.items()}
         with open(out, "w") as file:
@@ -91,7 +91,8 @@ class Cluster:
         return job
 
     def fields(self, job: int) -> dict[str, str]:
-        """What SLURM knows of a job. Asked of all jobs at once, for all threads that wait."""
+        """SLURM's fields of a job. One question to SLURM asks for all jobs, and serves all waiting
+        threads."""
         with self._asking:
             if job not in self._jobs or time.monotonic() > self._asked + 0.5:
                 said = self.on("head", "scontrol", "show", "job", "-o").splitlines()
@@ -101,7 +102,7 @@ class Cluster:
             return self._jobs[job]
 
     def run(self, case: Callable[[Cluster], None]) -> None:
-        """Run a case; a job that it leaves behind would keep its nodes from the others."""
+        """Run a case and cancel the jobs that it leaves: they would hold nodes that others need."""
         try:
             case(self)
         finally:
@@ -111,7 +112,7 @@ class Cluster:
 
 
 class Job:
-    """A job that was submitted."""
+    """A submitted job."""
 
     def __init__(self, cluster: Cluster, number: int, out: Path, save: Path) -> None:
         self.cluster, self.number, self.out, self.save = cluster, number, out, save
@@ -122,7 +123,7 @@ class Job:
         return self.out.read_text(errors="replace") if self.out.exists() else ""
 
     def fields(self) -> dict[str, str]:
-        """What SLURM knows of the job."""
+        """SLURM's fields of the job."""
         return self.cluster.fields(self.number)
 
     def scontrol(self, *words: object) -> None:
@@ -130,11 +131,11 @@ class Job:
         self.cluster.on("head", "scontrol", *(self.number if w == "JOB" else w for w in words))
 
     def cancel(self) -> None:
-        """scancel."""
+        """Cancel the job."""
         self.cluster.on("head", "scancel", self.number)
 
     def wait(self, what: str, seen: Callable[[], bool], seconds: float = 240) -> None:
-        """Wait for something to be so; time in which the job waits for nodes is not counted."""
+        """Wait until `seen` returns true; time in which the job waits for nodes is not counted."""
         now = asked = time.monotonic()
         deadline = now + seconds
         while not seen():
@@ -147,7 +148,7 @@ class Job:
             now = time.monotonic()
 
     def wait_for(self, pattern: str, times: int = 1, seconds: float = 240) -> None:
-        """Wait until the output matches a pattern so many times."""
+        """Wait until the output matches a pattern `times` times."""
         found = re.compile(pattern, re.M)
         self.wait(f"said {pattern!r}", lambda: len(found.findall(self.said)) >= times, seconds)
 
@@ -156,7 +157,7 @@ class Job:
         self.wait("running", lambda: self.fields()["JobState"] == "RUNNING")
 
     def end(self, seconds: float = 240) -> str:
-        """Wait until SLURM is done with the job; returns its last state."""
+        """Wait until the job has ended; returns its last state."""
         over = ("CANCELLED", "FAILED", "COMPLETED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
         self.wait("at its end", lambda: self.fields()["JobState"] in over, seconds)
         return self.fields()["JobState"]
@@ -166,7 +167,7 @@ class Job:
         return int((self.save / "latest_checkpointed_iteration.txt").read_text())
 
     def processes(self, host: str, word: str) -> list[int]:
-        """Processes of the job on a host, by a word of their command lines."""
+        """Ids of the job's processes on a host whose command lines contain a word."""
         found = []
         for path in Path("/proc").glob("[0-9]*"):
             try:

@@ -1,16 +1,16 @@
-"""Gluon kernels for Hopper on the CPU: a program at a time, by torch.
+"""Emulates Gluon kernels for Hopper on the CPU with torch, one program at a time.
 
-Checks what a kernel computes, where it reads and writes, whether its barriers' phases add up, and
-asynchrony at its two extremes. Eager, a matrix product or a bulk copy happens where it is begun;
-lazy, only where something waits for it. A buffer that is refilled or read too early gives other
-numbers in one of the two. Shared memory begins as NaN, and is NaN while a copy is under way.
+The emulator checks a kernel's results, its reads and writes, the phases of its barriers, and
+asynchrony at the two extremes. Eager: a matrix product or bulk copy happens where it is started.
+Lazy: it happens only where something waits for it. A buffer that is refilled or read too early
+gives wrong numbers in one of the two modes. Shared memory is NaN at the start and during a copy.
 
-Warps of a program may run apart: what one of them waited for, another may still be reading. So a
-buffer may be written again only once every product that reads it was waited for and a barrier of
-all warps came after that; and what warps wrote, products may read only after a fence and a barrier.
-Between the partitions of `gl.warp_specialize`, which run in threads that take turns, only an
-arrival that was waited for orders such accesses: each partition keeps a vector clock. Not seen:
-layouts.
+Warps of a program may run apart: one warp may still read a buffer when another has waited for the
+read. So a buffer may be overwritten only after every product that reads the buffer was waited for,
+and a barrier of all warps came after the wait. Products may read memory written by warps only after
+a fence and a barrier. The partitions of `gl.warp_specialize` run in threads that take turns;
+between partitions, only a completed wait for an arrival orders such accesses, so each partition
+keeps a vector clock. Layouts are not checked.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ def launch(kernel, grid: tuple[int, ...], *, lazy: bool, warps: int, **arguments
 
 
 class _Token:
-    """The result of a product that may not have happened yet."""
+    """The result of a product that may not be computed yet."""
 
     value: Tensor | None = None
 
 
 class _Machine:
-    """The names of `gl` and of its Hopper module, for one program."""
+    """Implements the names of `gl` and of its Hopper module for one partition of one program."""
 
     float32, int64 = torch.float32, torch.int64
     exp2, log2 = staticmethod(torch.exp2), staticmethod(torch.log2)
@@ -60,22 +60,22 @@ class _Machine:
         self.me = len(peers)
         peers.append(self)
         self.clock: Counter[int] = Counter({self.me: 1})
-        """Of every partition, up to where its work lies before what this one does next."""
+        """Vector clock: partition -> its last event that happened before this one's next event."""
         self.barriers: list[Barrier] = []
         self.yields: Callable[[], None] | None = None
         self.steps = 0
-        """Waits that ended."""
+        """Number of waits that ended."""
         self.products: deque[Callable[[], None]] = deque()
         self.reading: deque[tuple[int, ...]] = deque()
-        """Places that products not waited for read, in the order they begin."""
+        """Places read by the products not waited for, in the order of their start."""
         self.leaving: dict[int, Callable[[], None]] = {}
-        """Places that copies out read, and what they do, until they are waited for."""
+        """Place -> the copy out of shared memory that reads the place and was not waited for."""
         self.read: set[int] = set()
-        """Places that were read by what was waited for, since the last barrier."""
+        """Places read, and waited for, since the last barrier."""
         self.written: dict[int, str] = {}
-        """Places that warps wrote: 'by warps', 'fenced', until a barrier."""
+        """Place -> 'by warps' or 'fenced': places that warps wrote since the last barrier."""
         self.done: dict[str, dict[int, int]] = {"read": {}, "written": {}}
-        """When, by this partition's clock, all its warps were done with a place."""
+        """Place -> time on this partition's clock when all its warps were done with the place."""
         self.tma = types.SimpleNamespace(
             async_copy_global_to_shared=self.copy_in,
             async_copy_shared_to_global=self.copy_out,
@@ -94,7 +94,7 @@ class _Machine:
         self.DotOperandLayout = self.SwizzledSharedLayout = self.SliceLayout
 
     def names(self) -> dict:
-        """Globals that a kernel's code sees in place of Gluon's."""
+        """The globals that replace Gluon's in a kernel's code."""
         return {
             "gl": self,
             "tma": self.tma,
@@ -144,7 +144,8 @@ class _Machine:
                 assert when <= self.clock[peer.me], "another partition may still write this"
 
     def warp_specialize(self, functions_and_args, worker_num_warps, worker_num_regs) -> None:
-        """Partitions in threads; one runs at a time, until it waits in vain."""
+        """Run partitions in threads. One partition runs at a time, until it waits for something
+        that has not happened."""
         assert worker_num_regs and all(registers % 8 == 0 for registers in worker_num_regs)
         turns = []
         for i, (function, arguments) in enumerate(functions_and_args):
@@ -334,7 +335,7 @@ class _Machine:
 
 
 class _Turn:
-    """A partition in its own thread, which runs only inside `run`."""
+    """A partition in a thread of its own that runs only during calls of `run`."""
 
     def __init__(self, machine: _Machine, function: Callable, arguments: tuple) -> None:
         self.machine, self.over = machine, False
@@ -365,7 +366,8 @@ class _Turn:
 
 
 def _on(machine: _Machine, kernel) -> types.FunctionType:
-    """The kernel's Python code over the machine's names, and so the functions it calls."""
+    """The kernel's Python function with the machine's names as globals; likewise the functions that
+    the kernel calls."""
     module = vars(sys.modules[kernel.fn.__module__])
     names = dict(module)
     for name in kernel.fn.__code__.co_names:

@@ -1,4 +1,4 @@
-"""What the emulator's kernels (emulated.py) load, store and wait for."""
+"""Memory and barriers of the kernel emulator (emulated.py)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Pointer:
-    """Elements of a tensor, counted from its first."""
+    """Pointers to elements of a tensor, as offsets from its first element."""
 
     def __init__(self, data: Tensor, at=0) -> None:
         assert data.is_contiguous()
@@ -21,7 +21,7 @@ class Pointer:
 
 
 class Descriptor:
-    """A 2-D tensor to the copy engine, in blocks; what lies outside reads as 0."""
+    """A 2-D tensor as the copy engine sees it, in blocks; elements outside read as 0."""
 
     layout = None
 
@@ -39,7 +39,7 @@ class Shared:
 
     @property
     def place(self) -> int:
-        """Where it begins, which tells buffers and the slots of a ring apart."""
+        """Address of the first element; distinguishes buffers, and the slots of a ring."""
         return self.tensor.data_ptr()
 
     def index(self, i: int) -> Shared:
@@ -62,7 +62,7 @@ class Shared:
 
 
 class Barrier:
-    """Completes a phase when its arrivals have come and as many bytes as are expected."""
+    """Completes a phase when all arrivals and all expected bytes have come."""
 
     def __init__(self) -> None:
         self.count, self.phases = 1, 0
@@ -70,7 +70,7 @@ class Barrier:
         self.copies: list[Callable[[], None]] = []
         self.arriving: Counter[int] = Counter()
         self.clock: Counter[int] = Counter()
-        """What has happened before the last phase was complete."""
+        """Vector clock of the events before the last phase was complete."""
 
     def settle(self) -> None:
         if self.arrivals == self.count and self.expected == self.arrived:

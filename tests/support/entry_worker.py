@@ -1,12 +1,15 @@
-"""Runs the training entry, or a driver of the tests, many times on one import: forks a process for
-each run.
+"""Runs the training entry, or a driver of the tests, many times on one import: forks a process per
+run.
 
-The process of support/warm.py. On a connection with jobs it reads one JSON job a line, and answers
-one JSON line. A job {"argv", "folder", "ranks", "env", "free_bytes", "file_bytes", "nan_at",
-"terminal", "nan_gradient_at", "samples", "asleep", "hosts", "in_thread"} starts a run, one of
-{"argv", "folder", "module", "timeout", "session"} a program as `python -m MODULE` does, if asked to
-in a session of its own; each is answered {"pids": [...]}. {"wait": pid} is answered with its exit
-{"code": ...}, negative for a signal.
+This is the process of support/warm.py. It reads one JSON job per line from a connection, and
+answers each with one JSON line:
+
+- {"argv", "folder", and optionally "ranks", "env", "free_bytes", "file_bytes", "nan_at",
+  "nan_gradient_at", "terminal", "samples", "asleep", "hosts", "in_thread"} starts the entry;
+  answer {"pids": [one per rank]}.
+- {"argv", "folder", "module", "timeout", "session"} starts `python -m MODULE`, in a session of its
+  own if asked to; answer {"pids": [one]}.
+- {"wait": pid} waits for the process; answer {"code": exit code, negative for a signal}.
 """
 
 from __future__ import annotations
@@ -50,7 +53,7 @@ IMPORTED = (
     "megatron_mlra.training.progress",
     "megatron_mlra.training.steps",
 )
-"""What runs import, done once."""
+"""Modules that every run imports; imported once here."""
 
 
 def main(path: Path) -> None:
@@ -62,7 +65,7 @@ def main(path: Path) -> None:
     for name in IMPORTED:
         importlib.import_module(name)
     read_help_once()
-    # Not looked through for garbage by every process: what is looked at is copied.
+    # Garbage collection in a run would touch, and so copy, all memory shared with this process.
     gc.collect()
     gc.freeze()
 
@@ -133,7 +136,7 @@ def be_entry(entry: types.ModuleType, job: dict, rank: int, env: dict) -> int:
     """Become `python pretrain_mlra.py ARGV`, with stdout and stderr in files."""
     folder = Path(job["folder"])
     os.chdir(folder)
-    # A shell that starts the tests in the background has them ignore it.
+    # A shell that starts the tests in the background makes them ignore SIGINT.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update({name: str(value) for name, value in env.items()})
     argv = job["argv"]
@@ -164,7 +167,7 @@ def be_entry(entry: types.ModuleType, job: dict, rank: int, env: dict) -> int:
         sys.excepthook(*sys.exc_info())
         code = 1
     entry.leave(code)
-    # This process ends by os._exit, which leaves running what the interpreter's end would not.
+    # os._exit leaves child processes running, which the interpreter's end would stop.
     for child in multiprocessing.active_children():
         child.kill()
     sys.stdout.flush()
@@ -174,10 +177,10 @@ def be_entry(entry: types.ModuleType, job: dict, rank: int, env: dict) -> int:
 
 
 def open_terminal(columns: int) -> Callable[[], None]:
-    """Make stdout a terminal of that width, whose output goes to where stdout went.
+    """Make stdout a terminal of `columns` columns; its output is copied to the former stdout.
 
     Returns:
-        a function that waits until all output is there.
+        a function that waits until all output is copied.
     """
     file = os.dup(1)
     ours, theirs = os.openpty()
@@ -189,7 +192,7 @@ def open_terminal(columns: int) -> Callable[[], None]:
     os.close(theirs)
 
     def copy() -> None:
-        with contextlib.suppress(OSError):  # as it ends once nobody has the terminal open
+        with contextlib.suppress(OSError):  # raised once nobody has the terminal open
             while text := os.read(ours, 4096):
                 os.write(file, text)
 
@@ -204,8 +207,8 @@ def open_terminal(columns: int) -> Callable[[], None]:
 
 
 def in_thread(main: Callable[[], int]) -> int:
-    """Call the entry as a library's user does: in a thread beside the main one, of a program that
-    has handlers of its own."""
+    """Call the entry in a thread other than the main one, and check that it leaves the program's
+    signal handlers alone."""
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
         handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
         code = threads.submit(main).result()
@@ -220,12 +223,13 @@ def be_on_host(
     mounts: list[list[str]] | None = None,
     later: list[list[str]] | None = None,
 ) -> list[str]:
-    """Move this process to a host of its own: a name, and other files behind some paths.
+    """Make this process appear to be on a host of its own: another name, other files at some paths.
 
     Args:
-        argv: more flags that this rank is started with, which are returned.
-        mounts: (what, where) of files or folders that lie elsewhere on this host.
-        later: the same, from the moment on when training starts.
+        name: of the host.
+        argv: more flags for this rank, which are returned.
+        mounts: (file or folder, path at which this host sees it).
+        later: as `mounts`, but mounted when training starts.
     """
     os.unshare(os.CLONE_NEWUTS | os.CLONE_NEWNS)
     socket.sethostname(name)
@@ -251,7 +255,8 @@ def be_on_host(
 
 
 def record_samples(path: Path) -> None:
-    """Append the step and the number of every training sample that this rank's loader yields."""
+    """Append a line `STEP SAMPLE` to a file for every training sample that this rank's loader
+    yields."""
     import torch
     from megatron.training import get_args
 
@@ -277,8 +282,14 @@ def fall_asleep(
     step: int | None = None,
     until: str | None = None,
 ) -> None:
-    """Have a function, module:name, take longer on some ranks, once; `step` says in which, `until`
-    names a file whose first line wakes it."""
+    """Make a function take longer once on some ranks.
+
+    Args:
+        place: `module:name` of the function.
+        seconds: how much longer.
+        step: delay the call in this training step; None: the first call.
+        until: a file; its first line ends the delay.
+    """
     if rank not in ranks:
         return
     from megatron.training import get_args
@@ -298,7 +309,7 @@ def fall_asleep(
 
 
 def inject_nan(step: int, in_gradient: bool = False) -> None:
-    """Make the training loss of a step NaN, or its gradient alone."""
+    """Make the training loss of a step NaN, or only the loss's gradient."""
     from megatron.training import get_args
 
     from megatron_mlra.training import steps

@@ -1,4 +1,4 @@
-"""The models that Hugging Face exports are tested with; imports no Megatron."""
+"""Descriptions of the models with which Hugging Face exports are tested. Imports no Megatron."""
 
 from __future__ import annotations
 
@@ -18,6 +18,16 @@ EXPERTS = {
     "moe_ffn_hidden_size": 24,
     "moe_layer_pattern": (0, 1),
 }
+SHARED_EXPERT = EXPERTS | {
+    "moe_router_pre_softmax": True,
+    "moe_shared_expert_intermediate_size": 40,
+}
+SIGMOID_EXPERTS = EXPERTS | {
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_router_topk_scaling_factor": 2.5,
+    "moe_router_dtype": "fp32",
+}
 CASES: dict[str, ModelDescription] = {
     "MLA": latent(1, 1),
     "GLA-2": latent(2, 1, tie_embeddings=False),
@@ -30,24 +40,9 @@ CASES: dict[str, ModelDescription] = {
     ),
     "MLRA-4-nope": latent(4, 4, qk_rope_head_dim=0),
     "MLRA-8-yarn": latent(8, 8, v_head_dim=8, query_head_norm=True, **YARN),
-    "MLRA-4-experts": latent(
-        4,
-        4,
-        moe_router_pre_softmax=True,
-        moe_shared_expert_intermediate_size=40,
-        tie_embeddings=False,
-        **EXPERTS,
-    ),
+    "MLRA-4-experts": latent(4, 4, tie_embeddings=False, **SHARED_EXPERT),
     "MLA-experts": latent(1, 1, **EXPERTS | {"moe_layer_pattern": (1, 1)}),
-    "GLA-2-sigmoid-experts": latent(
-        2,
-        1,
-        moe_router_score_function="sigmoid",
-        moe_router_enable_expert_bias=True,
-        moe_router_topk_scaling_factor=2.5,
-        moe_router_dtype="fp32",
-        **EXPERTS,
-    ),
+    "GLA-2-sigmoid-experts": latent(2, 1, **SIGMOID_EXPERTS),
     "MHA": grouped(8, tie_embeddings=False),
     "GQA": grouped(2, rotary_base=5e5),
     "MQA": grouped(1),

@@ -1,4 +1,5 @@
-"""Hostile files: made from an honest folder, each acting or growing where a reader trusts it."""
+"""Makes hostile files from an honest folder. Each runs code, or takes far more memory or time than
+its size, if a reader trusts it. Code that runs makes the canary, a path given by the test."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from megatron_mlra.checkpoint.megatron.torch_dist import COMMON_KEY, read_metada
 
 
 class Code:
-    """A pickle that, loaded, makes a folder."""
+    """An object whose pickle makes a folder when it is loaded."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = str(canary)
@@ -50,21 +51,21 @@ class Writer(torch.nn.Module):
 
 
 def script(canary: Path) -> bytes:
-    """A TorchScript archive; run, it makes the canary."""
+    """A TorchScript archive that makes the canary when it is loaded."""
     file = io.BytesIO()
     torch.jit.save(torch.jit.script(Writer(str(canary))), file)
     return file.getvalue()
 
 
 def saved(value: object) -> bytes:
-    """What `torch.save` writes of a value."""
+    """The bytes that `torch.save` writes for a value."""
     file = io.BytesIO()
     torch.save(value, file)
     return file.getvalue()
 
 
 def unseal(folder: Path) -> None:
-    """Remove the checksums, as whoever changes a folder on purpose would."""
+    """Remove the checksums, as an attacker would."""
     for manifest in folder.rglob(MANIFEST):
         manifest.unlink()
 
@@ -78,7 +79,7 @@ def change_index(folder: Path, change: Callable[[object], object]) -> None:
 
 
 def replace_entry(folder: Path, name: str, data: bytes) -> None:
-    """Put these bytes behind the entry `name` of a torch_dist folder, which is then no tensor."""
+    """Store `data` as the entry `name` of a torch_dist folder, as bytes rather than a tensor."""
     unseal(folder)
     index = read_metadata(folder)
     file = folder / "__0_0.distcp"
@@ -93,7 +94,7 @@ def replace_entry(folder: Path, name: str, data: bytes) -> None:
 
 
 def code_in_index(folder: Path, canary: Path) -> None:
-    """A `.metadata` that is complete, and runs code as well."""
+    """Make a complete `.metadata` that also runs code."""
 
     def add(index) -> None:
         index.planner_data = Code(canary)
@@ -124,7 +125,7 @@ def code_in_random_state(folder: Path, canary: Path) -> None:
 
 
 def code_in_extra_state(folder: Path, canary: Path) -> None:
-    """As Transformer Engine keeps its scales: a pickle within a tensor of bytes."""
+    """Store a pickle in a tensor of bytes, as Transformer Engine stores its scales."""
     inside = torch.frombuffer(bytearray(pickle.dumps(Code(canary))), dtype=torch.uint8)
     replace_entry(folder, "decoder.layers.mlp.linear_fc1._extra_state/shard_0_1", saved(inside))
 
@@ -138,41 +139,42 @@ CODE = (
     code_in_random_state,
     code_in_extra_state,
 )
-"""Ways to put code into a torch_dist folder, all of which a loader would unpickle."""
+"""Ways to put code into a torch_dist folder where Megatron's loader unpickles."""
 
 
 # -- pickles that grow -----------------------------------------------------------------------------
 
 
 def memo_bomb() -> bytes:
-    """Asks for a memo of 2^31 values: the unpickler in C allocates 16 GiB or more for it."""
+    """Asks for a memo of 2^31 values, for which the C unpickler allocates at least 16 GiB."""
     return b"\x80\x02Nr" + struct.pack("<I", (1 << 31) - 1) + b"."
 
 
 def bytearray_bomb() -> bytes:
-    """Says that an array of 1 TiB follows."""
+    """Announces an array of 1 TiB."""
     return b"\x80\x05\x96" + struct.pack("<Q", 1 << 40) + b"."
 
 
 def nested_key() -> bytes:
-    """A key of tuples that hold the one before twice: hashing it takes 2^60 steps."""
+    """A dictionary key of nested tuples, each holding its predecessor twice: a hash takes 2^60
+    steps."""
     return b"\x80\x02}(K\x01" + b"2\x86" * 60 + b"Nu."
 
 
 def laughing_lists() -> bytes:
-    """Lists that hold the one before ten times: 10^12 values where they are written out."""
+    """Nested lists, each holding its predecessor ten times: 10^12 values when printed."""
     lists = [b"]q\x00K\x01a"]
     lists += [b"]q%c(%be" % (i, b"h%c" % (i - 1) * 10) for i in range(1, 13)]
     return b"\x80\x02" + b"".join(lists) + b"."
 
 
 def deep_tuples() -> bytes:
-    """100,000 tuples, one in the other."""
+    """100,000 nested tuples."""
     return b"\x80\x02N" + b"\x85" * 100_000 + b"."
 
 
 def _called(name: str, *arguments: bytes) -> bytes:
-    """A call, by the pickle that makes it."""
+    """Pickle opcodes that call the function `name`; the arguments are opcodes too."""
     module, _, name = name.rpartition(".")
     return f"c{module}\n{name}\n".encode() + b"(" + b"".join(arguments) + b"tR"
 
@@ -201,16 +203,17 @@ CALLS = {
         *(_STORAGE, b"K\0(", _BILLIONS, b"t(K\1t", b"\x89ccollections\nOrderedDict\n)R"),
     ),
 }
-"""By what it is: a call of a harmless name that takes more memory or time than the file has."""
+"""Description -> pickle opcodes of a call whose name is allowed, and which takes far more memory or
+time than the file's size justifies."""
 
 
 def repeated_key() -> bytes:
-    """One tuple of 20,000 values, a key as often."""
+    """One tuple of 20,000 values, used 20,000 times as a dictionary key."""
     return b"\x80\x02(" + b"N" * 20_000 + b"tq\0}" + b"h\0Ns" * 20_000 + b"."
 
 
 def repeated_path() -> bytes:
-    """A path of 20,000 parts, made as often."""
+    """A path of 20,000 parts, made 20,000 times."""
     parts = b"(" + b"X\1\0\0\0a" * 20_000 + b"tq\0"
     return b"\x80\x02" + parts + b"cpathlib\nPosixPath\nq\x01" + b"h\1h\0R0" * 20_000 + b"."
 
@@ -227,7 +230,7 @@ PICKLES = {
 
 
 def repacked(data: bytes, change: dict[str, bytes] | None = None, method: int = 0) -> bytes:
-    """A torch archive written once more, some records changed or added."""
+    """A torch archive written anew, with some records changed or added."""
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w", method) as new:
         records = {name: old.read(name) for name in old.namelist()}
@@ -240,7 +243,7 @@ def repacked(data: bytes, change: dict[str, bytes] | None = None, method: int = 
 
 
 def archives() -> dict[str, tuple[bytes, str]]:
-    """By name: an archive that is refused, and why."""
+    """Name -> (a torch archive that must be refused, a part of the error message)."""
     honest = saved({"w": torch.ones(64)})
     # The bytes of a tensor are a record of their own as well.
     start = honest.index(b"PK\3\4", 4)
@@ -253,7 +256,8 @@ def archives() -> dict[str, tuple[bytes, str]]:
     renamed[at : at + 14] = b"archive/data/1"
 
     def counting(field: int) -> bytes:
-        """The archive with another number in its end: entries of this disk (8), of all (10)."""
+        """The archive with a wrong number in its end record: entries on this disk (8) or in all
+        (10)."""
         inflated = bytearray(honest)
         end = inflated.rindex(b"PK\5\6")
         inflated[end + field : end + field + 2] = struct.pack("<H", 0xFFFE)

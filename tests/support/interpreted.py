@@ -1,8 +1,8 @@
-"""Tests of Triton kernels under Triton's interpreter, on the CPU.
+"""Runs tests of Triton kernels under Triton's interpreter, on the CPU.
 
-Triton fixes at import whether it interprets, so such a test file runs itself in a child process
-with TRITON_INTERPRET=1: other tests of the session keep their own Triton. bf16 is left to the GPU
-tests (the interpreter computes its dot products wrongly).
+Triton decides at import whether to interpret. So such a test file runs itself in a child process
+with TRITON_INTERPRET=1, and other tests of the session are not affected. bf16 is left to the GPU
+tests: the interpreter computes bf16 dot products wrongly.
 """
 
 import os
@@ -15,7 +15,11 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def run_interpreted(file: str) -> str:
-    """Run a test file in a child that interprets; what its pytest printed, if all passed."""
+    """Run a test file in a child that interprets; returns the child's output.
+
+    Raises:
+        AssertionError: a test failed.
+    """
     child = subprocess.run(
         [sys.executable, "-m", "pytest", "-v", "-x", "--durations=5", file],
         env=ENV | {"TRITON_INTERPRET": "1"},

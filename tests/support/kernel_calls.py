@@ -1,7 +1,7 @@
-"""Calls of the kernels' public functions, right and spoilt, and what each should return.
+"""Draws calls of the kernels' public functions, right and wrong, with their expected results.
 
-The expected results are float64, written from each function's docstring, one sequence and one head
-at a time.
+The expected results are float64, computed as each function's docstring says, one sequence and one
+head at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ SPOILS = ("wide", "steps", "turned", "dtype", "device", "shorter", "empty", "lon
 
 
 class Call(NamedTuple):
-    """A function, right arguments, and the results of any arguments that it takes."""
+    """A function, right arguments, and a function that returns the expected results for any
+    accepted arguments."""
 
     function: Callable
     arguments: dict[str, Any]
@@ -33,7 +34,7 @@ class Call(NamedTuple):
 
 
 def spoil(draw: Callable, value: Any) -> Any:
-    """Another argument: the same numbers in other memory, or something else altogether."""
+    """Another value for an argument: the same numbers in another layout, or a wrong value."""
     if value is None:
         return torch.zeros(2)
     if not isinstance(value, Tensor):
@@ -90,7 +91,7 @@ COUNTS = st.integers(1, 3)
 
 
 def _paging(draw: Callable, batch: int, page: int) -> tuple[int, Tensor, Tensor]:
-    """Pages of a cache, a block table whose unused ids are huge, lengths."""
+    """Number of pages of a cache, a block table (unused entries are huge), and lengths."""
     most = draw(COUNTS)
     lengths = [draw(st.integers(0, most * page)) for _ in range(batch)]
     pages = batch * most + 1
@@ -101,9 +102,9 @@ def _paging(draw: Callable, batch: int, page: int) -> tuple[int, Tensor, Tensor]
 
 
 def _rows(cache: Tensor, pages: Tensor, length: int) -> Tensor | None:
-    """The first `length` rows of the pages, in float64; None if these cannot hold as many.
+    """The first `length` rows of the pages, in float64; None if the pages hold fewer.
 
-    A page that the cache lacks is the nearest one.
+    For a page outside the cache, the nearest page counts.
     """
     count, page = cache.shape[:2]
     if not 0 <= length <= len(pages) * page:
@@ -178,7 +179,7 @@ def grouped_decode_calls(draw: Callable) -> Call:
 
     def decode(**arguments):
         out, lse = grouped_decode(**arguments)
-        # The log-sum-exp of a length that cannot be says nothing; its output is NaN.
+        # The log-sum-exp of an impossible length is unspecified; the output is NaN.
         return out, torch.where(out[..., 0].isnan(), math.nan, lse)
 
     return Call(decode, arguments, expected_grouped)
@@ -202,7 +203,7 @@ def expected_grouped(q, keys, values, block_table, cache_seqlens, softmax_scale)
 
 @st.composite
 def append_calls(draw: Callable) -> Call:
-    """`latent_cache_append`; what it returns is the cache."""
+    """`latent_cache_append`; the call returns the cache."""
     from mlra_kernels.latent_decode import latent_cache_append
 
     def append(**arguments):
@@ -234,7 +235,7 @@ def expected_append(
     kv_down, norm_weight, cos, sin, positions, slot_mapping, cache, latent_scale, norm_eps,
     cache_scale,
 ):  # fmt: skip
-    """The cache: normed latents, a rotated key; slots that it lacks are skipped."""
+    """The cache with normed latents and rotated keys; slots outside the cache are skipped."""
     assert cache_scale is None
     cache, (latents, dim) = cache.double(), norm_weight.shape
     rows = cache.view(-1, cache.shape[2])
@@ -256,7 +257,7 @@ def expected_append(
 
 @st.composite
 def merge_calls(draw: Callable) -> Call:
-    """`merge_states`, empty sets among them."""
+    """`merge_states`, with states of no keys among the states."""
     from mlra_kernels.latent_decode import merge_states
 
     normal = normals(draw)

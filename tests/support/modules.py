@@ -1,4 +1,4 @@
-"""One rank's attention module beside the oracle: the tiny variants, built and run."""
+"""Builds and runs the attention modules of the tiny variants, for comparison with the oracle."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ MLRA2 = VARIANTS["MLRA-2"]
 
 @contextmanager
 def world_of_one() -> Iterator[ProcessGroupCollection]:
-    """Process groups of a world of one; Megatron's CUDA device and random state are the CPU's."""
+    """Process groups of a world of one rank, with the CPU in place of Megatron's CUDA device and
+    random state."""
     started = not dist.is_initialized()
     if started:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -84,7 +85,7 @@ def named(attention: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def run(attention: MLRASelfAttention, x, upstream, mask=None) -> dict[str, torch.Tensor]:
-    """Output, input gradient and every parameter's gradient, by name."""
+    """Name -> output, gradient of the input, and gradient of every parameter."""
     x = x.float().requires_grad_()
     output, bias = attention(x, mask)
     assert bias is None

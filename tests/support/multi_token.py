@@ -1,7 +1,7 @@
 """Multi-token prediction as DeepSeek-V3 defines it (arXiv 2412.19437, section 2.2).
 
-Each depth reads a sequence that is one token shorter, document by document. Nothing is shifted or
-masked.
+Each depth reads a sequence one token shorter than the depth before, document by document. Megatron
+shifts and masks instead.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from support.tiny import BATCH, SEQ, Tiny, global_batch
 
 
 def expected_gradients(tiny: Tiny, seed: int) -> dict[str, Tensor]:
-    """Gradients of the main loss and of all depths', by global name, of a world of one."""
+    """Global name -> gradient of the main loss plus all depths' losses, in a world of one rank."""
     model = tiny.chunks[0].module
     bounds = tiny.packing.bounds if tiny.packing else (0, SEQ)
     loss = sum(_loss(model, row, bounds) for row in global_batch(seed)) / BATCH
@@ -26,7 +26,7 @@ def expected_gradients(tiny: Tiny, seed: int) -> dict[str, Tensor]:
 
 
 def _loss(model, row: Tensor, bounds: tuple[int, ...]) -> Tensor:
-    """Of one sequence and the tokens behind it, `[SEQ + 1]`."""
+    """The loss of one sequence and its next token, `[SEQ + 1]`."""
     config, weight = model.config, model.shared_embedding_or_output_weight()
     sums = torch.zeros(1 + config.mtp_num_layers)
     counts = torch.zeros(1 + config.mtp_num_layers)

@@ -1,5 +1,5 @@
-"""Calls of the functions around the paged caches, and what each should return: tables, ranges, the
-passes of decoding and training. As kernel_calls.py.
+"""Draws calls of the kernels' other functions, with their expected results, as kernel_calls.py
+does: tables, key ranges, and the elementwise and projection passes of decoding and training.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def span_calls(draw: Callable) -> Call:
 
 
 def expected_ranges(spans):
-    """First and last keys, neither of which falls."""
+    """First and last key of each query; neither sequence may fall."""
     rows = [(start, stop - (b - i)) for a, b, start, stop in spans for i in range(a, b)]
     first, last = torch.tensor(rows, dtype=torch.float64).T
     assert (first.diff() >= 0).all() and (last.diff() >= 0).all() and (first <= last).all()
@@ -111,7 +111,7 @@ def decoder_calls(draw: Callable) -> Call:
 
 
 def expected_silu(gate_up):
-    """silu of the first half times the second."""
+    """silu(first half) times the second half."""
     gate, up = gate_up.double().chunk(2, -1)
     return (torch.nn.functional.silu(gate) * up,)
 
@@ -124,7 +124,7 @@ def expected_add_norm(x, residual, weight, eps):
 
 
 def expected_heads(x, start, cos, sin, positions):
-    """Heads, the dims from `start` on rotated."""
+    """Heads whose dims from `start` on are rotated; NaN for unknown positions."""
     known = ((positions >= 0) & (positions < len(cos)))[:, None]
     at = positions.clamp(0, len(cos) - 1).long()
     cos, sin = (torch.where(known, t[at].double(), math.nan)[:, None] for t in (cos, sin))
@@ -168,7 +168,7 @@ def expected_absorb(q, w_uk, cos, sin):
 
 
 def expected_keys(latents, k_rope, cos, sin):
-    """Latents with the rotated key behind each."""
+    """Each latent, followed by the rotated key."""
     assert len(cos) == len(sin) == len(latents)
     key = _turned(k_rope.double(), cos.double()[:, None], sin.double()[:, None])
     latents = latents.double().flatten(2, 3)
@@ -219,5 +219,5 @@ def core_calls(draw: Callable) -> Call:
 
 
 def expected_nothing(**arguments):
-    """No call returns where there is no GPU."""
+    """Fails: the function must refuse to run without a GPU."""
     raise AssertionError("this needs a GPU")

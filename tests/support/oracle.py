@@ -19,11 +19,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Yarn:
-    """YaRN of a context: how much longer it becomes, and from where to where pairs are stretched.
+    """YaRN in DeepSeek's form: extends a context of `original` tokens by `factor`.
 
-    As DeepSeek's models have it, the ramp goes over the numbers of pairs between those that turn
-    `fast` and `slow` times over the original context; the temperature is that of all dims
-    (`all_dim`) and what the rotated ones have beyond it.
+    Pairs that turn more than `fast` times over the original context keep their frequency; pairs
+    that turn less than `slow` times have it divided by `factor`; a linear ramp lies between. The
+    squared temperature of `all_dim` scales all logits. Rotated dims of queries and keys are scaled
+    by the quotient of the temperatures of `mscale` and `all_dim`.
     """
 
     factor: float
@@ -119,9 +120,9 @@ def mlra_oracle(
 ) -> Tensor:
     """The layer's output [s, d] for one sequence x [s, d].
 
-    ``allowed[i, j]`` says whether token i may look at token j; without it, j <= i. Positions
-    default to 0 .. s - 1, for queries and keys apart so that a test can shift one of them.
-    ``logits`` is given every score by (branch, head).
+    ``allowed[i, j]`` says whether token i may attend to token j; default: j <= i. Positions default
+    to 0 .. s - 1, separately for queries and keys, so that a test can shift one of them.
+    ``logits`` receives all scores: (branch, head) -> list.
     """
     c = config
     x = x.to(dtype)
@@ -157,7 +158,7 @@ def mlra_oracle(
     head_outputs = []  # [h] of [s, d_v]
     for head in range(c.heads):
         group = head // c.heads_per_latent
-        place = head % c.heads_per_latent  # of this head among those its latents serve
+        place = head % c.heads_per_latent  # of this head among the heads of its latents
         total = torch.zeros(tokens, c.value, dtype=dtype)
         for branch in range(c.branches):
             latent = branch * c.groups + group
@@ -187,7 +188,7 @@ def mlra_oracle(
 
 
 def _queries(token: Tensor, w: dict[str, Tensor], c: OracleConfig, position: float) -> list[Tensor]:
-    """The query of every head for one token, its rotary part turned to ``position``."""
+    """The query of every head for one token, with the rotary part rotated to ``position``."""
     if c.q_rank is None:
         flat = token @ w["q"]
     else:
@@ -286,7 +287,7 @@ def oracle_weights(parameters: dict[str, Tensor], config: OracleConfig) -> dict[
 
 @dataclass(frozen=True)
 class Reference:
-    """Inputs drawn for one case, and what the oracle makes of them, all in float64."""
+    """Random inputs of one case and the oracle's results for them, all in float64."""
 
     x: Tensor
     """[s, b, d]"""
@@ -310,8 +311,8 @@ def reference(
 ) -> Reference:
     """Output and every gradient of a layer with parameters N(0, 0.2) and norms around one.
 
-    The drawn numbers are exact in float32, so that both precisions start from the same ones. With
-    ``documents``, the lengths of a sequence's documents, no token looks into another document.
+    The random numbers are exact in float32, so that both precisions start from the same numbers.
+    With ``documents``, the lengths of a sequence's documents, no token attends to another document.
     ``still``: a layer that rotates nothing, as if every token were the first.
     """
     generator = torch.Generator().manual_seed(tokens)
@@ -360,7 +361,7 @@ def reference(
 
 
 def document_mask(tokens: int, documents: tuple[int, ...]) -> Tensor:
-    """[s, s]: whether token i may look at token j, in documents of these lengths."""
+    """[s, s]: whether token i may attend to token j, in documents of these lengths."""
     assert sum(documents) == tokens
     which = [n for n, length in enumerate(documents) for _ in range(length)]
     rows = [[j <= i and which[i] == which[j] for j in range(tokens)] for i in range(tokens)]
@@ -368,7 +369,7 @@ def document_mask(tokens: int, documents: tuple[int, ...]) -> Tensor:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference over the largest expected number, which is not zero."""
+    """Largest absolute difference over the largest absolute expected number."""
     assert actual.shape == expected.shape
     largest = expected.abs().max()
     assert largest > 0

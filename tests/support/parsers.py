@@ -1,11 +1,11 @@
-"""Megatron's command line, built often in one process."""
+"""Makes building Megatron's command line cheap for a process that builds it often."""
 
 from __future__ import annotations
 
 
 def read_help_once() -> None:
-    """Keep what Megatron reads out of its own sources for the help of its flags: it reads them for
-    every parser, and takes most of a parser's time for it."""
+    """Cache the help of flags that Megatron reads from its own sources. Megatron reads the sources
+    for every parser, which takes most of the time of building a parser."""
     from megatron.training.argument_utils import ArgumentGroupFactory
 
     read, kept = ArgumentGroupFactory._get_field_docstrings, {}

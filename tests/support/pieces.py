@@ -1,4 +1,4 @@
-"""The parts of a weight that a rank holds, as its entry in a sharded checkpoint describes them."""
+"""A rank's pieces of a weight, by the weight's entry in the sharded state dict."""
 
 from __future__ import annotations
 
@@ -28,8 +28,7 @@ def place(piece: ShardedTensor) -> tuple[Any, ...]:
 
 
 def slices(offset, local_shape, dims: int) -> tuple[Any, ...]:
-    """Index of a piece in the global tensor; leading axes (layers) are not part of the local
-    shape."""
+    """Index of a piece in the global tensor. Leading axes (layers) are not in the local shape."""
     prepended = dims - len(local_shape)
     index: list[Any] = list(offset[:prepended])
     index += [slice(o, o + n) for o, n in zip(offset[prepended:], local_shape, strict=True)]

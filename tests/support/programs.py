@@ -1,4 +1,4 @@
-"""The programs that an installation puts beside Python, for tests that start them."""
+"""The programs (`mlra`, ...) that an installation puts beside Python."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from support import ROOT
 
 @functools.cache
 def program(name: str) -> Path:
-    """The program of this name beside this Python; where the package is imported from a checkout
-    that nobody installed, one with the same lines as pip's."""
+    """The program of this name beside this Python. If the package is imported from a checkout
+    without an installation, a script with the content that pip would write."""
     installed = Path(sys.executable).parent / name
     if installed.exists():
         return installed

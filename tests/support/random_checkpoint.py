@@ -1,4 +1,4 @@
-"""Checkpoints of random weights, for tests of what reads and writes them."""
+"""Checkpoints of random weights, for tests of converters and readers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def grouped(num_query_groups: int, **changes: Any) -> ModelDescription:
 
 
 class RandomFolder(CheckpointFolder):
-    """A checkpoint that exists in memory alone: weights of unit gain, norms around 1."""
+    """A checkpoint in memory: random weights of unit gain, norm weights around 1."""
 
     kind = "random"
 

@@ -1,8 +1,8 @@
-"""A model as the paper's research code saves and runs it, written from the method's facts.
+"""A model as the paper's research code saves and runs it, written from the method's definition.
 
-Shares no code with the package. Random weights by the research code's names and shapes, and its
-forward pass in float64, head by head. Letters: s tokens, d hidden size, h heads, L latents, N
-branches, G = L / N head groups.
+Shares no code with the package. Holds random weights with the research code's names and shapes, and
+the forward pass in float64, head by head. Letters: s tokens, d hidden size, h heads, L latent
+heads, N branches, G = L / N head groups.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ EPS, BASE = 1e-6, 10000.0
 
 @dataclass(frozen=True)
 class Sizes:
-    """A tiny model; `L` 0 is MHA, MQA or GQA with `groups` key/value heads."""
+    """Sizes of a tiny model; with L = 0: MHA, MQA or GQA with `groups` key-value heads."""
 
     L: int = 4
     N: int = 4
@@ -39,7 +39,7 @@ class Sizes:
 
     @property
     def per_latent(self) -> int:
-        """Heads a latent serves."""
+        """Query heads per latent head."""
         return self.h * self.N // self.L
 
     def config(self) -> dict:
@@ -98,7 +98,7 @@ class Sizes:
         return shapes
 
     def weights(self, seed: int = 0) -> dict[str, Tensor]:
-        """Random weights, none zero; tied ones hold the embedding twice, as it is saved."""
+        """Random weights. A tied model stores the embedding twice, as the research code does."""
         generator = torch.Generator().manual_seed(seed)
         weights = {}
         for name, shape in self.shapes().items():
@@ -127,7 +127,7 @@ VARIANTS: dict[str, Sizes] = {
 
 
 def save_research(folder: Path, sizes: Sizes, weights: dict | None = None) -> Path:
-    """A research folder of one `.bin`."""
+    """Write a research folder with one `.bin` file; returns the folder."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(sizes.config()))
     torch.save(sizes.weights() if weights is None else weights, folder / "pytorch_model.bin")
@@ -135,7 +135,7 @@ def save_research(folder: Path, sizes: Sizes, weights: dict | None = None) -> Pa
 
 
 def logits(sizes: Sizes, weights: dict[str, Tensor], tokens: Tensor) -> Tensor:
-    """`[s]` ids -> `[s, vocab]` in float64."""
+    """Logits of one sequence: ids `[s]` -> `[s, vocab]`, float64."""
     w = {name: tensor.double() for name, tensor in weights.items()}
     x = w["transformer.wte.weight"][tokens]
     for i in range(sizes.layers):
@@ -180,7 +180,7 @@ def _latent(sizes: Sizes, a: dict[str, Tensor], x: Tensor) -> Tensor:
 
 
 def _latent_weights(sizes: Sizes, a: dict[str, Tensor], latent: int) -> tuple[Tensor, Tensor]:
-    """Norm `[l]` and up-projection `[l, heads served * 2 d_h]` of one latent."""
+    """Norm weight `[l]` and up-projection `[l, per_latent * 2 d_h]` of one latent head."""
     if sizes.L == 1:
         return a["kv_a_layernorm.weight"], a["kv_b_proj.weight"].T
     if (sizes.L, sizes.N) == (2, 1):

@@ -1,4 +1,4 @@
-"""Running the training entry from tests, and reading what it did."""
+"""Runs the training entry from tests, and reads its losses."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ WHOLE = ("--eval-at-start", "--log-interval", "1")
 
 
 def write_corpus(folder: Path) -> Path:
-    """Write some 60 KB of tokenised bytes; returns their prefix."""
+    """Write a dataset of about 60 KB of byte tokens; returns its prefix."""
     source = ROOT / "tests" / "support" / "corpus.txt"  # losses are compared with numbers
     return tokenize(source.read_text().split("\n\n") * 4, folder / "text")
 
 
 def tokenize(documents: list[str], prefix: Path) -> Path:
-    """Write documents as tokenised bytes; returns their prefix."""
+    """Write documents as a dataset of byte tokens; returns its prefix."""
     text = prefix.with_suffix(".jsonl")
     text.write_text("\n".join(json.dumps({"text": document}) for document in documents))
-    # In this process, which has Megatron imported; the tool has its own tests.
+    # Runs in this process, which has imported Megatron; the tool has tests of its own.
     from megatron_mlra.data.cli import main
 
     argv = ["--tokenizer", "byte", "--input", str(text), "--output-prefix", str(prefix)]
@@ -86,7 +86,7 @@ def scalars(folder: Path, name: str) -> dict[int, float]:
 
 
 class Entry:
-    """Starts runs in processes forked from one that has Megatron imported."""
+    """Starts runs in processes forked from a process that has imported Megatron."""
 
     def __init__(self, session: Path) -> None:
         """Connect to the process behind this session's folder."""
@@ -104,12 +104,12 @@ class Entry:
         return json.loads(self.lines.readline())
 
     def start(self, folder: Path, *argv: object, **job: object) -> list[int]:
-        """Start a run in `folder`; returns the process ids of its ranks."""
+        """Start a run in `folder`; `job` as in entry_worker.py. Returns the ranks' process ids."""
         folder.mkdir(parents=True, exist_ok=True)
         return self._ask({"argv": [*map(str, argv)], "folder": str(folder), **job})["pids"]
 
     def wait(self, folder: Path, pids: list[int]) -> Run:
-        """Wait for a started run; the first failing rank's exit code."""
+        """Wait for a started run; its code is the exit code of the first rank that failed."""
         codes = [self._ask({"wait": pid})["code"] for pid in pids]
 
         def said(name: str) -> str:
@@ -139,7 +139,7 @@ def wait_for_end(pids: list[str], seconds: float = 60) -> None:
 
 
 def runs_still(pid: str | int) -> bool:
-    """Whether a process runs (one that ended may wait to be collected)."""
+    """Whether a process runs; a zombie does not."""
     try:
         return "(zombie)" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""Sizes that Transformer Engine takes."""
+"""Config values of a model whose sizes Transformer Engine supports."""
 
 from __future__ import annotations
 

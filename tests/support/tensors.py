@@ -1,4 +1,4 @@
-"""Weights of checkpoint folders, compared."""
+"""Compares the weights of checkpoint folders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def assert_same_tensors(a, b) -> None:
 
 
 def weights_of(folder) -> dict[str, torch.Tensor]:
-    """Everything a transformers-style folder stores, by its own names."""
+    """Name -> tensor, of all `.bin` and `.safetensors` files of a folder."""
     weights = {}
     for file in sorted(folder.glob("*.bin")):
         weights |= torch.load(file, weights_only=True)

@@ -1,5 +1,4 @@
-"""A small GPT through Megatron's real machinery: DDP, optimizer, schedule, checkpoints'
-sharding."""
+"""A small GPT on Megatron's own DDP, optimizer, pipeline schedule and checkpoint sharding."""
 
 from __future__ import annotations
 
@@ -37,7 +36,7 @@ VOCAB, SEQ, BATCH = 128, 32, 2
 
 @dataclass
 class Layout:
-    """How a world is cut."""
+    """Parallel sizes of a world, and its optimizer."""
 
     tp: int = 1
     pp: int = 1
@@ -67,16 +66,16 @@ class Layout:
 
 @dataclass
 class Packing:
-    """Documents that each sequence is made of."""
+    """The documents of which each sequence is made."""
 
     bounds: tuple[int, ...]
     """Cumulative lengths, from 0 to SEQ."""
     cut_documents: bool = False
-    """Whether context parallel cuts every document, not the sequence."""
+    """Whether context parallelism cuts every document instead of the sequence."""
 
 
 def make_config(layout: Layout, **overrides: Any) -> MLRAConfig | BaselineConfig:
-    """The tiny model's config; `attention` picks a baseline."""
+    """The tiny model's config; the override `attention` chooses a baseline."""
     sizes: dict[str, Any] = {
         "num_layers": 2,
         "hidden_size": 64,
@@ -176,7 +175,7 @@ class Tiny:
     # -- weights and gradients by their global names -----------------------------------------------
 
     def shards(self) -> Iterator[tuple[torch.nn.Parameter, Any]]:
-        """Every parameter with the sharded entry a checkpoint would store it under."""
+        """Every parameter with its entry of the sharded state dict."""
         metadata = {"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
         for chunk in self.chunks:
             entries = {}
@@ -188,7 +187,7 @@ class Tiny:
                 yield param, entries[param.data_ptr()]
 
     def load(self, weights: dict[str, Tensor]) -> None:
-        """Set every weight to its part of the global ones."""
+        """Set every weight to this rank's part of the global weight."""
         with torch.no_grad():
             for param, entry in self.shards():
                 parts = [weights[p.key][place(p)] for p in pieces(entry, param.data)]
@@ -199,11 +198,12 @@ class Tiny:
         self.optimizer.reload_model_params()
 
     def collect(self, what: str) -> dict[str, Tensor]:
-        """Global tensors of 'weight' or 'gradient', assembled from all ranks (on every rank)."""
+        """Global name -> whole 'weight' or 'gradient', assembled from all ranks, on every rank."""
         return self.assemble(self._gradient if what == "gradient" else lambda param: param.data)
 
     def assemble(self, of: Callable[[torch.nn.Parameter], Tensor]) -> dict[str, Tensor]:
-        """Global tensors of which `of` gives this rank's part, by weight (on every rank)."""
+        """Global name -> whole tensor, on every rank; `of` returns this rank's part of it for a
+        weight."""
         mine = [
             (piece.key, piece.global_shape, piece.global_offset, piece.local_shape, piece.data)
             for param, entry in self.shards()
@@ -219,7 +219,7 @@ class Tiny:
         return whole
 
     def replicas(self) -> list[tuple[tuple[Any, ...], str]]:
-        """(place, digest of the bytes) of each weight piece this rank holds."""
+        """((name, offset), SHA-256 of the bytes) of each piece of weights on this rank."""
         return [
             (
                 (piece.key, piece.global_offset),
@@ -232,8 +232,8 @@ class Tiny:
         ]
 
     def _gradient(self, param: torch.nn.Parameter) -> Tensor:
-        """The reduced gradient; the distributed optimizer leaves each rank only its own range of
-        it."""
+        """The reduced gradient, assembled from the ranges that the distributed optimizer leaves on
+        each rank."""
         if not self.layout.distributed_optimizer:
             return param.main_grad
         whole = torch.zeros(param.numel())
@@ -248,8 +248,8 @@ class Tiny:
     # -- training ----------------------------------------------------------------------------------
 
     def step(self, seed: int) -> dict[str, Any]:
-        """Forward and backward of one global batch, then the optimizer; loss, gradients, grad
-        norm."""
+        """One training step on a global batch; returns the loss, the gradient norm and, for seed 0,
+        the gradients."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -259,7 +259,7 @@ class Tiny:
         return {"loss": loss, "gradients": gradients, "grad_norm": float(grad_norm)}
 
     def update(self, draw: Callable[[str, tuple[int, ...]], Tensor]) -> dict[str, Tensor]:
-        """What one step of the optimizer adds to weights of zero, by global name.
+        """Global name -> update of one optimizer step, starting from weights of zero.
 
         Args:
             draw: (global name, global shape) -> the gradient of the global weight.
@@ -305,7 +305,7 @@ class Tiny:
             yield batch | {"packed": self._packed()}
 
     def _own_tokens(self) -> Tensor:
-        """Index of the tokens that this context-parallel rank holds."""
+        """Indices of this context parallel rank's tokens."""
         cp, rank, packing = self.layout.cp, mpu.get_context_parallel_rank(), self.packing
         bounds = packing.bounds if packing and packing.cut_documents else (0, SEQ)
         parts = []
@@ -387,7 +387,7 @@ def _forward_step(iterator, model, return_schedule_plan: bool = False):
     )
 
     def loss_function(losses):
-        # Of the sequence, of which losses are one context-parallel rank's share.
+        # The mean over the whole sequence; `losses` are one context parallel rank's tokens.
         loss = losses.float().sum() / SEQ
         return loss, {"loss": loss.detach().clone()}
 

@@ -1,4 +1,5 @@
-"""The variants the distributed tests train, and which layouts each has; imports nothing."""
+"""The variants that the distributed tests train, and the layouts that each supports. Imports
+nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def fits(variant: dict[str, int], tp: int, layout: str) -> bool:
-    """Whether a variant has this layout at all (the config refuses the others)."""
+    """Whether a variant supports this layout with `tp` ranks; the config refuses all others."""
     branches = variant["num_branches"]
     unit = variant["num_latent_heads"] // branches if layout == "head" else branches
     return unit % tp == 0 or tp % unit == 0

@@ -1,4 +1,4 @@
-"""The models that vLLM serves in tests, exported, and what transformers says of them."""
+"""The models that vLLM serves in tests, and transformers' results for them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_mlra.inference.engine import Engine
 from megatron_mlra.inference.load import LoadOptions, load_model
 from megatron_mlra.inference.runner import Chunk, Runner
 from megatron_mlra.inference.sampling import SamplingParams
-from support.hf_cases import EXPERTS, YARN
+from support.hf_cases import EXPERTS, SHARED_EXPERT, SIGMOID_EXPERTS, YARN
 from support.random_checkpoint import RandomFolder, grouped, latent
 
 NEW = 24
@@ -23,21 +23,11 @@ SIZES: dict[str, Any] = {"qk_rope_head_dim": 32, "max_position_embeddings": 256}
 
 
 def served(num_latent_heads: int, num_branches: int, **changes: Any) -> ModelDescription:
-    """A tiny model of sizes that the kernels take: latents of 64."""
+    """A tiny model of sizes that the kernels support: latent heads of 64 dims."""
     changes = SIZES | {"kv_lora_rank": 64 * num_latent_heads} | changes
     return latent(num_latent_heads, num_branches, **changes)
 
 
-SIGMOID = EXPERTS | {
-    "moe_router_score_function": "sigmoid",
-    "moe_router_enable_expert_bias": True,
-    "moe_router_topk_scaling_factor": 2.5,
-    "moe_router_dtype": "fp32",
-}
-SHARED = EXPERTS | {
-    "moe_router_pre_softmax": True,
-    "moe_shared_expert_intermediate_size": 40,
-}
 CASES: dict[str, ModelDescription] = {
     "MLA": served(1, 1),
     "GLA-2": served(2, 1, tie_embeddings=False),
@@ -49,9 +39,9 @@ CASES: dict[str, ModelDescription] = {
     "MLRA-4-absorbed": served(4, 4, qk_nope_head_dim=64),
     "MLRA-4-ahead": served(4, 4, tie_embeddings=False, mtp_num_layers=1),
     "MLRA-8-yarn": served(8, 8, v_head_dim=8, **YARN | {"original_max_position_embeddings": 64}),
-    "MLRA-4-experts": served(4, 4, tie_embeddings=False, **SHARED),
+    "MLRA-4-experts": served(4, 4, tie_embeddings=False, **SHARED_EXPERT),
     "MLA-experts": served(1, 1, **EXPERTS | {"moe_layer_pattern": (1, 1)}),
-    "GLA-2-sigmoid-experts": served(2, 1, **SIGMOID),
+    "GLA-2-sigmoid-experts": served(2, 1, **SIGMOID_EXPERTS),
     "MHA": grouped(8, tie_embeddings=False, head_dim=32, max_position_embeddings=256),
     "GQA": grouped(2, rotary_base=5e5, head_dim=32, max_position_embeddings=256),
     "MQA": grouped(1, head_dim=32, max_position_embeddings=256),
@@ -59,7 +49,7 @@ CASES: dict[str, ModelDescription] = {
 
 
 def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
-    """Random tokens, none of them the end of a document."""
+    """Random prompts of these lengths, without the end-of-document token."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(0, 256, (n,), generator=generator).tolist() for n in lengths]
 
@@ -85,7 +75,7 @@ def export(name: str, folder: Path) -> None:
 
 
 class Reference:
-    """transformers' own run of an exported folder, in float32."""
+    """Runs an exported folder by transformers, in float32."""
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoModelForCausalLM
@@ -104,18 +94,18 @@ class Reference:
 
     @torch.no_grad()
     def log_probs(self, tokens: list[int]) -> list[float]:
-        """Log-probability of each token behind those in front of it, from the second on."""
+        """Log-probability of each token, given the tokens before it, from the second token on."""
         logits = self.model(torch.tensor([tokens])).logits[0, :-1].log_softmax(-1)
         return logits.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].tolist()
 
 
 def references(model: Reference, features: bool) -> dict[str, Any]:
-    """What transformers says of LENGTHS' prompts, and of those that features are tried with.
+    """transformers' results for the prompts of LENGTHS and of the features' tests.
 
     Returns:
-        `prompts`: `tokens` and `log_probs` (of prompt and continuation) of each; `features`: the
-        continuation of each prompt, by its repr; `fp8`: what the project's engine says with an
-        FP8 cache.
+        `prompts`: `tokens` of the continuation and `log_probs` of prompt and continuation, per
+        prompt; `features`: repr of a prompt -> its continuation; `fp8`: results of the project's
+        engine with an FP8 cache, per prompt.
     """
     found: dict[str, Any] = {"prompts": [], "features": {}}
     for prompt in prompts(*LENGTHS):
@@ -132,8 +122,8 @@ def references(model: Reference, features: bool) -> dict[str, Any]:
 
 
 def engine_fp8(name: str, prompt: list[int]) -> dict[str, Any]:
-    """The project's own engine with an FP8 cache: `tokens` of the continuation and `log_probs` of
-    the prompt's, from the second on."""
+    """Results of the project's engine with an FP8 cache: `tokens` of the continuation, and
+    `log_probs` of the prompt's tokens from the second on."""
     folder = RandomFolder(CASES[name])
     options = LoadOptions(cache_tokens=256, cache_dtype="fp8")
     runner = Runner(load_model(folder.description, folder.tensor, options), 1, 4)
@@ -146,7 +136,7 @@ def engine_fp8(name: str, prompt: list[int]) -> dict[str, Any]:
 
 
 def equality_jobs(models: Path) -> list[dict[str, Any]]:
-    """Every case, with log-probabilities of prompts and continuations."""
+    """A job per case, with log-probabilities of prompts and continuations."""
     return [
         {
             "name": name,
@@ -160,11 +150,11 @@ def equality_jobs(models: Path) -> list[dict[str, Any]]:
 
 
 EXACT = ("chunked", "prefix", "preempted", "speculative")
-"""Features that change no token."""
+"""Features of the engine that must not change any token."""
 AHEAD = "MLRA-4-ahead"
 """The case with a layer of multi-token prediction."""
 FEATURES = "MLRA-4-gated-untied"
-"""The case that features of the engine are tried with."""
+"""The case with which features of the engine are tested."""
 SHARED_PREFIX = prompts(100, seed=1)[0]
 WITH_PREFIX = [
     SHARED_PREFIX[:n] + tail
@@ -176,11 +166,11 @@ LOOKUP = {
     "prompt_lookup_max": 3,
     "prompt_lookup_min": 1,
 }
-"""Guesses from the prompt."""
+"""Speculative decoding by n-grams of the prompt."""
 
 
 def drafter(folder: str, guesses: int) -> dict[str, Any]:
-    """Guesses by a folder's layer of multi-token prediction."""
+    """Speculative decoding by a folder's layer of multi-token prediction."""
     return {"method": "eagle", "model": folder, "num_speculative_tokens": guesses}
 
 
@@ -212,7 +202,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "rope_layer_types names layers without RoPE, which are not there",
     ),
 }
-"""Options that cannot be served, and what is said of them."""
+"""Options that the plugin refuses, and a part of the error message."""
 WRONG_WEIGHTS: dict[str, tuple[dict[str, Any], str]] = {
     "surplus": (
         {"hf_overrides": {"output_gate": False}},
@@ -223,12 +213,13 @@ WRONG_WEIGHTS: dict[str, tuple[dict[str, Any], str]] = {
         "q_a_layernorm.weight is (32,) and config.json makes it (16,)",
     ),
 }
-"""Fields of config.json that the weights contradict, and what is said."""
+"""Fields of config.json that the weights contradict, and a part of the error message."""
 RANKS = (1, 2, 4, 8)
 
 
 def feature_jobs(models: Path) -> list[dict[str, Any]]:
-    """What the scheduler can do with a cache: pieces, prefixes, preemption; FP8; speculation."""
+    """Jobs for the features of vLLM's scheduler and cache (chunked prefill, prefix caching,
+    preemption, FP8, speculation), and for refused options."""
     model = str(models / FEATURES)
     job = {"model": model, "new": NEW}
     ahead = str(models / AHEAD)

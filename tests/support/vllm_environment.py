@@ -1,4 +1,4 @@
-"""vLLM's own environment: where its Python is, and with which variables tests run it."""
+"""vLLM's own environment: its Python, and the environment variables with which tests run it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ENV_VLLM = {name: value for name, value in ENV.items() if name != "PYTHONDONTWRI
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    # Every engine's scheduler is in the test's process, where it can be watched.
+    # Keep every engine's scheduler in the test's process, so that tests can inspect it.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     # vLLM compiles small helpers with g++ even in eager mode.
     "TORCHDYNAMO_DISABLE": "1",

@@ -1,4 +1,4 @@
-"""Reads the file that wandb leaves offline, with wandb's own messages."""
+"""Reads the file that wandb writes offline, with wandb's own message types."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from pathlib import Path
 
 BLOCK = 32768
 HEAD = struct.Struct("<IHB")
-"""Of each fragment of a record: its checksum, length and kind (1 whole, 2 first, 3 middle, 4
-last)."""
+"""Header of a record's fragment: checksum, length and kind (1 whole, 2 first, 3 middle, 4 last)."""
 
 
 def curves(folder: Path) -> dict[str, dict[int, float]]:
-    """Name -> step -> value, of the one run in `folder`."""
+    """Name -> step -> value, of the only run in `folder`."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     (file,) = folder.rglob("run-*.wandb")

@@ -1,8 +1,8 @@
-"""Real process groups on one machine: fork a world of gloo ranks from a process that has Megatron
-loaded.
+"""Real process groups on one machine: forks a world of gloo ranks from a process that has imported
+Megatron.
 
 Importing Megatron takes seconds; forking after the import lets many small worlds share one import.
-The parent must never have run a torch operation on several threads.
+The parent must never have run a torch operation on several threads: threads do not survive a fork.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def run_world(size: int, work: Callable[[int], None], folder: Path, timeout: flo
     folder.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not looked through for garbage by every rank: what is looked at is copied.
+    # Garbage collection in a rank would touch, and so copy, all memory shared with this process.
     gc.collect()
     gc.freeze()
     ranks: dict[int, int] = {}

@@ -1,5 +1,5 @@
-"""Miniature sources for the rehearsal: the text that Python's `help()` carries, as the books and
-packages that corpus.py expects.
+"""Write miniature sources for the rehearsal: the texts of Python's `help()` in place of the books
+and packages that corpus.py reads.
 
     python examples/reproduce/rehearsal/sources.py FOLDER
 
@@ -25,7 +25,7 @@ from megatron_mlra.command_line.parser import OneLineParser, run
 
 
 def write_package(folder: Path, name: str, title: str, text: str) -> None:
-    """One topic in the format of a package."""
+    """Write one topic of `help()` in the format of the package `name`."""
     folder.mkdir(parents=True, exist_ok=True)
     if name == "botocore":
         told = json.dumps({"documentation": "".join(f"<p>{p}</p>" for p in text.split("\n\n"))})
@@ -51,13 +51,13 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
     packages = [*TRAINING_PACKAGES, *(name for some in HELD_OUT_PACKAGES.values() for name in some)]
-    # The longest topics have text enough for a document; each goes to one place.
+    # Only the longest topics have enough text for a document. Every topic is used once.
     longest = sorted(topics, key=lambda name: (-len(topics[name]), name))
     for package, title in zip(packages, longest[: len(packages)], strict=True):
         write_package(folder / "packages" / package, package, title, topics[title])
     books = folder / "books"
     held_out = next(f"Anyone/{n}" for n in range(1000) if held_out_book(f"Anyone/{n}"))
-    # Several topics make a book in which words come again.
+    # Several topics make one book, so that words occur again, as the cloze set needs.
     rest = longest[len(packages) :]
     texts = {held_out: "\n\n".join(topics[title] for title in rest[:8])}
     texts |= {f"Someone/{title}": topics[title] for title in rest[8:]}

@@ -1,1 +1,1 @@
-"""Benchmarks of the kernels against the memory roof of the GPU they run on."""
+"""Benchmarks of the kernels, compared with the memory roof of the same GPU."""

@@ -1,25 +1,18 @@
-"""Measure grouped-query decoding, the rival of latents, against the memory roof and its peers.
+"""Measure grouped-query decoding, compared with the memory roof and with other libraries.
 
 `python -m mlra_kernels.benchmarks.grouped_decode` prints one line per shape and provider and ends
-with one JSON line. Every result is compared with the fp32 reference first; a red comparison ends
-the run without a report.
+with one JSON line. Every result is compared with the fp32 reference first; a wrong result ends the
+run without a report.
 """
 
-import argparse
-import json
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import triton
 
-from mlra_kernels.benchmarks import providers
-from mlra_kernels.benchmarks.latent_decode import ERROR_LIMIT, commit, timed
-from mlra_kernels.benchmarks.output import output_file
-from mlra_kernels.benchmarks.providers import Calls, Provider, chosen
-from mlra_kernels.benchmarks.results import write_json
+from mlra_kernels.benchmarks import providers, report
+from mlra_kernels.benchmarks.latent_decode import ERROR_LIMIT, relative_error, timed
+from mlra_kernels.benchmarks.providers import Calls, Provider
 from mlra_kernels.benchmarks.timing import read_roof
 from mlra_kernels.benchmarks.workload import MIN_ROTATION_BYTES
 from mlra_kernels.grouped_decode import grouped_decode
@@ -29,7 +22,7 @@ K, M = 1 << 10, 1 << 20
 
 @dataclass(frozen=True)
 class Shape:
-    """What a rank holds of a model, and the batch it decodes."""
+    """A rank's part of a model, and the batch that it decodes."""
 
     model: str
     batch: int
@@ -50,7 +43,7 @@ class Shape:
         return 4 * self.batch * self.length * self.kv_heads * self.dim
 
 
-# GQA with eight key heads and 64 queries: one rank of eight, of four, of two.
+# GQA with 8 key/value heads and 64 query heads, on one of 8, 4 and 2 ranks.
 SHAPES = [
     Shape(f"GQA-8/TP{tp}", batch, length, kv_heads=8 // tp, heads=64 // tp)
     for tp in (8, 4, 2)
@@ -78,7 +71,7 @@ def make_workload(
     seed: int,
     rotation: int = MIN_ROTATION_BYTES,
 ) -> Workload:
-    """Draw inputs: pages in random order, block tables over `rotation` bytes of cache in all."""
+    """Random inputs: pages in random order, block tables over `rotation` bytes of cache in all."""
     gen = torch.Generator(device).manual_seed(seed)
     each = -(-shape.length // shape.page_size)
     copies = max(2, -(-rotation // shape.cache_bytes))
@@ -152,19 +145,15 @@ PROVIDERS = [
 
 
 def gate(w: Workload, call, name: str) -> float:
-    """Return a provider's relative error on the first block table; exit if it is too large."""
-    want, _ = _ours(w, "torch")[0]()
-    error = ((call()[0].float() - want.float()).norm() / want.float().norm()).item()
+    """A provider's relative error on the first block table; the program exits if it is large."""
+    error = relative_error(call()[0], _ours(w, "torch")[0]()[0])
     if not error <= ERROR_LIMIT[False]:
-        sys.exit(
-            f"RED: {name} on {w.shape.label}: relative error {error:.2e}: nothing is reported until"
-            " it is right"
-        )
+        report.red(f"{name} on {w.shape.label}: relative error {error:.2e}")
     return error
 
 
 def measure(shape: Shape, roof: float, seed: int, able: list[Provider]) -> list[dict]:
-    """Check and time every provider; one record each."""
+    """Check and time every provider; returns one record per provider."""
     w = make_workload(shape, torch.bfloat16, "cuda", seed)
     records = []
     for provider in able:
@@ -187,31 +176,11 @@ def measure(shape: Shape, roof: float, seed: int, able: list[Provider]) -> list[
 
 def main() -> None:
     """Parse the command line, measure, report."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    names = [provider.name for provider in PROVIDERS]
-    parser.add_argument("--providers", nargs="+", choices=names, help="default: all there are")
-    parser.add_argument("--json", type=output_file, help="where to write the records")
-    parser.add_argument("--commit", default=None, help="commit to name in the report")
-    parser.add_argument("--seed", type=int, default=None, help="default: the clock")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("error: this benchmark needs a CUDA GPU, and torch sees none")
-    try:
-        able = chosen(PROVIDERS, args.providers)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    seed = args.seed if args.seed is not None else time.time_ns() % 2**20
+    args, able = providers.parse(report.parser(__doc__), PROVIDERS)
     roof = read_roof()
-    report = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "triton": triton.__version__, "commit": args.commit or commit(), "seed": seed,
-        "read_gb_s": round(roof / 1e9),
-    }  # fmt: skip
-    print(", ".join(f"{k} {v}" for k, v in report.items()), flush=True)
-    report["records"] = [r for shape in SHAPES for r in measure(shape, roof, seed, able)]
-    if args.json:
-        write_json(args.json, report)
-    print(json.dumps(report))
+    found = report.header(args, read_gb_s=round(roof / 1e9))
+    found["records"] = [r for shape in SHAPES for r in measure(shape, roof, args.seed, able)]
+    report.finish(args, found)
 
 
 if __name__ == "__main__":

@@ -2,22 +2,17 @@
 
 `python -m mlra_kernels.benchmarks.latent_attention` prints one line per workload of MLRA-4's 2.9B
 shape and ends with one JSON line. The output and the queries' gradient of two heads are compared
-with float32 attention first; a red comparison ends the run without a report.
+with float32 attention first; a wrong result ends the run without a report.
 """
 
-import argparse
-import json
 import math
 import random
 import sys
 from itertools import accumulate, pairwise
 
 import torch
-import triton
 
-from mlra_kernels.benchmarks.latent_decode import commit
-from mlra_kernels.benchmarks.output import output_file
-from mlra_kernels.benchmarks.results import write_json
+from mlra_kernels.benchmarks import report
 from mlra_kernels.benchmarks.timing import graph_microseconds
 from mlra_kernels.latent_attention import key_ranges, latent_attention, misfit
 from mlra_kernels.latent_attention.reference import latent_attention_reference
@@ -32,7 +27,7 @@ Span = tuple[int, int, int, int]
 
 
 def document_spans(tokens: int, mean: int, seed: int) -> list[Span]:
-    """Packed documents of log-normal lengths (sigma 1.2)."""
+    """Spans of packed documents with log-normal lengths (sigma 1.2)."""
     draw, sigma = random.Random(seed), 1.2
     lengths: list[int] = []
     while sum(lengths) < tokens:
@@ -42,7 +37,7 @@ def document_spans(tokens: int, mean: int, seed: int) -> list[Span]:
 
 
 def workloads(tokens: int, mean: int, seed: int) -> dict[str, tuple[int, int, list[Span]]]:
-    """By name: sequences, keys of a sequence, spans; all of `tokens` queries together."""
+    """Name -> (sequences, keys per sequence, spans), each of `tokens` queries in total."""
     found: dict[str, tuple[int, int, list[Span]]] = {}
     for length in (2048, 4096, 8192, 16384):
         if tokens % length == 0:
@@ -56,12 +51,12 @@ def workloads(tokens: int, mean: int, seed: int) -> dict[str, tuple[int, int, li
 
 
 def scored_pairs(spans: list[Span]) -> int:
-    """(query, key) pairs of a head."""
+    """Number of (query, key) pairs of a head."""
     return sum((b - a) * (stop - start) - (b - a) * (b - a - 1) // 2 for a, b, start, stop in spans)
 
 
 def flops(spans: list[Span], sequences: int) -> tuple[int, int]:
-    """Of forward and backward: 2 and 5 products over the scored pairs."""
+    """FLOPs of forward and of backward: 2 and 5 products over the scored pairs."""
     width = LATENT + ROPE
     work = 2 * PAIRS * sequences * scored_pairs(spans)
     return work * (width + LATENT), work * (3 * width + 2 * LATENT)
@@ -102,7 +97,7 @@ def measure(name: str, sequences: int, keys: int, spans: list[Span]) -> dict:
 
     off = error(query.detach(), key.detach(), grad, spans, forward().detach(), both()[0])
     if not off <= ERROR_LIMIT:
-        sys.exit(f"RED: {name}: relative error {off:.2e}: nothing is reported until it is right")
+        report.red(f"{name}: relative error {off:.2e}")
     ahead = graph_microseconds([forward], min_calls=3) / 1e3
     back = graph_microseconds([both], min_calls=3) / 1e3 - ahead
     work = flops(spans, sequences)
@@ -122,26 +117,17 @@ def measure(name: str, sequences: int, keys: int, spans: list[Span]) -> dict:
 
 def main() -> None:
     """Parse the command line, measure, report."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--tokens", type=int, default=16384, help="queries, in all sequences")
-    parser.add_argument("--mean-document", type=int, default=1000, help="tokens")
-    parser.add_argument("--json", type=output_file, help="where to write the records")
-    parser.add_argument("--commit", default=None, help="commit to name in the report")
-    parser.add_argument("--seed", type=int, default=1, help="of inputs and document lengths")
-    args = parser.parse_args()
+    flags = report.parser(__doc__, seed=1)
+    flags.add_argument("--tokens", type=int, default=16384, help="queries, in all sequences")
+    flags.add_argument("--mean-document", type=int, default=1000, help="tokens")
+    args = report.parse(flags)
     if said := misfit(LATENT, ROPE):
         sys.exit(f"this benchmark {said}")
     torch.manual_seed(args.seed)
-    report = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "triton": triton.__version__, "commit": args.commit or commit(), "tokens": args.tokens,
-    }  # fmt: skip
-    print(", ".join(f"{k} {v}" for k, v in report.items()), flush=True)
+    found = report.header(args, tokens=args.tokens)
     planned = workloads(args.tokens, args.mean_document, args.seed)
-    report["records"] = [measure(name, *work) for name, work in planned.items()]
-    if args.json:
-        write_json(args.json, report)
-    print(json.dumps(report))
+    found["records"] = [measure(name, *work) for name, work in planned.items()]
+    report.finish(args, found)
 
 
 if __name__ == "__main__":

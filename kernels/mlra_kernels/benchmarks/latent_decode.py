@@ -1,29 +1,26 @@
-"""Measure latent decoding against the memory roof of the GPU.
+"""Measure latent decoding, compared with the memory roof of the GPU and with other libraries.
 
 `python -m mlra_kernels.benchmarks.latent_decode --suite all --json out.json --png out.png` prints
 one line per shape and provider, writes JSON and a PNG, and ends with one JSON line. Every result is
-compared with the fp32 reference first; a red comparison ends the run without a report.
+compared with the fp32 reference first; a wrong result ends the run without a report.
 """
 
-import argparse
-import json
-import subprocess
 import sys
-import time
 
 import torch
-import triton
+from torch import Tensor
 
-from mlra_kernels.benchmarks.output import output_file
-from mlra_kernels.benchmarks.providers import PROVIDERS, Provider, chosen
-from mlra_kernels.benchmarks.results import write_json
+from mlra_kernels.benchmarks import providers, report
+from mlra_kernels.benchmarks.providers import PROVIDERS, Provider
 from mlra_kernels.benchmarks.timing import copy_roof, graph_microseconds, read_roof
 from mlra_kernels.benchmarks.workload import Shape, Workload, make_workload
 from mlra_kernels.latent_decode import latent_decode
 
 K, M = 1 << 10, 1 << 20
-ERROR_LIMIT = {False: 5e-3, True: 3e-2}  # relative, 16-bit cache and FP8 cache
+ERROR_LIMIT = {False: 5e-3, True: 3e-2}
+"""Whether the cache is FP8 -> largest relative error."""
 LSE_LIMIT = 1e-2
+"""Largest absolute error of a log-sum-exp."""
 
 RANK = "MLRA-4/TP4"  # one rank: 64 heads, one latent of 128 + 64
 LENGTHS = [(1, 128 * K), (1, 256 * K), (1, 512 * K), (1, M), (1, 2 * M)]
@@ -50,27 +47,30 @@ SUITES["all"] = [
 ]  # fmt: skip
 
 
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """|found - expected| / |expected|, of norms in float32."""
+    return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
 def gate(workload: Workload, call, name: str) -> float:
-    """Return a provider's relative error on the first block table; exit if it is too large."""
+    """A provider's relative error on the first block table; the program exits if it is large."""
     w = workload
     want_out, want_lse = latent_decode(
         w.q_absorbed, w.q_rope, w.cache, w.tables[0], w.cache_seqlens, w.softmax_scale,
         num_branches=w.shape.num_branches, cache_scale=w.cache_scale, backend="torch",
     )  # fmt: skip
     out, lse = call()
-    error = ((out.float() - want_out.float()).norm() / want_out.float().norm()).item()
+    error = relative_error(out, want_out)
     lse_error = 0.0 if lse is None else (lse - want_lse).abs().max().item()
     if not (error <= ERROR_LIMIT[w.shape.fp8] and lse_error <= LSE_LIMIT):
-        sys.exit(
-            f"RED: {name} on {w.shape.label}: relative error {error:.2e}, lse off by "
-            f"{lse_error:.2e}: nothing is reported until it is right"
-        )
+        off = f"relative error {error:.2e}, lse off by {lse_error:.2e}"
+        report.red(f"{name} on {w.shape.label}: {off}")
     return error
 
 
 def timed(provider: Provider, workload, gate) -> tuple[float, float] | None:
-    """Microseconds of a call and its relative error; None, with a line that says why, of a peer
-    that refuses the workload."""
+    """(Microseconds of a call, relative error). If another library refuses the workload: None,
+    after printing the reason."""
     try:
         calls = provider.build(workload)
         error = gate(workload, calls[0], provider.name)
@@ -84,7 +84,7 @@ def timed(provider: Provider, workload, gate) -> tuple[float, float] | None:
 
 
 def measure(shape: Shape, roof: float, seed: int, able: list[Provider]) -> list[dict]:
-    """Check and time every provider that can run a shape; one record each."""
+    """Check and time every provider that can run a shape; returns one record per provider."""
     workload = make_workload(shape, torch.bfloat16, "cuda", seed)
     records = []
     for provider in able:
@@ -111,14 +111,14 @@ def measure(shape: Shape, roof: float, seed: int, able: list[Provider]) -> list[
 
 
 COLOURS = {"MLRA-4": "#0b6fb8", "MLA": "#c8501e", "GLA-2": "#2e8b3d"}
-"""Of the whole project's figures."""
+"""The colours of the whole project's figures."""
 
 LINES = {"fp8": ("--", "s"), "q=2": (":", "^"), "q=4": ("-.", "v"), "TP1": ((0, (6, 2)), "D")}
-"""Of shapes by what their names say; a model's own rank is a plain line."""
+"""Word in a shape's name -> line style and marker; other shapes have a solid line."""
 
 
 def plot(records: list[dict], roof: float, source: str, path: str) -> None:
-    """Draw latency over context length, batch 1, log-log, with the roof of the one-latent rank.
+    """Draw latency over context length at batch 1, with the roof of a rank with one latent.
 
     Args:
         roof: bytes per second.
@@ -174,47 +174,23 @@ def plot(records: list[dict], roof: float, source: str, path: str) -> None:
     plt.close(figure)
 
 
-def commit() -> str:
-    """Return the commit of the working tree, or "unknown" outside a repository."""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
-
-
 def main() -> None:
     """Parse the command line, measure the suites, report."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--suite", nargs="+", choices=sorted(SUITES), default=["quick"])
-    names = [provider.name for provider in PROVIDERS]
-    parser.add_argument("--providers", nargs="+", choices=names, help="default: all there are")
-    parser.add_argument("--json", type=output_file, help="where to write the records")
-    parser.add_argument("--png", type=output_file, help="where to draw latency over context length")
-    parser.add_argument("--commit", default=None, help="commit to name in the report")
-    parser.add_argument("--seed", type=int, default=None, help="seed of the inputs; default: clock")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("error: this benchmark needs a CUDA GPU, and torch sees none")
-    try:
-        able = chosen(PROVIDERS, args.providers)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    seed = args.seed if args.seed is not None else time.time_ns() % 2**31
+    flags = report.parser(__doc__)
+    flags.add_argument("--suite", nargs="+", choices=sorted(SUITES), default=["quick"])
+    flags.add_argument("--png", type=report.output_file, help="where to draw latency over context")
+    args, able = providers.parse(flags, PROVIDERS)
     roof = read_roof()
-    about = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "triton": triton.__version__, "commit": args.commit or commit(), "seed": seed,
-        "read_gb_s": round(roof / 1e9, 1), "copy_gb_s": round(copy_roof() / 1e9, 1),
-    }  # fmt: skip
-    print(", ".join(f"{k} {v}" for k, v in about.items()), flush=True)
+    roofs = {"read_gb_s": round(roof / 1e9, 1), "copy_gb_s": round(copy_roof() / 1e9, 1)}
+    about = report.header(args, **roofs)
     records = []
     for shape in dict.fromkeys(shape for suite in args.suite for shape in SUITES[suite]):
-        records += measure(shape, roof, seed, able)
+        records += measure(shape, roof, args.seed, able)
         torch.cuda.empty_cache()
     if args.png:
         plot(records, roof, f"{about['gpu']}, commit {about['commit']}", args.png)
-    report = {**about, "records": records}
-    if args.json:
-        write_json(args.json, report)
-    print(json.dumps({**about, "us": {f"{r['shape']}|{r['provider']}": r["us"] for r in records}}))
+    times = {f"{r['shape']}|{r['provider']}": r["us"] for r in records}
+    report.finish(args, {**about, "records": records}, {**about, "us": times})
 
 
 if __name__ == "__main__":

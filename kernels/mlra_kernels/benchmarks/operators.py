@@ -1,26 +1,20 @@
-"""Measure the operators around attention, and grouped-query decoding, against the memory roof.
+"""Measure the operators around attention, and grouped decoding, compared with the memory roof.
 
 `python -m mlra_kernels.benchmarks.operators --json out.json` prints one line per operator at the
 sizes of MLRA-4's 2.9B model and ends with one JSON line. Every result is compared with the fp32
-reference first; a red comparison ends the run without a report.
+reference first; a wrong result ends the run without a report.
 """
 
-import argparse
-import json
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn import functional
 
 from mlra_kernels import decoder
 from mlra_kernels import latent_projections as projections
-from mlra_kernels.benchmarks.latent_decode import commit
-from mlra_kernels.benchmarks.output import output_file
-from mlra_kernels.benchmarks.results import write_json
+from mlra_kernels.benchmarks import report
 from mlra_kernels.benchmarks.timing import graph_microseconds, read_roof
 from mlra_kernels.grouped_decode import grouped_decode
 from mlra_kernels.latent_decode import latent_cache_append, rope_tables
@@ -32,32 +26,35 @@ ERROR_LIMIT = 1e-2
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the operators work on; the defaults are a rank's share of MLRA-4's 2.9B at TP 1."""
+    """Sizes of the operators' inputs; the defaults are those of MLRA-4's 2.9B model at TP1."""
 
     tokens: int = 8192
-    """Of a training step."""
+    """Tokens of a training step."""
     batch: int = 64
     """Sequences of a decoding step."""
     length: int = 8192
-    """Cached tokens per sequence, of grouped-query decoding."""
+    """Cached tokens per sequence in grouped-query decoding."""
     hidden: int = 3072
     mlp: int = 8192
     heads: int = 24
     kv_heads: int = 8
     branches: int = 4
     dim: int = 128
-    """Of a head and of a latent."""
+    """Size of a head and of a latent."""
     rope: int = 64
 
 
 @dataclass(frozen=True)
 class Case:
-    """One operator: a call that may write in place, the same by the reference, bytes moved."""
+    """One operator with inputs."""
 
     name: str
     call: Callable[[], Tensor]
+    """The operator, which may write in place."""
     expected: Callable[[], Tensor]
+    """The reference."""
     moved: int
+    """Bytes that must be read and written."""
 
 
 def cases(sizes: Sizes, dtype: torch.dtype, device: str, seed: int) -> Iterator[Case]:
@@ -170,7 +167,7 @@ def _case(name: str, run: Callable, by_reference: Callable, arguments: tuple) ->
 
 
 def error(case: Case) -> float:
-    """The relative difference of norms between a case's call and its reference."""
+    """Relative difference of norms between an operator's result and the reference."""
     expected = case.expected().float()
     return ((case.call().float() - expected).norm() / expected.norm()).item()
 
@@ -179,9 +176,7 @@ def measure(case: Case, roof: float) -> dict:
     """Check and time one operator."""
     off = error(case)
     if not off <= ERROR_LIMIT:
-        sys.exit(
-            f"RED: {case.name}: relative error {off:.2e}: nothing is reported until it is right"
-        )
+        report.red(f"{case.name}: relative error {off:.2e}")
     us = graph_microseconds([case.call])
     gbs = case.moved / us / 1e3
     record = {
@@ -198,29 +193,17 @@ def measure(case: Case, roof: float) -> dict:
 
 def main() -> None:
     """Parse the command line, measure, report."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--tokens", type=int, default=8192, help="of a training step")
-    parser.add_argument("--batch", type=int, default=64, help="sequences of a decoding step")
-    parser.add_argument("--length", type=int, default=8192, help="cached tokens per sequence")
-    parser.add_argument("--json", type=output_file, help="where to write the records")
-    parser.add_argument("--commit", default=None, help="commit to name in the report")
-    parser.add_argument("--seed", type=int, default=1, help="of the inputs")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("this benchmark needs a CUDA GPU, and torch sees none")
+    flags = report.parser(__doc__, seed=1)
+    flags.add_argument("--tokens", type=int, default=8192, help="of a training step")
+    flags.add_argument("--batch", type=int, default=64, help="sequences of a decoding step")
+    flags.add_argument("--length", type=int, default=8192, help="cached tokens per sequence")
+    args = report.parse(flags)
     roof = read_roof()
-    report = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "triton": triton.__version__, "commit": args.commit or commit(),
-        "read_gb_s": round(roof / 1e9, 1),
-    }  # fmt: skip
-    print(", ".join(f"{k} {v}" for k, v in report.items()), flush=True)
+    found = report.header(args, read_gb_s=round(roof / 1e9, 1))
     sizes = Sizes(args.tokens, args.batch, args.length)
     planned = cases(sizes, torch.bfloat16, "cuda", args.seed)
-    report["records"] = [measure(case, roof) for case in planned]
-    if args.json:
-        write_json(args.json, report)
-    print(json.dumps(report))
+    found["records"] = [measure(case, roof) for case in planned]
+    report.finish(args, found)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,35 @@
-"""What the decoding kernels are measured against, in the same run and on the same paged cache.
+"""Providers: this project's decoding kernels and other libraries, on the same paged cache.
 
-A provider's `build(workload)` returns one call per block table, ready to be timed; each call
-returns (out, lse) in the layout of the kernel it is compared with, or (out, None).
+A provider's `build(workload)` returns one call per block table, ready to be timed. Each call
+returns (out, lse) in the layout of this project's kernel, or (out, None).
 
-The peers' interfaces are those of FlashInfer 0.6 and 0.7 and of FlashAttention 4 at 4.0.0b36.
+The other libraries are FlashInfer 0.6 and 0.7, FlashAttention 3, and FlashAttention 4 (4.0.0b36).
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import importlib.util
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from mlra_kernels.benchmarks import report
 from mlra_kernels.benchmarks.workload import Workload
 from mlra_kernels.latent_decode import decode_metadata, latent_decode
 
 Calls = list[Callable[[], tuple[torch.Tensor, torch.Tensor | None]]]
-SDPA_MAX_BYTES = 4 << 30  # gathered copies beyond this are not worth a benchmark's memory
-WORKSPACE_BYTES = 128 << 20  # what FlashInfer asks for
+SDPA_MAX_BYTES = 4 << 30
+"""Most bytes of gathered caches for torch SDPA."""
+WORKSPACE_BYTES = 128 << 20
+"""Workspace that FlashInfer asks for."""
 FLASHINFER_VERSIONS = ("0.6.", "0.7.")
-FLASH_MAX_DIM = 256  # FlashAttention's largest head on Hopper
+FLASH_MAX_DIM = 256
+"""FlashAttention 4's largest head dim on Hopper."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +38,30 @@ class Provider:
 
     name: str
     fits: Callable[[Any], bool]
-    """Whether it can compute a workload."""
+    """Whether the provider can compute a workload."""
     build: Callable[[Any], Calls]
     missing: Callable[[], str | None] = lambda: None
-    """Why it cannot be used here, and what to do, in one line; None where it can."""
+    """Returns why the provider cannot be used here, and the fix, in one line; None if it can."""
+
+
+def parse(
+    flags: argparse.ArgumentParser, providers: Sequence[Provider]
+) -> tuple[argparse.Namespace, list[Provider]]:
+    """The parsed flags, with `--providers` added, and the providers to measure."""
+    names = [provider.name for provider in providers]
+    flags.add_argument("--providers", nargs="+", choices=names, help="default: all that run here")
+    args = report.parse(flags)
+    try:
+        return args, chosen(providers, args.providers)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
 
 
 def chosen(providers: Sequence[Provider], names: Sequence[str] | None) -> list[Provider]:
-    """The providers called `names`, or all that can be used here; says which are left out.
+    """The providers of these names, or all that can be used here; prints which cannot.
 
     Raises:
-        ValueError: a named one cannot be used here.
+        ValueError: a named provider cannot be used here.
     """
     if names is None:
         for provider in providers:
@@ -57,7 +76,7 @@ def chosen(providers: Sequence[Provider], names: Sequence[str] | None) -> list[P
 
 
 def without_flashinfer() -> str | None:
-    """Why FlashInfer's wrappers cannot be called."""
+    """Why FlashInfer's wrappers cannot be called, or None."""
     if not importlib.util.find_spec("flashinfer"):
         return "flashinfer is not installed; pip install flashinfer-python"
     try:
@@ -70,14 +89,14 @@ def without_flashinfer() -> str | None:
 
 
 def without_flash_attention_3() -> str | None:
-    """Why FlashAttention 3 cannot be called."""
+    """Why FlashAttention 3 cannot be called, or None."""
     if not importlib.util.find_spec("flash_attn_interface"):
         return "flash_attn_interface is not installed; build the hopper folder of flash-attention"
     return None
 
 
 def without_flash_attention_4() -> str | None:
-    """Why FlashAttention 4 cannot be called."""
+    """Why FlashAttention 4 cannot be called, or None."""
     parent = importlib.util.find_spec("flash_attn")
     if parent is None or not importlib.util.find_spec("flash_attn.cute"):
         return "flash_attn.cute is not installed; pip install --pre flash-attn-4"
@@ -85,7 +104,7 @@ def without_flash_attention_4() -> str | None:
 
 
 def mlra_calls(w: Workload) -> Calls:
-    """All latents of the rank in one launch, one schedule for all calls."""
+    """This project's kernel: all latents of the rank in one launch, one schedule for all calls."""
     s = w.shape
     metadata = decode_metadata(
         w.cache_seqlens, q_len=s.q_len, num_latents=s.num_latents, heads_per_latent=s.heads,
@@ -102,7 +121,7 @@ def mlra_calls(w: Workload) -> Calls:
 
 
 def sdpa_calls(w: Workload) -> Calls:
-    """torch SDPA on a cache gathered beforehand (not timed), heads as query rows."""
+    """torch SDPA on a gathered cache (the gathering is not timed), with heads as query rows."""
     s = w.shape
     calls: Calls = []
     for table in w.tables:
@@ -137,7 +156,7 @@ def flash_attention_3(query, keys, values, table, seqlens, scale) -> torch.Tenso
 
 
 def flash_attention_4(query, keys, values, table, seqlens, scale) -> torch.Tensor:
-    """FlashAttention 4, as above. On Hopper it cannot split a sequence over programs."""
+    """FlashAttention 4, arguments as above. On Hopper it cannot split a sequence over programs."""
     from flash_attn.cute import flash_attn_varlen_func
 
     hopper = torch.cuda.get_device_capability(query.device)[0] == 9
@@ -149,7 +168,8 @@ def flash_attention_4(query, keys, values, table, seqlens, scale) -> torch.Tenso
 
 
 def flash_calls(run: Callable[..., torch.Tensor]) -> Callable[[Workload], Calls]:
-    """`build` of one latent by a FlashAttention, its heads as queries of one key head."""
+    """The function `build` for one latent by a FlashAttention: the heads are queries of one key
+    head."""
 
     def build(w: Workload) -> Calls:
         query, keys, values = _as_grouped(w)
@@ -164,7 +184,7 @@ def flash_calls(run: Callable[..., torch.Tensor]) -> Callable[[Workload], Calls]
 
 
 def page_lists(tables: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each sequence's pages begin, `[b + 1]` int32, and all pages of a block table."""
+    """(Start of each sequence's pages `[b + 1]` int32, all pages of a block table)."""
     starts = torch.arange(batch + 1, dtype=torch.int32, device=tables.device) * tables.shape[1]
     return starts, tables.flatten().contiguous()
 
@@ -201,7 +221,7 @@ def flashinfer_mla_calls(w: Workload) -> Calls:
 
 
 def has_one_plain_latent(w: Workload) -> bool:
-    """Whether a provider that knows neither latents nor FP8 scales can run the workload."""
+    """Whether a provider without latent heads and FP8 scales can compute the workload."""
     return w.shape.num_latents == 1 and not w.shape.fp8
 
 
@@ -212,7 +232,7 @@ def fits_sdpa(w: Workload) -> bool:
 
 
 def fits_flash_attention_4(w: Workload) -> bool:
-    """Whether a latent and its RoPE key are a head that FlashAttention 4 takes."""
+    """Whether a latent with its RoPE key fits the largest head dim of FlashAttention 4."""
     return has_one_plain_latent(w) and w.shape.latent_dim + w.shape.rope_dim <= FLASH_MAX_DIM
 
 

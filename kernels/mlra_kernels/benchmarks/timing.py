@@ -1,4 +1,4 @@
-"""Timing on a GPU: CUDA-graph replays, and the memory roof measured with plain torch."""
+"""Timing on a GPU by CUDA-graph replays, and the memory roof, measured with plain torch."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -9,10 +9,10 @@ import torch
 def graph_microseconds(
     calls: Sequence[Callable[[], object]], *, min_calls: int = 12, replays: int = 15
 ) -> float:
-    """Return the median time of one call in microseconds, timed as replays of a CUDA graph.
+    """The median time of one call in microseconds, measured by replays of a CUDA graph.
 
-    The graph runs `calls` in turn (several times, at least `min_calls` in all): give one call for
-    each of several input sets, so that a replay cannot read from the L2 what the last one left.
+    The graph runs `calls` in turn, repeated to at least `min_calls` calls. Give one call for each
+    of several sets of inputs, so that a replay does not find its inputs in the L2 cache.
     """
     for call in calls:
         call()
@@ -36,14 +36,14 @@ def graph_microseconds(
 
 
 def read_roof() -> float:
-    """Return the read bandwidth in bytes per second: a sum over 4 GB, the best of several."""
+    """The read bandwidth in bytes per second: a sum over 4 GiB, the best of 3 measurements."""
     x = torch.ones(1 << 30, dtype=torch.float32, device="cuda")
     best = min(graph_microseconds([x.sum], min_calls=2, replays=5) for _ in range(3))
     return x.nbytes / best * 1e6
 
 
 def copy_roof() -> float:
-    """Return the copy bandwidth in bytes per second, read and written bytes both counted."""
+    """The copy bandwidth in bytes per second, read plus written bytes."""
     x = torch.ones(1 << 29, dtype=torch.float32, device="cuda")
     y = torch.empty_like(x)
     return 2 * x.nbytes / graph_microseconds([lambda: y.copy_(x)], min_calls=2) * 1e6

@@ -1,7 +1,7 @@
-"""Inputs of a decoding benchmark: shapes, random paged caches, and the bytes they must move.
+"""Inputs of a decoding benchmark: shapes, random paged caches, and the bytes that must be read.
 
-Letters: b sequences, q query tokens a sequence, L latent heads, j heads a latent serves,
-D latent dim, R RoPE dim.
+Letters: b sequences, q query tokens per sequence, L latent heads, j heads per latent, D latent dim,
+R RoPE dim.
 """
 
 from dataclasses import dataclass
@@ -11,12 +11,13 @@ from torch import Tensor
 
 from mlra_kernels.latent_decode.reference import FP8_DTYPE, FP8_MAX, split_cache
 
-MIN_ROTATION_BYTES = 256 << 20  # rotate over several times the L2, or a replay measures the cache
+MIN_ROTATION_BYTES = 256 << 20
+"""Bytes of cache over which calls rotate: several times the L2, which must not be measured."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One decoding shape: what a rank holds of a model, and the batch it decodes."""
+    """One decoding shape: a rank's part of a model, and the batch that it decodes."""
 
     model: str
     batch: int
@@ -38,14 +39,14 @@ class Shape:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one cached token: what must be read once."""
+        """Bytes of one cached token, each of which must be read once."""
         latents = self.num_latents * self.latent_dim
         scales = 4 * self.num_latents if self.fp8 else 0
         return latents * (1 if self.fp8 else 2) + 2 * self.rope_dim + scales
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of cache one call must read."""
+        """Bytes of cache that one call must read."""
         return self.batch * self.length * self.row_bytes
 
     @property
@@ -72,7 +73,7 @@ class Workload:
 def make_workload(
     shape: Shape, dtype: torch.dtype, device: str, seed: int, rotation: int = MIN_ROTATION_BYTES
 ) -> Workload:
-    """Draw inputs: pages in random order, block tables over `rotation` bytes of cache in all."""
+    """Random inputs: pages in random order, block tables over `rotation` bytes of cache in all."""
     gen = torch.Generator(device).manual_seed(seed)
 
     def randn(*size: int) -> Tensor:
@@ -102,7 +103,7 @@ def make_workload(
 
 
 def quantise(cache: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
-    """Return the FP8 form of a 16-bit cache and its scales `[pages, L, page_size]`."""
+    """The FP8 form of a 16-bit cache, and its scales `[pages, L, page_size]` float32."""
     pages, page_size = cache.shape[:2]
     latents, rope = split_cache(cache, shape.rope_dim)
     out = torch.empty(

@@ -1,4 +1,4 @@
-"""Decoding over a paged key/value cache of grouped-query attention, to compare latents with."""
+"""Grouped-query decoding over a paged key/value cache, for comparison with latent attention."""
 
 from mlra_kernels.grouped_decode.ops import grouped_decode
 

@@ -1,7 +1,7 @@
 """Triton kernel of grouped-query decoding, split over a sequence's tokens.
 
 Letters: b sequences, H query heads, K key/value heads, J = H / K, D head dim, N tokens of a tile,
-P parts a sequence is cut into.
+P parts per sequence.
 """
 
 import triton
@@ -34,7 +34,7 @@ def grouped_decode_kernel(
 ):
     """One part of one sequence for the J query heads of a key head; grid (P, K, b).
 
-    A length that the table cannot hold gives NaN; page ids outside of the cache read some page.
+    A length beyond the table gives NaN. A page id outside the cache reads some page of the cache.
     """
     part, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     parts, batch = tl.num_programs(0), tl.num_programs(2)
@@ -67,11 +67,11 @@ def grouped_decode_kernel(
         total = total * kept + tl.sum(p, 1)
         acc = acc * kept[:, None] + tl.dot(p.to(v.dtype), v)
         best = new
-    # A part without tokens: 0 and -inf, which merging leaves out.
+    # A part without tokens gives 0 and -inf, which merging ignores.
     safe = tl.where(total > 0, total, 1.0)
     at = (part.to(tl.int64) * batch + b) * HEADS + heads
     lse = tl.where(total > 0, (best + tl.log2(safe)) * 0.6931471805599453, float("-inf"))
-    # A length that cannot be: NaN with a weight, which merging keeps.
+    # An impossible length gives NaN with a finite weight, which merging keeps.
     tl.store(lse_ptr + at, tl.where(held, lse, 0.0), mask=rows < J)
     acc = tl.where(held, acc / safe[:, None], float("nan")).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + at[:, None] * D + dims, acc, mask=rows[:, None] < J)

@@ -1,4 +1,4 @@
-"""Public operation of grouped-query decoding: checks, launch, merging of a sequence's parts."""
+"""The public function of grouped-query decoding: checks, launch, merging of parts."""
 
 import math
 
@@ -13,8 +13,9 @@ from mlra_kernels.latent_decode.ops import merge_states
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 MAX_GROUP = 128
-"""Query heads that a key head serves."""
-MIN_TOKENS = 256  # fewest tokens worth a part of their own
+"""Most query heads per key head."""
+MIN_TOKENS = 256
+"""Least tokens of a part, except the last."""
 
 
 def grouped_decode(
@@ -27,21 +28,21 @@ def grouped_decode(
     *,
     backend: str = "mlra_kernels",
 ) -> tuple[Tensor, Tensor]:
-    """Attend from one new token a sequence to a paged cache of keys and values.
+    """Attend from one new token per sequence to a paged cache of keys and values.
 
     Args:
         q: `[b, H, D]` bf16 or fp16, rotated; query head i reads key head `i // (H / K)`.
         keys, values: `[pages, page_size, K, D]`, contiguous, in q's dtype; page_size a multiple of
             64 and D one of 16, 32, 64, 128, 256 for 'mlra_kernels'.
-        block_table: `[b, max_pages]` int32; entries past a sequence's length are not read.
-        cache_seqlens: `[b]` int32 lengths, the new token included; 0 gives 0, and a length that
-            the table cannot hold NaN ('torch' raises).
+        block_table: `[b, max_pages]` int32; entries beyond a sequence's length are not read.
+        cache_seqlens: `[b]` int32 lengths, the new token included. Length 0 gives 0; a length
+            beyond the table gives NaN ('torch' raises ValueError).
         softmax_scale: factor of the scores.
         backend: 'mlra_kernels' (CUDA) or 'torch' (the reference, any device).
 
     Returns:
-        out `[b, H, D]` and the natural log-sum-exp `[b, H]` fp32, -inf of no token and without
-        meaning where out is NaN.
+        out `[b, H, D]` in q's dtype, and the natural log-sum-exp `[b, H]` fp32: -inf for length 0,
+        meaningless where out is NaN.
 
     Raises:
         ValueError: an argument does not fit; the message names the value and the fix.

@@ -1,4 +1,4 @@
-"""Pure torch reference of grouped-query decoding, fp32 inside; runs on any device.
+"""Plain torch reference of grouped-query decoding, fp32 inside, on any device.
 
 Letters: b sequences, H query heads, K key/value heads, D head dim, t cached tokens.
 """
@@ -17,7 +17,7 @@ def grouped_decode_reference(
     cache_seqlens: Tensor,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """One query token a sequence over its cached tokens; arguments as in `ops.grouped_decode`."""
+    """Arguments and results as in `ops.grouped_decode`."""
     out = torch.zeros_like(q)
     lse = torch.full(q.shape[:2], -torch.inf, device=q.device)
     page_size, kv_heads = keys.shape[1:3]

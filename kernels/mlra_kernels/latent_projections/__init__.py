@@ -1,4 +1,4 @@
-"""Training in latent space: the passes around the core attention, each one read and one write."""
+"""Training in latent space: the operations around the core, each with one read and one write."""
 
 from mlra_kernels.latent_projections.ops import join_keys, rms_norm, rotate_absorb, sum_branches
 

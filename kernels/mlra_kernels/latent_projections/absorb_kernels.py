@@ -1,7 +1,8 @@
 """Absorbed queries and the branch sum: small matrix products fused with the copies around them.
 
-Letters: t tokens (s * b, token i at position i // b), n branches, h heads, e = nope + rope, l
-latent dim, v value dim. Programs take (block of tokens, head); dims are padded to powers of two.
+Letters: t tokens (s * b; token i has position i // b), n branches, h heads, e = nope + rope, l
+latent dim, v value dim. A program computes (block of tokens, head). Dims are padded to powers of
+two.
 """
 
 from __future__ import annotations
@@ -134,8 +135,8 @@ def pair_weight_gradient(
 ):  # fmt: skip
     """Partial sums over tokens of a_i^T b_b,i for every (branch, head) pair.
 
-    a `[t, h, a_row]` (its first `rows` used), b `[t, n, h, b_row]` (its first l used)
-    -> out `[parts, n * h, rows, l]` in float32; program (pair, part) sums tokens
+    a `[t, h, a_row]` (the first `rows` columns), b `[t, n, h, b_row]` (the first l columns)
+    -> out `[parts, n * h, rows, l]` in float32. Program (pair, part) sums over the tokens
     `[part * span, (part + 1) * span)`.
     """
     pair, part = tl.program_id(0), tl.program_id(1)

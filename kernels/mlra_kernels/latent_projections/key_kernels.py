@@ -1,4 +1,7 @@
-"""Absorbed keys `[c_l | rotated k_rope]`: one pass over the latents and the shared RoPE key."""
+"""Absorbed keys `[c_l | rotated k_rope]`, in one pass over the latents and the RoPE key.
+
+Letters: t tokens (s * b; token i has position i // b), `heads` latent heads, l latent dim.
+"""
 
 from __future__ import annotations
 

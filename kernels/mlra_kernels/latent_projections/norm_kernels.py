@@ -1,6 +1,6 @@
-"""RMSNorm of the equal parts of a row, times weight and scale: one pass forward, one backward.
+"""RMSNorm of equal parts of a row, times weight and scale: one pass forward, one pass backward.
 
-A program takes a block of tokens of one part. Statistics in float32.
+A program computes a block of tokens of one part. Statistics are in float32. Letters: t tokens.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def rms_norm_backward(
 ):  # fmt: skip
     """grad `[t, parts, width]` -> grad_x, and grad_weight `[programs, parts, width]` in float32.
 
-    With y = x r, r = rsqrt(mean x^2 + eps): dx = r (g w - y mean(g w y)), dw = sum over tokens g y.
-    A program takes `span` tokens, T at a time.
+    With y = x r and r = rsqrt(mean x^2 + eps): dx = r (g w - y mean(g w y)), and dw is the sum of
+    g y over tokens. A program reads `span` tokens, T at a time.
     """
     block, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     i = tl.arange(0, WIDTH)

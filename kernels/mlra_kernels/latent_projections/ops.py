@@ -1,10 +1,10 @@
-"""The operations, differentiable, each in the form and with the rounding points of plain torch.
+"""The differentiable operations around the core, with the rounding points of plain torch.
 
 Letters: s tokens, b batch, n branches, h attention heads, g head groups, l latent dim, `nope`,
-`rope`, v head dims. Inputs on one GPU in one dtype (float32, bfloat16, float16); cos and sin
-`[s, rope / 2]` contiguous in float32; products accumulate in float32. Gradients are exact and
-repeatable: no atomic additions. Every operation raises ValueError for an argument that does not fit
-the others, in one line that names the value and the fix.
+`rope`, v head dims. Inputs are on one GPU in one dtype (float32, bfloat16, float16); cos and sin
+are `[s, rope / 2]`, contiguous, in float32. Products accumulate in float32. Gradients are
+reproducible, without atomic additions. Every operation raises ValueError if an argument does not
+fit, in one line that names the value and the fix.
 """
 
 from __future__ import annotations
@@ -18,31 +18,30 @@ from mlra_kernels import checks
 from mlra_kernels.latent_projections import absorb_kernels, key_kernels, norm_kernels
 
 WARPS = 8
-"""Of the matrix kernels."""
+"""Warps of the matrix kernels."""
 
 TILES = ((128, 3), (128, 2), (64, 2), (64, 1), (32, 1), (16, 1))
-"""(tokens of a program, pipeline stages) of the matrix kernels, best first."""
+"""(Tokens of a program, pipeline stages) of the matrix kernels, best first."""
 
 SHARED_BYTES = 200 * 1024
-"""What the tiles of all stages may take of a multiprocessor's shared memory."""
+"""Most shared memory of a multiprocessor for the tiles of all stages."""
 
 PROGRAMS = 396
-"""What a GPU runs at once: three programs of the reducing kernels on each of 132 multiprocessors,
-so that none waits for another."""
-
+"""Programs of the reducing kernels that a GPU runs at once: 3 on each of 132 multiprocessors."""
 
 MAX_WIDTH = 65536
-"""Numbers of a part that one program norms."""
+"""Most numbers of a part, which one program normalises."""
 
 
 def rotate_absorb(q: Tensor, w_uk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Absorbed queries `[q_i^nope W_UK_b,i | rotated q_i^rope]` of every (branch, head) pair.
+    """Absorbed queries `[q_i^nope w_uk_b,i | rotated q_i^rope]` of every (branch, head) pair.
 
     Args:
-        q: `[s, b, h, nope + rope]`, not yet rotated; w_uk: `[n, h, nope, l]`, rows of l contiguous.
+        q: `[s, b, h, nope + rope]`, not yet rotated.
+        w_uk: `[n, h, nope, l]`, last dim contiguous.
 
     Returns:
-        `[s, b, n * h, l + rope]`, branch-major. Only the arguments are kept for backward.
+        `[s, b, n * h, l + rope]`, branch-major. Only the arguments are saved for backward.
     """
     _check(q=q, w_uk=w_uk)
     checks.check_tensors(q=q, cos=cos, sin=sin)
@@ -62,7 +61,8 @@ def join_keys(latents: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor) -> Tens
     """Absorbed keys `[c_l | rotated k_rope]`.
 
     Args:
-        latents: `[s, b, n, g, l]`; k_rope: `[s, b, rope]`, not yet rotated.
+        latents: `[s, b, n, g, l]`.
+        k_rope: `[s, b, rope]`, not yet rotated.
 
     Returns:
         `[s, b, n * g, l + rope]`.
@@ -82,7 +82,8 @@ def join_keys(latents: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor) -> Tens
 
 
 def sum_branches(z: Tensor, w_uv: Tensor, scale: float) -> Tensor:
-    """scale sum_b z_b,i W_UV_b,i: `[s, b, n, h, l]`, `[n, h, v, l]` -> `[s, b, h, v]`."""
+    """scale * the sum over branches b of z_b,i w_uv_b,i^T: z `[s, b, n, h, l]`, w_uv
+    `[n, h, v, l]` -> `[s, b, h, v]`."""
     _check(z=z, w_uv=w_uv)
     checks.check_number("scale", scale)
     checks.check_dims("z", z, "[s, b, n, h, l]")
@@ -99,7 +100,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, scale: float = 1.0) -> Tenso
     """x / sqrt(mean(x^2) + eps) * weight * scale over the last dim.
 
     Args:
-        x: `[..., parts, width]`; weight: `[parts, width]`.
+        x: `[..., parts, width]`.
+        weight: `[parts, width]`, in any float dtype.
     """
     _check(x=x)
     checks.check_tensors(x=x, weight=weight)
@@ -116,7 +118,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, scale: float = 1.0) -> Tenso
 
 
 def _check(**tensors: Tensor) -> None:
-    """Raise ValueError unless all are of one float dtype, not empty and on one GPU."""
+    """Raise ValueError unless all are of one float dtype, not empty, and on one GPU."""
     checks.check_tensors(**tensors)
     first, *others = tensors
     x = tensors[first]
@@ -142,12 +144,12 @@ def _check_weight(name: str, w: Tensor, dims: str, heads: int) -> None:
 
 
 def _pad(size: int) -> int:
-    """The block that holds `size` numbers: a power of two that the matrix unit takes."""
+    """The block size for `size` numbers: a power of two, at least 16 as matrix units need."""
     return max(16, triton.next_power_of_2(size))
 
 
 def _tile(x: Tensor, rows: int, l: int) -> tuple[int, int]:
-    """The first of TILES whose weight and token tiles fit."""
+    """The first of TILES whose weight and token tiles fit into shared memory."""
     for tokens, stages in TILES:
         if (_pad(rows) + tokens) * _pad(l) * x.element_size() * stages <= SHARED_BYTES:
             return tokens, stages
@@ -155,7 +157,7 @@ def _tile(x: Tensor, rows: int, l: int) -> tuple[int, int]:
 
 
 def _on(tensor: Tensor):
-    """Launch on the GPU of `tensor`, whichever is current."""
+    """Inside the block the current GPU is that of `tensor`, on which kernels are launched."""
     return torch.cuda.device_of(tensor)
 
 
@@ -233,7 +235,16 @@ def _launch_sum(kernel, x: Tensor, w_uv: Tensor, out: Tensor, scale: float) -> N
 
 
 def _pair_weight_gradient(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
-    """Sum over tokens of a_i^T b_b,i: `[s, b, h, >= rows]`, `[s, b, n (*) h, >= l]` -> `shape`."""
+    """Sum over tokens of a_i^T b_b,i.
+
+    Args:
+        a: `[s, b, h, >= rows]`.
+        b: `[s, b, n * h, >= l]` or `[s, b, n, h, >= l]`.
+        shape: (n, h, rows, l).
+
+    Returns:
+        `[n, h, rows, l]` float32.
+    """
     n, h, rows, l = shape
     tokens = a.size(0) * a.size(1)
     step = 64 // a.element_size()
@@ -318,7 +329,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _rows(x: Tensor, parts: int, width: int) -> Tensor:
-    """`[..., parts, width]` -> `[t, parts, width]` with each token's numbers contiguous."""
+    """`[..., parts, width]` -> `[t, parts, width]`, contiguous within each token."""
     x = x.reshape(-1, parts, width)
     return x if x.stride()[1:] == (width, 1) else x.contiguous()
 

@@ -1,4 +1,4 @@
-"""Pure torch references of the passes around the core, fp32 inside; differentiable, any device.
+"""Plain torch references of the operations around the core: fp32, differentiable, any device.
 
 Letters: s tokens, b batch, n branches, h attention heads, g head groups, l latent dim, `nope`,
 `rope`, v head dims. Results have the dtype of the first argument.

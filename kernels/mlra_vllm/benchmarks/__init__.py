@@ -1,1 +1,1 @@
-"""What vLLM takes to serve these models: `python -m mlra_vllm.benchmarks.steps`."""
+"""Benchmark of these models in vLLM: `python -m mlra_vllm.benchmarks.steps`."""

@@ -1,4 +1,4 @@
-"""Models of 2.9 B parameters by their config.json alone: weights are random."""
+"""Models of 2.9 B parameters, as config.json files without weights."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gla2": _latent(2, 1, 1024, 10048),
     "gqa6": {**_COMMON, **_LLAMA, "num_key_value_heads": 6, "intermediate_size": 9728},
 }
-"""The presets of these names, as they are exported."""
+"""Name -> the config.json of the exported 2.9B preset."""
 
 
 def write_shape(name: str, folder: Path, positions: int) -> None:
-    """A folder that vLLM opens with `load_format="dummy"`, for sequences of `positions` tokens."""
+    """Write a folder for vLLM's `load_format="dummy"`, for up to `positions` tokens."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {**SHAPES[name], "max_position_embeddings": positions}
     (folder / "config.json").write_text(json.dumps(config))

@@ -1,11 +1,11 @@
 """Milliseconds of vLLM's decoding steps, cache size, time of a long prompt, throughput.
 
-Models of 2.9 B parameters with random weights; each model and runner in a process of its own. A
-decoding step is timed as a user sees it, from one token of all sequences to the next, scheduler and
-sampling included, and as the GPU sees it, one replay of the step's CUDA graph (without the output
-projection and sampling, which vLLM keeps outside). The sequences' caches are not computed: vLLM's
-prefix cache is told that they are, and the pages hold random numbers, as times do not depend on
-their values. Every sequence has pages of its own.
+Models have 2.9 B parameters with random weights; each model and runner has its own process. A
+decoding step is timed in two ways: from one token of all sequences to the next, with scheduler and
+sampling; and on the GPU, as one replay of the step's CUDA graph, without the output projection and
+sampling, which vLLM keeps outside the graph. The sequences' caches are not computed. They are
+declared to vLLM's prefix cache, and their pages hold random numbers: times do not depend on the
+values. Every sequence has its own pages.
 
 Usage: python -m mlra_vllm.benchmarks.steps --models mlra4 gqa6 --json FILE
 """
@@ -25,18 +25,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from mlra_kernels.benchmarks.output import output_file
+from mlra_kernels.benchmarks.report import output_file
 from mlra_vllm.benchmarks import workers
 from mlra_vllm.benchmarks.shapes import SHAPES, write_shape
 
 K = 1024
 STEPS, WARM = 48, 8
-"""Steps timed, and those before them."""
+"""Timed steps, and steps before them."""
 ENVIRONMENT = {
-    # Scheduler and prefix cache in this process, where they can be told what is cached.
+    # Scheduler and prefix cache in this process, so that caches can be declared.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-    # Functions of workers.py travel to the workers.
+    # The functions of workers.py are sent to vLLM's workers.
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -44,12 +44,12 @@ ENVIRONMENT = {
 
 
 def size(text: str) -> int:
-    """A number of tokens: 2048 or 2K."""
+    """A number of tokens, written 2048 or 2K."""
     return int(text[:-1]) * K if text[-1:] in "kK" else int(text)
 
 
 def case(text: str) -> tuple[int, int]:
-    """(batch, context) of e.g. 32x8K."""
+    """(batch, context) of a text such as 32x8K."""
     batch, _, context = text.partition("x")
     return int(batch), size(context)
 
@@ -99,7 +99,7 @@ def main() -> None:
 
 
 def _child(model: str, runner: int, args: argparse.Namespace) -> dict[str, Any]:
-    """One model's record, from a process of its own."""
+    """The record of one model, measured in its own process."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "record.json"
         command = [sys.executable, "-m", "mlra_vllm.benchmarks.steps", *sys.argv[1:]]
@@ -117,7 +117,7 @@ def _child(model: str, runner: int, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(model: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Everything asked for, of one model in this process."""
+    """Measure one model in this process; returns its record."""
     import vllm
 
     contexts = [context for _, context in args.contexts]
@@ -184,7 +184,7 @@ def _greedy(new: int) -> Any:
 
 
 def decoding(llm: Any, batch: int, context: int) -> dict[str, Any]:
-    """Steps of `batch` sequences that reach `context` tokens."""
+    """Time decoding steps of `batch` sequences around `context` tokens."""
     prompts = [_tokens(context - WARM - STEPS // 2, seed) for seed in range(batch)]
     _declare_cached(llm, prompts)
     engine, params = llm.llm_engine, _greedy(WARM + STEPS + WARM)
@@ -209,14 +209,14 @@ def decoding(llm: Any, batch: int, context: int) -> dict[str, Any]:
         "ms": statistics.mean(gaps),
         "median_ms": statistics.median(gaps),
         "graph_ms": statistics.median(replays[-STEPS:]) if replays else None,
-        # About one where a decoding step is one graph; as many as layers where it is in pieces.
+        # About 1 if a decoding step is one graph, the number of layers if it is in pieces.
         "replays_per_step": round(len(replays) / steps, 2),
         "cached_tokens": min(cached),
     }
 
 
 def _declare_cached(llm: Any, prompts: list[list[int]]) -> None:
-    """Let vLLM's prefix cache hold these prompts' pages without computing them."""
+    """Declare these prompts' pages to vLLM's prefix cache without computing them."""
     from vllm.v1.request import Request
 
     core = llm.llm_engine.engine_core.engine_core
@@ -233,7 +233,7 @@ def _declare_cached(llm: Any, prompts: list[list[int]]) -> None:
 
 
 def prompt(llm: Any, tokens: int, chunk: int) -> dict[str, Any]:
-    """Seconds until the first token behind a prompt, its kernels compiled before."""
+    """Seconds until the first token after a prompt, with compiled kernels."""
     for seed, count in ((1, min(tokens, 2 * chunk + 999)), (2, tokens)):
         llm.reset_prefix_cache()
         start = time.perf_counter()
@@ -243,7 +243,11 @@ def prompt(llm: Any, tokens: int, chunk: int) -> dict[str, Any]:
 
 
 def throughput(llm: Any, count: int, given: int, new: int) -> dict[str, Any]:
-    """All requests handed over at once."""
+    """Requests and tokens per second of `count` requests that arrive at once.
+
+    Args:
+        given, new: tokens of each prompt, and tokens generated for it.
+    """
     prompts = [{"prompt_token_ids": _tokens(given, 1000 + i)} for i in range(count)]
     llm.generate(prompts[:8], _greedy(8), use_tqdm=False)
     llm.reset_prefix_cache()
@@ -263,7 +267,7 @@ def throughput(llm: Any, count: int, given: int, new: int) -> dict[str, Any]:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Markdown, one row per model."""
+    """A Markdown table, one row per model."""
     cases = list(
         dict.fromkeys(
             (s["batch"], s["context"]) for record in records for s in record.get("steps", ())

@@ -1,4 +1,4 @@
-"""What the benchmark asks of vLLM's workers: functions that run in them, one on each rank."""
+"""Functions that the benchmark runs in vLLM's workers, on every rank."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
 
 def fill_cache(worker: Any, seed: int) -> None:
-    """Random numbers in the whole cache, in place of prefilling it."""
+    """Fill the whole cache with random numbers, instead of a prefill."""
     torch.manual_seed(seed)
     for layer in _layers(worker):
         cache = layer.kv_cache
@@ -19,7 +19,7 @@ def fill_cache(worker: Any, seed: int) -> None:
             cache.normal_()
             continue
         rows, scales = layer.cache_views(cache)
-        # Any finite e4m3 number; the RoPE key behind them is bfloat16.
+        # Bytes below 0x78 are finite in e4m3. The RoPE key after them is bfloat16.
         rows.view(torch.uint8).random_(0, 0x78)
         key = rows.view(torch.uint8)[..., -2 * layer.rope_dim :].view(torch.bfloat16)
         key.copy_(torch.randn(key.shape, device=key.device))
@@ -57,7 +57,7 @@ def facts(worker: Any) -> dict[str, Any]:
 
 
 def time_graphs(worker: Any) -> None:
-    """From now on, time every replay of a CUDA graph on the device."""
+    """Start to time every replay of a CUDA graph on the device."""
     _events.clear()
 
     def timed(graph: torch.cuda.CUDAGraph) -> None:
@@ -71,7 +71,7 @@ def time_graphs(worker: Any) -> None:
 
 
 def graph_times(worker: Any) -> list[float]:
-    """Milliseconds of each replay since `time_graphs`, which ends."""
+    """Stop timing; returns the milliseconds of each replay since `time_graphs`."""
     torch.cuda.CUDAGraph.replay = _REPLAY
     torch.cuda.synchronize()
     times = [start.elapsed_time(end) for start, end in _events]
@@ -80,7 +80,7 @@ def graph_times(worker: Any) -> list[float]:
 
 
 def peak_bytes(worker: Any) -> int:
-    """The largest allocation since the start."""
+    """The largest allocation on the device since the start."""
     return torch.cuda.max_memory_allocated()
 
 

@@ -38,9 +38,7 @@ class Case:
     cache_dtype: str = "auto"
 
 
-def random_reader(
-    model: ModelDescription, device: str, dtype: torch.dtype = torch.bfloat16, seed: int = 1
-) -> Callable[[str], Tensor]:
+def random_reader(model: ModelDescription, device: str, seed: int = 1) -> Callable[[str], Tensor]:
     """A function name -> random global tensor: N(0, 0.02^2), norms 1 + N(0, 0.1^2). The tensors
     depend only on the seed."""
     shapes = expected_tensors(model)
@@ -50,7 +48,7 @@ def random_reader(
         generator = torch.Generator(device).manual_seed(seed * 1_000_003 + order[name])
         out = torch.randn(shapes[name], generator=generator, device=device, dtype=torch.bfloat16)
         out.mul_(0.1 if "norm" in name else 0.02)
-        return out.add_(1.0 if "norm" in name else 0.0).to(dtype)
+        return out.add_(1.0 if "norm" in name else 0.0)
 
     return read
 

@@ -52,11 +52,10 @@ class Result:
     """Mean loss of the step after the timed ones."""
 
 
-def matmul_tflops(size: int = 8192, repeats: int = 10) -> float:
+def matmul_tflops() -> float:
     """TFLOP/s of a square bf16 product of random matrices, from the median of single timings."""
-    if not torch.cuda.is_available():
-        size, repeats = 512, 3
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    on_gpu = torch.cuda.is_available()
+    size, repeats, dtype = (8192, 10, torch.bfloat16) if on_gpu else (512, 3, torch.float32)
     a, b = (torch.randn(size, size, dtype=dtype).cuda() for _ in range(2))
     times = time_calls(lambda: a @ b, repeats, 3)
     return 2 * size**3 / median(times) / 1e9

@@ -93,7 +93,7 @@ def entries(folder: Path, needed: tuple[str, ...] = MEGATRON) -> dict[str, str] 
     for name, digest in files.items():
         # A lone surrogate can be in no file name, and cannot be printed.
         if Path(name).name != name or not name.isprintable() or not isinstance(digest, str):
-            raise CheckpointError(f"{MANIFEST} names what is no file of the folder")
+            raise CheckpointError(f"{MANIFEST} has an entry that is no file of the folder")
     for name in needed:
         if name not in files:
             raise CheckpointError(f"{MANIFEST} has no entry of {name}")

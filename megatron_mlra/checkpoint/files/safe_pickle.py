@@ -190,7 +190,7 @@ class _Reader(pickle._Unpickler):
         if isinstance(func, Named):
             return self._make_inert(func.name, args)
         if not any(func is known for known in CALLED.values()):
-            raise ValueError("a pickle that calls what is no constructor")
+            raise ValueError("a pickle that calls something other than an allowed constructor")
         if func is collections.OrderedDict:
             if args != ():
                 raise ValueError("a pickle that fills a dictionary by a call")
@@ -259,7 +259,7 @@ class _Reader(pickle._Unpickler):
         if isinstance(made, Inert):
             return check_build(made, state)
         if not any(type(made) is known for known in BUILT.values()):
-            raise ValueError("a pickle that changes what is no object of it")
+            raise ValueError("a pickle that sets the state of an object of another type")
         if isinstance(made, metadata.TensorProperties):
             kinds = (torch.dtype, torch.layout, bool, metadata._MEM_FORMAT_ENCODING, bool)
             if type(state) is not tuple or tuple(map(type, state)) != kinds:
@@ -284,7 +284,7 @@ class _Reader(pickle._Unpickler):
         if type(into) is list:
             into.extend(items)
         elif not isinstance(into, Inert):
-            raise ValueError("a pickle that appends to what is no list")
+            raise ValueError("a pickle that appends to something other than a list")
 
     def load_setitem(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
@@ -302,7 +302,7 @@ class _Reader(pickle._Unpickler):
         into = self.stack[-1]
         inert = isinstance(into, Inert)
         if (not inert and type(into) not in (dict, collections.OrderedDict)) or len(items) % 2:
-            raise ValueError("a pickle that sets items of what is no dictionary")
+            raise ValueError("a pickle that sets items of something other than a dictionary")
         for i in range(0, len(items), 2):
             key = items[i]
             if type(key) is not str:
@@ -314,7 +314,7 @@ class _Reader(pickle._Unpickler):
         items = self.pop_mark()
         into = self.stack[-1]
         if type(into) is not set and not isinstance(into, Inert):
-            raise ValueError("a pickle that adds to what is no set")
+            raise ValueError("a pickle that adds to something other than a set")
         for item in items:
             self._check_key(item)
         if type(into) is set:

@@ -12,8 +12,7 @@ import numpy as np
 
 from megatron_mlra.command_line import parser as command_line
 from megatron_mlra.command_line.parser import OneLineParser
-from megatron_mlra.command_line.threads import wait_passively
-from megatron_mlra.evaluation.inputs import add_inputs, exit_code, read_inputs
+from megatron_mlra.evaluation.inputs import add_inputs, read_inputs, run
 
 LONGEST = 1024
 """Most tokens per window by default: the cost of attention is quadratic in the window."""
@@ -55,9 +54,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, or 2 for wrong input."""
-    wait_passively()
-    args = parser().parse_args(argv)
-    return exit_code(lambda: _run(args))
+    return run(parser(), _run, argv)
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Save a tiny model in one layout, load it in others, and compare logits: one JSON a case.
+"""Save a tiny model in one layout, load it in others, and compare logits: one JSON per case.
 
 Usage: python -m support.drivers.checkpoint FOLDER
 """

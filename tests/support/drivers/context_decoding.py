@@ -1,4 +1,4 @@
-"""Requests served by ranks among which tokens are cut, against the same requests on one rank.
+"""Compare requests served with context parallelism with the same requests served by one rank.
 
 Usage: python -m support.drivers.context_decoding FOLDER. Each case leaves `NAME-RANK.json`.
 """
@@ -49,7 +49,7 @@ def cases() -> list[tuple[int, int, str, str, str]]:
 
 
 def case_name(case: tuple[int, int, str, str, str]) -> str:
-    """A case's file, without the rank."""
+    """Name of a case's files, without the rank."""
     return "-".join(map(str, case))
 
 
@@ -65,15 +65,19 @@ def random_tensors(name: str) -> dict[str, torch.Tensor]:
 
 
 def serve(name: str, cache_dtype: str, parallel: TensorParallel | None, mode: str):
-    """The engine behind six requests: shorter than a page and longer, more than run together,
-    prompts cached in chunks beside others that decode, one cancelled, one sampled; all but one
-    begin a page as they decode."""
+    """Serve six requests, more than run together: shorter and longer than a page, with prompts
+    cached in chunks while others decode, one cancelled, one sampled; all but one begin a page as
+    they decode.
+
+    Returns:
+        the engine, the requests, and the most pages held at once on each rank.
+    """
     options = LoadOptions(
         cache_tokens=20 * PAGE, page_size=PAGE, backend="torch", weight_mode=mode,
         cache_dtype=cache_dtype,
     )  # fmt: skip
     model = load_model(MODELS[name], random_tensors(name).__getitem__, options, parallel=parallel)
-    # What was never written must never count.
+    # Memory that was never written must not influence results.
     model.cache.data.fill_(float("nan"))
     engine = Engine(Runner(model, max_batch=4, max_pages=12), chunk_size=40)
     rng = random.Random(11)
@@ -98,7 +102,7 @@ def serve(name: str, cache_dtype: str, parallel: TensorParallel | None, mode: st
 
 
 def run_case(case: tuple[int, int, str, str, str], folder: Path) -> dict[str, Any]:
-    """One rank's differences to one rank alone."""
+    """This rank's differences to a single rank's results."""
     tp, context, name, mode, cache_dtype = case
     parallel = TensorParallel.over_world(MODELS[name], context)
     assert (parallel.size, parallel.context) == (tp, context)

@@ -1,9 +1,10 @@
-"""Build every distinct rank of the 70 B preset's TP8 x PP8 x DP16 in one process; facts as JSON.
+"""Build every distinct rank of the 70 B preset at TP8 x PP8 x DP16 in one process, and write facts
+as JSON.
 
-The real entry's arguments, model builder and layer specs run on meta tensors. Process groups are
-torch's fake ones, which know their ranks and send nothing: for each (TP, PP) coordinate Megatron
-initialises as one of the world's 1,024 ranks, and the data-parallel ranks beside it, which hold the
-same model, differ only in their data-parallel group.
+The arguments, model builder and layer specs of the real entry run on meta tensors. Process groups
+are torch's fake groups, which know their ranks and send nothing. For each (TP, PP) coordinate,
+Megatron is initialised as one of the world's 1,024 ranks. The other data parallel ranks at that
+coordinate hold the same model and differ only in their data parallel group.
 
 Usage: python -m support.drivers.dry_run FOLDER
 """
@@ -69,7 +70,7 @@ def rank_id(tp: int, dp: int, pp: int) -> int:
 
 
 def entry_model() -> tuple[Namespace, Any]:
-    """What pretrain_mlra.py does up to the model."""
+    """The model as pretrain_mlra.py builds it."""
     from megatron_mlra.training import arguments
     from megatron_mlra.training import steps as model
 
@@ -80,7 +81,7 @@ def entry_model() -> tuple[Namespace, Any]:
 
 
 def one_rank(args: Namespace, builder: Any) -> tuple[dict[str, Any], list[list[Any]]]:
-    """Facts of the current rank, and its checkpoint entries as each data-parallel rank has them."""
+    """Facts of the current rank, and its checkpoint entries as each data parallel rank has them."""
     import torch
     from megatron.core import parallel_state as mpu
     from megatron.core.dist_checkpointing.dict_utils import nested_values

@@ -1,5 +1,5 @@
-"""Exported models sharded over two gloo ranks by FSDP, fully_shard and gathering hooks: logits and
-gradients of each rank, and those of the same models whole.
+"""Shard exported models over two gloo ranks by FSDP, fully_shard and gathering hooks; write logits
+and gradients of each rank, and of the unsharded models.
 
 Usage: python -m support.drivers.fsdp FOLDER
 """
@@ -109,7 +109,7 @@ def _gather_in_forward(model: nn.Module) -> None:
                 weight.data = torch.cat(parts).view(like.shape)
 
             def leave(*_, weight=weight) -> None:
-                # Whoever reads it now gets no numbers.
+                # A read of the weight from now on must fail.
                 weight.data = torch.full_like(weight.data, float("nan"))
 
             leave()

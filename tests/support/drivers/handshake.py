@@ -1,8 +1,9 @@
-"""Starts ranks that do nothing but meet, each with a host name and mounts of its own.
+"""Starts ranks that only meet (the handshake at a run's start), each with its own host name and
+mounts.
 
-Reads one JSON world a line from stdin: the folder, the seconds, and a list of ranks, each {"host",
-"fingerprint", and what it does instead: "absent", "dies", "blind", "refuses"}. Answers with one
-JSON line: a list of what each rank came to.
+Reads one world per line from stdin, as JSON: the folder, the seconds, and a list of ranks, each
+{"host", "fingerprint", and optionally a fault: "absent", "dies", "blind" or "refuses"}. Answers
+with one JSON line: a list of each rank's outcome.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def main() -> None:
 
 
 def run(folder: str, seconds: float, ranks: list[dict]) -> list[dict | None]:
-    """Fork the ranks, gather what they say."""
+    """Fork the ranks and gather their outcomes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -48,7 +49,7 @@ def run(folder: str, seconds: float, ranks: list[dict]) -> list[dict | None]:
 
 
 def be(rank: int, world_size: int, folder: str, seconds: float, how: dict) -> dict:
-    """One rank: the hosts it met, or the line it was refused with."""
+    """Be one rank; its outcome is the hosts that it met, or the line with which it was refused."""
     os.unshare(os.CLONE_NEWUTS | os.CLONE_NEWNS)
     socket.sethostname(how["host"])
     shared_folder.PATIENCE = 1.0
@@ -71,7 +72,7 @@ def be(rank: int, world_size: int, folder: str, seconds: float, how: dict) -> di
     except ValueError as error:
         return {"line": str(error)}
     took = time.monotonic() - begin
-    # Rank 0 hosts the store, and goes on living in a run: here until no other asks any more.
+    # Rank 0 hosts the store. In a run rank 0 lives on; here it waits until no other rank asks.
     world.store.set(f"done/{rank}", "")
     if rank == 0:
         world.store.wait([f"done/{i}" for i in range(world_size)])

@@ -1,4 +1,4 @@
-"""Megatron's logits and gradients of the export tests' models, and their Megatron folders.
+"""Write Megatron's logits and gradients of the export tests' models, and their Megatron folders.
 
 Usage: python -m support.drivers.hf FOLDER
 """

@@ -1,4 +1,4 @@
-"""Cached decoding of every variant against Megatron's full forward, on 1, 2, 4 and 8 ranks.
+"""Compare cached decoding of every variant with Megatron's full forward, on 1, 2, 4 and 8 ranks.
 
 Usage: python -m support.drivers.inference FOLDER. One import of Megatron serves all worlds; each
 case leaves `NAME.json` with the largest logit difference of each check.
@@ -126,8 +126,8 @@ PARALLEL = {
 
 
 def parallel_cases() -> list[tuple[int, str, str]]:
-    """(ranks, model, weight mode): each model in each mode, each size in each mode; grouped
-    attention has one mode only."""
+    """(ranks, model, weight mode). Every model occurs in every mode, and every number of ranks with
+    every mode; grouped attention has only one mode."""
     found = []
     for name in dict.fromkeys(name for names in PARALLEL.values() for name in names):
         sizes = [tp for tp, names in PARALLEL.items() if name in names]
@@ -193,14 +193,14 @@ def build_megatron(name: str) -> tuple[dict[str, Tensor], Tensor]:
 
 
 class Session:
-    """Sequences decoded by hand, so that a test chooses chunks, batches and pages."""
+    """Decodes sequences without the scheduler, so that a test chooses chunks, batches and pages."""
 
     def __init__(self, name: str, tensors: dict[str, Tensor], cache_tokens: int, **more) -> None:
         parallel, static = more.pop("parallel", None), more.pop("static", False)
         options = LoadOptions(cache_tokens=cache_tokens, page_size=PAGE, backend="torch", **more)
         self.model = load_model(MODELS[name], tensors.__getitem__, options, parallel=parallel)
         self.model.static_decoding = static
-        # What was never written must never count.
+        # Memory that was never written must not influence results.
         self.model.cache.data.fill_(float("nan"))
         self.runner = Runner(self.model, max_batch=4, max_pages=64)
         self.pool = pool_for(self.model)
@@ -224,7 +224,8 @@ class Session:
 
 
 def check_decoding(name: str, tensors: dict[str, Tensor], full: Tensor, **more) -> dict[str, float]:
-    """Largest differences to the full forward: chunked prefill, lengths, ragged batch, reuse."""
+    """Check -> largest difference to the full forward: chunked prefill, decoding at several
+    lengths, a ragged batch, and reused pages."""
     session, sequences = Session(name, tensors, 4 * 320, **more), random_tokens()
     worst: dict[str, float] = {}
 
@@ -232,7 +233,7 @@ def check_decoding(name: str, tensors: dict[str, Tensor], full: Tensor, **more) 
         off = float((ours - expected).abs().max())
         worst[what] = max(worst.get(what, 0.0), off if off == off else float("inf"))
 
-    # Whole prompts and chunks of them, each in pages that another sequence has used.
+    # Whole and chunked prompts; each later one gets pages that another sequence has used.
     for chunk in (LENGTH, 64, 37):
         pages = session.pool.take(LENGTH)
         note("prefill", session.prefill(sequences[0], pages, chunk), full[0])
@@ -249,7 +250,8 @@ def check_decoding(name: str, tensors: dict[str, Tensor], full: Tensor, **more) 
 
 
 def _ragged(session: Session, sequences, full: Tensor, note, steps: int) -> None:
-    """Four lengths in one batch; one leaves, its pages go to another prompt, decoding goes on."""
+    """Decode a batch of four lengths. Halfway, one sequence leaves, another prompt gets its pages,
+    and decoding continues."""
     cached = [1, 16, 90, 200]
     pages = [session.pool.take(LENGTH) for _ in cached]
     chunks = [
@@ -273,7 +275,7 @@ def _ragged(session: Session, sequences, full: Tensor, note, steps: int) -> None
 
 
 def check_fp8(name: str, tensors: dict[str, Tensor], full: Tensor) -> dict[str, float]:
-    """Relative error of an FP8 cache's logits."""
+    """Relative error of the logits with an FP8 cache."""
     session, sequences = Session(name, tensors, 2 * 320, cache_dtype="fp8"), random_tokens()
     pages = session.pool.take(LENGTH)
     ours = session.prefill(sequences[0][:200], pages, 64)
@@ -283,7 +285,7 @@ def check_fp8(name: str, tensors: dict[str, Tensor], full: Tensor) -> dict[str, 
 
 
 def check_parallel(name: str, mode: str, tensors: dict[str, Tensor], full: Tensor) -> dict:
-    """As `check_decoding`, in short; on every rank of this world."""
+    """A short `check_decoding` on every rank of this world."""
     parallel = TensorParallel.over_world(MODELS[name])
     session = Session(name, tensors, 4 * 320, weight_mode=mode, parallel=parallel, static=True)
     sequences, worst = random_tokens(), {}
@@ -299,7 +301,8 @@ def check_parallel(name: str, mode: str, tensors: dict[str, Tensor], full: Tenso
 
 
 def check_routing() -> dict[str, bool]:
-    """Whether experts and weights of bfloat16 tokens are Megatron's router's, bit for bit."""
+    """Case -> whether the chosen experts and their weights equal those of Megatron's router bit for
+    bit, for bfloat16 tokens."""
     from megatron.core.transformer.moe.moe_utils import (
         router_gating_linear,
         topk_routing_with_score_function,
@@ -341,7 +344,7 @@ def check_routing() -> dict[str, bool]:
 
 
 def main(folder: Path) -> None:
-    """Run every case; a failing one is recorded and the others go on."""
+    """Run every case; the failure of a case is recorded, and the others run."""
     from megatron_mlra.training.cpu_backend import enable_cpu_backend
 
     enable_cpu_backend()

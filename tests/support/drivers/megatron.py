@@ -1,5 +1,5 @@
-"""Save tiny models of every variant as Megatron does at TP2, and mixtures of experts at EP2 too,
-beside their logits.
+"""Save tiny models of every variant by Megatron at TP2, and mixtures of experts also at EP2, with
+their logits.
 
 Usage: python -m support.drivers.megatron FOLDER
 """
@@ -107,7 +107,7 @@ def _save(folder: Path, rank: int, layout: dict[str, int], models: dict[str, Any
 
 
 def _arguments(config: Any) -> Any:
-    """What the trainer would have saved of its command line."""
+    """The arguments that the trainer would have saved."""
     import argparse
 
     import torch

@@ -1,8 +1,8 @@
-"""What a small real model holds in memory, for the planner to be held against.
+"""Measure the memory of a small real model, to compare the planner's estimate with.
 
-Usage: python -m support.drivers.memory FOLDER. Writes one JSON a case: bytes saved for backward at
-the end of the forward (unique storages, parameters not among them), sent over the context-parallel
-group, of the optimizer's state, of weights and gradient buffers.
+Usage: python -m support.drivers.memory FOLDER. Writes one JSON per case with bytes: saved for
+backward at the end of the forward (unique storages without parameters), sent over the context
+parallel group, of optimizer state, of weights, and of gradient buffers.
 """
 
 from __future__ import annotations
@@ -142,8 +142,8 @@ def measure(layout: Layout, overrides: dict[str, Any]) -> dict[str, int]:
 
 
 def count_context_traffic() -> list[float]:
-    """Bytes that this rank sends over its context-parallel group, collective by collective; a ring
-    passes (cp - 1) / cp of the whole."""
+    """Count the bytes that this rank sends over its context parallel group, per collective; a ring
+    sends (cp - 1) / cp of the whole."""
     context, sent = mpu.get_context_parallel_group(), []
 
     def counted(collective, whole):
@@ -161,7 +161,8 @@ def count_context_traffic() -> list[float]:
 
 
 def optimizer_bytes(optimizer, weights: set[int]) -> int:
-    """Main weights in float32, where the model's are not, and Adam's moments."""
+    """Bytes of Adam's moments, and of float32 main weights where the model's weights are not
+    float32."""
     kept: dict[int, int] = {}
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         adam = part.optimizer

@@ -1,4 +1,4 @@
-"""One step of Muon in several layouts, from the same gradients: one file of updates a case.
+"""Take one step of Muon in several layouts from the same gradients: one file of updates per case.
 
 Usage: python -m support.drivers.muon FOLDER [PATTERN]
 """
@@ -74,7 +74,7 @@ class Case:
     config: dict[str, Any]
 
     def run(self, folder: Path, again: bool = False) -> None:
-        """Take the step and store the updates, and what the optimizer says of itself."""
+        """Take the step; write the updates and the optimizer's description of itself."""
         import torch
 
         from megatron_mlra.training import muon

@@ -1,4 +1,4 @@
-"""A checkpoint served by worlds of 1, 2 and 4 ranks, and the rehearsal of examples/one_host.
+"""Serve a checkpoint by worlds of 1, 2 and 4 ranks, and rehearse examples/one_host.
 
 Usage: python -m support.drivers.one_host FOLDER. `FOLDER/job.json` names the checkpoint and has the
 benchmark's arguments; each world leaves `served-RANKS-CONTEXT.json`, the benchmark its own file.

@@ -1,4 +1,4 @@
-"""Train the tiny model in many parallel layouts and compare each with one rank: one JSON a case.
+"""Train the tiny model in many parallel layouts and compare each with one rank: one JSON per case.
 
 Usage: python -m support.drivers.parity FOLDER [PATTERN]
 """
@@ -33,7 +33,7 @@ COPIES: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Case:
-    """One layout of one model, compared with `reference`'s single rank."""
+    """One layout of one model, to be compared with the single rank of `reference`."""
 
     name: str
     layout: dict[str, Any]
@@ -88,7 +88,8 @@ def cases() -> list[Case]:
         for tp in (2, 4):
             for style in ("head", "latent"):
                 if fits(VARIANTS[variant], tp, style):
-                    # Each two of variant, size, layout and sequence parallel meet.
+                    # Pairwise: every two values of variant, size, layout and sequence parallelism
+                    # occur together.
                     sp = (number + (tp == 4) + (style == "latent")) % 2 == 1
                     add(variant, {"tp": tp}, latent_tp_layout=style, sequence_parallel=sp)
     # More ranks than branches, more than latents of a branch.
@@ -268,7 +269,7 @@ def _clip_copies(folder: Path, rank: int) -> None:
         weights = [tiny.collect("weight")]
         largest = clip(tiny, None).largest
         watch = clip(tiny, 0.8 * min(largest), step=True)
-        clip(tiny, None)  # whose forward waits for weights that are still under way
+        clip(tiny, None)  # its forward waits for weights still being gathered
         weights.append(tiny.collect("weight"))
         after = clip(tiny, None).largest
         clip(tiny, None, step=True, learn=False)

@@ -1,11 +1,11 @@
 """Runs vLLM engines, one after another in one process: `python -m support.drivers.vllm_engine
 FOLDER` in vLLM's environment. Reads FOLDER/jobs.json, writes FOLDER/results.json.
 
-A job: `{"name", "model", "options": LLM's, "batches": [[prompt, ...], ...], "new", "scores",
-"page_bytes"}`. Each batch is generated at once, greedily. Its result holds tokens and
-log-probabilities, and what the scheduler did: tokens of each step, preemptions. `page_bytes` lists
-tensor parallel sizes: the result has the bytes that vLLM is asked for per page of a layer on one
-rank. A job that vLLM refuses has `error` instead.
+A job: `{"name", "model", "options": arguments of LLM, "batches": [[prompt, ...], ...], "new",
+"scores", "page_bytes"}`. The prompts of a batch are generated together, greedily. The result holds
+tokens, log-probabilities, the scheduler's tokens per step, and the number of preemptions.
+`page_bytes` lists tensor parallel sizes: for each, the result holds the bytes per page of a layer
+that one rank asks of vLLM. The result of a job that vLLM refuses holds only `error`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 class Watch:
-    """What the scheduler of an engine in this process hands out."""
+    """Records the decisions of an engine's scheduler in this process."""
 
     def __init__(self, llm: Any) -> None:
         self.steps: list[dict[str, int]] = []
@@ -92,7 +92,7 @@ def run(job: dict[str, Any], watched: bool) -> dict[str, Any]:
                 **(watch.report() if watch else {}),
             }
         )
-    # Workers of other ranks would stay, a gigabyte each.
+    # Otherwise workers of other ranks stay, with a gigabyte of memory each.
     llm.llm_engine.engine_core.shutdown()
     found["took_s"] = time.monotonic() - began
     return found
@@ -108,13 +108,13 @@ def _latent_layer(llm: Any) -> Any:
 
 
 def _runner(llm: Any) -> Any:
-    """What runs steps in this process."""
+    """vLLM's model runner in this process."""
     executor = llm.llm_engine.engine_core.engine_core.model_executor
     return getattr(executor.driver_worker.worker, "model_runner", None)
 
 
 def _page_bytes(llm: Any, tp: int) -> int:
-    """Of a layer on the last of `tp` ranks."""
+    """Bytes per page of a layer on the last of `tp` ranks."""
     from mlra_vllm.layer import LatentAttention
     from mlra_vllm.rope import rotary_tables
     from mlra_vllm.shard import plan
@@ -129,7 +129,8 @@ def _page_bytes(llm: Any, tp: int) -> int:
 
 
 def _log_probs(output: Any) -> list[float]:
-    """Of every token of prompt (from the second) and continuation, as far as they are there."""
+    """Log-probabilities of the prompt's tokens (from the second) and the continuation's tokens, if
+    present."""
     prompt = zip(output.prompt_token_ids, output.prompt_logprobs or [], strict=False)
     new = zip(output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True)
     return [found[token].logprob for token, found in (*prompt, *new) if found]
@@ -140,7 +141,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     results = {}
     for job in json.loads((folder / "jobs.json").read_text()):
-        # The scheduler is in this process unless tensor parallelism takes others.
+        # The scheduler is in this process unless tensor parallelism starts other processes.
         watched = job.get("options", {}).get("tensor_parallel_size", 1) == 1
         results[job["name"]] = run(job, watched)
         print(job["name"], json.dumps(results[job["name"]])[:150], flush=True)

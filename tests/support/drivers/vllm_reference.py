@@ -1,4 +1,4 @@
-"""Exports the models that vLLM serves in tests and asks transformers what they say:
+"""Exports the models that vLLM serves in tests, and writes transformers' results for them:
 `python -m support.drivers.vllm_reference FOLDER` writes FOLDER/NAME and FOLDER/reference.json."""
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Exported folders under DeepSpeed's ZeRO-3, as transformers loads them, on two gloo ranks:
-weights, losses and gradients beside those of the whole model; a step; generation. By hand, since
-DeepSpeed is no package of the project:
+"""Checks exported folders under DeepSpeed's ZeRO-3, as transformers loads them, on two gloo ranks:
+weights, losses and gradients against those of the unsharded model; a step; generation. Run by hand,
+because DeepSpeed is no dependency of the project:
 
     pip install --target SITE deepspeed einops hjson msgpack ninja py-cpuinfo
     PYTHONPATH=SITE DS_ACCELERATOR=cpu torchrun --standalone --nproc-per-node 2 \
@@ -20,7 +20,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 CONFIG = {
     "train_micro_batch_size_per_gpu": 1,
-    # Small weights too.
+    # Shard small weights too.
     "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
     "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
     "zero_force_ds_cpu_optimizer": False,
@@ -30,7 +30,7 @@ RANKS = 2
 
 def main(folders: list[str]) -> None:
     """Print a line per folder and rank."""
-    # An accelerator of its collectives, which it would compile while it starts.
+    # DeepSpeed would compile its own collectives at the start.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
     deepspeed.init_distributed("gloo")
     rank = torch.distributed.get_rank()
@@ -44,7 +44,7 @@ def tokens_of(rank: int) -> Tensor:
 
 
 def compare(folder: str, rank: int) -> str:
-    """What differs between the sharded model and the whole one."""
+    """The differences between the sharded and the unsharded model, in words."""
     whole = load(folder)
     losses = [whole(tokens_of(each), labels=tokens_of(each)).loss for each in range(RANKS)]
     (sum(losses) / RANKS).backward()

@@ -1,8 +1,9 @@
-"""Inputs that are nearly right, through every tool that reads such a thing.
+"""Runs every tool on inputs that are nearly right.
 
-`python -m support.fuzz --inputs 1000 --seed 7` makes and tries them; one line per fault.
+`python -m support.fuzz --inputs 1000 --seed 7` makes and tries the inputs; one line per fault.
 
-bases.py: honest inputs of every kind. changes.py: what is changed in text, bytes and trees.
-edits.py: changes that know a format. tools.py: which tools read a kind of input. judge.py: what a
-tool may do. runner.py: one process per input, with limits.
+bases.py writes honest inputs of every kind. changes.py changes values, texts and bytes of any
+format. edits.py, checkpoint_edits.py and text_edits.py change what a format's reader trusts;
+pick.py draws the file. tools.py says which tools read a kind of input. judge.py says whether a
+tool's answer is right. runner.py runs one process per input, with limits.
 """

@@ -1,4 +1,5 @@
-"""What a tool may do with any input: the right thing, or one line and exit code 2."""
+"""Judges a tool's run on any input: the tool must do its task, or refuse with one line and exit
+code 2."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ LONGEST = 3000
 
 
 def state(folder: Path, without: Path) -> dict[str, tuple]:
-    """Everything below a folder but `without`: kind, mode, size, time of change and content."""
+    """Path -> (kind and mode, size, SHA-256 or target of a link), of everything below a folder
+    except `without`."""
     found = {}
     for root, folders, files in os.walk(folder):
         if Path(root) == without:
@@ -40,7 +42,7 @@ def state(folder: Path, without: Path) -> dict[str, tuple]:
 
 
 def wrong(call: Call, code: int, out: str, err: str) -> str | None:
-    """What a run of a tool did that it must not, or None."""
+    """The fault of a tool's run in a few words; None for a right run."""
     if "Traceback (most recent call last)" in err + out:
         return "traceback"
     if code not in (0, 2, *call.may_fail):
@@ -64,7 +66,7 @@ def wrong(call: Call, code: int, out: str, err: str) -> str | None:
 
 
 def wrong_result(call: Call, out: str) -> str | None:
-    """What is wrong with the result of a tool that succeeded, or None."""
+    """The fault in the result of a tool that exited with 0; None for a right result."""
     command = call.argv[0]
     if call.writes is not None and not _exists(call.writes):
         return "wrote nothing"
@@ -86,7 +88,7 @@ def _exists(written: Path) -> bool:
 
 
 def _differs(source: Path, destination: Path, source_may_be_any: bool) -> str | None:
-    """The first tensor that a converted folder holds otherwise than its source."""
+    """The first tensor or field in which a converted folder differs from its source, or None."""
     try:
         there = open_checkpoint(source)
     except CheckpointError:
@@ -105,7 +107,7 @@ def _differs(source: Path, destination: Path, source_may_be_any: bool) -> str | 
 
 
 def wrong_data(prefix: str) -> str | None:
-    """What is wrong with a dataset that was accepted, by the format's own rules."""
+    """The fault of an accepted dataset by the rules of its format, or None."""
     with open(prefix + ".idx", "rb") as file:
         held = file.read()
     code, sequences, bounds = held[17], *np.frombuffer(held, "<u8", 2, 18)

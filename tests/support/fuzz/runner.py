@@ -1,4 +1,4 @@
-"""Tries inputs: each in a process of its own, forked from one that has all tools imported."""
+"""Tries inputs, each in a process of its own, forked from a process that has imported all tools."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from support.fuzz import bases, edits, judge
 from support.fuzz.tools import Call, calls
 
 SECONDS = 30
-"""Most seconds of a processor that an input may take, all tools together, and longest that it may
-do nothing; an honest one takes 2 s."""
+"""Most CPU seconds of all tools together on one input, and longest time without progress. An honest
+input takes 2 s."""
 ADDRESSES = 6 << 30
-"""Most bytes of addresses that an input may take beyond those of an idle process."""
+"""Most bytes of address space that an input may take beyond an idle process."""
 SHARE = 0.6
-"""Of the tools that read an input, how many run on it."""
+"""Share of the tools reading an input that are run on it."""
 RESIDENT_KB = 700 << 10
-"""Most KiB of memory that an input may take beyond those of an idle process."""
+"""Most KiB of resident memory that an input may take beyond an idle process."""
 _BOUND_BY_NOTHING = 1 << 1 | 1 << 2
 """Capabilities by which root opens files whatever their mode: DAC_OVERRIDE, DAC_READ_SEARCH."""
 
@@ -52,11 +52,11 @@ class Found:
     """A fault.
 
     Attributes:
-        number: of the input, which with the seed makes it again.
-        changed: what was changed, in words.
-        tool: the one that failed, and its arguments.
-        what: it did.
-        said: the end of its output.
+        number: of the input; number and seed reproduce the input.
+        changed: what was changed in the input, in words.
+        tool: the tool that failed, and its arguments.
+        what: the fault, in words.
+        said: the end of the tool's output.
     """
 
     number: int
@@ -67,12 +67,13 @@ class Found:
 
 
 class Fuzz:
-    """Inputs of one seed, tried one by one below a folder of its own.
+    """Makes and tries the inputs of one seed in a temporary folder.
 
     Attributes:
-        share: of the tools that read an input, drawn per input, to be run on it.
-        runs: tools run so far, by exit code.
-        slowest: seconds of the slowest input so far, and its number.
+        keep: keep the inputs of faults.
+        share: share of the tools reading an input that are run on it, drawn per input.
+        runs: exit code -> number of runs so far.
+        slowest: (seconds, number) of the slowest input so far.
     """
 
     def __init__(self, seed: int, keep: bool = False, share: float = SHARE) -> None:
@@ -98,14 +99,16 @@ class Fuzz:
         shutil.rmtree(self.root, ignore_errors=True)
 
     def warm_up(self) -> list[Found]:
-        """Try the honest inputs, which every tool must accept, and import what that needs."""
+        """Try the honest inputs, which every tool must accept, and import the modules that the
+        tools imported."""
         found = []
         for kind, folders in self.bases.items():
             for number, folder in enumerate(folders):
                 self._lay_out(folder)
                 result = self._run(-1 - number, kind, f"honest {kind}", None)
                 found += result
-        # Forked processes then share the memory of what is there, and collect their own alone.
+        # Frozen objects are not visited by the garbage collection of forked processes, so their
+        # memory stays shared.
         gc.collect()
         gc.freeze()
         return found
@@ -136,7 +139,7 @@ class Fuzz:
     def _run(
         self, number: int, kind: str, changed: str, drawn: random.Random | None
     ) -> list[Found]:
-        """Run the tools that are drawn; all of them on an honest input, of which none is."""
+        """Run the tools that `drawn` draws; without it, all tools, on an honest input."""
         honest = drawn is None
         one, out = self.case / "one", self.case / "one/out"
         before = judge.state(self.case, out)
@@ -186,8 +189,11 @@ class Fuzz:
 
 
 def _wait(pid: int, seconds: float) -> tuple[int | None, resource.struct_rusage]:
-    """The exit code of a process and what it used; None of one that had to be killed, for taking
-    too long by the processor's clock, which other programs do not slow, or for doing nothing."""
+    """Wait for a process; returns its exit code and resource usage.
+
+    The process is killed, and the code is None, after `seconds` of CPU time (which other programs
+    do not slow), or after `seconds` without using the CPU.
+    """
     handle = os.pidfd_open(pid)
     used, since = 0.0, time.monotonic()
     ended = False
@@ -205,7 +211,7 @@ def _wait(pid: int, seconds: float) -> tuple[int | None, resource.struct_rusage]
 
 
 def _be_tools(todo: list[Call], notes: Path, log: Path, honest: bool) -> None:
-    """Run tools one after the other, in a forked process; a note before and behind each."""
+    """Run tools one after the other in a forked process, and write a note before and after each."""
     known = set(sys.modules)
     file = os.open(log, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
     noted = notes.open("a")
@@ -249,7 +255,7 @@ def _be_tools(todo: list[Call], notes: Path, log: Path, honest: bool) -> None:
 
 
 def _obey_permissions() -> None:
-    """Have the modes of files bind this process of root's, as they bind users."""
+    """Make file modes bind this process although it runs as root."""
     libc = ctypes.CDLL(None, use_errno=True)
     header, data = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     if libc.capget(header, data) == 0:
@@ -259,7 +265,7 @@ def _obey_permissions() -> None:
 
 
 class _Captured:
-    """What a file descriptor and Python's stream on it are given, within a block."""
+    """Captures the output to a file descriptor and to Python's stream on it, within a block."""
 
     def __init__(self, fd: int) -> None:
         self.fd, self.name = fd, {1: "stdout", 2: "stderr"}[fd]

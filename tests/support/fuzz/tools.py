@@ -1,4 +1,4 @@
-"""Which tools read a kind of input, and how each is run: by its own `main`, in this process."""
+"""The tools that read each kind of input. A tool is run by its own `main` in this process."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Call:
     """One run of a tool.
 
     Attributes:
-        name: of the tool and what it is asked.
-        writes: the folder, file or prefix that it makes.
-        may_fail: exit codes beside 0 and 2 that say something of an honest input.
+        name: the tool and its main flags.
+        writes: the folder, file or prefix that the tool makes.
+        may_fail: exit codes other than 0 and 2 that are right for some inputs.
     """
 
     name: str
@@ -42,12 +42,12 @@ class Call:
 
 
 class Met(BaseException):
-    """The entry has checked all that it checks before ranks meet."""
+    """Raised where `mlra pretrain` has checked all that it checks before ranks meet."""
 
 
 def entry(argv: list[str]) -> int:
-    """`mlra pretrain` up to where ranks would meet, and what rank 0 checks of the data there.
-    One call per process."""
+    """Run `mlra pretrain` up to the meeting of ranks, with rank 0's checks of the data. Call once
+    per process."""
     from megatron_mlra.training import batches, meeting
 
     def meet(args, given, lock):
@@ -63,7 +63,7 @@ def entry(argv: list[str]) -> int:
 
 
 def calls(kind: str, folder: Path, out: Path) -> Iterator[Call]:
-    """Every tool that reads this kind of input, in the order they run; the entry is the last."""
+    """The tools that read this kind of input, in order; `mlra pretrain` comes last."""
     source = folder / "in"
     if kind in ("megatron", "huggingface", "research"):
         yield from _checkpoint(kind, source, out)
@@ -120,7 +120,7 @@ def _checkpoint(kind: str, source: Path, out: Path) -> Iterator[Call]:
 
 
 def _text(source: Path, out: Path) -> Iterator[Call]:
-    """Of whatever name the input has: a missing file is an input too."""
+    """Tools that read text. The path is a pattern, because the edit may have removed the file."""
     honest = source.parents[1] / "honest/model"
     shards = any(source.glob("shard*"))
     tokenizer = ("--eod-id", 256) if shards else ("--tokenizer", "byte")
@@ -131,15 +131,8 @@ def _text(source: Path, out: Path) -> Iterator[Call]:
         argv = ("--input", f"{source}/[st]*", "--output-prefix", to, *tokenizer, *more)
         yield Call("preprocess", preprocess, argv, to, (1,))
     for file in sorted(source.glob("text.jsonl")):
-        argv = (
-            honest,
-            "--prompt-file",
-            file,
-            "--max-new-tokens",
-            2,
-            "--output",
-            out / "said.jsonl",
-        )
+        argv = (honest, "--prompt-file", file)
+        argv += ("--max-new-tokens", 2, "--output", out / "said.jsonl")
         yield Call("generate --prompt-file", generate, argv, out / "said.jsonl")
         yield Call("evaluate --task", evaluate, (honest, "--task", file, "--device", "cpu"))
         yield Call("evaluate --text", evaluate, (honest, "--text", file, "--device", "cpu"))

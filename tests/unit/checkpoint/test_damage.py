@@ -83,11 +83,14 @@ def test_one_flipped_bit_is_refused_by_every_tool(saved, tools):
 
 MANIFESTS = {
     "array": ("[]", "integrity.json cannot be read (it holds no object of files)"),
-    "numbers": ('{"files": {".metadata": 3}}', "integrity.json names what is no file of the fol"),
+    "numbers": ('{"files": {".metadata": 3}}', "integrity.json has an entry that is no file of"),
     "list": ('{"files": [".metadata"]}', "integrity.json cannot be read (it holds no object of"),
     "nothing": ('{"files": {}}', "integrity.json has no entry of .metadata"),
     "text": ("{", "integrity.json cannot be read ("),
-    "outside": ('{"files": {"../x": "0"}}', "integrity.json names what is no file of the folder"),
+    "outside": (
+        '{"files": {"../x": "0"}}',
+        "integrity.json has an entry that is no file of the folder",
+    ),
 }
 
 

@@ -15,8 +15,8 @@ from megatron_mlra.command_line.parser import own_name, write_text
 from megatron_mlra.data.errors import InputError
 from megatron_mlra.data.writer import check_output
 from megatron_mlra.fault_tolerance import checksums, retention, saved_steps
-from megatron_mlra.fault_tolerance.heartbeat import leave_stacks
-from mlra_kernels.benchmarks.results import write_json
+from megatron_mlra.fault_tolerance.rank_state import leave_stacks
+from mlra_kernels.benchmarks.report import write_json
 from support import ROOT
 
 

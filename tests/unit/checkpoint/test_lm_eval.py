@@ -129,7 +129,7 @@ def test_perplexity_is_that_of_the_megatron_folder(exported, tmp_path, capsys):
     assert first["perplexity"] == pytest.approx(
         math.exp(first["bits_per_byte"] * math.log(2)), rel=1e-9
     )
-    assert "bits a byte" in capsys.readouterr().out
+    assert "bits per byte" in capsys.readouterr().out
 
 
 def test_decoded_losses_are_the_models_and_fp8_is_near(exported, tmp_path, capsys):

@@ -57,8 +57,8 @@ def test_all_ranks_refuse_what_one_cannot_read(warm_python, tmp_path):
     case("one")
     cases = {
         "whole": 4,
-        "surrogate": "integrity.json names what is no file of the folder",
-        "line": "integrity.json names what is no file of the folder",
+        "surrogate": "integrity.json has an entry that is no file of the folder",
+        "line": "integrity.json has an entry that is no file of the folder",
         "long": "z" * 300,
         "tracker": "not a step",
         "one": "cannot be compared (MemoryError: a rank of two)",

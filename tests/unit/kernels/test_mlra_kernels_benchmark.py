@@ -10,8 +10,8 @@ from mlra_kernels.benchmarks import grouped_decode as grouped
 from mlra_kernels.benchmarks import latent_decode as latent
 from mlra_kernels.benchmarks import providers
 from mlra_kernels.benchmarks.latent_decode import RANK, SUITES, gate, plot, timed
-from mlra_kernels.benchmarks.output import output_file
 from mlra_kernels.benchmarks.providers import Provider, chosen
+from mlra_kernels.benchmarks.report import output_file
 from mlra_kernels.benchmarks.workload import Shape, make_workload
 from mlra_kernels.grouped_decode import grouped_decode
 from mlra_kernels.latent_decode import latent_decode

@@ -1,0 +1,103 @@
+"""The flags, checks and files that the benchmarks of the kernels share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import triton
+
+
+def parser(doc: str, seed: int | None = None) -> argparse.ArgumentParser:
+    """A parser with `--json`, `--commit` and `--seed`.
+
+    Args:
+        doc: docstring of the benchmark, whose first line is the description.
+        seed: default of `--seed`; None takes the clock.
+    """
+    flags = argparse.ArgumentParser(description=doc.split("\n", 1)[0])
+    flags.add_argument("--json", type=output_file, help="where to write the records")
+    flags.add_argument("--commit", help="commit to name in the report")
+    default = "the clock" if seed is None else seed
+    flags.add_argument("--seed", type=int, default=seed, help=f"of inputs; default: {default}")
+    return flags
+
+
+def parse(flags: argparse.ArgumentParser) -> argparse.Namespace:
+    """The parsed flags, with a seed. Without a GPU the program exits."""
+    args = flags.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("error: this benchmark needs a CUDA GPU, and torch sees none")
+    if args.seed is None:
+        args.seed = time.time_ns() % 2**20
+    return args
+
+
+def header(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
+    """Print and return GPU, versions, commit, seed and `more`."""
+    about = {
+        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
+        "triton": triton.__version__, "commit": args.commit or commit(), "seed": args.seed, **more,
+    }  # fmt: skip
+    print(", ".join(f"{k} {v}" for k, v in about.items()), flush=True)
+    return about
+
+
+def red(what: str) -> NoReturn:
+    """Exit because a result is wrong: then nothing is reported."""
+    sys.exit(f"RED: {what}: nothing is reported until it is right")
+
+
+def finish(args: argparse.Namespace, report: dict[str, Any], last: Any = None) -> None:
+    """Write the report to the file of `--json`, and print it, or `last`, as one line of JSON."""
+    if args.json:
+        write_json(args.json, report)
+    print(json.dumps(report if last is None else last))
+
+
+def commit() -> str:
+    """The commit of the working directory, or "unknown" outside a repository."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def output_file(name: str) -> str:
+    """An argparse type: the name of a file that can be written. A missing folder is made."""
+    path = Path(name)
+    try:
+        if path.is_dir():
+            raise argparse.ArgumentTypeError(f"{name} is a folder; name a file in it")
+        if path.exists() and not path.is_file():
+            raise argparse.ArgumentTypeError(f"{name} is no plain file; name another")
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        said = f"{name}: the folder {path.parent} cannot be made ({error.strerror})"
+        raise argparse.ArgumentTypeError(said) from None
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        said = f"{name}: the folder {path.parent} cannot be written ({error.strerror})"
+        raise argparse.ArgumentTypeError(said) from None
+    return name
+
+
+def write_json(file: str | Path, value: Any) -> None:
+    """Write a temporary file, then rename it: an interrupted run leaves an earlier file whole."""
+    path = Path(file)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.unlink(missing_ok=True)
+    try:
+        with partial.open("x") as opened:
+            json.dump(value, opened, indent=1)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
