@@ -2,20 +2,20 @@
 
 Prompts, or chunks of them, lie one behind the other in a step. As many of them as have few enough
 keys together are a bundle, which attends in one launch: their keys lie one behind the other too,
-and each query reads a range of them. A prompt with more keys is a bundle of its own, of several
-parts, whose results are merged.
+and each query reads some of its own sequence. A prompt with more keys is a bundle of its own, of
+several parts, whose results are merged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
-from mlra_kernels.latent_attention import key_ranges
+from mlra_kernels.latent_attention import reads_of
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Part:
     causal: bool
     """Whether a sequence's last query reads all its keys, the one before one less; else all read
     all, of one sequence."""
-    ranges: Tensor | None = None
-    """`[2, s]` int32, of several sequences: first and last key of each query."""
+    reads: Mapping[str, Tensor] = field(default_factory=dict)
+    """Of several sequences: what queries read, a keyword of `latent_attention_with_lse`."""
     offsets: Tensor | None = None
     """`[2, n + 1]` int32, of several sequences: where each one's queries and keys begin."""
 
@@ -132,8 +132,9 @@ def _together(chunks: list[PromptChunk], page_size: int) -> Part:
     slots = torch.cat([_slots(chunk, page_size) for chunk in chunks])
     begins = [list(accumulate(counts, initial=0)) for counts in (queries, keys)]
     spans = [(*q, *k) for q, k in zip(*map(pairwise, begins), strict=True)]
-    ranges, offsets = key_ranges(spans), torch.tensor(begins, dtype=torch.int32)
-    return Part(slots, queries, keys, True, *(_sent(x, slots.device) for x in (ranges, offsets)))
+    reads = {name: _sent(x, slots.device) for name, x in reads_of(spans).items()}
+    offsets = _sent(torch.tensor(begins, dtype=torch.int32), slots.device)
+    return Part(slots, queries, keys, True, reads, offsets)
 
 
 def _sent(x: Tensor, device: torch.device) -> Tensor:

@@ -19,7 +19,13 @@ from mlra_kernels.benchmarks.latent_decode import commit
 from mlra_kernels.benchmarks.output import output_file
 from mlra_kernels.benchmarks.results import write_json
 from mlra_kernels.benchmarks.timing import graph_microseconds
-from mlra_kernels.latent_attention import key_ranges, latent_attention, misfit
+from mlra_kernels.latent_attention import (
+    key_ranges,
+    latent_attention,
+    misfit,
+    query_tiles,
+    reads_of,
+)
 from mlra_kernels.latent_attention.reference import latent_attention_reference
 
 PAIRS, GROUPS, LATENT, ROPE = 96, 4, 128, 64
@@ -83,10 +89,19 @@ def error(query, key, grad, spans, out, grad_query) -> float:
     return worst
 
 
-def measure(name: str, sequences: int, keys: int, spans: list[Span]) -> dict:
+def chosen_reads(spans: list[Span], keys: int, way: str) -> dict[str, torch.Tensor]:
+    """The keyword of `latent_attention` that says what queries read: of `auto`, training's."""
+    if way == "tiles":
+        return {"tiles": query_tiles(spans)}
+    if way == "ranges":
+        return {"ranges": key_ranges(spans)}
+    return {} if spans == [(0, keys, 0, keys)] else reads_of(spans)
+
+
+def measure(name: str, sequences: int, keys: int, spans: list[Span], way: str) -> dict:
     """Check and time one workload."""
-    queries, whole = spans[-1][1], spans == [(0, keys, 0, keys)]
-    ranges = None if whole else key_ranges(spans).cuda()
+    queries = spans[-1][1]
+    reads = {kind: x.cuda() for kind, x in chosen_reads(spans, keys, way).items()}
 
     def draw(tokens: int, heads: int, width: int) -> torch.Tensor:
         return torch.randn(tokens, sequences, heads, width, device="cuda", dtype=torch.bfloat16)
@@ -95,7 +110,7 @@ def measure(name: str, sequences: int, keys: int, spans: list[Span]) -> dict:
     grad, leaves = draw(queries, PAIRS, LATENT), (query.requires_grad_(), key.requires_grad_())
 
     def forward() -> torch.Tensor:
-        return latent_attention(query, key, LATENT, SCALE, ranges)
+        return latent_attention(query, key, LATENT, SCALE, **reads)
 
     def both() -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(forward(), leaves, grad)
@@ -107,14 +122,15 @@ def measure(name: str, sequences: int, keys: int, spans: list[Span]) -> dict:
     back = graph_microseconds([both], min_calls=3) / 1e3 - ahead
     work = flops(spans, sequences)
     record = {
-        "workload": name, "spans": len(spans), "forward_ms": round(ahead, 3),
-        "forward_tflop_s": round(work[0] / ahead / 1e9), "backward_ms": round(back, 3),
-        "backward_tflop_s": round(work[1] / back / 1e9), "error": off,
+        "workload": name, "reads": next(iter(reads), "causal"), "spans": len(spans),
+        "forward_ms": round(ahead, 3), "forward_tflop_s": round(work[0] / ahead / 1e9),
+        "backward_ms": round(back, 3), "backward_tflop_s": round(work[1] / back / 1e9),
+        "error": off,
     }  # fmt: skip
     print(
-        f"{name:32} {len(spans):4} spans  forward {ahead:7.2f} ms {record['forward_tflop_s']:4}"
-        f" TFLOP/s  backward {back:7.2f} ms {record['backward_tflop_s']:4} TFLOP/s"
-        f"  error {off:.1e}",
+        f"{name:32} {len(spans):4} spans  {record['reads']:6}"
+        f"  forward {ahead:7.2f} ms {record['forward_tflop_s']:4} TFLOP/s"
+        f"  backward {back:7.2f} ms {record['backward_tflop_s']:4} TFLOP/s  error {off:.1e}",
         flush=True,
     )
     return record
@@ -125,6 +141,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--tokens", type=int, default=16384, help="queries, in all sequences")
     parser.add_argument("--mean-document", type=int, default=1000, help="tokens")
+    parser.add_argument(
+        "--reads", choices=("auto", "ranges", "tiles"), default="auto",
+        help="how queries' keys are said; auto, as in training",
+    )  # fmt: skip
     parser.add_argument("--json", type=output_file, help="where to write the records")
     parser.add_argument("--commit", default=None, help="commit to name in the report")
     parser.add_argument("--seed", type=int, default=1, help="of inputs and document lengths")
@@ -138,7 +158,7 @@ def main() -> None:
     }  # fmt: skip
     print(", ".join(f"{k} {v}" for k, v in report.items()), flush=True)
     planned = workloads(args.tokens, args.mean_document, args.seed)
-    report["records"] = [measure(name, *work) for name, work in planned.items()]
+    report["records"] = [measure(name, *work, args.reads) for name, work in planned.items()]
     if args.json:
         write_json(args.json, report)
     print(json.dumps(report))
