@@ -66,7 +66,7 @@ def attention_with_lse(
             v.size(-1),
             softmax_scale,
             causal=part.causal,
-            ranges=part.ranges,
+            **part.reads,
         )
         return out[:, 0], lse[0].T
     if q.is_cuda and q.dtype != torch.float32 and q.size(-1) <= FLASH_MAX_DIM:

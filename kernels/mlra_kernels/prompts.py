@@ -2,20 +2,20 @@
 
 The tokens of prompts, or of chunks of prompts, follow one another in a step. Consecutive chunks
 with few enough keys in total form a bundle, which attends in one launch: their keys follow one
-another too, and each query reads a range of them. A chunk with more keys is a bundle by itself, of
-several parts, whose results are merged.
+another too, and each query reads some of its own sequence. A chunk with more keys is a bundle by
+itself, of several parts, whose results are merged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
-from mlra_kernels.latent_attention import key_ranges
+from mlra_kernels.latent_attention import reads_of
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,9 @@ class Part:
     causal: bool
     """Whether attention is causal: a sequence's last query reads all its keys, the one before all
     but one. Else there is one sequence, all of whose queries read all keys."""
-    ranges: Tensor | None = None
-    """`[2, s]` int32, first and last key of each query; only for several sequences."""
+    reads: Mapping[str, Tensor] = field(default_factory=dict)
+    """The keys that queries read, as a keyword of `latent_attention_with_lse`; only for several
+    sequences."""
     offsets: Tensor | None = None
     """`[2, n + 1]` int32, start of each sequence's queries and keys; only for several sequences."""
 
@@ -132,8 +133,9 @@ def _together(chunks: list[PromptChunk], page_size: int) -> Part:
     slots = torch.cat([_slots(chunk, page_size) for chunk in chunks])
     begins = [list(accumulate(counts, initial=0)) for counts in (queries, keys)]
     spans = [(*q, *k) for q, k in zip(*map(pairwise, begins), strict=True)]
-    ranges, offsets = key_ranges(spans), torch.tensor(begins, dtype=torch.int32)
-    return Part(slots, queries, keys, True, *(_sent(x, slots.device) for x in (ranges, offsets)))
+    reads = {name: _sent(x, slots.device) for name, x in reads_of(spans).items()}
+    offsets = _sent(torch.tensor(begins, dtype=torch.int32), slots.device)
+    return Part(slots, queries, keys, True, reads, offsets)
 
 
 def _sent(x: Tensor, device: torch.device) -> Tensor:

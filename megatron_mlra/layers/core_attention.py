@@ -136,11 +136,11 @@ class LatentCoreAttention(_CoreAttention):
         """See the module's docstring; `value` is the first columns of `key`. It sees no mask."""
         from mlra_kernels.latent_attention import latent_attention, latent_attention_with_top
 
-        ranges = None if plan is None or plan.is_whole else plan.key_ranges
-        arguments = (query, key, value.size(-1), self.softmax_scale, ranges)
+        reads = {} if plan is None or plan.is_whole else plan.latent_reads
+        arguments = (query, key, value.size(-1), self.softmax_scale)
         if not self.largest.wanted_of(self):
-            return latent_attention(*arguments).flatten(2)
-        out, largest = latent_attention_with_top(*arguments)
+            return latent_attention(*arguments, **reads).flatten(2)
+        out, largest = latent_attention_with_top(*arguments, **reads)
         self.largest.add(largest)
         return out.flatten(2)
 

@@ -98,11 +98,12 @@ class TokenPlan:
 
     @cached_property
     @torch.inference_mode(False)
-    def key_ranges(self) -> Tensor:
-        """The spans in the form of `mlra_kernels.latent_attention`, on the device of the tokens."""
-        from mlra_kernels.latent_attention import key_ranges
+    def latent_reads(self) -> dict[str, Tensor]:
+        """The spans as a keyword of `mlra_kernels.latent_attention`, on the tokens' device."""
+        from mlra_kernels.latent_attention import reads_of
 
-        return key_ranges(self.spans).to(self.key_positions.device)
+        device = self.key_positions.device
+        return {name: x.to(device) for name, x in reads_of(self.spans).items()}
 
 
 def plan_tokens(

@@ -138,14 +138,6 @@ def test_decode_shapes(dim, rope, latents, branches, heads, q_len, fp8):
     check(*case, FP8_ERROR if fp8 else BF16_ERROR)
 
 
-@pytest.mark.parametrize("terms", [1, 2])
-@pytest.mark.parametrize(("heads", "q_len", "latents"), [(64, 1, 1), (48, 1, 4), (24, 3, 4)])
-def test_decode_by_scores_in_e4m3(heads, q_len, latents, terms):
-    args, kwargs = make_case(RAGGED, heads=heads, q_len=q_len, latents=latents, fp8=True)
-    config = DecodeConfig(64, 64, 4, 6, 1, hopper=True, consumers=2, score_terms=terms)
-    check(args, kwargs, FP8_ERROR, metadata=metadata_for(args, config=config))
-
-
 @pytest.mark.parametrize("heads", [1, 6, 8, 24, 48, 128])
 def test_decode_heads(heads):
     check(*make_case(RAGGED, heads=heads))

@@ -14,7 +14,13 @@ import torch
 
 from mlra_kernels.benchmarks import report
 from mlra_kernels.benchmarks.timing import graph_microseconds
-from mlra_kernels.latent_attention import key_ranges, latent_attention, misfit
+from mlra_kernels.latent_attention import (
+    key_ranges,
+    latent_attention,
+    misfit,
+    query_tiles,
+    reads_of,
+)
 from mlra_kernels.latent_attention.reference import latent_attention_reference
 
 PAIRS, GROUPS, LATENT, ROPE = 96, 4, 128, 64
@@ -78,10 +84,19 @@ def error(query, key, grad, spans, out, grad_query) -> float:
     return worst
 
 
-def measure(name: str, sequences: int, keys: int, spans: list[Span]) -> dict:
+def chosen_reads(spans: list[Span], keys: int, way: str) -> dict[str, torch.Tensor]:
+    """The keyword of `latent_attention` that says what queries read: of `auto`, training's."""
+    if way == "tiles":
+        return {"tiles": query_tiles(spans)}
+    if way == "ranges":
+        return {"ranges": key_ranges(spans)}
+    return {} if spans == [(0, keys, 0, keys)] else reads_of(spans)
+
+
+def measure(name: str, sequences: int, keys: int, spans: list[Span], way: str) -> dict:
     """Check and time one workload."""
-    queries, whole = spans[-1][1], spans == [(0, keys, 0, keys)]
-    ranges = None if whole else key_ranges(spans).cuda()
+    queries = spans[-1][1]
+    reads = {kind: x.cuda() for kind, x in chosen_reads(spans, keys, way).items()}
 
     def draw(tokens: int, heads: int, width: int) -> torch.Tensor:
         return torch.randn(tokens, sequences, heads, width, device="cuda", dtype=torch.bfloat16)
@@ -90,7 +105,7 @@ def measure(name: str, sequences: int, keys: int, spans: list[Span]) -> dict:
     grad, leaves = draw(queries, PAIRS, LATENT), (query.requires_grad_(), key.requires_grad_())
 
     def forward() -> torch.Tensor:
-        return latent_attention(query, key, LATENT, SCALE, ranges)
+        return latent_attention(query, key, LATENT, SCALE, **reads)
 
     def both() -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(forward(), leaves, grad)
@@ -102,14 +117,15 @@ def measure(name: str, sequences: int, keys: int, spans: list[Span]) -> dict:
     back = graph_microseconds([both], min_calls=3) / 1e3 - ahead
     work = flops(spans, sequences)
     record = {
-        "workload": name, "spans": len(spans), "forward_ms": round(ahead, 3),
-        "forward_tflop_s": round(work[0] / ahead / 1e9), "backward_ms": round(back, 3),
-        "backward_tflop_s": round(work[1] / back / 1e9), "error": off,
+        "workload": name, "reads": next(iter(reads), "causal"), "spans": len(spans),
+        "forward_ms": round(ahead, 3), "forward_tflop_s": round(work[0] / ahead / 1e9),
+        "backward_ms": round(back, 3), "backward_tflop_s": round(work[1] / back / 1e9),
+        "error": off,
     }  # fmt: skip
     print(
-        f"{name:32} {len(spans):4} spans  forward {ahead:7.2f} ms {record['forward_tflop_s']:4}"
-        f" TFLOP/s  backward {back:7.2f} ms {record['backward_tflop_s']:4} TFLOP/s"
-        f"  error {off:.1e}",
+        f"{name:32} {len(spans):4} spans  {record['reads']:6}"
+        f"  forward {ahead:7.2f} ms {record['forward_tflop_s']:4} TFLOP/s"
+        f"  backward {back:7.2f} ms {record['backward_tflop_s']:4} TFLOP/s  error {off:.1e}",
         flush=True,
     )
     return record
@@ -120,13 +136,17 @@ def main() -> None:
     flags = report.parser(__doc__, seed=1)
     flags.add_argument("--tokens", type=int, default=16384, help="queries, in all sequences")
     flags.add_argument("--mean-document", type=int, default=1000, help="tokens")
+    flags.add_argument(
+        "--reads", choices=("auto", "ranges", "tiles"), default="auto",
+        help="the form in which queries' keys are given; auto: as in training",
+    )  # fmt: skip
     args = report.parse(flags)
     if said := misfit(LATENT, ROPE):
         sys.exit(f"this benchmark {said}")
     torch.manual_seed(args.seed)
     found = report.header(args, tokens=args.tokens)
     planned = workloads(args.tokens, args.mean_document, args.seed)
-    found["records"] = [measure(name, *work) for name, work in planned.items()]
+    found["records"] = [measure(name, *work, args.reads) for name, work in planned.items()]
     report.finish(args, found)
 
 

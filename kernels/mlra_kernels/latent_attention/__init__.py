@@ -7,7 +7,7 @@ from mlra_kernels.latent_attention.ops import (
     latent_attention_with_top,
     misfit,
 )
-from mlra_kernels.latent_attention.spans import key_ranges, query_tiles
+from mlra_kernels.latent_attention.spans import key_ranges, query_tiles, reads_of
 
 __all__ = [
     "check_supported",
@@ -17,4 +17,5 @@ __all__ = [
     "latent_attention_with_top",
     "misfit",
     "query_tiles",
+    "reads_of",
 ]

@@ -62,15 +62,14 @@ def row_products(
 @gluon.jit
 def latent_attention_backward(
     q_nope_desc, q_rope_desc, key_nope_desc, key_rope_desc, do_desc, dq_nope_desc, dq_rope_desc,
-    dkey_nope_desc, dkey_rope_desc, out_ptr, dq_ptr, lse_ptr, delta_ptr, ranges_ptr, tiles_ptr,
+    dkey_nope_desc, dkey_rope_desc, dq_ptr, lse_ptr, delta_ptr, ranges_ptr, tiles_ptr,
     s, t, past, scale, log2_scale,
     P: gl.constexpr, G: gl.constexpr, L: gl.constexpr, R: gl.constexpr,
     M: gl.constexpr, N: gl.constexpr, RANGES: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
     """q, dq `[s, b, P, L + R]`; key `[t, b, G, L + R]`; dO `[s, b, P, L]`; lse, delta `[b, P, s]`
-    and dkey `[t, b, G, L + R]`, to which is added, both in float32. Without delta, a program makes
-    its own from out, `[s, b, P, L]`. Which keys a query reads, and what a program takes: see the
-    forward.
+    and dkey `[t, b, G, L + R]`, to which is added, both in float32. Which keys a query reads, and
+    what a program takes: see the forward.
 
     Blocks of the descriptors: M / 2 queries, N keys. Programs: (query tile, the last first; pair;
     sequence), of 4 warps and the partitions' beside them. Two warpgroups take P, dS and dq of
@@ -125,7 +124,7 @@ def latent_attention_backward(
             _, tiles_0 = tiles_read(start, m, reading, N, RANGES)  # may be one less
     queries, keys = (q_nope, q_rope, do, loaded), (c_ring, r_ring, full, free)
     scores, sums = (p_tiles, ds_tiles, ready, taken), (dc_tile, dr_tile, summed, added)
-    rows = (out_ptr, lse_ptr, delta_ptr, head, start, s, scale, log2_scale)
+    rows = (lse_ptr, delta_ptr, head, start, s, scale, log2_scale)
     read_0, read_1 = (reading, first, tiles_0, tiles), (reading, first, tiles_1, tiles)
     dq = (dq_nope_desc, dq_rope_desc, dq_ptr, q_column)
     inputs = (q_nope_desc, q_rope_desc, do_desc, key_nope_desc, key_rope_desc)
@@ -175,7 +174,7 @@ def _attend(
     q_nope_tiles, q_rope_tiles, do_tiles, loaded = queries
     c_ring, r_ring, full, free = keys
     p_tiles, ds_tiles, ready, taken = scores
-    out_ptr, lse_ptr, delta_ptr, head, start, s, scale, log2_scale = rows
+    lse_ptr, delta_ptr, head, start, s, scale, log2_scale = rows
     reading, first, tiles, passed = read
     dq_nope_desc, dq_rope_desc, dq_ptr, q_column = dq
     dtype: gl.constexpr = dq_nope_desc.dtype
@@ -192,14 +191,7 @@ def _attend(
     end = reading[1]
     # A weight of a row of another program is exp2(-inf).
     lse = gl.load(lse_ptr + head * s + row, row < end, -MASKED if TILES else 0.0) * LOG2E
-    if delta_ptr is None:
-        mbarrier.wait(loaded.index(half), 0)
-        do = do_tiles.index(half)
-        pitch = (gl.num_programs(1) if TILES else gl.num_programs(2)) * P * L
-        delta = _row_products(out_ptr, do, start, end, head * L, pitch, m, L)
-        delta = gl.convert_layout(delta, gl.SliceLayout(1, layout)) * scale
-    else:
-        delta = gl.load(delta_ptr + head * s + row, row < end, 0.0) * scale
+    delta = gl.load(delta_ptr + head * s + row, row < end, 0.0) * scale
     zeros = gl.zeros([m, N], gl.float32, layout)
     dq_nope = gl.zeros([m, L], gl.float32, wide)
     dq_rope = gl.zeros([m, R], gl.float32, narrow)
@@ -257,18 +249,6 @@ def _attend(
         tma.async_copy_shared_to_global(dq_nope_desc, [start, q_column], q_nope)
         tma.async_copy_shared_to_global(dq_rope_desc, [start, q_column + L], q_rope)
     tma.store_wait(0)
-
-
-@gluon.jit
-def _row_products(a_ptr, b_tile, start, end, column, pitch, m: gl.constexpr, C: gl.constexpr):
-    """sum over the columns of a * b, of m rows from `start` on; those from `end` on count as 0."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // C, C // 8], [gl.num_warps(), 1], [1, 0])
-    rows = start + gl.arange(0, m, gl.SliceLayout(1, layout))
-    columns = gl.arange(0, C, gl.SliceLayout(0, layout))
-    live = (rows < end)[:, None] & (columns < C)[None, :]
-    at = (rows.to(gl.int64) * pitch + column)[:, None] + columns[None, :]
-    a = gl.load(a_ptr + at, live, 0.0).to(gl.float32)
-    return gl.sum(a * b_tile.load(layout).to(gl.float32), 1)
 
 
 @gluon.jit

@@ -44,12 +44,11 @@ def latent_attention(
     ranges: Tensor | None = None,
     *,
     tiles: Tensor | None = None,
-    own_delta: bool = False,
 ) -> Tensor:
     """Causal attention whose values are the first `latent_dim` columns of its keys.
 
     Query i reads the keys up to i + t - s, as the queries are the last of the sequence, or those
-    that `ranges` says.
+    that `ranges` or `tiles` say.
 
     Args:
         query: `[s, b, P, latent_dim + rope]`, P a multiple of G; bfloat16 or float16.
@@ -58,12 +57,9 @@ def latent_attention(
         ranges: first and last key of each query, int32 `[2, s]` on the same device; neither may
             fall from one query to the next, nor last lie before first or past t - 1. That is not
             checked: other numbers give wrong results, though no kernel reads past its keys or
-            waits for ever. Packed documents and a context-parallel rank's chunks are such
-            (`key_ranges`).
+            waits for ever (`key_ranges`).
         tiles: in place of ranges, what each program takes: int32 `[n, 4]` on the same device, from
-            `query_tiles`. Not measured yet.
-        own_delta: whether backward's programs make their own rows' sums of dO * O, instead of a
-            kernel before. Not measured yet.
+            `query_tiles`. `reads_of` chooses one of the two.
 
     Returns:
         `[s, b, P, latent_dim]`. The gradient of `key` holds what comes through the values too; it
@@ -72,7 +68,7 @@ def latent_attention(
     Raises:
         ValueError: see check_supported, or the tensors are not on a Hopper GPU.
     """
-    return _apply(query, key, latent_dim, scale, ranges, False, tiles, own_delta)
+    return _apply(query, key, latent_dim, scale, ranges, tiles, top=False)
 
 
 def latent_attention_with_top(
@@ -83,7 +79,6 @@ def latent_attention_with_top(
     ranges: Tensor | None = None,
     *,
     tiles: Tensor | None = None,
-    own_delta: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The same, and the largest scaled score of each query head, without another pass over keys.
 
@@ -97,22 +92,13 @@ def latent_attention_with_top(
     Raises:
         ValueError: see latent_attention.
     """
-    return _apply(query, key, latent_dim, scale, ranges, True, tiles, own_delta)
+    return _apply(query, key, latent_dim, scale, ranges, tiles, top=True)
 
 
-def _apply(query, key, latent_dim, scale, ranges, top: bool, tiles, own_delta):
+def _apply(query, key, latent_dim, scale, ranges, tiles, top: bool):
     _check(query, key, latent_dim, scale, causal=True)
-    if ranges is not None:
-        _check_ranges(ranges, query)
-        ranges = ranges.contiguous()
-    if tiles is not None:
-        if ranges is not None:
-            raise ValueError("tiles with ranges: leave one of them out")
-        _check_tiles(tiles, query)
-        tiles = tiles.contiguous()
-    return _LatentAttention.apply(
-        query, key, latent_dim, scale, ranges, top, tiles, bool(own_delta)
-    )
+    ranges, tiles = _reads(query, ranges, tiles, causal=True)
+    return _LatentAttention.apply(query, key, latent_dim, scale, ranges, tiles, top)
 
 
 def latent_attention_with_lse(
@@ -123,12 +109,13 @@ def latent_attention_with_lse(
     *,
     causal: bool = True,
     ranges: Tensor | None = None,
+    tiles: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same without gradients, and the logarithm of each query's softmax denominator.
 
     Args:
         causal: off, every query reads all keys, and there may be fewer keys than queries.
-        ranges: as in latent_attention, with `causal` on.
+        ranges, tiles: as in latent_attention, with `causal` on.
 
     Returns:
         `[s, b, P, latent_dim]` in query's dtype and `[b, P, s]` float32.
@@ -137,13 +124,10 @@ def latent_attention_with_lse(
         ValueError: see latent_attention.
     """
     _check(query, key, latent_dim, scale, causal)
-    if ranges is not None:
-        if not causal:
-            raise ValueError("ranges with causal=False: leave one of them out")
-        _check_ranges(ranges, query)
-        ranges = ranges.contiguous()
+    ranges, tiles = _reads(query, ranges, tiles, causal)
     past = len(key) - len(query) if causal else len(key)
-    out, lse, _ = _forward(query.contiguous(), key.contiguous(), latent_dim, scale, past, ranges)
+    query, key = query.contiguous(), key.contiguous()
+    out, lse, _ = _forward(query, key, latent_dim, scale, past, ranges, tiles)
     return out, lse
 
 
@@ -216,6 +200,23 @@ def _check(query: Tensor, key: Tensor, latent_dim: int, scale: float, causal: bo
         raise ValueError(f"latent_attention runs on Hopper GPUs, not on {query.device}")
 
 
+def _reads(
+    query: Tensor, ranges: Tensor | None, tiles: Tensor | None, causal: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Ranges and tiles, checked and contiguous."""
+    given = {"ranges": ranges is not None, "tiles": tiles is not None, "causal=False": not causal}
+    if sum(given.values()) > 1:
+        several = " and ".join(name for name, is_given in given.items() if is_given)
+        raise ValueError(f"{several} are given: leave all but one out")
+    if ranges is not None:
+        _check_ranges(ranges, query)
+        ranges = ranges.contiguous()
+    if tiles is not None:
+        _check_tiles(tiles, query)
+        tiles = tiles.contiguous()
+    return ranges, tiles
+
+
 def _check_ranges(ranges: Tensor, query: Tensor) -> None:
     checks.check_tensors(query=query, ranges=ranges)
     expected = (torch.int32, (2, len(query)), query.device)
@@ -248,8 +249,8 @@ def _forward(
     scale: float,
     past: int,
     ranges: Tensor | None,
+    tiles: Tensor | None,
     top: bool = False,
-    tiles: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     s, b, pairs, width = query.shape
     t, rope, half = key.size(0), width - latent_dim, QUERIES // 2
@@ -278,15 +279,14 @@ class _LatentAttention(torch.autograd.Function):
         latent_dim: int,
         scale: float,
         ranges: Tensor | None,
-        top: bool,
         tiles: Tensor | None,
-        own_delta: bool,
+        top: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
         query, key = query.contiguous(), key.contiguous()
         past = len(key) - len(query)
-        out, lse, tops = _forward(query, key, latent_dim, scale, past, ranges, top, tiles)
+        out, lse, tops = _forward(query, key, latent_dim, scale, past, ranges, tiles, top)
         ctx.save_for_backward(query, key, out, lse, ranges, tiles)
-        ctx.scale, ctx.own_delta = scale, own_delta
+        ctx.scale = scale
         if tops is None:
             return out
         largest = tops.amax((0, 2))
@@ -303,12 +303,11 @@ class _LatentAttention(torch.autograd.Function):
         rope = width - latent_dim
         grad_query = torch.empty_like(query)
         grad_key = torch.zeros_like(key, dtype=torch.float32)
-        delta = None if ctx.own_delta else torch.empty_like(lse)
+        delta = torch.empty_like(lse)
         with torch.cuda.device_of(query):
-            if delta is not None:
-                row_products[(triton.cdiv(s, 32), pairs, b)](
-                    out, grad, delta, s, b, P=pairs, L=latent_dim, T=32, num_warps=4
-                )
+            row_products[(triton.cdiv(s, 32), pairs, b)](
+                out, grad, delta, s, b, P=pairs, L=latent_dim, T=32, num_warps=4
+            )
             half = QUERIES // 2
             latent_attention_backward[_grid(query, tiles)](
                 _rows(query, half, latent_dim), _rows(query, half, rope),
@@ -316,13 +315,13 @@ class _LatentAttention(torch.autograd.Function):
                 _rows(grad, half, latent_dim),
                 _rows(grad_query, half, latent_dim), _rows(grad_query, half, rope),
                 _rows(grad_key, BACKWARD_KEYS, latent_dim), _rows(grad_key, BACKWARD_KEYS, rope),
-                out if ctx.own_delta else None, None if tiles is None else grad_query, lse, delta,
-                ranges, tiles, s, key.size(0), key.size(0) - s, ctx.scale,
+                None if tiles is None else grad_query, lse, delta, ranges, tiles,
+                s, key.size(0), key.size(0) - s, ctx.scale,
                 ctx.scale / math.log(2), P=pairs, G=key.size(2), L=latent_dim, R=rope, M=QUERIES,
                 N=BACKWARD_KEYS, RANGES=ranges is not None, TILES=tiles is not None,
                 **BACKWARD_LAUNCH,
             )  # fmt: skip
-        return grad_query, grad_key.to(key.dtype), *[None] * 6
+        return grad_query, grad_key.to(key.dtype), *[None] * 5
 
 
 def _rows(x: Tensor, rows: int, columns: int) -> TensorDescriptor:

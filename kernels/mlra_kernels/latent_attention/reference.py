@@ -6,6 +6,8 @@ Letters: s queries and t keys a sequence, b sequences, P (branch, head) pairs, G
 import torch
 from torch import Tensor
 
+from mlra_kernels.latent_attention.spans import key_ranges
+
 
 def latent_attention_reference(
     query: Tensor,
@@ -15,6 +17,7 @@ def latent_attention_reference(
     ranges: Tensor | None = None,
     *,
     causal: bool = True,
+    tiles: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention whose values are the first `latent_dim` columns of its keys.
 
@@ -24,6 +27,8 @@ def latent_attention_reference(
     Returns:
         out `[s, b, P, latent_dim]` in query's dtype and the natural log-sum-exp `[b, P, s]` fp32.
     """
+    if tiles is not None:  # in order they are spans
+        ranges = key_ranges([tuple(x) for x in sorted(tiles.tolist())]).to(tiles.device)
     s, t = len(query), len(key)
     wide = key.float().repeat_interleave(query.shape[2] // key.shape[2], 2)
     scores = torch.einsum("sbpe,tbpe->bpst", query.float(), wide) * scale

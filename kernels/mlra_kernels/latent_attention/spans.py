@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mlra_kernels import checks
-
 QUERIES = 128
 """Of a program, both passes: two warpgroups take 64 each."""
 
@@ -32,9 +30,7 @@ def key_ranges(spans: Sequence[tuple[int, int, int, int]]) -> Tensor:
     return torch.stack([torch.cat(first), torch.cat(last)]).to(torch.int32)
 
 
-def query_tiles(
-    spans: Sequence[tuple[int, int, int, int]], programs: int | None = None, queries: int = QUERIES
-) -> Tensor:
+def query_tiles(spans: Sequence[tuple[int, int, int, int]], queries: int = QUERIES) -> Tensor:
     """`tiles` of latent_attention, on the CPU: the spans in pieces of as many queries as a program
     takes.
 
@@ -43,14 +39,13 @@ def query_tiles(
 
     Args:
         spans: as in key_ranges.
-        programs: rows to fill up to with pieces of no queries, where a CUDA graph needs one shape.
         queries: of a program.
 
     Returns:
         int32 `[n, 4]`: first query, their end, first key, their end, as a span.
 
     Raises:
-        ValueError: see key_ranges, or `programs` is less than the pieces.
+        ValueError: see key_ranges.
     """
     _check_spans(spans)
     pieces = [
@@ -59,10 +54,30 @@ def query_tiles(
         for at in range(a, b, queries)
     ]
     pieces.sort(key=lambda piece: piece[2] - piece[3])
-    if programs is not None:
-        checks.check_integer("programs", programs, len(pieces))
-        pieces += [(0, 0, 0, 1)] * (programs - len(pieces))
     return torch.tensor(pieces, dtype=torch.int32)
+
+
+def reads_of(spans: Sequence[tuple[int, int, int, int]]) -> dict[str, Tensor]:
+    """`tiles` or `ranges` of latent_attention, on the CPU, whichever makes less work.
+
+    Work is programs and their tiles of 128 x 128 scores: a program beside its tiles costs about as
+    much as one of them. Where both make the same, as for a rank's chunks of one document, ranges
+    are faster.
+
+    Args:
+        spans: as in key_ranges.
+
+    Returns:
+        The one that is chosen, by name.
+
+    Raises:
+        ValueError: see key_ranges.
+    """
+    tiles, ranges = query_tiles(spans), key_ranges(spans)
+    cut = 2 + (tiles[:, 3] - tiles[:, 2] - 1) // QUERIES
+    last = [block[-1] for block in ranges[1].split(QUERIES)]
+    through = 2 + torch.stack(last) // QUERIES - ranges[0, ::QUERIES] // QUERIES
+    return {"tiles": tiles} if cut.sum() < through.sum() else {"ranges": ranges}
 
 
 def _check_spans(spans: Sequence[tuple[int, int, int, int]]) -> None:

@@ -28,10 +28,6 @@ class DecodeConfig:
     """Cap on the registers of a thread (Hopper kernel); 0: what the programs of an SM leave it."""
     min_tiles: int = 4
     """Fewest tiles worth a program of its own."""
-    score_terms: int = 0
-    """Scores of an FP8 cache by products in e4m3, each query number as a sum of so many of them
-    times a scale of its row (1: within 2^-4, 2: within 2^-8); 0: by products in fp16. For the
-    Hopper kernel and latents of 128. Not measured yet."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for a cut that the kernels cannot run, or could not run safely."""
@@ -43,7 +39,6 @@ class DecodeConfig:
             ("programs_per_sm", range(1, 33)),
             ("registers", range(256)),
             ("min_tiles", range(1, 2**20)),
-            ("score_terms", (0, 1, 2)),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: use {_choices(allowed)}")

@@ -105,12 +105,6 @@ def latent_decode(
             f"page size is {cache.shape[1]}, which tiles of {config.block_n} tokens do not divide: "
             "let decode_metadata choose the config, or pass one with hopper=False"
         )
-    fits = config.hopper and cache_scale is not None and shapes["latent_dim"] == 128
-    if config.score_terms and not fits:
-        raise ValueError(
-            f"score_terms is {config.score_terms}: that is for the Hopper kernel, an FP8 cache and"
-            " latents of 128; use 0"
-        )
     return torch.ops.mlra_kernels.latent_decode(
         q_absorbed,
         q_rope,
@@ -283,8 +277,8 @@ def _latent_decode_op(
         latent_decode_hopper_kernel[grid](
             q_absorbed, q_rope, c_desc, r_desc, s_desc, block_table, planned, schedule,
             out, lse, part_out, part_lse, scale_log2, *q_strides, *table_sizes,
-            WARPS_N=cfg.warps_n, TERMS=cfg.score_terms, W=cfg.consumers,
-            CONSUMER_REGS=cfg.consumer_registers, maxnreg=cfg.max_registers, **common,
+            WARPS_N=cfg.warps_n, W=cfg.consumers, CONSUMER_REGS=cfg.consumer_registers,
+            maxnreg=cfg.max_registers, **common,
         )  # fmt: skip
     else:
         latent_decode_kernel[grid](

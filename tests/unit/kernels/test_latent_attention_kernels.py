@@ -21,6 +21,7 @@ from mlra_kernels.latent_attention import (
     key_ranges,
     ops,
     query_tiles,
+    reads_of,
 )
 from mlra_kernels.latent_attention.reference import latent_attention_reference
 from support.emulated import launch
@@ -142,7 +143,6 @@ def test_ranges_that_cannot_be_neither_wait_for_ever_nor_read_on(first, last):
     ],
 )
 def test_values_and_gradients(name, stages, lazy):
-    """With a list of tiles, backward's programs also make their own deltas."""
     shape = SHAPES[name]
     s, t, b, pairs, groups, latent, rope, queries, keys = shape[:9]
     said = shape[9] if len(shape) > 9 else t - s
@@ -183,7 +183,7 @@ def test_values_and_gradients(name, stages, lazy):
     inputs |= {"RANGES": past is None, "TILES": False, "tiles_ptr": None, "out_ptr": None}
     if stages == "tiles":
         spans = said if past is None else [(0, s, 0, t)]
-        tiles = query_tiles(spans, sum(-(-(b - a) // queries) for a, b, *_ in spans) + 2, queries)
+        tiles = query_tiles(spans, queries)
         grid = (len(tiles) * pairs, b)
         inputs |= {"RANGES": False, "ranges_ptr": None, "past": None, "TILES": True}
         inputs |= {"tiles_ptr": Pointer(tiles), "out_ptr": Pointer(out)}
@@ -199,12 +199,12 @@ def test_values_and_gradients(name, stages, lazy):
     products = {"a_ptr": Pointer(out), "b_ptr": Pointer(grad), "out_ptr": Pointer(delta)}
     products |= {"s": s, "b": b, "P": pairs, "L": latent, "T": 32}
     launch(backward_kernel.row_products, (triton.cdiv(s, 32), pairs, b), **run, **products)
-    inputs["out_ptr"] = Pointer(out)
+    del inputs["out_ptr"]
     launch(
         backward_kernel.latent_attention_backward, grid, **run, **inputs,
         do_desc=rows(grad, half, latent), dq_nope_desc=rows(grad_query, half, latent),
         dq_rope_desc=rows(grad_query, half, rope), scale=scale, dq_ptr=Pointer(grad_query),
-        delta_ptr=None if stages == "tiles" else Pointer(delta),
+        delta_ptr=Pointer(delta),
         dkey_nope_desc=rows(grad_key, keys, latent), dkey_rope_desc=rows(grad_key, keys, rope),
     )  # fmt: skip
     assert difference(grad_query, expected[3]) < 2e-6
@@ -249,7 +249,6 @@ def rows_type(rows: int, columns: int, dtype=gl.bfloat16) -> str:
 )
 @pytest.mark.parametrize("ranges", [False, True, None], ids=["causal", "ranges", "tiles"])
 def test_compiles_for_hopper(which, ranges, latent, rope, tmp_path):
-    """With tiles, backward makes its own deltas."""
     backward = which == "backward"
     keys = ops.BACKWARD_KEYS if backward else ops.FORWARD_KEYS
     half = ops.QUERIES // 2
@@ -261,8 +260,8 @@ def test_compiles_for_hopper(which, ranges, latent, rope, tmp_path):
     types |= {"key_nope_desc": rows_type(keys, latent), "key_rope_desc": rows_type(keys, rope)}
     types |= {"lse_ptr": "*fp32", "log2_scale": "fp32"}
     for name, given, kind in (
-        ("ranges_ptr", ranges, "*i32"), ("tiles_ptr", tiles, "*i32"), ("out_ptr", tiles, "*bf16"),
-        *((("dq_ptr", tiles, "*bf16"), ("delta_ptr", not tiles, "*fp32")) if backward else ()),
+        ("ranges_ptr", ranges, "*i32"), ("tiles_ptr", tiles, "*i32"),
+        ("dq_ptr" if backward else "out_ptr", tiles, "*bf16"),
     ):  # fmt: skip
         if given:
             types[name] = kind
@@ -271,7 +270,7 @@ def test_compiles_for_hopper(which, ranges, latent, rope, tmp_path):
     if backward:
         kernel, launch = backward_kernel.latent_attention_backward, ops.BACKWARD_LAUNCH
         types |= {f"dq_{part}_desc": kind for part, kind in of_queries.items()}
-        types |= {"do_desc": of_queries["nope"], "scale": "fp32"}
+        types |= {"do_desc": of_queries["nope"], "scale": "fp32", "delta_ptr": "*fp32"}
         types |= {"dkey_nope_desc": rows_type(keys, latent, gl.float32)}
         types |= {"dkey_rope_desc": rows_type(keys, rope, gl.float32)}
     else:
@@ -286,7 +285,7 @@ def test_compiles_for_hopper(which, ranges, latent, rope, tmp_path):
     assert "HGMMA" in sass and "UTMALDG" in sass and ("UTMAREDG" in sass) == backward
     assert shared <= 232448, "more shared memory than a block of an H100 has"
     # One value that is needed after the loop.
-    assert stack <= 8 * (backward and ranges is not False), f"{stack} bytes of registers do not fit"
+    assert stack <= 8 * (backward and ranges is True), f"{stack} bytes of registers do not fit"
 
 
 @pytest.mark.parametrize(
@@ -326,20 +325,40 @@ def test_other_dtypes_and_devices():
 
 def test_tiles_take_every_query_once_and_the_longest_first():
     spans = documents(1, 300, 128, 70)
-    tiles = query_tiles(spans, programs=9).tolist()
-    assert tiles[-3:] == [[0, 0, 0, 1]] * 3 and len(tiles) == 9
-    taken = sorted(tiles[:-3])
-    assert key_ranges([tuple(tile) for tile in taken]).equal(key_ranges(spans))
+    tiles = query_tiles(spans).tolist()
+    assert len(tiles) == 6
+    assert key_ranges([tuple(tile) for tile in sorted(tiles)]).equal(key_ranges(spans))
     keys = [stop - first for _, _, first, stop in tiles]
     assert keys == sorted(keys, reverse=True)
-    with pytest.raises(ValueError, match="programs is 5: give an integer from 6"):
-        query_tiles(spans, programs=5)
     query = torch.empty(8, 1, 4, 192)
     for wrong in (torch.zeros(2, 3, dtype=torch.int32), torch.zeros(2, 4)):
         with pytest.raises(
             ValueError, match=r"it is torch.int32 \[n, 4\] on cpu, from query_tiles"
         ):
             ops._check_tiles(wrong, query)
+
+
+@pytest.mark.parametrize(
+    ("spans", "way"),
+    [
+        (documents(*[1000] * 16), "tiles"),
+        (documents(*[5] * 100), "ranges"),  # 100 programs of a tile, or 4
+        (((0, 8192, 0, 8192), (8192, 16384, 0, 32768)), "ranges"),  # a rank's share of one document
+        (documents(*[512] * 4), "ranges"),  # the same programs and tiles
+        (((0, 200, 0, 2200), (200, 400, 2200, 4400)), "tiles"),  # or one program reads all keys
+    ],
+)
+def test_documents_are_read_by_whichever_way_makes_less_work(spans, way):
+    (made,) = reads_of(spans).items()
+    assert made[0] == way
+    assert made[1].equal(query_tiles(spans) if way == "tiles" else key_ranges(spans))
+
+
+def test_what_queries_read_is_said_once():
+    query, tiles = torch.empty(8, 1, 4, 192), torch.zeros(1, 4, dtype=torch.int32)
+    for given in ((None, tiles, False), (torch.zeros(2, 8, dtype=torch.int32), tiles, True)):
+        with pytest.raises(ValueError, match="are given: leave all but one out"):
+            ops._reads(query, *given)
 
 
 @pytest.mark.parametrize(
@@ -360,8 +379,8 @@ def test_tiles_that_cannot_be_neither_wait_for_ever_nor_read_on(tile):
         key_nope_desc=rows(key, 32, 32), key_rope_desc=rows(key, 32, 16),
         do_desc=rows(grad, 32, 32), dq_nope_desc=rows(grad_query, 32, 32),
         dq_rope_desc=rows(grad_query, 32, 16), dkey_nope_desc=rows(grad_key, 32, 32),
-        dkey_rope_desc=rows(grad_key, 32, 16), out_ptr=Pointer(grad), dq_ptr=Pointer(grad_query),
-        lse_ptr=Pointer(torch.zeros(1, 1, s)), delta_ptr=None, ranges_ptr=None,
+        dkey_rope_desc=rows(grad_key, 32, 16), dq_ptr=Pointer(grad_query), ranges_ptr=None,
+        lse_ptr=Pointer(torch.zeros(1, 1, s)), delta_ptr=Pointer(torch.zeros(1, 1, s)),
         tiles_ptr=Pointer(torch.tensor([tile])), s=s, t=t, past=None, scale=0.1, log2_scale=0.1,
         P=1, G=1, L=32, R=16, M=64, N=32, RANGES=False, TILES=True,
     )  # fmt: skip

@@ -42,14 +42,14 @@ def descriptor_type(rows, columns, dtype):
     return f"tensordesc<{name}[{rows}, {columns}],{layout!r}>"
 
 
-def compile_kernel(dim, rope, heads, latents, fp8, folder, terms=0):
+def compile_kernel(dim, rope, heads, latents, fp8, folder):
     """Return the compiled kernel's SASS and its bytes of stack a thread."""
     config = default_config(heads, dim, 1 if fp8 else 2, 64, True)
     tile = config.block_n
     constants = {
         "Q_LEN": 1, "HEADS": heads, "LATENTS": latents, "GROUPS": 1, "M": config.block_m,
         "N": tile, "D": dim, "R": rope, "PAGE": 64, "FP8": fp8, "STAGES": config.num_stages,
-        "WARPS_N": config.warps_n, "TERMS": terms, "W": config.consumers,
+        "WARPS_N": config.warps_n, "W": config.consumers,
         "CONSUMER_REGS": config.consumer_registers,
     }  # fmt: skip
     rope_type = descriptor_type(tile, rope, torch.bfloat16)
@@ -97,13 +97,3 @@ def test_no_spills_and_queries_keep_their_registers(
     values = set(re.findall(r"HGMMA\.\S+ R\d+, (R\d+), gdesc\[UR\d+\]\.tnspB", sass))
     assert not queries & values, f"queries and probabilities share {queries & values}"
     assert bool(queries) == (fp8 and dim == 128)
-
-
-@pytest.mark.parametrize("terms", [1, 2])
-def test_scores_in_e4m3(terms, tmp_path):
-    """The queries of the e4m3 products, the RoPE queries and the probabilities keep apart."""
-    sass, spilled = compile_kernel(128, 64, 64, 4, True, tmp_path, terms)
-    assert "QGMMA" in sass and spilled == 0
-    queries = set(re.findall(r"[HQ]GMMA\.\S+ R\d+, (R\d+), gdesc\[UR\d+\], ", sass))
-    values = set(re.findall(r"HGMMA\.\S+ R\d+, (R\d+), gdesc\[UR\d+\]\.tnspB", sass))
-    assert queries and values and not queries & values

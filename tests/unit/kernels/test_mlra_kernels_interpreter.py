@@ -6,7 +6,6 @@ TRITON_INTERPRET=1: other tests of the session keep their own Triton. bf16 is le
 """
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -102,13 +101,6 @@ else:
         made = metadata_for(case)
         assert not made.config.hopper and made.schedule.shape[0] == 2 * 148
         check(case, 1, rtol=2e-3)
-
-    def test_scores_in_e4m3_are_for_the_hopper_kernel():
-        case = paged_case([64], dtype=torch.float16, **BASE)
-        metadata = metadata_for(case)
-        metadata.config = replace(metadata.config, score_terms=1)
-        with pytest.raises(ValueError, match="score_terms is 1"):
-            latent_decode(*case, 0.1, num_branches=1, metadata=metadata)
 
     def test_decode_fp32_is_exact_to_rounding():
         case = paged_case([700, 65, 0], dtype=torch.float32, **{**BASE, "q_len": 2, "latents": 2})

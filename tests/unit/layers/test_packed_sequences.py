@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
 
+from megatron_mlra.layers.core_attention import LatentCoreAttention, SDPACoreAttention
 from megatron_mlra.sharding.token_plan import PackedDocuments, plan_tokens
+from mlra_kernels.latent_attention import key_ranges
+from mlra_kernels.latent_attention.reference import latent_attention_reference
 from support.modules import FORMS, MLRA2, VARIANTS, build, named, run
 from support.oracle import reference, relative_error
 
@@ -119,8 +124,9 @@ def test_every_token_attends_to_its_documents_past(cp, bounds, cut_documents):
         if plan.positions is not None:
             assert plan.positions.equal(place)
             assert plan.key_positions.equal(torch.arange(tokens) - first)
-            assert plan.key_ranges.tolist() == [first[own].tolist(), own]
-            assert (plan.key_ranges.diff() >= 0).all(), "neither end falls"
+            ranges = key_ranges(plan.spans)
+            assert ranges.tolist() == [first[own].tolist(), own]
+            assert (ranges.diff() >= 0).all(), "neither end falls"
         seen += own
         work.append(int((place + 1).sum()))
     assert sorted(seen) == list(range(tokens))
@@ -158,6 +164,45 @@ def test_variable_lengths_lay_the_keys_of_spans_one_behind_the_other():
     assert (varlen.max_seqlen_q, varlen.max_seqlen_kv) == (4, 11)
     assert varlen.key_index.tolist() == [*range(4), *range(5, 16)]
     assert plan_tokens(16, 1, 0, packing(0, 5, 16), CPU).varlen.key_index is None
+
+
+@pytest.mark.parametrize(
+    ("cp", "bounds", "way"),
+    [
+        (1, (0, 250, 500, 750, 1024), "tiles"),
+        (2, (0, 250, 500, 750, 1000), "tiles"),
+        (1, (0, *range(2, 1024, 5), 1024), "ranges"),
+        (2, None, "ranges"),
+    ],
+)
+def test_the_latent_core_reads_what_a_plan_says(cp, bounds, way, monkeypatch):
+    """Its kernels' reference in their place, against torch's core; largest logits too."""
+
+    def with_top(query, key, latent_dim, scale, **reads):
+        assert list(reads) == [way]
+        return latent_attention_reference(query, key, latent_dim, scale, **reads)[0], None
+
+    def alone(*arguments, **reads):
+        return with_top(*arguments, **reads)[0]
+
+    monkeypatch.setattr("mlra_kernels.latent_attention.latent_attention", alone)
+    monkeypatch.setattr("mlra_kernels.latent_attention.latent_attention_with_top", with_top)
+    config = SimpleNamespace(attention_dropout=0.0, sequence_parallel=False)
+    latent, torchs = (
+        kind(config, 1, AttnMaskType.causal, "self", 0.3)
+        for kind in (LatentCoreAttention, SDPACoreAttention)
+    )
+    generator, tokens = torch.Generator().manual_seed(1), bounds[-1] if bounds else 1024
+    key = torch.randn(tokens, 1, 2, 12, generator=generator)
+    for rank in range(cp):
+        plan = plan_tokens(tokens // cp, cp, rank, bounds and packing(*bounds), CPU)
+        query = torch.randn(tokens // cp, 1, 4, 12, generator=generator)
+        expected = torchs(query, key, key[..., :8], None, plan=plan)
+        for wanted in (False, True):
+            latent.largest = SimpleNamespace(wanted_of=lambda _, w=wanted: w, add=lambda _: None)
+            found = latent(query, key, key[..., :8], plan=plan)
+            torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+        assert plan.latent_reads is plan.latent_reads, "made once a plan"
 
 
 @pytest.mark.parametrize(
