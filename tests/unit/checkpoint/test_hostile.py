@@ -191,6 +191,30 @@ def test_honest_state_passes_the_guard(folder, monkeypatch):
     assert vars(state[COMMON_KEY][0]["args"]) == vars(ours)
 
 
+class Generator:
+    """Pickled as a generator with a state."""
+
+    def __init__(self, state: object) -> None:
+        self.state = state
+
+    def __reduce__(self) -> tuple:
+        return torch.Generator, ("cpu",), self.state
+
+
+def test_generators_of_a_run_are_read():
+    """Transformer Engine's tracker of random numbers saves the generators themselves."""
+
+    def check(value: object) -> None:
+        data = hostile.saved({"rng": value})
+        torch_file.check_entry(io.BytesIO(data), len(data))
+
+    check(torch.Generator().manual_seed(5))
+    check(Generator((5, 0, torch.zeros(16, dtype=torch.uint8))))
+    for state in (5, (1, 2), (5, 0, 16), (5, 0, b"16"), ("5", 0, torch.ones(2)), {"seed": 5}):
+        with pytest.raises(torch_file.TorchFileError, match=r"changes a torch\._C\.Generator"):
+            check(Generator(state))
+
+
 @pytest.mark.parametrize("name", hostile.PICKLES)
 def test_pickles_that_grow(name, folder, convert, bounded):
     bomb, release = hostile.PICKLES[name], folder / "release"
