@@ -25,12 +25,8 @@ BASE = {
     "transformer_impl": "local",
 }
 TP = "tensor_model_parallel_size"
-TWELVE = {
-    "num_attention_heads": 12,
-    "kv_lora_rank": 60,
-    "num_latent_heads": 12,
-    "qk_pos_emb_head_dim": 12,
-}
+TWELVE = {"num_attention_heads": 12, "kv_lora_rank": 60}
+TWELVE |= {"num_latent_heads": 12, "qk_pos_emb_head_dim": 12}
 # Every GEMM dim a multiple of 16, at TP2 too.
 FP8 = {
     "fp8": "hybrid",
