@@ -27,6 +27,8 @@ _LATENT = {
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
     "output_gate": False,
+    "query_head_norm": False,
+    "rope_layer_types": None,
     "variance_scaling": True,
     "softmax_scale": 1 / 192**0.5,
 }
