@@ -29,7 +29,7 @@ from megatron_mlra.training.muon import OptimizerRefused
 
 
 def summary(args: Namespace, shape: ModelDescription) -> str:
-    """One line: the model's kind, size and KV cache, the parallel layout, steps and their tokens."""
+    """One line: the model's kind, size and KV cache, the parallel layout, steps and tokens."""
     tp = args.tensor_model_parallel_size
     layout = f"TP{tp} x PP{args.pipeline_model_parallel_size} x DP{args.data_parallel_size}"
     if args.context_parallel_size > 1:
@@ -201,7 +201,7 @@ def what_is_left(args: Namespace) -> str:
 def fail_run(
     error: BaseException, args: Namespace | None, output: MegatronOutput | None, started: bool
 ) -> int:
-    """Call `fail`, write out the curves, and end the run's child processes; returns the exit code."""
+    """Call `fail`, write out the curves, and end child processes; returns the exit code."""
     if isinstance(error, SystemExit):
         code = fail(error, output, started)
     else:

@@ -20,7 +20,7 @@ FLAGS = ("--dry-run", "--dry-run-gpu")
 NODE = 8
 """Most GPUs per node in the printed command."""
 MOST_RANKS = 16
-"""Most lines of the shard map; with more tensor-parallel ranks, those in the middle are left out."""
+"""Most ranks in the shard map. Of more tensor-parallel ranks, those in the middle are left out."""
 
 
 def describe(

@@ -1,8 +1,8 @@
 """What of a command line can be refused before torch and Megatron are imported, within a second.
 
 No list of flags is kept here but `_UNDERSCORED`. The known flags are those of this project's parser
-and the keys that a preset may have, which are generated from Megatron's parser. Presets, folders and
-data are checked by the functions that check them again when all arguments are known.
+and the keys that a preset may have, which are generated from Megatron's parser. Presets, folders
+and data are checked by the functions that check them again when all arguments are known.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _UNDERSCORED = ("--override-opt_param-scheduler", "--use-checkpoint-opt_param-sc
 
 
 def check(argv: list[str]) -> None:
-    """Refuse unknown flags, unreadable presets, missing data and unusable --save and --load folders.
+    """Refuse unknown flags, unreadable presets, missing data, unusable --save and --load folders.
 
     Raises:
         ValueError: one line that names the flag and the fix.

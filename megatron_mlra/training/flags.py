@@ -41,7 +41,7 @@ A preset sets defaults, the command line wins, and every switch has an opposite
 
 
 def add_mlra_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add this project's flags to Megatron's parser, or to a parser of their own; returns `parser`."""
+    """Add this project's flags to Megatron's parser, or to a parser of their own; returns it."""
     _add_preset(parser.add_argument_group("preset and help"))
     _add_attention(parser.add_argument_group("attention"))
     _add_layout(parser.add_argument_group("layout, cores and kernels"))
@@ -250,8 +250,7 @@ def parser() -> OneLineParser:
 
 
 def answer(argv: list[str]) -> bool:
-    """Print what `--help`, `--version` or `--config list` ask for; returns whether one is in `argv`.
-    """
+    """Answer `--help`, `--version` and `--config list`; returns whether `argv` asks for one."""
     found = None
     if {"-h", "--help"} & set(argv):
         found = parser().format_help().rstrip()
