@@ -37,9 +37,9 @@ class Row(NamedTuple):
 
     flags: str
     verdict: str
-    """`works`: a test compares a run with the flag and one without; `Megatron's`: does not touch the
-    attention, and no test compares; `refused`: an error in one line before the run; `not run`:
-    implemented, and the test needs a GPU."""
+    """`works`: a test compares a run with the flag and one without; `Megatron's`: does not touch
+    the attention, and no test here compares; `refused`: an error in one line before the run;
+    `not run`: implemented, and the test needs a GPU."""
     note: str
 
 

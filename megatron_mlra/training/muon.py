@@ -7,7 +7,7 @@ queries of all heads in one, and leaves all other weights to Adam, among them th
 (sharding/matrices.py) lists the matrices that the weight consists of. `linear_qkv` of Megatron's
 grouped-query attention is cut by heads in the same way.
 
-Most matrices lie whole on one rank. The others (parts of down-projections) are gathered, as
+Most matrices lie whole on one rank. The others (in down-projections) are gathered, as
 `--muon-tp-mode duplicated` does for other weights, so that the update is the same at any
 tensor-parallel size.
 """
@@ -71,7 +71,7 @@ class MatrixMuon(TensorParallelMuon):
             parts = [torch.empty_like(run) for _ in range(group.size())]
             torch.distributed.all_gather(parts, run.contiguous(), group)
             whole = torch.cat(parts, dim=1)
-        # Where a cut matrix is not gathered (blockwise), this rank's part counts as the matrix.
+        # Of a cut matrix that is not gathered (blockwise), this rank's part counts as a matrix.
         height = min(rows.matrix, whole.shape[1])
         matrices = whole.reshape(-1, height, whole.shape[-1])
         done = self.scaled_orthogonalize_fn(matrices, None, None).view(whole.shape)
@@ -125,8 +125,7 @@ def cut_grouped_queries(chunks: Iterable[torch.nn.Module]) -> None:
 
 
 def owns_whole_matrices(args: Namespace) -> bool:
-    """Whether each data-parallel rank owns whole matrices, so that buffers must be laid out by them.
-    """
+    """Whether each data-parallel rank owns whole matrices, which buffers must then keep together."""
     return args.use_layer_wise_distributed_optimizer and args.use_layer_wise_param_layout
 
 
