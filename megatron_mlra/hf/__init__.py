@@ -1,4 +1,4 @@
-"""What an exported Hugging Face folder ships with: self-contained, nothing of this project.
+"""The model code that every exported Hugging Face folder contains; needs no installed project.
 
 Start with modeling_mlra.py.
 

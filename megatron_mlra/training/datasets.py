@@ -74,7 +74,7 @@ class CachedDataset(SourcedDataset):
 
 
 class CachedBlend(BlendedDataset):
-    """A blend whose indexes (dataset and sample per row) are cached in --data-cache-path, if any."""
+    """A blend whose indexes (dataset and sample per row) are cached in --data-cache-path."""
 
     def _build_indices(self) -> tuple[np.ndarray, np.ndarray]:
         identifiers = {

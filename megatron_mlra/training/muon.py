@@ -47,7 +47,7 @@ class MatrixMuon(TensorParallelMuon):
     """Megatron's Muon, on the matrices of each weight that has the attribute `matrices`."""
 
     def orthogonalize(self, p: Tensor, grad: Tensor, **kwargs: Any) -> Tensor:
-        """The update of the weight `p`: each matrix orthogonalised, and scaled by the matrix's size.
+        """The update of the weight `p`: each matrix orthogonalised, and scaled by its own size.
 
         Args:
             grad: the momentum, of the shape of `p`.
@@ -125,7 +125,7 @@ def cut_grouped_queries(chunks: Iterable[torch.nn.Module]) -> None:
 
 
 def owns_whole_matrices(args: Namespace) -> bool:
-    """Whether each data-parallel rank owns whole matrices, which buffers must then keep together."""
+    """Whether each data-parallel rank owns whole matrices, which the buffers then keep together."""
     return args.use_layer_wise_distributed_optimizer and args.use_layer_wise_param_layout
 
 

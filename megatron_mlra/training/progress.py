@@ -75,8 +75,7 @@ class Progress:
         return speed(self.args, self.token_flops)
 
     def flops(self, args: Namespace, batch_size: int, *_, **__) -> float:
-        """Model FLOPs of one global batch: those of the method, not of the chosen form of the core.
-        """
+        """Model FLOPs of one global batch: the method's, not those of the core's chosen form."""
         return self.token_flops.model * batch_size * args.seq_length
 
     def wrap_log(self, training_log: Callable) -> Callable:
@@ -153,8 +152,8 @@ class Progress:
             self.bar.update(iteration - self.bar.n)
 
     def wrap_results(self, evaluate_and_print_results: Callable) -> Callable:
-        """Wrap Megatron's `evaluate_and_print_results`: test losses stay out of the validation curve,
-        and no step is validated twice."""
+        """Wrap Megatron's `evaluate_and_print_results`: test losses stay out of the validation
+        curve, and no step is validated twice."""
 
         def run(prefix, forward_step, data, model, iteration, *rest, **named):
             is_test = "test set" in prefix
@@ -264,7 +263,7 @@ class Progress:
         return f"{why}, which is saved; continue with --load {args.save} --save {args.save}"
 
     def wrap_finalize(self, maybe_finalize_async_save: Callable) -> Callable:
-        """Wrap Megatron's `maybe_finalize_async_save`: its error names the step that is not saved."""
+        """Wrap Megatron's `maybe_finalize_async_save`: errors name the step that is not saved."""
 
         def run(*args, **named):
             if not self.saving:
@@ -318,8 +317,8 @@ def stop_if_asked() -> None:
 
 
 def stop_after(initialize: Callable) -> Callable:
-    """Wrap Megatron's `initialize_megatron`: heed an earlier stop signal right after the call, before
-    the model is built and loaded."""
+    """Wrap Megatron's `initialize_megatron`: heed an earlier stop signal right after the call,
+    before the model is built and loaded."""
 
     def initialize_or_stop(*args, **named):
         result = initialize(*args, **named)

@@ -52,8 +52,8 @@ def forward_step(
             (`--overlap-moe-expert-parallel-comm`).
 
     Returns:
-        per-token losses `[b, s]` float32 on the last pipeline stage (hidden states on earlier
-        stages; the plan with `return_schedule_plan`), and the function that reduces the losses.
+        per-token losses `[b, s]` on the last pipeline stage (hidden states on earlier stages; the
+        plan with `return_schedule_plan`), and the function that reduces the losses.
     """
     vp_stage = get_attr_wrapped_model(model, "vp_stage")
     during = "" if torch.is_grad_enabled() else "validation: "
@@ -80,8 +80,9 @@ def loss_function(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, di
         losses: `[b, s]` float, per token.
 
     Returns:
-        the sum of the unmasked losses (float32 scalar; scaled under context parallelism), the number
-        of unmasked tokens (int32 scalar), and the log's `[2]` tensor of sum and number.
+        the sum of the unmasked losses (float32 scalar; scaled under context parallelism), the
+        number of unmasked tokens (int32 scalar), and for the log a dict of the unscaled sum and
+        that number (`[2]` float32).
 
     Raises:
         RuntimeError: for a NaN or infinite loss, unless --no-check-for-nan-in-loss-and-grad.
@@ -101,8 +102,8 @@ def loss_function(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, di
 
 
 def _context_parallel_share(num_tokens: Tensor) -> Tensor:
-    """The factor of this rank's loss under which the average over context-parallel ranks is the mean
-    over tokens.
+    """The factor of this rank's loss under which the average over context-parallel ranks is the
+    mean over tokens.
 
     The schedule divides the sum of rank r by the number n_r of unmasked tokens on rank r, then
     averages over the cp ranks. With the factor `cp n_r / sum(n)`, every token has the same weight.

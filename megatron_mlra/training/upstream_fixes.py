@@ -2,7 +2,7 @@
 
 Functions of (a function of Megatron, the run) are wrappers, for which training/hooks.py names the
 targets. Without Transformer Engine and APEX, Megatron's distributed optimizer wraps torch's AdamW,
-and cannot resume the AdamW's state. `state_dict_with_state`, `set_states_with_step` and
+and cannot resume AdamW's state. `state_dict_with_state`, `set_states_with_step` and
 `load_with_own_steps` repair that.
 """
 
@@ -86,8 +86,8 @@ def raise_failed_writes(write: Callable, run: Any) -> Callable:
 def pair_at_other_rates(pair: Callable, run: Any) -> Callable:
     """Wrap `_filter_and_reorder_param_groups`, which tells parameter groups apart by their rates.
 
-    With --override-opt-param-scheduler the rates differ from the saved ones, and Megatron would find
-    no group.
+    With --override-opt-param-scheduler the rates differ from the saved ones, and Megatron would
+    find no group.
     """
 
     def pair_by_other_keys(current_groups: list[dict], state_dict_groups: list[dict]):
@@ -97,7 +97,7 @@ def pair_at_other_rates(pair: Callable, run: Any) -> Callable:
 
 
 def load_at_other_rates(load_state_dict: Callable, run: Any) -> Callable:
-    """Wrap the distributed optimizer's `load_state_dict`, for the reason of `pair_at_other_rates`."""
+    """Wrap the distributed optimizer's `load_state_dict`, as `pair_at_other_rates` for groups."""
 
     def load(self, state_dict):
         inner = state_dict.get("optimizer")
