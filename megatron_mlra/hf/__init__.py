@@ -1,4 +1,4 @@
-"""The model code that every exported Hugging Face folder contains; needs no installed project.
+"""The model code of exported Hugging Face folders; imports no other package of this project.
 
 Start with modeling_mlra.py.
 

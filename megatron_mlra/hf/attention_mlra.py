@@ -48,8 +48,11 @@ def rope_cos_sin(config: MLRAConfig, position_ids: Tensor) -> tuple[Tensor, Tens
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + r / 2) of x `[b, s, ..., r]` by cos, sin `[b, s, r / 2]`; returns the
-    shape and dtype of x."""
+    """Rotate the pairs (i, i + r / 2) of x `[b, s, ..., r]` by cos, sin `[b, s, r / 2]`.
+
+    Returns:
+        the rotated x, of the same shape and dtype.
+    """
     shape = (*cos.shape[:2], *(1,) * (x.dim() - 3), cos.size(-1))
     cos, sin = cos.view(shape), sin.view(shape)
     first, second = x.float().chunk(2, dim=-1)

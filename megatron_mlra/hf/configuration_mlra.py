@@ -71,8 +71,8 @@ class MLRAConfig(PreTrainedConfig):
     router_dtype: str | None = None
     """dtype of the router's matrix product: "float32", or None for that of the activations."""
     num_nextn_predict_layers: int = 0
-    """Layers of multi-token prediction in the folder, numbered after the decoder's layers. The model
-    does not load these layers, and sets this field to 0."""
+    """Layers of multi-token prediction in the folder, numbered after the decoder's layers. The
+    model does not load these layers, and sets this field to 0."""
     num_nextn_predict_depths: int = 0
     """Tokens that one layer of multi-token prediction predicts in turn; 0 where each layer predicts
     one token."""

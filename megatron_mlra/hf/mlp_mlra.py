@@ -44,7 +44,7 @@ class MLRARouter(nn.Module):
             self.register_buffer("e_score_correction_bias", bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens `[T, d]` -> weights `[T, k]` and int64 indices `[T, k]` of each token's experts."""
+        """Tokens `[T, d]` -> weights `[T, k]` and int64 indices `[T, k]` of the chosen experts."""
         config, weight = self.config, self.weight
         if config.router_dtype == "float32":
             x, weight = x.float(), weight.float()
@@ -84,9 +84,9 @@ class MLRAExperts(nn.Module):
         """`[..., d]` -> `[..., d]`; each expert runs once, over the tokens that chose it.
 
         Where gradients are computed, or several processes run, experts without tokens run too, on
-        empty input. All ranks gather sharded weights (FSDP, ZeRO-3) together, so every rank must run
-        every expert, though the tokens of the ranks choose different ones. Every rank must also give
-        each weight a gradient.
+        empty input. Ranks gather sharded weights (FSDP, ZeRO-3) together, so each rank must run
+        every expert, though the tokens of different ranks choose different experts. Every rank must
+        also give each weight a gradient.
         """
         tokens = x.reshape(-1, x.size(-1))
         weights, chosen = self.gate(tokens)

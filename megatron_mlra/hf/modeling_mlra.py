@@ -175,7 +175,7 @@ class MLRAForCausalLM(MLRAPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Logits `[b, s, vocab_size]`, and with labels the mean loss. Other arguments as MLRAModel's.
+        """Logits `[b, s, vocab_size]`, and with labels the loss. Other arguments as MLRAModel's.
 
         Args:
             labels: `[b, s]` token ids, not shifted; -100 where there is no loss.

@@ -94,8 +94,7 @@ class PagedLatentLayer(DynamicLayer):
         self.length = 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last `-tokens_to_remove` tokens, or keep the first ones if the number is positive.
-        """
+        """Drop the last `-tokens_to_remove` tokens; a positive number is the length to keep."""
         tokens = int(tokens_to_remove)  # assisted generation may count in tensors
         self.length = min(self.length, tokens) if tokens > 0 else max(self.length + tokens, 0)
 
@@ -216,8 +215,8 @@ def paged_step(
 ) -> PagedStep | None:
     """The paged step of a forward, or None where transformers' own cache layout is used.
 
-    An empty DynamicCache gets paged layers if `config.decode_backend` asks for them. "auto" asks for
-    paged layers if the kernels can run, and on a GPU prints its choice and the reason once.
+    An empty DynamicCache gets paged layers if `config.decode_backend` asks for them. "auto" asks
+    for paged layers if the kernels can run, and on a GPU prints its choice and the reason once.
 
     Args:
         attention_mask: as the model's forward takes it.

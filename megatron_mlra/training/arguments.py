@@ -74,7 +74,7 @@ DEFAULTS = {
 def accelerated_defaults() -> dict[str, Any]:
     """Defaults that choose accelerated parts: on a GPU, each part that is installed is used.
 
-    No other code chooses these parts automatically.
+    `auto` of --core-backend and --latent-kernels is resolved later, in layers/config.py.
     """
     if not torch.cuda.is_available():
         return dict(CPU_DEFAULTS)
@@ -165,7 +165,7 @@ def validate(args: Namespace) -> MLRAConfig | BaselineConfig:
 def _load_checkpoint_args(args: Namespace) -> None:
     """Take arguments from the checkpoint that the run will load, after a check that it is whole.
 
-    For a folder that Megatron cannot read, it prints a page of tracebacks.
+    Of a folder that cannot be read, Megatron would show a page of tracebacks.
 
     Raises:
         ValueError: `--load` holds no checkpoint, or none that can be read.
