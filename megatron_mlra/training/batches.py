@@ -281,7 +281,7 @@ def _packed_documents(batch: dict[str, Any], tokens_per_sample: int) -> PackedDo
 def _cut_documents(
     batch: dict[str, Any], packed: PackedDocuments, cp_group: dist.ProcessGroup
 ) -> None:
-    """Cut a flattened micro-batch to this context-parallel rank's share of each document, in place."""
+    """Cut a flattened micro-batch, in place, to this rank's part of each document."""
     cp = cp_group.size()
     device = packed.cu_seqlens_q.device
     plan = plan_tokens(packed.bounds[-1] // cp, cp, cp_group.rank(), packed, device)
