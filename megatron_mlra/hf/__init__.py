@@ -1,4 +1,4 @@
-"""What an exported Hugging Face folder ships with: self-contained, nothing of this project.
+"""The model code of exported Hugging Face folders; imports no other package of this project.
 
 Start with modeling_mlra.py.
 

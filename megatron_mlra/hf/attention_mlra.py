@@ -1,9 +1,9 @@
-"""Attention of MLA, GLA and MLRA models: latents and one RoPE key are all it caches.
+"""Attention of MLA, GLA and MLRA models, which caches latents and one RoPE key per token.
 
 Method: Liu, Peng, Zhang, Chen, Guo, "Multi-Head Low-Rank Attention", arXiv 2603.02188. Letters: b
 batch, s new tokens, t all tokens, d hidden size, h heads, n branches, g head groups, L = n g latent
-heads, l latent dim, r RoPE dim. Latent `branch * g + group` serves heads
-`[group * h / g, (group + 1) * h / g)`.
+heads, l latent dim, r RoPE dim, d_h NoPE dim, d_v value dim of a head. Latent head
+`branch * g + group` serves heads `[group * h / g, (group + 1) * h / g)`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .paged_cache_mlra import PagedStep
 
 
 class MLRARMSNorm(nn.Module):
-    """RMSNorm of `parts` equal parts of the last dim, times `scale`; statistics in float32."""
+    """RMSNorm of each of `parts` equal parts of the last dim, times `scale`, in float32."""
 
     def __init__(self, size: int, eps: float, parts: int = 1, scale: float = 1.0) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class MLRARMSNorm(nn.Module):
 
 
 def rope_cos_sin(config: MLRAConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin `[b, s, r / 2]` in float32 of positions `[b, s]`, times YaRN's factor."""
+    """cos and sin `[b, s, r / 2]` float32 of positions `[b, s]`, times YaRN's factor, if any."""
     rope, device = config.rope_parameters, position_ids.device
     if rope["rope_type"] == "yarn":
         frequencies, factor = ROPE_INIT_FUNCTIONS["yarn"](config, device)
@@ -48,7 +48,11 @@ def rope_cos_sin(config: MLRAConfig, position_ids: Tensor) -> tuple[Tensor, Tens
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + r / 2) of x `[b, s, ..., r]`; cos, sin `[b, s, r / 2]`."""
+    """Rotate the pairs (i, i + r / 2) of x `[b, s, ..., r]` by cos, sin `[b, s, r / 2]`.
+
+    Returns:
+        the rotated x, of the same shape and dtype.
+    """
     shape = (*cos.shape[:2], *(1,) * (x.dim() - 3), cos.size(-1))
     cos, sin = cos.view(shape), sin.view(shape)
     first, second = x.float().chunk(2, dim=-1)
@@ -56,7 +60,17 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **_):
-    """softmax(t q k^T) v with grouped queries, in plain torch: `[b, s, heads, d_v]` and weights."""
+    """softmax(scaling q k^T) v with grouped queries, in plain torch.
+
+    Args:
+        query: `[b, heads, s, e]`.
+        key: `[b, kv_heads, t, e]`.
+        value: `[b, kv_heads, t, d_v]`.
+        attention_mask: None, or added to the scores `[b, heads, s, t]`.
+
+    Returns:
+        outputs `[b, s, heads, d_v]` and weights `[b, heads, s, t]`, in the dtype of the queries.
+    """
     key, value = (x.repeat_interleave(module.num_key_value_groups, 1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
@@ -67,10 +81,10 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
 
 
 class AttentionCore(nn.Module):
-    """softmax(t q k^T) v by the attention implementation the config names.
+    """softmax(softmax_scale q k^T) v by the attention implementation that the config names.
 
     Args:
-        groups: query heads a key head serves.
+        groups: query heads per key head.
     """
 
     is_causal = True
@@ -80,7 +94,8 @@ class AttentionCore(nn.Module):
         self.config, self.layer_idx, self.num_key_value_groups = config, layer_idx, groups
 
     def forward(self, query, key, value, attention_mask, **kwargs) -> tuple[Tensor, Tensor | None]:
-        """Query `[b, heads, s, e]`, key and value `[b, kv heads, t, e]` -> `[b, s, heads, e]`."""
+        """Query `[b, heads, s, e]`, key and value `[b, kv_heads, t, e]` -> outputs
+        `[b, s, heads, e]`, and weights if the implementation returns them."""
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention
         )
@@ -99,8 +114,8 @@ class AttentionCore(nn.Module):
 class LatentUpProjection(nn.Module):
     """W_UK and W_UV of every (branch, head) pair: `weight` `[n, h, d_h + d_v, l]`, keys first.
 
-    Called like any module, never read from outside: what offloads or shards weights (accelerate's
-    device_map, FSDP, ZeRO-3) has them in place during `forward` alone.
+    Other modules call this one and never read `weight`: libraries that offload or shard weights
+    (accelerate's device_map, FSDP, ZeRO-3) have a weight in place during `forward` alone.
     """
 
     def __init__(self, config: MLRAConfig) -> None:
@@ -110,13 +125,12 @@ class LatentUpProjection(nn.Module):
         self.weight = nn.Parameter(torch.empty(*shape, config.latent_dim))
 
     def forward(self, x: Tensor, use: str) -> Tensor:
-        """One of three products.
+        """One of three products, chosen by `use`.
 
-        Args:
-            x, use: queries `[b, s, h, d_h]`, 'absorb': in latent space, `[b, s, n, h, l]`;
-                attended latents `[b, s, n, h, l]`, 'sum': values summed over branches,
-                `[b, s, h, d_v]`; latents `[b, t, n, g, l]`, 'expand': keys and values of every
-                head, `[b, t, n, h, d_h + d_v]`.
+        - "absorb": queries `[b, s, h, d_h]` -> queries in latent space `[b, s, n, h, l]`
+        - "sum": attended latents `[b, s, n, h, l]` -> values summed over branches `[b, s, h, d_v]`
+        - "expand": latents `[b, t, n, g, l]` -> keys and values of every branch and head
+          `[b, t, n, h, d_h + d_v]`
         """
         if use == "expand":
             weight = self.weight.unflatten(1, (x.size(3), -1))  # [n, g, h / g, d_h + d_v, l]
@@ -130,9 +144,9 @@ class LatentUpProjection(nn.Module):
 class MLRAAttention(nn.Module):
     """Multi-head low-rank attention; caches L * l + r numbers per token: latents and a RoPE key.
 
-    Against the cache it attends in latent space: grouped-query attention with L key heads
-    `[c_l | k_r]`, whose values are `c_l`. A forward without past expands keys and values instead
-    where that is cheaper, i.e. where l > d_h.
+    Attention to the cache runs in latent space, as grouped-query attention with L key heads: the
+    key of a latent head is `[latent | RoPE key]`, and the value is the latent. A forward without
+    past expands keys and values instead where expanding is cheaper, i.e. where l > d_h.
     """
 
     def __init__(self, config: MLRAConfig, layer_idx: int) -> None:
@@ -170,13 +184,24 @@ class MLRAAttention(nn.Module):
         step: PagedStep | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        """`[b, s, d]` -> the same, and the eager implementation's weights `[b, n h, s, t]`."""
+        """`[b, s, d]` -> the same shape, and the attention weights.
+
+        Args:
+            cos_sin: of `rope_cos_sin`.
+            attention_mask: as the attention implementation takes it; unused where `step` runs in
+                the kernels.
+            past_key_values: transformers' cache, extended in place; None for no cache.
+            step: the step over a paged cache, used instead of `past_key_values`; None without one.
+
+        Returns:
+            outputs `[b, s, d]`; weights `[b, n h, s, t]` of the eager implementation, else None.
+        """
         q_nope, q_rope, rows = self.compress(hidden_states, cos_sin)
         weights = None
         if step is not None:
             rows = step.append(rows, self.layer_idx)
         elif past_key_values is not None:
-            # The rows are the keys; the values are part of them.
+            # The cache's keys are the rows. Values are parts of the rows, so none are stored.
             empty = rows.new_empty(*rows.shape[:2], 0).unsqueeze(1)
             rows, _ = past_key_values.update(rows.unsqueeze(1), empty, self.layer_idx)
             rows = rows.squeeze(1)
@@ -193,7 +218,8 @@ class MLRAAttention(nn.Module):
         return self.o_proj(out), weights
 
     def compress(self, x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Query parts `[b, s, h, d_h]`, `[b, s, h, r]` and cache rows `[b, s, L * l + r]`."""
+        """NoPE queries `[b, s, h, d_h]`, RoPE queries `[b, s, h, r]` and cache rows
+        `[b, s, L * l + r]` of hidden states `[b, s, d]`."""
         config = self.config
         if not self.rotates:
             cos_sin = torch.ones_like(cos_sin[0]), torch.zeros_like(cos_sin[1])
@@ -243,7 +269,8 @@ class MLRAAttention(nn.Module):
         latents, k_rope = self.split_rows(rows)
         k_rope = k_rope[:, :, None, None].expand(*latents.shape[:-1], -1)
         key = torch.cat((latents, k_rope), dim=-1).flatten(2, 3).transpose(1, 2)  # [b, L, t, l + r]
-        # The values are the latents. Fused kernels want one width, so the RoPE part comes along.
+        # The values are the latents. Fused kernels need keys and values of one width, so whole rows
+        # are passed as values, and the RoPE part of the result is dropped.
         z, weights = self.absorbed_core(query, key, key, mask, **kwargs)
         z = z[..., : q.size(-1)].unflatten(2, q.shape[2:4])
         return self._sum_branches(z), weights

@@ -20,7 +20,7 @@ class MLRAConfig(PreTrainedConfig):
     MLA is (L, N) = (1, 1), GLA-2 (2, 1), GLA-4 (4, 1), MLRA-2 (4, 2), MLRA-4 (4, 4), MLRA-8 (8, 8).
 
     Raises:
-        ValueError: for sizes that do not fit each other and for an unknown `decode_backend`.
+        ValueError: sizes do not fit each other, or a field names an unknown choice.
     """
 
     model_type = "mlra"
@@ -34,7 +34,7 @@ class MLRAConfig(PreTrainedConfig):
     num_latent_heads: int = 4
     """L: parts of the latent, each with its own norm and up-projection."""
     num_branches: int = 4
-    """N: latent heads that serve each attention head; their outputs are summed."""
+    """N: branches, i.e. latent heads per attention head. The outputs of the branches are summed."""
     q_lora_rank: int | None = 1024
     """d_q; None projects queries straight from the hidden state."""
     kv_lora_rank: int = 512
@@ -46,13 +46,14 @@ class MLRAConfig(PreTrainedConfig):
     output_gate: bool = False
     """Multiply the attention output by sigmoid(x W_G) before the output projection."""
     variance_scaling: bool = True
-    """Scale the query latent by sqrt(d / d_q), each latent head by sqrt(d / d_l), the branch sum by
-    N^-1/2; off sets all three to 1."""
+    """Scale the query latent by sqrt(d / d_q), each latent head by sqrt(d / d_l) and the branch sum
+    by N^-1/2; False sets all three factors to 1."""
     softmax_scale: float | None = None
     """Factor of the attention scores; None is (d_h + d_r)^-1/2."""
     num_experts: int = 0
-    """Routed experts of a layer; 0 is a dense model."""
+    """Routed experts per layer; 0 is a dense model."""
     num_experts_per_tok: int = 0
+    """Routed experts that each token visits."""
     moe_intermediate_size: int = 0
     """Hidden size of one routed expert."""
     shared_expert_intermediate_size: int = 0
@@ -60,19 +61,21 @@ class MLRAConfig(PreTrainedConfig):
     mlp_layer_types: list[str] | None = None
     """"dense" or "sparse" for each layer; None: all sparse where there are experts."""
     scoring_func: str = "softmax"
-    """"softmax" over the experts, or "sigmoid" of each."""
+    """The router's scores: "softmax" over the experts, or "sigmoid" of each expert's logit."""
     norm_topk_prob: bool = False
     """Divide the weights of a token's experts by their sum."""
     routed_scaling_factor: float = 1.0
+    """Factor of the weights of a token's experts."""
     use_expert_bias: bool = False
-    """Of "sigmoid": add e_score_correction_bias to the scores that experts are chosen by."""
+    """Choose experts by scores plus e_score_correction_bias; the weights are the plain scores."""
     router_dtype: str | None = None
-    """Of the router's product: None for the activations', or "float32"."""
+    """dtype of the router's matrix product: "float32", or None for that of the activations."""
     num_nextn_predict_layers: int = 0
-    """Layers of multi-token prediction, numbered behind the decoder's. The model leaves them out
-    when weights are loaded, and sets this to 0."""
+    """Layers of multi-token prediction in the folder, numbered after the decoder's layers. The
+    model does not load these layers, and sets this field to 0."""
     num_nextn_predict_depths: int = 0
-    """Tokens that one such layer predicts, where it does for all of them."""
+    """Tokens that one layer of multi-token prediction predicts in turn; 0 where each layer predicts
+    one token."""
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
@@ -80,22 +83,24 @@ class MLRAConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
     rope_parameters: dict | None = None
-    """transformers' RoPE values; `rope_type` "default" or "yarn". Pairs are (i, i + d_r / 2)."""
+    """RoPE values as in transformers; `rope_type` is "default" or "yarn". RoPE rotates the pairs
+    (i, i + d_r / 2)."""
     rope_layer_types: list[str] | None = None
-    """"rope", or "nope" for a layer that rotates nothing; None: all "rope"."""
+    """"rope", or "nope" (no rotation), for each layer; None: all "rope"."""
     use_cache: bool = True
     decode_backend: str = "auto"
-    """What attends to the cache in steps of 1 to 8 tokens: "torch" (the attention implementation,
-    on a cache that transformers lays out) or "mlra_kernels" (CUDA kernels on a paged cache); "auto"
-    is mlra_kernels where it is installed and takes the shapes, dtype and GPU, else torch."""
+    """The code that attends to the cache in steps of 1 to 8 tokens: "torch" (the attention
+    implementation, on transformers' own cache) or "mlra_kernels" (CUDA kernels, on a paged cache).
+    "auto" is mlra_kernels if the package is installed and supports the shapes, dtype and GPU, else
+    torch."""
     decode_pages: bool = False
-    """Of "torch": attend to the kernels' pages in plain torch, on any device; for tests."""
+    """For tests: with "torch", attend to a paged cache in plain torch, on any device."""
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        # What the RoPE functions of transformers derive their frequencies from.
+        # The RoPE functions of transformers derive frequencies from head_dim.
         self.head_dim = self.qk_rope_head_dim
         if self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
@@ -137,11 +142,15 @@ class MLRAConfig(PreTrainedConfig):
         return self.num_experts > 0 and (types is None or types[layer] == "sparse")
 
     def layer_rotates(self, layer: int) -> bool:
-        """Whether a layer rotates its RoPE dims."""
+        """Whether a layer rotates the RoPE dims of queries and keys."""
         return self.rope_layer_types is None or self.rope_layer_types[layer] == "rope"
 
     def check(self) -> None:
-        """Raise ValueError where the fields do not fit each other, those changed later too."""
+        """Check the fields; the model calls this again, since fields may change after construction.
+
+        Raises:
+            ValueError: one line that names the field and the fix.
+        """
         L, N, h = self.num_latent_heads, self.num_branches, self.num_attention_heads
         if self.kv_lora_rank % L:
             raise ValueError(
@@ -172,7 +181,11 @@ class MLRAConfig(PreTrainedConfig):
         self.check_backend()
 
     def check_backend(self) -> None:
-        """Raise ValueError for an unknown `decode_backend`; replace an old name, with a line."""
+        """Check `decode_backend`; replace the name of an earlier version, with a warning.
+
+        Raises:
+            ValueError: `decode_backend` is unknown.
+        """
         if self.decode_backend == "reference":  # the name in an earlier version
             self.decode_backend, self.decode_pages = "torch", True
             logger.warning_once(

@@ -1,6 +1,6 @@
 """The MLP of a layer, dense or a mixture of experts.
 
-Letters in shapes: T tokens, d hidden size, E routed experts, k experts of a token.
+Letters in shapes: T tokens, d hidden size, E routed experts, k experts per token.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ class MLRAMLP(nn.Module):
 
 
 class MLRARouter(nn.Module):
-    """Chooses each token's experts and their weights by `weight` `[E, d]`; scores are in float32.
+    """Chooses each token's experts, and the weights of these experts, by `weight` `[E, d]`.
 
-    No nn.Linear: those that adapters and quantizers replace return a tensor, and this a pair.
+    Scores are in float32. The router is no nn.Linear, since adapters and quantizers replace every
+    nn.Linear by a module that returns one tensor, and the router returns two.
     """
 
     def __init__(self, config: MLRAConfig) -> None:
@@ -43,7 +44,7 @@ class MLRARouter(nn.Module):
             self.register_buffer("e_score_correction_bias", bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens `[T, d]` -> weights and numbers of their experts, `[T, k]` each."""
+        """Tokens `[T, d]` -> weights `[T, k]` and int64 indices `[T, k]` of the chosen experts."""
         config, weight = self.config, self.weight
         if config.router_dtype == "float32":
             x, weight = x.float(), weight.float()
@@ -68,7 +69,7 @@ def _has_other_ranks() -> bool:
 
 
 class MLRAExperts(nn.Module):
-    """Routed experts, weighted by the router, and shared ones that every token visits."""
+    """Routed experts, weighted by the router, and shared experts, which every token visits."""
 
     def __init__(self, config: MLRAConfig) -> None:
         super().__init__()
@@ -82,9 +83,10 @@ class MLRAExperts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., d]` -> `[..., d]`; each expert runs once, over the tokens that chose it.
 
-        Where gradients are computed, or several processes run, experts that no token chose run over
-        none: sharded weights (FSDP, ZeRO-3) are gathered by all ranks together, whose tokens choose
-        different experts, and every rank must give each weight a gradient.
+        Where gradients are computed, or several processes run, experts without tokens run too, on
+        empty input. Ranks gather sharded weights (FSDP, ZeRO-3) together, so each rank must run
+        every expert, though the tokens of different ranks choose different experts. Every rank must
+        also give each weight a gradient.
         """
         tokens = x.reshape(-1, x.size(-1))
         weights, chosen = self.gate(tokens)

@@ -36,14 +36,14 @@ class MLRADecoderLayer(GradientCheckpointingLayer):
         self.mlp = MLRAExperts(config) if is_moe else MLRAMLP(config, config.intermediate_size)
 
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
-        """`[b, s, d]` -> the same."""
+        """`[b, s, d]` -> the same shape; the other arguments are those of MLRAAttention."""
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
 class MLRAPreTrainedModel(PreTrainedModel):
-    """What transformers needs to know of these models."""
+    """The attributes by which transformers handles these models, and the initial weights."""
 
     config: MLRAConfig
     config_class = MLRAConfig
@@ -79,8 +79,8 @@ class MLRAModel(MLRAPreTrainedModel):
         )
         self.norm = MLRARMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
-        # Layers of multi-token prediction, which are not run here: they are left in the files, and
-        # the configuration no longer names them, so that it is true of what is saved.
+        # Layers of multi-token prediction are not run here. Loading skips their weights, and the
+        # configuration no longer names them, so that it fits the weights that a later save writes.
         first, ahead = config.num_hidden_layers, config.num_nextn_predict_layers
         self._keys_to_ignore_on_load_unexpected = [
             rf"(?:^|\.)layers\.{first + i}\." for i in range(ahead)
@@ -100,13 +100,19 @@ class MLRAModel(MLRAPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """Hidden states `[b, s, d]` of tokens `[b, s]`, which follow those in the cache.
+        """Hidden states `[b, s, d]` of new tokens, which follow the tokens in the cache.
 
         Args:
-            attention_mask: `[b, t]`, 0 for padding; None where there is none.
-            position_ids: `[b, s]`; default: behind what is cached.
+            input_ids: `[b, s]` token ids.
+            attention_mask: `[b, t]`, 0 for padding; None without padding.
+            position_ids: `[b, s]`; default: the positions after the cached tokens.
             past_key_values: latents and RoPE keys of earlier tokens; extended in place.
-            inputs_embeds: `[b, s, d]` in place of input_ids.
+            inputs_embeds: `[b, s, d]`, in place of input_ids.
+            use_cache: whether to make a cache where none is given; default: the config's.
+
+        Raises:
+            ValueError: both or none of input_ids and inputs_embeds are given, or the decode backend
+                that the config asks for cannot run.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -169,11 +175,12 @@ class MLRAForCausalLM(MLRAPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Logits `[b, s, vocab_size]`; arguments as MLRAModel's.
+        """Logits `[b, s, vocab_size]`, and with labels the loss. Other arguments as MLRAModel's.
 
         Args:
-            labels: `[b, s]` token ids, -100 where there is no loss; shifted here.
-            logits_to_keep: how many last positions get logits (0: all), or their indices.
+            labels: `[b, s]` token ids, not shifted; -100 where there is no loss.
+            logits_to_keep: the number of last positions that get logits (0: all), or the indices of
+                the positions.
         """
         outputs = self.model(
             input_ids=input_ids,

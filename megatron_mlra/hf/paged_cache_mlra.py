@@ -1,7 +1,7 @@
-"""A paged latent cache behind transformers' DynamicCache, and the kernels that read it.
+"""A paged latent cache behind transformers' DynamicCache, and calls of the kernels that read it.
 
-Letters: b sequences, s new tokens of each, t cached tokens, L latent heads, w = L * d_l + d_r
-numbers per token, j = h / G heads that a latent serves.
+Letters: b sequences, s new tokens per sequence, t cached tokens, L latent heads, w = L * d_l + d_r
+numbers per token, j = h / G attention heads per latent head.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ logger = logging.get_logger(__name__)
 
 PAGE_SIZE = 64
 MAX_KERNEL_TOKENS = 8
-"""New tokens per sequence up to which a step runs in the decoding kernel."""
+"""Most new tokens per sequence with which a step runs in the decoding kernel."""
 
 
 class PagedLatentLayer(DynamicLayer):
-    """One layer's latents and RoPE keys, in pages the decoding kernels read in place.
+    """One layer's latents and RoPE keys, in pages that the decoding kernels read in place.
 
-    `keys` `[b, 1, capacity, w]`: the pages of all sequences, each sequence's one after the other;
-    `values` stays empty. A sequence lies from its first real token on: token t of a left-padded row
-    is stored at `t - starts[row]`, so that the kernels need no mask.
+    `keys` `[b, 1, capacity, w]` holds the pages of all sequences; the pages of one sequence are
+    contiguous. `values` stays empty. Padding is not stored: token t of a left-padded row lies at
+    index `t - starts[row]`, so that the kernels need no mask.
     """
 
     def __init__(self) -> None:
@@ -34,16 +34,16 @@ class PagedLatentLayer(DynamicLayer):
         self.starts: Tensor | None = None
 
     def get_seq_length(self) -> int:
-        """Cached tokens of a row, padding included."""
+        """Cached tokens per row, padding included."""
         return self.length
 
     def append(self, rows: Tensor, starts: Tensor) -> None:
         """Store new tokens.
 
         Args:
-            rows: `[b, s, w]`, latents then RoPE key.
-            starts: `[b]` int64, padding tokens in front of each row; all of them within the first
-                call.
+            rows: `[b, s, w]`, latents, then RoPE key.
+            starts: `[b]` int64, padding tokens in front of each row. All padding must lie within
+                the tokens of the first call.
         """
         b, s, w = rows.shape
         if not self.is_initialized:
@@ -55,7 +55,7 @@ class PagedLatentLayer(DynamicLayer):
         token = torch.arange(s, device=rows.device)
         if self.length == 0:
             self.starts = starts
-            # What this leaves behind a sequence's end is overwritten before it is read.
+            # Entries after a sequence's end are overwritten by later tokens before they are read.
             shifted = (token + starts[:, None]).clamp_max(s - 1)
             self.keys[:, 0, :s] = rows.gather(1, shifted[..., None].expand(-1, -1, w))
         else:
@@ -67,20 +67,25 @@ class PagedLatentLayer(DynamicLayer):
         b, _, capacity, w = self.keys.shape
         if tokens <= capacity:
             return
-        # A quarter more than there was: copying stays a constant cost a token.
+        # Capacity grows by a quarter at least, so that copying has a constant cost per token.
         pages = -(-max(tokens, capacity * 5 // 4) // PAGE_SIZE)
         grown = self.keys.new_zeros(b, 1, pages * PAGE_SIZE, w)
         grown[:, :, :capacity] = self.keys
         self.keys = grown
 
     def padded(self) -> Tensor:
-        """`[b, t, w]` with every token at its place in the padded row; padding holds any token."""
+        """Rows `[b, t, w]` with every token at its index in the padded row. Padding positions hold
+        copies of arbitrary tokens."""
         token = torch.arange(self.length, device=self.keys.device)
         index = (token - self.starts[:, None]).clamp_min(0)
         return self.keys[:, 0].gather(1, index[..., None].expand(-1, -1, self.keys.size(-1)))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
-        """Unused: `append` takes its place, which needs the padding of each row."""
+        """Not supported: `append` fills the cache, since it takes the padding of each row.
+
+        Raises:
+            NotImplementedError: always.
+        """
         raise NotImplementedError("the paged latent cache is filled by append")
 
     def reset(self) -> None:
@@ -111,17 +116,18 @@ class PagedLatentLayer(DynamicLayer):
 
 
 class PagedStep:
-    """One forward over a paged cache: where its tokens go, and the schedule all layers share.
+    """One forward over a paged cache: the padding of rows, and the schedule that all layers share.
 
     Args:
-        config: the model's.
-        cache: its layers are PagedLatentLayer.
+        config: the model's configuration.
+        cache: of PagedLatentLayer layers.
         attention_mask: `[b, t]`, 0 for padding, or None without padding.
         shape: (b, s) of the new tokens.
         backend: "mlra_kernels" or "torch".
+        device: of the new tokens.
 
     Raises:
-        ValueError: for a mask that is not plain left padding.
+        ValueError: the mask is not plain left padding.
     """
 
     def __init__(
@@ -148,8 +154,11 @@ class PagedStep:
         self._schedules: dict[torch.device, tuple] = {}
 
     def append(self, rows: Tensor, layer: int) -> Tensor | None:
-        """Store a layer's new tokens `[b, s, w]`; returns what the torch attention attends to,
-        `[b, t, w]`, or None where `attend` reads the pages."""
+        """Store a layer's new tokens `[b, s, w]`.
+
+        Returns:
+            the rows `[b, t, w]` for attention in torch, or None if `attend` reads the pages.
+        """
         pages = self.layers[layer]
         pages.append(rows, self.starts.to(rows.device))
         if self.in_kernel:
@@ -157,7 +166,15 @@ class PagedStep:
         return pages.padded() if self.past else rows
 
     def attend(self, q_absorbed: Tensor, q_rope: Tensor, layer: int) -> Tensor:
-        """`[b, s, L, j, d_l]` and `[b, s, h, d_r]` on a layer's cache -> `[b, s, L, j, d_l]`."""
+        """Attend to a layer's cache.
+
+        Args:
+            q_absorbed: `[b, s, L, j, d_l]`, queries in latent space.
+            q_rope: `[b, s, h, d_r]`, rotated.
+
+        Returns:
+            attended latents `[b, s, L, j, d_l]`.
+        """
         keys = self.layers[layer].keys
         seqlens, block_table, metadata = self._schedule(keys, q_absorbed)
         out, _ = _kernels().latent_decode(
@@ -198,15 +215,15 @@ def paged_step(
 ) -> PagedStep | None:
     """The paged step of a forward, or None where transformers' own cache layout is used.
 
-    An unfilled DynamicCache gets paged layers where `config.decode_backend` asks for them; "auto"
-    asks for them where the kernels can run, and says once, on a GPU, what it chose and why.
+    An empty DynamicCache gets paged layers if `config.decode_backend` asks for them. "auto" asks
+    for paged layers if the kernels can run, and on a GPU prints its choice and the reason once.
 
     Args:
         attention_mask: as the model's forward takes it.
         embeds: `[b, s, d]`, the new tokens.
 
     Raises:
-        ValueError: the backend asked for cannot run here, or not on this cache.
+        ValueError: the backend that the config names cannot run here, or not on this cache.
     """
     config.check_backend()
     backend = config.decode_backend
@@ -227,7 +244,7 @@ def paged_step(
 
 
 def _refused(config: MLRAConfig, problem: str) -> str:
-    """The line of an error, for pages that were asked for."""
+    """The error's line for pages that the config asks for and that cannot be used."""
     if config.decode_backend == "torch":
         return f"decode_pages: {problem}; use decode_pages=False"
     return f"decode_backend {config.decode_backend}: {problem}; use decode_backend='torch'"
@@ -287,7 +304,7 @@ def _unsuited(mask: Tensor | None, starts: Tensor | None = None) -> str | None:
     holes = (real.cummax(-1).values != real).any()
     if starts is None:
         starts = (~real).sum(-1)
-    # One copy from the GPU for both.
+    # Both flags in one copy from the GPU, since each copy waits for the GPU.
     has_holes, has_moved = torch.stack((holes, ((~real).sum(-1) != starts).any())).tolist()
     if has_holes:
         return "pages take left padding only, and the attention mask has zeros behind a token"

@@ -1,7 +1,7 @@
 """Checks of the command line, before Megatron sees it.
 
-They refuse flags that Megatron would silently ignore, would reject only minutes later, or would
-reject by an assertion without a message. Each check names the flag, its value and the fix.
+The checks refuse flags that Megatron would silently ignore, would reject only minutes later, or
+would reject by an assertion without a message. Each error names the flag, its value and the fix.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ REPLACED = {
     "sft": "reads conversations; use --packed-sequences to keep documents apart",
     "perform_rl_step": "needs Megatron's RL package; leave it out",
 }
-"""Flags of Megatron that would not do here what they say."""
+"""Flags of Megatron that do not work here, by argparse destination, each with the reason and the
+fix."""
 
 
 def check_arguments(args: Namespace) -> None:
-    """Refuse what cannot work.
+    """Refuse arguments, and combinations of arguments, that cannot work.
 
     Raises:
         ValueError: one line that names the flag and the fix.
@@ -141,7 +142,7 @@ def _check_precision(args: Namespace) -> None:
     if args.bf16 and args.fp16:
         raise ValueError("--bf16 and --fp16 exclude each other; use --bf16")
     if args.dry_run and not torch.cuda.is_available():
-        return  # about another machine's GPUs
+        return  # --dry-run plans for the GPUs of another machine
     for name in ("fp8", "fp4"):
         if getattr(args, name) and not (HAVE_TE and args.transformer_impl == "transformer_engine"):
             raise ValueError(
@@ -163,10 +164,13 @@ def _check_precision(args: Namespace) -> None:
 
 
 def check_fp8_tokens(args: Namespace) -> None:
-    """FP8 needs multiples of 16 tokens, since tokens are a dim of its weight gradients.
+    """Refuse a micro-batch whose tokens per rank are no multiple of 16.
+
+    FP8 matrix products need dims that are multiples of 16, and tokens are a dim of the products
+    that compute weight gradients.
 
     Raises:
-        ValueError: for a micro-batch of which a rank gets no multiple of 16.
+        ValueError: names the micro-batch and the next sequence length that works.
     """
     ranks = args.context_parallel_size
     ranks *= args.tensor_model_parallel_size if args.sequence_parallel else 1
@@ -199,7 +203,7 @@ def _check_parallel(args: Namespace) -> None:
             f"{layout} needs a multiple of {ranks} processes and there are {args.world_size};"
             f" launch with torchrun --nproc-per-node {ranks}"
         )
-    # With its stages split further, a first or last stage has layers in the middle too.
+    # A first or last stage that is split into virtual stages also holds layers of the middle.
     if args.reset_attention_mask and (pp > 2 or (pp > 1 and _is_interleaved(args))):
         raise ValueError(
             f"--reset-attention-mask with --pipeline-model-parallel-size {pp}: stages in the middle"
@@ -262,15 +266,16 @@ def _check_packed(args: Namespace) -> None:
 
 
 def check_multi_token(args: Namespace) -> None:
-    """Refuse what multi-token prediction cannot be combined with; once more of the arguments that
-    `--use-checkpoint-args` takes.
+    """Refuse what multi-token prediction cannot be combined with.
+
+    Called a second time with `--use-checkpoint-args`, once the checkpoint's arguments are taken.
 
     Raises:
         ValueError: one line that names the flag and the fix.
     """
     depths = args.mtp_num_layers
     if not depths:
-        args.mtp_num_layers = None  # as Megatron's code asks for it
+        args.mtp_num_layers = None  # Megatron's code tests for None
         for name in ("mtp_use_repeated_layer", "mtp_detach_heads"):
             # The checkpoint's arguments may name depths.
             if getattr(args, name) and not args.use_checkpoint_args:
@@ -309,7 +314,10 @@ def _check_held_out(args: Namespace) -> None:
 
 
 def _check_attention_of(args: Namespace, asked: str) -> None:
-    """Attentions other than MLRA: Megatron's own needs Transformer Engine, the others refuse."""
+    """Refuse the flag `asked` for attention kinds that cannot serve it.
+
+    MLRA serves the flag always, Megatron's own attention only by Transformer Engine, others never.
+    """
     if args.attention == "mlra":
         return
     fix = "use --attention mlra"

@@ -53,24 +53,29 @@ DEFAULTS = {
     "eval_iters": 10,
     "save_interval": 1000,
     "async_strategy": "mcore",
-    # Megatron ignores --async-save without it.
+    # Megatron ignores --async-save without the persistent worker.
     "use_persistent_ckpt_worker": True,
     "rerun_mode": "disabled",
-    # Megatron's, delayed, takes its scaling factors from the step before.
+    # Megatron's default, delayed, takes scaling factors from the step before.
     "fp8_recipe": "tensorwise",
-    # Megatron's, blockwise, makes Muon's update depend on the tensor-parallel size.
+    # Megatron's default, blockwise, makes Muon's update depend on the tensor-parallel size.
     "muon_tp_mode": "duplicated",
-    # A checkpoint loads at any layout, for which saving gathers the optimizer's state on one
-    # data-parallel rank; `dist_ckpt_optim_fully_reshardable: false` in a preset saves in parallel.
+    # A checkpoint can be loaded at any layout. The price is that a save gathers the optimizer's
+    # state on one data-parallel rank. `dist_ckpt_optim_fully_reshardable: false` in a preset saves
+    # in parallel.
     "dist_ckpt_optim_fully_reshardable": True,
-    # Checksums of a checkpoint's files, by fault_tolerance/checksums.py; off only by a preset.
+    # Checksums of a checkpoint's files (fault_tolerance/checksums.py). Only a preset can turn them
+    # off.
     "verify_integrity": True,
 }
-"""Defaults that differ from Megatron's, below presets and the command line."""
+"""Defaults that differ from Megatron's. Presets and the command line override them."""
 
 
 def accelerated_defaults() -> dict[str, Any]:
-    """The only automatic choice of accelerated parts: each is used on a GPU, if installed."""
+    """Defaults that choose accelerated parts: on a GPU, each part that is installed is used.
+
+    `auto` of --core-backend and --latent-kernels is resolved later, in layers/config.py.
+    """
     if not torch.cuda.is_available():
         return dict(CPU_DEFAULTS)
     return {
@@ -81,7 +86,13 @@ def accelerated_defaults() -> dict[str, Any]:
 
 
 def parse(argv: list[str] | None = None) -> Namespace:
-    """Parse the command line; without a GPU, Megatron's CPU settings are the defaults.
+    """Parse and check the command line. Without a GPU, Megatron's CPU settings are the defaults.
+
+    Args:
+        argv: the words behind the program's name; None for those of `sys.argv`.
+
+    Returns:
+        the arguments, not yet validated by Megatron (`validate`).
 
     Raises:
         ValueError: one line that names the flag or key and the fix.
@@ -130,13 +141,15 @@ def parse(argv: list[str] | None = None) -> Namespace:
 
 
 def validate(args: Namespace) -> MLRAConfig | BaselineConfig:
-    """Megatron's own validation, which also derives values that were not given; then the model's.
+    """Run Megatron's own validation, then that of the model's configuration.
+
+    Megatron's validation also fills in `args` values that were not given.
 
     Returns:
-        the transformer config; nothing is allocated for it.
+        the transformer config. No weight is allocated.
 
     Raises:
-        ValueError: for an argument or a combination Megatron or the model refuses.
+        ValueError: for an argument, or a combination, that Megatron or the model refuses.
     """
     with _refusals_as_value_errors():
         if args.use_checkpoint_args:
@@ -150,8 +163,9 @@ def validate(args: Namespace) -> MLRAConfig | BaselineConfig:
 
 
 def _load_checkpoint_args(args: Namespace) -> None:
-    """Take arguments from the checkpoint that the run will load, once it is known to be whole: of a
-    folder that it cannot read Megatron shows a page of tracebacks.
+    """Take arguments from the checkpoint that the run will load, after a check that it is whole.
+
+    Of a folder that cannot be read, Megatron would show a page of tracebacks.
 
     Raises:
         ValueError: `--load` holds no checkpoint, or none that can be read.
@@ -167,7 +181,10 @@ def _load_checkpoint_args(args: Namespace) -> None:
 
 @contextlib.contextmanager
 def _refusals_as_value_errors() -> Iterator[None]:
-    """Megatron refuses arguments by assertions, some without a message, other errors and exit."""
+    """Turn Megatron's refusals into ValueErrors with a message.
+
+    Megatron refuses arguments by assertions (some without a message), by other errors and by exit.
+    """
     try:
         yield
     except ValueError:
@@ -184,7 +201,7 @@ def _refusals_as_value_errors() -> Iterator[None]:
 
 
 def join_world() -> None:
-    """Without a launcher, be a world of one process."""
+    """Without a launcher, set the environment of a world of one process."""
     if "WORLD_SIZE" in os.environ:
         return
     with socket.socket() as probe:
@@ -201,7 +218,7 @@ def join_world() -> None:
 
 
 def run_folder(args: Namespace) -> Path:
-    """Where logs go: `--save`, else runs/ and the preset's name."""
+    """The folder of the run's logs: `--save`, else runs/NAME with the preset's name."""
     return Path(args.save) if args.save else Path("runs") / preset_name(args.config or "run")
 
 
@@ -217,7 +234,7 @@ def transformer_config(args: Namespace) -> MLRAConfig | BaselineConfig:
 
 
 def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-    """argparse's error in one line, without its usage of a thousand flags."""
+    """Raise argparse's error as one line, without the usage text of a thousand flags."""
     raise ValueError(refusal(message, parser._option_string_actions))
 
 
@@ -226,7 +243,7 @@ def _no_yaml_cfg(value: str) -> NoReturn:
 
 
 def _enum_type(convert: Callable[[str], Any], names: list[str]) -> Callable[[str], Any]:
-    """Megatron's conversion to an enum member, refusing unknown names as argparse expects."""
+    """Megatron's conversion to an enum member, with argparse's error for an unknown name."""
 
     def enum_member(name: str) -> Any:
         if name not in names:

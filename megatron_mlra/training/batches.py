@@ -50,8 +50,12 @@ def check_data(args: Namespace) -> None:
 
 
 def check_data_contents(args: Namespace, say: Callable[[str], None]) -> None:
-    """Refuse data that are not what the preprocessing wrote; for one rank, since all bytes are
-    read, once.
+    """Refuse data that are not what the preprocessing wrote.
+
+    The check reads every byte of data that was not checked before, so one rank calls it for all.
+
+    Args:
+        say: called with lines that tell the user of a long check.
 
     Raises:
         ValueError: names the file.
@@ -63,10 +67,10 @@ def check_data_contents(args: Namespace, say: Callable[[str], None]) -> None:
 
 
 def _prefixes(args: Namespace) -> list[str]:
-    """Prefixes of all data that are asked for.
+    """Prefixes of all data that the arguments name, each once.
 
     Raises:
-        ValueError: the arguments name none, or a weight that is not positive.
+        ValueError: the arguments name no data, or a weight that is not positive.
     """
     try:
         blend, per_split = get_blend_and_blend_per_split(args)
@@ -107,7 +111,7 @@ def _check_prefix(prefix: str, args: Namespace) -> None:
 
 
 def _check_split(prefix: str, index: Index, args: Namespace) -> None:
-    """Every part of --split that is asked for must get tokens: Megatron would wait forever."""
+    """Refuse a --split of which a part gets no tokens: Megatron would wait for them forever."""
     parts = convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split))
     documents = len(index.lengths)
     for part, name in zip(parts, ("training", "validation", "test"), strict=True):
@@ -127,7 +131,7 @@ def _check_split(prefix: str, index: Index, args: Namespace) -> None:
 
 
 def _check_tokens(prefix: str, metadata: dict[str, Any], args: Namespace) -> None:
-    """The data's vocabulary and end-of-document id against the model's."""
+    """Refuse data whose vocabulary or end-of-document id does not fit the model's."""
     vocab_size, eod_id = metadata.get("vocab_size"), metadata.get("eod_id")
     model_vocab = samples.vocabulary(args)
     if vocab_size is not None and model_vocab is not None and vocab_size > model_vocab:
@@ -148,12 +152,21 @@ def _check_tokens(prefix: str, metadata: dict[str, Any], args: Namespace) -> Non
 
 
 def build_datasets(sample_counts: list[int], vp_stage: int | None = None):
-    """Train, validation and test datasets (Megatron's provider interface)."""
+    """Train, validation and test datasets (Megatron's provider interface).
+
+    Args:
+        sample_counts: samples that the run reads of the three, in this order.
+        vp_stage: the virtual pipeline stage, None without such stages.
+
+    Returns:
+        three datasets; None for one that this rank does not read, or that --split leaves out.
+    """
     args = get_args()
     blend, per_split = get_blend_and_blend_per_split(args)
     if sample_counts[1]:
         train, _, test = sample_counts
-        # Whatever the length of the run: their order depends on how many there are.
+        # The order of samples depends on their number. The number of one evaluation's samples
+        # does not depend on the length of the run.
         sample_counts = (train, validation.samples(args), test)
     config = GPTDatasetConfig(
         random_seed=args.seed if args.data_seed is None else args.data_seed,
@@ -177,7 +190,7 @@ def build_datasets(sample_counts: list[int], vp_stage: int | None = None):
     )
 
     def is_built_here() -> bool:
-        # Every stage must know where packed documents end.
+        # With packed sequences every stage must know where documents end.
         return mpu.get_tensor_model_parallel_rank() == 0 and (
             args.dataloader_inter_document_masking
             or mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
@@ -192,13 +205,19 @@ build_datasets.is_distributed = True
 
 
 def get_batch(iterator: Iterator | None, vp_stage: int | None = None) -> dict[str, Any]:
-    """The next micro-batch on every rank of the first and last pipeline stage, of which each
-    context-parallel rank gets its share.
+    """This rank's share of the next micro-batch.
+
+    A context-parallel rank holds s = sequence length / context-parallel size tokens of a sequence.
+
+    Args:
+        iterator: of micro-batches; read on tensor-parallel rank 0 alone, which broadcasts.
+        vp_stage: the virtual pipeline stage, None without such stages.
 
     Returns:
         tokens, labels, position_ids `[b, s]` int64, loss_mask `[b, s]` float32, attention_mask None
-        or `[b, 1, s, t]` bool (True: not attended to) and packed_seq_params. On stages in between
-        all but the last are None. Packed sequences are joined to one row, `[1, b s]`.
+        or `[b, 1, s, t]` bool (True: not attended to), and packed_seq_params, None unless sequences
+        are packed. On stages between the first and the last, all but packed_seq_params are None.
+        Packed sequences are joined to one row, `[1, b s]`.
     """
     args = get_args()
     first = mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
@@ -245,7 +264,7 @@ def get_batch(iterator: Iterator | None, vp_stage: int | None = None) -> dict[st
 
 
 def _packed_documents(batch: dict[str, Any], tokens_per_sample: int) -> PackedDocuments:
-    """Where the documents of a flattened micro-batch end."""
+    """The ends of the documents of a flattened micro-batch."""
     lengths = batch["cu_seqlens"][0]
     longest = int(batch["max_seqlen"])
     return PackedDocuments(
@@ -262,7 +281,7 @@ def _packed_documents(batch: dict[str, Any], tokens_per_sample: int) -> PackedDo
 def _cut_documents(
     batch: dict[str, Any], packed: PackedDocuments, cp_group: dist.ProcessGroup
 ) -> None:
-    """Leave of a flattened micro-batch what this context-parallel rank holds of every document."""
+    """Cut a flattened micro-batch, in place, to this rank's part of each document."""
     cp = cp_group.size()
     device = packed.cu_seqlens_q.device
     plan = plan_tokens(packed.bounds[-1] // cp, cp, cp_group.rank(), packed, device)

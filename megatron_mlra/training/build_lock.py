@@ -1,8 +1,8 @@
 """A lock for building torch's C++ extensions that a killed process does not keep.
 
-torch builds an extension once per user (Megatron's selective recomputation needs one) and locks the
-build by a file's existence: whoever is killed meanwhile leaves the file, and every later run of
-that user waits for it in silence, for ever.
+torch builds an extension once per user (Megatron's selective recomputation needs one). torch locks
+the build by the existence of a file. A process that is killed while it builds leaves the file
+behind, and every later run of that user would wait in silence, for ever.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from contextlib import suppress
 from pathlib import Path
 
 MARK = b"held as long as it is locked\n"
-"""Written into the file: whoever finds it unlocked knows that its holder is gone."""
+"""Content of the lock file. A marked file that no process has locked was left by a process that is
+gone."""
 
 FOREIGN = 600.0
-"""Seconds after which a file without the mark, of another program's build, counts as left behind.
-A build takes about half a minute."""
+"""Seconds after which a file without the mark (of another program's build) counts as left behind. A
+build takes about half a minute."""
 
 
 class BuildLock:
@@ -31,7 +32,14 @@ class BuildLock:
         self._held: int | None = None
 
     def try_acquire(self) -> bool:
-        """Take the lock if nobody holds it; returns whether it is taken."""
+        """Take the lock if no process holds it.
+
+        Returns:
+            whether this process now holds the lock.
+
+        Raises:
+            ValueError: the lock's path is no plain file, or cannot be opened.
+        """
         try:
             file, new = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644), True
         except FileExistsError:
@@ -46,7 +54,8 @@ class BuildLock:
                 os.close(file)
                 raise self._no_lock() from None
         try:
-            # Who only looks holds it for a moment.
+            # A process that only looks at the file locks it for a moment, so the file's creator
+            # waits for that moment to pass.
             fcntl.flock(file, fcntl.LOCK_EX | (0 if new else fcntl.LOCK_NB))
         except BlockingIOError:
             os.close(file)
@@ -59,7 +68,11 @@ class BuildLock:
         return True
 
     def wait(self) -> None:
-        """Wait until nobody builds."""
+        """Wait until no process builds.
+
+        Raises:
+            ValueError: see `try_acquire`.
+        """
         while os.path.lexists(self.path):
             if self.try_acquire():
                 self.release()

@@ -3,9 +3,9 @@
     mlra pretrain --config debug --data-path data/corpus
     torchrun --nproc-per-node 8 --no-python mlra pretrain --config mlra4_2.9b ...
 
-Megatron's flags work, or are refused in one line; `--config` sets defaults, the command line wins,
-and every switch has an opposite (`--no-bf16`). `pretrain_mlra.py` and `python -m
-megatron_mlra.training` are the same.
+Megatron's flags work, or are refused in one line. `--config` sets defaults, and the command line
+overrides them. Every switch has an opposite (`--no-bf16`). `pretrain_mlra.py` and `python -m
+megatron_mlra.training` start the same program.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from megatron_mlra.training.ending import (
     refuse_python,
 )
 
-# Megatron warns about every optional package at import; the summary names what matters.
+# Megatron warns about every optional package at import. The summary names those that matter.
 warnings.filterwarnings("ignore")
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -41,7 +41,7 @@ wait_passively()
 
 
 def main() -> int:
-    """Run one training job, by `sys.argv`; returns the exit code."""
+    """Run the training job that `sys.argv` describes; returns the exit code."""
     if flags.answer(sys.argv[1:]):
         return 0
     try:
@@ -65,7 +65,7 @@ def main() -> int:
 
 
 def has_gpu() -> bool:
-    """Whether there is a GPU; without one, sets what Megatron needs set when it is imported."""
+    """Whether there is a GPU. Without one, sets the environment that Megatron reads at import."""
     import torch
 
     if torch.cuda.is_available():
@@ -79,7 +79,7 @@ def train(end_by_interrupt: EndByInterrupt | None = None) -> int:
     """Check all that can be checked, then hand over to Megatron; returns the exit code.
 
     Args:
-        end_by_interrupt: what a second Ctrl-C calls; is told what is left then.
+        end_by_interrupt: the callable of a second Ctrl-C; its attributes are set as the run begins.
     """
     end_by_interrupt = end_by_interrupt or EndByInterrupt()
     on_cpu = not has_gpu()
@@ -120,7 +120,7 @@ def train(end_by_interrupt: EndByInterrupt | None = None) -> int:
         run.shape = shape = from_megatron_args(args)
         if args.dry_run:
             described = dry_run.describe(args, config.transformer, shape, sys.argv[1:])
-            # At once, so that a reader may leave early.
+            # One print, so that a reader such as `head` may close the pipe early.
             say("\n".join([console.summary(args, shape), *described]))
             return 0
         integrity.check_save(args, parameters(shape).total)
@@ -175,7 +175,7 @@ def train(end_by_interrupt: EndByInterrupt | None = None) -> int:
 
 
 def start() -> NoReturn:
-    """Be the program: run the job and end with its code."""
+    """Run the job and end the process with the job's exit code."""
     guard(ending=False)
     leave(main())
     sys.exit(0)

@@ -29,7 +29,7 @@ from megatron_mlra.training.muon import OptimizerRefused
 
 
 def summary(args: Namespace, shape: ModelDescription) -> str:
-    """One line: what is trained, its size, its KV cache and the parallel layout."""
+    """One line: the model's kind, size and KV cache, the parallel layout, steps and tokens."""
     tp = args.tensor_model_parallel_size
     layout = f"TP{tp} x PP{args.pipeline_model_parallel_size} x DP{args.data_parallel_size}"
     if args.context_parallel_size > 1:
@@ -50,7 +50,7 @@ def summary(args: Namespace, shape: ModelDescription) -> str:
 
 
 def on_cpu(args: Namespace) -> str:
-    """One line: that there is no GPU, and what is slow without one."""
+    """One line: that there is no GPU, and a warning where the CPU is slow in bf16."""
     line = "no GPU found: running on the CPU (gloo, torch attention)"
     if args.bf16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         # A product of [128, 4096] and [4096, 1024] by AVX2: 2.0 s in bf16, 0.02 s in float32.
@@ -81,11 +81,15 @@ def accelerated_parts(args: Namespace) -> str:
 
 
 class MegatronOutput(io.TextIOBase):
-    """Stands in for stdout, library logging and the tracebacks of threads.
+    """Takes the output of stdout, library logging and the tracebacks of threads.
 
     Output is kept in memory until the run has a log, so that a refused run leaves nothing behind.
-    Rank 0 and the last rank write a log; the output of other ranks is dropped. `last_line` is the
-    last line of output: where Megatron ends the process without an error, it is the reason.
+    Rank 0 and the last rank write a log; the output of other ranks is dropped.
+
+    Attributes:
+        path: of the log, or of the file for this rank's error; None until `open`.
+        last_line: the last line of output. Where Megatron ends the process without an error, this
+            line gives the reason.
     """
 
     def __init__(self, rank: int, world_size: int) -> None:
@@ -101,7 +105,11 @@ class MegatronOutput(io.TextIOBase):
         )
 
     def open(self, folder: Path) -> None:
-        """Write to a log in `folder` from now on, first what was kept."""
+        """Write the kept output, and all later output, to a log in `folder`.
+
+        Raises:
+            ValueError: the log's path is no plain file.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         names = {self._last_rank: "megatron-last-rank.log", 0: "megatron.log"}
         if name := names.get(self._rank):
@@ -114,7 +122,7 @@ class MegatronOutput(io.TextIOBase):
         self._held.clear()
 
     def write(self, text: str) -> int:
-        """Keep or log `text`. A log that cannot be written (a full disk) never ends a run."""
+        """Keep or log `text`. A log that cannot be written (a full disk) does not end the run."""
         if text.strip():
             self.last_line = text.strip().splitlines()[-1]
         if self._file is None:
@@ -129,10 +137,10 @@ class MegatronOutput(io.TextIOBase):
 
 
 def _append(path: Path) -> io.TextIOBase:
-    """A log, opened to be appended to, a line at a time.
+    """Open a log to append to it, line by line.
 
     Raises:
-        ValueError: a link, a folder or a pipe lies there: nothing is written where it points.
+        ValueError: `path` is a link, a folder or a pipe. The target of a link is not touched.
     """
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISREG(path.lstat().st_mode):
@@ -144,16 +152,20 @@ def _append(path: Path) -> io.TextIOBase:
 
 
 def fail(error: BaseException, output: MegatronOutput | None, started: bool) -> int:
-    """One line for an error that ends the run; once it has `started`, a traceback in its log.
+    """Print one line for an error that ends the run; of a started run, log the traceback.
+
+    Args:
+        output: holds the log; None with --verbose-megatron, which prints the traceback instead.
+        started: whether the ranks have met, so that the error is not about the command line.
 
     Returns:
-        the exit code: 2 for a run that did not start or whose optimizer refused its flags, 1 for
-        one that was stopped.
+        the exit code: 2 for a run that did not start or whose optimizer refused its flags, 1 for a
+        run that failed later.
     """
     if isinstance(error, SystemExit):
         error = RuntimeError(f"Megatron ended the run: {output.last_line if output else error}")
     if isinstance(error, OptimizerRefused):
-        started = False  # as any flag that is refused: all ranks met it, one of a host says it
+        started = False  # as for any refused flag: all ranks meet the error, one per host prints it
     if started:
         tell_launcher(message(error))
     elif not speaks_itself(message(error)):
@@ -176,7 +188,7 @@ def fail(error: BaseException, output: MegatronOutput | None, started: bool) -> 
 
 
 def what_is_left(args: Namespace) -> str:
-    """Of a run that is ended at once: where it was, and what can be gone on with."""
+    """For a run that is ended at once: its step, and the checkpoint that it can continue from."""
     line = f" at step {getattr(args, 'curr_iteration', 0) + 1:,}; "
     step = latest_step(args.save) if args.save else None
     if step is None:
@@ -189,14 +201,14 @@ def what_is_left(args: Namespace) -> str:
 def fail_run(
     error: BaseException, args: Namespace | None, output: MegatronOutput | None, started: bool
 ) -> int:
-    """`fail`; then write out the curves, and end the processes that served the run."""
+    """Call `fail`, write out the curves, and end child processes; returns the exit code."""
     if isinstance(error, SystemExit):
         code = fail(error, output, started)
     else:
         if started and args.save and not os.path.isdir(args.save):
             error = _save_is_gone(args, error)
         code = fail(error, output, started)
-        # Behind the error's line: the log's folder may be what is broken.
+        # After the error's line: writing the curves fails too where the folder is broken.
         with contextlib.suppress(Exception):
             if writer := get_tensorboard_writer():
                 writer.flush()
@@ -218,7 +230,7 @@ def _save_is_gone(args: Namespace, error: BaseException) -> RuntimeError:
 
 
 def message(error: BaseException) -> str:
-    """An error in one line, whatever raised it."""
+    """The text of any error, in one line."""
     text = one_line(error)
     if re.search(r"Connection refused.*\[?127\.|connect.*\[?127\..*refused", text, re.I):
         return (

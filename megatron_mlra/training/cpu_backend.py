@@ -1,8 +1,9 @@
 """Megatron without a GPU: the whole of Megatron-core and its trainer on CPU tensors and gloo.
 
 Megatron names CUDA devices, streams and random states throughout. `enable_cpu_backend` maps them
-onto the CPU for the life of the process, so that training, checkpoints and every parallelism but
-context parallel run unchanged. Call it once, before a Megatron model is built; it cannot be undone.
+onto the CPU for the life of the process, so that training, checkpoints and every parallelism run
+unchanged. (Context parallelism of Megatron's own attention needs Transformer Engine, and with it a
+GPU.) Call `enable_cpu_backend` before a Megatron model is built; it cannot be undone.
 """
 
 from __future__ import annotations
@@ -90,11 +91,12 @@ def enable_cpu_backend() -> None:
     if torch.cuda.is_initialized():
         raise RuntimeError("enable_cpu_backend() must be called before CUDA is used")
     # torch.compile, behind Megatron's jit_fuser, would build C++ for a minute on a CPU. The
-    # variable counts only where Megatron is not imported yet.
+    # variable has an effect only if Megatron is not imported yet.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     torch.compiler.set_stance("force_eager")
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    # These read the CUDA random state when first imported, so before it is replaced.
+    # These modules read the CUDA random state when they are imported, so import them before the
+    # random state is replaced.
     import megatron.core.tensor_parallel.random as megatron_random
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
     import megatron.training.training  # noqa: F401
@@ -137,7 +139,7 @@ def enable_cpu_backend() -> None:
 
 
 def _as_host_value(tensor, as_numpy: bool = False, record_stream: bool = False):
-    """Megatron's maybe_move_tensor_to_cpu, for tensors that are there already."""
+    """Megatron's maybe_move_tensor_to_cpu, for tensors that are on the CPU already."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 

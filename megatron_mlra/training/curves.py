@@ -8,14 +8,15 @@ from typing import Any
 from megatron.training import get_tensorboard_writer, get_wandb_writer
 
 LOSSES = ("lm loss",)
-"""What steps.py reports of every step."""
+"""Names of the losses that steps.py reports in every step."""
 
 LOGIT = "max_attention_logit"
-"""What Megatron writes of every step, measured or not."""
+"""Megatron's curve of the largest attention logit. Megatron adds a point in every step, also where
+no logit was measured."""
 
 
 def record(values: Mapping[str, float], step: int) -> None:
-    """Add a point to each curve, on the rank that has writers."""
+    """Add a point to each curve; does nothing on ranks without writers."""
     if writer := get_tensorboard_writer():
         for name, value in values.items():
             writer.add_scalar(name, value, step)
@@ -32,8 +33,11 @@ def record_losses(means: Mapping[str, float], step: int, samples: int) -> None:
 
 
 def without_losses(get_writer: Callable[[], Any]) -> Callable[[], Any]:
-    """Megatron's getter of a writer whose writer drops the training losses of single steps, so that
-    a curve holds the means that are printed, and the largest logits of steps without any."""
+    """Wrap Megatron's getter of a writer, so that the writer drops two kinds of points.
+
+    Dropped are training losses of single steps, since the curves hold the means that are printed,
+    and Megatron's points of the largest logit, since LogitWatch records those that were measured.
+    """
 
     def get() -> Any:
         writer = get_writer()

@@ -1,6 +1,7 @@
 """Arguments that follow from others: the vocabulary from the data, the unit of the schedule.
 
-What a command line says wins; a preset's values, made for other data or another length, give way.
+Values of the command line win. Values of a preset give way, since a preset was made for other data
+or for another length.
 """
 
 from __future__ import annotations
@@ -17,21 +18,25 @@ _DATA = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 
 
 def complete(args: Namespace, argv: list[str]) -> None:
-    """Fill in what the command line `argv` leaves open."""
+    """Set the arguments that follow from the data and from each other, unless `argv` sets them.
+
+    Raises:
+        ValueError: `argv` gives the schedule in two units (schedule.settle).
+    """
     given = flags_given(argv)
     _take_vocabulary(args, given)
     schedule.settle(args, given)
 
 
 def _take_vocabulary(args: Namespace, given: set[str]) -> None:
-    """Vocabulary and end of document of the data's metadata, which says what the ids mean."""
+    """Take vocabulary size and end-of-document id from the data's metadata."""
     if args.tokenizer_type != "NullTokenizer" or args.mock_data:
         return
     known = []
     for prefix in without_weights(p for name in _DATA for p in getattr(args, name) or ()):
         try:
             known.append(read_metadata(prefix) or {})
-        except InputError:  # named when the data are checked
+        except InputError:  # the check of the data reports the error
             known.append({})
     if "--vocab-size" in given:
         _fit_padding(args)
@@ -46,6 +51,6 @@ def _take_vocabulary(args: Namespace, given: set[str]) -> None:
 
 
 def _fit_padding(args: Namespace) -> None:
-    """The rows that a preset pads to are those of its own vocabulary."""
+    """Drop a preset's padded vocabulary size where the vocabulary is larger."""
     if args.padded_vocab_size is not None and args.padded_vocab_size < args.vocab_size:
         args.padded_vocab_size = None

@@ -1,7 +1,8 @@
 """Megatron's datasets with a cache of their own: keyed by content, checked, built on every host.
 
-Megatron keys the order of samples by the data's path, so that other data under the same path are
-read by the old order; it has rank 0 alone build it, whose files another host may not see.
+Megatron keys its cached order of samples by the data's path, so that new data under an old path are
+read in the old order. Megatron has rank 0 alone build the cache, whose files another host may not
+see.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class CachedDataset(SourcedDataset):
 
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, ...]:
         prefix = self.dataset.path_prefix
-        # Where the data lie is no part of what they are.
+        # The key is the content of the data, not their path.
         self.unique_identifiers.pop("dataset_path")
         self.unique_identifiers["index"] = _index_digest(prefix, _state(prefix + ".idx"))
         return _cached(
@@ -46,7 +47,12 @@ class CachedDataset(SourcedDataset):
         )
 
     def _misfit(self, arrays: tuple[np.ndarray, ...]) -> str | None:
-        """What of the three indexes leads out of the data or out of one another."""
+        """Why the three cached indexes cannot be those of this data, or None.
+
+        Args:
+            arrays: document_index `[documents * epochs]`, sample_index `[samples + 1, 2]` (a
+                position in document_index and a token's offset), shuffle_index `[samples]`.
+        """
         documents, samples, shuffle = arrays
         if [a.ndim for a in arrays] != [1, 2, 1] or any(a.dtype.kind not in "iu" for a in arrays):
             return "its indexes are no lists of numbers"
@@ -58,7 +64,7 @@ class CachedDataset(SourcedDataset):
             return "it names samples that are none"
         lengths = self.dataset.sequence_lengths
         for start in range(0, len(samples), _AT_ONCE):
-            # One more, so that each sample is compared with the next.
+            # One row more, so that the last sample of the block is compared with the next.
             first, offset = np.asarray(samples[start : start + _AT_ONCE + 1]).T
             if not _within(first, 0, len(documents) - 1) or (np.diff(first) < 0).any():
                 return "its samples are of no documents"
@@ -68,7 +74,7 @@ class CachedDataset(SourcedDataset):
 
 
 class CachedBlend(BlendedDataset):
-    """Which dataset of a blend a sample comes from; cached where --data-cache-path is given."""
+    """A blend whose indexes (dataset and sample per row) are cached in --data-cache-path."""
 
     def _build_indices(self) -> tuple[np.ndarray, np.ndarray]:
         identifiers = {
@@ -81,7 +87,7 @@ class CachedBlend(BlendedDataset):
         return _cached(self, identifiers, folder, names, super()._build_indices, self._misfit)
 
     def _misfit(self, arrays: tuple[np.ndarray, ...]) -> str | None:
-        """What of the two indexes leads out of the datasets."""
+        """Why the two cached indexes `[samples]` cannot be those of this blend, or None."""
         which, samples = arrays
         if which.ndim != 1 or any(a.dtype.kind not in "iu" for a in arrays):
             return "its indexes are no lists of numbers"
@@ -116,11 +122,17 @@ def _cached(
     build: Callable[[], tuple[np.ndarray, ...]],
     misfit: Callable[[tuple[np.ndarray, ...]], str | None],
 ) -> tuple[np.ndarray, ...]:
-    """Megatron's arrays through the cache of `folder`; None for none."""
+    """The arrays that Megatron's `build` returns, through a cache in `folder`.
+
+    Args:
+        identifiers: determine the arrays; their hash is the cache's key.
+        folder: None for no cache.
+        names, misfit: see data/index_cache.py.
+    """
     config = dataset.config
 
     def build_here() -> tuple[np.ndarray, ...]:
-        # An empty path has Megatron build on any rank, and write nothing.
+        # With an empty path Megatron builds on any rank and writes nothing.
         dataset.config = copy.copy(config)
         dataset.config.path_to_cache = ""
         try:
@@ -140,7 +152,7 @@ def _within(values: np.ndarray, least: int, most: int) -> bool:
 
 
 def _say_once(line: str) -> None:
-    """The ranks of a host see the same files: its first one speaks."""
+    """Print `line` on the first rank of a host, since all ranks of a host see the same files."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         say(line)
 

@@ -18,9 +18,9 @@ from megatron_mlra.sharding.tensor_parallel import LatentShard
 
 FLAGS = ("--dry-run", "--dry-run-gpu")
 NODE = 8
-"""GPUs of a node in the command that is printed."""
+"""Most GPUs per node in the printed command."""
 MOST_RANKS = 16
-"""Tensor-parallel ranks of which each is printed."""
+"""Most ranks in the shard map. Of more tensor-parallel ranks, those in the middle are left out."""
 
 
 def describe(
@@ -30,14 +30,15 @@ def describe(
 
     Args:
         args: parsed and validated, for the world size of the launch.
-        config: its transformer's configuration.
+        config: the configuration of the model's transformer.
+        shape: the model's sizes, for the plan.
         argv: the command line after the script's name.
     """
     return [*_plan(args, shape), *_shard_map(args, config), *_stages(args), _command(args, argv)]
 
 
 def layout_of(args: Namespace) -> Layout:
-    """The layout that arguments ask for."""
+    """The planner's layout for validated arguments."""
     recompute = "none"
     if args.recompute_granularity == "full":
         recompute = "full"

@@ -1,8 +1,8 @@
 """What of a command line can be refused before torch and Megatron are imported, within a second.
 
-Nothing here is a list of its own, but for `_UNDERSCORED`. Flags are those of this project's parser
-and the keys that a preset may have, which are made of Megatron's parser; presets, folders and data
-are looked at by the functions that look at them again later, when all arguments are known.
+No list of flags is kept here but `_UNDERSCORED`. The known flags are those of this project's parser
+and the keys that a preset may have, which are generated from Megatron's parser. Presets, folders
+and data are checked by the functions that check them again when all arguments are known.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _PATHS = ("save", "load", *_DATA_FILES)
 _SWITCHES = ("mock_data", "skip_train", "exit_on_missing_checkpoint")
 _NUMBERS = ("ckpt_step", "dry_run")
 _UNDERSCORED = ("--override-opt_param-scheduler", "--use-checkpoint-opt_param-scheduler")
-"""Flags of Megatron with an underscore, which keys do not tell."""
+"""Flags of Megatron that are spelt with an underscore. The keys of presets do not show it."""
 
 
 def check(argv: list[str]) -> None:
-    """Refuse unknown flags, presets that cannot be read, and paths where nothing of use is.
+    """Refuse unknown flags, unreadable presets, missing data, unusable --save and --load folders.
 
     Raises:
         ValueError: one line that names the flag and the fix.
@@ -39,14 +39,15 @@ def check(argv: list[str]) -> None:
     _check_flags(argv)
     preset = flags.preset_of(argv, _refuse)
     values = {} if preset is None else preset_values(preset)
-    # Of a preset of the user's own, values that cannot be are said before those that are missing.
+    # A user's own preset may hold bad values, which are reported before missing ones. That report
+    # needs Megatron's parser, so missing values are reported here for the package's presets alone.
     is_known = preset is None or find_preset(preset).is_relative_to(FOLDER)
     there = flags_given(argv)
     if is_known:
         check_required(lambda name: values.get(name) is not None or flag(name) in there)
     given = _given(argv, values)
     if given is None or given.dry_run is not None:
-        return  # --dry-run is about another machine
+        return  # --dry-run plans for another machine, with other folders
     if given.save is not None:
         saved_steps.check_writable("--save", given.save)
         saved_steps.check_unused(given)
@@ -60,10 +61,10 @@ def check(argv: list[str]) -> None:
 
 
 def _check_flags(argv: list[str]) -> None:
-    """Refuse a flag that is none.
+    """Refuse unknown flags.
 
     Raises:
-        ValueError: names it, and the one that is likely meant.
+        ValueError: names the flag, and the known flag that is likely meant.
     """
     known = {*flags.parser()._option_string_actions}
     known |= {flag(key) for key in KEYS.read_text(encoding="utf-8").split()}
@@ -81,8 +82,11 @@ def _check_flags(argv: list[str]) -> None:
 
 
 def _given(argv: list[str], values: dict[str, Any]) -> Namespace | None:
-    """What is looked at here, of a command line over a preset's `values`; None where a preset's
-    value has not the form of its flag, which is said when all of it is read."""
+    """The arguments that `check` reads: of the command line, else of a preset's `values`.
+
+    Returns:
+        None where a preset's value has not the type of its flag. load_preset reports that later.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.error = _refuse
     for name in _DATA:

@@ -1,4 +1,4 @@
-"""How the process of a run ends. Imported before torch, so it needs the standard library alone."""
+"""How the process of a run ends. Imported before torch, so only the standard library is used."""
 
 from __future__ import annotations
 
@@ -19,22 +19,27 @@ from megatron_mlra.launch.control import INTERRUPTED, REFUSED, SPEAKER
 
 
 def hush_threads() -> None:
-    """Silence tracebacks of background threads. At exit they may still be handing tensors to worker
-    processes that have already ended."""
+    """Silence tracebacks of background threads.
+
+    At exit such threads may still hand tensors to worker processes that have already ended.
+    """
     sys.excepthook = lambda *_: None
 
 
 def end_at_once(line: str) -> None:
-    """End this process from any thread, whatever the main thread waits for."""
+    """Print `line` as an error and end this process, from any thread, with exit code 1.
+
+    The main thread may be waiting in a call that nothing interrupts.
+    """
     say_error(f"error: {line}")
     os._exit(1)
 
 
 class EndByInterrupt:
-    """Ends this process from another thread than the main one, at a second Ctrl-C.
+    """Ends this process at a second Ctrl-C, from another thread than the main one.
 
     Attributes:
-        what_is_left: where the run was, and what can be gone on with, for the end of the line.
+        what_is_left: returns the end of the printed line: the run's step and its last checkpoint.
         before: called before the process ends.
     """
 
@@ -48,8 +53,8 @@ class EndByInterrupt:
             left = self.what_is_left()
         if os.environ.get("LOCAL_RANK", "0") == "0":
             say_error(f"error: ended at once by a second Ctrl-C{left}")
-        # torch's handler raises an error in the main thread for a killed data loader. Python sets
-        # handlers in that thread alone, the system in any.
+        # torch's handler raises an error in the main thread for a killed data loader. Python can
+        # replace handlers in the main thread alone, the C library in any thread.
         ctypes.CDLL(None).signal(int(signal.SIGCHLD), ctypes.c_void_p(None))
         for child in multiprocessing.active_children():
             child.kill()
@@ -58,10 +63,12 @@ class EndByInterrupt:
 
 
 def tell_launcher(line: str) -> bool:
-    """Leave the reason where torchrun's agent reads it, which hands it on to the other hosts.
+    """Write the reason of an end into the file from which torchrun's agent reads it.
+
+    The agent hands the reason on to the other hosts.
 
     Returns:
-        whether it is there: not without an agent, or where its file cannot be written.
+        whether the reason is written: False without an agent, or if the file cannot be written.
     """
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with contextlib.suppress(OSError), open(file, "w") as out:
@@ -71,17 +78,18 @@ def tell_launcher(line: str) -> bool:
 
 
 def speaks_itself(line: str) -> bool:
-    """Leave why this rank is refused for the launcher.
+    """Tell the launcher why this rank is refused.
 
     Returns:
-        whether the rank has to say it: not where the launcher does, or the first rank of its host.
+        whether this rank has to print `line` itself: True on the first rank of a host whose
+        launcher does not print.
     """
     told = tell_launcher(line)
     return os.environ.get("LOCAL_RANK", "0") == "0" and not (told and SPEAKER in os.environ)
 
 
 def refuse_python(error: ImportError) -> int:
-    """Say what this Python lacks; returns the exit code of a refused input."""
+    """Print which package this Python lacks; returns the exit code of a refused input."""
     line = (
         f"{sys.executable} of host {socket.gethostname()} lacks a package of the run ({error});"
         " install the project there, or set PYTHON to the Python that has it"
@@ -90,17 +98,16 @@ def refuse_python(error: ImportError) -> int:
 
 
 def refuse(line: str) -> int:
-    """Say in one line why a command line or an input is refused, once per host; returns the exit
-    code."""
+    """Print, once per host, why a command line or an input is refused; returns the exit code."""
     if speaks_itself(line):
         say_error(f"error: {line}")
     return REFUSED
 
 
 def kill_children() -> None:
-    """End the writers of checkpoints and the data loaders of a run that failed."""
+    """Kill the checkpoint writers and the data loaders of a run that failed."""
     hush_threads()
-    # torch's handler, set in the main thread alone, raises an error for a killed data loader.
+    # torch's handler raises an error in the main thread for a killed data loader.
     handle((signal.SIGCHLD,), signal.SIG_DFL)
     children = multiprocessing.active_children()
     for child in children:
@@ -110,8 +117,11 @@ def kill_children() -> None:
 
 
 def leave(code: int) -> None:
-    """End the process. After a failure other ranks may wait in a collective, and data loaders for
-    work: wait for neither."""
+    """End the process with exit code `code`; returns if `code` is 0.
+
+    After a failure, other ranks may wait in a collective and data loaders may wait for work. The
+    process ends without waiting for either.
+    """
     sys.stderr.flush()
     if not code:
         return

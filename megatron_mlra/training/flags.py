@@ -1,6 +1,6 @@
-"""This project's flags of the training entry, their help, and what is found without Megatron.
+"""This project's flags of the training entry, their help, and the answers that need no Megatron.
 
-Nothing here imports torch: `--help`, `--version` and `--config list` answer at once.
+This module does not import torch, so `--help`, `--version` and `--config list` answer at once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megatron_mlra.planner.gpus import GPUS
 ATTENTION_KINDS = ("mlra", "gqa", "gta", "mfa", "tpa")
 
 LIST = "list"
-"""The `--config` that prints the presets."""
+"""The value of `--config` that prints the presets."""
 
 ABOUT = "Train MLA, GLA, MLRA and their baselines on Megatron-core, or resume a run."
 
@@ -41,7 +41,7 @@ A preset sets defaults, the command line wins, and every switch has an opposite
 
 
 def add_mlra_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add this project's flags to Megatron's parser, or to one of their own."""
+    """Add this project's flags to Megatron's parser, or to a parser of their own; returns it."""
     _add_preset(parser.add_argument_group("preset and help"))
     _add_attention(parser.add_argument_group("attention"))
     _add_layout(parser.add_argument_group("layout, cores and kernels"))
@@ -239,7 +239,7 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
 
 
 def parser() -> OneLineParser:
-    """This project's flags alone: what `--help` shows."""
+    """A parser of this project's flags alone, which are what `--help` shows."""
     own = OneLineParser(
         usage="%(prog)s [--config PRESET] [flags of this page or of Megatron ...]",
         description=ABOUT,
@@ -250,7 +250,7 @@ def parser() -> OneLineParser:
 
 
 def answer(argv: list[str]) -> bool:
-    """Print what `--help`, `--version` or `--config list` ask for; whether one of them did."""
+    """Answer `--help`, `--version` and `--config list`; returns whether `argv` asks for one."""
     found = None
     if {"-h", "--help"} & set(argv):
         found = parser().format_help().rstrip()
@@ -258,7 +258,7 @@ def answer(argv: list[str]) -> bool:
         found = Version.text()
     elif "--help-megatron" not in argv and wants_list(argv):
         found = preset_list()
-    # Of the ranks of a launch one answers.
+    # In a launch of several ranks, rank 0 alone prints.
     if found is not None and os.environ.get("RANK", "0") == "0":
         print(found)
     return found is not None
@@ -273,11 +273,11 @@ def wants_list(argv: list[str]) -> bool:
     try:
         return preset_of(argv, refuse) == LIST
     except ValueError:
-        return False  # said when all of it is read
+        return False  # the parser of all flags reports the error
 
 
 def preset_of(argv: list[str], refuse: Callable[[str], NoReturn]) -> str | None:
-    """The `--config` of a command line, before anything else of it is read."""
+    """The `--config` of a command line, read before all other flags; None without one."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.error = refuse
     finder.add_argument("--config")
@@ -285,7 +285,10 @@ def preset_of(argv: list[str], refuse: Callable[[str], NoReturn]) -> str | None:
 
 
 def repair_help(parser: argparse.ArgumentParser) -> None:
-    """Have `--help-megatron` print texts in which a `%` stands for itself, and no list of a
-    thousand flags before them."""
+    """Repair what `--help-megatron` prints.
+
+    Megatron's help texts hold plain `%` signs, which argparse would read as formats. The usage line
+    would list a thousand flags.
+    """
     parser.formatter_class = HelpFormatter
     parser.usage = "%(prog)s [flags ...]"

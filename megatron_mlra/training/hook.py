@@ -21,16 +21,19 @@ from megatron_mlra.training import arguments, progress
 
 @dataclass
 class Run:
-    """What wrappers know of the run they belong to.
+    """What wrappers know of their run.
+
+    `args` is parsed before `BEFORE_CHECKS` is applied. All fields are known, and `args` is
+    validated, before `BEFORE_TRAINING` is applied.
 
     Attributes:
-        args: parsed; validated before `BEFORE_TRAINING`.
+        args: the run's arguments.
         on_cpu: whether there is no GPU.
-        lock: of `--save`, if any.
-        shape: the model, known before `BEFORE_TRAINING`.
-        hosts: name of each rank's host, known before `BEFORE_TRAINING`.
-        new_multi_token: whether its layers of multi-token prediction are in no checkpoint that it
-            loads, known before `BEFORE_TRAINING`.
+        lock: of the folder `--save`; None without that flag.
+        shape: the model's sizes.
+        hosts: name of each rank's host.
+        new_multi_token: whether the run has layers of multi-token prediction, and the checkpoint
+            that it loads has none.
     """
 
     args: Namespace
@@ -42,12 +45,12 @@ class Run:
 
     @functools.cached_property
     def progress(self) -> progress.Progress:
-        """The run's lines and its bar."""
+        """The printed lines of the run, and its progress bar."""
         return progress.Progress(self.args, self.shape)
 
     @functools.cached_property
     def watch(self) -> heartbeat.Watch | None:
-        """The watch over hanging ranks, where the run has one."""
+        """The watch over hanging ranks; None for a run without one."""
         return heartbeat.watch(self.args, arguments.run_folder(self.args), self._leave_folder)
 
     def _leave_folder(self) -> None:
@@ -63,10 +66,11 @@ class Hook:
     """One attribute that a run replaces.
 
     Attributes:
-        target: its dotted name, through modules and classes.
+        target: the attribute's dotted name, through modules and classes.
         why: the reason, one line.
-        by: functions of (what stands there, the run) that return what stands there afterwards, the
-            innermost first; one that returns its argument changes nothing.
+        by: functions of (the attribute's value, the run) that return the new value. The first one
+            gets Megatron's or torch's value, each later one the result before it. A function that
+            returns its argument changes nothing.
     """
 
     target: str
@@ -77,7 +81,7 @@ class Hook:
         """The module or class that holds the target, and the target's name in it.
 
         Raises:
-            ImportError, AttributeError: it is not there in the installed version.
+            ImportError, AttributeError: the installed version has no such target.
         """
         place, _, name = self.target.rpartition(".")
         owner = pkgutil.resolve_name(place)
@@ -86,7 +90,7 @@ class Hook:
 
 
 def instead(replacement: Any) -> Wrapper:
-    """A wrapper that leaves nothing of what it replaces."""
+    """A wrapper that puts `replacement` in place, whatever the target's value was."""
     return lambda _, run: replacement
 
 
@@ -97,7 +101,7 @@ def apply(hooks: tuple[Hook, ...], run: Run) -> None:
     """Put `hooks` in place, for the life of the process.
 
     Raises:
-        RuntimeError: one of them is in place already; nothing is changed then.
+        RuntimeError: one of the hooks is in place already; then no hook is put in place.
         ImportError, AttributeError: the installed version has no such target.
     """
     targets = [hook.target for hook in hooks]

@@ -1,14 +1,14 @@
 """What a run replaces in Megatron and in torch: every function, in order, each with its reason.
 
-Megatron's trainer has no hooks at these points, so a run sets attributes of its modules and
-classes. This file is the whole list, and hook.py puts its rows in place. A row names its target
-once: where several parts of this project stand around one function, they stand in that row, the
-innermost first. Two things lie elsewhere, because tests and argument defaults use them without a
-run: cpu_backend.py (CUDA devices read as the CPU) and `accumulate_weight_gradients_in_products` of
+Megatron's trainer has no hooks at these points, so a run sets attributes of Megatron's modules and
+classes. This file is the whole list, and hook.py puts its rows in place. Each target has one row.
+Where several parts of this project wrap one function, that row lists all of them, the innermost
+first. Two replacements lie elsewhere, because tests and argument defaults use them without a run:
+cpu_backend.py (CUDA devices read as the CPU) and `accumulate_weight_gradients_in_products` of
 upstream_fixes.py.
 
-Read in megatron-core 0.19.2 and torch 2.11.0. A new version of either: read the targets again,
-then change `READ_IN`, which a test compares with what is installed.
+The targets were read in megatron-core 0.19.2 and torch 2.11.0. With a new version of either, read
+the targets again, then change `READ_IN`, which a test compares with the installed versions.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ BEFORE_CHECKS = (
         (instead(guarded_loads.load_bytes),),
     ),
 )
-"""Applied before arguments are validated: a validation may read a checkpoint."""
+"""Applied before arguments are validated, since the validation may read a checkpoint."""
 
 TORCH_ADAMW = (
     Hook(
@@ -97,7 +97,7 @@ TORCH_ADAMW = (
         (upstream_fixes.load_with_own_steps, upstream_fixes.load_at_other_rates),
     ),
 )
-"""For the optimizer without Transformer Engine or APEX."""
+"""For torch's AdamW, which Megatron uses without Transformer Engine and without APEX."""
 
 MUON = (
     Hook(
@@ -136,7 +136,7 @@ MUON = (
         (lambda build, run: muon.around_optimizer(build, run.args),),
     ),
 )
-"""For Muon. The first and the fourth are tables, which are added to where they stand."""
+"""For Muon. The targets of the first and the fourth row are tables, which are changed in place."""
 
 _MTP = "megatron.core.transformer.multi_token_prediction"
 
@@ -172,7 +172,7 @@ MULTI_TOKEN = (
         (keep_new_layers,),
     ),
 )
-"""For multi-token prediction; without it nothing calls them."""
+"""For multi-token prediction. Runs without it do not call these functions, or are not changed."""
 
 BEFORE_TRAINING = (
     Hook(

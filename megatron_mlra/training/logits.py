@@ -1,9 +1,9 @@
 """The largest attention logit of each layer, in the log; and QK-clip, behind the optimizer's step.
 
-Cores report their query heads' largest logits (layers/logits.py), of the step's micro-batches. One
-small table `[layers, N, h]` of them is reduced over all ranks, on the steps that are logged, or on
-every step with `--qk-clip` (maths/logits.py has its rule). The weights that it scales are those
-behind the step, the logits those in front of it, as in the paper.
+Cores report the largest logit of each query head over the step's micro-batches (layers/logits.py).
+One small table `[layers, N, h]` of these logits is reduced over all ranks, on logged steps, or on
+every step with `--qk-clip`. maths/logits.py has the rule of QK-clip. As in the paper, QK-clip
+scales the weights after the optimizer's step, by the logits of the forward pass before that step.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ class LogitWatch:
     """The largest logits of a run's latest measured step.
 
     Args:
-        args: of the run; of them `qk_clip`, `qk_clip_threshold`, `qk_clip_alpha`, `log_interval`
-            and `train_iters` are read.
+        args: the run's arguments.
     """
 
     def __init__(self, args: Namespace) -> None:
         self.args = args
         self.optimizer: Any = None
         self.largest: list[float] = []
-        """Of each layer, from the first; one number, the model's, of Megatron's own attention."""
+        """One number per layer, from the first layer on; for Megatron's own attention, a single
+        number of the whole model."""
         self.clipped = 0
-        """Heads of layers that were clipped since `said`."""
+        """Clipped (layer, head) pairs since the last call of `said`."""
 
     def wrap_step(self, train_step: Callable[..., Any]) -> Callable[..., Any]:
-        """Megatron's `train_step`, in which cores report where the step is to be measured."""
+        """Wrap Megatron's `train_step`, so that cores report in the steps that are measured."""
         if not (self.args.qk_clip or self.args.log_max_attention_logit):
             return train_step
 
@@ -56,8 +56,8 @@ class LogitWatch:
         return step
 
     def wrap_clip(self, megatrons: Callable[..., float]) -> Callable[..., float]:
-        """In place of Megatron's `clip_qk`, which knows no branches and no sharded float32 copies;
-        it goes on to serve Megatron's own attention."""
+        """A replacement of Megatron's `clip_qk`, which knows no branches and no sharded float32
+        copies. Megatron's own attention is still served by Megatron's function."""
 
         def clip(model: list[torch.nn.Module], log_max_only: bool = False) -> float:
             if self.args.attention == "gqa":
@@ -76,7 +76,7 @@ class LogitWatch:
         return args.qk_clip or step % args.log_interval == 0 or step == args.train_iters
 
     def begin(self, model: list[torch.nn.Module], wanted: bool = True) -> None:
-        """Have the cores of all layers report what they see from now on, or not."""
+        """Drop earlier reports; have the cores of all layers report from now on, if `wanted`."""
         for chunk in model:
             for _, attention in measured(chunk):
                 attention.core_attention.largest.take()
@@ -84,12 +84,13 @@ class LogitWatch:
 
     @torch.no_grad()
     def finish(self, model: list[torch.nn.Module]) -> None:
-        """Reduce what the cores saw over all ranks, and clip where that is asked for.
+        """Reduce the cores' reports over all ranks, and clip with `--qk-clip`.
 
-        All ranks of the world call it. `optimizer` holds the float32 copies of the weights.
+        All ranks of the world call this together. `self.optimizer` holds the float32 copies of the
+        weights.
         """
         layers = [found for chunk in model for found in measured(chunk)]
-        # Of the chunk, since a pipeline's stage may have no layer.
+        # From the model chunk, since a pipeline stage may have no layer.
         config, device = model[0].config, next(model[0].parameters()).device
         table = _reduced(layers, config, device).cpu()
         self.largest = table.amax((1, 2)).tolist()
@@ -105,7 +106,7 @@ class LogitWatch:
                     scale_rows(weight, rows, self.optimizer)
 
     def said(self) -> list[str]:
-        """Parts of the run's line; begins to count clipped heads anew."""
+        """Parts of the run's line; sets the count of clipped heads to 0."""
         if not self.largest:
             return []
         top = _top(self.largest)
@@ -117,7 +118,7 @@ class LogitWatch:
         return parts
 
     def points(self) -> dict[str, float]:
-        """Points of the run's curves: the model's, and where it is known each layer's."""
+        """Points of the run's curves: the model's largest logit, and each layer's where known."""
         if not self.largest:
             return {}
         wide = len(str(len(self.largest)))
@@ -126,7 +127,7 @@ class LogitWatch:
 
 
 def _top(largest: list[float]) -> float:
-    """The largest, or NaN where there is one."""
+    """The largest number, or NaN if any is NaN."""
     return next((x for x in largest if math.isnan(x)), max(largest))
 
 
@@ -156,7 +157,7 @@ def _reduced(
 
 
 def _place(attention: torch.nn.Module) -> tuple[slice, slice]:
-    """Which branches and heads of a layer this rank's core works on."""
+    """The branches and the heads of a layer that this rank's core works on."""
     if isinstance(attention, MLRASelfAttention):
         shard = attention.shard
         branch, head = shard.branch_start, shard.head_start
@@ -167,13 +168,14 @@ def _place(attention: torch.nn.Module) -> tuple[slice, slice]:
 
 @torch.no_grad()
 def scale_rows(weight: torch.nn.Parameter, rows: Tensor, optimizer: Any) -> None:
-    """Scale the rows of a weight, and of the float32 copy from which an optimizer renews it.
+    """Scale the rows of a weight, and of the float32 copy that the optimizer writes back to it.
 
     A row whose factor is 1 keeps its bits.
 
     Args:
-        rows: one factor per row, all axes but the last counted through; per number of a vector.
-        optimizer: Megatron's. Of a distributed one a rank has a flat part of the copy.
+        weight: its rows are indexed by all axes but the last; a vector has one row per number.
+        rows: `[number of rows]`, one factor per row.
+        optimizer: Megatron's. With a distributed optimizer, a rank holds a flat part of the copy.
     """
     each = rows.to(weight.device, torch.float32)[:, None]
     each = each.expand(-1, weight.numel() // rows.numel()).flatten()
@@ -191,7 +193,10 @@ def scale_rows(weight: torch.nn.Parameter, rows: Tensor, optimizer: Any) -> None
 
 @contextlib.contextmanager
 def without_transformer_engine(args: Namespace) -> Iterator[None]:
-    """Inside, Megatron's validation does not see the flags, for which it demands its own core."""
+    """Hide the flags of logits from Megatron's validation inside this context.
+
+    With these flags Megatron demands Transformer Engine's core, which MLRA does not need.
+    """
     names = ("qk_clip", "log_max_attention_logit") if args.attention != "gqa" else ()
     asked = {name: getattr(args, name) for name in names}
     vars(args).update(dict.fromkeys(names, False))
@@ -202,7 +207,7 @@ def without_transformer_engine(args: Namespace) -> Iterator[None]:
 
 
 def check(args: Namespace) -> None:
-    """Refuse what these flags cannot be combined with.
+    """Refuse flags that --qk-clip and --log-max-attention-logit cannot be combined with.
 
     Raises:
         ValueError: one line that names the flag and the fix.
@@ -228,7 +233,7 @@ def check(args: Namespace) -> None:
 
 
 def _check_megatrons(args: Namespace, asked: str) -> None:
-    """What Megatron's own `clip_qk` needs, which serves its own attention."""
+    """Refuse what Megatron's `clip_qk`, which serves Megatron's own attention, cannot do."""
     if args.transformer_impl != "transformer_engine":
         raise ValueError(
             f"{asked} with --attention gqa needs Transformer Engine's core, which reports logits;"
@@ -269,4 +274,4 @@ _OTHER_COPIES = {
     "use_torch_fsdp2": "cuts weights within layers",
     "overlap_param_gather_with_optimizer_step": "sends weights before the step ends",
 }
-"""Flags under which a weight has copies beside it and its float32 copy."""
+"""Flags under which a weight has other copies than its float32 copy."""

@@ -1,4 +1,4 @@
-"""All ranks meet before a run: the same code, arguments and data, and a `--save` of their own."""
+"""The meeting of all ranks before a run: equal code, arguments and data, and a locked `--save`."""
 
 from __future__ import annotations
 
@@ -14,23 +14,25 @@ from megatron_mlra.training.batches import check_data_contents
 
 
 def meet_all(args: Namespace, given: dict[str, str], lock: RunLock | None) -> World:
-    """Wait for all ranks of the run; rank 0 takes the lock for them.
+    """Wait for all ranks of the run, compare their fingerprints, and lock `--save` on rank 0.
 
     Args:
         args: validated.
         given: the fingerprint of the arguments as they were parsed.
-        lock: of `--save`, if any.
+        lock: of the folder `--save`; None without that flag.
 
     Raises:
-        ValueError: names the host that differs, and in what; or what is wrong with `--save`.
+        ValueError: names the host that differs and the difference, damaged data, or the fault of
+            `--save`.
     """
 
     def enter() -> None:
-        """What rank 0 does for all."""
+        """Runs on rank 0, for all ranks."""
         check_data_contents(args, say)
         if lock is not None:
             lock.acquire()
-            saved_steps.check_unused(args)  # what the folder holds was looked at before
+            # Again, under the lock: another run may have saved since the check before.
+            saved_steps.check_unused(args)
 
     join_world()
     same = {"code": fingerprint.of_code(), "arguments": given}

@@ -21,10 +21,10 @@ PATTERN = re.compile(
     "|precision-aware|main-grads|exp-avg|param-gather|accumulation-fusion|meta-device|double-buffer"
     "|div-fusion|num-distributed-optimizer-instances|use-distributed-optimizer"
 )
-"""What flags of memory and overlap have in their names."""
+"""Matches the names of flags of memory and overlap."""
 
 OTHER_GROUPS = ("network size", "rl", "vision", "logging", "inference", "fault injector")
-"""Groups of Megatron's parser with such names, and nothing that changes a training step."""
+"""Groups of Megatron's parser with such names, but no flag that changes a training step."""
 
 TESTED = "works"
 UPSTREAM = "Megatron's"
@@ -33,13 +33,13 @@ NOT_RUN = "not run"
 
 
 class Row(NamedTuple):
-    """Flags that one sentence is about."""
+    """Flags of Megatron that share one verdict and one note."""
 
     flags: str
     verdict: str
-    """`works`: compared with the run without it; `Megatron's`: beside the attention, and not
-    compared here; `refused`: one line, before anything is done; `not run`: built, and its test
-    needs a GPU."""
+    """`works`: a test compares a run with the flag and one without; `Megatron's`: does not touch
+    the attention, and no test here compares; `refused`: an error in one line before the run;
+    `not run`: implemented, and the test needs a GPU."""
     note: str
 
 
@@ -195,7 +195,7 @@ def upstream_flags(parser: ArgumentParser) -> set[str]:
 
 
 def table() -> str:
-    """The table of docs/parallelism.md."""
+    """The Markdown table of docs/parallelism.md."""
     lines = ["| Megatron's flag | here | |", "|---|---|---|"]
     for row in ROWS:
         names = ", ".join(f"`{name}`" for name in row.flags.split())
@@ -204,7 +204,7 @@ def table() -> str:
 
 
 def check(args: Namespace) -> None:
-    """Refuse what cannot work, and set what Megatron-FSDP needs set.
+    """Refuse flags that cannot work, and set the arguments that Megatron-FSDP needs.
 
     Raises:
         ValueError: one line that names the flag and the fix.
@@ -242,7 +242,7 @@ def check(args: Namespace) -> None:
             )
     recomputed = set(args.recompute_modules or ()) if args.recompute_granularity else set()
     if "layernorm" in recomputed and args.transformer_impl != "transformer_engine":
-        # Megatron takes "no FP8" there for FP8, and asks Transformer Engine for its state.
+        # There Megatron takes "no FP8" for FP8, and asks Transformer Engine for the FP8 state.
         raise ValueError(
             "--recompute-modules layernorm fails in Megatron 0.19.2 without Transformer Engine;"
             " leave layernorm out"
@@ -280,13 +280,13 @@ def _check_megatron_fsdp(args: Namespace) -> None:
             )
     if importlib.util.find_spec("einops") is None:
         raise ValueError(f"{asked} needs einops; pip install einops")
-    # What Megatron-FSDP insists on; checksums are of torch_dist.
+    # Megatron-FSDP accepts no other format, and checksums exist for torch_dist alone.
     args.ckpt_format, args.verify_integrity = "fsdp_dtensor", False
     if os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
-        # The entry's default, for tensor parallelism.
+        # cli.py sets 1 for tensor parallelism, which is off here; Megatron-FSDP refuses 1.
         os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "8"
     if not torch.cuda.is_available():
-        # gloo knows no sum that scales.
+        # gloo has no reduction that scales its sum.
         args.gradient_reduce_div_fusion = False
 
 

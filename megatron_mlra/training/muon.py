@@ -1,12 +1,15 @@
 """Muon (Jordan et al. 2024; Liu et al., arXiv 2502.16982) on the matrices of the method.
 
-Muon replaces a matrix's update by the nearest semi-orthogonal one, so it matters which matrix it
-is told. Megatron's takes each two-dimensional weight as one matrix and leaves the others to Adam:
-the up-projection `[N, h, d_h + d_v, d_l]` of the latents among them, and every head's query as one
-with its neighbours'. Here a weight's `matrices` (sharding/matrices.py) say what it is made of; its
-grouped-query twin's `linear_qkv` is cut by heads in the same way. Most matrices lie on one rank
-whole. Those that do not (latent down-projections) are gathered, as `--muon-tp-mode duplicated` does
-for other weights, so that the update is that of one rank at any tensor-parallel size.
+Muon replaces the update of a matrix by the nearest semi-orthogonal matrix, so the update depends on
+what counts as one matrix. Megatron's Muon takes each two-dimensional weight as one matrix, with the
+queries of all heads in one, and leaves all other weights to Adam, among them the up-projection
+`[N, h, d_h + d_v, d_l]` of the latents. Here the attribute `matrices` of a weight
+(sharding/matrices.py) lists the matrices that the weight consists of. `linear_qkv` of Megatron's
+grouped-query attention is cut by heads in the same way.
+
+Most matrices lie whole on one rank. The others (in down-projections) are gathered, as
+`--muon-tp-mode duplicated` does for other weights, so that the update is the same at any
+tensor-parallel size.
 """
 
 from __future__ import annotations
@@ -33,19 +36,25 @@ from megatron_mlra.command_line.parser import say
 from megatron_mlra.sharding.matrices import Rows, grouped_query_matrices
 
 KNOWN = ("adam", "sgd", "muon", "lion")
-"""Optimizers that treat every weight of the attention as their own definition says."""
+"""Optimizers that treat every weight of the attention by their own definition."""
 
 
 class OptimizerRefused(ValueError):
-    """What an optimizer says of its flags while it is built; starting again would not help."""
+    """An optimizer refused its flags while it was built. A restart of the run would not help."""
 
 
 class MatrixMuon(TensorParallelMuon):
-    """Megatron's Muon, which sees a weight's `matrices` where it has some."""
+    """Megatron's Muon, on the matrices of each weight that has the attribute `matrices`."""
 
     def orthogonalize(self, p: Tensor, grad: Tensor, **kwargs: Any) -> Tensor:
-        """The update of `p` from its momentum `grad`: each of its matrices orthogonalised and
-        scaled by its own size."""
+        """The update of the weight `p`: each matrix orthogonalised, and scaled by its own size.
+
+        Args:
+            grad: the momentum, of the shape of `p`.
+
+        Returns:
+            the update, of the same shape.
+        """
         rows: tuple[Rows, ...] | None = getattr(p, "matrices", None)
         if rows is None:
             return super().orthogonalize(p, grad, **kwargs)
@@ -55,14 +64,14 @@ class MatrixMuon(TensorParallelMuon):
         return torch.cat(done, dim=1).view(grad.shape)
 
     def _run(self, run: Tensor, rows: Rows) -> Tensor:
-        """`[groups, count, columns]` -> the same, each matrix orthogonalised."""
+        """`[groups, count, columns]` -> the same shape, with each matrix orthogonalised."""
         whole, group = run, None
         if rows.gathered and self.pg_collection and self.tp_mode != "blockwise":
             group = self.pg_collection.tp
             parts = [torch.empty_like(run) for _ in range(group.size())]
             torch.distributed.all_gather(parts, run.contiguous(), group)
             whole = torch.cat(parts, dim=1)
-        # A matrix of which this rank has a part alone, and which is not gathered, is that part.
+        # Of a cut matrix that is not gathered (blockwise), this rank's part counts as a matrix.
         height = min(rows.matrix, whole.shape[1])
         matrices = whole.reshape(-1, height, whole.shape[-1])
         done = self.scaled_orthogonalize_fn(matrices, None, None).view(whole.shape)
@@ -82,7 +91,7 @@ def is_for_muon(param: Tensor) -> bool:
 
 
 def register(optimizers: dict[str, Any]) -> dict[str, Any]:
-    """Put Muon on the method's matrices into Megatron's table of optimizers; returns the table."""
+    """Put MatrixMuon into Megatron's table of optimizers, in place; returns the table."""
     by_name = ParamKey(predicate=ParamPredicate(name="nonlinear_or_embedding", fn=is_for_adam))
     for name, entry in optimizers.items():
         changed: dict[str, Any] = {"default_param_overrides": {by_name: {"optimizer": "adam"}}}
@@ -99,7 +108,7 @@ def know_matrices(attributes: dict[str, Any]) -> dict[str, Any]:
 
 
 def cut_grouped_queries(chunks: Iterable[torch.nn.Module]) -> None:
-    """Tell Megatron's own `linear_qkv` weights their matrices: one per head and kind."""
+    """Set `matrices` of Megatron's own `linear_qkv` weights: one matrix per head and projection."""
     for chunk in chunks:
         config = chunk.config
         for name, param in chunk.named_parameters():
@@ -116,12 +125,12 @@ def cut_grouped_queries(chunks: Iterable[torch.nn.Module]) -> None:
 
 
 def owns_whole_matrices(args: Namespace) -> bool:
-    """Whether each data-parallel rank owns whole matrices, for which buffers must be laid out."""
+    """Whether each data-parallel rank owns whole matrices, which the buffers then keep together."""
     return args.use_layer_wise_distributed_optimizer and args.use_layer_wise_param_layout
 
 
 def with_whole_matrices(wrap: Callable[..., Any], args: Namespace) -> Callable[..., Any]:
-    """Wrap the step that gives model chunks their gradient buffers, so that it lays them out."""
+    """Wrap Megatron's `_ddp_wrap`, so that gradient buffers are laid out for whole matrices."""
 
     @functools.wraps(wrap)
     def wrapped(model, data_parallel_random_init, ddp_config, *more, **named) -> Any:
@@ -134,14 +143,20 @@ def with_whole_matrices(wrap: Callable[..., Any], args: Namespace) -> Callable[.
 
 
 def layout_of(optimizer: type, args: Namespace) -> type:
-    """The optimizer that lays out buffers: Megatron's, or that of whole matrices."""
+    """The optimizer class that lays out buffers: `optimizer`, or Megatron's for whole matrices."""
     whole = layer_wise_optimizer.LayerWiseDistributedOptimizer
     return whole if owns_whole_matrices(args) else optimizer
 
 
 def around_optimizer(build: Callable[..., Any], args: Namespace) -> Callable[..., Any]:
-    """Wrap `get_megatron_optimizer`: matrices are known before it sorts the weights, and with
-    `--verbose-optimizer` it is printed what goes where."""
+    """Wrap `get_megatron_optimizer`.
+
+    Matrices of grouped queries are set before Megatron sorts the weights. With
+    `--verbose-optimizer`, a table of optimizers and weights is printed afterwards.
+
+    Raises (when called):
+        OptimizerRefused: the optimizer does not accept its flags.
+    """
 
     def wrapped(config: Any, model_chunks: Any, *more: Any, **named: Any) -> Any:
         if config.optimizer in ("muon", "dist_muon") and config.muon_split_qkv:
@@ -158,7 +173,7 @@ def around_optimizer(build: Callable[..., Any], args: Namespace) -> Callable[...
 
 
 def table(optimizer: str, chunks: Iterable[torch.nn.Module]) -> str:
-    """Which optimizer takes which weights of this rank, layers of one shape in one line."""
+    """The optimizer of each weight of this rank, one line for equal weights of several layers."""
     found: dict[tuple[str, str, str], int] = defaultdict(int)
     for chunk in chunks:
         for name, param in chunk.named_parameters():
@@ -192,7 +207,7 @@ def _taken(optimizer: str, param: Tensor) -> str:
 
 
 def check(args: Namespace) -> None:
-    """Refuse what an optimizer cannot do.
+    """Refuse flags that the chosen optimizer does not support.
 
     Raises:
         ValueError: one line that names the flag and the fix.
@@ -206,7 +221,7 @@ def check(args: Namespace) -> None:
             " megatron-mlra[muon], or use --optimizer adam"
         )
     if name in ("muon", "adaptive_muon"):
-        # Sets of one's own have no flag.
+        # No flag can give the coefficients of "custom".
         known = [each for each in get_supported_coefficient_types() if each != "custom"]
         if args.muon_coefficient_type not in known:
             raise ValueError(

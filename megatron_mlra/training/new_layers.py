@@ -1,4 +1,4 @@
-"""Layers of multi-token prediction in a run that begins with the weights of one without them."""
+"""New layers of multi-token prediction in a run that starts from a checkpoint without them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron_mlra.training.hook import Run
 
 _NEW = "mtp."
-"""What the stored names of these layers start with."""
+"""Prefix of the names of these layers in a checkpoint."""
 
 
 def keep_new_layers(load: Callable, run: Run) -> Callable:
-    """Megatron's `dist_checkpointing.load`, which leaves the layers as they were initialised where
-    the checkpoint has none (`Run.new_multi_token`)."""
+    """Wrap Megatron's `dist_checkpointing.load`, so that new layers keep their initial weights.
+
+    With `Run.new_multi_token` the checkpoint has no such layers. Otherwise returns `load` itself.
+    """
     if not run.new_multi_token:
         return load
 

@@ -1,7 +1,7 @@
-"""Checks of the command line's numbers: what each may be, before Megatron sees it.
+"""Checks of the range of the command line's numbers, before Megatron sees them.
 
-A number that only fails once the optimizer is built, or once its first update is not finite, would
-end a run as a fault does, and a launcher would start the run again.
+A bad number may fail only when the optimizer is built, or at the first update that is not finite.
+The run would then end as after a fault, and a launcher would start the run again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ POSITIVE = (
     "keep_last",
     "muon_num_ns_steps",
 )
-"""Counts of which there is at least one."""
+"""Counts that are at least 1."""
 
 AT_LEAST_0 = (
     "lr_warmup_iters",
@@ -58,7 +58,7 @@ SHARES = (
     "muon_momentum",
     "lr_warmup_fraction",
 )
-"""Shares of what was before: at least 0 and below 1."""
+"""Shares that are at least 0 and below 1."""
 
 
 REQUIRED = (
@@ -72,10 +72,10 @@ REQUIRED = (
 
 
 def check_required(is_given: Callable[[str], bool]) -> None:
-    """Refuse a run without one of the numbers that nothing else says.
+    """Refuse a run without one of the `REQUIRED` numbers, which have no defaults.
 
     Args:
-        is_given: whether there is a value, by argparse destination.
+        is_given: takes an argparse destination, returns whether the argument has a value.
 
     Raises:
         ValueError: one line that names the flag.
@@ -86,10 +86,10 @@ def check_required(is_given: Callable[[str], bool]) -> None:
 
 
 def check_numbers(args: Namespace) -> None:
-    """Refuse numbers that are out of their flags' range.
+    """Refuse numbers that are not finite, or out of the range of their flag.
 
     Raises:
-        ValueError: one line that names the flag and the range.
+        ValueError: one line that names the flag, the value and the range.
     """
     for name, value in vars(args).items():
         values = value if isinstance(value, list | tuple) else (value,)
@@ -109,7 +109,7 @@ def check_numbers(args: Namespace) -> None:
 
 
 def _check_warmup(args: Namespace) -> None:
-    """The warm-up ends before the schedule does, in the unit that the run counts in."""
+    """Refuse a warm-up that is not shorter than the schedule, in steps or in samples."""
     for unit, what in (("iters", "steps"), ("samples", "samples")):
         warmup = getattr(args, f"lr_warmup_{unit}")
         decay = getattr(args, f"lr_decay_{unit}") or getattr(args, f"train_{unit}")

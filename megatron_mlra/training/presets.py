@@ -12,13 +12,16 @@ from megatron_mlra.description.presets import FOLDER, preset_chain, refuse_unkno
 def load_preset(path: str | Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """Read a YAML preset into argparse defaults.
 
-    Keys are flags without dashes in front and with underscores, or their argparse destinations;
-    `base` names another preset, whose values this one overrides: a path from this file, or one of
-    the package's by its name.
+    A key is a flag (without the leading dashes, with underscores for the others) or the flag's
+    argparse destination. The key `base` names another preset, whose values this preset overrides:
+    by a path relative to this preset's file, or by the name of one of the package's presets.
+
+    Returns:
+        argparse destination -> value.
 
     Raises:
-        ValueError: for a missing file, bad YAML, an unknown key (names the nearest known one) or a
-            value the flag would refuse.
+        ValueError: for a missing file, bad YAML, an unknown key (the error names the nearest known
+            key) or a value that the flag would refuse.
     """
     known = _names(parser)
     defaults: dict[str, Any] = {}
@@ -31,7 +34,12 @@ def load_preset(path: str | Path, parser: argparse.ArgumentParser) -> dict[str, 
 
 
 def _value(where: str, value: Any, action: argparse.Action, by_flag: bool) -> Any:
-    """`value` of a preset as the parser would have stored it."""
+    """A preset's `value` as the parser would store it.
+
+    Args:
+        where: names the preset and the key in errors.
+        by_flag: whether the key is the flag's own name; `no_x: true` then turns x off.
+    """
     if isinstance(action, argparse._StoreTrueAction | argparse._StoreFalseAction):
         if not isinstance(value, bool):
             raise ValueError(f"{where} is {value!r}; use true or false")
@@ -57,7 +65,7 @@ def _scalar(where: str, value: Any, action: argparse.Action) -> Any:
     if isinstance(value, bool) and action.type is bool:
         return value
     kind = getattr(action.type, "__name__", "text")
-    # Megatron's own types read lists from text, as YAML may have done already.
+    # Types of Megatron read a list from text, and YAML may have made the text a list already.
     plain = action.type in (int, float, str, None)
     if isinstance(value, bool | dict) or (isinstance(value, list) and plain):
         raise ValueError(f"{where} is {value!r}, not a valid {kind}")
@@ -72,8 +80,8 @@ def _scalar(where: str, value: Any, action: argparse.Action) -> Any:
 
 
 def add_opposites(parser: argparse.ArgumentParser) -> None:
-    """Give each switch, which could only be left out, a hidden opposite: a command line turns off
-    what a preset turned on, by `--no-bf16` for `--bf16`, `--rope-fusion` for `--no-rope-fusion`."""
+    """Give each switch without an opposite a hidden one, so that a command line can turn off what a
+    preset turned on: `--no-bf16` for `--bf16`, `--rope-fusion` for `--no-rope-fusion`."""
     known = parser._option_string_actions
     for action in list(parser._actions):
         if not isinstance(action, argparse._StoreTrueAction | argparse._StoreFalseAction):
@@ -107,7 +115,7 @@ def _names(parser: argparse.ArgumentParser) -> dict[str, tuple[argparse.Action, 
 
 
 def keys() -> list[str]:
-    """Every key that a preset may have, by the parser of the training entry."""
+    """Every key that a preset may have, from the parser of the training entry, sorted."""
     from megatron.training.arguments import add_megatron_arguments
 
     from megatron_mlra.training.flags import add_mlra_arguments

@@ -1,7 +1,7 @@
 """Progress of a run in lines (and on a terminal a bar): steps, validation, checkpoints, throughput.
 
-`Progress.wrap_X` returns Megatron's function X with lines around it; what X does is unchanged.
-training/hooks.py puts them in place.
+`Progress.wrap_X` wraps Megatron's function X, so that lines are printed around its calls.
+training/hooks.py puts the wrapped functions in place.
 """
 
 from __future__ import annotations
@@ -36,7 +36,11 @@ from megatron_mlra.training.speed import Clock, Speed, parts, peak_memory, speed
 
 
 class Stopped(Exception):
-    """Training ended early and in order: a signal, or one of Megatron's --exit flags."""
+    """Training ended early and in order, by a signal or by one of Megatron's --exit flags.
+
+    Attributes:
+        code: exit code of the process.
+    """
 
     def __init__(self, line: str, code: int) -> None:
         super().__init__(line)
@@ -44,7 +48,12 @@ class Stopped(Exception):
 
 
 class Progress:
-    """Progress in place of Megatron's log lines, and FLOPs that know branches."""
+    """Prints progress in place of Megatron's log lines, and counts FLOPs with branches.
+
+    Args:
+        args: the run's arguments, validated.
+        shape: the model's sizes.
+    """
 
     def __init__(self, args: Namespace, shape: ModelDescription) -> None:
         self.args = args
@@ -61,15 +70,16 @@ class Progress:
 
     @functools.cached_property
     def speed(self) -> Speed:
-        """What a rate comes to on this rank's device, which is chosen by the time of a step."""
+        """Converts token rates for this rank's device. Cached at the first logged step, since the
+        device is not chosen earlier."""
         return speed(self.args, self.token_flops)
 
     def flops(self, args: Namespace, batch_size: int, *_, **__) -> float:
-        """Model FLOPs of one global batch: the method's, whatever form computes it."""
+        """Model FLOPs of one global batch: the method's, not those of the core's chosen form."""
         return self.token_flops.model * batch_size * args.seq_length
 
     def wrap_log(self, training_log: Callable) -> Callable:
-        """Megatron's `training_log` with a line per logged step."""
+        """Wrap Megatron's `training_log`: print one line per logged step."""
 
         def log(losses, totals, rate, iteration, scale, memory, skipped, grad_norm, *rest, **named):
             flag = training_log(
@@ -84,7 +94,7 @@ class Progress:
                 if self.speaks:
                     self._step(rate, iteration, grad_norm, skipped, memory)
             elif self.clock.start is None:
-                # The first step also compiles and allocates, so the clock starts behind it.
+                # The first step also compiles and allocates, so the clock starts after that step.
                 torch.cuda.synchronize()
                 self.clock.begin(iteration)
             return flag
@@ -92,7 +102,7 @@ class Progress:
         return log
 
     def wrap_multi_token(self, track: Callable) -> Callable:
-        """Megatron's log of multi-token prediction, whose losses join the run's line."""
+        """Wrap Megatron's log of multi-token prediction: its losses join the run's line."""
 
         def log(scale, iteration, writer, wandb_writer=None, total_loss_dict=None):
             losses: dict[str, torch.Tensor] = {}
@@ -115,7 +125,7 @@ class Progress:
         args = self.args
         last = f"{args.train_iters:,}"
         said = [f"step {iteration:,}/{last}"]
-        # As Megatron's log has it: the mean of the steps since the line before.
+        # As in Megatron's log: the mean over the steps since the previous line.
         means = {name: _mean(losses) for name, losses in self.losses.items()}
         means = {name: means[name] for name in sorted(means, key=lambda n: n.startswith("mtp"))}
         self.losses.clear()
@@ -142,17 +152,18 @@ class Progress:
             self.bar.update(iteration - self.bar.n)
 
     def wrap_results(self, evaluate_and_print_results: Callable) -> Callable:
-        """Megatron's `evaluate_and_print_results`; test losses stay out of validation's curve."""
+        """Wrap Megatron's `evaluate_and_print_results`: test losses stay out of the validation
+        curve, and no step is validated twice."""
 
         def run(prefix, forward_step, data, model, iteration, *rest, **named):
             is_test = "test set" in prefix
             self.evaluating = ("test" if is_test else "validation", iteration)
             if not is_test:
                 if self.validated == iteration:
-                    return None  # at its end a run is validated once more, on the same samples
+                    return None  # Megatron validates once more after the last step
                 self.validated = iteration
             if is_test:
-                # Megatron would write it into the validation curve.
+                # Megatron would write the test loss into the validation curve.
                 named["write_to_tensorboard"] = False
             return evaluate_and_print_results(
                 prefix, forward_step, data, model, iteration, *rest, **named
@@ -161,7 +172,7 @@ class Progress:
         return run
 
     def wrap_evaluate(self, evaluate: Callable) -> Callable:
-        """Megatron's `evaluate` with a line for its losses; its time is not training's."""
+        """Wrap Megatron's `evaluate`: print a line of losses, and stop the clock meanwhile."""
 
         def run(*args, **named):
             with self.clock.pause():
@@ -183,8 +194,8 @@ class Progress:
     def _evaluate_first(
         self, forward_step, model, validation, process_non_loss, config, non_loss, **groups
     ) -> None:
-        """The validation loss before the first step. Its samples do not count as consumed,
-        so that a checkpoint does not depend on this validation."""
+        """Validate before the first step. The samples of this validation do not count as consumed,
+        so that a checkpoint does not depend on --eval-at-start."""
         args = self.args
         consumed = args.consumed_valid_samples
         has_hooks = training.should_disable_forward_pre_hook(args)
@@ -206,12 +217,16 @@ class Progress:
         if has_hooks:
             training.enable_forward_pre_hook(model)
         if args.fine_grained_activation_offloading:
-            # Megatron learns from the first pass what there is to offload: here, nothing.
+            # Megatron learns from the first pass which tensors to offload, and a validation pass
+            # offloads none.
             FineGrainedActivationOffloadingInterface.reset_instance()
         args.consumed_valid_samples = consumed
 
     def wrap_train(self, train: Callable) -> Callable:
-        """Megatron's `train` that validates first where asked to, and says how it ended."""
+        """Wrap Megatron's `train`: validate first with --eval-at-start, and report an early end.
+
+        The wrapped function raises `Stopped` where Megatron would exit.
+        """
 
         def run(forward_step, model, optimizer, scheduler, data, validation, *rest, **named):
             if self.args.iteration and self.args.rank == 0:
@@ -248,7 +263,7 @@ class Progress:
         return f"{why}, which is saved; continue with --load {args.save} --save {args.save}"
 
     def wrap_finalize(self, maybe_finalize_async_save: Callable) -> Callable:
-        """Megatron's `maybe_finalize_async_save` whose error names the step that was not saved."""
+        """Wrap Megatron's `maybe_finalize_async_save`: errors name the step that is not saved."""
 
         def run(*args, **named):
             if not self.saving:
@@ -256,7 +271,8 @@ class Progress:
             try:
                 result = maybe_finalize_async_save(*args, **named)
             except (Exception, CheckpointException) as error:
-                # The oldest was taken from the queue; others may be waiting behind it.
+                # The failed save was the oldest, and has left the queue. Later saves may still be
+                # in the queue.
                 step = self.saving[-1 - _unfinished_saves()]
                 raise not_saved(self.args.save, step, error) from error
             self.saving = self.saving[len(self.saving) - _unfinished_saves() :]
@@ -265,7 +281,7 @@ class Progress:
         return run
 
     def wrap_save(self, save_checkpoint: Callable) -> Callable:
-        """Megatron's `save_checkpoint` with a line for the save; old checkpoints are pruned."""
+        """Wrap Megatron's `save_checkpoint`: print a line per save, and prune old checkpoints."""
 
         def run(iteration, *rest, **named):
             folder = self.args.save
@@ -289,18 +305,20 @@ class Progress:
 
 
 def stop_if_asked() -> None:
-    """Stop before the first step where any rank was asked to; called by all ranks together.
+    """Stop before the first step if a signal asked any rank to stop.
+
+    All ranks call this together.
 
     Raises:
-        Stopped: with the line that says so.
+        Stopped: on every rank, with exit code 0.
     """
     if stopping.any_rank_asked():
         raise Stopped(f"stopped before the first step{stopping.by()}; nothing new to save", 0)
 
 
 def stop_after(initialize: Callable) -> Callable:
-    """Megatron's `initialize_megatron`, behind which a stop that came earlier is heeded: before
-    the model is built and loaded."""
+    """Wrap Megatron's `initialize_megatron`: heed an earlier stop signal right after the call,
+    before the model is built and loaded."""
 
     def initialize_or_stop(*args, **named):
         result = initialize(*args, **named)
@@ -311,12 +329,12 @@ def stop_after(initialize: Callable) -> Callable:
 
 
 def not_saved(folder: str, step: int, error: BaseException) -> RuntimeError:
-    """The error of a checkpoint that could not be written, naming the one that remains."""
+    """The error for a checkpoint that could not be written; names the newest one that is intact."""
     kept = latest_step(folder)
     remains = "there is none earlier" if kept is None else f"that of step {kept:,} is intact"
     why = reason(error)
     if "unexpected pos" in why:
-        # What torch says when a write in the middle of a tensor comes out short.
+        # torch's message when the disk is full in the middle of writing a tensor.
         why = f"No space left on device ({shutil.disk_usage(folder).free / 1e6:.1f} MB free)"
     return RuntimeError(
         f"the checkpoint of step {step:,} could not be saved to {folder}: {why}; {remains}"
@@ -328,7 +346,7 @@ def _unfinished_saves() -> int:
 
 
 def recomputed(args: Namespace) -> str | None:
-    """The part that the backward pass computes again, by its name in cost.flops."""
+    """The part that the backward pass recomputes, by its name in `cost.flops.RECOMPUTES`."""
     if args.recompute_granularity == "full":
         return "full"
     if args.recompute_granularity != "selective":
@@ -344,6 +362,6 @@ def _mean(losses: list) -> float:
 
 
 def _value(loss) -> float:
-    """A logged loss as a number: a tensor, or a (sum, count) pair."""
+    """A logged loss as a number, from a scalar tensor or a (sum, count) pair."""
     loss = torch.as_tensor(loss).float().flatten()
     return (loss[0] / loss[1]).item() if loss.numel() == 2 else loss.item()

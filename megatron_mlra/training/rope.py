@@ -1,7 +1,7 @@
 """Flags of RoPE: what each kind of attention understands, and YaRN for the latent family.
 
-Megatron's own argument parser offers YaRN under two sets of names and RoPE variants that only its
-own attention reads. Here one set does what it says, and what would be ignored is refused.
+Megatron's argument parser has two sets of names for YaRN, and RoPE variants that only Megatron's
+attention reads. Here one set of names works, and flags that would be ignored are refused.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ _FLAGS = {
     "beta_fast": "yarn_beta_fast",
     "beta_slow": "yarn_beta_slow",
 }
-"""Field of the model -> Megatron's argument."""
+"""Field of MLRAConfig -> Megatron's argument."""
 
 _NEUTRAL = {"rotary_scaling_factor": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
-"""Values of YaRN's other arguments that mean nothing was asked."""
+"""Values of YaRN's other arguments under which they have no effect."""
 
 
 class YarnConfig(MLRAConfig):
-    """MLRA with YaRN: Megatron passes `rope_type` on to none but its own MLA."""
+    """MLRA's configuration with `rope_type` "yarn", which Megatron passes to its own MLA alone."""
 
     def __post_init__(self) -> None:
         self.rope_type = "yarn"
@@ -31,7 +31,7 @@ class YarnConfig(MLRAConfig):
 
 
 def check_rope(args: Namespace) -> None:
-    """Refuse RoPE flags that would have no effect; give YaRN's the names of the model's fields.
+    """Refuse RoPE flags that would have no effect; set YaRN's fields of MLRAConfig from the flags.
 
     Raises:
         ValueError: one line that names the flag and the fix.

@@ -1,7 +1,7 @@
-"""A run's length and schedule, in steps or in samples: one of the two, as Megatron wants it.
+"""A run's length and schedule, in one unit: steps or samples. Megatron refuses a mixture.
 
-What a command line says wins; a preset's values in the other unit, or of the other kind of warm-up,
-are converted or give way.
+Values of the command line win. A preset's values in the other unit are converted, and a preset's
+other kind of warm-up is dropped.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ PAIRS = (
     ("lr_decay_iters", "lr_decay_samples", None),
     ("lr_wsd_decay_iters", "lr_wsd_decay_samples", None),
 )
-"""By steps, by samples, and the value that stands for "not given"."""
+"""Argument in steps, argument in samples, and the value that means "not given"."""
 UNITS = ("steps", "samples")
 
 
 def settle(args: Namespace, given: set[str]) -> None:
-    """Have `args` count in one unit alone.
+    """Convert the schedule in `args` to one unit, in place.
 
     Args:
-        given: the flags of the command line.
+        given: the flags of the command line, as opposed to a preset's.
 
     Raises:
-        ValueError: the command line counts in both; one line with the value in the right unit.
+        ValueError: the command line uses both units, or two kinds of warm-up; the line gives the
+            value in the right unit.
     """
     lengths = [name for name in LENGTHS if flag(name) in given]
     if len(lengths) == 2:
@@ -63,8 +64,10 @@ def settle(args: Namespace, given: set[str]) -> None:
 
 
 def _fit_warmup(args: Namespace, given: set[str], length: str, warmup: str) -> None:
-    """A preset's warm-up that would take all of the run that a command line asks for becomes a
-    tenth of it; rank 0 says so."""
+    """Shorten a preset's warm-up that is as long as the command line's run, to a tenth of the run.
+
+    Rank 0 prints a note.
+    """
     steps, before = getattr(args, length), getattr(args, warmup) or 0
     if flag(length) not in given or flag(warmup) in given or not steps or before < steps:
         return

@@ -1,7 +1,8 @@
-"""How fast a run is: tokens per second, FLOP rates, MFU, memory at its peak, the time that is left.
+"""The speed of a run: tokens per second, FLOP rates, MFU, peak memory, the time that is left.
 
-FLOPs are the model's (cost/flops.py): a token's, whatever form computes it. MFU is their share of
-the GPU's stated dense rate, of FP8 where the run uses FP8 (planner/gpus.py); a CPU has none.
+The model's FLOPs of a token (cost/flops.py) do not depend on the form of the core. MFU is the rate
+of the model's FLOPs over the GPU's stated dense rate (planner/gpus.py): the FP8 rate where the run
+uses FP8, else the BF16 rate. On a CPU there is no MFU.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ GIB = 2**30
 
 
 class Clock:
-    """Times training steps: evaluation and saving stop the clock of the rate."""
+    """Times training steps. Evaluation and saving do not count in the rate."""
 
     def __init__(self, args: Namespace) -> None:
         self.args = args
@@ -32,7 +33,7 @@ class Clock:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Stop the clock inside."""
+        """Stop the clock inside this context."""
         torch.cuda.synchronize()
         begin = time.perf_counter()
         try:
@@ -41,13 +42,14 @@ class Clock:
             self.paused += time.perf_counter() - begin
 
     def begin(self, step: int) -> None:
-        """Start measuring, behind `step`."""
+        """Start measuring after `step`."""
         self.start = (self.args.consumed_train_samples, time.perf_counter())
         self.first = self.first or (step, self.start[1])
         self.paused = 0.0
 
     def rate(self, step: int) -> float | None:
-        """Tokens per second since `begin`, None before a step was measured; begins anew."""
+        """Tokens per second since the last `begin`, or None before a step was measured; calls
+        `begin`."""
         if self.start is None:
             self.begin(step)
             return None
@@ -57,8 +59,10 @@ class Clock:
         return samples * self.args.seq_length / seconds if samples and seconds > 0 else None
 
     def left(self, step: int) -> float | None:
-        """Seconds until the last step at the mean of this run so far, which evaluation and saving
-        are part of; None before a step was measured."""
+        """Seconds until the last step, or None before a step was measured.
+
+        The estimate is the mean time per step so far, evaluation and saving included.
+        """
         if self.first is None or step <= self.first[0]:
             return None
         per_step = (time.perf_counter() - self.first[1]) / (step - self.first[0])
@@ -66,8 +70,10 @@ class Clock:
 
 
 def peak_memory() -> float:
-    """GiB at the peak so far of the rank that has most: allocated on a GPU, resident on a CPU.
-    Called by all ranks together."""
+    """Peak memory so far in GiB, of the rank with the most: allocated on a GPU, resident on a CPU.
+
+    All ranks call this together.
+    """
     if torch.cuda.is_available():
         held = torch.cuda.max_memory_allocated()
     else:
@@ -78,14 +84,15 @@ def peak_memory() -> float:
 
 
 class Speed:
-    """What a rate in tokens per second comes to.
+    """Converts a rate in tokens per second into FLOP rates and MFU.
 
     Args:
-        flops: of a token.
-        devices: that share the work.
-        device: name of the GPU as torch has it, None on a CPU.
+        flops: FLOPs per token.
+        devices: number of devices that share the work.
+        device: torch's name of the GPU, None on a CPU.
         fp8: whether matrix products run in FP8.
-        at_most: sequences are packed, and score fewer pairs than the FLOPs count.
+        at_most: whether FLOP rates are upper bounds: packed sequences score fewer pairs of query
+            and key than the FLOPs count.
     """
 
     def __init__(
@@ -97,7 +104,11 @@ class Speed:
         self.peak = (gpu.fp8_tflops if fp8 else gpu.bf16_tflops) if gpu else 0.0
 
     def curves(self, rate: float) -> dict[str, float]:
-        """Points of the curves."""
+        """Points of the curves: the rate, FLOP rates per device, and MFU where the GPU is known.
+
+        Args:
+            rate: tokens per second of all devices together.
+        """
         model, hardware = (rate * flops / self.devices / 1e12 for flops in self.flops)
         found = {
             "tokens per second": rate,
@@ -107,7 +118,7 @@ class Speed:
         return found | ({"MFU": model / self.peak} if self.peak else {})
 
     def parts(self, rate: float) -> list[str]:
-        """Parts of the line: tokens/s, and on a GPU its MFU or, of an unknown one, TFLOP/s."""
+        """Parts of the line: tokens/s, and on a GPU the MFU, or TFLOP/s if its peak is unknown."""
         said = [f"{rate:,.0f} tokens/s"]
         if self.has_gpu:
             found = self.curves(rate)
@@ -121,7 +132,7 @@ class Speed:
 
 
 def speed(args: Namespace, flops: TrainFlops) -> Speed:
-    """The speed of this run's devices."""
+    """The `Speed` for this run's devices."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     packed = args.dataloader_inter_document_masking
     return Speed(flops, args.world_size, device, bool(args.fp8), packed)
@@ -130,7 +141,13 @@ def speed(args: Namespace, flops: TrainFlops) -> Speed:
 def parts(
     speed: Speed, rate: float | None, memory: float, left: float | None
 ) -> tuple[list[str], dict[str, float]]:
-    """What a line says of the machine, and the points of the curves."""
+    """The line's parts about the machine, and the points of the curves.
+
+    Args:
+        rate: tokens per second, None where no step was measured.
+        memory: peak memory, GiB.
+        left: seconds until the end of the run, None where unknown.
+    """
     said, points = [f"{memory:.1f} GiB"], {"peak memory GiB": memory}
     if rate is not None:
         said[:0] = speed.parts(rate)

@@ -25,10 +25,10 @@ from megatron_mlra.training.batches import get_batch
 
 
 def model_config(args: Namespace, transformer: TransformerConfig) -> GPTModelConfig:
-    """Megatron's GPT with this project's layers; allocates nothing.
+    """The configuration of Megatron's GPT with this project's layers. No weight is allocated.
 
     Raises:
-        ValueError: if a requested backend is not installed, or does not support these sizes.
+        ValueError: a requested backend is not installed, or does not support these sizes.
     """
     layer_spec(transformer)
     config = gpt_config_from_args(args, config=transformer)
@@ -43,10 +43,17 @@ def _layers(config: GPTModelConfig, vp_stage: int | None = None):
 def forward_step(
     data_iterator: Iterator, model: GPTModel, return_schedule_plan: bool = False
 ) -> tuple[Tensor | AbstractSchedulePlan, Callable]:
-    """One micro-batch: per-token losses `[b, s]` (or the stage's output) and how to reduce them.
+    """The forward pass of one micro-batch.
 
-    With `return_schedule_plan`, the plan to compute them instead, whose layers Megatron runs beside
-    another micro-batch's (`--overlap-moe-expert-parallel-comm`).
+    Args:
+        data_iterator: see `get_batch`.
+        return_schedule_plan: return a plan of the forward pass, not run it. Megatron interleaves
+            the plan's layers with those of another micro-batch
+            (`--overlap-moe-expert-parallel-comm`).
+
+    Returns:
+        per-token losses `[b, s]` on the last pipeline stage (hidden states on earlier stages; the
+        plan with `return_schedule_plan`), and the function that reduces the losses.
     """
     vp_stage = get_attr_wrapped_model(model, "vp_stage")
     during = "" if torch.is_grad_enabled() else "validation: "
@@ -66,7 +73,16 @@ def forward_step(
 
 
 def loss_function(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum of the unmasked token losses, their number, and both for the log.
+    """Reduce the token losses of a micro-batch.
+
+    Args:
+        loss_mask: `[b, s]` float, 0 for a token that does not count.
+        losses: `[b, s]` float, per token.
+
+    Returns:
+        the sum of the unmasked losses (float32 scalar; scaled under context parallelism), the
+        number of unmasked tokens (int32 scalar), and for the log a dict of the unscaled sum and
+        that number (`[2]` float32).
 
     Raises:
         RuntimeError: for a NaN or infinite loss, unless --no-check-for-nan-in-loss-and-grad.
@@ -78,7 +94,7 @@ def loss_function(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, di
     num_tokens = mask.sum().to(torch.int)
     if get_args().check_for_nan_in_loss_and_grad:
         _check_finite(loss)
-    # The schedule divides the loss it is given in place, so the log gets its own copy.
+    # The schedule divides the returned loss in place, so the log gets a copy.
     reported = torch.stack((loss.detach().clone(), num_tokens.float()))
     if get_args().context_parallel_size > 1 and not get_args().calculate_per_token_loss:
         loss = loss * _context_parallel_share(num_tokens)
@@ -86,11 +102,11 @@ def loss_function(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, di
 
 
 def _context_parallel_share(num_tokens: Tensor) -> Tensor:
-    """The factor of this rank's loss that makes the average over context-parallel ranks a mean over
-    tokens.
+    """The factor of this rank's loss under which the average over context-parallel ranks is the
+    mean over tokens.
 
-    The schedule divides the sum of rank r by its number of unmasked tokens n_r, then averages over
-    ranks. Where ranks have different numbers, the factor `cp n_r / sum(n)` undoes that.
+    The schedule divides the sum of rank r by the number n_r of unmasked tokens on rank r, then
+    averages over the cp ranks. With the factor `cp n_r / sum(n)`, every token has the same weight.
     """
     group = mpu.get_context_parallel_group()
     whole = num_tokens.float()

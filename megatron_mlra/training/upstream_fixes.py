@@ -1,8 +1,9 @@
-"""Repairs of megatron-core 0.19.2, each only where it is needed.
+"""Repairs of megatron-core 0.19.2, each applied only where it is needed.
 
-The functions of (what stands there, the run) are rows of training/hooks.py, which names their
-targets. Without Transformer Engine or APEX, Megatron's distributed optimizer wraps torch's AdamW,
-whose state it does not know how to resume: three of them are about that.
+Functions of (a function of Megatron, the run) are wrappers, for which training/hooks.py names the
+targets. Without Transformer Engine and APEX, Megatron's distributed optimizer wraps torch's AdamW,
+and cannot resume AdamW's state. `state_dict_with_state`, `set_states_with_step` and
+`load_with_own_steps` repair that.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from megatron.core.optimizer.optimizer import param_group_identifier_keys
 
 
 def use_prebuilt_dataset_helpers(compile_helpers: Callable, run: Any) -> Callable:
-    """`compile_helpers` without its Makefile, which the wheel does not ship.
+    """Replace `compile_helpers`, which runs a Makefile that the wheel does not ship.
 
     Raises:
-        ImportError: if the built helper is missing for this Python.
+        ImportError: the wheel has no built helper for this Python.
     """
     import megatron.core.datasets.helpers_cpp  # noqa: F401  (fails here, not mid-training)
 
@@ -30,7 +31,7 @@ def use_prebuilt_dataset_helpers(compile_helpers: Callable, run: Any) -> Callabl
 
 
 def state_dict_with_state(state_dict: Callable, run: Any) -> Callable:
-    """`state_dict`, which on resume wants a step before there is any state."""
+    """Wrap `state_dict`, which on a resume asks for AdamW's state before there is any state."""
 
     def with_state(self):
         if not self.optimizer.state and isinstance(self.optimizer, torch.optim.Adam):
@@ -43,7 +44,8 @@ def state_dict_with_state(state_dict: Callable, run: Any) -> Callable:
 
 
 def set_states_with_step(set_states: Callable, run: Any) -> Callable:
-    """`_set_main_param_and_optimizer_states`, which misses `step` among the states it loads."""
+    """Wrap `_set_main_param_and_optimizer_states`, which asks loaded states for a `step` that they
+    do not hold."""
 
     def set_with_step(self, model_param, tensors):
         group, order = self.model_param_group_index_map[model_param]
@@ -55,7 +57,7 @@ def set_states_with_step(set_states: Callable, run: Any) -> Callable:
 
 
 def load_with_own_steps(load_state_dict: Callable, run: Any) -> Callable:
-    """`load_state_dict`, which shares one step tensor among all parameters."""
+    """Wrap `load_state_dict`, which leaves one `step` tensor shared by all parameters."""
 
     def load(self, state_dict):
         load_state_dict(self, state_dict)
@@ -67,7 +69,10 @@ def load_with_own_steps(load_state_dict: Callable, run: Any) -> Callable:
 
 
 def raise_failed_writes(write: Callable, run: Any) -> Callable:
-    """`write_preloaded_data`, whose caller reports only the type of the error that it returns."""
+    """Wrap `write_preloaded_data`, so that it raises errors.
+
+    Megatron's function returns an error, and its caller reports the error's type alone.
+    """
 
     def write_or_raise(*args, **kwargs):
         result = write(*args, **kwargs)
@@ -79,8 +84,11 @@ def raise_failed_writes(write: Callable, run: Any) -> Callable:
 
 
 def pair_at_other_rates(pair: Callable, run: Any) -> Callable:
-    """`_filter_and_reorder_param_groups`, which finds groups by the rates they were given, so that
-    --override-opt-param-scheduler, which asks for others, finds none."""
+    """Wrap `_filter_and_reorder_param_groups`, which tells parameter groups apart by their rates.
+
+    With --override-opt-param-scheduler the rates differ from the saved ones, and Megatron would
+    find no group.
+    """
 
     def pair_by_other_keys(current_groups: list[dict], state_dict_groups: list[dict]):
         return pair(current_groups, _with_these_rates(current_groups, state_dict_groups, run.args))
@@ -89,7 +97,7 @@ def pair_at_other_rates(pair: Callable, run: Any) -> Callable:
 
 
 def load_at_other_rates(load_state_dict: Callable, run: Any) -> Callable:
-    """The distributed optimizer's `load_state_dict`, as pair_at_other_rates."""
+    """Wrap the distributed optimizer's `load_state_dict`, as `pair_at_other_rates` for groups."""
 
     def load(self, state_dict):
         inner = state_dict.get("optimizer")
@@ -103,7 +111,10 @@ def load_at_other_rates(load_state_dict: Callable, run: Any) -> Callable:
 
 
 def _with_these_rates(current: list[dict], saved: list[dict], args: Any) -> list[dict]:
-    """Saved groups with this run's rates; what else tells groups apart stays."""
+    """The saved parameter groups with the rates of this run's groups.
+
+    A saved group and a current group match if all identifying keys but the rates are equal.
+    """
     if not getattr(args, "override_opt_param_scheduler", False):
         return saved
     rates = ("max_lr", "min_lr", "start_wd", "end_wd")
@@ -114,7 +125,8 @@ def _with_these_rates(current: list[dict], saved: list[dict], args: Any) -> list
     given = []
     for group in saved:
         same = here.get(tuple(group.get(key) for key in others), [])
-        # Groups that only their rates tell apart cannot be told apart by other rates.
+        # Where several current groups differ in rates alone, no match is certain, so the saved
+        # rates stay.
         own = same[0] if len(same) == 1 else {}
         given.append(group | {key: own[key] for key in rates if key in own})
     return given
@@ -122,11 +134,13 @@ def _with_these_rates(current: list[dict], saved: list[dict], args: Any) -> list
 
 @functools.cache
 def accumulate_weight_gradients_in_products() -> bool:
-    """Weight gradients are added to their float32 buffer inside the product, not in a pass of
-    their own, for which Megatron asks for APEX; Transformer Engine's matrix product does it too.
+    """Have matrix products add weight gradients to the float32 buffer, without a separate pass.
+
+    Megatron needs APEX for that. Where APEX is missing, Transformer Engine's matrix product is put
+    in its place.
 
     Returns:
-        Whether that is possible here.
+        whether one of the two is available.
     """
     from megatron.core.extensions.transformer_engine import HAVE_TE
     from megatron.core.tensor_parallel import layers

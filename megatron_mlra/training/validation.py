@@ -1,7 +1,7 @@
 """Validation on the same samples each time.
 
-Megatron's evaluations each take the next samples of the validation data, so that two losses of one
-run, or of two runs with other intervals, are of other text and cannot be compared.
+Each of Megatron's evaluations takes the next samples of the validation data. Two losses of one run,
+or of two runs with different intervals, are then of different text and cannot be compared.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 
 class _First(Subset):
-    """The first samples of a dataset, of its part of the split."""
+    """The first `count` samples of a validation dataset, still marked as validation."""
 
     def __init__(self, dataset: Dataset, count: int) -> None:
         super().__init__(dataset, range(min(count, len(dataset))))
@@ -23,7 +23,7 @@ class _First(Subset):
 
 
 class _Again:
-    """A loader that begins anew whenever it has come to its end."""
+    """A loader that starts over at its end, without end."""
 
     def __init__(self, loader: DataLoader) -> None:
         self.loader = loader
@@ -34,12 +34,12 @@ class _Again:
 
 
 def samples(args: Namespace) -> int:
-    """Samples of one evaluation."""
+    """The number of samples of one evaluation."""
     return args.eval_iters * args.eval_global_batch_size
 
 
 def same_samples(build: Callable, args: Namespace) -> Callable:
-    """`build_pretraining_data_loader`, whose validation data are the first `samples` each time."""
+    """Wrap `build_pretraining_data_loader`: each evaluation gets the same first `samples(args)`."""
 
     def build_loader(dataset, consumed_samples):
         part = getattr(dataset, "split", getattr(dataset, "index_split", None))
