@@ -118,7 +118,10 @@ def _no_rope_pattern(freq: Any, num_layers: Any) -> tuple[int, ...]:
     if freq is None or not isinstance(num_layers, int):
         return ()
     if isinstance(freq, list | tuple) and all(type(each) is int for each in freq):
-        return tuple(freq) if any(freq) else ()
+        if any(freq):
+            return tuple(freq)
+        if len(freq) in (0, num_layers):
+            return ()
     if type(freq) is int and 0 < freq <= num_layers <= MOST_LAYERS and num_layers % freq == 0:
         return (*(0,) * (freq - 1), 1) * (num_layers // freq)
     raise CheckpointError(

@@ -330,6 +330,7 @@ class ModelDescription(LatentSizes, ExpertSizes):
             )
         latent = self.attention == "mlra"
         for name, wrong, fix in (
+            ("attention", self.attention in ("gta", "mfa", "tpa"), "use mlra or gqa"),
             ("rope_type", self.rope_type != "rope", "use rope"),
             ("mtp_num_layers", latent and self.mtp_num_layers, "leave it out"),
             ("qk_rope_head_dim", latent and not self.qk_rope_head_dim, "leave no_rope_freq out"),

@@ -69,6 +69,11 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError("nothing to evaluate; give --text, --data or --task")
     if args.cache_dtype and (args.text or args.task or not args.data):
         raise ValueError("--cache-dtype decodes windows of datasets; give --data and nothing else")
+    if args.cache_dtype and args.dtype and "fp8" not in args.cache_dtype:
+        raise ValueError(
+            f"--dtype {args.dtype} is of the weights beside an FP8 cache, and --cache-dtype names"
+            " none; leave it out"
+        )
     for name in ("batch_size", "max_length", "windows"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -132,7 +137,8 @@ def _decoded(args: argparse.Namespace, streams: dict[str, np.ndarray]) -> dict[s
     for name, tokens in streams.items():
         check_ids(tokens, name, source.description.vocab_size)
         rows[name] = chosen_windows(tokens, length, args.windows, f"--data {name}")
-    runners = load_runners(source, args.cache_dtype, args.dtype, device, args.batch_size, length)
+    batch = min(args.batch_size, max(map(len, rows.values())))
+    runners = load_runners(source, args.cache_dtype, args.dtype, device, batch, length)
     results: dict[str, Any] = {"checkpoint": args.checkpoint, "decoded": {}}
     for name, windows in rows.items():
         results["decoded"][name] = decoded_losses(runners, windows, progress=True)

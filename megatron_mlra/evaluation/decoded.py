@@ -88,6 +88,7 @@ def load_runners(
             cache_dtype="fp8" if fp8 else "auto",
             cache_tokens=batch_size * pages * PAGE,
             page_size=PAGE,
+            max_positions=length,
         )
         model = load_model(source.description, source.tensor, options, device)
         graphs = model.ops.name == "mlra_kernels"
@@ -153,5 +154,6 @@ def _prefilled(runner: Runner, rows: np.ndarray, prompt: int) -> Callable[[list[
     pages = [pool.take(rows.shape[1] - 1) for _ in rows]
     for row, (tokens, own) in enumerate(zip(rows, pages, strict=True)):
         runner.tables.set(row, own)
-        runner.prefill([Chunk(tokens[:prompt].tolist(), 0, own)])
+        if prompt:  # a window of one token has none
+            runner.prefill([Chunk(tokens[:prompt].tolist(), 0, own)])
     return lambda tokens, at: runner.decode(tokens, [at] * len(tokens), pages)

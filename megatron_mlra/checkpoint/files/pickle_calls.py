@@ -17,6 +17,9 @@ import torch
 
 ATOMS = (str, int, float, bool, bytes, type(None), torch.dtype)
 GENERATORS = ("torch._C.Generator", "torch.Generator")
+_CPU_STATE = torch.get_rng_state().numel()
+_CUDA_STATE = 16
+"""Bytes of a generator's state; on a GPU its seed and offset."""
 _FEW = 64
 """Most arguments of a call, and most values of a tuple among the arguments."""
 _SHORT = 4096
@@ -29,10 +32,14 @@ class Inert:
     Attributes:
         name: of the function or class that made the object; "" if unknown.
         numbers: most numbers that a storage holds.
+        kind: class of a storage, such as 'ByteStorage'; "" of all else.
+        row: length of a contiguous uint8 tensor of one dimension; None of all else.
     """
 
-    def __init__(self, name: str = "", numbers: int = 0) -> None:
-        self.name, self.numbers = name, numbers
+    def __init__(
+        self, name: str = "", numbers: int = 0, kind: str = "", row: int | None = None
+    ) -> None:
+        self.name, self.numbers, self.kind, self.row = name, numbers, kind, row
 
 
 class Named(Inert):
@@ -80,9 +87,12 @@ def check_build(made: Inert, state: Any) -> None:
             return
     elif made.name in GENERATORS:
         # Transformer Engine's tracker of random numbers keeps the generators themselves.
-        if type(state) is tuple and len(state) == 3 and _is_tensor(state[2]):
-            seed, offset = state[:2]
-            if type(seed) is int and (offset is None or type(offset) is int):
+        # torch's __setstate__ leaves an error pending in the interpreter for any other state.
+        if type(state) is tuple and len(state) == 3 and type(state[2]) is Inert:
+            seed, offset, row = state[0], state[1], state[2].row
+            on_cpu = offset is None and row == _CPU_STATE
+            on_gpu = type(offset) is int and 0 <= offset < 1 << 63 and row == _CUDA_STATE
+            if type(seed) is int and 0 <= seed < 1 << 64 and (on_cpu or on_gpu):
                 return
     elif not made.name.startswith(("torch.Tensor", "torch._", "torch.nn.")):
         return
@@ -100,6 +110,14 @@ def rebuilt_from(args: Any) -> tuple[str, Any]:
         if plain and args[0].name.startswith("torch._utils._rebuild_"):
             return args[0].name, args[2]
     raise ValueError("a pickle that calls _rebuild_from_type_v2 with what makes no tensor")
+
+
+def row_of_bytes(name: str, args: Any) -> int | None:
+    """Length of the contiguous uint8 tensor of one dimension that a call makes, whose arguments
+    `check_call` has checked; None if the call makes another object."""
+    if name != "torch._utils._rebuild_tensor_v2" or args[0].kind != "ByteStorage":
+        return None
+    return args[2][0] if len(args[2]) == 1 and args[3] == (1,) else None
 
 
 def _counts(values: Any) -> bool:

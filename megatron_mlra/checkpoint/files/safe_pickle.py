@@ -27,6 +27,7 @@ from megatron_mlra.checkpoint.files.pickle_calls import (
     check_build,
     check_call,
     rebuilt_from,
+    row_of_bytes,
 )
 from megatron_mlra.checkpoint.files.pickle_names import BUILT, CALLED, DTYPES, HARMLESS, STORAGES
 
@@ -43,6 +44,7 @@ NAMES_SHOWN = 20
 class _Storage:
     """Stands for a class of tensor storage."""
 
+    name: str
     itemsize: int
 
 
@@ -125,7 +127,7 @@ class _Reader(pickle._Unpickler):
         """The known class, or a Named in its place."""
         at = (module, name)
         if at in STORAGES:
-            return _Storage(STORAGES[at])
+            return _Storage(name, STORAGES[at])
         for known in (BUILT, CALLED, DTYPES):
             if at in known:
                 return known[at]
@@ -154,7 +156,7 @@ class _Reader(pickle._Unpickler):
             found = self.records.get(key)
             said = "has no record" if found is None else f"has a record of {found:,}"
             raise ValueError(f"a tensor of {size:,} bytes that {said}")
-        return Inert(numbers=count)
+        return Inert(numbers=count, kind=kind.name)
 
     def _spend(self, values: int) -> None:
         """Count values that are copied, hashed or walked. A memo lets a pickle use one value any
@@ -216,7 +218,7 @@ class _Reader(pickle._Unpickler):
             return args[0].encode("latin1")
         if name.endswith("_load_from_bytes"):
             return self._make_storage(made, *args)
-        return Inert(made)
+        return Inert(made, row=row_of_bytes(name, args))
 
     def _make_storage(self, name: str, data: bytes = b"") -> Inert:
         """A storage whose bytes, inside the pickle, are a file of `torch.save` before torch 1.6:

@@ -116,7 +116,9 @@ def from_hf_config(config: Mapping[str, Any], dtype: str) -> ModelDescription:
         fields |= {name: needed(name) for name in _LATENT}
         # Folders that were exported before there was such a norm do not name it.
         fields["query_head_norm"] = config.get("query_head_norm", False)
-        fields["no_rope_pattern"] = _no_rope_pattern(config.get("rope_layer_types"))
+        fields["no_rope_pattern"] = _no_rope_pattern(
+            config.get("rope_layer_types"), fields["num_layers"]
+        )
         if config.get("num_experts"):
             fields |= _expert_fields(config, needed)
         fields |= _ahead_fields(config)
@@ -133,13 +135,14 @@ def from_hf_config(config: Mapping[str, Any], dtype: str) -> ModelDescription:
     )
 
 
-def _no_rope_pattern(types: Any) -> tuple[int, ...]:
+def _no_rope_pattern(types: Any, num_layers: Any) -> tuple[int, ...]:
     if types is None:
         return ()
-    if not isinstance(types, list) or not all(kind in _ROPE_TYPES for kind in types):
+    listed = isinstance(types, list) and all(kind in _ROPE_TYPES for kind in types)
+    if not listed or len(types) != num_layers:
         raise CheckpointError(
             f"config.json: rope_layer_types is {types!r:.60}; name {' or '.join(_ROPE_TYPES)} for"
-            " each layer"
+            f" each of {num_layers!r:.20} layers"
         )
     pattern = tuple(map(_ROPE_TYPES.index, types))
     return pattern if any(pattern) else ()

@@ -74,6 +74,35 @@ def test_honest_calls_are_let_through():
     assert torch_file.read_extra_state(io.BytesIO(entry), len(entry)) == ()
 
 
+def test_generators_have_the_state_of_generators():
+    """torch's `__setstate__` leaves an error pending in the interpreter for most other states."""
+    honest = torch.Generator().manual_seed(3)
+    state = honest.get_state()
+
+    class Made:
+        def __init__(self, *state):
+            self.state = state
+
+        def __reduce__(self):
+            return torch.Generator, (torch.device("cpu"),), self.state
+
+    data = hostile.saved([honest, Made(2**64 - 1, None, state)])
+    loaded = torch_file.load_entry(io.BytesIO(data), len(data))
+    assert loaded[0].get_state().equal(state) and loaded[0].initial_seed() == 3
+    on_gpu = hostile.saved(Made(3, 8, torch.zeros(16, dtype=torch.uint8)))
+    assert not torch_file.read_object(io.BytesIO(on_gpu), len(on_gpu)).refused
+    for odd in (
+        *((2**64, None, state), (-1, None, state), (True, None, state), (3, -1, state)),
+        *((3, 2**63, state), (3, None, honest), (3, None, None), (3, None), (3, None, "state")),
+        (3, None, torch.zeros(3, dtype=torch.uint8)),
+        (3, None, state[::2]),
+        (3, None, torch.zeros(1, dtype=torch.uint8).expand(5056)),
+    ):
+        data = hostile.saved(Made(*odd))
+        with pytest.raises(torch_file.TorchFileError, match=r"changes a torch\._C\.Generator into"):
+            torch_file.load_entry(io.BytesIO(data), len(data))
+
+
 def test_code_in_the_storage_of_an_extra_state(tmp_path):
     old = io.BytesIO()
     code = hostile.Code(tmp_path / "canary")

@@ -164,10 +164,33 @@ def test_decoded_losses_are_the_models_and_fp8_is_near(exported, tmp_path, capsy
         assert found["fp8"]["loss"] == pytest.approx(whole["loss"], abs=0.05)
 
 
+def test_windows_of_one_token_and_longer_than_the_model_was_trained_for(exported, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text((TEXTS[1] * 20)[:300])
+    preprocess(PreprocessConfig((str(text),), str(tmp_path / "set"), TokenizerSpec("byte")))
+    out = tmp_path / "out.json"
+    data = [str(exported), "--data", f"set={tmp_path}/set", "--json", str(out), "--max-length"]
+    every = ["--cache-dtype", "float32", "--windows", "1000", "--batch-size", str(10**9)]
+    assert main([*data, "1", *every]) == 0
+    found = json.loads(out.read_text())["decoded"]["set"]["float32"]
+    stream = torch.from_numpy(read_stream(tmp_path / "set").astype("int64"))
+    with torch.no_grad():
+        logits = load_model(open_checkpoint(exported), "float32")(stream[:-1, None]).logits[:, 0]
+    assert found["tokens"] == len(stream) - 1  # a window of one token has no prompt
+    loss = torch.nn.functional.cross_entropy(logits, stream[1:]).item()
+    assert found["loss"] == pytest.approx(loss, abs=1e-4)
+    longest = open_checkpoint(exported).description.max_position_embeddings
+    assert longest < 280 and main([*data, "280", *every]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--text", __file__, "--cache-dtype", "fp8"], "give --data and nothing else"),
+        (
+            ["--data", "set", "--cache-dtype", "float32", "--dtype", "float16"],
+            "--dtype float16 is of the weights beside an FP8 cache",
+        ),
         ([], "nothing to evaluate; give --text, --data or --task"),
         (["--text", "missing.txt"], "missing.txt: No such file or directory"),
         (["--text", __file__, "--batch-size", "0"], "--batch-size is 0; use at least 1"),

@@ -272,7 +272,9 @@ def test_exported_experts_that_megatron_has_not():
         ("router_dtype", "float64", "router_dtype 'float64' has no counterpart"),
         ("mlp_layer_types", ["dense", "moe"], "mlp_layer_types 'moe' has no counterpart"),
         ("mlp_layer_types", ["sparse"], "needs a 0 or 1 for each of 2 layers"),
-        ("rope_layer_types", ["nope"], "needs a 0 or 1 for each of 2 layers"),
+        ("rope_layer_types", ["nope"], "rope_layer_types is ['nope']; name rope or nope for each"),
+        ("rope_layer_types", ["rope"], "rope_layer_types is ['rope']; name rope or nope for each"),
+        ("rope_layer_types", [], "rope_layer_types is []; name rope or nope for each of 2"),
         ("rope_layer_types", [[], 1], "rope_layer_types is [[], 1]; name rope or nope for each"),
         ("scoring_func", "sqrtsoftplus", "'sqrtsoftplus' is not supported"),
     ):

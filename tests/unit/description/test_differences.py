@@ -135,5 +135,6 @@ def test_two_ways_to_write_one_pattern_of_layers():
     one, other = arguments(plain, no_rope_freq=2), arguments(plain, no_rope_freq=[0, 1])
     assert differing_arguments(one, other) == []
     assert differing_arguments(one, arguments(plain)) == [("no_rope_freq", 2, None)]
-    with pytest.raises(CheckpointError, match="no_rope_freq is 3; use a divisor of 2 layers"):
-        differing_arguments(arguments(plain, no_rope_freq=3), one)
+    for freq, said in ((3, "3"), ([0], r"\[0\]"), ([0, 0, 0], r"\[0, 0, 0\]")):
+        with pytest.raises(CheckpointError, match=f"no_rope_freq is {said}; use a divisor of 2"):
+            differing_arguments(arguments(plain, no_rope_freq=freq), one)

@@ -85,6 +85,15 @@ def test_a_norm_of_query_heads_is_kept_or_becomes_megatrons(tmp_path):
         assert kept == ({norm} if norm else set())
 
 
+def test_layers_without_rope_have_twins_that_can_be_trained(tmp_path):
+    source = tmp_path / "pattern.yaml"
+    source.write_text("base: debug\nno_rope_freq: 2\n")
+    assert twin(source, "gqa").shape.no_rope_pattern == (0, 1, 0, 1)
+    for variant in ("gta", "mfa", "tpa"):
+        with pytest.raises(ValueError, match=f"attention '{variant}' does not go with no_rope"):
+            twin(source, variant)
+
+
 def test_the_command_writes_the_preset_and_prints_both(tmp_path):
     made = run(CONFIGS / "mha_2.9b.yaml", "--attention", "mlra4", "--output", tmp_path / "t.yaml")
     assert made.returncode == 0, made.stderr
