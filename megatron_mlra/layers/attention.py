@@ -104,8 +104,8 @@ class MLRASelfAttention(Attention):
         self.parallel = LatentParallel(config, self.shard, group, config.sequence_parallel)
         self.context = ContextParallel(pg_collection.cp)
         self.latent_functions = latent_functions(config)
-        # Offloading of whole layers copies tensors by saved-tensor hooks. The rebuilding's hooks are
-        # nested in those and would hide the tensors from them.
+        # Offloading of whole layers copies tensors by saved-tensor hooks. Rebuilding nests its own
+        # hooks in those, which would then miss the tensors.
         self.rebuilds_query = (
             config.absorbed and config.recompute_absorbed_query and not config.cpu_offloading
         )
@@ -366,7 +366,8 @@ class MLRASelfAttention(Attention):
         return self.core_attention(query, key, value, attention_mask, plan=plan)
 
     def _combine_branches(self, z: Tensor) -> Tensor:
-        """N^-1/2 times the core's outputs summed over branches: own heads `[s, b, h / tp * d_v]`."""
+        """N^-1/2 times the sum of the core's output over branches: own heads
+        `[s, b, h / tp * d_v]`."""
         config, shard = self.config, self.shard
         z = z.view(*z.shape[:2], shard.branches, shard.heads, -1)
         if config.absorbed:

@@ -56,7 +56,7 @@ class OffloadGroup:
         if self._hooks is not None:
             self._hooks.__exit__(*error)
             self._hooks = None
-        # Tensors saved from here on are not this group's, and their memory may be reused memory.
+        # Later tensors are not this group's, and may lie at addresses that are free again.
         self._shared = {}
         self._group.__exit__(*error)
 

@@ -181,8 +181,8 @@ class LatentUpProjection(MegatronModule):
 class LatentColumnParallelLinear(ColumnParallelLinear):
     """Column-parallel linear that leaves its input's communication to LatentParallel.
 
-    Every rank holds the whole input. The gradient of the input is a partial sum, completed by the
-    backward of the collective that made the input, so several projections share one collective.
+    Every rank holds the whole input. The gradient of the input is a partial sum. LatentParallel
+    completes the sum in backward, so that several projections share one collective.
     """
 
     def __init__(self, *args, **kwargs) -> None:

@@ -25,8 +25,8 @@ from megatron_mlra.sharding.token_plan import TokenPlan
 class TELatentColumnParallelLinear(TELinear):
     """Column-parallel te.Linear that leaves its input's communication to LatentParallel.
 
-    Transformer Engine gets a linear of this rank's rows without a tensor-parallel group. Its mode is
-    "column" so that the weight is marked tensor-parallel and drawn from the rank's own random state.
+    Transformer Engine gets a linear of this rank's rows without a tensor-parallel group. The mode
+    "column" marks the weight as tensor-parallel and draws it from the rank's own random state.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class TECoreAttention(TEDotProductAttention):
         return torch.cat(parts)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, plan: TokenPlan) -> Tensor:
-        """One variable-length call for all spans; the keys of each span are copied if spans share."""
+        """One variable-length call for all spans; keys that several spans read are copied."""
         varlen = plan.varlen
         query, key, value = (x.squeeze(1) for x in (query, key, value))
         if varlen.key_index is not None:
