@@ -273,7 +273,7 @@ class Engine:
 
     @contextlib.contextmanager
     def _tables_of(self, requests: list[Request]) -> Iterator[None]:
-        """Inside, the first rows of the block tables belong to `requests`: all running ones, or one."""
+        """Makes `requests`, all running ones or one alone, the first rows of the block tables."""
         alone = requests != self.running
         if alone:
             self.runner.tables.set(0, requests[0].pages)
@@ -303,7 +303,7 @@ class Engine:
     def _draw(
         self, requests: list[Request], logits: torch.Tensor, ahead: list[int] | None = None
     ) -> list[Draw | Exception]:
-        """One draw per row of `logits`; `ahead`: places of each row behind its request's next token."""
+        """One draw per row of `logits`; `ahead`: each row's distance to its request's next token."""
         positions = [len(request.prompt) + len(request.output) for request in requests]
         if ahead is not None:
             positions = [at + more for at, more in zip(positions, ahead, strict=True)]

@@ -310,7 +310,7 @@ class InferenceModel:
 
 
 class DraftModel(InferenceModel):
-    """A layer of multi-token prediction of a decoder; the decoder's cache has one more layer for it.
+    """A decoder's layer of multi-token prediction, with its own layer in the decoder's cache.
 
     From the decoder's state of token i (`Step.behind`) and token i + 1, the layer computes the
     logits of token i + 2. Token i + 1 has position i here, the position of the state.
@@ -334,7 +334,7 @@ class DraftModel(InferenceModel):
 
 
 def _one_row_each(step: Step) -> Step:
-    """The decoding step with each row as a sequence: grouped kernels take one token per sequence."""
+    """The decoding step with each row as a sequence: grouped kernels take one token each."""
     if step.bundles or step.lengths.size(0) == step.tokens.size(0):
         return step
     b = step.lengths.size(0)
