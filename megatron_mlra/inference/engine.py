@@ -303,7 +303,7 @@ class Engine:
     def _draw(
         self, requests: list[Request], logits: torch.Tensor, ahead: list[int] | None = None
     ) -> list[Draw | Exception]:
-        """One draw per row of `logits`; `ahead`: each row's distance to its request's next token."""
+        """One draw per row of `logits`; `ahead`: a row's distance to its request's next token."""
         positions = [len(request.prompt) + len(request.output) for request in requests]
         if ahead is not None:
             positions = [at + more for at, more in zip(positions, ahead, strict=True)]
