@@ -201,7 +201,7 @@ def _layer(
     weight_mode: str,
     place: Callable,
 ) -> LayerWeights:
-    """A layer of the kind of decoder layer `index`; `read` takes names behind the layer's prefix."""
+    """A layer of the kind of decoder layer `index`; `read` takes names behind the prefix."""
 
     def get(name: str) -> Tensor:
         return read(f"{name}.weight")

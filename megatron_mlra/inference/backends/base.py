@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Ops(Protocol):
-    """One backend. Outputs have the dtype of the first argument unless said otherwise."""
+    """One backend. Outputs have the dtype of the first argument; log-sum-exps are float32."""
 
     name: str
 
