@@ -50,7 +50,7 @@ def combine_kernel(
     """
     ROWS: tl.constexpr = Q_LEN * HEADS
     b = tl.program_id(2).to(tl.int64)
-    # These inputs were complete before the decoding kernel began, so no wait is needed here.
+    # These inputs were complete when the decoding kernel passed its own wait: no wait here.
     length = tl.load(seqlens_ptr + b, eviction_policy="evict_last")
     planned = tl.load(planned_ptr + b, eviction_policy="evict_last")
     wrong = (length != planned) | (length > capacity)

@@ -40,7 +40,7 @@ def _load_tile(
 ):
     """Return c [N, D], k_r [N, R], scale [N] of a tile; MASKED: rows past `seqlen` read as 0.
 
-    Page ids and table indices are clamped, so that wrong ones cannot lead to reads out of bounds.
+    No read leaves the table or the cache, whatever the lengths and page ids are.
     """
     n = tl.arange(0, N)
     inside = tile * N + n < seqlen

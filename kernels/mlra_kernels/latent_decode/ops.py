@@ -137,7 +137,7 @@ def merge_states(
         backend: "mlra_kernels" (CUDA) or "torch".
 
     Returns:
-        out `[..., d]` in the dtype of `outs` and lse `[...]` fp32; 0 and -inf if all sets are empty.
+        out `[..., d]` in the dtype of `outs` and lse `[...]` fp32; 0 and -inf if all are empty.
 
     Raises:
         ValueError: an argument does not fit; the message names the value and the fix.

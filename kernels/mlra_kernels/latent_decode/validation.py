@@ -202,7 +202,7 @@ def check_append(
 
 
 def check_merge(outs: Tensor, lses: Tensor) -> None:
-    """Raise ValueError unless outs is `[S, ..., d]`, S and d at least 1, and lses `[S, ...]` fp32."""
+    """Raise ValueError unless outs is `[S, ..., d]` and lses `[S, ...]` fp32."""
     checks.check_tensors(outs=outs, lses=lses)
     checks.check_dtype("outs", outs, FLOAT_DTYPES)
     _require(
