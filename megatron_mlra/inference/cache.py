@@ -59,8 +59,8 @@ class PagePool:
         return self._first_rank(self.pages_for(tokens)) is not None
 
     def take(self, tokens: int) -> list[int]:
-        """Take page ids for `tokens`. The first page's rank is the one for which the fullest rank
-        keeps the most free pages.
+        """Take page ids for `tokens`, beginning on the rank that leaves the fullest rank the most
+        free pages.
 
         Raises:
             CacheFull: too few pages are free; nothing is taken.

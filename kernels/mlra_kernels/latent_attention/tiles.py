@@ -172,7 +172,7 @@ def mask(
     x, key, start, by_all, reading, m: gl.constexpr, N: gl.constexpr, layout: gl.constexpr,
     RANGES: gl.constexpr,
 ):  # fmt: skip
-    """Scores x `[m, N]` of the queries and keys from `start` and `key` on, MASKED where not read."""
+    """Scores x `[m, N]` of queries from `start` and keys from `key` on, MASKED where not read."""
     partly = key + N - 1 > by_all[1]
     if RANGES:
         partly = partly | (key < by_all[0])
