@@ -8,8 +8,8 @@ P = exp(scale S - lse), S = q [c | r]^T, dP = dO c^T:
 
 c is key and value, so one accumulator sums both gradients of c. A program keeps dq of its queries
 in registers and adds dc and dr of every tile to float32 sums in memory. These sums, L + R numbers
-per key and key head, stay in the L2 cache; sums of dq would be P / G times as many numbers (P
-pairs).
+per key and key head, stay in the L2 cache; sums of dq would be as many for every (branch, head)
+pair.
 """
 
 from triton.experimental import gluon
@@ -186,7 +186,7 @@ def _attend(
     left: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
     start += half * m
     if TILES:
-        last = start + reading[3] - first  # key that query 0 reads last, counted from the first
+        last = start + reading[3] - first  # last key of query 0, counted from `first`
     else:
         by_all = keys_read_by_all(start, m, reading, RANGES)
     row = start + gl.arange(0, m, gl.SliceLayout(1, layout))

@@ -136,7 +136,7 @@ def _attend(
     of_rows: gl.constexpr = gl.SliceLayout(1, scores)
     start += half * m
     if TILES:
-        last = start + reading[3] - first  # key that query 0 reads last, counted from the first
+        last = start + reading[3] - first  # last key of query 0, counted from `first`
     else:
         by_all = keys_read_by_all(start, m, reading, RANGES)
         last = first * UNIT + (tiles - 1) * N
