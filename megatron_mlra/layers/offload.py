@@ -105,7 +105,7 @@ class OffloadGroup:
 
 
 class _Shared:
-    """Memory that saved tensors share: copied once, on the device until all have been fetched."""
+    """Memory that saved tensors share: copied once, fetched once, kept until all are unpacked."""
 
     def __init__(self, whole: Tensor) -> None:
         self.dtype = whole.dtype
