@@ -1,13 +1,14 @@
 """The layer of multi-token prediction as vLLM's drafter. (Annotations are evaluated here, as in
 model.py.)
 
-vLLM's own method `mtp` takes model types from a closed list. Its method `eagle` takes any model
-whose name behind "Eagle" is registered, and hands it what multi-token prediction needs: the hidden
-state of each token and the token behind it. With `{"method": "eagle", "model": FOLDER}` the folder
-of the served model is read again for this layer alone; embedding and output layer are the served
-model's. Several guesses a step run the layer several times, each on its own state of the last one.
+vLLM's own method `mtp` takes model types from a closed list. vLLM's method `eagle` takes any model
+whose name with "Eagle" in front is registered. It gives the drafter what multi-token prediction
+needs: the hidden state of each token and the token behind. With
+`{"method": "eagle", "model": FOLDER}` vLLM reads the folder of the served model again for this
+layer alone; embedding and output layer are the served model's. For several guesses per step the
+layer runs several times, each time on the state of its previous run.
 
-Letters: T tokens of a step, d hidden size, r RoPE dim.
+Letters: T tokens of a step, d hidden size.
 """
 
 from collections.abc import Iterable
@@ -28,11 +29,11 @@ from mlra_vllm.rope import rotary_tables
 
 _OWN = {"shared_head.norm.weight": "norm.weight"}
 _OWN |= {f"{name}.weight": f"{name}.weight" for name in ("enorm", "hnorm", "eh_proj")}
-"""Names behind the layer's prefix of what a layer of the decoder has not."""
+"""Weights that a decoder layer lacks: name behind the layer's prefix -> name here."""
 
 
 class SharedEmbedding(nn.Module):
-    """The place of the served model's embedding, which vLLM puts there once both are loaded."""
+    """Placeholder of the served model's embedding; vLLM replaces it once both models are loaded."""
 
     weight = None
 
@@ -57,7 +58,7 @@ class Join(nn.Module):
     }
 )
 class DraftModel(nn.Module):
-    """The layer without the output projection."""
+    """The layer of multi-token prediction without the output layer."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -69,17 +70,18 @@ class DraftModel(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
         self.enorm, self.hnorm = RMSNorm(d, eps=eps), RMSNorm(d, eps=eps)
         self.eh_proj = Join(d)
-        # Behind the decoder's layers, whose last one it is like.
+        # Numbered behind the decoder's layers, and of the kind of the last one.
         self.layer = MLRADecoderLayer(
             vllm_config, layers - 1, (self.cos, self.sin), f"{prefix}.layers.{layers}", False
         )
         self.norm = RMSNorm(d, eps=eps)
 
     def forward(self, input_ids: Tensor, positions: Tensor, hidden_states: Tensor) -> Tensor:
-        """Hidden states `[T, d]`, of which logits are those of the token behind `input_ids`.
+        """Hidden states `[T, d]`, whose logits predict the token behind `input_ids`.
 
         Args:
-            input_ids: `[T]`, the token behind each position.
+            input_ids: `[T]` integers, the token behind each position.
+            positions: `[T]` integers, the positions of `hidden_states`.
             hidden_states: `[T, d]`, the served model's (or this layer's own) at the positions.
         """
         embedded = self.enorm(self.embed_tokens(input_ids))
@@ -94,7 +96,7 @@ class EagleMLRAForCausalLM(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         check(vllm_config)
-        # vLLM's configuration is that of the served model here too.
+        # The drafter's vllm_config holds the served model's configuration.
         self.config: MLRAConfig = vllm_config.model_config.hf_config
         self.model = DraftModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
@@ -110,16 +112,20 @@ class EagleMLRAForCausalLM(nn.Module):
         hidden_states: Tensor,
         inputs_embeds: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Hidden states `[T, d]` for logits, and for the next guess: the same."""
+        """Hidden states `[T, d]`, twice: for the logits and for the next guess."""
         states = self.model(input_ids, positions, hidden_states)
         return states, states
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """`[T, d]` -> logits `[T, vocabulary]`, on the rank that samples."""
+        """`[T, d]` -> logits `[T, vocabulary]` on the rank that samples, None on others."""
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Take the first layer of multi-token prediction out of the whole model's weights."""
+        """Load the first layer of multi-token prediction from the whole model's weights.
+
+        Returns:
+            The names of the loaded parameters.
+        """
         prefix = f"model.layers.{self.config.num_hidden_layers}."
 
         def own() -> Iterable[tuple[str, Tensor]]:

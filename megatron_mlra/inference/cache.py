@@ -1,4 +1,4 @@
-"""Paged caches: one allocation for all layers, pages handed to sequences by a free list."""
+"""Paged caches: one allocation for all layers; free lists hand pages to sequences."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16", "fp8")
 
 
 class CacheFull(ValueError):
-    """More tokens than the cache, or what is left of it, can hold."""
+    """More tokens than the cache, or the free part of the cache, can hold."""
 
 
 def _pages(num_pages: int, page_size: int) -> tuple[int, int]:
@@ -24,10 +24,13 @@ def _pages(num_pages: int, page_size: int) -> tuple[int, int]:
 
 
 class PagePool:
-    """The free lists over the pages of all context-parallel ranks, `num_pages` of each.
+    """The free lists over the pages of all context-parallel ranks, `num_pages` per rank.
 
-    A sequence's pages go round the ranks (context.py), and page ids name their rank. Every rank
-    keeps the lists of all, so that all decide alike.
+    A sequence's pages go round the ranks, and a page id names its rank (context.py). Every rank
+    keeps the free lists of all ranks, so that all ranks decide alike.
+
+    Raises:
+        ValueError: a size that is not a whole number of at least 1.
     """
 
     def __init__(self, num_pages: int, page_size: int, ranks: int = 1) -> None:
@@ -40,7 +43,7 @@ class PagePool:
 
     @property
     def free(self) -> int:
-        """Pages nobody holds, on all ranks together."""
+        """Pages that no sequence holds, on all ranks together."""
         return sum(map(len, self._free))
 
     def pages_for(self, tokens: int) -> int:
@@ -52,14 +55,15 @@ class PagePool:
         return -(-self.pages_for(tokens) // self.ranks) <= self.rank_pages
 
     def fits(self, tokens: int) -> bool:
-        """Whether `take` of as many would find pages now."""
+        """Whether `take(tokens)` would find pages now."""
         return self._first_rank(self.pages_for(tokens)) is not None
 
     def take(self, tokens: int) -> list[int]:
-        """Pages for `tokens`, beginning on the rank that leaves the fullest rank the most.
+        """Take page ids for `tokens`, beginning on the rank that leaves the fullest rank the most
+        free pages.
 
         Raises:
-            CacheFull: fewer are free; nothing is taken.
+            CacheFull: too few pages are free; nothing is taken.
         """
         needed = self.pages_for(tokens)
         first = self._first_rank(needed)
@@ -71,7 +75,7 @@ class PagePool:
         return [self._free[(first + i) % self.ranks].pop() for i in range(needed)]
 
     def _first_rank(self, needed: int) -> int | None:
-        """The rank to begin on; None where no rank will do."""
+        """The rank of the first page; None where the pages fit from no rank on."""
         best, most = None, -1
         for first in range(self.ranks):
             # The rank of turn i gets pages i, i + ranks, ...
@@ -85,7 +89,7 @@ class PagePool:
         return best
 
     def give_back(self, pages: list[int]) -> None:
-        """Return pages to the free list of their rank."""
+        """Return pages to the free lists of their ranks."""
         given = set(pages)
         assert len(given) == len(pages), "a page was given back twice"
         assert given.isdisjoint(itertools.chain(*self._free)), "a page was given back twice"
@@ -96,11 +100,15 @@ class PagePool:
 class LatentCache:
     """Latents and RoPE keys of one rank, as `mlra_kernels.latent_decode` reads them.
 
-    A row is `[c_0 ... c_{n-1} | k_rope]` of the rank's n latent heads: `n d_l + d_r` numbers. FP8
-    stores latents in e4m3 with one float32 scale a latent, and the RoPE key in bfloat16.
+    A row is `[c_0 ... c_{n-1} | k_rope]` of the rank's n latent heads: `n d_l + d_r` numbers. An
+    FP8 cache stores latents in e4m3, with one float32 scale per token and latent, and the RoPE key
+    in bfloat16.
 
     Args:
-        layers: default: the model's.
+        layers: layers to allocate; None: the model's.
+
+    Raises:
+        ValueError: a size that is not a whole number of at least 1.
     """
 
     def __init__(
@@ -129,7 +137,7 @@ class LatentCache:
         return self.data[index], None if self.scale is None else self.scale[index]
 
     def scratch(self, pages: int) -> tuple[Tensor, Tensor | None]:
-        """A layer of `pages` pages outside the cache, as `layer` gives one."""
+        """A layer of `pages` pages outside the cache, in the form of `layer`."""
         data = self.data.new_empty(pages, *self.data.shape[2:])
         if self.scale is None:
             return data, None
@@ -137,7 +145,7 @@ class LatentCache:
 
     @property
     def dtype_name(self) -> str:
-        """In what it is kept, as users write it."""
+        """The dtype of the cached numbers, as users write it."""
         return str(self.data.dtype).removeprefix("torch.")
 
     @property
@@ -154,7 +162,10 @@ class LatentCache:
 class GroupedCache:
     """Keys and values of grouped-query attention, `[layers, 2, pages, page_size, heads, dim]`.
 
-    One page more than asked for takes what the padding rows of a captured step write.
+    One spare page, behind the `num_pages`, takes the writes of a captured step's padding rows.
+
+    Raises:
+        ValueError: an FP8 dtype, or a size that is not a whole number of at least 1.
     """
 
     scale = None
@@ -183,12 +194,12 @@ class GroupedCache:
         return self.data[index]
 
     def scratch(self, pages: int) -> Tensor:
-        """A layer of `pages` pages, and the spare one, outside the cache."""
+        """A layer of `pages` pages and a spare page outside the cache."""
         return self.data.new_empty(2, pages + 1, *self.data.shape[3:])
 
     @property
     def dtype_name(self) -> str:
-        """In what it is kept, as users write it."""
+        """The dtype of the cached numbers, as users write it."""
         return str(self.data.dtype).removeprefix("torch.")
 
     @property
@@ -203,7 +214,10 @@ class GroupedCache:
 
 
 def append_grouped(key: Tensor, value: Tensor, layer: Tensor, slots: Tensor) -> None:
-    """Write keys and values `[T, heads, dim]` to `[2, pages + 1, page_size, heads, dim]`."""
+    """Write keys and values `[T, heads, dim]` to `layer` `[2, pages + 1, page_size, heads, dim]`.
+
+    slots: `[T]` int64, page * page_size + offset; a negative slot goes to the spare page.
+    """
     pages, page_size = layer.shape[1:3]
     spare = (pages - 1) * page_size
     slots = torch.where(slots < 0, spare, slots)
@@ -215,7 +229,7 @@ def append_grouped(key: Tensor, value: Tensor, layer: Tensor, slots: Tensor) -> 
 class BlockTables:
     """Block tables of the running sequences on the device: row i belongs to batch row i.
 
-    With a cut of tokens over ranks a row holds this rank's pages.
+    If tokens are cut over ranks, a row holds this rank's pages.
     """
 
     def __init__(
@@ -228,7 +242,7 @@ class BlockTables:
         self.device_table = torch.zeros(rows, own, dtype=torch.int32, device=device)
 
     def set(self, row: int, pages: list[int]) -> None:
-        """Make a sequence's `pages`, on all ranks, the table of a row."""
+        """Write this rank's part of a sequence's `pages` (of all ranks) to a row."""
         own = pages if self.cut is None else self.cut.own_pages(pages)
         table = torch.tensor(own, dtype=torch.int32)
         self.device_table[row, : len(own)].copy_(table)

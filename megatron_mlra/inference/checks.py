@@ -11,10 +11,10 @@ FLOAT32 = torch.finfo(torch.float32)
 
 
 def shown(value: Any) -> str:
-    """`value` for an error: at most 60 letters, and none of an object that cannot be printed."""
+    """`value` for a message, in at most 60 letters; of an unprintable object, its type."""
     try:
         return f"{value!r:.60}"
-    except Exception:  # An int of 10,000 digits, for one.
+    except Exception:  # For example, an int of 10,000 digits.
         return f"a {type(value).__name__} too long to print"
 
 
@@ -26,7 +26,7 @@ def whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int
         least, most: the bounds, both allowed.
 
     Raises:
-        ValueError: names the value and what to use.
+        ValueError: the message names the value and the allowed ones.
     """
     bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
     try:

@@ -1,6 +1,6 @@
 """Command line of text generation: one process, or one a GPU under torchrun."""
 
-# ruff: noqa: E402  (what torch reads of the environment, it reads when it is imported)
+# ruff: noqa: E402  (the environment must be set before torch is imported)
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _say_error(rank: int, error: Exception) -> None:
-    """One line from rank 0; torchrun ends all ranks when the first one exits, so others wait."""
+    """One line, from rank 0. Other ranks wait: torchrun ends all ranks when the first exits."""
     if rank > 0:
         time.sleep(5)
         return
@@ -147,7 +147,7 @@ def _say_error(rank: int, error: Exception) -> None:
 
 @contextlib.contextmanager
 def _world(args: argparse.Namespace):
-    """The device of this process, inside torchrun's process group if there is one."""
+    """Yields the device of this process, inside torchrun's process group if there is one."""
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -262,7 +262,7 @@ def _engine(
     needs = sorted((len(p) + args.max_new_tokens for p in prompts), reverse=True)
     page = max(args.page_size, 1)
     together = min(args.max_batch, len(prompts))
-    # Every rank's pages of a sequence, rounded up: all fit, wherever each begins.
+    # Whole pages on every rank: the sequences fit, whichever rank each one begins on.
     unit = page * max(args.context_parallel, 1)
     tokens = sum(-(-n // unit) * unit for n in needs[:together])
     if args.cache_tokens is not None and args.cache_tokens < needs[0] - 1:
@@ -296,7 +296,7 @@ def _engine(
 def _stream(
     engine: Engine, requests: list[Request], texts: list[str], tokenizer: Tokenizer, quiet: bool
 ) -> None:
-    """One prompt: token by token. Several: each output when it is complete."""
+    """Print one prompt's output token by token, several prompts' outputs as each completes."""
     single = requests[0] if len(requests) == 1 and not requests[0].params.stop else None
     growing = GrowingText(tokenizer.detokenize)
     if single is not None and not quiet:
@@ -307,7 +307,7 @@ def _stream(
         done = request.finish_reason is not None
         if single is not None:
             text = ""
-            # The engine detokenizes the whole output at its end, and reports what fails there.
+            # The engine detokenizes the whole output at its end and reports a failure then.
             with contextlib.suppress(Exception):
                 text = growing.more(request.output, done)
             print(text, end="\n" if done else "", flush=True)

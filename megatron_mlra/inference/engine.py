@@ -1,9 +1,9 @@
 """Continuous batching: requests wait, are prefilled in chunks, decode together and leave.
 
-A request gets all pages it can need when it is admitted, so a running one never runs out of cache
-and never loses pages to another. Requests are admitted in order of arrival: one that does not fit
-yet waits, and so do those behind it; one that can never fit is refused when it is submitted.
-An exception inside a step ends the request that it belongs to and no other.
+A request gets all the pages it can need when it is admitted, so a running request never runs out
+of cache and never loses pages to another. Requests are admitted in order of arrival: a request that
+does not fit yet waits, and so do the requests behind it. A request that can never fit is refused at
+submission. An exception inside a step ends the request that caused it and no other.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from megatron_mlra.inference.speculation import Speculation
 
 
 class Engine:
-    """Serves requests on one model (on each rank of one, in lockstep).
+    """Serves requests on one model; on several ranks, one engine per rank, in lockstep.
 
     Args:
         runner: its `max_batch` is the number of sequences that run together.
-        chunk_size: prompt tokens prefilled in a step; decoding goes on between chunks.
-        detokenize: ids to text; needed for stop texts and `Request.text`.
-        max_length: longest prompt plus output; None takes the model's positions.
+        chunk_size: prompt tokens prefilled per step; decoding goes on between chunks.
+        detokenize: list of ids -> text; needed for stop texts and `Request.text`.
+        max_length: tokens of the longest prompt plus output; None: the model's positions.
         draft: a layer of multi-token prediction, for speculative decoding (speculation.py).
 
     Raises:
         ValueError: a size that is not a whole number of at least 1, or no callable `detokenize`.
 
-    On several ranks every one submits the same requests in the same order: logits are the
-    same on all ranks, and so are the draws.
+    Every rank must submit the same requests in the same order. Logits are then equal on all ranks,
+    and so are the draws.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Engine:
         self.pool = pool_for(runner.model)
         self.speculation = None if draft is None else Speculation(draft, runner)
         self.waiting: OrderedDict[int, Request] = OrderedDict()
-        """By id, in order of arrival."""
+        """Requests by id, in order of arrival."""
         self.prefilling: deque[Request] = deque()
         self.running: list[Request] = []
         self._ids = itertools.count()
@@ -74,9 +74,9 @@ class Engine:
         """Queue a prompt.
 
         Raises:
-            ValueError: an empty prompt, an id outside the vocabulary, or a length beyond the model
-                or the runner.
-            CacheFull: it needs more pages than the cache has.
+            ValueError: an empty prompt, an id outside the vocabulary, params of another type, stop
+                texts without `detokenize`, or a length beyond the model or the runner.
+            CacheFull: the request needs more pages than the cache has.
         """
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
@@ -129,10 +129,10 @@ class Engine:
             )
 
     def cancel(self, request: Request) -> None:
-        """End a request now; others are not touched. One that has ended stays as it is.
+        """End a request now; others go on. A request that has ended stays as it is.
 
         Raises:
-            ValueError: not a request of this engine.
+            ValueError: `request` is no request of this engine.
         """
         if not isinstance(request, Request):
             raise ValueError(f"{shown(request)} is not a request; give what submit returned")
@@ -146,18 +146,20 @@ class Engine:
         return waits or request in self.prefilling or request in self.running
 
     def step(self) -> list[Request]:
-        """Admit, prefill one chunk of prompts, decode one token for all that run.
+        """Admit requests, decode all running ones, prefill one chunk of prompts.
+
+        Decoding gives a request one token, or two if a guess was right (speculation.py).
 
         Returns:
-            the requests that got a token or ended by an error.
+            The requests that got a token or ended by an error.
 
         Raises:
             torch.AcceleratorError: the device is lost, and with it every request.
-            Exception: what a step of one rank of several raised. The ranks are no longer in
-                lockstep then, so that no request can go on.
+            Exception: with several ranks, any exception of a step: the ranks may no longer be in
+                lockstep, so no request can go on.
         """
         self._admit()
-        # Rows of the decode step are settled before a prefill adds to them.
+        # Decode first: a prefill adds rows to the decode step.
         decode = self._decode if self.speculation is None else self._speculate
         advanced = decode() if self.running else []
         if self.prefilling:
@@ -165,7 +167,7 @@ class Engine:
         return advanced
 
     def run(self) -> Iterator[Request]:
-        """Step until nothing is left; yields each request as it gets a token or fails."""
+        """Step until no request is left; yields a request whenever it gets a token or fails."""
         while self.busy:
             yield from self.step()
 
@@ -235,7 +237,7 @@ class Engine:
         return self._take(results)
 
     def _speculate(self) -> list[Request]:
-        """`_decode` of a token and a guess at once."""
+        """Like `_decode`, of each request's latest token and its guess at once."""
         batch, speculation = list(self.running), self.speculation
 
         def run(requests: list[Request]) -> list[list[Draw | Exception]]:
@@ -271,7 +273,7 @@ class Engine:
 
     @contextlib.contextmanager
     def _tables_of(self, requests: list[Request]) -> Iterator[None]:
-        """The first block tables are those of `requests`: of all that run, or of one alone."""
+        """Makes `requests`, all running ones or one alone, the first rows of the block tables."""
         alone = requests != self.running
         if alone:
             self.runner.tables.set(0, requests[0].pages)
@@ -282,10 +284,10 @@ class Engine:
                 self.runner.tables.set(0, self.running[0].pages)
 
     def _isolated(self, requests: list[Request], run: Callable[[list[Request]], list]) -> list:
-        """`run` of all requests; where that fails, of one after the other.
+        """`run` for all requests at once; if that raises, for one request after the other.
 
         Returns:
-            what `run` gives each request, or the exception that ends it.
+            For each request the result of `run`, or the exception that ends the request.
         """
         try:
             return run(requests)
@@ -301,7 +303,7 @@ class Engine:
     def _draw(
         self, requests: list[Request], logits: torch.Tensor, ahead: list[int] | None = None
     ) -> list[Draw | Exception]:
-        """Draws of each row; `ahead`: how far behind its request's next token the row's is."""
+        """One draw per row of `logits`; `ahead`: a row's distance to its request's next token."""
         positions = [len(request.prompt) + len(request.output) for request in requests]
         if ahead is not None:
             positions = [at + more for at, more in zip(positions, ahead, strict=True)]
@@ -314,15 +316,15 @@ class Engine:
         ]
 
     def _take(self, results: dict[Request, Draw | Exception]) -> list[Request]:
-        """Append each request's token, and end what has its last one or an exception.
+        """Append each request's token; end the requests that got the last one or an exception.
 
         Returns:
-            the requests that got a token or ended by an error.
+            The requests that got a token or ended by an error.
         """
         now = time.monotonic()
         for request, result in results.items():
             if request.finish_reason is not None:
-                continue  # Another request's detokenizer has cancelled it.
+                continue  # Another request's detokenizer has cancelled this one.
             if isinstance(result, Exception):
                 self._fail(request, result)
                 continue
@@ -370,7 +372,7 @@ class Engine:
         if request in self.prefilling:
             self.prefilling.remove(request)
         if request in self.running:
-            # The last row takes the free one's place, so that rows stay without gaps.
+            # The last row moves to the free one, so that rows stay without gaps.
             row, last = self.running.index(request), len(self.running) - 1
             if row != last:
                 self.running[row] = self.running[last]

@@ -27,21 +27,21 @@ DTYPES = ("auto", *WEIGHT_DTYPES)
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a model is run; what it computes is its ModelDescription's."""
+    """How a model is run; the ModelDescription says what the model computes."""
 
     dtype: str = "auto"
-    """Of weights and activations; 'auto': the checkpoint's, but float32 on a CPU."""
+    """Dtype of weights and activations; 'auto': the checkpoint's, but float32 on a CPU."""
     cache_dtype: str = "auto"
-    """'auto': as `dtype`; 'fp8' (e4m3 latents) halves the cache."""
+    """'auto': as `dtype`; 'fp8' (e4m3) halves the bytes of 16-bit latents."""
     cache_tokens: int = 4096
-    """Tokens all running sequences can cache together, rounded up to pages of every rank that
-    tokens are cut over."""
+    """Tokens that all running sequences can cache together, rounded up to whole pages on every
+    context-parallel rank."""
     page_size: int = 64
-    """Tokens a page; multiples of 64 take the Hopper kernel."""
+    """Tokens per page, a multiple of 16; multiples of 64 take the Hopper kernel."""
     max_positions: int | None = None
-    """Longest sequence; None: the model's max_position_embeddings."""
+    """Tokens of the longest sequence; None: the model's max_position_embeddings."""
     backend: str = "auto"
-    """'mlra_kernels' (CUDA), 'torch', or 'auto': the kernels where they run."""
+    """'mlra_kernels' (CUDA), 'torch', or 'auto': the kernels where they can run, else torch."""
     weight_mode: str = "replicated"
     """See `parallel.WEIGHT_MODES`."""
     draft: bool = False
@@ -56,15 +56,16 @@ def load_model(
     parallel: TensorParallel | None = None,
     progress: Callable[[range], object] = iter,
 ) -> InferenceModel:
-    """One rank's model, its cache allocated.
+    """One rank's model, with its weights loaded and its cache allocated.
 
     Args:
         read: canonical name -> global tensor, e.g. `CheckpointFolder.tensor`.
-        parallel: this rank's collectives; None is a world of one.
+        parallel: this rank's collectives; None: a world of one rank.
         progress: wraps the range of layers (tqdm).
 
     Raises:
-        ValueError: an option that does not fit the model or the device, before anything is read.
+        ValueError: an option does not fit the model or the device; raised before any tensor is
+            read.
     """
     device, parallel = torch.device(device), parallel or TensorParallel()
     dtype = _dtype(model, options, device)
@@ -89,7 +90,7 @@ def load_model(
         kv_heads = max(1, model.num_query_groups // parallel.size)
         cache = GroupedCache(model, kv_heads, pages, options.page_size, cache_dtype, device, layers)
     weights = load_weights(model, read, parallel, options.weight_mode, dtype, device, progress)
-    # Nothing is at a position that the cache has no room for, whatever the checkpoint declares.
+    # No token has a position beyond the cache's room, whatever the checkpoint declares.
     rows = min(max_positions, pages * options.page_size * parallel.context)
     return InferenceModel(model, weights, cache, ops, max_positions, parallel, shard, rows)
 
@@ -97,7 +98,7 @@ def load_model(
 def load_draft(
     main: InferenceModel, read: Callable[[str], Tensor], weight_mode: str = "replicated"
 ) -> DraftModel:
-    """The first layer of multi-token prediction of a model that was loaded with room for it.
+    """The first layer of multi-token prediction of a model loaded with `LoadOptions.draft`.
 
     Args:
         read: canonical name -> global tensor.

@@ -1,7 +1,8 @@
 """The MLP of a layer under tensor parallelism: dense, or a mixture of experts.
 
-A rank holds its part of every MLP's hidden size, of each routed and shared expert too, and the
-whole router, so the ranks choose alike and one all-reduce a layer sums routed and shared parts.
+A rank holds its part of the hidden size of every MLP, routed expert and shared expert, and the
+whole router. So all ranks choose the same experts, and one all-reduce per layer sums routed and
+shared parts.
 
 Letters: T tokens, d hidden size, f the rank's part of an MLP (padded to a multiple of 16), E
 experts, k experts of a token.
@@ -21,15 +22,15 @@ from megatron_mlra.description.tensors import EXPERTS
 from megatron_mlra.maths.routing import choose_experts
 
 MLP_MULTIPLE = 16
-"""A rank's part of an MLP is padded to this: GEMMs want rows of whole 32 bytes."""
+"""A rank's part f is padded to a multiple of this: GEMMs want rows of whole 32 bytes."""
 
 GATHER_TRAFFIC = 3
-"""Gathering an expert's weights reads and writes them before they are read once more."""
+"""Passes over memory per gathered weight: gathering reads and writes it, the product reads it."""
 
 
 @dataclass
 class DenseWeights:
-    """An MLP, or all shared experts as one."""
+    """A rank's part of an MLP, or of all shared experts as one MLP."""
 
     fc1: Tensor
     """`[2 f, d]`: gate rows, then up rows."""
@@ -39,7 +40,7 @@ class DenseWeights:
 
 @dataclass
 class ExpertWeights:
-    """Router and experts of one layer."""
+    """The whole router and a rank's part of the experts of one layer."""
 
     router: Tensor
     """`[E, d]`."""
@@ -48,7 +49,7 @@ class ExpertWeights:
     fc1: Tensor
     """`[E, 2 f, d]`."""
     fc2: Tensor
-    """`[E, f, d]`: experts and their hidden dims are one dimension of a product that sums both."""
+    """`[E, f, d]`, so that one product can sum over experts and their hidden dims (E f) at once."""
     shared: DenseWeights | None
 
 
@@ -60,11 +61,11 @@ def load_mlp(
     rank: int,
     place: Callable[[Tensor], Tensor],
 ) -> DenseWeights | ExpertWeights:
-    """Rank `rank` of `tp`'s part; one expert at a time is read.
+    """The MLP weights of rank `rank` of `tp`; reads one expert at a time.
 
     Args:
         get: name behind the layer's prefix -> global tensor.
-        place: to the device and dtype of the model.
+        place: moves a tensor to the device and dtype of the model.
     """
 
     def dense(prefix: str, ffn: int) -> DenseWeights:
@@ -97,11 +98,11 @@ def run_mlp(
     silu_mul: Callable[[Tensor], Tensor],
     static: bool,
 ) -> Tensor:
-    """The rank's summand of an MLP's output, `[T, d]` -> the same.
+    """The rank's summand of an MLP's output, `[T, d]` -> `[T, d]`.
 
     Args:
         silu_mul: `[T, 2 f]` -> `[T, f]`.
-        static: ask the device for nothing, so that the step can be captured in a CUDA graph.
+        static: never synchronise with the device, so that a CUDA graph can capture the step.
     """
     if isinstance(weights, DenseWeights):
         return linear(silu_mul(linear(x, weights.fc1)), weights.fc2)
@@ -119,8 +120,8 @@ def run_mlp(
 
 
 def _by_expert(x: Tensor, scales: Tensor, chosen: Tensor, weights: ExpertWeights, silu_mul):
-    """A product for each expert over its tokens: the fewest FLOPs. The counts come from the
-    device."""
+    """One product per expert over its tokens: the fewest FLOPs. Copies the experts' token counts
+    to the host."""
     k = chosen.size(1)
     order = chosen.flatten().argsort(stable=True)  # (token, slot) pairs by expert
     counts = chosen.flatten().bincount(minlength=weights.router.size(0)).tolist()
@@ -133,7 +134,7 @@ def _by_expert(x: Tensor, scales: Tensor, chosen: Tensor, weights: ExpertWeights
 
 
 def _gathered(x: Tensor, scales: Tensor, chosen: Tensor, weights: ExpertWeights, silu_mul):
-    """Copies of the chosen experts' weights: least traffic where few are chosen."""
+    """Copies the chosen experts' weights: the least memory traffic where few are chosen."""
     t, k = chosen.shape
     gate_up = weights.fc1[chosen].flatten(1, 2)  # [T, k 2f, d]
     hidden = silu_mul(torch.bmm(gate_up, x.unsqueeze(-1)).view(t * k, -1))
@@ -143,13 +144,13 @@ def _gathered(x: Tensor, scales: Tensor, chosen: Tensor, weights: ExpertWeights,
 
 
 def _all_experts(x: Tensor, scales: Tensor, chosen: Tensor, weights: ExpertWeights, silu_mul):
-    """Every expert over every token, those not chosen times zero: each weight is read once, and
-    decoding batches are too small for the extra FLOPs to take longer than that."""
+    """Every expert over every token, with weight 0 where not chosen: each expert is read once. In
+    a decoding batch the extra FLOPs take less time than that read."""
     tokens, experts = x.size(0), weights.router.size(0)
     by_expert = x.new_zeros(tokens, experts).scatter(1, chosen, scales).view(-1, 1)
     gate_up = linear(x, weights.fc1.flatten(0, 1))  # [T, E 2 f]
     hidden = silu_mul(gate_up.view(tokens * experts, -1))
-    # Not 0 * hidden: that of an expert which was not chosen may be infinite in float16.
+    # Not 0 * hidden, which is NaN where the hidden values of an unchosen expert overflow float16.
     hidden = torch.where(by_expert == 0, 0, hidden * by_expert)
     return hidden.view(tokens, -1) @ weights.fc2.flatten(0, 1)
 
@@ -159,7 +160,7 @@ def _part(ffn: int, tp: int) -> int:
 
 
 def _own(fc1: Tensor, fc2: Tensor, ffn: int, tp: int, rank: int) -> tuple[Tensor, Tensor]:
-    """fc1 `[2 f, d]`, fc2 `[d, f]`; rows added as padding are zero and change nothing."""
+    """The rank's fc1 `[2 f, d]` and fc2 `[d, f]`; padding is zero and adds nothing."""
     part = _part(ffn, tp)
 
     def own(x: Tensor) -> Tensor:

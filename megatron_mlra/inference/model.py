@@ -1,9 +1,9 @@
 """The decoder for inference: one forward for prompts and for decoding, over paged caches.
 
 Letters: T tokens of a step, b sequences, q query tokens per sequence, d hidden size, h heads of the
-rank's core, h_q and h_o heads whose query and output projections it holds, h_m heads whose outputs
-it gets (h, but where tokens are cut over cp ranks h / cp), n g its latent heads, l latent dim,
-e = d_h + d_r.
+rank's core, h_q and h_o heads whose query and output projections the rank holds, h_m heads whose
+outputs the rank gets (h, or h / cp where tokens are cut over cp ranks), n g latent heads of the
+rank, l latent dim, e = d_h + d_r.
 """
 
 from __future__ import annotations
@@ -43,58 +43,60 @@ from mlra_kernels.prompts import Bundle
 
 @dataclass
 class Fresh:
-    """The tokens of a prefill step, which every rank has: attended to without the cache.
+    """The tokens of a prefill step where tokens are cut over ranks. Every rank has all of them.
 
-    So each rank attends with the heads that it gets, causally, to tokens that no rank need send,
-    and with all heads to the tokens before them that it caches itself.
+    Each rank writes the step's tokens to a scratch layer and attends to them causally with its h_m
+    heads, so no rank sends them. With all h heads the rank attends to the earlier tokens in its own
+    cache.
     """
 
     pages: int
-    """Of the scratch layer that holds them."""
+    """Pages of the scratch layer."""
     slots: Tensor
-    """`[T]` int64, in the scratch layer."""
+    """`[T]` int64 slots in the scratch layer."""
     history: tuple[Bundle, ...]
-    """The tokens before them that this rank caches."""
+    """The earlier tokens that this rank caches."""
     has_history: bool
-    """Whether any rank caches such tokens."""
+    """Whether any rank caches earlier tokens."""
 
 
 @dataclass
 class Step:
-    """The tokens of one forward and where they go."""
+    """The tokens of one forward, and where their cache rows are written and read."""
 
     tokens: Tensor
     """`[T]` int64."""
     positions: Tensor
     """`[T]` int64."""
     slots: Tensor
-    """`[T]` int64: page * page_size + offset; negative: written nowhere."""
+    """`[T]` int64: page * page_size + offset; a token with a negative slot is not cached."""
     bundles: tuple[Bundle, ...] = ()
-    """Prefill: covers all rows. Empty for decoding."""
+    """Prefill: the rows and the keys of each kernel launch, for all rows. Empty for decoding."""
     fresh: Fresh | None = None
-    """Prefill where tokens are cut over ranks: `bundles` are of the step's own tokens then."""
+    """Prefill where tokens are cut over ranks; the keys of `bundles` are the step's own then."""
     block_table: Tensor | None = None
     """Decoding: `[b, max_pages]` int32."""
     lengths: Tensor | None = None
-    """Decoding: `[b]` int32 tokens of this rank's cache, new ones included; 0 for padding rows.
-    Each sequence has T / b rows, of which row i sees all tokens but the last T / b - 1 - i."""
+    """Decoding: `[b]` int32 tokens in this rank's cache, new ones included; 0 for padding rows.
+    Each sequence has q = T / b rows; row i sees all tokens but the last q - 1 - i."""
     metadata: object = None
-    """Decoding: the backend's schedule."""
+    """Decoding: the backend's schedule (`InferenceModel.decode_schedule`)."""
     behind: Tensor | None = None
-    """`[T, d]`, of a `DraftModel`: the decoder's states at the tokens before these."""
+    """For a `DraftModel`: the decoder's states `[T, d]`, each of the token before."""
 
 
 class InferenceModel:
     """A rank's part of a decoder.
 
     Args:
-        model: what it computes.
-        weights: see `load_weights`.
-        cache: this rank's, of all layers.
+        model: sizes and options of the decoder.
+        weights: this rank's, see `load_weights`.
+        cache: this rank's cache of all layers.
         ops: the backend.
-        parallel: collectives; `shard` (latent attention) goes with them.
-        max_positions: the longest sequence.
-        table_rows: rows of the RoPE tables, default `max_positions`.
+        max_positions: tokens of the longest sequence.
+        parallel: this rank's collectives; None: a world of one rank.
+        shard: this rank's heads (latent attention); None: planned from `parallel`.
+        table_rows: rows of the RoPE tables; None: `max_positions`.
     """
 
     def __init__(
@@ -118,11 +120,11 @@ class InferenceModel:
         self.shard = shard
         self.max_positions = max_positions
         self.static_decoding = ops.name == "mlra_kernels"
-        """Whether decoding steps may be captured; else experts run as in prefill, which a CPU does
-        several times faster."""
+        """Whether CUDA graphs may capture decoding steps. Where not, experts run as in prefill,
+        which is several times faster on a CPU."""
         self.device = weights.embedding.device
         self.first_layer = 0
-        """Of the cache."""
+        """Layer of the cache that belongs to this model's first layer."""
         self.tables = rotary_tables(model, table_rows or max_positions, self.device)
         self.still = unrotated(*self.tables) if model.no_rope_pattern else self.tables
         """The tables of layers without RoPE."""
@@ -133,7 +135,7 @@ class InferenceModel:
 
         Args:
             step: prefill (with bundles) or decoding.
-            rows: `[R]` int64, which rows to compute logits of; None for all.
+            rows: `[R]` int64, the rows to compute logits of; None: all.
 
         Returns:
             `[R, vocab_size]`.
@@ -143,20 +145,20 @@ class InferenceModel:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """`[R, d]`, of `states` -> `[R, vocab_size]` float32."""
+        """Rows of `states` `[R, d]` -> logits `[R, vocab_size]` float32."""
         logits = self.parallel.gather_vocabulary(linear(hidden, self.weights.output))
         return logits[:, : self.model.vocab_size].float()
 
     @property
     def prompt_keys(self) -> int:
-        """Keys of a prefill launch."""
+        """Keys that one prefill launch takes at most."""
         if self.model.attention == "gqa":
             return EXPANDED_KEYS
         return keys_at_once(self.model.qk_nope_head_dim, self.model.latent_dim)
 
     def decode_schedule(self, lengths: Tensor, q: int = 1) -> object:
-        """The backend's schedule of a decoding step for `[b]` int32 lengths and `q` tokens of each
-        sequence; None needs none."""
+        """The backend's schedule of a decoding step for `lengths` `[b]` int32 and `q` tokens per
+        sequence; None where the backend needs no schedule."""
         if self.model.attention == "gqa":
             return None
         core = self.shard.core
@@ -190,7 +192,7 @@ class InferenceModel:
         return normed
 
     def _inputs(self, step: Step) -> Tensor:
-        """What the first layer reads, `[T, d]`."""
+        """The first layer's input, `[T, d]`."""
         return self.weights.embedding[step.tokens]
 
     # -- MLA, GLA, MLRA ----------------------------------------------------------------------------
@@ -236,8 +238,8 @@ class InferenceModel:
         return _gated(out, x, weights.gate)
 
     def _prefill_cut(self, q: Tensor, scratch, layer, weights: LatentWeights, step: Step) -> Tensor:
-        """`[T, h, e]` -> `[T, h_m, d_v]`, summed over this rank's branches: its heads' attention to
-        the step's tokens merged with every rank's to the tokens before them."""
+        """`[T, h, e]` -> `[T, h_m, d_v]`, summed over this rank's branches. Attention to the step's
+        own tokens is merged with all ranks' attention to the earlier tokens."""
         model, shard, heads = self.model, self.shard, self.shard.merged
         w_uk, w_uv = weights.w_uk, weights.w_uv
         sizes = {
@@ -257,7 +259,7 @@ class InferenceModel:
         return state[0].sum(1)
 
     def _over_ranks(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-        """`[T, ..., h, w]` over this rank's tokens -> `[T, ..., h_m, w]` over all."""
+        """Attention `[T, ..., h, w]` to this rank's tokens -> `[T, ..., h_m, w]` to all ranks'."""
         if self.parallel.context == 1:
             return out, lse
         return merged_all(*self.parallel.exchange_tokens(out, lse))
@@ -308,10 +310,10 @@ class InferenceModel:
 
 
 class DraftModel(InferenceModel):
-    """A layer of multi-token prediction beside its decoder, whose cache has one layer more.
+    """A decoder's layer of multi-token prediction, with its own layer in the decoder's cache.
 
-    Of a token and the decoder's state in front of it (`Step.behind`) it computes the logits of the
-    next token but one, at the place of that state.
+    From the decoder's state of token i (`Step.behind`) and token i + 1, the layer computes the
+    logits of token i + 2. Token i + 1 has position i here, the position of the state.
     """
 
     weights: DraftWeights
@@ -332,7 +334,7 @@ class DraftModel(InferenceModel):
 
 
 def _one_row_each(step: Step) -> Step:
-    """A decoding step whose every row is a sequence: grouped kernels take one token of each."""
+    """The decoding step with each row as a sequence: grouped kernels take one token each."""
     if step.bundles or step.lengths.size(0) == step.tokens.size(0):
         return step
     b = step.lengths.size(0)

@@ -1,14 +1,14 @@
 """Decoding on several ranks: what a rank owns, and the collectives of a step.
 
-Tensor parallel is the `latent` layout of partition.py: a rank caches its own latent heads and
-attends with all query heads they serve; where the ranks outnumber the latents, those of one latent
-split its heads. Ranks that work on the same heads in different branches form an **exchange group**
-(min(N, tp) ranks).
+Tensor parallel is the `latent` layout of sharding/partition.py: a rank caches its own latent heads
+and attends with all query heads of these latents. Where ranks outnumber latent heads, the ranks of
+one latent head split its query heads. Ranks with the same heads in different branches form an
+**exchange group** (min(N, tp) ranks).
 
-Context parallel cuts the tokens of each sequence besides (context.py): the ranks of a **context
-group** attend with the same heads to different tokens, and each gets the merged output of its
+Context parallel also cuts the tokens of each sequence (context.py): the ranks of a **context
+group** attend with the same heads to different tokens, and each rank gets the merged output of its
 1 / cp of those heads. Everything outside the attention's core is cut over all ranks, the **world**,
-whose rank is `context_rank * tp + tensor_rank`.
+in which a rank is number `context_rank * tp + tensor_rank`.
 
 Letters: h query heads, N branches, L latent heads, h_c heads of this rank's core, T tokens.
 """
@@ -26,23 +26,24 @@ from megatron_mlra.inference.checks import whole
 from megatron_mlra.sharding.partition import LatentShard
 
 WEIGHT_MODES = ("replicated", "sharded")
-"""'replicated': a rank holds W_UQ of all heads it attends with, and W_O of those whose outputs it
-gets; one all-reduce a layer, and one exchange where tokens are cut. 'sharded': h / world heads of
-both, an all-gather of queries and, over ranks with other branches, a reduce-scatter more."""
+"""'replicated': a rank holds W_UQ of all heads that it attends with, and W_O of the heads whose
+outputs it gets; one all-reduce per layer, and one exchange where tokens are cut. 'sharded': a rank
+holds h / world heads of both weights, for one more all-gather of queries and, over ranks with other
+branches, one more reduce-scatter."""
 
 
 @dataclass(frozen=True)
 class HeadShard:
-    """One rank's heads: those its core attends with, and those whose weights it holds."""
+    """One rank's heads: those of its core, and those whose projections the rank holds."""
 
     core: LatentShard
     query_heads: int
     """Heads whose query projection this rank holds."""
     query_start: int
     merged_heads: int
-    """Heads of the core whose outputs, of all tokens, this rank gets."""
+    """Heads of the core whose outputs over all tokens this rank gets."""
     merged_start: int
-    """The first of them, counted from the core's."""
+    """The first of those heads, counted from the core's first."""
     own_heads: int
     """Heads whose gate and output projection this rank holds."""
     own_start: int
@@ -51,12 +52,12 @@ class HeadShard:
 
     @property
     def merged(self) -> slice:
-        """Of the core's heads, those whose outputs this rank gets."""
+        """The core's heads whose outputs this rank gets."""
         return slice(self.merged_start, self.merged_start + self.merged_heads)
 
     @property
     def merged_groups(self) -> slice:
-        """The head groups that those lie in."""
+        """The core's head groups that the `merged` heads lie in."""
         each = self.core.heads // self.core.groups
         return slice(self.merged_start // each, -(-self.merged.stop // each))
 
@@ -73,7 +74,8 @@ class HeadShard:
         """The share of tensor-parallel rank `rank`, context-parallel rank `context_rank`.
 
         Raises:
-            ValueError: for a size this model cannot be cut into, naming the sizes that work.
+            ValueError: the weight mode is unknown or does not fit, or the model cannot be cut into
+                this size; the message names what works.
         """
         if weight_mode not in WEIGHT_MODES:
             raise ValueError(f"weight mode is {weight_mode!r}; use one of {WEIGHT_MODES}")
@@ -110,7 +112,7 @@ def check_tensor_parallel(model: ModelDescription, tp: int) -> None:
 
 def check_parallel(model: ModelDescription, tp: int, context: int) -> None:
     """Raise ValueError, with the sizes that work, unless `model` can be cut over `tp` ranks and
-    its tokens over `context` groups of them."""
+    the tokens over `context` such groups of ranks."""
     check_tensor_parallel(model, tp)
     context = whole("context parallel size", context)
     if not _fits_context(model, tp, context):
@@ -141,8 +143,8 @@ def _fits(model: ModelDescription, tp: int) -> bool:
 
 
 def _fits_context(model: ModelDescription, tp: int, context: int) -> bool:
-    """Whether the heads of a rank's core can be cut into `context` runs of whole head groups, or
-    of parts of one."""
+    """Whether the heads of a rank's core can be cut into `context` equal runs, each of whole head
+    groups or within one head group."""
     if model.attention == "gqa":
         heads, groups = model.num_attention_heads // tp, max(1, model.num_query_groups // tp)
     else:
@@ -155,15 +157,16 @@ class TensorParallel:
     """The collectives of one rank.
 
     Args:
-        size, rank: of the tensor-parallel group.
-        group: all ranks' process group; None without one, or for one rank's share run on its own.
+        size, rank: size of the tensor-parallel group, and this rank's place in it.
+        group: process group of all ranks; None for a single rank, or for `share`.
         exchange_group: the ranks of `HeadShard.exchange` with this rank's tokens.
-        context, context_rank: of the context-parallel group.
-        context_group: the ranks with this rank's heads, in the order of their tokens.
+        context, context_rank: size of the context-parallel group, and this rank's place in it.
+        context_group: the ranks with this rank's heads, by context rank.
         query_group: the ranks that hold parts of this core's queries, in head order.
 
     Raises:
-        ValueError: no whole number of at least 1 as a size, or a rank that is not below it.
+        ValueError: a size that is not a whole number of at least 1, or a rank that is not below
+            its size.
     """
 
     def __init__(
@@ -186,20 +189,20 @@ class TensorParallel:
 
     @property
     def world(self) -> int:
-        """Ranks in all."""
+        """Number of ranks in the world."""
         return self.size * self.context
 
     @property
     def world_rank(self) -> int:
-        """This rank among all."""
+        """This rank's number in the world."""
         return self.context_rank * self.size + self.rank
 
     @classmethod
     def over_world(cls, model: ModelDescription, context: int = 1) -> TensorParallel:
-        """All ranks of the initialised world: its tokens cut over `context` tensor-parallel groups.
+        """All ranks of torch's initialised world, as `context` tensor-parallel groups.
 
         Raises:
-            ValueError: for a world size this model cannot be cut into.
+            ValueError: the model cannot be cut over a world of this size.
         """
         world, rank = dist.get_world_size(), dist.get_rank()
         tp = tensor_parallel_size(world, context)
@@ -236,20 +239,20 @@ class TensorParallel:
 
     @classmethod
     def share(cls, size: int, rank: int = 0, context: int = 1) -> TensorParallel:
-        """One rank's work without its collectives: shapes are right, results are not.
+        """One rank's work without collectives: shapes are right, results are not.
 
-        For measuring a rank's share on one GPU.
+        Benchmarks measure a rank's share on one GPU with this.
         """
         return cls(size, rank, context=context)
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """x summed over all ranks, in place."""
+        """Sum x over all ranks, in place; returns x."""
         if self.group is not None and self.world > 1:
             dist.all_reduce(x, group=self.group)
         return x
 
     def gather_queries(self, q: Tensor, parts: int) -> Tensor:
-        """Own heads `[T, h_c / parts, e]` -> the core's `[T, h_c, e]`."""
+        """This rank's heads `[T, h_c / parts, e]` -> the core's `[T, h_c, e]`."""
         if parts == 1:
             return q
         t, own, e = q.shape
@@ -261,13 +264,15 @@ class TensorParallel:
         return out.view(parts, t, own, e).transpose(0, 1).reshape(t, parts * own, e)
 
     def exchange_tokens(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention over this rank's tokens -> that over every rank's, of the heads it gets.
+        """Attention of all core heads to this rank's tokens -> attention of this rank's 1 / cp of
+        the heads to each rank's tokens.
 
         Args:
-            out: `[T, ..., h_c, w]`; lse: `[T, ..., h_c]` float32.
+            out: `[T, ..., h_c, w]`.
+            lse: `[T, ..., h_c]` float32.
 
         Returns:
-            `[cp, T, ..., h_c / cp, w]` and `[cp, T, ..., h_c / cp]`, to be merged.
+            `[cp, T, ..., h_c / cp, w]` and `[cp, T, ..., h_c / cp]`, one entry per rank, to merge.
         """
         # One collective for both: a float32 travels as numbers of out's dtype, bit for bit.
         packed = torch.cat((out, lse.unsqueeze(-1).view(out.dtype)), dim=-1)
@@ -281,7 +286,7 @@ class TensorParallel:
         return arrived[..., :width], arrived[..., width:].contiguous().view(lse.dtype)[..., 0]
 
     def reduce_outputs(self, out: Tensor, parts: int) -> Tensor:
-        """Partial branch sums `[T, h, v]` -> own heads, whole: `[T, h / parts, v]`."""
+        """Partial branch sums `[T, h, v]` -> complete sums of own heads `[T, h / parts, v]`."""
         if parts == 1:
             return out
         t, heads, v = out.shape
@@ -293,7 +298,7 @@ class TensorParallel:
         return own
 
     def gather_vocabulary(self, logits: Tensor) -> Tensor:
-        """`[T, rows]` of every rank, side by side: `[T, world * rows]`."""
+        """`[T, rows]` of this rank -> all ranks' logits side by side `[T, world * rows]`."""
         if self.world == 1 or self.group is None:
             return logits
         t, rows = logits.shape
@@ -303,10 +308,10 @@ class TensorParallel:
 
 
 def tensor_parallel_size(world: int, context: int) -> int:
-    """Ranks of a tensor-parallel group where `context` of them make up the world.
+    """Ranks per tensor-parallel group where `context` groups make up the world.
 
     Raises:
-        ValueError: the world cannot be cut so.
+        ValueError: `context` does not divide `world`.
     """
     context = whole("context parallel size", context)
     if world % context:

@@ -17,7 +17,7 @@ class Draw:
 
 @dataclass(eq=False)
 class Request:
-    """One prompt and what has become of it. Equal to itself alone."""
+    """One prompt, its output and its state. Two requests are never equal."""
 
     id: int
     prompt: list[int]
@@ -25,13 +25,13 @@ class Request:
     output: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     text: str = ""
-    """Of the output, cut in front of a stop text (with a detokenizer)."""
+    """Text of the output, cut in front of a stop text; empty without a detokenizer."""
     finish_reason: str | None = None
     """'stop', 'length', 'cancelled', 'error'; None while it runs."""
     error: str | None = None
-    """What ended a request whose finish reason is 'error', in one line."""
+    """The error of a request whose finish reason is 'error', in one line."""
     submitted: float = 0.0
-    """time.monotonic() of submission, of the first and of the last token."""
+    """time.monotonic() of submission; below, of the first and of the latest token. Seconds."""
     first_token: float | None = None
     last_token: float | None = None
     pages: list[int] = field(default_factory=list, repr=False)
@@ -39,5 +39,5 @@ class Request:
 
     @property
     def limit(self) -> int:
-        """Tokens it can put into the cache: the last one is never fed back."""
+        """Tokens the request can put into the cache; the last new token is never fed back."""
         return len(self.prompt) + self.params.max_new_tokens - 1

@@ -1,4 +1,4 @@
-"""Runs prefill and decoding steps: host lists to device tensors, CUDA graphs of the decode step."""
+"""Runs prefill and decoding steps: host lists to device tensors, CUDA graphs of decoding steps."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class Chunk:
 
     tokens: list[int]
     start: int
-    """Tokens of the sequence that are cached already."""
+    """Tokens of the sequence that are cached before this chunk."""
     pages: list[int]
-    """Pages of the whole sequence, on all ranks."""
+    """Page ids of the whole sequence, on all ranks."""
 
 
 def last_rows(chunks: Iterable[Chunk]) -> list[int]:
-    """The row of each chunk's last token, where they lie one behind the other."""
+    """The row of each chunk's last token, where the chunks' rows follow one another."""
     return [end - 1 for end in itertools.accumulate(len(chunk.tokens) for chunk in chunks)]
 
 
 def batch_buckets(max_batch: int) -> list[int]:
-    """Batch sizes that are captured: 1, 2, 4, then multiples of 8; the last is `max_batch`."""
+    """Batch sizes to capture: 1, 2, 4, then multiples of 8; the last is `max_batch`."""
     sizes = [1, 2, 4, *range(8, max_batch, 8)]
     return [size for size in sizes if size < max_batch] + [max_batch]
 
@@ -42,13 +42,13 @@ class Runner:
     """Steps of one rank's model.
 
     Args:
-        max_batch: sequences that decode together.
+        max_batch: most sequences that decode together.
         max_pages: pages of the longest sequence, on all ranks.
-        graphs: capture the decode step in CUDA graphs, one for each of `batch_buckets`, at first
-            use; a batch runs in the next larger one, its spare rows empty. Steps of `verify` have
-            graphs of their own.
-        verified: tokens of a sequence in a step of `verify`.
-        tables: block tables of the same sequences, of another runner.
+        graphs: capture the decode step in CUDA graphs, one per size of `batch_buckets`, at first
+            use. A batch runs in the graph of the next larger size, with spare rows empty. Steps of
+            `verify` have graphs of their own.
+        verified: tokens per sequence in a step of `verify`.
+        tables: another runner's block tables, for the same sequences; None: new ones.
 
     Raises:
         ValueError: a size that is not a whole number of at least 1, or graphs asked for where the
@@ -87,16 +87,16 @@ class Runner:
             self._behind = model.weights.embedding.new_zeros(rows, model.model.hidden_size)
         self.graphs = graphs
         self._buckets = batch_buckets(max_batch) if graphs else []
-        # By (sequences, tokens of each). A graph reads its step's schedule, so the step lives as
-        # long as the graph.
+        # By (sequences, tokens per sequence). A graph reads its step's schedule, so the step must
+        # live as long as the graph.
         self._graphs: dict[
             tuple[int, int], tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor], Step]
         ] = {}
 
     def prefill(self, chunks: list[Chunk], every_row: bool = False) -> Tensor:
-        """Cache the tokens of some prompts; logits `[chunks, vocab]` behind each one's last token.
+        """Cache the chunks' tokens; float32 logits `[chunks, vocab]` at each chunk's last token.
 
-        `every_row` gives the logits of all tokens instead, `[T, vocab]`.
+        `every_row` returns the logits at all tokens instead, `[T, vocab]`.
         """
         rows = None
         if not every_row:
@@ -104,7 +104,7 @@ class Runner:
         return self.model.forward(self._prompt_step(chunks), rows)
 
     def states(self, chunks: list[Chunk], behind: Tensor | None = None) -> Tensor:
-        """As `prefill`: the states `[T, d]` of all tokens, of which `model.logits` makes logits.
+        """Cache the chunks' tokens; the states `[T, d]` of all tokens (`model.logits` takes them).
 
         Args:
             behind: see `Step`.
@@ -122,7 +122,7 @@ class Runner:
         return Step(*inputs, *self._plan(chunks))
 
     def _plan(self, chunks: list[Chunk]) -> tuple[tuple[Bundle, ...], Fresh | None]:
-        """What a prefill step's tokens attend to."""
+        """The launches of a prefill step, and with tokens cut over ranks its `Fresh`."""
         cut, limit, device = self.cut, self.model.prompt_keys, self.model.device
 
         def own(chunk: Chunk, start: int) -> PromptChunk:
@@ -147,31 +147,32 @@ class Runner:
         )
 
     def decode(self, tokens: list[int], lengths: list[int], pages: list[list[int]]) -> Tensor:
-        """One more token for the first rows of the block tables; logits `[b, vocab]`.
+        """Cache one more token for the first b rows of the block tables; logits `[b, vocab]`.
 
-        The result may live in a captured graph's memory: use it before the next call.
+        The logits may lie in a captured graph's memory: use them before the next call.
 
         Args:
-            tokens: the token of each row that is not cached yet.
-            lengths: tokens of each row that are, on all ranks.
-            pages: each row's, as they were given to `tables`.
+            tokens: each row's new token, not cached yet.
+            lengths: each row's number of cached tokens, on all ranks.
+            pages: each row's pages, as given to `tables`.
         """
         rows = zip(tokens, lengths, pages, strict=True)
         return self._rows([Chunk([token], start, own) for token, start, own in rows], 1)[1]
 
     def verify(self, chunks: list[Chunk], behind: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """At most `verified` more tokens for each of the first rows of the block tables.
+        """Cache up to `verified` more tokens for each of the first rows of the block tables.
 
-        One step of a fixed size, which a graph can hold: a sequence of fewer tokens has them in the
-        last of its rows. Those in front are written nowhere and attend to what is cached.
+        The step has `verified` rows per sequence, a fixed size that a graph can hold. A sequence
+        with fewer tokens has them in its last rows. Its first rows are padding: they are not cached
+        and their results are dropped.
 
         Args:
-            chunks: of the sequences, in the order of the tables; one may have no token.
-            behind: `[T, d]` of a `DraftModel`, see `Step`.
+            chunks: one per sequence, in the order of the tables; a chunk may have no token.
+            behind: `[T, d]` for a `DraftModel`, see `Step`.
 
         Returns:
-            states `[T, d]` and logits `[T, vocab]` of all T tokens, in the chunks' order. They may
-            live in a captured graph's memory: use them before the next call.
+            States `[T, d]` and logits `[T, vocab]` of the chunks' T tokens, in order. Both may lie
+            in a captured graph's memory: use them before the next call.
         """
         states, logits = self._rows(chunks, self.verified, behind)
         if len(states) == sum(len(chunk.tokens) for chunk in chunks):
@@ -180,7 +181,7 @@ class Runner:
         return states[rows], logits[rows]
 
     def _places(self, chunks: list[Chunk], q: int) -> Tensor:
-        """The row of each of the chunks' tokens where every sequence has `q` rows."""
+        """The row of each of the chunks' tokens in a step with `q` rows per sequence."""
         ends = range(q, q * len(chunks) + 1, q)
         rows = [
             row
@@ -192,7 +193,7 @@ class Runner:
     def _rows(
         self, chunks: list[Chunk], q: int, behind: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """States `[b q, d]` and logits `[b q, vocab]` of a step with `q` rows a sequence."""
+        """States `[b q, d]` and logits `[b q, vocab]` of a step with `q` rows per sequence."""
         b = len(chunks)
         bucket = next((size for size in self._buckets if size >= b), b)
         tokens, positions, slots = [], [], []
@@ -217,8 +218,8 @@ class Runner:
         return states[: b * q], logits[: b * q]
 
     def captured(self, sequences: int, q: int = 1) -> Callable[[], tuple[Tensor, Tensor]]:
-        """The captured step of so many sequences and tokens of each, on the inputs of the last
-        `decode` or `verify`: states and logits."""
+        """The captured step of `sequences` sequences with `q` tokens each, as a function that
+        replays the step on the inputs of the last `decode` or `verify`: states and logits."""
         key = sequences, q
         if key not in self._graphs:
             self._capture(*key)
@@ -249,7 +250,7 @@ class Runner:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            # Rewriting the same cache rows with the same values is harmless.
+            # Warm up. Writing the same values to the same cache rows again is harmless.
             for _ in range(2):
                 self._forward(step)
         torch.cuda.current_stream().wait_stream(side)

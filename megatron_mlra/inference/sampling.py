@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_mlra.inference.checks import real, shown, whole
 
 SEEDS = (-(2**63), 2**64 - 1)
-"""The least and the largest seed: what 64 bits hold, signed or not."""
+"""The least and the largest seed: the range of 64-bit integers, signed or unsigned."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class SamplingParams:
     """How one request's tokens are chosen.
 
     Raises:
-        ValueError: a value of another type or without a meaning; names one that has.
+        ValueError: a value of the wrong type or out of range; the message names a valid one.
     """
 
     max_new_tokens: int = 128
@@ -31,9 +31,9 @@ class SamplingParams:
     top_p: float = 1.0
     """Keep the likeliest tokens whose probabilities reach p together (after top_k)."""
     seed: int = 0
-    """Draws depend on it and on the position alone, not on what else is in the batch."""
+    """A draw depends on the seed and the token's position alone, not on the rest of the batch."""
     stop_ids: tuple[int, ...] = ()
-    """Tokens that end the request (and are part of its output). A single int is one token."""
+    """Tokens that end the request, and are part of its output. A single int is one token."""
     stop: tuple[str, ...] = ()
     """Texts that end the request; the output ends in front of them. A single str is one text."""
     logprobs: bool = False
@@ -70,7 +70,7 @@ class SamplingParams:
 
 
 def _listed(params: SamplingParams, name: str, single: type) -> tuple:
-    """A field's values as a tuple; one value of the type `single` is a tuple of one."""
+    """A field's values as a tuple; a value of the type `single` becomes a tuple of one."""
     value = getattr(params, name)
     if isinstance(value, single):
         return (value,)
@@ -82,25 +82,25 @@ def _listed(params: SamplingParams, name: str, single: type) -> tuple:
 
 
 def uniform(seed: int, position: int) -> float:
-    """The draw in [0, 1) of a request's token at `position`."""
+    """The random number in [0, 1) for a request's token at `position`."""
     return random.Random(f"{seed}:{position}").random()
 
 
 def sample(
     logits: Tensor, params: list[SamplingParams], positions: list[int]
 ) -> tuple[list[int], list[float] | None]:
-    """One token a row, by inversion of the cut distribution's sum.
+    """One token per row, by inversion of the cumulative distribution after temperature and cuts.
 
     Args:
         logits: `[b, vocab]` float32.
-        params, positions: of each row; the position seeds its draw.
+        params, positions: one per row; seed and position determine the row's draw.
 
     Returns:
-        tokens, -1 for a row whose largest logit is NaN or infinite; and the log-probabilities of
-        the tokens where any row asks for them.
+        Tokens, -1 for a row whose largest logit is NaN or infinite; and the tokens' natural
+        log-probabilities, or None if no row asks for them.
     """
     sound = logits.amax(-1).isfinite()
-    # A row without a likeliest token must not reach the draws, whose gather it would break.
+    # NaN or infinite rows would break the gather of the draws.
     logits = torch.where(sound[:, None], logits, 0.0)
     if all(p.temperature == 0 for p in params):
         chosen = logits.argmax(-1)
@@ -118,14 +118,14 @@ def _draw(logits: Tensor, params: list[SamplingParams], positions: list[int]) ->
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32).to(device)[:, None]
 
-    # A greedy row keeps its first token alone, so its temperature may be anything.
+    # A greedy row keeps the likeliest token alone, so any temperature serves.
     temperature = column([p.temperature or 1.0 for p in params])
     top_k = column([1 if p.temperature == 0 else min(p.top_k or vocab, vocab) for p in params])
     top_p = column([p.top_p for p in params])
     draws = column([uniform(p.seed, at) for p, at in zip(params, positions, strict=True)])
     # Stable: equal logits keep the order of their ids, as argmax does.
     ordered, ids = torch.sort(logits, dim=-1, descending=True, stable=True)
-    # The largest logit becomes 0, which no temperature takes beyond float32.
+    # Shifted so that the largest logit is 0: a tiny temperature cannot overflow float32.
     probabilities = ((ordered - ordered[:, :1]) / temperature).softmax(-1)
     rank = torch.arange(vocab, device=device)
     probabilities = probabilities.masked_fill(rank >= top_k, 0.0)

@@ -1,12 +1,13 @@
-"""Speculative decoding by multi-token prediction: a guess per step, and the decoder's word on it.
+"""Speculative decoding by multi-token prediction: one guess per step, verified by the decoder.
 
-A layer of multi-token prediction guesses the token behind the one that a request has just got. The
-next step runs both through the decoder at once. The first row draws as ever; if its token is the
-guess, the second row is as good, and draws the token behind. Draws depend on a request's seed and
-the position alone, so outputs are those without guesses, at any temperature.
+A layer of multi-token prediction guesses the token behind a request's latest token. The next step
+runs the latest token and the guess through the decoder at once. The first row draws the next token.
+If that token equals the guess, the second row is valid too and draws one more token. A draw depends
+on the request's seed and the position alone, so the output equals the output without guesses, at
+any temperature.
 
-The layer caches every token as the decoder does, in a layer more of the same pages. Rows of guesses
-that were wrong are written again by the tokens that came instead.
+The layer caches every token, in one more cache layer with the decoder's page ids. The cache rows of
+a wrong guess are overwritten by the token that was drawn.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ class Speculation:
     """The guesses of one engine.
 
     Args:
-        model: see `load.load_draft`.
-        runner: of the decoder.
+        model: the layer, from `load.load_draft`.
+        runner: the decoder's runner, whose block tables are shared.
 
     Raises:
-        ValueError: tokens are cut over ranks.
+        ValueError: tokens are cut over context-parallel ranks.
     """
 
     def __init__(self, model: DraftModel, runner: Runner) -> None:
@@ -41,19 +42,19 @@ class Speculation:
             model, runner.max_batch, runner.max_pages, runner.graphs, runner.verified, runner.tables
         )
         self.guesses: dict[Request, int] = {}
-        """The token behind the latest one of a request's output."""
+        """By request, the guess of the token behind the latest one of its output."""
         self.guessed = 0
         self.right = 0
 
     def chunk(self, request: Request) -> Chunk:
-        """What the decoder computes next: the latest token, and the guess if there is room."""
+        """The decoder's next chunk: the latest token, and the guess if the request has room."""
         tokens = [request.output[-1]]
         if request in self.guesses and request.cached + 2 <= request.limit:
             tokens.append(self.guesses[request])
         return Chunk(tokens, request.cached, request.pages)
 
     def accepted(self, chunk: Chunk, drawn: list[int]) -> int:
-        """How many of a chunk's draws count."""
+        """How many of a chunk's draws are valid: 2 if the guess equals the first draw, else 1."""
         if len(chunk.tokens) == 1:
             return 1
         right = chunk.tokens[1] == drawn[0]
@@ -67,7 +68,7 @@ class Speculation:
         draws: dict[Request, Draw | Exception | None],
         states: Tensor,
     ) -> None:
-        """`follow` of prompts' chunks; `draws` of those that end."""
+        """Like `follow`, for chunks of prompts; `draws`: the token drawn for a prompt that ends."""
         following = {}
         for request, chunk in chunks.items():
             end = request.cached + len(chunk.tokens)
@@ -82,12 +83,13 @@ class Speculation:
     def follow(
         self, chunks: dict[Request, Chunk], following: dict[Request, list[int]], states: Tensor
     ) -> None:
-        """Cache what the decoder has verified, and guess anew.
+        """Cache the verified tokens in the layer, and make new guesses.
 
         Args:
-            chunks: what it verified, in the order of the block tables and of the rows of `states`
-                `[T, d]`.
-            following: the token behind each of a chunk's first tokens; no more are cached.
+            chunks: the chunks that the decoder verified, in the order of the block tables.
+            following: per request, the tokens behind its chunk's first tokens. The layer caches
+                as many tokens.
+            states: the decoder's states `[T, d]` of the chunks' tokens.
         """
         own, rows = self._own(chunks, following)
         if not rows:
@@ -99,7 +101,7 @@ class Speculation:
     def _own(
         self, chunks: dict[Request, Chunk], following: dict[Request, list[int]]
     ) -> tuple[dict[Request, Chunk], list[int]]:
-        """The layer's chunks, and which of the decoder's states stand behind their tokens."""
+        """The layer's chunks, and the rows of the decoder's states that go with their tokens."""
         own, rows, at = {}, [], 0
         for request, chunk in chunks.items():
             tokens = following.get(request, [])
@@ -112,5 +114,5 @@ class Speculation:
         self.guesses.update(zip(chunks, logits.argmax(-1).tolist(), strict=True))
 
     def forget(self, request: Request) -> None:
-        """A request has ended."""
+        """Drop the guess of a request that has ended."""
         self.guesses.pop(request, None)

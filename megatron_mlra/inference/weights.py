@@ -1,7 +1,7 @@
 """A rank's weights, cut from a checkpoint's global tensors one at a time and prepared once.
 
-Letters: h_q heads whose query projection a rank holds, h_o those whose output projection it holds,
-h_c heads of its core, n branches, g head groups, l latent dim, e = d_h + d_r, T tokens.
+Letters: h_q and h_o heads whose query and output projections a rank holds, h_c heads, n branches
+and g head groups of the rank's core, l latent dim, e = d_h + d_r.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ class LatentWeights:
     down: Tensor
     """`[(d_q +) n g l + d_r, d]`: query latent (if any), own latents, RoPE key, in one GEMM."""
     q_norm: Tensor | None
-    """`[d_q]`, times a_q."""
+    """`[d_q]`, times `q_scale`."""
     q_up: Tensor
     """`[h_q e, d_q]`, or `[h_q e, d]` without q_lora_rank."""
     head_norm: Tensor | None
-    """`[h_q, e]`, of the query heads."""
+    """`[h_q, e]`, the norm weights of the query heads."""
     kv_norm: Tensor
-    """`[n g, l]`; a_kv is applied where the cache is written."""
+    """`[n g, l]`; `kv_scale` is applied where the cache is written."""
     w_uk: Tensor
     """`[h_c, d_h, n l]`: one product absorbs a head's query for all its branches."""
     w_uv: Tensor
     """`[h_c, n l, d_v]`, times N^-1/2: the sum over branches is part of the product."""
     merged: slice
-    """Of the core's heads those whose outputs the rank gets; decoding reads their w_uv alone."""
+    """The core's heads whose outputs the rank gets; decoding reads w_uv of these heads alone."""
     gate: Tensor | None
     """`[h_o d_v, d]`."""
     proj: Tensor
@@ -77,7 +77,7 @@ class LayerWeights:
 
 @dataclass
 class ModelWeights:
-    """All of one rank."""
+    """All weights of one rank."""
 
     embedding: Tensor
     """`[vocab, d]`, whole on every rank, so that a step starts without a collective."""
@@ -87,27 +87,27 @@ class ModelWeights:
     """`[rows, d]`, rows = ceil(vocab / world); a view of the embedding where that is possible."""
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor a decoding step reads in full, once each: all experts, as a batch does."""
+        """Every tensor that a decoding step reads in full, once each; all experts count as read."""
         return [self.final_norm, self.output, *_tensors(self.layers)]
 
     @property
     def bytes_per_step(self) -> int:
-        """Bytes of weights one decoding step reads: all but the embedding's other rows."""
+        """Bytes of weights that one decoding step reads; the embedding's rows are left out."""
         return sum(t.numel() * t.element_size() for t in self.tensors())
 
 
 @dataclass
 class DraftWeights(ModelWeights):
-    """A layer of multi-token prediction, in place of the decoder's layers."""
+    """The weights of a layer of multi-token prediction, as a model of one layer."""
 
     embedding_norm: Tensor
     states_norm: Tensor
     join: Tensor
-    """`[d, 2 d]`: of the normed embedding, then the normed states."""
+    """`[d, 2 d]`: columns for the normed embedding, then for the normed states."""
 
 
 def _tensors(part: object) -> Iterator[Tensor]:
-    """Those that a step reads of a list or dataclass, and of what it holds."""
+    """The tensors that a step reads in a list or dataclass, nested ones included."""
     if isinstance(part, LatentWeights):
         yield part.w_uv[part.merged]
         yield from _tensors([x for name, x in vars(part).items() if name not in ("w_uv", "merged")])
@@ -127,16 +127,16 @@ def load_weights(
     device: str | torch.device,
     progress: Callable[[range], object] = iter,
 ) -> ModelWeights:
-    """Cut and prepare one rank's.
+    """Cut and prepare one rank's weights.
 
     Args:
         read: canonical name -> global tensor (`CheckpointFolder.tensor`, or a dict's `get`).
-        parallel: which rank of how many.
+        parallel: the rank and the sizes of the groups.
         weight_mode: see `parallel.WEIGHT_MODES`; without meaning for 'gqa'.
         progress: wraps the range of layers (tqdm).
 
     Raises:
-        ValueError: for a size the model cannot be cut into.
+        ValueError: the model cannot be cut over these ranks; the message names sizes that work.
     """
     check_parallel(model, parallel.size, parallel.context)
     world, world_rank = parallel.world, parallel.world_rank
@@ -166,11 +166,11 @@ def load_draft(
     weight_mode: str,
     like: ModelWeights,
 ) -> DraftWeights:
-    """Cut and prepare one rank's layer of multi-token prediction, the first of them.
+    """Cut and prepare one rank's part of the first layer of multi-token prediction.
 
     Args:
         read: canonical name -> global tensor.
-        like: the decoder's weights, of which embedding and output layer are shared.
+        like: the decoder's weights; embedding and output layer are shared.
     """
 
     def place(tensor: Tensor) -> Tensor:
@@ -201,7 +201,7 @@ def _layer(
     weight_mode: str,
     place: Callable,
 ) -> LayerWeights:
-    """A layer like the decoder's layer `index`; `read` takes names behind the layer's prefix."""
+    """A layer of the kind of decoder layer `index`; `read` takes names behind the prefix."""
 
     def get(name: str) -> Tensor:
         return read(f"{name}.weight")

@@ -1,4 +1,4 @@
-"""Megatron modules: the attention as a TransformerLayer submodule, and layers with it in them.
+"""Megatron modules: the attention as a TransformerLayer submodule, and layers that hold it.
 
 Start with attention.py (the forward), config.py (every field) and specs.py (block_spec).
 

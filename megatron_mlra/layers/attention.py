@@ -1,9 +1,9 @@
 """MLRASelfAttention: Multi-Head Low-Rank Attention as a Megatron self-attention submodule.
 
-Letters in shape comments: s tokens of this rank, t of the whole sequence (s without context
-parallel), b batch, d hidden size, tp tensor-parallel size, h / tp own
-heads; n branches, h_c heads and g head groups of this rank's core (sharding.py), l latent dim, `e`
-d_h + d_r. With sequence parallel the input and output hold s / tp tokens.
+Letters in shape comments: s tokens of this rank, t tokens of the whole sequence (s without context
+parallel), b batch, d hidden size, tp tensor-parallel size, h / tp own heads; n branches, h_c heads
+and g head groups of this rank's core (sharding/partition.py), l latent dim, `e` d_h + d_r. With
+sequence parallel the input and output hold s / tp tokens.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class MLRASelfAttentionSubmodules:
     """What MLRASelfAttention is built from; specs.py has the sets."""
 
     column_linear: type
-    """Column-parallel linear that does not communicate its input: down, query, gate projections."""
+    """Column-parallel linear without communication of its input: down, query, gate projections."""
 
     core_attention: type
     """See core_attention.py."""
@@ -56,10 +56,10 @@ class MLRASelfAttentionSubmodules:
 
 
 class MLRASelfAttention(Attention):
-    """Self-attention of MLA, GLA and MLRA models, chosen by the config's two integers.
+    """Self-attention of MLA, GLA and MLRA models, as `num_latent_heads` and `num_branches` say.
 
-    Parameters at tensor parallel size tp (`linear_q_proj` in place of the first three without
-    q_lora_rank):
+    Parameters at tensor parallel size tp. Without q_lora_rank, `linear_q_proj.weight`
+    `[h / tp * (d_h + d_r), d]` replaces the first three:
 
     - `linear_q_down_proj.weight` `[d_q / tp, d]`, `q_norm.weight` `[d_q / tp]`
     - `linear_q_up_proj.weight` `[h / tp * (d_h + d_r), d_q]`
@@ -69,7 +69,8 @@ class MLRASelfAttention(Attention):
     - `linear_gate_proj.weight` `[h / tp * d_v, d]` (output_gate)
     - `linear_proj.weight` `[d, h / tp * d_v]`
 
-    All are sharded, none is replicated, so no gradient needs a tensor-parallel sum of its own.
+    Every parameter is sharded and none is replicated, so no gradient needs a tensor-parallel sum of
+    its own.
     """
 
     config: MLRAConfig
@@ -103,7 +104,8 @@ class MLRASelfAttention(Attention):
         self.parallel = LatentParallel(config, self.shard, group, config.sequence_parallel)
         self.context = ContextParallel(pg_collection.cp)
         self.latent_functions = latent_functions(config)
-        # Offloading of whole layers keeps tensors by hooks that rebuilding would hide from it.
+        # Offloading of whole layers copies tensors by saved-tensor hooks. Rebuilding nests its own
+        # hooks in those, which would then miss the tensors.
         self.rebuilds_query = (
             config.absorbed and config.recompute_absorbed_query and not config.cpu_offloading
         )
@@ -170,19 +172,20 @@ class MLRASelfAttention(Attention):
 
         Args:
             hidden_states: `[s, b, d]`, or `[s / tp, b, d]` with sequence parallel.
-            attention_mask: None for causal, else see the core's backend; with context parallel
-                `[b or 1, 1, s, t]`, keys in the order of the sequence.
-            packed_seq_params: documents that b = 1 rows of tokens are made of, which attend to
-                themselves alone and whose positions start anew; see token_plan.py for how context
-                parallel cuts them.
+            attention_mask: None for causal attention; else `[b or 1, 1, s, t]` bool, True where not
+                attended to, keys in the order of the sequence. Only core_backend torch reads it.
+            packed_seq_params: the documents that one row of tokens (b = 1) is made of. Each
+                document attends to itself alone and its positions start at 0. How context parallel
+                cuts documents: sharding/token_plan.py.
             sequence_len_offset: position of the first token, default 0.
 
         Returns:
-            output, shaped as hidden_states, and the output projection's bias (None without biases).
+            The output, of hidden_states' shape and dtype, and None: the output projection has no
+            bias.
 
         Raises:
-            ValueError: for inference contexts, attention biases, packed sequences that do not fit
-                the tokens or come with a mask.
+            ValueError: for an inference context, an attention bias, or packed sequences that do not
+                fit the tokens or come with a mask.
         """
         assert rotary_pos_emb is None, "MLRA rotates its own RoPE dims"
         if deprecate_inference_params(inference_context, inference_params) is not None:
@@ -222,7 +225,9 @@ class MLRASelfAttention(Attention):
                 qkv = self._assemble(q, latents, k_rope, *angles)
                 with self._query_rebuilt(qkv[0], q, angles[:2], plan, group):
                     z = self._attend(qkv, latents, attention_mask, plan)
-            del q, qkv, latents  # backward has them from elsewhere: nothing else may hold them
+            # Backward fetches these from the host or rebuilds them: drop the references here, so
+            # that the memory is free.
+            del q, qkv, latents
             out = self._combine_branches(z)  # [s, b, h / tp * d_v]
             del z
         out = group.commit(out)
@@ -234,21 +239,21 @@ class MLRASelfAttention(Attention):
         return group.commit(out), bias
 
     def _offload(self, name: str, wanted: bool, tensor: Tensor) -> OffloadGroup:
-        """The part `name`, computed from `tensor`, whose saved tensors go to the host if wanted."""
+        """The part `name`, computed from `tensor`; if wanted, its saved tensors go to the host."""
         wanted = wanted and self.training and torch.is_grad_enabled()
         return OffloadGroup(wanted, tensor, name, (self.linear_kv_up_proj.weight,))
 
     def backward_dw(self) -> None:
         """The linears' weight gradients, where `delay_wgrad_compute` keeps them from backward.
 
-        Norms and the up-projection of the latents have theirs already.
+        Norms and the up-projection of the latents compute their weight gradients in backward.
         """
         for linear in reversed([m for m in self.children() if hasattr(m, "backward_dw")]):
             linear.backward_dw()
 
     def _compress(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query latent `[s, b, d_q]` (x itself without one), latents `[s, b, n, g, l]`, RoPE key
-        `[s, b, d_r]`, the latter not yet rotated."""
+        """Query latent `[s, b, d_q]` (without q_lora_rank: x), latents `[s, b, n, g, l]`, RoPE key
+        `[s, b, d_r]`, not yet rotated."""
         config, tp = self.config, self.shard.tp_size
         c_q = None
         if config.q_lora_rank is not None:
@@ -261,7 +266,7 @@ class MLRASelfAttention(Attention):
         return (x if c_q is None else c_q), latents, k_rope
 
     def _plan_tokens(self, q: Tensor, packed_seq_params: PackedSeqParams | None) -> TokenPlan:
-        """What the tokens of `q` `[s, b, .]` attend to."""
+        """Which tokens the tokens of `q` `[s, b, .]` attend to."""
         if packed_seq_params is not None and q.size(1) != 1:
             raise ValueError(f"packed sequences come in one row of tokens, not {q.size(1)}")
         cp = self.context.group
@@ -270,7 +275,7 @@ class MLRASelfAttention(Attention):
     def _query_key_value(
         self, q: Tensor, latents: Tensor, k_rope: Tensor, *angles: Tensor
     ) -> tuple[Tensor, ...]:
-        """The part behind the query latent, which recomputation of the up-projections repeats."""
+        """Query latent to query, key, value: what recomputation of the up-projections repeats."""
         return self._assemble(self._query_heads(q), latents, k_rope, *angles)
 
     def _query_heads(self, q: Tensor) -> Tensor:
@@ -278,7 +283,7 @@ class MLRASelfAttention(Attention):
         linear = self.linear_q_proj if self.config.q_lora_rank is None else self.linear_q_up_proj
         q, _ = linear(q)
         if self.config.query_head_norm:
-            q = self.query_head_norm(q)  # whole heads, so on either layout without communication
+            q = self.query_head_norm(q)  # a rank has whole heads in either layout: all is local
         q = q.view(*q.shape[:-1], self.own_heads, self.config.qk_dim)  # [s, b, h / tp, e]
         return self.parallel.exchange_queries(q)
 
@@ -292,7 +297,7 @@ class MLRASelfAttention(Attention):
         key_cos: Tensor,
         key_sin: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Query, key and (materialized) value; absorbed, the values are the latents."""
+        """Query, key and, if materialized, value; if absorbed, the values are the latents."""
         if not self.config.absorbed:
             weight = self.linear_kv_up_proj.weight
             return materialized_qkv(q, latents, k_rope, weight, (cos, sin), (key_cos, key_sin))
@@ -312,7 +317,7 @@ class MLRASelfAttention(Attention):
         plan: TokenPlan,
         group: OffloadGroup,
     ) -> AbstractContextManager:
-        """Where the absorbed core keeps the way to its query instead of the query."""
+        """A context in which the absorbed core saves how to rebuild `query`, not `query` itself."""
         config = self.config
         # torch's core is called for every span, and each call would rebuild the whole query.
         backend = resolve_core_backend(config.core_backend, config.transformer_impl)
@@ -353,15 +358,16 @@ class MLRASelfAttention(Attention):
         *,
         plan: TokenPlan,
     ) -> Tensor:
-        """The core on its own, as recomputation repeats it: `[s, b, n * h_c * (l or d_v)]`.
+        """The core alone, which recomputation repeats: `[s, b, n * h_c * (l or d_v)]`.
 
-        Megatron's activation checkpointing passes `packed_seq_params=None`; the plan already holds
-        what it said.
+        Megatron's activation checkpointing passes `packed_seq_params=None`; the plan already knows
+        the documents.
         """
         return self.core_attention(query, key, value, attention_mask, plan=plan)
 
     def _combine_branches(self, z: Tensor) -> Tensor:
-        """N^-1/2 sum over all branches of the core's output: `[s, b, h / tp * d_v]`, own heads."""
+        """N^-1/2 times the sum of the core's output over branches: own heads
+        `[s, b, h / tp * d_v]`."""
         config, shard = self.config, self.shard
         z = z.view(*z.shape[:2], shard.branches, shard.heads, -1)
         if config.absorbed:

@@ -1,4 +1,4 @@
-"""Configuration of the latent attention family: MLA, GLA and MLRA are two integers apart.
+"""Configuration of the latent attention family: two integers choose among MLA, GLA and MLRA.
 
 Letters used in messages and docstrings: L `num_latent_heads`, N `num_branches`, G = L / N head
 groups, h attention heads, d hidden size, d_c `kv_lora_rank`, d_l = d_c / L latent dim, d_q
@@ -30,7 +30,7 @@ from megatron_mlra.sharding import fit
 
 
 def resolve_core_backend(core_backend: str, transformer_impl: str) -> str:
-    """What is asked for; `auto` follows the layers' implementation: 'torch' or 'te'."""
+    """`core_backend` itself; for 'auto' that of the layers' implementation: 'torch' or 'te'."""
     core_backend = current_name("core_backend", core_backend)
     if core_backend != "auto":
         return core_backend
@@ -40,8 +40,8 @@ def resolve_core_backend(core_backend: str, transformer_impl: str) -> str:
 def resolve_latent_kernels(
     latent_kernels: str, transformer_impl: str, rope_dim: int | None = None
 ) -> str:
-    """'torch' or 'mlra_kernels': `auto` follows the layers' implementation, and is torch without
-    RoPE dims, for which the kernels have no tile."""
+    """'torch' or 'mlra_kernels'; 'auto' means mlra_kernels with Transformer Engine layers, but
+    torch without RoPE dims (`rope_dim` 0), for which the kernels have no tile."""
     if latent_kernels != "auto":
         return latent_kernels
     kernels = transformer_impl == "transformer_engine" and rope_dim != 0
@@ -63,11 +63,11 @@ class MLRAConfig(LatentSizes, MLATransformerConfig):
     """Latent heads L that kv_lora_rank is cut into; each has its own norm and up-projection."""
 
     num_branches: int = 4
-    """Latent heads N that serve each attention head; their attention outputs are summed."""
+    """Branches N: latent heads that each attention head attends to; the N outputs are summed."""
 
     query_head_norm: bool = False
-    """RMSNorm of each query head's d_h + d_r numbers, before RoPE and absorption, with a weight of
-    its own. Megatron's `qk_layernorm` would norm keys too, which here are latents."""
+    """RMSNorm of each query head's d_h + d_r numbers, before RoPE and absorption, with one weight
+    per head. Megatron's `qk_layernorm` would norm the keys too, which here are latents."""
 
     output_gate: bool = False
     """Multiply the attention output by sigmoid(x W_G), elementwise, before the output
@@ -78,7 +78,7 @@ class MLRAConfig(LatentSizes, MLATransformerConfig):
     by N^-1/2. Off sets all three to 1."""
 
     zero_init_output: bool = True
-    """Start the attention and MLP output projections at zero; off gives them init_method too."""
+    """Start the attention and MLP output projections at zero. Off: init_method, as elsewhere."""
 
     latent_tp_layout: str = "head"
     """What a tensor-parallel rank owns of the core: 'head' (its heads, over all their latents) or
@@ -86,20 +86,20 @@ class MLRAConfig(LatentSizes, MLATransformerConfig):
 
     core_form: str = "auto"
     """'absorbed' attends in latent space (L key/value heads), 'materialized' expands keys and
-    values for N h heads; 'auto' absorbs where that costs no FLOPs, i.e. where d_l <= d_h."""
+    values for N h heads; 'auto' absorbs where the absorbed core has no more FLOPs: d_l <= d_h."""
 
     core_backend: str = "auto"
     """'torch', 'te' (Transformer Engine), 'mlra_kernels' (this project's kernels of the absorbed
-    form, on Hopper). 'auto' is torch with local layers; with Transformer Engine's, mlra_kernels
-    where they fit, and te for all else."""
+    form, on Hopper). 'auto': torch with local layers; with Transformer Engine layers, mlra_kernels
+    where the kernels fit the model and the GPU, else te."""
 
     latent_kernels: str = "auto"
     """Norms, absorbed queries and keys, and branch sums by 'torch' or by this project's kernels
-    ('mlra_kernels'); 'auto' takes the kernels with Transformer Engine layers, except for NoPE."""
+    ('mlra_kernels'). 'auto': the kernels with Transformer Engine layers, but torch for NoPE."""
 
     recompute_absorbed_query: bool = True
-    """Rebuild the absorbed core's queries, N h (d_l + d_r) numbers per token, in backward from
-    the h (d_h + d_r) they are made of, instead of keeping both."""
+    """Rebuild the absorbed queries, N h (d_l + d_r) numbers per token, in backward from the
+    unabsorbed ones, h (d_h + d_r) numbers per token, instead of keeping both."""
 
     fp8_linears: str = "wide"
     """Which linears run in FP8 when `fp8` is set: 'wide' (MLP, output and gate projections) or
@@ -109,7 +109,7 @@ class MLRAConfig(LatentSizes, MLATransformerConfig):
     """The method has no biases."""
 
     rope_type: str = "rope"
-    """'rope' or 'yarn'; the half-split pairing (i, i + d_r/2) either way."""
+    """'rope' or 'yarn'; both rotate the half-split pairs (i, i + d_r/2)."""
 
     def __post_init__(self) -> None:
         self.multi_latent_attention = True
@@ -268,7 +268,7 @@ class MLRAConfig(LatentSizes, MLATransformerConfig):
             )
 
     def _validate_nope(self) -> None:
-        """What is about RoPE dims, where there are none."""
+        """Refuse options of RoPE dims for a model without RoPE dims."""
         if self.rope_type == "yarn":
             raise ValueError(
                 "rope_type yarn stretches RoPE, and qk_rope_head_dim is 0 (NoPE); use rope_type"
@@ -281,7 +281,7 @@ class MLRAConfig(LatentSizes, MLATransformerConfig):
             )
 
     def _validate_no_rope_freq(self) -> None:
-        """What goes with layers that rotate nothing."""
+        """Refuse options that do not go with layers without rotation."""
         freq = self.no_rope_freq
         for name, value, wrong, fix in (
             ("rope_type", "yarn", self.rope_type == "yarn", "use rope_type rope"),
@@ -303,7 +303,7 @@ class MLRAConfig(LatentSizes, MLATransformerConfig):
             )
 
     def rotates(self, layer: int) -> bool:
-        """Whether a layer, counted from 0, rotates its RoPE dims."""
+        """Whether layer `layer`, counted from 0, rotates its RoPE dims."""
         return not (self.no_rope_freq and self.no_rope_freq[layer])
 
     def _validate_parallel(self) -> None:
@@ -317,8 +317,7 @@ class MLRAConfig(LatentSizes, MLATransformerConfig):
             )
 
     def _tensor_parallel_misfit(self, tp: int) -> tuple[str, str] | None:
-        """What a tensor parallel size does not fit, and another way out; None for one that
-        works."""
+        """The size that `tp` does not fit, and another fix than a new `tp`; None if `tp` fits."""
         return fit.misfit(
             tp,
             self.latent_tp_layout,

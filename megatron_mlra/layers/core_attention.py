@@ -1,11 +1,11 @@
 """Backends of the core attention: torch's, and this project's on Hopper. Transformer Engine's is in
 transformer_engine.py.
 
-Each takes query `[s, b, heads, d_k]`, key `[t, b, kv_heads, d_k]`, value `[t, b, kv_heads, d_v]`
-(grouped queries) and returns `[s, b, heads * d_v]`. A TokenPlan says which of the t keys each of
-the s queries attends to; without one, s = t and attention is causal. Which backend runs is chosen
-in specs.py, never here. `largest` keeps each query head's largest logit where that is wanted
-(logits.py).
+Each backend takes query `[s, b, heads, d_k]`, key `[t, b, kv_heads, d_k]` and value
+`[t, b, kv_heads, d_v]` (grouped queries) and returns `[s, b, heads * d_v]`. A TokenPlan says which
+of the t keys each of the s queries attends to; without a plan, s = t and attention is causal.
+specs.py alone chooses the backend. `largest` keeps each query head's largest logit if the training
+asks for it (logits.py).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megatron_mlra.sharding.token_plan import TokenPlan
 
 
 class _CoreAttention(MegatronModule):
-    """What Megatron gives to a core attention."""
+    """The constructor that Megatron expects of a core attention."""
 
     def __init__(
         self,
@@ -62,19 +62,20 @@ class SDPACoreAttention(_CoreAttention):
         packed_seq_params=None,
         plan: TokenPlan | None = None,
     ) -> Tensor:
-        """See the module's docstring; `attention_mask` `[b or 1, 1, s, t]`, True where not attended
-        to, replaces the plan (reset attention masks)."""
+        """See the module's docstring. `attention_mask` `[b or 1, 1, s, t]` bool, True where not
+        attended to, replaces the plan (reset attention masks)."""
         if packed_seq_params is not None or attention_bias is not None:
             raise ValueError(
                 "core_backend torch takes neither packed sequences nor attention biases"
             )
         allowed = None if attention_mask is None else ~attention_mask
         if self.largest.wanted_of(self):
-            # torch's fused kernels do not report it.
+            # torch's fused kernels do not report the largest logit.
             spans = None if plan is None else plan.spans
             self.largest.add(largest_logits(query, key, self.softmax_scale, spans, allowed))
         d_v = value.size(-1)
-        # torch's fused kernels want one head dim for all three, on CPU no grouped queries either.
+        # torch's fused kernels want one head dim for query, key and value; on a CPU they take no
+        # grouped queries either.
         width = max(key.size(-1), d_v)
         query, key, value = (
             x if x.size(-1) == width else pad(x, (0, width - x.size(-1)))
@@ -95,11 +96,11 @@ class SDPACoreAttention(_CoreAttention):
         return out[..., :d_v].permute(2, 0, 1, 3).flatten(2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None) -> Tensor:
-        """`[b, heads, s, .]`, `[b, kv_heads, t, .]`; causal from the last query and key up, unless
-        `allowed` says which keys are attended to."""
+        """q `[b, heads, s, .]`, k and v `[b, kv_heads, t, .]`. Causal, with the last query at the
+        last key, unless `allowed` says which keys are attended to."""
         s, t = q.size(2), k.size(2)
         if allowed is None and s != t:
-            # is_causal counts from the first query and key.
+            # is_causal puts the first query at the first key.
             allowed = causal_lower_right(s, t) if q.is_cuda else _lower_right(s, t, q.device)
         dropout = self.config.attention_dropout if self.training else 0.0
         with _dropout_rng(dropout, self.config.sequence_parallel):
@@ -118,8 +119,8 @@ class SDPACoreAttention(_CoreAttention):
 class LatentCoreAttention(_CoreAttention):
     """The absorbed core on Hopper GPUs, by `mlra_kernels.latent_attention`.
 
-    The values are the first columns of the keys, so one gradient, that of `key`, covers both. It
-    is summed with atomic additions and is therefore not reproducible to the last bit.
+    The values are the first columns of the keys, so the gradient of `key` covers both. The kernel
+    sums that gradient by atomic additions, so its last bits differ from run to run.
     """
 
     def forward(
@@ -133,7 +134,7 @@ class LatentCoreAttention(_CoreAttention):
         packed_seq_params: None = None,
         plan: TokenPlan | None = None,
     ) -> Tensor:
-        """See the module's docstring; `value` is the first columns of `key`. It sees no mask."""
+        """See the module's docstring; `value` is the first columns of `key`. No mask is taken."""
         from mlra_kernels.latent_attention import latent_attention, latent_attention_with_top
 
         reads = {} if plan is None or plan.is_whole else plan.latent_reads
@@ -151,8 +152,8 @@ def _lower_right(s: int, t: int, device: torch.device) -> Tensor:
 
 
 def _dropout_rng(dropout: float, sequence_parallel: bool):
-    """The random state of Megatron's own core attention: per TP rank, except under sequence
-    parallel."""
+    """The random state that Megatron's own core attention draws dropout from: that of the TP rank,
+    but the common one under sequence parallel."""
     if dropout == 0.0 or sequence_parallel:
         return nullcontext()
     return get_cuda_rng_tracker().fork()

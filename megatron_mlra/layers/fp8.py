@@ -7,10 +7,10 @@ import copy
 from megatron.core.quantization.quant_config import GlobMatcher, RecipeConfig
 
 LOW_RANK_LINEARS = ("linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj")
-"""Linears into and out of a latent: their products are too small to gain from FP8."""
+"""Linears into and out of a latent, whose matrix products are too small to gain from FP8."""
 
 FP8_RECIPES = ("delayed", "tensorwise", "blockwise")
-"""Recipes of Hopper GPUs and newer; mxfp8 needs Blackwell."""
+"""Recipes that run on Hopper GPUs and newer; mxfp8 needs Blackwell."""
 
 _BF16 = {
     "transformer_engine_config_type": "TEQuantizationParams",
@@ -21,8 +21,8 @@ _BF16 = {
 def linear_config(config, name: str):
     """The config that Transformer Engine's linear `name` of the attention is built with.
 
-    With `fp8_linears` wide the low-rank ones carry Megatron's per-module precision override to
-    bf16, for their parameters too; an override the user configured for the model stays.
+    With `fp8_linears` wide the low-rank linears get Megatron's per-module precision override to
+    bf16, for their parameters too. A `quant_recipe` of the user's stays as it is.
     """
     low_rank = config.fp8_linears == "wide" and name in LOW_RANK_LINEARS
     if not config.fp8 or not low_rank or config.quant_recipe is not None:
@@ -37,7 +37,7 @@ def check_fp8(config) -> None:
 
     Raises:
         ValueError: for a recipe that Hopper lacks, or a dim of an FP8 linear that is no multiple of
-            16 on a tensor-parallel rank; names the next one that is.
+            16 on a tensor-parallel rank; the message names the next multiple.
     """
     if not config.fp8:
         return

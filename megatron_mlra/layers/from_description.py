@@ -15,7 +15,8 @@ from megatron_mlra.layers.config import MLRAConfig
 def to_config(description: ModelDescription, **overrides: Any) -> MLRAConfig | BaselineConfig:
     """The transformer config: MLRAConfig, or BaselineConfig for 'gqa'.
 
-    `overrides` are fields of that config (layout, precision, backend) and win.
+    `overrides` are fields of that config (layout, precision, backend); they win over the
+    description's.
     """
     dtype = getattr(torch, description.dtype)
     fields: dict[str, Any] = {

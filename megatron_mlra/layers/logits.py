@@ -1,4 +1,4 @@
-"""What a core keeps of the logits it has seen, and how a layer's weights follow from them."""
+"""A core's record of its largest logits, and the factors by which QK-clip scales weights."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from megatron_mlra.sharding.placement import training_share
 
 
 class LargestLogits:
-    """The largest logit of each query head of one core since it was last taken.
+    """The largest logit of each query head of one core since the last `take`.
 
-    Off unless asked for: then a core neither computes nor keeps anything.
+    While `wanted` is False, the default, the core neither computes nor keeps logits.
     """
 
     def __init__(self) -> None:
@@ -23,25 +23,25 @@ class LargestLogits:
         self._found: Tensor | None = None
 
     def wanted_of(self, core: torch.nn.Module) -> bool:
-        """Whether the core is to report this pass: one of training, and not its repetition by
-        recomputation, which sees the same logits."""
+        """Whether the core is to report this pass: a training pass that does not repeat another.
+        The repetition by recomputation has the same logits."""
         repeats = is_checkpointing() and torch.is_grad_enabled()
         return self.wanted and core.training and not repeats
 
     def add(self, largest: Tensor) -> None:
-        """Take in those of a micro-batch, `[heads]`."""
+        """Take in the largest logits of a micro-batch, `[heads]`."""
         largest = largest.detach()
         self._found = largest if self._found is None else torch.maximum(self._found, largest)
 
     def take(self) -> Tensor | None:
-        """`[heads]`, None where nothing was seen; begins anew."""
+        """The record `[heads]`, or None if no pass was reported; empties the record."""
         found, self._found = self._found, None
         return found
 
 
 def measured(chunk: torch.nn.Module) -> Iterator[tuple[int, torch.nn.Module]]:
-    """The attentions of a model chunk whose cores report their logits, each behind its place among
-    the model's layers: the decoder's first, then those of multi-token prediction."""
+    """The attentions of a model chunk whose cores can report logits, as (layer number, attention).
+    Numbers count the decoder's layers first, then those of multi-token prediction, from 0."""
     for name, module in chunk.named_modules():
         core = getattr(module, "core_attention", None)
         if isinstance(getattr(core, "largest", None), LargestLogits):
@@ -50,18 +50,18 @@ def measured(chunk: torch.nn.Module) -> Iterator[tuple[int, torch.nn.Module]]:
 
 
 Row = tuple[torch.nn.Parameter, Tensor]
-"""A weight, and a factor for each row of it: all axes but the last, counted through. A vector's
-numbers are its rows."""
+"""A weight, and one factor per row. All axes but the last count as rows; of a vector, every
+number is a row."""
 
 
 def row_factors(attention: torch.nn.Module, factors: Shrink) -> Iterator[Row]:
-    """The weights of an MLRASelfAttention that QK-clip scales, and by what, in float64.
+    """The weights of an MLRASelfAttention that QK-clip scales, and their factors in float64.
 
-    A norm of query heads undoes whatever scales the projection before it, so that then the norm's
-    weight takes the query's factors.
+    A norm of query heads would undo a scaling of the query projection, so with `query_head_norm`
+    the norm's weight takes the query's factors.
 
     Args:
-        factors: of all branches and heads; the layout says which of them the rank's weights serve.
+        factors: of all branches and heads. The layout says which of them serve the rank's weights.
     """
     config, shard = attention.config, attention.shard
     share = training_share(config, shard)

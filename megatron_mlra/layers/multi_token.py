@@ -5,9 +5,10 @@ joins the hidden state of token i, from depth k - 1, with the embedding of token
 
     h_k[i] = norm(layer(W [norm(embedding(t[i + k])); norm(h_(k-1)[i])])),
 
-and the shared output layer predicts token i + k + 1 of it. Here is what Megatron 0.19.2 lacks for
-this project's attentions: the layer itself (Megatron would take its own attention), and tokens and
-losses that are exact for any cut of a sequence over context-parallel ranks.
+and the shared output layer predicts token i + k + 1 from h_k[i]. This module adds what Megatron
+0.19.2 lacks for this project's attentions: the layer itself (Megatron would take its own
+attention), and tokens and losses that are exact for any cut of a sequence over context-parallel
+ranks.
 
 Letters: b micro-batch, s local tokens, m depths (`mtp_num_layers`).
 """
@@ -37,7 +38,7 @@ from megatron_mlra.sharding.token_plan import plan_tokens
 def multi_token_spec(
     config: TransformerConfig, vp_stage: int | None = None
 ) -> MultiTokenPredictionBlockSubmodules | None:
-    """The layers of this pipeline stage: Megatron's, around a copy of the decoder's last one.
+    """This stage's MTP layers: Megatron's, around a copy of the decoder's last layer.
 
     None on all stages but the last, and where `mtp_num_layers` is 0.
     """
@@ -59,17 +60,17 @@ def next_tokens(
     cp_group: dist.ProcessGroup | None = None,
     packed_seq_params: PackedSeqParams | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """In the place of every token what stands at the next one of its document; 0 at the last.
+    """For every token the value of `tensor` at the document's next token; 0 for the last token.
 
-    Takes the place of Megatron's `roll_tensor`, which knows neither documents of any length under
-    context parallelism nor this project's cut of them.
+    Replaces Megatron's `roll_tensor`, which supports neither documents of any length under context
+    parallelism nor this project's cut of documents.
 
     Args:
-        tensor: `[b, s]`, this rank's tokens.
-        shifts, dims: -1, as Megatron's callers have them.
+        tensor: `[b, s]`, one value per token of this rank.
+        shifts, dims: -1; Megatron's callers pass both.
 
     Returns:
-        `[b, s]`, and its sum.
+        The shifted values `[b, s]`, and their sum on this rank; (None, None) for no tensor.
     """
     if tensor is None:
         return None, None
@@ -107,18 +108,18 @@ def multi_token_loss(
 ) -> Tensor:
     """The decoder's hidden states, whose backward pass adds the losses of all depths.
 
-    Takes the place of Megatron's `process_mtp_loss`, which averages over the tokens of each
-    context-parallel rank: ranks with fewer labels would count for more. Each depth's loss is the
-    mean over its tokens of the whole sequence, times `mtp_loss_scaling_factor / m`.
+    Replaces Megatron's `process_mtp_loss`, which averages over the tokens of each context-parallel
+    rank, so that a label counts for more on a rank with fewer labels. Here each depth's loss is the
+    mean over its labels of the whole sequence, times `mtp_loss_scaling_factor / m`.
 
     Args:
         hidden_states: `[(1 + m) s, b, d]`: the decoder's, then each depth's (under sequence
             parallelism this rank's part of s).
-        labels: `[b, s]` int64; None, where logits alone are asked for, leaves the depths out.
-        loss_mask: `[b, s]`, 1 where a label counts; None: everywhere.
+        labels: `[b, s]` int64. None, where only logits are asked for, leaves the depths out.
+        loss_mask: `[b, s]`, 1 where a label counts; None: every label counts.
 
     Returns:
-        `[s, b, d]`.
+        The decoder's hidden states `[s, b, d]`.
     """
     hidden_states, *depths = hidden_states.chunk(1 + config.mtp_num_layers)
     if labels is None:
@@ -138,7 +139,7 @@ def multi_token_loss(
         mask, _ = next_tokens(mask, -1, -1, cp_group, packed_seq_params)
         losses = mask * compute_language_model_loss(labels, logits)
         count = _over_ranks(mask.sum(), cp_group).clamp(min=1)
-        # Gradients are averaged over context-parallel ranks, so that each one's sum counts cp-fold.
+        # Gradients are averaged over the cp ranks, so each rank's sum must count cp-fold.
         share = (1 if cp_group is None else cp_group.size()) / count
         if is_training:
             correct, total = _compute_mtp_acceptance_counts(
@@ -153,7 +154,7 @@ def multi_token_loss(
                 avg_group=mpu.get_data_parallel_group(with_context_parallel=True),
             )
         if config.calculate_per_token_loss:
-            # All gradients are divided by the number of the main loss's tokens, later.
+            # Megatron later divides all gradients by the number of the main loss's labels.
             share = labels_of_main / count
         factor = config.mtp_loss_scaling_factor / config.mtp_num_layers * share
         hidden_states = MTPLossAutoScaler.apply(hidden_states, factor * losses)
@@ -162,7 +163,7 @@ def multi_token_loss(
 
 def tie_output_layer(set_up: Callable) -> Callable:
     """GPTModel's `setup_embeddings_and_output_layer` for tied embeddings over several pipeline
-    stages: the last one has a copy of the embedding then, which is the output layer's weight."""
+    stages, where the last stage has a copy of the embedding as the output layer's weight."""
 
     def run(model) -> None:
         copies = getattr(model, "mtp_process", False) and not model.pre_process
@@ -174,7 +175,7 @@ def tie_output_layer(set_up: Callable) -> Callable:
 
 
 def _over_ranks(count: Tensor, cp_group: dist.ProcessGroup | None) -> Tensor:
-    """The sum of a number over context-parallel ranks."""
+    """The sum of `count` over context-parallel ranks, float32."""
     count = count.float()
     if cp_group is not None and cp_group.size() > 1:
         dist.all_reduce(count, group=cp_group)

@@ -17,9 +17,9 @@ from torch.autograd.graph import saved_tensors_hooks
 class OffloadGroup:
     """A part of the forward pass whose saved tensors Megatron copies to host memory.
 
-    Megatron copies every saved tensor by itself. Here tensors that share memory (a query and its
-    parts, keys and the values in them) are copied once, as the whole memory that they would keep,
-    and come back with their strides; views of weights stay where they are. Nothing is freed by
+    Megatron copies every saved tensor separately. Here tensors that share memory (a query and its
+    parts, keys and the values in them) are copied once, as the whole memory that the tensors would
+    keep, and come back with their strides; views of weights stay on the device. Nothing is freed by
     force: the copied memory is free once the forward pass has dropped its own references.
 
         with (group := OffloadGroup(wanted, x, "qkv_linear")) as x:
@@ -28,8 +28,8 @@ class OffloadGroup:
 
     Args:
         wanted: False makes the group do nothing.
-        tensor: what the part is computed from; backward fetches an earlier part when the gradient
-            of `tensor` is complete.
+        tensor: the part's input; backward fetches an earlier part when the gradient of `tensor`
+            is complete.
         name: Megatron's name of the part (`--offload-modules`).
         weights: parameters of which the part saves views.
     """
@@ -44,7 +44,7 @@ class OffloadGroup:
 
     def __enter__(self) -> Tensor:
         tensor = self._group.__enter__()
-        self._group.tensor = None  # the group lives until backward, the tensor need not
+        self._group.tensor = None  # the group lives until backward, but need not hold the tensor
         if self._group.offload:
             chunk = PipelineOffloadManager.get_instance().cur_forward_chunk()
             if chunk is not None and chunk.do_offload:
@@ -56,18 +56,18 @@ class OffloadGroup:
         if self._hooks is not None:
             self._hooks.__exit__(*error)
             self._hooks = None
-        # What is saved from here on is not this group's, and memory may be used anew.
+        # Later tensors are not this group's, and may lie at addresses that are free again.
         self._shared = {}
         self._group.__exit__(*error)
 
     def commit(self, tensor: Tensor) -> Tensor:
-        """End the part, whose result is `tensor`; the copies start, and in backward the part's
-        tensors are there when the gradient of the result is."""
+        """End the part, whose result is `tensor`, and start its copies. In backward the part's
+        tensors are back on the device when the gradient of the result arrives."""
         return self._group.group_offload(tensor, forced_released_tensors=[])
 
     def kept(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """Keep `tensor`, without a gradient, as a saved tensor is kept; returns what gives it back
-        in backward, as often as it is called."""
+        """Keep `tensor`, without a gradient, as a saved tensor is kept; returns a function that
+        returns `tensor` in backward, at every call."""
         tensor = tensor.detach()
         if self._hooks is None:
             return lambda: tensor
@@ -81,7 +81,7 @@ class OffloadGroup:
         return fetch
 
     def pack(self, tensor: Tensor) -> Any:
-        """What autograd keeps instead of `tensor`; `tensor` itself outside of an active group."""
+        """What autograd keeps in place of `tensor`; outside of an active group, `tensor` itself."""
         if self._hooks is None or not _is_plain(tensor) or _address(tensor) in self._weights:
             return tensor
         whole = _whole(tensor)
@@ -105,7 +105,7 @@ class OffloadGroup:
 
 
 class _Shared:
-    """Memory that several saved tensors lie in: copied once, held while one of them is needed."""
+    """Memory that saved tensors share: copied once, fetched once, kept until all are unpacked."""
 
     def __init__(self, whole: Tensor) -> None:
         self.dtype = whole.dtype
@@ -115,7 +115,7 @@ class _Shared:
 
     def take(self) -> Tensor:
         if self._whole is None:
-            # Megatron gives a tensor back once.
+            # Megatron returns a tensor once only.
             self._whole = PipelineOffloadManager.get_instance().on_get_saved_tensor(self._packed)
             self._packed = None
         whole = self._whole
@@ -130,14 +130,14 @@ def _address(tensor: Tensor) -> int:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether the tensor is memory of its own, to which nobody has said that it must stay."""
+    """Whether the tensor is a plain strided one that is not marked as staying on the device."""
     kept = getattr(tensor, "_TE_do_not_offload", False) or getattr(tensor, "_do_not_offload", False)
     return type(tensor) is Tensor and tensor.layout == torch.strided and not kept
 
 
 def _whole(tensor: Tensor) -> Tensor | None:
-    """All memory that `tensor` keeps, in one dimension; None where that is much more than
-    `tensor`, such as a table that a few rows are taken of."""
+    """The whole storage of `tensor`, in one dimension; None where the storage is more than twice
+    the tensor, as of a few rows of a table."""
     numbers = tensor.untyped_storage().nbytes() // tensor.element_size()
     if not 0 < numbers <= 2 * tensor.numel():
         return None

@@ -26,9 +26,9 @@ from megatron_mlra.sharding.tensor_parallel import LatentShard, all_reduce_sum
 
 
 def latent_functions(config: MLRAConfig) -> ModuleType:
-    """The implementation of `latent_kernels`: modules of equal functions `rms_norm`,
+    """The module that `latent_kernels` chooses: each has the functions `rms_norm`,
     `rotate_absorb`, `join_keys` and `sum_branches`."""
-    # Baselines share the norm, not the choice.
+    # Baselines use the norm too, but their configs have no `latent_kernels`.
     kernels = getattr(config, "latent_kernels", "torch")
     rope_dim = getattr(config, "qk_pos_emb_head_dim", None) if kernels != "torch" else None
     if resolve_latent_kernels(kernels, config.transformer_impl, rope_dim) == "torch":
@@ -41,7 +41,8 @@ def latent_functions(config: MLRAConfig) -> ModuleType:
 class RMSNorm(torch.nn.Module):
     """Root-mean-square norm of a replicated hidden state, statistics in float32.
 
-    Unlike torch's, it carries the mark by which Megatron sums its gradient under sequence parallel.
+    Unlike the weight of torch's RMSNorm, this weight carries the mark by which Megatron sums its
+    gradient over ranks under sequence parallel.
 
     Args:
         config: supplies `sequence_parallel` and `params_dtype`.
@@ -66,13 +67,13 @@ class ShardedRMSNorm(MegatronModule):
     """RMSNorm of `num_norms` equal parts of a vector whose columns are split over ranks.
 
     Rank r holds columns `[r w, (r + 1) w)`, w = size / tp, and their weights. Where w is a whole
-    number of parts, nothing is communicated; else one sum of squares a token and part is
+    number of parts, nothing is communicated; else one sum of squares per token and part is
     all-reduced.
 
     Args:
         size: columns over all ranks (d_q, or d_c).
         num_norms: parts normalised on their own (1, or L).
-        scale: factor on the result (variance scaling).
+        scale: factor of the result (variance scaling).
     """
 
     def __init__(
@@ -120,10 +121,10 @@ class ShardedRMSNorm(MegatronModule):
 
 
 class LatentUpProjection(MegatronModule):
-    """W_UK and W_UV of the rank's (branch, head) pairs: one weight, `[n, h, d_h + d_v, d_l]`.
+    """W_UK and W_UV of the rank's (branch, head) pairs: one weight, `[n, h_c, d_h + d_v, d_l]`.
 
-    The global weight is `[N, num_attention_heads, d_h + d_v, d_l]` in either layout; per pair the
-    d_h key rows come first, then the d_v value rows.
+    The global weight is `[N, h, d_h + d_v, d_l]` in either layout. Each pair has d_h key rows, then
+    d_v value rows.
     """
 
     def __init__(
@@ -151,7 +152,7 @@ class LatentUpProjection(MegatronModule):
             with get_cuda_rng_tracker().fork():
                 init_method(self.weight)
             return
-        # As Megatron does on a CPU: every rank draws the global weight and keeps its part.
+        # As Megatron initialises on a CPU: every rank draws the global weight and keeps its part.
         whole = torch.empty(self.global_shape, dtype=torch.float32, device=self.weight.device)
         init_method(whole)
         self.weight.copy_(whole[self.box])
@@ -180,8 +181,8 @@ class LatentUpProjection(MegatronModule):
 class LatentColumnParallelLinear(ColumnParallelLinear):
     """Column-parallel linear that leaves its input's communication to LatentParallel.
 
-    Every rank holds the whole input. The gradient of the input is a partial sum, which the
-    collective behind the input completes, so that several projections share one collective.
+    Every rank holds the whole input. The gradient of the input is a partial sum. LatentParallel
+    completes the sum in backward, so that several projections share one collective.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -205,8 +206,8 @@ def split_rows_factory(
     axis = len(offsets)
     tp = sharded.axis_fragmentations[axis]
     rank = sharded.global_offset[axis] // sharded.local_shape[0]
-    # from_rank_offsets counts in units of the local rows, so a block is cut into pieces of the
-    # common unit.
+    # from_rank_offsets counts offsets in pieces of equal size, so every block is cut into pieces of
+    # the blocks' greatest common divisor.
     unit = math.gcd(*blocks)
     total = tp * sum(blocks) // unit
 

@@ -16,14 +16,16 @@ from megatron_mlra.layers.offload import OffloadGroup
 def rebuilt_in_backward(
     tensor: Tensor, rebuild: Callable[[], Tensor], group: OffloadGroup | None = None
 ) -> Iterator[None]:
-    """Inside, whatever operation keeps `tensor`, or a view of it, for backward keeps `rebuild`.
+    """Inside this context an operation that saves `tensor`, or a view of it, saves `rebuild`.
 
-    Unlike a checkpoint it needs no random state and no hook on the output, so it works under CUDA
-    graphs and in a core that recomputes itself; it is for a tensor that is cheap to make anew.
+    Unlike a checkpoint, the context needs no random state and no hook on the output, so it works
+    under CUDA graphs and in a core that recomputes itself. Use it for a tensor that is cheap to
+    compute again.
 
     Args:
         rebuild: returns the contents of `tensor` in the same strides; called without gradients.
-        group: keeps all other tensors; of nested hooks torch calls the innermost alone.
+        group: packs all other tensors. Torch calls the innermost of nested hooks alone, so the
+            group's own hooks would not run.
     """
     storage = tensor.untyped_storage().data_ptr()
 
@@ -43,4 +45,4 @@ def rebuilt_in_backward(
 
 
 class _Place(tuple):
-    """Size, strides and offset of a view of what is rebuilt."""
+    """Size, strides and offset of a view of the rebuilt tensor."""

@@ -23,7 +23,7 @@ _FIELDS = (
 
 
 class RotaryTables:
-    """Megatron's rotary embedding of the RoPE dims, with the last tables kept.
+    """Megatron's rotary embedding of the RoPE dims; keeps the last tables it returned.
 
     Args:
         config: supplies the RoPE type and its constants.
@@ -33,7 +33,7 @@ class RotaryTables:
         common = {"rotary_base": config.rotary_base}
         if config.use_cpu_initialization:
             common["use_cpu_initialization"] = True
-        # Of a model without RoPE (NoPE) the tables are empty: those of 2 dims, cut to none.
+        # A model without RoPE (NoPE) has empty tables: tables of 2 dims, cut to 0 columns.
         self.width = config.qk_rope_head_dim // 2
         dims = config.qk_rope_head_dim or 2
         self.is_yarn = config.rope_type == "yarn"
@@ -54,12 +54,12 @@ class RotaryTables:
 
     @torch.no_grad()
     def cos_sin(self, s: int, offset: int) -> tuple[Tensor, Tensor]:
-        """cos and sin `[s, d_r / 2]` in float32 of positions offset .. offset + s - 1, times
-        YaRN's concentration factor."""
+        """cos and sin `[s, d_r / 2]`, float32, of positions offset .. offset + s - 1, times YaRN's
+        concentration factor."""
         if self._last is None or self._last[0] != (s, offset):
-            # Evaluation in inference mode must leave tensors that training can use.
+            # Evaluation in inference mode must keep tables that training can use later.
             with torch.inference_mode(False):
-                # Told of packed sequences, it leaves the cut of context parallel to others.
+                # packed_seq keeps Megatron from cutting the table over context-parallel ranks.
                 emb, mscale = self.embedding(s, offset=offset, packed_seq=True), 1.0
                 if self.is_yarn:
                     emb, mscale = emb

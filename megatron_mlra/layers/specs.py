@@ -1,6 +1,6 @@
-"""Layer specifications: Megatron's own blocks with the attention and norms put in.
+"""Layer specifications: Megatron's own blocks with this project's attention and norms.
 
-`local` runs everywhere (torch), `transformer_engine` on NVIDIA GPUs.
+Layers of `transformer_impl` local run everywhere (torch), of transformer_engine on NVIDIA GPUs.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _core_attention(config: MLRAConfig):
 
 
 def core_backend(config: MLRAConfig) -> str:
-    """The core that `config.core_backend` stands for: 'torch', 'te' or 'mlra_kernels'.
+    """The core that `config.core_backend` resolves to: 'torch', 'te' or 'mlra_kernels'.
 
     Raises:
         ValueError: if a requested backend is not installed, or does not support this model's sizes.
@@ -89,7 +89,7 @@ def core_backend(config: MLRAConfig) -> str:
 
 
 def _latent_core_misfit(config: MLRAConfig) -> str | None:
-    """Why this project's kernels of the absorbed core cannot run, and what to use."""
+    """Why the kernels of the absorbed core cannot run, and what to use; None where they can."""
     from mlra_kernels.latent_attention import misfit
 
     for wrong, said in (
@@ -114,8 +114,8 @@ def _latent_core_misfit(config: MLRAConfig) -> str | None:
 
 
 def layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """One transformer layer of any attention kind this project knows, dense unless the config has
-    experts."""
+    """One transformer layer of any attention kind this project has; mixture-of-experts if the
+    config has experts, else dense."""
     if uses_transformer_engine(config):
         spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
@@ -139,7 +139,7 @@ def block_spec(
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, dense or mixture-of-experts as `moe_layer_freq` says.
 
-    With more than one stage, Megatron's parallel state must be initialised: it knows the stage.
+    With more than one stage, Megatron's parallel state must be initialised, as it holds the stage.
 
     Raises:
         ValueError: `transformer_impl` is unknown, or Transformer Engine is not installed.
@@ -159,7 +159,7 @@ def block_spec(
 
 
 def last_layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """The decoder's last layer."""
+    """The specification of the decoder's last layer."""
     specs = get_gpt_decoder_layer_specs(
         config, uses_transformer_engine(config), normalization=config.normalization
     )
@@ -177,7 +177,7 @@ def _moe_pattern(config: TransformerConfig) -> list[bool]:
 
 
 def _first(specs: list[ModuleSpec], config: TransformerConfig, is_moe: bool) -> ModuleSpec | None:
-    """Megatron's specification of the first layer that is (not) mixture-of-experts."""
+    """Megatron's specification of the first layer of this kind; None if no layer is."""
     pairs = zip(specs, _moe_pattern(config), strict=True)
     return next((spec for spec, moe in pairs if moe == is_moe), None)
 
@@ -185,7 +185,8 @@ def _first(specs: list[ModuleSpec], config: TransformerConfig, is_moe: bool) -> 
 def _adapt(spec: ModuleSpec | None, config: TransformerConfig, is_moe: bool) -> ModuleSpec | None:
     """A copy of a Megatron layer specification with this project's attention and norms.
 
-    Norms that Transformer Engine fuses into the linear behind them keep that place in checkpoints.
+    Transformer Engine fuses some norms into the linear behind the norm. Checkpoints store those
+    norms under the fused names, whatever `transformer_impl` is.
     """
     if spec is None:
         return None
@@ -207,7 +208,7 @@ def _adapt(spec: ModuleSpec | None, config: TransformerConfig, is_moe: bool) -> 
 
 
 def norm_class(config: TransformerConfig) -> type:
-    """The norm of replicated hidden states."""
+    """The class of the norms of replicated hidden states."""
     if uses_transformer_engine(config):
         from megatron.core.extensions.transformer_engine import TENorm
 

@@ -1,5 +1,7 @@
-"""Transformer Engine's linear and core attention in this project's roles; imported only where
-Transformer Engine is installed."""
+"""Transformer Engine's linear and core attention as submodules of this project's attentions.
+
+Imported only where Transformer Engine is installed.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,8 @@ from megatron_mlra.sharding.token_plan import TokenPlan
 class TELatentColumnParallelLinear(TELinear):
     """Column-parallel te.Linear that leaves its input's communication to LatentParallel.
 
-    Transformer Engine sees a linear of this rank's rows without a tensor-parallel group, in
-    "column" mode so that its weight is marked tensor-parallel and drawn from the rank's own random
-    state.
+    Transformer Engine gets a linear of this rank's rows without a tensor-parallel group. The mode
+    "column" marks the weight as tensor-parallel and draws it from the rank's own random state.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class TELatentColumnParallelLinear(TELinear):
     ) -> None:
         assert not gather_output and not bias and not is_expert
         config = copy.copy(config)
-        # Its user buffers overlap a communication that this linear does not do.
+        # Its user buffers would overlap a communication that this linear does not have.
         config.tp_comm_overlap = False
         super().__init__(
             input_size,
@@ -75,8 +76,8 @@ class TELatentColumnParallelLinear(TELinear):
 class TECoreAttention(TEDotProductAttention):
     """Transformer Engine's attention over the spans of a TokenPlan.
 
-    The largest logits are torch's, one more product of queries and keys: Transformer Engine's own
-    report of them chooses other kernels and has not been tried with these masks.
+    Torch computes the largest logits, by one more product of queries and keys. Transformer Engine's
+    own report of largest logits chooses other kernels and has not been tried with these masks.
     """
 
     def __init__(self, *args, softmax_scale: float, **named) -> None:
@@ -92,7 +93,7 @@ class TECoreAttention(TEDotProductAttention):
         attention_mask: None = None,
         plan: TokenPlan | None = None,
     ) -> Tensor:
-        """See core_attention.py; it sees no mask."""
+        """See core_attention.py; no mask is taken."""
         if self.largest.wanted_of(self):
             spans = None if plan is None else plan.spans
             self.largest.add(largest_logits(query, key, self.logit_scale, spans))
@@ -113,7 +114,7 @@ class TECoreAttention(TEDotProductAttention):
         return torch.cat(parts)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, plan: TokenPlan) -> Tensor:
-        """One call for all spans, whose keys are laid out one behind the other."""
+        """One variable-length call for all spans; keys that several spans read are copied."""
         varlen = plan.varlen
         query, key, value = (x.squeeze(1) for x in (query, key, value))
         if varlen.key_index is not None:
@@ -145,8 +146,8 @@ def te_core_attention(
 ):
     """Transformer Engine's attention, sized for this rank's (branch, head) pairs.
 
-    Transformer Engine divides heads and groups by the TP size, so both are given times it. Its own
-    context parallelism is off: latents are gathered before the core.
+    Transformer Engine divides heads and groups by the TP size, so both are multiplied by it here.
+    Transformer Engine's own context parallelism is off: latents are gathered before the core.
     """
     group = pg_collection.tp
     shard = LatentShard.plan(config, group.size(), group.rank())
@@ -154,7 +155,7 @@ def te_core_attention(
     sized = copy.copy(config)
     sized.num_attention_heads = queries * shard.tp_size
     sized.context_parallel_size = 1
-    # Megatron would have Transformer Engine report logits, and take a pair for its output.
+    # With these set, Megatron makes Transformer Engine return (output, largest logits).
     sized.qk_clip = sized.log_max_attention_logit = False
     if config.absorbed:
         k_channels, v_channels = config.latent_dim + config.qk_rope_head_dim, config.latent_dim

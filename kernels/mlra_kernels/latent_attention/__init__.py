@@ -1,4 +1,4 @@
-"""The absorbed core attention of training and prefill on Hopper: values are part of its keys."""
+"""The absorbed core attention of training and prefill on Hopper: values are part of the keys."""
 
 from mlra_kernels.latent_attention.ops import (
     check_supported,

@@ -1,13 +1,15 @@
-"""Backward of the absorbed core: queries stay, latents pass by.
+"""Backward of the absorbed core: a program holds its queries and goes through the latents.
 
-Letters as in forward_kernel.py. With P = exp(scale S - lse), S = q k^T, dP = dO c^T:
+Letters as in forward_kernel.py. In the equations P is the matrix of probabilities. With
+P = exp(scale S - lse), S = q [c | r]^T, dP = dO c^T:
 
     dS = scale P (dP - delta),  delta = rowsum(dO * O)
     dq = dS [c | r],  dc = P^T dO + dS^T q_nope,  dr = dS^T q_rope
 
-c is key and value, so one product's accumulator takes both its gradients. A program keeps dq of its
-queries in registers and adds dc and dr of every tile to float32 sums in memory: L + R numbers per
-key head, which stay in the L2 cache, where sums of dq would be P / G times as many.
+c is key and value, so one accumulator sums both gradients of c. A program keeps dq of its queries
+in registers and adds dc and dr of every tile to float32 sums in memory. These sums, L + R numbers
+per key and key head, stay in the L2 cache; sums of dq would be as many for every (branch, head)
+pair.
 """
 
 from triton.experimental import gluon
@@ -44,7 +46,7 @@ def row_products(
     a_ptr, b_ptr, out_ptr, s, b,
     P: gl.constexpr, L: gl.constexpr, T: gl.constexpr,
 ):  # fmt: skip
-    """sum over the last dim of a * b, both `[s, b, P, L]` -> `[b, P, s]` float32.
+    """Sum of a * b over the last dim, both `[s, b, P, L]` -> `[b, P, s]` float32.
 
     Programs: (tokens in blocks of T, pair, sequence).
     """
@@ -67,14 +69,14 @@ def latent_attention_backward(
     P: gl.constexpr, G: gl.constexpr, L: gl.constexpr, R: gl.constexpr,
     M: gl.constexpr, N: gl.constexpr, RANGES: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
-    """q, dq `[s, b, P, L + R]`; key `[t, b, G, L + R]`; dO `[s, b, P, L]`; lse, delta `[b, P, s]`
-    and dkey `[t, b, G, L + R]`, to which is added, both in float32. Which keys a query reads, and
-    what a program takes: see the forward.
+    """q, dq `[s, b, P, L + R]`; key `[t, b, G, L + R]`; dO `[s, b, P, L]`. In float32: lse, delta
+    `[b, P, s]` and dkey `[t, b, G, L + R]`, to which the kernel adds. The forward says which keys a
+    query reads and which queries a program takes.
 
     Blocks of the descriptors: M / 2 queries, N keys. Programs: (query tile, the last first; pair;
-    sequence), of 4 warps and the partitions' beside them. Two warpgroups take P, dS and dq of
-    half of the queries each; a third dc and dr; one warp loads tiles of keys, one adds the third's
-    sums to memory.
+    sequence), of 4 warps and the warps of the partitions. Two warpgroups compute P, dS and dq, each
+    for half of the queries. A third warpgroup computes dc and dr. One warp loads tiles of keys, and
+    one warp adds dc and dr to memory.
     """
     dtype: gl.constexpr = do_desc.dtype
     m: gl.constexpr = M // 2
@@ -103,9 +105,9 @@ def latent_attention_backward(
         mbarrier.init(taken.index(i), count=1)
     mbarrier.init(summed.index(0), count=1)
     mbarrier.init(added.index(0), count=1)
-    fence_async_shared()  # the copy engine sees the barriers
+    fence_async_shared()  # so that the copy engine sees the barriers
 
-    UNIT: gl.constexpr = 1 if TILES else N  # in which the first key is counted
+    UNIT: gl.constexpr = 1 if TILES else N  # keys per count of `first`
     if TILES:
         head, place, q_column, k_column = place_tile(tiles_ptr, s, t, P, G, L + R, M)
         start, end, first, stop = place
@@ -119,9 +121,9 @@ def latent_attention_backward(
         first, tiles = tiles_read(start, M, reading, N, RANGES)
         tiles_1 = tiles
         if RANGES:
-            tiles_0 = tiles  # both halves free the stages: neither may end more than 2 tiles early
+            tiles_0 = tiles  # a stage needs both halves to free it: both take all tiles
         else:
-            _, tiles_0 = tiles_read(start, m, reading, N, RANGES)  # may be one less
+            _, tiles_0 = tiles_read(start, m, reading, N, RANGES)  # may be one tile fewer
     queries, keys = (q_nope, q_rope, do, loaded), (c_ring, r_ring, full, free)
     scores, sums = (p_tiles, ds_tiles, ready, taken), (dc_tile, dr_tile, summed, added)
     rows = (lse_ptr, delta_ptr, head, start, s, scale, log2_scale)
@@ -149,7 +151,7 @@ def _load(
     queries, keys, descs, start, columns, first, tiles,
     L: gl.constexpr, m: gl.constexpr, N: gl.constexpr, UNIT: gl.constexpr,
 ):  # fmt: skip
-    """A warp: loads queries and dO, then keys into the stages that both halves are done with."""
+    """One warp: loads queries and dO, then keys into the stages that both halves have freed."""
     q_nope, q_rope, do, loaded = queries
     q_nope_desc, q_rope_desc, do_desc, key_nope_desc, key_rope_desc = descs
     q_column, do_column, k_column = columns
@@ -169,7 +171,7 @@ def _attend(
     L: gl.constexpr, R: gl.constexpr, m: gl.constexpr, N: gl.constexpr, P: gl.constexpr,
     RANGES: gl.constexpr, TILES: gl.constexpr, UNIT: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup: P, dS and dq of half of the queries."""
+    """One warpgroup: P, dS and dq of half of the queries."""
     queries, keys, scores, rows, dq = shared
     q_nope_tiles, q_rope_tiles, do_tiles, loaded = queries
     c_ring, r_ring, full, free = keys
@@ -184,12 +186,12 @@ def _attend(
     left: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
     start += half * m
     if TILES:
-        last = start + reading[3] - first  # that query 0 reads, from the first key on
+        last = start + reading[3] - first  # last key of query 0, counted from `first`
     else:
         by_all = keys_read_by_all(start, m, reading, RANGES)
     row = start + gl.arange(0, m, gl.SliceLayout(1, layout))
     end = reading[1]
-    # A weight of a row of another program is exp2(-inf).
+    # Rows of another program get lse = inf, so their weights are exp2(-inf) = 0.
     lse = gl.load(lse_ptr + head * s + row, row < end, -MASKED if TILES else 0.0) * LOG2E
     delta = gl.load(delta_ptr + head * s + row, row < end, 0.0) * scale
     zeros = gl.zeros([m, N], gl.float32, layout)
@@ -199,8 +201,8 @@ def _attend(
 
     for j in range(tiles):
         stage = j & 1
-        # j >> 30 is 0, which the compiler does not know: it makes addresses anew for every tile.
-        # Kept, those of all products would not fit beside the accumulators.
+        # j >> 30 is 0, but the compiler does not know, so it computes addresses in every iteration.
+        # Registers cannot hold the addresses of all products beside the accumulators.
         zero = j >> 30
         h = half + zero
         p_tile, ds_tile = p_tiles.index(h), ds_tiles.index(h)
@@ -227,14 +229,14 @@ def _attend(
         fence_async_shared()
         gl.thread_barrier()
         mbarrier.arrive(ready.index(half), count=1)
-        # Named, so that the operand keeps its registers until here.
+        # `operand` is named here so that its registers are not reused before.
         dq_nope, dq_rope, operand = warpgroup_mma_wait(0, deps=[dq_nope, dq_rope, operand])
         gl.thread_barrier()
         mbarrier.arrive(free.index(stage), count=1)
 
     if TILES:
         pass_tiles(tiles, passed, full, free, 2)
-    mbarrier.wait(taken.index(half), (tiles + 1) & 1)  # nobody reads the queries any more
+    mbarrier.wait(taken.index(half), (tiles + 1) & 1)  # the queries' memory may now take dq
     q_nope, q_rope = q_nope_tiles.index(half), q_rope_tiles.index(half)
     q_nope.store(dq_nope.to(dtype))
     q_rope.store(dq_rope.to(dtype))
@@ -242,7 +244,7 @@ def _attend(
     gl.thread_barrier()
     if TILES:
         pitch = gl.num_programs(1) * P * (L + R)
-        start += passed >> 30  # 0, see above
+        start += passed >> 30  # 0, see `zero` above
         store_rows(dq_nope_desc, dq_ptr, q_nope, start, end, pitch, q_column, m, L)
         store_rows(dq_rope_desc, dq_ptr, q_rope, start, end, pitch, q_column + L, m, R)
     else:
@@ -256,7 +258,7 @@ def _sum(
     queries, scores, sums, tiles_0, tiles_1,
     L: gl.constexpr, R: gl.constexpr, N: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup: dc and dr, a tile after the other."""
+    """One warpgroup: dc and dr, tile after tile."""
     mbarrier.wait(queries[3].index(0), 0)
     mbarrier.wait(queries[3].index(1), 0)
     both, tiles, half = tiles_0, tiles_1, 1
@@ -275,8 +277,8 @@ def _sum_tile(
     j, both: gl.constexpr, half, queries, scores, sums,
     L: gl.constexpr, R: gl.constexpr, N: gl.constexpr,
 ):  # fmt: skip
-    """dc and dr of tile j from both halves of the queries or only from one. dc leaves its registers
-    before dr takes them."""
+    """dc and dr of tile j, from both halves of the queries or, without `both`, from `half`. dc is
+    stored before dr needs registers."""
     q_nope, q_rope, do, _ = queries
     p_tiles, ds_tiles, ready, taken = scores
     dc_tile, dr_tile, summed, added = sums
@@ -316,7 +318,7 @@ def _sum_tile(
 
 @gluon.jit
 def _add(sums, dkey, first, tiles, L: gl.constexpr, N: gl.constexpr, UNIT: gl.constexpr):
-    """A warp: adds the sums of every tile to memory."""
+    """One warp: adds dc and dr of every tile to memory."""
     dc_tile, dr_tile, summed, added = sums
     dkey_nope_desc, dkey_rope_desc, column = dkey
     for j in range(tiles):

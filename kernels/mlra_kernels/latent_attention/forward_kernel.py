@@ -1,7 +1,8 @@
 """Forward of the absorbed core: a tile of latents is loaded once, as keys and as values.
 
-Letters: s queries and t keys a sequence, b sequences, P (branch, head) pairs, G key heads, L latent
-dim, R RoPE dim; a program takes M queries of a pair and goes through the keys in tiles of N.
+Letters: s queries and t keys per sequence, b sequences, P (branch, head) pairs, G key heads,
+L latent dim, R RoPE dim. A program takes M queries of a pair and goes through the keys in tiles of
+N.
 """
 
 from triton.experimental import gluon
@@ -32,7 +33,7 @@ from mlra_kernels.latent_attention.tiles import (
 LN2 = gl.constexpr(0.6931471805599453)
 
 
-# One build for every length: a server's prompts have any, and a build takes seconds.
+# One build serves every length: a server gets prompts of any length, and a build takes seconds.
 @gluon.jit(do_not_specialize=["s", "t", "past"])
 def latent_attention_forward(
     q_nope_desc, q_rope_desc, key_nope_desc, key_rope_desc, out_desc, out_ptr, lse_ptr, top_ptr,
@@ -43,15 +44,16 @@ def latent_attention_forward(
 ):  # fmt: skip
     """q `[s, b, P, L + R]`, key `[t, b, G, L + R]` -> out `[s, b, P, L]`, lse `[b, P, s]`.
 
-    Query i reads the keys up to i + past or, with RANGES, from ranges[0, i] to ranges[1, i], which
-    never fall: int32 `[2, s]`. lse is the natural logarithm, float32; log2_scale = softmax scale *
-    log2(e). top, where it is not None, holds each query's largest scaled score, shaped as lse:
-    the softmax has it at hand. Blocks of the descriptors: M / 2 queries, N keys. Programs: (query
-    tile, the last first; pair; sequence) or, with TILES, (row of tiles, its pairs; sequence), where
-    tiles `[n, 4]` int32 says which queries and keys a program takes (`query_tiles`). They are of 4
-    warps and the partitions' beside them: two warpgroups take half of the queries each, so that
-    one's softmax runs while the other's products do, and one warp loads. Tiles of keys come from
-    the last.
+    Query i reads the keys up to i + past or, with RANGES, from ranges[0, i] to ranges[1, i]: int32
+    `[2, s]`, neither row of which falls. lse is a natural logarithm in float32; log2_scale =
+    softmax scale * log2(e). top, if not None, takes each query's largest scaled score, in the shape
+    and dtype of lse: a by-product of the softmax. Blocks of the descriptors: M / 2 queries, N keys.
+
+    Programs: (query tile, the last first; pair; sequence) or, with TILES, (row of tiles and pair;
+    sequence), where tiles `[n, 4]` int32 says which queries and keys a program takes
+    (`query_tiles`). A program has 4 warps and the warps of the partitions. Two warpgroups take half
+    of the queries each, so that the softmax of one overlaps the products of the other. One warp
+    loads. Tiles of keys are taken from the last to the first.
     """
     dtype: gl.constexpr = out_desc.dtype
     m: gl.constexpr = M // 2
@@ -69,9 +71,9 @@ def latent_attention_forward(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(free.index(i), count=2)
-    fence_async_shared()  # the copy engine sees the barriers
+    fence_async_shared()  # so that the copy engine sees the barriers
 
-    UNIT: gl.constexpr = 1 if TILES else N  # in which the first key is counted
+    UNIT: gl.constexpr = 1 if TILES else N  # keys per count of `first`
     if TILES:
         head, place, q_column, k_column = place_tile(tiles_ptr, s, t, P, G, L + R, M)
         start, end, first, stop = place
@@ -102,7 +104,7 @@ def _load(
     queries, keys, descs, start, q_column, k_column, read,
     L: gl.constexpr, m: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr,
 ):  # fmt: skip
-    """A warp: loads the queries, then keys into the stages that both halves are done with."""
+    """One warp: loads the queries, then keys into the stages that both halves have freed."""
     q_nope, q_rope, loaded = queries
     q_nope_desc, q_rope_desc, key_nope_desc, key_rope_desc = descs
     _, first, tiles = read
@@ -121,7 +123,7 @@ def _attend(
     L: gl.constexpr, m: gl.constexpr, N: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr,
     RANGES: gl.constexpr, TILES: gl.constexpr, UNIT: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup: half of the queries."""
+    """One warpgroup: attention of half of the queries."""
     queries, keys, anchor, out_desc, rows, read = shared
     q_nope_tiles, q_rope_tiles, loaded = queries
     c_ring, r_ring, full, free = keys
@@ -134,7 +136,7 @@ def _attend(
     of_rows: gl.constexpr = gl.SliceLayout(1, scores)
     start += half * m
     if TILES:
-        last = start + reading[3] - first  # that query 0 reads, from the first key on
+        last = start + reading[3] - first  # last key of query 0, counted from `first`
     else:
         by_all = keys_read_by_all(start, m, reading, RANGES)
         last = first * UNIT + (tiles - 1) * N
@@ -168,16 +170,16 @@ def _attend(
         x = warpgroup_mma(q_nope, c, zero, use_acc=False, is_async=True)
         x = warpgroup_mma(q_rope, r, x, is_async=True)
         out = warpgroup_mma(p, c_ring.index(before), out, is_async=True)
-        # The softmax of this tile while the values of the one before are summed.
+        # This tile's softmax overlaps the previous tile's product with the values.
         x = warpgroup_mma_wait(1, deps=[x])
         if TILES:
             x = mask_diagonal(x, tiles - 1 - j, last, j >> 30, m, N, scores)
         else:
             x = mask(x, last - j * N, start, by_all, reading, m, N, scores, RANGES)
         weights, shrink, top, total = _softmax(x, top, total, log2_scale)
-        # Nobody reads it: ptxas would move the softmax behind the next wait.
+        # Never read. Without this store, ptxas would move the softmax behind the next wait.
         anchor.index(half).store(total)
-        # p is named so that it keeps its registers until here.
+        # p is named here so that its registers are not reused before.
         out, p = warpgroup_mma_wait(0, deps=[out, p])
         gl.thread_barrier()
         mbarrier.arrive(free.index(before), count=1)
@@ -206,13 +208,13 @@ def _attend(
 
 @gluon.jit
 def _softmax(x, top, total, log2_scale):
-    """Of a tile's scores.
+    """Online softmax of a tile's scores x.
 
-    Returns: weights, to be divided by the total; by what the sums so far shrink; the new top score,
-    in base 2, and total.
+    Returns: the weights, not yet divided by the total; the factor by which earlier sums shrink; the
+    new top score, in base 2; the new total.
     """
     higher = gl.maximum(top, gl.max(x, 1) * log2_scale)
-    # The weights of a row that is masked whole so far are exp2(MASKED - 0).
+    # A row masked whole so far gets weights exp2(MASKED - 0) = 0, not exp2(-inf + inf) = NaN.
     base = gl.where(higher == MASKED, 0.0, higher)
     weights = gl.exp2(x * log2_scale - base[:, None])
     shrink = gl.exp2(top - base)

@@ -17,21 +17,21 @@ from mlra_kernels.latent_attention.forward_kernel import latent_attention_forwar
 from mlra_kernels.latent_attention.spans import QUERIES
 
 LATENT_DIMS, ROPE_DIMS = (32, 64, 128), (16, 32, 64)
-"""What the kernels take."""
+"""Dims that the kernels take."""
 
 TRITON = "3.6"
-"""Gluon changes from one version to the next."""
+"""The supported Triton version: Gluon changes from one version to the next."""
 
 FORWARD_KEYS, BACKWARD_KEYS = 128, 64
-"""Keys of a tile."""
+"""Keys per tile, in each pass."""
 
 STAGES = 3
-"""Tiles of keys in shared memory, in forward."""
+"""Tiles of keys that the forward kernel holds in shared memory."""
 
 FORWARD_LAUNCH = {"num_warps": 4, "maxnreg": 168}
 BACKWARD_LAUNCH = {"num_warps": 4, "maxnreg": 128}
-"""Warps of the first partition, and registers of a thread before the partitions share them out:
-those of an H100's multiprocessor over 12 and 16 warps."""
+"""Warps of the first partition, and registers per thread before the partitions share them out: a
+multiprocessor's 65,536 registers over 12 warps (forward) and 16 warps (backward)."""
 
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
@@ -47,26 +47,29 @@ def latent_attention(
 ) -> Tensor:
     """Causal attention whose values are the first `latent_dim` columns of its keys.
 
-    Query i reads the keys up to i + t - s, as the queries are the last of the sequence, or those
-    that `ranges` or `tiles` say.
+    Query i reads the keys up to i + t - s (the queries are the last s tokens of the sequence), or
+    the keys that `ranges` or `tiles` give.
 
     Args:
         query: `[s, b, P, latent_dim + rope]`, P a multiple of G; bfloat16 or float16.
-        key: `[t, b, G, latent_dim + rope]`, t >= s; head p reads key head p G / P.
-        scale: of the scores before the softmax.
-        ranges: first and last key of each query, int32 `[2, s]` on the same device; neither may
-            fall from one query to the next, nor last lie before first or past t - 1. That is not
-            checked: other numbers give wrong results, though no kernel reads past its keys or
-            waits for ever (`key_ranges`).
-        tiles: in place of ranges, what each program takes: int32 `[n, 4]` on the same device, from
-            `query_tiles`. `reads_of` chooses one of the two.
+        key: `[t, b, G, latent_dim + rope]` in query's dtype, t >= s; query head p reads key head
+            p // (P / G).
+        latent_dim: 32, 64 or 128; the rope dims are 16, 32 or 64.
+        scale: factor of the scores before the softmax.
+        ranges: first and last key of each query, int32 `[2, s]` on the same device, from
+            `key_ranges`. Neither row may fall from one query to the next, and first <= last < t.
+            The kernels do not check this: other numbers give wrong results, but no read past the
+            keys and no deadlock.
+        tiles: in place of ranges, the queries and keys of each program: int32 `[n, 4]` on the same
+            device, from `query_tiles`. `reads_of` chooses between ranges and tiles.
 
     Returns:
-        `[s, b, P, latent_dim]`. The gradient of `key` holds what comes through the values too; it
-        is summed by atomic additions, so its last bits differ from run to run.
+        `[s, b, P, latent_dim]` in query's dtype. The gradient of `key` includes the gradient of the
+        values. It is summed by atomic additions, so its last bits differ from run to run.
 
     Raises:
-        ValueError: see check_supported, or the tensors are not on a Hopper GPU.
+        ValueError: see check_supported; or ranges or tiles do not fit; or the tensors are not on a
+            Hopper GPU.
     """
     return _apply(query, key, latent_dim, scale, ranges, tiles, top=False)
 
@@ -80,14 +83,14 @@ def latent_attention_with_top(
     *,
     tiles: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same, and the largest scaled score of each query head, without another pass over keys.
+    """`latent_attention`, and the largest scaled score of each query head.
 
-    The kernel's softmax has each query's at hand: it costs 4 bytes per query and head, written and
-    read once.
+    The softmax computes each query's largest score anyway. Keeping the scores costs 4 bytes per
+    query and head, written and read once.
 
     Returns:
-        `[s, b, P, latent_dim]` and, without gradients, `[P]` float32: exact up to the rounding of a
-        float32, over all queries, sequences and the keys that each reads.
+        `[s, b, P, latent_dim]` and, without gradient, `[P]` float32: the maximum over sequences,
+        queries and the keys that each query reads, exact up to float32 rounding.
 
     Raises:
         ValueError: see latent_attention.
@@ -111,14 +114,14 @@ def latent_attention_with_lse(
     ranges: Tensor | None = None,
     tiles: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same without gradients, and the logarithm of each query's softmax denominator.
+    """`latent_attention` without gradients, and the natural log-sum-exp of each query's scores.
 
     Args:
-        causal: off, every query reads all keys, and there may be fewer keys than queries.
-        ranges, tiles: as in latent_attention, with `causal` on.
+        causal: if False, every query reads all keys, and t may be less than s.
+        ranges, tiles: as in latent_attention, only with `causal`.
 
     Returns:
-        `[s, b, P, latent_dim]` in query's dtype and `[b, P, s]` float32.
+        `[s, b, P, latent_dim]` in query's dtype and the log-sum-exp `[b, P, s]` float32.
 
     Raises:
         ValueError: see latent_attention.
@@ -132,7 +135,7 @@ def latent_attention_with_lse(
 
 
 def misfit(latent_dim: int, rope_dim: int) -> str | None:
-    """Why the kernels cannot run such a model here, and what to use; None where they can."""
+    """Why the kernels cannot run these sizes on this machine, and the fix; None if they can."""
     for wrong, said in (
         (
             not _takes_sizes(latent_dim, rope_dim),
@@ -154,10 +157,10 @@ def misfit(latent_dim: int, rope_dim: int) -> str | None:
 
 
 def check_supported(query: Tensor, key: Tensor, latent_dim: int, *, causal: bool = True) -> None:
-    """Refuse what the kernels do not take.
+    """Refuse tensors that the kernels do not take.
 
     Raises:
-        ValueError: one line that names the value and what works.
+        ValueError: a shape, dtype or dim does not fit; one line that names the value and the fix.
     """
     checks.check_tensors(query=query, key=key)
     checks.check_dims("query", query, "[s, b, P, e]")
@@ -325,7 +328,7 @@ class _LatentAttention(torch.autograd.Function):
 
 
 def _rows(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """`[s, ...]`, contiguous, to the copy engine: blocks of rows and columns of `[s, the rest]`."""
+    """Descriptor of contiguous x `[s, ...]` as `[s, the rest]`, in blocks `[rows, columns]`."""
     block = [rows, columns]
     dtype = _DTYPES.get(x.dtype, gl.float32)
     layout = gl.NVMMASharedLayout.get_default_for(block, dtype)

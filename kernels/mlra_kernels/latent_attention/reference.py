@@ -1,6 +1,6 @@
 """Pure torch reference of the absorbed core, fp32 inside; differentiable, any device.
 
-Letters: s queries and t keys a sequence, b sequences, P (branch, head) pairs, G key heads.
+Letters: s queries and t keys per sequence, b sequences, P (branch, head) pairs, G key heads.
 """
 
 import torch
@@ -21,13 +21,12 @@ def latent_attention_reference(
 ) -> tuple[Tensor, Tensor]:
     """Attention whose values are the first `latent_dim` columns of its keys.
 
-    Arguments as in `ops.latent_attention` and, for `causal`, `ops.latent_attention_with_lse`; all
-    scores of all heads are held at once.
+    Arguments as in `ops.latent_attention_with_lse`. All scores of all heads are in memory at once.
 
     Returns:
         out `[s, b, P, latent_dim]` in query's dtype and the natural log-sum-exp `[b, P, s]` fp32.
     """
-    if tiles is not None:  # in order they are spans
+    if tiles is not None:  # sorted tiles are spans
         ranges = key_ranges([tuple(x) for x in sorted(tiles.tolist())]).to(tiles.device)
     s, t = len(query), len(key)
     wide = key.float().repeat_interleave(query.shape[2] // key.shape[2], 2)

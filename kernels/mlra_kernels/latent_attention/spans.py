@@ -1,4 +1,4 @@
-"""Which queries read which keys, as the kernels take it: ranges of queries, or tiles of them."""
+"""Which queries read which keys, in the kernels' two forms: ranges of keys, or query tiles."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ import torch
 from torch import Tensor
 
 QUERIES = 128
-"""Of a program, both passes: two warpgroups take 64 each."""
+"""Queries per program in both passes: two warpgroups take 64 each."""
 
 
 def key_ranges(spans: Sequence[tuple[int, int, int, int]]) -> Tensor:
     """`ranges` of latent_attention, on the CPU.
 
     Args:
-        spans: (first query, their end, first key, their end), which cover the queries in order: the
-            last query of a span reads all its keys, the one before one less.
+        spans: (first query, end of queries, first key, end of keys) each; together the spans cover
+            the queries in order. The last query of a span reads all keys of the span, the query
+            before it one key fewer, and so on.
 
     Returns:
-        int32 `[2, s]`.
+        int32 `[2, s]`: first and last key of each query.
 
     Raises:
-        ValueError: the spans do not cover the queries in order, or what they read falls.
+        ValueError: the spans do not cover the queries in order, a span has fewer keys than queries,
+            or a query's first or last key lies before that of the query before.
     """
     _check_spans(spans)
     first = [torch.full((b - a,), start) for a, b, start, _ in spans]
@@ -31,18 +33,17 @@ def key_ranges(spans: Sequence[tuple[int, int, int, int]]) -> Tensor:
 
 
 def query_tiles(spans: Sequence[tuple[int, int, int, int]], queries: int = QUERIES) -> Tensor:
-    """`tiles` of latent_attention, on the CPU: the spans in pieces of as many queries as a program
-    takes.
+    """`tiles` of latent_attention, on the CPU: the spans, cut into pieces of one program's queries.
 
-    Pieces begin where a span does, so that no tile of scores joins two documents, and those that
-    read most keys come first, as programs that start last should be short.
+    A new piece begins with every span, so no tile of scores joins two documents. The pieces with
+    the most keys come first, as the programs that start last should be short.
 
     Args:
         spans: as in key_ranges.
-        queries: of a program.
+        queries: queries per program.
 
     Returns:
-        int32 `[n, 4]`: first query, their end, first key, their end, as a span.
+        int32 `[n, 4]`, a span each: first query, end of queries, first key, end of keys.
 
     Raises:
         ValueError: see key_ranges.
@@ -58,17 +59,16 @@ def query_tiles(spans: Sequence[tuple[int, int, int, int]], queries: int = QUERI
 
 
 def reads_of(spans: Sequence[tuple[int, int, int, int]]) -> dict[str, Tensor]:
-    """`tiles` or `ranges` of latent_attention, on the CPU, whichever makes less work.
+    """`tiles` or `ranges` of latent_attention, on the CPU, whichever needs less work.
 
-    Work is programs and their tiles of 128 x 128 scores: a program beside its tiles costs about as
-    much as one of them. Where both make the same, as for a rank's chunks of one document, ranges
-    are faster.
+    Work is counted in tiles of 128 x 128 scores; a program itself costs about as much as one such
+    tile. Where both need the same work, as for a rank's chunks of one document, ranges are faster.
 
     Args:
         spans: as in key_ranges.
 
     Returns:
-        The one that is chosen, by name.
+        The chosen one, as a keyword argument: `{"tiles": ...}` or `{"ranges": ...}`.
 
     Raises:
         ValueError: see key_ranges.

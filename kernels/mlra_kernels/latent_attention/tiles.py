@@ -1,4 +1,7 @@
-"""What both kernels share: a program's place, tiles whose two parts lie side by side in memory."""
+"""Parts of both kernels: a program's place, loads and stores of tiles, masks.
+
+A tile of queries or keys has two parts side by side in memory: L latent and R RoPE columns.
+"""
 
 from triton._C.libtriton import ir
 from triton.experimental import gluon
@@ -7,13 +10,14 @@ from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 MASKED = gl.constexpr(float("-inf"))
-"""A score of a key that a query does not read."""
+"""The score of a key that a query does not read."""
 
 
 @builtin
 def async_add_shared_to_global(tensor_desc, coord, src, _semantic=None):
-    """Begin to add a tile of shared memory to one in memory, as `tma.async_copy_shared_to_global`
-    copies it; Triton 3.6 has this operation of the copy engine and no name for it in Gluon."""
+    """Begin to add a tile of shared memory to global memory; `tma.async_copy_shared_to_global`
+    copies likewise. Triton 3.6 has this operation of the copy engine, but Gluon has no name for
+    it."""
     coord = _semantic._convert_to_ir_values(coord, require_i64=False)
     kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
     _semantic.builder.create_async_tma_reduce(kind, tensor_desc.handle, coord, src.handle)
@@ -21,13 +25,13 @@ def async_add_shared_to_global(tensor_desc, coord, src, _semantic=None):
 
 @gluon.jit
 def opaque(x):
-    """x of 2 bytes an element, kept in pairs in registers: LLVM would keep what it was made of."""
+    """x (2 bytes per element) as packed pairs in registers; LLVM would keep x's inputs instead."""
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], x.dtype, is_pure=True, pack=2)
 
 
 @gluon.jit
 def load_rows(nope_desc, rope_desc, row, column, nope, rope, bar, L: gl.constexpr):
-    """Begin to load `[rows, L]` and, L columns further, `[rows, R]`; `bar` completes with both."""
+    """Begin to load `[rows, L]` and, L columns on, `[rows, R]`; `bar` completes with both loads."""
     mbarrier.expect(bar, nope_desc.block_type.nbytes + rope_desc.block_type.nbytes)
     tma.async_copy_global_to_shared(nope_desc, [row, column], bar, nope)
     tma.async_copy_global_to_shared(rope_desc, [row, column + L], bar, rope)
@@ -37,8 +41,8 @@ def load_rows(nope_desc, rope_desc, row, column, nope, rope, bar, L: gl.constexp
 def load_keys(
     nope_desc, rope_desc, keys, column, first, step, tiles, L: gl.constexpr, STAGES: gl.constexpr
 ):
-    """Load `tiles` tiles of keys, the rows from `first` and every `step` on, one after the other
-    into the stages of a ring, each once all its readers have said that it is free."""
+    """Load `tiles` tiles of keys, from rows `first`, `first + step`, ..., into the stages of a ring
+    in turn, each stage once all its readers have freed it."""
     c_ring, r_ring, full, free = keys
     for j in range(tiles):
         stage = j % STAGES
@@ -51,9 +55,9 @@ def load_keys(
 
 @gluon.jit
 def place_program(P: gl.constexpr, G: gl.constexpr, W: gl.constexpr, M: gl.constexpr):
-    """Of a program (query tile, the last first; pair; sequence).
+    """The place of a program of the grid (query tile, the last first; pair; sequence).
 
-    Returns: its (sequence, pair), counted through; its first query; columns of the pair's queries
+    Returns: index of (sequence, pair) in `[b, P]`; first query; first columns of the pair's queries
     and keys, W wide each.
     """
     pair, seq = gl.program_id(1), gl.program_id(2)
@@ -64,10 +68,11 @@ def place_program(P: gl.constexpr, G: gl.constexpr, W: gl.constexpr, M: gl.const
 
 @gluon.jit
 def place_tile(tiles_ptr, s, t, P: gl.constexpr, G: gl.constexpr, W: gl.constexpr, M: gl.constexpr):
-    """Of a program (tile of queries, its pairs; sequence), whatever the list of tiles holds.
+    """The place of a program of the grid (tile of queries and pair; sequence). Numbers of the list
+    of tiles are clamped, so that a wrong list cannot lead out of bounds.
 
-    Returns: its (sequence, pair), counted through; its queries, at most M, and keys, at least one,
-    as (first query, their end, first key, their end); columns of the pair's queries and keys.
+    Returns: index of (sequence, pair) in `[b, P]`; at most M queries and at least one key as (first
+    query, end of queries, first key, end of keys); first columns of the pair's queries and keys.
     """
     pair, seq = gl.program_id(0) % P, gl.program_id(1)
     row = tiles_ptr + gl.program_id(0) // P * 4
@@ -81,7 +86,7 @@ def place_tile(tiles_ptr, s, t, P: gl.constexpr, G: gl.constexpr, W: gl.constexp
 
 @gluon.jit
 def tiles_of_half(start, first, reading, m: gl.constexpr, N: gl.constexpr):
-    """Tiles of N keys from key `first` on that the m queries from `start` on read; of none, 0."""
+    """Tiles of N keys, from key `first` on, that the m queries from `start` on read; 0 if none."""
     _, end, _, _ = reading
     _, last = keys_read(start + m - 1, reading, False)
     tiles = 0
@@ -92,8 +97,8 @@ def tiles_of_half(start, first, reading, m: gl.constexpr, N: gl.constexpr):
 
 @gluon.jit
 def pass_tiles(begin, end, full, free, STAGES: gl.constexpr):
-    """Give tiles begin to end back unread. A barrier that is met at every filling of its stage
-    cannot take one filling for another."""
+    """Free tiles `begin` to `end` unread. Each is waited for, since a barrier's parity bit tells
+    fillings of a stage apart only if every filling is waited for."""
     for j in range(begin, end):
         mbarrier.wait(full.index(j % STAGES), (j // STAGES) & 1)
         gl.thread_barrier()
@@ -102,8 +107,8 @@ def pass_tiles(begin, end, full, free, STAGES: gl.constexpr):
 
 @gluon.jit
 def store_rows(desc, ptr, tile, start, end, pitch, column, m: gl.constexpr, C: gl.constexpr):
-    """Copy a tile `[m, C]` of shared memory to the rows from `start` on that lie before `end`: by
-    the copy engine if these are all, for the rows behind belong to another program."""
+    """Copy the rows of a tile `[m, C]` of shared memory that lie before `end` to rows `start` on.
+    The copy engine copies whole tiles only; rows from `end` on belong to another program."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // C, C // 8], [gl.num_warps(), 1], [1, 0])
     if start + m <= end:
         tma.async_copy_shared_to_global(desc, [start, column], tile)
@@ -117,9 +122,9 @@ def store_rows(desc, ptr, tile, start, end, pitch, column, m: gl.constexpr, C: g
 
 @gluon.jit
 def keys_read(query, reading, RANGES: gl.constexpr):
-    """First and last key of a query: of its range, or 0 and query + past.
+    """First and last key of a query: its range, or 0 and query + past.
 
-    Queries behind the last read as that one does, or rows of zeros in the last tile.
+    A query behind the last one reads the last query's range or, without RANGES, up to key t - 1.
     """
     ranges_ptr, s, t, past = reading
     if RANGES:
@@ -132,10 +137,10 @@ def keys_read(query, reading, RANGES: gl.constexpr):
 
 @gluon.jit
 def tiles_read(start, count: gl.constexpr, reading, N: gl.constexpr, RANGES: gl.constexpr):
-    """Of the tiles of N keys that `count` queries from `start` on read: the first, how many."""
+    """First tile of N keys that the `count` queries from `start` on read, and number of tiles."""
     first, _ = keys_read(start, reading, RANGES)
     _, last = keys_read(start + count - 1, reading, RANGES)
-    if RANGES:  # whatever they hold: at least one tile, and none behind the last key
+    if RANGES:  # clamped: at least one tile, and none behind the last key
         last = gl.maximum(gl.minimum(last, reading[2] - 1), 0)
         first = gl.maximum(gl.minimum(first, last), 0)
     return first // N, last // N - first // N + 1
@@ -143,7 +148,7 @@ def tiles_read(start, count: gl.constexpr, reading, N: gl.constexpr, RANGES: gl.
 
 @gluon.jit
 def keys_read_by_all(start, count: gl.constexpr, reading, RANGES: gl.constexpr):
-    """First and last of the keys that each of `count` queries from `start` on reads."""
+    """First and last of the keys that all of the `count` queries from `start` on read."""
     first, _ = keys_read(start + count - 1, reading, RANGES)
     _, last = keys_read(start, reading, RANGES)
     return first, last
@@ -153,7 +158,7 @@ def keys_read_by_all(start, count: gl.constexpr, reading, RANGES: gl.constexpr):
 def mask_diagonal(x, tile, last, zero, m: gl.constexpr, N: gl.constexpr, layout: gl.constexpr):
     """Scores x `[m, N]` of a tile of keys, MASKED where key tile * N + j > last + i of query i.
 
-    zero: 0, which the compiler must not know of a loop if it shall compare anew for every tile.
+    zero: 0, unknown to the compiler in a loop, so that it computes `queries` in every iteration.
     """
     if tile * N + N - 1 > last:
         queries = gl.arange(0, m, gl.SliceLayout(1, layout)) + (last + zero)

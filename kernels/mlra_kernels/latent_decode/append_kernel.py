@@ -1,6 +1,6 @@
 """Triton kernel that writes new tokens to the paged latent cache in one launch.
 
-Letters: L latent heads, D latent dim, R RoPE dim, H = R / 2 the half that RoPE pairs.
+Letters: L latent heads, D latent dim, R RoPE dim, H = R / 2 pairs that RoPE rotates.
 """
 
 import triton
@@ -14,7 +14,7 @@ def latent_cache_append_kernel(
     cos_ptr,  # [positions, H] fp32
     sin_ptr,  # [positions, H] fp32
     position_ptr,  # [tokens]
-    slot_ptr,  # [tokens]: page * PAGE + offset; negative or from `slots` on: skipped
+    slot_ptr,  # [tokens]: page * PAGE + offset; a token with slot < 0 or >= slots is skipped
     latent_ptr,  # [pages, PAGE, L * D]
     rope_ptr,  # [pages, PAGE, R]
     scale_ptr,  # [pages, L, PAGE] fp32, FP8 only
@@ -35,7 +35,7 @@ def latent_cache_append_kernel(
     PAGE: tl.constexpr,
     FP8: tl.constexpr,
 ):
-    """RMSNorm and scale of a latent, or (last column of the grid) RoPE; grid (tokens, L + 1)."""
+    """Grid (tokens, L + 1): RMSNorm and scale of a latent; the last column takes the RoPE key."""
     token = tl.program_id(0).to(tl.int64)
     latent = tl.program_id(1)
     slot = tl.load(slot_ptr + token).to(tl.int64)
@@ -56,7 +56,7 @@ def latent_cache_append_kernel(
         else:
             h = tl.arange(0, H)
             position = tl.load(position_ptr + token).to(tl.int64)
-            # A position that the tables lack makes a key that shows it.
+            # A position outside the tables gives a NaN key, so that the error shows.
             known = (position >= 0) & (position < positions) & (h < H)
             cos = tl.load(cos_ptr + position * H + h, mask=known, other=float("nan"))
             sin = tl.load(sin_ptr + position * H + h, mask=known, other=float("nan"))

@@ -1,6 +1,7 @@
 """Triton kernels that merge partial attention results by their log-sum-exp.
 
-Letters: S parts merged a step, X rows of a program, D numbers of a row, DB columns of a program.
+Letters: S parts merged per loop step, X rows per program, D columns of a row, DB columns per
+program.
 """
 
 import triton
@@ -19,7 +20,7 @@ def _merge_step(out_ptrs, lse_ptrs, mask, m_i, l_i, acc, EXP2: tl.constexpr):
     m_use = tl.where(m_new == float("-inf"), 0.0, m_new)
     w = tl.exp2(lse - m_use[:, None])
     alpha = tl.exp2(m_i - m_use)
-    # An empty part may carry anything, NaN too: it must not count.
+    # The memory of an empty part may hold anything, even NaN, and must not count.
     parts = tl.where(w[:, :, None] > 0, parts * w[:, :, None], 0.0)
     return m_new, l_i * alpha + tl.sum(w, 1), acc * alpha[:, None] + tl.sum(parts, 1)
 
@@ -29,11 +30,11 @@ def combine_kernel(
     part_out_ptr,  # [P + b, L, rows, D] fp32
     part_lse_ptr,  # [P + b, L, rows] fp32, base 2
     splits_ptr,  # [b, 2] int32: first slot, number of parts
-    planned_ptr,  # [b] int32: the length that the parts are of
-    seqlens_ptr,  # [b] int32: the length asked for
+    planned_ptr,  # [b] int32: the length that the parts were computed for
+    seqlens_ptr,  # [b] int32: the length of this call
     out_ptr,  # [b, q, L, j, D]
     lse_ptr,  # [b, q, L, j] fp32, natural
-    capacity,  # tokens that the block table holds of a sequence
+    capacity,  # tokens per sequence that the block table can hold
     Q_LEN: tl.constexpr,
     HEADS: tl.constexpr,
     LATENTS: tl.constexpr,
@@ -43,22 +44,22 @@ def combine_kernel(
     DB: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Merge the parts of split sequences, fill in empty ones; grid (D / DB, L * rows / X, b).
+    """Merge the parts of split sequences, fill in empty sequences; grid (D / DB, L * rows / X, b).
 
-    A sequence of another length than planned, or than its table holds, gets NaN.
+    A sequence whose length is not the planned one, or exceeds the block table, gets NaN.
     """
     ROWS: tl.constexpr = Q_LEN * HEADS
     b = tl.program_id(2).to(tl.int64)
-    # All this is older than the decoding kernel, which waited for all before it: no wait here.
+    # These inputs were complete when the decoding kernel passed its own wait: no wait here.
     length = tl.load(seqlens_ptr + b, eviction_policy="evict_last")
     planned = tl.load(planned_ptr + b, eviction_policy="evict_last")
     wrong = (length != planned) | (length > capacity)
     first = tl.load(splits_ptr + b * 2, eviction_policy="evict_last").to(tl.int64)
     parts = tl.load(splits_ptr + b * 2 + 1, eviction_policy="evict_last")
     if PDL:
-        tl_cuda.gdc_launch_dependents()  # they wait for this kernel's end, which waits here
+        tl_cuda.gdc_launch_dependents()  # dependents wait for this kernel's end anyway
         tl_cuda.gdc_wait()
-    if (parts != 1) | wrong:  # a sequence of one part was written by its program
+    if (parts != 1) | wrong:  # the decoding kernel wrote sequences of one part
         x = tl.program_id(1) * X + tl.arange(0, X)  # index in [L * rows]
         d = tl.program_id(0) * DB + tl.arange(0, DB)
         x_in = x < LATENTS * ROWS
@@ -108,7 +109,7 @@ def merge_states_kernel(
         s = s0 + tl.arange(0, S)
         mask = x_in[:, None] & (s < num_states)[None, :]
         row = s.to(tl.int64)[None, :] * rows + x[:, None]
-        # Columns past D repeat the last one, so that one mask serves; they are not stored.
+        # Columns past D read the last column again, so that one mask serves; they are not stored.
         out_ptrs = outs_ptr + (row * D)[:, :, None] + tl.minimum(d, D - 1)[None, None, :]
         m_i, l_i, acc = _merge_step(out_ptrs, lses_ptr + row, mask, m_i, l_i, acc, False)
     acc = acc * tl.where(l_i > 0, 1.0 / l_i, 0.0)[:, None]

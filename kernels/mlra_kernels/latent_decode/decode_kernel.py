@@ -1,12 +1,12 @@
 """Triton kernel of latent decoding: split-KV attention over pages, K and V from one load.
 
-Letters: b sequences, q query tokens per sequence, L latent heads, G head groups, j heads a latent
-serves, M query rows of a program (rows = q * j, padded), N cached tokens of a tile, D latent dim,
+Letters: b sequences, q query tokens per sequence, L latent heads, G head groups, j heads per latent
+head, M query rows per program (rows = q * j, padded), N cached tokens per tile, D latent dim,
 R RoPE dim, P programs.
 
-A program owns one (latent, block of rows) and a contiguous range of tiles, given by `schedule`; the
-range may cross sequences. A tile `c [N, D]` is loaded once: it is the key (with the RoPE key
-`k_r [N, R]`) and the value. Scores are kept in base 2.
+A program takes one (latent, block of rows) and a contiguous range of tiles, which the schedule
+gives (metadata.py). The range may cross sequences. A tile `c [N, D]` is loaded once: it is the key
+(with the RoPE key `k_r [N, R]`) and the value. Scores are kept in base 2.
 """
 
 import triton
@@ -40,7 +40,7 @@ def _load_tile(
 ):
     """Return c [N, D], k_r [N, R], scale [N] of a tile; MASKED: rows past `seqlen` read as 0.
 
-    Whatever lengths and table say, entries of the table and pages of the cache are read, no others.
+    No read leaves the table or the cache, whatever the lengths and page ids are.
     """
     n = tl.arange(0, N)
     inside = tile * N + n < seqlen
@@ -125,8 +125,8 @@ def latent_decode_kernel(
     rope_ptr,  # [pages, PAGE, R]
     scale_ptr,  # [pages, L, PAGE] fp32, FP8 only
     table_ptr,  # [b, max_pages] int32
-    seqlens_ptr,  # [b] int32, those that the schedule was made for
-    schedule_ptr,  # [P, 4] int32: first sequence, first tile, tiles, its length
+    seqlens_ptr,  # [b] int32, the lengths that the schedule was made for
+    schedule_ptr,  # [P, 4] int32: first sequence, first tile, tiles, length of the sequence
     out_ptr,  # [b, q, L, j, D]
     lse_ptr,  # [b, q, L, j] fp32
     part_out_ptr,  # [P + b, L, rows, D] fp32
@@ -146,7 +146,7 @@ def latent_decode_kernel(
     stride_sp,
     stride_sl,
     stride_tb,
-    max_tiles,  # that the block table holds of a sequence
+    max_tiles,  # tiles per sequence that the block table can hold
     max_pages,
     num_pages,
     Q_LEN: tl.constexpr,
@@ -195,7 +195,7 @@ def latent_decode_kernel(
             l_i = tl.zeros((M,), tl.float32)
             acc = tl.zeros((M, D), tl.float32)
             end = tl.minimum(tile + take, max_tiles)
-            # Tiles before `full_end` are seen whole by every row.
+            # Every row sees all tokens of the tiles before `full_end`.
             full_end = tl.minimum(end, tl.maximum(seqlen - Q_LEN + 1, 0) // N)
             for t in tl.range(tile, full_end, num_stages=STAGES):
                 c, k_r, scale = _load_tile(

@@ -1,6 +1,6 @@
 """Descriptions of the paged cache for Hopper's copy engine (TMA), made on the host.
 
-Letters: L latent heads, C columns of a view, N cached tokens of a tile.
+Letters: L latent heads, C columns of a view, N cached tokens per tile.
 """
 
 import torch
@@ -17,9 +17,11 @@ GL_DTYPES = {
 
 
 def tile_descriptor(view: Tensor, block_n: int, columns: int) -> TensorDescriptor:
-    """Describe a paged view `[pages, page_size, C]` to the copy engine, tile `[N, columns]`.
+    """Describe a paged view `[pages, page_size, C]` to the copy engine, in tiles `[N, columns]`.
 
-    Raises ValueError if the pages do not follow each other in memory, or not in steps of 16 bytes.
+    Raises:
+        ValueError: the pages do not follow each other in memory, or the rows do not begin at
+            multiples of 16 bytes.
     """
     pages, page_size, _ = view.shape
     row_bytes = view.stride(1) * view.element_size()
@@ -38,7 +40,7 @@ def tile_descriptor(view: Tensor, block_n: int, columns: int) -> TensorDescripto
 
 
 def scale_descriptor(scale: Tensor, block_n: int) -> TensorDescriptor:
-    """Describe contiguous scales `[pages, L, page_size]` fp32 as rows of `[1, N]`."""
+    """Describe contiguous scales `[pages, L, page_size]` fp32 in tiles `[1, N]`."""
     return _descriptor(scale, scale.shape[0] * scale.shape[1], scale.shape[2], [1, block_n])
 
 

@@ -1,13 +1,13 @@
 """Gluon kernel of latent decoding for Hopper: one warp fills a ring, warpgroups consume it.
 
-Letters: b sequences, q query tokens per sequence, L latent heads, G head groups, j heads a latent
-serves, M query rows of a program (rows = q * j, padded), N cached tokens of a tile, D latent dim,
+Letters: b sequences, q query tokens per sequence, L latent heads, G head groups, j heads per latent
+head, M query rows per program (rows = q * j, padded), N cached tokens per tile, D latent dim,
 R RoPE dim, P programs, W consumers (of one or more warpgroups each), which take the tiles in turn
-and merge at the end.
+and merge their states at the end.
 
-The same work split, layouts and results as `decode_kernel.py`; needs page_size % N == 0 and pages
-that follow each other in memory. A tile `c [N, D]` is loaded once: it is the key (with the RoPE key
-`k_r [N, R]`) and the value. Scores are kept in base 2.
+Work split, tensor layouts and results are those of `decode_kernel.py`. The kernel needs
+page_size % N == 0 and pages that follow each other in memory. A tile `c [N, D]` is loaded once: it
+is the key (with the RoPE key `k_r [N, R]`) and the value. Scores are kept in base 2.
 """
 
 from triton.experimental import gluon
@@ -50,7 +50,7 @@ def _produce(
         take = gl.minimum(left, gl.cdiv(seqlen, N) - tile)
         seq_table = table_ptr + b.to(gl.int64) * stride_tb
         for t in range(tile, gl.minimum(tile + take, max_tiles)):
-            # A page outside of the cache loads as zeros.
+            # The copy engine reads a page outside the cache as zeros.
             page = gl.load(seq_table + t * N // PAGE, eviction_policy="evict_last")
             row = page * PAGE + t * N % PAGE
             mbarrier.wait(empty.index(stage), phase)
@@ -87,7 +87,7 @@ def _zero_rows(ring_tile, rows_in, N: gl.constexpr, C: gl.constexpr):
 
 @gluon.jit
 def _widen(c, scale, wide, rows_in, N: gl.constexpr, D: gl.constexpr):
-    """Write an FP8 shared tile `[N, D]` times the scales `[N]` of its tokens to `wide`, as fp16.
+    """Write an FP8 shared tile `[N, D]` times its tokens' scales `[N]` to `wide`, as fp16.
 
     Scales from row `rows_in` on count as 0: unused cache may hold NaN.
     """
@@ -96,7 +96,7 @@ def _widen(c, scale, wide, rows_in, N: gl.constexpr, D: gl.constexpr):
     row_scale = gl.where(gl.arange(0, N, ROW) < rows_in, scale.load(ROW), 0.0)
     row_scale = gl.minimum(row_scale, SCALE_MAX).to(gl.float16)
     x, row_scale = gl.broadcast(c.load(LAYOUT), row_scale[:, None])
-    x = gl.inline_asm_elementwise(  # the compiler would multiply one number at a time
+    x = gl.inline_asm_elementwise(  # the compiler alone would multiply one number at a time
         """{
         .reg .b16 low, high;
         mov.b32 {low, high}, $2;
@@ -112,9 +112,9 @@ def _widen(c, scale, wide, rows_in, N: gl.constexpr, D: gl.constexpr):
 
 @gluon.jit
 def _own_sums(p, S_N: gl.constexpr):
-    """Sum what each thread holds of a row of a score tile `[M, N]`: `[M, N / S_N, 4]`.
+    """Per-thread partial sums of the rows of a score tile `[M, N]`: `[M, N / S_N, 4]`.
 
-    No thread waits for another; the sum over the threads of a row is taken once a sequence.
+    No thread waits for another; the sum over the threads of a row is taken once per sequence.
     """
     M: gl.constexpr = p.shape[0]
     parts = p.reshape([M, p.shape[1] // S_N, S_N // 8, 4, 2])
@@ -157,9 +157,9 @@ def _consume(
     O_ROW: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     Q_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     Q_ROW: gl.constexpr = gl.SliceLayout(1, Q_LAYOUT)
-    # Widened FP8 tiles load shared memory most: there all queries stay in registers. Not where both
-    # products have one instruction shape (D = N): ptxas 12.8 then gives the probabilities the
-    # registers of the queries, which are needed again for the next tile.
+    # With widened FP8 tiles, shared memory is the bottleneck, so the queries stay in registers. Not
+    # where both products have one instruction shape (D = N): ptxas 12.8 then gives the queries'
+    # registers to the probabilities, although the next tile needs the queries again.
     Q_IN_REGISTERS: gl.constexpr = FP8 and D == 128 and N == 64
 
     row_q = row0 + gl.arange(0, M, Q_ROW)
@@ -199,7 +199,7 @@ def _consume(
             L_ROW: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, l_own.type.layout))
             acc = gl.zeros([M, D], gl.float32, O_LAYOUT)
             last_seen = seqlen - Q_LEN + row_s // HEADS
-            # Tiles before `full_end` are seen whole by every row.
+            # Every row sees all tokens of the tiles before `full_end`.
             full_end = gl.maximum(seqlen - Q_LEN + 1, 0) // N
             q_op = q_smem
             qr_op = qr_smem
@@ -297,8 +297,8 @@ def latent_decode_hopper_kernel(
     r_desc,  # tiles [N, R] of the RoPE keys as [pages * PAGE, R]
     s_desc,  # FP8 only: scales [1, N] of [pages * L, PAGE] fp32
     table_ptr,  # [b, max_pages] int32
-    seqlens_ptr,  # [b] int32, those that the schedule was made for
-    schedule_ptr,  # [P, 4] int32: first sequence, first tile, tiles, its length
+    seqlens_ptr,  # [b] int32, the lengths that the schedule was made for
+    schedule_ptr,  # [P, 4] int32: first sequence, first tile, tiles, length of the sequence
     out_ptr,  # [b, q, L, j, D]
     lse_ptr,  # [b, q, L, j] fp32
     part_out_ptr,  # [P + b, L, rows, D] fp32
@@ -312,7 +312,7 @@ def latent_decode_hopper_kernel(
     stride_qrq,
     stride_qrh,
     stride_tb,
-    max_tiles,  # that the block table holds of a sequence
+    max_tiles,  # tiles per sequence that the block table can hold
     Q_LEN: gl.constexpr,
     HEADS: gl.constexpr,
     LATENTS: gl.constexpr,
@@ -357,7 +357,7 @@ def latent_decode_hopper_kernel(
     x_acc = q_smem
     x_m = q_smem
     x_l = q_smem
-    if W > 1:  # where the other consumers hand their state to the first
+    if W > 1:  # memory in which consumers 1.. hand their states to consumer 0
         x_layout: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
         row_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
         x_acc = gl.allocate_shared_memory(gl.float32, [M, D], x_layout)

@@ -1,10 +1,10 @@
 """The schedule of a decoding step: computed once on the GPU, reused by every layer.
 
-Letters: b sequences, P programs (token ranges), N tokens of a tile.
+Letters: b sequences, P programs (token ranges), N tokens per tile.
 
-All tiles of all sequences form one line, cut into P equal ranges; a sequence that crosses a cut is
-merged from its parts afterwards. With `deterministic` each sequence is cut by its own length alone,
-so its result does not depend on the rest of the batch.
+The tiles of all sequences form one line, which is cut into P equal ranges. The combine kernel
+merges the parts of a sequence that crosses a cut. With `deterministic` each sequence is cut by its
+own length alone, so its result does not depend on the rest of the batch.
 """
 
 from dataclasses import dataclass
@@ -23,16 +23,16 @@ from mlra_kernels.latent_decode.configs import (
 )
 from mlra_kernels.latent_decode.validation import check_metadata
 
-DETERMINISTIC_SPLITS = 32  # parts at most a sequence has in deterministic mode
-MAX_TILES = 2**30  # of all sequences together: their sum stays within int32
+DETERMINISTIC_SPLITS = 32  # most parts per sequence in deterministic mode
+MAX_TILES = 2**30  # most tiles of all sequences together: sums stay within int32
 
 
 @triton.jit
 def schedule_kernel(
     seqlens_ptr,  # [b] int32
-    schedule_ptr,  # [P, 4] int32: first sequence, first tile, number of tiles, length
+    schedule_ptr,  # [P, 4] int32: first sequence, first tile, number of tiles, sequence length
     splits_ptr,  # [b, 2] int32: first slot of the parts, number of parts
-    planned_ptr,  # [b] int32: the lengths that all this holds for
+    planned_ptr,  # [b] int32: the lengths that the schedule holds for
     batch,
     num_programs,
     N: tl.constexpr,
@@ -43,12 +43,12 @@ def schedule_kernel(
 ):
     """Program i writes row i of `schedule` and of `splits`; a part's slot is program + sequence.
 
-    Lengths that cannot be are planned as others, which the combine kernel then sees.
+    Impossible lengths are clamped. The combine kernel sees that the planned length differs.
     """
     i = tl.program_id(0)
     seq = tl.arange(0, BATCH_BLOCK)
     lengths = tl.maximum(tl.load(seqlens_ptr + seq, mask=seq < batch, other=0), 0)
-    # No more than 2^31 - 1 - N tokens, so that rounding up to tiles stays within int32 too.
+    # At most 2^31 - 1 - N tokens, so that rounding up to whole tiles stays within int32.
     lengths = tl.minimum(lengths, tl.minimum(MAX_TILES // batch, (2**31 - 1) // N - 1) * N)
     tiles = tl.cdiv(lengths, N)
     if FIXED_SPLITS > 0:
@@ -64,7 +64,7 @@ def schedule_kernel(
         ends = tl.cumsum(tiles, 0)
         total = tl.sum(tiles, 0)
         size = tl.maximum(tl.cdiv(total, num_programs), MIN_TILES)
-        # Equal lengths: where it costs under 5 %, move the cuts to the ends of sequences.
+        # Equal lengths: move the cuts to the ends of sequences if ranges grow by at most 5 %.
         longest = tl.max(tiles, 0)
         aligned = tl.cdiv(longest, tl.maximum(longest // size, 1))
         if (
@@ -129,9 +129,9 @@ class DecodeMetadata:
     """Schedule of one decoding step; its buffers keep their addresses, as CUDA graphs need."""
 
     schedule: Tensor
-    """`[P, 4]` int32: first sequence, first tile, number of tiles, length of that sequence."""
+    """`[P, 4]` int32: first sequence, first tile, number of tiles, length of the sequence."""
     splits: Tensor
-    """`[b, 2]` int32: first slot and number of parts of every sequence."""
+    """`[b, 2]` int32: first slot and number of parts of each sequence."""
     planned: Tensor
     """`[b]` int32: the lengths that the schedule was made for."""
     config: DecodeConfig
@@ -141,10 +141,14 @@ class DecodeMetadata:
     deterministic: bool
     """Whether a sequence's cuts depend on its own length alone."""
     made_for: dict[str, int | torch.dtype]
-    """Sizes and cache dtype of the `latent_decode` calls that it serves."""
+    """Sizes and cache dtype of the `latent_decode` calls that the schedule serves."""
 
     def update(self, cache_seqlens: Tensor) -> None:
-        """Recompute the schedule in place for new lengths `[b]` int32; no host synchronisation."""
+        """Recompute the schedule in place for new lengths `[b]` int32; no host synchronisation.
+
+        Raises:
+            ValueError: `cache_seqlens` has another shape, dtype or device, or is not contiguous.
+        """
         checks.check_tensors(cache_seqlens=cache_seqlens, metadata=self.splits)
         checks.check_contiguous(cache_seqlens=cache_seqlens)
         checks.check_dtype("cache_seqlens", cache_seqlens, (torch.int32,))
@@ -165,7 +169,7 @@ class DecodeMetadata:
         )
 
     def check_serves(self, q_absorbed: Tensor, shapes: dict[str, int | torch.dtype]) -> None:
-        """Raise ValueError unless this is of the batch, device and shapes of a decoding call."""
+        """Raise ValueError unless batch, device and shapes are those of the decoding call."""
         checks.check_tensors(q_absorbed=q_absorbed, metadata=self.splits)
         if self.splits.shape[0] != q_absorbed.shape[0]:
             raise ValueError(
@@ -206,10 +210,10 @@ def decode_metadata(
 ) -> DecodeMetadata:
     """Schedule a decoding step for `cache_seqlens` `[b]` int32 (the q_len new tokens included).
 
-    The other arguments are the shapes of the `latent_decode` calls that will use it; one schedule
-    serves all layers of a step. `deterministic=True` cuts each sequence by its own length alone:
-    its result is then bitwise the same in any batch, at up to 32 parts a sequence. (Without it,
-    results still repeat bitwise for the same lengths.) `config` overrides the tile shapes.
+    The other arguments are the shapes of the `latent_decode` calls that will use the schedule; one
+    schedule serves all layers of a step. `deterministic=True` cuts each sequence by its own length
+    alone, into up to 32 parts: the sequence's result is then bitwise the same in any batch. (With
+    False, results still repeat bitwise for the same lengths.) `config` overrides the tile shapes.
 
     Raises:
         ValueError: an argument does not fit; the message names the value and the fix.

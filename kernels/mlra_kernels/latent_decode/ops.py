@@ -1,7 +1,7 @@
 """Public operations, registered with torch.library: torch.compile and CUDA graphs see one op.
 
 Letters: b sequences, q query tokens per sequence, L latent heads in the cache, n branches,
-G = L / n head groups, j heads a latent serves, D latent dim, R RoPE dim.
+G = L / n head groups, j heads per latent head, D latent dim, R RoPE dim.
 """
 
 import functools
@@ -42,19 +42,21 @@ def latent_decode(
         p_t = softmax_t(softmax_scale * (q_absorbed . c_t,l + q_rope . k_t)),  out = sum_t p_t c_t,l
 
     Args:
-        q_absorbed: `[b, q, L, j, D]` bf16 or fp16; q from 1 to 8, D one of 64, 128, 256, 512.
-        q_rope: `[b, q, G * j, R]`, rotated, same dtype; row (l, j) uses head (l mod G) * heads + j.
+        q_absorbed: `[b, q, L, j, D]` bf16 or fp16 ("torch": fp32 too); q from 1 to 8, D one of 64,
+            128, 256, 512.
+        q_rope: `[b, q, G * j, R]`, rotated, same dtype; R 32 or 64. Head i of latent l uses row
+            (l mod G) * j + i.
         cache: `[pages, page_size, L * D + R]`, a row being `[c_0 ... c_{L-1} | k_rope]`, in q's
             dtype; or FP8 (e4m3), `[pages, page_size, L * D + 2 * R]`, the last 2 R bytes of a row
             holding R bf16 numbers.
-        block_table: `[b, max_pages]` int32, the pages of each sequence; entries past its length are
-            not read.
+        block_table: `[b, max_pages]` int32, the pages of each sequence; entries past the sequence's
+            length are not read.
         cache_seqlens: `[b]` int32 lengths, the q new tokens included; 0 is allowed. A length that
-            the table cannot hold, or that `metadata` was not made for, gives NaN ("torch" raises).
+            exceeds the table, or that `metadata` was not made for, gives NaN ("torch" raises).
         softmax_scale: factor of the scores, usually (qk_nope_head_dim + qk_rope_head_dim) ** -0.5.
         num_branches: n; divides L.
-        cache_scale: `[pages, L, page_size]` fp32, what each FP8 latent is multiplied by; FP8 only.
-        metadata: schedule from `decode_metadata` for these lengths; computed here if None.
+        cache_scale: `[pages, L, page_size]` fp32, the factor of each FP8 latent; FP8 only.
+        metadata: schedule from `decode_metadata` for these lengths; None: computed here.
         backend: "mlra_kernels" (CUDA) or "torch" (the reference, any device).
 
     Returns:
@@ -130,12 +132,12 @@ def merge_states(
     lse = log sum_s exp(lse_s),  out = sum_s exp(lse_s - lse) out_s
 
     Args:
-        outs: `[S, ..., d]` results of S sets of tokens, any float dtype.
+        outs: `[S, ..., d]` results of S sets of tokens, any float dtype; d from 1 to 4096.
         lses: `[S, ...]` fp32, their natural log-sum-exps; -inf marks an empty set.
         backend: "mlra_kernels" (CUDA) or "torch".
 
     Returns:
-        out `[..., d]` in the dtype of `outs` and lse `[...]` fp32; all sets empty: 0 and -inf.
+        out `[..., d]` in the dtype of `outs` and lse `[...]` fp32; 0 and -inf if all are empty.
 
     Raises:
         ValueError: an argument does not fit; the message names the value and the fix.
@@ -168,8 +170,8 @@ def latent_cache_append(
         kv_down: `[tokens, L * D + R]`, not yet normed or rotated, any float dtype.
         norm_weight: `[L, D]`, the RMSNorm weight of every latent head.
         cos, sin: `[positions, R / 2]` fp32, from `rope_tables` or a model's own.
-        positions: `[tokens]` int32 or int64, row of cos and sin of each token; one that the tables
-            lack gives a RoPE key of NaN.
+        positions: `[tokens]` int32 or int64, each token's row of cos and sin; a position outside
+            the tables gives a RoPE key of NaN.
         slot_mapping: `[tokens]` int32 or int64, page * page_size + offset; a token whose slot is
             negative, or behind the cache, is skipped.
         cache: as in `latent_decode`; written in place.
@@ -211,7 +213,7 @@ def latent_cache_append(
 
 
 def _on_its_device(run: Callable) -> Callable:
-    """Make the GPU of the first argument the current one while `run` launches; CPU: no change."""
+    """Make the GPU of the first argument current while `run` launches; no change for a CPU."""
 
     @functools.wraps(run)
     def guarded(first: Tensor, *args, **kwargs):

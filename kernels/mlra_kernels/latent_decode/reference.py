@@ -1,7 +1,7 @@
 """Pure torch references of every operation, fp32 inside; they run on any device.
 
 Letters: b sequences, q query tokens per sequence, L latent heads in the cache, n branches,
-G = L / n head groups, j heads a latent serves, D latent dim, R RoPE dim, t cached tokens.
+G = L / n head groups, j heads per latent head, D latent dim, R RoPE dim, t cached tokens.
 """
 
 import torch
@@ -34,8 +34,11 @@ def rope_tables(
 def split_cache(cache: Tensor, rope_dim: int) -> tuple[Tensor, Tensor]:
     """Split a paged cache into views of its latents and its RoPE keys, without a copy.
 
-    `cache` is `[..., L * D + R]` in fp16, bf16 or fp32; or, in FP8, `[..., L * D + 2 * R]` e4m3
-    whose last `2 * R` bytes of a row hold R bf16 numbers. R may be 0, of a model without RoPE.
+    `cache` is `[..., L * D + R]` in fp16, bf16 or fp32; or, in FP8, `[..., L * D + 2 * R]` e4m3,
+    where the last `2 * R` bytes of a row hold R bf16 numbers. R may be 0 (a model without RoPE).
+
+    Returns:
+        latents `[..., L * D]` and RoPE keys `[..., R]`, in bf16 for an FP8 cache.
 
     Raises:
         ValueError: a row does not hold the RoPE key and a latent, or cannot be split in place.
@@ -78,13 +81,15 @@ def latent_decode_reference(
     For query token i of a sequence of length s (the q new tokens included), latent l and head j,
     over the tokens t <= s - q + i:
         p_t = softmax_t(softmax_scale * (q_absorbed . c_t,l + q_rope . k_t)),  out = sum_t p_t c_t,l
-    Returns out `[b, q, L, j, D]` in q's dtype and the natural log-sum-exp `[b, q, L, j]` fp32;
-    a row that sees no token gives out 0 and lse -inf.
+
+    Returns:
+        out `[b, q, L, j, D]` in q's dtype and the natural log-sum-exp `[b, q, L, j]` fp32; a row
+        that sees no token gives 0 and -inf.
     """
     _, q_len, num_latents, heads, latent_dim = q_absorbed.shape
     page_size, groups = cache.shape[1], num_latents // num_branches
     q_c = q_absorbed.float()
-    # q_r: [b, q, L, j, R]; latent l of every branch meets the heads of group l mod G
+    # q_r: [b, q, L, j, R]; latent l is attended to by the heads of group l mod G
     q_r = q_rope.float().unflatten(2, (groups, heads)).repeat(1, 1, num_branches, 1, 1)
     latents, rope_keys = split_cache(cache, q_rope.shape[-1])
     out = torch.zeros_like(q_c)
@@ -112,11 +117,11 @@ def latent_decode_reference(
 def merge_states_reference(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     """Merge attention over disjoint sets of tokens; arguments as in `ops.merge_states`.
 
-    lse = log sum_s exp(lse_s),  out = sum_s exp(lse_s - lse) out_s;  all empty: 0 and -inf.
+    lse = log sum_s exp(lse_s),  out = sum_s exp(lse_s - lse) out_s;  0 and -inf if all are empty.
     """
     lse = torch.logsumexp(lses.float(), dim=0)
     weights = (lses.float() - lse).exp().nan_to_num(0.0)
-    # An empty part may carry anything in `out`, NaN too: it must not count.
+    # `outs` may hold anything for an empty set, even NaN, and must not count.
     parts = torch.where(weights[..., None] > 0, outs.float(), 0.0)
     return (weights[..., None] * parts).sum(0).to(outs.dtype), lse
 
@@ -133,7 +138,7 @@ def latent_cache_append_reference(
     latent_scale: float,
     norm_eps: float,
 ) -> None:
-    """Norm, scale, rotate, quantise, write new tokens; arguments as in `ops.latent_cache_append`.
+    """Norm, scale, rotate, quantise and write; arguments as in `ops.latent_cache_append`.
 
     c_l = RMSNorm_l(x_l) * latent_scale;  (k_i, k_{i+R/2}) = half-split rotation of the RoPE key.
     """

@@ -20,7 +20,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 def check_cache(cache: Tensor, cache_scale: Tensor | None, num_latents: int, dim: int, rope: int):
-    """Raise ValueError if the paged cache cannot hold `num_latents` of `dim` and a RoPE key."""
+    """Raise ValueError unless cache rows hold `num_latents` latents of `dim` and a RoPE key."""
     fp8 = cache.dtype == FP8_DTYPE
     _require(cache.dim() == 3, f"cache has {cache.dim()} dims: give [num_pages, page_size, width]")
     _require(cache.shape[0] > 0, "cache has no page: give at least one")
@@ -202,7 +202,7 @@ def check_append(
 
 
 def check_merge(outs: Tensor, lses: Tensor) -> None:
-    """Raise ValueError unless outs is [S, ..., d] and lses its leading dims in fp32."""
+    """Raise ValueError unless outs is `[S, ..., d]` and lses `[S, ...]` fp32."""
     checks.check_tensors(outs=outs, lses=lses)
     checks.check_dtype("outs", outs, FLOAT_DTYPES)
     _require(

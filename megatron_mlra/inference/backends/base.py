@@ -1,7 +1,7 @@
-"""What a layer does besides matrix products, as the protocol that every backend fulfils.
+"""What a layer does besides matrix products, as the protocol that every backend implements.
 
-Letters: T tokens, b sequences, q query tokens per sequence, n g latent heads of the rank, j heads a
-latent serves, l latent dim, r RoPE dim, H heads, e dims of a head.
+Letters: T tokens, b sequences, q query tokens per sequence, n g latent heads of the rank, j heads
+per latent head, l latent dim, f hidden size of an MLP, H heads, e dims of a head.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from torch import Tensor
 
 
 class Ops(Protocol):
-    """One backend."""
+    """One backend. Outputs have the dtype of the first argument; log-sum-exps are float32."""
 
     name: str
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """`[T, d]`, statistics in float32."""
+        """`[T, d]` -> `[T, d]`; statistics in float32."""
 
     def norm_heads(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """`[T, H, e]` -> the same: the norm of every head, with weights `[H, e]` of its own."""
+        """`[T, H, e]` -> `[T, H, e]`: the norm of every head, with weights `[H, e]`."""
 
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        """x + residual, and its norm."""
+        """The sum x + residual, `[T, d]`, and the norm of the sum."""
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """`[T, 2 f]` -> silu(gate) * up `[T, f]`."""
 
     def rotate(self, x: Tensor, start: int, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
-        """`[T, H, e]` with dims `start:` of every head rotated; may work in place."""
+        """`[T, H, e]` with dims `start:` of every head rotated; may overwrite x."""
 
     def append(self, kv: Tensor, norm: Tensor, tables, step, layer, scale: float, eps: float):
         """Norm, rotate and write new tokens: `mlra_kernels.latent_decode.latent_cache_append`."""
@@ -42,12 +42,13 @@ class Ops(Protocol):
         """`mlra_kernels.latent_decode.latent_decode`: output `[b, q, n g, j, l]`, log-sum-exp."""
 
     def schedule(self, lengths: Tensor, **shape):
-        """What `decode` wants computed once a step for these lengths, with an `update`; or None."""
+        """What `decode` needs computed once per step for `lengths` `[b]` int32: an object with a
+        method `update(lengths)`, or None."""
 
     def append_grouped(self, key: Tensor, value: Tensor, layer: Tensor, slots: Tensor) -> None:
-        """Write `[T, heads, dim]` to a grouped cache; negative slots go to its last page."""
+        """Write key and value `[T, heads, dim]` to a grouped cache; see `cache.append_grouped`."""
 
     def decode_grouped(
         self, q: Tensor, layer: Tensor, step, softmax_scale: float
     ) -> tuple[Tensor, Tensor]:
-        """`[b, heads, dim]` attends to a grouped cache; with the log-sum-exp `[b, heads]`."""
+        """Attention of q `[b, heads, dim]` to a grouped cache: output, log-sum-exp `[b, heads]`."""

@@ -12,7 +12,7 @@ from mlra_kernels.latent_decode import reference
 
 
 class ReferenceOps:
-    """Plain torch, on any device and for any size; float32 inside norms, RoPE and attention."""
+    """Plain torch; float32 inside norms, RoPE and attention."""
 
     name = "torch"
 

@@ -15,10 +15,10 @@ BACKENDS = ("auto", "mlra_kernels", "torch")
 def select_backend(
     name: str, model: ModelDescription, dtype: torch.dtype, device: torch.device
 ) -> Ops:
-    """The backend called `name`; 'auto' takes mlra_kernels wherever they can run.
+    """The backend called `name`; 'auto' takes mlra_kernels where the kernels can run, else torch.
 
     Raises:
-        ValueError: an unknown name, or mlra_kernels where they cannot run.
+        ValueError: an unknown name, or mlra_kernels where the kernels cannot run.
     """
     name = current_name("backend", name)
     if name not in BACKENDS:

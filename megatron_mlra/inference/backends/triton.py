@@ -12,7 +12,7 @@ from mlra_kernels.latent_decode import decode_metadata, latent_cache_append, lat
 
 
 class TritonOps:
-    """Half precision on a CUDA device; every call can be captured in a CUDA graph."""
+    """bfloat16 or float16 on a CUDA device; a CUDA graph can capture every call."""
 
     name = "mlra_kernels"
 

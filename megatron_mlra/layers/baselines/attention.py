@@ -4,9 +4,10 @@ Letters: s tokens, b batch, d hidden size, h heads and h_l = h / tp of this rank
 (`kv_channels`), g key/value heads, d_r RoPE dims, R factor rank. With sequence parallel the input
 and output hold s / tp tokens.
 
-Tensor parallelism shards every weight: projections to heads by head, projections to what all heads
-share by column, gathered behind them. What is gathered feeds rank-local heads, so its gradient is a
-sum over ranks: the gather's backward is a reduce-scatter. No parameter is replicated.
+Tensor parallelism shards every weight. Projections to heads are cut by head. Projections to values
+that all heads share are cut by column, and their outputs are gathered. A gathered output feeds
+rank-local heads, so its gradient is a sum over ranks: the gather's backward is a reduce-scatter. No
+parameter is replicated.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class BaselineSubmodules:
 
 
 def baseline_attention_spec(config: BaselineConfig) -> ModuleSpec:
-    """The self-attention of a transformer layer: ours, or for 'gqa' Megatron's own."""
+    """The self-attention of a transformer layer: this project's, or for 'gqa' Megatron's own."""
     use_te = config.transformer_impl == "transformer_engine"
     if config.attention == "gqa":
         from megatron.core.models.gpt import gpt_layer_specs
@@ -86,7 +87,7 @@ def baseline_attention_spec(config: BaselineConfig) -> ModuleSpec:
 class BaselineSelfAttention(Attention):
     """What GTA, MFA and TPA share: one gather of the input, the core, the output projection.
 
-    A subclass builds its projections in `_build` and makes queries, keys and values in `_qkv`.
+    A subclass builds its projections in `_build` and computes queries, keys and values in `_qkv`.
     """
 
     config: BaselineConfig
@@ -173,7 +174,11 @@ class BaselineSelfAttention(Attention):
             sequence_len_offset: position of the first token, default 0.
 
         Returns:
-            output, shaped as hidden_states, and the output projection's bias (None without biases).
+            The output, of hidden_states' shape and dtype, and the output projection's bias (None
+            without biases).
+
+        Raises:
+            ValueError: for an inference context, packed sequences or an attention bias.
         """
         if deprecate_inference_params(inference_context, inference_params) is not None:
             raise ValueError(f"attention {self.config.attention} has no KV cache; generate without")
@@ -220,15 +225,15 @@ class BaselineSelfAttention(Attention):
         return tuple(part.flatten(-2) for part in by_rank)
 
     def get_query_key_value_tensors(self, *args, **kwargs):
-        """Unused: `_qkv` takes its place."""
+        """Unused: `_qkv` replaces this method."""
         raise NotImplementedError
 
 
 class GTASelfAttention(BaselineSelfAttention):
     """Grouped tied attention: one projection is a group's value and, in part, its key.
 
-    key = [first c - d_r dims of kv | shared RoPE key], value = kv; RoPE on the query's last d_r
-    dims.
+    key = [first c - d_r dims of kv | shared RoPE key], value = kv; RoPE rotates the query's last
+    d_r dims and the shared key.
     """
 
     def _build(self) -> None:
@@ -255,8 +260,8 @@ class GTASelfAttention(BaselineSelfAttention):
 
 
 class MFASelfAttention(BaselineSelfAttention):
-    """Multi-matrix factorization attention: wide heads from one normalised query latent, and one
-    key and one value head for all of them."""
+    """Multi-matrix factorization attention: wide query heads from one normalised query latent, and
+    one key head and one value head that all query heads share."""
 
     def _build(self) -> None:
         config, d_q = self.config, self.config.q_lora_rank
@@ -276,10 +281,10 @@ class MFASelfAttention(BaselineSelfAttention):
 
 
 class TPASelfAttention(BaselineSelfAttention):
-    """Tensor product attention: head i of q, k and v is the mean over R ranks of (a number of head
-    i) times (a vector of c dims that all heads share).
+    """Tensor product attention: head i of q, k and v is a mean over R factors, each a number of
+    head i times a vector of c dims that all heads share.
 
-    RoPE on the vectors of q and k. All factors start Xavier-uniform.
+    RoPE rotates the vectors of q and k. All projections start Xavier-uniform.
     """
 
     def _build(self) -> None:

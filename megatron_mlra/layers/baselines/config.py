@@ -30,7 +30,7 @@ class BaselineConfig(TransformerConfig):
     """MFA: size of the query projection that all heads share."""
 
     qk_pos_emb_head_dim: int = 64
-    """GTA: dims of the one shared RoPE key; the last dims of a query meet it."""
+    """GTA: dims of the shared RoPE key, and of the last part of a query, which it multiplies."""
 
     tpa_q_rank: int = 6
     """TPA: rank of the queries' factorisation."""
@@ -42,10 +42,10 @@ class BaselineConfig(TransformerConfig):
     """Base of the RoPE frequencies."""
 
     zero_init_output: bool = True
-    """Start the attention and MLP output projections at zero; off gives them init_method too."""
+    """Start the attention and MLP output projections at zero. Off: init_method, as elsewhere."""
 
     core_backend: str = "auto"
-    """Of GTA, MFA and TPA: 'torch', which is also 'auto'."""
+    """Core of GTA, MFA and TPA: 'torch' or 'auto', both torch."""
 
     def __post_init__(self) -> None:
         if self.attention not in BASELINES:
@@ -56,7 +56,7 @@ class BaselineConfig(TransformerConfig):
         if self.kv_channels is None:
             self.kv_channels = self.hidden_size // self.num_attention_heads
         if self.num_query_groups is None or self.attention in ("mfa", "tpa"):
-            # What Megatron divides by TP; MFA's one key head is no head of the core's sharding.
+            # Megatron divides this by TP. MFA's one key head is whole on every rank, not divided.
             self.num_query_groups = self.num_attention_heads
         self._validate_heads()
         self._validate_tensor_parallel()
@@ -116,7 +116,7 @@ class BaselineConfig(TransformerConfig):
             )
 
     def _sharded_sizes(self) -> dict[str, int]:
-        """What tensor parallelism cuts, by the name to blame."""
+        """The sizes that tensor parallelism cuts, by the names that messages use."""
         sizes = {"num_attention_heads": self.num_attention_heads}
         if self.attention == "gta":
             sizes["num_query_groups"] = self.num_query_groups
