@@ -29,7 +29,6 @@ OTHER_GROUPS = ("network size", "rl", "vision", "logging", "inference", "fault i
 TESTED = "works"
 UPSTREAM = "Megatron's"
 REFUSED = "refused"
-NOT_RUN = "not run"
 
 
 class Row(NamedTuple):
@@ -38,8 +37,7 @@ class Row(NamedTuple):
     flags: str
     verdict: str
     """`works`: a test compares a run with the flag and one without; `Megatron's`: does not touch
-    the attention, and no test here compares; `refused`: an error in one line before the run;
-    `not run`: implemented, and the test needs a GPU."""
+    the attention, and no test here compares; `refused`: an error in one line before the run."""
     note: str
 
 
@@ -84,9 +82,10 @@ ROWS = (
     ),
     Row(
         "--delay-wgrad-compute",
-        NOT_RUN,
+        TESTED,
         "of every linear; the latents' up-projection and the norms have their gradients in"
-        " backward. Needs Transformer Engine and `--overlap-moe-expert-parallel-comm`",
+        " backward. Needs Transformer Engine and `--overlap-moe-expert-parallel-comm`; compared on"
+        " one GPU, by layer",
     ),
     Row(
         "--use-megatron-fsdp --data-parallel-sharding-strategy",
