@@ -11,7 +11,7 @@ mlra=("$python" -m megatron_mlra.command_line)
 train=(pretrain --config debug --data-path "$run/corpus"
        --split "94,5,1" --train-iters "$steps" --eval-interval 1000000)
 # A run that Ctrl-C stops in order has ended well; the demo has not.
-trap 'exit 130' INT
+trap 'echo "the demo begins anew when it is started again" >&2; exit 130' INT
 # On a busy machine threads that wait actively slow each other down many times over.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 
@@ -34,11 +34,11 @@ echo "== 2. pretraining, byte by byte"
 rm -rf -- "${run:?}/checkpoint" "${run:?}/resumed"
 "${mlra[@]}" "${train[@]}" --save "$run/checkpoint" --save-interval "$resume_at" \
   --eval-at-start --eval-iters 16 |
-  tee "$run/train.txt"
+  tee -i "$run/train.txt"
 
 echo "== 3. the same, resumed from the checkpoint of step $resume_at"
 "${mlra[@]}" "${train[@]}" --load "$run/checkpoint" --ckpt-step "$resume_at" \
-  --eval-iters 0 --tensorboard-dir "$run/resumed" | tee "$run/resume.txt"
+  --eval-iters 0 --tensorboard-dir "$run/resumed" | tee -i "$run/resume.txt"
 
 last() { grep "^step $steps/" "$1" | grep -o "lm loss [0-9.]*"; }
 if [ "$(last "$run/train.txt")" != "$(last "$run/resume.txt")" ]; then

@@ -6,6 +6,7 @@ A body is imported only when its subcommand runs: `mlra --help` needs neither to
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -116,7 +117,13 @@ def main() -> NoReturn:
     # argparse shows argv[0] as the program's name, and a parser of subcommands adds their names.
     sys.argv = ["mlra" if command.first else f"mlra {name}", *command.first, *rest]
     if command.program:
-        command.body()()
+        try:
+            start = command.body()
+        except KeyboardInterrupt:
+            # The program, which answers Ctrl-C itself, is still being imported.
+            say_error("error: interrupted")
+            sys.exit(128 + signal.SIGINT)
+        start()
     run(lambda: command.body()(sys.argv[1:]))
 
 

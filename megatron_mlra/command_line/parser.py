@@ -86,7 +86,7 @@ class OneLineParser(argparse.ArgumentParser):
     _strict = False
 
     def __init__(self, *args: Any, add_version: bool = True, **named: Any) -> None:
-        super().__init__(*args, **{"formatter_class": HelpFormatter} | named)
+        super().__init__(*args, **{"formatter_class": HelpFormatter, "allow_abbrev": False} | named)
         if add_version:
             self.add_argument("--version", action=Version, help="print the versions and exit")
 

@@ -16,7 +16,7 @@ from megatron_mlra.command_line import parser
 from megatron_mlra.description.megatron_args import ROPE_ARGUMENTS, differing_arguments
 from megatron_mlra.description.model import CheckpointError
 from megatron_mlra.fault_tolerance.optimizer_state import check_optimizer
-from megatron_mlra.fault_tolerance.rope_change import changes
+from megatron_mlra.fault_tolerance.rope_change import BY_PRESET, changes
 from megatron_mlra.fault_tolerance.saved_steps import (
     check_unused,
     check_writable,
@@ -74,7 +74,8 @@ def check_load(args: Namespace) -> bool:
     given = parser.flags_given(sys.argv[1:])
     changed = check_architecture(stored, args, given)
     if changed and args.rank == 0:
-        parser.say(f"{folder}: {', '.join(changed)}, as asked")
+        by_preset = all(text.endswith(BY_PRESET) for text in changed)
+        parser.say(f"{folder}: {', '.join(changed)}{'' if by_preset else ', as asked'}")
     check_optimizer(stored, args)
     return adds_multi_token(stored.common_state()["args"], args)
 

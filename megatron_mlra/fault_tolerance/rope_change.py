@@ -28,6 +28,9 @@ _FLAGS = {
     "beta_slow": "--yarn-beta-slow",
 }
 
+BY_PRESET = " by the preset"
+"""End of the text of a change that no flag asks for."""
+
 _LENGTHS = {"seq_length": "sequence length", "max_position_embeddings": "positions"}
 
 
@@ -40,8 +43,8 @@ def changes(saved: Namespace, args: Namespace, given: set[str]) -> tuple[list[st
         given: flags on this run's command line.
 
     Returns:
-        Texts of the changes that flags ask for, and of the other differences, each with the flags
-        that resolve it.
+        Texts of the changes that flags ask for, or for lengths the preset, and of the other
+        differences, each with the flags that resolve the difference.
     """
     asked, not_asked = [], []
     there, here = _rope(saved), _rope(args)
@@ -63,7 +66,8 @@ def changes(saved: Namespace, args: Namespace, given: set[str]) -> tuple[list[st
     for name, title in _LENGTHS.items():
         old, new = getattr(saved, name, None), getattr(args, name, None)
         if None not in (old, new) and old != new:
-            asked.append(f"{title} {old:,} -> {new:,}")
+            by = "" if flag(name) in given else BY_PRESET
+            asked.append(f"{title} {old:,} -> {new:,}{by}")
     return asked, not_asked
 
 

@@ -102,7 +102,7 @@ def _check_values(args: Namespace) -> None:
     if position is not None and position < args.seq_length:
         raise ValueError(
             f"--max-position-embeddings {position} is shorter than --seq-length {args.seq_length};"
-            f" use {args.seq_length}, or leave it out"
+            f" use --max-position-embeddings {args.seq_length}"
         )
 
 

@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import re
+import shlex
 import stat
 import sys
 import threading
@@ -194,7 +195,8 @@ def what_is_left(args: Namespace) -> str:
     if step is None:
         line += "nothing was saved"
     else:
-        line += f"step {step:,} is saved; continue with --load {args.save} --save {args.save}"
+        folder = shlex.quote(args.save)
+        line += f"step {step:,} is saved; continue with --load {folder} --save {folder}"
     return line
 
 

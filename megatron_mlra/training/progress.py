@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import shlex
 import shutil
 import sys
 import time
@@ -133,7 +134,7 @@ class Progress:
         if skipped:
             said.append("skipped (overflow)")
         if grad_norm is not None:
-            said.append(f"grad norm {float(grad_norm):#.3g}")
+            said.append("grad norm " + f"{float(grad_norm):#.3g}".removesuffix("."))
         if learning_rate is not None:
             said.append(f"lr {learning_rate:.2e}")
         torch.cuda.synchronize()
@@ -260,7 +261,8 @@ class Progress:
             return f"{why}; nothing is saved without --save"
         if latest_step(args.save) != step:
             return why
-        return f"{why}, which is saved; continue with --load {args.save} --save {args.save}"
+        folder = shlex.quote(args.save)
+        return f"{why}, which is saved; continue with --load {folder} --save {folder}"
 
     def wrap_finalize(self, maybe_finalize_async_save: Callable) -> Callable:
         """Wrap Megatron's `maybe_finalize_async_save`: errors name the step that is not saved."""

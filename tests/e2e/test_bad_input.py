@@ -32,7 +32,7 @@ FLAGS = [
     (["--lr-warmup-iters", "8"], "--lr-warmup-iters 8 leaves nothing of the 8 steps"),
     (
         ["--max-position-embeddings", "16"],
-        "--max-position-embeddings 16 is shorter than --seq-length 32; use 32",
+        "--max-position-embeddings 16 is shorter than --seq-length 32; use --max",
     ),
     (["--global-batch-size", "7"], "--global-batch-size 7 does not divide into micro-batches of 2"),
     (["--eval-micro-batch-size", "3"], "--eval-global-batch-size 4 does not divide into"),

@@ -62,7 +62,8 @@ def args(**values) -> Namespace:
                 " it)"
             ],
         ),
-        ({}, {"seq_length": 8192}, "", ["sequence length 2,048 -> 8,192"], []),
+        ({}, {"seq_length": 8192}, "--seq-length", ["sequence length 2,048 -> 8,192"], []),
+        ({}, {"seq_length": 8192}, "", ["sequence length 2,048 -> 8,192 by the preset"], []),
     ],
 )
 def test_a_change_counts_where_its_flag_stands(saved, here, given, asked, unasked):
