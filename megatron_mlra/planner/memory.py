@@ -15,13 +15,8 @@ from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.planner.layout import Layout
 from megatron_mlra.sharding.partition import LatentShard
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 FUSED = "transformer_engine"
-
-
-def gib(count: float) -> str:
-    """Bytes as text in GiB."""
-    return f"{count / GIB:.1f}"
 
 
 @dataclass(frozen=True)
