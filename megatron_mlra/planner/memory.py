@@ -19,6 +19,16 @@ GIB, MIB = 2**30, 2**20
 FUSED = "transformer_engine"
 
 
+def size_unit(most: float) -> tuple[int, str]:
+    """(Bytes of a unit, its name) in which to tell memory of `most` bytes at most."""
+    return (GIB, "GiB") if most >= GIB else (MIB, "MiB")
+
+
+def time_unit(longest: float) -> tuple[float, str]:
+    """(Seconds of a unit, its name) in which to tell times of `longest` seconds at most."""
+    return (1.0, "s") if longest >= 0.1 else (1e-3, "ms")
+
+
 @dataclass(frozen=True)
 class Precision:
     """Bytes per parameter: bfloat16 with float32 gradients and main weights, or all float32."""

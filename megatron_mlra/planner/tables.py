@@ -12,7 +12,7 @@ from rich.table import Table
 from megatron_mlra.cost.cache import DTYPE, kv_cache_text
 from megatron_mlra.cost.flops import train_flops_per_token
 from megatron_mlra.cost.parameters import parameters
-from megatron_mlra.planner.memory import GIB, MIB
+from megatron_mlra.planner.memory import size_unit, time_unit
 from megatron_mlra.planner.report import Report
 
 Row = tuple[list[str], list[str], list[str]]
@@ -147,10 +147,8 @@ def _layouts(report: Report, details: bool) -> Sheet:
     shown = f"{len(report.plans)} of {report.found}"
     held_by = ["weights", "grads", "optim", "activ"] if details else []
     # One unit a column, by its largest number, so that rows can be compared.
-    most = max(plan.memory.total for plan in report.plans)
-    longest = max(plan.step.seconds for plan in report.plans)
-    size, unit = (GIB, "GiB") if most >= GIB else (MIB, "MiB")
-    second, clock = (1.0, "s") if longest >= 0.1 else (1e-3, "ms")
+    size, unit = size_unit(max(plan.memory.total for plan in report.plans))
+    second, clock = time_unit(max(plan.step.seconds for plan in report.plans))
     sheet = Sheet(
         f"Layouts that fit, fastest first ({shown}); {unit} per GPU",
         ["layout", "micro", "recompute"],
