@@ -65,10 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    if not args.text and not args.task and not args.data:
-        raise ValueError("nothing to evaluate; give --text, --data or --task")
     if args.cache_dtype and (args.text or args.task or not args.data):
         raise ValueError("--cache-dtype needs --data NAME=PREFIX; leave --text and --task out")
+    if not args.text and not args.task and not args.data:
+        raise ValueError("nothing to evaluate; give --text, --data or --task")
     if args.cache_dtype and args.dtype and "fp8" not in args.cache_dtype:
         raise ValueError(
             f"--dtype {args.dtype} is of the weights beside an FP8 cache, and --cache-dtype names"

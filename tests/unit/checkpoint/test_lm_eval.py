@@ -200,6 +200,7 @@ def test_windows_of_one_token_and_longer_than_the_model_was_trained_for(exported
     ("arguments", "said"),
     [
         (["--text", __file__, "--cache-dtype", "fp8"], "needs --data NAME=PREFIX; leave --text"),
+        (["--cache-dtype", "fp8"], "needs --data NAME=PREFIX; leave --text"),
         (
             ["--data", "set", "--cache-dtype", "float32", "--dtype", "float16"],
             "--dtype float16 is of the weights beside an FP8 cache",
