@@ -24,13 +24,14 @@ if [ ! -x "$venv/bin/python" ]; then
   kilobytes=$(df -Pk . | awk 'NR == 2 {print $4}' | tr -cd 0-9)
   free=$((10#${kilobytes:-0} / 1048576))
   [ "$free" -ge 12 ] || fail "$free GB are free here and PyTorch with its CUDA libraries needs 12; free some or move the checkout"
-  echo "creating $venv with $("$python" --version)"
+  echo "1/3 creating $venv with $("$python" --version)"
   "$python" -m venv "$venv"
 fi
-echo "installing packages into $venv (some minutes the first time)"
+echo "2/3 packages of kernels and project into $venv (about 5 GB, minutes the first time)"
 # Not compiled: Python does that with what it imports, and all 300 MB of sources take 100 seconds.
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt \
   -e ./kernels -e ".[dev]"
+echo "3/3 compiling Megatron's Python files"
 # Megatron's first import would print its warnings about syntax.
 "$venv/bin/python" -W ignore -m compileall -q -j 2 "$venv"/lib/python*/site-packages/megatron || true
 if command -v nvidia-smi >/dev/null && ! "$venv/bin/python" -c 'import transformer_engine' 2>/dev/null; then

@@ -128,9 +128,10 @@ def main() -> NoReturn:
 
 
 def _refuse(name: str) -> NoReturn:
-    said = "name a command; mlra --help lists them"
     if name:
         near = did_you_mean(name, there()) or "; mlra --help lists the commands"
-        said = f"mlra has no command {name}{near}"
-    say_error(f"error: {said}")
+        say_error(f"error: mlra has no command {name}{near}")
+    else:
+        for line in (*overview().splitlines(), "", "error: name a command"):
+            say_error(line)
     sys.exit(REFUSED)

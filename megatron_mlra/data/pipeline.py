@@ -175,7 +175,9 @@ def _write(
     counts = [dict.fromkeys(keys, 0) for _ in sources]
     size = sum(source.size for source in sources)
     with bar(total=size, unit="B", unit_scale=True, desc="tokenising", shown=progress) as shown:
-        for part in encoded:
+        for number, part in enumerate(encoded):
+            if not number:
+                shown.unpause()  # start the clock: workers took their time to start
             if part.problems and on_error == "fail":
                 raise BadRecordError(f"{part.problems[0]} (--on-error skip leaves it out)")
             for problem in part.problems:

@@ -65,10 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    if args.cache_dtype and (args.text or args.task or not args.data):
+        raise ValueError("--cache-dtype needs --data NAME=PREFIX; leave --text and --task out")
     if not args.text and not args.task and not args.data:
         raise ValueError("nothing to evaluate; give --text, --data or --task")
-    if args.cache_dtype and (args.text or args.task or not args.data):
-        raise ValueError("--cache-dtype decodes windows of datasets; give --data and nothing else")
     if args.cache_dtype and args.dtype and "fp8" not in args.cache_dtype:
         raise ValueError(
             f"--dtype {args.dtype} is of the weights beside an FP8 cache, and --cache-dtype names"
@@ -111,13 +111,11 @@ def _scored(
     results: dict[str, Any] = {"checkpoint": args.checkpoint, "text": {}, "data": {}, "task": {}}
     for file, text in texts.items():
         found = results["text"][file] = perplexity(scorer.texts([text])[0], text)
-        print(
-            f"{file}: perplexity {found['perplexity']:.4f} per token,"
-            f" {found['bits_per_byte']:.4f} bits per byte, {found['tokens']} tokens"
-        )
+        loss = -found["log_likelihood"] / found["tokens"]
+        print(row(file, loss, f"{found['bits_per_byte']:.4f} bits per byte", found["tokens"]))
     for name, tokens in streams.items():
         found = results["data"][name] = stream_loss(scorer, tokens, name)
-        print(f"{name}: loss {found['loss']:.4f} nats per token, {found['tokens']} tokens")
+        print(row(name, found["loss"], "", found["tokens"]))
     for file, items in tasks.items():
         found = results["task"][file] = run_task(scorer, items)
         print("\n".join(told(file, found)))
@@ -143,12 +141,25 @@ def _decoded(args: argparse.Namespace, streams: dict[str, np.ndarray]) -> dict[s
     for name, windows in rows.items():
         results["decoded"][name] = decoded_losses(runners, windows, progress=True)
         for dtype, found in results["decoded"][name].items():
-            print(
-                f"{name}, cache in {dtype}: loss {found['loss']:.4f} nats per token, logits off"
-                f" {args.cache_dtype[0]}'s by {found['rms_logit_error']:.1e} (root mean square),"
-                f" {found['max_logit_error']:.1e} (largest), {found['tokens']:,} tokens"
+            apart = (
+                f"logits off {args.cache_dtype[0]}'s by {found['rms_logit_error']:.1e} (root mean"
+                f" square), {found['max_logit_error']:.1e} (largest)"
             )
+            more = "" if dtype == args.cache_dtype[0] else apart
+            print(row(f"{name}, cache in {dtype}", found["loss"], more, found["tokens"]))
     return results
+
+
+def row(name: str, loss: float, more: str, tokens: int) -> str:
+    """The line of a result: `books: loss 2.5020 nats per token (perplexity 12.21), 14,373 tokens`.
+
+    Args:
+        loss: in nats per token.
+        more: what else there is to say; may be empty.
+    """
+    perplexity_of_it = math.inf if loss > 700 else math.exp(loss)  # exp fails beyond 709
+    said = f"{name}: loss {loss:.4f} nats per token (perplexity {perplexity_of_it:.2f})"
+    return ", ".join((said, *([more] if more else []), f"{tokens:,} tokens"))
 
 
 def perplexity(score: Any, text: str) -> dict[str, float]:

@@ -15,13 +15,18 @@ from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.planner.layout import Layout
 from megatron_mlra.sharding.partition import LatentShard
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 FUSED = "transformer_engine"
 
 
-def gib(count: float) -> str:
-    """Bytes as text in GiB."""
-    return f"{count / GIB:.1f}"
+def size_unit(most: float) -> tuple[int, str]:
+    """(Bytes of a unit, its name) in which to tell memory of `most` bytes at most."""
+    return (GIB, "GiB") if most >= GIB else (MIB, "MiB")
+
+
+def time_unit(longest: float) -> tuple[float, str]:
+    """(Seconds of a unit, its name) in which to tell times of `longest` seconds at most."""
+    return (1.0, "s") if longest >= 0.1 else (1e-3, "ms")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from rich.table import Table
 from megatron_mlra.cost.cache import DTYPE, kv_cache_text
 from megatron_mlra.cost.flops import train_flops_per_token
 from megatron_mlra.cost.parameters import parameters
-from megatron_mlra.planner.memory import gib
+from megatron_mlra.planner.memory import size_unit, time_unit
 from megatron_mlra.planner.report import Report
 
 Row = tuple[list[str], list[str], list[str]]
@@ -146,20 +146,20 @@ def _head(report: Report) -> Iterator[str]:
 def _layouts(report: Report, details: bool) -> Sheet:
     shown = f"{len(report.plans)} of {report.found}"
     held_by = ["weights", "grads", "optim", "activ"] if details else []
+    # One unit a column, by its largest number, so that rows can be compared.
+    size, unit = size_unit(max(plan.memory.total for plan in report.plans))
+    second, clock = time_unit(max(plan.step.seconds for plan in report.plans))
     sheet = Sheet(
-        f"Layouts that fit, fastest first ({shown}); GiB per GPU",
+        f"Layouts that fit, fastest first ({shown}); {unit} per GPU",
         ["layout", "micro", "recompute"],
-        [*held_by, "total" if details else "GiB", "step s", "MFU", "tok/s/GPU"],
+        [*held_by, "total" if details else unit, f"step {clock}", "MFU", "tok/s/GPU"],
     )
     for plan in report.plans:
         held, step = plan.memory, plan.step
+        parts = held.weights, held.gradients, held.optimizer, held.activations + held.working
         numbers = [
-            gib(held.weights),
-            gib(held.gradients),
-            gib(held.optimizer),
-            gib(held.activations + held.working),
-            gib(held.total),
-            f"{step.seconds:.3g}",
+            *(f"{count / size:.1f}" for count in (*parts, held.total)),
+            f"{step.seconds / second:.3g}",
             f"{step.mfu:.0%}",
             f"{step.tokens_per_gpu_second:,.0f}",
         ]

@@ -11,7 +11,7 @@ from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.layers.config import MLRAConfig
 from megatron_mlra.planner.gpus import Assumptions, find
 from megatron_mlra.planner.layout import Layout
-from megatron_mlra.planner.memory import GIB, memory
+from megatron_mlra.planner.memory import GIB, memory, size_unit, time_unit
 from megatron_mlra.planner.search import Plan
 from megatron_mlra.planner.step import predict
 from megatron_mlra.sharding.tensor_parallel import LatentShard
@@ -71,17 +71,20 @@ def _plan(args: Namespace, shape: ModelDescription) -> list[str]:
     step = predict(shape, layout, args.global_batch_size, gpu, Assumptions(), fp8)
     limit = gpu.memory_gb * 1e9 * Assumptions().memory
     verdict = "fits" if held.total <= limit else "does NOT fit"
+    size, unit = size_unit(held.total)
+    second, clock = time_unit(step.seconds)
     parts = ("weights", "gradients", "optimizer", "activations", "working")
-    sizes = ", ".join(f"{name} {getattr(held, name) / GIB:.1f}" for name in parts)
+    sizes = ", ".join(f"{name} {getattr(held, name) / size:.1f}" for name in parts)
     sent = ", ".join(
         f"{name} {value / 1e9:,.1f}" for name, value in step.traffic.to_json().items() if value
     )
     return [
         f"plan: {layout} on {args.world_size:,} x {gpu.name} (predictions; mlra plan searches)",
-        f"  memory: {held.total / GIB:.1f} GiB on the fullest GPU ({sizes}), {verdict} in"
-        f" {limit / GIB:.1f}",
-        f"  step: {step.seconds:.3g} s, {step.tokens_per_gpu_second:,.0f} tokens/s a GPU, MFU"
-        f" {step.mfu:.0%}; beside products {Plan(layout, held, step).reason()}",
+        f"  memory: {held.total / size:.1f} {unit} on the fullest GPU ({sizes}), {verdict} in"
+        f" {limit / GIB:.1f} GiB",
+        f"  step: {step.seconds / second:.3g} {clock},"
+        f" {step.tokens_per_gpu_second:,.0f} tokens/s a GPU,"
+        f" MFU {step.mfu:.0%}; beside products {Plan(layout, held, step).reason()}",
         f"  a GPU sends, GB per step: {sent or 'nothing'}",
     ]
 

@@ -33,7 +33,7 @@ def test_a_launch_of_1024_gpus_is_described_and_nothing_started(tmp_path):
     )
 
 
-@pytest.mark.parametrize(("preset", "gpus"), [("mlra4_70b", 1024), ("mlra4_2.9b", 8)])
+@pytest.mark.parametrize(("preset", "gpus"), [("mlra4_70b", 1024), ("debug", 8)])
 def test_the_planners_command_is_its_layout(entry, tmp_path, preset, gpus):
     plan = ["--config", preset, "--gpus", gpus, "--json"]
     asked = subprocess.run(
@@ -47,6 +47,8 @@ def test_the_planners_command_is_its_layout(entry, tmp_path, preset, gpus):
     best = report["layouts"][0]["layout"]
     layout = f"TP{best['tp']} PP{best['pp']}" + (f" (x{best['vpp']})" if best["vpp"] > 1 else "")
     assert f"plan: {layout} DP{best['dp']} on {gpus:,} x h100" in run.out
+    small = preset == "debug"
+    assert (" MiB on the fullest GPU" in run.out) == (" ms, " in run.out) == small
 
 
 def shard_map(tp: int, layout: str) -> list[str]:

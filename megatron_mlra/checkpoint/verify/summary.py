@@ -7,6 +7,8 @@ import re
 from collections import Counter
 
 from megatron_mlra.checkpoint.folder import CheckpointFolder
+from megatron_mlra.checkpoint.tokenizer import data_tokenizer
+from megatron_mlra.description.model import CheckpointError
 from megatron_mlra.description.tensors import expected_tensors, multi_token_tensors
 
 
@@ -23,8 +25,11 @@ def lines(folder: CheckpointFolder) -> list[str]:
         rope = "no RoPE (NoPE)"
     elif without := sum(m.no_rope_pattern):
         rope += f" (none in {without} of {m.num_layers} layers)"
+    padding = (m.embedding_rows - m.vocab_size) * m.hidden_size * (2 - m.tie_embeddings)
+    padded = f" (+{padding:,} of padding rows of the vocabulary)" if padding > 0 else ""
     out = [
-        f"{folder.path}: {folder.kind} checkpoint of {m.variant}, {count:,} parameters, {m.dtype}",
+        f"{folder.path}: {folder.kind} checkpoint of {m.variant}, {count:,} parameters{padded},"
+        f" {m.dtype}",
         f"{m.num_layers} layers, hidden {m.hidden_size}, ffn {m.ffn_hidden_size},"
         f" {m.num_attention_heads} heads, vocabulary {m.vocab_size} ({embedding}),"
         f" {m.max_position_embeddings} positions, {rope},"
@@ -58,9 +63,7 @@ def lines(folder: CheckpointFolder) -> list[str]:
     step = getattr(folder, "iteration", None)
     if step is not None:
         out.append(f"step {step:,}")
-    files = ", ".join(path.name for path in folder.tokenizer_files())
-    named = f", --tokenizer-model: {m.tokenizer_model}" if m.tokenizer_model else ""
-    out.append(f"tokenizer: {m.tokenizer_type or 'not named'}, files: {files or 'none'}{named}")
+    out.append(f"tokenizer: {_tokenizer(folder)}")
     kinds = Counter(
         f"{re.sub(r'(?<=[.])[0-9]+(?=[.])', '*', name)} {list(shape)}"
         for name, shape in shapes.items()
@@ -68,3 +71,21 @@ def lines(folder: CheckpointFolder) -> list[str]:
     for kind, times in kinds.items():
         out.append(f"  {kind}" + (f" x {times}" if "*" in kind else ""))
     return out
+
+
+def _tokenizer(folder: CheckpointFolder) -> str:
+    """The tokenizer: its files, or what the metadata of the run's data say."""
+    m = folder.description
+    files = ", ".join(path.name for path in folder.tokenizer_files())
+    if not files and not m.tokenizer_model and m.tokenizer_type in (None, "NullTokenizer"):
+        # Megatron's name for a run on data that are tokens already.
+        try:
+            made_with = data_tokenizer(folder)
+        except CheckpointError as error:
+            return f"that of the run's data, but {error}"
+        if made_with is not None:
+            kind = "bytes" if made_with.type == "byte" else made_with.type
+            model = f" {made_with.model}" if made_with.model else ""
+            return f"{kind}{model}, by the metadata of the run's data"
+    named = f", --tokenizer-model: {m.tokenizer_model}" if m.tokenizer_model else ""
+    return f"{m.tokenizer_type or 'not named'}, files: {files or 'none'}{named}"

@@ -13,7 +13,7 @@ from megatron_mlra.checkpoint.huggingface.folder import write_huggingface
 from megatron_mlra.checkpoint.megatron.writer import write_megatron
 from megatron_mlra.data.pipeline import PreprocessConfig, preprocess
 from megatron_mlra.data.tokenizers import TokenizerSpec
-from megatron_mlra.evaluation.cli import main
+from megatron_mlra.evaluation.cli import main, row
 from megatron_mlra.evaluation.models import load_model, load_scorer
 from megatron_mlra.evaluation.token_stream import read_stream
 from support.random_checkpoint import RandomFolder, grouped, latent
@@ -132,6 +132,17 @@ def test_perplexity_is_that_of_the_megatron_folder(exported, tmp_path, capsys):
     assert "bits per byte" in capsys.readouterr().out
 
 
+def test_rows_have_one_format():
+    said = "a: loss 2.5000 nats per token (perplexity 12.18), 14,373 tokens"
+    assert row("a", 2.5, "", 14373) == said
+    assert row("a", 2.5, "4.3 bits per byte", 14373) == said.replace(
+        ", 14", ", 4.3 bits per byte, 14"
+    )
+    assert "perplexity inf" in row("a", 1e3, "", 1) and "perplexity nan" in row(
+        "a", float("nan"), "", 1
+    )
+
+
 def test_decoded_losses_are_the_models_and_fp8_is_near(exported, tmp_path, capsys):
     """A float32 cache gives the logits of transformers; an FP8 cache gives others nearby."""
     text = tmp_path / "text.txt"
@@ -147,6 +158,8 @@ def test_decoded_losses_are_the_models_and_fp8_is_near(exported, tmp_path, capsy
         command[4:5] = ["float32", "fp8"]
         assert main([*command, str(tmp_path / "out.json")]) == 0
     found = json.loads((tmp_path / "out.json").read_text())["decoded"]["set"]
+    rows = [line for line in capsys.readouterr().out.splitlines() if "cache in" in line]
+    assert ["logits off float32's" in line for line in rows] == [False, True][: len(found)]
 
     model = load_model(open_checkpoint(exported), "float32")
     stream = torch.from_numpy(read_stream(tmp_path / "set").astype("int64"))
@@ -186,7 +199,8 @@ def test_windows_of_one_token_and_longer_than_the_model_was_trained_for(exported
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--text", __file__, "--cache-dtype", "fp8"], "give --data and nothing else"),
+        (["--text", __file__, "--cache-dtype", "fp8"], "needs --data NAME=PREFIX; leave --text"),
+        (["--cache-dtype", "fp8"], "needs --data NAME=PREFIX; leave --text"),
         (
             ["--data", "set", "--cache-dtype", "float32", "--dtype", "float16"],
             "--dtype float16 is of the weights beside an FP8 cache",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from argparse import Namespace
+
 import pytest
 
 from megatron_mlra.checkpoint.verify.summary import lines
@@ -24,3 +27,29 @@ def test_a_norm_of_query_heads_is_named(normed):
 def test_layers_without_rope_are_counted():
     sizes = lines(RandomFolder(latent(4, 4, no_rope_pattern=(0, 1))))[1]
     assert ", RoPE base 10000 (none in 1 of 2 layers), eps " in sizes
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "said"),
+    [
+        ({"type": "byte"}, "bytes, by the metadata of the run's data"),
+        ({"type": "tiktoken", "model": "gpt2"}, "tiktoken gpt2, by the metadata of the run's data"),
+        ({"type": "hf", "model": "/gone"}, "that of the run's data, but /gone is gone or is not"),
+        (None, "NullTokenizer, files: none"),
+    ],
+)
+def test_a_run_without_tokenizer_files_has_that_of_its_data(tmp_path, tokenizer, said):
+    folder = RandomFolder(latent(4, 4, tokenizer_type="NullTokenizer"), tmp_path)
+    if tokenizer:
+        folder.args = Namespace(data_path=[str(tmp_path / "data")])
+        metadata = {"version": 1, "vocab_size": 257, "eod_id": 256, "tokenizer": tokenizer}
+        (tmp_path / "data.json").write_text(json.dumps(metadata))
+    assert any(line.startswith(f"tokenizer: {said}") for line in lines(folder))
+
+
+@pytest.mark.parametrize(("tied", "more"), [(True, 15 * 96), (False, 2 * 15 * 96)])
+def test_padding_of_the_vocabulary_is_counted_apart(tied, more):
+    sizes = {"vocab_size": 257, "tie_embeddings": tied, "hidden_size": 96}
+    padded = lines(RandomFolder(latent(4, 4, padded_vocab_size=272, **sizes)))[0]
+    assert f" parameters (+{more:,} of padding rows of the vocabulary), " in padded
+    assert "padding" not in lines(RandomFolder(latent(4, 4, **sizes)))[0]

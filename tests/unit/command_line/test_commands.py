@@ -76,12 +76,17 @@ def test_the_overview_needs_no_torch_and_little_time():
         (["plann"], "mlra has no command plann; did you mean plan?"),
         (["zzz"], "mlra has no command zzz; mlra --help lists the commands"),
         (["zz\udcff"], r"mlra has no command zz\udcff; mlra --help lists the commands"),
-        ([], "name a command; mlra --help lists them"),
     ],
 )
 def test_an_unknown_command_is_one_line(argv, said):
     done = mlra(*argv)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {said}\n")
+
+
+def test_no_command_lists_them():
+    done = mlra()
+    said = f"{overview()}\n\nerror: name a command\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
 
 
 def test_the_entrys_help_is_two_screens_and_its_script_the_same(monkeypatch):

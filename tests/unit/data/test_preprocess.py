@@ -4,6 +4,7 @@ import base64
 import gzip
 import hashlib
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,10 +16,18 @@ import zstandard
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from megatron_mlra.checkpoint.tokenizer import checkpoint_tokenizer
-from megatron_mlra.data import ByteTokenizer, HFTokenizer, TiktokenTokenizer, read_metadata
+from megatron_mlra.command_line.progress_bar import bar
+from megatron_mlra.data import (
+    ByteTokenizer,
+    HFTokenizer,
+    TiktokenTokenizer,
+    pipeline,
+    read_metadata,
+)
 from megatron_mlra.data.cli import main
-from megatron_mlra.data.encode import token_dtype
+from megatron_mlra.data.encode import Encoded, token_dtype
 from megatron_mlra.data.readers import BATCH_BYTES
+from megatron_mlra.data.sources import Source
 from megatron_mlra.data.writer import SUFFIXES
 
 TEXTS = ["Hello, world\n", "naïve café ☕ 𓀀", 'tabs\tand "quotes"\r\nlines', "<|endoftext|>"]
@@ -152,6 +161,21 @@ def test_without_eod(tmp_path, read):
     options = ["--tokenizer", "byte", "--no-append-eod"]
     assert run([tmp_path / "a.jsonl"], tmp_path / "out", *options) == 0
     assert read(tmp_path / "out") == [list(text.encode()) for text in TEXTS]
+
+
+def test_the_bars_clock_starts_with_the_first_documents(monkeypatch):
+    """And not while workers start."""
+    bars, first = [], []
+
+    def encoded():
+        time.sleep(0.05)
+        first.append(time.time())
+        yield Encoded(0, np.zeros(3, np.uint16), np.array([3]), consumed=3)
+
+    monkeypatch.setattr(pipeline, "bar", lambda **named: bars.append(bar(**named)) or bars[0])
+    writer, source = SimpleNamespace(add=lambda *_: None), Source("a", "text", None, 3)
+    pipeline._write(writer, encoded(), [source], "fail", print, progress=True)
+    assert bars[0].start_t >= first[0]
 
 
 def test_output_does_not_depend_on_workers(tmp_path, hf_file):

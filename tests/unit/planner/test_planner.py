@@ -278,6 +278,14 @@ def test_tables_fit_and_no_number_is_cut(preset, gpus, length, width):
     assert cells(shown[width]) >= cells(shown[1000]) and len(cells(shown[1000])) > 10
 
 
+def test_a_small_model_is_told_in_small_units(capsys):
+    said = plan(capsys, "--config", "debug", "--gpus", 8, "--details")[1]
+    assert "MiB per GPU" in said and " step ms " in said and "GiB" not in said
+    assert " 0.0 " not in said.partition("Layouts that fit")[2].partition("What a GPU")[0]
+    said = plan(capsys, "--config", "mlra4_2.9b", "--gpus", 8)[1]
+    assert "GiB per GPU" in said and " step s " in said
+
+
 def test_the_end_is_the_command_and_details_are_asked_for(capsys, tmp_path):
     short = plan(capsys, "--config", "mlra4_2.9b", "--gpus", 8, "--seq-length", 4096)[1]
     assert len(short.splitlines()) < 20 and "Decoding" not in short
