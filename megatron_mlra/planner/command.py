@@ -49,7 +49,7 @@ def launch_command(
         shape: the model.
         values: of the preset, by argparse destination.
         asked: flags that the user gave, by argparse destination.
-        node: GPUs per node.
+        node: most GPUs per node.
     """
     chosen = layout.flags(shape)
     chosen |= {name: off for name, off in _OFF.items() if name not in chosen}
@@ -83,10 +83,10 @@ def launcher(gpus: int, node: int = NODE) -> list[str]:
 
     Args:
         gpus: of all nodes.
-        node: GPUs per node.
+        node: most GPUs per node; all nodes have equally many.
     """
-    per_node = min(node, gpus)
-    nodes = -(-gpus // per_node)
+    per_node = next(count for count in range(min(node, gpus), 0, -1) if gpus % count == 0)
+    nodes = gpus // per_node
     where = ["--standalone"]
     if nodes > 1:
         where = ["--nnodes", str(nodes), "--rdzv-backend", "c10d"]

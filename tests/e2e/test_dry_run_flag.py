@@ -89,3 +89,5 @@ def test_the_command_is_the_same_without_the_dry_run():
     assert said.endswith(f" --nproc-per-node 8{end} RUN --load RUN")
     said = _command(SimpleNamespace(world_size=4), ["--save=x y", *argv, "--load", "z"])
     assert said == f"command: mlra launch --standalone --nproc-per-node 4{end} 'x y' --load z"
+    said = _command(SimpleNamespace(world_size=12), argv)
+    assert " --nnodes 2 " in said and " --nproc-per-node 6 " in said

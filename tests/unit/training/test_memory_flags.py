@@ -153,3 +153,15 @@ def test_a_model_that_surely_does_not_fit_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="for the 2 ranks of this host, and"):
         check("--num-layers", "4", **args)
+
+
+def test_a_finished_run_says_how_to_go_on():
+    args = argparse.Namespace(iteration=39, train_iters=40, train_samples=None, load="run")
+    assert progress.resumed(args) == "continuing after step 39 of run"
+    args.iteration = 40
+    assert progress.resumed(args) == (
+        "step 40 of 40 is the end, and run has it; to train on, give a larger --train-iters and"
+        " --override-opt-param-scheduler"
+    )
+    args.train_samples = 160
+    assert "a larger --train-samples and" in progress.resumed(args)
