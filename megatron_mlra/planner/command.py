@@ -66,7 +66,7 @@ def launch_command(
         if values.get(name, defaults.get(name)) != value:
             flags += _words(name, value)
     lines = [
-        launcher(layout.gpus, node),
+        launcher(layout.gpus, layout.tp, node),
         [*ENTRY, "--config", config],
         ["--data-path", "DATA", "--save", "RUN", "--load", "RUN"],
         *([flags] if flags else []),
@@ -78,14 +78,16 @@ def launch_command(
     ]
 
 
-def launcher(gpus: int, node: int = NODE) -> list[str]:
+def launcher(gpus: int, tp: int, node: int = NODE) -> list[str]:
     """The words that start one node's processes; `ENTRY` and the run's flags follow.
 
     Args:
         gpus: of all nodes.
+        tp: tensor-parallel size; such a group stays within a node where it can.
         node: most GPUs per node; all nodes have equally many.
     """
-    per_node = next(count for count in range(min(node, gpus), 0, -1) if gpus % count == 0)
+    counts = [count for count in range(min(node, gpus), 0, -1) if gpus % count == 0]
+    per_node = next((count for count in counts if count % tp == 0), counts[0])
     nodes = gpus // per_node
     where = ["--standalone"]
     if nodes > 1:

@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.layers.config import MLRAConfig
-from megatron_mlra.planner.command import ENTRY, NODE, launcher
+from megatron_mlra.planner.command import ENTRY, launcher
 from megatron_mlra.planner.gpus import Assumptions, find
 from megatron_mlra.planner.layout import Layout
 from megatron_mlra.planner.memory import GIB, memory
@@ -160,5 +160,6 @@ def _command(args: Namespace, argv: list[str]) -> str:
             kept.append(word)
     save = given.get("--save", "RUN")
     folders = ["--save", save, "--load", given.get("--load", save)]
-    command = shlex.join([*launcher(args.world_size), *ENTRY, *kept, *folders])
-    return f"command{', the same on every node' if args.world_size > NODE else ''}: {command}"
+    start = launcher(args.world_size, args.tensor_model_parallel_size)
+    command = shlex.join([*start, *ENTRY, *kept, *folders])
+    return f"command{', the same on every node' if '--nnodes' in start else ''}: {command}"

@@ -82,12 +82,17 @@ def test_the_shard_map_names_every_rank_and_shortens_many():
 
 
 def test_the_command_is_the_same_without_the_dry_run():
+    def command(gpus: int, argv: list[str], tp: int = 1) -> str:
+        return _command(SimpleNamespace(world_size=gpus, tensor_model_parallel_size=tp), argv)
+
     argv = ["--config", "a b.yaml", "--dry-run", "16", "--dry-run-gpu=h200", "--bf16"]
-    said = _command(SimpleNamespace(world_size=16), argv)
+    said = command(16, argv)
     assert said.startswith("command, the same on every node: mlra launch --nnodes 2 ")
     end = " -m megatron_mlra.training --config 'a b.yaml' --bf16 --save"
     assert said.endswith(f" --nproc-per-node 8{end} RUN --load RUN")
-    said = _command(SimpleNamespace(world_size=4), ["--save=x y", *argv, "--load", "z"])
+    said = command(4, ["--save=x y", *argv, "--load", "z"])
     assert said == f"command: mlra launch --standalone --nproc-per-node 4{end} 'x y' --load z"
-    said = _command(SimpleNamespace(world_size=12), argv)
+    said = command(12, argv)
     assert " --nnodes 2 " in said and " --nproc-per-node 6 " in said
+    # A tensor-parallel group stays within a node.
+    assert " --nnodes 5 " in (said := command(20, argv, tp=4)) and " --nproc-per-node 4 " in said
