@@ -93,7 +93,9 @@ def _check_schedule(stored: TorchDistFolder, saved: Any, then: Any, args: Namesp
         raise ValueError(
             f"checkpoint {stored.path} was saved by a run of another schedule:"
             f" {'; '.join(different)}; keep the checkpoint's, or add --override-opt-param-scheduler"
-            " to take this run's, or --use-checkpoint-opt-param-scheduler"
+            " to take this run's (which extends a run, and spreads the decay over its new length),"
+            " or --use-checkpoint-opt-param-scheduler to take the checkpoint's (further steps are"
+            " at its last rate)"
         )
 
 

@@ -13,6 +13,8 @@ from megatron_mlra.planner.layout import Layout
 
 NODE = 8
 """Default of the most GPUs per node."""
+ENTRY = ("-m", "megatron_mlra.training")
+"""What `mlra launch` starts."""
 _OFF = {
     "context_parallel_size": 1,
     "expert_model_parallel_size": 1,
@@ -47,10 +49,8 @@ def launch_command(
         shape: the model.
         values: of the preset, by argparse destination.
         asked: flags that the user gave, by argparse destination.
-        node: GPUs per node.
+        node: most GPUs per node.
     """
-    per_node = min(node, layout.gpus)
-    nodes = -(-layout.gpus // per_node)
     chosen = layout.flags(shape)
     chosen |= {name: off for name, off in _OFF.items() if name not in chosen}
     chosen["latent_tp_layout"] = layout.tp_layout
@@ -65,13 +65,9 @@ def launch_command(
     for name, value in chosen.items():
         if values.get(name, defaults.get(name)) != value:
             flags += _words(name, value)
-    where = ["--standalone"]
-    if nodes > 1:
-        where = ["--nnodes", str(nodes), "--rdzv-backend", "c10d"]
-        where += ["--rdzv-endpoint", "FIRST_HOST:29500", "--rdzv-id", "JOB"]
     lines = [
-        ["mlra", "launch", *where, "--nproc-per-node", str(per_node)],
-        ["-m", "megatron_mlra.training", "--config", config],
+        launcher(layout.gpus, layout.tp, node),
+        [*ENTRY, "--config", config],
         ["--data-path", "DATA", "--save", "RUN", "--load", "RUN"],
         *([flags] if flags else []),
     ]
@@ -80,6 +76,24 @@ def launch_command(
         f"{'  ' * bool(i)}{line}{chr(92).rjust(2) * (i + 1 < len(written))}"
         for i, line in enumerate(written)
     ]
+
+
+def launcher(gpus: int, tp: int, node: int = NODE) -> list[str]:
+    """The words that start one node's processes; `ENTRY` and the run's flags follow.
+
+    Args:
+        gpus: of all nodes.
+        tp: tensor-parallel size; such a group stays within a node where it can.
+        node: most GPUs per node; all nodes have equally many.
+    """
+    counts = [count for count in range(min(node, gpus), 0, -1) if gpus % count == 0]
+    per_node = next((count for count in counts if count % tp == 0), counts[0])
+    nodes = gpus // per_node
+    where = ["--standalone"]
+    if nodes > 1:
+        where = ["--nnodes", str(nodes), "--rdzv-backend", "c10d"]
+        where += ["--rdzv-endpoint", "FIRST_HOST:29500", "--rdzv-id", "JOB"]
+    return ["mlra", "launch", *where, "--nproc-per-node", str(per_node)]
 
 
 def left_over(layout: Layout, shape: ModelDescription, values: Mapping[str, Any]) -> list[str]:

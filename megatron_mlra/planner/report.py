@@ -14,6 +14,7 @@ from megatron_mlra.planner.gpus import GPU, Assumptions
 from megatron_mlra.planner.layout import Layout
 from megatron_mlra.planner.search import Misfit, Plan, search
 from megatron_mlra.planner.step import traffic
+from megatron_mlra.planner.ways_out import ways_out
 
 SURCHARGE_LENGTHS = (2048, 4096, 8192, 32768)
 
@@ -43,6 +44,8 @@ class Report:
     """'head' and 'latent' -> tensor-parallel bytes per GPU and step, at the best plan's sizes."""
     command: list[str]
     """Lines of the command for the best plan; empty if no layout fits."""
+    way_out: str = ""
+    """If no layout fits: flags, with values, with which one does; empty if none is known."""
 
     def to_json(self) -> dict:
         flops = train_flops_per_token(self.shape)
@@ -78,6 +81,7 @@ class Report:
             "tensor_parallel_bytes": self.layouts_traffic,
             "decoding": [row.to_json() for row in self.decodings],
             "command": self.command,
+            "way_out": self.way_out,
         }
 
 
@@ -127,6 +131,9 @@ def build(
         m = global_batch // (layout.dp * layout.micro_batch)
         for kind in ("head", "latent"):
             both[kind] = traffic(shape, replace(layout, tp_layout=kind), m).tensor
+    way_out = ""
+    if not plans:
+        way_out = ways_out(shape, gpus, global_batch, gpu, assume, tp_layout, cp)
     return Report(
         name=name,
         shape=shape,
@@ -142,4 +149,5 @@ def build(
         decodings=decodings,
         layouts_traffic=both,
         command=command(plans[0].layout) if plans else [],
+        way_out=way_out,
     )

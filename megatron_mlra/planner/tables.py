@@ -112,7 +112,7 @@ def tables(report: Report, details: bool = False) -> Iterator[Sheet | str]:
     if report.plans:
         yield _layouts(report, details)
     else:
-        yield "No layout fits."
+        yield "No layout fits." + (f" Use {report.way_out}." if report.way_out else "")
     if not details:
         if not report.plans and report.misfits:
             yield _misfits(report)

@@ -94,7 +94,16 @@ def train(end_by_interrupt: EndByInterrupt | None = None) -> int:
     from megatron_mlra.description.megatron_args import from_megatron_args
     from megatron_mlra.fault_tolerance import fingerprint, integrity, saved_steps
     from megatron_mlra.fault_tolerance.run_lock import RunLock
-    from megatron_mlra.training import arguments, batches, console, dry_run, hooks, progress, steps
+    from megatron_mlra.training import (
+        arguments,
+        batches,
+        console,
+        dry_run,
+        hooks,
+        memory_check,
+        progress,
+        steps,
+    )
     from megatron_mlra.training.cpu_backend import enable_cpu_backend
     from megatron_mlra.training.meeting import meet_all
 
@@ -123,6 +132,7 @@ def train(end_by_interrupt: EndByInterrupt | None = None) -> int:
             # One print, so that a reader such as `head` may close the pipe early.
             say("\n".join([console.summary(args, shape), *described]))
             return 0
+        memory_check.check(args, shape, dry_run.layout_of(args), on_cpu)
         integrity.check_save(args, parameters(shape).total)
         if args.tensorboard_dir is not None:
             saved_steps.check_writable("--tensorboard-dir", args.tensorboard_dir)

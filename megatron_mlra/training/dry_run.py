@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.layers.config import MLRAConfig
+from megatron_mlra.planner.command import ENTRY, launcher
 from megatron_mlra.planner.gpus import Assumptions, find
 from megatron_mlra.planner.layout import Layout
 from megatron_mlra.planner.memory import GIB, memory, size_unit, time_unit
@@ -17,8 +18,7 @@ from megatron_mlra.planner.step import predict
 from megatron_mlra.sharding.tensor_parallel import LatentShard
 
 FLAGS = ("--dry-run", "--dry-run-gpu")
-NODE = 8
-"""Most GPUs per node in the printed command."""
+FOLDERS = ("--save", "--load")
 MOST_RANKS = 16
 """Most ranks in the shard map. Of more tensor-parallel ranks, those in the middle are left out."""
 
@@ -151,22 +151,18 @@ def _stages(args: Namespace) -> list[str]:
 
 
 def _command(args: Namespace, argv: list[str]) -> str:
-    """The launch by examples/launch.sh, which adds the flags that torchrun needs."""
-    named = {"--config": "$PRESET", "--save": "$SAVE"}
+    """The launch. It resumes from --save, so that every restart is the same command."""
+    given: dict[str, str] = {}
     kept, words = [], iter(argv)
     for word in words:
         name, equals, value = word.partition("=")
-        if name in FLAGS or name in named:
+        if name in (*FLAGS, *FOLDERS):
             value = value if equals else next(words, "")
-            if name in named:
-                named[name] = shlex.quote(value)
+            given[name] = value
         else:
             kept.append(word)
-    per_node = min(NODE, args.world_size)
-    nodes = args.world_size // per_node
-    env = f"GPUS_PER_NODE={per_node}"
-    if nodes > 1:
-        env = f"NODES={nodes} {env} RDZV_ENDPOINT=$HOST:29500 RDZV_ID=$JOB"
-    launch = f"examples/launch.sh {named['--config']} {named['--save']}"
-    everywhere = ", the same on every node" if nodes > 1 else ""
-    return f"command{everywhere}: {env} {launch} {shlex.join(kept)}".rstrip()
+    save = given.get("--save", "RUN")
+    folders = ["--save", save, "--load", given.get("--load", save)]
+    start = launcher(args.world_size, args.tensor_model_parallel_size)
+    command = shlex.join([*start, *ENTRY, *kept, *folders])
+    return f"command{', the same on every node' if '--nnodes' in start else ''}: {command}"

@@ -48,6 +48,21 @@ class Stopped(Exception):
         self.code = code
 
 
+def resumed(args: Namespace) -> str:
+    """The line of a resumed run: where it goes on, or that its last step is done and how to go on.
+
+    Args:
+        args: with `iteration`, the step of the checkpoint, and `train_iters`.
+    """
+    if not args.train_iters or args.iteration < args.train_iters:
+        return f"continuing after step {args.iteration:,} of {args.load}"
+    length = "--train-samples" if args.train_samples else "--train-iters"
+    return (
+        f"step {args.iteration:,} of {args.train_iters:,} is the end, and {args.load} has it; to"
+        f" train on, give a larger {length} and --override-opt-param-scheduler"
+    )
+
+
 class Progress:
     """Prints progress in place of Megatron's log lines, and counts FLOPs with branches.
 
@@ -231,7 +246,7 @@ class Progress:
 
         def run(forward_step, model, optimizer, scheduler, data, validation, *rest, **named):
             if self.args.iteration and self.args.rank == 0:
-                say(f"continuing after step {self.args.iteration:,} of {self.args.load}")
+                say(resumed(self.args))
             stop_if_asked()
             if self.args.eval_at_start and self.args.do_valid:
                 process_non_loss, config, _, non_loss = rest[:4]

@@ -28,8 +28,10 @@ def test_a_launch_of_1024_gpus_is_described_and_nothing_started(tmp_path):
     assert sum(line.startswith("  rank ") for line in said) == 4
     assert sum(line.startswith("  stage ") for line in said) == 4
     assert said[-1] == (
-        "command, the same on every node: NODES=128 GPUS_PER_NODE=8 RDZV_ENDPOINT=$HOST:29500"
-        f" RDZV_ID=$JOB examples/launch.sh {config} {tmp_path / 'save'} --data-path nowhere"
+        "command, the same on every node: mlra launch --nnodes 128 --rdzv-backend c10d"
+        " --rdzv-endpoint FIRST_HOST:29500 --rdzv-id JOB --nproc-per-node 8 -m"
+        f" megatron_mlra.training --config {config} --data-path nowhere --save {tmp_path / 'save'}"
+        f" --load {tmp_path / 'save'}"
     )
 
 
@@ -82,9 +84,17 @@ def test_the_shard_map_names_every_rank_and_shortens_many():
 
 
 def test_the_command_is_the_same_without_the_dry_run():
+    def command(gpus: int, argv: list[str], tp: int = 1) -> str:
+        return _command(SimpleNamespace(world_size=gpus, tensor_model_parallel_size=tp), argv)
+
     argv = ["--config", "a b.yaml", "--dry-run", "16", "--dry-run-gpu=h200", "--bf16"]
-    said = _command(SimpleNamespace(world_size=16), argv)
-    assert said.startswith("command, the same on every node: NODES=2 GPUS_PER_NODE=8 ")
-    assert said.endswith(" examples/launch.sh 'a b.yaml' $SAVE --bf16")
-    said = _command(SimpleNamespace(world_size=4), ["--save=x", *argv])
-    assert said == "command: GPUS_PER_NODE=4 examples/launch.sh 'a b.yaml' x --bf16"
+    said = command(16, argv)
+    assert said.startswith("command, the same on every node: mlra launch --nnodes 2 ")
+    end = " -m megatron_mlra.training --config 'a b.yaml' --bf16 --save"
+    assert said.endswith(f" --nproc-per-node 8{end} RUN --load RUN")
+    said = command(4, ["--save=x y", *argv, "--load", "z"])
+    assert said == f"command: mlra launch --standalone --nproc-per-node 4{end} 'x y' --load z"
+    said = command(12, argv)
+    assert " --nnodes 2 " in said and " --nproc-per-node 6 " in said
+    # A tensor-parallel group stays within a node.
+    assert " --nnodes 5 " in (said := command(20, argv, tp=4)) and " --nproc-per-node 4 " in said

@@ -369,3 +369,25 @@ def test_every_gpu_names_its_source():
         assert find(name) is gpu
         assert "NVIDIA" in gpu.source
         assert gpu.network_gb_s <= gpu.link_gb_s < gpu.memory_gb_s
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        # Neither three GPUs' replicas divide the batch, nor does anything else divide by three.
+        ("mlra4_7b --gpus 3", "Use --gpus 2 or 4, or --global-batch-size 1023."),
+        ("mlra4_70b --gpus 4", "Use --gpus 32."),
+        ("mlra4_70b --gpus 1000", "Use --gpus 1024, or --global-batch-size 2000."),
+    ],
+)
+def test_where_nothing_fits_the_way_out_does(capsys, flags, said):
+    config, _, gpus = flags.split()
+    code, out = plan(capsys, "--config", config, "--gpus", gpus)[:2]
+    assert code == 1
+    (line,) = (line for line in out.splitlines() if line.startswith("No layout fits."))
+    assert said in line
+    for way in line.partition(" Use ")[2].rstrip(".").split(", or "):
+        name, *values = way.replace(" or ", " ").split()
+        for value in values:
+            again = [] if name == "--gpus" else ["--gpus", gpus]
+            assert plan(capsys, "--config", config, *again, name, value)[0] == 0, (name, value)

@@ -10,8 +10,10 @@ from unittest.mock import Mock
 import pytest
 from megatron.training.arguments import add_megatron_arguments
 
-from megatron_mlra.training import memory_flags, progress
+from megatron_mlra.description.megatron_args import from_megatron_args
+from megatron_mlra.training import memory_check, memory_flags, progress
 from megatron_mlra.training.arguments import parse
+from megatron_mlra.training.dry_run import layout_of
 from support import CONFIGS, ROOT
 
 DEBUG = ["--config", str(CONFIGS / "debug.yaml")]
@@ -114,3 +116,52 @@ def test_a_validation_before_training_teaches_megatron_no_offloading(offloads, m
     monkeypatch.setattr(offloading, "reset_instance", lambda: done.append("forgotten"))
     progress.Progress._evaluate_first(Mock(args=args), *[None] * 6)
     assert done == ["evaluated", "forgotten"][: 1 + offloads]
+
+
+def test_a_model_that_surely_does_not_fit_is_refused(tmp_path, monkeypatch):
+    def check(*flags: str, config: str = "mlra4_2.9b", **changed) -> None:
+        args = parse(["--config", config, "--mock-data", "--no-bf16", *flags])
+        vars(args).update(virtual_pipeline_model_parallel_size=None, data_parallel_size=1)
+        vars(args).update(changed)
+        memory_check.check(args, from_megatron_args(args), layout_of(args), on_cpu=True)
+
+    files = tmp_path / "sys/fs/cgroup"
+    files.mkdir(parents=True)
+    (tmp_path / "proc").mkdir()
+    meminfo = tmp_path / "proc/meminfo"
+    meminfo.write_text("MemTotal: 9 kB\nMemAvailable: 20971520 kB\nSwapFree: 1048576 kB\n")
+    (files / "memory.max").write_text("max\n")
+    free = memory_check.free_host_bytes(tmp_path)
+    assert free == 21 * 2**30
+    (files / "memory.max").write_text(f"{2**30}\n")
+    assert memory_check.free_host_bytes(tmp_path) == 2**30
+    assert memory_check.free_host_bytes(tmp_path / "none") is None
+    monkeypatch.setattr(memory_check, "free_host_bytes", lambda: free)
+    check(config="debug")
+    with pytest.raises(ValueError, match=r"at least 4\d.\d GiB per rank .* 21.0 GiB of memory are"):
+        check()
+    # Weights alone fit, as does what cannot be counted.
+    check("--skip-train")
+    check(use_megatron_fsdp=True)
+    check("--optimizer", "sgd", bf16=True, accumulate_allreduce_grads_in_fp32=False)
+    with pytest.raises(ValueError, match="use --use-distributed-optimizer, a smaller preset"):
+        check(data_parallel_size=8, use_distributed_optimizer=False)
+    # The ranks of a host share its memory.
+    free = 8 * 2**30
+    args = {"data_parallel_size": 2, "use_distributed_optimizer": True}
+    check("--num-layers", "4", **args)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="for the 2 ranks of this host, and"):
+        check("--num-layers", "4", **args)
+
+
+def test_a_finished_run_says_how_to_go_on():
+    args = argparse.Namespace(iteration=39, train_iters=40, train_samples=None, load="run")
+    assert progress.resumed(args) == "continuing after step 39 of run"
+    args.iteration = 40
+    assert progress.resumed(args) == (
+        "step 40 of 40 is the end, and run has it; to train on, give a larger --train-iters and"
+        " --override-opt-param-scheduler"
+    )
+    args.train_samples = 160
+    assert "a larger --train-samples and" in progress.resumed(args)
