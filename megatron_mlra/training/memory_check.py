@@ -15,7 +15,7 @@ import torch
 
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.planner.layout import Layout
-from megatron_mlra.planner.memory import gib, optimizer_bytes, rank_parameters
+from megatron_mlra.planner.memory import GIB, optimizer_bytes, rank_parameters
 
 UNCOUNTED = (
     "use_megatron_fsdp",
@@ -55,13 +55,13 @@ def check(args: Namespace, shape: ModelDescription, layout: Layout, on_cpu: bool
         free = torch.cuda.mem_get_info(args.local_rank % torch.cuda.device_count())[0]
     if free is None or need * ranks <= free:
         return
-    each = f", {gib(need * ranks)} for the {ranks} ranks of this host" if ranks > 1 else ""
+    each = f", {need * ranks / GIB:.1f} for the {ranks} ranks of this host" if ranks > 1 else ""
     divide = ""
     if layout.dp * layout.cp > 1 and not layout.distributed_optimizer:
         divide = "--use-distributed-optimizer, "
     raise ValueError(
-        f"this model needs at least {gib(need)} GiB per rank for weights, gradients and optimizer"
-        f" state{each}, and {gib(free)} GiB of {'memory' if on_cpu else 'the GPU'} are free; use"
+        f"this model needs at least {need / GIB:.1f} GiB per rank for weights, gradients and optimizer"
+        f" state{each}, and {free / GIB:.1f} GiB of {'memory' if on_cpu else 'the GPU'} are free; use"
         f" {divide}a smaller preset (--config debug), or more GPUs (mlra plan says how many)"
     )
 
