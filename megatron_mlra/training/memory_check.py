@@ -59,10 +59,11 @@ def check(args: Namespace, shape: ModelDescription, layout: Layout, on_cpu: bool
     divide = ""
     if layout.dp * layout.cp > 1 and not layout.distributed_optimizer:
         divide = "--use-distributed-optimizer, "
+    where = "memory" if on_cpu else "the GPU"
     raise ValueError(
-        f"this model needs at least {need / GIB:.1f} GiB per rank for weights, gradients and optimizer"
-        f" state{each}, and {free / GIB:.1f} GiB of {'memory' if on_cpu else 'the GPU'} are free; use"
-        f" {divide}a smaller preset (--config debug), or more GPUs (mlra plan says how many)"
+        f"this model needs at least {need / GIB:.1f} GiB per rank for weights, gradients and"
+        f" optimizer state{each}, and {free / GIB:.1f} GiB of {where} are free; use {divide}a"
+        " smaller preset (--config debug), or more GPUs (mlra plan says how many)"
     )
 
 
