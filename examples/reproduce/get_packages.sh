@@ -10,6 +10,7 @@ debian=(anarchism apache2-doc debian-handbook erlang-doc libreoffice-help-en-us 
         postgresql-doc-15 git-doc debian-policy developers-reference dict-foldoc dict-jargon)
 
 mkdir -p "$folder/archives"
+recorded=$(cd "$(dirname "$0")/../.." && pwd)/docs/results/evidence/packages.sha256
 cd "$folder/archives"
 for package in "${debian[@]}"; do
   compgen -G "${package}_*.deb" > /dev/null || apt-get download "$package"
@@ -24,3 +25,7 @@ mkdir -p ../botocore
 cp botocore-*.whl ../botocore/
 sha256sum -- *.deb *.whl > ../SHA256SUMS
 echo "unpacked $((${#debian[@]} + 1)) packages under $folder; checksums in $folder/SHA256SUMS"
+if [ -f "$recorded" ] && others=$(comm -13 <(sort "$recorded") <(sort ../SHA256SUMS) | awk '{print $2}') && [ -n "$others" ]; then
+  echo "note: not the packages of docs/evidence.md, so the results of both cannot be joined; 'apt-get update' may help:" >&2
+  echo "$others" >&2
+fi

@@ -69,8 +69,19 @@ class Ladder:
         return self.file.parent / self.told["presets"] / f"{size}_{mechanism}.yaml"
 
     def done(self) -> dict[str, dict[str, Any]]:
-        """Run id -> its result."""
-        found = (json.loads(file.read_text()) for file in sorted(self.results.glob("*_seed*.json")))
+        """Run id -> its result.
+
+        Raises:
+            ValueError: two results are of other text; names both.
+        """
+        files = sorted(self.results.glob("*_seed*.json"))
+        found = [json.loads(file.read_text()) for file in files]
+        for result in found:
+            if result.get("data_sha256") != found[0].get("data_sha256"):
+                raise ValueError(
+                    f"{found[0]['id']} and {result['id']} in {self.results} are of other text, so"
+                    " their losses cannot be compared; keep one folder of results for each text"
+                )
         return {result["id"]: result for result in found}
 
     def write(self, result: dict[str, Any]) -> str:

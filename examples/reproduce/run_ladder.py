@@ -375,7 +375,7 @@ def main() -> int:
         args.results.mkdir(parents=True, exist_ok=True)
         ladder, corpus = Ladder(args.ladder, args.results), Corpus(args.tokens)
         check_presets(ladder)
-        corpus.check(["train", *ladder.told["held_out"]])
+        corpus.check(["train", *ladder.told["held_out"]], ladder.done().values())
         if args.status:
             print(status(ladder, corpus, args.work))
             return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -59,15 +60,28 @@ class Corpus:
         """The path of a dataset without `.bin`, as `--data-path` takes it."""
         return (self.folder / name).resolve()
 
-    def check(self, names: list[str]) -> None:
-        """Refuse a folder without these datasets.
+    @property
+    def digests(self) -> dict[str, str]:
+        """Dataset -> SHA-256 of its tokens."""
+        return {name: found["sha256"] for name, found in self.told["sets"].items()}
+
+    def check(self, names: list[str], results: Iterable[dict[str, Any]] = ()) -> None:
+        """Refuse a folder without these datasets, or with other tokens than those of `results`.
 
         Raises:
-            ValueError: a dataset is missing; names the dataset.
+            ValueError: a dataset is missing or differs; names the dataset.
         """
         for name in names:
             if name not in self.told["sets"] or not self.prefix(name).with_suffix(".idx").is_file():
                 raise ValueError(f"{self.folder} has no dataset {name}; run tokenized.py")
+        for result in results:
+            for name, digest in result["data_sha256"].items():
+                if self.digests.get(name) != digest:
+                    raise ValueError(
+                        f"the tokens of {name} in {self.folder} are not those of {result['id']};"
+                        " make both of the same packages (get_packages.sh names those that differ)"
+                        " or give another --results"
+                    )
 
     def steps(self, run: RunSpec, ladder: Ladder) -> int:
         """Steps of a run: its share of one pass over the text, so that no token is seen twice.
@@ -133,7 +147,7 @@ def collect(
         "tokens_per_second": int(median(rates)) if rates else None,
         "losses": [[step, told.loss] for step, told in sorted(steps.items())],
         "attempts": log.count(BEGUN),
-        "data_sha256": {name: found["sha256"] for name, found in corpus.told["sets"].items()},
+        "data_sha256": corpus.digests,
         "versions": versions(),
     }
 
@@ -158,7 +172,7 @@ def collect_beyond(
         **found,
         "tokens_per_second": None,
         "extension": ladder.phase(run)["extension"],
-        "data_sha256": {name: each["sha256"] for name, each in corpus.told["sets"].items()},
+        "data_sha256": corpus.digests,
         "tasks_sha256": {name: each["sha256"] for name, each in corpus.tasks["files"].items()},
         "versions": versions(),
     }

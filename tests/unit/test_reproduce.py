@@ -17,6 +17,7 @@ from figures import verdict
 from ladder import Ladder
 from megatron_mlra.evaluation.token_stream import named_sets, windows
 from run_ladder import visible_gpus
+from run_results import Corpus
 
 ROOT = Path(__file__).parents[2]
 PROSE = "It is a truth of the {} that a thing in the hand of the {} is worth two in the {}, and so"
@@ -150,6 +151,20 @@ def test_the_ladder_asks_for_what_is_missing(ladder):
     assert {count["small", m] for m in core} == {5} and {count["large", m] for m in core} == {3}
     assert {r["peak_lr"] for r in done if r["phase"] == "small"} == {3e-3}
     assert {r["peak_lr"] for r in done if r["phase"] == "large"} == {2e-3}
+
+
+def test_results_of_other_text_are_not_joined(ladder, tmp_path):
+    """Packages of another day give other tokens: neither a run nor a table may mix them."""
+    first, second = ladder.left({})[:2]
+    finish(ladder, first, data_sha256={"train": "a"})
+    tokens = tmp_path / "tokens"
+    tokens.mkdir()
+    (tokens / "tokens.json").write_text(json.dumps({"sets": {"train": {"sha256": "b"}}}))
+    with pytest.raises(ValueError, match=f"the tokens of train .* not those of {first.id}"):
+        Corpus(tokens).check([], ladder.done().values())
+    finish(ladder, second, data_sha256={"train": "b"})
+    with pytest.raises(ValueError, match=f"{first.id} and {second.id} .* other text"):
+        ladder.done()
 
 
 def test_a_best_rate_at_an_end_extends_the_sweep(ladder):
