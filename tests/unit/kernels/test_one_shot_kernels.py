@@ -155,38 +155,38 @@ if not INTERPRETING:
 else:
     pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-    @pytest.mark.parametrize(("world", "d"), [(2, 200), (3, 7), (8, 33), (2, 1)])
+    @pytest.mark.parametrize(
+        ("world", "d", "dtype"),
+        [(2, 200, torch.half), (3, 7, torch.float32), (8, 33, torch.half), (2, 1, torch.half)],
+    )
     def test_sums_of_emulated_ranks(world, d, dtype):
-        rows, boxes = 4, boxes_of(world, 4, d, dtype)
+        sizes, boxes = (2, 3, 1), boxes_of(world, 3, d, dtype)
         peers, weight = peers_of(boxes, d, dtype), draw(d)
-        for call, tokens in enumerate((2, 4, 1, 3)):
+        for call, tokens in enumerate(sizes):
             wide = [draw(tokens, d + 5, dtype=dtype, seed=call + r) for r in range(world)]
             xs = [x[:, 2 : d + 2] for x in wide]  # strided
             residual = draw(tokens, d, dtype=dtype, seed=call)
             expected = all_reduce_add_rms_norm_reference(xs, residual, weight, EPS)
-            for me in range(world):
+            for me in {0, world - 1}:
                 # A row's stamp counts the calls that had this row.
                 for row in range(tokens):
-                    stamp = 1 + sum(row < t for t in (2, 4, 1, 3)[:call])
+                    stamp = 1 + sum(row < t for t in sizes[:call])
                     alone = [x[row : row + 1] for x in xs]
                     views = [box[:, :, row : row + 1] for box in boxes]
                     deliver(views, me, alone, stamp)
                 total, normed = all_reduce_add_rms_norm(xs[me], residual, weight, EPS, peers[me])
                 assert torch.equal(total, expected[0]), (me, call)
                 torch.testing.assert_close(normed, expected[1], atol=2e-3, rtol=2e-3)
-        assert peers[0].calls.tolist() == [4, 3, 2, 1] and rows == 4
+        assert peers[0].calls.tolist() == [3, 2, 1]
 
     def test_no_token_is_no_launch():
         (peers, _) = peers_of(boxes_of(2, 1, 8, torch.float32), 8, torch.float32)
         total, normed = all_reduce_add_rms_norm(draw(0, 8), draw(0, 8), draw(8), EPS, peers)
         assert total.shape == normed.shape == (0, 8) and not peers.calls.any()
 
-    @pytest.mark.parametrize("world", [2, 3])
-    def test_ranks_that_run_at_once(world):
+    def test_ranks_that_run_at_once():
         """Real processes over shared memory, each at its own speed."""
-        d, rows, rng = 40, 3, random.Random(world)
-        sizes = [rng.randint(1, rows) for _ in range(12)]
+        world, d, rows, sizes = 3, 40, 2, (1, 2, 2, 1, 1, 2, 1)
         boxes = boxes_of(world, rows, d, torch.float32)
         found = torch.zeros(world, len(sizes), 2, rows, d)
         for shared in (*boxes, found):
