@@ -2,6 +2,7 @@
 
 - decoding: `latent_decode`; `grouped_decode` for grouped queries; `decoder` for the other
   operations of a decoding step;
+- several GPUs: `one_shot`, the sum over ranks of a decoding step;
 - prompts: `prefill`, by the plan of `prompts`;
 - training: `latent_attention` (the core), `latent_projections` (the passes around the core);
 - `absorption`: the products around an absorbed core;

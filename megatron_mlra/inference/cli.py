@@ -39,6 +39,7 @@ from megatron_mlra.inference.engine import Engine, Request
 from megatron_mlra.inference.growing_text import GrowingText
 from megatron_mlra.inference.load import DTYPES, LoadOptions, load_draft, load_model
 from megatron_mlra.inference.parallel import WEIGHT_MODES, TensorParallel, tensor_parallel_size
+from megatron_mlra.inference.reduction import ALL_REDUCES
 from megatron_mlra.inference.runner import Runner
 from megatron_mlra.inference.sampling import SamplingParams
 
@@ -99,6 +100,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--weight-mode", choices=WEIGHT_MODES, default="replicated",
         help="of query and output projections, tensor parallel (default: replicated)",
+    )  # fmt: skip
+    p.add_argument(
+        "--all-reduce", choices=ALL_REDUCES, default="auto",
+        help="of a layer's sums over processes; auto (default): one-shot where GPUs write each"
+        " other's memory and messages are small, else nccl",
     )  # fmt: skip
     p.add_argument(
         "--context-parallel", type=int, default=1, metavar="N",
@@ -274,7 +280,7 @@ def _engine(
         dtype=args.dtype, cache_dtype=args.cache_dtype, page_size=args.page_size,
         cache_tokens=tokens if args.cache_tokens is None else args.cache_tokens,
         max_positions=args.context, backend=args.backend, weight_mode=args.weight_mode,
-        draft=args.speculate,
+        draft=args.speculate, all_reduce=args.all_reduce,
     )  # fmt: skip
 
     def progress(layers: range):
@@ -286,6 +292,8 @@ def _engine(
         size = "" if parallel is None else f", tensor parallel {parallel.size} ({args.weight_mode})"
         if args.context_parallel > 1:
             size += f", context parallel {args.context_parallel}"
+        if parallel is not None:
+            size += f", all-reduce {loaded.reduction.path}"
         print(f"{model.variant}, {where}, backend {loaded.ops.name}{size}", file=sys.stderr)
     draft = load_draft(loaded, folder.tensor, args.weight_mode) if args.speculate else None
     graphs = loaded.ops.name == "mlra_kernels" and not args.no_graphs

@@ -19,6 +19,7 @@ from megatron_mlra.inference.parallel import (
     TensorParallel,
     check_parallel,
 )
+from megatron_mlra.inference.reduction import choose_reduction
 from megatron_mlra.inference.weights import load_draft as weights_of_draft
 from megatron_mlra.inference.weights import load_weights
 
@@ -44,6 +45,8 @@ class LoadOptions:
     """'mlra_kernels' (CUDA), 'torch', or 'auto': the kernels where they can run, else torch."""
     weight_mode: str = "replicated"
     """See `parallel.WEIGHT_MODES`."""
+    all_reduce: str = "auto"
+    """How layers sum over ranks, see `reduction.ALL_REDUCES`."""
     draft: bool = False
     """Room in the cache for a layer of multi-token prediction (`load_draft`)."""
 
@@ -78,6 +81,9 @@ def load_model(
         max_positions = whole("max positions", options.max_positions)
     check_parallel(model, parallel.size, parallel.context)
     ops = select_backend(options.backend, model, dtype, device)
+    reduction = choose_reduction(
+        options.all_reduce, parallel, model.hidden_size, dtype, device, ops
+    )
     pages = -(-options.cache_tokens // (options.page_size * parallel.context))
     shard, layers = None, model.num_layers + options.draft
     if model.attention == "mlra":
@@ -92,7 +98,9 @@ def load_model(
     weights = load_weights(model, read, parallel, options.weight_mode, dtype, device, progress)
     # No token has a position beyond the cache's room, whatever the checkpoint declares.
     rows = min(max_positions, pages * options.page_size * parallel.context)
-    return InferenceModel(model, weights, cache, ops, max_positions, parallel, shard, rows)
+    return InferenceModel(
+        model, weights, cache, ops, max_positions, parallel, shard, rows, reduction
+    )
 
 
 def load_draft(

@@ -19,6 +19,7 @@ from megatron_mlra.inference.backends.base import Ops
 from megatron_mlra.inference.cache import GroupedCache, LatentCache
 from megatron_mlra.inference.mlp import run_mlp
 from megatron_mlra.inference.parallel import HeadShard, TensorParallel
+from megatron_mlra.inference.reduction import Reduction
 from megatron_mlra.inference.weights import (
     DraftWeights,
     GroupedWeights,
@@ -97,6 +98,7 @@ class InferenceModel:
         parallel: this rank's collectives; None: a world of one rank.
         shard: this rank's heads (latent attention); None: planned from `parallel`.
         table_rows: rows of the RoPE tables; None: `max_positions`.
+        reduction: how layers sum over ranks; None: by collectives.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class InferenceModel:
         parallel: TensorParallel | None = None,
         shard: HeadShard | None = None,
         table_rows: int | None = None,
+        reduction: Reduction | None = None,
     ) -> None:
         self.model, self.weights, self.cache, self.ops = model, weights, cache, ops
         self.parallel = parallel or TensorParallel()
@@ -118,6 +121,7 @@ class InferenceModel:
                 self.parallel.context, self.parallel.context_rank,
             )  # fmt: skip
         self.shard = shard
+        self.reduction = reduction or Reduction()
         self.max_positions = max_positions
         self.static_decoding = ops.name == "mlra_kernels"
         """Whether CUDA graphs may capture decoding steps. Where not, experts run as in prefill,
@@ -186,10 +190,15 @@ class InferenceModel:
         for i, (layer, next_norm) in enumerate(zip(layers, following, strict=True)):
             at = self.first_layer + i
             out = linear(attend(at, layer.attention, normed, step), layer.attention.proj)
-            x, normed = ops.add_rms_norm(self.parallel.all_reduce(out), x, layer.mlp_norm, eps)
+            x, normed = self._sum_over_ranks(out, x, layer.mlp_norm)
             out = run_mlp(normed, layer.mlp, self.model, ops.silu_mul, static)
-            x, normed = ops.add_rms_norm(self.parallel.all_reduce(out), x, next_norm, eps)
+            x, normed = self._sum_over_ranks(out, x, next_norm)
         return normed
+
+    def _sum_over_ranks(self, x: Tensor, residual: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of all ranks' x plus the residual, `[T, d]`, and the norm of that."""
+        eps = self.model.layernorm_epsilon
+        return self.reduction.add_rms_norm(self.ops, self.parallel, x, residual, norm, eps)
 
     def _inputs(self, step: Step) -> Tensor:
         """The first layer's input, `[T, d]`."""
@@ -322,7 +331,7 @@ class DraftModel(InferenceModel):
         rows = main.tables[0].size(0)
         super().__init__(
             main.model, weights, main.cache, main.ops, main.max_positions, main.parallel,
-            main.shard, rows,
+            main.shard, rows, main.reduction,
         )  # fmt: skip
         self.first_layer = main.model.num_layers
 

@@ -186,6 +186,8 @@ class TensorParallel:
         self.context_rank = whole("context parallel rank", context_rank, 0, self.context - 1)
         self.group, self.exchange_group = group, exchange_group
         self.context_group, self.query_group = context_group, query_group
+        self.peers: dict[tuple, object] = {}
+        """Memory of the ranks that is mapped into each other, by size (reduction.py)."""
 
     @property
     def world(self) -> int:

@@ -48,10 +48,16 @@ def test_ranks_agree_with_full_forward(tp: int, name: str, mode: str, results: P
     for rank in range(tp):
         worst = read(results, f"{tp}-{name}-{mode}", rank)
         bytes_per_token = worst.pop("bytes_per_token")
+        assert worst.pop("all_reduce") == "gloo: one-shot needs GPUs, this is cpu"
         assert set(worst) == {"prefill", "ragged", "reuse"}
         assert max(worst.values()) <= TOLERANCE, worst
         if MODELS[name].attention == "mlra":
             assert bytes_per_token == 2 * 4 * numbers_a_token(name, tp)
+
+
+def test_ranks_without_gpus_agree_that_their_memory_cannot_be_mapped(results: Path) -> None:
+    for rank in range(2):
+        assert read(results, "joining", rank)["said"] == "rank 0: the device is cpu, no GPU"
 
 
 def numbers_a_token(name: str, tp: int) -> int:

@@ -194,6 +194,34 @@ def expected_norm(x, weight, eps, scale):
 
 
 @st.composite
+def one_shot_calls(draw: Callable) -> Call:
+    """`all_reduce_add_rms_norm` on one of two or three ranks, whose peers' words are there."""
+    from mlra_kernels.one_shot import all_reduce_add_rms_norm
+    from support.one_shot import boxes_of, deliver, peers_of
+
+    normal, dtype, rows, world = normals(draw), draw(HALVES), draw(COUNTS), draw(st.integers(2, 3))
+    tokens, d = draw(st.integers(0, rows)), draw(st.sampled_from((1, 20, 33)))
+    me, boxes = draw(st.integers(0, world - 1)), boxes_of(world, rows, d, dtype)
+    xs = [normal(tokens, d, dtype=dtype) for _ in range(world)]
+    deliver(boxes, me, xs, 1)
+    arguments = {
+        "x": xs[me],
+        "residual": normal(tokens, d, dtype=dtype),
+        "weight": normal(d),
+        "eps": 1e-6,
+        "peers": peers_of(boxes, d, dtype)[me],
+    }
+
+    def expected(x, residual, weight, eps, peers):
+        """The sum in the order of ranks, and its norm."""
+        summands = [x if rank == me else xs[rank][: len(x)] for rank in range(world)]
+        total = sum(x.float() for x in summands).to(dtype) + residual
+        return expected_add_norm(total, None, weight, eps)
+
+    return Call(all_reduce_add_rms_norm, arguments, expected)
+
+
+@st.composite
 def core_calls(draw: Callable) -> Call:
     """`latent_attention`, `latent_attention_with_lse` and `decode_metadata`, which need a GPU."""
     from mlra_kernels import latent_attention as core

@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from megatron_mlra.benchmarks.decoding.plot import plot
 from megatron_mlra.command_line.parser import OneLineParser, check_output, one_line, write_text
 from megatron_mlra.description.presets import preset_description
 from megatron_mlra.inference.parallel import HeadShard, check_parallel, tensor_parallel_size
+from megatron_mlra.inference.reduction import ALL_REDUCES
 from mlra_kernels.benchmarks.timing import read_roof
 
 PRESETS = ("mlra4_2.9b", "mla_2.9b", "gqa_2.9b")
@@ -45,7 +47,11 @@ K = 1024
 
 
 def cases(
-    tps: list[int], presets: list[str], contexts: Sequence[int] = (1,), place: Place = ONE_GPU
+    tps: list[int],
+    presets: list[str],
+    contexts: Sequence[int] = (1,),
+    place: Place = ONE_GPU,
+    all_reduces: Sequence[str] = ("auto",),
 ) -> list[Case]:
     """The cases to measure: every preset in every cut that it fits, and variations.
 
@@ -54,6 +60,7 @@ def cases(
             world of several ranks.
         contexts: numbers of ranks over which tokens are cut, in addition to the tensor-parallel
             ranks on one GPU, as a part of the ranks in a world.
+        all_reduces: ways to sum over ranks, each measured; not used on one GPU.
     """
     if place.ranks > 1:
         layouts = [(tensor_parallel_size(place.ranks, n), n) for n in contexts]
@@ -63,8 +70,18 @@ def cases(
         case
         for tp, context in layouts
         for preset in presets
-        for case in _of_preset(preset, tp, context, place)
+        for found in _of_preset(preset, tp, context, place)
+        for case in _summing(found, all_reduces if place.ranks > 1 else ("auto",))
     ]
+
+
+def _summing(case: Case, all_reduces: Sequence[str]) -> list[Case]:
+    """The case once for each way to sum over ranks; the label names all but 'auto'."""
+    what, _, where = case.label.rpartition(" ")
+    labels = {
+        name: case.label if name == "auto" else f"{what} {name} {where}" for name in all_reduces
+    }
+    return [replace(case, label=label, all_reduce=name) for name, label in labels.items()]
 
 
 def _of_preset(preset: str, tp: int, context: int, place: Place) -> list[Case]:
@@ -142,6 +159,13 @@ def parser() -> OneLineParser:
         " torchrun, else besides --tp (default: 1)",
     )
     add(
+        "--all-reduce",
+        nargs="+",
+        choices=ALL_REDUCES,
+        default=["auto"],
+        help="how processes sum, each measured (default: auto, the rule of `mlra generate`)",
+    )
+    add(
         "--rehearse",
         action="store_true",
         help="run every case at a tiny size on CPUs, by gloo under torchrun, and time nothing",
@@ -188,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if args.speculate is not None:
                 _run_guesses(args, place)
                 return
-            todo = cases(args.tp, args.configs, args.context_parallel, place)
+            todo = cases(args.tp, args.configs, args.context_parallel, place, args.all_reduce)
             failed = _run(args, todo, place)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {one_line(str(error))}")
@@ -211,7 +235,8 @@ def _run(args: argparse.Namespace, todo: list[Case], place: Place) -> list[str]:
             _free(place)
             found = measure(case, contexts, args.batches, roof, seed, place)
             took = time.monotonic() - start
-            place.say(f"{case.label}: error {error:.1e}, {took:.0f} s\n{table(found)}")
+            sums = f", all-reduce {found[0]['all_reduce']}" if place.ranks > 1 else ""
+            place.say(f"{case.label}: error {error:.1e}, {took:.0f} s{sums}\n{table(found)}")
             records += [record | {"gate_error": error} for record in found]
             if case.weight_mode == "replicated" and case.cache_dtype == "auto":
                 for length in args.prefill if not place.rehearsal else ():

@@ -36,6 +36,8 @@ class Case:
     """Ranks over which tokens are cut, in addition."""
     weight_mode: str = "replicated"
     cache_dtype: str = "auto"
+    all_reduce: str = "auto"
+    """See `inference.reduction.ALL_REDUCES`."""
 
 
 def random_reader(model: ModelDescription, device: str, seed: int = 1) -> Callable[[str], Tensor]:
@@ -77,6 +79,7 @@ def gate(case: Case, seed: int, place: Place = ONE_GPU) -> float:
             dtype=dtype, backend=backend, cache_tokens=1024 * ranks, page_size=PAGE,
             max_positions=1024, weight_mode=case.weight_mode,
             cache_dtype=case.cache_dtype if i else "auto",
+            all_reduce=case.all_reduce if cut is not None else "auto",
         )  # fmt: skip
         read = random_reader(small, place.device, seed=seed)
         model = load_model(small, read, options, place.device, cut)
@@ -129,6 +132,7 @@ def measure(
     if not place.rehearsal:
         torch.cuda.empty_cache()
         free = -place.most(SPARE_BYTES - torch.cuda.mem_get_info()[0])
+    all_reduce = probe.reduction.path
     del probe
     records, fitting = [], []
     for batch in batches:
@@ -138,6 +142,7 @@ def measure(
                 "label": case.label, "variant": case.model.variant, "tp": case.tp,
                 "context_parallel": case.context, "gpus": place.ranks,
                 "weight_mode": case.weight_mode, "cache_dtype": case.cache_dtype,
+                "all_reduce": all_reduce,
                 "batch": batch, "context": context, "weight_bytes": weight_bytes,
                 "cache_bytes_per_token": token_bytes / case.context,
                 "cache_bytes": batch * context * token_bytes // case.context,
@@ -165,6 +170,7 @@ def _load(
     options = LoadOptions(
         dtype=place.dtype, backend=place.backend, cache_tokens=tokens, page_size=PAGE,
         max_positions=max_positions, weight_mode=case.weight_mode, cache_dtype=case.cache_dtype,
+        all_reduce=case.all_reduce,
     )  # fmt: skip
     read = random_reader(case.model, place.device, seed=seed)
     parallel = place.parallel(case.model, case.tp, case.context)

@@ -7,8 +7,11 @@ from typing import Any
 
 from megatron_mlra.command_line import figures
 
-_STYLES = {"FP8": ("--", "s"), "sharded": (":", "^"), "tokens cut": ("-.", "D")}
-_VARIATIONS = ("FP8", "sharded")
+_STYLES = {
+    "FP8": ("--", "s"), "sharded": (":", "^"), "tokens cut": ("-.", "D"), "nccl": ("-.", "x"),
+    "one-shot": ("-.", "+"),
+}  # fmt: skip
+_VARIATIONS = ("FP8", "sharded", "nccl", "one-shot")
 """Words in the labels of cases that the figure's statement does not mention."""
 
 

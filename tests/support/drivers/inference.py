@@ -297,7 +297,19 @@ def check_parallel(name: str, mode: str, tensors: dict[str, Tensor], full: Tenso
     note("prefill", session.prefill(sequences[0][:100], pages, 37), full[0, :100])
     session.pool.give_back(pages)
     _ragged(session, sequences, full, note, steps=6)
-    return worst | {"bytes_per_token": session.model.cache.bytes_per_token}
+    paths = {"all_reduce": session.model.reduction.path}
+    return worst | {"bytes_per_token": session.model.cache.bytes_per_token} | paths
+
+
+def check_joining() -> dict:
+    """What the ranks of this world say to mapping each other's memory."""
+    from mlra_kernels.one_shot import NoPeers, join_peers
+
+    try:
+        join_peers(torch.distributed.group.WORLD, 1, 64, torch.float32, "cpu")
+    except NoPeers as error:
+        return {"said": str(error)}
+    return {"said": "joined"}
 
 
 def check_routing() -> dict[str, bool]:
@@ -383,6 +395,8 @@ def main(folder: Path) -> None:
             if tp == torch.distributed.get_world_size():
                 tensors, full = torch.load(folder / f"{name}.pt")
                 record(f"{tp}-{name}-{mode}", rank, check_parallel, name, mode, tensors, full)
+        if torch.distributed.get_world_size() == 2:
+            record("joining", rank, check_joining)
 
     run_world(1, alone, folder / "world1")
     for tp in PARALLEL:

@@ -314,6 +314,7 @@ def test_mlra4_at_tp4_allocates_one_and_a_half_heads_a_token():
         ({"cache_dtype": "float16"}, "cache dtype float16 does not go with float32 weights"),
         ({"page_size": 20}, "page size is 20; use a multiple of 16"),
         ({"weight_mode": "split"}, "weight mode is 'split'"),
+        ({"all_reduce": "ring"}, "all-reduce is 'ring'; use one of auto, one-shot, nccl"),
         ({"cache_tokens": 0}, "cache tokens is 0"),
     ],
 )
