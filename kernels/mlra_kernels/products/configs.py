@@ -110,9 +110,9 @@ def candidates(inputs: int, pairs: bool) -> list[ProductConfig]:
 
 
 def heads_cut(heads: int, inputs: int, outputs: int) -> tuple[int, int]:
-    """(Inputs of a tile, columns of a program) of the products per head: columns so that some 150
-    programs start, tiles of at most 8192 numbers."""
+    """(Inputs of a tile, columns of a program) of the products per head: columns so that 90
+    programs start, of 32 bytes at least, and tiles of at most 8192 numbers."""
     columns = max(16, min(64, triton.next_power_of_2(outputs)))
-    while columns > 16 and heads * -(-outputs // columns) < 132:
+    while columns > 16 and heads * -(-outputs // columns) < 90:
         columns //= 2
     return min(8192 // columns, max(64, triton.next_power_of_2(inputs))), columns

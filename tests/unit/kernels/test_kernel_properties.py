@@ -34,7 +34,11 @@ PURE = {
     "split_cache": others.split_calls(),
     "key_ranges": others.span_calls(),
 }
-KERNELS_ONLY = {"decoder": others.decoder_calls(), "latent_projections": others.projection_calls()}
+KERNELS_ONLY = {
+    "decoder": others.decoder_calls(),
+    "latent_projections": others.projection_calls(),
+    "products": others.product_calls(),
+}
 
 
 def examples(count: int):

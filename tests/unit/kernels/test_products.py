@@ -3,16 +3,80 @@
 As test_mlra_kernels_interpreter.py, this file runs itself in a child process.
 """
 
+import re
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from support.interpreted import INTERPRETING, run_interpreted
 
+TYPES = {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "position_ptr": "*i64", "eps": "fp32"}
+
 if not INTERPRETING:
+    from mlra_kernels.products import configs
+    from mlra_kernels.products.heads_kernel import heads_kernel
+    from mlra_kernels.products.kernel import product_kernel
 
     def test_products_under_the_interpreter():
         printed = run_interpreted(__file__)
         assert " passed" in printed and "skipped" not in printed
+
+    def machine_code(kernel, constants, warps, folder):
+        """SASS for sm_90a, and bytes of stack a thread."""
+        signature, values, attributes = {}, {}, {}
+        for i, name in enumerate(kernel.arg_names):
+            if name in constants:
+                signature[name], values[(i,)] = "constexpr", constants[name]
+                continue
+            signature[name] = TYPES.get(name, "*bf16" if name.endswith("_ptr") else "i32")
+            if name != "eps":
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        source = ASTSource(kernel, signature, values, attributes)
+        options = {"num_warps": warps, "launch_pdl": True}
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        binary = folder / "kernel.cubin"
+        binary.write_bytes(compiled.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        run = [str(tool), "--dump-resource-usage", "--dump-sass", str(binary)]
+        text = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+        return text, int(re.search(r"STACK:(\d+)", text).group(1))
+
+    def reads_weights_before_it_waits(sass):
+        """Every load in front of the wait is of 16 bytes, there is one, and no store is."""
+        before, after = sass.split("ACQBULK")
+        assert "STG" not in before and "STG" in after
+        loads = re.findall(r"LDG\S*", before)
+        return bool(loads) and all(load.endswith(".128") for load in loads)
+
+    @pytest.mark.parametrize(
+        ("tokens", "outputs", "inputs", "epilogue"),
+        [(1, 19760, 3072, 3), (1, 3072, 9880, 1), (1, 4608, 1024, 4), (8, 19760, 3072, 3)],
+        ids=["fc1", "fc2", "q up", "fc1 of 8 rows"],
+    )
+    def test_no_spills_and_weights_before_the_wait(tokens, outputs, inputs, epilogue, tmp_path):
+        cut = configs.choose(outputs, inputs, epilogue >= 3, tokens)
+        constants = {
+            "T": tokens, "K": inputs, "R": outputs, "STRIDE": inputs, "N": cut.rows,
+            "CHUNK": cut.chunk, "NORM": epilogue != 1, "EPILOGUE": epilogue, "HEAD": 192,
+            "START": 128, "EARLY": True,
+        }  # fmt: skip
+        sass, stack = machine_code(product_kernel, constants, cut.warps, tmp_path)
+        assert stack == 0 and reads_weights_before_it_waits(sass)
+
+    @pytest.mark.parametrize(("inputs", "outputs"), [(128, 512), (512, 128)], ids=["up", "down"])
+    def test_products_per_head_too(inputs, outputs, tmp_path):
+        rows, columns = configs.heads_cut(24, inputs, outputs)
+        constants = {
+            "T": 1, "K": inputs, "J": outputs, "X_PART": 128, "OUT_PART": 128, "ROWS": rows,
+            "PASS": 1024 // columns, "COLUMNS": columns, "EARLY": True,
+        }  # fmt: skip
+        sass, stack = machine_code(heads_kernel, constants, 4, tmp_path)
+        assert stack == 0 and reads_weights_before_it_waits(sass)
 
 else:
     from mlra_kernels import products
