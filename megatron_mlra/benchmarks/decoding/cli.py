@@ -35,6 +35,7 @@ from megatron_mlra.benchmarks.decoding.measure import (
 )
 from megatron_mlra.benchmarks.decoding.place import Place, joined, tiny
 from megatron_mlra.benchmarks.decoding.plot import plot
+from megatron_mlra.command_line.foreign_text import read_json
 from megatron_mlra.command_line.parser import OneLineParser, check_output, one_line, write_text
 from megatron_mlra.description.presets import preset_description
 from megatron_mlra.inference.backends.select import PRODUCTS
@@ -195,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if file:
                 check_output(file, flag)
         if args.cuts:
-            use_cuts(json.loads(Path(args.cuts).read_text()))
+            use_cuts(read_json(args.cuts))
         with joined(on_cpu, args.products) as place:
             if args.speculate is not None:
                 _run_guesses(args, place)
