@@ -1,7 +1,7 @@
 """Latent attention kernels for MLA, GLA and MLRA. Needs only torch and triton.
 
 - decoding: `latent_decode`; `grouped_decode` for grouped queries; `decoder` for the other
-  operations of a decoding step;
+  operations of a decoding step, `products` for its products of few rows;
 - several GPUs: `one_shot`, the sum over ranks of a decoding step;
 - prompts: `prefill`, by the plan of `prompts`;
 - training: `latent_attention` (the core), `latent_projections` (the passes around the core);

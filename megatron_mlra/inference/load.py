@@ -43,6 +43,8 @@ class LoadOptions:
     """Tokens of the longest sequence; None: the model's max_position_embeddings."""
     backend: str = "auto"
     """'mlra_kernels' (CUDA), 'torch', or 'auto': the kernels where they can run, else torch."""
+    products: str = "auto"
+    """How mlra_kernels multiplies few rows, see `backends.select.PRODUCTS`."""
     weight_mode: str = "replicated"
     """See `parallel.WEIGHT_MODES`."""
     all_reduce: str = "auto"
@@ -80,7 +82,7 @@ def load_model(
     if options.max_positions is not None:
         max_positions = whole("max positions", options.max_positions)
     check_parallel(model, parallel.size, parallel.context)
-    ops = select_backend(options.backend, model, dtype, device)
+    ops = select_backend(options.backend, model, dtype, device, options.products)
     reduction = choose_reduction(
         options.all_reduce, parallel, model.hidden_size, dtype, device, ops
     )

@@ -19,6 +19,7 @@ from torch.nn.functional import linear, pad
 
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.description.tensors import EXPERTS
+from megatron_mlra.inference.backends.base import Ops
 from megatron_mlra.maths.routing import choose_experts
 
 MLP_MULTIPLE = 16
@@ -95,17 +96,18 @@ def run_mlp(
     x: Tensor,
     weights: DenseWeights | ExpertWeights,
     model: ModelDescription,
-    silu_mul: Callable[[Tensor], Tensor],
+    ops: Ops,
     static: bool,
 ) -> Tensor:
     """The rank's summand of an MLP's output, `[T, d]` -> `[T, d]`.
 
     Args:
-        silu_mul: `[T, 2 f]` -> `[T, f]`.
+        ops: the backend.
         static: never synchronise with the device, so that a CUDA graph can capture the step.
     """
     if isinstance(weights, DenseWeights):
-        return linear(silu_mul(linear(x, weights.fc1)), weights.fc2)
+        return ops.linear(ops.swiglu(x, weights.fc1), weights.fc2)
+    silu_mul = ops.silu_mul
     scales, chosen = choose_experts(x, weights.router, weights.bias, model)
     scales = scales.to(x.dtype)
     if not static:
@@ -115,7 +117,7 @@ def run_mlp(
     else:
         out = _all_experts(x, scales, chosen, weights, silu_mul)
     if weights.shared is not None:
-        out = out + run_mlp(x, weights.shared, model, silu_mul, static)
+        out = out + run_mlp(x, weights.shared, model, ops, static)
     return out
 
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.inference.backends.base import Ops
+from megatron_mlra.inference.backends.products import Normed
 from megatron_mlra.inference.cache import GroupedCache, LatentCache
-from megatron_mlra.inference.mlp import run_mlp
+from megatron_mlra.inference.mlp import DenseWeights, run_mlp
 from megatron_mlra.inference.parallel import HeadShard, TensorParallel
 from megatron_mlra.inference.reduction import Reduction
 from megatron_mlra.inference.weights import (
@@ -27,7 +27,7 @@ from megatron_mlra.inference.weights import (
     ModelWeights,
 )
 from megatron_mlra.maths.rope import rotary_tables, unrotated
-from mlra_kernels.absorption import absorb_queries, sum_branches
+from mlra_kernels.absorption import sum_branches
 from mlra_kernels.prefill import (
     EXPANDED_KEYS,
     grouped_states,
@@ -150,7 +150,7 @@ class InferenceModel:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Rows of `states` `[R, d]` -> logits `[R, vocab_size]` float32."""
-        logits = self.parallel.gather_vocabulary(linear(hidden, self.weights.output))
+        logits = self.parallel.gather_vocabulary(self.ops.linear(hidden, self.weights.output))
         return logits[:, : self.model.vocab_size].float()
 
     @property
@@ -185,15 +185,26 @@ class InferenceModel:
             attend, step = self._grouped, _one_row_each(step)
         static = self.static_decoding and not step.bundles
         x = self._inputs(step)
-        normed = ops.rms_norm(x, layers[0].input_norm, eps)
+        normed = ops.normed(x, layers[0].input_norm, eps)
         following = [layer.input_norm for layer in layers[1:]] + [self.weights.final_norm]
         for i, (layer, next_norm) in enumerate(zip(layers, following, strict=True)):
-            at = self.first_layer + i
-            out = linear(attend(at, layer.attention, normed, step), layer.attention.proj)
-            x, normed = self._sum_over_ranks(out, x, layer.mlp_norm)
-            out = run_mlp(normed, layer.mlp, self.model, ops.silu_mul, static)
-            x, normed = self._sum_over_ranks(out, x, next_norm)
-        return normed
+            out = attend(self.first_layer + i, layer.attention, normed, step)
+            x, normed = self._add_product(out, layer.attention.proj, x, layer.mlp_norm)
+            if isinstance(layer.mlp, DenseWeights):
+                hidden = ops.swiglu(normed, layer.mlp.fc1)
+                x, normed = self._add_product(hidden, layer.mlp.fc2, x, next_norm)
+            else:
+                out = run_mlp(ops.plain(normed), layer.mlp, self.model, ops, static)
+                x, normed = self._sum_over_ranks(out, x, next_norm)
+        return ops.plain(normed)
+
+    def _add_product(
+        self, x: Tensor, weight: Tensor, residual: Tensor, norm: Tensor
+    ) -> tuple[Tensor, Normed]:
+        """residual `[T, d]` plus all ranks' products x weight^T, and the norm of the sum."""
+        if self.parallel.group is None or self.parallel.world == 1:
+            return self.ops.linear_add_norm(x, weight, residual, norm, self.model.layernorm_epsilon)
+        return self._sum_over_ranks(self.ops.linear(x, weight), residual, norm)
 
     def _sum_over_ranks(self, x: Tensor, residual: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of all ranks' x plus the residual, `[T, d]`, and the norm of that."""
@@ -206,20 +217,23 @@ class InferenceModel:
 
     # -- MLA, GLA, MLRA ----------------------------------------------------------------------------
 
-    def _latent(self, index: int, weights: LatentWeights, x: Tensor, step: Step) -> Tensor:
+    def _latent(self, index: int, weights: LatentWeights, x: Normed, step: Step) -> Tensor:
         """`[T, d]` -> the core's gated output `[T, h_o d_v]`."""
         model, ops, eps = self.model, self.ops, self.model.layernorm_epsilon
         core, shard = self.shard.core, self.shard
         tables = self.tables if model.rotates(index) else self.still
-        down = linear(x, weights.down)
+        down = ops.linear(x, weights.down)
         c_q, kv = x, down
         if weights.q_norm is not None:
             c_q, kv = down.split((model.q_lora_rank, down.size(1) - model.q_lora_rank), dim=1)
-            c_q = ops.rms_norm(c_q, weights.q_norm, eps)
-        q = linear(c_q, weights.q_up).unflatten(1, (shard.query_heads, -1))  # [T, h_q, e]
-        if weights.head_norm is not None:
+            c_q = ops.normed(c_q, weights.q_norm, eps)
+        head, nope = weights.q_up.size(0) // shard.query_heads, model.qk_nope_head_dim
+        if weights.head_norm is None:
+            q = ops.rotated_queries(c_q, weights.q_up, head, nope, tables, step.positions)
+        else:
+            q = ops.linear(c_q, weights.q_up).unflatten(1, (-1, head))  # [T, h_q, e]
             q = ops.norm_heads(q, weights.head_norm, eps)
-        q = ops.rotate(q, model.qk_nope_head_dim, *tables, step.positions)
+            q = ops.rotate(q, nope, *tables, step.positions)
         q = self.parallel.gather_queries(q, core.heads // shard.query_heads)  # [T, h, e]
 
         layer = self.cache.layer(index)
@@ -244,7 +258,7 @@ class InferenceModel:
             out = self._decode_latent(q, layer, weights, step)
         parts = shard.merged_heads // shard.own_heads
         out = self.parallel.reduce_outputs(out, parts).flatten(1)  # [T, h_o d_v]
-        return _gated(out, x, weights.gate)
+        return out if weights.gate is None else ops.gated(out, x, weights.gate)
 
     def _prefill_cut(self, q: Tensor, scratch, layer, weights: LatentWeights, step: Step) -> Tensor:
         """`[T, h, e]` -> `[T, h_m, d_v]`, summed over this rank's branches. Attention to the step's
@@ -278,21 +292,21 @@ class InferenceModel:
         core, l, nope = self.shard.core, self.model.latent_dim, self.model.qk_nope_head_dim
         n, g, h = core.branches, core.groups, core.heads
         b = step.lengths.size(0)
-        head = absorb_queries(q[..., :nope], weights.w_uk, n)  # [T, n, h, l]
+        head = self.ops.absorb_queries(q[..., :nope], weights.w_uk, n)  # [T, n, h, l]
         head = head.reshape(b, -1, n * g, h // g, l)
         q_rope = q[..., nope:].unflatten(0, (b, -1))
         z, lse = self.ops.decode(head, q_rope, layer, step, self.model.softmax_scale, n)
         z, _ = self._over_ranks(z.view(q.size(0), n, h, l), lse.view(q.size(0), n, h))
-        return sum_branches(z, weights.w_uv[self.shard.merged])
+        return self.ops.sum_branches(z, weights.w_uv[self.shard.merged])
 
     # -- MHA, MQA, GQA -----------------------------------------------------------------------------
 
-    def _grouped(self, index: int, weights: GroupedWeights, x: Tensor, step: Step) -> Tensor:
+    def _grouped(self, index: int, weights: GroupedWeights, x: Normed, step: Step) -> Tensor:
         """`[T, d]` -> the core's gated output `[T, heads dim]`."""
         dim, parallel = self.model.head_dim, self.parallel
         own = weights.proj.size(1) // dim
         heads = own * parallel.context
-        qkv = linear(x, weights.qkv).unflatten(1, (-1, dim))
+        qkv = self.ops.linear(x, weights.qkv).unflatten(1, (-1, dim))
         kv = (qkv.size(1) - heads) // 2
         turned = self.ops.rotate(qkv[:, : heads + kv], 0, *self.tables, step.positions)
         q, k = turned[:, :heads], turned[:, heads:]
@@ -315,7 +329,8 @@ class InferenceModel:
             out = prefill_grouped(q, layer, step.bundles, scale)
         else:
             out, _ = self._over_ranks(*self.ops.decode_grouped(q, layer, step, scale))
-        return _gated(out.flatten(1), x, weights.gate)
+        out = out.flatten(1)
+        return out if weights.gate is None else self.ops.gated(out, x, weights.gate)
 
 
 class DraftModel(InferenceModel):
@@ -339,7 +354,7 @@ class DraftModel(InferenceModel):
         weights, eps = self.weights, self.model.layernorm_epsilon
         embedded = self.ops.rms_norm(super()._inputs(step), weights.embedding_norm, eps)
         states = self.ops.rms_norm(step.behind, weights.states_norm, eps)
-        return linear(torch.cat((embedded, states), dim=1), weights.join)
+        return self.ops.linear(torch.cat((embedded, states), dim=1), weights.join)
 
 
 def _one_row_each(step: Step) -> Step:
@@ -352,9 +367,3 @@ def _one_row_each(step: Step) -> Step:
     lengths = (step.lengths[:, None] + ahead).clamp(min=0).flatten()
     table = step.block_table[:, None].expand(-1, q, -1).flatten(0, 1)
     return replace(step, lengths=lengths, block_table=table)
-
-
-def _gated(out: Tensor, x: Tensor, gate: Tensor | None) -> Tensor:
-    if gate is None:
-        return out
-    return out * torch.sigmoid(linear(x, gate).float()).to(out.dtype)

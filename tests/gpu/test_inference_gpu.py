@@ -62,6 +62,21 @@ def test_kernels_equal_the_reference_and_graphs_eager_steps(name):
     assert 0 < gate(Case(name, MODELS[name]), seed=3) < 0.03
 
 
+@pytest.mark.parametrize("name", ["MLRA-4", "MLRA-4 gated", "MLRA-4 experts", "GQA"])
+def test_early_launches_change_no_bit(name):
+    """Captured steps of one sequence, with every kernel started early and with each after the one
+    in front; and products by torch, within rounding."""
+    results = []
+    for products in ("auto", "serial", "cublas"):
+        runner = _runner(MODELS[name], "cuda", True, dtype="bfloat16", products=products)
+        runner.prefill([Chunk(list(range(90)), 0, [9, 1, 3])])
+        runner.tables.set(0, [9, 1, 3])
+        steps = [runner.decode([i], [90 + i], [[9, 1, 3]]).clone() for i in range(20)]
+        results.append(torch.cat(steps))
+    assert torch.equal(results[0], results[1])
+    torch.testing.assert_close(results[0], results[2], atol=2e-2, rtol=2e-2)
+
+
 @pytest.mark.parametrize("name", ["MLRA-4", "GLA-2", "MLA", "GQA"])
 def test_a_share_of_the_tokens(name):
     # One of two ranks, without the other: what it exchanges with itself is the reference's too.

@@ -222,6 +222,79 @@ def one_shot_calls(draw: Callable) -> Call:
 
 
 @st.composite
+def product_calls(draw: Callable) -> Call:
+    """The products of few rows."""
+    from mlra_kernels import products
+
+    normal, dtype = normals(draw), draw(HALVES)
+    t, n, h = (draw(COUNTS) for _ in range(3))
+    name = draw(st.sampled_from(("absorb", "sum", "swiglu", "rotated", "product", "product")))
+    if name == "absorb":
+        q, w_uk = normal(t, h, 6, dtype=dtype), normal(h, 6, n * 5, dtype=dtype)
+        arguments = {"q_nope": q, "w_uk": w_uk, "branches": n, "early": False}
+        return Call(products.absorb_queries, arguments, expected_queries)
+    if name == "sum":
+        z, w_uv = normal(t, n, h, 5, dtype=dtype), normal(h, n * 5, 7, dtype=dtype)
+        return Call(products.sum_branches, {"z": z, "w_uv": w_uv, "early": False}, expected_values)
+    arguments = {
+        "x": normal(t, 20, dtype=dtype), "weight": normal(8 * h, 20, dtype=dtype),
+        "norm": draw(st.sampled_from((None, normal(20)))), "eps": 1e-6, "early": False,
+    }  # fmt: skip
+    if name == "swiglu":
+        return Call(products.swiglu_product, arguments, expected_swiglu_product)
+    if name == "rotated":
+        angles = normal(9, 3)
+        arguments |= {"head": 8, "start": 2, "cos": angles.cos(), "sin": angles.sin()}
+        arguments["positions"] = torch.randint(0, 9, (t,))
+        return Call(products.rotated_product, arguments, expected_rotated_product)
+    other = normal(t, 8 * h, dtype=dtype)
+    arguments[draw(st.sampled_from(("residual", "gated")))] = other
+    return Call(products.product, arguments, expected_product)
+
+
+def _multiplied(x, weight, norm, eps, early):
+    """The product of the normed rows."""
+    assert isinstance(early, bool) and len(x) <= 8
+    x = x.double()
+    if norm is not None:
+        x = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * norm.double()
+    return x @ weight.double().T
+
+
+def expected_product(x, weight, norm, eps, early, residual=None, gated=None):
+    """The product, with a residual or as a gate."""
+    y = _multiplied(x, weight, norm, eps, early)
+    if residual is not None:
+        y = y + residual.double()
+    return (y if gated is None else gated.double() * y.sigmoid(),)
+
+
+def expected_swiglu_product(x, weight, norm, eps, early):
+    """silu(first half of the product) times the second half."""
+    return expected_silu(_multiplied(x, weight, norm, eps, early))
+
+
+def expected_rotated_product(x, weight, norm, eps, early, head, start, cos, sin, positions):
+    """The product as rotated heads."""
+    q = _multiplied(x, weight, norm, eps, early).unflatten(1, (-1, head))
+    return expected_heads(q, start, cos, sin, positions)
+
+
+def expected_queries(q_nope, w_uk, branches, early):
+    """Each head's query in latent space, cut into branches."""
+    assert isinstance(early, bool) and len(q_nope) <= 8
+    heads = [q_nope[:, i].double() @ w.double() for i, w in enumerate(w_uk)]
+    return (torch.stack([x.unflatten(1, (branches, -1)) for x in heads], 2),)
+
+
+def expected_values(z, w_uv, early):
+    """Each head's value, from the latents of all its branches side by side."""
+    assert isinstance(early, bool) and len(z) <= 8
+    heads = [z[:, :, i].double().flatten(1) @ w.double() for i, w in enumerate(w_uv)]
+    return (torch.stack(heads, 1),)
+
+
+@st.composite
 def core_calls(draw: Callable) -> Call:
     """`latent_attention`, `latent_attention_with_lse` and `decode_metadata`, which need a GPU."""
     from mlra_kernels import latent_attention as core

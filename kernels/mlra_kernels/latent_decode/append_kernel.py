@@ -5,6 +5,7 @@ Letters: L latent heads, D latent dim, R RoPE dim, H = R / 2 pairs that RoPE rot
 
 import triton
 import triton.language as tl
+from triton.language.extra import cuda as tl_cuda
 
 
 @triton.jit
@@ -34,8 +35,15 @@ def latent_cache_append_kernel(
     H: tl.constexpr,
     PAGE: tl.constexpr,
     FP8: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Grid (tokens, L + 1): RMSNorm and scale of a latent; the last column takes the RoPE key."""
+    """Grid (tokens, L + 1): RMSNorm and scale of a latent; the last column takes the RoPE key.
+
+    PDL: the rule of programmatic dependent launch is in products/kernel.py.
+    """
+    if PDL:
+        tl_cuda.gdc_launch_dependents()
+        tl_cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     latent = tl.program_id(1)
     slot = tl.load(slot_ptr + token).to(tl.int64)

@@ -229,6 +229,13 @@ def _decode_outputs(q_absorbed: Tensor) -> tuple[Tensor, Tensor]:
     return out, torch.empty(q_absorbed.shape[:-1], dtype=torch.float32, device=q_absorbed.device)
 
 
+def _programmatic_launch(x: Tensor) -> tuple[bool, dict[str, bool]]:
+    """Whether kernels on x's device may start before the kernel in front has ended, and the option
+    of such a launch."""
+    pdl = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
+    return pdl, {"launch_pdl": True} if pdl else {}
+
+
 @torch.library.custom_op("mlra_kernels::latent_decode", mutates_args=())
 @_on_its_device
 def _latent_decode_op(
@@ -257,8 +264,7 @@ def _latent_decode_op(
     slots = programs + batch
     part_out = q_absorbed.new_empty((slots, latents, rows, dim), dtype=torch.float32)
     part_lse = q_absorbed.new_empty((slots, latents, rows), dtype=torch.float32)
-    pdl = q_absorbed.is_cuda and torch.cuda.get_device_capability(q_absorbed.device)[0] >= 9
-    launch = {"launch_pdl": True} if pdl else {}
+    pdl, launch = _programmatic_launch(q_absorbed)
     grid = (cfg.row_blocks(rows) * latents, programs)
     common = {
         "Q_LEN": q_len, "HEADS": heads, "LATENTS": latents, "GROUPS": latents // num_branches,
@@ -352,12 +358,14 @@ def _latent_cache_append_op(
     scale = cache_scale if fp8 else cos  # any tensor: the kernel writes it for FP8 only
     if kv_down.shape[0] == 0:
         return
+    pdl, launch = _programmatic_launch(kv_down)
     latent_cache_append_kernel[(kv_down.shape[0], latents + 1)](
         kv_down, norm_weight, cos, sin, positions, slot_mapping, latent_view, rope_view, scale,
         latent_scale, norm_eps, kv_down.stride(0), *latent_view.stride()[:2],
         *rope_view.stride()[:2], *(scale.stride()[:2] if fp8 else (0, 0)),
         cache.shape[0] * cache.shape[1], cos.shape[0],
-        L=latents, D=dim, H=rope // 2, PAGE=cache.shape[1], FP8=fp8, num_warps=1,
+        L=latents, D=dim, H=rope // 2, PAGE=cache.shape[1], FP8=fp8, PDL=pdl, num_warps=1,
+        **launch,
     )  # fmt: skip
 
 

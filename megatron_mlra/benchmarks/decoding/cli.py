@@ -36,11 +36,14 @@ from megatron_mlra.benchmarks.decoding.measure import (
 )
 from megatron_mlra.benchmarks.decoding.place import Place, joined, tiny
 from megatron_mlra.benchmarks.decoding.plot import plot
+from megatron_mlra.command_line.foreign_text import read_json
 from megatron_mlra.command_line.parser import OneLineParser, check_output, one_line, write_text
 from megatron_mlra.description.presets import preset_description
+from megatron_mlra.inference.backends.select import PRODUCTS
 from megatron_mlra.inference.parallel import HeadShard, check_parallel, tensor_parallel_size
 from megatron_mlra.inference.reduction import ALL_REDUCES
 from mlra_kernels.benchmarks.timing import read_roof
+from mlra_kernels.products.configs import use_cuts
 
 PRESETS = ("mlra4_2.9b", "mla_2.9b", "gqa_2.9b")
 K = 1024
@@ -178,6 +181,14 @@ def parser() -> OneLineParser:
         help="tokens in the cache (default: 4, 32, 128 and 512 K; 1 K with --speculate)",
     )
     add("--batches", type=int, nargs="+", default=[1, 32], help="sequences (default: 1 32)")
+    add(
+        "--products",
+        choices=PRODUCTS,
+        default="auto",
+        help="products of few rows: the project's kernels, each started before the one in front has"
+        " ended (auto, the default), or after it (serial), or cuBLAS",
+    )
+    add("--cuts", metavar="FILE", help="cuts of those kernels: a report of benchmarks.products")
     add("--prefill", type=int, nargs="*", default=[], help="prompt lengths to time")
     add("--prefill-chunk", type=int, default=4096, help="tokens of a prefill step (default: 4096)")
     add(
@@ -208,7 +219,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for flag, file in (("--json", args.json), ("--png", args.png)):
             if file:
                 check_output(file, flag)
-        with joined(on_cpu) as place:
+        if args.cuts:
+            use_cuts(read_json(args.cuts))
+        with joined(on_cpu, args.products) as place:
             if args.speculate is not None:
                 _run_guesses(args, place)
                 return
@@ -265,7 +278,7 @@ def _about(args: argparse.Namespace, place: Place) -> dict[str, Any]:
         "gpu": cpu if place.rehearsal else torch.cuda.get_device_name(),
         "gpus": 0 if place.rehearsal else place.ranks, "torch": torch.__version__,
         "triton": triton.__version__, "commit": args.commit or commit(),
-        "seed": seed,
+        "seed": seed, "products": place.products, "cuts": args.cuts,
     }  # fmt: skip
 
 

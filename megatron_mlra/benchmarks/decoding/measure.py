@@ -76,7 +76,8 @@ def gate(case: Case, seed: int, place: Place = ONE_GPU) -> float:
     for i, (dtype, backend, graphs, cut) in enumerate(ways):
         ranks = 1 if cut is None else cut.context
         options = LoadOptions(
-            dtype=dtype, backend=backend, cache_tokens=1024 * ranks, page_size=PAGE,
+            dtype=dtype, backend=backend, products=place.products,
+            cache_tokens=1024 * ranks, page_size=PAGE,
             max_positions=1024, weight_mode=case.weight_mode,
             cache_dtype=case.cache_dtype if i else "auto",
             all_reduce=case.all_reduce if cut is not None else "auto",
@@ -168,7 +169,8 @@ def _load(
     case: Case, tokens: int, seed: int, place: Place = ONE_GPU, max_positions: int = 64
 ) -> InferenceModel:
     options = LoadOptions(
-        dtype=place.dtype, backend=place.backend, cache_tokens=tokens, page_size=PAGE,
+        dtype=place.dtype, backend=place.backend, products=place.products,
+        cache_tokens=tokens, page_size=PAGE,
         max_positions=max_positions, weight_mode=case.weight_mode, cache_dtype=case.cache_dtype,
         all_reduce=case.all_reduce,
     )  # fmt: skip

@@ -27,6 +27,8 @@ class Place:
     rank: int = 0
     rehearsal: bool = False
     """Run on CPUs, at tiny sizes, in float32, without timing."""
+    products: str = "auto"
+    """See `LoadOptions.products`."""
     cuts: dict[tuple, TensorParallel] = field(default_factory=dict, compare=False)
     """Cache of `parallel`, since each set of process groups takes memory of the GPU."""
 
@@ -67,20 +69,20 @@ class Place:
 
 
 @contextlib.contextmanager
-def joined(rehearsal: bool) -> Iterator[Place]:
+def joined(rehearsal: bool, products: str = "auto") -> Iterator[Place]:
     """The place of this process, in torchrun's world if there is one."""
     ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if dist.is_initialized():
-        yield Place(dist.get_world_size(), dist.get_rank(), rehearsal)
+        yield Place(dist.get_world_size(), dist.get_rank(), rehearsal, products)
         return
     if not rehearsal:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if ranks == 1:
-        yield Place(rehearsal=rehearsal)
+        yield Place(rehearsal=rehearsal, products=products)
         return
     dist.init_process_group("gloo" if rehearsal else "nccl", timeout=LONGEST_WAIT)
     try:
-        yield Place(ranks, rank, rehearsal)
+        yield Place(ranks, rank, rehearsal, products)
     finally:
         dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""What a layer does besides matrix products, as the protocol that every backend implements.
+"""What a layer does, as the protocol that every backend implements: products in products.py.
 
 Letters: T tokens, b sequences, q query tokens per sequence, n g latent heads of the rank, j heads
 per latent head, l latent dim, f hidden size of an MLP, H heads, e dims of a head.
@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Protocol
 
 from torch import Tensor
+
+from megatron_mlra.inference.backends.products import Normed
 
 
 class Ops(Protocol):
@@ -52,3 +54,26 @@ class Ops(Protocol):
         self, q: Tensor, layer: Tensor, step, softmax_scale: float
     ) -> tuple[Tensor, Tensor]:
         """Attention of q `[b, heads, dim]` to a grouped cache: output, log-sum-exp `[b, heads]`."""
+
+    def normed(self, x: Tensor, weight: Tensor, eps: float) -> Normed:
+        """The norm of x `[T, d]`, for this backend's products; they are `TorchProducts`'."""
+
+    def plain(self, x: Normed) -> Tensor: ...
+
+    def linear(self, x: Normed, weight: Tensor) -> Tensor: ...
+
+    def linear_add_norm(
+        self, x: Tensor, weight: Tensor, residual: Tensor, norm: Tensor, eps: float
+    ) -> tuple[Tensor, Normed]: ...
+
+    def swiglu(self, x: Normed, fc1: Tensor) -> Tensor: ...
+
+    def gated(self, out: Tensor, x: Normed, gate: Tensor) -> Tensor: ...
+
+    def rotated_queries(
+        self, x: Normed, weight: Tensor, head: int, start: int, tables, positions: Tensor
+    ) -> Tensor: ...
+
+    def absorb_queries(self, q_nope: Tensor, w_uk: Tensor, branches: int) -> Tensor: ...
+
+    def sum_branches(self, z: Tensor, w_uv: Tensor) -> Tensor: ...

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_mlra.inference.backends.products import TorchProducts
 from megatron_mlra.inference.cache import append_grouped
 from megatron_mlra.maths.norms import rms_norm
 from megatron_mlra.maths.rope import apply_rope
 from mlra_kernels.latent_decode import reference
 
 
-class ReferenceOps:
+class ReferenceOps(TorchProducts):
     """Plain torch; float32 inside norms, RoPE and attention."""
 
     name = "torch"

@@ -10,16 +10,28 @@ from megatron_mlra.inference.backends.base import Ops
 from megatron_mlra.inference.backends.reference import ReferenceOps
 
 BACKENDS = ("auto", "mlra_kernels", "torch")
+PRODUCTS = ("auto", "serial", "cublas")
+"""Products of few rows by mlra_kernels: 'auto' by its own kernels, each of which starts before the
+kernel in front has ended; 'serial' by the same, one after the other; 'cublas' by torch."""
 
 
 def select_backend(
-    name: str, model: ModelDescription, dtype: torch.dtype, device: torch.device
+    name: str,
+    model: ModelDescription,
+    dtype: torch.dtype,
+    device: torch.device,
+    products: str = "auto",
 ) -> Ops:
     """The backend called `name`; 'auto' takes mlra_kernels where the kernels can run, else torch.
+
+    Args:
+        products: one of `PRODUCTS`.
 
     Raises:
         ValueError: an unknown name, or mlra_kernels where the kernels cannot run.
     """
+    if products not in PRODUCTS:
+        raise ValueError(f"products is {products!r}; use one of {', '.join(PRODUCTS)}")
     name = current_name("backend", name)
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}; use one of {', '.join(BACKENDS)}")
@@ -30,7 +42,7 @@ def select_backend(
         return ReferenceOps()
     from megatron_mlra.inference.backends.triton import TritonOps
 
-    return TritonOps()
+    return TritonOps(products)
 
 
 def _kernels_misfit(

@@ -34,7 +34,7 @@ MODEL = latent(
     moe_router_pre_softmax=True,
     moe_router_topk_scaling_factor=1.5,
 )
-SILU_MUL = ReferenceOps().silu_mul
+OPS = ReferenceOps()
 
 
 def tensors(model: ModelDescription) -> dict[str, torch.Tensor]:
@@ -74,7 +74,7 @@ def test_every_way_and_every_cut_is_the_same_sum(tokens, tp):
                 x,
                 load_mlp(MODEL, 1, weights.__getitem__, tp, rank, torch.Tensor.contiguous),
                 MODEL,
-                SILU_MUL,
+                OPS,
                 static,
             )
             for rank in range(tp)
@@ -92,7 +92,7 @@ def test_few_tokens_gather_and_many_take_every_expert(monkeypatch):
             mlp, way, lambda *args, way=way, real=real: ran.append(way) or real(*args)
         )
     for tokens, static in ((1, True), (2, True), (1, False)):
-        run_mlp(torch.ones(tokens, 64), weights, MODEL, SILU_MUL, static)
+        run_mlp(torch.ones(tokens, 64), weights, MODEL, OPS, static)
     assert ran == ["_gathered", "_all_experts", "_by_expert"]
 
 
@@ -102,10 +102,10 @@ def test_a_decoding_step_asks_the_device_for_nothing():
         weights = {name: fake.from_tensor(weight) for name, weight in weights.items()}
         loaded = load_mlp(MODEL, 1, weights.__getitem__, 1, 0, torch.Tensor.contiguous)
         for tokens in (1, 5):
-            out = run_mlp(torch.empty(tokens, 64), loaded, MODEL, SILU_MUL, static=True)
+            out = run_mlp(torch.empty(tokens, 64), loaded, MODEL, OPS, static=True)
             assert out.shape == (tokens, 64)
         with pytest.raises(DynamicOutputShapeException):
-            run_mlp(torch.empty(5, 64), loaded, MODEL, SILU_MUL, static=False)
+            run_mlp(torch.empty(5, 64), loaded, MODEL, OPS, static=False)
 
 
 def test_an_expert_that_overflows_reaches_only_the_tokens_that_chose_it():
@@ -114,7 +114,7 @@ def test_an_expert_that_overflows_reaches_only_the_tokens_that_chose_it():
     weights["mlp.experts.experts.3.linear_fc1.weight"] *= 1e200
     x = torch.randn(9, 64, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     loaded = load_mlp(MODEL, 1, weights.__getitem__, 1, 0, torch.Tensor.contiguous)
-    finite = [run_mlp(x, loaded, MODEL, SILU_MUL, s).isfinite().all(1) for s in (False, True)]
+    finite = [run_mlp(x, loaded, MODEL, OPS, s).isfinite().all(1) for s in (False, True)]
     assert torch.equal(*finite)
     assert 0 < finite[0].sum() < 9
 

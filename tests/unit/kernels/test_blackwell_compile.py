@@ -96,7 +96,8 @@ def test_merging_appending_and_grouped_queries(tmp_path):
         (combine_kernel, {"Q_LEN": 1, "HEADS": 64, "LATENTS": 1, "D": 128, "X": cut.rows,
                           "S": cut.parts, "DB": cut.columns, "PDL": True}),
         (merge_states_kernel, {"D": 128, "DB": 128, "X": 4, "S": 4}),
-        (latent_cache_append_kernel, {"L": 1, "D": 128, "H": 32, "PAGE": 64, "FP8": False}),
+        (latent_cache_append_kernel, {"L": 1, "D": 128, "H": 32, "PAGE": 64, "FP8": False,
+                                      "PDL": True}),
         (grouped_decode_kernel, {"HEADS": 8, "KV_HEADS": 2, "J": 4, "M": 16, "N": 64, "D": 128,
                                  "PAGE": 64, "MIN_TOKENS": 256}),
     ]  # fmt: skip

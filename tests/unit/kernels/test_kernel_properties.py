@@ -38,6 +38,7 @@ KERNELS_ONLY = {
     "decoder": others.decoder_calls(),
     "latent_projections": others.projection_calls(),
     "one_shot": others.one_shot_calls(),
+    "products": others.product_calls(),
 }
 
 

@@ -1,0 +1,187 @@
+"""Products of a few rows under Triton's interpreter, on the CPU, and compiled for sm_90a.
+
+As test_mlra_kernels_interpreter.py, this file runs itself in a child process.
+"""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from support.interpreted import INTERPRETING, run_interpreted
+
+TYPES = {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "position_ptr": "*i64", "eps": "fp32"}
+
+if not INTERPRETING:
+    from mlra_kernels.products import configs
+    from mlra_kernels.products.heads_kernel import heads_kernel
+    from mlra_kernels.products.kernel import product_kernel
+
+    def test_products_under_the_interpreter():
+        printed = run_interpreted(__file__)
+        assert " passed" in printed and "skipped" not in printed
+
+    def machine_code(kernel, constants, warps, folder):
+        """SASS for sm_90a, and bytes of stack a thread."""
+        signature, values, attributes = {}, {}, {}
+        for i, name in enumerate(kernel.arg_names):
+            if name in constants:
+                signature[name], values[(i,)] = "constexpr", constants[name]
+                continue
+            signature[name] = TYPES.get(name, "*bf16" if name.endswith("_ptr") else "i32")
+            if name != "eps":
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        source = ASTSource(kernel, signature, values, attributes)
+        options = {"num_warps": warps, "launch_pdl": True}
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        binary = folder / "kernel.cubin"
+        binary.write_bytes(compiled.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        run = [str(tool), "--dump-resource-usage", "--dump-sass", str(binary)]
+        text = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+        return text, int(re.search(r"STACK:(\d+)", text).group(1))
+
+    def reads_weights_before_it_waits(sass):
+        """Every load in front of the wait is of 16 bytes, there is one, and no store is."""
+        before, after = sass.split("ACQBULK")
+        assert "STG" not in before and "STG" in after
+        loads = re.findall(r"LDG\S*", before)
+        return bool(loads) and all(load.endswith(".128") for load in loads)
+
+    @pytest.mark.parametrize(
+        ("tokens", "outputs", "inputs", "epilogue"),
+        [(1, 19760, 3072, 3), (4, 3072, 9880, 1), (1, 4608, 1024, 4)],
+        ids=["fc1", "fc2 of 4 rows", "q up"],
+    )
+    def test_no_spills_and_weights_before_the_wait(tokens, outputs, inputs, epilogue, tmp_path):
+        cut = configs.choose(outputs, inputs, epilogue >= 3, tokens)
+        constants = {
+            "T": tokens, "K": inputs, "R": outputs, "STRIDE": inputs, "N": cut.rows,
+            "CHUNK": cut.chunk, "NORM": epilogue != 1, "EPILOGUE": epilogue, "HEAD": 192,
+            "START": 128, "EARLY": True,
+        }  # fmt: skip
+        sass, stack = machine_code(product_kernel, constants, cut.warps, tmp_path)
+        assert stack == 0 and reads_weights_before_it_waits(sass)
+
+    def test_products_per_head_too(tmp_path):
+        inputs, outputs = 512, 128
+        rows, columns = configs.heads_cut(24, inputs, outputs)
+        constants = {
+            "T": 1, "K": inputs, "J": outputs, "X_PART": 128, "OUT_PART": 128, "ROWS": rows,
+            "PASS": 1024 // columns, "COLUMNS": columns, "EARLY": True,
+        }  # fmt: skip
+        sass, stack = machine_code(heads_kernel, constants, 4, tmp_path)
+        assert stack == 0 and reads_weights_before_it_waits(sass)
+
+else:
+    from mlra_kernels import products
+    from mlra_kernels.products import ProductConfig, reference
+
+    pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+    ONE = ProductConfig(8, 256, 1)
+    CUTS = (
+        None, ONE, ProductConfig(4, 256, 2, persistent=2), ProductConfig(2, 512, 2, persistent=1)
+    )  # fmt: skip
+
+    def draw(*size, dtype=torch.float32, wide=0):
+        """Normal numbers, with `wide` columns of NaN behind them."""
+        generator = torch.Generator().manual_seed(sum(size) + wide)
+        x = torch.randn(*size[:-1], size[-1] + wide, generator=generator).to(dtype)
+        x[..., size[-1] :] = torch.nan
+        return x[..., : size[-1]]
+
+    def close(found, expected):
+        assert found.dtype == expected.dtype and found.shape == expected.shape
+        tolerance = 2e-4 if found.dtype == torch.float32 else 4e-3
+        torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance, equal_nan=True)
+
+    @pytest.mark.parametrize(
+        ("tokens", "inputs", "outputs", "kind", "normed", "dtype", "config"),
+        [
+            (1, 1, 1, "plain", False, torch.float32, None),
+            (1, 200, 7, "residual", True, torch.float16, CUTS[1]),
+            (1, 530, 9, "gated", True, torch.float32, CUTS[2]),
+            (2, 530, 3, "plain", True, torch.float16, CUTS[3]),
+            (3, 300, 7, "residual", False, torch.float32, CUTS[2]),
+            (4, 256, 8, "gated", False, torch.float16, CUTS[1]),
+            (5, 30, 2, "plain", True, torch.float32, None),
+            (6, 40, 5, "residual", True, torch.float32, CUTS[1]),
+            (7, 50, 5, "gated", True, torch.float16, CUTS[1]),
+            (8, 300, 3, "plain", False, torch.float16, CUTS[2]),
+        ],
+    )
+    def test_product(tokens, inputs, outputs, kind, normed, dtype, config):
+        """Odd shapes, slices of wider tensors with NaN beside them, several blocks a program."""
+        x = draw(tokens, inputs, dtype=dtype, wide=3)
+        weight = draw(outputs, inputs, dtype=dtype, wide=5).mul_(inputs**-0.5)
+        more = {} if kind == "plain" else {kind: draw(tokens, outputs, dtype=dtype, wide=2)}
+        if normed:
+            more |= {"norm": draw(inputs), "eps": 1e-6}
+        found = products.product(x, weight, **more, config=config)
+        close(found, reference.product_reference(x, weight, **more))
+
+    @pytest.mark.parametrize(
+        ("tokens", "f", "config"), [(1, 1, None), (1, 9, CUTS[2]), (3, 5, CUTS[3]), (8, 3, ONE)]
+    )
+    def test_swiglu_product(tokens, f, config):
+        x, weight = draw(tokens, 270), draw(2 * f, 270) * 270**-0.5
+        more = {"norm": draw(270), "eps": 1e-6} if tokens < 3 else {}
+        found = products.swiglu_product(x, weight, **more, config=config)
+        close(found, reference.swiglu_product_reference(x, weight, **more))
+
+    @pytest.mark.parametrize(
+        ("tokens", "head", "start", "config"),
+        [(1, 12, 10, None), (1, 22, 16, CUTS[2]), (4, 6, 0, ONE), (8, 6, 2, ONE)],
+    )
+    def test_rotated_product(tokens, head, start, config):
+        x, weight, angles = draw(tokens, 64), draw(2 * head, 64), draw(9, (head - start) // 2)
+        positions = torch.tensor([8, 0, 9, -1, 3, 4, 5, 6])[:tokens]
+        arguments = {
+            "head": head, "start": start, "cos": angles.cos(), "sin": angles.sin(),
+            "positions": positions, "norm": draw(64), "eps": 1e-6,
+        }  # fmt: skip
+        found = products.rotated_product(x, weight, **arguments, config=config)
+        close(found, reference.rotated_product_reference(x, weight, **arguments))
+        assert found.isnan().sum() == 2 * (head - start) * sum(not 0 <= p < 9 for p in positions)
+
+    @pytest.mark.parametrize(
+        ("tokens", "branches", "heads", "part", "dim", "dtype"),
+        [(1, 1, 1, 5, 3, torch.float32), (3, 2, 2, 12, 70, torch.float16),
+         (8, 2, 1, 24, 17, torch.float32)],
+    )  # fmt: skip
+    def test_products_per_head(tokens, branches, heads, part, dim, dtype):
+        q = draw(tokens, heads, dim, dtype=dtype, wide=7)
+        w_uk = draw(heads, dim, branches * part, dtype=dtype) * dim**-0.5
+        found = products.absorb_queries(q, w_uk, branches)
+        close(found, reference.absorb_queries_reference(q, w_uk, branches))
+        z = draw(tokens, branches, heads, part, dtype=dtype, wide=4)
+        w_uv = draw(heads, branches * part, dim, dtype=dtype) * (branches * part) ** -0.5
+        close(products.sum_branches(z, w_uv), reference.sum_branches_reference(z, w_uv))
+
+    def test_a_row_has_the_same_bits_however_many_are_beside_it():
+        x, weight, norm = draw(8, 300), draw(5, 300), draw(300)
+        whole = products.product(x, weight, norm=norm, config=ONE)
+        part = products.product(x[2:5], weight, norm=norm, config=ONE)
+        assert torch.equal(part, whole[2:5])
+
+    def test_refusals_in_one_line():
+        x, weight = draw(2, 8), draw(6, 8)
+        with pytest.raises(ValueError, match="give 1 to 8, and more to torch"):
+            products.product(draw(9, 8), weight)
+        with pytest.raises(ValueError, match="residual and gated are both given"):
+            products.product(x, weight, residual=draw(2, 6), gated=draw(2, 6))
+        with pytest.raises(ValueError, match="gates and ups"):
+            products.swiglu_product(x, weight[:5])
+        with pytest.raises(ValueError, match="give whole heads, and even numbers"):
+            products.rotated_product(
+                x, weight, head=4, start=2, cos=draw(3, 1), sin=draw(3, 1),
+                positions=torch.zeros(2, dtype=torch.int64),
+            )  # fmt: skip
+        with pytest.raises(ValueError, match="rows is 3: give a power of two"):
+            ProductConfig(3, 256, 1)
