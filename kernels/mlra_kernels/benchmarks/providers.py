@@ -75,6 +75,12 @@ def chosen(providers: Sequence[Provider], names: Sequence[str] | None) -> list[P
     return found
 
 
+def left_out(label: str, provider: Provider, problem: Exception) -> None:
+    """Print in one line that, and why, another library has no result."""
+    said = " ".join(f"{type(problem).__name__}: {problem}".split())[:300]
+    print(f"{label:26} {provider.name:22} left out: {said}", flush=True)
+
+
 def without_flashinfer() -> str | None:
     """Why FlashInfer's wrappers cannot be called, or None."""
     if not importlib.util.find_spec("flashinfer"):
