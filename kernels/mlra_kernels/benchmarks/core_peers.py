@@ -147,8 +147,8 @@ def cudnn_frontend(core: Core) -> Passes:
 
 
 def flash_attention_4(core: Core) -> Passes:
-    """FlashAttention 4. On Hopper its backward pass takes narrower values for equally many heads only,
-    so keys are repeated in front of it; repeating and adding up are not measured."""
+    """FlashAttention 4. Its backward pass on Hopper takes narrower values for equally many heads
+    only, so keys are repeated in front of it; repeating and adding up are not measured."""
     from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
 
     def laid(x: Tensor) -> Tensor:
