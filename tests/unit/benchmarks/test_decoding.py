@@ -114,7 +114,7 @@ def test_without_a_gpu_it_says_so_in_one_line():
 
 def write_stream(prefix, tokens):
     """An indexed dataset of one document."""
-    with DatasetWriter(str(prefix), np.uint16, overwrite=True) as writer:
+    with DatasetWriter(str(prefix), np.uint16, overwrite=False) as writer:
         writer.add(np.array(list(tokens), np.uint16), np.array([len(tokens)]))
         writer.publish({})
 
@@ -153,10 +153,9 @@ def test_prompts_of_a_dataset_lie_at_equal_distances(guessing, tmp_path, capsys)
     guesser = of_checkpoint(str(guessing), None, str(tmp_path / "data"))
     assert guesser.prompts(3, 21) == [[n % 50 for n in range(a, a + 21)] for a in (0, 40, 80)]
     assert guesser.prompts(1, 4) == [[0, 1, 2, 3]]
-    write_stream(tmp_path / "data", [GUESSING.vocab_size] * 40)
+    write_stream(tmp_path / "foreign", [GUESSING.vocab_size] * 40)
     with pytest.raises(ValueError, match=f"holds token {GUESSING.vocab_size} and the model has"):
-        of_checkpoint(str(guessing), None, str(tmp_path / "data")).prompts(2, 20)
-    write_stream(tmp_path / "data", range(60))
+        of_checkpoint(str(guessing), None, str(tmp_path / "foreign")).prompts(2, 20)
     argv = ["--data", str(tmp_path / "data"), "--temperature", "0", "0.5", "--batches", "2"]
     tool.main(["--speculate", str(guessing), *argv, "--contexts", "20", "--new-tokens", "9"])
     lines = capsys.readouterr().out.splitlines()[3:]
