@@ -26,6 +26,7 @@ LSE_LIMIT = 1e-2
 
 RANK = "MLRA-4/TP4"  # one rank: 64 heads, one latent of 128 + 64
 LENGTHS = [(1, 128 * K), (1, 256 * K), (1, 512 * K), (1, M), (1, 2 * M)]
+AMONG_PEERS = [(1, 128 * K), (1, 512 * K), (128, K), (32, 8 * K), (128, 4 * K)]
 BATCHES = [(128, K), (32, 8 * K), (128, 4 * K), (128, 16 * K)]
 MLRA = {"num_latents": 4, "num_branches": 4}
 SUITES = {
@@ -41,11 +42,8 @@ SUITES = {
         *(Shape("MLA", b, n, latent_dim=512) for b, n in LENGTHS + BATCHES),
         *(Shape("GLA-2/TP2", b, n, latent_dim=256, heads=32) for b, n in LENGTHS + BATCHES),
     ],
-    "peers": [
-        Shape(model, b, n, latent_dim=latent)
-        for model, latent in ((RANK, 128), ("MLA", 512))
-        for b, n in ((1, 128 * K), (1, 512 * K), (128, K), (32, 8 * K), (128, 4 * K))
-    ],
+    "peers": [Shape(RANK, b, n) for b, n in AMONG_PEERS],
+    "peers-mla": [Shape("MLA", b, n, latent_dim=512) for b, n in AMONG_PEERS],
     "quick": [Shape(RANK, 1, 128 * K), Shape(RANK, 128, K), Shape("MLRA-4/TP1", 1, 32 * K, **MLRA)],
 }
 SUITES["all"] = [

@@ -75,7 +75,10 @@ def test_output_files_have_a_folder_before_anything_is_measured(tmp_path):
 def test_peers_that_are_not_there_are_named_with_the_way_to_get_them(monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", [])  # Nothing but what is loaded already can be found.
     for able, names in (
-        (latent.PROVIDERS, ("FlashInfer MLA", "FlashAttention-3", "FlashAttention-4")),
+        (
+            latent.PROVIDERS,
+            ("FlashInfer MLA", "FlashInfer MLA, fa2", "FlashAttention-3", "FlashAttention-4"),
+        ),
         (grouped.PROVIDERS, ("FlashInfer decode", "FlashAttention-3", "FlashAttention-4")),
     ):
         found = [provider.name for provider in chosen(able, None)]
