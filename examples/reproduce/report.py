@@ -191,7 +191,7 @@ def sections(ladder: Ladder) -> tuple[list[Table], list[Picture], list[str]]:
         if not rows:
             notes.append(f"Beyond the loss, size `{size}`: no run is finished.")
             continue
-        notes.append(report_beyond.note(rows, size))
+        notes.append(report_beyond.note(rows, size, phase))
         tables += report_beyond.tables(rows, f"size {size}")
         pictures.append(
             Picture(

@@ -135,8 +135,12 @@ def _why(rows: list[Beyond], what: str) -> Table:
     return f"What the attention does by layer, {what}", head, body
 
 
-def note(rows: list[Beyond], size: str) -> str:
-    """A paragraph on what the runs were asked: number of items, steps and tokens."""
+def note(rows: list[Beyond], size: str, phase: dict[str, Any] | None = None) -> str:
+    """A paragraph on what the runs were asked: number of items, steps and tokens.
+
+    Args:
+        phase: the ladder file's entry; the runs that it plans and that are not finished are told.
+    """
     first = rows[0].runs[0]
     extension = first["beyond"]["extension"]
     base, long = (first["beyond"][name] for name in ("base", "extended"))
@@ -146,4 +150,17 @@ def note(rows: list[Beyond], size: str) -> str:
         f" held-out books; six long-context tasks of four choices (chance {CHANCE:.0%}),"
         f" {per_task} items of each at each length, behind {extension['steps']:,} steps at"
         f" {extension['seq_length']:,} tokens. Nothing here was tested for significance."
+        f"{_missing(rows, phase)}"
     )
+
+
+def _missing(rows: list[Beyond], phase: dict[str, Any] | None) -> str:
+    """A sentence on the planned runs that are not finished, or ''."""
+    if phase is None:
+        return ""
+    have = {row.mechanism: len(row.runs) for row in rows}
+    counts = {name: have.get(name, 0) for name in phase["mechanisms"]}
+    if min(counts.values()) >= phase["seeds"]:
+        return ""
+    told = ", ".join(f"{figures.NAMES[name]} {count}" for name, count in counts.items())
+    return f" Not the whole table; seeds finished of {phase['seeds']}: {told}."

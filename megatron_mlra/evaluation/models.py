@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_mlra.checkpoint.folder import CheckpointFolder
 from megatron_mlra.checkpoint.formats import open_checkpoint
@@ -56,6 +57,12 @@ def load_scorer(
             f"the tokenizer has {len(text)} tokens and the model {source.description.vocab_size};"
             " give the tokenizer the model was trained with"
         )
+
+    def shared(first: Tensor, rows: Tensor, last: int) -> Tensor:
+        cache = model(first, use_cache=True, logits_to_keep=1).past_key_values
+        cache.batch_repeat_interleave(len(rows))
+        return model(rows, past_key_values=cache, use_cache=True, logits_to_keep=last).logits
+
     return Scorer(
         lambda tokens, last: model(tokens, use_cache=False, logits_to_keep=last).logits,
         encode,
@@ -65,6 +72,7 @@ def load_scorer(
         device,
         progress,
         source.description.vocab_size,
+        shared,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from megatron_mlra.command_line.progress_bar import bar
 from megatron_mlra.evaluation.token_stream import windows
+
+SHARED = 256
+"""Fewest first tokens that continuations must share to be read once for all of them."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ class Scorer:
         batch_size: sequences per forward.
         progress: show a bar.
         vocab_size: of the model.
+        shared: (first ids `[1, p]`, ids `[b, s]`, n) -> logits `[b, n, V]` of the last n positions
+            of b rows behind one beginning, with padding as above. None: each row is read whole.
     """
 
     def __init__(
@@ -65,8 +71,10 @@ class Scorer:
         device: torch.device | str = "cpu",
         progress: bool = False,
         vocab_size: int | None = None,
+        shared: Callable[[Tensor, Tensor, int], Tensor] | None = None,
     ) -> None:
-        self.vocab_size = vocab_size
+        self.vocab_size, self.shared = vocab_size, shared
+        self._encode_context = lru_cache(maxsize=1)(encode)  # an item's choices follow each other
         self.logits, self.encode, self.prefix_id = logits, encode, prefix_id
         self.max_length, self.batch_size = max_length, batch_size
         self.device, self.progress = device, progress
@@ -105,7 +113,7 @@ class Scorer:
             start = 1
         else:
             ids = self.encode(kept + continuation)
-            start = len(self.encode(kept))
+            start = len(self._encode_context(kept))
         targets = ids[start:]
         if not targets:
             raise ValueError(f"the continuation {continuation!r} has no tokens of its own")
@@ -131,7 +139,6 @@ class Scorer:
 
     @torch.inference_mode()
     def _score(self, requests: Sequence[_Request]) -> list[Score]:
-        order = sorted(range(len(requests)), key=lambda i: -len(requests[i].inputs))
         scores: dict[int, Score] = {}
         tokens_of_all = sum(len(request.targets) for request in requests)
         shown = bar(
@@ -141,20 +148,66 @@ class Scorer:
             unit_scale=tokens_of_all > 9999,
             shown=self.progress,
         )
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            width = len(requests[batch[0]].inputs)
-            tokens = torch.full((len(batch), width), self.prefix_id)
-            for row, i in enumerate(batch):
-                tokens[row, : len(requests[i].inputs)] = torch.tensor(requests[i].inputs)
-            # Logits of a long context would take more memory than the model.
-            skipped = min(len(requests[i].inputs) - len(requests[i].targets) for i in batch)
-            logits = self.logits(tokens.to(self.device), width - skipped)
+        for common, batch in self._batches(requests):
+            rows = [requests[i] for i in batch]
+            logits, skipped = self._logits(rows, common)
             for row, i in enumerate(batch):
                 scores[i] = _score_row(logits[row], skipped, requests[i])
-            shown.update(sum(len(requests[i].targets) for i in batch))
+            shown.update(sum(len(request.targets) for request in rows))
         shown.close()
         return [scores[i] for i in range(len(requests))]
+
+    def _batches(self, requests: Sequence[_Request]) -> Iterator[tuple[int, list[int]]]:
+        """Yield (tokens that the inputs begin with together, indices of requests)."""
+        alone = list(range(len(requests)))
+        if self.shared is not None:
+            families = _families(requests)
+            alone = [i for _, family in families if len(family) == 1 for i in family]
+            for common, family in families:
+                for start in range(0, len(family) if len(family) > 1 else 0, self.batch_size):
+                    yield common, family[start : start + self.batch_size]
+        alone.sort(key=lambda i: -len(requests[i].inputs))
+        for start in range(0, len(alone), self.batch_size):
+            yield 0, alone[start : start + self.batch_size]
+
+    def _logits(self, rows: list[_Request], common: int) -> tuple[Tensor, int]:
+        """Logits `[b, n, V]` of the rows' last positions, and the number of positions in front."""
+        width = max(len(request.inputs) for request in rows)
+        tokens = torch.full((len(rows), width - common), self.prefix_id)
+        for row, request in enumerate(rows):
+            tokens[row, : len(request.inputs) - common] = torch.tensor(request.inputs[common:])
+        # Logits of a long context would take more memory than the model.
+        skipped = min(len(request.inputs) - len(request.targets) for request in rows)
+        tokens = tokens.to(self.device)
+        if not common:
+            return self.logits(tokens, width - skipped), skipped
+        first = torch.tensor([rows[0].inputs[:common]], device=self.device)
+        return self.shared(first, tokens, width - skipped), skipped
+
+
+def _families(requests: Sequence[_Request]) -> list[tuple[int, list[int]]]:
+    """Neighbours whose inputs begin with the same `SHARED` or more tokens, none of which predicts a
+    target: (how many tokens, indices)."""
+    families: list[tuple[int, list[int]]] = []
+    for i, request in enumerate(requests):
+        own = len(request.inputs) - len(request.targets)
+        if families:
+            common, family = families[-1]
+            common = min(common, own, _alike(requests[family[0]].inputs, request.inputs))
+            if common >= SHARED:
+                families[-1] = common, [*family, i]
+                continue
+        families.append((own, [i]))
+    return families
+
+
+def _alike(a: list[int], b: list[int]) -> int:
+    """How many first numbers of two lists are equal."""
+    if a[:SHARED] != b[:SHARED]:
+        return 0
+    return next(
+        (n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
 
 
 def _score_row(logits: Tensor, skipped: int, request: _Request) -> Score:

@@ -75,6 +75,7 @@ ALLOWED = {
     "examples/reproduce/run_results.py": {"json.loads"},
     "examples/reproduce/beyond.py": {"json.loads"},
     "examples/reproduce/make_tasks.py": {"json.loads"},
+    "examples/reproduce/multi_token.py": {"json.loads"},
     "examples/reproduce/tokenized.py": {"json.loads"},
     "examples/reproduce/corpus_sources.py": {"gzip", "json.loads", "zipfile"},
     "examples/reproduce/rehearsal/sources.py": {"gzip", "zipfile"},

@@ -172,7 +172,7 @@ def test_nothing_imports_the_tests(module):
 @pytest.mark.parametrize("module", [name for name in FILES if name.startswith("mlra_kernels")])
 def test_kernels_stand_alone(module):
     # Benchmarks plot, and measure rivals where they are installed.
-    rivals = {"flash_attn_interface", "flash_attn", "flashinfer"}
+    rivals = {"flash_attn_interface", "flash_attn", "flashinfer", "cudnn", "transformer_engine"}
     extra = {"matplotlib", "numpy", *rivals} if ".benchmarks" in module else set()
     allowed = sys.stdlib_module_names | {"torch", "triton", "mlra_kernels"} | extra
     assert roots(module) <= allowed

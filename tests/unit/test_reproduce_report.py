@@ -102,6 +102,12 @@ def test_runs_beyond_the_loss_are_told():
     assert why[2][1][-1] == "8 of 16" and why[2][1][1:3] == ["2.00 to 2.00", "0.50 to 0.50"]
     assert [line[0] for line in why[2]] == ["MLA", "MLRA-4"] and why[2][0][5] == ""
     assert "9 last words" in report_beyond.note(rows, "small")
+    phase = {"mechanisms": ["mla", "mlra4", "gla2", "gqa"], "seeds": 2}
+    assert report_beyond.note(rows, "small", phase).endswith(
+        "significance. Not the whole table; seeds finished of 2: MLA 1, MLRA-4 2, GLA-2 0, GQA 1."
+    )
+    whole = {"mechanisms": ["mlra4"], "seeds": 2}
+    assert report_beyond.note(rows, "small", whole).endswith("was tested for significance.")
 
 
 def test_a_run_beyond_the_loss_begins_with_what_is_kept(tmp_path):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from mlra_kernels.benchmarks import providers, report
-from mlra_kernels.benchmarks.latent_decode import ERROR_LIMIT, relative_error, timed
+from mlra_kernels.benchmarks.latent_decode import ERROR_LIMIT, relative_error, timed, wrong
 from mlra_kernels.benchmarks.providers import Calls, Provider
 from mlra_kernels.benchmarks.timing import read_roof
 from mlra_kernels.benchmarks.workload import MIN_ROTATION_BYTES
@@ -145,10 +145,10 @@ PROVIDERS = [
 
 
 def gate(w: Workload, call, name: str) -> float:
-    """A provider's relative error on the first block table; the program exits if it is large."""
+    """A provider's relative error on the first block table; see `latent_decode.wrong` if large."""
     error = relative_error(call()[0], _ours(w, "torch")[0]()[0])
     if not error <= ERROR_LIMIT[False]:
-        report.red(f"{name} on {w.shape.label}: relative error {error:.2e}")
+        wrong(name, w.shape.label, f"relative error {error:.2e}")
     return error
 
 
@@ -179,7 +179,9 @@ def main() -> None:
     args, able = providers.parse(report.parser(__doc__), PROVIDERS)
     roof = read_roof()
     found = report.header(args, read_gb_s=round(roof / 1e9))
-    found["records"] = [r for shape in SHAPES for r in measure(shape, roof, args.seed, able)]
+    found["records"] = report.gathered(SHAPES, lambda s: measure(s, roof, args.seed, able))
+    cells = [r | {"row": r["shape"], "cell": f"{r['us']:.1f}"} for r in found["records"]]
+    print(report.table("microseconds", cells))
     report.finish(args, found)
 
 

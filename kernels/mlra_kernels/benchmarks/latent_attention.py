@@ -1,8 +1,9 @@
 """Measure the absorbed core of training: forward and backward, whole sequences, documents, chunks.
 
 `python -m mlra_kernels.benchmarks.latent_attention` prints one line per workload of MLRA-4's 2.9B
-shape and ends with one JSON line. The output and the queries' gradient of two heads are compared
-with float32 attention first; a wrong result ends the run without a report.
+shape and provider (core_peers.py), a table of all, and one JSON line. The output and the queries'
+gradient of two heads are compared with float32 attention first. A wrong result of this project's
+kernels ends the run without a report; a peer that fails or is wrong is left out, with the reason.
 """
 
 import math
@@ -12,24 +13,17 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from mlra_kernels.benchmarks import report
-from mlra_kernels.benchmarks.timing import graph_microseconds
-from mlra_kernels.latent_attention import (
-    key_ranges,
-    latent_attention,
-    misfit,
-    query_tiles,
-    reads_of,
-)
+from mlra_kernels.benchmarks import providers, report
+from mlra_kernels.benchmarks.core_peers import PROVIDERS, Core, Span
+from mlra_kernels.benchmarks.providers import Provider, left_out
+from mlra_kernels.benchmarks.timing import graph_microseconds, stream_microseconds
+from mlra_kernels.latent_attention import key_ranges, misfit, query_tiles, reads_of
 from mlra_kernels.latent_attention.reference import latent_attention_reference
 
 PAIRS, GROUPS, LATENT, ROPE = 96, 4, 128, 64
 SCALE = (LATENT + ROPE) ** -0.5
 ERROR_LIMIT = 1e-2
 """Relative difference of norms, bf16 against float32."""
-
-Span = tuple[int, int, int, int]
-"""See `key_ranges`."""
 
 
 def document_spans(tokens: int, mean: int, seed: int) -> list[Span]:
@@ -68,19 +62,20 @@ def flops(spans: list[Span], sequences: int) -> tuple[int, int]:
     return work * (width + LATENT), work * (3 * width + 2 * LATENT)
 
 
-def error(query, key, grad, spans, out, grad_query) -> float:
+def error(core: Core, out: torch.Tensor, grad_query: torch.Tensor) -> float:
     """The largest relative difference of norms, of the first and the last head."""
     worst = 0.0
-    ranges = key_ranges(spans).to(query.device)
-    for head in (0, PAIRS - 1):
-        group = head * GROUPS // PAIRS
-        q = query[:, :1, head : head + 1].float().requires_grad_()
-        k = key[:, :1, group : group + 1].float()
-        expected, _ = latent_attention_reference(q, k, LATENT, SCALE, ranges)
-        (wanted,) = torch.autograd.grad(expected, q, grad[:, :1, head : head + 1].float())
-        for ours, theirs in ((out, expected.detach()), (grad_query, wanted)):
-            difference = ours[:, :1, head : head + 1].float() - theirs
-            worst = max(worst, (difference.norm() / theirs.norm()).item())
+    ranges = key_ranges(core.spans).to(core.query.device)
+    heads, groups = core.query.shape[2], core.key.shape[2]
+    for head in (0, heads - 1):
+        group = head * groups // heads
+        q = core.query.detach()[:, :1, head : head + 1].float().requires_grad_()
+        k = core.key.detach()[:, :1, group : group + 1].float()
+        expected, _ = latent_attention_reference(q, k, core.latent, core.scale, ranges)
+        (wanted,) = torch.autograd.grad(expected, q, core.grad[:, :1, head : head + 1].float())
+        for found, true in ((out, expected.detach()), (grad_query, wanted)):
+            difference = found.detach()[:, :1, head : head + 1].float() - true
+            worst = max(worst, (difference.norm() / true.norm()).item())
     return worst
 
 
@@ -93,42 +88,91 @@ def chosen_reads(spans: list[Span], keys: int, way: str) -> dict[str, torch.Tens
     return {} if spans == [(0, keys, 0, keys)] else reads_of(spans)
 
 
-def measure(name: str, sequences: int, keys: int, spans: list[Span], way: str) -> dict:
-    """Check and time one workload."""
+def make_core(sequences: int, keys: int, spans: list[Span], way: str, device: str = "cuda") -> Core:
+    """Random inputs of a workload in bfloat16."""
     queries = spans[-1][1]
-    reads = {kind: x.cuda() for kind, x in chosen_reads(spans, keys, way).items()}
 
     def draw(tokens: int, heads: int, width: int) -> torch.Tensor:
-        return torch.randn(tokens, sequences, heads, width, device="cuda", dtype=torch.bfloat16)
+        return torch.randn(tokens, sequences, heads, width, device=device, dtype=torch.bfloat16)
 
-    query, key = draw(queries, PAIRS, LATENT + ROPE), draw(keys, GROUPS, LATENT + ROPE)
-    grad, leaves = draw(queries, PAIRS, LATENT), (query.requires_grad_(), key.requires_grad_())
+    return Core(
+        draw(queries, PAIRS, LATENT + ROPE).requires_grad_(),
+        draw(keys, GROUPS, LATENT + ROPE).requires_grad_(),
+        draw(queries, PAIRS, LATENT), spans,
+        {kind: x.to(device) for kind, x in chosen_reads(spans, keys, way).items()}, SCALE,
+    )  # fmt: skip
 
-    def forward() -> torch.Tensor:
-        return latent_attention(query, key, LATENT, SCALE, **reads)
 
-    def both() -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(forward(), leaves, grad)
+def measure(name: str, core: Core, able: list[Provider]) -> list[dict]:
+    """Check and time one workload by every provider that takes it; one record each."""
+    records = []
+    for provider in able:
+        if not provider.fits(core):
+            continue
+        try:
+            found = timed(core, provider)
+        except Exception as problem:  # of a peer, whatever it is
+            if provider.name == "mlra_kernels":
+                raise
+            left_out(name, provider, problem)
+            continue
+        records.append({"workload": name, "provider": provider.name, **found})
+        print(line(records[-1]), flush=True)
+        torch.cuda.empty_cache()
+    return records
 
-    off = error(query.detach(), key.detach(), grad, spans, forward().detach(), both()[0])
+
+def timed(core: Core, provider: Provider) -> dict:
+    """The times of a provider's passes, and its error.
+
+    Raises:
+        ArithmeticError: a peer's result is wrong.
+    """
+    passes, own = provider.build(core), provider.name == "mlra_kernels"
+    off = error(core, passes.forward(), passes.both()[0])
     if not off <= ERROR_LIMIT:
-        report.red(f"{name}: relative error {off:.2e}")
-    ahead = graph_microseconds([forward], min_calls=3) / 1e3
-    back = graph_microseconds([both], min_calls=3) / 1e3 - ahead
-    work = flops(spans, sequences)
-    record = {
-        "workload": name, "reads": next(iter(reads), "causal"), "spans": len(spans),
+        if own:
+            report.red(f"{core.spans[:2]}: relative error {off:.2e}")
+        raise ArithmeticError(f"wrong: relative error {off:.2e}")
+
+    def milliseconds(call) -> float:
+        # A peer's launches need not be fit for capture, and these passes outlast their launches.
+        us = graph_microseconds([call], min_calls=3) if own else stream_microseconds(call)
+        return us / 1e3
+
+    ahead = milliseconds(passes.forward)
+    back = milliseconds(passes.both) - (milliseconds(passes.ahead) if passes.ahead else ahead)
+    work = flops(core.spans, core.query.shape[1])
+    return {
+        "reads": next(iter(core.reads), "causal"), "spans": len(core.spans),
         "forward_ms": round(ahead, 3), "forward_tflop_s": round(work[0] / ahead / 1e9),
         "backward_ms": round(back, 3), "backward_tflop_s": round(work[1] / back / 1e9),
         "error": off,
     }  # fmt: skip
-    print(
-        f"{name:32} {len(spans):4} spans  {record['reads']:6}"
-        f"  forward {ahead:7.2f} ms {record['forward_tflop_s']:4} TFLOP/s"
-        f"  backward {back:7.2f} ms {record['backward_tflop_s']:4} TFLOP/s  error {off:.1e}",
-        flush=True,
+
+
+def line(r: dict) -> str:
+    """One record for the eye."""
+    return (
+        f"{r['workload']:32} {r['provider']:26} {r['spans']:4} spans  {r['reads']:6}"
+        f"  forward {r['forward_ms']:7.2f} ms {r['forward_tflop_s']:4} TFLOP/s"
+        f"  backward {r['backward_ms']:7.2f} ms {r['backward_tflop_s']:4} TFLOP/s"
+        f"  error {r['error']:.1e}"
     )
-    return record
+
+
+def table(records: list[dict]) -> str:
+    """Markdown: forward and backward of every workload, a column per provider."""
+    cells = [
+        r
+        | {
+            "row": r["workload"],
+            "cell": f"{r['forward_ms']:.2f} / {r['backward_ms']:.2f}"
+            f" ({r['forward_tflop_s']} / {r['backward_tflop_s']})",
+        }
+        for r in records
+    ]
+    return report.table("forward / backward, ms (TFLOP/s)", cells)
 
 
 def main() -> None:
@@ -140,13 +184,16 @@ def main() -> None:
         "--reads", choices=("auto", "ranges", "tiles"), default="auto",
         help="the form in which queries' keys are given; auto: as in training",
     )  # fmt: skip
-    args = report.parse(flags)
+    args, able = providers.parse(flags, PROVIDERS)
     if said := misfit(LATENT, ROPE):
         sys.exit(f"this benchmark {said}")
     torch.manual_seed(args.seed)
     found = report.header(args, tokens=args.tokens)
     planned = workloads(args.tokens, args.mean_document, args.seed)
-    found["records"] = [measure(name, *work, args.reads) for name, work in planned.items()]
+    found["records"] = report.gathered(
+        planned, lambda name: measure(name, make_core(*planned[name], args.reads), able)
+    )
+    print(table(found["records"]))
     report.finish(args, found)
 
 

@@ -1,11 +1,13 @@
 """Measure latent decoding, compared with the memory roof of the GPU and with other libraries.
 
 `python -m mlra_kernels.benchmarks.latent_decode --suite all --json out.json --png out.png` prints
-one line per shape and provider, writes JSON and a PNG, and ends with one JSON line. Every result is
-compared with the fp32 reference first; a wrong result ends the run without a report.
+one line per shape and provider and a table, writes JSON and a PNG, and ends with one JSON line.
+Every result is compared with the fp32 reference first. A wrong result of this project's kernels
+ends the run without a report; a peer that fails or is wrong is left out, with the reason.
 """
 
 import sys
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -24,6 +26,7 @@ LSE_LIMIT = 1e-2
 
 RANK = "MLRA-4/TP4"  # one rank: 64 heads, one latent of 128 + 64
 LENGTHS = [(1, 128 * K), (1, 256 * K), (1, 512 * K), (1, M), (1, 2 * M)]
+AMONG_PEERS = [(1, 128 * K), (1, 512 * K), (128, K), (32, 8 * K), (128, 4 * K)]
 BATCHES = [(128, K), (32, 8 * K), (128, 4 * K), (128, 16 * K)]
 MLRA = {"num_latents": 4, "num_branches": 4}
 SUITES = {
@@ -39,6 +42,8 @@ SUITES = {
         *(Shape("MLA", b, n, latent_dim=512) for b, n in LENGTHS + BATCHES),
         *(Shape("GLA-2/TP2", b, n, latent_dim=256, heads=32) for b, n in LENGTHS + BATCHES),
     ],
+    "peers": [Shape(RANK, b, n) for b, n in AMONG_PEERS],
+    "peers-mla": [Shape("MLA", b, n, latent_dim=512) for b, n in AMONG_PEERS],
     "quick": [Shape(RANK, 1, 128 * K), Shape(RANK, 128, K), Shape("MLRA-4/TP1", 1, 32 * K, **MLRA)],
 }
 SUITES["all"] = [
@@ -53,7 +58,8 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def gate(workload: Workload, call, name: str) -> float:
-    """A provider's relative error on the first block table; the program exits if it is large."""
+    """A provider's relative error on the first block table. If it is large, the program exits, or,
+    of another library, ArithmeticError says so."""
     w = workload
     want_out, want_lse = latent_decode(
         w.q_absorbed, w.q_rope, w.cache, w.tables[0], w.cache_seqlens, w.softmax_scale,
@@ -63,23 +69,32 @@ def gate(workload: Workload, call, name: str) -> float:
     error = relative_error(out, want_out)
     lse_error = 0.0 if lse is None else (lse - want_lse).abs().max().item()
     if not (error <= ERROR_LIMIT[w.shape.fp8] and lse_error <= LSE_LIMIT):
-        off = f"relative error {error:.2e}, lse off by {lse_error:.2e}"
-        report.red(f"{name} on {w.shape.label}: {off}")
+        wrong(name, w.shape.label, f"relative error {error:.2e}, lse off by {lse_error:.2e}")
     return error
 
 
+def wrong(name: str, label: str, off: str) -> NoReturn:
+    """End the program for a wrong result of this project's kernels, raise for a peer's.
+
+    Raises:
+        ArithmeticError: the result is another library's, which is left out then.
+    """
+    if name == "mlra_kernels":
+        report.red(f"{name} on {label}: {off}")
+    raise ArithmeticError(f"wrong: {off}")
+
+
 def timed(provider: Provider, workload, gate) -> tuple[float, float] | None:
-    """(Microseconds of a call, relative error). If another library refuses the workload: None,
-    after printing the reason."""
+    """(Microseconds of a call, relative error). If another library fails or is wrong: None, after
+    printing the reason."""
     try:
         calls = provider.build(workload)
         error = gate(workload, calls[0], provider.name)
         return graph_microseconds(calls), error
-    except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as problem:
+    except Exception as problem:  # of a peer, whatever it is: a build, a driver, a wrong result
         if provider.name == "mlra_kernels":
             raise
-        said = " ".join(f"{type(problem).__name__}: {problem}".split())[:300]
-        print(f"{workload.shape.label:26} {provider.name:22} left out: {said}", flush=True)
+        providers.left_out(workload.shape.label, provider, problem)
         return None
 
 
@@ -108,6 +123,14 @@ def measure(shape: Shape, roof: float, seed: int, able: list[Provider]) -> list[
             flush=True,
         )
     return records
+
+
+def table(records: list[dict]) -> str:
+    """Markdown: microseconds of every shape, a column per provider, and the memory roof."""
+    return report.table(
+        "microseconds", [r | {"row": r["shape"], "cell": f"{r['us']:.1f}"} for r in records],
+        {"roof": {r["shape"]: f"{r['roof_us']:.1f}" for r in records}},
+    )  # fmt: skip
 
 
 COLOURS = {"MLRA-4": "#0b6fb8", "MLA": "#c8501e", "GLA-2": "#2e8b3d"}
@@ -183,10 +206,9 @@ def main() -> None:
     roof = read_roof()
     roofs = {"read_gb_s": round(roof / 1e9, 1), "copy_gb_s": round(copy_roof() / 1e9, 1)}
     about = report.header(args, **roofs)
-    records = []
-    for shape in dict.fromkeys(shape for suite in args.suite for shape in SUITES[suite]):
-        records += measure(shape, roof, args.seed, able)
-        torch.cuda.empty_cache()
+    shapes = dict.fromkeys(shape for suite in args.suite for shape in SUITES[suite])
+    records = report.gathered(shapes, lambda shape: measure(shape, roof, args.seed, able))
+    print(table(records))
     if args.png:
         plot(records, roof, f"{about['gpu']}, commit {about['commit']}", args.png)
     times = {f"{r['shape']}|{r['provider']}": r["us"] for r in records}

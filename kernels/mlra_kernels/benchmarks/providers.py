@@ -75,6 +75,12 @@ def chosen(providers: Sequence[Provider], names: Sequence[str] | None) -> list[P
     return found
 
 
+def left_out(label: str, provider: Provider, problem: Exception) -> None:
+    """Print in one line that, and why, another library has no result."""
+    said = " ".join(f"{type(problem).__name__}: {problem}".split())[:300]
+    print(f"{label:26} {provider.name:22} left out: {said}", flush=True)
+
+
 def without_flashinfer() -> str | None:
     """Why FlashInfer's wrappers cannot be called, or None."""
     if not importlib.util.find_spec("flashinfer"):
@@ -189,8 +195,12 @@ def page_lists(tables: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Te
     return starts, tables.flatten().contiguous()
 
 
-def flashinfer_mla_calls(w: Workload) -> Calls:
-    """FlashInfer's MLA wrapper, planned once per block table (not timed)."""
+def flashinfer_mla_calls(w: Workload, backend: str = "auto") -> Calls:
+    """FlashInfer's MLA wrapper, planned once per block table (not timed).
+
+    Args:
+        backend: "auto" (on Hopper its kernels for Hopper) or "fa2" (its portable kernels).
+    """
     from flashinfer.mla import BatchMLAPagedAttentionWrapper
 
     s, device = w.shape, w.cache.device
@@ -205,7 +215,7 @@ def flashinfer_mla_calls(w: Workload) -> Calls:
     for table in w.tables:
         starts, pages = page_lists(table, s.batch)
         workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-        wrapper = BatchMLAPagedAttentionWrapper(workspace)
+        wrapper = BatchMLAPagedAttentionWrapper(workspace, backend=backend)
         wrapper.plan(
             qo_indptr=queries, kv_indptr=starts, kv_indices=pages, kv_len_arr=w.cache_seqlens,
             num_heads=s.heads, head_dim_ckv=s.latent_dim, head_dim_kpe=s.rope_dim,
@@ -225,6 +235,11 @@ def has_one_plain_latent(w: Workload) -> bool:
     return w.shape.num_latents == 1 and not w.shape.fp8
 
 
+def has_small_plain_latent(w: Workload) -> bool:
+    """As above, with latents smaller than those that FlashInfer's kernels are made for."""
+    return has_one_plain_latent(w) and w.shape.latent_dim < 512
+
+
 def fits_sdpa(w: Workload) -> bool:
     """Whether the gathered cache is small enough to copy."""
     copies = len(w.tables) * w.shape.cache_bytes
@@ -241,6 +256,10 @@ PROVIDERS = [
     Provider("torch SDPA, gathered", fits_sdpa, sdpa_calls),
     Provider(
         "FlashInfer MLA", has_one_plain_latent, flashinfer_mla_calls, without_flashinfer
+    ),
+    Provider(
+        "FlashInfer MLA, fa2", has_small_plain_latent,
+        lambda w: flashinfer_mla_calls(w, "fa2"), without_flashinfer,
     ),
     Provider(
         "FlashAttention-3", has_one_plain_latent, flash_calls(flash_attention_3),

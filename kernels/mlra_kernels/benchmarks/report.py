@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -49,6 +50,40 @@ def header(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
     print(", ".join(f"{k} {v}" for k, v in about.items()), flush=True)
     return about
+
+
+def gathered(cases: Iterable[Any], measure: Callable[[Any], list[dict]]) -> list[dict]:
+    """The records of all cases. A case that fails ends the gathering, and the records before it are
+    kept, as a peer's fault can leave the GPU unusable; a wrong result (`red`) keeps none."""
+    records: list[dict] = []
+    for case in cases:
+        try:
+            records += measure(case)
+            torch.cuda.empty_cache()
+        except Exception as error:
+            said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            print(f"error: stopped at {case}: {said}", file=sys.stderr, flush=True)
+            break
+    return records
+
+
+def table(corner: str, records: list[dict], more: dict[str, dict[str, str]] | None = None) -> str:
+    """Markdown: a row per `row`, a column per `provider`, and further columns.
+
+    Args:
+        corner: head of the first column.
+        records: each with `row`, `provider` and `cell`.
+        more: head of a further column -> row -> cell.
+    """
+    names = list(dict.fromkeys(r["provider"] for r in records))
+    cells = {(r["row"], r["provider"]): r["cell"] for r in records}
+    more = more or {}
+    lines = [f"| {' | '.join([corner, *names, *more])} |"]
+    lines.append("|---" * (1 + len(names) + len(more)) + "|")
+    for row in dict.fromkeys(r["row"] for r in records):
+        line = [row, *(cells.get((row, name), "") for name in names)]
+        lines.append(f"| {' | '.join([*line, *(each[row] for each in more.values())])} |")
+    return "\n".join(lines)
 
 
 def red(what: str) -> NoReturn:

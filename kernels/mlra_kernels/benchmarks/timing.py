@@ -35,6 +35,25 @@ def graph_microseconds(
     return statistics.median(times)
 
 
+def stream_microseconds(call: Callable[[], object], *, calls: int = 4, repeats: int = 7) -> float:
+    """The median time of one call in microseconds, of `calls` in a row without a CUDA graph.
+
+    For calls whose GPU time exceeds the time of their launch.
+    """
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / calls)
+    return statistics.median(times)
+
+
 def read_roof() -> float:
     """The read bandwidth in bytes per second: a sum over 4 GiB, the best of 3 measurements."""
     x = torch.ones(1 << 30, dtype=torch.float32, device="cuda")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import sys
 import time
@@ -22,6 +23,7 @@ import triton
 
 from megatron_mlra.benchmarks.commit import commit
 from megatron_mlra.benchmarks.decoding.guesses import (
+    Guesser,
     guess_table,
     measure_guesses,
     of_checkpoint,
@@ -200,8 +202,15 @@ def parser() -> OneLineParser:
         " checkpoint (on a CPU too), or of --configs with random weights",
     )
     add("--text", metavar="FILE", help="what FOLDER's prompts are pieces of; default: a sample")
+    add("--data", metavar="PREFIX", help="a dataset that FOLDER's prompts are pieces of instead")
     add("--new-tokens", type=int, default=128, help="behind each of its prompts (default: 128)")
-    add("--temperature", type=float, default=0.0, help="of its draws; default 0: the likeliest")
+    add(
+        "--temperature",
+        type=float,
+        nargs="+",
+        default=[0.0],
+        help="of its draws, one run each; default 0: the likeliest",
+    )
     add("--json", metavar="FILE", help="where to write the records")
     add("--png", metavar="FILE", help="where to draw time over context")
     add("--commit", help="commit to name in the report")
@@ -293,33 +302,43 @@ def _run_guesses(args: argparse.Namespace, place: Place) -> None:
             raise ValueError(f"{flag} is {min(values)}; use at least 1")
     if args.context_parallel != [1]:
         raise ValueError("--speculate needs whole sequences; leave --context-parallel out")
+    if args.data and (args.text or not args.speculate):
+        raise ValueError("--data is for --speculate FOLDER, in place of --text")
     about = _about(args, place)
     if args.speculate:
-        guessers = [of_checkpoint(args.speculate, args.text)]
+        guessers = [of_checkpoint(args.speculate, args.text, args.data)]
     else:
         guessers = [of_preset(preset, place, about["seed"]) for preset in args.configs]
     place.say(", ".join(f"{k} {v}" for k, v in about.items()))
     records = []
     for guesser in guessers:
-        longest = guesser.model.max_position_embeddings - args.new_tokens
-        for context in args.contexts or [max(min(K, longest), 1)]:
-            if args.speculate and context > longest:
-                raise ValueError(
-                    f"--contexts {context} and --new-tokens {args.new_tokens} exceed the model's"
-                    f" {guesser.model.max_position_embeddings} positions; use fewer"
-                )
-            for batch in args.batches:
-                ways = batch, context, args.new_tokens, args.temperature
-                try:
-                    records.append(measure_guesses(guesser, *ways, place))
-                except RuntimeError as error:
-                    raise ValueError(
-                        f"{guesser.label}, batch {batch}, context {context}: {error}"
-                    ) from None
-                _free(place)
-        place.say(guess_table(records[-len(args.batches) :], not args.rehearse))
+        found = _guesses_of(args, guesser, place)
+        place.say(guess_table(found, not args.rehearse))
+        records += found
     if args.json and place.rank == 0:
         write_text(args.json, json.dumps({**about, "records": records}, indent=1))
+
+
+def _guesses_of(args: argparse.Namespace, guesser: Guesser, place: Place) -> list[dict[str, Any]]:
+    """A record for each context, batch and temperature."""
+    records = []
+    longest = guesser.model.max_position_embeddings - args.new_tokens
+    for context in args.contexts or [max(min(K, longest), 1)]:
+        if args.speculate and context > longest:
+            raise ValueError(
+                f"--contexts {context} and --new-tokens {args.new_tokens} exceed the model's"
+                f" {guesser.model.max_position_embeddings} positions; use fewer"
+            )
+        for batch, temperature in itertools.product(args.batches, args.temperature):
+            ways = batch, context, args.new_tokens, temperature
+            try:
+                records.append(measure_guesses(guesser, *ways, place))
+            except RuntimeError as error:
+                raise ValueError(
+                    f"{guesser.label}, batch {batch}, context {context}: {error}"
+                ) from None
+            _free(place)
+    return records
 
 
 def _free(place: Place) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from megatron_mlra.benchmarks.decoding.place import Place, tiny
 from megatron_mlra.command_line.parser import read_text
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.description.presets import preset_description
+from megatron_mlra.evaluation.token_stream import read_stream
 from megatron_mlra.inference.engine import Engine
 from megatron_mlra.inference.load import LoadOptions, load_draft, load_model
 from megatron_mlra.inference.parallel import check_parallel
@@ -44,16 +46,20 @@ class Guesser:
     """Batch, tokens -> as many prompts of so many tokens."""
 
 
-def of_checkpoint(folder: str, text: str | None) -> Guesser:
-    """A trained model; prompts are pieces of a text file, or of a sample.
+def of_checkpoint(folder: str, text: str | None, data: str | None = None) -> Guesser:
+    """A trained model; prompts are pieces of a text file, of a dataset, or of a sample.
+
+    Args:
+        data: prefix of a dataset, from which prompts are taken at equal distances.
 
     Raises:
-        ValueError: no such layer, or no checkpoint.
+        ValueError: no such layer, no checkpoint, or no dataset.
     """
     from megatron_mlra.checkpoint.formats import open_checkpoint
     from megatron_mlra.checkpoint.verify.compare import sample_tokens
 
     source, own = open_checkpoint(folder, verify=True), None if text is None else read_text(text)
+    stream = None if data is None else read_stream(data)
     if not source.description.mtp_num_layers:
         raise ValueError(
             f"--speculate needs a layer of multi-token prediction, and {folder} has none; train"
@@ -61,6 +67,8 @@ def of_checkpoint(folder: str, text: str | None) -> Guesser:
         )
 
     def prompts(batch: int, length: int) -> list[list[int]]:
+        if stream is not None:
+            return data_prompts(stream, batch, length, source.description.vocab_size, data)
         found = sample_tokens(source, own, None, batch * length, length)[0].tolist()
         if len(found) < batch or len(found[0]) < length:
             have = f"{len(found)} prompts of {len(found[0])} tokens"
@@ -72,6 +80,29 @@ def of_checkpoint(folder: str, text: str | None) -> Guesser:
 
     label = f"{source.description.variant} ({Path(folder).name})"
     return Guesser(label, source.description, source.tensor, prompts)
+
+
+def data_prompts(
+    stream: np.ndarray, batch: int, length: int, vocab_size: int, data: str
+) -> list[list[int]]:
+    """`batch` pieces of `length` tokens of a dataset, at equal distances.
+
+    Raises:
+        ValueError: the dataset is too short, or made with another tokenizer.
+    """
+    if len(stream) < batch * length:
+        raise ValueError(
+            f"--data {data} has {len(stream)} tokens, and {batch} prompts of {length} are asked"
+            " for; use fewer --batches and --contexts"
+        )
+    places = np.linspace(0, len(stream) - length, batch).round().astype(int)
+    found = np.stack([stream[at : at + length] for at in places]).astype(np.int64)
+    if found.max() >= vocab_size:
+        raise ValueError(
+            f"--data {data} holds token {found.max()} and the model has {vocab_size};"
+            " give data made with the model's tokenizer"
+        )
+    return found.tolist()
 
 
 def of_preset(preset: str, place: Place, seed: int) -> Guesser:
@@ -162,18 +193,24 @@ def _serve(
 def guess_table(records: list[dict[str, Any]], timed: bool = True) -> str:
     """Markdown: time of a step, right guesses and speed-up, by model, batch and context."""
     lines = [
-        "| model | batch | context | ms per step | with guesses | guesses right | tokens per step"
-        " | speed-up | pays from |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | batch | context | temperature | ms per step | with guesses | guesses right"
+        " | tokens per step | tokens/s | with guesses | speed-up | pays from |",
+        "|---" * 12 + "|",
     ]
     for r in records:
         right = f"{r['right']} of {r['guessed']} ({r['right'] / max(r['guessed'], 1):.0%})"
         ms, guessing = f"{r['plain_ms']:.2f}", f"{r['guessing_ms']:.2f}"
         gain, least = f"{r['speed_up']:.2f}", f"{max(r['pays_from'], 0):.0%} right"
+        rates = [
+            f"{1e3 * r['batch'] * r[f'{way}_tokens_per_step'] / r[f'{way}_ms']:,.0f}"
+            for way in ("plain", "guessing")
+        ]
         if not timed:
             ms = guessing = gain = least = "rehearsed"
+            rates = ["rehearsed"] * 2
         lines.append(
-            f"| {r['label']} | {r['batch']} | {r['context']:,} | {ms} | {guessing} | {right}"
-            f" | {r['guessing_tokens_per_step']:.2f} | {gain} | {least} |"
+            f"| {r['label']} | {r['batch']} | {r['context']:,} | {r['temperature']:g} | {ms}"
+            f" | {guessing} | {right} | {r['guessing_tokens_per_step']:.2f} | {rates[0]}"
+            f" | {rates[1]} | {gain} | {least} |"
         )
     return "\n".join(lines)

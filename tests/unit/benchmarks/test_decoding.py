@@ -7,13 +7,16 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from megatron_mlra.benchmarks.decoding import cli as tool
+from megatron_mlra.benchmarks.decoding.guesses import of_checkpoint
 from megatron_mlra.benchmarks.decoding.measure import random_reader
 from megatron_mlra.benchmarks.decoding.place import Place
 from megatron_mlra.benchmarks.decoding.plot import _finding
 from megatron_mlra.checkpoint.huggingface.folder import write_huggingface
+from megatron_mlra.data.writer import DatasetWriter
 from megatron_mlra.description.presets import preset_description
 from megatron_mlra.description.tensors import expected_tensors
 from support import CONFIGS, ROOT
@@ -109,6 +112,13 @@ def test_without_a_gpu_it_says_so_in_one_line():
     assert done.stderr == "error: this benchmark needs a CUDA GPU, and torch sees none\n"
 
 
+def write_stream(prefix, tokens):
+    """An indexed dataset of one document."""
+    with DatasetWriter(str(prefix), np.uint16, overwrite=False) as writer:
+        writer.add(np.array(list(tokens), np.uint16), np.array([len(tokens)]))
+        writer.publish({})
+
+
 GUESSING = latent(4, 4, mtp_num_layers=1)
 
 
@@ -138,12 +148,27 @@ def test_guesses_of_a_checkpoint_are_measured(guessing, tmp_path, capsys):
         assert record["pays_from"] == pytest.approx(1 / ratio - 1)
 
 
+def test_prompts_of_a_dataset_lie_at_equal_distances(guessing, tmp_path, capsys):
+    write_stream(tmp_path / "data", [n % 50 for n in range(101)])
+    guesser = of_checkpoint(str(guessing), None, str(tmp_path / "data"))
+    assert guesser.prompts(3, 21) == [[n % 50 for n in range(a, a + 21)] for a in (0, 40, 80)]
+    assert guesser.prompts(1, 4) == [[0, 1, 2, 3]]
+    write_stream(tmp_path / "foreign", [GUESSING.vocab_size] * 40)
+    with pytest.raises(ValueError, match=f"holds token {GUESSING.vocab_size} and the model has"):
+        of_checkpoint(str(guessing), None, str(tmp_path / "foreign")).prompts(2, 20)
+    argv = ["--data", str(tmp_path / "data"), "--temperature", "0", "0.5", "--batches", "2"]
+    tool.main(["--speculate", str(guessing), *argv, "--contexts", "20", "--new-tokens", "9"])
+    lines = capsys.readouterr().out.splitlines()[3:]
+    for line, temperature in zip(lines, ("0", "0.5"), strict=True):
+        assert line.startswith(f"| MLRA-4 (hf) | 2 | 20 | {temperature} | ")
+
+
 def test_guesses_of_presets_are_rehearsed(capsys):
     argv = ["--rehearse", "--speculate", "--configs", "mlra4_2.9b", "gqa_2.9b", "--batches", "2"]
     tool.main([*argv, "--contexts", "70", "--new-tokens", "5"])
     lines = capsys.readouterr().out.splitlines()
-    assert "| MLRA-4, random | 2 | 70 | rehearsed | rehearsed | 0 of " in lines[3]
-    assert "| GQA, random | 2 | 70 | rehearsed | rehearsed | " in lines[6]
+    assert "| MLRA-4, random | 2 | 70 | 0 | rehearsed | rehearsed | 0 of " in lines[3]
+    assert "| GQA, random | 2 | 70 | 0 | rehearsed | rehearsed | " in lines[6]
 
 
 @pytest.mark.parametrize(
@@ -152,12 +177,17 @@ def test_guesses_of_presets_are_rehearsed(capsys):
         (["--contexts", "60"], "--contexts 60 and --new-tokens 9 exceed the model's 64 positions"),
         (["--batches", "0"], "--batches is 0; use at least 1"),
         (["--context-parallel", "2"], "--speculate needs whole sequences; leave"),
+        (["--data", "DATA"], "--data DATA has 30 tokens, and 2 prompts of 20 are asked for; use"),
+        (["--data", "DATA", "--text", "TEXT"], "--data is for --speculate FOLDER, in place of"),
         (["--text", "TEXT"], "the text makes 1 prompts of 20 tokens, and 2 of 20 are asked for"),
     ],
 )
 def test_guesses_that_cannot_be_measured(argv, said, guessing, tmp_path):
     (tmp_path / "text").write_text("x" * 30)
-    own = [str(tmp_path / "text") if word == "TEXT" else word for word in argv]
+    write_stream(tmp_path / "data", range(30))
+    files = {"TEXT": str(tmp_path / "text"), "DATA": str(tmp_path / "data")}
+    own = [files.get(word, word) for word in argv]
+    said = said.replace("DATA", files["DATA"])
     common = ["--batches", "2", "--contexts", "20", "--new-tokens", "9"]
     with pytest.raises(SystemExit) as refused:
         tool.main(["--speculate", str(guessing), *common, *own])

@@ -13,6 +13,7 @@ from megatron_mlra.checkpoint.huggingface.folder import write_huggingface
 from megatron_mlra.checkpoint.megatron.writer import write_megatron
 from megatron_mlra.data.pipeline import PreprocessConfig, preprocess
 from megatron_mlra.data.tokenizers import TokenizerSpec
+from megatron_mlra.evaluation import scoring
 from megatron_mlra.evaluation.cli import main, row
 from megatron_mlra.evaluation.models import load_model, load_scorer
 from megatron_mlra.evaluation.token_stream import read_stream
@@ -72,7 +73,7 @@ def tasks(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_harness_gives_the_scorers_log_likelihoods(exported, tasks):
+def test_harness_gives_the_scorers_log_likelihoods(exported, tasks, monkeypatch):
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -99,6 +100,11 @@ def test_harness_gives_the_scorers_log_likelihoods(exported, tasks):
     for (pair,), score in zip(theirs, ours, strict=True):
         assert float(pair[0]) == pytest.approx(score.log_likelihood, abs=1e-4)
         assert str(pair[1]) == str(score.is_greedy)
+    monkeypatch.setattr(scoring, "SHARED", 4)  # the choices of an item read their context once
+    pairs = [(item["context"], choice) for item in ITEMS for choice in item["choices"]]
+    assert [score.log_likelihood for score in scorer.continuations(pairs)] == pytest.approx(
+        [score.log_likelihood for score in ours], abs=1e-5
+    )
     rolling = [float(sample["resps"][0][0]) for sample in samples["local_text"]]
     mine = [score.log_likelihood for score in scorer.texts(TEXTS)]
     assert rolling == pytest.approx(mine, abs=1e-3)

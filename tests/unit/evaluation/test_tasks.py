@@ -8,13 +8,14 @@ import math
 import pytest
 import torch
 
+from megatron_mlra.evaluation import scoring
 from megatron_mlra.evaluation.scoring import Scorer
 from megatron_mlra.evaluation.tasks import read_task, run_task, told
 
 STEM = {"stem": "2 + 2?", "choices": [{"text": "4", "label": "A"}, {"text": "5", "label": "B"}]}
 
 
-def scorer(max_length: int = 16) -> Scorer:
+def scorer(max_length: int = 16, shared=None) -> Scorer:
     """A model of bytes that says of the next one: the last one's successor, with 3/4."""
 
     def logits(tokens: torch.Tensor, last: int) -> torch.Tensor:
@@ -22,7 +23,7 @@ def scorer(max_length: int = 16) -> Scorer:
         shares.scatter_(-1, (tokens[..., None] + 1) % 256, 0.75)
         return shares.log()[:, -last:]
 
-    return Scorer(logits, lambda text: list(text.encode()), 0, max_length, batch_size=3)
+    return Scorer(logits, lambda text: list(text.encode()), 0, max_length, 3, shared=shared)
 
 
 def write(folder, *items) -> str:
@@ -56,6 +57,26 @@ def test_answers_are_counted_by_group(tmp_path):
     lines = told("t.jsonl", found)
     assert lines[0].startswith("t.jsonl: acc 0.6667") and lines[1].startswith("  short: acc 0.5000")
     assert lines[-1].startswith("1 of 3 items are longer than the model takes")
+
+
+def test_choices_behind_one_context_read_it_once(monkeypatch):
+    monkeypatch.setattr(scoring, "SHARED", 8)
+    long = "0123456789abcdefgh"
+    pairs = [(long, "ij"), (long, "kl"), (long + " ", "ij"), ("short", "ij"), ("short", "k")]
+    pairs += [(long, each) for each in ("i", "ijklm", "x", "y")]
+    expected = scorer(40).continuations(pairs)
+    calls = []
+
+    def shared(first, rows, last):
+        calls.append((first.shape[1], *rows.shape, last))
+        return scorer(40).logits(torch.cat([first.expand(len(rows), -1), rows], 1), last)
+
+    one = scorer(40, shared)
+    assert one.continuations(pairs) == expected
+    # Three choices of 1 to 3 bytes behind 18 bytes, the last of which predicts; then three and one.
+    assert calls == [(17, 3, 3, 3), (17, 3, 5, 5), (17, 1, 1, 1)]
+    cut = scorer(20, shared).continuations([(long, "ij"), (long, "ijklmn")])
+    assert [score.was_cut for score in cut] == [False, True] and len(calls) == 3
 
 
 def test_words_are_scored_without_choices(tmp_path):

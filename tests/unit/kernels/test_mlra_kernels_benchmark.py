@@ -48,8 +48,10 @@ def test_a_red_result_is_not_reported():
     out, lse = reference_call(w)
     assert gate(w, lambda: (out, lse), "right") == 0.0
     for wrong in ((out * 1.01, lse), (out, lse + 0.02), (out * torch.nan, lse)):
-        with pytest.raises(SystemExit, match="RED: wrong on small"):
-            gate(w, lambda wrong=wrong: wrong, "wrong")
+        with pytest.raises(SystemExit, match="RED: mlra_kernels on small"):
+            gate(w, lambda wrong=wrong: wrong, "mlra_kernels")
+        with pytest.raises(ArithmeticError, match="wrong: relative error"):
+            gate(w, lambda wrong=wrong: wrong, "a peer")
 
 
 def test_plot_and_suites(tmp_path):
@@ -73,7 +75,10 @@ def test_output_files_have_a_folder_before_anything_is_measured(tmp_path):
 def test_peers_that_are_not_there_are_named_with_the_way_to_get_them(monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", [])  # Nothing but what is loaded already can be found.
     for able, names in (
-        (latent.PROVIDERS, ("FlashInfer MLA", "FlashAttention-3", "FlashAttention-4")),
+        (
+            latent.PROVIDERS,
+            ("FlashInfer MLA", "FlashInfer MLA, fa2", "FlashAttention-3", "FlashAttention-4"),
+        ),
         (grouped.PROVIDERS, ("FlashInfer decode", "FlashAttention-3", "FlashAttention-4")),
     ):
         found = [provider.name for provider in chosen(able, None)]
@@ -124,7 +129,9 @@ def test_grouped_workloads_and_their_gate():
         w.query, w.keys, w.values, w.tables[0], w.seqlens, w.softmax_scale, backend="torch"
     )
     assert grouped.gate(w, lambda: (out, lse), "right") == 0.0
-    with pytest.raises(SystemExit, match="RED: wrong on GQA"):
-        grouped.gate(w, lambda: (out * 1.01, None), "wrong")
+    with pytest.raises(SystemExit, match="RED: mlra_kernels on GQA"):
+        grouped.gate(w, lambda: (out * 1.01, None), "mlra_kernels")
+    with pytest.raises(ArithmeticError, match="wrong: relative error"):
+        grouped.gate(w, lambda: (out * 1.01, None), "a peer")
     starts, listed = providers.page_lists(w.tables[0], shape.batch)
     assert starts.tolist() == [0, 2, 4] and listed.tolist() == w.tables[0].flatten().tolist()
