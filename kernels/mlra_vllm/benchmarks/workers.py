@@ -155,7 +155,7 @@ def profile_steps(worker: Any, kind: str, first: int, steps: int) -> None:
             try:
                 (start if call == first else stop)()
             except Exception as error:  # a GPU that cannot be traced; the step still runs
-                _profiles["error"] = f"{type(error).__name__}: {error}"
+                _profiles.setdefault("error", f"{type(error).__name__}: {error}")
         return run(*args, **kwargs)
 
     worker.model_runner.execute_model = counted
