@@ -118,49 +118,78 @@ SERVED = {"mlra4": "MLRA-4", "mla": "MLA", "gla2": "GLA-2", "gqa6": "GQA-6"}
 """Models of the serving benchmark -> names of the figures."""
 
 
+GPUS = {1: "one GPU", 2: "two GPUs", 4: "four GPUs", 8: "eight GPUs"}
+
+
 def serving(path: Path) -> None:
-    """Decoding steps in vLLM over the number of ranks, cached tokens and throughput."""
+    """Decoding steps in vLLM over the number of ranks, and throughput on one GPU: a panel for each
+    set of requests, from `mlra_vllm.benchmarks.steps --requests` or `.throughput`."""
     told = json.loads(path.with_suffix(".json").read_text())
     plain = [r for r in told["records"] if r["kv_cache_dtype"] == "auto" and r["model_runner"] == 2]
-
-    def step(model: str, ranks: int, batch: int, context: int) -> float | None:
-        steps = (s for r in plain if (r["model"], r["tp"]) == (model, ranks) for s in r["steps"])
-        wanted = (batch, context * K)
-        return next((s["ms"] for s in steps if (s["batch"], s["context"]) == wanted), None)
-
-    figure, ((first, second, third),) = figures.sheet(1, 3, width_ratios=(1.5, 1.5, 1))
-    for ax, (batch, context) in ((first, (32, 32)), (second, (1, 512))):
-        places = (1, 2, 4) if batch == 32 else (2, 4)
-        for i, (model, name) in enumerate(SERVED.items()):
-            for j, ranks in enumerate(places):
-                if (ms := step(model, ranks, batch, context)) is None:
-                    continue
-                x, colour = j + 0.21 * (i - 1.5), figures.colour(name)
-                ax.bar(x, ms, 0.2, color=colour)
-                ax.text(x, ms, f"{ms:.1f}", ha="center", va="bottom", color=colour, size=9)
-        ax.set_xticks(range(len(places)), [f"{n} GPU" + "s" * (n > 1) for n in places])
-        ax.set_title(f"ms per decoding step, {batch} x {context}K tokens\nlower is better")
-        ax.grid(visible=False)
-    rates = [(SERVED[r["model"]], r["throughput"]) for r in plain if r.get("throughput")]
-    for i, (name, rate) in enumerate(rates):
-        value, colour = rate["new_tokens_per_s"] / 1e3, figures.colour(name)
-        third.bar(i, value, 0.6, color=colour)
-        third.text(i, value, f"{value:.1f}", ha="center", va="bottom", color=colour, size=9)
-    third.set_xticks(range(len(rates)), [name for name, _ in rates])
-    third.set_title("1,000 new tokens/s, one GPU\n1K in, 256 out; higher is better")
-    third.grid(visible=False)
+    rates = [
+        r["throughput"] | {"model": r["model"], "tp": r["tp"]} for r in plain if r.get("throughput")
+    ]
+    rates = [r for r in (*rates, *told.get("throughput", ())) if r["tp"] == 1]
+    asked = list(dict.fromkeys((r["requests"], r["in"], r["out"]) for r in rates))
+    widths = (1.5, 1.5, *[1] * len(asked))
+    figure, (axes,) = figures.sheet(1, len(widths), width_ratios=widths)
+    _serving_steps(axes[0], plain, 32, 32)
+    _serving_steps(axes[1], plain, 1, 512)
+    for ax, wanted in zip(axes[2:], asked, strict=True):
+        _serving_rates(ax, [r for r in rates if (r["requests"], r["in"], r["out"]) == wanted])
     patch = figures.pyplot().Rectangle
     figures.legend_below(
         figure, [patch((0, 0), 1, 1, color=figures.colour(n), label=n) for n in SERVED.values()]
     )
-    ours, mla = (step(model, 4, 32, 32) for model in ("mlra4", "mla"))
+    ranks = max(r["tp"] for r in plain)
+    ours, mla = (_served_ms(plain, model, ranks, 32, 32) for model in ("mlra4", "mla"))
     figures.title(
         figure,
-        f"In vLLM on four GPUs MLRA-4 decodes 32 x 32K tokens {mla / ours:.1f}x as fast as MLA",
+        f"In vLLM on {GPUS[ranks]} MLRA-4 decodes 32 x 32K tokens {mla / ours:.1f}x as fast as MLA",
         f"2.9B shapes, bf16, random weights, vLLM {told['vllm']}, {told['gpu']}, commit"
         f" {told['commit']}",
     )
     figures.save(figure, path)
+
+
+def _served_ms(records: list[dict], model: str, ranks: int, batch: int, context: int):
+    """Milliseconds of a step around `context` K tokens; None if not measured."""
+    steps = (s for r in records if (r["model"], r["tp"]) == (model, ranks) for s in r["steps"])
+    wanted = (batch, context * K)
+    return next((s.get("ms") for s in steps if (s["batch"], s["context"]) == wanted), None)
+
+
+def _serving_steps(ax, records: list[dict], batch: int, context: int) -> None:
+    times = {
+        (model, ranks): ms
+        for model in SERVED
+        for ranks in GPUS
+        if (ms := _served_ms(records, model, ranks, batch, context)) is not None
+    }
+    places = sorted({ranks for _, ranks in times})
+    for (model, ranks), ms in times.items():
+        x = places.index(ranks) + 0.21 * (list(SERVED).index(model) - 1.5)
+        colour = figures.colour(SERVED[model])
+        ax.bar(x, ms, 0.2, color=colour)
+        ax.text(x, ms, f"{ms:.1f}", ha="center", va="bottom", color=colour, size=9)
+    ax.set_xticks(range(len(places)), [f"{n} GPU" + "s" * (n > 1) for n in places])
+    ax.set_title(f"ms per decoding step, {batch} x {context}K tokens\nlower is better")
+    ax.grid(visible=False)
+
+
+def _serving_rates(ax, rates: list[dict]) -> None:
+    """Bars of new tokens/s; all of `rates` are of the same requests."""
+    thousands = max(r["new_tokens_per_s"] for r in rates) >= 1e3
+    for i, rate in enumerate(rates):
+        value, colour = rate["new_tokens_per_s"], figures.colour(SERVED[rate["model"]])
+        value, text = (value / 1e3, f"{value / 1e3:.1f}") if thousands else (value, f"{value:.0f}")
+        ax.bar(i, value, 0.6, color=colour)
+        ax.text(i, value, text, ha="center", va="bottom", color=colour, size=9)
+    ax.set_xticks(range(len(rates)), [SERVED[r["model"]] for r in rates])
+    what = f"{rates[0]['requests']:,} x {rates[0]['in'] // K}K in, {rates[0]['out']} out"
+    unit = "1,000 new tokens/s" if thousands else "new tokens/s"
+    ax.set_title(f"{unit}, one GPU\n{what}\nhigher is better")
+    ax.grid(visible=False)
 
 
 def benchmarks() -> None:
@@ -176,7 +205,8 @@ def benchmarks() -> None:
         source = f"{told['gpu']}, commit {told['commit']}"
         plot_decoding(told["records"], source, file.with_suffix(".png"))
     for file in sorted(RESULTS.glob("*_serving.json")):
-        serving(file.with_suffix(".png"))
+        if "records" in json.loads(file.read_text()):
+            serving(file.with_suffix(".png"))
     file = KERNEL_RESULTS / "2026-11-24_h100_latent_decode.json"
     told = json.loads(file.read_text())
     source = f"{told['gpu']}, commit {told['commit']}"

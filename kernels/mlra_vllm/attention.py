@@ -29,7 +29,7 @@ class MLRAAttention(nn.Module):
     """MLA, GLA or MLRA: a rank has the heads that its latents serve; one all-reduce at the end.
 
     Args:
-        tables, reserves: see LatentAttention.
+        tables, leads: see LatentAttention.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class MLRAAttention(nn.Module):
         vllm_config: VllmConfig,
         tables: tuple[Tensor, Tensor],
         prefix: str,
-        reserves: bool,
+        leads: bool,
     ) -> None:
         super().__init__()
         config: MLRAConfig = vllm_config.model_config.hf_config
@@ -68,7 +68,7 @@ class MLRAAttention(nn.Module):
         if config.output_gate:
             self.gate = weight(heads * config.v_head_dim, d)
         self.proj = weight(d, heads * config.v_head_dim)
-        self.attn = LatentAttention(vllm_config, self.shard, tables, f"{prefix}.attn", reserves)
+        self.attn = LatentAttention(vllm_config, self.shard, tables, f"{prefix}.attn", leads)
         self._sources, self._arrived = sources(config, self.shard), set()
 
     def forward(self, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

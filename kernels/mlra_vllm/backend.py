@@ -85,7 +85,7 @@ class LatentMetadata:
     lengths: Tensor
     """`[b]` int32 of the decoding sequences, the new tokens included."""
     schedule: DecodeMetadata | None
-    """The kernels' schedule, made once per step; None for the reference."""
+    """The kernels' schedule, made by the first layer; None for the reference."""
     prompts: tuple[Bundle, ...]
     """Bundles of the rows after those of the decoding sequences."""
     prompt_tokens: int
@@ -144,15 +144,12 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
         return chunks
 
     def _schedule(self, lengths: Tensor, tokens: int) -> DecodeMetadata | None:
-        """The schedule of a batch size, updated in place, since a captured step reads its
-        buffers."""
+        """The schedule of a batch size, which the first layer updates in place: see `_decode`."""
         batch = lengths.size(0)
         if not batch or not lengths.is_cuda:
             return None
         key = (batch, tokens // batch)
-        if key in self._schedules:
-            self._schedules[key].update(lengths)
-        else:
+        if key not in self._schedules:
             shard, layer = self.layer.shard, self.layer
             self._schedules[key] = decode_metadata(
                 lengths,
@@ -217,7 +214,7 @@ class LatentImpl:
             output.zero_()
             # Without a cache vLLM measures memory; with one it captures the parts between
             # attentions.
-            if layer.reserves and not kv_cache.numel():
+            if layer.leads and not kv_cache.numel():
                 _reserve(layer, query)
             return
         cache, end = layer.cache_views(kv_cache), attn_metadata.decode_tokens
@@ -237,6 +234,10 @@ def _decode(
 ) -> None:
     """Queries `[b q, h, d_h + r]` -> `[b q, h, d_v]`, written into output."""
     shard, rows, scales = layer.shard, *cache
+    if layer.leads and step.schedule is not None:
+        # Here and not in the builder: a captured step then makes it on the GPU at every replay, and
+        # the host, which bounds short steps, does nothing. A drafter's steps change the lengths.
+        step.schedule.update(step.lengths)
     nope = q.size(-1) - layer.rope_dim
     head = absorb_queries(q[..., :nope], layer.w_uk, shard.branches)  # [b q, n, h, l]
     head = head.reshape(step.decodes, -1, shard.latents, shard.heads // shard.groups, head.size(-1))

@@ -72,7 +72,7 @@ class DraftModel(nn.Module):
         self.eh_proj = Join(d)
         # Numbered behind the decoder's layers, and of the kind of the last one.
         self.layer = MLRADecoderLayer(
-            vllm_config, layers - 1, (self.cos, self.sin), f"{prefix}.layers.{layers}", False
+            vllm_config, layers - 1, (self.cos, self.sin), f"{prefix}.layers.{layers}", True
         )
         self.norm = RMSNorm(d, eps=eps)
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from vllm.model_executor.layers.fused_moe import FusedMoE
-from vllm.model_executor.models.llama import LlamaMLP
 
 from mlra_vllm.config import MLRAConfig
+from mlra_vllm.mlp import PaddedMLP
 
 
 class MLRARouter(nn.Module):
@@ -58,12 +58,8 @@ class MLRAExperts(nn.Module):
         shared = config.shared_expert_intermediate_size
         self.shared_experts = None
         if shared:
-            self.shared_experts = LlamaMLP(
-                config.hidden_size,
-                shared,
-                "silu",
-                prefix=f"{prefix}.shared_experts",
-                reduce_results=False,
+            self.shared_experts = PaddedMLP(
+                config.hidden_size, shared, f"{prefix}.shared_experts", reduce_results=False
             )
         self.experts = FusedMoE(
             num_experts=config.num_experts,

@@ -26,8 +26,9 @@ class LatentAttention(nn.Module, AttentionLayerBase):
 
     Args:
         tables: cos and sin `[positions, r / 2]` float32, one pair for all layers.
-        reserves: whether this layer allocates the memory of the largest step when vLLM measures
-            free memory; True for one layer of a model.
+        leads: whether this is the first layer of the served model or of a drafter. It makes the
+            schedule of a decoding step for all layers, and allocates the memory of the largest step
+            when vLLM measures free memory.
     """
 
     def __init__(
@@ -36,11 +37,11 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         shard: Shard,
         tables: tuple[Tensor, Tensor],
         prefix: str,
-        reserves: bool,
+        leads: bool,
     ) -> None:
         super().__init__()
         config: MLRAConfig = vllm_config.model_config.hf_config
-        self.layer_name, self.shard, self.reserves = prefix, shard, reserves
+        self.layer_name, self.shard, self.leads = prefix, shard, leads
         self.impl = LatentImpl()
         self.latent_dim, self.rope_dim = config.latent_dim, config.qk_rope_head_dim
         self.kv_scale, self.eps = config.kv_scale, config.rms_norm_eps

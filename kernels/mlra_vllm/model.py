@@ -14,7 +14,6 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
 )
-from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from vllm.sequence import IntermediateTensors
 
@@ -22,6 +21,7 @@ from mlra_vllm.attention import MLRAAttention
 from mlra_vllm.checks import check
 from mlra_vllm.config import MLRAConfig
 from mlra_vllm.experts import MLRAExperts
+from mlra_vllm.mlp import PaddedMLP
 from mlra_vllm.rope import rotary_tables
 
 
@@ -34,18 +34,18 @@ class MLRADecoderLayer(nn.Module):
         index: int,
         tables: tuple[Tensor, Tensor],
         prefix: str,
-        reserves: bool,
+        leads: bool,
     ) -> None:
         super().__init__()
         config: MLRAConfig = vllm_config.model_config.hf_config
         d, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = RMSNorm(d, eps=eps)
-        self.self_attn = MLRAAttention(vllm_config, tables, f"{prefix}.self_attn", reserves)
+        self.self_attn = MLRAAttention(vllm_config, tables, f"{prefix}.self_attn", leads)
         self.post_attention_layernorm = RMSNorm(d, eps=eps)
         if config.layer_has_experts(index):
             self.mlp = MLRAExperts(config, f"{prefix}.mlp")
         else:
-            self.mlp = LlamaMLP(d, config.intermediate_size, "silu", prefix=f"{prefix}.mlp")
+            self.mlp = PaddedMLP(d, config.intermediate_size, f"{prefix}.mlp")
 
     def forward(
         self, x: Tensor, residual: Tensor | None, positions: Tensor, cos: Tensor, sin: Tensor

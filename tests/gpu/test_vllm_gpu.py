@@ -1,4 +1,5 @@
-"""Serving on a GPU: kernels inside vLLM, CUDA graphs, both model runners, FP8, two ranks.
+"""Serving on a GPU: kernels inside vLLM, CUDA graphs, both model runners, FP8, guesses of
+multi-token prediction, two ranks.
 
 Run with `pytest -m gpu tests/gpu/test_vllm_gpu.py` by a Python that has vLLM and this project's
 packages. Models have random weights; what is right is what transformers computes in float32 on a
@@ -20,7 +21,7 @@ import pytest
 import torch
 
 from support import ENV
-from support.vllm_cases import LENGTHS, Reference, export, prompts
+from support.vllm_cases import AHEAD, LENGTHS, Reference, drafter, export, prompts
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 pytestmark = [
@@ -48,7 +49,13 @@ FP8_TOLERANCE = 0.25
 latents of 64 numbers. The kernels' own error is held by tests/gpu/test_mlra_kernels_gpu.py."""
 
 
-def job(name: str, model: str, batch: list[list[int]], **options: Any) -> dict[str, Any]:
+GUESSES = 2
+"""Tokens that the layer of multi-token prediction guesses per step."""
+
+
+def job(
+    name: str, model: str, batch: list[list[int]], guesses: int = 0, **options: Any
+) -> dict[str, Any]:
     """One engine for support.drivers.vllm_engine."""
     settings = {"dtype": "bfloat16", "block_size": 64, "gpu_memory_utilization": 0.5}
     return {
@@ -56,6 +63,7 @@ def job(name: str, model: str, batch: list[list[int]], **options: Any) -> dict[s
         "case": model,
         "batches": [batch],
         "new": NEW,
+        "guesses": guesses,
         "scores": "fp8" in name or "mixed" in name,
         "options": settings | {"kv_cache_memory_bytes": 256 << 20} | options,
     }
@@ -77,12 +85,22 @@ JOBS = {
         job("mixed GLA-2", "GLA-2", prompts(*LENGTHS), **EAGER, **PIECES),
         job("mixed MLRA-2", "MLRA-2", prompts(*LENGTHS), **EAGER, **PIECES),
         job("llama", "GQA", prompts(*LENGTHS), **EAGER),
+        job("unguessed", AHEAD, prompts(*LENGTHS), dtype="float16", **GRAPHS),
+        job("guessed", AHEAD, prompts(*LENGTHS), dtype="float16", guesses=GUESSES, **GRAPHS),
     ],
 }
 TWO_RANKS = [
     job(f"two ranks {model}", model, prompts(*LENGTHS), tensor_parallel_size=2, **GRAPHS)
     for model in (ABSORBED, "MLA")
 ]
+
+
+def placed(job: dict[str, Any], model: str) -> dict[str, Any]:
+    """The job with the model's folder, which is its drafter's too."""
+    options = dict(job["options"])
+    if job["guesses"]:
+        options["speculative_config"] = drafter(model, job["guesses"])
+    return job | {"model": model, "options": options}
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +121,7 @@ def engines(folder):
         jobs = TWO_RANKS if ranks == 2 else JOBS[runner]
         where = folder / f"runner {runner} of {ranks}"
         where.mkdir()
-        jobs = [each | {"model": str(folder / each["case"])} for each in jobs]
+        jobs = [placed(each, str(folder / each["case"])) for each in jobs]
         (where / "jobs.json").write_text(json.dumps(jobs))
         env = ENV | {
             "VLLM_USE_V2_MODEL_RUNNER": str(runner - 1),
@@ -136,7 +154,7 @@ def check(folder: Path, job: dict[str, Any], result: dict[str, Any]) -> None:
     assert "error" not in result, result
     (batch,) = result["batches"]
     path = folder / job["case"]
-    errors, own, gaps = [], [], []
+    errors, own, gaps, likeliest = [], [], [], 0
     for prompt, tokens, found in zip(
         job["batches"][0], batch["tokens"], batch["log_probs"], strict=True
     ):
@@ -150,13 +168,18 @@ def check(folder: Path, job: dict[str, Any], result: dict[str, Any]) -> None:
             return rows, rows.gather(1, whole[0, 1:, None])[:, 0]
 
         rows, expected = chosen(_reference(path).model)
-        gaps.append((rows.max(-1).values - expected)[-NEW:].max())
+        behind = (rows.max(-1).values - expected)[-NEW:]
+        gaps.append(behind.max())
+        likeliest += int((behind == 0).sum())
         errors.append((expected[-len(found) :] - torch.tensor(found)).abs().max())
         own.append((expected - chosen(_in_bfloat16(path))[1])[-len(found) :].abs().max())
     fp8 = job["options"].get("kv_cache_dtype") == "fp8"
     limit = FP8_TOLERANCE if fp8 else 1.5 * float(max(own)) + 0.01
     worst = float(max(errors))
-    print(f"{job['name']}: off by {worst:.4f}, transformers in bfloat16 by {float(max(own)):.4f}")
+    print(
+        f"{job['name']}: off by {worst:.4f}, transformers in bfloat16 by {float(max(own)):.4f};"
+        f" {likeliest} of {NEW * len(gaps)} tokens are float32's likeliest"
+    )
     assert worst < limit, f"log-probability off by {worst:.4f}, limit {limit:.4f}"
     assert float(max(gaps)) < 2 * limit
 
@@ -186,6 +209,18 @@ def test_prompts_came_in_pieces_beside_decoding_sequences(engines):
     steps = engines(2)["mixed"]["batches"][0]["steps"]
     assert max(map(sum, steps)) <= 64
     assert len([step for step in steps if 1 in step and max(step) > 1]) >= 3
+
+
+def test_a_layer_of_multi_token_prediction_guesses(engines):
+    plain, guessed = (engines(2)[name]["batches"][0] for name in ("unguessed", "guessed"))
+    # Tokens that differ are as likely as others: see test_tokens_are_those_of_the_reference.
+    pairs = list(zip(plain["tokens"], guessed["tokens"], strict=True))
+    same = sum(ours == theirs for ours, theirs in pairs)
+    verified = sum(rows == 1 + GUESSES for step in guessed["steps"] for rows in step)
+    new = sum(len(tokens) - 1 for tokens in guessed["tokens"])
+    print(f"{same} of {len(pairs)} sequences as without, {new / verified:.2f} tokens a step")
+    assert same >= len(pairs) - 1
+    assert new / (1 + GUESSES) < verified < 0.85 * new
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -68,6 +68,7 @@ ALLOWED = {
     "megatron_mlra/launch/call.py": {"json.loads"},
     # What its own processes measured.
     "kernels/mlra_vllm/benchmarks/steps.py": {"json.loads"},
+    "kernels/mlra_vllm/benchmarks/throughput.py": {"json.loads"},
     # Writes a preset.
     "megatron_mlra/planner/twin.py": {"yaml"},
     # The user's own results and ladder, and packages of the distribution.

@@ -60,3 +60,14 @@ def write_shape(name: str, folder: Path, positions: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = {**SHAPES[name], "max_position_embeddings": positions}
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer of one word per token id, for programs that ask for text."""
+    words = {f"t{i}": i for i in range(_COMMON["vocab_size"])}
+    model = {"type": "WordLevel", "vocab": words, "unk_token": "t0"}
+    whole = {"version": "1.0", "pre_tokenizer": {"type": "WhitespaceSplit"}, "model": model}
+    absent = ("truncation", "padding", "normalizer", "post_processor", "decoder")
+    whole |= dict.fromkeys(absent) | {"added_tokens": []}
+    (folder / "tokenizer.json").write_text(json.dumps(whole))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')

@@ -12,7 +12,7 @@ from megatron_mlra.inference.weights import load_weights
 from megatron_mlra.maths.rope import rotary_tables as engine_tables
 from mlra_vllm.config import MLRAConfig
 from mlra_vllm.rope import rotary_tables
-from mlra_vllm.shard import plan
+from mlra_vllm.shard import padded_mlp_size, plan
 from mlra_vllm.weights import sources
 from support.hf_cases import CASES
 from support.random_checkpoint import RandomFolder
@@ -70,6 +70,11 @@ def test_every_rank_has_the_weights_of_the_engine(name):
                 expected["query_head_norm"] = theirs.head_norm
             if theirs.gate is not None:
                 expected["gate"] = theirs.gate
+            mlp = engine.layers[0].mlp
+            part = padded_mlp_size(folder.description.ffn_hidden_size, tp) // tp
+            assert part % 16 == 0
+            if not folder.description.is_moe(0):
+                assert mlp.fc1.shape[0] // 2 == mlp.fc2.shape[1] == part
             ours = cut(name, tp, rank)
             assert ours.keys() == expected.keys()
             for parameter, value in expected.items():
