@@ -216,6 +216,10 @@ WRONG_WEIGHTS: dict[str, tuple[dict[str, Any], str]] = {
         {"hf_overrides": {"q_lora_rank": 16}},
         "q_a_layernorm.weight is (32,) and config.json makes it (16,)",
     ),
+    "mlp": (
+        {"hf_overrides": {"intermediate_size": 80}},
+        "model.layers.0.mlp: down_proj.weight is (64, 72) and config.json makes its dim 1 80",
+    ),
 }
 """Fields of config.json that the weights contradict, and a part of the error message."""
 RANKS = (1, 2, 4, 8)
