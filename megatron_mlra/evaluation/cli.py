@@ -47,10 +47,11 @@ def parser() -> argparse.ArgumentParser:
         dest="cache_dtype",
         nargs="+",
         default=[],
-        choices=(*DTYPES, "fp8"),
+        choices=(*DTYPES, "fp8", "fp8-rope"),
         metavar="DTYPE",
         help="decode half of each window of --data from caches of these dtypes, and compare their"
-        " losses and logits with the first's: float32 bfloat16 fp8",
+        " losses and logits with the first's: float32 bfloat16 fp8; fp8-rope simulates RoPE keys in"
+        " FP8 too, which nothing serves",
     )
     command.add_argument(
         "--windows", type=int, default=64, help="windows per set for --cache-dtype (64)"
@@ -69,7 +70,7 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError("--cache-dtype needs --data NAME=PREFIX; leave --text and --task out")
     if not args.text and not args.task and not args.data:
         raise ValueError("nothing to evaluate; give --text, --data or --task")
-    if args.cache_dtype and args.dtype and "fp8" not in args.cache_dtype:
+    if args.cache_dtype and args.dtype and not {"fp8", "fp8-rope"} & set(args.cache_dtype):
         raise ValueError(
             f"--dtype {args.dtype} is of the weights beside an FP8 cache, and --cache-dtype names"
             " none; leave it out"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_mlra.checkpoint.folder import CheckpointFolder
 from megatron_mlra.command_line.progress_bar import bar
+from megatron_mlra.evaluation.rope_rounding import FP8_ROPE, RoundedRopeOps
 from megatron_mlra.inference.load import LoadOptions, load_model
 from megatron_mlra.inference.runner import Chunk, Runner, pool_for
 
@@ -69,7 +70,8 @@ def load_runners(
     """One runner per cache dtype.
 
     Args:
-        cache_dtypes: every name but 'fp8' is the dtype of cache and weights.
+        cache_dtypes: every name but 'fp8' and 'fp8-rope' (a simulation: rope_rounding.py) is the
+            dtype of cache and weights.
         dtype: of the weights beside an FP8 cache; None takes the checkpoint's, float32 on a CPU.
         batch_size: windows that decode together.
         length: tokens of a window.
@@ -82,7 +84,9 @@ def load_runners(
     pages = -(-length // PAGE)
     runners = {}
     for name in cache_dtypes:
-        fp8 = name == "fp8"
+        fp8, simulated = name in ("fp8", FP8_ROPE), name == FP8_ROPE
+        if simulated and not source.description.qk_rope_head_dim:
+            raise ValueError(f"--cache-dtype {FP8_ROPE} is for RoPE keys, which the model lacks")
         options = LoadOptions(
             dtype=dtype or "auto" if fp8 else name,
             cache_dtype="fp8" if fp8 else "auto",
@@ -91,7 +95,9 @@ def load_runners(
             max_positions=length,
         )
         model = load_model(source.description, source.tensor, options, device)
-        graphs = model.ops.name == "mlra_kernels"
+        graphs = model.ops.name == "mlra_kernels" and not simulated
+        if simulated:
+            model.ops = RoundedRopeOps(model.ops, source.description.qk_rope_head_dim)
         runners[name] = Runner(model, batch_size, pages, graphs=graphs)
     return runners
 
