@@ -5,6 +5,7 @@ NVLink multicast is never used.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from pathlib import Path
@@ -47,10 +48,11 @@ def join_peers(
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    _agree(group, _misfit(group, device))
-    os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
     peers = problem = None
-    with torch.cuda.device(device):
+    # Collectives of NCCL take the current GPU.
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        _agree(group, _misfit(group, device))
+        os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
         try:
             peers = _mapped(group, rows, d, dtype, device)
             torch.cuda.synchronize()

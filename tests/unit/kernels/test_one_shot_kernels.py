@@ -160,7 +160,7 @@ else:
         [(2, 200, torch.half), (3, 7, torch.float32), (8, 33, torch.half), (2, 1, torch.half)],
     )
     def test_sums_of_emulated_ranks(world, d, dtype):
-        sizes, boxes = (2, 3, 1), boxes_of(world, 3, d, dtype)
+        sizes, boxes = (1, 2, 1), boxes_of(world, 3, d, dtype)
         peers, weight = peers_of(boxes, d, dtype), draw(d)
         for call, tokens in enumerate(sizes):
             wide = [draw(tokens, d + 5, dtype=dtype, seed=call + r) for r in range(world)]
@@ -177,7 +177,7 @@ else:
                 total, normed = all_reduce_add_rms_norm(xs[me], residual, weight, EPS, peers[me])
                 assert torch.equal(total, expected[0]), (me, call)
                 torch.testing.assert_close(normed, expected[1], atol=2e-3, rtol=2e-3)
-        assert peers[0].calls.tolist() == [3, 2, 1]
+        assert peers[0].calls.tolist() == [3, 1, 0]
 
     def test_no_token_is_no_launch():
         (peers, _) = peers_of(boxes_of(2, 1, 8, torch.float32), 8, torch.float32)
@@ -186,7 +186,7 @@ else:
 
     def test_ranks_that_run_at_once():
         """Real processes over shared memory, each at its own speed."""
-        world, d, rows, sizes = 3, 40, 2, (1, 2, 2, 1, 1, 2, 1)
+        world, d, rows, sizes = 3, 40, 2, (1, 2, 1, 2, 1)
         boxes = boxes_of(world, rows, d, torch.float32)
         found = torch.zeros(world, len(sizes), 2, rows, d)
         for shared in (*boxes, found):
