@@ -6,10 +6,7 @@ process, `FOLDER/two` those of two.
 
 from __future__ import annotations
 
-import os
-import socket
 import sys
-import traceback
 from pathlib import Path
 
 MODEL = """
@@ -48,6 +45,7 @@ def main(folder: Path) -> None:
     from megatron_mlra.benchmarks.training.layouts import Layout
     from megatron_mlra.training.cpu_backend import enable_cpu_backend
     from support import CONFIGS
+    from support.world import launch
 
     enable_cpu_backend()
     models = {}
@@ -70,32 +68,6 @@ def main(folder: Path) -> None:
     two = [case("dense", layout) for layout in LAYOUTS]
     two += [case("experts", "dp2-ep2"), case("dense", "dp3"), case("dense", "dp2-half")]
     launch(2, lambda: measure("two", two, "--micro-batches", "4"), folder)
-
-
-def launch(size: int, work, folder: Path) -> None:
-    """Run `work` in processes with a launcher's environment; their exit codes are in `folder`."""
-    sys.stdout.flush()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = []
-    for rank in range(size):
-        if pid := os.fork():
-            ranks.append(pid)
-            continue
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
-        os.environ |= {name: str(value) for name, value in names.items()}
-        os.environ["MASTER_ADDR"] = "127.0.0.1"
-        code = 70
-        try:
-            code = work()
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
-    (folder / f"codes-{size}.txt").write_text(" ".join(map(str, codes)))
 
 
 if __name__ == "__main__":
