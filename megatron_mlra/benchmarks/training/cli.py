@@ -74,10 +74,10 @@ def parser() -> OneLineParser:
         " stock-mla and stock-mla_moe_16b, Megatron's own; may be repeated (default:"
         " mlra4 and stock-mla at 2, 4 and 8 K tokens; with two processes the layouts of two GPUs)",
     )
-    add("--only", default="*", metavar="PATTERN", help="of the cases those that match, as in *@tp2*")
     add(
-        "--seconds", type=float, default=1e9, metavar="N", help="begin no case later than that"
+        "--only", default="*", metavar="PATTERN", help="of the cases those that match, as in *@tp2*"
     )
+    add("--seconds", type=float, default=1e9, metavar="N", help="begin no case later than that")
     add("--num-layers", type=int, default=6, help="of every case (default: 6)")
     add("--tokens", type=int, default=16384, help="of a micro-batch (default: 16384)")
     add("--micro-batches", type=int, default=1, help="of a step (default: 1)")
@@ -193,7 +193,7 @@ def _report(args: Namespace, flags: list[str], matmul: float, progress, load) ->
     settings = {name: getattr(args, name) for name in ("num_layers", "tokens", "micro_batches")}
     settings |= {"steps": args.steps, "flags": flags, "failed": [*progress.failed.values()]}
     result = report.write(rows, matmul, settings, args.out)
-    cut = any(not args.sublayer and row.layout != "one" for row in rows)
+    cut = not args.sublayer and any(row.layout != "one" for row in rows)
     if len(rows) > 1 and not args.sublayer and not cut:
         if importlib.util.find_spec("matplotlib"):
             source = f"{result['device']}, commit {result['commit']}"
@@ -204,6 +204,9 @@ def _report(args: Namespace, flags: list[str], matmul: float, progress, load) ->
     for row in rows if args.profile and not args.sublayer else []:
         if row.kernels:
             print(f"\n{row.case}: {kernels.text(row.kernels)}", end="")
+    if cut:
+        print(report.layout_table(rows))
+        return 1 if progress.failed else 0
     print(report.table(rows))
     if rows and not args.sublayer:
         print(f"\n{result['device']}, {load.tokens:,} tokens of a micro-batch, JSON in {args.out}")
