@@ -48,7 +48,7 @@ def all_reduce_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 class _GatherColumns(torch.autograd.Function):
-    """Tensors `[..., w_i]` and vectors `[w_i]` whose columns are split over ranks, made whole by one
+    """Tensors `[..., w_i]` and vectors `[w_i]`, cut over ranks by columns, made whole by one
     all-gather; in backward one reduce-scatter.
 
     The vectors are one more row of the tensors' tokens. What is sent has the ranks as its first

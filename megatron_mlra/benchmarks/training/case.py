@@ -31,7 +31,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.training import get_megatron_ddp_config, get_megatron_optimizer_config
 
-from megatron_mlra.benchmarks.training.layouts import Layout
+from megatron_mlra.benchmarks.training.layouts import ONE_GPU, Layout
 from megatron_mlra.description.megatron_args import from_megatron_args
 from megatron_mlra.description.presets import find_preset, preset_names, preset_values
 from megatron_mlra.layers.specs import block_spec
@@ -55,7 +55,7 @@ class Case:
     recipe: str = "bf16"
     form: str = "auto"
     seq_length: int = 2048
-    layout: Layout = Layout()
+    layout: Layout = ONE_GPU
 
     @classmethod
     def parse(cls, text: str) -> Case:
@@ -65,7 +65,7 @@ class Case:
             ValueError: a part is unknown; lists the known ones.
         """
         what, at, cut = text.rpartition("@")
-        what, layout = (what, Layout.parse(cut)) if at else (text, Layout())
+        what, layout = (what, Layout.parse(cut)) if at else (text, ONE_GPU)
         name, *rest = what.split("/") if not what.endswith(".yaml") else [what]
         if len(rest) > 3 or (len(rest) == 3 and not (rest[2].isdecimal() and int(rest[2]))):
             raise ValueError(f"--case {text}: use VARIANT/RECIPE/FORM/SEQ_LENGTH@LAYOUT")
@@ -108,7 +108,7 @@ class Case:
         raise ValueError(f"--case {self.variant}: use {STOCK} or one of {', '.join(names)}")
 
     def __str__(self) -> str:
-        cut = f"@{self.layout}" if self.layout != Layout() else ""
+        cut = f"@{self.layout}" if self.layout != ONE_GPU else ""
         return f"{self.variant}/{self.recipe}/{self.form}/{self.seq_length}{cut}"
 
 

@@ -77,7 +77,7 @@ def parser() -> OneLineParser:
     add(
         "--only", default="*", metavar="PATTERN", help="of the cases those that match, as in *@tp2*"
     )
-    add("--seconds", type=float, default=1e9, metavar="N", help="begin no case later than that")
+    add("--seconds", type=float, default=1e9, metavar="N", help="begin no case after so many")
     add("--num-layers", type=int, default=6, help="of every case (default: 6)")
     add("--tokens", type=int, default=16384, help="of a micro-batch (default: 16384)")
     add("--micro-batches", type=int, default=1, help="of a step (default: 1)")

@@ -6,6 +6,7 @@ All times are milliseconds of one step.
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import re
 from collections import defaultdict
@@ -58,7 +59,7 @@ def summary(events: Iterable[dict[str, Any]], steps: int, step_ms: float) -> dic
     busy, compute, communication = (
         _length(_merge(part)) for part in (merged, spans[False], spans[True])
     )
-    between = [b[0] - a[1] for a, b in zip(merged, merged[1:], strict=False)]
+    between = [b[0] - a[1] for a, b in itertools.pairwise(merged)]
     unit = 1e-3 / steps
     rows = sorted(((sum(times), len(times), name) for name, times in by_name.items()), reverse=True)
     rows = [(total * unit, count / steps, name) for total, count, name in rows]

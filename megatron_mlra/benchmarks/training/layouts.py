@@ -112,3 +112,6 @@ class Layout:
 
     def __str__(self) -> str:
         return "-".join([f"{axis}{size}" for axis, size in self.sizes] + [*self.options]) or ALONE
+
+
+ONE_GPU = Layout()

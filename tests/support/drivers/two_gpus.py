@@ -313,8 +313,9 @@ def line(case: Case, found: dict[str, Any]) -> str:
     return (
         f"{case!s:22} loss {found['loss']:.1e}, grad norm {found['grad_norm']:.1e}, worst gradient"
         f" {worst:.1e} ({name}; to float32 {own:.1e}, one GPU's {ones:.1e}), losses of"
-        f" {len(found['losses'])} steps {largest:.1e} (step {step}), last {found['losses'][-1]:.4f},"
-        f" {found['seconds']:.0f} s; {verdict(case, found)[:300] or 'ok'}"
+        f" {len(found['losses'])} steps {largest:.1e} (step {step}), last"
+        f" {found['losses'][-1]:.4f}, {found['seconds']:.0f} s;"
+        f" {verdict(case, found)[:300] or 'ok'}"
     )
 
 

@@ -109,7 +109,7 @@ def test_micro_batches_that_do_not_divide_are_refused():
 
 
 def test_a_trace_is_summed_up():
-    """Two steps of 100 us: computing 0-40, NCCL 30-70 (40-70 alone), idle 70-90, computing 90-100."""
+    """Two steps of 100 us: computing at 0-40 and 90-100, NCCL at 30-70, idle at 70-90."""
     events = [
         {"cat": "kernel", "name": name, "ts": 100 * step + start, "dur": stop - start}
         for step in (0, 1)
