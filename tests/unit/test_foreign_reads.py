@@ -68,6 +68,8 @@ ALLOWED = {
     "megatron_mlra/launch/call.py": {"json.loads"},
     # What its own processes measured.
     "kernels/mlra_vllm/benchmarks/steps.py": {"json.loads"},
+    "megatron_mlra/benchmarks/training/kernels.py": {"gzip", "json.loads"},
+    "megatron_mlra/benchmarks/training/progress.py": {"json.loads"},
     # Writes a preset.
     "megatron_mlra/planner/twin.py": {"yaml"},
     # The user's own results and ladder, and packages of the distribution.
