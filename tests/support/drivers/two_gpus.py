@@ -202,7 +202,6 @@ class Bench:
             torch.save(own, path)
         return compare(own, torch.load(path), exact, weights) | {
             "model": case.model,
-            "losses": own["loss"],
             "grad_norms": own["grad_norm"],
             "seconds": time.monotonic() - began,
         }
@@ -228,6 +227,7 @@ def compare(own: dict, one: dict, exact: dict, weights: dict) -> dict[str, Any]:
     losses = [abs(a - b) / abs(b) for a, b in zip(own["loss"], one["loss"], strict=True)]
     return {
         "gradients": gradients,
+        "losses": own["loss"],
         "loss": losses[0],
         "grad_norm": abs(own["grad_norm"][0] / one["grad_norm"][0] - 1),
         "steps": max(zip(losses, range(1, len(losses) + 1), strict=True)),
@@ -332,7 +332,7 @@ def rehearse(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if "LOCAL_RANK" not in os.environ:
+    if len(sys.argv) == 2:
         rehearse(Path(sys.argv[1]))
     else:
         # Compiling small functions takes longer than all steps here.
