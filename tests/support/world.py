@@ -77,6 +77,7 @@ def launch(size: int, work: Callable[[], int | None], folder: Path) -> None:
         if pid := os.fork():
             ranks.append(pid)
             continue
+        os.setsid()
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in names.items()})
         os.environ["MASTER_ADDR"] = "127.0.0.1"
@@ -88,7 +89,10 @@ def launch(size: int, work: Callable[[], int | None], folder: Path) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
+    codes = []
+    for pid in ranks:
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        _kill_group(pid)
     for rank, code in enumerate(codes):
         if code == 70 or code < 0:
             raise RuntimeError(f"rank {rank} of {size} failed:\n{_error(folder, rank)}")

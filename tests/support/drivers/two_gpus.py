@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import sys
 import time
@@ -345,3 +346,8 @@ if __name__ == "__main__":
         for place in places:
             place.mkdir(parents=True, exist_ok=True)
         main(*places, "nccl")
+        # Writers of checkpoints would be waited for.
+        for child in multiprocessing.active_children():
+            child.kill()
+        sys.stdout.flush()
+        os._exit(0)
