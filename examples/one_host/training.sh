@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Training speed on four or eight GPUs of this host in each way to cut a model over them: tensor
+# Training speed on two, four or eight GPUs of this host in each way to cut a model over them: tensor
 # parallel in both layouts, context, pipeline and data parallel, for MLRA-4 and MLA, on random data.
 #
 # Usage: examples/one_host/training.sh OUT [flags of mlra pretrain ...]
 #   OUT      folder for a log each (OUT/PRESET-LAYOUT.txt) and a line each in OUT/summary.txt
 # Environment:
 #   PYTHON   the Python that has torch (.venv/bin/python of this checkout, else python)
-#   GPUS     how many (all); a multiple of 4
+#   GPUS     how many (all); 2, or a multiple of 4
 #   PRESETS  names that `mlra presets` lists, or paths (mlra4_2.9b mla_2.9b)
 # Exit code: 0 done, 2 refused, 1 if a run failed; the others are run all the same.
 set -euo pipefail
@@ -15,16 +15,21 @@ out=$1
 shift
 # shellcheck source=examples/one_host/host.sh
 . "$(dirname "${BASH_SOURCE[0]}")/host.sh"
-[ $((gpus % 4)) = 0 ] || { echo "error: GPUS is $gpus; use a multiple of 4" >&2; exit 2; }
+[ "$gpus" = 2 ] || [ $((gpus % 4)) = 0 ] || {
+  echo "error: GPUS is $gpus; use 2 or a multiple of 4" >&2
+  exit 2
+}
 
 read -ra presets <<<"${PRESETS:-mlra4_2.9b mla_2.9b}"
 tp=--tensor-model-parallel-size cp=--context-parallel-size pp=--pipeline-model-parallel-size
 # With more than four GPUs, the remaining factor is data parallel.
+size=4 stages=pp2-tp2 staged="$pp 2 $tp 2 --sequence-parallel"
+if [ "$gpus" = 2 ]; then size=2 stages=pp2 staged="$pp 2"; fi
 declare -A layouts=(
-  [tp4-head]="$tp 4 --sequence-parallel --latent-tp-layout head"
-  [tp4-latent]="$tp 4 --sequence-parallel --latent-tp-layout latent"
-  [cp4]="$cp 4"
-  [pp2-tp2]="$pp 2 $tp 2 --sequence-parallel"
+  [tp$size-head]="$tp $size --sequence-parallel --latent-tp-layout head"
+  [tp$size-latent]="$tp $size --sequence-parallel --latent-tp-layout latent"
+  [cp$size]="$cp $size"
+  [$stages]="$staged"
   [dp]=""
 )
 run=(--mock-data --seq-length 4096 --max-position-embeddings 4096 --micro-batch-size 1
@@ -34,9 +39,9 @@ mkdir -p "$out"
 : >"$out/summary.txt"
 failed=0
 for preset in "${presets[@]}"; do
-  for layout in tp4-head tp4-latent cp4 pp2-tp2 dp; do
+  for layout in tp$size-head tp$size-latent cp$size $stages dp; do
     # MLA has one latent: there is no other layout of it.
-    if [[ $layout = tp4-latent && $(basename "$preset") = mla_* ]]; then continue; fi
+    if [[ $layout = tp*-latent && $(basename "$preset") = mla_* ]]; then continue; fi
     name=$(basename "$preset" .yaml)-$layout
     read -ra cut <<<"${layouts[$layout]}"
     echo "== $name"

@@ -54,8 +54,9 @@ def tp_communication(
       reduce-scatter. In the latent layout with tp <= L latents stay where they are made: d_q + d_r.
       GTA gathers the tensors that all heads share (d_r), and so do MFA (d_q + 2 c) and TPA
       (c (R_q + 2 R_kv)). GQA with g < tp gathers all its projections;
-    - norms: the sum of squares of a query latent that is split over ranks, 1, and of each latent
-      head that is split (tp > L), L; an all-reduce forward and backward;
+    - norms: of MFA's query latent, one sum of squares; an all-reduce forward and backward. The
+      latent family's norms of columns that are split over ranks come behind the gather, with which
+      their weights go as one more token;
     - latent layout: queries h (d_h + d_r) go to the latents, and branch outputs h d_v back to the
       heads. At tp > N a rank works on N h / tp heads, and the exchange is an all-to-all. At N = 1
       some of these heads, at tp = L all of them, are the rank's own.
@@ -89,9 +90,6 @@ def tp_communication(
         backward.append(Collective("entry", "all_reduce", d))
     if shape.attention == "mlra":
         L, N, d_r = shape.num_latent_heads, shape.num_branches, shape.qk_rope_head_dim
-        norms = (1 if shape.q_lora_rank else 0) + (L if tp > L else 0)
-        if norms:
-            both("norms", "all_reduce", "all_reduce", norms)
         latents = 0 if layout == "latent" and tp <= L else shape.kv_lora_rank
         compressed = (shape.q_lora_rank or 0) + latents + d_r
         both("latents", "all_gather", "reduce_scatter", compressed)

@@ -255,15 +255,22 @@ class MLRASelfAttention(Attention):
         """Query latent `[s, b, d_q]` (without q_lora_rank: x), latents `[s, b, n, g, l]`, RoPE key
         `[s, b, d_r]`, not yet rotated."""
         config, tp = self.config, self.shard.tp_size
-        c_q = None
+        parts, norms = {}, {"c": self.kv_norm}
         if config.q_lora_rank is not None:
-            c_q, _ = self.linear_q_down_proj(x)
-            c_q = self.q_norm(c_q)  # [s, b, d_q / tp]
+            parts["c_q"], norms["c_q"] = self.linear_q_down_proj(x)[0], self.q_norm
         ckv, _ = self.linear_kv_down_proj(x)
         widths = (config.kv_lora_rank // tp, config.qk_rope_head_dim // tp)
-        c, k_rope = ckv.split(widths, dim=-1)  # [s, b, d_c / tp], [s, b, d_r / tp]
-        c_q, latents, k_rope = self.parallel.gather_compressed(c_q, self.kv_norm(c), k_rope)
-        return (x if c_q is None else c_q), latents, k_rope
+        parts["c"], parts["k_rope"] = ckv.split(
+            widths, dim=-1
+        )  # [s, b, d_c / tp], [s, b, d_r / tp]
+        # A norm of columns that lie on several ranks comes behind the gather.
+        weights = {name: norm.weight for name, norm in norms.items() if not norm.is_local}
+        for name in norms.keys() - weights.keys():
+            parts[name] = norms[name](parts[name])
+        parts, weights = self.parallel.gather_compressed(parts, weights)
+        for name, weight in weights.items():
+            parts[name] = norms[name].whole(parts[name], weight)
+        return parts.get("c_q", x), self.parallel.own_latents(parts["c"]), parts["k_rope"]
 
     def _plan_tokens(self, q: Tensor, packed_seq_params: PackedSeqParams | None) -> TokenPlan:
         """Which tokens the tokens of `q` `[s, b, .]` attend to."""

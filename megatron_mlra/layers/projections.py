@@ -67,8 +67,8 @@ class ShardedRMSNorm(MegatronModule):
     """RMSNorm of `num_norms` equal parts of a vector whose columns are split over ranks.
 
     Rank r holds columns `[r w, (r + 1) w)`, w = size / tp, and their weights. Where w is a whole
-    number of parts, nothing is communicated; else one sum of squares per token and part is
-    all-reduced.
+    number of parts, nothing is communicated. Else `forward` all-reduces a sum of squares per token
+    and part; where the columns are gathered anyway, with their weights, `whole` needs nothing.
 
     Args:
         size: columns over all ranks (d_q, or d_c).
@@ -94,10 +94,7 @@ class ShardedRMSNorm(MegatronModule):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., w]` -> `[..., w]`, the same dtype; statistics in float32."""
         if self.is_local:
-            parts, weight = x.unflatten(-1, (-1, self.part)), self.weight.view(-1, self.part)
-            return self.latent_functions.rms_norm(parts, weight, self.eps, self.scale).reshape(
-                x.shape
-            )
+            return self.whole(x, self.weight)
         wide = x.float()
         total = wide.square().sum(-1, keepdim=True)
         mine = self.tp_group.rank() * self.width // self.part
@@ -107,6 +104,11 @@ class ShardedRMSNorm(MegatronModule):
         mean_square = total[..., mine : mine + 1] / self.part
         out = wide * torch.rsqrt(mean_square + self.eps)
         return (out * (self.weight.float() * self.scale)).to(x.dtype)
+
+    def whole(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The same of whole parts `[..., columns]`, with the weights `[columns]` of all of them."""
+        parts, weight = x.unflatten(-1, (-1, self.part)), weight.view(-1, self.part)
+        return self.latent_functions.rms_norm(parts, weight, self.eps, self.scale).reshape(x.shape)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """`weight`, sharded along its only axis."""

@@ -140,7 +140,7 @@ def placements(model: ModelDescription) -> dict[str, Placement]:
         found["q_norm"] = Placement(
             "[d_q]",
             (d_q,),
-            "as the rows; one sum of squares per token is all-reduced",
+            "as the rows; gathered with them, as one more token",
             "whole on every rank",
             query_rows,
         )
@@ -159,7 +159,11 @@ def placements(model: ModelDescription) -> dict[str, Placement]:
         down_rows,
     )
     found["kv_norm"] = Placement(
-        "[d_c]", (d_c,), "as the latent rows; local unless tp > L", "own latents", latent_rows
+        "[d_c]",
+        (d_c,),
+        "as the latent rows; gathered with them at tp > L",
+        "own latents",
+        latent_rows,
     )
     found["linear_kv_up_proj"] = Placement(
         "[N, h, d_h + d_v, d_l]",

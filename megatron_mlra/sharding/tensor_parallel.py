@@ -47,6 +47,58 @@ def all_reduce_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return x if group.size() == 1 else _AllReduceSum.apply(x, group)
 
 
+class _GatherColumns(torch.autograd.Function):
+    """Tensors `[..., w_i]` and vectors `[w_i]`, cut over ranks by columns, made whole by one
+    all-gather; in backward one reduce-scatter.
+
+    The vectors are one more row of the tensors' tokens. What is sent has the ranks as its first
+    axis, as a gather leaves it, so that each tensor is copied once.
+    """
+
+    @staticmethod
+    def forward(ctx, group: dist.ProcessGroup, num_tensors: int, *parts: Tensor | None):
+        tensors, vectors = parts[:num_tensors], parts[num_tensors:]
+        first, tp = tensors[0], group.size()
+        ctx.group, ctx.lead, ctx.rows = group, first.shape[:-1], first.shape[:-1].numel()
+        ctx.widths = [tensor.size(-1) for tensor in tensors]
+        ctx.dtypes = [None if vector is None else vector.dtype for vector in vectors]
+        carries = any(dtype is not None for dtype in ctx.dtypes)
+        ctx.shape = (ctx.rows + carries, sum(ctx.widths))
+        mine = first.new_empty(ctx.shape)
+        torch.cat([x.reshape(ctx.rows, -1) for x in tensors], dim=1, out=mine[: ctx.rows])
+        if carries:
+            for place, vector in zip(mine[-1].split(ctx.widths), vectors, strict=True):
+                place.zero_() if vector is None else place.copy_(vector)
+        everyone = first.new_empty((tp, *ctx.shape))
+        dist.all_gather_into_tensor(everyone.flatten(0, 1), mine, group=group)
+        places = everyone.split(ctx.widths, dim=-1)
+        whole = [place[:, : ctx.rows].transpose(0, 1).reshape(*ctx.lead, -1) for place in places]
+        for place, dtype in zip(places, ctx.dtypes, strict=True):
+            whole.append(None if dtype is None else place[:, -1].to(dtype).reshape(-1))
+        return tuple(whole)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor | None):
+        tp, n = ctx.group.size(), len(ctx.widths)
+        everyone = grads[0].new_empty((tp, *ctx.shape))
+        places = everyone.split(ctx.widths, dim=-1)
+        for place, width, grad in zip(places, ctx.widths, grads[:n], strict=True):
+            place[:, : ctx.rows].copy_(grad.reshape(ctx.rows, tp, width).transpose(0, 1))
+        if ctx.shape[0] > ctx.rows:
+            for place, width, grad in zip(places, ctx.widths, grads[n:], strict=True):
+                row = place[:, -1]
+                row.zero_() if grad is None else row.copy_(grad.view(tp, width))
+        mine = everyone.new_empty(ctx.shape)
+        dist.reduce_scatter_tensor(mine, everyone.flatten(0, 1), group=ctx.group)
+        own = mine.split(ctx.widths, dim=-1)
+        tensors = [place[: ctx.rows].view(*ctx.lead, -1) for place in own]
+        vectors = [
+            None if dtype is None else place[-1].to(dtype)
+            for place, dtype in zip(own, ctx.dtypes, strict=True)
+        ]
+        return None, None, *tensors, *vectors
+
+
 class LatentParallel:
     """The attention's tensor-parallel collectives for one LatentShard."""
 
@@ -76,44 +128,36 @@ class LatentParallel:
         return copy_to_tensor_model_parallel_region(x, group=self.group)
 
     def gather_compressed(
-        self, c_q: Tensor | None, c: Tensor, k_rope: Tensor
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """One all-gather of all compressed tensors.
+        self, parts: dict[str, Tensor], weights: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """One all-gather of all compressed tensors, and of weights that go with their columns.
 
         Args:
-            c_q: `[s, b, d_q / tp]` or None.
-            c: `[s, b, d_c / tp]`; not gathered if the rank owns its latents.
-            k_rope: `[s, b, d_r / tp]`.
+            parts: `c_q` `[s, b, d_q / tp]` if there is one; `c` `[s, b, d_c / tp]`, not gathered if
+                the rank owns its latents; `k_rope` `[s, b, d_r / tp]`.
+            weights: name of a gathered part -> a weight for each of its columns.
 
         Returns:
-            c_q `[s, b, d_q]` or None, the latents that this rank reads `[s, b, n, g, d_l]`, k_rope
-            `[s, b, d_r]`.
+            Both, whole: `[s, b, d_q]` and so on.
         """
-        shard, l = self.shard, self.config.latent_dim
-        shape = c.shape[:-1]
-        parts = {"c_q": c_q, "k_rope": k_rope}
-        if not shard.owns_latents:
-            parts["c"] = c
-        parts = self._gather({name: part for name, part in parts.items() if part is not None})
-        if shard.owns_latents:
-            latents = c.view(*shape, shard.branches, shard.groups, l)
-        else:
-            latents = parts["c"].view(
-                *shape, self.config.num_branches, self.config.num_head_groups, l
-            )
-            latents = latents.narrow(-3, shard.branch_start, shard.branches)
-            latents = latents.narrow(-2, shard.group_start, shard.groups)
-        return parts.get("c_q"), latents, parts["k_rope"]
+        if self.shard.tp_size == 1:
+            return parts, weights
+        sent = {n: x for n, x in parts.items() if n != "c" or not self.shard.owns_latents}
+        whole = _GatherColumns.apply(
+            self.group, len(sent), *sent.values(), *(weights.get(name) for name in sent)
+        )
+        tensors = dict(zip(sent, whole, strict=False))
+        vectors = zip(sent, whole[len(sent) :], strict=True)
+        return parts | tensors, {name: vector for name, vector in vectors if vector is not None}
 
-    def _gather(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-        tp = self.shard.tp_size
-        if tp == 1:
-            return parts
-        widths = [part.size(-1) for part in parts.values()]
-        joined = torch.cat(tuple(parts.values()), dim=-1)
-        joined = all_gather_last_dim_from_tensor_parallel_region(joined, group=self.group)
-        by_rank = joined.view(*joined.shape[:-1], tp, sum(widths)).split(widths, dim=-1)
-        return {name: part.flatten(-2) for name, part in zip(parts, by_rank, strict=True)}
+    def own_latents(self, c: Tensor) -> Tensor:
+        """`gather_compressed`'s `c` -> the latents that this rank reads, `[s, b, n, g, d_l]`."""
+        shard, lead, l = self.shard, c.shape[:-1], self.config.latent_dim
+        if shard.owns_latents:
+            return c.view(*lead, shard.branches, shard.groups, l)
+        c = c.view(*lead, self.config.num_branches, self.config.num_head_groups, l)
+        c = c.narrow(-3, shard.branch_start, shard.branches)
+        return c.narrow(-2, shard.group_start, shard.groups)
 
     def exchange_queries(self, q: Tensor) -> Tensor:
         """Queries of own heads `[s, b, h / tp, e]` -> of the core's heads `[s, b, shard.heads, e]`.

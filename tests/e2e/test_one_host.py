@@ -43,6 +43,17 @@ def runs(tmp_path_factory) -> dict[str, list[str]]:
     return {layout: text.removeprefix(start).split() for layout, text in said.items()}
 
 
+def test_two_gpus_have_layouts_of_their_own(tmp_path):
+    done = script("training", tmp_path, GPUS="2", PRESETS="mlra4_2.9b mla_2.9b")
+    assert done.returncode == 0, done.stderr
+    started = {path.stem: path.read_text() for path in tmp_path.glob("*-*.txt")}
+    layouts = ["tp2-head", "cp2", "pp2", "dp"]
+    names = {f"{model}_2.9b-{layout}" for model in ("mlra4", "mla") for layout in layouts}
+    assert started.keys() == names | {"mlra4_2.9b-tp2-latent"}
+    assert "--nproc-per-node 2" in started["mla_2.9b-pp2"]
+    assert "--pipeline-model-parallel-size 2" in started["mla_2.9b-pp2"]
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, entry, runs) -> Path:
     """A checkpoint of four tensor-parallel ranks, by the script's own flags."""
@@ -106,7 +117,7 @@ def test_the_rehearsal_runs_every_case_on_four_ranks(served):
     ("name", "env", "message"),
     [
         ("decoding", {"GPUS": "1"}, "GPUS is '1'; these scripts need at least 2 GPUs of one host"),
-        ("training", {"GPUS": "6"}, "GPUS is 6; use a multiple of 4"),
+        ("training", {"GPUS": "6"}, "GPUS is 6; use 2 or a multiple of 4"),
         ("training", {"GPUS": "a[$(id)]"}, "GPUS is 'a[$(id)]'; these scripts need"),
         ("decoding", {"PYTHON": "/nowhere"}, "there is no /nowhere; set PYTHON"),
     ],

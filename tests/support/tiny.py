@@ -34,6 +34,17 @@ from support.pieces import like_built, pieces, place, slices
 VOCAB, SEQ, BATCH = 128, 32, 2
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """What a model reads: vocabulary, tokens of a sequence, sequences of a step."""
+
+    vocab: int = VOCAB
+    seq: int = SEQ
+    batch: int = BATCH
+    batches: int | None = None
+    """How many steps there are before the first one's tokens come again; None for no end."""
+
+
 @dataclass
 class Layout:
     """Parallel sizes of a world, and its optimizer."""
@@ -119,22 +130,27 @@ class Tiny:
     config: MLRAConfig | BaselineConfig
     layout: Layout
     packing: Packing | None = None
+    sizes: Sizes = Sizes()
     chunks: list[DistributedDataParallel] = field(default_factory=list)
     optimizer: Any = None
 
     @classmethod
     def build(
-        cls, config: MLRAConfig | BaselineConfig, layout: Layout, packing: Packing | None = None
+        cls,
+        config: MLRAConfig | BaselineConfig,
+        layout: Layout,
+        packing: Packing | None = None,
+        sizes: Sizes = Sizes(),
     ) -> Tiny:
-        tiny = cls(config, layout, packing)
+        tiny = cls(config, layout, packing, sizes)
         for stage in range(layout.vpp or 1):
             vp_stage = stage if layout.vpp else None
             mpu.set_virtual_pipeline_model_parallel_rank(vp_stage)
             model = GPTModel(
                 config,
                 block_spec(config, vp_stage=vp_stage),
-                VOCAB,
-                SEQ,
+                sizes.vocab,
+                sizes.seq,
                 pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
                 post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
                 share_embeddings_and_output_weights=True,
@@ -148,7 +164,7 @@ class Tiny:
                 overlap_grad_reduce=layout.overlap,
                 overlap_param_gather=layout.overlap,
             )
-            tiny.chunks.append(DistributedDataParallel(config, ddp, model))
+            tiny.chunks.append(DistributedDataParallel(config, ddp, model.cuda()))
         if layout.optimizer == "muon":
             cut_grouped_queries(tiny.chunks)
         tiny.optimizer = get_megatron_optimizer(
@@ -207,7 +223,7 @@ class Tiny:
         mine = [
             (piece.key, piece.global_shape, piece.global_offset, piece.local_shape, piece.data)
             for param, entry in self.shards()
-            for piece in pieces(entry, of(param))
+            for piece in pieces(entry, of(param).cpu())
         ]
         gathered: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(gathered, mine)
@@ -236,7 +252,7 @@ class Tiny:
         each rank."""
         if not self.layout.distributed_optimizer:
             return param.main_grad
-        whole = torch.zeros(param.numel())
+        whole = torch.zeros(param.numel(), device=param.device)
         for optimizer in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
             if param in optimizer.model_param_gbuf_map:
                 part = optimizer._get_model_param_range_map(param)["param"]
@@ -275,39 +291,57 @@ class Tiny:
         return self.collect("weight")
 
     def _run(self, seed: int, forward_only: bool) -> float:
-        per_rank = BATCH // self.layout.dp
+        per_rank = self.sizes.batch // self.layout.dp
         iterators = [self._batches(seed, per_rank) for _ in self.chunks]
         reports = get_forward_backward_func()(
-            forward_step_func=_forward_step,
+            forward_step_func=self._forward_step,
             data_iterator=iterators if self.layout.vpp else iterators[0],
             model=self.chunks if self.layout.vpp else self.chunks[0],
             num_microbatches=per_rank,
-            seq_length=SEQ,
+            seq_length=self.sizes.seq,
             micro_batch_size=1,
-            decoder_seq_length=SEQ,
+            decoder_seq_length=self.sizes.seq,
             forward_only=forward_only,
         )
-        mean = torch.tensor([sum(float(r["loss"]) for r in reports) / BATCH if reports else 0.0])
+        mean = torch.tensor([sum(float(r["loss"]) for r in reports) / self.sizes.batch]).cuda()
         # Tensor-parallel ranks of the last stage report the same loss.
         torch.distributed.all_reduce(mean)
         return float(mean) / self.layout.tp
 
+    def _forward_step(self, iterator, model, return_schedule_plan: bool = False):
+        batch = next(iterator)
+        run = model.build_schedule_plan if return_schedule_plan else model
+        out = run(
+            batch["tokens"],
+            batch["position_ids"],
+            None,
+            labels=batch["labels"],
+            packed_seq_params=batch["packed"],
+        )
+
+        def loss_function(losses):
+            # The mean over the whole sequence; `losses` are one context parallel rank's tokens.
+            loss = losses.float().sum() / self.sizes.seq
+            return loss, {"loss": loss.detach().clone()}
+
+        return out, loss_function
+
     def _batches(self, seed: int, count: int) -> Iterator[dict[str, Tensor]]:
-        tokens = global_batch(seed)
+        tokens = global_batch(seed, self.sizes)
         first = mpu.get_data_parallel_rank() * count
         for row in range(first, first + count):
             batch = {
                 "tokens": tokens[row : row + 1, :-1].contiguous(),
                 "labels": tokens[row : row + 1, 1:].contiguous(),
-                "position_ids": torch.arange(SEQ)[None],
+                "position_ids": torch.arange(self.sizes.seq)[None],
             }
-            batch = {name: part[:, self._own_tokens()] for name, part in batch.items()}
+            batch = {name: part[:, self._own_tokens()].cuda() for name, part in batch.items()}
             yield batch | {"packed": self._packed()}
 
     def _own_tokens(self) -> Tensor:
         """Indices of this context parallel rank's tokens."""
         cp, rank, packing = self.layout.cp, mpu.get_context_parallel_rank(), self.packing
-        bounds = packing.bounds if packing and packing.cut_documents else (0, SEQ)
+        bounds = packing.bounds if packing and packing.cut_documents else (0, self.sizes.seq)
         parts = []
         for start, stop in pairwise(bounds):
             chunks = torch.arange(start, stop).chunk(2 * cp)
@@ -368,30 +402,14 @@ def save_logits(tiny: Tiny, path: Path) -> None:
     torch.distributed.barrier()
 
 
-def global_batch(seed: int) -> Tensor:
-    """Tokens `[BATCH, SEQ + 1]`, the same on every rank."""
+def global_batch(seed: int, sizes: Sizes = Sizes()) -> Tensor:
+    """Tokens `[batch, seq + 1]`, the same on every rank."""
+    seed = seed % sizes.batches if sizes.batches else seed
     return torch.randint(
-        VOCAB, (BATCH, SEQ + 1), generator=torch.Generator().manual_seed(100 + seed)
+        sizes.vocab,
+        (sizes.batch, sizes.seq + 1),
+        generator=torch.Generator().manual_seed(100 + seed),
     )
-
-
-def _forward_step(iterator, model, return_schedule_plan: bool = False):
-    batch = next(iterator)
-    run = model.build_schedule_plan if return_schedule_plan else model
-    out = run(
-        batch["tokens"],
-        batch["position_ids"],
-        None,
-        labels=batch["labels"],
-        packed_seq_params=batch["packed"],
-    )
-
-    def loss_function(losses):
-        # The mean over the whole sequence; `losses` are one context parallel rank's tokens.
-        loss = losses.float().sum() / SEQ
-        return loss, {"loss": loss.detach().clone()}
-
-    return out, loss_function
 
 
 def _logits_step(iterator, model):

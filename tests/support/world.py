@@ -11,6 +11,7 @@ import contextlib
 import gc
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -56,6 +57,45 @@ def run_world(size: int, work: Callable[[int], None], folder: Path, timeout: flo
         os.waitpid(pid, 0)
     if failed is not None:
         raise RuntimeError(failed)
+
+
+def launch(size: int, work: Callable[[], int | None], folder: Path) -> None:
+    """Run `work` in `size` forked processes with the environment of a launcher, and nothing more.
+
+    Raises:
+        RuntimeError: with the traceback of a rank that failed.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    gc.collect()
+    gc.freeze()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for rank in range(size):
+        if pid := os.fork():
+            ranks.append(pid)
+            continue
+        os.setsid()
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in names.items()})
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+        code = 70
+        try:
+            code = work() or 0
+        except BaseException:
+            (folder / f"error-{rank}.txt").write_text(traceback.format_exc())
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    codes = []
+    for pid in ranks:
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        _kill_group(pid)
+    for rank, code in enumerate(codes):
+        if code == 70 or code < 0:
+            raise RuntimeError(f"rank {rank} of {size} failed:\n{_error(folder, rank)}")
 
 
 def _kill_group(pid: int) -> None:

@@ -9,11 +9,12 @@ import contextlib
 import io
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -22,12 +23,15 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.cuda_graphs import delete_cuda_graphs
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.training import get_megatron_ddp_config, get_megatron_optimizer_config
 
+from megatron_mlra.benchmarks.training.layouts import ONE_GPU, Layout
 from megatron_mlra.description.megatron_args import from_megatron_args
 from megatron_mlra.description.presets import find_preset, preset_names, preset_values
 from megatron_mlra.layers.specs import block_spec
@@ -51,18 +55,22 @@ class Case:
     recipe: str = "bf16"
     form: str = "auto"
     seq_length: int = 2048
+    layout: Layout = ONE_GPU
 
     @classmethod
     def parse(cls, text: str) -> Case:
-        """`VARIANT[/RECIPE[/FORM[/SEQ_LENGTH]]]`.
+        """`VARIANT[/RECIPE[/FORM[/SEQ_LENGTH]]][@LAYOUT]`.
 
         Raises:
             ValueError: a part is unknown; lists the known ones.
         """
-        name, *rest = text.split("/") if not text.endswith(".yaml") else [text]
+        what, at, cut = text.rpartition("@")
+        what, layout = (what, Layout.parse(cut)) if at else (text, ONE_GPU)
+        name, *rest = what.split("/") if not what.endswith(".yaml") else [what]
         if len(rest) > 3 or (len(rest) == 3 and not (rest[2].isdecimal() and int(rest[2]))):
-            raise ValueError(f"--case {text}: use VARIANT/RECIPE/FORM/SEQ_LENGTH")
+            raise ValueError(f"--case {text}: use VARIANT/RECIPE/FORM/SEQ_LENGTH@LAYOUT")
         case = cls(name, *rest[:2], *(int(part) for part in rest[2:]))
+        case = replace(case, layout=layout)
         case.preset()
         for value, known in ((case.recipe, RECIPES), (case.form, FORMS)):
             if value not in known:
@@ -100,7 +108,8 @@ class Case:
         raise ValueError(f"--case {self.variant}: use {STOCK} or one of {', '.join(names)}")
 
     def __str__(self) -> str:
-        return f"{self.variant}/{self.recipe}/{self.form}/{self.seq_length}"
+        cut = f"@{self.layout}" if self.layout != ONE_GPU else ""
+        return f"{self.variant}/{self.recipe}/{self.form}/{self.seq_length}{cut}"
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,7 @@ class Load:
     tokens: int
     """Tokens of a micro-batch, in sequences of the case's length (at least one)."""
     micro_batches: int = 1
+    """Of a step, over all data-parallel ranks."""
     ffn_multiple: int = 16
     """MLP sizes are rounded up to a multiple of this, which FP8 needs; in bf16 too."""
     flags: tuple[str, ...] = ()
@@ -123,14 +133,14 @@ def parse_case(case: Case, load: Load, *more: str) -> tuple[Namespace, Transform
     Args:
         more: flags in addition to those of `load`.
     """
-    micro = max(1, load.tokens // case.seq_length)
+    micro = max(1, load.tokens // case.seq_length) * case.layout.widening
     argv = ["--config", str(case.preset()), "--core-form", case.form, "--mock-data"]
     sizes = {
         "num-layers": load.num_layers,
         "seq-length": case.seq_length,
         "max-position-embeddings": case.seq_length,
         "micro-batch-size": micro,
-        "global-batch-size": micro * load.micro_batches,
+        "global-batch-size": micro * case.layout.micro_batches(load.micro_batches),
         "lr-warmup-iters": 0,
         "expert-model-parallel-size": 1,
     }
@@ -138,7 +148,7 @@ def parse_case(case: Case, load: Load, *more: str) -> tuple[Namespace, Transform
         argv += [f"--{name}", str(value)]
     if case.recipe != "bf16":
         argv += ["--fp8-format", "hybrid", "--fp8-recipe", case.recipe]
-    argv += [*load.flags, *more]
+    argv += [*case.layout.flags(), *load.flags, *more]
     with contextlib.redirect_stdout(io.StringIO()):
         args = arguments.parse(argv)
         ffn, step = args.ffn_hidden_size, load.ffn_multiple
@@ -159,7 +169,7 @@ def parse_case(case: Case, load: Load, *more: str) -> tuple[Namespace, Transform
 
 
 def build_model(case: Case, args: Namespace, config: TransformerConfig) -> GPTModel:
-    """The case's GPT on the current device."""
+    """The part of the case's GPT that this rank owns, on the current device."""
     # Megatron keeps a table of experts' losses, which has the first model's number of layers.
     destroy_moe_metrics_tracker()
     if case.is_stock and case.has_experts:
@@ -173,6 +183,8 @@ def build_model(case: Case, args: Namespace, config: TransformerConfig) -> GPTMo
         spec,
         args.padded_vocab_size,
         args.max_position_embeddings,
+        pre_process=mpu.is_pipeline_first_stage(),
+        post_process=mpu.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
         position_embedding_type="rope",
         rotary_base=args.rotary_base,
@@ -185,7 +197,9 @@ class Trainee:
 
     def __init__(self, case: Case, load: Load) -> None:
         self.args, self.config = parse_case(case, load)
-        self.load = load
+        model_parallel_cuda_manual_seed(
+            1, te_rng_tracker=self.args.te_rng_tracker, force_reset_rng=True
+        )
         self.shape = from_megatron_args(self.args, seq_length=case.seq_length)
         model = build_model(case, self.args, self.config)
         if self.args.bf16:
@@ -195,8 +209,12 @@ class Trainee:
         self.optimizer = get_megatron_optimizer(optimizer, [self.model], overrides)
         self.config.grad_scale_func = self.optimizer.scale_loss
         self.config.finalize_model_grads_func = finalize_model_grads
+        if self.args.overlap_grad_reduce:
+            self.config.no_sync_func = self.model.no_sync
         self.model.broadcast_params()
         self.batch = self.args.micro_batch_size, case.seq_length
+        replicas = case.layout.size("dp")
+        self.micro_batches = self.args.global_batch_size // (self.batch[0] * replicas)
         self.generator = torch.Generator().manual_seed(1)
         self.activations = 0
         """Bytes that a micro-batch holds between forward and backward, logits and losses too; 0
@@ -231,28 +249,31 @@ class Trainee:
 
     @property
     def tokens(self) -> int:
-        """Tokens per step."""
-        return self.batch[0] * self.batch[1] * self.load.micro_batches
+        """Tokens per step, of all ranks."""
+        return self.args.global_batch_size * self.batch[1]
 
     def step(self) -> tuple[float | torch.Tensor, Any]:
-        """Run one optimizer step; returns the mean loss (on the device) and the gradient norm."""
+        """Run one optimizer step; returns the mean loss (on the device; 0 but on the last pipeline
+        stage; with context parallel of the rank's tokens) and the gradient norm."""
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         reported = get_forward_backward_func()(
             forward_step_func=self._forward,
             data_iterator=self._batches(),
             model=[self.model],
-            num_microbatches=self.load.micro_batches,
+            num_microbatches=self.micro_batches,
             seq_length=self.batch[1],
             micro_batch_size=self.batch[0],
             forward_only=False,
         )
         _, norm, _ = self.optimizer.step()
-        return sum(r["loss"] for r in reported) / len(reported), norm
+        return sum(r["loss"] for r in reported) / max(1, len(reported)), norm
 
     def close(self) -> None:
         """Free the device memory. Megatron's gradient hooks keep the model alive in a cycle that
         Python's garbage collector does not see."""
+        if self.args.cuda_graph_impl == "local":
+            delete_cuda_graphs()
         tensors = list(self.model.parameters())
         for buffer in (*self.model.buffers, *self.model.expert_parallel_buffers):
             tensors += [buffer.param_data, buffer.grad_data]
@@ -272,15 +293,21 @@ class Trainee:
 
     def _forward(self, batches: Iterator[torch.Tensor], model):
         tokens = next(batches)
-        positions = torch.arange(self.batch[1], device=tokens.device)[None]
-        labels = tokens[:, 1:].contiguous()
+        own = self._own_tokens(tokens.device)
         start = torch.cuda.memory_allocated()
-        losses = model(tokens[:, :-1].contiguous(), positions, None, labels=labels)
+        losses = model(tokens[:, own], own[None], None, labels=tokens[:, own + 1])
         self.activations = max(self.activations, torch.cuda.memory_allocated() - start)
         return losses, _mean_loss
+
+    def _own_tokens(self, device: torch.device) -> torch.Tensor:
+        """Places in the sequence of this context-parallel rank's tokens: two chunks of 2 cp."""
+        cp, rank = mpu.get_context_parallel_world_size(), mpu.get_context_parallel_rank()
+        chunks = torch.arange(self.batch[1], device=device).chunk(2 * cp)
+        return torch.cat([chunks[rank], chunks[-1 - rank]]) if cp > 1 else torch.cat(chunks)
 
 
 def _mean_loss(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     loss = losses.float().mean()
-    # The schedule divides the loss in place, so that the log needs a copy.
-    return loss, {"loss": loss.detach().clone()}
+    # The schedule multiplies the loss by the context-parallel size and divides it by the number of
+    # micro-batches, in place: the log needs a copy.
+    return loss / mpu.get_context_parallel_world_size(), {"loss": loss.detach().clone()}

@@ -5,13 +5,16 @@ from __future__ import annotations
 import gc
 import itertools
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
 import torch
+import torch.distributed as dist
 
+from megatron_mlra.benchmarks.training import kernels
 from megatron_mlra.benchmarks.training.case import Case, Load, Trainee, build_model, parse_case
+from megatron_mlra.benchmarks.training.worlds import user_buffers
 from megatron_mlra.cost.flops import train_flops_per_token
 from megatron_mlra.cost.parameters import parameters
 
@@ -25,7 +28,11 @@ class Result:
     recipe: str
     form: str
     seq_length: int
+    layout: str
+    """`one`, or how the model is cut (layouts.py)."""
+    gpus: int
     tokens: int
+    """Of a step, all GPUs together."""
     parameters: int
     layers: int
     gate: float
@@ -36,6 +43,7 @@ class Result:
     spread_ms: float
     """80th minus 20th percentile of the timed steps."""
     tokens_per_second: float
+    """All GPUs together."""
     model_tflops: float
     hardware_tflops: float
     mfu: float
@@ -47,9 +55,11 @@ class Result:
     activations_gib: float
     """What a micro-batch holds between forward and backward, logits and losses too."""
     peak_gib: float
-    """Peak of allocated device memory."""
+    """Peak of allocated device memory, on the GPU that holds most."""
     loss: float
     """Mean loss of the step after the timed ones."""
+    kernels: dict = field(default_factory=dict)
+    """What a profile of two steps said (kernels.py), if one was asked for."""
 
 
 def matmul_tflops() -> float:
@@ -93,27 +103,36 @@ def measure(
         trace: file for a profiler trace of two more steps, or None.
     """
     free_memory()
-    trainee = Trainee(case, load)
-    try:
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        times = sorted(time_calls(trainee.step, steps, warmup))
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-        loss = float(trainee.step()[0])
-        held = trainee.held()
-        if trace is not None:
-            profile(trainee, trace)
-    finally:
-        trainee.close()
-    step = median(times)
+    found: dict = {}
+    args, _ = parse_case(case, load)
+    with user_buffers(args):
+        trainee = Trainee(case, load)
+        try:
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            times = sorted(time_calls(trainee.step, steps, warmup))
+            peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+            # Other stages of a pipeline report no loss.
+            loss, peak = _largest(float(trainee.step()[0]), peak)
+            held = trainee.held()
+            if trace is not None:
+                found = profile(trainee, trace, median(times))
+        finally:
+            trainee.close()
+    if not 0 < loss < float("inf"):
+        raise ValueError(f"{case}: the loss is {loss}")
+    step, gpus = median(times), dist.get_world_size()
     rate = 1e3 * trainee.tokens / step
     flops = train_flops_per_token(trainee.shape)
+    hardware = flops.hardware * rate / gpus / 1e12
     return Result(
         case=str(case),
         variant=case.variant if case.is_stock else trainee.shape.attention_variant,
         recipe=case.recipe,
         form="absorbed" if trainee.shape.absorbed else "materialized",
         seq_length=case.seq_length,
+        layout=str(case.layout),
+        gpus=gpus,
         tokens=trainee.tokens,
         parameters=parameters(trainee.shape).total,
         layers=load.num_layers,
@@ -121,16 +140,24 @@ def measure(
         step_ms=step,
         spread_ms=times[int(0.8 * len(times))] - times[int(0.2 * len(times))],
         tokens_per_second=rate,
-        model_tflops=flops.model * rate / 1e12,
-        hardware_tflops=flops.hardware * rate / 1e12,
-        mfu=flops.hardware * rate / 1e12 / matmul,
+        model_tflops=flops.model * rate / gpus / 1e12,
+        hardware_tflops=hardware,
+        mfu=hardware / matmul,
         weights_gib=held["weights"] / 2**30,
         gradients_gib=held["gradients"] / 2**30,
         optimizer_gib=held["optimizer"] / 2**30,
         activations_gib=trainee.activations / 2**30,
         peak_gib=peak / 2**30,
         loss=loss,
+        kernels=found,
     )
+
+
+def _largest(*values: float) -> tuple[float, ...]:
+    """Each value's largest over the ranks of this world."""
+    numbers = torch.tensor(values, dtype=torch.float64).cuda()
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return tuple(numbers.tolist())
 
 
 @dataclass
@@ -191,21 +218,38 @@ def measure_sublayer(case: Case, load: Load, repeats: int) -> SublayerResult:
     )
 
 
-def profile(trainee: Trainee, trace: Path) -> None:
-    """Write a Chrome trace of two steps, and a text file with a table of kernels by time."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler:
+def profile(trainee: Trainee, trace: Path, step_ms: float) -> dict:
+    """Write a Chrome trace of two steps of rank 0, and a text file of what it says (kernels.py).
+
+    Only the device is traced: a trace of the host's calls too would make the host slower, and a
+    step that waits for the host longer.
+
+    Args:
+        step_ms: of a step without the profiler.
+
+    Returns:
+        what the trace says; nothing on other ranks, or without a GPU.
+    """
+
+    def two_steps() -> None:
         for _ in range(2):
             trainee.step()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+
+    if dist.get_rank():
+        two_steps()
+        return {}
+    on_gpu = torch.cuda.is_available()
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CUDA if on_gpu else activity.CPU]) as profiler:
+        two_steps()
     trace.parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(trace))
-    key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    table = profiler.key_averages().table(sort_by=key, row_limit=60, max_name_column_width=90)
-    trace.with_suffix(".txt").write_text(table)
+    found = kernels.summary(kernels.read(trace), 2, step_ms)
+    if found:
+        trace.with_name(trace.name.split(".json")[0] + ".txt").write_text(kernels.text(found))
+    return found
 
 
 def free_memory() -> None:

@@ -27,6 +27,21 @@ COLUMNS = (
 )
 
 
+LAYOUT_COLUMNS = (
+    ("case", "{case}"),
+    ("tokens/s", "{tokens_per_second:,.0f}"),
+    ("of one GPU's", "{ratio}"),
+    ("step ms", "{step_ms:.1f}"),
+    ("spread", "{spread_ms:.1f}"),
+    ("MFU", "{mfu:.1%}"),
+    ("GPU idle", "{idle}"),
+    ("communication ms", "{communication}"),
+    ("of it exposed", "{exposed}"),
+    ("peak GiB", "{peak_gib:.1f}"),
+)
+"""Of cases that are cut over GPUs. Idle share and communication are of a profile, of rank 0."""
+
+
 MEMORY_COLUMNS = (
     ("case", "{case}"),
     ("form", "{form}"),
@@ -55,6 +70,29 @@ def table(rows: list[Result] | list[SublayerResult]) -> str:
     """A Markdown table of results."""
     sublayers = bool(rows) and isinstance(rows[0], SublayerResult)
     return _table(SUBLAYER_COLUMNS if sublayers else COLUMNS, [asdict(row) for row in rows])
+
+
+def layout_table(rows: list[Result]) -> str:
+    """A Markdown table of layouts, each against the same case on one GPU if that was measured."""
+
+    def key(row: Result) -> tuple[str, ...]:
+        wide = "wide4" if row.layout.endswith("wide4") else ""
+        return row.variant, row.recipe, row.form, str(row.seq_length), wide
+
+    alone = {key(row): row for row in rows if row.gpus == 1 and row.layout in ("one", "wide4")}
+    values = []
+    for row in rows:
+        one, traced = alone.get(key(row)), row.kernels
+        values.append(
+            asdict(row)
+            | {
+                "ratio": f"{row.tokens_per_second / one.tokens_per_second:.2f}" if one else "",
+                "idle": f"{traced['idle_share']:.0%}" if traced else "",
+                "communication": f"{traced['communication_ms']:.1f}" if traced else "",
+                "exposed": f"{traced['exposed_ms']:.1f}" if traced else "",
+            }
+        )
+    return _table(LAYOUT_COLUMNS, values)
 
 
 def memory_table(rows: list[Result]) -> str:

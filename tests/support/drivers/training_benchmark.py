@@ -1,6 +1,7 @@
 """The training benchmark's path from cases to its tables, on the CPU with tiny models.
 
-Usage: python -m support.drivers.training_benchmark FOLDER
+Usage: python -m support.drivers.training_benchmark FOLDER. `FOLDER/one` has the results of one
+process, `FOLDER/two` those of two.
 """
 
 from __future__ import annotations
@@ -31,37 +32,51 @@ expert_model_parallel_size: 8
 """
 
 
+LAYOUTS = ("tp2-latent", "cp2", "pp2", "dp2-half", "one-wide4")
+
+
 def main(folder: Path) -> None:
     from megatron_mlra.training.cli import has_gpu
 
     has_gpu()
-    import torch
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-
-    from megatron_mlra.benchmarks.training import gate, measure, report
-    from megatron_mlra.benchmarks.training.case import Case, Load
+    from megatron_mlra.benchmarks.training import cli
+    from megatron_mlra.benchmarks.training.case import Case
+    from megatron_mlra.benchmarks.training.layouts import Layout
     from megatron_mlra.training.cpu_backend import enable_cpu_backend
     from support import CONFIGS
+    from support.world import launch
 
     enable_cpu_backend()
-    dense, experts = folder / "dense.yaml", folder / "experts.yaml"
-    dense.write_text(MODEL.format(preset=CONFIGS / "debug.yaml"))
-    experts.write_text(MODEL.format(preset=CONFIGS / "debug.yaml") + EXPERTS)
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(1)
-    load = Load(num_layers=2, tokens=64)
-    rows = []
-    for case in (
-        Case(str(dense), "bf16", "absorbed", 32),
-        Case(str(dense), "bf16", "materialized", 32),
-        Case(str(experts), "bf16", "auto", 32),
-    ):
-        rows.append(measure.measure(case, load, gate.check(case, load), 1.0, 2, 1, None))
-    report.write(rows, 1.0, {"num_layers": 2}, folder)
-    print(report.memory_table(rows))
+    models = {}
+    for name, text in (("dense", MODEL), ("experts", MODEL + EXPERTS)):
+        models[name] = str(folder / f"{name}.yaml")
+        Path(models[name]).write_text(text.format(preset=CONFIGS / "debug.yaml"))
+
+    def case(model: str, layout: str = "one", form: str = "auto") -> Case:
+        return Case(models[model], "bf16", form, 32, Layout.parse(layout))
+
+    def measure(name: str, cases: list[Case], *flags: str) -> int:
+        small = [
+            "--num-layers",
+            "2",
+            "--tokens",
+            "64",
+            "--steps",
+            "1",
+            "--warmup",
+            "0",
+            "--profile",
+        ]
+        out = folder / name
+        out.mkdir(exist_ok=True)
+        args, more = cli.parser().parse_known_args([*small, "--out", str(out), *flags])
+        return cli.measure_all(cases, args, more, "gloo")
+
+    one = [case("dense", form=form) for form in ("absorbed", "materialized")]
+    launch(1, lambda: measure("one", [*one, case("experts")]), folder)
+    two = [case("dense", layout) for layout in LAYOUTS]
+    two += [case("experts", "dp2-ep2"), case("dense", "dp3")]
+    launch(2, lambda: measure("two", two, "--micro-batches", "4"), folder)
 
 
 if __name__ == "__main__":

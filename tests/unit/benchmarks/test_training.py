@@ -4,14 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from megatron_mlra.benchmarks.training import report
+from megatron_mlra.benchmarks.training import kernels, report
 from megatron_mlra.benchmarks.training.case import Case, Load, parse_case
+from megatron_mlra.benchmarks.training.cli import TWO_GPUS
+from megatron_mlra.benchmarks.training.layouts import Layout
 from megatron_mlra.benchmarks.training.measure import Result, SublayerResult
 from megatron_mlra.benchmarks.training.plot import plot
+from megatron_mlra.benchmarks.training.progress import Progress
 from support import ROOT
+from support.drivers.training_benchmark import LAYOUTS
 
 
 def result(case: Case, rate: float) -> Result:
@@ -21,6 +26,8 @@ def result(case: Case, rate: float) -> Result:
         recipe=case.recipe,
         form="absorbed",
         seq_length=case.seq_length,
+        layout=str(case.layout),
+        gpus=case.layout.world,
         tokens=8192,
         parameters=1,
         layers=6,
@@ -54,7 +61,7 @@ def test_a_case_is_read_from_its_text():
         ("mlra5", "use stock-mla or one of debug, "),
         ("mlra4/fp8", "'fp8'; use one of bf16, delayed"),
         ("mlra4/bf16/fast", "'fast'; use one of auto, absorbed"),
-        ("mlra4/bf16/auto/long", "use VARIANT/RECIPE/FORM/SEQ_LENGTH"),
+        ("mlra4/bf16/auto/long", "use VARIANT/RECIPE/FORM/SEQ_LENGTH@LAYOUT"),
         ("mlra4/bf16/auto/0", "use VARIANT/RECIPE/FORM/SEQ_LENGTH"),
         ("mlra4/bf16/auto/2048/6", "use VARIANT/RECIPE/FORM/SEQ_LENGTH"),
     ],
@@ -63,6 +70,97 @@ def test_what_is_no_case_is_refused(text, words):
     with pytest.raises(ValueError, match="--case") as error:
         Case.parse(text)
     assert words in str(error.value)
+
+
+def test_a_layout_is_read_from_its_name():
+    case = Case.parse("mlra4/bf16/auto/4096@dp2-tp2-latent-graphs")
+    assert case.layout.world == 4 and case.layout.size("cp") == 1
+    assert case.layout.flags() == [
+        *("--tensor-model-parallel-size", "2", "--sequence-parallel"),
+        *("--latent-tp-layout", "latent", "--cuda-graph-impl", "local", "--te-rng-tracker"),
+    ]
+    assert str(case) == "mlra4/bf16/auto/4096@dp2-tp2-latent-graphs"
+    assert Case.parse("mlra4@one").layout == Layout() and str(Layout()) == "one"
+    assert Layout.parse("dp2-ep2").world == 2
+    assert Layout.parse("dp2-wide4").micro_batches(8) == 2
+    assert all(Case.parse(text).layout.world <= 2 for text in TWO_GPUS)
+    assert len(set(TWO_GPUS)) == len(TWO_GPUS)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("tp2-fast", "'fast'; join one, tpN"),
+        ("tp0", "'tp0'; join"),
+        ("tp2-tp4", "'tp4'; join"),
+        ("ep2", "experts lie across data-parallel ranks; use dp2-ep2"),
+        ("", "''; join"),
+    ],
+)
+def test_what_is_no_layout_is_refused(text, words):
+    with pytest.raises(ValueError, match="layout") as error:
+        Case.parse(f"mlra4@{text}")
+    assert words in str(error.value)
+
+
+def test_micro_batches_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="--micro-batches 4 do not divide into dp2-wide4; use 8"):
+        Layout.parse("dp2-wide4").micro_batches(4)
+
+
+def test_a_trace_is_summed_up():
+    """Two steps of 100 us: computing at 0-40 and 90-100, NCCL at 30-70, idle at 70-90."""
+    events = [
+        {"cat": "kernel", "name": name, "ts": 100 * step + start, "dur": stop - start}
+        for step in (0, 1)
+        for name, start, stop in (
+            ("void gemm<float>(x)", 0, 40),
+            ("ncclDevKernel_AllGather(y)", 30, 70),
+            ("void gemm<float>(x)", 90, 100),
+        )
+    ]
+    events += [{"cat": "cuda_runtime", "name": "launch", "ts": 0, "dur": 9}, {"name": "thread"}]
+    found = kernels.summary(events, 2, 0.125)
+    assert found["busy_ms"] == pytest.approx(0.08)
+    assert found["compute_ms"] == pytest.approx(0.05)
+    assert found["communication_ms"] == pytest.approx(0.04)
+    assert found["exposed_ms"] == pytest.approx(0.03)
+    assert found["idle_ms"] == pytest.approx(0.02)
+    assert found["idle_share"] == pytest.approx(1 - 0.08 / 0.125)
+    assert found["launches"] == 3
+    assert [gap["count"] for gap in found["gaps"]] == [0, 1, 0]
+    assert found["kernels"][0][2] == "void gemm<float>(x)"
+    assert found["kernels"][0][:2] == (pytest.approx(0.05), 2)
+    assert [row[2] for row in found["collectives"]] == ["ncclDevKernel_AllGather(y)"]
+    said = kernels.text(found)
+    assert "waits for the host" in said and "idle 36% of it" in said and "  gemm\n" in said
+    assert kernels.summary([{"cat": "cpu_op", "name": "add", "ts": 0, "dur": 1}], 1, 1.0) == {}
+
+
+def test_a_launch_that_is_started_again_goes_on_behind_the_case_that_ended_it(
+    tmp_path, monkeypatch
+):
+    cases = [Case.parse(f"mlra4@{layout}") for layout in ("one", "tp2", "pp2")]
+    first = Progress(tmp_path, Result)
+    first.begin(cases[0])
+    first.measured(cases[0], result(cases[0], 5.0))
+    first.begin(cases[1])
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    again = Progress(tmp_path, Result)
+    assert again.begun == [str(case) for case in cases[:2]]
+    assert again.rows == {str(cases[0]): result(cases[0], 5.0)}
+    assert [*again.failed.values()] == ["mlra4/bf16/auto/2048@tp2: it ended its process"]
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    assert not Progress(tmp_path, Result).begun
+
+
+def test_layouts_have_a_table_of_their_own():
+    cases = [
+        Case.parse(f"mlra4/bf16/auto/4096@{name}") for name in ("one", "tp2-head", "tp2-wide4")
+    ]
+    table = report.layout_table([result(case, 10.0 * (i + 1)) for i, case in enumerate(cases)])
+    assert "| mlra4/bf16/auto/4096@tp2-head | 20 | 2.00 |" in table
+    assert "@tp2-wide4 | 30 |  |" in table
 
 
 def test_arguments_follow_the_case():
@@ -83,17 +181,17 @@ def test_experts_are_cut_to_the_layers_and_to_one_gpu():
     assert Case.parse("stock-mla-fused").is_fused and not Case.parse("mlra4").has_experts
 
 
-def test_a_case_is_measured_with_its_memory_apart(tmp_path):
+@pytest.fixture(scope="module")
+def measured(run_driver):
+    """The driver's folder: cases of one process, and layouts of two."""
+    return run_driver("training_benchmark", timeout=300)
+
+
+def test_a_case_is_measured_with_its_memory_apart(measured):
     """On the CPU, of a dense and a mixture-of-experts model: the gate, the steps, what is held."""
-    run = subprocess.run(
-        [sys.executable, "-m", "support.drivers.training_benchmark", tmp_path],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"},
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    rows = json.loads((tmp_path / "training.json").read_text())["rows"]
+    rows = json.loads((measured / "one" / "training.json").read_text())["rows"]
     assert [row["gate"] for row in rows] == [0.0, 0.0, 0.0]
+    assert [row["form"] for row in rows] == ["absorbed", "materialized", "absorbed"]
     for row in rows:
         weights = 4 * row["parameters"]
         held = {n: row[f"{n}_gib"] * 2**30 for n in ("weights", "gradients", "optimizer")}
@@ -101,7 +199,21 @@ def test_a_case_is_measured_with_its_memory_apart(tmp_path):
         assert held["gradients"] == pytest.approx(weights, rel=0.01)
         assert held["optimizer"] == pytest.approx(2 * weights, rel=0.01)
         assert row["step_ms"] > 0 and row["loss"] > 0
-    assert run.stdout.splitlines()[-1].startswith("| ") and "materialized" in run.stdout
+
+
+def test_every_layout_of_two_processes_is_measured(measured):
+    found = json.loads((measured / "two" / "training.json").read_text())
+    rows = {(Path(row["variant"]).stem, row["layout"]): row for row in found["rows"]}
+    assert {name for _, name in rows} == {*LAYOUTS, "dp2-ep2"} - {"one-wide4"} | {"wide4"}
+    assert [error.partition(": ")[2] for error in found["failed"]] == [
+        "layout dp3 needs 3 GPUs and 2 processes run; launch with torchrun --nproc-per-node 3"
+    ]
+    for (_, name), row in rows.items():
+        assert row["gpus"] == (1 if name in ("one", "wide4") else 2)
+        assert row["tokens"] == (4 if "half" in name else 8) * 32
+        assert row["loss"] > 0 and row["tokens_per_second"] > 0
+    known = json.loads((measured / "two" / "progress.json").read_text())
+    assert len(known["begun"]) == len(rows) + 1
 
 
 def test_results_are_written_whole(tmp_path):
@@ -131,4 +243,4 @@ def test_without_a_gpu_it_is_one_line():
         " CPU"
     )
     told = subprocess.run([*command, "--help"], capture_output=True, text=True, env=env).stdout
-    assert "VARIANT[/RECIPE[/FORM[/SEQ_LENGTH]]]" in told
+    assert "VARIANT[/RECIPE[/FORM[/SEQ_LENGTH]]][@LAYOUT]" in told

@@ -129,10 +129,9 @@ def test_traffic_by_hand():
     dense, experts = rank_parameters(model, layout)
     assert experts == 0
     assert sent.data == pytest.approx(3 / 4 * 6 * dense)
-    # Per layer: the MLP's five passes of d; attention's entry, latents and exit, both ways, and two
-    # all-reduces of a sum of squares, a head of latents split over two ranks among them.
+    # Per layer: the MLP's five passes of d; attention's entry, latents and exit, both ways.
     compressed = 1536 + 512 + 64
-    attention = 4 * d + 2 * compressed + 2 * 2 * (1 + 1)
+    attention = 4 * d + 2 * compressed
     assert sent.tensor == pytest.approx(2 * s * 24 / 2 * (5 * d + attention))
     assert sent.pipeline == sent.context == sent.expert == 0
 
