@@ -9,11 +9,10 @@ import time
 
 import pytest
 
-from support.runs import wait_for
+from support.runs import GET_BATCH, wait_for
 
 LIMIT = 8
 LIVES = ["--hang-timeout-seconds", LIMIT, "--train-iters", 400, "--log-interval", 1]
-GET_BATCH = "megatron_mlra.training.steps:get_batch"
 SAVE = "megatron.training.training:save_checkpoint"
 BUILD_DATASETS = "megatron_mlra.training.batches:build_datasets"
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from support import ROOT
+from support.runs import GET_BATCH
 
 pytestmark = pytest.mark.gpu
 
@@ -25,13 +26,13 @@ import os, time
 import pretrain_mlra
 pretrain_mlra.has_gpu()
 from megatron.training import get_args
-from megatron_mlra import model
-get_batch = model.get_batch
+import {module} as steps
+get_batch = steps.{name}
 def slow(*rest):
     if os.environ["RANK"] == "1" and get_args().curr_iteration + 1 == 4:
         time.sleep(600)
     return get_batch(*rest)
-model.get_batch = slow
+steps.{name} = slow
 pretrain_mlra.leave(pretrain_mlra.main())
 """
 
@@ -50,11 +51,13 @@ def test_a_gpu_with_queued_work_is_busy(tmp_path):
 
 def two_ranks(folder: Path) -> subprocess.CompletedProcess:
     """A run of two data-parallel ranks of which one falls asleep before its batch of step 4."""
-    (folder / "asleep.py").write_text(ASLEEP)
+    module, _, name = GET_BATCH.partition(":")
+    (folder / "asleep.py").write_text(ASLEEP.format(module=module, name=name))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", folder / "asleep.py"]
     command += ["--config", "debug", "--mock-data", "--bf16"]
     command += ["--micro-batch-size", "4", "--train-iters", "50", "--eval-iters", "0"]
+    command += ["--lr-warmup-iters", "2", "--log-interval", "1"]
     command += ["--save", folder / "save", "--hang-timeout-seconds", "20"]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(

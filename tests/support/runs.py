@@ -35,6 +35,9 @@ eval_iters: 2
 save_interval: 4
 """
 
+GET_BATCH = "megatron_mlra.training.steps:get_batch"
+"""The function, by module and name, in which a rank of tests of hangs falls asleep."""
+
 WHOLE = ("--eval-at-start", "--log-interval", "1")
 """Flags of the uninterrupted run."""
 
