@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_mlra.checkpoint.files.staging import check_destination
+from megatron_mlra.checkpoint.files.tracker import a_checkpoint
+from megatron_mlra.command_line.early import a_file, a_folder, byte_or_there, reads, writes
 from megatron_mlra.command_line.parser import OneLineParser, add_no_verify, fail, read_text
 from megatron_mlra.command_line.printable import printable
 from megatron_mlra.command_line.signals import Interrupted, interruptible
@@ -16,7 +20,7 @@ from megatron_mlra.description.model import DTYPES, CheckpointError
 GIGABYTE = 10**9
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> OneLineParser:
     """The flags."""
     flags = OneLineParser(
         description="Convert checkpoints between Megatron (torch_dist), the MLRA paper's research"
@@ -37,13 +41,19 @@ def parser() -> argparse.ArgumentParser:
         return added
 
     def with_source(added: argparse.ArgumentParser) -> None:
-        added.add_argument("source", metavar="SRC", help="checkpoint folder (or its iter_* folder)")
+        source = added.add_argument(
+            "source", metavar="SRC", help="checkpoint folder (or its iter_* folder)"
+        )
+        reads(source, a_checkpoint)
         added.add_argument(
             "--vocab-size", type=int, help="true vocabulary, where a Megatron SRC does not say it"
         )
 
     def with_destination(added: argparse.ArgumentParser) -> None:
-        added.add_argument("destination", metavar="DST", help="folder to write; must not exist")
+        destination = added.add_argument(
+            "destination", metavar="DST", help="folder to write; must not exist"
+        )
+        writes(destination, lambda folder, _: check_destination(Path(folder), 0))
         added.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as they are")
         added.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -57,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     ):
         added = command(name, run, about)
         if name == "reshard":
-            added.add_argument("source", metavar="SRC", help="Megatron folder")
+            reads(added.add_argument("source", metavar="SRC", help="Megatron folder"), a_checkpoint)
         else:
             with_source(added)
         with_destination(added)
@@ -78,27 +88,37 @@ def parser() -> argparse.ArgumentParser:
                 "--weights-only", action="store_true", help="leave out the optimizer's state"
             )
         if name == "export-hf":
-            added.add_argument(
+            tokenizer = added.add_argument(
                 "--tokenizer",
                 help="byte, or a tokenizer's folder; default: the files beside SRC's weights",
             )
-            added.add_argument(
+            reads(tokenizer, byte_or_there)
+            template = added.add_argument(
                 "--chat-template", metavar="FILE", help="Jinja template the model was trained with"
             )
+            reads(template, a_file)
         if name == "export-official":
-            added.add_argument(
+            tokenizer = added.add_argument(
                 "--tokenizer",
                 metavar="FOLDER",
                 help="tokenizer to copy; default: the files beside SRC's weights",
             )
+            reads(tokenizer, partial(a_folder, what="a tokenizer's folder"))
             added.add_argument(
                 "--format", choices=("safetensors", "bin"), default="safetensors", help="of files"
             )
     verify = command("verify", _verify, "Compare the logits of two folders on text.")
-    verify.add_argument("a", metavar="A", help="checkpoint folder of any kind")
-    verify.add_argument("b", metavar="B", help="checkpoint folder of any kind")
-    verify.add_argument("--text", metavar="FILE", help="text to run on; default: a sample")
-    verify.add_argument("--tokenizer", help="tokenizer.json, or byte; default: A's or B's")
+    for name in ("a", "b"):
+        folder = verify.add_argument(
+            name, metavar=name.upper(), help="checkpoint folder of any kind"
+        )
+        reads(folder, a_checkpoint)
+    text = verify.add_argument("--text", metavar="FILE", help="text to run on; default: a sample")
+    reads(text, a_file)
+    tokenizer = verify.add_argument(
+        "--tokenizer", help="tokenizer.json, or byte; default: A's or B's"
+    )
+    reads(tokenizer, byte_or_there)
     verify.add_argument("--tokens", type=int, default=512, help="how many (default: 512)")
     verify.add_argument("--length", type=int, default=256, help="of a sequence (default: 256)")
     verify.add_argument(
@@ -147,8 +167,6 @@ def _open(args: argparse.Namespace, path: str, kinds: Sequence[str] = (), takes_
 
 def _check_destination(args: argparse.Namespace) -> None:
     """Refuse a wrong destination before the source is read, which may take minutes."""
-    from megatron_mlra.checkpoint.files.staging import check_destination
-
     check_destination(Path(args.destination), 0)
 
 

@@ -17,6 +17,14 @@ CORE_FORMS = (AUTO, "absorbed", "materialized")
 CORE_BACKENDS = (AUTO, TORCH, TE, MLRA_KERNELS)
 LATENT_KERNELS = (AUTO, TORCH, MLRA_KERNELS)
 FP8_LINEARS = ("wide", "all")
+LOAD_DTYPES = (AUTO, "float32", "bfloat16", "float16")
+DECODE_BACKENDS = (AUTO, MLRA_KERNELS, TORCH)
+CACHE_DTYPES = (AUTO, "float32", "bfloat16", "float16", "fp8")
+WEIGHT_MODES = ("replicated", "sharded")
+"""'replicated': a rank holds W_UQ of all heads that it attends with, and W_O of the heads whose
+outputs it gets; one all-reduce per layer, and one exchange where tokens are cut. 'sharded': a rank
+holds h / world heads of both weights, for one more all-gather of queries and, over ranks with other
+branches, one more reduce-scatter."""
 
 OLD_NAMES = {
     "core_backend": {"sdpa": TORCH, "latent": MLRA_KERNELS},

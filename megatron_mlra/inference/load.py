@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_mlra.description.model import DTYPES as WEIGHT_DTYPES
+from megatron_mlra.description.backends import CACHE_DTYPES, LOAD_DTYPES
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.inference.backends.select import select_backend
-from megatron_mlra.inference.cache import CACHE_DTYPES, GroupedCache, LatentCache
+from megatron_mlra.inference.cache import GroupedCache, LatentCache
 from megatron_mlra.inference.checks import whole
 from megatron_mlra.inference.model import DraftModel, InferenceModel
 from megatron_mlra.inference.parallel import (
@@ -21,8 +21,6 @@ from megatron_mlra.inference.parallel import (
 )
 from megatron_mlra.inference.weights import load_draft as weights_of_draft
 from megatron_mlra.inference.weights import load_weights
-
-DTYPES = ("auto", *WEIGHT_DTYPES)
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class LoadOptions:
     backend: str = "auto"
     """'mlra_kernels' (CUDA), 'torch', or 'auto': the kernels where they can run, else torch."""
     weight_mode: str = "replicated"
-    """See `parallel.WEIGHT_MODES`."""
+    """See `backends.WEIGHT_MODES`."""
     draft: bool = False
     """Room in the cache for a layer of multi-token prediction (`load_draft`)."""
 
@@ -108,8 +106,8 @@ def load_draft(
 
 
 def _dtype(model: ModelDescription, options: LoadOptions, device: torch.device) -> torch.dtype:
-    if options.dtype not in DTYPES:
-        raise ValueError(f"dtype is {options.dtype!r}; use one of {', '.join(DTYPES)}")
+    if options.dtype not in LOAD_DTYPES:
+        raise ValueError(f"dtype is {options.dtype!r}; use one of {', '.join(LOAD_DTYPES)}")
     if options.dtype == "auto":
         return torch.float32 if device.type == "cpu" else getattr(torch, model.dtype)
     return getattr(torch, options.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_mlra.command_line.early import writes
 from megatron_mlra.command_line.parser import OneLineParser, check_output, write_text
 from megatron_mlra.cost.cache import DTYPE, kv_cache_bytes_per_token
 from megatron_mlra.cost.parameters import parameters
@@ -20,7 +21,10 @@ def parser() -> OneLineParser:
     )
     flags.add_argument("preset", help="the preset to be equal to, by name or path")
     flags.add_argument("--attention", required=True, metavar="NAME", help=", ".join(VARIANTS))
-    flags.add_argument("--output", type=Path, metavar="FILE.yaml", help="default: print it")
+    output = flags.add_argument(
+        "--output", type=Path, metavar="FILE.yaml", help="default: print it"
+    )
+    writes(output, check_output)
     flags.add_argument("--overwrite", action="store_true", help="replace FILE.yaml")
     return flags
 

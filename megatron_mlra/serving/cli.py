@@ -8,9 +8,11 @@ import re
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_mlra.command_line.early import a_file, a_folder, byte_or_there, reads
 from megatron_mlra.command_line.parser import OneLineParser, add_no_verify, fail, read_text
 from megatron_mlra.command_line.signals import Interrupted, interruptible
 from megatron_mlra.serving.environment import find_python
@@ -21,19 +23,24 @@ if TYPE_CHECKING:
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 """Hosts that only this machine reaches."""
+SOURCE = "a run, a checkpoint or an exported folder"
 ROOT = Path(__file__).parents[2]
 """The checkout, if this package is installed from one."""
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> OneLineParser:
     """The flags."""
     p = OneLineParser(
         prog="mlra serve",
+        passes_on=True,
         description="Serve a model over HTTP by vLLM: OpenAI's interface at /v1, a page to talk to"
         " the model at /chat. A run or checkpoint is exported first, once.",
         epilog="Everything behind -- goes to vLLM, such as -- --max-num-seqs 64.",
     )
-    p.add_argument("source", help="exported folder, --save folder of a run, or its iter_* folder")
+    source = p.add_argument(
+        "source", help="exported folder, --save folder of a run, or its iter_* folder"
+    )
+    reads(source, partial(a_folder, what=SOURCE))
     p.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
     p.add_argument("--port", type=int, default=8000, help="default: 8000")
     p.add_argument("--name", help="of the model in requests; default: the source's")
@@ -48,8 +55,12 @@ def parser() -> argparse.ArgumentParser:
         help="guess a token per step by the model's layer of multi-token prediction",
     )  # fmt: skip
     p.add_argument("--export-to", metavar="FOLDER", help="default: SOURCE/exported/STEP")
-    p.add_argument("--tokenizer", help="of the export: byte, or a tokenizer's folder")
-    p.add_argument("--chat-template", metavar="FILE", help="that the model was trained with")
+    tokenizer = p.add_argument("--tokenizer", help="of the export: byte, or a tokenizer's folder")
+    reads(tokenizer, byte_or_there)
+    template = p.add_argument(
+        "--chat-template", metavar="FILE", help="that the model was trained with"
+    )
+    reads(template, a_file)
     p.add_argument("--vocab-size", type=int, help="true size, if a Megatron folder lacks it")
     p.add_argument("--python", help="of vLLM's environment; default: $MLRA_VLLM or .venv-vllm")
     p.add_argument(
@@ -78,8 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _serve(args: argparse.Namespace) -> int:
     source = Path(args.source)
-    if not source.is_dir():
-        raise ValueError(f"{source} is no folder; give a run, a checkpoint or an exported folder")
+    a_folder(source, "source", SOURCE)
     if args.chat_template is not None:
         read_text(args.chat_template)
     check_port(args.host, args.port)

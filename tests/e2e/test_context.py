@@ -52,7 +52,7 @@ def test_context_parallel_trains_as_one_rank(entry, preset, whole, tmp_path):
     run = entry.run(tmp_path, *argv, CP, 2, "--eval-at-start", "--save", save, ranks=2)
     assert_same(run, whole, "lm loss", "grad-norm", "lm loss validation", "lm loss test")
     assert sorted(run.losses) == list(range(1, 9))
-    assert "TP1 x PP1 x DP1 x CP2, 8 steps of 128 tokens" in run.out
+    assert "\n  processes: 2: each sequence cut over 2 (CP2)\n" in run.out
     start = as_of(4, save, tmp_path / "start")
     resumed = entry.run(tmp_path / "one", *argv, "--load", start)
     assert_same(resumed, whole, "lm loss", "grad-norm")

@@ -8,12 +8,14 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 from megatron_mlra.fault_tolerance.retention import prune
+from megatron_mlra.launch.ports import reserve_port
 from support import ENV, ROOT
 from support.runs import wait_for
 
@@ -139,32 +141,38 @@ def wait_until_met(port: int, seconds: float = 300) -> None:
         time.sleep(0.2)
 
 
+def lines(out: Path) -> list[str]:
+    """What was said, without the line of what is loaded."""
+    return [line for line in out.read_text().splitlines() if not line.startswith("loading ")]
+
+
 def own_address() -> str:
     """An address of this machine that is not its loopback."""
     found = [e.address for entries in psutil.net_if_addrs().values() for e in entries]
     return next(a for a in found if a.count(".") == 3 and not a.startswith("127."))
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A port where the hosts of a test meet."""
+    with reserve_port("") as kept:
+        yield kept.getsockname()[1]
 
 
-def test_hosts_that_were_told_differently_end_soon(tmp_path):
-    port, outs = free_port(), [tmp_path / "one.txt", tmp_path / "two.txt"]
+def test_hosts_that_were_told_differently_end_soon(port, tmp_path):
+    outs = [tmp_path / "one.txt", tmp_path / "two.txt"]
     one = meet(outs[0], tmp_path / "save", port, 2)
     two = meet(outs[1], tmp_path / "save", port, 2, NODES="3")
     for launcher, out in ((one, outs[0]), (two, outs[1])):
         assert launcher.wait(300) == 2, out.read_text()
-        (line,) = out.read_text().splitlines()
+        (line,) = lines(out)
         message = "error: NODES is [23] on host .* and [23] on host .*; give all hosts the same"
         assert re.fullmatch(message, line)
 
 
 @pytest.mark.parametrize("lacks", ["torch", "preset"])
-def test_a_host_that_lacks_something_is_named_on_the_other(lacks, tmp_path):
-    port, outs = free_port(), [tmp_path / "one.txt", tmp_path / "two.txt"]
+def test_a_host_that_lacks_something_is_named_on_the_other(lacks, port, tmp_path):
+    outs = [tmp_path / "one.txt", tmp_path / "two.txt"]
     one = meet(outs[0], tmp_path / "save", port, 2)
     wait_until_met(port)
     if lacks == "torch":
@@ -175,16 +183,16 @@ def test_a_host_that_lacks_something_is_named_on_the_other(lacks, tmp_path):
         why = "there is no preset megatron_mlra/presets/not-there.yaml"
     for launcher, out in ((one, outs[0]), (two, outs[1])):
         assert launcher.wait(300) == 2, out.read_text()
-        (line,) = out.read_text().splitlines()
+        (line,) = lines(out)
         assert line.startswith("error: ") and why in line and f"host {socket.gethostname()}" in line
     assert outs[0].read_text().startswith(f"error: host {socket.gethostname()} ended: ")
 
 
-def test_a_host_that_does_not_come(tmp_path):
+def test_a_host_that_does_not_come(port, tmp_path):
     out = tmp_path / "out.txt"
-    launcher = meet(out, tmp_path / "save", free_port(), 2, JOIN_TIMEOUT="5")
+    launcher = meet(out, tmp_path / "save", port, 2, JOIN_TIMEOUT="5")
     assert launcher.wait(300) == 1, out.read_text()
-    (line,) = out.read_text().splitlines()
+    (line,) = lines(out)
     assert line.startswith("error: the hosts did not meet at localhost:") and "(timeout)" in line
 
 
@@ -195,16 +203,15 @@ def test_a_package_that_is_missing_is_one_line(tmp_path):
     path = {"PYTHONPATH": f"{tmp_path}:{ENV['PYTHONPATH']}", "MAX_RESTARTS": "3"}
     run = launch(Path("debug"), tmp_path / "save", out, 2, "--mock-data", env=path)
     assert run.wait(300) == 2
-    (line,) = out.read_text().splitlines()
+    (line,) = lines(out)
     assert re.match(
         r"error: .* lacks a package of the run \(No module named 'megatron\.core'", line
     )
     assert socket.gethostname() in line
 
 
-def test_a_signal_while_waiting_for_other_hosts(tmp_path):
+def test_a_signal_while_waiting_for_other_hosts(port, tmp_path):
     out = tmp_path / "out.txt"
-    port = free_port()
     launcher = meet(out, tmp_path / "save", port, 2, STOPPED_CODE="75")
     wait_until_met(port)  # then asleep in torchrun's rendezvous
     launcher.send_signal(signal.SIGUSR1)
@@ -220,7 +227,7 @@ def test_a_refusal_is_not_started_again(preset, tmp_path):
     soak += ["--work", tmp_path / "soak", "--no-such-flag"]
     soaked = subprocess.run([*map(str, soak)], capture_output=True, text=True, env=ENV, timeout=300)
     assert run.wait(300) == 2
-    (line,) = out.read_text().splitlines()
+    (line,) = lines(out)
     assert line.startswith("error: unknown flag --no-such-flag")
     assert soaked.returncode == 2 and soaked.stderr.endswith(f"{line}\n")
 

@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_mlra.command_line.early import writes
 from megatron_mlra.command_line.parser import OneLineParser, make_folder
 
 warnings.filterwarnings("ignore")
@@ -34,7 +35,9 @@ DEFAULT_CASES = [
 
 def parser() -> OneLineParser:
     """The parser of the command's own flags."""
-    flags = OneLineParser(description=__doc__.splitlines()[0], epilog="Other flags go to Megatron.")
+    flags = OneLineParser(
+        description=__doc__.splitlines()[0], epilog="Other flags go to Megatron.", passes_on=True
+    )
     add = flags.add_argument
     add(
         "--case",
@@ -51,13 +54,14 @@ def parser() -> OneLineParser:
     add("--warmup", type=int, default=3, help="steps before (default: 3)")
     add("--profile", action="store_true", help="write a trace of two more steps")
     add("--sublayer", action="store_true", help="time the attention sublayer alone, ungated")
-    add(
+    out = add(
         "--out",
         type=Path,
         default=Path("runs/benchmark_training"),
         metavar="FOLDER",
         help="for results (default: runs/benchmark_training)",
     )
+    writes(out, lambda folder, flag: make_folder(folder, f"{flag} {folder}"))
     return flags
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from megatron_mlra.description.backends import current_name
+from megatron_mlra.description.backends import DECODE_BACKENDS, current_name
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.inference.backends.base import Ops
 from megatron_mlra.inference.backends.reference import ReferenceOps
-
-BACKENDS = ("auto", "mlra_kernels", "torch")
 
 
 def select_backend(
@@ -21,8 +19,8 @@ def select_backend(
         ValueError: an unknown name, or mlra_kernels where the kernels cannot run.
     """
     name = current_name("backend", name)
-    if name not in BACKENDS:
-        raise ValueError(f"backend is {name!r}; use one of {', '.join(BACKENDS)}")
+    if name not in DECODE_BACKENDS:
+        raise ValueError(f"backend is {name!r}; use one of {', '.join(DECODE_BACKENDS)}")
     misfit = _kernels_misfit(model, dtype, device)
     if name == "mlra_kernels" and misfit:
         raise ValueError(f"backend mlra_kernels {misfit}; use backend torch")

@@ -107,7 +107,8 @@ def test_a_second_interrupt_ends_ranks_that_go_on(tmp_path):
     wait_for(out, "saving", 120)
     launcher.send_signal(signal.SIGINT)
     assert launcher.wait(120) == 130, out.read_text()
-    up, *said = out.read_text().splitlines()
+    loading, up, *said = out.read_text().splitlines()
+    assert loading.startswith("loading PyTorch: ")
     assert [line.partition(";")[0] for line in said] == [
         "note: stopping in order",
         "saving",
