@@ -35,7 +35,7 @@ REFUSED = {
     "generate run --prompt-file gone": "--prompt-file gone: No such file or directory",
     "generate run --prompt x --dtype fp4": "--dtype: invalid choice: 'fp4'",
     "generate run --prompt x --max-batch 0": "--max-batch is 0; use at least 1",
-    "generate run --prompt x --output file/out": "the folder file cannot be made",
+    "generate run --prompt x --output file/out": "file cannot be made (File exists)",
     "generate run --prompt x --temp 1": "unknown flag --temp; did you mean --temperature?",
     "evaluate gone --text file": "gone is not a folder",
     "evaluate run": "nothing to evaluate; give --text, --data or --task",
@@ -46,7 +46,7 @@ REFUSED = {
     "evaluate run --data a=x.idx": "--data x.idx names a file; leave .idx out: x",
     "evaluate run --text file --tokenizer gone": "--tokenizer gone: no such file or folder",
     "evaluate run --text file --dtype int4": "--dtype: invalid choice: 'int4'",
-    "evaluate run --text file --json file/x": "the folder file cannot be made",
+    "evaluate run --text file --json file/x": "file cannot be made (File exists)",
     "analyze gone --text file": "gone is not a folder",
     "analyze run --data gone": "data file gone.idx does not exist",
     "analyze run --text file --plot x.gif": "--plot x.gif ends in none of .png, .svg, .pdf",
@@ -57,7 +57,7 @@ REFUSED = {
     "verify run gone": "gone is not a folder",
     "verify run run --text gone": "--text gone: No such file or directory",
     "reshard gone new": "gone is not a folder",
-    "reshard run file/new": "file/new cannot be written: file is not a folder",
+    "reshard run file/new": "file/new cannot be written: ",
     "convert export-hf run run": "run exists already; remove it, or choose another folder",
     "convert export-hf run new --chat-template gone": "--chat-template gone: No such file",
     "convert export-official run new --tokenizer gone": "--tokenizer gone is not a folder; give a",
@@ -65,14 +65,14 @@ REFUSED = {
     "benchmark-cpu --config nope": "--config nope: no preset of this name, and no file",
     "benchmark-decoding --configs nope": "--configs nope: no preset of this name, and no file",
     "benchmark-decoding --speculate gone": "--speculate gone is not a folder",
-    "benchmark-decoding --json file/x": "the folder file cannot be made",
+    "benchmark-decoding --json file/x": "file cannot be made (File exists)",
     "benchmark-training --out file/x": "--out file/x: the folder file/x cannot be made",
     "soak --config nope --work new --lr 1": "--config nope: no preset of this name, and no file",
     "plan --config nope --gpus 8": "--config nope: no preset of this name, and no file",
     "twin nope --attention gqa": "nope: no preset of this name, and no file",
     "presets nope": "nope: no preset of this name, and no file",
     "preprocess --input gone --output-prefix x --tokenizer byte": "gone",
-    "demo-corpus file/x.jsonl": "the folder file cannot be made",
+    "demo-corpus file/x.jsonl": "file cannot be made (File exists)",
     "compare-losses a=gone --json new/x": "gone",
 }
 
@@ -89,8 +89,13 @@ def test_refused_without_torch_in_less_than_a_second(tmp_path):
     assert done.returncode == 0, done.stderr
     answers, heavy = json.loads(done.stdout)
     assert heavy == []
-    for (line, wanted), (code, said, seconds) in zip(REFUSED.items(), answers, strict=True):
-        assert code == 2 and wanted in said, (line, code, said)
+    wrong = [
+        (line, wanted, code, said)
+        for (line, wanted), (code, said, _) in zip(REFUSED.items(), answers, strict=True)
+        if code != 2 or wanted not in said
+    ]
+    assert not wrong
+    for line, (_, said, seconds) in zip(REFUSED, answers, strict=True):
         assert said.startswith("error: ") and said.count("\n") == 1, (line, said)
         assert seconds < 1, (line, seconds)
 
@@ -106,8 +111,7 @@ LEFT = {
 
 def actions(parser: ArgumentParser):
     """Those of a parser and of its subcommands."""
-    for action in parser._actions:
-        yield action
+    yield from parser._actions
     for below in flags_page.subcommands(parser).values():
         yield from actions(below)
 
@@ -131,7 +135,7 @@ def test_inputs_come_before_outputs_and_both_before_the_rest(tmp_path):
     passing = OneLineParser(passes_on=True)
     early.reads(passing.add_argument("--in"), early.a_file)
     early.check(passing, ["--other", "--", "--in", "gone"])
-    with pytest.raises(ValueError, match="^--in gone: No such file or directory$"):
+    with pytest.raises(ValueError, match=r"^--in gone: No such file or directory$"):
         early.check(passing, ["--other", "--in", "gone", "--"])
     locked = tmp_path / "pipe"
     locked.mkdir()
