@@ -16,6 +16,11 @@ def parser() -> OneLineParser:
     add = flags.add_argument
     config = add("--config", default="debug", help="a preset by name or path (default: debug)")
     reads(config, a_preset)
-    add("--steps", type=int, default=30, help="measured, in each of the two ways (default: 30)")
+    add(
+        "--steps",
+        type=int,
+        default=30,
+        help="steps to measure, in each of the two ways (default: 30)",
+    )
     add("--warmup", type=int, default=3, help="steps left out of every turn (default: 3)")
     return flags

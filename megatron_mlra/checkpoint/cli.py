@@ -24,7 +24,8 @@ def parser() -> OneLineParser:
     """The flags."""
     flags = OneLineParser(
         description="Convert checkpoints between Megatron (torch_dist), the MLRA paper's research"
-        " code and Hugging Face. Runs on the CPU; memory holds about one tensor."
+        " code and Hugging Face. Runs on the CPU; memory holds about one tensor.",
+        epilog="example: mlra convert export-hf runs/my exported/my --tokenizer byte",
     )
     commands = flags.add_subparsers(
         dest="command",
@@ -42,7 +43,7 @@ def parser() -> OneLineParser:
 
     def with_source(added: argparse.ArgumentParser) -> None:
         source = added.add_argument(
-            "source", metavar="SRC", help="checkpoint folder (or its iter_* folder)"
+            "source", metavar="SRC", help="checkpoint folder: a run's --save, or its iter_*"
         )
         reads(source, a_checkpoint)
         added.add_argument(
@@ -80,10 +81,15 @@ def parser() -> OneLineParser:
             )
         elif name.startswith("export"):
             added.add_argument(
-                "--max-shard-gb", type=float, default=5.0, help="size of a safetensors file"
+                "--max-shard-gb",
+                type=float,
+                default=5.0,
+                help="most gigabytes of a weights file (default: 5)",
             )
         else:
-            added.add_argument("--files", type=int, default=1, help="files that hold the tensors")
+            added.add_argument(
+                "--files", type=int, default=1, help="number of files for the tensors (default: 1)"
+            )
             added.add_argument(
                 "--weights-only", action="store_true", help="leave out the optimizer's state"
             )
@@ -105,9 +111,12 @@ def parser() -> OneLineParser:
             )
             reads(tokenizer, partial(a_folder, what="a tokenizer's folder"))
             added.add_argument(
-                "--format", choices=("safetensors", "bin"), default="safetensors", help="of files"
+                "--format",
+                choices=("safetensors", "bin"),
+                default="safetensors",
+                help="of the weights (default: safetensors)",
             )
-    verify = command("verify", _verify, "Compare the logits of two folders on text.")
+    verify = command("verify", _verify, "Compare the logits of two checkpoints on the same text.")
     for name in ("a", "b"):
         folder = verify.add_argument(
             name, metavar=name.upper(), help="checkpoint folder of any kind"
@@ -119,8 +128,12 @@ def parser() -> OneLineParser:
         "--tokenizer", help="tokenizer.json, or byte; default: A's or B's"
     )
     reads(tokenizer, byte_or_there)
-    verify.add_argument("--tokens", type=int, default=512, help="how many (default: 512)")
-    verify.add_argument("--length", type=int, default=256, help="of a sequence (default: 256)")
+    verify.add_argument(
+        "--tokens", type=int, default=512, help="tokens to compare on (default: 512)"
+    )
+    verify.add_argument(
+        "--length", type=int, default=256, help="tokens of a sequence (default: 256)"
+    )
     verify.add_argument(
         "--tolerance",
         type=float,

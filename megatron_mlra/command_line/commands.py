@@ -68,33 +68,43 @@ class Command:
 COMMANDS = {
     "presets": Command("description.cli", "list the models that come with the package"),
     "plan": Command("planner.cli", "memory, time and layouts of a run before it starts"),
-    "twin": Command("planner.twin_cli", "write a preset of another attention, equal in parameters"),
+    "twin": Command(
+        "planner.twin_cli", "write a preset of other attention with as many parameters"
+    ),
     "preprocess": Command("data.cli", "turn text, JSON lines, parquet or token shards into data"),
     "demo-corpus": Command("data.demo_cli", "write a small corpus from the files of this Python"),
     "pretrain": Command(
         "training.cli", "train a model, or resume a run", flags="training.flags", program=True
     ),
     "launch": Command(
-        "launch.cli", "start one node's ranks: torchrun with stops in order", program=True
+        "launch.cli", "start the processes of one node, as torchrun does", program=True
     ),
-    "compare-losses": Command("benchmarks.losses", "compare the losses of runs: a table, a plot"),
+    "compare-losses": Command(
+        "benchmarks.losses", "compare the losses of runs in a table and a plot"
+    ),
     "generate": Command(
         "inference.cli", "continue prompts with a trained model", flags="inference.flags"
     ),
     "evaluate": Command("evaluation.cli", "perplexity and task accuracy of a checkpoint"),
-    "analyze": Command("evaluation.analysis.cli", "what each layer's attention does, and why"),
+    "analyze": Command("evaluation.analysis.cli", "measure what each layer's attention does"),
     "serve": Command("serving.cli", "answer requests over HTTP with a trained model"),
     "inspect": Command("checkpoint.cli", "say what a checkpoint holds, and check it", ("inspect",)),
     "verify": Command("checkpoint.cli", "compare the logits of two checkpoints", ("verify",)),
-    "reshard": Command("checkpoint.cli", "write a checkpoint in other files", ("reshard",)),
-    "convert": Command("checkpoint.cli", "to and from Hugging Face and the paper's research code"),
-    "soak": Command("fault_tolerance.soak", "kill ranks of a small run, and compare its end"),
+    "reshard": Command(
+        "checkpoint.cli", "rewrite a checkpoint's files, or its weights alone", ("reshard",)
+    ),
+    "convert": Command("checkpoint.cli", "convert checkpoints: Hugging Face, the paper's code"),
+    "soak": Command(
+        "fault_tolerance.soak", "kill processes of a small run, and compare its losses"
+    ),
     "benchmark-cpu": Command(
         "benchmarks.cpu", "training speed on a CPU against plain torch", flags="benchmarks.flags"
     ),
     "benchmark-training": Command("benchmarks.training.cli", "training speed on one GPU"),
     "benchmark-decoding": Command(
-        "benchmarks.decoding.cli", "time per output token", flags="benchmarks.decoding.flags"
+        "benchmarks.decoding.cli",
+        "time per output token, on GPUs",
+        flags="benchmarks.decoding.flags",
     ),
 }
 """Name -> command, in the order in which a newcomer needs them."""
@@ -119,6 +129,7 @@ def overview() -> str:
             "commands:",
             *lines,
             "",
+            "A first run: mlra pretrain --config debug --mock-data --save runs/first",
             "mlra COMMAND --help shows a command's flags; mlra --version the versions.",
         )
     )

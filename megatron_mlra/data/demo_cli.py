@@ -19,9 +19,11 @@ def parser() -> OneLineParser:
     output = flags.add_argument("output", metavar="OUT.jsonl", help="the file to write")
     writes(output, check_output)
     flags.add_argument(
-        "--max-mb", type=float, default=24, help="most text, in 1e6 bytes (default: 24)"
+        "--max-mb", type=float, default=24, help="most megabytes of text (default: 24)"
     )
-    flags.add_argument("--seed", type=int, default=0, help="of the order of documents (default: 0)")
+    flags.add_argument(
+        "--seed", type=int, default=0, help="which order the documents have (default: 0)"
+    )
     flags.add_argument("--overwrite", action="store_true", help="replace OUT.jsonl")
     return flags
 

@@ -23,16 +23,25 @@ from megatron_mlra.evaluation.tasks import read_task, run_task, told
 def parser() -> OneLineParser:
     """The flags."""
     command = OneLineParser(
-        description="Log-likelihoods and perplexity of a Megatron, research or exported folder.",
+        description="Loss and perplexity of a checkpoint on texts and datasets, and its accuracy on"
+        " tasks.",
+        epilog="example: mlra evaluate runs/my --text book.txt --data valid=data/valid",
     )
-    reads(command.add_argument("checkpoint", help="folder of a checkpoint"), a_checkpoint)
+    reads(
+        command.add_argument(
+            "checkpoint", help="a run's --save folder, its iter_* folder, or an exported folder"
+        ),
+        a_checkpoint,
+    )
     add_inputs(command)
     data = command.add_argument(
         "--data",
         nargs="+",
         default=[],
         metavar="NAME=PREFIX",
-        help="datasets of `mlra preprocess`: the loss that training's --held-out reports",
+        help="datasets of `mlra preprocess`, each with a name for the report: the loss that"
+        " training's"
+        " --held-out reports",
     )
     reads(data, a_dataset)
     task = command.add_argument(
@@ -41,11 +50,16 @@ def parser() -> OneLineParser:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="JSON lines of {context, choices, answer}, {context, continuation} or ARC's",
+        help="files of JSON lines: {context, choices, answer}, {context, continuation}, or as"
+        " ARC's",
     )
     reads(task, a_file)
-    command.add_argument("--dtype", choices=DTYPES, help="of the model; default: the weights'")
-    command.add_argument("--batch-size", type=int, default=8, help="sequences per forward (8)")
+    command.add_argument(
+        "--dtype", choices=DTYPES, help="of the weights; default: as they are stored"
+    )
+    command.add_argument(
+        "--batch-size", type=int, default=8, help="sequences per forward pass (default: 8)"
+    )
     command.add_argument("--max-length", type=int, help="tokens per window; default: the model's")
     command.add_argument(
         *("--cache-dtype", "--cache-dtypes"),
@@ -58,7 +72,10 @@ def parser() -> OneLineParser:
         " losses and logits with the first's: float32 bfloat16 fp8",
     )
     command.add_argument(
-        "--windows", type=int, default=64, help="windows per set for --cache-dtype (64)"
+        "--windows",
+        type=int,
+        default=64,
+        help="windows of each dataset for --cache-dtype (default: 64)",
     )
     json_file = command.add_argument("--json", metavar="FILE", help="write the results here too")
     writes(json_file, command_line.check_output)

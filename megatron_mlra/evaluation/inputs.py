@@ -16,14 +16,14 @@ from megatron_mlra.evaluation.token_stream import named_sets, read_stream
 def add_inputs(command: argparse.ArgumentParser) -> None:
     """Add the flags of texts, tokenizer, device and checksums."""
     text = command.add_argument(
-        "--text", nargs="+", default=[], metavar="FILE", help="UTF-8 text files"
+        "--text", nargs="+", default=[], metavar="FILE", help="text files in UTF-8"
     )
     reads(text, a_file)
     tokenizer = command.add_argument(
         "--tokenizer", help="'byte' or a folder with tokenizer.json; default: the checkpoint's own"
     )
     reads(tokenizer, byte_or_there)
-    command.add_argument("--device", help="default: cuda where there is a GPU")
+    command.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU where there is one")
     command_line.add_no_verify(command)
 
 

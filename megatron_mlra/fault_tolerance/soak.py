@@ -52,11 +52,11 @@ def parser() -> OneLineParser:
         help="for logs and checkpoints, empty or new",
     )
     writes(work, lambda folder, flag: make_folder(folder, f"{flag} {folder}"))
-    add("--kills", type=int, default=40, help="how many (default: 40)")
-    add("--steps", type=int, default=300, help="of the run (default: 300)")
-    add("--ranks", type=int, default=2, help="processes (default: 2)")
+    add("--kills", type=int, default=40, help="number of kills (default: 40)")
+    add("--steps", type=int, default=300, help="steps of the run (default: 300)")
+    add("--ranks", type=int, default=2, help="processes of the run (default: 2)")
     add("--save-interval", type=int, default=2, help="steps between checkpoints (default: 2)")
-    add("--seed", type=int, default=0, help="of the kills (default: 0)")
+    add("--seed", type=int, default=0, help="which kills are drawn (default: 0)")
     return flags
 
 

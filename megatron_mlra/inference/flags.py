@@ -26,23 +26,39 @@ def parser() -> OneLineParser:
     p = OneLineParser(
         description="Continue prompts with a trained model (Megatron, exported or research folder)."
         " Under torchrun the model is cut over all processes.",
+        epilog='example: mlra generate runs/my --prompt "Once upon" --temperature 0.7 --top-p 0.9',
     )
-    reads(p.add_argument("checkpoint", help="folder of the checkpoint"), a_checkpoint)
-    p.add_argument("--prompt", action="append", default=[], help="may be given several times")
+    reads(
+        p.add_argument(
+            "checkpoint", help="a run's --save folder, its iter_* folder, or an exported folder"
+        ),
+        a_checkpoint,
+    )
+    p.add_argument(
+        "--prompt", action="append", default=[], help="text to continue; may be given several times"
+    )
     files = p.add_argument(
         "--prompt-file", action="append", default=[],
-        help="a prompt per line; .jsonl: an object per line with `prompt` (or `text`)",
+        help="a file with a prompt per line; .jsonl: an object per line with `prompt` (or `text`)",
     )  # fmt: skip
     reads(files, a_file)
-    p.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
-    p.add_argument("--temperature", type=float, default=0.0, help="default 0: the likeliest token")
+    p.add_argument("--max-new-tokens", type=int, default=128, help="longest output (default: 128)")
+    p.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="randomness of the draws; 0 (default): always the likeliest",
+    )
     p.add_argument("--top-k", type=int, default=0, help="draw from the K likeliest; default 0: all")
     p.add_argument(
         "--top-p", type=float, default=1.0,
         help="draw from the likeliest that make up this probability; default: 1",
     )  # fmt: skip
     p.add_argument(
-        "--seed", type=int, default=0, help="of the first prompt (default: 0); the next adds one"
+        "--seed",
+        type=int,
+        default=0,
+        help="of the first prompt's draws (default: 0); each further prompt adds one",
     )
     p.add_argument(
         "--stop",
@@ -50,35 +66,60 @@ def parser() -> OneLineParser:
         default=[],
         help="text that ends an output; may be given several times",
     )
-    p.add_argument("--ignore-eod", action="store_true", help="go on behind an end of document")
-    p.add_argument("--logprobs", action="store_true", help="into --output, of every token")
+    p.add_argument(
+        "--ignore-eod", action="store_true", help="do not stop where the model ends the document"
+    )
+    p.add_argument(
+        "--logprobs",
+        action="store_true",
+        help="write the log-probability of every token into --output",
+    )
     output = p.add_argument("--output", help="write prompts and outputs there, as JSON lines")
     writes(output, check_output)
     p.add_argument("--tokenizer", choices=TOKENIZER_TYPES,
-                   help="default: the checkpoint's own, or bytes for 257 tokens")  # fmt: skip
-    p.add_argument("--tokenizer-model", help="as in `mlra preprocess`")
-    p.add_argument("--vocab-size", type=int, help="true size, if a Megatron folder lacks it")
-    p.add_argument("--max-batch", type=int, default=32, help="prompts run together (default: 32)")
+                   help="kind of tokenizer; default: the checkpoint's own, or bytes for 257"
+                   " tokens")  # fmt: skip
+    p.add_argument("--tokenizer-model", help="its file, folder or name, as in `mlra preprocess`")
     p.add_argument(
-        "--chunk-size", type=int, default=2048, help="prompt tokens a prefill step (default: 2048)"
+        "--vocab-size", type=int, help="true vocabulary, if a Megatron folder does not say it"
+    )
+    p.add_argument(
+        "--max-batch", type=int, default=32, help="most prompts that are run together (default: 32)"
+    )
+    p.add_argument(
+        "--chunk-size",
+        type=int,
+        default=2048,
+        help="prompt tokens that are read in one step (default: 2048)",
     )
     p.add_argument("--context", type=int, help="longest prompt plus output; default: the model's")
-    p.add_argument("--cache-tokens", type=int, help="default: what --max-batch prompts need")
-    p.add_argument("--page-size", type=int, default=64, help="tokens a cache page (default: 64)")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
-                   help="auto (default): a GPU where there is one")  # fmt: skip
-    p.add_argument("--dtype", choices=LOAD_DTYPES, default="auto",
-                   help="auto (default): the checkpoint's, but float32 on a CPU")  # fmt: skip
     p.add_argument(
-        "--cache-dtype", choices=CACHE_DTYPES, default="auto", help="auto (default): --dtype"
+        "--cache-tokens",
+        type=int,
+        help="tokens that the KV cache holds; default: what --max-batch prompts need",
+    )
+    p.add_argument(
+        "--page-size", type=int, default=64, help="tokens of a page of the KV cache (default: 64)"
+    )
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
+                   help="where to run; auto (default): a GPU where there is one")  # fmt: skip
+    p.add_argument("--dtype", choices=LOAD_DTYPES, default="auto",
+                   help="of the weights; auto (default): the checkpoint's, but float32 on a"
+                   " CPU")  # fmt: skip
+    p.add_argument(
+        "--cache-dtype",
+        choices=CACHE_DTYPES,
+        default="auto",
+        help="of the KV cache; auto (default): --dtype",
     )
     p.add_argument(
         "--backend", type=partial(current_name, "backend"), choices=DECODE_BACKENDS, default="auto",
-        help="auto (default): mlra_kernels where they run, else torch",
+        help="code that attends; auto (default): mlra_kernels where they run, else torch",
     )  # fmt: skip
     p.add_argument(
         "--weight-mode", choices=WEIGHT_MODES, default="replicated",
-        help="of query and output projections, tensor parallel (default: replicated)",
+        help="query and output projections over several processes: whole on each, or cut"
+        " (default: replicated)",
     )  # fmt: skip
     p.add_argument(
         "--context-parallel", type=int, default=1, metavar="N",
@@ -90,7 +131,9 @@ def parser() -> OneLineParser:
         help="guess a token per step by the run's layer of multi-token prediction: the same output",
     )  # fmt: skip
     add_no_verify(p)
-    p.add_argument("--no-graphs", action="store_true", help="no CUDA graphs of the decode step")
+    p.add_argument(
+        "--no-graphs", action="store_true", help="do not record the decoding step as a CUDA graph"
+    )
     p.together.append(check)
     return p
 

@@ -29,15 +29,20 @@ def parser() -> OneLineParser:
     """The flags, including one per field of Assumptions."""
     flags = OneLineParser(
         description="Memory, time, traffic and layouts of a run before it is launched.",
+        epilog="example: mlra plan --config mlra4_7b --gpus 64 --gpu h100",
         allow_abbrev=False,
     )
     flags.error = lambda message: _refuse(refusal(message, flags._option_string_actions))
     config = flags.add_argument("--config", required=True, help="a preset by name or path")
     reads(config, a_preset)
     flags.add_argument("--gpus", type=int, required=True, help="GPUs of the training run")
-    flags.add_argument("--gpu", default="h100", help=f"{', '.join(GPUS)} (default: h100)")
-    flags.add_argument("--seq-length", type=int, help="in place of the preset's")
-    flags.add_argument("--global-batch-size", type=int, help="in place of the preset's")
+    flags.add_argument(
+        "--gpu", default="h100", help=f"kind of GPU: {', '.join(GPUS)} (default: h100)"
+    )
+    flags.add_argument("--seq-length", type=int, help="tokens of a sequence; default: the preset's")
+    flags.add_argument(
+        "--global-batch-size", type=int, help="sequences of a step; default: the preset's"
+    )
     flags.add_argument(
         "--tp-layout",
         choices=TP_LAYOUTS,
@@ -47,11 +52,13 @@ def parser() -> OneLineParser:
     flags.add_argument(
         "--cp", type=int, help="context-parallel size; default: tried where sequences are long"
     )
-    flags.add_argument("--fp8", action="store_true", help="matrix products of layers in FP8")
     flags.add_argument(
-        "--gpus-per-node", type=int, default=NODE, help=f"for the command (default: {NODE})"
+        "--fp8", action="store_true", help="plan with the layers' matrix products in FP8"
     )
-    flags.add_argument("--top", type=int, default=5, help="layouts to print (default: 5)")
+    flags.add_argument(
+        "--gpus-per-node", type=int, default=NODE, help=f"most GPUs of a node (default: {NODE})"
+    )
+    flags.add_argument("--top", type=int, default=5, help="number of layouts to print (default: 5)")
     flags.add_argument(
         "--decode-gpus", type=int, default=8, help="GPUs of one decoding replica (default: 8)"
     )

@@ -1,6 +1,7 @@
 """The launcher with real processes: signal, save, relaunch; what it refuses; hosts that disagree;
 which checkpoints are kept. SLURM's part is in tests/cluster."""
 
+import functools
 import re
 import shutil
 import signal
@@ -8,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -57,7 +58,7 @@ def test_a_signal_saves_and_a_relaunch_goes_on(preset, warm_python, tmp_path):
     again = tmp_path / "again.txt"
     flags = ("--train-iters", 100000, "--exit-interval", step + 2, "--eval-iters", 0)
     flags += ("--save-interval", 1, "--keep-last", 2)
-    warm = {"PYTHON_EXEC": str(warm_python)}  # what torchrun starts ranks with
+    warm = {"PYTHON": str(warm_python)}
     assert launch(preset, save, again, 1, *flags, env=warm).wait(300) == 0, again.read_text()
     said = again.read_text()
     assert f"step {step + 1}/" in said and f"step {step}/" not in said
@@ -119,12 +120,17 @@ def test_launch_errors_are_one_line(argv, env, message, tmp_path):
     assert done.stderr.count("\n") == 1 and not ran.exists()
 
 
-def meet(
-    out: Path, save: Path, port: int, nodes: int, preset: str = "debug", **env: str
+@pytest.fixture
+def meet(warm_python) -> Callable[..., subprocess.Popen]:
+    """A function that starts one of several launchers on this machine."""
+    return functools.partial(start_one, str(warm_python))
+
+
+def start_one(
+    python: str, out: Path, save: Path, port: int, nodes: int, preset: str = "debug", **env: str
 ) -> subprocess.Popen:
-    """One of several launchers on this machine."""
     host = {"NODES": str(nodes), "RDZV_ENDPOINT": f"localhost:{port}", "LOCAL_ADDR": own_address()}
-    env = ENV | {"PYTHON": sys.executable, "GPUS_PER_NODE": "1", "RDZV_ID": "x"} | host | env
+    env = ENV | {"PYTHON": python, "GPUS_PER_NODE": "1", "RDZV_ID": "x"} | host | env
     with open(out, "w") as file:
         command = ["bash", str(LAUNCH), preset, str(save)]
         return subprocess.Popen(command, env=env, stdout=file, stderr=file)
@@ -159,7 +165,7 @@ def port() -> Iterator[int]:
         yield kept.getsockname()[1]
 
 
-def test_hosts_that_were_told_differently_end_soon(port, tmp_path):
+def test_hosts_that_were_told_differently_end_soon(meet, port, tmp_path):
     outs = [tmp_path / "one.txt", tmp_path / "two.txt"]
     one = meet(outs[0], tmp_path / "save", port, 2)
     two = meet(outs[1], tmp_path / "save", port, 2, NODES="3")
@@ -171,7 +177,7 @@ def test_hosts_that_were_told_differently_end_soon(port, tmp_path):
 
 
 @pytest.mark.parametrize("lacks", ["torch", "preset"])
-def test_a_host_that_lacks_something_is_named_on_the_other(lacks, port, tmp_path):
+def test_a_host_that_lacks_something_is_named_on_the_other(lacks, meet, port, tmp_path):
     outs = [tmp_path / "one.txt", tmp_path / "two.txt"]
     one = meet(outs[0], tmp_path / "save", port, 2)
     wait_until_met(port)
@@ -188,7 +194,7 @@ def test_a_host_that_lacks_something_is_named_on_the_other(lacks, port, tmp_path
     assert outs[0].read_text().startswith(f"error: host {socket.gethostname()} ended: ")
 
 
-def test_a_host_that_does_not_come(port, tmp_path):
+def test_a_host_that_does_not_come(meet, port, tmp_path):
     out = tmp_path / "out.txt"
     launcher = meet(out, tmp_path / "save", port, 2, JOIN_TIMEOUT="5")
     assert launcher.wait(300) == 1, out.read_text()
@@ -210,7 +216,7 @@ def test_a_package_that_is_missing_is_one_line(tmp_path):
     assert socket.gethostname() in line
 
 
-def test_a_signal_while_waiting_for_other_hosts(port, tmp_path):
+def test_a_signal_while_waiting_for_other_hosts(meet, port, tmp_path):
     out = tmp_path / "out.txt"
     launcher = meet(out, tmp_path / "save", port, 2, STOPPED_CODE="75")
     wait_until_met(port)  # then asleep in torchrun's rendezvous
@@ -220,10 +226,10 @@ def test_a_signal_while_waiting_for_other_hosts(port, tmp_path):
     assert out.read_text() == said
 
 
-def test_a_refusal_is_not_started_again(preset, tmp_path):
-    out = tmp_path / "out.txt"
-    run = launch(preset, tmp_path / "save", out, 2, "--no-such-flag", env={"MAX_RESTARTS": "3"})
-    soak = [sys.executable, ROOT / "tools/soak.py", "--config", preset, "--ranks", 1, "--kills", 1]
+def test_a_refusal_is_not_started_again(preset, warm_python, tmp_path):
+    out, again = tmp_path / "out.txt", {"MAX_RESTARTS": "3", "PYTHON": str(warm_python)}
+    run = launch(preset, tmp_path / "save", out, 2, "--no-such-flag", env=again)
+    soak = [warm_python, ROOT / "tools/soak.py", "--config", preset, "--ranks", 1, "--kills", 1]
     soak += ["--work", tmp_path / "soak", "--no-such-flag"]
     soaked = subprocess.run([*map(str, soak)], capture_output=True, text=True, env=ENV, timeout=300)
     assert run.wait(300) == 2

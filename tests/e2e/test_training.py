@@ -17,7 +17,6 @@ from megatron_mlra.benchmarks import losses_files
 from megatron_mlra.fault_tolerance.integrity import check_complete
 from megatron_mlra.fault_tolerance.saved_steps import latest_step
 from support import ENV, ROOT, wandb_file
-from support.programs import program
 from support.runs import WHOLE, Run, scalars, wait_for
 
 
@@ -53,13 +52,13 @@ def whole(tmp_path_factory, preset) -> Run:
 
 
 @pytest.fixture(scope="session")
-def parallel(tmp_path_factory, preset):
+def parallel(tmp_path_factory, preset, warm_python, warm_mlra):
     """The same run on two ranks: tensor and sequence parallel, distributed optimizer."""
     folder = tmp_path_factory.mktemp("parallel")
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", "2", "--no-python", program("mlra"), "pretrain"),
+            *(warm_python, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", "2", "--no-python", warm_mlra, "pretrain"),
             *("--config", preset, "--save", folder / "save", *PARALLEL),
         ],
         capture_output=True,
@@ -75,7 +74,8 @@ PARALLEL += ["--use-distributed-optimizer"]
 
 
 def test_console(whole):
-    assert (whole.code, whole.err) == (0, "")
+    loading = "loading PyTorch and Megatron-core: some 10 seconds, more on a busy machine\n"
+    assert (whole.code, whole.err) == (0, loading)
     lines = whole.out.splitlines()
     assert lines[:5] == [
         "training MLRA-4: 111,104 parameters",

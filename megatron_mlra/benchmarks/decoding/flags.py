@@ -54,8 +54,14 @@ def parser() -> OneLineParser:
         metavar="TOKENS",
         help="tokens in the cache (default: 4, 32, 128 and 512 K; 1 K with --speculate)",
     )
-    add("--batches", type=int, nargs="+", default=[1, 32], help="sequences (default: 1 32)")
-    add("--prefill", type=int, nargs="*", default=[], help="prompt lengths to time")
+    add(
+        "--batches",
+        type=int,
+        nargs="+",
+        default=[1, 32],
+        help="sequences that are decoded together (default: 1 32)",
+    )
+    add("--prefill", type=int, nargs="*", default=[], help="lengths of prompts to time too")
     add("--prefill-chunk", type=int, default=4096, help="tokens of a prefill step (default: 4096)")
     speculate = add(
         "--speculate",
@@ -66,12 +72,24 @@ def parser() -> OneLineParser:
         " checkpoint (on a CPU too), or of --configs with random weights",
     )
     reads(speculate, lambda value, flag: value and a_folder(value, flag))
-    text = add("--text", metavar="FILE", help="what FOLDER's prompts come from; default: a sample")
+    text = add(
+        "--text", metavar="FILE", help="text of the prompts of --speculate; default: a sample"
+    )
     reads(text, a_file)
-    add("--new-tokens", type=int, default=128, help="behind each of its prompts (default: 128)")
-    add("--temperature", type=float, default=0.0, help="of its draws; default 0: the likeliest")
+    add(
+        "--new-tokens",
+        type=int,
+        default=128,
+        help="tokens behind each prompt of --speculate (default: 128)",
+    )
+    add(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="of the draws of --speculate; default 0: the likeliest",
+    )
     writes(add("--json", metavar="FILE", help="where to write the records"), check_output)
     writes(add("--png", metavar="FILE", help="where to draw time over context"), check_output)
     add("--commit", help="commit to name in the report")
-    add("--seed", type=int, help="default: the clock")
+    add("--seed", type=int, help="of weights and cache; default: the clock")
     return flags

@@ -47,11 +47,11 @@ def parser() -> OneLineParser:
         " stock-mla and stock-mla_moe_16b, Megatron's own; may be repeated (default:"
         " mlra4 and stock-mla at 2, 4 and 8 K tokens)",
     )
-    add("--num-layers", type=int, default=6, help="of every case (default: 6)")
-    add("--tokens", type=int, default=16384, help="of a micro-batch (default: 16384)")
-    add("--micro-batches", type=int, default=1, help="of a step (default: 1)")
-    add("--steps", type=int, default=10, help="timed (default: 10)")
-    add("--warmup", type=int, default=3, help="steps before (default: 3)")
+    add("--num-layers", type=int, default=6, help="layers of every case (default: 6)")
+    add("--tokens", type=int, default=16384, help="tokens of a micro-batch (default: 16384)")
+    add("--micro-batches", type=int, default=1, help="micro-batches of a step (default: 1)")
+    add("--steps", type=int, default=10, help="steps that are timed (default: 10)")
+    add("--warmup", type=int, default=3, help="steps before those (default: 3)")
     add("--profile", action="store_true", help="write a trace of two more steps")
     add("--sublayer", action="store_true", help="time the attention sublayer alone, ungated")
     out = add(
@@ -59,7 +59,7 @@ def parser() -> OneLineParser:
         type=Path,
         default=Path("runs/benchmark_training"),
         metavar="FOLDER",
-        help="for results (default: runs/benchmark_training)",
+        help="folder for results (default: runs/benchmark_training)",
     )
     writes(out, lambda folder, flag: make_folder(folder, f"{flag} {folder}"))
     return flags

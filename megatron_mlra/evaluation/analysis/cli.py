@@ -29,11 +29,16 @@ def parser() -> OneLineParser:
         " variance of keys, entropy, likeness of branches, ranks, what ablating a branch costs.",
     )
     checkpoint = command.add_argument(
-        "checkpoint", help="folder of a Megatron, research or exported checkpoint"
+        "checkpoint",
+        help="a run's --save folder, its iter_* folder, an exported or research folder",
     )
     reads(checkpoint, a_checkpoint)
     data = command.add_argument(
-        "--data", nargs="+", default=[], metavar="NAME=PREFIX", help="datasets of `mlra preprocess`"
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="NAME=PREFIX",
+        help="datasets of `mlra preprocess`, each with a name for the report",
     )
     reads(data, a_dataset)
     add_inputs(command)
@@ -41,7 +46,8 @@ def parser() -> OneLineParser:
         "--tokens",
         type=int,
         default=8192,
-        help="tokens taken of each dataset or text, in windows spread evenly over it (8,192)",
+        help="tokens taken of each dataset or text, in windows spread evenly over it"
+        " (default: 8,192)",
     )
     command.add_argument(
         "--max-length",
@@ -55,7 +61,7 @@ def parser() -> OneLineParser:
         help="leave out the ablations, which take most of the time",
     )
     command.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of the model (default: float32)"
+        "--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)"
     )
     json_file = command.add_argument("--json", metavar="FILE", help="write the numbers here")
     plot = command.add_argument(

@@ -57,9 +57,9 @@ def test_a_thread_in_a_request_to_the_store(end, code, said):
         ),
     ],
 )
-def test_numbers_that_are_none_are_refused(changes, flags, line):
+def test_numbers_that_are_none_are_refused(changes, flags, line, warm_python):
     meeting = ["--nnodes", "2", "--rdzv-endpoint", "127.0.0.1:29555", "--rdzv-id", "x"]
-    command = [sys.executable, "-W", "ignore", "-m", "megatron_mlra.launch"]
+    command = [warm_python, "-W", "ignore", "-m", "megatron_mlra.launch"]
     command += [*(meeting if flags else []), *flags, "script.py"]
     done = subprocess.run(
         command, capture_output=True, text=True, env=ENV | changes, cwd=ROOT, timeout=120
