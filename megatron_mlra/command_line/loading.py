@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.machinery import PathFinder
 from types import ModuleType
 
 from megatron_mlra.command_line.output import say_error
@@ -20,7 +21,8 @@ class _Announcer:
         """Python's question for a module."""
         if name == "torch":
             sys.meta_path.remove(self)
-            say_error(self.line)
+            if PathFinder.find_spec(name) is not None:
+                say_error(self.line)
 
 
 def announce_loading(what: str, takes: str) -> None:
