@@ -75,7 +75,7 @@ def test_documents_train_as_under_a_mask(entry, preset, masked, tmp_path, ranks,
     run = entry.run(tmp_path, *argv, ranks=ranks)
     assert_same(run, masked, "lm loss", "grad-norm")
     assert sorted(run.losses) == [3, 4]
-    assert ("packed sequences" in run.out) == ("--packed-sequences" in flags)
+    assert ("documents packed" in run.out) == ("--packed-sequences" in flags)
 
 
 def test_packed_rows_are_joined(entry, preset, tmp_path):
