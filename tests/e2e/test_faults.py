@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -176,7 +177,7 @@ def test_disk_full_during_a_save(entry, preset, whole, small_disk, tmp_path, mod
 
 def test_ranks_killed_and_restarted_by_torchrun(preset, warm_python, tmp_path):
     env = ENV | {"PYTHON_EXEC": str(warm_python)}  # what torchrun starts ranks with
-    command = [warm_python, ROOT / "tools/soak.py", "--config", preset, "--work"]
+    command = [sys.executable, ROOT / "tools/soak.py", "--config", preset, "--work"]
     command += [tmp_path / "soak", "--kills", "1", "--steps", "14"]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
