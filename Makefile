@@ -4,7 +4,7 @@ PY := $(VENV)/bin/python
 # vLLM has an environment of its own: it pins older versions of what the project uses.
 VENV_VLLM := .venv-vllm
 
-.PHONY: demo test test-vllm test-cluster lint format setup setup-vllm
+.PHONY: demo test test-vllm test-cluster lint format setup setup-vllm setup-cluster
 
 setup: $(VENV)/.installed
 
@@ -28,6 +28,9 @@ test-vllm: setup-vllm
 	$(PY) -m pytest -m vllm tests/vllm
 
 # A real SLURM on this machine (tests/cluster/slurm.sh), which apt-get installs if it is missing.
+setup-cluster:
+	bash tests/cluster/slurm.sh install
+
 test-cluster: setup
 	@[ "$$(id -u)" = 0 ] || { echo "error: make test-cluster needs root" >&2; exit 2; }
 	$(PY) -m pytest -m cluster tests/cluster

@@ -1,7 +1,6 @@
 """Training speed on a CPU against a plain torch loop (docs/log/2026-11.md)."""
 
-from megatron_mlra.benchmarks.cpu import main
-from megatron_mlra.command_line.parser import run
+from megatron_mlra.command_line.commands import run_command
 
 if __name__ == "__main__":
-    run(main)
+    run_command("benchmark-cpu")

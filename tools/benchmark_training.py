@@ -1,7 +1,6 @@
 """Training speed on one GPU (docs/performance/training.md)."""
 
-from megatron_mlra.benchmarks.training.cli import main
-from megatron_mlra.command_line.parser import run
+from megatron_mlra.command_line.commands import run_command
 
 if __name__ == "__main__":
-    run(main)
+    run_command("benchmark-training")

@@ -1,7 +1,6 @@
 """Convert, inspect and compare checkpoints (docs/checkpoints.md)."""
 
-from megatron_mlra.checkpoint.cli import main
-from megatron_mlra.command_line.parser import run
+from megatron_mlra.command_line.commands import run_command
 
 if __name__ == "__main__":
-    run(main)
+    run_command("convert")

@@ -1,7 +1,6 @@
 """Write the demo's corpus, English and code from the files of this Python, as JSON lines."""
 
-from megatron_mlra.command_line.parser import run
-from megatron_mlra.data.demo_cli import main
+from megatron_mlra.command_line.commands import run_command
 
 if __name__ == "__main__":
-    run(main)
+    run_command("demo-corpus")

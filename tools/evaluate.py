@@ -1,7 +1,6 @@
 """Log-likelihoods, perplexity and task accuracy of a checkpoint (docs/huggingface.md)."""
 
-from megatron_mlra.command_line.parser import run
-from megatron_mlra.evaluation.cli import main
+from megatron_mlra.command_line.commands import run_command
 
 if __name__ == "__main__":
-    run(main)
+    run_command("evaluate")

@@ -1,7 +1,6 @@
 """Continue prompts with a trained model; see docs/inference.md."""
 
-from megatron_mlra.command_line.parser import run
-from megatron_mlra.inference.cli import main
+from megatron_mlra.command_line.commands import run_command
 
 if __name__ == "__main__":
-    run(main)
+    run_command("generate")

@@ -1,7 +1,6 @@
 """Tokenise text, JSON lines, parquet or token shards into a Megatron dataset (docs/data.md)."""
 
-from megatron_mlra.command_line.parser import run
-from megatron_mlra.data.cli import main
+from megatron_mlra.command_line.commands import run_command
 
 if __name__ == "__main__":
-    run(main)
+    run_command("preprocess")

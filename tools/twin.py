@@ -1,7 +1,6 @@
 """Write the preset of another attention with the same number of parameters (docs/evidence.md)."""
 
-from megatron_mlra.command_line.parser import run
-from megatron_mlra.planner.twin_cli import main
+from megatron_mlra.command_line.commands import run_command
 
 if __name__ == "__main__":
-    run(main)
+    run_command("twin")

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_mlra.benchmarks.commit import commit
+from megatron_mlra.benchmarks.flags import parser
 from megatron_mlra.command_line.log_line import logged_steps
-from megatron_mlra.command_line.parser import OneLineParser
 from megatron_mlra.command_line.progress_bar import bar
 from megatron_mlra.cost.parameters import parameters
 from megatron_mlra.description.megatron_args import from_megatron_args
@@ -169,16 +169,6 @@ def machine() -> dict:
     found = info.exists() and re.search(r"model name\s*: (.*)", info.read_text())
     cpu, threads = found[1] if found else "unknown", torch.get_num_threads()
     return {"torch": torch.__version__, "cpu": cpu, "threads": threads, "commit": commit()}
-
-
-def parser() -> OneLineParser:
-    """The flags."""
-    flags = OneLineParser(description=__doc__.splitlines()[0])
-    add = flags.add_argument
-    add("--config", default="debug", help="a preset by name or path (default: debug)")
-    add("--steps", type=int, default=30, help="measured, in each of the two ways (default: 30)")
-    add("--warmup", type=int, default=3, help="steps left out of every turn (default: 3)")
-    return flags
 
 
 def main(argv: Sequence[str] | None = None) -> None:

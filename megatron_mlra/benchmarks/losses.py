@@ -18,6 +18,7 @@ from pathlib import Path
 
 from megatron_mlra.benchmarks.losses_files import Run, read, read_json
 from megatron_mlra.benchmarks.losses_plot import plot
+from megatron_mlra.command_line.early import writes
 from megatron_mlra.command_line.parser import OneLineParser, check_output, write_text
 
 
@@ -80,12 +81,15 @@ def parser() -> OneLineParser:
         "runs",
         nargs="+",
         metavar="NAME=RUN",
-        help="RUN: a --save folder, an event file, megatron.log or printed output; the first is"
-        " compared with",
+        help="a name, and the run's --save folder, event file, megatron.log or printed output; the"
+        " others are compared with the first",
     )
-    flags.add_argument("--last", type=int, default=50, help="steps of a mean (default: 50)")
-    flags.add_argument("--json", type=Path, metavar="FILE", help="where to write the losses")
-    flags.add_argument("--png", type=Path, metavar="FILE", help="where to draw them")
+    flags.add_argument(
+        "--last", type=int, default=50, help="last steps to take the mean of (default: 50)"
+    )
+    add = flags.add_argument
+    writes(add("--json", type=Path, metavar="FILE", help="where to write the losses"), check_output)
+    writes(add("--png", type=Path, metavar="FILE", help="where to draw them"), check_output)
     return flags
 
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_mlra.checkpoint.files.staging import check_destination
+from megatron_mlra.checkpoint.files.tracker import a_checkpoint
+from megatron_mlra.command_line.early import a_file, a_folder, byte_or_there, reads, writes
 from megatron_mlra.command_line.parser import OneLineParser, add_no_verify, fail, read_text
 from megatron_mlra.command_line.printable import printable
 from megatron_mlra.command_line.signals import Interrupted, interruptible
@@ -16,11 +20,12 @@ from megatron_mlra.description.model import DTYPES, CheckpointError
 GIGABYTE = 10**9
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> OneLineParser:
     """The flags."""
     flags = OneLineParser(
         description="Convert checkpoints between Megatron (torch_dist), the MLRA paper's research"
-        " code and Hugging Face. Runs on the CPU; memory holds about one tensor."
+        " code and Hugging Face. Runs on the CPU; memory holds about one tensor.",
+        epilog="example: mlra convert export-hf runs/my exported/my --tokenizer byte",
     )
     commands = flags.add_subparsers(
         dest="command",
@@ -37,13 +42,19 @@ def parser() -> argparse.ArgumentParser:
         return added
 
     def with_source(added: argparse.ArgumentParser) -> None:
-        added.add_argument("source", metavar="SRC", help="checkpoint folder (or its iter_* folder)")
+        source = added.add_argument(
+            "source", metavar="SRC", help="checkpoint folder: a run's --save, or its iter_*"
+        )
+        reads(source, a_checkpoint)
         added.add_argument(
             "--vocab-size", type=int, help="true vocabulary, where a Megatron SRC does not say it"
         )
 
     def with_destination(added: argparse.ArgumentParser) -> None:
-        added.add_argument("destination", metavar="DST", help="folder to write; must not exist")
+        destination = added.add_argument(
+            "destination", metavar="DST", help="folder to write; must not exist"
+        )
+        writes(destination, lambda folder, _: check_destination(Path(folder), 0))
         added.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as they are")
         added.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -57,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     ):
         added = command(name, run, about)
         if name == "reshard":
-            added.add_argument("source", metavar="SRC", help="Megatron folder")
+            reads(added.add_argument("source", metavar="SRC", help="Megatron folder"), a_checkpoint)
         else:
             with_source(added)
         with_destination(added)
@@ -70,37 +81,59 @@ def parser() -> argparse.ArgumentParser:
             )
         elif name.startswith("export"):
             added.add_argument(
-                "--max-shard-gb", type=float, default=5.0, help="size of a safetensors file"
+                "--max-shard-gb",
+                type=float,
+                default=5.0,
+                help="most gigabytes of a weights file (default: 5)",
             )
         else:
-            added.add_argument("--files", type=int, default=1, help="files that hold the tensors")
+            added.add_argument(
+                "--files", type=int, default=1, help="number of files for the tensors (default: 1)"
+            )
             added.add_argument(
                 "--weights-only", action="store_true", help="leave out the optimizer's state"
             )
         if name == "export-hf":
-            added.add_argument(
+            tokenizer = added.add_argument(
                 "--tokenizer",
                 help="byte, or a tokenizer's folder; default: the files beside SRC's weights",
             )
-            added.add_argument(
+            reads(tokenizer, byte_or_there)
+            template = added.add_argument(
                 "--chat-template", metavar="FILE", help="Jinja template the model was trained with"
             )
+            reads(template, a_file)
         if name == "export-official":
-            added.add_argument(
+            tokenizer = added.add_argument(
                 "--tokenizer",
                 metavar="FOLDER",
                 help="tokenizer to copy; default: the files beside SRC's weights",
             )
+            reads(tokenizer, partial(a_folder, what="a tokenizer's folder"))
             added.add_argument(
-                "--format", choices=("safetensors", "bin"), default="safetensors", help="of files"
+                "--format",
+                choices=("safetensors", "bin"),
+                default="safetensors",
+                help="of the weights (default: safetensors)",
             )
-    verify = command("verify", _verify, "Compare the logits of two folders on text.")
-    verify.add_argument("a", metavar="A", help="checkpoint folder of any kind")
-    verify.add_argument("b", metavar="B", help="checkpoint folder of any kind")
-    verify.add_argument("--text", metavar="FILE", help="text to run on; default: a sample")
-    verify.add_argument("--tokenizer", help="tokenizer.json, or byte; default: A's or B's")
-    verify.add_argument("--tokens", type=int, default=512, help="how many (default: 512)")
-    verify.add_argument("--length", type=int, default=256, help="of a sequence (default: 256)")
+    verify = command("verify", _verify, "Compare the logits of two checkpoints on the same text.")
+    for name in ("a", "b"):
+        folder = verify.add_argument(
+            name, metavar=name.upper(), help="checkpoint folder of any kind"
+        )
+        reads(folder, a_checkpoint)
+    text = verify.add_argument("--text", metavar="FILE", help="text to run on; default: a sample")
+    reads(text, a_file)
+    tokenizer = verify.add_argument(
+        "--tokenizer", help="tokenizer.json, or byte; default: A's or B's"
+    )
+    reads(tokenizer, byte_or_there)
+    verify.add_argument(
+        "--tokens", type=int, default=512, help="tokens to compare on (default: 512)"
+    )
+    verify.add_argument(
+        "--length", type=int, default=256, help="tokens of a sequence (default: 256)"
+    )
     verify.add_argument(
         "--tolerance",
         type=float,
@@ -147,8 +180,6 @@ def _open(args: argparse.Namespace, path: str, kinds: Sequence[str] = (), takes_
 
 def _check_destination(args: argparse.Namespace) -> None:
     """Refuse a wrong destination before the source is read, which may take minutes."""
-    from megatron_mlra.checkpoint.files.staging import check_destination
-
     check_destination(Path(args.destination), 0)
 
 

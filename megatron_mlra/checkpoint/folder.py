@@ -10,7 +10,7 @@ import torch
 
 from megatron_mlra.checkpoint.files import manifest
 from megatron_mlra.checkpoint.files.inside import inside
-from megatron_mlra.checkpoint.files.tracker import TRACKER
+from megatron_mlra.checkpoint.files.tracker import NO_CHECKPOINT
 from megatron_mlra.command_line.foreign_text import read_json
 from megatron_mlra.description.model import CheckpointError, ModelDescription
 from megatron_mlra.description.tensors import expected_tensors
@@ -157,10 +157,7 @@ def read_config(path: Path, verify: bool = False) -> dict:
     """
     file = inside(path, "config.json")
     if not file.is_file():
-        raise CheckpointError(
-            f"{path} holds no checkpoint: no {TRACKER}, .metadata or config.json; give the --save"
-            " of a run, its iter_* folder, or an exported folder"
-        )
+        raise CheckpointError(NO_CHECKPOINT.format(path))
     if verify:
         manifest.check(path, ["config.json"], ("config.json",))
     try:

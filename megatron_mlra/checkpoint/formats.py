@@ -9,6 +9,7 @@ from megatron_mlra.checkpoint.folder import CheckpointFolder, read_config
 from megatron_mlra.checkpoint.huggingface.folder import HuggingFaceFolder
 from megatron_mlra.checkpoint.megatron.folder import MegatronFolder
 from megatron_mlra.checkpoint.research.folder import ResearchFolder
+from megatron_mlra.command_line.early import a_folder
 from megatron_mlra.description.model import CheckpointError
 
 
@@ -27,8 +28,10 @@ def open_checkpoint(
             the tensors that its model needs; see `check_tensors`.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is not a folder; give a checkpoint's folder")
+    try:
+        a_folder(path, "checkpoint")
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
     try:
         return _open(path, vocab_size, verify)
     except (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:

@@ -1,6 +1,7 @@
 """The command `mlra`: its subcommands, and the module with the body of each.
 
-A body is imported only when its subcommand runs: `mlra --help` needs neither torch nor Megatron.
+A body is imported only when its subcommand runs, and when the command line has been checked as far
+as its parser declares it (early.py): `--help` and most refusals need neither torch nor Megatron.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_mlra.command_line import early
+from megatron_mlra.command_line.loading import announce_loading
 from megatron_mlra.command_line.output import say_error
-from megatron_mlra.command_line.parser import Version, run
+from megatron_mlra.command_line.parser import Version, fail, run
 from megatron_mlra.command_line.suggest import did_you_mean
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -32,7 +35,7 @@ class Command:
     first: tuple[str, ...] = ()
     """Arguments put in front of those of the command line: a subcommand of a shared parser."""
     flags: str = ""
-    """Module of `parser`, if it is not `module`."""
+    """Module of `parser`, if it is not `module`: one that imports no torch."""
     program: bool = False
     """The body is `start()`, which handles its own output and exit, and not `main(argv)`."""
 
@@ -43,6 +46,15 @@ class Command:
     def parser(self) -> Any:
         """The argparse parser of the command's flags."""
         return self._import(self.flags or self.module).parser()
+
+    def run(self, argv: list[str]) -> int | None:
+        """Check the command line, then import the body and run it; returns the exit code."""
+        try:
+            early.check(self.parser(), argv)
+        except (ValueError, OSError) as error:
+            return fail(str(error), REFUSED)
+        announce_loading("PyTorch", "some seconds")
+        return self.body()(argv)
 
     def is_there(self) -> bool:
         """Whether this installation has the command's module."""
@@ -56,28 +68,44 @@ class Command:
 COMMANDS = {
     "presets": Command("description.cli", "list the models that come with the package"),
     "plan": Command("planner.cli", "memory, time and layouts of a run before it starts"),
-    "twin": Command("planner.twin_cli", "write a preset of another attention, equal in parameters"),
+    "twin": Command(
+        "planner.twin_cli", "write a preset of other attention with as many parameters"
+    ),
     "preprocess": Command("data.cli", "turn text, JSON lines, parquet or token shards into data"),
     "demo-corpus": Command("data.demo_cli", "write a small corpus from the files of this Python"),
     "pretrain": Command(
         "training.cli", "train a model, or resume a run", flags="training.flags", program=True
     ),
     "launch": Command(
-        "launch.cli", "start one node's ranks: torchrun with stops in order", program=True
+        "launch.cli", "start the processes of one node, as torchrun does", program=True
     ),
-    "compare-losses": Command("benchmarks.losses", "compare the losses of runs: a table, a plot"),
-    "generate": Command("inference.cli", "continue prompts with a trained model"),
+    "compare-losses": Command(
+        "benchmarks.losses", "compare the losses of runs in a table and a plot"
+    ),
+    "generate": Command(
+        "inference.cli", "continue prompts with a trained model", flags="inference.flags"
+    ),
     "evaluate": Command("evaluation.cli", "perplexity and task accuracy of a checkpoint"),
-    "analyze": Command("evaluation.analysis.cli", "what each layer's attention does, and why"),
+    "analyze": Command("evaluation.analysis.cli", "measure what each layer's attention does"),
     "serve": Command("serving.cli", "answer requests over HTTP with a trained model"),
     "inspect": Command("checkpoint.cli", "say what a checkpoint holds, and check it", ("inspect",)),
     "verify": Command("checkpoint.cli", "compare the logits of two checkpoints", ("verify",)),
-    "reshard": Command("checkpoint.cli", "write a checkpoint in other files", ("reshard",)),
-    "convert": Command("checkpoint.cli", "to and from Hugging Face and the paper's research code"),
-    "soak": Command("fault_tolerance.soak", "kill ranks of a small run, and compare its end"),
-    "benchmark-cpu": Command("benchmarks.cpu", "training speed on a CPU against plain torch"),
+    "reshard": Command(
+        "checkpoint.cli", "rewrite a checkpoint's files, or its weights alone", ("reshard",)
+    ),
+    "convert": Command("checkpoint.cli", "convert checkpoints: Hugging Face, the paper's code"),
+    "soak": Command(
+        "fault_tolerance.soak", "kill processes of a small run, and compare its losses"
+    ),
+    "benchmark-cpu": Command(
+        "benchmarks.cpu", "training speed on a CPU against plain torch", flags="benchmarks.flags"
+    ),
     "benchmark-training": Command("benchmarks.training.cli", "training speed on one GPU"),
-    "benchmark-decoding": Command("benchmarks.decoding.cli", "time per output token"),
+    "benchmark-decoding": Command(
+        "benchmarks.decoding.cli",
+        "time per output token, on GPUs",
+        flags="benchmarks.decoding.flags",
+    ),
 }
 """Name -> command, in the order in which a newcomer needs them."""
 
@@ -101,6 +129,7 @@ def overview() -> str:
             "commands:",
             *lines,
             "",
+            "A first run: mlra pretrain --config debug --mock-data --save runs/first",
             "mlra COMMAND --help shows a command's flags; mlra --version the versions.",
         )
     )
@@ -111,6 +140,16 @@ def main() -> NoReturn:
     name, *rest = sys.argv[1:] or [""]
     if name in ("-h", "--help", "help", "--version"):
         run(lambda: print(Version.text() if name == "--version" else overview()))
+    run_command(name, rest)
+
+
+def run_command(name: str, rest: list[str] | None = None) -> NoReturn:
+    """Run one command and exit.
+
+    Args:
+        rest: its flags; None for those of `sys.argv`.
+    """
+    rest = sys.argv[1:] if rest is None else rest
     command = COMMANDS.get(name)
     if command is None or not command.is_there():
         _refuse(name)
@@ -124,7 +163,7 @@ def main() -> NoReturn:
             say_error("error: interrupted")
             sys.exit(128 + signal.SIGINT)
         start()
-    run(lambda: command.body()(sys.argv[1:]))
+    run(lambda: command.run(sys.argv[1:]))
 
 
 def _refuse(name: str) -> NoReturn:

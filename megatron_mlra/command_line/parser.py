@@ -81,12 +81,20 @@ class OneLineParser(argparse.ArgumentParser):
     """A parser with `--version`, whose errors are one line, ``error: ...``, with exit code 2.
 
     An unknown flag is reported before all other errors, with the known flag that is most alike.
+
+    Attributes:
+        passes_on: whether unknown flags belong to another program, which the command starts.
+        together: checks of all arguments at once, see early.py.
     """
 
     _strict = False
 
-    def __init__(self, *args: Any, add_version: bool = True, **named: Any) -> None:
+    def __init__(
+        self, *args: Any, add_version: bool = True, passes_on: bool = False, **named: Any
+    ) -> None:
         super().__init__(*args, **{"formatter_class": HelpFormatter, "allow_abbrev": False} | named)
+        self.passes_on = passes_on
+        self.together: list[Callable[[argparse.Namespace], object]] = []
         if add_version:
             self.add_argument("--version", action=Version, help="print the versions and exit")
 

@@ -51,5 +51,5 @@ def kv_cache_text(shape: ModelDescription, tp: int = 1) -> str:
 
     `mlra generate` and `mlra serve`, which allocate a cache, name the dtype of that cache.
     """
-    text = f"{kv_cache_bytes_per_token(shape):,} KV bytes per token in {DTYPE}"
+    text = f"{kv_cache_bytes_per_token(shape):,} bytes of KV cache per token in {DTYPE}"
     return text + (f" ({kv_cache_bytes_per_token(shape, tp):,} per TP rank)" if tp > 1 else "")

@@ -19,23 +19,31 @@ from megatron_mlra.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec
 def parser() -> argparse.ArgumentParser:
     """The flags."""
     flags = OneLineParser(
-        description="Text, JSON lines, parquet or token shards to a Megatron indexed dataset."
+        description="Turn text, JSON lines, parquet or token shards into a dataset that `mlra"
+        " pretrain`"
+        " reads by --data-path.",
+        epilog="example: mlra preprocess --input my.jsonl --output-prefix data/my --tokenizer byte",
     )
     add = flags.add_argument
-    add("--input", nargs="+", required=True, metavar="FILE", help="files or quoted globs, in order")
+    add("--input", nargs="+", required=True, metavar="FILE", help="files to read, or quoted globs")
     add("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx, .json")
-    add("--tokenizer", choices=TOKENIZER_TYPES, help="required unless the input is token shards")
+    add(
+        "--tokenizer",
+        choices=TOKENIZER_TYPES,
+        help="byte: no vocabulary file; needed unless the input is token shards",
+    )
     add(
         "--tokenizer-model",
         metavar="PATH",
         help="hf: tokenizer.json or its folder; tiktoken: encoding name or ranks file",
     )
-    add("--eod-token", metavar="TOKEN", help="hf: token that ends a document")
+    add("--eod-token", metavar="TOKEN", help="hf: text of the token that ends a document")
     add(
         "--eod-id",
         type=int,
         metavar="ID",
-        help=f"shards (default {DEFAULT_EOD}) and tiktoken ranks files",
+        help=f"id of the token that ends a document: shards (default {DEFAULT_EOD}), tiktoken"
+        f" ranks files",
     )
     add("--tiktoken-pattern", metavar="REGEX", help="ranks file: word pattern (default: GPT-2's)")
     add(
@@ -53,8 +61,13 @@ def parser() -> argparse.ArgumentParser:
         " (default: %(default)g)",
     )
     add("--split-lines", action="store_true", help="text files: every line is a document")
-    add("--workers", type=int, default=1, metavar="N", help="tokenising processes (default: 1)")
-    add("--on-error", choices=("fail", "skip"), default="fail", help="bad records (default: fail)")
+    add("--workers", type=int, default=1, metavar="N", help="processes that tokenise (default: 1)")
+    add(
+        "--on-error",
+        choices=("fail", "skip"),
+        default="fail",
+        help="what to do at a bad record (default: fail)",
+    )
     add("--overwrite", action="store_true", help="replace earlier output")
     return flags
 

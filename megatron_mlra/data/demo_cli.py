@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from megatron_mlra.command_line.early import writes
 from megatron_mlra.command_line.parser import OneLineParser, check_output
 from megatron_mlra.data.demo_corpus import write_demo_corpus
 
@@ -15,11 +16,14 @@ def parser() -> OneLineParser:
         description="Write the demo's corpus, English and code from the files of this Python, as"
         " JSON lines."
     )
-    flags.add_argument("output", metavar="OUT.jsonl", help="the file to write")
+    output = flags.add_argument("output", metavar="OUT.jsonl", help="the file to write")
+    writes(output, check_output)
     flags.add_argument(
-        "--max-mb", type=float, default=24, help="most text, in 1e6 bytes (default: 24)"
+        "--max-mb", type=float, default=24, help="most megabytes of text (default: 24)"
     )
-    flags.add_argument("--seed", type=int, default=0, help="of the order of documents (default: 0)")
+    flags.add_argument(
+        "--seed", type=int, default=0, help="which order the documents have (default: 0)"
+    )
     flags.add_argument("--overwrite", action="store_true", help="replace OUT.jsonl")
     return flags
 

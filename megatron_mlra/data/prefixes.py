@@ -27,8 +27,21 @@ def without_weights(words: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(word for word in words if not is_number(word)))
 
 
-def check_files(prefix: str) -> None:
+def a_dataset(value: str, flag: str) -> None:
+    """The check of a parser's argument NAME=PREFIX or PREFIX, see command_line/early.py.
+
+    Raises:
+        ValueError: see `check_files`.
+    """
+    _, equals, prefix = value.partition("=")
+    check_files(prefix if equals else value, flag)
+
+
+def check_files(prefix: str, flag: str = "--data-path") -> None:
     """Check that a dataset's two files are there.
+
+    Args:
+        flag: that names the dataset, for the message.
 
     Raises:
         ValueError: one is missing; names the file and the fix.
@@ -39,5 +52,5 @@ def check_files(prefix: str) -> None:
             continue
         stem, dot, last = prefix.rpartition(".")
         if dot and last in ("bin", "idx"):
-            raise ValueError(f"--data-path {prefix} names a file; leave .{last} out: {stem}")
+            raise ValueError(f"{flag} {prefix} names a file; leave .{last} out: {stem}")
         raise ValueError(f"data file {path} does not exist; make it with mlra preprocess")

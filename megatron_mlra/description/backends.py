@@ -17,6 +17,20 @@ CORE_FORMS = (AUTO, "absorbed", "materialized")
 CORE_BACKENDS = (AUTO, TORCH, TE, MLRA_KERNELS)
 LATENT_KERNELS = (AUTO, TORCH, MLRA_KERNELS)
 FP8_LINEARS = ("wide", "all")
+LOAD_DTYPES = (AUTO, "float32", "bfloat16", "float16")
+DECODE_BACKENDS = (AUTO, MLRA_KERNELS, TORCH)
+CACHE_DTYPES = (AUTO, "float32", "bfloat16", "float16", "fp8")
+PRODUCTS = (AUTO, "serial", "cublas")
+"""Products of few rows by mlra_kernels: 'auto' by its own kernels, each of which starts before the
+kernel in front has ended; 'serial' by the same, one after the other; 'cublas' by torch."""
+ALL_REDUCES = (AUTO, "one-shot", "nccl")
+"""'auto': one-shot where it can run, for messages up to `reduction.SENT_BYTES`, else NCCL (gloo on
+CPUs)."""
+WEIGHT_MODES = ("replicated", "sharded")
+"""'replicated': a rank holds W_UQ of all heads that it attends with, and W_O of the heads whose
+outputs it gets; one all-reduce per layer, and one exchange where tokens are cut. 'sharded': a rank
+holds h / world heads of both weights, for one more all-gather of queries and, over ranks with other
+branches, one more reduce-scatter."""
 
 OLD_NAMES = {
     "core_backend": {"sdpa": TORCH, "latent": MLRA_KERNELS},

@@ -55,6 +55,18 @@ def find_preset(preset: str | Path, beside: Path | None = None) -> Path:
     return path if path.is_file() else ours.get(str(preset).removesuffix(".yaml"), path)
 
 
+def a_preset(value: str | Path, flag: str) -> None:
+    """The check of a parser's argument, see command_line/early.py: the preset can be read.
+
+    Raises:
+        ValueError: see `preset_values`.
+    """
+    try:
+        preset_values(value)
+    except ValueError as error:
+        raise ValueError(re.sub("^--config", flag, str(error))) from None
+
+
 def preset_list() -> str:
     """The package's presets, one per line: name, parameters, description."""
     rows = []

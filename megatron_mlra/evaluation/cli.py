@@ -10,37 +10,56 @@ from typing import Any
 
 import numpy as np
 
+from megatron_mlra.checkpoint.files.tracker import a_checkpoint
 from megatron_mlra.command_line import parser as command_line
+from megatron_mlra.command_line.early import a_file, reads, writes
 from megatron_mlra.command_line.parser import OneLineParser
+from megatron_mlra.data.prefixes import a_dataset
 from megatron_mlra.description.model import DTYPES
 from megatron_mlra.evaluation.inputs import add_inputs, read_inputs, run
 from megatron_mlra.evaluation.tasks import read_task, run_task, told
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> OneLineParser:
     """The flags."""
     command = OneLineParser(
-        description="Log-likelihoods and perplexity of a Megatron, research or exported folder.",
+        description="Loss and perplexity of a checkpoint on texts and datasets, and its accuracy on"
+        " tasks.",
+        epilog="example: mlra evaluate runs/my --text book.txt --data valid=data/valid",
     )
-    command.add_argument("checkpoint", help="folder of a checkpoint")
+    reads(
+        command.add_argument(
+            "checkpoint", help="a run's --save folder, its iter_* folder, or an exported folder"
+        ),
+        a_checkpoint,
+    )
     add_inputs(command)
-    command.add_argument(
+    data = command.add_argument(
         "--data",
         nargs="+",
         default=[],
         metavar="NAME=PREFIX",
-        help="datasets of `mlra preprocess`: the loss that training's --held-out reports",
+        help="datasets of `mlra preprocess`, each with a name for the report: the loss that"
+        " training's"
+        " --held-out reports",
     )
-    command.add_argument(
+    reads(data, a_dataset)
+    task = command.add_argument(
         *("--task", "--tasks"),
         dest="task",
         nargs="+",
         default=[],
         metavar="FILE",
-        help="JSON lines of {context, choices, answer}, {context, continuation} or ARC's",
+        help="files of JSON lines: {context, choices, answer}, {context, continuation}, or as"
+        " ARC's",
     )
-    command.add_argument("--dtype", help="float32, bfloat16 or float16; default: the weights'")
-    command.add_argument("--batch-size", type=int, default=8, help="sequences per forward (8)")
+    reads(task, a_file)
+    command.add_argument(
+        "--dtype", choices=DTYPES, help="of the weights; default: as they are stored"
+    )
+    command.add_argument(
+        "--batch-size", type=int, default=8, help="sequences per forward pass (default: 8)"
+    )
     command.add_argument("--max-length", type=int, help="tokens per window; default: the model's")
     command.add_argument(
         *("--cache-dtype", "--cache-dtypes"),
@@ -54,9 +73,14 @@ def parser() -> argparse.ArgumentParser:
         " FP8 too, which nothing serves",
     )
     command.add_argument(
-        "--windows", type=int, default=64, help="windows per set for --cache-dtype (64)"
+        "--windows",
+        type=int,
+        default=64,
+        help="windows of each dataset for --cache-dtype (default: 64)",
     )
-    command.add_argument("--json", metavar="FILE", help="write the results here too")
+    json_file = command.add_argument("--json", metavar="FILE", help="write the results here too")
+    writes(json_file, command_line.check_output)
+    command.together.append(_check)
     return command
 
 
@@ -65,7 +89,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(parser(), _run, argv)
 
 
-def _run(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace) -> None:
+    """Check the flags against each other, before any file is read.
+
+    Raises:
+        ValueError: names the flag and the fix.
+    """
     if args.cache_dtype and (args.text or args.task or not args.data):
         raise ValueError("--cache-dtype needs --data NAME=PREFIX; leave --text and --task out")
     if not args.text and not args.task and not args.data:
@@ -79,6 +108,10 @@ def _run(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; use at least 1")
+
+
+def _run(args: argparse.Namespace) -> None:
+    _check(args)
     if args.json:
         command_line.check_output(args.json, "--json")
     texts, streams = read_inputs(args)

@@ -8,17 +8,22 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from megatron_mlra.command_line import parser as command_line
+from megatron_mlra.command_line.early import a_file, byte_or_there, reads
 from megatron_mlra.command_line.threads import wait_passively
 from megatron_mlra.evaluation.token_stream import named_sets, read_stream
 
 
 def add_inputs(command: argparse.ArgumentParser) -> None:
     """Add the flags of texts, tokenizer, device and checksums."""
-    command.add_argument("--text", nargs="+", default=[], metavar="FILE", help="UTF-8 text files")
-    command.add_argument(
+    text = command.add_argument(
+        "--text", nargs="+", default=[], metavar="FILE", help="text files in UTF-8"
+    )
+    reads(text, a_file)
+    tokenizer = command.add_argument(
         "--tokenizer", help="'byte' or a folder with tokenizer.json; default: the checkpoint's own"
     )
-    command.add_argument("--device", help="default: cuda where there is a GPU")
+    reads(tokenizer, byte_or_there)
+    command.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU where there is one")
     command_line.add_no_verify(command)
 
 

@@ -23,9 +23,11 @@ import sys
 import time
 from pathlib import Path
 
+from megatron_mlra.command_line.early import reads, writes
 from megatron_mlra.command_line.log_line import STEP
 from megatron_mlra.command_line.parser import OneLineParser, make_folder, write_text
 from megatron_mlra.command_line.progress_bar import bar
+from megatron_mlra.description.presets import a_preset
 from megatron_mlra.launch.control import REFUSED
 
 # Else restarted ranks find the addresses of the killed ranks in torchrun's own store.
@@ -36,16 +38,25 @@ START = re.compile(r"^training [^|]*: [\d,]+ parameters")
 def parser() -> OneLineParser:
     """The parser of the command's own flags."""
     flags = OneLineParser(
-        description=__doc__.splitlines()[0], epilog="Other flags go to the training entry."
+        description=__doc__.splitlines()[0],
+        epilog="Other flags go to the training entry.",
+        passes_on=True,
     )
     add = flags.add_argument
-    add("--config", required=True, help="a preset by name or path")
-    add("--work", type=Path, required=True, help="folder for logs and checkpoints, empty or new")
-    add("--kills", type=int, default=40, help="how many (default: 40)")
-    add("--steps", type=int, default=300, help="of the run (default: 300)")
-    add("--ranks", type=int, default=2, help="processes (default: 2)")
+    reads(add("--config", required=True, help="a preset by name or path"), a_preset)
+    work = add(
+        "--work",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="for logs and checkpoints, empty or new",
+    )
+    writes(work, lambda folder, flag: make_folder(folder, f"{flag} {folder}"))
+    add("--kills", type=int, default=40, help="number of kills (default: 40)")
+    add("--steps", type=int, default=300, help="steps of the run (default: 300)")
+    add("--ranks", type=int, default=2, help="processes of the run (default: 2)")
     add("--save-interval", type=int, default=2, help="steps between checkpoints (default: 2)")
-    add("--seed", type=int, default=0, help="of the kills (default: 0)")
+    add("--seed", type=int, default=0, help="which kills are drawn (default: 0)")
     return flags
 
 
@@ -72,9 +83,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     alone = Job(args, "alone", rest)
     if code := alone.run([]):
-        refused = (alone.folder / "errors.txt").read_text().strip() if code == REFUSED else ""
-        line = refused or f"error: the run left alone failed; see {alone.folder}"
-        print(line, file=sys.stderr)
+        said = (alone.folder / "errors.txt").read_text().strip().splitlines()
+        if code != REFUSED or not said:
+            said = [f"error: the run left alone failed; see {alone.folder}"]
+        print(said[-1], file=sys.stderr)
         return code
     chosen = random.Random(args.seed)
     moments = sorted(chosen.sample(range(1, last), args.kills))

@@ -12,8 +12,6 @@ from megatron_mlra.inference.checks import whole
 from megatron_mlra.inference.context import TokenCut
 from megatron_mlra.inference.parallel import HeadShard
 
-CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16", "fp8")
-
 
 class CacheFull(ValueError):
     """More tokens than the cache, or the free part of the cache, can hold."""

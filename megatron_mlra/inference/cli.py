@@ -10,7 +10,6 @@ import json
 import os
 import sys
 import time
-from functools import partial
 
 from megatron_mlra.command_line.threads import wait_passively
 
@@ -21,103 +20,16 @@ import torch
 from megatron_mlra.checkpoint.folder import CheckpointFolder
 from megatron_mlra.checkpoint.formats import open_checkpoint
 from megatron_mlra.checkpoint.tokenizer import checkpoint_tokenizer
-from megatron_mlra.command_line.foreign_text import parse_json
-from megatron_mlra.command_line.parser import (
-    OneLineParser,
-    add_no_verify,
-    check_output,
-    one_line,
-    read_text,
-    write_text,
-)
+from megatron_mlra.command_line.parser import check_output, one_line, write_text
 from megatron_mlra.command_line.progress_bar import bar
-from megatron_mlra.data.tokenizers import TOKENIZER_TYPES, Tokenizer
-from megatron_mlra.description.backends import current_name
-from megatron_mlra.inference.backends.select import BACKENDS
-from megatron_mlra.inference.cache import CACHE_DTYPES
+from megatron_mlra.data.tokenizers import Tokenizer
 from megatron_mlra.inference.engine import Engine, Request
+from megatron_mlra.inference.flags import check, parser, read_prompts
 from megatron_mlra.inference.growing_text import GrowingText
-from megatron_mlra.inference.load import DTYPES, LoadOptions, load_draft, load_model
-from megatron_mlra.inference.parallel import WEIGHT_MODES, TensorParallel, tensor_parallel_size
-from megatron_mlra.inference.reduction import ALL_REDUCES
+from megatron_mlra.inference.load import LoadOptions, load_draft, load_model
+from megatron_mlra.inference.parallel import TensorParallel, tensor_parallel_size
 from megatron_mlra.inference.runner import Runner
 from megatron_mlra.inference.sampling import SamplingParams
-
-
-def parser() -> argparse.ArgumentParser:
-    """The flags."""
-    p = OneLineParser(
-        description="Continue prompts with a trained model (Megatron, exported or research folder)."
-        " Under torchrun the model is cut over all processes.",
-    )
-    p.add_argument("checkpoint", help="folder of the checkpoint")
-    p.add_argument("--prompt", action="append", default=[], help="may be given several times")
-    p.add_argument(
-        "--prompt-file", action="append", default=[],
-        help="a prompt per line; .jsonl: an object per line with `prompt` (or `text`)",
-    )  # fmt: skip
-    p.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
-    p.add_argument("--temperature", type=float, default=0.0, help="default 0: the likeliest token")
-    p.add_argument("--top-k", type=int, default=0, help="draw from the K likeliest; default 0: all")
-    p.add_argument(
-        "--top-p", type=float, default=1.0,
-        help="draw from the likeliest that make up this probability; default: 1",
-    )  # fmt: skip
-    p.add_argument(
-        "--seed", type=int, default=0, help="of the first prompt (default: 0); the next adds one"
-    )
-    p.add_argument(
-        "--stop",
-        action="append",
-        default=[],
-        help="text that ends an output; may be given several times",
-    )
-    p.add_argument("--ignore-eod", action="store_true", help="go on behind an end of document")
-    p.add_argument("--logprobs", action="store_true", help="into --output, of every token")
-    p.add_argument("--output", help="write prompts and outputs there, a JSON object per line")
-    p.add_argument("--tokenizer", choices=TOKENIZER_TYPES,
-                   help="default: the checkpoint's own, or bytes for 257 tokens")  # fmt: skip
-    p.add_argument("--tokenizer-model", help="as in `mlra preprocess`")
-    p.add_argument("--vocab-size", type=int, help="true size, if a Megatron folder lacks it")
-    p.add_argument("--max-batch", type=int, default=32, help="prompts run together (default: 32)")
-    p.add_argument(
-        "--chunk-size", type=int, default=2048, help="prompt tokens a prefill step (default: 2048)"
-    )
-    p.add_argument("--context", type=int, help="longest prompt plus output; default: the model's")
-    p.add_argument("--cache-tokens", type=int, help="default: what --max-batch prompts need")
-    p.add_argument("--page-size", type=int, default=64, help="tokens a cache page (default: 64)")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
-                   help="auto (default): a GPU where there is one")  # fmt: skip
-    p.add_argument("--dtype", choices=DTYPES, default="auto",
-                   help="auto (default): the checkpoint's, but float32 on a CPU")  # fmt: skip
-    p.add_argument(
-        "--cache-dtype", choices=CACHE_DTYPES, default="auto", help="auto (default): --dtype"
-    )
-    p.add_argument(
-        "--backend", type=partial(current_name, "backend"), choices=BACKENDS, default="auto",
-        help="auto (default): mlra_kernels where they run, else torch",
-    )  # fmt: skip
-    p.add_argument(
-        "--weight-mode", choices=WEIGHT_MODES, default="replicated",
-        help="of query and output projections, tensor parallel (default: replicated)",
-    )  # fmt: skip
-    p.add_argument(
-        "--all-reduce", choices=ALL_REDUCES, default="auto",
-        help="of a layer's sums over processes; auto (default): one-shot where GPUs write each"
-        " other's memory and messages are small, else nccl",
-    )  # fmt: skip
-    p.add_argument(
-        "--context-parallel", type=int, default=1, metavar="N",
-        help="cut the tokens of each sequence over N groups of the processes, and latents or heads"
-        " within a group (default: 1)",
-    )  # fmt: skip
-    p.add_argument(
-        "--speculate", action="store_true",
-        help="guess a token per step by the run's layer of multi-token prediction: the same output",
-    )  # fmt: skip
-    add_no_verify(p)
-    p.add_argument("--no-graphs", action="store_true", help="no CUDA graphs of the decode step")
-    return p
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -177,7 +89,7 @@ def _processes() -> int:
 
 
 def _generate(args: argparse.Namespace, rank: int, device: str) -> int:
-    texts = _prompts(args)
+    texts = read_prompts(args)
     params = [
         SamplingParams(
             max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
@@ -185,14 +97,7 @@ def _generate(args: argparse.Namespace, rank: int, device: str) -> int:
         )
         for i in range(len(texts))
     ]  # fmt: skip
-    for flag, value in (("--max-batch", args.max_batch), ("--chunk-size", args.chunk_size)):
-        if value < 1:
-            raise ValueError(f"{flag} is {value}; use at least 1")
-    if args.speculate and args.context_parallel > 1:
-        raise ValueError(
-            f"--speculate needs whole sequences, and --context-parallel {args.context_parallel}"
-            " cuts them; leave one of them out"
-        )
+    check(args)
     tensor_parallel_size(_processes(), args.context_parallel)
     if args.output:
         check_output(args.output, "--output")
@@ -229,29 +134,6 @@ def _generate(args: argparse.Namespace, rank: int, device: str) -> int:
         for request in failed:
             print(f"error: prompt {request.id + 1}: {one_line(request.error)}", file=sys.stderr)
     return 1 if failed else 0
-
-
-def _prompts(args: argparse.Namespace) -> list[str]:
-    texts = list(args.prompt)
-    for name in args.prompt_file:
-        for number, line in enumerate(read_text(name).splitlines(), start=1):
-            if not line.strip():
-                continue
-            texts.append(_json_prompt(name, number, line) if name.endswith(".jsonl") else line)
-    if not texts:
-        raise ValueError("there is no prompt; use --prompt TEXT or --prompt-file FILE")
-    return texts
-
-
-def _json_prompt(name: str, number: int, line: str) -> str:
-    try:
-        record = parse_json(line)
-        text = record.get("prompt", record.get("text"))
-    except (ValueError, AttributeError):
-        text = None
-    if not isinstance(text, str):
-        raise ValueError(f"{name}:{number}: not an object with `prompt` or `text`")
-    return text
 
 
 def _engine(

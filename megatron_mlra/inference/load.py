@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_mlra.description.model import DTYPES as WEIGHT_DTYPES
+from megatron_mlra.description.backends import CACHE_DTYPES, LOAD_DTYPES
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.inference.backends.select import select_backend
-from megatron_mlra.inference.cache import CACHE_DTYPES, GroupedCache, LatentCache
+from megatron_mlra.inference.cache import GroupedCache, LatentCache
 from megatron_mlra.inference.checks import whole
 from megatron_mlra.inference.model import DraftModel, InferenceModel
 from megatron_mlra.inference.parallel import (
@@ -22,8 +22,6 @@ from megatron_mlra.inference.parallel import (
 from megatron_mlra.inference.reduction import choose_reduction
 from megatron_mlra.inference.weights import load_draft as weights_of_draft
 from megatron_mlra.inference.weights import load_weights
-
-DTYPES = ("auto", *WEIGHT_DTYPES)
 
 
 @dataclass(frozen=True)
@@ -44,11 +42,11 @@ class LoadOptions:
     backend: str = "auto"
     """'mlra_kernels' (CUDA), 'torch', or 'auto': the kernels where they can run, else torch."""
     products: str = "auto"
-    """How mlra_kernels multiplies few rows, see `backends.select.PRODUCTS`."""
+    """How mlra_kernels multiplies few rows, see `backends.PRODUCTS`."""
     weight_mode: str = "replicated"
-    """See `parallel.WEIGHT_MODES`."""
+    """See `backends.WEIGHT_MODES`."""
     all_reduce: str = "auto"
-    """How layers sum over ranks, see `reduction.ALL_REDUCES`."""
+    """How layers sum over ranks, see `backends.ALL_REDUCES`."""
     draft: bool = False
     """Room in the cache for a layer of multi-token prediction (`load_draft`)."""
 
@@ -118,8 +116,8 @@ def load_draft(
 
 
 def _dtype(model: ModelDescription, options: LoadOptions, device: torch.device) -> torch.dtype:
-    if options.dtype not in DTYPES:
-        raise ValueError(f"dtype is {options.dtype!r}; use one of {', '.join(DTYPES)}")
+    if options.dtype not in LOAD_DTYPES:
+        raise ValueError(f"dtype is {options.dtype!r}; use one of {', '.join(LOAD_DTYPES)}")
     if options.dtype == "auto":
         return torch.float32 if device.type == "cpu" else getattr(torch, model.dtype)
     return getattr(torch, options.dtype)

@@ -21,15 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_mlra.description.backends import WEIGHT_MODES
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.inference.checks import whole
 from megatron_mlra.sharding.partition import LatentShard
-
-WEIGHT_MODES = ("replicated", "sharded")
-"""'replicated': a rank holds W_UQ of all heads that it attends with, and W_O of the heads whose
-outputs it gets; one all-reduce per layer, and one exchange where tokens are cut. 'sharded': a rank
-holds h / world heads of both weights, for one more all-gather of queries and, over ranks with other
-branches, one more reduce-scatter."""
 
 
 @dataclass(frozen=True)

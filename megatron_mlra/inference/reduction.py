@@ -15,11 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_mlra.description.backends import ALL_REDUCES
 from megatron_mlra.inference.backends.base import Ops
 from megatron_mlra.inference.parallel import TensorParallel
-
-ALL_REDUCES = ("auto", "one-shot", "nccl")
-"""'auto': one-shot where it can run, for messages up to SENT_BYTES, else NCCL (gloo on CPUs)."""
 
 SENT_BYTES = 1 << 20
 """Most bytes that a rank sends in a one-shot sum, twice its message (each word carries a stamp) to

@@ -132,7 +132,7 @@ def load_weights(
     Args:
         read: canonical name -> global tensor (`CheckpointFolder.tensor`, or a dict's `get`).
         parallel: the rank and the sizes of the groups.
-        weight_mode: see `parallel.WEIGHT_MODES`; without meaning for 'gqa'.
+        weight_mode: see `backends.WEIGHT_MODES`; without meaning for 'gqa'.
         progress: wraps the range of layers (tqdm).
 
     Raises:

@@ -17,6 +17,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NoReturn
 
+from megatron_mlra.command_line.loading import announce_loading
 from megatron_mlra.command_line.output import guard
 from megatron_mlra.command_line.suggest import refusal
 from megatron_mlra.launch import call
@@ -97,6 +98,8 @@ def main(argv: list[str]) -> int:
 def start() -> NoReturn:
     """Run the program `mlra launch` on `sys.argv`, and exit."""
     guard(ending=False)
+    if "--standalone" in sys.argv:  # of several hosts each would say it
+        announce_loading("PyTorch", "some seconds")
     code = 1
     try:
         code = main(sys.argv[1:])

@@ -9,12 +9,13 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_mlra.command_line.early import reads, writes
 from megatron_mlra.command_line.parser import OneLineParser, check_output, flag, one_line
 from megatron_mlra.command_line.suggest import refusal
 from megatron_mlra.description.backends import TP_LAYOUTS
 from megatron_mlra.description.megatron_args import from_megatron_args
 from megatron_mlra.description.model import ModelDescription
-from megatron_mlra.description.presets import preset_name, preset_values
+from megatron_mlra.description.presets import a_preset, preset_name, preset_values
 from megatron_mlra.planner.command import NODE, launch_command, left_over
 from megatron_mlra.planner.gpus import GPUS, Assumptions, find
 from megatron_mlra.planner.layout import Layout
@@ -24,18 +25,24 @@ from megatron_mlra.planner.tables import print_report
 CONTEXTS = (8192, 131072, 1048576)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> OneLineParser:
     """The flags, including one per field of Assumptions."""
     flags = OneLineParser(
         description="Memory, time, traffic and layouts of a run before it is launched.",
+        epilog="example: mlra plan --config mlra4_7b --gpus 64 --gpu h100",
         allow_abbrev=False,
     )
     flags.error = lambda message: _refuse(refusal(message, flags._option_string_actions))
-    flags.add_argument("--config", required=True, help="a preset by name or path")
+    config = flags.add_argument("--config", required=True, help="a preset by name or path")
+    reads(config, a_preset)
     flags.add_argument("--gpus", type=int, required=True, help="GPUs of the training run")
-    flags.add_argument("--gpu", default="h100", help=f"{', '.join(GPUS)} (default: h100)")
-    flags.add_argument("--seq-length", type=int, help="in place of the preset's")
-    flags.add_argument("--global-batch-size", type=int, help="in place of the preset's")
+    flags.add_argument(
+        "--gpu", default="h100", help=f"kind of GPU: {', '.join(GPUS)} (default: h100)"
+    )
+    flags.add_argument("--seq-length", type=int, help="tokens of a sequence; default: the preset's")
+    flags.add_argument(
+        "--global-batch-size", type=int, help="sequences of a step; default: the preset's"
+    )
     flags.add_argument(
         "--tp-layout",
         choices=TP_LAYOUTS,
@@ -45,11 +52,13 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument(
         "--cp", type=int, help="context-parallel size; default: tried where sequences are long"
     )
-    flags.add_argument("--fp8", action="store_true", help="matrix products of layers in FP8")
     flags.add_argument(
-        "--gpus-per-node", type=int, default=NODE, help=f"for the command (default: {NODE})"
+        "--fp8", action="store_true", help="plan with the layers' matrix products in FP8"
     )
-    flags.add_argument("--top", type=int, default=5, help="layouts to print (default: 5)")
+    flags.add_argument(
+        "--gpus-per-node", type=int, default=NODE, help=f"most GPUs of a node (default: {NODE})"
+    )
+    flags.add_argument("--top", type=int, default=5, help="number of layouts to print (default: 5)")
     flags.add_argument(
         "--decode-gpus", type=int, default=8, help="GPUs of one decoding replica (default: 8)"
     )
@@ -70,7 +79,8 @@ def parser() -> argparse.ArgumentParser:
         help="also print memory by part, traffic, layouts that do not fit, decoding, assumptions",
     )
     flags.add_argument("--json", action="store_true", help="print JSON, all of it, and no tables")
-    flags.add_argument("--plot", metavar="FILE.png", help="draw memory, time and decoding")
+    plot = flags.add_argument("--plot", metavar="FILE.png", help="draw memory, time and decoding")
+    writes(plot, check_output)
     assumed = flags.add_argument_group("assumptions (shares of stated rates)")
     for field in fields(Assumptions):
         about = f"{field.metadata['help']} (default: {field.default:g})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_mlra.command_line.early import writes
 from megatron_mlra.command_line.parser import OneLineParser, check_output, write_text
 from megatron_mlra.cost.cache import DTYPE, kv_cache_bytes_per_token
 from megatron_mlra.cost.parameters import parameters
@@ -16,11 +17,19 @@ from megatron_mlra.planner.twin import VARIANTS, Twin, twin
 def parser() -> OneLineParser:
     """The flags."""
     flags = OneLineParser(
-        description="The preset of another attention at the same number of parameters (0.1 %).",
+        description="Write the preset of a model with other attention and as many parameters"
+        " (within"
+        " 0.1 %).",
+        epilog="example: mlra twin mlra4_2.9b --attention mla --output mla.yaml",
     )
     flags.add_argument("preset", help="the preset to be equal to, by name or path")
-    flags.add_argument("--attention", required=True, metavar="NAME", help=", ".join(VARIANTS))
-    flags.add_argument("--output", type=Path, metavar="FILE.yaml", help="default: print it")
+    flags.add_argument(
+        "--attention", required=True, metavar="NAME", help=f"one of: {', '.join(VARIANTS)}"
+    )
+    output = flags.add_argument(
+        "--output", type=Path, metavar="FILE.yaml", help="file to write; default: print it"
+    )
+    writes(output, check_output)
     flags.add_argument("--overwrite", action="store_true", help="replace FILE.yaml")
     return flags
 

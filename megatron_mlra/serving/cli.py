@@ -8,9 +8,11 @@ import re
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_mlra.command_line.early import a_file, a_folder, byte_or_there, reads
 from megatron_mlra.command_line.parser import OneLineParser, add_no_verify, fail, read_text
 from megatron_mlra.command_line.signals import Interrupted, interruptible
 from megatron_mlra.serving.environment import find_python
@@ -21,37 +23,67 @@ if TYPE_CHECKING:
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 """Hosts that only this machine reaches."""
+SOURCE = "a run, a checkpoint or an exported folder"
 ROOT = Path(__file__).parents[2]
 """The checkout, if this package is installed from one."""
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> OneLineParser:
     """The flags."""
     p = OneLineParser(
         prog="mlra serve",
+        passes_on=True,
         description="Serve a model over HTTP by vLLM: OpenAI's interface at /v1, a page to talk to"
         " the model at /chat. A run or checkpoint is exported first, once.",
-        epilog="Everything behind -- goes to vLLM, such as -- --max-num-seqs 64.",
+        epilog="Everything behind -- goes to vLLM: mlra serve runs/my --port 8001 --"
+        " --max-num-seqs 64",
     )
-    p.add_argument("source", help="exported folder, --save folder of a run, or its iter_* folder")
-    p.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
-    p.add_argument("--port", type=int, default=8000, help="default: 8000")
-    p.add_argument("--name", help="of the model in requests; default: the source's")
+    source = p.add_argument(
+        "source", help="exported folder, --save folder of a run, or its iter_* folder"
+    )
+    reads(source, partial(a_folder, what=SOURCE))
+    p.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen at; default: 127.0.0.1, for this machine alone",
+    )
+    p.add_argument("--port", type=int, default=8000, help="port to listen at; default: 8000")
+    p.add_argument(
+        "--name", help="the model's name in requests; default: that of the source's folder"
+    )
     p.add_argument(
         "--tensor-parallel-size", "--tp", type=int, default=1, help="GPUs that share the model"
     )
     p.add_argument("--max-model-len", type=int, help="longest sequence; default: the model's")
-    p.add_argument("--kv-cache-dtype", help="fp8 halves a latent cache; default: the weights'")
-    p.add_argument("--dtype", help="of weights and activations; default: as exported")
+    p.add_argument(
+        "--kv-cache-dtype", help="of the KV cache: fp8 halves a latent cache; default: the weights'"
+    )
+    p.add_argument(
+        "--dtype", help="of weights and activations, as vLLM names them; default: as exported"
+    )
     p.add_argument(
         "--speculate", action="store_true",
         help="guess a token per step by the model's layer of multi-token prediction",
     )  # fmt: skip
-    p.add_argument("--export-to", metavar="FOLDER", help="default: SOURCE/exported/STEP")
-    p.add_argument("--tokenizer", help="of the export: byte, or a tokenizer's folder")
-    p.add_argument("--chat-template", metavar="FILE", help="that the model was trained with")
-    p.add_argument("--vocab-size", type=int, help="true size, if a Megatron folder lacks it")
-    p.add_argument("--python", help="of vLLM's environment; default: $MLRA_VLLM or .venv-vllm")
+    p.add_argument(
+        "--export-to", metavar="FOLDER", help="where to export; default: SOURCE/exported/STEP"
+    )
+    tokenizer = p.add_argument(
+        "--tokenizer", help="tokenizer to export with: byte, or a folder; default: the source's"
+    )
+    reads(tokenizer, byte_or_there)
+    template = p.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="Jinja template of chats that the model was trained with",
+    )
+    reads(template, a_file)
+    p.add_argument(
+        "--vocab-size", type=int, help="true vocabulary, if a Megatron folder does not say it"
+    )
+    p.add_argument(
+        "--python", help="Python of the environment with vLLM; default: $MLRA_VLLM or .venv-vllm"
+    )
     p.add_argument(
         "--start-timeout", type=float, default=1800, help="seconds to wait for vLLM; default: 1800"
     )
@@ -78,8 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _serve(args: argparse.Namespace) -> int:
     source = Path(args.source)
-    if not source.is_dir():
-        raise ValueError(f"{source} is no folder; give a run, a checkpoint or an exported folder")
+    a_folder(source, "source", SOURCE)
     if args.chat_template is not None:
         read_text(args.chat_template)
     check_port(args.host, args.port)

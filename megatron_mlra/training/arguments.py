@@ -24,6 +24,7 @@ from megatron_mlra.command_line.parser import flags_given
 from megatron_mlra.command_line.suggest import refusal
 from megatron_mlra.description.presets import preset_name
 from megatron_mlra.fault_tolerance import integrity
+from megatron_mlra.launch.ports import reserve_port
 from megatron_mlra.layers.baselines.config import BaselineConfig
 from megatron_mlra.layers.config import MLRAConfig
 from megatron_mlra.training import data_defaults, logits
@@ -71,6 +72,17 @@ DEFAULTS = {
 """Defaults that differ from Megatron's. Presets and the command line override them."""
 
 
+_PATTERN = "a number N, or a 0 or 1 for each layer, as ([0]*3+[1])*6"
+OWN_TYPES = {
+    "no_rope_freq_type": _PATTERN,
+    "moe_freq_type": _PATTERN,
+    "la_freq_type": _PATTERN,
+    "tuple_type": "two numbers, as 128,0",
+    "_parse_cuda_graph_modules_arg": "names of modules, as attn or mlp",
+}
+"""Megatron's function that converts a flag's value -> what the flag takes."""
+
+
 def accelerated_defaults() -> dict[str, Any]:
     """Defaults that choose accelerated parts: on a GPU, each part that is installed is used.
 
@@ -109,6 +121,8 @@ def parse(argv: list[str] | None = None) -> Namespace:
                 action.type = _no_yaml_cfg
             if getattr(action.type, "__name__", "") == "enum_type_handler":
                 action.type = _enum_type(action.type, [member.name for member in action.choices])
+            elif fix := OWN_TYPES.get(getattr(action.type, "__name__", "")):
+                action.type = _explained(action.type, fix)
         parser.set_defaults(**DEFAULTS | accelerated_defaults())
         preset = preset_of(argv, partial(_refuse, parser))
         if preset is not None:
@@ -200,19 +214,21 @@ def _refusals_as_value_errors() -> Iterator[None]:
         raise ValueError(said) from error
 
 
+_kept: list[socket.socket] = []
+"""The port of a world of one, kept for the store that opens it."""
+
+
 def join_world() -> None:
     """Without a launcher, set the environment of a world of one process."""
     if "WORLD_SIZE" in os.environ:
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    _kept.append(reserve_port())
     alone = {
         "RANK": 0,
         "WORLD_SIZE": 1,
         "LOCAL_RANK": 0,
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
+        "MASTER_PORT": _kept[-1].getsockname()[1],
     }
     os.environ.update({name: str(value) for name, value in alone.items()})
 
@@ -240,6 +256,21 @@ def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
 
 def _no_yaml_cfg(value: str) -> NoReturn:
     raise argparse.ArgumentTypeError(f"{value} would replace all flags; use --config FILE.yaml")
+
+
+def _explained(convert: Callable[[str], Any], fix: str) -> Callable[[str], Any]:
+    """Megatron's conversion of a value, with the fix in its error in place of the function's name.
+
+    Megatron evaluates a pattern as Python, which may end in any error.
+    """
+
+    def explained(value: str) -> Any:
+        try:
+            return convert(value)
+        except Exception:
+            raise argparse.ArgumentTypeError(f"{value!r:.60} is not valid; use {fix}") from None
+
+    return explained
 
 
 def _enum_type(convert: Callable[[str], Any], names: list[str]) -> Callable[[str], Any]:

@@ -18,6 +18,7 @@ import warnings
 from functools import partial
 from typing import NoReturn
 
+from megatron_mlra.command_line.loading import announce_loading
 from megatron_mlra.command_line.output import guard
 from megatron_mlra.command_line.parser import one_line
 from megatron_mlra.command_line.threads import wait_passively
@@ -32,6 +33,7 @@ from megatron_mlra.training.ending import (
     refuse,
     refuse_python,
 )
+from megatron_mlra.training.left import what_is_left
 
 # Megatron warns about every optional package at import. The summary names those that matter.
 warnings.filterwarnings("ignore")
@@ -45,10 +47,11 @@ def main() -> int:
     if flags.answer(sys.argv[1:]):
         return 0
     try:
-        early_checks.check(sys.argv[1:])
+        folders = early_checks.check(sys.argv[1:])
     except (ValueError, OSError) as error:
         return refuse(one_line(error))
     end_by_interrupt = EndByInterrupt()
+    end_by_interrupt.what_is_left = partial(what_is_left, folders)
     stopping.listen(signal.SIGTERM, signal.SIGHUP)
     stopping.listen_to_interrupts(end_by_interrupt)
     os.register_at_fork(after_in_child=hush_threads)
@@ -143,16 +146,14 @@ def train(end_by_interrupt: EndByInterrupt | None = None) -> int:
         if output is not None:
             output.open(arguments.run_folder(args))
         started, run.hosts = True, world.hosts
-        end_by_interrupt.what_is_left = partial(console.what_is_left, args)
+        end_by_interrupt.what_is_left = partial(what_is_left, args)
         hooks.apply(hooks.BEFORE_TRAINING, run)
         global_vars.set_global_variables(args, build_tokenizer=False)
         if args.exit_signal_handler:
             stopping.hand_over(global_vars.get_signal_handler())
         if args.rank == 0:
             say(console.summary(args, shape))
-            if on_cpu:
-                say(console.on_cpu(args))
-            say(console.accelerated_parts(args))
+            say(console.on_cpu(args) if on_cpu else console.accelerated_parts(args))
         container = pretrain_cfg_container_from_args(args, config)
         try:
             training.pretrain(
@@ -172,7 +173,7 @@ def train(end_by_interrupt: EndByInterrupt | None = None) -> int:
             run.watch.stop()
         torch.distributed.barrier()
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(console.what_is_left(args) if started else "") from None
+        raise KeyboardInterrupt(end_by_interrupt.what_is_left()) from None
     except (SystemExit, Exception, CheckpointException) as error:
         if args is None and isinstance(error, SystemExit):  # --help-megatron
             raise
@@ -187,5 +188,6 @@ def train(end_by_interrupt: EndByInterrupt | None = None) -> int:
 def start() -> NoReturn:
     """Run the job and end the process with the job's exit code."""
     guard(ending=False)
+    announce_loading("PyTorch and Megatron-core", "some 10 seconds")
     leave(main())
     sys.exit(0)

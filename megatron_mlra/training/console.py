@@ -8,7 +8,6 @@ import io
 import logging
 import os
 import re
-import shlex
 import stat
 import sys
 import threading
@@ -24,35 +23,48 @@ from megatron_mlra.command_line.parser import one_line
 from megatron_mlra.cost.cache import kv_cache_text
 from megatron_mlra.cost.parameters import parameters
 from megatron_mlra.description.model import ModelDescription
-from megatron_mlra.fault_tolerance.saved_steps import latest_step
 from megatron_mlra.training.ending import kill_children, speaks_itself, tell_launcher
 from megatron_mlra.training.muon import OptimizerRefused
 
 
 def summary(args: Namespace, shape: ModelDescription) -> str:
-    """One line: the model's kind, size and KV cache, the parallel layout, steps and tokens."""
-    tp = args.tensor_model_parallel_size
-    layout = f"TP{tp} x PP{args.pipeline_model_parallel_size} x DP{args.data_parallel_size}"
-    if args.context_parallel_size > 1:
-        layout += f" x CP{args.context_parallel_size}"
-    if args.attention == "mlra" and tp > 1:
-        layout += f", {args.latent_tp_layout} layout"
-    if args.sequence_parallel:
-        layout += ", sequence parallel"
-    if args.dataloader_inter_document_masking:
-        layout += ", packed sequences"
-    total = parameters(shape).total
+    """What is trained, one fact a line: the model, steps and tokens, processes, KV cache."""
     steps = args.train_iters or (args.train_samples or 0) // args.global_batch_size
-    tokens = args.global_batch_size * args.seq_length
-    return (
-        f"training {shape.attention_variant}: {total:,} parameters, {kv_cache_text(shape, tp)},"
-        f" {layout}, {steps:,} steps of {tokens:,} tokens"
+    size, length = args.global_batch_size, args.seq_length
+    samples = f"{size:,} {'sequence' if size == 1 else 'sequences'} of {length:,}"
+    packed = ", documents packed" if args.dataloader_inter_document_masking else ""
+    cached = kv_cache_text(shape, args.tensor_model_parallel_size)
+    return "\n".join(
+        (
+            f"training {shape.attention_variant}: {parameters(shape).total:,} parameters",
+            f"  length: {steps:,} steps of {size * length:,} tokens ({samples}{packed})",
+            f"  processes: {_processes(args)}",
+            f"  when it generates: {cached}",
+        )
     )
+
+
+def _processes(args: Namespace) -> str:
+    """How many processes there are, and what each way of sharing work takes of them."""
+    if args.world_size == 1:
+        return "1"
+    ways = [
+        (args.tensor_model_parallel_size, "each layer cut over", "TP"),
+        (args.context_parallel_size, "each sequence cut over", "CP"),
+        (args.pipeline_model_parallel_size, "the layers in a row over", "PP"),
+        (args.data_parallel_size, "the batch shared by", "DP"),
+    ]
+    said = [f"{what} {count} ({short}{count})" for count, what, short in ways if count > 1]
+    if args.attention == "mlra" and args.tensor_model_parallel_size > 1:
+        said.append(f"{args.latent_tp_layout} layout")
+    if args.sequence_parallel:
+        said.append("sequence parallel")
+    return f"{args.world_size:,}: {', '.join(said)}"
 
 
 def on_cpu(args: Namespace) -> str:
     """One line: that there is no GPU, and a warning where the CPU is slow in bf16."""
-    line = "no GPU found: running on the CPU (gloo, torch attention)"
+    line = "no GPU found: training on the CPU, for small models and trials"
     if args.bf16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         # A product of [128, 4096] and [4096, 1024] by AVX2: 2.0 s in bf16, 0.02 s in float32.
         line += "; it has no bf16 instructions, so products take up to 100 times as long as in"
@@ -61,24 +73,24 @@ def on_cpu(args: Namespace) -> str:
 
 
 def accelerated_parts(args: Namespace) -> str:
-    """One line: which optional accelerators run, and what a missing one costs."""
-
-    def has(name: str) -> bool:
-        return importlib.util.find_spec(name) is not None
-
-    te = args.transformer_impl == "transformer_engine"
-    if te:
-        te_note = "Transformer Engine yes"
-    elif has("transformer_engine"):
-        te_note = "Transformer Engine installed, not chosen (--transformer-impl local)"
+    """Of a run on GPUs: which optional accelerators run, and what a missing one costs."""
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    if args.transformer_impl == "transformer_engine":
+        te = "yes"
+    elif installed:
+        te = "installed, not chosen (--transformer-impl local)"
     else:
-        te_note = "Transformer Engine no (without it: no FP8, no fused norms, attention by torch)"
-    if args.gradient_accumulation_fusion:
-        sum_note = "weight gradients summed in their products yes"
-    else:
-        sum_note = "weight gradients summed in their products no (in a pass of their own)"
-    triton_note = "Triton yes" if has("triton") else "Triton no (decoding runs on torch)"
-    return f"accelerated parts: {te_note}; {sum_note}; {triton_note}"
+        te = "no: no FP8, no fused norms, attention by torch (pip install megatron-mlra[te])"
+    fused = "yes" if args.gradient_accumulation_fusion else "no: in a pass of their own"
+    triton = "yes" if importlib.util.find_spec("triton") else "no: decoding runs on torch"
+    return "\n".join(
+        (
+            "accelerated parts:",
+            f"  Transformer Engine: {te}",
+            f"  weight gradients summed in their products: {fused}",
+            f"  Triton: {triton}",
+        )
+    )
 
 
 class MegatronOutput(io.TextIOBase):
@@ -186,18 +198,6 @@ def fail(error: BaseException, output: MegatronOutput | None, started: bool) -> 
             print(f"  full log: {output.path}", file=sys.stderr)
     sys.stderr.flush()
     return 1 if started else 2
-
-
-def what_is_left(args: Namespace) -> str:
-    """For a run that is ended at once: its step, and the checkpoint that it can continue from."""
-    line = f" at step {getattr(args, 'curr_iteration', 0) + 1:,}; "
-    step = latest_step(args.save) if args.save else None
-    if step is None:
-        line += "nothing was saved"
-    else:
-        folder = shlex.quote(args.save)
-        line += f"step {step:,} is saved; continue with --load {folder} --save {folder}"
-    return line
 
 
 def fail_run(

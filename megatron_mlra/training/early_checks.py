@@ -28,14 +28,17 @@ _UNDERSCORED = ("--override-opt_param-scheduler", "--use-checkpoint-opt_param-sc
 """Flags of Megatron that are spelt with an underscore. The keys of presets do not show it."""
 
 
-def check(argv: list[str]) -> None:
+def check(argv: list[str]) -> Namespace:
     """Refuse unknown flags, unreadable presets, missing data, unusable --save and --load folders.
+
+    Returns:
+        `save` and `load`, None where the command line does not name them or is not yet understood.
 
     Raises:
         ValueError: one line that names the flag and the fix.
     """
     if "--help-megatron" in argv:
-        return
+        return Namespace(save=None, load=None)
     _check_flags(argv)
     preset = flags.preset_of(argv, _refuse)
     values = {} if preset is None else preset_values(preset)
@@ -47,7 +50,8 @@ def check(argv: list[str]) -> None:
         check_required(lambda name: values.get(name) is not None or flag(name) in there)
     given = _given(argv, values)
     if given is None or given.dry_run is not None:
-        return  # --dry-run plans for another machine, with other folders
+        # --dry-run plans for another machine, with other folders.
+        return Namespace(save=None, load=None)
     if given.save is not None:
         saved_steps.check_writable("--save", given.save)
         saved_steps.check_unused(given)
@@ -58,6 +62,7 @@ def check(argv: list[str]) -> None:
             _refuse(NO_DATA)
         for prefix in without_weights(words):
             check_files(prefix)
+    return Namespace(save=given.save, load=given.load)
 
 
 def _check_flags(argv: list[str]) -> None:

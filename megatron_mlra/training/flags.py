@@ -31,6 +31,8 @@ LIST = "list"
 ABOUT = "Train MLA, GLA, MLRA and their baselines on Megatron-core, or resume a run."
 
 EPILOG = """\
+example: mlra pretrain --config debug --data-path data/my --save runs/my
+
 Every flag of Megatron works beside these: --help-megatron lists them. Often:
 --data-path, --mock-data, --split, --save, --load, --save-interval, --lr,
 --train-iters, --train-samples, --global-batch-size, --micro-batch-size,
@@ -55,7 +57,8 @@ def _add_preset(group: argparse._ArgumentGroup) -> None:
     add(
         "--config",
         metavar="PRESET",
-        help="a preset by name or path, whose values are defaults of all flags; list: print them",
+        help="a preset by name or path: its values are the defaults of all flags; list: print the"
+        " presets",
     )
     add("--help-megatron", action="help", help="print every flag, Megatron's too, and exit")
     add("--version", action=Version, help="print the versions and exit")
@@ -106,7 +109,9 @@ def _add_attention(group: argparse._ArgumentGroup) -> None:
         help="RMSNorm of every query head before RoPE (mlra); of gqa --qk-layernorm norms queries"
         " and keys",
     )
-    add("--output-gate", action="store_true", help="gate the attention output")
+    add(
+        "--output-gate", action="store_true", help="multiply the attention output by a learned gate"
+    )
     add(
         "--no-variance-scaling",
         action="store_false",
@@ -182,7 +187,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         "--data-seed",
         type=int,
         metavar="SEED",
-        help="of the order of the data; default: --seed, which also draws the initial weights",
+        help="draws the order of the data; default: --seed, which also draws the initial weights",
     )
     add(
         "--held-out",

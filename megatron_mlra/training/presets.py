@@ -71,7 +71,9 @@ def _scalar(where: str, value: Any, action: argparse.Action) -> Any:
         raise ValueError(f"{where} is {value!r}, not a valid {kind}")
     try:
         converted = action.type(str(value)) if action.type else value
-    except (TypeError, ValueError, KeyError, argparse.ArgumentTypeError):
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"{where}: {error}") from None
+    except (TypeError, ValueError, KeyError):
         raise ValueError(f"{where} is {value!r}, not a valid {kind}") from None
     if action.choices is not None and converted not in action.choices:
         choices = ", ".join(map(str, action.choices))

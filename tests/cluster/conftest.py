@@ -19,11 +19,12 @@ from support.runs import write_corpus
 
 
 @pytest.fixture(scope="session")
-def cluster():
-    """Six nodes, and a tiny corpus and preset in a folder that all of them see."""
+def cluster(warm_python):
+    """Six nodes, and a tiny corpus and preset in a folder that all of them see. Their Python begins
+    with Megatron imported: else imports would take most of the time."""
     # Not in pytest's own folder, whose parents munge distrusts.
     folder = Path(tempfile.mkdtemp(prefix="mlra-cluster-", dir="/var/tmp"))
-    cluster = Cluster(folder)
+    cluster = Cluster(folder, warm_python)
     try:
         cluster.script("up", check=True)
         cluster.prepare(write_corpus)

@@ -7,6 +7,7 @@
 #                                                       its network is dead
 #   CLUSTER=FOLDER tests/cluster/slurm.sh start HOST    the host comes back
 #   CLUSTER=FOLDER tests/cluster/slurm.sh down          end all of it, remove what `up` made
+#                  tests/cluster/slurm.sh install       install what is missing, start nothing
 #
 # Needs root. Each host is a network namespace with a name, an address and an /etc/hosts of its own;
 # a bridge between them lies in the head's namespace, so nothing leaves the machine. Everything
@@ -15,6 +16,7 @@ set -euo pipefail
 
 fail() { echo "error: $*" >&2; exit 2; }
 [ "$(id -u)" = 0 ] || fail "network namespaces need root; run this as root"
+[ "${1:-}" != install ] || { CLUSTER=$(mktemp -d) && mkdir "$CLUSTER/log"; }
 W=${CLUSTER:?set CLUSTER to the folder that holds the state of the cluster}
 export SLURM_CONF=$W/etc/slurm.conf
 nodes=(node1 node2 node3 node4 node5 node6)
@@ -169,10 +171,11 @@ down() {
 
 case ${1:-} in
   up) up ;;
+  install) install_packages; rm -r "$W" ;;
   down) down ;;
   # In this shell's place, so that a signal to it reaches the command.
   in) shift; replace=yes; inside "$@" ;;
   kill) kill_host "${2:?kill HOST}" ;;
   start) start_node "${2:?start HOST}" ;;
-  *) sed -n 4,9p "$0" >&2; exit 2 ;;
+  *) sed -n 4,10p "$0" >&2; exit 2 ;;
 esac

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 import time
 
 import pytest
@@ -76,7 +77,8 @@ def one_node_then_requeue_then_cancel(cluster: Cluster) -> None:
 
 def cancel_at_start(cluster: Cluster) -> None:
     """scancel while the ranks import: no rank is started again, the job is not revived."""
-    job = cluster.submit("start", *LIVES, options=PAIR)
+    cold = f"--export=ALL,PYTHON={sys.executable}"  # which has all of it to import
+    job = cluster.submit("start", *LIVES, options=(*PAIR, cold))
     job.wait_running()
     host = job.hosts()[0]
     job.wait("starting its rank", lambda: len(job.processes(host, "pretrain_mlra.py")) > 1)

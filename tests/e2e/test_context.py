@@ -52,7 +52,7 @@ def test_context_parallel_trains_as_one_rank(entry, preset, whole, tmp_path):
     run = entry.run(tmp_path, *argv, CP, 2, "--eval-at-start", "--save", save, ranks=2)
     assert_same(run, whole, "lm loss", "grad-norm", "lm loss validation", "lm loss test")
     assert sorted(run.losses) == list(range(1, 9))
-    assert "TP1 x PP1 x DP1 x CP2, 8 steps of 128 tokens" in run.out
+    assert "\n  processes: 2: each sequence cut over 2 (CP2)\n" in run.out
     start = as_of(4, save, tmp_path / "start")
     resumed = entry.run(tmp_path / "one", *argv, "--load", start)
     assert_same(resumed, whole, "lm loss", "grad-norm")
@@ -75,7 +75,7 @@ def test_documents_train_as_under_a_mask(entry, preset, masked, tmp_path, ranks,
     run = entry.run(tmp_path, *argv, ranks=ranks)
     assert_same(run, masked, "lm loss", "grad-norm")
     assert sorted(run.losses) == [3, 4]
-    assert ("packed sequences" in run.out) == ("--packed-sequences" in flags)
+    assert ("documents packed" in run.out) == ("--packed-sequences" in flags)
 
 
 def test_packed_rows_are_joined(entry, preset, tmp_path):

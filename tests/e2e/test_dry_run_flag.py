@@ -3,7 +3,6 @@
 import json
 import shlex
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -14,9 +13,9 @@ from support import ENV, ROOT
 from support.programs import program
 
 
-def test_a_launch_of_1024_gpus_is_described_and_nothing_started(tmp_path):
+def test_a_launch_of_1024_gpus_is_described_and_nothing_started(warm_python, tmp_path):
     config = "mlra4_70b"
-    command = [sys.executable, ROOT / "pretrain_mlra.py", "--config", config]
+    command = [warm_python, ROOT / "pretrain_mlra.py", "--config", config]
     command += ["--dry-run", "1024", "--data-path", "nowhere", "--save", tmp_path / "save"]
     done = subprocess.run(command, capture_output=True, text=True, env=ENV)
     assert done.returncode == 0, done.stderr

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 
 import pytest
 
@@ -84,10 +83,10 @@ def test_files_of_prompts_give_what_single_prompts_give(checkpoint, capsys, tmp_
     assert code == 0 and json.loads(one.read_text())["tokens"] == together[2]["tokens"]
 
 
-def test_ranks_write_what_one_process_writes(checkpoint, capsys, warm_mlra):
+def test_ranks_write_what_one_process_writes(checkpoint, capsys, warm_python, warm_mlra):
     argv = [checkpoint, "--prompt", "def ", "--max-new-tokens", "24", "--ignore-eod"]
     _, alone, _ = generate(capsys, *argv)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    command = [warm_python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     done = subprocess.run(
         [*command, "4", "--no-python", warm_mlra, "generate", *argv,
          "--weight-mode", "sharded", "--context-parallel", "2", "--page-size", "16"],

@@ -1,6 +1,7 @@
 """The launcher with real processes: signal, save, relaunch; what it refuses; hosts that disagree;
 which checkpoints are kept. SLURM's part is in tests/cluster."""
 
+import functools
 import re
 import shutil
 import signal
@@ -8,12 +9,14 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 from megatron_mlra.fault_tolerance.retention import prune
+from megatron_mlra.launch.ports import reserve_port
 from support import ENV, ROOT
 from support.runs import wait_for
 
@@ -55,7 +58,7 @@ def test_a_signal_saves_and_a_relaunch_goes_on(preset, warm_python, tmp_path):
     again = tmp_path / "again.txt"
     flags = ("--train-iters", 100000, "--exit-interval", step + 2, "--eval-iters", 0)
     flags += ("--save-interval", 1, "--keep-last", 2)
-    warm = {"PYTHON_EXEC": str(warm_python)}  # what torchrun starts ranks with
+    warm = {"PYTHON": str(warm_python)}
     assert launch(preset, save, again, 1, *flags, env=warm).wait(300) == 0, again.read_text()
     said = again.read_text()
     assert f"step {step + 1}/" in said and f"step {step}/" not in said
@@ -101,7 +104,7 @@ def without_packages(folder: Path) -> Path:
         (["debug", "x"], TWO | {"LOCAL_ADDR": "192.0.2.1"}, "is no address of this host"),
     ],
 )
-def test_launch_errors_are_one_line(argv, env, message, tmp_path):
+def test_launch_errors_are_one_line(argv, env, message, warm_python, tmp_path):
     bare, ran = without_packages(tmp_path), tmp_path / "ran"
     with socket.socket() as other:
         other.bind(("", 0))
@@ -109,7 +112,7 @@ def test_launch_errors_are_one_line(argv, env, message, tmp_path):
         words = {"ran": ran, "bare": bare, "taken": other.getsockname()[1]}
         env = {name: value.format(**words) for name, value in env.items()}
         command = ["bash", LAUNCH, *argv]
-        env = ENV | {"PYTHON": sys.executable} | env
+        env = ENV | {"PYTHON": str(warm_python)} | env
         done = subprocess.run(
             command, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=300
         )
@@ -117,12 +120,17 @@ def test_launch_errors_are_one_line(argv, env, message, tmp_path):
     assert done.stderr.count("\n") == 1 and not ran.exists()
 
 
-def meet(
-    out: Path, save: Path, port: int, nodes: int, preset: str = "debug", **env: str
+@pytest.fixture
+def meet(warm_python) -> Callable[..., subprocess.Popen]:
+    """A function that starts one of several launchers on this machine."""
+    return functools.partial(start_one, str(warm_python))
+
+
+def start_one(
+    python: str, out: Path, save: Path, port: int, nodes: int, preset: str = "debug", **env: str
 ) -> subprocess.Popen:
-    """One of several launchers on this machine."""
     host = {"NODES": str(nodes), "RDZV_ENDPOINT": f"localhost:{port}", "LOCAL_ADDR": own_address()}
-    env = ENV | {"PYTHON": sys.executable, "GPUS_PER_NODE": "1", "RDZV_ID": "x"} | host | env
+    env = ENV | {"PYTHON": python, "GPUS_PER_NODE": "1", "RDZV_ID": "x"} | host | env
     with open(out, "w") as file:
         command = ["bash", str(LAUNCH), preset, str(save)]
         return subprocess.Popen(command, env=env, stdout=file, stderr=file)
@@ -139,32 +147,38 @@ def wait_until_met(port: int, seconds: float = 300) -> None:
         time.sleep(0.2)
 
 
+def lines(out: Path) -> list[str]:
+    """What was said, without the line of what is loaded."""
+    return [line for line in out.read_text().splitlines() if not line.startswith("loading ")]
+
+
 def own_address() -> str:
     """An address of this machine that is not its loopback."""
     found = [e.address for entries in psutil.net_if_addrs().values() for e in entries]
     return next(a for a in found if a.count(".") == 3 and not a.startswith("127."))
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A port where the hosts of a test meet."""
+    with reserve_port("") as kept:
+        yield kept.getsockname()[1]
 
 
-def test_hosts_that_were_told_differently_end_soon(tmp_path):
-    port, outs = free_port(), [tmp_path / "one.txt", tmp_path / "two.txt"]
-    one = meet(outs[0], tmp_path / "save", port, 2)
-    two = meet(outs[1], tmp_path / "save", port, 2, NODES="3")
+def test_hosts_that_were_told_differently_end_soon(port, tmp_path):
+    outs = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    one = start_one(sys.executable, outs[0], tmp_path / "save", port, 2)
+    two = start_one(sys.executable, outs[1], tmp_path / "save", port, 2, NODES="3")
     for launcher, out in ((one, outs[0]), (two, outs[1])):
         assert launcher.wait(300) == 2, out.read_text()
-        (line,) = out.read_text().splitlines()
+        (line,) = lines(out)
         message = "error: NODES is [23] on host .* and [23] on host .*; give all hosts the same"
         assert re.fullmatch(message, line)
 
 
 @pytest.mark.parametrize("lacks", ["torch", "preset"])
-def test_a_host_that_lacks_something_is_named_on_the_other(lacks, tmp_path):
-    port, outs = free_port(), [tmp_path / "one.txt", tmp_path / "two.txt"]
+def test_a_host_that_lacks_something_is_named_on_the_other(lacks, meet, port, tmp_path):
+    outs = [tmp_path / "one.txt", tmp_path / "two.txt"]
     one = meet(outs[0], tmp_path / "save", port, 2)
     wait_until_met(port)
     if lacks == "torch":
@@ -175,14 +189,14 @@ def test_a_host_that_lacks_something_is_named_on_the_other(lacks, tmp_path):
         why = "there is no preset megatron_mlra/presets/not-there.yaml"
     for launcher, out in ((one, outs[0]), (two, outs[1])):
         assert launcher.wait(300) == 2, out.read_text()
-        (line,) = out.read_text().splitlines()
+        (line,) = lines(out)
         assert line.startswith("error: ") and why in line and f"host {socket.gethostname()}" in line
     assert outs[0].read_text().startswith(f"error: host {socket.gethostname()} ended: ")
 
 
-def test_a_host_that_does_not_come(tmp_path):
+def test_a_host_that_does_not_come(port, tmp_path):
     out = tmp_path / "out.txt"
-    launcher = meet(out, tmp_path / "save", free_port(), 2, JOIN_TIMEOUT="5")
+    launcher = start_one(sys.executable, out, tmp_path / "save", port, 2, JOIN_TIMEOUT="5")
     assert launcher.wait(300) == 1, out.read_text()
     (line,) = out.read_text().splitlines()
     assert line.startswith("error: the hosts did not meet at localhost:") and "(timeout)" in line
@@ -195,16 +209,15 @@ def test_a_package_that_is_missing_is_one_line(tmp_path):
     path = {"PYTHONPATH": f"{tmp_path}:{ENV['PYTHONPATH']}", "MAX_RESTARTS": "3"}
     run = launch(Path("debug"), tmp_path / "save", out, 2, "--mock-data", env=path)
     assert run.wait(300) == 2
-    (line,) = out.read_text().splitlines()
+    (line,) = lines(out)
     assert re.match(
         r"error: .* lacks a package of the run \(No module named 'megatron\.core'", line
     )
     assert socket.gethostname() in line
 
 
-def test_a_signal_while_waiting_for_other_hosts(tmp_path):
+def test_a_signal_while_waiting_for_other_hosts(meet, port, tmp_path):
     out = tmp_path / "out.txt"
-    port = free_port()
     launcher = meet(out, tmp_path / "save", port, 2, STOPPED_CODE="75")
     wait_until_met(port)  # then asleep in torchrun's rendezvous
     launcher.send_signal(signal.SIGUSR1)
@@ -213,14 +226,14 @@ def test_a_signal_while_waiting_for_other_hosts(tmp_path):
     assert out.read_text() == said
 
 
-def test_a_refusal_is_not_started_again(preset, tmp_path):
-    out = tmp_path / "out.txt"
-    run = launch(preset, tmp_path / "save", out, 2, "--no-such-flag", env={"MAX_RESTARTS": "3"})
-    soak = [sys.executable, ROOT / "tools/soak.py", "--config", preset, "--ranks", 1, "--kills", 1]
+def test_a_refusal_is_not_started_again(preset, warm_python, tmp_path):
+    out, again = tmp_path / "out.txt", {"MAX_RESTARTS": "3", "PYTHON": str(warm_python)}
+    run = launch(preset, tmp_path / "save", out, 2, "--no-such-flag", env=again)
+    soak = [warm_python, ROOT / "tools/soak.py", "--config", preset, "--ranks", 1, "--kills", 1]
     soak += ["--work", tmp_path / "soak", "--no-such-flag"]
     soaked = subprocess.run([*map(str, soak)], capture_output=True, text=True, env=ENV, timeout=300)
     assert run.wait(300) == 2
-    (line,) = out.read_text().splitlines()
+    (line,) = lines(out)
     assert line.startswith("error: unknown flag --no-such-flag")
     assert soaked.returncode == 2 and soaked.stderr.endswith(f"{line}\n")
 

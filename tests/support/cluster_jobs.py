@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -22,10 +21,10 @@ ONE = ("--nodes", 1, "--gpus-per-node", 1)
 class Cluster:
     """Hosts head (the controller) and node1 to node6."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, python: Path) -> None:
         self.folder = folder
         self.preset, self.data = folder / "work" / "tiny.yaml", folder / "work" / "text"
-        self.env = ENV | {"CLUSTER": str(folder), "PYTHON": sys.executable}
+        self.env = ENV | {"CLUSTER": str(folder), "PYTHON": str(python)}
         self._mine = threading.local()
         self._asking, self._asked = threading.Lock(), 0.0
         self._jobs: dict[int, dict[str, str]] = {}

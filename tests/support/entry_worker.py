@@ -36,6 +36,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_mlra.launch.ports import reserve_port
 from support import ROOT
 from support.parsers import read_help_once
 from support.warm import serve
@@ -87,9 +88,8 @@ def main(path: Path) -> None:
 def start(entry: types.ModuleType, job: dict) -> list[int]:
     """Fork the ranks of a run."""
     ranks = job.get("ranks", 0)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    kept = reserve_port()  # until the last rank has ended, since all inherit it
+    port = kept.getsockname()[1]
     pids = []
     for rank in range(ranks or 1):
         pid = os.fork()
@@ -100,6 +100,7 @@ def start(entry: types.ModuleType, job: dict) -> list[int]:
                 env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             os._exit(be_module(job) if "module" in job else be_entry(entry, job, rank, env))
         pids.append(pid)
+    kept.close()
     return pids
 
 

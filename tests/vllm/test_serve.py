@@ -9,7 +9,6 @@ import os
 import selectors
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import psutil
 import pytest
 
 from megatron_mlra.checkpoint.megatron.writer import write_megatron
+from megatron_mlra.launch.ports import reserve_port
 from support import ENV, ROOT
 from support.browser import Browser
 from support.random_checkpoint import RandomFolder
@@ -32,9 +32,8 @@ class Served:
     """A running `mlra serve`."""
 
     def __init__(self, folder) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self._kept = reserve_port()
+        self.port = self._kept.getsockname()[1]
         self.run, self.log = folder / "run", folder / "serve.log"
         write_megatron(RandomFolder(CASES[FEATURES]), self.run, progress=False)
         command = [sys.executable, str(ROOT / "tools" / "serve.py"), str(self.run)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import socket
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from megatron_mlra.launch.ports import reserve_port
 from support.browser import Browser
 from support.vllm_cases import FEATURES, LENGTHS, NEW, prompts
 from support.vllm_environment import ENV_VLLM, PYTHON
@@ -60,9 +60,8 @@ def server(models, tmp_path_factory):
     """vLLM's server with the plugin, compiled by Dynamo, ended as its operator would end it."""
     folder = tmp_path_factory.mktemp("server")
     (folder / "template.jinja").write_text(TEMPLATE)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    kept = reserve_port()
+    port = kept.getsockname()[1]
     model = str(models / FEATURES)
     command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
@@ -82,6 +81,7 @@ def server(models, tmp_path_factory):
     finally:
         process.terminate()
         process.wait(60)
+        kept.close()
 
 
 def _wait(server: Server, log) -> None:

@@ -1,9 +1,4 @@
-"""Measure time per output token: MLRA against MLA and GQA, on one GPU or, under torchrun, on all.
-
-Random weights and a cache filled with random numbers: times do not depend on their values. On one
-GPU a model is measured whole and as one rank's share, the work of one of N ranks without its
-collectives. Under torchrun it is cut over all processes, collectives included.
-"""
+"""Command line of `mlra benchmark-decoding`; flags.py says what it measures."""
 
 from __future__ import annotations
 
@@ -22,6 +17,7 @@ import torch
 import triton
 
 from megatron_mlra.benchmarks.commit import commit
+from megatron_mlra.benchmarks.decoding.flags import parser
 from megatron_mlra.benchmarks.decoding.guesses import (
     Guesser,
     guess_table,
@@ -39,15 +35,12 @@ from megatron_mlra.benchmarks.decoding.measure import (
 from megatron_mlra.benchmarks.decoding.place import Place, joined, tiny
 from megatron_mlra.benchmarks.decoding.plot import plot
 from megatron_mlra.command_line.foreign_text import read_json
-from megatron_mlra.command_line.parser import OneLineParser, check_output, one_line, write_text
+from megatron_mlra.command_line.parser import check_output, one_line, write_text
 from megatron_mlra.description.presets import preset_description
-from megatron_mlra.inference.backends.select import PRODUCTS
 from megatron_mlra.inference.parallel import HeadShard, check_parallel, tensor_parallel_size
-from megatron_mlra.inference.reduction import ALL_REDUCES
 from mlra_kernels.benchmarks.timing import read_roof
 from mlra_kernels.products.configs import use_cuts
 
-PRESETS = ("mlra4_2.9b", "mla_2.9b", "gqa_2.9b")
 K = 1024
 
 
@@ -134,88 +127,6 @@ def table(records: list[dict[str, Any]]) -> str:
             timed = f"{r['us']:.0f} | {r['roof_us']:.0f} | {100 * r['share']:.0f} %"
         lines.append(f"| {r['label']} | {r['batch']} | {r['context'] // K}K | {timed} | {sizes} |")
     return "\n".join(lines)
-
-
-def parser() -> OneLineParser:
-    """The flags."""
-    flags = OneLineParser(description=" ".join(__doc__.split()))
-    add = flags.add_argument
-    add(
-        "--configs",
-        nargs="+",
-        default=list(PRESETS),
-        metavar="PRESET",
-        help=f"presets by name or path (default: {' '.join(PRESETS)})",
-    )
-    add(
-        "--tp",
-        type=int,
-        nargs="+",
-        default=[4, 1],
-        help="shares to measure on one GPU (default: 4 1); under torchrun the processes decide",
-    )
-    add(
-        "--context-parallel",
-        type=int,
-        nargs="+",
-        default=[1],
-        metavar="N",
-        help="measure with the tokens of each sequence cut over N ranks too: of the processes under"
-        " torchrun, else besides --tp (default: 1)",
-    )
-    add(
-        "--all-reduce",
-        nargs="+",
-        choices=ALL_REDUCES,
-        default=["auto"],
-        help="how processes sum, each measured (default: auto, the rule of `mlra generate`)",
-    )
-    add(
-        "--rehearse",
-        action="store_true",
-        help="run every case at a tiny size on CPUs, by gloo under torchrun, and time nothing",
-    )
-    add(
-        "--contexts",
-        type=int,
-        nargs="+",
-        metavar="TOKENS",
-        help="tokens in the cache (default: 4, 32, 128 and 512 K; 1 K with --speculate)",
-    )
-    add("--batches", type=int, nargs="+", default=[1, 32], help="sequences (default: 1 32)")
-    add(
-        "--products",
-        choices=PRODUCTS,
-        default="auto",
-        help="products of few rows: the project's kernels, each started before the one in front has"
-        " ended (auto, the default), or after it (serial), or cuBLAS",
-    )
-    add("--cuts", metavar="FILE", help="cuts of those kernels: a report of benchmarks.products")
-    add("--prefill", type=int, nargs="*", default=[], help="prompt lengths to time")
-    add("--prefill-chunk", type=int, default=4096, help="tokens of a prefill step (default: 4096)")
-    add(
-        "--speculate",
-        nargs="?",
-        const="",
-        metavar="FOLDER",
-        help="serve prompts without and with guesses of multi-token prediction, by the layer of a"
-        " checkpoint (on a CPU too), or of --configs with random weights",
-    )
-    add("--text", metavar="FILE", help="what FOLDER's prompts are pieces of; default: a sample")
-    add("--data", metavar="PREFIX", help="a dataset that FOLDER's prompts are pieces of instead")
-    add("--new-tokens", type=int, default=128, help="behind each of its prompts (default: 128)")
-    add(
-        "--temperature",
-        type=float,
-        nargs="+",
-        default=[0.0],
-        help="of its draws, one run each; default 0: the likeliest",
-    )
-    add("--json", metavar="FILE", help="where to write the records")
-    add("--png", metavar="FILE", help="where to draw time over context")
-    add("--commit", help="commit to name in the report")
-    add("--seed", type=int, help="default: the clock")
-    return flags
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -37,7 +37,7 @@ class Case:
     weight_mode: str = "replicated"
     cache_dtype: str = "auto"
     all_reduce: str = "auto"
-    """See `inference.reduction.ALL_REDUCES`."""
+    """See `description.backends.ALL_REDUCES`."""
 
 
 def random_reader(model: ModelDescription, device: str, seed: int = 1) -> Callable[[str], Tensor]:

@@ -26,6 +26,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_mlra.command_line.early import writes
 from megatron_mlra.command_line.parser import OneLineParser, make_folder
 
 warnings.filterwarnings("ignore")
@@ -64,7 +65,9 @@ TWO_GPUS = [
 
 def parser() -> OneLineParser:
     """The parser of the command's own flags."""
-    flags = OneLineParser(description=__doc__.splitlines()[0], epilog="Other flags go to Megatron.")
+    flags = OneLineParser(
+        description=__doc__.splitlines()[0], epilog="Other flags go to Megatron.", passes_on=True
+    )
     add = flags.add_argument
     add(
         "--case",
@@ -74,24 +77,29 @@ def parser() -> OneLineParser:
         " stock-mla and stock-mla_moe_16b, Megatron's own; may be repeated (default:"
         " mlra4 and stock-mla at 2, 4 and 8 K tokens; with two processes the layouts of two GPUs)",
     )
+    add("--only", default="*", metavar="PATTERN", help="run the cases that match, as in *@tp2*")
     add(
-        "--only", default="*", metavar="PATTERN", help="of the cases those that match, as in *@tp2*"
+        "--seconds",
+        type=float,
+        default=1e9,
+        metavar="N",
+        help="start no case after N seconds",
     )
-    add("--seconds", type=float, default=1e9, metavar="N", help="begin no case after so many")
-    add("--num-layers", type=int, default=6, help="of every case (default: 6)")
-    add("--tokens", type=int, default=16384, help="of a micro-batch (default: 16384)")
-    add("--micro-batches", type=int, default=1, help="of a step (default: 1)")
-    add("--steps", type=int, default=10, help="timed (default: 10)")
-    add("--warmup", type=int, default=3, help="steps before (default: 3)")
-    add("--profile", action="store_true", help="trace two more steps, and sum it up")
+    add("--num-layers", type=int, default=6, help="layers of every case (default: 6)")
+    add("--tokens", type=int, default=16384, help="tokens of a micro-batch (default: 16384)")
+    add("--micro-batches", type=int, default=1, help="micro-batches of a step (default: 1)")
+    add("--steps", type=int, default=10, help="steps that are timed (default: 10)")
+    add("--warmup", type=int, default=3, help="steps before those (default: 3)")
+    add("--profile", action="store_true", help="trace two more steps, and sum them up")
     add("--sublayer", action="store_true", help="time the attention sublayer alone, ungated")
-    add(
+    out = add(
         "--out",
         type=Path,
         default=Path("runs/benchmark_training"),
         metavar="FOLDER",
-        help="for results (default: runs/benchmark_training)",
+        help="folder for results (default: runs/benchmark_training)",
     )
+    writes(out, lambda folder, flag: make_folder(folder, f"{flag} {folder}"))
     return flags
 
 

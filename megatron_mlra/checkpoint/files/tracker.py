@@ -6,11 +6,28 @@ import re
 from pathlib import Path
 
 from megatron_mlra.checkpoint.files.inside import inside, open_inside
+from megatron_mlra.command_line.early import a_folder
 from megatron_mlra.description.model import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
+NO_CHECKPOINT = (
+    f"{{}} holds no checkpoint: no {TRACKER}, .metadata or config.json; give the --save of a run,"
+    " its iter_* folder, or an exported folder"
+)
 FORMAT_FILE = "metadata.json"
 """File that names the format of a checkpoint; one of the last files that Megatron writes."""
+
+
+def a_checkpoint(value: str | Path, flag: str) -> None:
+    """The check of a parser's argument, see command_line/early.py: a folder with a file by which
+    checkpoint/formats.py tells the kinds of checkpoints apart.
+
+    Raises:
+        ValueError: the folder is missing, or has none of these files.
+    """
+    a_folder(value, flag)
+    if not any((Path(value) / name).is_file() for name in (TRACKER, ".metadata", "config.json")):
+        raise CheckpointError(NO_CHECKPOINT.format(value))
 
 
 def tracked_step(folder: Path) -> str | None:

@@ -10,30 +10,44 @@ from typing import Any
 
 import numpy as np
 
+from megatron_mlra.checkpoint.files.tracker import a_checkpoint
 from megatron_mlra.command_line import parser as command_line
+from megatron_mlra.command_line.early import reads, writes
 from megatron_mlra.command_line.parser import OneLineParser
+from megatron_mlra.data.prefixes import a_dataset
+from megatron_mlra.description.model import DTYPES
 from megatron_mlra.evaluation.inputs import add_inputs, read_inputs, run
 
 LONGEST = 1024
 """Most tokens per window by default: the cost of attention is quadratic in the window."""
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> OneLineParser:
     """The flags."""
     command = OneLineParser(
         description="What the attention of a latent model (MLA, GLA-n, MLRA-n) does by layer:"
         " variance of keys, entropy, likeness of branches, ranks, what ablating a branch costs.",
     )
-    command.add_argument("checkpoint", help="folder of a Megatron, research or exported checkpoint")
-    command.add_argument(
-        "--data", nargs="+", default=[], metavar="NAME=PREFIX", help="datasets of `mlra preprocess`"
+    checkpoint = command.add_argument(
+        "checkpoint",
+        help="a run's --save folder, its iter_* folder, an exported or research folder",
     )
+    reads(checkpoint, a_checkpoint)
+    data = command.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="NAME=PREFIX",
+        help="datasets of `mlra preprocess`, each with a name for the report",
+    )
+    reads(data, a_dataset)
     add_inputs(command)
     command.add_argument(
         "--tokens",
         type=int,
         default=8192,
-        help="tokens taken of each dataset or text, in windows spread evenly over it (8,192)",
+        help="tokens taken of each dataset or text, in windows spread evenly over it"
+        " (default: 8,192)",
     )
     command.add_argument(
         "--max-length",
@@ -46,9 +60,16 @@ def parser() -> argparse.ArgumentParser:
         dest="ablate",
         help="leave out the ablations, which take most of the time",
     )
-    command.add_argument("--dtype", default="float32", help="float32 (default), bfloat16, float16")
-    command.add_argument("--json", metavar="FILE", help="write the numbers here")
-    command.add_argument("--plot", metavar="FILE", help="draw them here (.png, .svg or .pdf)")
+    command.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)"
+    )
+    json_file = command.add_argument("--json", metavar="FILE", help="write the numbers here")
+    plot = command.add_argument(
+        "--plot", metavar="FILE", help="draw them here (.png, .svg or .pdf)"
+    )
+    for output in (json_file, plot):
+        writes(output, command_line.check_output)
+    command.together.append(_check)
     return command
 
 

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from megatron_mlra.description.backends import current_name
+from megatron_mlra.description.backends import DECODE_BACKENDS, PRODUCTS, current_name
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.inference.backends.base import Ops
 from megatron_mlra.inference.backends.reference import ReferenceOps
-
-BACKENDS = ("auto", "mlra_kernels", "torch")
-PRODUCTS = ("auto", "serial", "cublas")
-"""Products of few rows by mlra_kernels: 'auto' by its own kernels, each of which starts before the
-kernel in front has ended; 'serial' by the same, one after the other; 'cublas' by torch."""
 
 
 def select_backend(
@@ -33,8 +28,8 @@ def select_backend(
     if products not in PRODUCTS:
         raise ValueError(f"products is {products!r}; use one of {', '.join(PRODUCTS)}")
     name = current_name("backend", name)
-    if name not in BACKENDS:
-        raise ValueError(f"backend is {name!r}; use one of {', '.join(BACKENDS)}")
+    if name not in DECODE_BACKENDS:
+        raise ValueError(f"backend is {name!r}; use one of {', '.join(DECODE_BACKENDS)}")
     misfit = _kernels_misfit(model, dtype, device)
     if name == "mlra_kernels" and misfit:
         raise ValueError(f"backend mlra_kernels {misfit}; use backend torch")

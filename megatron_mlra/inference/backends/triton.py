@@ -16,7 +16,7 @@ class TritonOps(TorchProducts):
     """bfloat16 or float16 on a CUDA device; a CUDA graph can capture every call.
 
     Args:
-        products: one of `select.PRODUCTS`.
+        products: one of `backends.PRODUCTS`.
     """
 
     name = "mlra_kernels"

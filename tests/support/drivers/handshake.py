@@ -16,6 +16,7 @@ import sys
 import time
 
 from megatron_mlra.fault_tolerance import handshake, shared_folder
+from megatron_mlra.launch.ports import reserve_port
 
 
 def main() -> None:
@@ -26,9 +27,8 @@ def main() -> None:
 
 def run(folder: str, seconds: float, ranks: list[dict]) -> list[dict | None]:
     """Fork the ranks and gather their outcomes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    kept = reserve_port()
+    port = kept.getsockname()[1]
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
     said = []
     for rank, how in enumerate(ranks):
@@ -45,6 +45,7 @@ def run(folder: str, seconds: float, ranks: list[dict]) -> list[dict | None]:
         with open(read) as pipe:
             answers.append(json.loads(pipe.read() or "null"))
         os.wait()
+    kept.close()
     return answers
 
 

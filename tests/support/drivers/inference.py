@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_mlra.description.backends import WEIGHT_MODES
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.description.tensors import expected_tensors
 from megatron_mlra.inference.load import LoadOptions, load_model
-from megatron_mlra.inference.parallel import WEIGHT_MODES, TensorParallel
+from megatron_mlra.inference.parallel import TensorParallel
 from megatron_mlra.inference.runner import Chunk, Runner, pool_for
 from megatron_mlra.maths.routing import choose_experts
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from megatron_mlra.checkpoint.huggingface.folder import write_huggingface
 from megatron_mlra.data.writer import DatasetWriter
 from megatron_mlra.description.presets import preset_description
 from megatron_mlra.description.tensors import expected_tensors
-from support import CONFIGS, ROOT
+from support import CONFIGS, ENV, ROOT
 from support.random_checkpoint import RandomFolder, latent
 
 TOOL = ROOT / "tools" / "benchmark_decoding.py"
@@ -104,10 +103,9 @@ def test_table_and_plot(tmp_path):
     assert "| rehearsed | | |" in rehearsed
 
 
-def test_without_a_gpu_it_says_so_in_one_line():
-    done = subprocess.run(
-        [sys.executable, TOOL], capture_output=True, text=True, env={"CUDA_VISIBLE_DEVICES": ""}
-    )
+def test_without_a_gpu_it_says_so_in_one_line(warm_python):
+    env = ENV | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([warm_python, TOOL], capture_output=True, text=True, env=env)
     assert done.returncode == 1
     assert done.stderr == "error: this benchmark needs a CUDA GPU, and torch sees none\n"
 

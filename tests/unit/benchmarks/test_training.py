@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -233,8 +232,8 @@ def test_sublayers_have_a_table_of_their_own():
     assert "8.00" in report.table([row]) and "424 MiB" in report.line(row)
 
 
-def test_without_a_gpu_it_is_one_line():
-    command = [sys.executable, ROOT / "tools/benchmark_training.py"]
+def test_without_a_gpu_it_is_one_line(warm_python):
+    command = [warm_python, ROOT / "tools/benchmark_training.py"]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(command, capture_output=True, text=True, env=env)
     assert (run.returncode, run.stdout) == (2, "")

@@ -9,7 +9,6 @@ import re
 import shutil
 import struct
 import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -71,10 +70,10 @@ def test_code_is_listed_and_never_run(make, folder, convert, tmp_path, capsys):
     assert not canary.exists() and not (tmp_path / "out").exists()
 
 
-def test_the_real_tool_is_as_careful(folder, tmp_path):
+def test_the_real_tool_is_as_careful(folder, warm_python, tmp_path):
     hostile.script_in_common_file(folder / "release", tmp_path / "canary")
     tool = ROOT / "tools/convert_checkpoint.py"
-    ran = subprocess.run([sys.executable, tool, "inspect", folder], capture_output=True, text=True)
+    ran = subprocess.run([warm_python, tool, "inspect", folder], capture_output=True, text=True)
     assert ran.returncode == 1 and "TorchScript archive" in ran.stderr
     assert not (tmp_path / "canary").exists()
 

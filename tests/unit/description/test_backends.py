@@ -4,9 +4,8 @@ import argparse
 
 import pytest
 
-from megatron_mlra.description.backends import OLD_NAMES, current_name
+from megatron_mlra.description.backends import DECODE_BACKENDS, OLD_NAMES, current_name
 from megatron_mlra.inference import cli
-from megatron_mlra.inference.backends.select import BACKENDS
 from megatron_mlra.layers.config import CORE_BACKENDS, LATENT_KERNELS, MLRAConfig
 from megatron_mlra.training.arguments import add_mlra_arguments
 
@@ -21,7 +20,7 @@ OF_TRAINING = [case for case in OLD if case[0] != "backend"]
 
 def test_one_vocabulary():
     names = {"auto", "torch", "te", "mlra_kernels"}
-    assert {*CORE_BACKENDS, *LATENT_KERNELS, *BACKENDS} == names
+    assert {*CORE_BACKENDS, *LATENT_KERNELS, *DECODE_BACKENDS} == names
 
 
 @pytest.mark.parametrize(("choice", "old", "new"), OLD)

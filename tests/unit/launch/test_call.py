@@ -10,6 +10,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from megatron_mlra.launch.call import COUNT, Call, key, refuse
+from megatron_mlra.launch.ports import reserve_port
 
 
 @pytest.mark.parametrize("libuv", [True, False])
@@ -25,12 +26,11 @@ def test_torchs_store_has_the_call(libuv):
 
 
 def test_nobody_to_tell_ends_at_once():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        free = probe.getsockname()[1]
-    # The first host itself; no port; no host; a port of no number.
-    for endpoint in (f"127.0.0.1:{free}", "localhost", "no.such.host.invalid:1", "localhost:x", ""):
-        assert not refuse(endpoint, "2", "run", "x")
+    with reserve_port() as kept:
+        own = f"127.0.0.1:{kept.getsockname()[1]}"
+        # The first host itself; no port; no host; a port of no number.
+        for endpoint in (own, "localhost", "no.such.host.invalid:1", "localhost:x", ""):
+            assert not refuse(endpoint, "2", "run", "x")
 
 
 @pytest.mark.parametrize("said", [b"", b"HTTP", b"HTTP/1.1 400 Bad Request"])

@@ -57,9 +57,9 @@ def test_a_thread_in_a_request_to_the_store(end, code, said):
         ),
     ],
 )
-def test_numbers_that_are_none_are_refused(changes, flags, line):
+def test_numbers_that_are_none_are_refused(changes, flags, line, warm_python):
     meeting = ["--nnodes", "2", "--rdzv-endpoint", "127.0.0.1:29555", "--rdzv-id", "x"]
-    command = [sys.executable, "-W", "ignore", "-m", "megatron_mlra.launch"]
+    command = [warm_python, "-W", "ignore", "-m", "megatron_mlra.launch"]
     command += [*(meeting if flags else []), *flags, "script.py"]
     done = subprocess.run(
         command, capture_output=True, text=True, env=ENV | changes, cwd=ROOT, timeout=120
@@ -107,7 +107,8 @@ def test_a_second_interrupt_ends_ranks_that_go_on(tmp_path):
     wait_for(out, "saving", 120)
     launcher.send_signal(signal.SIGINT)
     assert launcher.wait(120) == 130, out.read_text()
-    up, *said = out.read_text().splitlines()
+    loading, up, *said = out.read_text().splitlines()
+    assert loading.startswith("loading PyTorch: ")
     assert [line.partition(";")[0] for line in said] == [
         "note: stopping in order",
         "saving",

@@ -1,7 +1,6 @@
 """GTA, MFA and TPA against a loop over heads in float64, and under tensor parallelism."""
 
 import math
-import socket
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from megatron.core.transformer.spec_utils import build_module
 
 from megatron_mlra.cost.parameters import parameters
 from megatron_mlra.description.megatron_args import from_megatron_args
+from megatron_mlra.launch.ports import reserve_port
 from megatron_mlra.layers.baselines.attention import baseline_attention_spec
 from megatron_mlra.layers.baselines.config import BaselineConfig
 
@@ -289,7 +289,5 @@ def check_rank(kind: str, sequence_parallel: bool, rank: int, alone) -> None:
 
 
 def test_two_tensor_parallel_ranks_equal_one():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(run_rank, args=(port,), nprocs=2)
+    with reserve_port() as kept:
+        torch.multiprocessing.spawn(run_rank, args=(kept.getsockname()[1],), nprocs=2)

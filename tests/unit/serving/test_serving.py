@@ -18,6 +18,7 @@ import pytest
 
 from megatron_mlra.checkpoint.huggingface.folder import write_huggingface
 from megatron_mlra.checkpoint.megatron.writer import write_megatron
+from megatron_mlra.launch.ports import reserve_port
 from megatron_mlra.serving import cli
 from megatron_mlra.serving.cli import main
 from megatron_mlra.serving.server import last_error, running, wait_until_healthy
@@ -36,15 +37,14 @@ def exported(tmp_path_factory):
 @pytest.fixture
 def port():
     """A port that nobody listens at."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    with reserve_port() as kept:
+        yield kept.getsockname()[1]
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["nowhere"], "nowhere is no folder; give a run, a checkpoint or an exported folder"),
+        (["nowhere"], "nowhere is not a folder; give a run, a checkpoint or an exported folder"),
         (["{my}", "--port", "70000"], "--port 70000 is no port; use 1 to 65535"),
         (["{my}", "--host", "192.0.2.1"], "port 8000 of 192.0.2.1 cannot be used"),
         (["{my}", "--chat-template", "{my}/none"], "{my}/none: No such file or directory"),
@@ -149,6 +149,7 @@ def test_a_damaged_exported_folder_is_not_served(exported, tmp_path):
 
 def test_a_port_that_is_taken(exported, port, capsys):
     with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         other.bind(("127.0.0.1", port))
         other.listen()
         assert main([str(exported), "--port", str(port)]) == 2

@@ -14,7 +14,7 @@ from megatron.training.arguments import add_megatron_arguments
 from megatron_mlra.checkpoint.files.tracker import TRACKER
 from megatron_mlra.checkpoint.megatron.writer import write_megatron
 from megatron_mlra.cost.flops import TrainFlops
-from megatron_mlra.training import console, muon
+from megatron_mlra.training import arguments, console, muon
 from megatron_mlra.training.argument_checks import check_fp8_tokens
 from megatron_mlra.training.arguments import add_mlra_arguments, load_preset, parse, validate
 from megatron_mlra.training.cpu_backend import CPU_DEFAULTS
@@ -105,7 +105,7 @@ def test_every_switch_has_an_opposite(tmp_path):
 def test_bf16_on_a_cpu_without_it_is_said_to_be_slow(bf16, known, slow, monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: known)
     line = console.on_cpu(Namespace(bf16=bf16))
-    assert line.startswith("no GPU found: running on the CPU (gloo, torch attention)")
+    assert line.startswith("no GPU found: training on the CPU")
     assert ("try --no-bf16" in line) == slow
 
 
@@ -338,3 +338,33 @@ def test_checkpoint_args_are_those_of_the_checkpoint_that_is_loaded(tmp_path, mo
     args = parse(["--config", DEBUG, "--load", str(run), "--use-checkpoint-args"])
     with pytest.raises(ValueError, match=r"^[^\n]*iter_0000008: \.metadata cannot be read[^\n]*$"):
         validate(args)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "fix"),
+    [
+        ("--no-rope-freq", "foo", "a number N, or a 0 or 1 for each layer"),
+        ("--no-rope-freq", "([0]*", "a number N, or a 0 or 1 for each layer"),
+        ("--moe-layer-freq", "[1", "a number N, or a 0 or 1 for each layer"),
+        ("--linear-attention-freq", "x", "a number N, or a 0 or 1 for each layer"),
+        ("--window-size", "a,b", "two numbers, as 128,0"),
+        ("--cuda-graph-modules", "attention", "names of modules, as attn or mlp"),
+    ],
+)
+def test_a_value_that_megatron_converts_itself_is_named_with_the_fix(flag, value, fix, tmp_path):
+    with pytest.raises(ValueError) as refused:
+        arguments.parse(["--config", "debug", "--mock-data", flag, value])
+    assert str(refused.value).startswith(f"argument {flag}: {value!r} is not valid; use {fix}")
+    preset = tmp_path / "a.yaml"
+    preset.write_text(f"base: debug\n{flag[2:].replace('-', '_')}: '{value}'\n")
+    with pytest.raises(ValueError) as refused:
+        arguments.parse(["--config", str(preset), "--mock-data"])
+    assert f"{value!r} is not valid; use {fix}" in str(refused.value)
+
+
+def test_every_conversion_of_megatron_is_explained():
+    """A new one of another version would print its function's name."""
+    types = {action.type for action in add_megatron_arguments(argparse.ArgumentParser())._actions}
+    names = {getattr(kind, "__name__", "") for kind in types - {None}}
+    known = {"int", "float", "str", "bool", "enum_type_handler", *arguments.OWN_TYPES}
+    assert names <= known and {*arguments.OWN_TYPES} <= names

@@ -1,0 +1,116 @@
+"""Measure time per output token: MLRA against MLA and GQA, on one GPU or, under torchrun, on all.
+
+Random weights and a cache filled with random numbers: times do not depend on their values. On one
+GPU a model is measured whole and as one rank's share, the work of one of N ranks without its
+collectives. Under torchrun it is cut over all processes, collectives included.
+"""
+
+from __future__ import annotations
+
+from megatron_mlra.command_line.early import a_file, a_folder, reads, writes
+from megatron_mlra.command_line.parser import OneLineParser, check_output
+from megatron_mlra.description.backends import ALL_REDUCES, PRODUCTS
+from megatron_mlra.description.presets import a_preset
+
+PRESETS = ("mlra4_2.9b", "mla_2.9b", "gqa_2.9b")
+
+
+def parser() -> OneLineParser:
+    """The flags."""
+    flags = OneLineParser(description=" ".join(__doc__.split()))
+    add = flags.add_argument
+    configs = add(
+        "--configs",
+        nargs="+",
+        default=list(PRESETS),
+        metavar="PRESET",
+        help=f"presets by name or path (default: {' '.join(PRESETS)})",
+    )
+    reads(configs, a_preset)
+    add(
+        "--tp",
+        type=int,
+        nargs="+",
+        default=[4, 1],
+        help="shares to measure on one GPU (default: 4 1); under torchrun the processes decide",
+    )
+    add(
+        "--context-parallel",
+        type=int,
+        nargs="+",
+        default=[1],
+        metavar="N",
+        help="measure with the tokens of each sequence cut over N ranks too: of the processes under"
+        " torchrun, else besides --tp (default: 1)",
+    )
+    add(
+        "--all-reduce",
+        nargs="+",
+        choices=ALL_REDUCES,
+        default=["auto"],
+        help="how processes sum, each measured (default: auto, the rule of `mlra generate`)",
+    )
+    add(
+        "--rehearse",
+        action="store_true",
+        help="run every case at a tiny size on CPUs, by gloo under torchrun, and time nothing",
+    )
+    add(
+        "--contexts",
+        type=int,
+        nargs="+",
+        metavar="TOKENS",
+        help="tokens in the cache (default: 4, 32, 128 and 512 K; 1 K with --speculate)",
+    )
+    add(
+        "--batches",
+        type=int,
+        nargs="+",
+        default=[1, 32],
+        help="sequences that are decoded together (default: 1 32)",
+    )
+    add(
+        "--products",
+        choices=PRODUCTS,
+        default="auto",
+        help="products of few rows: the project's kernels, each started before the one in front has"
+        " ended (auto, the default), or after it (serial), or cuBLAS",
+    )
+    cuts = add(
+        "--cuts", metavar="FILE", help="cuts of those kernels: a report of benchmarks.products"
+    )
+    reads(cuts, a_file)
+    add("--prefill", type=int, nargs="*", default=[], help="lengths of prompts to time too")
+    add("--prefill-chunk", type=int, default=4096, help="tokens of a prefill step (default: 4096)")
+    speculate = add(
+        "--speculate",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="serve prompts without and with guesses of multi-token prediction, by the layer of a"
+        " checkpoint (on a CPU too), or of --configs with random weights",
+    )
+    reads(speculate, lambda value, flag: value and a_folder(value, flag))
+    text = add(
+        "--text", metavar="FILE", help="text of the prompts of --speculate; default: a sample"
+    )
+    reads(text, a_file)
+    add("--data", metavar="PREFIX", help="a dataset that those prompts are pieces of instead")
+    add(
+        "--new-tokens",
+        type=int,
+        default=128,
+        help="tokens behind each prompt of --speculate (default: 128)",
+    )
+    add(
+        "--temperature",
+        type=float,
+        nargs="+",
+        default=[0.0],
+        help="of the draws of --speculate, one run each; default 0: the likeliest",
+    )
+    writes(add("--json", metavar="FILE", help="where to write the records"), check_output)
+    writes(add("--png", metavar="FILE", help="where to draw time over context"), check_output)
+    add("--commit", help="commit to name in the report")
+    add("--seed", type=int, help="of weights and cache; default: the clock")
+    return flags

@@ -1,0 +1,126 @@
+"""What a parser declares about the values of its arguments, checked before a command's body is
+imported: a missing folder is refused in a fraction of a second, not behind the import of torch.
+
+    reads(add("--text", nargs="+"), a_file)     a value that must be there
+    writes(add("--json"), check_output)         a place for output, checked when all inputs are good
+    parser.together.append(check_flags)         what several flags must fulfil together
+
+A check is called as `check(value, flag)` and raises ValueError with one line. The readers of files
+check again: a file may vanish, and a library's caller does not pass here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_mlra.command_line.parser import OneLineParser
+
+Check = Callable[[Any, str], object]
+_INPUT, _OUTPUT = 0, 1
+
+
+def reads(action: argparse.Action, check: Check) -> argparse.Action:
+    """Declare how each value of an argument is checked."""
+    action.early = (_INPUT, check)
+    return action
+
+
+def writes(action: argparse.Action, check: Check) -> argparse.Action:
+    """Declare how the place of an output is checked; the check may make its folder."""
+    action.early = (_OUTPUT, check)
+    return action
+
+
+def check(parser: OneLineParser, argv: Sequence[str]) -> None:
+    """Parse a command line and check its values as the parser declares it.
+
+    A parser's own answer (`--help`, an unknown flag) ends the program as ever.
+
+    Args:
+        parser: of a command; with `passes_on`, unknown flags and all words behind `--` belong to
+            another program.
+
+    Raises:
+        ValueError: one line that names the value and the fix.
+    """
+    if parser.passes_on:
+        own = argv[: argv.index("--")] if "--" in argv else argv
+        args = parser.parse_known_args(own)[0]
+    else:
+        args = parser.parse_args(argv)
+    declared = list(_declared(parser, args))
+    for kind in (_INPUT, _OUTPUT):
+        for action, (its_kind, function) in declared:
+            if its_kind == kind:
+                for value in _values(getattr(args, action.dest)):
+                    function(value, _name(action))
+    for function in parser.together:
+        function(args)
+
+
+def _declared(
+    parser: argparse.ArgumentParser, args: argparse.Namespace
+) -> Iterator[tuple[argparse.Action, tuple[int, Check]]]:
+    """The declared arguments of a parser and of the chosen subcommand's."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            yield from _declared(action.choices[getattr(args, action.dest)], args)
+        elif early := getattr(action, "early", None):
+            yield action, early
+
+
+def _values(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def _name(action: argparse.Action) -> str:
+    """What a message calls an argument: its first long flag, or the name that `--help` shows."""
+    flags = [name for name in action.option_strings if name.startswith("--")]
+    return flags[0] if flags else str(action.metavar or action.dest)
+
+
+def a_file(value: str | Path, flag: str) -> None:
+    """Check that a file to read is there. It is not opened: it may be a pipe.
+
+    Raises:
+        ValueError: it is missing, a folder, or not readable.
+    """
+    where = f"{flag} {value}"
+    try:
+        if stat.S_ISDIR(os.stat(value).st_mode):
+            raise ValueError(f"{where} is a folder; give a file")
+    except OSError as error:
+        raise ValueError(f"{where}: {error.strerror}") from None
+    if not os.access(value, os.R_OK):
+        raise ValueError(f"{where} cannot be read: its permissions forbid it")
+
+
+def a_folder(value: str | Path, flag: str, what: str = "a checkpoint's folder") -> None:
+    """Check that a folder to read is there.
+
+    Args:
+        what: what to give, for the message.
+
+    Raises:
+        ValueError: it is missing, or no folder.
+    """
+    where = f"{flag} {value}" if flag.startswith("--") else str(value)
+    if not Path(value).is_dir():
+        raise ValueError(f"{where} is not a folder; give {what}")
+
+
+def byte_or_there(value: str, flag: str) -> None:
+    """Check that a tokenizer is `byte`, or a file or folder that is there.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    if value != "byte" and not os.path.exists(value):
+        raise ValueError(f"{flag} {value}: no such file or folder; give byte, or a tokenizer's")

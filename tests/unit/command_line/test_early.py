@@ -1,0 +1,177 @@
+"""What is refused before torch is imported; the line that says that it is being imported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from argparse import ArgumentParser
+
+import pytest
+
+from megatron_mlra.command_line import early, flags_page
+from megatron_mlra.command_line.commands import COMMANDS, there
+from megatron_mlra.command_line.parser import OneLineParser
+from support import ENV
+
+RUN = """
+import contextlib, io, json, sys, time
+from megatron_mlra.command_line.commands import COMMANDS
+answers = []
+for name, *argv in json.loads(sys.argv[1]):
+    command, said, begin = COMMANDS[name], io.StringIO(), time.process_time()
+    with contextlib.redirect_stderr(said):
+        try:
+            code = command.run([*command.first, *argv])
+        except SystemExit as end:
+            code = end.code
+    answers.append([code, said.getvalue(), time.process_time() - begin])
+print(json.dumps([answers, sorted({"torch", "transformers", "megatron.core"} & {*sys.modules})]))
+"""
+REFUSED = {
+    "generate gone --prompt x": "gone is not a folder; give a checkpoint's folder",
+    "generate empty --prompt x": "empty holds no checkpoint: no latest_checkpointed_iteration.txt",
+    "generate run": "there is no prompt; use --prompt TEXT or --prompt-file FILE",
+    "generate run --prompt-file gone": "--prompt-file gone: No such file or directory",
+    "generate run --prompt x --dtype fp4": "--dtype: invalid choice: 'fp4'",
+    "generate run --prompt x --max-batch 0": "--max-batch is 0; use at least 1",
+    "generate run --prompt x --output file/out": "file cannot be made (File exists)",
+    "generate run --prompt x --temp 1": "unknown flag --temp; did you mean --temperature?",
+    "evaluate gone --text file": "gone is not a folder",
+    "evaluate run": "nothing to evaluate; give --text, --data or --task",
+    "evaluate run --text gone": "--text gone: No such file or directory",
+    "evaluate run --text empty": "--text empty is a folder; give a file",
+    "evaluate run --task gone": "--task gone: No such file or directory",
+    "evaluate run --data a=gone": "data file gone.idx does not exist; make it with mlra preprocess",
+    "evaluate run --data a=x.idx": "--data x.idx names a file; leave .idx out: x",
+    "evaluate run --text file --tokenizer gone": "--tokenizer gone: no such file or folder",
+    "evaluate run --text file --dtype int4": "--dtype: invalid choice: 'int4'",
+    "evaluate run --text file --json file/x": "file cannot be made (File exists)",
+    "analyze gone --text file": "gone is not a folder",
+    "analyze run --data gone": "data file gone.idx does not exist",
+    "analyze run --text file --plot x.gif": "--plot x.gif ends in none of .png, .svg, .pdf",
+    "serve gone": "gone is not a folder; give a run, a checkpoint or an exported folder",
+    "serve run --chat-template gone -- --max-num-seqs 4": "--chat-template gone: No such file",
+    "inspect gone": "gone is not a folder",
+    "inspect empty": "empty holds no checkpoint",
+    "verify run gone": "gone is not a folder",
+    "verify run run --text gone": "--text gone: No such file or directory",
+    "reshard gone new": "gone is not a folder",
+    "reshard run file/new": "file/new cannot be written: ",
+    "convert export-hf run run": "run exists already; remove it, or choose another folder",
+    "convert export-hf run new --chat-template gone": "--chat-template gone: No such file",
+    "convert export-official run new --tokenizer gone": "--tokenizer gone is not a folder; give a",
+    "convert export-gguf run new": "invalid choice: 'export-gguf'",
+    "benchmark-cpu --config nope": "--config nope: no preset of this name, and no file",
+    "benchmark-decoding --configs nope": "--configs nope: no preset of this name, and no file",
+    "benchmark-decoding --speculate gone": "--speculate gone is not a folder",
+    "benchmark-decoding --json file/x": "file cannot be made (File exists)",
+    "benchmark-training --out file/x": "--out file/x: the folder file/x cannot be made",
+    "soak --config nope --work new --lr 1": "--config nope: no preset of this name, and no file",
+    "plan --config nope --gpus 8": "--config nope: no preset of this name, and no file",
+    "twin nope --attention gqa": "nope: no preset of this name, and no file",
+    "presets nope": "nope: no preset of this name, and no file",
+    "preprocess --input gone --output-prefix x --tokenizer byte": "gone",
+    "demo-corpus file/x.jsonl": "file cannot be made (File exists)",
+    "compare-losses a=gone --json new/x": "gone",
+}
+
+
+def test_refused_without_torch_in_less_than_a_second(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text("{}")
+    argvs = json.dumps([line.split() for line in REFUSED])
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, argvs], capture_output=True, text=True, env=ENV, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    answers, heavy = json.loads(done.stdout)
+    assert heavy == []
+    wrong = [
+        (line, wanted, code, said)
+        for (line, wanted), (code, said, _) in zip(REFUSED.items(), answers, strict=True)
+        if code != 2 or wanted not in said
+    ]
+    assert not wrong
+    for line, (_, said, seconds) in zip(REFUSED, answers, strict=True):
+        assert said.startswith("error: ") and said.count("\n") == 1, (line, said)
+        assert seconds < 1, (line, seconds)
+
+
+PLACES = ("FILE", "FOLDER", "SRC", "DST", "A", "B", "PRESET", "FILE.png", "FILE.yaml", "OUT.jsonl")
+LEFT = {
+    ("preprocess", "input"): "globs too, and read at once",
+    ("serve", "export_to"): "has a default that the source decides",
+    ("benchmark-training", "case"): "a preset among other words",
+}
+"""Arguments that name places and are not declared, each with its reason."""
+
+
+def actions(parser: ArgumentParser):
+    """Those of a parser and of its subcommands."""
+    yield from parser._actions
+    for below in flags_page.subcommands(parser).values():
+        yield from actions(below)
+
+
+@pytest.mark.parametrize("name", [n for n, command in there().items() if not command.program])
+def test_each_place_on_a_command_line_is_declared(name):
+    for action in actions(COMMANDS[name].parser()):
+        if action.metavar in PLACES and (name, action.dest) not in LEFT:
+            assert hasattr(action, "early"), f"mlra {name}: {action.dest} is not in reads or writes"
+
+
+def test_inputs_come_before_outputs_and_both_before_the_rest(tmp_path):
+    said = []
+    parser = OneLineParser()
+    below = parser.add_subparsers(dest="command").add_parser("do")
+    early.writes(below.add_argument("--out"), lambda *args: said.append(args))
+    early.reads(below.add_argument("--in", nargs="+"), lambda *args: said.append(args))
+    parser.together.append(lambda args: said.append(args.command))
+    early.check(parser, ["do", "--out", "c", "--in", "a", "b"])
+    assert said == [("a", "--in"), ("b", "--in"), ("c", "--out"), "do"]
+    passing = OneLineParser(passes_on=True)
+    early.reads(passing.add_argument("--in"), early.a_file)
+    early.check(passing, ["--other", "--", "--in", "gone"])
+    with pytest.raises(ValueError, match=r"^--in gone: No such file or directory$"):
+        early.check(passing, ["--other", "--in", "gone", "--"])
+    locked = tmp_path / "pipe"
+    locked.mkdir()
+    with pytest.raises(ValueError, match="is a folder; give a file"):
+        early.a_file(locked, "--in")
+
+
+TORCH = 'raise ImportError("not this one")'
+
+
+@pytest.mark.parametrize(
+    ("argv", "what"),
+    [
+        ("pretrain --config debug --mock-data", "PyTorch and Megatron-core: some 10 seconds"),
+        ("launch --standalone x.py", "PyTorch: some seconds"),
+        ("inspect run", "PyTorch: some seconds"),
+        ("generate run --prompt x", "PyTorch: some seconds"),
+        ("pretrain --help", None),
+        ("pretrain --config debug", None),
+        ("generate --version", None),
+        ("plan --config debug --gpus 1", None),
+    ],
+)
+def test_a_slow_start_is_announced_once(argv, what, tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text(TORCH)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text("{}")
+    env = ENV | {"PYTHONPATH": f"{tmp_path}:{ENV['PYTHONPATH']}"}
+    command = [sys.executable, "-m", "megatron_mlra.command_line", *argv.split()]
+    for rank in ("0", "1"):
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=env | {"RANK": rank}, cwd=tmp_path
+        )
+        said = [line for line in done.stderr.splitlines() if line.startswith("loading ")]
+        wanted = [f"loading {what}, more on a busy machine"] if what and rank == "0" else []
+        assert said == wanted, done.stderr
+        if not what:
+            break

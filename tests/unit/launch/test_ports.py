@@ -1,0 +1,54 @@
+"""A reserved port: a store can listen at it, and nobody gets it by asking for any."""
+
+from __future__ import annotations
+
+import re
+import socket
+from datetime import timedelta
+
+import pytest
+from torch.distributed import TCPStore
+
+from megatron_mlra.launch.ports import reserve_port
+from support import ROOT
+
+
+@pytest.mark.parametrize("libuv", [True, False])
+@pytest.mark.parametrize("host", ["127.0.0.1", ""])
+def test_a_store_gets_a_reserved_port(libuv, host):
+    with reserve_port(host) as kept:
+        port = kept.getsockname()[1]
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", port)) != 0  # nobody answers yet
+        store = TCPStore(
+            "127.0.0.1", port, None, True, timedelta(seconds=9), False, use_libuv=libuv
+        )
+        store.set("key", "value")
+        other = TCPStore("127.0.0.1", port, None, False, timedelta(seconds=9), use_libuv=libuv)
+        assert other.get("key") == b"value"
+
+
+def test_no_other_program_is_given_a_reserved_port():
+    taken: list[socket.socket] = []
+    with reserve_port() as kept:
+        port = kept.getsockname()[1]
+        try:
+            for _ in range(3000):
+                other = socket.socket()
+                taken.append(other)
+                other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, len(taken) % 2)
+                other.bind(("127.0.0.1" if len(taken) % 3 else "", 0))
+                assert other.getsockname()[1] != port
+                if len(taken) >= 500:
+                    taken.pop(0).close()
+        finally:
+            for other in taken:
+                other.close()
+
+
+def test_no_port_is_chosen_and_let_go():
+    """The pattern of the race: `bind((..., 0))` in a `with`, and the number used behind it."""
+    bound = r"with socket\.socket\(\) as (\w+):\n\s+\1\.bind\(\([^)]*, 0\)\)"
+    race = re.compile(rf"{bound}(?!\s+\1\.listen)")
+    files = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "megatron_mlra").rglob("*.py")]
+    assert not [str(path) for path in files if race.search(path.read_text())]
