@@ -51,9 +51,9 @@ def test_one_shot_where_memory_can_be_mapped(joins):
     parallel = world(2)
     for name in ("auto", "one-shot"):
         chosen = choose(parallel, name)
-        assert chosen == Reduction("one-shot to 85 tokens, nccl beyond", ("peers",))
+        assert chosen == Reduction("one-shot to 128 tokens, nccl beyond", ("peers",))
     # Mapped once for all models of this size.
-    assert joins.calls == [(parallel.group, 85, 3072, torch.bfloat16, GPU)]
+    assert joins.calls == [(parallel.group, 128, 3072, torch.bfloat16, GPU)]
     assert choose(parallel, hidden=64).peers == ("of another size",)
 
 
@@ -82,7 +82,7 @@ def test_nccl_can_be_asked_for(joins):
 
 
 def test_rows_are_fewer_on_more_ranks():
-    assert [one_shot_rows(n, 3072, torch.bfloat16) for n in (2, 4, 8)] == [85, 28, 12]
+    assert [one_shot_rows(n, 3072, torch.bfloat16) for n in (2, 4, 8)] == [128, 42, 18]
     assert one_shot_rows(2, 64, torch.bfloat16) == 128
 
 
