@@ -74,7 +74,8 @@ def test_early_launches_change_no_bit(name):
         steps = [runner.decode([i], [90 + i], [[9, 1, 3]]).clone() for i in range(20)]
         results.append(torch.cat(steps))
     assert torch.equal(results[0], results[1])
-    torch.testing.assert_close(results[0], results[2], atol=2e-2, rtol=2e-2)
+    # Both round each operation to bfloat16 after sums in other orders: the bar of its logits, 3e-2.
+    torch.testing.assert_close(results[0], results[2], atol=3e-2, rtol=3e-2)
 
 
 @pytest.mark.parametrize("name", ["MLRA-4", "GLA-2", "MLA", "GQA"])

@@ -19,6 +19,7 @@ pytestmark = [
 ]
 SIZES = ((1600, 3072), (3072, 9880), (37, 1030), (4608, 1024), (1, 8), (3072, 2480))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+KINDS = ("plain", "residual", "gated", "swiglu")
 
 
 def normal(*size, dtype=torch.bfloat16, wide=0):
@@ -43,19 +44,20 @@ def _seed():
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 8])
-def test_every_epilogue_at_every_size(tokens):
-    """Each size with one epilogue and one dtype, others at other numbers of tokens."""
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_epilogue_at_every_size(kind, tokens):
+    """Each size with one dtype, others at other epilogues and numbers of tokens."""
     for i, (outputs, inputs) in enumerate(SIZES):
-        dtype = DTYPES[(i + tokens) // 2 % 3]
-        kind = ("plain", "residual", "gated", "swiglu")[(i + tokens) % 4]
+        if kind == "swiglu" and outputs % 2:
+            continue
+        turn = i + tokens + KINDS.index(kind)
+        dtype = DTYPES[turn % 3]
         x = normal(tokens, inputs, dtype=dtype, wide=8)
         weight = normal(outputs, inputs, dtype=dtype) * inputs**-0.5
-        more = {"norm": 1 + normal(inputs) / 10, "eps": 1e-6} if (i + tokens) % 2 else {}
-        run = products.product
-        if kind == "swiglu" and outputs % 2 == 0:
-            run = products.swiglu_product
-        elif kind in ("residual", "gated"):
+        more = {"norm": 1 + normal(inputs) / 10, "eps": 1e-6} if turn % 2 else {}
+        run = products.swiglu_product if kind == "swiglu" else products.product
+        if kind in ("residual", "gated"):
             more[kind] = normal(tokens, outputs, dtype=dtype)
         expected = getattr(reference, run.__name__ + "_reference")(x, weight, **more)
         found = run(x, weight, **more)
@@ -63,7 +65,7 @@ def test_every_epilogue_at_every_size(tokens):
         assert torch.equal(run(x, weight, **more, early=True), found)
 
 
-@pytest.mark.parametrize("tokens", [1, 4, 7])
+@pytest.mark.parametrize("tokens", [1, 2])
 def test_rotated_queries_are_the_separate_operations(tokens):
     x, weight, norm = normal(tokens, 1024, wide=576), normal(24 * 192, 1024) / 32, normal(1024)
     cos, sin = rope_tables(100, 64, device="cuda")
@@ -75,7 +77,7 @@ def test_rotated_queries_are_the_separate_operations(tokens):
     close(found, reference.rotated_product_reference(x, weight, **arguments))
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 8])
+@pytest.mark.parametrize("tokens", [1, 2])
 @pytest.mark.parametrize(
     ("heads", "branches", "part", "dim"), [(24, 4, 128, 128), (24, 1, 128, 128), (5, 2, 64, 40)]
 )
@@ -108,7 +110,7 @@ def _chain(x, weights, norms, early):
     return x
 
 
-@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("tokens", [1, 2])
 def test_chains_of_early_launches_are_the_chains_of_whole_ones(tokens):
     """Bitwise, eager and captured, many times, with memory that the allocator gives out again."""
     sizes = [(4096, 64), (64, 8192), (256, 16), (8192, 4096), (32, 32), (2048, 6000)] * 4
@@ -132,7 +134,7 @@ def test_chains_of_early_launches_are_the_chains_of_whole_ones(tokens):
 
 
 def test_a_result_repeats_to_the_bit():
-    x, weight = normal(3, 9880), normal(3072, 9880) / 99
+    x, weight = normal(2, 9880), normal(3072, 9880) / 99
     first = products.product(x, weight, config=ProductConfig(4, 1024, 4, 3))
     for early in (False, True):
         for _ in range(10):

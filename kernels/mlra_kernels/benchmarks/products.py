@@ -4,7 +4,7 @@
 each result with the float32 reference, and prints a line for each product of MLRA-4's 2.9B model,
 whole and as a rank's share: cuBLAS, without the operations fused to the product; the best cut, each
 launch after the one in front (`serial`) and started before that one has ended (`early`); and the
-cut that an unknown shape would get. Calls run in CUDA graphs over copies of the weights that exceed
+default cut, which the operators take. Calls run in CUDA graphs over copies of the weights that exceed
 the L2. The last line is one JSON.
 """
 
@@ -129,9 +129,9 @@ class Inputs:
         return ((call().float() - expected).norm() / expected.norm()).item()
 
 
-def cuts_of(shape: Shape, tokens: int) -> list[ProductConfig]:
+def cuts_of(shape: Shape) -> list[ProductConfig]:
     """The cuts to try, the default one first."""
-    default = default_config(shape.outputs, shape.inputs, shape.pairs, tokens)
+    default = default_config(shape.outputs, shape.inputs, shape.pairs)
     return [default, *(c for c in candidates(shape.inputs, shape.pairs) if c != default)]
 
 
@@ -153,7 +153,7 @@ def measure(shape: Shape, tokens: int, roof: float, seed: int, until: float) -> 
     size = 2 * shape.outputs * shape.inputs
     inputs = Inputs(shape, tokens, max(2, -(-ROTATED_BYTES // size)), seed)
     tried = []
-    for config in cuts_of(shape, tokens):
+    for config in cuts_of(shape):
         if tried and time.monotonic() > until:
             break
         tried.append(timed(inputs, config, early=True))
@@ -233,7 +233,10 @@ def line(r: dict) -> str:
 def main() -> None:
     """Parse the command line, compile, measure, report."""
     flags = report.parser(__doc__, seed=1)
-    flags.add_argument("--tokens", type=int, nargs="+", default=[1], help="rows of x; default: 1")
+    flags.add_argument(
+        "--tokens", type=int, nargs="+", choices=range(1, products.MOST_TOKENS + 1), default=[1],
+        help="rows of x; default: 1",
+    )  # fmt: skip
     flags.add_argument("--tp", type=int, nargs="+", default=[1, 2, 4], help="shares; default: all")
     flags.add_argument(
         "--seconds", type=float, default=60, help="no more cuts are begun after; default: 60"
@@ -249,7 +252,7 @@ def _run(args: argparse.Namespace) -> None:
         (shape, tokens, tuple(part))
         for tokens in args.tokens
         for shape in shapes
-        for cuts in [cuts_of(shape, tokens)]
+        for cuts in [cuts_of(shape)]
         for part in (cuts[0::2], cuts[1::2])
     ]
     workers = max(1, min(24, len(jobs), (os.cpu_count() or 2) - 1))
@@ -280,16 +283,7 @@ def _run(args: argparse.Namespace) -> None:
             found["failed"].append(f"{name}: {error}")
             print(f"failed: {found['failed'][-1]}", flush=True)
     seconds = round(time.monotonic() - start)
-    report.finish(args, found, {"seconds": seconds, "failed": found["failed"], "best": best(found)})
-
-
-def best(found: dict) -> dict:
-    """The table of configs.py: 'outputs inputs pairs' -> best cut of `early` at one token."""
-    return {
-        f"{r['outputs']}, {r['inputs']}, {r['pairs']}": list(r["early"]["config"].values())
-        for r in found["records"]
-        if "outputs" in r and r["tokens"] == 1
-    }
+    report.finish(args, found, {"seconds": seconds, "failed": found["failed"]})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""How a product of few rows is cut, and up to how many rows it is this package's.
-
-`choose` knows the shapes of the table below; others are cut by `default_config`.
-"""
+"""How a product of few rows is cut, and up to how many rows it is this package's."""
 
 from __future__ import annotations
 
@@ -11,9 +8,13 @@ import triton
 
 from mlra_kernels.interpreter import INTERPRETED
 
-MOST_TOKENS = 8
-"""Rows of x up to which products are this package's. For more, cuBLAS reads W as fast, by tensor
-cores. This is the one place that says so."""
+MOST_TOKENS = 2
+"""Rows of x up to which products are this package's; this is the one place that says so.
+
+Each row costs a multiply-add for each weight in ordinary float32 arithmetic, while cuBLAS takes
+tensor cores, on which up to 16 rows cost what one does. A decoding step of MLRA-4's 2.9B shape at
+8K took 0.77 of its time with cuBLAS at one row on an H200, 0.87 at two, 1.28 at four and 2.1 at
+eight (docs/performance/decoding.md)."""
 
 PROGRAMS = 792
 """Programs that a product should have at least: six on each of 132 multiprocessors, so that no
@@ -47,38 +48,12 @@ class ProductConfig:
             raise ValueError(f"persistent is {self.persistent!r}: give an integer from 0 to 32")
 
 
-TABLE: dict[tuple[int, int, bool], ProductConfig] = {}
-"""(rows of W, columns, whether rows are taken in pairs) -> measured best, see
-benchmarks/products.py."""
+def default_config(outputs: int, inputs: int, pairs: bool) -> ProductConfig:
+    """A cut for any W `[outputs, inputs]`: 4 warps that read 8 KB, of fewer rows where there would
+    be few programs, of fewer columns where a row is short.
 
-
-def use_cuts(report: dict) -> None:
-    """Let `choose` take the best cuts of a report of benchmarks/products.py in this process.
-
-    Raises:
-        ValueError: it is no such report.
-    """
-    try:
-        TABLE.update(
-            {
-                (r["outputs"], r["inputs"], r["pairs"]): ProductConfig(**r["early"]["config"])
-                for r in report["records"]
-                if r["tokens"] == 1 and "outputs" in r
-            }
-        )
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"this is no report of benchmarks.products: {error!r}") from None
-
-
-def choose(outputs: int, inputs: int, pairs: bool, tokens: int) -> ProductConfig:
-    """The cut of W `[outputs, inputs]` times `tokens` rows."""
-    found = TABLE.get((outputs, inputs, pairs)) if tokens <= 2 else None
-    return found or default_config(outputs, inputs, pairs, tokens)
-
-
-def default_config(outputs: int, inputs: int, pairs: bool, tokens: int) -> ProductConfig:
-    """A cut for any shape: 4 warps that read 8 KB, of fewer rows where there would be few
-    programs, of fewer columns where a row is short."""
+    There is no table of better cuts: those that were best alone, 10 % faster over a layer, changed
+    nothing at the step (docs/log/kernels.md)."""
     chunk = min(1024, max(256, triton.next_power_of_2(inputs)))
     count = outputs // 2 if pairs else outputs
     rows = 2 if pairs else 4

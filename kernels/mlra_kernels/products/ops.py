@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mlra_kernels import checks
 from mlra_kernels.products import kernel
-from mlra_kernels.products.configs import MOST_TOKENS, ProductConfig, choose, heads_cut
+from mlra_kernels.products.configs import MOST_TOKENS, ProductConfig, default_config, heads_cut
 from mlra_kernels.products.heads_kernel import heads_kernel
 
 MAX_INPUTS = 2**17
@@ -49,7 +49,7 @@ def product(
         x: `[T, K]` with contiguous rows.
         weight: `[R, K]` with contiguous rows.
         residual, gated: `[T, R]` with contiguous rows; at most one of them.
-        config: the cut; None: the best known.
+        config: the cut; None: `configs.default_config`'s.
 
     Returns:
         `[T, R]`.
@@ -288,7 +288,7 @@ def _launch(
     (tokens, inputs), outputs = x.shape, weight.shape[0]
     pairs = epilogue.value >= kernel.SWIGLU.value
     count = outputs // 2 if pairs else outputs
-    cut = config or choose(outputs, inputs, pairs, tokens)
+    cut = config or default_config(outputs, inputs, pairs)
     out = x.new_empty(tokens, count if epilogue is kernel.SWIGLU else outputs)
     programs = -(-count // cut.rows)
     if cut.persistent:

@@ -34,12 +34,10 @@ from megatron_mlra.benchmarks.decoding.measure import (
 )
 from megatron_mlra.benchmarks.decoding.place import Place, joined, tiny
 from megatron_mlra.benchmarks.decoding.plot import plot
-from megatron_mlra.command_line.foreign_text import read_json
 from megatron_mlra.command_line.parser import check_output, one_line, write_text
 from megatron_mlra.description.presets import preset_description
 from megatron_mlra.inference.parallel import HeadShard, check_parallel, tensor_parallel_size
 from mlra_kernels.benchmarks.timing import read_roof
-from mlra_kernels.products.configs import use_cuts
 
 K = 1024
 
@@ -139,8 +137,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         for flag, file in (("--json", args.json), ("--png", args.png)):
             if file:
                 check_output(file, flag)
-        if args.cuts:
-            use_cuts(read_json(args.cuts))
         with joined(on_cpu, args.products) as place:
             if args.speculate is not None:
                 _run_guesses(args, place)
@@ -198,7 +194,7 @@ def _about(args: argparse.Namespace, place: Place) -> dict[str, Any]:
         "gpu": cpu if place.rehearsal else torch.cuda.get_device_name(),
         "gpus": 0 if place.rehearsal else place.ranks, "torch": torch.__version__,
         "triton": triton.__version__, "commit": args.commit or commit(),
-        "seed": seed, "products": place.products, "cuts": args.cuts,
+        "seed": seed, "products": place.products,
     }  # fmt: skip
 
 

@@ -76,10 +76,6 @@ def parser() -> OneLineParser:
         help="products of few rows: the project's kernels, each started before the one in front has"
         " ended (auto, the default), or after it (serial), or cuBLAS",
     )
-    cuts = add(
-        "--cuts", metavar="FILE", help="cuts of those kernels: a report of benchmarks.products"
-    )
-    reads(cuts, a_file)
     add("--prefill", type=int, nargs="*", default=[], help="lengths of prompts to time too")
     add("--prefill-chunk", type=int, default=4096, help="tokens of a prefill step (default: 4096)")
     speculate = add(

@@ -55,14 +55,14 @@ if not INTERPRETING:
 
     @pytest.mark.parametrize(
         ("tokens", "outputs", "inputs", "epilogue"),
-        [(1, 19760, 3072, 3), (4, 3072, 9880, 1), (1, 4608, 1024, 4)],
-        ids=["fc1", "fc2 of 4 rows", "q up"],
+        [(2, 19760, 3072, 3), (1, 4608, 1024, 4)],
+        ids=["fc1 of 2 rows", "q up"],
     )
     def test_no_spills_and_weights_before_the_wait(tokens, outputs, inputs, epilogue, tmp_path):
-        cut = configs.choose(outputs, inputs, epilogue >= 3, tokens)
+        cut = configs.default_config(outputs, inputs, epilogue >= 3)
         constants = {
             "T": tokens, "K": inputs, "R": outputs, "STRIDE": inputs, "N": cut.rows,
-            "CHUNK": cut.chunk, "NORM": epilogue != 1, "EPILOGUE": epilogue, "HEAD": 192,
+            "CHUNK": cut.chunk, "NORM": True, "EPILOGUE": epilogue, "HEAD": 192,
             "START": 128, "EARLY": True,
         }  # fmt: skip
         sass, stack = machine_code(product_kernel, constants, cut.warps, tmp_path)
@@ -106,14 +106,10 @@ else:
         [
             (1, 1, 1, "plain", False, torch.float32, None),
             (1, 200, 7, "residual", True, torch.float16, CUTS[1]),
-            (1, 530, 9, "gated", True, torch.float32, CUTS[2]),
+            (1, 256, 9, "gated", False, torch.float32, CUTS[2]),
             (2, 530, 3, "plain", True, torch.float16, CUTS[3]),
-            (3, 300, 7, "residual", False, torch.float32, CUTS[2]),
-            (4, 256, 8, "gated", False, torch.float16, CUTS[1]),
-            (5, 30, 2, "plain", True, torch.float32, None),
-            (6, 40, 5, "residual", True, torch.float32, CUTS[1]),
-            (7, 50, 5, "gated", True, torch.float16, CUTS[1]),
-            (8, 300, 3, "plain", False, torch.float16, CUTS[2]),
+            (2, 300, 7, "residual", False, torch.float32, CUTS[2]),
+            (2, 30, 5, "gated", True, torch.float16, None),
         ],
     )
     def test_product(tokens, inputs, outputs, kind, normed, dtype, config):
@@ -127,21 +123,21 @@ else:
         close(found, reference.product_reference(x, weight, **more))
 
     @pytest.mark.parametrize(
-        ("tokens", "f", "config"), [(1, 1, None), (1, 9, CUTS[2]), (3, 5, CUTS[3]), (8, 3, ONE)]
+        ("tokens", "f", "config"), [(1, 1, None), (1, 5, CUTS[3]), (2, 9, ONE)]
     )
     def test_swiglu_product(tokens, f, config):
         x, weight = draw(tokens, 270), draw(2 * f, 270) * 270**-0.5
-        more = {"norm": draw(270), "eps": 1e-6} if tokens < 3 else {}
+        more = {"norm": draw(270), "eps": 1e-6} if tokens == 2 else {}
         found = products.swiglu_product(x, weight, **more, config=config)
         close(found, reference.swiglu_product_reference(x, weight, **more))
 
     @pytest.mark.parametrize(
-        ("tokens", "head", "start", "config"),
-        [(1, 12, 10, None), (1, 22, 16, CUTS[2]), (4, 6, 0, ONE), (8, 6, 2, ONE)],
+        ("positions", "head", "start", "config"),
+        [([8], 12, 10, None), ([-1, 0], 6, 0, CUTS[2]), ([5, 9], 12, 8, ONE)],
     )
-    def test_rotated_product(tokens, head, start, config):
-        x, weight, angles = draw(tokens, 64), draw(2 * head, 64), draw(9, (head - start) // 2)
-        positions = torch.tensor([8, 0, 9, -1, 3, 4, 5, 6])[:tokens]
+    def test_rotated_product(positions, head, start, config):
+        x, weight = draw(len(positions), 64), draw(2 * head, 64)
+        angles, positions = draw(9, (head - start) // 2), torch.tensor(positions)
         arguments = {
             "head": head, "start": start, "cos": angles.cos(), "sin": angles.sin(),
             "positions": positions, "norm": draw(64), "eps": 1e-6,
@@ -152,8 +148,7 @@ else:
 
     @pytest.mark.parametrize(
         ("tokens", "branches", "heads", "part", "dim", "dtype"),
-        [(1, 1, 1, 5, 3, torch.float32), (3, 2, 2, 12, 70, torch.float16),
-         (8, 2, 1, 24, 17, torch.float32)],
+        [(1, 1, 1, 5, 3, torch.float32), (2, 2, 2, 12, 70, torch.float16)],
     )  # fmt: skip
     def test_products_per_head(tokens, branches, heads, part, dim, dtype):
         q = draw(tokens, heads, dim, dtype=dtype, wide=7)
@@ -165,15 +160,14 @@ else:
         close(products.sum_branches(z, w_uv), reference.sum_branches_reference(z, w_uv))
 
     def test_a_row_has_the_same_bits_however_many_are_beside_it():
-        x, weight, norm = draw(8, 300), draw(5, 300), draw(300)
+        x, weight, norm = draw(2, 300), draw(5, 300), draw(300)
         whole = products.product(x, weight, norm=norm, config=ONE)
-        part = products.product(x[2:5], weight, norm=norm, config=ONE)
-        assert torch.equal(part, whole[2:5])
+        assert torch.equal(products.product(x[1:], weight, norm=norm, config=ONE), whole[1:])
 
     def test_refusals_in_one_line():
         x, weight = draw(2, 8), draw(6, 8)
-        with pytest.raises(ValueError, match="give 1 to 8, and more to torch"):
-            products.product(draw(9, 8), weight)
+        with pytest.raises(ValueError, match="give 1 to 2, and more to torch"):
+            products.product(draw(3, 8), weight)
         with pytest.raises(ValueError, match="residual and gated are both given"):
             products.product(x, weight, residual=draw(2, 6), gated=draw(2, 6))
         with pytest.raises(ValueError, match="gates and ups"):
