@@ -4,8 +4,8 @@
 each result with the float32 reference, and prints a line for each product of MLRA-4's 2.9B model,
 whole and as a rank's share: cuBLAS, without the operations fused to the product; the best cut, each
 launch after the one in front (`serial`) and started before that one has ended (`early`); and the
-default cut, which the operators take. Calls run in CUDA graphs over copies of the weights that exceed
-the L2. The last line is one JSON.
+default cut, which the operators take. Calls run in CUDA graphs over copies of the weights that
+exceed the L2. The last line is one JSON.
 """
 
 from __future__ import annotations
