@@ -7,14 +7,14 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 NOISE = 3e-2
 """Distance of a rehearsed gradient from its own, as far as the layouts of two GPUs are in bf16."""
 
 
 def add_noise(step: int, name: str, gradient) -> None:
     """Rounding, as large as the layouts' in bf16."""
+    import torch
+
     noise = torch.randn_like(gradient)
     gradient += NOISE * noise * gradient.norm() / noise.norm()
 

@@ -10,7 +10,6 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from megatron_mlra.cost.alignment import unaligned_mlps
 from megatron_mlra.cost.parameters import parameters
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.description.presets import preset_values
@@ -312,40 +311,6 @@ def test_the_end_is_the_command_and_details_are_asked_for(capsys, tmp_path):
         "--bf16",
     ]
     assert note == "    # with a copy of the preset that has no recompute_granularity"
-
-
-@pytest.mark.parametrize(
-    ("preset", "tp", "expert_tp", "said"),
-    [
-        ("mlra4_2.9b", 1, None, ""),
-        (
-            "mlra4_2.9b",
-            2,
-            None,
-            "note: --ffn-hidden-size 9880 is 4940 on each of 2 ranks, no multiple of 8, which GPUs"
-            " multiply slower; 9888 suits",
-        ),
-        ("mla_2.9b", 4, None, "9448 is 2362 on each of 4 ranks"),
-        ("mlra4_2.9b", 16, None, ""),  # 9880 does not divide, which is refused elsewhere
-        ("mlra4_7b", 8, None, ""),
-        ("mla_moe_16b", 2, None, ""),
-        ("mla_moe_16b", 16, 1, "--ffn-hidden-size 10944 is 684 on each of 16 ranks"),
-        ("mla_moe_16b", 2, 32, "--moe-ffn-hidden-size 1408 is 44 on each of 32 ranks"),
-    ],
-)
-def test_an_mlp_that_ranks_cut_unevenly_for_kernels_is_noted(preset, tp, expert_tp, said):
-    line = unaligned_mlps(shape(preset), tp, expert_tp)
-    assert said in line and bool(line) == bool(said)
-    assert "\n" not in line
-
-
-def test_sizes_that_a_layout_cuts_badly_are_noted(capsys):
-    at_two = "note: --ffn-hidden-size 9880 is 4940 on each of 2 ranks"
-    said = plan(capsys, "--config", "mlra4_2.9b", "--gpus", 2, "--top", 9)[1]
-    assert at_two in " ".join(said.split())
-    found = json.loads(plan(capsys, "--config", "mlra4_2.9b", "--gpus", 2, "--top", 9, "--json")[1])
-    assert [note[: len(at_two)] for note in found["notes"]] == [at_two]
-    assert "note:" not in plan(capsys, "--config", "mlra4_2.9b", "--gpus", 2, "--top", 1)[1]
 
 
 def test_a_plot_is_written_whole(capsys, tmp_path):
