@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
+from megatron_mlra.cost.alignment import unaligned_mlps
 from megatron_mlra.cost.cache import DTYPE, kv_cache_bytes_per_token
 from megatron_mlra.cost.flops import train_flops_per_token
 from megatron_mlra.cost.parameters import parameters
@@ -46,6 +47,8 @@ class Report:
     """Lines of the command for the best plan; empty if no layout fits."""
     way_out: str = ""
     """If no layout fits: flags, with values, with which one does; empty if none is known."""
+    notes: list[str] = field(default_factory=list)
+    """What layouts in the report do not suit, one line each."""
 
     def to_json(self) -> dict:
         flops = train_flops_per_token(self.shape)
@@ -82,6 +85,7 @@ class Report:
             "decoding": [row.to_json() for row in self.decodings],
             "command": self.command,
             "way_out": self.way_out,
+            "notes": self.notes,
         }
 
 
@@ -131,6 +135,7 @@ def build(
         m = global_batch // (layout.dp * layout.micro_batch)
         for kind in ("head", "latent"):
             both[kind] = traffic(shape, replace(layout, tp_layout=kind), m).tensor
+    shown = sorted({plan.layout.tp for plan in plans[:top]})
     way_out = ""
     if not plans:
         way_out = ways_out(shape, gpus, global_batch, gpu, assume, tp_layout, cp)
@@ -150,4 +155,5 @@ def build(
         layouts_traffic=both,
         command=command(plans[0].layout) if plans else [],
         way_out=way_out,
+        notes=[note for tp in shown if (note := unaligned_mlps(shape, tp))],
     )

@@ -111,6 +111,7 @@ def tables(report: Report, details: bool = False) -> Iterator[Sheet | str]:
     yield from _head(report)
     if report.plans:
         yield _layouts(report, details)
+        yield from report.notes
     else:
         yield "No layout fits." + (f" Use {report.way_out}." if report.way_out else "")
     if not details:

@@ -20,6 +20,7 @@ from megatron.training import get_tensorboard_writer, get_wandb_writer
 from tqdm import tqdm
 
 from megatron_mlra.command_line.parser import one_line
+from megatron_mlra.cost.alignment import unaligned_mlps
 from megatron_mlra.cost.cache import kv_cache_text
 from megatron_mlra.cost.parameters import parameters
 from megatron_mlra.description.model import ModelDescription
@@ -34,14 +35,23 @@ def summary(args: Namespace, shape: ModelDescription) -> str:
     samples = f"{size:,} {'sequence' if size == 1 else 'sequences'} of {length:,}"
     packed = ", documents packed" if args.dataloader_inter_document_masking else ""
     cached = kv_cache_text(shape, args.tensor_model_parallel_size)
+    note = mlp_note(args, shape)
     return "\n".join(
         (
             f"training {shape.attention_variant}: {parameters(shape).total:,} parameters",
             f"  length: {steps:,} steps of {size * length:,} tokens ({samples}{packed})",
             f"  processes: {_processes(args)}",
             f"  when it generates: {cached}",
+            *([note] if note else []),
         )
     )
+
+
+def mlp_note(args: Namespace, shape: ModelDescription) -> str:
+    """A line on MLP sizes that tensor-parallel ranks of GPUs multiply slowly; mostly empty."""
+    if not (args.dry_run or torch.cuda.is_available()) or not (args.bf16 or args.fp16):
+        return ""
+    return unaligned_mlps(shape, args.tensor_model_parallel_size, args.expert_tensor_parallel_size)
 
 
 def _processes(args: Namespace) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from support.drivers.two_gpus import Case, compare, rehearsed_cases, verdict
+from support.changed_gradients import NOISE
+from support.drivers.two_gpus import BANDS, Case, compare, rehearsed_cases, verdict
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +26,43 @@ def test_two_ranks_train_as_one(case: Case, results: Path) -> None:
     assert max(to_one for to_one, _, _ in found["gradients"].values()) <= 1e-5
     assert max(found["loss"], found["grad_norm"]) <= 1e-5
     assert found["steps"][0] <= 1e-4
+
+
+def changed(results: Path, name: str) -> tuple[dict, str]:
+    """What was measured of one rank whose gradients were changed, and what is said of it."""
+    found = json.loads((results / f"bf16-{name}.json").read_text())
+    assert "failed" not in found, found["failed"]
+    return found, verdict(Case("bf16", name), found)
+
+
+def test_losses_pass_with_room_where_gradients_are_rounded(results: Path) -> None:
+    found, said = changed(results, "noise")
+    assert min(to_one for to_one, _, _ in found["gradients"].values()) > 0.9 * NOISE
+    assert found["steps"][0] < BANDS["bf16"] / 3
+    assert "losses of step" not in said
+
+
+def test_a_doubled_gradient_is_found(results: Path) -> None:
+    assert (
+        "gradient of decoder.layers.self_attention.linear_proj.weight is 1.0e+00 from one"
+        in (changed(results, "double")[1])
+    )
+
+
+@pytest.mark.parametrize("name", ["stop", "flip"])
+def test_a_fault_behind_the_first_step_is_found_by_losses(name: str, results: Path) -> None:
+    found, said = changed(results, name)
+    assert found["steps"][0] > 2 * BANDS["bf16"]
+    assert said.startswith("losses of step") and ";" not in said
+
+
+def test_losses_near_zero_are_compared_in_nats() -> None:
+    import torch
+
+    step = {"gradients": {"w": torch.ones(4)}, "grad_norm": [1.0, 1.0]}
+    exact = {"gradients": {"w": torch.ones(4)}, "weights": {}}
+    found = compare(step | {"loss": [9.0, 0.002]}, step | {"loss": [9.0, 0.004]}, exact, {})
+    assert not verdict(Case("bf16", "again"), found)
 
 
 def test_a_gradient_that_lacks_a_rank_is_found() -> None:

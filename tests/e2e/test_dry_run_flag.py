@@ -6,10 +6,14 @@ import subprocess
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from megatron_mlra.description.presets import preset_values
 from megatron_mlra.layers.config import MLRAConfig
+from megatron_mlra.planner.cli import shape_of
+from megatron_mlra.training.console import mlp_note
 from megatron_mlra.training.dry_run import _command, _shard_map
-from support import ENV, ROOT
+from support import CONFIGS, ENV, ROOT
 from support.programs import program
 
 
@@ -32,6 +36,23 @@ def test_a_launch_of_1024_gpus_is_described_and_nothing_started(warm_python, tmp
         f" megatron_mlra.training --config {config} --data-path nowhere --save {tmp_path / 'save'}"
         f" --load {tmp_path / 'save'}"
     )
+
+
+@pytest.mark.parametrize(
+    ("changed", "noted"),
+    [
+        ({}, True),
+        ({"bf16": False}, False),
+        ({"tensor_model_parallel_size": 1}, False),
+        ({"dry_run": None}, torch.cuda.is_available()),
+    ],
+)
+def test_a_run_on_gpus_notes_sizes_that_ranks_cut_badly(changed, noted):
+    shape = shape_of(preset_values(CONFIGS / "mlra4_2.9b.yaml"))
+    args = {"dry_run": 2, "bf16": True, "fp16": False, "tensor_model_parallel_size": 2}
+    args["expert_tensor_parallel_size"] = None
+    line = mlp_note(SimpleNamespace(**(args | changed)), shape)
+    assert ("9880 is 4940 on each of 2 ranks" in line) == bool(line) == noted
 
 
 @pytest.mark.parametrize(("preset", "gpus"), [("mlra4_70b", 1024), ("debug", 8)])

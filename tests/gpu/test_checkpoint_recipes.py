@@ -28,7 +28,8 @@ def build(name: str):
     from megatron.core.models.gpt import GPTModel
 
     from megatron_mlra.layers.specs import block_spec
-    from support.tiny import SEQ, VOCAB, Layout, make_config
+    from support.samples import SEQ, VOCAB
+    from support.tiny import Layout, make_config
 
     implementation, precision = RUNS[name]
     config = make_config(Layout(), transformer_impl=implementation, **SIZES, **precision)
@@ -43,7 +44,7 @@ def build(name: str):
 
 
 def logits(model) -> torch.Tensor:
-    from support.tiny import SEQ, global_batch
+    from support.samples import SEQ, global_batch
 
     tokens = global_batch(0).cuda()[:, :-1].contiguous()
     positions = torch.arange(SEQ, device="cuda")[None].expand(len(tokens), -1)

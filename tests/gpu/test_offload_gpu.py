@@ -28,7 +28,8 @@ def steps(weights: dict | None, modules: list[str], count: int = 3, **overrides)
     )
 
     from megatron_mlra.layers.specs import block_spec
-    from support.tiny import VOCAB, Layout, make_config
+    from support.samples import VOCAB
+    from support.tiny import Layout, make_config
 
     offload = {}
     if modules:

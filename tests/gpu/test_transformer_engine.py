@@ -33,7 +33,8 @@ def run(
 
     from megatron_mlra.layers.logits import measured
     from megatron_mlra.layers.specs import block_spec
-    from support.tiny import SEQ, VOCAB, Layout, global_batch, make_config
+    from support.samples import SEQ, VOCAB, global_batch
+    from support.tiny import Layout, make_config
 
     config = make_config(Layout(), transformer_impl=implementation, **{**SIZES, **overrides})
     model = GPTModel(
@@ -185,7 +186,8 @@ def test_packed_documents_equal_separate_ones() -> None:
     from megatron.core.packed_seq_params import PackedSeqParams
 
     from megatron_mlra.layers.specs import block_spec
-    from support.tiny import VOCAB, Layout, make_config
+    from support.samples import VOCAB
+    from support.tiny import Layout, make_config
 
     config = make_config(Layout(), transformer_impl="transformer_engine", **SIZES)
     model = GPTModel(
@@ -242,7 +244,8 @@ def test_delayed_weight_gradients_are_those_of_backward(gated: bool) -> None:
     from megatron.core.models.gpt import GPTModel
 
     from megatron_mlra.layers.specs import block_spec
-    from support.tiny import SEQ, VOCAB, Layout, global_batch, make_config
+    from support.samples import SEQ, VOCAB, global_batch
+    from support.tiny import Layout, make_config
 
     found = []
     for delayed in (False, True):

@@ -11,7 +11,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from support.tiny import BATCH, SEQ, Tiny, global_batch
+from support.samples import BATCH, SEQ, global_batch
+from support.tiny import Tiny
 
 
 def expected_gradients(tiny: Tiny, seed: int) -> dict[str, Tensor]:

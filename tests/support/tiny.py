@@ -30,19 +30,7 @@ from megatron_mlra.layers.multi_token import multi_token_spec
 from megatron_mlra.layers.specs import block_spec
 from megatron_mlra.training.muon import cut_grouped_queries
 from support.pieces import like_built, pieces, place, slices
-
-VOCAB, SEQ, BATCH = 128, 32, 2
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What a model reads: vocabulary, tokens of a sequence, sequences of a step."""
-
-    vocab: int = VOCAB
-    seq: int = SEQ
-    batch: int = BATCH
-    batches: int | None = None
-    """How many steps there are before the first one's tokens come again; None for no end."""
+from support.samples import BATCH, DEFAULT, SEQ, Sizes, global_batch
 
 
 @dataclass
@@ -130,7 +118,7 @@ class Tiny:
     config: MLRAConfig | BaselineConfig
     layout: Layout
     packing: Packing | None = None
-    sizes: Sizes = Sizes()
+    sizes: Sizes = DEFAULT
     chunks: list[DistributedDataParallel] = field(default_factory=list)
     optimizer: Any = None
 
@@ -140,7 +128,7 @@ class Tiny:
         config: MLRAConfig | BaselineConfig,
         layout: Layout,
         packing: Packing | None = None,
-        sizes: Sizes = Sizes(),
+        sizes: Sizes = DEFAULT,
     ) -> Tiny:
         tiny = cls(config, layout, packing, sizes)
         for stage in range(layout.vpp or 1):
@@ -400,16 +388,6 @@ def save_logits(tiny: Tiny, path: Path) -> None:
     if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
         torch.save(logits, path)
     torch.distributed.barrier()
-
-
-def global_batch(seed: int, sizes: Sizes = Sizes()) -> Tensor:
-    """Tokens `[batch, seq + 1]`, the same on every rank."""
-    seed = seed % sizes.batches if sizes.batches else seed
-    return torch.randint(
-        sizes.vocab,
-        (sizes.batch, sizes.seq + 1),
-        generator=torch.Generator().manual_seed(100 + seed),
-    )
 
 
 def _logits_step(iterator, model):

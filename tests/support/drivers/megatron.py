@@ -112,7 +112,7 @@ def _arguments(config: Any) -> Any:
 
     import torch
 
-    from support.tiny import SEQ, VOCAB
+    from support.samples import SEQ, VOCAB
 
     names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "rotary_base")
     names += ("layernorm_epsilon", "normalization", "q_lora_rank", "num_query_groups")
