@@ -40,7 +40,10 @@ SUITES = {
     "queries": [Shape(f"{RANK} q={q}", 1, n, q_len=q) for n in (128 * K, M) for q in (2, 4)],
     "guesses": [
         Shape(f"{heads} heads q={q}{' fp8' * fp8}", 1, n, heads=heads, q_len=q, fp8=fp8)
-        for fp8 in (False, True) for n in (128 * K, M) for heads in (24, 64) for q in (1, 2, 4, 8)
+        for fp8 in (False, True)
+        for n in (128 * K, M)
+        for heads in (24, 64)
+        for q in (1, 2, 4, 8)
     ],
     "models": [
         *(Shape("MLA", b, n, latent_dim=512) for b, n in LENGTHS + BATCHES),
