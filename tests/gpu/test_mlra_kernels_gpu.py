@@ -154,53 +154,6 @@ def test_decode_several_query_tokens(q_len):
     check(*make_case([q_len, 1, 0, 63 + q_len, 2000], q_len=q_len, heads=64))
 
 
-SHARED = {"hopper": True, "shared_tiles": True}
-
-
-@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
-@pytest.mark.parametrize(
-    ("consumers", "stages", "overlap", "registers"),
-    [(2, 6, False, False), (2, 6, True, False), (2, 6, True, True), (2, 4, True, True),
-     (2, 2, True, True), (3, 4, False, False), (3, 5, False, False)],
-)  # fmt: skip
-def test_rows_share_tiles(consumers, stages, overlap, registers, fp8):
-    """Every q and odd rows, ragged and empty sequences, crossing cuts; run after run the same."""
-    if fp8 and consumers == 3:
-        pytest.skip("FP8 tiles are shared by two consumers")
-    config = DecodeConfig(
-        64, 64, 4, stages, 1, consumers=consumers, overlap=overlap, query_registers=registers,
-        **SHARED,
-    )  # fmt: skip
-    limit = FP8_ERROR if fp8 else BF16_ERROR
-    for q_len, heads, latents, lengths in (
-        (2, 64, 1, RAGGED),
-        (4, 24, 1, [q * 100 + 7 for q in range(8)]),
-        (8, 24, 1, [8, 1, 0, 71, 2000]),
-        (3, 43, 2, RAGGED),
-        (1, 130, 1, [70000, 3, 9000, 64, 20001]),
-        (8, 64, 1, [3000]),
-    ):
-        args, kwargs = make_case(
-            lengths, q_len=q_len, heads=heads, latents=latents, branches=latents, fp8=fp8
-        )
-        for deterministic in (False, True):
-            metadata = metadata_for(args, deterministic, config)
-            first = check(args, kwargs, limit, metadata=metadata)
-            for _ in range(10):
-                again = latent_decode(*args, **kwargs, metadata=metadata)
-                assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
-
-
-def test_rows_share_tiles_of_latents_of_64():
-    config = DecodeConfig(64, 64, 4, 6, 1, consumers=2, overlap=True, **SHARED)
-    for fp8 in (False, True):
-        args, kwargs = make_case(
-            RAGGED, q_len=4, latents=4, branches=4, heads=24, dim=64, rope=32, fp8=fp8
-        )
-        limit = FP8_ERROR if fp8 else BF16_ERROR
-        check(args, kwargs, limit, metadata=metadata_for(args, config=config))
-
-
 def test_decode_fp16():
     check(*make_case(RAGGED, dtype=torch.float16), 2e-3)
 

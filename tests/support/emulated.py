@@ -48,8 +48,7 @@ class _Token:
 class _Machine:
     """Implements the names of `gl` and of its Hopper module for one partition of one program."""
 
-    float32, float16 = torch.float32, torch.float16
-    int32, int64 = torch.int32, torch.int64
+    float32, int64 = torch.float32, torch.int64
     exp2, log2 = staticmethod(torch.exp2), staticmethod(torch.log2)
 
     def __init__(self, grid, program, lazy: bool, warps: int, peers: list[_Machine]) -> None:
@@ -105,7 +104,6 @@ class _Machine:
             "warpgroup_mma": self.product,
             "warpgroup_mma_wait": self.product_wait,
             "range": self.static_range,
-            "layout_of": lambda x: None,
         }
 
     def num_warps(self) -> int:
@@ -189,8 +187,6 @@ class _Machine:
         return a.clamp(max=b) if isinstance(a, Tensor) else min(a, b)
 
     def maximum(self, a, b):
-        if isinstance(a, Tensor) and not isinstance(b, Tensor):
-            return a.clamp(min=b)
         return torch.maximum(a, b) if isinstance(a, Tensor) else max(a, b)
 
     def max(self, x: Tensor, axis: int) -> Tensor:
@@ -199,20 +195,8 @@ class _Machine:
     def sum(self, x: Tensor, axis: int) -> Tensor:
         return x.sum(axis)
 
-    def where(self, condition, a, b):
-        if not isinstance(condition, Tensor):
-            return a if condition else b
-        narrow = isinstance(a, Tensor) and a.dtype is torch.float8_e4m3fn
-        return torch.where(condition, a.float() if narrow else a, b)
-
-    def cast(self, x, dtype: torch.dtype):
-        return x.to(dtype) if isinstance(x, Tensor) else x
-
-    def broadcast(self, a: Tensor, b: Tensor) -> list[Tensor]:
-        return list(torch.broadcast_tensors(a, b))
-
-    def static_assert(self, condition: bool) -> None:
-        assert condition
+    def where(self, condition: Tensor, a: Tensor, b: float) -> Tensor:
+        return torch.where(condition, a, b)
 
     def arange(self, start: int, stop: int, layout) -> Tensor:
         return torch.arange(start, stop)
@@ -223,11 +207,7 @@ class _Machine:
     def full(self, shape, value: float, dtype: torch.dtype, layout) -> Tensor:
         return torch.full(shape, value, dtype=dtype)
 
-    def inline_asm_elementwise(self, asm: str, constraints: str, args: list, *_, **__):
-        if "griddepcontrol" in asm:
-            return None
-        if "cvt.rn.f16x2.e4m3x2" in asm:
-            return args[0].half() * args[1]
+    def inline_asm_elementwise(self, asm: str, constraints: str, args: list, *_, **__) -> Tensor:
         assert asm == "mov.b32 $0, $1;"
         return args[0]
 
@@ -241,15 +221,14 @@ class _Machine:
             return types.SimpleNamespace(index=barriers.__getitem__)
         return Shared(torch.full(shape, torch.nan, dtype=dtype), self)
 
-    def load(self, pointer: Pointer, mask: Tensor | None = None, other: float = 0.0, **_):
+    def load(self, pointer: Pointer, mask: Tensor | None = None, other: float = 0.0):
         if mask is None:
             value = pointer.data.view(-1)[pointer.at]
             return value if value.dim() else value.item()
         return torch.where(mask, pointer.data.flatten()[torch.where(mask, pointer.at, 0)], other)
 
     def store(self, pointer: Pointer, value: Tensor, mask: Tensor) -> None:
-        at, mask, value = torch.broadcast_tensors(pointer.at, mask, value)
-        pointer.data.view(-1)[at[mask]] = value[mask]
+        pointer.data.view(-1)[pointer.at[mask]] = value[mask]
 
     def init(self, bar: Barrier, count: int) -> None:
         bar.count = count
@@ -263,8 +242,6 @@ class _Machine:
         bar.settle()
 
     def expect(self, bar: Barrier, size: int) -> None:
-        bar.arriving |= self.clock
-        self.clock[self.me] += 1
         bar.expected += size
         bar.arrivals += 1
 

@@ -6,7 +6,6 @@ import types
 from collections import Counter
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 
@@ -16,7 +15,6 @@ class Pointer:
     def __init__(self, data: Tensor, at=0) -> None:
         assert data.is_contiguous()
         self.data, self.at = data, at
-        self.dtype = types.SimpleNamespace(element_ty=data.dtype)
 
     def __add__(self, offset) -> Pointer:
         return Pointer(self.data, self.at + offset)
@@ -40,10 +38,6 @@ class Shared:
         self.tensor, self.machine = tensor, machine
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.tensor.dtype
-
-    @property
     def place(self) -> int:
         """Address of the first element; distinguishes buffers, and the slots of a ring."""
         return self.tensor.data_ptr()
@@ -53,9 +47,6 @@ class Shared:
 
     def permute(self, order: tuple[int, ...]) -> Shared:
         return Shared(self.tensor.permute(order), self.machine)
-
-    def reshape(self, shape: list[int]) -> Shared:
-        return Shared(self.tensor.view(shape), self.machine)
 
     def load(self, layout) -> Tensor:
         """Warps read what copies brought or, after a barrier, what warps wrote."""

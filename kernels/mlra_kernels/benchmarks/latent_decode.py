@@ -4,7 +4,6 @@
 one line per shape and provider and a table, writes JSON and a PNG, and ends with one JSON line.
 Every result is compared with the fp32 reference first. A wrong result of this project's kernels
 ends the run without a report; a peer that fails or is wrong is left out, with the reason.
-`--sweep queries` measures configurations beside each other instead (sweeps.py).
 """
 
 import sys
@@ -13,7 +12,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from mlra_kernels.benchmarks import providers, report, sweeps
+from mlra_kernels.benchmarks import providers, report
 from mlra_kernels.benchmarks.providers import PROVIDERS, Provider
 from mlra_kernels.benchmarks.timing import copy_roof, graph_microseconds, read_roof
 from mlra_kernels.benchmarks.workload import Shape, Workload, make_workload
@@ -39,6 +38,13 @@ SUITES = {
     ],
     "latents": [Shape("MLRA-4/TP1", 1, n, **MLRA) for n in (256 * K, 512 * K, M)],
     "queries": [Shape(f"{RANK} q={q}", 1, n, q_len=q) for n in (128 * K, M) for q in (2, 4)],
+    "guesses": [
+        Shape(f"{heads} heads q={q}{' fp8' * fp8}", 1, n, heads=heads, q_len=q, fp8=fp8)
+        for fp8 in (False, True)
+        for n in (128 * K, M)
+        for heads in (24, 64)
+        for q in (1, 2, 4, 8)
+    ],
     "models": [
         *(Shape("MLA", b, n, latent_dim=512) for b, n in LENGTHS + BATCHES),
         *(Shape("GLA-2/TP2", b, n, latent_dim=256, heads=32) for b, n in LENGTHS + BATCHES),
@@ -203,11 +209,7 @@ def main() -> None:
     flags = report.parser(__doc__)
     flags.add_argument("--suite", nargs="+", choices=sorted(SUITES), default=["quick"])
     flags.add_argument("--png", type=report.output_file, help="where to draw latency over context")
-    flags.add_argument("--sweep", choices=sorted(sweeps.SWEEPS), help="compare configurations")
     args, able = providers.parse(flags, PROVIDERS)
-    if args.sweep:
-        about = report.header(args, sweep=args.sweep)
-        return report.finish(args, {**about, "records": sweeps.run(args.sweep, args.seed)}, about)
     roof = read_roof()
     roofs = {"read_gb_s": round(roof / 1e9, 1), "copy_gb_s": round(copy_roof() / 1e9, 1)}
     about = report.header(args, **roofs)

@@ -5,20 +5,13 @@ The measurements behind the choices are in docs/log/kernels.md.
 
 from dataclasses import astuple, dataclass
 
-LOAD_REGISTERS = 24
-"""Registers per thread of the warp that loads tiles (Hopper kernels)."""
-WIDEN_REGISTERS = 72
-"""Registers per thread of the warpgroup that widens shared FP8 tiles."""
-SHARE_TILES = False
-"""Whether consumers share tiles by default where one latent has more than 64 query rows."""
-
 
 @dataclass(frozen=True)
 class DecodeConfig:
     """How one launch of the decoding kernel is cut."""
 
     block_m: int
-    """Query rows (query tokens x heads of one latent) per program; per consumer if they share."""
+    """Query rows (query tokens x heads of one latent) per program."""
     block_n: int
     """Cached tokens per tile."""
     num_warps: int
@@ -35,12 +28,6 @@ class DecodeConfig:
     """Most registers per thread (Hopper kernel); 0: an equal share of the SM's registers."""
     min_tiles: int = 4
     """Fewest tiles that justify a program of their own."""
-    shared_tiles: bool = False
-    """Consumers own other query rows of every tile instead of taking tiles in turn (Hopper)."""
-    overlap: bool = False
-    """Scores of the next tile are computed beside the softmax of this one (shared tiles)."""
-    query_registers: bool = False
-    """Consumers keep their queries in registers (shared tiles)."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for a configuration that the kernels cannot run or cannot run safely."""
@@ -60,15 +47,9 @@ class DecodeConfig:
                 f"block_m is {self.block_m} and num_warps {self.num_warps} with hopper=True: use"
                 " 64 and 4 or 8"
             )
-        if self.shared_tiles and (not self.hopper or self.consumers == 1 or self.num_stages < 2):
-            raise ValueError(
-                f"shared_tiles with hopper={self.hopper}, consumers {self.consumers} and "
-                f"num_stages {self.num_stages}: use True, 2 or 3, and 2 or more"
-            )
-        if (self.overlap or self.query_registers) and not self.shared_tiles:
-            raise ValueError("overlap and query_registers are of shared_tiles: set that to True")
-        in_turn = self.consumers > 1 and not self.shared_tiles
-        if in_turn and (self.num_stages % self.consumers or self.num_stages == self.consumers):
+        if self.consumers > 1 and (
+            self.num_stages % self.consumers or self.num_stages == self.consumers
+        ):
             # One parity bit tells a slot's fillings apart, so one consumer must see them all.
             raise ValueError(
                 f"num_stages is {self.num_stages} for {self.consumers} consumers: make it a "
@@ -87,32 +68,15 @@ class DecodeConfig:
 
     @property
     def max_registers(self) -> int:
-        """Registers per thread at launch: `registers`, or as many as let the programs fit an SM.
-
-        The loading warp fills a warpgroup.
-        """
-        return self._most_registers(32 * (self.num_warps * self.consumers + 4))
+        """Registers per thread at launch: `registers`, or as many as let the programs fit an SM."""
+        threads = 32 * (self.num_warps * self.consumers + 4)  # the loader fills a warpgroup
+        return self.registers or min(255, 65536 // (self.programs_per_sm * threads) // 8 * 8)
 
     @property
     def consumer_registers(self) -> int:
         """Registers per thread of consumers 1 and 2: a share of what the loading warps leave."""
         warps = self.num_warps * self.consumers
-        return min(240, (self.max_registers * (warps + 4) - LOAD_REGISTERS * 4) // warps // 8 * 8)
-
-    def shared_registers(self, fp8: bool) -> tuple[int, int]:
-        """Registers per thread with shared tiles: at launch, and of consumers 1 and 2."""
-        groups = self.consumers + 1 + fp8  # the loading warp fills a warpgroup, widening is another
-        launch = self._most_registers(128 * groups)
-        left = launch * groups - LOAD_REGISTERS - (WIDEN_REGISTERS if fp8 else 0)
-        return launch, min(240, left // self.consumers // 8 * 8)
-
-    def _most_registers(self, threads: int) -> int:
-        return self.registers or min(255, 65536 // (self.programs_per_sm * threads) // 8 * 8)
-
-    @property
-    def program_rows(self) -> int:
-        """Query rows per program."""
-        return self.block_m * (self.consumers if self.shared_tiles else 1)
+        return min(240, (self.max_registers * (warps + 4) - 24 * 4) // warps // 8 * 8)
 
     def to_list(self) -> list[int]:
         """Return the fields as integers, as an operator's schema wants them."""
@@ -125,7 +89,7 @@ class DecodeConfig:
 
     def row_blocks(self, rows: int) -> int:
         """Number of programs that the query rows of one latent are cut into."""
-        return -(-rows // self.program_rows)
+        return -(-rows // self.block_m)
 
     def num_programs(self, rows: int, num_latents: int, sm_count: int) -> int:
         """Number of token ranges: the programs of one wave, shared by latents and row blocks."""
@@ -150,8 +114,6 @@ def default_config(
     """
     if hopper and element_size <= 2 and page_size % 64 == 0:
         fp8 = element_size == 1
-        if SHARE_TILES and latent_dim <= 128 and (shared := shared_config(rows, fp8)):
-            return shared
         if latent_dim > 256:
             return DecodeConfig(64, 64, 8, 2, 1, hopper=True)
         if latent_dim > 128:
@@ -166,24 +128,6 @@ def default_config(
     return DecodeConfig(block_m, 64, 4, 3, 2)
 
 
-def shared_config(rows: int, fp8: bool) -> DecodeConfig | None:
-    """Return the configuration in which consumers share tiles, for latents of at most 128.
-
-    None where no tile would be shared, or where an FP8 cache would leave a consumer without rows.
-    Three consumers where two would. The warpgroup that widens FP8 tiles takes the registers of a
-    third.
-    """
-    blocks = -(-rows // 64)
-    if blocks == 1 or (fp8 and blocks % 2):
-        return None
-    if -(-blocks // 3) * 3 < -(-blocks // 2) * 2:
-        return DecodeConfig(64, 64, 4, 4, 1, hopper=True, consumers=3, shared_tiles=True)
-    return DecodeConfig(
-        64, 64, 4, 6, 1, hopper=True, consumers=2, shared_tiles=True, overlap=True,
-        query_registers=not fp8,
-    )  # fmt: skip
-
-
 @dataclass(frozen=True)
 class CombineConfig:
     """How one launch of the combine kernel is cut."""
@@ -194,21 +138,6 @@ class CombineConfig:
     """Parts that a program loads at once."""
     columns: int
     """Columns of the latent dim that a program merges."""
-
-    def shared_registers(self, fp8: bool) -> tuple[int, int]:
-        """Registers per thread with shared tiles: at launch, and of consumers 1 and 2."""
-        groups = self.consumers + 1 + fp8  # the loading warp fills a warpgroup, widening is another
-        launch = self._most_registers(128 * groups)
-        left = launch * groups - LOAD_REGISTERS - (WIDEN_REGISTERS if fp8 else 0)
-        return launch, min(240, left // self.consumers // 8 * 8)
-
-    def _most_registers(self, threads: int) -> int:
-        return self.registers or min(255, 65536 // (self.programs_per_sm * threads) // 8 * 8)
-
-    @property
-    def program_rows(self) -> int:
-        """Query rows per program."""
-        return self.block_m * (self.consumers if self.shared_tiles else 1)
 
     def to_list(self) -> list[int]:
         """Return the fields, as an operator's schema wants them."""

@@ -15,18 +15,110 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from mlra_kernels.latent_decode.hopper_tiles import (
-    FP16_MAX,
-    NEVER_SEEN,
-    own_sums,
-    produce,
-    widen,
-    zero_rows,
-)
+FP16_MAX = gl.constexpr(65504.0)
+SCALE_MAX = gl.constexpr(146.0)  # times 448, the largest e4m3: just inside fp16
+NEVER_SEEN = gl.constexpr(-1.0e30)  # running maximum of a row that has seen no token
+
+
+@gluon.jit
+def _next_slot(stage, phase, STAGES: gl.constexpr):
+    stage += 1
+    wrap = stage == STAGES
+    return gl.where(wrap, 0, stage), gl.where(wrap, phase ^ 1, phase)
+
+
+@gluon.jit
+def _produce(
+    args, N: gl.constexpr, D: gl.constexpr, LATENTS: gl.constexpr,
+    PAGE: gl.constexpr, FP8: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Load every tile of the program's range into the ring, in order."""
+    (
+        c_desc, r_desc, s_desc, table_ptr, seqlens_ptr, b, tile, left, seqlen, c_ring, r_ring,
+        s_ring, full, empty, latent, stride_tb, max_tiles,
+    ) = args  # fmt: skip
+    S_BYTES: gl.constexpr = s_desc.block_type.nbytes if FP8 else 0
+    BYTES: gl.constexpr = c_desc.block_type.nbytes + r_desc.block_type.nbytes + S_BYTES
+    stage = 0
+    phase = 1
+    while left > 0:
+        take = gl.minimum(left, gl.cdiv(seqlen, N) - tile)
+        seq_table = table_ptr + b.to(gl.int64) * stride_tb
+        for t in range(tile, gl.minimum(tile + take, max_tiles)):
+            # The copy engine reads a page outside the cache as zeros.
+            page = gl.load(seq_table + t * N // PAGE, eviction_policy="evict_last")
+            row = page * PAGE + t * N % PAGE
+            mbarrier.wait(empty.index(stage), phase)
+            mbarrier.expect(full.index(stage), BYTES)
+            tma.async_copy_global_to_shared(
+                c_desc, [row, latent * D], full.index(stage), c_ring.index(stage)
+            )
+            tma.async_copy_global_to_shared(
+                r_desc, [row, 0], full.index(stage), r_ring.index(stage)
+            )
+            if FP8:
+                tma.async_copy_global_to_shared(
+                    s_desc,
+                    [page * LATENTS + latent, t * N % PAGE],
+                    full.index(stage),
+                    s_ring.index(stage),
+                )
+            stage, phase = _next_slot(stage, phase, STAGES)
+        left -= take
+        b += 1
+        tile = 0
+        if left > 0:
+            seqlen = gl.load(seqlens_ptr + b, eviction_policy="evict_last")
+
+
+@gluon.jit
+def _zero_rows(ring_tile, rows_in, N: gl.constexpr, C: gl.constexpr):
+    """Zero the rows of a shared tile `[N, C]` from `rows_in` on: unused cache may hold NaN."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    x = ring_tile.load(LAYOUT)
+    n = gl.arange(0, N, gl.SliceLayout(1, LAYOUT))
+    ring_tile.store(gl.where((n < rows_in)[:, None], x, 0.0).to(x.dtype))
+
+
+@gluon.jit
+def _widen(c, scale, wide, rows_in, N: gl.constexpr, D: gl.constexpr):
+    """Write an FP8 shared tile `[N, D]` times its tokens' scales `[N]` to `wide`, as fp16.
+
+    Scales from row `rows_in` on count as 0: unused cache may hold NaN.
+    """
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
+    ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    row_scale = gl.where(gl.arange(0, N, ROW) < rows_in, scale.load(ROW), 0.0)
+    row_scale = gl.minimum(row_scale, SCALE_MAX).to(gl.float16)
+    x, row_scale = gl.broadcast(c.load(LAYOUT), row_scale[:, None])
+    x = gl.inline_asm_elementwise(  # the compiler alone would multiply one number at a time
+        """{
+        .reg .b16 low, high;
+        mov.b32 {low, high}, $2;
+        cvt.rn.f16x2.e4m3x2 $0, low;
+        cvt.rn.f16x2.e4m3x2 $1, high;
+        mul.rn.f16x2 $0, $0, $3;
+        mul.rn.f16x2 $1, $1, $4;
+        }""",
+        "=&r,=&r,r,r,r", [x, row_scale], dtype=gl.float16, is_pure=True, pack=4,
+    )  # fmt: skip
+    wide.store(x)
+
+
+@gluon.jit
+def _own_sums(p, S_N: gl.constexpr):
+    """Per-thread partial sums of the rows of a score tile `[M, N]`: `[M, N / S_N, 4]`.
+
+    No thread waits for another; the sum over the threads of a row is taken once per sequence.
+    """
+    M: gl.constexpr = p.shape[0]
+    parts = p.reshape([M, p.shape[1] // S_N, S_N // 8, 4, 2])
+    return gl.sum(gl.sum(parts, 4), 2)
 
 
 @gluon.jit
@@ -103,7 +195,7 @@ def _consume(
             else:
                 mbarrier.wait(q_full, segment & 1)
             m_i = gl.full([M], NEVER_SEEN, gl.float32, S_ROW)
-            l_own = own_sums(gl.zeros([M, N], gl.float32, S_LAYOUT), S_N)
+            l_own = _own_sums(gl.zeros([M, N], gl.float32, S_LAYOUT), S_N)
             L_ROW: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, l_own.type.layout))
             acc = gl.zeros([M, D], gl.float32, O_LAYOUT)
             last_seen = seqlen - Q_LEN + row_s // HEADS
@@ -122,12 +214,12 @@ def _consume(
                 c = c_ring.index(stage)
                 k_r = r_ring.index(stage)
                 if (t + 1) * N > seqlen:
-                    zero_rows(c, seqlen - t * N, N, D)
-                    zero_rows(k_r, seqlen - t * N, N, R)
+                    _zero_rows(c, seqlen - t * N, N, D)
+                    _zero_rows(k_r, seqlen - t * N, N, R)
                     fence_async_shared()
                 if FP8:
                     scale = s_ring.index(stage).reshape([N])
-                    widen(c, scale, wide_ring.index(w), seqlen - t * N, N, D)
+                    _widen(c, scale, wide_ring.index(w), seqlen - t * N, N, D)
                     c = wide_ring.index(w)
                     fence_async_shared()
                 s = gl.zeros([M, N], gl.float32, S_LAYOUT)
@@ -140,7 +232,7 @@ def _consume(
                 m_new = gl.maximum(m_i, gl.max(s, 1) * scale_log2)
                 p = gl.exp2(s * scale_log2 - m_new[:, None])
                 alpha = gl.exp2(m_i - m_new)
-                l_own = l_own * gl.convert_layout(alpha, L_ROW)[:, None, None] + own_sums(p, S_N)
+                l_own = l_own * gl.convert_layout(alpha, L_ROW)[:, None, None] + _own_sums(p, S_N)
                 m_i = m_new
                 acc = acc * gl.convert_layout(alpha, O_ROW)[:, None]
                 if WARPS_N == 1:
@@ -301,7 +393,7 @@ def latent_decode_hopper_kernel(
         gl.warp_specialize([
             (_consume, (run, Q_LEN, HEADS, LATENTS, GROUPS, M, N, D, R, FP8, STAGES, WARPS_N, W,
                         0)),
-            (produce, (fill, N, D, LATENTS, PAGE, FP8, STAGES)),
+            (_produce, (fill, N, D, LATENTS, PAGE, FP8, STAGES)),
         ], [1], [24])  # fmt: skip
     elif W == 2:
         gl.warp_specialize([
@@ -309,7 +401,7 @@ def latent_decode_hopper_kernel(
                         0)),
             (_consume, (run, Q_LEN, HEADS, LATENTS, GROUPS, M, N, D, R, FP8, STAGES, WARPS_N, W,
                         1)),
-            (produce, (fill, N, D, LATENTS, PAGE, FP8, STAGES)),
+            (_produce, (fill, N, D, LATENTS, PAGE, FP8, STAGES)),
         ], [4, 1], [CONSUMER_REGS, 24])  # fmt: skip
     else:
         gl.static_assert(W == 3)
@@ -320,5 +412,5 @@ def latent_decode_hopper_kernel(
                         1)),
             (_consume, (run, Q_LEN, HEADS, LATENTS, GROUPS, M, N, D, R, FP8, STAGES, WARPS_N, W,
                         2)),
-            (produce, (fill, N, D, LATENTS, PAGE, FP8, STAGES)),
+            (_produce, (fill, N, D, LATENTS, PAGE, FP8, STAGES)),
         ], [4, 4, 1], [CONSUMER_REGS, CONSUMER_REGS, 24])  # fmt: skip

@@ -20,7 +20,6 @@ from mlra_kernels.latent_decode.configs import CombineConfig, DecodeConfig
 from mlra_kernels.latent_decode.decode_kernel import latent_decode_kernel
 from mlra_kernels.latent_decode.descriptors import scale_descriptor, tile_descriptor
 from mlra_kernels.latent_decode.hopper_kernel import latent_decode_hopper_kernel
-from mlra_kernels.latent_decode.hopper_rows_kernel import latent_decode_hopper_rows_kernel
 from mlra_kernels.latent_decode.metadata import DecodeMetadata, decode_metadata
 
 
@@ -283,21 +282,12 @@ def _latent_decode_op(
         c_desc = tile_descriptor(latent_view, cfg.block_n, dim)
         r_desc = tile_descriptor(rope_view, cfg.block_n, q_rope.shape[-1])
         s_desc = scale_descriptor(scale, cfg.block_n) if fp8 else r_desc
-        arguments = (
+        latent_decode_hopper_kernel[grid](
             q_absorbed, q_rope, c_desc, r_desc, s_desc, block_table, planned, schedule,
             out, lse, part_out, part_lse, scale_log2, *q_strides, *table_sizes,
+            WARPS_N=cfg.warps_n, W=cfg.consumers, CONSUMER_REGS=cfg.consumer_registers,
+            maxnreg=cfg.max_registers, **common,
         )  # fmt: skip
-        if cfg.shared_tiles:
-            launch_registers, registers = cfg.shared_registers(fp8)
-            latent_decode_hopper_rows_kernel[grid](
-                *arguments, W=cfg.consumers, CONSUMER_REGS=registers, OVERLAP=cfg.overlap,
-                Q_REGS=cfg.query_registers, maxnreg=launch_registers, **common,
-            )  # fmt: skip
-        else:
-            latent_decode_hopper_kernel[grid](
-                *arguments, WARPS_N=cfg.warps_n, W=cfg.consumers,
-                CONSUMER_REGS=cfg.consumer_registers, maxnreg=cfg.max_registers, **common,
-            )  # fmt: skip
     else:
         latent_decode_kernel[grid](
             q_absorbed, q_rope, latent_view, rope_view, scale, block_table, planned, schedule,

@@ -147,16 +147,6 @@ def check_metadata(
             f"config has hopper=True for a {cache_dtype} cache on {cache_seqlens.device}: that "
             "kernel takes 16-bit and FP8 caches on Hopper GPUs; pass hopper=False",
         )
-    if config is not None and config.shared_tiles:
-        _require(
-            dim <= 128,
-            f"config has shared_tiles=True and latent dim is {dim}: that kernel takes at most 128",
-        )
-        _require(
-            config.consumers == 2 or cache_dtype != FP8_DTYPE,
-            f"config has shared_tiles=True and {config.consumers} consumers for an FP8 cache: "
-            "use 2",
-        )
 
 
 def check_append(

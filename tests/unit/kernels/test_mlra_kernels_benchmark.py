@@ -8,7 +8,7 @@ import torch
 
 from mlra_kernels.benchmarks import grouped_decode as grouped
 from mlra_kernels.benchmarks import latent_decode as latent
-from mlra_kernels.benchmarks import providers, sweeps
+from mlra_kernels.benchmarks import providers
 from mlra_kernels.benchmarks.latent_decode import RANK, SUITES, gate, plot, timed
 from mlra_kernels.benchmarks.providers import Provider, chosen
 from mlra_kernels.benchmarks.report import output_file
@@ -62,33 +62,6 @@ def test_plot_and_suites(tmp_path):
     plot(records, 3e12, "a GPU", str(tmp_path / "latency.png"))
     assert (tmp_path / "latency.png").stat().st_size > 1000
     assert {shape.fp8 for shape in SUITES["all"]} == {False, True}
-
-
-def test_a_sweep_survives_what_fails(monkeypatch):
-    """Wrong, failing and uncompiled cases are rows; the others are ratios."""
-    shapes = [Shape("small", 1, 70, heads=4, latent_dim=64, rope_dim=32, q_len=q) for q in (1, 2)]
-    base = make_workload(shapes[1], torch.float16, "cpu", seed=0, rotation=0)
-    monkeypatch.setattr(sweeps, "graph_microseconds", lambda calls, replays: 10.0)
-    records = []
-    for shape in shapes:
-        w = sweeps.queries_of(base, shape)
-        want = sweeps.expected(w)
-        for name, out in (("right", want), ("wrong", want * 1.1), ("absent", None), ("bad", want)):
-            calls = [lambda out=out: (out.clone(), None)]
-            monkeypatch.setattr(sweeps, "calls_of", lambda w, config, calls=calls: calls)
-            case = (shape, name, None)
-            failed = {sweeps.kind_of(case): "no ptxas"} if name == "bad" else {}
-            records.append(sweeps.measure(case, w, want, failed))
-    assert [r["us"] for r in records] == [10.0, None, None, None] * 2
-    rows = sweeps.table(records)
-    assert "1.000     1.00" in rows[1] and "wrong: relative error" in rows[2]
-    assert "NoneType" in rows[3] and "no ptxas" in rows[4] and "1.000     1.00" in rows[5]
-
-
-def test_sweeps_name_each_case_once():
-    for name, cases in sweeps.SWEEPS.items():
-        named = [(shape, config) for shape, config, _ in cases()]
-        assert len(set(named)) == len(named) > 8, name
 
 
 def test_output_files_have_a_folder_before_anything_is_measured(tmp_path):

@@ -16,10 +16,9 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from mlra_kernels.latent_decode.configs import default_config, shared_config
+from mlra_kernels.latent_decode.configs import default_config
 from mlra_kernels.latent_decode.descriptors import GL_DTYPES
 from mlra_kernels.latent_decode.hopper_kernel import latent_decode_hopper_kernel
-from mlra_kernels.latent_decode.hopper_rows_kernel import latent_decode_hopper_rows_kernel
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="needs Triton's compiler"
@@ -43,24 +42,15 @@ def descriptor_type(rows, columns, dtype):
     return f"tensordesc<{name}[{rows}, {columns}],{layout!r}>"
 
 
-def compile_kernel(dim, rope, heads, latents, fp8, folder, q_len=1):
-    """Return the compiled kernel's SASS and its bytes of stack a thread; for q_len > 1, of the
-    kernel whose consumers share tiles."""
-    if q_len == 1:
-        kernel = latent_decode_hopper_kernel
-        config = default_config(heads, dim, 1 if fp8 else 2, 64, True)
-        registers = config.max_registers
-        more = {"WARPS_N": config.warps_n, "CONSUMER_REGS": config.consumer_registers}
-    else:
-        kernel, config = latent_decode_hopper_rows_kernel, shared_config(q_len * heads, fp8)
-        registers, of_consumers = config.shared_registers(fp8)
-        more = {"CONSUMER_REGS": of_consumers, "OVERLAP": config.overlap}
-        more["Q_REGS"] = config.query_registers
+def compile_kernel(dim, rope, heads, latents, fp8, folder):
+    """Return the compiled kernel's SASS and its bytes of stack a thread."""
+    config = default_config(heads, dim, 1 if fp8 else 2, 64, True)
     tile = config.block_n
     constants = {
-        "Q_LEN": q_len, "HEADS": heads, "LATENTS": latents, "GROUPS": 1, "M": config.block_m,
+        "Q_LEN": 1, "HEADS": heads, "LATENTS": latents, "GROUPS": 1, "M": config.block_m,
         "N": tile, "D": dim, "R": rope, "PAGE": 64, "FP8": fp8, "STAGES": config.num_stages,
-        "W": config.consumers, **more,
+        "WARPS_N": config.warps_n, "W": config.consumers,
+        "CONSUMER_REGS": config.consumer_registers,
     }  # fmt: skip
     rope_type = descriptor_type(tile, rope, torch.bfloat16)
     types = {
@@ -71,21 +61,21 @@ def compile_kernel(dim, rope, heads, latents, fp8, folder, q_len=1):
         "scale_log2": "fp32",
     }
     signature, values, attributes = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
+    for i, name in enumerate(latent_decode_hopper_kernel.arg_names):
         if name in constants:
             signature[name], values[(i,)] = "constexpr", constants[name]
         else:
             signature[name] = types.get(name, "i32")
         if name in POINTERS or name.startswith("stride_"):
             attributes[(i,)] = [["tt.divisibility", 16]]
-    built = triton.compile(
-        GluonASTSource(kernel, signature, values, attributes),
+    kernel = triton.compile(
+        GluonASTSource(latent_decode_hopper_kernel, signature, values, attributes),
         target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": config.num_warps, "maxnreg": registers},
+        options={"num_warps": config.num_warps, "maxnreg": config.max_registers},
     )
-    assert built.metadata.shared <= 232448, "more shared memory than a block of an H100 has"
+    assert kernel.metadata.shared <= 232448, "more shared memory than a block of an H100 has"
     binary = folder / "kernel.cubin"
-    binary.write_bytes(built.asm["cubin"])
+    binary.write_bytes(kernel.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     run = [str(tool), "--dump-resource-usage", "--dump-sass", str(binary)]
     text = subprocess.run(run, capture_output=True, text=True, check=True).stdout
@@ -107,22 +97,3 @@ def test_no_spills_and_queries_keep_their_registers(
     values = set(re.findall(r"HGMMA\.\S+ R\d+, (R\d+), gdesc\[UR\d+\]\.tnspB", sass))
     assert not queries & values, f"queries and probabilities share {queries & values}"
     assert bool(queries) == (fp8 and dim == 128)
-
-
-@pytest.mark.parametrize(("q_len", "fp8"), [(4, False), (8, False), (4, True)])
-def test_consumers_that_share_tiles(q_len, fp8, tmp_path):
-    """96 and 192 rows: two consumers and three. What is spilled is read back once a sequence."""
-    sass, spilled = compile_kernel(128, 64, 24, 1, fp8, tmp_path, q_len)
-    assert "HGMMA" in sass and "UTMALDG" in sass
-    assert spilled <= (0 if q_len == 4 and not fp8 else 8), f"{spilled} bytes of stack"
-    lines = [line for line in sass.splitlines() if "/*0" in line]
-    local = [i for i, line in enumerate(lines) if " LDL" in line]
-    products = [i for i, line in enumerate(lines) if " HGMMA" in line]
-    begun = [i for i, line in enumerate(lines) if "USETMAXREG" in line]
-    for at in local:  # between a consumer's start and its first product
-        start = max(i for i in begun if i < at)
-        assert not any(start < i < at for i in products), lines[at]
-    queries = set(re.findall(r"HGMMA\.\S+ R\d+, (R\d+), gdesc\[UR\d+\], ", sass))
-    values = set(re.findall(r"HGMMA\.\S+ R\d+, (R\d+), gdesc\[UR\d+\]\.tnspB", sass))
-    assert not queries & values, f"queries and probabilities share {queries & values}"
-    assert bool(queries) == (q_len == 4 and not fp8)
