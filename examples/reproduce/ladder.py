@@ -72,16 +72,14 @@ class Ladder:
         """Run id -> its result.
 
         Raises:
-            ValueError: two results are of other text; names both.
+            ValueError: two results are of other text or tasks; names both.
         """
         files = sorted(self.results.glob("*_seed*.json"))
         found = [json.loads(file.read_text()) for file in files]
         for result in found:
-            if result.get("data_sha256") != found[0].get("data_sha256"):
-                raise ValueError(
-                    f"{found[0]['id']} and {result['id']} in {self.results} are of other text, so"
-                    " their losses cannot be compared; keep one folder of results for each text"
-                )
+            _check_alike(found[0], result, "data_sha256", f"in {self.results} are of other text")
+        for result in (scored := [each for each in found if "tasks_sha256" in each]):
+            _check_alike(scored[0], result, "tasks_sha256", f"in {self.results} are of other tasks")
         return {result["id"]: result for result in found}
 
     def write(self, result: dict[str, Any]) -> str:
@@ -195,3 +193,12 @@ def mean_loss(result: dict[str, Any]) -> float:
     if result.get("diverged"):
         return math.inf
     return fmean(found["loss"] for found in result["held_out"].values())
+
+
+def _check_alike(one: dict[str, Any], other: dict[str, Any], key: str, problem: str) -> None:
+    """Raise ValueError, with `problem` behind the names of both results, if `key` differs."""
+    if other.get(key) != one.get(key):
+        raise ValueError(
+            f"{one['id']} and {other['id']} {problem}, so they cannot be compared; keep a folder of"
+            " results for each"
+        )

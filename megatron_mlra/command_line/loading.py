@@ -20,7 +20,9 @@ class _Announcer:
     def find_spec(self, name: str, path: object = None, target: ModuleType | None = None) -> None:
         """Python's question for a module."""
         if name == "torch":
-            sys.meta_path.remove(self)
+            # A new list: Python is on its way through the old one, and would leave out the finder
+            # behind this one, which may be another tool's hook on torch.
+            sys.meta_path = [each for each in sys.meta_path if each is not self]
             if PathFinder.find_spec(name) is not None:
                 say_error(self.line)
 

@@ -176,6 +176,16 @@ def read_text(file: str | Path) -> str:
         raise ValueError(f"{file} is not UTF-8 text") from None
 
 
+def lines_of(file: str | Path) -> list[str]:
+    """The lines of `read_text`. Only ends of lines cut: JSON allows the other characters at which
+    `str.splitlines` cuts, such as U+2028, inside a string.
+
+    Raises:
+        ValueError: see `read_text`.
+    """
+    return read_text(file).split("\n")
+
+
 def check_output(file: str | Path, flag: str) -> None:
     """Make the folder of an output file, so that a path that cannot be written fails before any
     work.

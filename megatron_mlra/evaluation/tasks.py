@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_mlra.command_line.foreign_text import parse_json
-from megatron_mlra.command_line.parser import read_text
+from megatron_mlra.command_line.parser import lines_of
 
 Item = dict[str, Any]
 
@@ -24,7 +24,7 @@ def read_task(file: str) -> list[Item]:
         ValueError: names the file, the line and the fault.
     """
     items = []
-    for number, line in enumerate(read_text(file).splitlines(), 1):
+    for number, line in enumerate(lines_of(file), 1):
         if not line.strip():
             continue
         try:

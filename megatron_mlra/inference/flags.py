@@ -8,7 +8,7 @@ from functools import partial
 from megatron_mlra.checkpoint.files.tracker import a_checkpoint
 from megatron_mlra.command_line.early import a_file, reads, writes
 from megatron_mlra.command_line.foreign_text import parse_json
-from megatron_mlra.command_line.parser import OneLineParser, add_no_verify, check_output, read_text
+from megatron_mlra.command_line.parser import OneLineParser, add_no_verify, check_output, lines_of
 from megatron_mlra.data.tokenizers import TOKENIZER_TYPES
 from megatron_mlra.description.backends import (
     ALL_REDUCES,
@@ -170,7 +170,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     """
     texts = list(args.prompt)
     for name in args.prompt_file:
-        for number, line in enumerate(read_text(name).splitlines(), start=1):
+        for number, line in enumerate(lines_of(name), start=1):
             if not line.strip():
                 continue
             texts.append(_json_prompt(name, number, line) if name.endswith(".jsonl") else line)

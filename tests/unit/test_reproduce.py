@@ -167,6 +167,16 @@ def test_results_of_other_text_are_not_joined(ladder, tmp_path):
         ladder.done()
 
 
+def test_results_of_other_tasks_are_not_joined(ladder):
+    loss, first, second, third = ladder.left({})[:4]
+    finish(ladder, loss)
+    for run, digest in ((first, "a"), (second, "a"), (third, "b")):
+        assert len(ladder.done()) == (1, 2, 3)[(first, second, third).index(run)]
+        finish(ladder, run, tasks_sha256={"cloze": digest})
+    with pytest.raises(ValueError, match=f"{first.id} and {third.id} .* other tasks"):
+        ladder.done()
+
+
 def test_a_best_rate_at_an_end_extends_the_sweep(ladder):
     tried = []
     while (run := ladder.left(ladder.done())[0]).mechanism == "mla" or run.phase == "sweep":

@@ -143,6 +143,30 @@ def test_inputs_come_before_outputs_and_both_before_the_rest(tmp_path):
         early.a_file(locked, "--in")
 
 
+HOOKED = """
+import sys
+from importlib.util import find_spec
+from megatron_mlra.command_line.loading import announce_loading
+
+class Hook:
+    def find_spec(self, name, path=None, target=None):
+        print(name)
+
+sys.meta_path.insert(0, Hook())
+announce_loading("PyTorch", "some seconds")
+find_spec("torch")
+find_spec("torch")
+"""
+
+
+def test_the_announcement_leaves_other_hooks_on_imports_alone():
+    done = subprocess.run(
+        [sys.executable, "-c", HOOKED], capture_output=True, text=True, env=ENV, check=True
+    )
+    assert done.stdout.split() == ["torch", "torch"]
+    assert done.stderr.count("loading PyTorch") == 1
+
+
 TORCH = 'raise ImportError("not this one")'
 
 

@@ -11,6 +11,7 @@ import torch
 from megatron_mlra.evaluation import scoring
 from megatron_mlra.evaluation.scoring import Scorer
 from megatron_mlra.evaluation.tasks import read_task, run_task, told
+from megatron_mlra.inference import flags
 
 STEM = {"stem": "2 + 2?", "choices": [{"text": "4", "label": "A"}, {"text": "5", "label": "B"}]}
 
@@ -77,6 +78,19 @@ def test_choices_behind_one_context_read_it_once(monkeypatch):
     assert calls == [(17, 3, 3, 3), (17, 3, 5, 5), (17, 1, 1, 1)]
     cut = scorer(20, shared).continuations([(long, "ij"), (long, "ijklmn")])
     assert [score.was_cut for score in cut] == [False, True] and len(calls) == 3
+
+
+def test_a_line_ends_at_its_end_alone(tmp_path):
+    """JSON allows inside a string what Python's `splitlines` cuts at."""
+    file = tmp_path / "task.jsonl"
+    item = {"context": "a\u2028b\x85c", "continuation": "d\u2029"}
+    line = json.dumps(item, ensure_ascii=False)
+    file.write_bytes(f"{line}\r\n\n{line}".encode())
+    assert [found["context"] for found in read_task(str(file))] == [item["context"]] * 2
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "a\u2028b"}, ensure_ascii=False) + "\n")
+    args = flags.parser().parse_args(["run", "--prompt-file", str(prompts)])
+    assert flags.read_prompts(args) == ["a\u2028b"]
 
 
 def test_words_are_scored_without_choices(tmp_path):
