@@ -78,6 +78,11 @@ def test_refused_in_a_moment(tmp_path):
             "--load",
             "run/iter_0000004",
         ): "no checkpoint of its own; give run, and --ckpt-step 4",
+        (
+            *DEBUG,
+            "--held-out",
+            "books=gone",
+        ): "data file gone.idx does not exist; make it with mlra",
         (*DEBUG, "--load", "hf"): "an exported folder is made one by mlra convert import-hf",
     }
     argvs = json.dumps([[argv] if isinstance(argv, str) else argv for argv in cases])
