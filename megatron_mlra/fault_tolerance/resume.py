@@ -72,7 +72,7 @@ def _name_step(args: Namespace, step: int) -> None:
         saved_steps.mend_tracker(args.load, step)
     except OSError:
         # Another run's folder may be read-only; Megatron is given the step.
-        if args.load == args.save:
+        if saved_steps.same_folder(args):
             raise
 
 

@@ -125,6 +125,13 @@ def check_writable(flag: str, folder: str | Path) -> Path:
     return existing
 
 
+def same_folder(args: Namespace) -> bool:
+    """Whether `--load` and `--save` name one folder, however each is spelt (`runs/my/`)."""
+    if args.load is None or args.save is None:
+        return False
+    return Path(args.load).resolve() == Path(args.save).resolve()
+
+
 def check_unused(args: Namespace) -> None:
     """Check that `--save` holds no checkpoint, unless this run continues from that folder.
 
@@ -132,7 +139,7 @@ def check_unused(args: Namespace) -> None:
         ValueError: names the step of the newest checkpoint, and the fix.
     """
     folder = Path(args.save)
-    if args.load is not None and Path(args.load).resolve() == folder.resolve():
+    if same_folder(args):
         return
     step = latest_step(folder)
     if step is None and (saved := saved_without_tracker(folder)):
@@ -153,7 +160,7 @@ def to_load(args: Namespace) -> list[Path]:
     """
     if args.load is None:
         return []
-    starts_anew = args.load == args.save and not args.exit_on_missing_checkpoint
+    starts_anew = same_folder(args) and not args.exit_on_missing_checkpoint
     if not Path(args.load).is_dir():
         if starts_anew and not os.path.lexists(args.load):
             return []
@@ -164,6 +171,11 @@ def to_load(args: Namespace) -> list[Path]:
     also = ""
     if (Path(args.load) / "config.json").is_file():
         also = "; an exported folder is made one by mlra convert import-hf"
+    if inner := _ITERATION(Path(args.load).absolute().name):
+        raise ValueError(
+            f"--load {args.load} holds no checkpoint of its own; give {Path(args.load).parent}, and"
+            f" --ckpt-step {int(inner[1])}"
+        )
     raise ValueError(
         f"--load {args.load} holds no checkpoint (no {TRACKER}); give the --save of an earlier"
         f" run{also}"

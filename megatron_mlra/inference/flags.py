@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from functools import partial
 
 from megatron_mlra.checkpoint.files.tracker import a_checkpoint
@@ -152,6 +153,14 @@ def check(args: argparse.Namespace) -> None:
     """
     if not args.prompt and not args.prompt_file:
         raise ValueError(NO_PROMPT)
+    if args.tokenizer == "hf":
+        if args.tokenizer_model is None:
+            raise ValueError("the hf tokenizer needs --tokenizer-model")
+        if not os.path.exists(args.tokenizer_model):
+            raise ValueError(
+                f"--tokenizer-model {args.tokenizer_model}: no such file or folder; give"
+                " tokenizer.json or its folder"
+            )
     for flag, value in (("--max-batch", args.max_batch), ("--chunk-size", args.chunk_size)):
         if value < 1:
             raise ValueError(f"{flag} is {value}; use at least 1")

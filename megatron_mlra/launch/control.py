@@ -19,10 +19,10 @@ INTERRUPTED = 128 + signal.SIGINT
 """Exit code of a launcher, or a rank, that a second Ctrl-C ended at once."""
 
 ONCE = (
-    "note: stopping in order; the step under way is ended, and saved where there is --save (a"
-    " second Ctrl-C ends the run at once)"
+    "note: stopping in order; the step under way is ended, and saved where there is --save, and"
+    " no other begins (a second Ctrl-C ends the run at once)"
 )
-"""Message of the first Ctrl-C, since the rest of a step may take a while."""
+"""Message of the first Ctrl-C, since the rest of a step, or of the start-up, may take a while."""
 AGAIN = (
     "error: ended at once by a second Ctrl-C; a save in progress is lost, earlier checkpoints are"
     " whole"

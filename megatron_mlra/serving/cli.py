@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_mlra.checkpoint.files.tracker import a_checkpoint
 from megatron_mlra.command_line.early import a_file, a_folder, byte_or_there, reads
 from megatron_mlra.command_line.parser import OneLineParser, add_no_verify, fail, read_text
 from megatron_mlra.command_line.signals import Interrupted, interruptible
@@ -41,7 +42,7 @@ def parser() -> OneLineParser:
     source = p.add_argument(
         "source", help="exported folder, --save folder of a run, or its iter_* folder"
     )
-    reads(source, partial(a_folder, what=SOURCE))
+    reads(source, partial(a_checkpoint, what=SOURCE))
     p.add_argument(
         "--host",
         default="127.0.0.1",

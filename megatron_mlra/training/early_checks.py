@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from megatron_mlra.command_line.parser import flag, flags_given
 from megatron_mlra.command_line.suggest import refusal
-from megatron_mlra.data.prefixes import NO_DATA, check_files, without_weights
+from megatron_mlra.data.prefixes import NO_DATA, a_dataset, check_files, without_weights
 from megatron_mlra.description.presets import FOLDER, KEYS, find_preset, preset_values
 from megatron_mlra.fault_tolerance import saved_steps
 from megatron_mlra.training import flags
@@ -62,6 +62,8 @@ def check(argv: list[str]) -> Namespace:
             _refuse(NO_DATA)
         for prefix in without_weights(words):
             check_files(prefix)
+    for named in given.held_out:
+        a_dataset(named, "--held-out")
     return Namespace(save=given.save, load=given.load)
 
 
@@ -94,7 +96,7 @@ def _given(argv: list[str], values: dict[str, Any]) -> Namespace | None:
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.error = _refuse
-    for name in _DATA:
+    for name in (*_DATA, "held_out"):
         parser.add_argument(flag(name), nargs="*", default=[])
     for name in _PATHS:
         parser.add_argument(flag(name))
@@ -102,7 +104,7 @@ def _given(argv: list[str], values: dict[str, Any]) -> Namespace | None:
         parser.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=False)
     for name in _NUMBERS:
         parser.add_argument(flag(name), type=int)
-    kinds = dict.fromkeys(_DATA, str | list) | dict.fromkeys(_PATHS, str)
+    kinds = dict.fromkeys(_DATA, str | list) | {"held_out": list} | dict.fromkeys(_PATHS, str)
     kinds |= dict.fromkeys(_SWITCHES, bool) | dict.fromkeys(_NUMBERS, int)
     for name, kind in kinds.items():
         value = values.get(name)
@@ -110,7 +112,7 @@ def _given(argv: list[str], values: dict[str, Any]) -> Namespace | None:
             continue
         if not isinstance(value, kind):
             return None
-        if name in _DATA:
+        if name in _DATA or name == "held_out":
             value = value.split() if isinstance(value, str) else list(map(str, value))
         parser.set_defaults(**{name: value})
     return parser.parse_known_args(argv)[0]

@@ -6,7 +6,7 @@ import contextlib
 import shlex
 from argparse import Namespace
 
-from megatron_mlra.fault_tolerance.saved_steps import latest_step
+from megatron_mlra.fault_tolerance.saved_steps import latest_step, same_folder
 
 
 def what_is_left(args: Namespace) -> str:
@@ -18,9 +18,11 @@ def what_is_left(args: Namespace) -> str:
     """
     first, made = getattr(args, "iteration", 0), getattr(args, "curr_iteration", None)
     line = " before its first step; " if made is None else f" at step {max(made, first) + 1:,}; "
-    held = {folder: _step(folder) for folder in (args.save, args.load) if folder}
+    folders = (args.save,) if same_folder(args) else (args.save, args.load)
+    held = {folder: _step(folder) for folder in folders if folder}
     saved = held.get(args.save)
-    if made is not None and saved is not None and saved > first:
+    # With --ckpt-step the folder may still hold an earlier run's later step.
+    if made is not None and saved is not None and first < saved <= made + 1:
         folder = shlex.quote(args.save)
         return f"{line}step {saved:,} is saved; continue with --load {folder} --save {folder}"
     line += "nothing was saved by this run"

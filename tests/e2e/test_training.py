@@ -338,6 +338,7 @@ def test_a_stop_signal_saves_and_the_run_continues(entry, preset, tmp_path, rank
     run = entry.wait(tmp_path, pids)
     assert run.code == 0, run.err
     note = "note: stopping in order; the step under way is ended, and saved where there is --save"
+    note += ", and no other begins (a second Ctrl-C ends the run at once)"
     assert run.err.count(note) == run.err.count("\n") == (stop == signal.SIGINT), run.err
     step = latest_step(save)
     said = (

@@ -7,7 +7,8 @@ collectives. Under torchrun it is cut over all processes, collectives included.
 
 from __future__ import annotations
 
-from megatron_mlra.command_line.early import a_file, a_folder, reads, writes
+from megatron_mlra.checkpoint.files.tracker import a_checkpoint
+from megatron_mlra.command_line.early import a_file, reads, writes
 from megatron_mlra.command_line.parser import OneLineParser, check_output
 from megatron_mlra.description.backends import ALL_REDUCES, PRODUCTS
 from megatron_mlra.description.presets import a_preset
@@ -86,7 +87,7 @@ def parser() -> OneLineParser:
         help="serve prompts without and with guesses of multi-token prediction, by the layer of a"
         " checkpoint (on a CPU too), or of --configs with random weights",
     )
-    reads(speculate, lambda value, flag: value and a_folder(value, flag))
+    reads(speculate, lambda value, flag: value and a_checkpoint(value, flag))
     text = add(
         "--text", metavar="FILE", help="text of the prompts of --speculate; default: a sample"
     )

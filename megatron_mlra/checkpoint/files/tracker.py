@@ -18,14 +18,17 @@ FORMAT_FILE = "metadata.json"
 """File that names the format of a checkpoint; one of the last files that Megatron writes."""
 
 
-def a_checkpoint(value: str | Path, flag: str) -> None:
+def a_checkpoint(value: str | Path, flag: str, what: str = "a checkpoint's folder") -> None:
     """The check of a parser's argument, see command_line/early.py: a folder with a file by which
     checkpoint/formats.py tells the kinds of checkpoints apart.
+
+    Args:
+        what: what to give where there is no folder, for the message.
 
     Raises:
         ValueError: the folder is missing, or has none of these files.
     """
-    a_folder(value, flag)
+    a_folder(value, flag, what)
     if not any((Path(value) / name).is_file() for name in (TRACKER, ".metadata", "config.json")):
         raise CheckpointError(NO_CHECKPOINT.format(value))
 

@@ -73,6 +73,16 @@ def test_refused_in_a_moment(tmp_path):
             "--load",
             "none",
         ): "--load none is not a folder; give the --save of",
+        (
+            *DEBUG,
+            "--load",
+            "run/iter_0000004",
+        ): "no checkpoint of its own; give run, and --ckpt-step 4",
+        (
+            *DEBUG,
+            "--held-out",
+            "books=gone",
+        ): "data file gone.idx does not exist; make it with mlra",
         (*DEBUG, "--load", "hf"): "an exported folder is made one by mlra convert import-hf",
     }
     argvs = json.dumps([[argv] if isinstance(argv, str) else argv for argv in cases])
@@ -94,7 +104,8 @@ def test_what_is_left_to_the_whole_parser(tmp_path, monkeypatch):
     for argv in (
         [*DEBUG, "--no-bf16"],
         ["--config", "debug", "--data-args-path", "x"],
-        ["--config", "debug", "--mock-data", "--save", "new", "--load", "new"],
+        [*DEBUG, "--save", "new", "--load", "new"],
+        [*DEBUG, "--save", "new", "--load", "./new/"],
         ["--config", "debug", "--data-path", "gone", "--dry-run", "8", "--load", "there"],
         ["--config", "a.yaml"],
         ["--help-megatron", "--what"],

@@ -25,6 +25,12 @@ from megatron_mlra.training.left import what_is_left
          " at step 1,211; step 1,200 is saved; continue with --load a --save a"),
         ({"save": "new", "curr_iteration": 7, "iteration": 0},
          " at step 8; nothing was saved by this run"),
+        ({"save": "a", "load": "a/", "curr_iteration": 3, "iteration": 1200},
+         " at step 1,201; nothing was saved by this run; a still holds step 1,200"),
+        ({"save": "a", "load": "a", "curr_iteration": 303, "iteration": 300},
+         " at step 304; nothing was saved by this run; a still holds step 1,200"),
+        ({"save": "a", "curr_iteration": 1199, "iteration": 0},
+         " at step 1,200; step 1,200 is saved; continue with --load a --save a"),
         ({"load": "bad"}, " before its first step; nothing was saved by this run"),
     ],
 )  # fmt: skip
