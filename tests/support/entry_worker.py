@@ -59,6 +59,8 @@ IMPORTED = (
 
 def main(path: Path) -> None:
     """Import, then serve connections to `path`."""
+    # Under nohup it is ignored, which runs would inherit and respect; a test sends it.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     sys.path.insert(0, str(ROOT))
     import pretrain_mlra
 
