@@ -221,7 +221,7 @@ PRESETS = [
     ("save: {a: b}", "save is {'a': 'b'}, not a valid str"),
     ("output_gate: sometimes", "output_gate is 'sometimes'; use true or false"),
     ("attention: mla", "attention is 'mla'; use one of mlra, gqa, gta, mfa, tpa"),
-    ("attention_backend: cudnn", "attention_backend is 'cudnn', not a valid "),
+    ("attention_backend: cudnn", "attention_backend: invalid choice 'cudnn'; use one of flash"),
     ("base: nowhere.yaml", "nowhere.yaml: no such file"),
     ("base: 3", "base is 3; use the name of another preset"),
     ("base: preset.yaml", "preset.yaml: base leads back to this file; remove it"),
