@@ -130,7 +130,7 @@ def test_ranks_write_what_one_process_writes(checkpoint, capsys, warm_python, wa
             ["--prompt", "abc", "--max-new-tokens", 9, "--cache-tokens", 8],
             "--cache-tokens is 8 and the longest prompt with its output takes 11",
         ),
-        (["--prompt", "x", "--tokenizer", "hf"], "the hf tokenizer needs a --tokenizer-model"),
+        (["--prompt", "x", "--tokenizer", "hf"], "the hf tokenizer needs --tokenizer-model"),
         (["--prompt", "x", "--page-size", 10, "--max-new-tokens", 4], "page size is 10; use"),
     ],
 )
