@@ -92,6 +92,8 @@ def test_data_seed_orders_the_data_apart_from_the_weights(entry, trained, tmp_pa
     ],
 )
 def test_bad_input_is_refused_in_one_line(entry, preset, tmp_path, flags, said):
+    for name in ("x.idx", "x.bin", "y.idx", "y.bin"):
+        (tmp_path / name).touch()
     run = entry.run(tmp_path, "--config", preset, *flags)
     assert run.code == 2 and said in run.err
     assert run.err.count("\n") == 1
