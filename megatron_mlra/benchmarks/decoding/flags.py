@@ -49,7 +49,9 @@ def parser() -> OneLineParser:
         nargs="+",
         choices=ALL_REDUCES,
         default=["auto"],
-        help="how processes sum, each measured (default: auto, the rule of `mlra generate`)",
+        metavar="HOW",
+        help=f"how processes sum, each measured: {', '.join(ALL_REDUCES)} (default: auto, the rule"
+        " of `mlra generate`)",
     )
     add(
         "--rehearse",

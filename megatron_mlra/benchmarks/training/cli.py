@@ -72,7 +72,7 @@ def parser() -> OneLineParser:
     add(
         "--case",
         action="append",
-        metavar="VARIANT[/RECIPE[/FORM[/SEQ_LENGTH]]][@LAYOUT]",
+        metavar="VARIANT[/RECIPE[/FORM[/LENGTH]]][@CUT]",
         help="a preset of 2.9B by its variant (mlra4), any by its name (mlra4_moe_16b), or"
         " stock-mla and stock-mla_moe_16b, Megatron's own; may be repeated (default:"
         " mlra4 and stock-mla at 2, 4 and 8 K tokens; with two processes the layouts of two GPUs)",
