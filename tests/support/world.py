@@ -11,12 +11,13 @@ import contextlib
 import gc
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+
+from megatron_mlra.launch.ports import reserve_port
 
 
 def run_world(size: int, work: Callable[[int], None], folder: Path, timeout: float = 300.0) -> None:
@@ -69,9 +70,8 @@ def launch(size: int, work: Callable[[], int | None], folder: Path) -> None:
     sys.stderr.flush()
     gc.collect()
     gc.freeze()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    kept = reserve_port()  # until the last rank has ended, since all inherit it
+    port = kept.getsockname()[1]
     ranks = []
     for rank in range(size):
         if pid := os.fork():

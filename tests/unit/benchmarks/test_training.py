@@ -242,4 +242,4 @@ def test_without_a_gpu_it_is_one_line(warm_python):
         " CPU"
     )
     told = subprocess.run([*command, "--help"], capture_output=True, text=True, env=env).stdout
-    assert "VARIANT[/RECIPE[/FORM[/SEQ_LENGTH]]][@LAYOUT]" in told
+    assert "VARIANT[/RECIPE[/FORM[/LENGTH]]][@CUT]" in told
