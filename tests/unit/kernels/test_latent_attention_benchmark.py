@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("triton.experimental.gluon")
 
 from mlra_kernels.benchmarks import latent_attention as benchmark
+from mlra_kernels.benchmarks.core_peers import Core
 from mlra_kernels.latent_attention import key_ranges
 
 
@@ -36,21 +37,21 @@ def test_operations_of_a_step():
     assert (forward, backward) == (2 * pairs * 320, 2 * pairs * 832)
 
 
-def test_error_is_of_float32_attention(monkeypatch):
-    monkeypatch.setattr(benchmark, "PAIRS", 2)
-    monkeypatch.setattr(benchmark, "GROUPS", 1)
+def test_error_is_of_float32_attention():
     torch.manual_seed(0)
     spans = [(0, 3, 0, 3), (3, 8, 3, 8)]
     query, key = torch.randn(8, 1, 2, 192), torch.randn(8, 1, 1, 192)
     grad = torch.randn(8, 1, 2, 128)
+    core = Core(query, key, grad, spans, reads={}, scale=benchmark.SCALE)
     first, last = key_ranges(spans)
     unread = (torch.arange(8) < first[:, None]) | (torch.arange(8) > last[:, None])
     q = query.clone().requires_grad_()
-    x = torch.einsum("spe,te->pst", q[:, 0], key[:, 0, 0]) * benchmark.SCALE
+    x = torch.einsum("spe,te->pst", q[:, 0], key[:, 0, 0]) * core.scale
     weights = x.masked_fill(unread, -torch.inf).softmax(-1)
     out = torch.einsum("pst,te->spe", weights, key[:, 0, 0, :128])[:, None]
     (grad_query,) = torch.autograd.grad(out, q, grad)
     out = out.detach()
-    assert benchmark.error(query, key, grad, spans, out, grad_query) < 1e-6
+    assert benchmark.error(core, out, grad_query) < 1e-6
+    assert benchmark.error(core, out, grad_query + 1) > 1e-2
     out[5, 0, 1] += 1
-    assert benchmark.error(query, key, grad, spans, out, grad_query) > 1e-2
+    assert benchmark.error(core, out, grad_query) > 1e-2
