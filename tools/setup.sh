@@ -28,12 +28,13 @@ if [ ! -x "$venv/bin/python" ]; then
   "$python" -m venv "$venv"
 fi
 echo "2/3 packages of kernels and project into $venv (about 5 GB, minutes the first time)"
-# Not compiled: Python does that with what it imports, and all 300 MB of sources take 100 seconds.
+# Not compiled here: pip would compile all 300 MB of sources, and one after another.
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt \
   -e ./kernels -e ".[dev]"
-echo "3/3 compiling Megatron's Python files"
-# Megatron's first import would print its warnings about syntax.
-"$venv/bin/python" -W ignore -m compileall -q -j 2 "$venv"/lib/python*/site-packages/megatron || true
+echo "3/3 compiling Python files of Megatron and torch"
+# Megatron's first import would print its warnings about syntax; where PYTHONDONTWRITEBYTECODE is set,
+# as containers often do, every command would compile all of torch that it imports.
+"$venv/bin/python" -W ignore -m compileall -q -j 0 "$venv"/lib/python*/site-packages/{megatron,torch,transformers} || true
 if command -v nvidia-smi >/dev/null && ! "$venv/bin/python" -c 'import transformer_engine' 2>/dev/null; then
   echo "note: there is a GPU but no Transformer Engine; '$venv/bin/pip install -c constraints.txt -e ./kernels -e .[te]' adds it (compiles for some minutes)"
 fi

@@ -5,7 +5,7 @@ from __future__ import annotations
 from support import ENV, ROOT
 
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
-ENV_VLLM = {name: value for name, value in ENV.items() if name != "PYTHONDONTWRITEBYTECODE"} | {
+ENV_VLLM = ENV | {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
