@@ -1,4 +1,4 @@
-"""What all tests share: one thread per process, bytecode, long files first, drivers."""
+"""What all tests share: one thread per process, long files first, a driver run to its end."""
 
 import os
 import sys
@@ -10,10 +10,6 @@ import pytest
 # Before torch is imported: threads of small operations wait for each other, and burn a CPU in doing
 # so, many times longer than they work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Containers often set it. Every process of the tests would compile again what it imports: of torch
-# alone half the time of its import.
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-sys.dont_write_bytecode = False
 
 from support import ROOT
 from support.parsers import read_help_once

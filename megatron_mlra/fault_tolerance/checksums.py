@@ -22,7 +22,6 @@ from megatron_mlra.checkpoint.files.manifest import MANIFEST
 from megatron_mlra.command_line.parser import aside, one_line
 from megatron_mlra.command_line.plain_file import sha256
 from megatron_mlra.description.model import CheckpointError
-from megatron_mlra.fault_tolerance.writer_process import end_with_parent
 
 DIGEST = ".sha256"
 """Suffix of the digest that a writer leaves beside its file until the manifest is written."""
@@ -56,10 +55,6 @@ def preload_tensors(write_buckets: list, non_blocking: bool = True) -> list:
 
 def write_and_hash(transforms, use_msc, rank, write_buckets, results_queue) -> None:
     """Megatron's `write_preloaded_data_multithread` for one rank's files, then their digests."""
-    if multiprocessing.parent_process() is not None:
-        # The asynchronous writer of a killed rank must end: the restarted job may already be saving
-        # the same step into the same files.
-        end_with_parent()
     paths = [Path(bucket[0]) for bucket in write_buckets]
     for path in paths:
         _digest(path).unlink(missing_ok=True)

@@ -1,4 +1,5 @@
-"""The helper processes of a rank's saves: the asynchronous writer, and the queue of its results.
+"""The helper processes of a rank: the asynchronous writer, the queue of its results, and those that
+load data.
 
 Two rules. A helper dies with its rank (else it would keep writing into a checkpoint that the
 restarted job is writing). But it ignores the stop signals, which schedulers and terminals send to
@@ -10,11 +11,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterator, Set
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from queue import Queue
+from typing import Any
 
 from megatron_mlra.fault_tolerance import writer_process
 
@@ -48,8 +51,32 @@ def results_queue(stops: Set[signal.Signals]) -> Queue:
     global _manager
     _manager = SyncManager(ctx=multiprocessing.get_context("fork"))
     with _children_without(stops):
-        _manager.start(writer_process.end_with_parent)
+        _manager.start(writer_process.end_with_parent, (os.getpid(),))
     return _manager.Queue()
+
+
+def tied_loaders(build: Callable[..., Any]) -> Callable[..., Any]:
+    """Megatron's `build_pretraining_data_loader`, of loaders whose processes end with the rank.
+
+    torch's look every 5 s whether the parent is another one than at their start. They wait for ever
+    where the rank was killed before that first look.
+    """
+
+    def build_tied(*args: Any, **named: Any) -> Any:
+        loader = build(*args, **named)
+        if getattr(loader, "num_workers", 0):
+            loader.worker_init_fn = functools.partial(
+                _start_loader, os.getpid(), loader.worker_init_fn
+            )
+        return loader
+
+    return build_tied
+
+
+def _start_loader(rank: int, start: Callable[[int], None] | None, number: int) -> None:
+    writer_process.end_with_parent(rank)
+    if start is not None:
+        start(number)
 
 
 @contextlib.contextmanager

@@ -49,7 +49,7 @@ def end_with_rank(rank: int) -> None:
     A writer's parent is the fork server, not the rank. The fork server ends when all copies of a
     pipe are closed. Data loaders have copies too, and outlive a killed rank by some seconds.
     """
-    end_with_parent()
+    _be_killed_with_parent()
     try:
         ended = os.pidfd_open(rank)
     except ProcessLookupError:
@@ -64,6 +64,16 @@ def end_with_rank(rank: int) -> None:
     threading.Thread(target=wait, name="end with rank", daemon=True).start()
 
 
-def end_with_parent() -> None:
-    """Let the kernel kill this process when the thread that started it ends."""
+def end_with_parent(parent: int) -> None:
+    """Let the kernel kill this process when the thread that forked it ends.
+
+    Args:
+        parent: id of that thread's process. It may have ended before the kernel was asked.
+    """
+    _be_killed_with_parent()
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _be_killed_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

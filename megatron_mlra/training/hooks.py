@@ -273,8 +273,12 @@ BEFORE_TRAINING = (
     ),
     Hook(
         f"{TRAINER}.build_pretraining_data_loader",
-        "each evaluation takes the next samples, so that two of one run are of other text",
-        (lambda build, run: validation.same_samples(build, run.args),),
+        "each evaluation takes the next samples, so that two of one run are of other text;"
+        " processes that load data outlive a rank killed as they start",
+        (
+            lambda build, run: helper_processes.tied_loaders(build),
+            lambda build, run: validation.same_samples(build, run.args),
+        ),
     ),
     # Training.
     Hook(

@@ -1,13 +1,16 @@
-"""A writer that another process forked ends with its rank, in real processes."""
+"""A rank's writer and its loaders of data end with the rank, in real processes."""
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from support.runs import runs_still
+import pytest
+
+from support.runs import runs_still, wait_for_end
 
 RANK = """
 import multiprocessing, os, sys, time
@@ -29,6 +32,38 @@ if __name__ == "__main__":
     print(pid, flush=True)
     time.sleep(600)
 """
+
+LOADS = """
+import os, signal, sys, time
+from torch.utils.data import DataLoader
+from megatron_mlra.fault_tolerance.helper_processes import tied_loaders
+
+def end_rank(_):
+    print(os.getpid(), flush=True)
+    os.kill(os.getppid(), signal.SIGKILL)
+    while os.getppid() == rank:
+        time.sleep(0.01)
+
+rank, when = os.getpid(), sys.argv[1]
+start = end_rank if when == "after" else None
+loader = tied_loaders(DataLoader)([0], num_workers=1, worker_init_fn=start)
+if when == "before":
+    tied = loader.worker_init_fn
+    loader.worker_init_fn = lambda number: (end_rank(number), tied(number))
+next(iter(loader))
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_loader_ends_with_a_rank_that_was_killed_as_it_started(tmp_path, when):
+    """Before or after it asks to be ended, and always before torch looks at its parent."""
+    script = tmp_path / "rank.py"
+    script.write_text(LOADS)
+    rank = subprocess.Popen([sys.executable, script, when], stdout=subprocess.PIPE, text=True)
+    with rank.stdout:
+        loader = rank.stdout.readline()
+    assert rank.wait() == -signal.SIGKILL
+    wait_for_end([loader.strip()])
 
 
 def test_a_writer_of_a_fork_server_ends_with_its_rank(tmp_path):
