@@ -12,12 +12,14 @@ is tried again by the next call, behind the others.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,7 +32,7 @@ from typing import Any
 
 import yaml
 
-from measured import ROOT, VERSIONS, kind, results
+from measured import FOLDERS, ROOT, VERSIONS, Result, kind, results
 from megatron_mlra.command_line.parser import OneLineParser, make_folder, run, write_text
 
 HERE = Path(__file__).resolve().parent
@@ -40,8 +42,11 @@ MARK = "MLRA_MEASURED_PIECE"
 """Variable of the environment by which the processes of a piece are known."""
 ASK_VERSIONS = """
 import importlib.metadata as packages, json, sys
-known = {d.name.lower().replace("_", "-"): d.version for d in packages.distributions() if d.name}
-print(json.dumps({name: known[name] for name in sys.argv[1:] if name in known}))
+found = {}
+for name in sys.argv[1:]:
+    try: found[name] = packages.version(name)
+    except packages.PackageNotFoundError: pass
+print(json.dumps(found))
 """
 
 
@@ -147,9 +152,11 @@ class Queue:
 
     def done(self) -> set[str]:
         """Names of the pieces that have a result of this commit."""
-        return {
-            r.piece for r in results(folders=[self.results]) if r.told.get("commit") == self.commit
-        }
+        return {r.piece for r in self._known() if r.told.get("commit") == self.commit}
+
+    def _known(self, piece: str | None = None) -> list[Result]:
+        """Results of a piece, or all, committed ones too."""
+        return results(piece, [*FOLDERS, self.results])
 
     def why_failed(self, piece: Piece) -> str:
         """Why the last try of a piece failed, or nothing."""
@@ -167,7 +174,7 @@ class Queue:
     def seconds(self, piece: Piece) -> tuple[float, str]:
         """Expected seconds, as the newest result on such a GPU took, or the queue's; and which."""
         names = {gpu["name"] for gpu in self.gpus}
-        told = [r.told for r in results(piece.name, [self.results])]
+        told = [r.told for r in self._known(piece.name)]
         took = [each["seconds"] for each in told if each.get("gpu") in names and "seconds" in each]
         return (took[-1], "measured") if took else (piece.estimated_seconds, "estimate")
 
@@ -241,14 +248,19 @@ class Queue:
     def _about(self, piece: Piece, python: str) -> dict[str, Any]:
         """On what a piece is measured. It wins over what the benchmark says of itself."""
         used = self.gpus[: piece.gpus]
-        asked = [python, "-c", ASK_VERSIONS, *VERSIONS]
-        versions = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
         driver = {"driver": used[0]["driver"]} if used else {}
-        return driver | json.loads(versions) | {
+        return driver | versions(python) | {
             "piece": piece.name, "gpu": used[0]["name"] if used else "CPU", "gpus": len(used),
             "commit": self.commit, "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
             "command": re.sub(r"( --\w+)? \{\w+\}", "", piece.command),
         }  # fmt: skip
+
+
+@functools.cache
+def versions(python: str) -> dict[str, str]:
+    """Versions of the packages that a Python has, as captions name them."""
+    asked = [python, "-c", ASK_VERSIONS, *VERSIONS]
+    return json.loads(subprocess.run(asked, capture_output=True, text=True, check=True).stdout)
 
 
 def run_to_end(words: list[str], env: Mapping[str, str], log: Path, limit: float) -> int | None:
@@ -315,6 +327,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--dirty", action="store_true", help="measure a checkout with changes too")
     args = flags.parse_args(argv)
     try:
+        if not args.minutes > 0:
+            raise ValueError(f"--minutes {args.minutes:g} is no time; give more than 0")
+        if args.vllm_python and not shutil.which(args.vllm_python):
+            raise ValueError(
+                f"--vllm-python {args.vllm_python} is no program; give a Python's path"
+            )
         pieces = read_queue(args.queue, args.only)
         commit = args.commit or commit_of(ROOT, args.dirty or args.status)
         gpus, folders = visible_gpus(), (args.results, args.work)

@@ -98,6 +98,11 @@ def decoding_two_gpus() -> Table:
 # Training: rows of `mlra benchmark-training`.
 
 
+def matrix_rate(source: Result) -> str:
+    """What MFU is a share of."""
+    return f"Matrix rate of the run: {source.told['matmul_tflops']:.0f} TFLOP/s."
+
+
 @table
 def training() -> Table:
     source = newest("training")
@@ -117,8 +122,7 @@ def training() -> Table:
         line.append(f"{ours['tokens_per_second'] / mla['tokens_per_second']:.3f}")
         line.append(f"{work[0] / work[1]:.3f}" if recipe == "bf16" else "")
         lines.append([*line, f"{ours['peak_gib'] / mla['peak_gib']:.2f}x"])
-    note = f"Matrix rate of the run: {source.told['matmul_tflops']:.0f} TFLOP/s."
-    return Table([source], lines, note)
+    return Table([source], lines, matrix_rate(source))
 
 
 @table
@@ -135,8 +139,7 @@ def memory() -> Table:
                 f"{row['activations_gib']:.1f}", f"{layer:,.0f}", f"{row['peak_gib']:.1f}",
             ]
         )  # fmt: skip
-    note = f"Matrix rate of the run: {source.told['matmul_tflops']:.0f} TFLOP/s."
-    return Table([source], lines, note)
+    return Table([source], lines, matrix_rate(source))
 
 
 def layout(name: str) -> str:
@@ -151,8 +154,7 @@ def layout(name: str) -> str:
 def layouts() -> Table:
     source = newest("layouts")
     rates = {row["case"]: row["tokens_per_second"] for row in source.told["rows"]}
-    head = ["model", "layout", "tokens/s", "of its one GPU's", "MFU", "peak GiB of a GPU"]
-    lines = [head]
+    lines = [["model", "layout", "tokens/s", "of its one GPU's", "MFU", "peak GiB of a GPU"]]
     for row in source.told["rows"]:
         alone, _, cut = row["case"].partition("@")
         variant, recipe, *_ = alone.split("/")
@@ -166,8 +168,7 @@ def layouts() -> Table:
                 f"{100 * row['mfu']:.1f} %", f"{row['peak_gib']:.1f}",
             ]
         )  # fmt: skip
-    note = f"Matrix rate of the run: {source.told['matmul_tflops']:.0f} TFLOP/s."
-    return Table([source], lines, note)
+    return Table([source], lines, matrix_rate(source))
 
 
 @table
@@ -224,6 +225,7 @@ def served_table(rows: dict[str, tuple[Result, dict[str, Any]]], columns: list[s
 
 
 def served_name(key: tuple[int, str, str, int]) -> str:
+    """A key of `served` in words."""
     ranks, model, dtype, runner = key
     return ", ".join(
         [
@@ -263,40 +265,50 @@ def serving_gpus() -> Table:
 @table
 def summary() -> Table:
     speed, train, kernel = newest("decoding"), newest("training"), newest("latent_decode")
-    lines = [["", "MLRA-4", "MLA", "GQA"]]
-    times = {
-        (r["label"], shape(r)): f"{r['us'] / 1e3:.2f}" for r in speed.told["records"] if "us" in r
-    }
+    vllm = {key: found for key, found in served().items() if key[2:] == ("auto", 2)}
+    lines = [["", "MLRA-4", "MLA", "GQA"], *decoding_rows(speed), *serving_rows(vllm)]
+    lines += [*training_rows(train), *attention_rows(kernel)]
+    used = [found[0] for key, found in vllm.items() if key[1] != "gla2"]
+    sources = {each.path: each for each in (speed, train, kernel, *used)}
+    return Table([*sources.values()], lines, peer_note(), commands=False)
+
+
+def decoding_rows(speed: Result) -> list[list[str]]:
+    """Of the project's engine."""
+    times = {(r["label"], shape(r)): r["us"] for r in speed.told["records"] if "us" in r}
+    lines = []
     for what, where, sizes, gqa in (
         ("one TP4 rank's share without its collectives", "1/4", "1 x 512K", "GQA-8"),
         ("the same", "1/4", "32 x 32K", "GQA-8"),
         ("whole on one GPU", "whole", "1 x 512K", "GQA-6"),
     ):
-        found = [times.get((f"{name} {where}", sizes), "") for name in ("MLRA-4", "MLA", gqa)]
+        found = [times.get((f"{name} {where}", sizes)) for name in ("MLRA-4", "MLA", gqa)]
+        texts = [f"{us / 1e3:.2f}" if us else "-" for us in found]
         what = f"ms per token, {what}, {sizes} ({speed.kind})"
-        lines.append([what, *found[:2], f"{found[2]} ({gqa})"])
-    vllm, used = served(), {}
-    ranks = sorted({key[0] for key in vllm if key[1] == "mlra4"})
-    steps, prompts = [], []
-    for model in ("mlra4", "mla", "gqa6"):
-        records = [vllm.get((n, model, "auto", 2)) for n in ranks]
-        used |= {found[0].path: found[0] for found in records if found}
-        times = [
-            {shape(s): s.get("ms") for s in found[1]["steps"]} if found else {} for found in records
-        ]
-        steps.append(
-            " / ".join(f"{t['32 x 32K']:.2f}" if t.get("32 x 32K") else "-" for t in times)
-        )
-        prompt = records[0] and records[0][1].get("prompt")
-        prompts.append(f"{prompt['seconds']:.1f}" if prompt else "")
-    gpus = f"{' / '.join(map(str, ranks))} {next(iter(used.values())).kind}"
-    lines.append(
-        [f"ms per step, served by vLLM on {gpus}, 32 x 32K", *steps[:2], f"{steps[2]} (GQA-6)"]
-    )
-    lines.append(
-        ["seconds of a 128K prompt, on one of them", *prompts[:2], f"{prompts[2]} (GQA-6)"]
-    )
+        lines.append([what, *texts[:2], f"{texts[2]} ({gqa})"])
+    return lines
+
+
+def serving_rows(vllm: Served) -> list[list[str]]:
+    """Steps on every number of GPUs, and a long prompt on one."""
+    ranks = sorted({key[0] for key in vllm})
+    gpus = " / ".join(map(str, ranks)) + f" {next(iter(vllm.values()))[0].kind}"
+    lines = [[f"ms per step, served by vLLM on {gpus}, 32 x 32K"]]
+    lines += [["seconds of a 128K prompt, on one of them"]]
+    for model, mark in (("mlra4", ""), ("mla", ""), ("gqa6", " (GQA-6)")):
+        records = [vllm.get((n, model, "auto", 2), (None, {}))[1] for n in ranks]
+        steps = [{shape(s): s.get("ms") for s in r.get("steps", ())} for r in records]
+        times = [found.get("32 x 32K") for found in steps]
+        prompt = records[0].get("prompt")
+        lines[0].append(" / ".join(f"{ms:.2f}" if ms else "-" for ms in times) + mark)
+        lines[1].append(f"{prompt['seconds']:.1f}{mark}" if prompt else "")
+    return lines
+
+
+def training_rows(train: Result) -> list[list[str]]:
+    """In bf16 and FP8."""
     rates = {row["case"]: f"{row['tokens_per_second'] / 1e3:.1f}k" for row in train.told["rows"]}
+    lines = []
     for what, cases in (
         ("at 2K / 8K", ("bf16/auto/2048", "bf16/auto/8192")),
         ("in FP8 at 2K", ("tensorwise/auto/2048",)),
@@ -304,16 +316,15 @@ def summary() -> Table:
         found = [" / ".join(rates[f"{m}/{c}"] for c in cases) for m in ("mlra4", "stock-mla")]
         what = f"training, tokens/s of a {train.told['num_layers']}-layer cut {what} ({train.kind})"
         lines.append([what, found[0], f"{found[1]} (Megatron's own)", ""])
-    lines += attention_alone(kernel)
-    sources = {each.path: each for each in (speed, train, kernel, *used.values())}
-    return Table([*sources.values()], lines, peer_note(), commands=False)
+    return lines
 
 
-def attention_alone(kernel: Result) -> list[list[str]]:
-    """Two rows: the decoding kernel alone, and FlashAttention 3."""
+def attention_rows(kernel: Result) -> list[list[str]]:
+    """The decoding kernel alone, and FlashAttention 3."""
     sizes, models = ("1 x 512K", "128 x 4K"), ("MLRA-4/TP4", "MLA")
     ours = [" / ".join(f"{kernel_times(m)[s]['us']:.1f}" for s in sizes) for m in models]
     peers = [fa3("us", models[0]), fa3("us", models[1]), fa3("gqa8_tp8_us", models[0])]
     theirs = [" / ".join(peer[s] for s in sizes) for peer in peers]
     what = f"us, attention of 64 heads alone, {' / '.join(sizes)} ({kernel.kind})"
-    return [[what, *ours, ""], ["the same by FA3", *theirs[:2], f"{theirs[2]} (GQA-8 at TP8)"]]
+    peer = f"the same by FA3 ({newest('flash_attention_3').kind})"
+    return [[what, *ours, ""], [peer, *theirs[:2], f"{theirs[2]} (GQA-8 at TP8)"]]

@@ -64,7 +64,8 @@ def main() -> int:
                 stale.append(page)
                 if not args.check:
                     write_text(page, text)
-                print(f"{'stale' if args.check else 'renewed'}: {page.relative_to(ROOT)}")
+                what = "stale" if args.check else "renewed; read the text beside the tables"
+                print(f"{page.relative_to(ROOT)}: {what}")
     except (ValueError, OSError) as error:
         flags.error(str(error))
     return 1 if args.check and stale else 0

@@ -143,6 +143,8 @@ def test_nothing_that_a_piece_started_outlives_it(tmp_path):
     [
         ([], "error: measuring needs a GPU, and nvidia-smi lists none"),
         (["--only", "decodin"], "error: --only decodin is no piece; choose of latent_decode, deco"),
+        (["--minutes", "0"], "error: --minutes 0 is no time; give more than 0"),
+        (["--vllm-python", "/no"], "error: --vllm-python /no is no program; give a Python's path"),
         (["--queue", "/nowhere.yaml"], "error: queue /nowhere.yaml: [Errno 2] No such file"),
     ],
 )
@@ -182,11 +184,11 @@ def test_changes_of_the_checkout_are_refused_or_named(tmp_path):
 
 
 def test_expected_seconds_are_those_of_the_same_gpu(tmp_path):
-    piece = Piece("decoding", 1, 100, "mlra x")
+    piece = Piece("other", 1, 100, "mlra x")
     queue = Queue([piece], "abc1234", H200, "", tmp_path, tmp_path)
     assert queue.seconds(piece) == (100, "estimate")
     for gpu, seconds in (("NVIDIA H200", 42), ("NVIDIA H100", 77)):
-        told = {"piece": "decoding", "gpu": gpu, "seconds": seconds, "commit": "0", "date": "2026"}
+        told = {"piece": "other", "gpu": gpu, "seconds": seconds, "commit": "0", "date": "2026"}
         (tmp_path / f"2026_{seconds}.json").write_text(json.dumps(told))
     assert queue.seconds(piece) == (42, "measured")
 
