@@ -9,6 +9,7 @@ docstrings. Those of the evidence are drawn by examples/reproduce/report.py. Nee
 import ast
 import json
 import re
+import sys
 from pathlib import Path
 
 from megatron_mlra.benchmarks import losses_files, losses_plot
@@ -19,16 +20,18 @@ from mlra_kernels.benchmarks.latent_decode import plot as plot_kernel
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT / "examples" / "measure"))
+import measured  # noqa: E402
+
 RESULTS = ROOT / "docs" / "results"
-KERNEL_RESULTS = ROOT / "kernels" / "mlra_kernels" / "results"
 COLOURS = figures.colours(("MLRA-4", "MLA", "GQA-8"))
 K = 1024
 
 
 def results(path: Path) -> None:
     """Decoding of one TP4 rank's share, and training, against MLA and GQA: 1,200 x 700 pixels."""
-    decoding = json.loads((RESULTS / "2026-11-24_h100_decoding.json").read_text())
-    training = json.loads((RESULTS / "2026-11-24_h200_training.json").read_text())
+    sources = measured.newest("decoding"), measured.newest("training")
+    decoding, training = (source.told for source in sources)
     figure, axes = figures.pyplot().subplots(1, 3, figsize=figures.SIZE, width_ratios=(1.15, 1, 1))
     _one_sequence(axes[0], decoding["records"])
     _many_sequences(axes[1], decoding["records"])
@@ -45,13 +48,16 @@ def results(path: Path) -> None:
         f"MLRA-4 decodes 512K tokens {mla / ours:.1f}x as fast as MLA on a TP4 share (without its"
         f" collectives)\nand trains {1 - short:.0%} (2K) to {1 - long:.0%} (8K) slower",
     )
+    said = [
+        f"{each.gpu}, commit {each.told['commit']}, {each.date[:10]}"
+        f" ({each.path.relative_to(ROOT)})"
+        for each in sources
+    ]
     source = (
         "2.9B shape, bf16, all in the same code.\n"
-        f"Decoding: one TP4 rank's share without collectives, {decoding['gpu']}, commit"
-        f" {decoding['commit']}, 2026-11-24 (docs/results/2026-11-24_h100_decoding.json).\n"
-        f"Training: a cut of 6 layers, {training['device']}, commit {training['commit']},"
-        " 2026-11-24 (docs/results/2026-11-24_h200_training.json); MLA is Megatron's own;"
-        " GQA not measured."
+        f"Decoding: one TP4 rank's share without collectives, {said[0]}.\n"
+        f"Training: a cut of {training['num_layers']} layers, {said[1]}; MLA is Megatron's own; GQA"
+        " not measured."
     )
     figure.text(0.012, 0.015, source, fontsize=8.5, color="#444444")
     figure.tight_layout(rect=(0, 0.08, 1, 0.99), w_pad=2.5)
@@ -196,21 +202,19 @@ def benchmarks() -> None:
     """The PNG beside each result file of the benchmarks."""
     for file in sorted(RESULTS.glob("*_losses.json")):
         losses_plot.plot(losses_files.read_json(file), 50, file.with_suffix(".png"))
-    for file in sorted(RESULTS.glob("*_training.json")):
-        told = json.loads(file.read_text())
-        source = f"{told['device']}, commit {told['commit']}"
-        plot_training(told["rows"], file.with_suffix(".png"), source)
-    for file in sorted(RESULTS.glob("*_decoding.json")):
-        told = json.loads(file.read_text())
-        source = f"{told['gpu']}, commit {told['commit']}"
-        plot_decoding(told["records"], source, file.with_suffix(".png"))
-    for file in sorted(RESULTS.glob("*_serving.json")):
-        if "records" in json.loads(file.read_text()):
-            serving(file.with_suffix(".png"))
-    file = KERNEL_RESULTS / "2026-11-24_h100_latent_decode.json"
-    told = json.loads(file.read_text())
-    source = f"{told['gpu']}, commit {told['commit']}"
-    plot_kernel(told["records"], 1e9 * told["read_gb_s"], source, str(file.with_suffix(".png")))
+    drawn = {
+        "training": lambda told, source, path: plot_training(told["rows"], path, source),
+        "decoding": lambda told, source, path: plot_decoding(told["records"], source, path),
+        "latent_decode": lambda told, source, path: plot_kernel(
+            told["records"], 1e9 * told["read_gb_s"], source, str(path)
+        ),
+    }
+    for result in measured.results():
+        file = result.path.with_suffix(".png")
+        if result.piece in drawn:
+            drawn[result.piece](result.told, f"{result.gpu}, commit {result.told['commit']}", file)
+        elif result.piece == "serving" and "records" in result.told:
+            serving(file)
 
 
 def packages() -> dict[str, tuple[str, set[str]]]:

@@ -1,0 +1,330 @@
+"""The tables of decoding, training and serving, and the one of README."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from kernel_tables import fa3, kernel_times, peer_note
+from measured import Cells, Result, Table, error, grid, newest, results, shape, table
+
+# Decoding: records of `mlra benchmark-decoding`.
+
+PARTS = {"FP8": "FP8 cache", "sharded": "sharded weights", "nccl": "sums by NCCL"}
+
+
+def case(label: str) -> str:
+    """`MLRA-4 FP8 1/4` -> MLRA-4, FP8 cache, a TP4 rank."""
+    name, *parts, where = label.split()
+    place = where.replace("1/", "a TP") + " rank" if where.startswith("1/") else where
+    return ", ".join([name, *(PARTS.get(part, part) for part in parts), place])
+
+
+def step(record: dict[str, Any]) -> str:
+    """Milliseconds and share of the roof, or the bytes that do not fit."""
+    if "us" not in record:
+        return f"needs {record['cache_bytes'] / 1e9:.0f} GB"
+    share = f" ({100 * record['share']:.0f} %)" if "share" in record else ""
+    return f"{record['us'] / 1e3:.2f}{share}"
+
+
+def gates(records: Iterable[dict[str, Any]]) -> str:
+    """The worst errors of a run's logits."""
+    worst = {False: 0.0, True: 0.0}
+    for r in records:
+        fp8 = r["cache_dtype"] == "fp8" if "cache_dtype" in r else "FP8" in r["label"]
+        worst[fp8] = max(worst[fp8], r.get("gate_error", 0.0))
+    return f"Gate: logits within {error(worst[False])} of float32, FP8 {error(worst[True])}."
+
+
+@table
+def decoding() -> Table:
+    source = newest("decoding")
+    records = source.told["records"]
+    fits = dict.fromkeys(shape(r) for r in records if r["fits"])
+    cells = {(case(r["label"]), shape(r)): step(r) for r in records}
+    rate = f"{source.told['read_gb_s']:,} GB/s"
+    roof = f"Milliseconds a token; in brackets the share of the roof at {rate}."
+    return Table([source], grid("", cells, fits), f"{roof} {gates(records)}")
+
+
+@table
+def decoding_bytes() -> Table:
+    source = newest("decoding")
+    cells: Cells = {}
+    wanted = {"1 x 128K": "cache at 128K, GB", "1 x 512K": "at 512K", "32 x 32K": "32 x 32K"}
+    for r in source.told["records"]:
+        if r["cache_dtype"] == "auto":
+            row = case(r["label"])
+            cells[row, "weights GB"] = f"{r['weight_bytes'] / 1e9:.2f}"
+            cells[row, "KV bytes per token"] = f"{r['cache_bytes_per_token']:.0f}"
+            if shape(r) in wanted:
+                cells[row, wanted[shape(r)]] = f"{r['cache_bytes'] / 1e9:.2f}"
+    return Table([source], grid("case", cells), commands=False)
+
+
+@table
+def few_rows() -> Table:
+    ways = {"cuBLAS": newest("few_rows_cublas"), "products of few rows": newest("few_rows")}
+    cells: Cells = {}
+    for fp8 in (False, True):
+        for name, source in ways.items():
+            for r in source.told["records"]:
+                if ("FP8" in r["label"]) == fp8:
+                    cells.setdefault((f"FP8 cache: {name}" if fp8 else name, shape(r)), step(r))
+    records = [r for source in ways.values() for r in source.told["records"]]
+    columns = sorted({column for _, column in cells}, key=lambda column: int(column.split()[0]))
+    return Table([*ways.values()], grid("", cells, columns), gates(records))
+
+
+@table
+def decoding_two_gpus() -> Table:
+    source = newest("decoding_two_gpus")
+    records = source.told["records"]
+    cells = {
+        (case(r["label"]).rpartition(",")[0], shape(r)): f"{r['us'] / 1e3:.2f}"
+        for r in records
+        if "us" in r
+    }
+    cells |= {
+        ("the roof of weights and cache", shape(r)): f"{r['roof_us'] / 1e3:.2f}"
+        for r in records
+        if r["label"] == "MLRA-4 x2" and "us" in r
+    }
+    return Table([source], grid("", cells), gates(records))
+
+
+# Training: rows of `mlra benchmark-training`.
+
+
+def matrix_rate(source: Result) -> str:
+    """What MFU is a share of."""
+    return f"Matrix rate of the run: {source.told['matmul_tflops']:.0f} TFLOP/s."
+
+
+@table
+def training() -> Table:
+    source = newest("training")
+    rows = {row["case"]: row for row in source.told["rows"]}
+    head = ["tokens", "MLA of Megatron, tokens/s", "MFU", "GiB", "MLRA-4, tokens/s", "MFU", "GiB"]
+    lines = [[*head, "ratio", "FLOPs allow", "memory"]]
+    for name, ours in rows.items():
+        _, recipe, _, length = name.split("/")
+        mla = rows.get(name.replace("mlra4", "stock-mla", 1))
+        if not name.startswith("mlra4/") or mla is None:
+            continue
+        line = [length if recipe == "bf16" else f"{length}, FP8 {recipe}"]
+        for row in (mla, ours):
+            line.append(f"{row['tokens_per_second']:,.0f}")
+            line += [f"{100 * row['mfu']:.1f} %", f"{row['peak_gib']:.1f}"]
+        work = [row["hardware_tflops"] / row["tokens_per_second"] for row in (mla, ours)]
+        line.append(f"{ours['tokens_per_second'] / mla['tokens_per_second']:.3f}")
+        line.append(f"{work[0] / work[1]:.3f}" if recipe == "bf16" else "")
+        lines.append([*line, f"{ours['peak_gib'] / mla['peak_gib']:.2f}x"])
+    return Table([source], lines, matrix_rate(source))
+
+
+@table
+def memory() -> Table:
+    source = newest("memory")
+    lines = [["", "tokens/s", "activations, GiB", "per layer, MiB", "peak, GiB"]]
+    for row in source.told["rows"]:
+        stock = row["variant"].startswith("stock")
+        layer = row["activations_gib"] * 1024 / row["layers"]
+        lines.append(
+            [
+                "Megatron's MLA" if stock else f"{row['variant']}, {row['form']}",
+                f"{row['tokens_per_second']:,.0f}",
+                f"{row['activations_gib']:.1f}", f"{layer:,.0f}", f"{row['peak_gib']:.1f}",
+            ]
+        )  # fmt: skip
+    return Table([source], lines, matrix_rate(source))
+
+
+def layout(name: str) -> str:
+    """`tp2-head-graphs` -> TP2, `head`, `graphs`; without an axis: one GPU."""
+    parts = [part for part in name.split("-") if part]
+    axes = [part for part in parts if re.fullmatch(r"[a-z]{2}\d+", part)]
+    options = [f"`{part}`" for part in parts if part not in axes]
+    return ", ".join([*(map(str.upper, axes) if axes else ["one GPU"]), *options])
+
+
+@table
+def layouts() -> Table:
+    source = newest("layouts")
+    rates = {row["case"]: row["tokens_per_second"] for row in source.told["rows"]}
+    lines = [["model", "layout", "tokens/s", "of its one GPU's", "MFU", "peak GiB of a GPU"]]
+    for row in source.told["rows"]:
+        alone, _, cut = row["case"].partition("@")
+        variant, recipe, *_ = alone.split("/")
+        model = variant.replace("stock-mla", "Megatron's MLA").replace("mlra4", "MLRA-4")
+        one = rates.get(alone)
+        lines.append(
+            [
+                model if recipe == "bf16" else f"{model}, FP8 {recipe}", layout(cut),
+                f"{row['tokens_per_second']:,.0f}",
+                f"{row['tokens_per_second'] / one:.2f}" if one else "",
+                f"{100 * row['mfu']:.1f} %", f"{row['peak_gib']:.1f}",
+            ]
+        )  # fmt: skip
+    return Table([source], lines, matrix_rate(source))
+
+
+@table
+def equality() -> Table:
+    source = newest("equality")
+    keys = {
+        "first_loss": "loss",
+        "grad_norm": "gradient norm",
+        "worst_gradient": "farthest gradient of a parameter",
+        "to_float32": "that to float32",
+        "one_gpu_to_float32": "one GPU's to float32",
+    }
+    lines = [["layout", *keys.values()]]
+    for name, found in source.told["cases"].items():
+        recipe, _, cut = name.partition("-")
+        if cut != "one":
+            row = layout(cut) if recipe == "bf16" else f"FP8 (tensorwise), {layout(cut)}"
+            lines.append([row, *(error(found[key]) for key in keys)])
+    return Table([source], lines)
+
+
+# Serving: records of `mlra_vllm.benchmarks.steps`.
+
+SERVED = {"mlra4": "MLRA-4", "mla": "MLA", "gla2": "GLA-2", "gqa6": "GQA-6"}
+PER_GIB, PROMPT = "cached tokens per GiB", "prompt of 128K tokens, s"
+K = 1024
+Served = dict[tuple[int, str, str, int], tuple[Result, dict[str, Any]]]
+
+
+def served() -> Served:
+    """(Ranks, model, dtype of the cache, runner) -> the newest record that has steps."""
+    found: Served = {}
+    for result in results():
+        for r in result.told.get("records", ()) if result.piece.startswith("serving") else ():
+            if r.get("steps") and "model" in r:
+                found[r["tp"], r["model"], r["kv_cache_dtype"], r["model_runner"]] = result, r
+    return found
+
+
+def served_table(rows: dict[str, tuple[Result, dict[str, Any]]], columns: list[str]) -> Table:
+    """A row for each record, with its commit if there are several."""
+    cells: Cells = {}
+    for row, (source, r) in rows.items():
+        for s in r["steps"]:
+            if "ms" in s and shape(s) in columns:
+                cells[row, shape(s)] = f"{s['ms']:.2f}"
+        cells[row, PER_GIB] = f"{r['tokens_per_gib']:,}" if "tokens_per_gib" in r else ""
+        if r.get("prompt", {}).get("tokens") == 128 * K:
+            cells[row, PROMPT] = f"{r['prompt']['seconds']:.1f}"
+        cells[row, "commit"] = source.told["commit"]
+    sources = list({source.path: source for source, _ in rows.values()}.values())
+    commits = {source.told["commit"] for source in sources}
+    return Table(sources, grid("ms a step", cells, columns + ["commit"] * (len(commits) > 1)))
+
+
+def served_name(key: tuple[int, str, str, int]) -> str:
+    """A key of `served` in words."""
+    ranks, model, dtype, runner = key
+    return ", ".join(
+        [
+            SERVED[model], *([f"{ranks} GPUs"] if ranks > 1 else []),
+            *(["FP8 cache"] if dtype == "fp8" else []),
+            *(["vLLM's older runner"] if runner == 1 else []),
+        ]
+    )  # fmt: skip
+
+
+@table
+def serving() -> Table:
+    rows = {served_name(key): found for key, found in served().items() if key[0] == 1}
+    engine = newest("serving_engine")
+    steps = [
+        {**r, "ms": r["us"] / 1e3}
+        for r in engine.told["records"]
+        if r["label"] == "MLRA-4 whole" and "us" in r
+    ]
+    (prompt,) = engine.told["prefills"]
+    prompt = {"tokens": prompt["context"], "seconds": prompt["seconds"]}
+    rows["MLRA-4, the project's engine"] = engine, {"steps": steps, "prompt": prompt}
+    columns = ["1 x 2K", "32 x 2K", "32 x 8K", "1 x 128K", "32 x 32K", PER_GIB, PROMPT]
+    return served_table(rows, columns)
+
+
+@table
+def serving_gpus() -> Table:
+    found = {key: each for key, each in sorted(served().items()) if key[0] > 1}
+    rows = {served_name(key): each for key, each in found.items()}
+    return served_table(rows, ["1 x 8K", "32 x 8K", "32 x 32K", "1 x 512K"])
+
+
+# README.
+
+
+@table
+def summary() -> Table:
+    speed, train, kernel = newest("decoding"), newest("training"), newest("latent_decode")
+    vllm = {key: found for key, found in served().items() if key[2:] == ("auto", 2)}
+    lines = [["", "MLRA-4", "MLA", "GQA"], *decoding_rows(speed), *serving_rows(vllm)]
+    lines += [*training_rows(train), *attention_rows(kernel)]
+    used = [found[0] for key, found in vllm.items() if key[1] != "gla2"]
+    sources = {each.path: each for each in (speed, train, kernel, *used)}
+    return Table([*sources.values()], lines, peer_note(), commands=False)
+
+
+def decoding_rows(speed: Result) -> list[list[str]]:
+    """Of the project's engine."""
+    times = {(r["label"], shape(r)): r["us"] for r in speed.told["records"] if "us" in r}
+    lines = []
+    for what, where, sizes, gqa in (
+        ("one TP4 rank's share without its collectives", "1/4", "1 x 512K", "GQA-8"),
+        ("the same", "1/4", "32 x 32K", "GQA-8"),
+        ("whole on one GPU", "whole", "1 x 512K", "GQA-6"),
+    ):
+        found = [times.get((f"{name} {where}", sizes)) for name in ("MLRA-4", "MLA", gqa)]
+        texts = [f"{us / 1e3:.2f}" if us else "-" for us in found]
+        what = f"ms per token, {what}, {sizes} ({speed.kind})"
+        lines.append([what, *texts[:2], f"{texts[2]} ({gqa})"])
+    return lines
+
+
+def serving_rows(vllm: Served) -> list[list[str]]:
+    """Steps on every number of GPUs, and a long prompt on one."""
+    ranks = sorted({key[0] for key in vllm})
+    gpus = " / ".join(map(str, ranks)) + f" {next(iter(vllm.values()))[0].kind}"
+    lines = [[f"ms per step, served by vLLM on {gpus}, 32 x 32K"]]
+    lines += [["seconds of a 128K prompt, on one of them"]]
+    for model, mark in (("mlra4", ""), ("mla", ""), ("gqa6", " (GQA-6)")):
+        records = [vllm.get((n, model, "auto", 2), (None, {}))[1] for n in ranks]
+        steps = [{shape(s): s.get("ms") for s in r.get("steps", ())} for r in records]
+        times = [found.get("32 x 32K") for found in steps]
+        prompt = records[0].get("prompt")
+        lines[0].append(" / ".join(f"{ms:.2f}" if ms else "-" for ms in times) + mark)
+        lines[1].append(f"{prompt['seconds']:.1f}{mark}" if prompt else "")
+    return lines
+
+
+def training_rows(train: Result) -> list[list[str]]:
+    """In bf16 and FP8."""
+    rates = {row["case"]: f"{row['tokens_per_second'] / 1e3:.1f}k" for row in train.told["rows"]}
+    lines = []
+    for what, cases in (
+        ("at 2K / 8K", ("bf16/auto/2048", "bf16/auto/8192")),
+        ("in FP8 at 2K", ("tensorwise/auto/2048",)),
+    ):
+        found = [" / ".join(rates[f"{m}/{c}"] for c in cases) for m in ("mlra4", "stock-mla")]
+        what = f"training, tokens/s of a {train.told['num_layers']}-layer cut {what} ({train.kind})"
+        lines.append([what, found[0], f"{found[1]} (Megatron's own)", ""])
+    return lines
+
+
+def attention_rows(kernel: Result) -> list[list[str]]:
+    """The decoding kernel alone, and FlashAttention 3."""
+    sizes, models = ("1 x 512K", "128 x 4K"), ("MLRA-4/TP4", "MLA")
+    ours = [" / ".join(f"{kernel_times(m)[s]['us']:.1f}" for s in sizes) for m in models]
+    peers = [fa3("us", models[0]), fa3("us", models[1]), fa3("gqa8_tp8_us", models[0])]
+    theirs = [" / ".join(peer[s] for s in sizes) for peer in peers]
+    what = f"us, attention of 64 heads alone, {' / '.join(sizes)} ({kernel.kind})"
+    peer = f"the same by FA3 ({newest('flash_attention_3').kind})"
+    return [[what, *ours, ""], [peer, *theirs[:2], f"{theirs[2]} (GQA-8 at TP8)"]]

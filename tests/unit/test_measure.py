@@ -1,0 +1,220 @@
+"""examples/measure: the committed tables are those of the committed results; a rehearsal of the
+queue without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+import measure
+import measured
+import tables
+from measure import Piece, Queue, commit_of, read_queue, run_to_end
+from megatron_mlra.command_line.commands import COMMANDS
+from support import ROOT
+
+WRITES = f'{sys.executable} -c \'import sys; open(sys.argv[1], "w").write("[1]")\' {{json}}'
+FAILS = f"{sys.executable} -c 'raise SystemExit(\"error: no such thing\")'"
+HANGS = f"{sys.executable} -c 'import time; time.sleep(600)'"
+H200 = [{"index": str(i), "name": "NVIDIA H200", "driver": "580.1"} for i in (4, 5)]
+
+
+PAGES = [page for page in tables.pages() if "<!-- table:" in page.read_text()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_tables_are_those_of_the_results(page):
+    assert tables.renewed(page) == page.read_text(), "run python examples/measure/tables.py"
+
+
+def test_every_table_is_on_a_page():
+    found = {n for p in PAGES for n, _ in tables.BLOCK.findall(p.read_text())}
+    assert found == measured.TABLES.keys()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "<!-- table: nothing -->\n<!-- end of table -->\n",
+            "no table nothing; there are decoding",
+        ),
+        ("<!-- table: decoding -->\n| a |\n", "1 tables begin and 0 end"),
+        ("<!-- table: a -->\n<!-- table: b -->\n<!-- end of table -->", "2 tables begin and 1 end"),
+    ],
+)
+def test_wrong_marks_are_refused(tmp_path, text, says):
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    with pytest.raises(ValueError, match=says):
+        tables.renewed(page)
+
+
+def test_a_newer_result_renews_table_and_caption(tmp_path, monkeypatch):
+    old = measured.newest("one_shot")
+    told = old.told | {"piece": "one_shot", "date": "2027-01-02 03:04", "commit": "abc1234"}
+    told["records"] = [r | {"us": r["us"] | {"nccl": 9.99}} for r in told["records"]]
+    (tmp_path / "2027-01-02_h200x2_one_shot_abc1234.json").write_text(json.dumps(told))
+    monkeypatch.setattr(measured, "FOLDERS", (*measured.FOLDERS, tmp_path))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table: one-shot -->\nold\n<!-- end of table -->\nbelow\n")
+    text = tables.renewed(page)
+    assert "commit abc1234, 2027-01-02 ([data](2027-01-02_h200x2_one_shot_abc1234.json))" in text
+    assert "| 9.99 |" in text and "old" not in text and text.endswith("-->\nbelow\n")
+
+
+def fake_queue(folder: Path, **pieces: dict) -> Path:
+    file = folder / "queue.yaml"
+    entries = [{"name": n, "gpus": 0, "estimated_seconds": 1} | p for n, p in pieces.items()]
+    file.write_text(yaml.safe_dump({"pieces": entries}))
+    return file
+
+
+def test_a_rehearsed_queue(tmp_path, capsys, monkeypatch):
+    """One piece fails, one hangs; the others are done, and are not done again."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    pieces = {
+        "fails": {"command": FAILS},
+        "hangs": {"command": HANGS, "timeout": 0.3},
+        "good": {"command": WRITES},
+        "large": {"command": WRITES, "gpus": 1},
+        "long": {"command": WRITES, "estimated_seconds": 6000},
+    }
+    queue = fake_queue(tmp_path, **pieces)
+    flags = [f"--queue={queue}", f"--results={tmp_path / 'results'}", f"--work={tmp_path / 'work'}"]
+    monkeypatch.setattr(measure.signal, "signal", lambda *_: None)
+    call = lambda *more: measure.main([*flags, "--commit", "abc1234", *more])  # noqa: E731
+    assert call("--minutes", "1") == 1
+    said = capsys.readouterr().out
+    assert "fails: failed: exit code 1: error: no such thing (" in said
+    assert "hangs: failed: ended after 0.3 s: " in said
+    assert "long: not begun, takes about 6000 s" in said
+    (file,) = (tmp_path / "results").glob("*.json")
+    assert file.name.endswith("_cpu_good_abc1234.json")
+    told = json.loads(file.read_text())
+    assert told["records"] == [1] and told["commit"] == "abc1234" and told["gpu"] == "CPU"
+    assert told["torch"] and told["command"].endswith(")'")
+
+    pieces["fails"]["command"] = WRITES
+    fake_queue(tmp_path, **pieces)
+    assert call("--only", "fails", "good", "large", "--minutes", "1") == 0
+    said = capsys.readouterr().out
+    assert "[1/1] fails: done in" in said and "good: begun" not in said
+    assert call("--status") == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        f"hangs: left, about 1 s (estimate); failed: ended after 0.3 s: {last_line(tmp_path)}",
+        "good: done",
+        "large: needs 1 GPUs, 0 here, about 1 s (estimate)",
+        "long: left, about 6000 s (estimate)",
+        "commit abc1234: 2 pieces are done, 3 are left; what can run here takes about 100 minutes",
+    ]
+
+
+def last_line(folder: Path) -> str:
+    log = folder / "work/abc1234/hangs/log.txt"
+    return f"{log.read_text().splitlines()[-1][:200]} ({log})"
+
+
+def test_nothing_that_a_piece_started_outlives_it(tmp_path):
+    """As torchrun's workers, the grandchild has a session of its own."""
+    sleep = "import time; time.sleep(600)"
+    script = (
+        "import subprocess, sys; command = [sys.executable, '-c', sys.argv[1]];"
+        "print(subprocess.Popen(command, start_new_session=True).pid, flush=True);"
+        "exec(sys.argv[1])"
+    )
+    began = time.monotonic()
+    assert run_to_end([sys.executable, "-c", script, sleep], {}, tmp_path / "log.txt", 1) is None
+    worker = int((tmp_path / "log.txt").read_text().splitlines()[-1])
+    state = Path(f"/proc/{worker}/stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+    assert time.monotonic() - began < 15
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ([], "error: measuring needs a GPU, and nvidia-smi lists none"),
+        (["--only", "decodin"], "error: --only decodin is no piece; choose of latent_decode, deco"),
+        (["--minutes", "0"], "error: --minutes 0 is no time; give more than 0"),
+        (["--vllm-python", "/no"], "error: --vllm-python /no is no program; give a Python's path"),
+        (["--queue", "/nowhere.yaml"], "error: queue /nowhere.yaml: [Errno 2] No such file"),
+    ],
+)
+def test_refusals_are_one_line(flags, says, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(SystemExit) as ended:
+        measure.main(["--commit", "abc1234", *flags])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.startswith(says) and error.count("\n") == 1
+
+
+def test_the_status_of_this_checkout(capsys):
+    assert measure.main(["--status"]) == 0
+    *pieces, last = capsys.readouterr().out.splitlines()
+    assert len(pieces) > 15 and last.startswith("commit ")
+
+
+def test_changes_of_the_checkout_are_refused_or_named(tmp_path):
+    def git(*words: str) -> None:
+        user = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", "-C", tmp_path, *user, *words], check=True, capture_output=True)
+
+    with pytest.raises(ValueError, match="is no checkout of git; name its commit by --commit"):
+        commit_of(tmp_path, dirty=False)
+    git("init")
+    (tmp_path / "code.py").write_text("1\n")
+    git("add", ".")
+    git("commit", "-m", "one")
+    (tmp_path / "result.json").write_text("{}")
+    clean = commit_of(tmp_path, dirty=False)
+    (tmp_path / "code.py").write_text("2\n")
+    with pytest.raises(ValueError, match=rf"code.py differs from commit {clean}; commit changes"):
+        commit_of(tmp_path, dirty=False)
+    two = commit_of(tmp_path, dirty=True)
+    (tmp_path / "code.py").write_text("3\n")
+    assert two.startswith(f"{clean}-dirty-") and two != commit_of(tmp_path, dirty=True)
+
+
+def test_expected_seconds_are_those_of_the_same_gpu(tmp_path):
+    piece = Piece("other", 1, 100, "mlra x")
+    queue = Queue([piece], "abc1234", H200, "", tmp_path, tmp_path)
+    assert queue.seconds(piece) == (100, "estimate")
+    for gpu, seconds in (("NVIDIA H200", 42), ("NVIDIA H100", 77)):
+        told = {"piece": "other", "gpu": gpu, "seconds": seconds, "commit": "0", "date": "2026"}
+        (tmp_path / f"2026_{seconds}.json").write_text(json.dumps(told))
+    assert queue.seconds(piece) == (42, "measured")
+
+
+def test_commands_of_the_queue_exist():
+    """Every module is there, and `mlra` knows every flag."""
+    pieces = read_queue(measure.HERE / "queue.yaml")
+    for piece in pieces:
+        words, _ = piece.started_by("python3", Path("out"))
+        assert words[0] == "python3" and not any("{" in word for word in words), piece.name
+        module, *rest = words[len(words) - words[::-1].index("-m") :]
+        if module == "megatron_mlra.command_line":
+            command, *flags = rest
+            COMMANDS[command].parser().parse_known_args(flags)
+            assert "--json" in flags or "--out" in flags
+        else:
+            assert (ROOT / "kernels" / f"{module.replace('.', os.sep)}.py").is_file()
+    by_name = {piece.name: piece for piece in pieces}
+    words, env = by_name["layouts"].started_by("py", Path("out"))
+    start = "py -m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 3"
+    assert " ".join(words).startswith(f"{start} -m megatron_mlra.command_line benchmark-training")
+    assert env == {"NCCL_NVLS_ENABLE": "0"} and words[-2:] == ["--out", "out"]
+
+
+def test_a_piece_needs_its_gpus_and_its_python(tmp_path):
+    queue = Queue([], "abc1234", H200[:1], "", tmp_path, tmp_path)
+    assert queue.why_not(Piece("a", 2, 1, "x")) == "needs 2 GPUs, 1 here"
+    assert queue.why_not(Piece("a", 1, 1, "x", vllm=True)).startswith("needs --vllm-python")
+    assert not queue.why_not(Piece("a", 1, 1, "x"))
