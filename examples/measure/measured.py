@@ -1,4 +1,4 @@
-"""The result files, the newest of a piece, and tables of them with a caption.
+"""The result files, the newest of a piece, and tables of them with a caption below.
 
 A file is named DATE_GPU_PIECE[_COMMIT].json and holds what a benchmark wrote, beside `piece`,
 `date`, `gpu`, `commit`, `command` and versions. A file without `piece` has it in its name.
@@ -134,7 +134,7 @@ class Table:
             f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in line)}|" for line in self.lines
         ]
         said = f"{caption(self.sources, page, self.commands)}. {self.note}".rstrip()
-        return "\n".join([said, "", rows[0], "|---" * len(self.lines[0]) + "|", *rows[1:]])
+        return "\n".join(["", rows[0], "|---" * len(self.lines[0]) + "|", *rows[1:], "", said])
 
 
 TABLES: dict[str, Callable[[], Table]] = {}

@@ -3,9 +3,8 @@
     python examples/measure/tables.py
     python examples/measure/tables.py --check
 
-A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`, below a caption of GPU,
-versions, commit, day, file and command. speed_tables.py and
-kernel_tables.py make the tables.
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`, above a caption of GPU,
+versions, commit, day, file and command. speed_tables.py and kernel_tables.py make the tables.
 """
 
 from __future__ import annotations
