@@ -7,6 +7,13 @@ import signal
 import socket
 import sys
 
+if "SLURM_JOB_ID" in os.environ:
+    # SLURM kills a job's tree of processes, in which the program that started this one is not: that
+    # one is the fork's child. It is killed with its own stand-in, and this one with it.
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
 FORWARDED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1)
 
 # A signal that comes before the program has begun waits.

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 
+from support.runs import wait_for_end
+
 PROGRAM = """
 import atexit, os, sys, time
 atexit.register(print, "the end")
@@ -45,3 +47,21 @@ def test_its_signals_arrive(warm_python, tmp_path):
                 program.send_signal(number)
                 said.append((program.communicate()[0], program.returncode))
         assert said[0] == said[1] and said[0][1] == -number
+
+
+LAUNCHER = """
+import subprocess, sys
+program = "import os, time; print(os.getpid(), flush=True); time.sleep(300)"
+subprocess.run([sys.executable, "-c", program])
+"""
+
+
+def test_a_tree_of_a_slurm_job_ends_as_slurm_ends_it(warm_python):
+    """Its root is killed, as SLURM does to all processes that descend from the job's script."""
+    with subprocess.Popen(
+        [warm_python, "-c", LAUNCHER], env={"SLURM_JOB_ID": "1"}, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+    ) as launcher:  # fmt: skip
+        rank = launcher.stdout.readline().strip()
+        launcher.kill()
+    wait_for_end([rank], 20)

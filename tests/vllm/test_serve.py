@@ -166,7 +166,8 @@ def test_what_vllm_refuses_is_one_line_and_the_export_is_used_again(served):
     done = subprocess.run(command, env=ENV | ENV_VLLM, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert "exported before; remove it to export again" in done.stdout
-    (line,) = done.stderr.splitlines()
+    loading, line = done.stderr.splitlines()
+    assert loading.startswith("loading PyTorch: ")
     assert "tensor parallel size 3 does not fit 8 heads" in line
     os.remove(line.rsplit(" ", 1)[1])
 
