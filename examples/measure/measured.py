@@ -68,6 +68,15 @@ def kind(gpu: str) -> str:
     return word[0] if word else re.sub(r"\W+", "-", gpu)
 
 
+def brief_caption(sources: Iterable[Result], page: Path) -> str:
+    """A link from `page` to each file, with GPU, commit and day."""
+    return "; ".join(
+        f"[{each.piece.replace('_', ' ')}]({os.path.relpath(each.path, page.parent)}):"
+        f" {each.kind}, {each.told['commit']}, {each.date[:10]}"
+        for each in sources
+    )
+
+
 def caption(sources: Iterable[Result], page: Path, commands: bool = True) -> str:
     """For results with the same facts once: the facts, links from `page` to the files, and the
     commands."""
@@ -128,12 +137,15 @@ class Table:
     note: str = ""
     commands: bool = True
     """Whether the caption has the commands."""
+    brief: bool = False
+    """Whether the caption leaves versions and commands to the files."""
 
     def text(self, page: Path) -> str:
         rows = [
             f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in line)}|" for line in self.lines
         ]
-        said = f"{caption(self.sources, page, self.commands)}. {self.note}".rstrip()
+        brief = brief_caption(self.sources, page) if self.brief else None
+        said = f"{brief or caption(self.sources, page, self.commands)}. {self.note}".rstrip()
         return "\n".join(["", rows[0], "|---" * len(self.lines[0]) + "|", *rows[1:], "", said])
 
 

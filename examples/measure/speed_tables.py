@@ -270,7 +270,7 @@ def summary() -> Table:
     lines += [*training_rows(train), *attention_rows(kernel)]
     used = [found[0] for key, found in vllm.items() if key[1] != "gla2"]
     sources = {each.path: each for each in (speed, train, kernel, *used)}
-    return Table([*sources.values()], lines, peer_note(), commands=False)
+    return Table([*sources.values()], lines, peer_note(), brief=True)
 
 
 def decoding_rows(speed: Result) -> list[list[str]]:
