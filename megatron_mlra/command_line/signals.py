@@ -7,12 +7,14 @@ thread (Ray Train does). There no handler is set, and signals are left to the ca
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import signal
 import threading
 from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
+_PR_SET_PDEATHSIG = 1
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -45,6 +47,11 @@ def restore(earlier: dict[int, Any]) -> None:
     """Set the handlers that `handle` returned."""
     for number, handler in earlier.items():
         handle((number,), handler)
+
+
+def get_when_parent_ends(number: signal.Signals) -> None:
+    """Let the kernel send this process a signal when the thread that started the process ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any
 
 from megatron_mlra.command_line.output import say_error
-from megatron_mlra.command_line.signals import can_be_set, handle
+from megatron_mlra.command_line.signals import can_be_set, get_when_parent_ends, handle
 from megatron_mlra.launch.control import ONCE
 
 _numbers: set[signal.Signals] = set()
@@ -77,6 +77,16 @@ def listen_to_interrupts(end: Callable[[], None]) -> None:
                     say_error(ONCE)
 
     threading.Thread(target=wait, name="Ctrl-C", daemon=True).start()
+
+
+def listen_to_launcher() -> None:
+    """Let the end of this rank's launcher (`mlra launch`, torchrun) ask the run to stop.
+
+    A launcher may be killed, for want of memory for example. Nobody would then stop the ranks or
+    start them again, and the next run would find their GPUs and their folder taken.
+    """
+    if can_be_set() and "TORCHELASTIC_RUN_ID" in os.environ:
+        get_when_parent_ends(signal.SIGTERM)
 
 
 def heeded() -> frozenset[signal.Signals]:

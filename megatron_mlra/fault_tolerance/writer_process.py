@@ -5,7 +5,6 @@ It imports nothing heavy before it is tied to its rank, which may be killed whil
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import select
@@ -15,9 +14,8 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_mlra.command_line.signals import get_when_parent_ends
 from megatron_mlra.fault_tolerance import run_lock
-
-_PR_SET_PDEATHSIG = 1
 
 replaced: Callable[..., None] | None = None
 """Megatron's loop, in a process where `write_for_rank` has replaced it; None in a new process."""
@@ -49,7 +47,7 @@ def end_with_rank(rank: int) -> None:
     A writer's parent is the fork server, not the rank. The fork server ends when all copies of a
     pipe are closed. Data loaders have copies too, and outlive a killed rank by some seconds.
     """
-    _be_killed_with_parent()
+    get_when_parent_ends(signal.SIGKILL)
     try:
         ended = os.pidfd_open(rank)
     except ProcessLookupError:
@@ -70,10 +68,6 @@ def end_with_parent(parent: int) -> None:
     Args:
         parent: id of that thread's process. It may have ended before the kernel was asked.
     """
-    _be_killed_with_parent()
+    get_when_parent_ends(signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-
-
-def _be_killed_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

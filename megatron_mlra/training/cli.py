@@ -54,6 +54,7 @@ def main() -> int:
     end_by_interrupt.what_is_left = partial(what_is_left, folders)
     stopping.listen(signal.SIGTERM, signal.SIGHUP)
     stopping.listen_to_interrupts(end_by_interrupt)
+    stopping.listen_to_launcher()
     os.register_at_fork(after_in_child=hush_threads)
     try:
         return train(end_by_interrupt)

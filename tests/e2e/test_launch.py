@@ -18,7 +18,7 @@ import pytest
 from megatron_mlra.fault_tolerance.retention import prune
 from megatron_mlra.launch.ports import reserve_port
 from support import ENV, ROOT
-from support.runs import wait_for
+from support.runs import wait_for, wait_for_end
 
 LAUNCH = ROOT / "examples" / "launch.sh"
 
@@ -76,6 +76,22 @@ def test_a_signal_saves_and_a_relaunch_goes_on(preset, warm_python, tmp_path):
     deleted = prune(kept, 1)
     assert deleted == [s for s in sorted((int(n[5:]) for n in steps), reverse=True) if s < newest]
     assert {path.name for path in kept.glob("*iter_*")} == {f"iter_{newest:07d}", damaged.name}
+
+
+def test_ranks_whose_launcher_is_killed_save_and_end(preset, tmp_path):
+    save, out = tmp_path / "save", tmp_path / "out.txt"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    command += ["1", ROOT / "pretrain_mlra.py", "--config", preset, "--save", save]
+    command += ["--train-iters", "100000", "--log-interval", "1", "--eval-iters", "0"]
+    with open(out, "w") as file:
+        launcher = subprocess.Popen(command, env=ENV, stdout=file, stderr=file)
+    wait_for(out, "step 3/")
+    (rank,) = psutil.Process(launcher.pid).children()
+    launcher.kill()
+    launcher.wait()
+    wait_for(out, "by SIGTERM, which is saved")
+    wait_for_end([rank.pid])
+    assert int((save / "latest_checkpointed_iteration.txt").read_text()) >= 3
 
 
 def without_packages(folder: Path) -> Path:
