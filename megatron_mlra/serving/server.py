@@ -12,8 +12,11 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO
+
+from megatron_mlra.command_line.signals import get_when_parent_ends
 
 END_S = 20
 """Seconds that the server has to end by itself before it is killed."""
@@ -49,7 +52,8 @@ def check_port(host: str, port: int) -> None:
 
 @contextlib.contextmanager
 def running(command: Sequence[str], log: IO[str]) -> Iterator[subprocess.Popen]:
-    """Inside the block a command runs in its own session; the process ends with the block."""
+    """Inside the block a command runs in its own session; the process ends with the block, and gets
+    SIGTERM where this process is killed."""
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -57,6 +61,7 @@ def running(command: Sequence[str], log: IO[str]) -> Iterator[subprocess.Popen]:
         stderr=log,
         env=QUIET | os.environ,
         start_new_session=True,
+        preexec_fn=partial(get_when_parent_ends, signal.SIGTERM),
     )
     try:
         yield process

@@ -24,6 +24,7 @@ from megatron_mlra.serving.cli import main
 from megatron_mlra.serving.server import last_error, running, wait_until_healthy
 from mlra_vllm.chat import ChatPage, LocalChatPage
 from support.random_checkpoint import RandomFolder, grouped, latent
+from support.runs import wait_for_end
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +167,25 @@ def test_the_end_of_the_server_is_that_of_its_children(tmp_path):
     assert own.returncode is not None
     _, alive = psutil.wait_procs(children, 5)
     assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
+
+
+SERVES = """
+import sys
+from megatron_mlra.serving.server import running
+
+with running(["sleep", "600"], sys.stderr) as server:
+    print(server.pid, flush=True)
+    server.wait()
+"""
+
+
+def test_a_server_whose_starter_is_killed_is_told_to_end():
+    starter = subprocess.Popen([sys.executable, "-c", SERVES], stdout=subprocess.PIPE, text=True)
+    with starter.stdout:
+        server = starter.stdout.readline().strip()
+    starter.kill()
+    starter.wait()
+    wait_for_end([server], 20)
 
 
 def test_waiting_for_a_server(tmp_path, port):
