@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from megatron_mlra.command_line.parser import write_text
+from megatron_mlra.description.presets import preset_values
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,23 @@ class Ladder:
     def preset(self, size: str, mechanism: str) -> Path:
         """Path of the preset of a mechanism at a size."""
         return self.file.parent / self.told["presets"] / f"{size}_{mechanism}.yaml"
+
+    def check_presets(self) -> None:
+        """Refuse presets whose tokens per step are not the ladder's.
+
+        Raises:
+            ValueError: names the preset.
+        """
+        wanted = self.told["tokens_per_step"]
+        for phase in self.told["phases"]:
+            for mechanism in phase["mechanisms"]:
+                preset = self.preset(phase["size"], mechanism)
+                values = preset_values(preset)
+                tokens = values["global_batch_size"] * values["seq_length"]
+                if tokens != wanted:
+                    raise ValueError(
+                        f"{preset} takes {tokens} tokens per step, the ladder {wanted}"
+                    )
 
     def done(self) -> dict[str, dict[str, Any]]:
         """Run id -> its result.

@@ -156,23 +156,11 @@ class MLRAConfig(LatentSizes, MLATransformerConfig):
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
-    def heads_per_group(self) -> int:
-        """h / G: heads served by one latent head."""
-        return self.num_attention_heads // self.num_head_groups
-
-    @property
     def absorbed(self) -> bool:
         """Whether the core runs in latent space (`core_form` resolved)."""
         if self.core_form == "auto":
             return self.latent_dim <= self.qk_nope_head_dim
         return self.core_form == "absorbed"
-
-    @property
-    def variant(self) -> str:
-        """The paper's name of this (L, N): 'MLA', 'GLA-2', 'MLRA-4', ..."""
-        if self.num_branches == 1:
-            return "MLA" if self.num_latent_heads == 1 else f"GLA-{self.num_latent_heads}"
-        return f"MLRA-{self.num_branches}"
 
     # -- validation --------------------------------------------------------------------------------
 
