@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from megatron_mlra.command_line.parser import write_text
+from megatron_mlra.command_line.parser import write_json
 from megatron_mlra.description.presets import preset_values
 
 
@@ -102,7 +102,7 @@ class Ladder:
 
     def write(self, result: dict[str, Any]) -> str:
         """Write the result of a run; returns one line about the result."""
-        write_text(self.results / f"{result['id']}.json", json.dumps(result) + "\n")
+        write_json(self.results / f"{result['id']}.json", result)
         if result.get("diverged"):
             return f"diverged: {result['diverged']}"
         losses = ", ".join(f"{k} {v['loss']:.4f}" for k, v in result["held_out"].items())

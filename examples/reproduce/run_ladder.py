@@ -10,7 +10,6 @@ and resumed by the next call that finds the same --work.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
@@ -23,7 +22,7 @@ from pathlib import Path
 import beyond
 from ladder import Ladder, RunSpec
 from megatron_mlra.benchmarks.commit import commit
-from megatron_mlra.command_line.parser import OneLineParser, run, write_text
+from megatron_mlra.command_line.parser import OneLineParser, run, write_json
 from run_results import (
     BEGUN,
     Corpus,
@@ -220,7 +219,7 @@ class Runner:
             "context": shape.max_position_embeddings,
         }
         todo = beyond.stages(plan, folder, base, train, [*map(str, extend)])
-        write_text(folder / "plan.json", json.dumps(todo, indent=1) + "\n")
+        write_json(folder / "plan.json", todo, indent=1)
         command = (sys.executable, HERE / "beyond.py", self._lock(number), folder / "plan.json")
         return [*map(str, command)]
 

@@ -11,7 +11,12 @@ from argparse import Namespace
 from pathlib import Path
 
 from megatron_mlra.checkpoint.files.manifest import MANIFEST
-from megatron_mlra.checkpoint.files.tracker import FORMAT_FILE, TRACKER, tracked_step
+from megatron_mlra.checkpoint.files.tracker import (
+    FORMAT_FILE,
+    TRACKER,
+    step_folder,
+    tracked_step,
+)
 from megatron_mlra.command_line import parser
 
 _ITERATION = re.compile(r"iter_(\d+)").fullmatch
@@ -54,14 +59,14 @@ def candidates(load: str | Path, step: int | None = None) -> list[Path]:
     """
     load = Path(load)
     if step:
-        return [load / f"iter_{step:07d}"]
+        return [load / step_folder(step)]
     latest = latest_step(load)
     if latest is None:
         return saved_without_tracker(load)
     if not latest:
         return [load / "release"]
     earlier = sorted((other for other in steps(load) if other < latest), reverse=True)
-    return [load / f"iter_{number:07d}" for number in (latest, *earlier)]
+    return [load / step_folder(number) for number in (latest, *earlier)]
 
 
 def saved_without_tracker(folder: str | Path) -> list[Path]:
@@ -79,7 +84,7 @@ def saved_without_tracker(folder: str | Path) -> list[Path]:
             f"{folder} holds release/, but no {TRACKER}; write the word release into that file"
         )
     newest_first = sorted(steps(folder), reverse=True)
-    paths = [folder / f"iter_{number:07d}" for number in newest_first]
+    paths = [folder / step_folder(number) for number in newest_first]
     return [path for path in paths if any((path / name).exists() for name in _WRITTEN_LAST)]
 
 
@@ -100,6 +105,11 @@ def steps(folder: str | Path) -> set[int]:
     except OSError as error:
         raise ValueError(f"checkpoint folder {folder} cannot be read ({error.strerror})") from None
     return {int(found[1]) for name in names if (found := _ITERATION(name))}
+
+
+def step_of(folder: Path) -> int:
+    """The step that the name of an `iter_*` folder gives."""
+    return int(folder.name.removeprefix("iter_"))
 
 
 def check_writable(flag: str, folder: str | Path) -> Path:
@@ -143,7 +153,7 @@ def check_unused(args: Namespace) -> None:
         return
     step = latest_step(folder)
     if step is None and (saved := saved_without_tracker(folder)):
-        step = int(saved[0].name.removeprefix("iter_"))
+        step = step_of(saved[0])
     if step is not None:
         raise ValueError(
             f"--save {folder} holds a checkpoint of step {step:,}, which this run would replace;"

@@ -19,7 +19,7 @@ from functools import partial
 from typing import NoReturn
 
 from megatron_mlra.command_line.loading import announce_loading
-from megatron_mlra.command_line.output import guard
+from megatron_mlra.command_line.output import first_of_host, guard
 from megatron_mlra.command_line.parser import one_line
 from megatron_mlra.command_line.threads import wait_passively
 from megatron_mlra.fault_tolerance import stopping
@@ -58,7 +58,7 @@ def main() -> int:
     try:
         return train(end_by_interrupt)
     except KeyboardInterrupt as stop:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if first_of_host():
             print(f"error: interrupted{stop}", file=sys.stderr)
         return INTERRUPTED
     except ImportError as error:
