@@ -217,6 +217,29 @@ def make_folder(folder: str | Path, what: str) -> None:
         ) from None
 
 
+def check_writable(folder: str | Path, what: str) -> Path:
+    """Check that a folder, which need not exist, can be written; nothing is made.
+
+    Returns:
+        The nearest folder above it that exists, or the folder itself.
+
+    Raises:
+        ValueError: the folder cannot be written; one line that begins with `what`.
+    """
+    existing = Path(folder)
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise ValueError(f"{what} cannot be written: {existing} is not a folder")
+    try:
+        try_writing(existing)
+    except OSError as error:
+        raise ValueError(
+            f"{what} cannot be written ({error.strerror}); use another folder"
+        ) from None
+    return existing
+
+
 def try_writing(folder: str | Path) -> None:
     """Ask the file system itself: permission bits say nothing about a read-only mount.
 
