@@ -56,7 +56,7 @@ def whole_step(args: Namespace) -> int | None:
             say(f"warning: continuing from the checkpoint before: {folder}")
     if folder is None or folder.name == "release":
         return None
-    step = saved_steps.step_of(folder)
+    step = int(folder.name.removeprefix("iter_"))
     _on_first_rank(lambda: _name_step(args, step))
     return step
 

@@ -11,12 +11,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from megatron_mlra.checkpoint.files.manifest import MANIFEST
-from megatron_mlra.checkpoint.files.tracker import (
-    FORMAT_FILE,
-    TRACKER,
-    step_folder,
-    tracked_step,
-)
+from megatron_mlra.checkpoint.files.tracker import FORMAT_FILE, TRACKER, tracked_step
 from megatron_mlra.command_line import parser
 
 _ITERATION = re.compile(r"iter_(\d+)").fullmatch
@@ -59,14 +54,14 @@ def candidates(load: str | Path, step: int | None = None) -> list[Path]:
     """
     load = Path(load)
     if step:
-        return [load / step_folder(step)]
+        return [load / f"iter_{step:07d}"]
     latest = latest_step(load)
     if latest is None:
         return saved_without_tracker(load)
     if not latest:
         return [load / "release"]
     earlier = sorted((other for other in steps(load) if other < latest), reverse=True)
-    return [load / step_folder(number) for number in (latest, *earlier)]
+    return [load / f"iter_{number:07d}" for number in (latest, *earlier)]
 
 
 def saved_without_tracker(folder: str | Path) -> list[Path]:
@@ -84,7 +79,7 @@ def saved_without_tracker(folder: str | Path) -> list[Path]:
             f"{folder} holds release/, but no {TRACKER}; write the word release into that file"
         )
     newest_first = sorted(steps(folder), reverse=True)
-    paths = [folder / step_folder(number) for number in newest_first]
+    paths = [folder / f"iter_{number:07d}" for number in newest_first]
     return [path for path in paths if any((path / name).exists() for name in _WRITTEN_LAST)]
 
 
@@ -107,11 +102,6 @@ def steps(folder: str | Path) -> set[int]:
     return {int(found[1]) for name in names if (found := _ITERATION(name))}
 
 
-def step_of(folder: Path) -> int:
-    """The step that the name of an `iter_*` folder gives."""
-    return int(folder.name.removeprefix("iter_"))
-
-
 def same_folder(args: Namespace) -> bool:
     """Whether `--load` and `--save` name one folder, however each is spelt (`runs/my/`)."""
     if args.load is None or args.save is None:
@@ -130,7 +120,7 @@ def check_unused(args: Namespace) -> None:
         return
     step = latest_step(folder)
     if step is None and (saved := saved_without_tracker(folder)):
-        step = step_of(saved[0])
+        step = int(saved[0].name.removeprefix("iter_"))
     if step is not None:
         raise ValueError(
             f"--save {folder} holds a checkpoint of step {step:,}, which this run would replace;"

@@ -24,7 +24,6 @@ from megatron_mlra.command_line.parser import flags_given
 from megatron_mlra.command_line.suggest import refusal
 from megatron_mlra.description.presets import preset_name
 from megatron_mlra.fault_tolerance import integrity
-from megatron_mlra.fault_tolerance.saved_steps import step_of
 from megatron_mlra.launch.ports import reserve_port
 from megatron_mlra.layers.baselines.config import BaselineConfig
 from megatron_mlra.layers.config import MLRAConfig
@@ -187,7 +186,7 @@ def _load_checkpoint_args(args: Namespace) -> None:
     """
     folder, asked = integrity.folder_to_load(args), args.ckpt_step
     if folder is not None and folder.name != "release":
-        args.ckpt_step = step_of(folder)
+        args.ckpt_step = int(folder.name.removeprefix("iter_"))
     try:
         load_args_from_checkpoint(args)
     finally:

@@ -33,11 +33,6 @@ def a_checkpoint(value: str | Path, flag: str, what: str = "a checkpoint's folde
         raise CheckpointError(NO_CHECKPOINT.format(value))
 
 
-def step_folder(step: int) -> str:
-    """Name of the folder of a step's checkpoint in a `--save` folder."""
-    return f"iter_{step:07d}"
-
-
 def tracked_step(folder: Path) -> str | None:
     """The content of a `--save` folder's tracker file: 'release', the digits of a step, or '' (a
     job died while writing the file). None without a tracker file.

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron_mlra.checkpoint.files.inside import inside
-from megatron_mlra.checkpoint.files.tracker import TRACKER, step_folder, tracked_step
+from megatron_mlra.checkpoint.files.tracker import TRACKER, tracked_step
 from megatron_mlra.checkpoint.files.weight_files import common_dtype
 from megatron_mlra.checkpoint.folder import (
     CheckpointFolder,
@@ -157,4 +157,4 @@ def iteration_folder(path: Path) -> Path:
 
 
 def _folder_of(step: str) -> str:
-    return step if step == "release" else step_folder(int(step))
+    return step if step == "release" else f"iter_{int(step):07d}"
