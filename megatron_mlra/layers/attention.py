@@ -9,7 +9,6 @@ sequence parallel the input and output hold s / tp tokens.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from megatron.core import tensor_parallel
@@ -31,6 +30,7 @@ from megatron_mlra.layers.projections import (
 )
 from megatron_mlra.layers.recompute import rebuilt_in_backward
 from megatron_mlra.layers.rotary import rotary_tables
+from megatron_mlra.layers.submodules import AttentionSubmodules
 from megatron_mlra.maths.attention import materialized_qkv, split_up_projection
 from megatron_mlra.maths.rope import unrotated
 from megatron_mlra.sharding.context_parallel import ContextParallel
@@ -39,20 +39,6 @@ from megatron_mlra.sharding.partition import LatentShard
 from megatron_mlra.sharding.placement import placements, training_share
 from megatron_mlra.sharding.tensor_parallel import LatentParallel
 from megatron_mlra.sharding.token_plan import TokenPlan, plan_tokens
-
-
-@dataclass
-class MLRASelfAttentionSubmodules:
-    """What MLRASelfAttention is built from; specs.py has the sets."""
-
-    column_linear: type
-    """Column-parallel linear without communication of its input: down, query, gate projections."""
-
-    core_attention: type
-    """See core_attention.py."""
-
-    linear_proj: type
-    """Row-parallel output projection."""
 
 
 class MLRASelfAttention(Attention):
@@ -78,7 +64,7 @@ class MLRASelfAttention(Attention):
     def __init__(
         self,
         config: MLRAConfig,
-        submodules: MLRASelfAttentionSubmodules,
+        submodules: AttentionSubmodules,
         layer_number: int,
         attn_mask_type: AttnMaskType = AttnMaskType.causal,
         cp_comm_type: str | None = None,
