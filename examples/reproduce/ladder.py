@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from megatron_mlra.command_line.parser import write_text
+from megatron_mlra.command_line.parser import write_json
+from megatron_mlra.description.presets import preset_values
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,23 @@ class Ladder:
         """Path of the preset of a mechanism at a size."""
         return self.file.parent / self.told["presets"] / f"{size}_{mechanism}.yaml"
 
+    def check_presets(self) -> None:
+        """Refuse presets whose tokens per step are not the ladder's.
+
+        Raises:
+            ValueError: names the preset.
+        """
+        wanted = self.told["tokens_per_step"]
+        for phase in self.told["phases"]:
+            for mechanism in phase["mechanisms"]:
+                preset = self.preset(phase["size"], mechanism)
+                values = preset_values(preset)
+                tokens = values["global_batch_size"] * values["seq_length"]
+                if tokens != wanted:
+                    raise ValueError(
+                        f"{preset} takes {tokens} tokens per step, the ladder {wanted}"
+                    )
+
     def done(self) -> dict[str, dict[str, Any]]:
         """Run id -> its result.
 
@@ -84,7 +102,7 @@ class Ladder:
 
     def write(self, result: dict[str, Any]) -> str:
         """Write the result of a run; returns one line about the result."""
-        write_text(self.results / f"{result['id']}.json", json.dumps(result) + "\n")
+        write_json(self.results / f"{result['id']}.json", result)
         if result.get("diverged"):
             return f"diverged: {result['diverged']}"
         losses = ", ".join(f"{k} {v['loss']:.4f}" for k, v in result["held_out"].items())

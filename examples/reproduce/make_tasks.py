@@ -18,7 +18,7 @@ from pathlib import Path
 
 from cloze import Book, cloze, sentences
 from long_context import Maker, long_context
-from megatron_mlra.command_line.parser import OneLineParser, run, write_text
+from megatron_mlra.command_line.parser import OneLineParser, run, write_json, write_text
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 
@@ -65,7 +65,7 @@ def build(args) -> dict:
         items = long_context(maker, length, args.items, args.seed)
         made[f"long_{length}"] = write(args.out / f"long_{length}.jsonl", items)
     report = {"seed": args.seed, "books": len(books), "files": made}
-    write_text(args.out / "tasks.json", json.dumps(report, indent=1) + "\n")
+    write_json(args.out / "tasks.json", report, indent=1)
     return report
 
 

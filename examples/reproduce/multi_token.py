@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 sys.path.remove(str(HERE))  # its modules have everyday names, which would shadow others'
 sys.path.insert(0, str(ROOT))
 
-from megatron_mlra.command_line.parser import OneLineParser, run, write_text  # noqa: E402
+from megatron_mlra.command_line.parser import OneLineParser, run, write_json  # noqa: E402
 
 Record = dict[str, Any]
 
@@ -142,7 +142,7 @@ def main() -> int:
     read = [json.loads((args.work / f"{n}.json").read_text()) for n in ("trained", "large")]
     records = joined(*(told["records"] for told in read))
     about = {k: v for k, v in read[0].items() if k != "records"}
-    write_text(args.work / "multi_token.json", json.dumps({**about, "records": records}, indent=1))
+    write_json(args.work / "multi_token.json", {**about, "records": records}, indent=1)
     print(table(records, args.shape))
     return 0
 

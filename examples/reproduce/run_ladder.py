@@ -10,7 +10,6 @@ and resumed by the next call that finds the same --work.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
@@ -23,8 +22,7 @@ from pathlib import Path
 import beyond
 from ladder import Ladder, RunSpec
 from megatron_mlra.benchmarks.commit import commit
-from megatron_mlra.command_line.parser import OneLineParser, run, write_text
-from megatron_mlra.description.presets import preset_values
+from megatron_mlra.command_line.parser import OneLineParser, run, write_json
 from run_results import (
     BEGUN,
     Corpus,
@@ -221,7 +219,7 @@ class Runner:
             "context": shape.max_position_embeddings,
         }
         todo = beyond.stages(plan, folder, base, train, [*map(str, extend)])
-        write_text(folder / "plan.json", json.dumps(todo, indent=1) + "\n")
+        write_json(folder / "plan.json", todo, indent=1)
         command = (sys.executable, HERE / "beyond.py", self._lock(number), folder / "plan.json")
         return [*map(str, command)]
 
@@ -341,22 +339,6 @@ def status(ladder: Ladder, corpus: Corpus, work: Path) -> str:
     return "\n".join(lines)
 
 
-def check_presets(ladder: Ladder) -> None:
-    """Refuse presets whose tokens per step are not the ladder's.
-
-    Raises:
-        ValueError: names the preset.
-    """
-    wanted = ladder.told["tokens_per_step"]
-    for phase in ladder.told["phases"]:
-        for mechanism in phase["mechanisms"]:
-            preset = ladder.preset(phase["size"], mechanism)
-            values = preset_values(preset)
-            tokens = values["global_batch_size"] * values["seq_length"]
-            if tokens != wanted:
-                raise ValueError(f"{preset} takes {tokens} tokens per step, the ladder {wanted}")
-
-
 def main() -> int:
     """Run the command line; returns the exit code: 1 where a run failed."""
     parser = OneLineParser(description=__doc__.split("\n", 1)[0])
@@ -374,7 +356,7 @@ def main() -> int:
     try:
         args.results.mkdir(parents=True, exist_ok=True)
         ladder, corpus = Ladder(args.ladder, args.results), Corpus(args.tokens)
-        check_presets(ladder)
+        ladder.check_presets()
         corpus.check(["train", *ladder.told["held_out"]], ladder.done().values())
         if args.status:
             print(status(ladder, corpus, args.work))

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import metadata
 from math import isfinite
 from pathlib import Path
 from statistics import median
@@ -22,6 +21,7 @@ from megatron_mlra.cost.parameters import parameters
 from megatron_mlra.description.megatron_args import from_megatron_args
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.description.presets import preset_values
+from megatron_mlra.version import installed
 
 BEGUN = "has the device"
 """The line that one_run.py and beyond.py print once they have the GPU."""
@@ -119,13 +119,8 @@ def divergence(log: str) -> str | None:
 
 def versions() -> dict[str, str]:
     """Package -> version, for Python and the packages that influence results."""
-    found = {"python": platform.python_version()}
-    for name in ("torch", "megatron-core", "transformer-engine", "triton", "megatron-mlra"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    names = ("torch", "megatron-core", "transformer-engine", "triton", "megatron-mlra")
+    return {"python": platform.python_version(), **installed(*names)}
 
 
 def collect(

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_mlra.command_line.parser import OneLineParser, run, write_text
+from megatron_mlra.command_line.parser import OneLineParser, run, write_json
 from megatron_mlra.command_line.plain_file import sha256
 from megatron_mlra.data.metadata import read_metadata
 from megatron_mlra.data.pipeline import PreprocessConfig, preprocess
@@ -56,7 +56,7 @@ def train_tokenizer(file: Path, folder: Path, vocab_size: int, megabytes: float)
         )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    write_text(folder / "tokenizer_config.json", json.dumps({"eos_token": END}) + "\n")
+    write_json(folder / "tokenizer_config.json", {"eos_token": END})
 
 
 def build(args) -> dict:
@@ -93,7 +93,7 @@ def build(args) -> dict:
             "sha256": sha256(prefix.with_name(f"{prefix.name}.bin")),
         }
         print(f"{file.stem}: {report['sets'][file.stem]}", flush=True)
-    write_text(args.out / "tokens.json", json.dumps(report, indent=1) + "\n")
+    write_json(args.out / "tokens.json", report, indent=1)
     return report
 
 

@@ -11,7 +11,6 @@ file that --json wrote stands for all runs in it.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 from megatron_mlra.benchmarks.losses_files import Run, read, read_json
 from megatron_mlra.benchmarks.losses_plot import plot
 from megatron_mlra.command_line.early import writes
-from megatron_mlra.command_line.parser import OneLineParser, check_output, write_text
+from megatron_mlra.command_line.parser import OneLineParser, check_output, write_json
 
 
 def table(runs: dict[str, Run], last: int) -> str:
@@ -69,7 +68,7 @@ def compare(args: argparse.Namespace) -> None:
     print(table(runs, args.last))
     if args.json:
         told = {name: asdict(run) for name, run in runs.items()}
-        write_text(args.json, json.dumps(told) + "\n")
+        write_json(args.json, told)
     if args.png:
         plot(runs, args.last, args.png)
 

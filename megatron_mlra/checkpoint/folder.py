@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -45,6 +47,17 @@ class CheckpointFolder:
 
     verify: bool = False
     """Compare files with the folder's checksums, if it has any."""
+
+    args: argparse.Namespace | None = None
+    """The run's arguments, of a 'megatron' folder."""
+
+    iteration: int | None = None
+    """The run's step, of a 'megatron' folder."""
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        """The folder of the weights: `path`, or an `iter_*` or release folder in it."""
+        return self.path
 
     @property
     def ahead(self) -> str | None:

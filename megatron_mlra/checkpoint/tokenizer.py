@@ -119,7 +119,7 @@ def data_tokenizer(source: CheckpointFolder) -> TokenizerSpec | None:
 
 def data_prefixes(source: CheckpointFolder) -> list[str]:
     """The --data-path prefixes of a Megatron run, each once; empty for other kinds of folders."""
-    return without_weights(getattr(getattr(source, "args", None), "data_path", None) or [])
+    return without_weights(getattr(source.args, "data_path", None) or [])
 
 
 def checkpoint_tokenizer(

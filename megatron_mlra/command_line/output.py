@@ -84,6 +84,11 @@ def guard(ending: bool) -> None:
         setattr(sys, f"__{name}__", stream)
 
 
+def first_of_host() -> bool:
+    """Whether this process is the first rank on its host, or no rank at all."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def say_error(line: str) -> None:
     """Write one line to standard error, past Python's streams, from any thread. The text may come
     from a file or another host: unprintable letters are escaped."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import io
+import json
 import os
 import re
 import signal
@@ -13,7 +15,7 @@ import tempfile
 import textwrap
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,7 +24,7 @@ from tqdm import tqdm
 from megatron_mlra.command_line.output import guard
 from megatron_mlra.command_line.printable import printable
 from megatron_mlra.command_line.suggest import refusal
-from megatron_mlra.version import __version__
+from megatron_mlra.version import __version__, installed
 
 LONGEST = 1500
 """Most letters of an error. A message may quote a value of megabytes from a file."""
@@ -62,15 +64,8 @@ class Version(argparse.Action):
     @staticmethod
     def text() -> str:
         """The versions of this package, of megatron-core and of torch."""
-        from importlib.metadata import PackageNotFoundError, version
-
-        found = [f"megatron-mlra {__version__}"]
-        for name in ("megatron-core", "torch"):
-            try:
-                found.append(f"{name} {version(name)}")
-            except PackageNotFoundError:
-                found.append(f"{name} not installed")
-        return ", ".join(found)
+        found = {"megatron-mlra": __version__, **installed("megatron-core", "torch")}
+        return ", ".join(f"{name} {version}" for name, version in found.items())
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         print(self.text())
@@ -222,6 +217,29 @@ def make_folder(folder: str | Path, what: str) -> None:
         ) from None
 
 
+def check_writable(folder: str | Path, what: str) -> Path:
+    """Check that a folder, which need not exist, can be written; nothing is made.
+
+    Returns:
+        The nearest folder above it that exists, or the folder itself.
+
+    Raises:
+        ValueError: the folder cannot be written; one line that begins with `what`.
+    """
+    existing = Path(folder)
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise ValueError(f"{what} cannot be written: {existing} is not a folder")
+    try:
+        try_writing(existing)
+    except OSError as error:
+        raise ValueError(
+            f"{what} cannot be written ({error.strerror}); use another folder"
+        ) from None
+    return existing
+
+
 def try_writing(folder: str | Path) -> None:
     """Ask the file system itself: permission bits say nothing about a read-only mount.
 
@@ -253,16 +271,27 @@ def own_name(path: str | Path) -> Path:
     return path.with_name(f".{path.name[:150]}.{hashlib.sha256(mine.encode()).hexdigest()[:16]}")
 
 
-def write_text(file: str | Path, text: str) -> None:
-    """Write a temporary file, then rename it: an interrupted run leaves no partial file."""
-    path = Path(file)
-    partial = aside(own_name(path))
+@contextlib.contextmanager
+def written_whole(file: str | Path) -> Iterator[Path]:
+    """A temporary path beside `file`, to be written in the block and then renamed to `file`. An
+    error or an interrupt leaves no partial file."""
+    partial = aside(own_name(file))
     try:
-        with partial.open("x", encoding="utf-8") as opened:
-            opened.write(text)
-        partial.replace(path)
+        yield partial
+        partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_text(file: str | Path, text: str) -> None:
+    """Write a text file whole or not at all, see `written_whole`."""
+    with written_whole(file) as partial, partial.open("x", encoding="utf-8") as opened:
+        opened.write(text)
+
+
+def write_json(file: str | Path, value: Any, indent: int | None = None) -> None:
+    """Write a value as JSON and a line end, see `written_whole`."""
+    write_text(file, json.dumps(value, indent=indent) + "\n")
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
@@ -286,6 +315,18 @@ def say(line: str) -> None:
 def flags_given(argv: list[str]) -> set[str]:
     """The flags on a command line, without values, whether those follow `=` or a space."""
     return {word.partition("=")[0] for word in argv if word.startswith("--")}
+
+
+def check_least(args: argparse.Namespace, *names: str, least: int = 1) -> None:
+    """Check that these arguments, by their destinations, are None or at least `least`.
+
+    Raises:
+        ValueError: one line that names the flag and the value.
+    """
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"{flag(name)} is {value}; use at least {least}")
 
 
 def flag(name: str) -> str:

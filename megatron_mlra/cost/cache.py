@@ -8,30 +8,21 @@ DTYPE = "bfloat16"
 """The dtype for which cache bytes are stated if no cache is allocated."""
 
 
-def kv_cache_elements(shape: ModelDescription, tp: int = 1, layout: str = "latent") -> int:
+def kv_cache_elements(shape: ModelDescription, tp: int = 1) -> int:
     """Cached numbers per token and layer on each of `tp` tensor-parallel ranks.
 
-    - MLRA, MLA, GLA: max(L / tp, 1) d_l + d_r in the latent layout, d_c + d_r in the head layout;
+    - MLRA, MLA, GLA: max(L / tp, 1) d_l + d_r;
     - GQA: max(g / tp, 1) 2 c; GTA: max(g / tp, 1) c + d_r;
     - MFA: 2 c, one key and one value head on every rank;
     - TPA: 2 R_kv (max(h / tp, 1) + c), the factors of keys and values.
-
-    Args:
-        layout: 'latent' or 'head', of the latent family.
-
-    Raises:
-        ValueError: the layout is unknown.
     """
-    if layout not in ("latent", "head"):
-        raise ValueError(f"layout is {layout!r}; use latent or head")
     c, d_r = shape.head_dim, shape.qk_rope_head_dim
 
     def share(count: int) -> int:
         return -(-count // tp)
 
     if shape.attention == "mlra":
-        latents = share(shape.num_latent_heads) if layout == "latent" else shape.num_latent_heads
-        return latents * shape.latent_dim + d_r
+        return share(shape.num_latent_heads) * shape.latent_dim + d_r
     if shape.attention == "gqa":
         return share(shape.num_query_groups) * 2 * c
     if shape.attention == "gta":

@@ -29,7 +29,6 @@ def train_flops_per_token(
     shape: ModelDescription,
     seq_length: int | None = None,
     recompute: str | None = None,
-    fused_core: bool = False,
 ) -> TrainFlops:
     """Training FLOPs per token: a forward, and a backward of twice the forward.
 
@@ -51,8 +50,6 @@ def train_flops_per_token(
             products, 'up_proj' of the products between the compressed latents and the core (the
             query's up-projection; W_UK if absorbed, W_UK and W_UV if materialized), 'full' of all
             layers.
-        fused_core: adds the score product that flash-style kernels repeat in their backward. Off by
-            default, as is usual in comparisons of hardware FLOPs.
 
     Raises:
         ValueError: an argument is wrong, or `recompute` is 'up_proj' without latents.
@@ -96,7 +93,5 @@ def train_flops_per_token(
     core = 2.0 * n * heads * (score + value) * keys
     run_core = 2.0 * n * heads * (run_score + run_value) * keys
     extra = {None: 0.0, "core": run_core, "up_proj": up_proj, "full": layers + run_core}[recompute]
-    if fused_core:
-        extra += 2.0 * n * heads * run_score * keys
     linear = 3.0 * (layers + output)
     return TrainFlops(model=linear + 3 * core, hardware=linear + 3 * run_core + extra)

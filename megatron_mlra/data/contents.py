@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 from megatron_mlra.command_line.foreign_text import read_json
-from megatron_mlra.command_line.parser import write_text
+from megatron_mlra.command_line.parser import write_json
 from megatron_mlra.command_line.plain_file import sha256
 from megatron_mlra.data.errors import InputError
 from megatron_mlra.data.metadata import read_metadata
@@ -67,7 +66,7 @@ def check_contents(
         return
     with contextlib.suppress(OSError):
         cache.mkdir(parents=True, exist_ok=True)
-        write_text(note, json.dumps(known) + "\n")
+        write_json(note, known)
 
 
 def _state(prefix: str, sums: dict) -> dict[str, list]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_mlra.command_line.foreign_text import read_json
-from megatron_mlra.command_line.parser import aside, own_name, write_text
+from megatron_mlra.command_line.parser import write_json, written_whole
 from megatron_mlra.command_line.plain_file import sha256
 
 
@@ -80,17 +79,13 @@ def _keep(arrays: tuple[np.ndarray, ...], paths: tuple[Path, ...], sums: Path) -
     sums.parent.mkdir(parents=True, exist_ok=True)
     written = {}
     for array, path in zip(arrays, paths, strict=True):
-        partial = aside(own_name(path))
-        try:
+        with written_whole(path) as partial:
             with partial.open("xb") as file:
                 np.save(file, array, allow_pickle=False)
                 file.flush()
                 os.fsync(file.fileno())
             written[path.name] = sha256(partial)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    write_text(sums, json.dumps(written) + "\n")
+    write_json(sums, written)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -104,10 +103,7 @@ def _check(args: argparse.Namespace) -> None:
             f"--dtype {args.dtype} is of the weights beside an FP8 cache, and --cache-dtype names"
             " none; leave it out"
         )
-    for name in ("batch_size", "max_length", "windows"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; use at least 1")
+    command_line.check_least(args, "batch_size", "max_length", "windows")
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -119,7 +115,7 @@ def _run(args: argparse.Namespace) -> None:
 
     results = _decoded(args, streams) if args.cache_dtype else _scored(args, texts, streams, tasks)
     if args.json:
-        command_line.write_text(args.json, json.dumps(results, indent=2) + "\n")
+        command_line.write_json(args.json, results, indent=2)
 
 
 def _scored(

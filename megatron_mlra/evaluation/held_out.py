@@ -7,7 +7,6 @@ The results are printed, written to `held_out.json` in the run's folder and adde
 
 from __future__ import annotations
 
-import json
 import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ import torch
 from megatron.core import mpu
 from megatron.training import training
 
-from megatron_mlra.command_line.parser import say, write_text
+from megatron_mlra.command_line.parser import say, write_json
 from megatron_mlra.evaluation.token_stream import named_sets, read_stream, windows
 
 FILE = "held_out.json"
@@ -98,7 +97,7 @@ def score(
         )
         folder.mkdir(parents=True, exist_ok=True)
         told = {"step": args.train_iters, "seq_length": args.seq_length, "sets": results}
-        write_text(folder / FILE, json.dumps(told, indent=1) + "\n")
+        write_json(folder / FILE, told, indent=1)
         losses = {f"lm loss held out {name}": found["loss"] for name, found in results.items()}
         record(losses, args.train_iters)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_mlra.data.index import read_index
+from megatron_mlra.data.prefixes import check_files
 
 
 def named_sets(values: list[str] | None, flag: str = "--held-out") -> dict[str, str]:
@@ -38,11 +39,7 @@ def read_stream(prefix: str | Path) -> np.ndarray:
     Raises:
         ValueError: the dataset is missing, damaged or empty; the line names the file and the fix.
     """
-    for suffix in (".idx", ".bin"):
-        if not Path(f"{prefix}{suffix}").is_file():
-            raise ValueError(
-                f"data file {prefix}{suffix} does not exist; make it with mlra preprocess"
-            )
+    check_files(str(prefix), "dataset")
     return np.fromfile(f"{prefix}.bin", read_index(str(prefix)).token_type)
 
 

@@ -7,7 +7,6 @@ their fingerprints are equal.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import importlib.resources
 import os
 from argparse import Namespace
@@ -18,6 +17,7 @@ import torch
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_mlra.command_line.parser import flag
+from megatron_mlra.version import installed
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "flash-attn")
 """Packages whose version may change the results of a run."""
@@ -43,12 +43,7 @@ def of_arguments(args: Namespace) -> dict[str, str]:
 
 def of_code() -> dict[str, str]:
     """Versions of packages, and digests of this project's source."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[f"the version of {name}"] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[f"the version of {name}"] = "not installed"
+    found = {f"the version of {name}": said for name, said in installed(*PACKAGES).items()}
     found["the version of torch"] = torch.__version__  # with its build, such as +cu128
     for name in ("megatron_mlra", "mlra_kernels"):
         folder = Path(str(importlib.resources.files(name)))

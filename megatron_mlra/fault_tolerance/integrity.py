@@ -17,11 +17,7 @@ from megatron_mlra.description.megatron_args import ROPE_ARGUMENTS, differing_ar
 from megatron_mlra.description.model import CheckpointError
 from megatron_mlra.fault_tolerance.optimizer_state import check_optimizer
 from megatron_mlra.fault_tolerance.rope_change import BY_PRESET, changes
-from megatron_mlra.fault_tolerance.saved_steps import (
-    check_unused,
-    check_writable,
-    to_load,
-)
+from megatron_mlra.fault_tolerance.saved_steps import check_unused, to_load
 
 
 def first_usable(
@@ -202,7 +198,7 @@ def check_save(args: Namespace, parameters: int) -> None:
     if args.save is None:
         return
     folder = Path(args.save)
-    existing = check_writable("--save", folder)
+    existing = parser.check_writable(folder, f"--save {folder}")
     check_unused(args)
     low = args.bf16 or args.fp16
     needed = parameters * ((2 if low else 4) + (0 if args.no_save_optim else 12 if low else 8))

@@ -102,29 +102,6 @@ def steps(folder: str | Path) -> set[int]:
     return {int(found[1]) for name in names if (found := _ITERATION(name))}
 
 
-def check_writable(flag: str, folder: str | Path) -> Path:
-    """Check that a folder, which need not exist, can be written.
-
-    Returns:
-        The nearest folder above it that exists, or the folder itself.
-
-    Raises:
-        ValueError: the folder cannot be written; names the flag and the folder.
-    """
-    existing = folder = Path(folder)
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        raise ValueError(f"{flag} {folder} cannot be written: {existing} is not a folder")
-    try:
-        parser.try_writing(existing)
-    except OSError as error:
-        raise ValueError(
-            f"{flag} {folder} cannot be written ({error.strerror}); use another folder"
-        ) from None
-    return existing
-
-
 def same_folder(args: Namespace) -> bool:
     """Whether `--load` and `--save` name one folder, however each is spelt (`runs/my/`)."""
     if args.load is None or args.save is None:

@@ -11,7 +11,6 @@ the first new step, `lost_steps` the numbers of steps that were repeated.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import re
@@ -25,7 +24,7 @@ from pathlib import Path
 
 from megatron_mlra.command_line.early import reads, writes
 from megatron_mlra.command_line.log_line import STEP
-from megatron_mlra.command_line.parser import OneLineParser, make_folder, write_text
+from megatron_mlra.command_line.parser import OneLineParser, make_folder, write_json
 from megatron_mlra.command_line.progress_bar import bar
 from megatron_mlra.description.presets import a_preset
 from megatron_mlra.launch.control import REFUSED
@@ -105,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         "restart_seconds": [round(seconds, 2) for seconds in killed.restarts],
         "lost_steps": killed.lost,
     }
-    write_text(args.work / "soak.json", json.dumps(result, indent=1))
+    write_json(args.work / "soak.json", result, indent=1)
     report(result)
     return int(bool(code or different or len(killed.restarts) < args.kills))
 

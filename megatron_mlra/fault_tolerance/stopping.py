@@ -17,7 +17,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from megatron_mlra.command_line.output import say_error
+from megatron_mlra.command_line.output import first_of_host, say_error
 from megatron_mlra.command_line.signals import can_be_set, get_when_parent_ends, handle
 from megatron_mlra.launch.control import ONCE
 
@@ -73,7 +73,7 @@ def listen_to_interrupts(end: Callable[[], None]) -> None:
             elif not _over:
                 asked = True
                 _note(signal.SIGINT, None)
-                if os.environ.get("LOCAL_RANK", "0") == "0":
+                if first_of_host():
                     say_error(ONCE)
 
     threading.Thread(target=wait, name="Ctrl-C", daemon=True).start()

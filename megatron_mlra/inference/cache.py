@@ -95,7 +95,24 @@ class PagePool:
             self._free[page % self.ranks].append(page)
 
 
-class LatentCache:
+class _Cache:
+    """What both kinds of caches say of themselves."""
+
+    data: Tensor
+    scale: Tensor | None = None
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype of the cached numbers, as users write it."""
+        return str(self.data.dtype).removeprefix("torch.")
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of the allocation."""
+        return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
+
+class LatentCache(_Cache):
     """Latents and RoPE keys of one rank, as `mlra_kernels.latent_decode` reads them.
 
     A row is `[c_0 ... c_{n-1} | k_rope]` of the rank's n latent heads: `n d_l + d_r` numbers. An
@@ -125,7 +142,6 @@ class LatentCache:
         width = latents * model.latent_dim + model.qk_rope_head_dim * (2 if fp8 else 1)
         layers = model.num_layers if layers is None else layers
         self.data = torch.empty(layers, num_pages, page_size, width, dtype=dtype, device=device)
-        self.scale = None
         if fp8:
             shape = (layers, num_pages, latents, page_size)
             self.scale = torch.empty(shape, dtype=torch.float32, device=device)
@@ -142,22 +158,12 @@ class LatentCache:
         return data, self.scale.new_empty(pages, *self.scale.shape[2:])
 
     @property
-    def dtype_name(self) -> str:
-        """The dtype of the cached numbers, as users write it."""
-        return str(self.data.dtype).removeprefix("torch.")
-
-    @property
-    def allocated_bytes(self) -> int:
-        """Bytes of the allocation."""
-        return sum(t.numel() * t.element_size() for t in (self.data, self.scale) if t is not None)
-
-    @property
     def bytes_per_token(self) -> int:
         """Bytes of one token in all layers on this rank."""
         return self.allocated_bytes // (self.data.size(1) * self.page_size)
 
 
-class GroupedCache:
+class GroupedCache(_Cache):
     """Keys and values of grouped-query attention, `[layers, 2, pages, page_size, heads, dim]`.
 
     One spare page, behind the `num_pages`, takes the writes of a captured step's padding rows.
@@ -165,8 +171,6 @@ class GroupedCache:
     Raises:
         ValueError: an FP8 dtype, or a size that is not a whole number of at least 1.
     """
-
-    scale = None
 
     def __init__(
         self,
@@ -194,16 +198,6 @@ class GroupedCache:
     def scratch(self, pages: int) -> Tensor:
         """A layer of `pages` pages and a spare page outside the cache."""
         return self.data.new_empty(2, pages + 1, *self.data.shape[3:])
-
-    @property
-    def dtype_name(self) -> str:
-        """The dtype of the cached numbers, as users write it."""
-        return str(self.data.dtype).removeprefix("torch.")
-
-    @property
-    def allocated_bytes(self) -> int:
-        """Bytes of the allocation."""
-        return self.data.numel() * self.data.element_size()
 
     @property
     def bytes_per_token(self) -> int:

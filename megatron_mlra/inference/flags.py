@@ -9,7 +9,13 @@ from functools import partial
 from megatron_mlra.checkpoint.files.tracker import a_checkpoint
 from megatron_mlra.command_line.early import a_file, reads, writes
 from megatron_mlra.command_line.foreign_text import parse_json
-from megatron_mlra.command_line.parser import OneLineParser, add_no_verify, check_output, lines_of
+from megatron_mlra.command_line.parser import (
+    OneLineParser,
+    add_no_verify,
+    check_least,
+    check_output,
+    lines_of,
+)
 from megatron_mlra.data.tokenizers import TOKENIZER_TYPES
 from megatron_mlra.description.backends import (
     ALL_REDUCES,
@@ -161,9 +167,7 @@ def check(args: argparse.Namespace) -> None:
                 f"--tokenizer-model {args.tokenizer_model}: no such file or folder; give"
                 " tokenizer.json or its folder"
             )
-    for flag, value in (("--max-batch", args.max_batch), ("--chunk-size", args.chunk_size)):
-        if value < 1:
-            raise ValueError(f"{flag} is {value}; use at least 1")
+    check_least(args, "max_batch", "chunk_size")
     if args.speculate and args.context_parallel > 1:
         raise ValueError(
             f"--speculate needs whole sequences, and --context-parallel {args.context_parallel}"

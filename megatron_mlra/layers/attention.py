@@ -9,7 +9,6 @@ sequence parallel the input and output hold s / tp tokens.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from megatron.core import tensor_parallel
@@ -31,6 +30,7 @@ from megatron_mlra.layers.projections import (
 )
 from megatron_mlra.layers.recompute import rebuilt_in_backward
 from megatron_mlra.layers.rotary import rotary_tables
+from megatron_mlra.layers.submodules import AttentionSubmodules
 from megatron_mlra.maths.attention import materialized_qkv, split_up_projection
 from megatron_mlra.maths.rope import unrotated
 from megatron_mlra.sharding.context_parallel import ContextParallel
@@ -39,20 +39,6 @@ from megatron_mlra.sharding.partition import LatentShard
 from megatron_mlra.sharding.placement import placements, training_share
 from megatron_mlra.sharding.tensor_parallel import LatentParallel
 from megatron_mlra.sharding.token_plan import TokenPlan, plan_tokens
-
-
-@dataclass
-class MLRASelfAttentionSubmodules:
-    """What MLRASelfAttention is built from; specs.py has the sets."""
-
-    column_linear: type
-    """Column-parallel linear without communication of its input: down, query, gate projections."""
-
-    core_attention: type
-    """See core_attention.py."""
-
-    linear_proj: type
-    """Row-parallel output projection."""
 
 
 class MLRASelfAttention(Attention):
@@ -78,7 +64,7 @@ class MLRASelfAttention(Attention):
     def __init__(
         self,
         config: MLRAConfig,
-        submodules: MLRASelfAttentionSubmodules,
+        submodules: AttentionSubmodules,
         layer_number: int,
         attn_mask_type: AttnMaskType = AttnMaskType.causal,
         cp_comm_type: str | None = None,
@@ -215,10 +201,13 @@ class MLRASelfAttention(Attention):
 
         with (group := self._offload("core_attn", self.offload_core_attention, q)) as q:
             if recomputes:
-                up_projection = tensor_parallel.CheckpointWithoutOutput(
-                    fp8=self.config.fp8 or self.config.fp4 or None
+                fp8 = self.config.fp8 or self.config.fp4 or None
+                up_projection = tensor_parallel.CheckpointWithoutOutput(fp8=fp8)
+                # From the query latent: recomputation repeats both steps.
+                qkv = up_projection.checkpoint(
+                    lambda q, *rest: self._assemble(self._query_heads(q), *rest),
+                    *(q, latents, k_rope, *angles),
                 )
-                qkv = up_projection.checkpoint(self._query_key_value, q, latents, k_rope, *angles)
                 z = self._attend(qkv, latents, attention_mask, plan)
                 up_projection.discard_output_and_register_recompute(z)
             else:
@@ -260,9 +249,8 @@ class MLRASelfAttention(Attention):
             parts["c_q"], norms["c_q"] = self.linear_q_down_proj(x)[0], self.q_norm
         ckv, _ = self.linear_kv_down_proj(x)
         widths = (config.kv_lora_rank // tp, config.qk_rope_head_dim // tp)
-        parts["c"], parts["k_rope"] = ckv.split(
-            widths, dim=-1
-        )  # [s, b, d_c / tp], [s, b, d_r / tp]
+        # [s, b, d_c / tp], [s, b, d_r / tp]
+        parts["c"], parts["k_rope"] = ckv.split(widths, dim=-1)
         # A norm of columns that lie on several ranks comes behind the gather.
         weights = {name: norm.weight for name, norm in norms.items() if not norm.is_local}
         for name in norms.keys() - weights.keys():
@@ -279,12 +267,6 @@ class MLRASelfAttention(Attention):
         cp = self.context.group
         return plan_tokens(q.size(0), cp.size(), cp.rank(), packed_seq_params, q.device)
 
-    def _query_key_value(
-        self, q: Tensor, latents: Tensor, k_rope: Tensor, *angles: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Query latent to query, key, value: what recomputation of the up-projections repeats."""
-        return self._assemble(self._query_heads(q), latents, k_rope, *angles)
-
     def _query_heads(self, q: Tensor) -> Tensor:
         """Query latent (or x) -> the core's heads `[s, b, h_c, e]`, not yet rotated."""
         linear = self.linear_q_proj if self.config.q_lora_rank is None else self.linear_q_up_proj
@@ -295,21 +277,15 @@ class MLRASelfAttention(Attention):
         return self.parallel.exchange_queries(q)
 
     def _assemble(
-        self,
-        q: Tensor,
-        latents: Tensor,
-        k_rope: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        key_cos: Tensor,
-        key_sin: Tensor,
+        self, q: Tensor, latents: Tensor, k_rope: Tensor, *angles: Tensor
     ) -> tuple[Tensor, ...]:
         """Query, key and, if materialized, value; if absorbed, the values are the latents."""
+        own, keys = angles[:2], angles[2:]
         if not self.config.absorbed:
             weight = self.linear_kv_up_proj.weight
-            return materialized_qkv(q, latents, k_rope, weight, (cos, sin), (key_cos, key_sin))
-        query = self.latent_functions.rotate_absorb(q, self._up_projections[0], cos, sin)
-        return query, self.latent_functions.join_keys(latents, k_rope, key_cos, key_sin)
+            return materialized_qkv(q, latents, k_rope, weight, own, keys)
+        query = self.latent_functions.rotate_absorb(q, self._up_projections[0], *own)
+        return query, self.latent_functions.join_keys(latents, k_rope, *keys)
 
     @property
     def _up_projections(self) -> tuple[Tensor, Tensor]:
@@ -378,9 +354,8 @@ class MLRASelfAttention(Attention):
         config, shard = self.config, self.shard
         z = z.view(*z.shape[:2], shard.branches, shard.heads, -1)
         if config.absorbed:
-            out = self.latent_functions.sum_branches(
-                z, self._up_projections[1], config.branch_scale
-            )
+            w_uv = self._up_projections[1]
+            out = self.latent_functions.sum_branches(z, w_uv, config.branch_scale)
         else:
             out = z.sum(2) * config.branch_scale
         return self.parallel.reduce_branches(out).flatten(2)
@@ -396,7 +371,7 @@ class MLRASelfAttention(Attention):
         return tuple(table[place] for place in places for table in tables)
 
     def get_query_key_value_tensors(self, *args, **kwargs):
-        """Unused: `_compress` and `_query_key_value` take its place."""
+        """Unused: `_compress`, `_query_heads` and `_assemble` take its place."""
         raise NotImplementedError
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):

@@ -26,7 +26,7 @@ from megatron_mlra.description.backends import (
 )
 from megatron_mlra.description.latent import LatentSizes
 from megatron_mlra.layers.fp8 import check_fp8
-from megatron_mlra.sharding import fit
+from megatron_mlra.sharding.fit import misfit
 
 
 def resolve_core_backend(core_backend: str, transformer_impl: str) -> str:
@@ -156,23 +156,11 @@ class MLRAConfig(LatentSizes, MLATransformerConfig):
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
-    def heads_per_group(self) -> int:
-        """h / G: heads served by one latent head."""
-        return self.num_attention_heads // self.num_head_groups
-
-    @property
     def absorbed(self) -> bool:
         """Whether the core runs in latent space (`core_form` resolved)."""
         if self.core_form == "auto":
             return self.latent_dim <= self.qk_nope_head_dim
         return self.core_form == "absorbed"
-
-    @property
-    def variant(self) -> str:
-        """The paper's name of this (L, N): 'MLA', 'GLA-2', 'MLRA-4', ..."""
-        if self.num_branches == 1:
-            return "MLA" if self.num_latent_heads == 1 else f"GLA-{self.num_latent_heads}"
-        return f"MLRA-{self.num_branches}"
 
     # -- validation --------------------------------------------------------------------------------
 
@@ -307,27 +295,13 @@ class MLRAConfig(LatentSizes, MLATransformerConfig):
         return not (self.no_rope_freq and self.no_rope_freq[layer])
 
     def _validate_parallel(self) -> None:
-        tp = self.tensor_model_parallel_size
-        misfit = self._tensor_parallel_misfit(tp)
-        if misfit:
-            fits = (n for n in range(1, 2 * tp) if not self._tensor_parallel_misfit(n))
+        tp, layout = self.tensor_model_parallel_size, self.latent_tp_layout
+        if found := misfit(tp, layout, self):
+            fits = (n for n in range(1, 2 * tp) if not misfit(n, layout, self))
             raise ValueError(
-                f"tensor parallel size {tp} {misfit[0]}; use tensor parallel size"
-                f" {_nearest(fits, tp)}{misfit[1]}"
+                f"tensor parallel size {tp} {found[0]}; use tensor parallel size"
+                f" {_nearest(fits, tp)}{found[1]}"
             )
-
-    def _tensor_parallel_misfit(self, tp: int) -> tuple[str, str] | None:
-        """The size that `tp` does not fit, and another fix than a new `tp`; None if `tp` fits."""
-        return fit.misfit(
-            tp,
-            self.latent_tp_layout,
-            num_latent_heads=self.num_latent_heads,
-            num_branches=self.num_branches,
-            num_attention_heads=self.num_attention_heads,
-            q_lora_rank=self.q_lora_rank,
-            kv_lora_rank=self.kv_lora_rank,
-            qk_rope_head_dim=self.qk_rope_head_dim,
-        )
 
     def _validate_features(self) -> None:
         for name, fix in _REFUSED.items():

@@ -13,7 +13,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -23,12 +22,13 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron_mlra.layers.attention import MLRASelfAttention, MLRASelfAttentionSubmodules
+from megatron_mlra.layers.attention import MLRASelfAttention
 from megatron_mlra.layers.baselines.attention import baseline_attention_spec
 from megatron_mlra.layers.baselines.config import BaselineConfig
 from megatron_mlra.layers.config import MLRAConfig, resolve_core_backend
 from megatron_mlra.layers.core_attention import LatentCoreAttention, SDPACoreAttention
-from megatron_mlra.layers.projections import LatentColumnParallelLinear, RMSNorm
+from megatron_mlra.layers.projections import RMSNorm
+from megatron_mlra.layers.submodules import attention_submodules
 
 
 def mlra_attention_spec(config: MLRAConfig) -> ModuleSpec:
@@ -40,23 +40,10 @@ def mlra_attention_spec(config: MLRAConfig) -> ModuleSpec:
             sizes.
     """
     use_te = uses_transformer_engine(config)
-    core_attention = _core_attention(config)
-    if use_te:
-        from megatron.core.extensions.transformer_engine import TERowParallelLinear
-
-        from megatron_mlra.layers.transformer_engine import TELatentColumnParallelLinear
-
-        column_linear, linear_proj = TELatentColumnParallelLinear, TERowParallelLinear
-    else:
-        column_linear, linear_proj = LatentColumnParallelLinear, RowParallelLinear
     return ModuleSpec(
         module=MLRASelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
-        submodules=MLRASelfAttentionSubmodules(
-            column_linear=column_linear,
-            core_attention=core_attention,
-            linear_proj=linear_proj,
-        ),
+        submodules=attention_submodules(use_te, _core_attention(config)),
     )
 
 
@@ -116,21 +103,16 @@ def _latent_core_misfit(config: MLRAConfig) -> str | None:
 def layer_spec(config: TransformerConfig) -> ModuleSpec:
     """One transformer layer of any attention kind this project has; mixture-of-experts if the
     config has experts, else dense."""
+    kind = {
+        "num_experts": config.num_moe_experts,
+        "moe_grouped_gemm": config.moe_grouped_gemm,
+        "qk_layernorm": config.qk_layernorm,
+        "multi_latent_attention": config.multi_latent_attention,
+    }
     if uses_transformer_engine(config):
-        spec = get_gpt_layer_with_transformer_engine_spec(
-            num_experts=config.num_moe_experts,
-            moe_grouped_gemm=config.moe_grouped_gemm,
-            qk_layernorm=config.qk_layernorm,
-            multi_latent_attention=config.multi_latent_attention,
-        )
+        spec = get_gpt_layer_with_transformer_engine_spec(**kind)
     else:
-        spec = get_gpt_layer_local_spec(
-            num_experts=config.num_moe_experts,
-            moe_grouped_gemm=config.moe_grouped_gemm,
-            qk_layernorm=config.qk_layernorm,
-            multi_latent_attention=config.multi_latent_attention,
-            normalization=config.normalization,
-        )
+        spec = get_gpt_layer_local_spec(**kind, normalization=config.normalization)
     return _adapt(spec, config, is_moe=config.num_moe_experts is not None)
 
 

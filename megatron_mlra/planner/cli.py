@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_mlra.command_line.early import reads, writes
-from megatron_mlra.command_line.parser import OneLineParser, check_output, flag, one_line
+from megatron_mlra.command_line.parser import (
+    OneLineParser,
+    check_least,
+    check_output,
+    flag,
+    one_line,
+)
 from megatron_mlra.command_line.suggest import refusal
 from megatron_mlra.description.backends import TP_LAYOUTS
 from megatron_mlra.description.megatron_args import from_megatron_args
@@ -115,10 +121,7 @@ def plan(args: argparse.Namespace) -> Report:
     Raises:
         ValueError: one line that names the flag and the fix.
     """
-    for name in ("gpus", "gpus_per_node", "top", "cp", "decode_gpus", "decode_batch"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{flag(name)} is {value}; use at least 1")
+    check_least(args, "gpus", "gpus_per_node", "top", "cp", "decode_gpus", "decode_batch")
     if min(args.contexts) < 1:
         raise ValueError(f"--contexts {min(args.contexts)}; use at least 1")
     if args.plot:

@@ -92,14 +92,13 @@ def ways(shape: ModelDescription, devices: int) -> list[Way]:
     found = [
         _latent_way("MLRA-4", family(4, 4), devices),
         Way("MLA", family(1, 1), devices, 0, 0, 1),
-        _sharded_tokens("MLA, tokens cut (DCP)", family(1, 1), 1, devices),
+        _sharded_tokens("MLA, tokens cut (DCP)", family(1, 1), 1),
         _latent_way("GLA-4", family(4, 1), devices),
         Way(f"GQA, {groups} KV heads", gqa, devices, 0, 0, 1),
     ]
     if devices > 4:
-        found.insert(
-            1, _sharded_tokens(f"MLRA-4, tokens cut x{devices // 4}", family(4, 4), 4, devices)
-        )
+        name = f"MLRA-4, tokens cut x{devices // 4}"
+        found.insert(1, _sharded_tokens(name, family(4, 4), 4))
     own = shape.attention_variant.removesuffix(" gated")
     if own not in {way.name for way in found} and shape.attention == "mlra":
         found.insert(0, _latent_way(own, shape, devices))
@@ -117,7 +116,7 @@ def _latent_way(name: str, shape: ModelDescription, devices: int) -> Way:
     )
 
 
-def _sharded_tokens(name: str, shape: ModelDescription, heads: int, devices: int) -> Way:
+def _sharded_tokens(name: str, shape: ModelDescription, heads: int) -> Way:
     """The cache's tokens over devices: absorbed queries are sent, partial outputs and their LSE are
     returned."""
     h, l, d_r = shape.num_attention_heads, shape.latent_dim, shape.qk_rope_head_dim

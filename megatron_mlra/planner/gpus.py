@@ -10,6 +10,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_mlra.command_line.parser import flag
+
 
 @dataclass(frozen=True)
 class GPU:
@@ -89,13 +91,11 @@ class Assumptions:
         for name in ("gemm", "core", "latent_core", "bandwidth", "network", "memory"):
             value = getattr(self, name)
             if not 0 < value <= 1:
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} is {value}; use a share above 0 and at most 1")
+                raise ValueError(f"{flag(name)} is {value}; use a share above 0 and at most 1")
         for name in ("passes", "dp_overlap", "collective_us"):
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} is {value}; use a number of at least 0")
+                raise ValueError(f"{flag(name)} is {value}; use a number of at least 0")
 
 
 def of_device(name: str) -> GPU | None:

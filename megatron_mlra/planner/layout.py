@@ -126,16 +126,7 @@ def why_not(shape: ModelDescription, layout: Layout, global_batch: int, domain: 
 def attention_misfit(shape: ModelDescription, tp: int, tp_layout: str) -> str | None:
     """The reason why the attention does not fit a tensor-parallel size, or None."""
     if shape.attention == "mlra":
-        found = misfit(
-            tp,
-            tp_layout,
-            num_latent_heads=shape.num_latent_heads,
-            num_branches=shape.num_branches,
-            num_attention_heads=shape.num_attention_heads,
-            q_lora_rank=shape.q_lora_rank,
-            kv_lora_rank=shape.kv_lora_rank,
-            qk_rope_head_dim=shape.qk_rope_head_dim,
-        )
+        found = misfit(tp, tp_layout, shape)
         return found[0] if found else None
     sizes = {"num_attention_heads": shape.num_attention_heads}
     groups = shape.num_query_groups

@@ -106,14 +106,8 @@ def rank_parameters(shape: ModelDescription, layout: Layout, stage: int = 0) -> 
 
 def attention_activations(
     shape: ModelDescription, layout: Layout, implementation: str, e: int
-) -> float:
-    """Bytes per token that one layer's attention saves for backward, including its input."""
-    return sum(_attention_items(shape, layout, implementation, e).values())
-
-
-def _attention_items(
-    shape: ModelDescription, layout: Layout, implementation: str, e: int
 ) -> dict[str, float]:
+    """Bytes per token of each tensor that one layer's attention saves for backward."""
     d, h, tp = shape.hidden_size, shape.num_attention_heads, layout.tp
     local, full = implementation == "local", not layout.sequence_parallel or tp == 1
     drop = layout.recompute.split("+")
@@ -229,7 +223,8 @@ def layer_activations(
         mlp = e * d * share + routed + shared + 4 * shape.num_experts * share
     else:
         mlp = e * d * share + products * e * shape.ffn_hidden_size / tp
-    return 2 * norm + attention_activations(shape, layout, implementation, e) + mlp
+    attention = sum(attention_activations(shape, layout, implementation, e).values())
+    return 2 * norm + attention + mlp
 
 
 def output_activations(
@@ -239,23 +234,6 @@ def output_activations(
     norm = (2 * 4 if implementation == "local" else e) * shape.hidden_size
     kept = (norm + e * shape.hidden_size) * layout.sequence_share
     return kept + 4 * shape.embedding_rows / layout.tp
-
-
-def saved_activations(
-    shape: ModelDescription,
-    layout: Layout,
-    implementation: str = FUSED,
-    half: bool = True,
-) -> float:
-    """Bytes that a rank saves in the forward of one micro-batch, all layers and the loss."""
-    e = 2 if half else 4
-    layers = sum(
-        layer_activations(shape, layout, implementation, e, moe) for moe in _moe_layers(shape)
-    )
-    tokens = layout.micro_batch * shape.seq_length / layout.cp
-    if layout.recompute == "full":
-        layers += e * shape.hidden_size * layout.sequence_share  # the last layer's output
-    return tokens * (layers + output_activations(shape, layout, implementation, e))
 
 
 def _moe_layers(shape: ModelDescription) -> list[bool]:

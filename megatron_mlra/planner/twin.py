@@ -221,5 +221,5 @@ def _query_rank(source: ModelDescription, name: str) -> int | None:
     return _multiple(source.q_lora_rank * (3 / 2 if is_mla else 2 / 3))
 
 
-def _multiple(size: float, of: int = 16) -> int:
-    return max(of, round(size / of) * of)
+def _multiple(size: float) -> int:
+    return max(16, round(size / 16) * 16)

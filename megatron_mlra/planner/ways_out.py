@@ -32,8 +32,18 @@ def ways_out(
     Args: see `search`.
     """
 
+    limit = gpu.memory_gb * 1e9 * assume.memory
+    # Of each cut, micro-batches of one sequence need the least memory, and divide the most batches.
+    recomputes = [x for x in RECOMPUTES if "up_proj" not in x or shape.attention == "mlra"]
+
     def is_possible(count: int, batch: int = global_batch) -> bool:
-        return _is_possible(shape, count, batch, gpu, assume, tp_layout, cp)
+        for cut in layouts(shape, count, gpu, tp_layout, cp):
+            if why_not(shape, cut, batch, gpu.domain):
+                continue
+            tried = (replace(cut, recompute=name) for name in recomputes)
+            if any(memory(shape, layout).total <= limit for layout in tried):
+                return True
+        return False
 
     sizes = [*range(1, NODE), *range(NODE, MOST_GPUS + 1, NODE)]
     below = [count for count in sizes if count < gpus][: -TRIES - 1 : -1]
@@ -52,24 +62,3 @@ def ways_out(
 
 def _first(values: Iterable[int], is_right: Callable[[int], bool]) -> int | None:
     return next((value for value in values if is_right(value)), None)
-
-
-def _is_possible(
-    shape: ModelDescription,
-    gpus: int,
-    global_batch: int,
-    gpu: GPU,
-    assume: Assumptions,
-    tp_layout: str,
-    cp: int | None,
-) -> bool:
-    limit = gpu.memory_gb * 1e9 * assume.memory
-    # Of each cut, micro-batches of one sequence need the least memory, and divide the most batches.
-    recomputes = [x for x in RECOMPUTES if "up_proj" not in x or shape.attention == "mlra"]
-    for cut in layouts(shape, gpus, gpu, tp_layout, cp):
-        if why_not(shape, cut, global_batch, gpu.domain):
-            continue
-        tried = (replace(cut, recompute=name) for name in recomputes)
-        if any(memory(shape, layout).total <= limit for layout in tried):
-            return True
-    return False

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from megatron_mlra.checkpoint.files.tracker import a_checkpoint
 from megatron_mlra.command_line.early import a_file, a_folder, byte_or_there, reads
-from megatron_mlra.command_line.parser import OneLineParser, add_no_verify, fail, read_text
+from megatron_mlra.command_line.parser import OneLineParser, add_no_verify, fail, flag, read_text
 from megatron_mlra.command_line.signals import Interrupted, interruptible
 from megatron_mlra.serving.environment import find_python
 from megatron_mlra.serving.server import check_port, last_error, running, wait_until_healthy
@@ -162,11 +162,11 @@ def exported(args: argparse.Namespace, source: Path) -> Path:
     from megatron_mlra.checkpoint.huggingface.folder import write_huggingface
 
     if (source / "config.json").is_file() and _model_type(source) in ("mlra", "llama"):
-        for flag in ("tokenizer", "export_to", "vocab_size"):
-            if getattr(args, flag) is not None:
+        for name in ("tokenizer", "export_to", "vocab_size"):
+            if getattr(args, name) is not None:
                 raise ValueError(
-                    f"{source} is exported already: --{flag.replace('_', '-')} is for runs and"
-                    " checkpoints; leave it out"
+                    f"{source} is exported already: {flag(name)} is for runs and checkpoints;"
+                    " leave it out"
                 )
         folder = open_checkpoint(source, verify=args.verify)
         _check_guesses(args, folder)
@@ -174,7 +174,7 @@ def exported(args: argparse.Namespace, source: Path) -> Path:
         return source
     checkpoint = open_checkpoint(source, args.vocab_size, verify=args.verify)
     _check_guesses(args, checkpoint)
-    step = getattr(checkpoint, "folder", source).name
+    step = checkpoint.folder.name
     if args.export_to is not None:
         target = Path(args.export_to)
     else:
@@ -236,7 +236,7 @@ def _check_export(args: argparse.Namespace, target: Path, checkpoint: Checkpoint
             f"{target} is no export of {checkpoint.path}: it holds another model; remove it to"
             " export again, or give it as the source"
         )
-    own = manifest.identity(getattr(checkpoint, "folder", checkpoint.path))
+    own = manifest.identity(checkpoint.folder)
     if args.verify and None not in (own, known := manifest.made_from(target)) and own != known:
         raise ValueError(
             f"{target} is no export of {checkpoint.path}: it was made from a checkpoint of other"
@@ -284,9 +284,9 @@ def _command(
     command += ["--served-model-name", name, "--host", args.host, "--port", str(args.port)]
     command += ["--allowed-origins", "[]", "--middleware", f"mlra_vllm.chat.{page}"]
     command += ["--tensor-parallel-size", str(args.tensor_parallel_size)]
-    for flag in ("max_model_len", "kv_cache_dtype", "dtype"):
-        if (value := getattr(args, flag)) is not None:
-            command += [f"--{flag.replace('_', '-')}", str(value)]
+    for option in ("max_model_len", "kv_cache_dtype", "dtype"):
+        if (value := getattr(args, option)) is not None:
+            command += [flag(option), str(value)]
     if args.chat_template is not None:
         command += ["--chat-template", str(Path(args.chat_template).resolve())]
     if args.speculate:

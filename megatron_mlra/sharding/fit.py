@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
 
-def misfit(
-    tp: int,
-    layout: str,
-    *,
-    num_latent_heads: int,
-    num_branches: int,
-    num_attention_heads: int,
-    q_lora_rank: int | None,
-    kv_lora_rank: int,
-    qk_rope_head_dim: int,
-) -> tuple[str, str] | None:
+
+def misfit(tp: int, layout: str, model: Any) -> tuple[str, str] | None:
     """Why a tensor-parallel size does not work; None if it does.
 
     Args:
         layout: 'head' or 'latent'.
+        model: a description of kind 'mlra', or a configuration with its sizes.
 
     Returns:
         (the reason, an alternative to another size or ''), parts of a message.
     """
-    L, N = num_latent_heads, num_branches
+    L, N = model.num_latent_heads, model.num_branches
     G = L // N
-    for name, value in (
-        ("num_attention_heads", num_attention_heads),
-        ("q_lora_rank", q_lora_rank),
-        ("kv_lora_rank", kv_lora_rank),
-        ("qk_rope_head_dim", qk_rope_head_dim),
-    ):
+    for name in ("num_attention_heads", "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim"):
+        value = getattr(model, name)
         if value is not None and value % tp:
             return f"does not divide {name} {value}", f" or {name} {-(-value // tp) * tp}"
     if L % tp and tp % L:

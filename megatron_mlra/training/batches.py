@@ -28,6 +28,7 @@ from megatron_mlra.data.contents import cache_folder, check_contents
 from megatron_mlra.data.index import Index, read_index
 from megatron_mlra.data.metadata import read_metadata
 from megatron_mlra.data.prefixes import NO_DATA, check_files, is_number
+from megatron_mlra.evaluation.held_out import end_of_document
 from megatron_mlra.evaluation.token_stream import named_sets
 from megatron_mlra.fault_tolerance import samples
 from megatron_mlra.sharding.token_plan import PackedDocuments, plan_tokens
@@ -141,9 +142,7 @@ def _check_tokens(prefix: str, metadata: dict[str, Any], args: Namespace) -> Non
         )
     if args.tokenizer_type != "NullTokenizer" or eod_id is None:
         return
-    model_eod = args.null_tokenizer_eod_id
-    if model_eod is None:
-        model_eod = args.vocab_size - 1
+    model_eod = end_of_document(args)
     if eod_id != model_eod:
         raise ValueError(
             f"data {prefix} ends documents with id {eod_id}, the model is told {model_eod}; use"

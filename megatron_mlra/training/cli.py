@@ -16,10 +16,11 @@ import signal
 import sys
 import warnings
 from functools import partial
+from pathlib import Path
 from typing import NoReturn
 
 from megatron_mlra.command_line.loading import announce_loading
-from megatron_mlra.command_line.output import guard
+from megatron_mlra.command_line.output import first_of_host, guard
 from megatron_mlra.command_line.parser import one_line
 from megatron_mlra.command_line.threads import wait_passively
 from megatron_mlra.fault_tolerance import stopping
@@ -59,7 +60,7 @@ def main() -> int:
     try:
         return train(end_by_interrupt)
     except KeyboardInterrupt as stop:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if first_of_host():
             print(f"error: interrupted{stop}", file=sys.stderr)
         return INTERRUPTED
     except ImportError as error:
@@ -93,10 +94,10 @@ def train(end_by_interrupt: EndByInterrupt | None = None) -> int:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from torch.distributed.checkpoint.api import CheckpointException
 
-    from megatron_mlra.command_line.parser import say
+    from megatron_mlra.command_line.parser import check_writable, say
     from megatron_mlra.cost.parameters import parameters
     from megatron_mlra.description.megatron_args import from_megatron_args
-    from megatron_mlra.fault_tolerance import fingerprint, integrity, saved_steps
+    from megatron_mlra.fault_tolerance import fingerprint, integrity
     from megatron_mlra.fault_tolerance.run_lock import RunLock
     from megatron_mlra.training import (
         arguments,
@@ -139,7 +140,8 @@ def train(end_by_interrupt: EndByInterrupt | None = None) -> int:
         memory_check.check(args, shape, dry_run.layout_of(args), on_cpu)
         integrity.check_save(args, parameters(shape).total)
         if args.tensorboard_dir is not None:
-            saved_steps.check_writable("--tensorboard-dir", args.tensorboard_dir)
+            folder = Path(args.tensorboard_dir)
+            check_writable(folder, f"--tensorboard-dir {folder}")
         run.new_multi_token = integrity.check_load(args)
         batches.check_data(args)
 

@@ -20,6 +20,7 @@ import numpy as np
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 
+from megatron_mlra.command_line.output import first_of_host
 from megatron_mlra.command_line.parser import say
 from megatron_mlra.data.contents import cache_folder, sha256
 from megatron_mlra.data.index_cache import cached
@@ -153,7 +154,7 @@ def _within(values: np.ndarray, least: int, most: int) -> bool:
 
 def _say_once(line: str) -> None:
     """Print `line` on the first rank of a host, since all ranks of a host see the same files."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if first_of_host():
         say(line)
 
 

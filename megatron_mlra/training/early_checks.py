@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import argparse
 from argparse import Namespace
+from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_mlra.command_line.parser import flag, flags_given
+from megatron_mlra.command_line.parser import check_writable, flag, flags_given
 from megatron_mlra.command_line.suggest import refusal
 from megatron_mlra.data.prefixes import NO_DATA, a_dataset, check_files, without_weights
 from megatron_mlra.description.presets import FOLDER, KEYS, find_preset, preset_values
@@ -53,7 +54,7 @@ def check(argv: list[str]) -> Namespace:
         # --dry-run plans for another machine, with other folders.
         return Namespace(save=None, load=None)
     if given.save is not None:
-        saved_steps.check_writable("--save", given.save)
+        check_writable(given.save, f"--save {Path(given.save)}")
         saved_steps.check_unused(given)
     saved_steps.to_load(given)
     if not (given.mock_data or given.skip_train):

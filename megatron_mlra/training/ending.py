@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from megatron_mlra.command_line.output import say_error
+from megatron_mlra.command_line.output import first_of_host, say_error
 from megatron_mlra.command_line.signals import handle
 from megatron_mlra.launch.control import INTERRUPTED, REFUSED, SPEAKER
 
@@ -51,7 +51,7 @@ class EndByInterrupt:
         left = ""
         with contextlib.suppress(Exception):
             left = self.what_is_left()
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if first_of_host():
             say_error(f"error: ended at once by a second Ctrl-C{left}")
         # torch's handler raises an error in the main thread for a killed data loader. Python can
         # replace handlers in the main thread alone, the C library in any thread.
@@ -85,7 +85,7 @@ def speaks_itself(line: str) -> bool:
         launcher does not print.
     """
     told = tell_launcher(line)
-    return os.environ.get("LOCAL_RANK", "0") == "0" and not (told and SPEAKER in os.environ)
+    return first_of_host() and not (told and SPEAKER in os.environ)
 
 
 def refuse_python(error: ImportError) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from argparse import Namespace
 
+from megatron_mlra.command_line.output import first_of_host
 from megatron_mlra.command_line.parser import say
 from megatron_mlra.fault_tolerance import fingerprint, saved_steps
 from megatron_mlra.fault_tolerance.handshake import World, meet
@@ -36,7 +36,7 @@ def meet_all(args: Namespace, given: dict[str, str], lock: RunLock | None) -> Wo
 
     join_world()
     same = {"code": fingerprint.of_code(), "arguments": given}
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # the ranks of a host see the same files
+    if first_of_host():  # the ranks of a host see the same files
         same["data"] = fingerprint.of_data(args)
     same["derived arguments"] = fingerprint.of_arguments(args)
     seconds = 60 * args.distributed_timeout_minutes

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from support.drivers.inference import MODELS, parallel_cases
+from support.decoded_models import MODELS
+from support.drivers.inference import parallel_cases
 
 TOLERANCE = 1e-4
 """Largest difference of a logit; logits are of order 1."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
-import struct
-
 import pytest
+
+from support.runs import check_refused
 
 TP = "--tensor-model-parallel-size"
 PP = "--pipeline-model-parallel-size"
@@ -236,27 +235,18 @@ PRESETS = [
 ]
 
 
-def check(run, error: str) -> None:
-    """One line, exit code 2, and nothing left behind."""
-    assert run.code == 2, run.err
-    assert run.out == ""
-    assert run.err.count("\n") == 1, run.err
-    assert run.err.startswith("error: ")
-    assert error in run.err
-    left = {path.name for path in run.folder.iterdir()}
-    assert left <= {"preset.yaml", "stdout-0.txt", "stderr-0.txt", "data", "save"}
-
-
 @pytest.mark.parametrize(("argv", "error"), FLAGS, ids=[" ".join(case[0]) for case in FLAGS])
 def test_flags(entry, preset, corpus, tmp_path, argv, error):
     argv = [word.replace("{corpus}", str(corpus)) for word in argv]
-    check(entry.run(tmp_path, "--config", preset, *argv), error.replace("{corpus}", str(corpus)))
+    check_refused(
+        entry.run(tmp_path, "--config", preset, *argv), error.replace("{corpus}", str(corpus))
+    )
 
 
 @pytest.mark.parametrize(("size", "argv", "error"), WORLDS)
 def test_worlds(entry, preset, tmp_path, size, argv, error):
     env = {"WORLD_SIZE": size, "RANK": 0, "LOCAL_RANK": 0}
-    check(entry.run(tmp_path, "--config", preset, *argv, env=env), error)
+    check_refused(entry.run(tmp_path, "--config", preset, *argv, env=env), error)
 
 
 def test_only_the_first_rank_of_a_machine_speaks(entry, preset, tmp_path):
@@ -268,12 +258,12 @@ def test_only_the_first_rank_of_a_machine_speaks(entry, preset, tmp_path):
 @pytest.mark.parametrize(("text", "error"), PRESETS)
 def test_presets(entry, tmp_path, text, error):
     (tmp_path / "preset.yaml").write_text(text)
-    check(entry.run(tmp_path, "--config", "preset.yaml"), error)
+    check_refused(entry.run(tmp_path, "--config", "preset.yaml"), error)
 
 
 def test_missing_preset_names_the_nearest(entry, tmp_path):
     (tmp_path / "preset.yaml").write_text("num_layers: 2")
-    check(
+    check_refused(
         entry.run(tmp_path, "--config", "presets.yaml"),
         "--config presets.yaml: no such file; did you mean preset.yaml?",
     )
@@ -293,128 +283,4 @@ REQUIRED = {
 @pytest.mark.parametrize("missing", REQUIRED)
 def test_required(entry, preset, tmp_path, missing):
     (tmp_path / "preset.yaml").write_text(f"base: {preset}\n{missing}: null")
-    check(entry.run(tmp_path, "--config", "preset.yaml"), REQUIRED[missing])
-
-
-def damage_index(folder, name, change):
-    data = bytearray((folder / name).read_bytes())
-    (folder / name).write_bytes(change(data))
-
-
-DATA = {
-    "no-index": (lambda f: (f / "text.idx").unlink(), "text.idx does not exist; make it with"),
-    "no-tokens": (lambda f: (f / "text.bin").unlink(), "text.bin does not exist; make it with"),
-    "empty-index": (
-        lambda f: (f / "text.idx").write_bytes(b""),
-        "text.idx is not a Megatron index; preprocess the data again",
-    ),
-    "bad-magic": (
-        lambda f: damage_index(f, "text.idx", lambda d: b"X" + d[1:]),
-        "text.idx is not a Megatron index",
-    ),
-    "bad-version": (
-        lambda f: damage_index(f, "text.idx", lambda d: d[:9] + struct.pack("<Q", 7) + d[17:]),
-        "text.idx is not a Megatron index",
-    ),
-    "short-index": (
-        lambda f: damage_index(f, "text.idx", lambda d: d[:60]),
-        "text.idx is damaged: 60 bytes, where",
-    ),
-    "empty-tokens": (lambda f: (f / "text.bin").write_bytes(b""), "text.bin is truncated: 0 of "),
-    "short-tokens": (
-        lambda f: damage_index(f, "text.bin", lambda d: d[:-2]),
-        "text.bin is truncated: ",
-    ),
-    "metadata": (
-        lambda f: (f / "text.json").write_text("{"),
-        "text.json is not a dataset's metadata",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", DATA)
-def test_data(entry, preset, corpus, tmp_path, case):
-    data = tmp_path / "data"
-    shutil.copytree(corpus.parent, data)
-    damage, error = DATA[case]
-    damage(data)
-    check(entry.run(tmp_path, "--config", preset, "--data-path", data / "text"), error)
-
-
-CHECKPOINTS = {
-    "architecture": (
-        lambda f: None,
-        ["--num-branches", "2", "--q-lora-rank", "16"],
-        "is of another architecture: num_branches is 4 there, 2 here; q_lora_rank is 32 there, 16",
-    ),
-    "attention": (
-        lambda f: None,
-        ["--attention", "gqa"],
-        "is of another architecture: attention is mlra there, gqa here",
-    ),
-    "tracker": (
-        lambda f: (f / "latest_checkpointed_iteration.txt").write_text("four"),
-        [],
-        "holds 'four', not a step; write the step of a complete iter_* folder into it",
-    ),
-    "step": (
-        lambda f: None,
-        ["--ckpt-step", "5"],
-        "iter_0000005 is missing; there is iter_0000004, iter_0000008: --ckpt-step names the step",
-    ),
-    "folder": (
-        lambda f: shutil.rmtree(f / "iter_0000008"),
-        ["--ckpt-step", "8"],
-        "iter_0000008 is missing; there is iter_0000004: --ckpt-step names the step to load",
-    ),
-    "no-metadata": (
-        lambda f: (f / "iter_0000008/.metadata").unlink(),
-        ["--ckpt-step", "8"],
-        "iter_0000008 is incomplete: it has no .metadata; there is iter_0000004: --ckpt-step nam",
-    ),
-    "bad-metadata": (
-        lambda f: (f / "iter_0000008/.metadata").write_bytes(b"junk"),
-        ["--ckpt-step", "8"],
-        "iter_0000008: .metadata cannot be read",
-    ),
-    "no-file": (
-        lambda f: (f / "iter_0000008/__0_0.distcp").unlink(),
-        ["--ckpt-step", "8"],
-        "iter_0000008 is incomplete: __0_0.distcp is missing",
-    ),
-    "short-file": (
-        lambda f: damage_index(f, "iter_0000008/__0_0.distcp", lambda d: d[:-9]),
-        ["--ckpt-step", "8"],
-        "iter_0000008 is truncated: __0_0.distcp has ",
-    ),
-    "bad-arguments": (
-        lambda f: damage_index(f, "iter_0000008/metadata.json", lambda d: b"{"),
-        ["--ckpt-step", "8"],
-        "iter_0000008/metadata.json is not JSON (",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", CHECKPOINTS)
-def test_checkpoints(entry, preset, whole, tmp_path, case):
-    save = tmp_path / "save"
-    shutil.copytree(whole.folder / "save", save)
-    damage, argv, error = CHECKPOINTS[case]
-    damage(save)
-    before = {path: path.read_bytes() for path in save.rglob("*") if path.is_file()}
-    run = entry.run(tmp_path, "--config", preset, "--load", save, "--save", save, *argv)
-    check(run, error)
-    assert before == {path: path.read_bytes() for path in save.rglob("*") if path.is_file()}
-
-
-def test_another_runs_checkpoints_are_not_replaced(entry, preset, whole, tmp_path):
-    save = whole.folder / "save"
-    check(
-        entry.run(tmp_path, "--config", preset, "--save", save),
-        f"--save {save} holds a checkpoint of step 8, which this run would replace; add --load",
-    )
-
-
-def test_too_little_disk(entry, preset, tmp_path):
-    run = entry.run(tmp_path, "--config", preset, "--save", "run", free_bytes=1000)
-    check(run, "--save run has 0.0 GB free and a checkpoint needs 0.0 GB")
+    check_refused(entry.run(tmp_path, "--config", "preset.yaml"), REQUIRED[missing])

@@ -75,6 +75,17 @@ class Run:
         return scalars(self.folder, "lm loss")
 
 
+def check_refused(run: Run, error: str) -> None:
+    """Check for one line with `error`, exit code 2, and nothing left behind."""
+    assert run.code == 2, run.err
+    assert run.out == ""
+    assert run.err.count("\n") == 1, run.err
+    assert run.err.startswith("error: ")
+    assert error in run.err
+    left = {path.name for path in run.folder.iterdir()}
+    assert left <= {"preset.yaml", "stdout-0.txt", "stderr-0.txt", "data", "save"}
+
+
 def scalars(folder: Path, name: str) -> dict[int, float]:
     """Step -> value of one curve in the event files under `folder`."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

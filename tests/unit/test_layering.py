@@ -11,7 +11,7 @@ import pytest
 from support import ROOT
 
 CODE = ("pretrain_mlra.py", "megatron_mlra", "kernels", "tools", "tests")
-LONGEST_FILE = 420
+LONGEST_FILE = 400
 PACKAGE = ROOT / "megatron_mlra"
 ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 HEADINGS = ("May import:", "Imported by:", "Never:", "Held by:")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from mlra_kernels.benchmarks import providers, report
-from mlra_kernels.benchmarks.latent_decode import ERROR_LIMIT, relative_error, timed, wrong
+from mlra_kernels.benchmarks.latent_decode import ERROR_LIMIT, timed, wrong
 from mlra_kernels.benchmarks.providers import Calls, Provider
 from mlra_kernels.benchmarks.timing import read_roof
 from mlra_kernels.benchmarks.workload import MIN_ROTATION_BYTES
@@ -146,7 +146,7 @@ PROVIDERS = [
 
 def gate(w: Workload, call, name: str) -> float:
     """A provider's relative error on the first block table; see `latent_decode.wrong` if large."""
-    error = relative_error(call()[0], _ours(w, "torch")[0]()[0])
+    error = report.relative_error(call()[0], _ours(w, "torch")[0]()[0])
     if not error <= ERROR_LIMIT[False]:
         wrong(name, w.shape.label, f"relative error {error:.2e}")
     return error

@@ -10,7 +10,6 @@ import sys
 from typing import NoReturn
 
 import torch
-from torch import Tensor
 
 from mlra_kernels.benchmarks import providers, report
 from mlra_kernels.benchmarks.providers import PROVIDERS, Provider
@@ -59,11 +58,6 @@ SUITES["all"] = [
 ]  # fmt: skip
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """|found - expected| / |expected|, of norms in float32."""
-    return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
-
-
 def gate(workload: Workload, call, name: str) -> float:
     """A provider's relative error on the first block table. If it is large, the program exits, or,
     of another library, ArithmeticError says so."""
@@ -73,7 +67,7 @@ def gate(workload: Workload, call, name: str) -> float:
         num_branches=w.shape.num_branches, cache_scale=w.cache_scale, backend="torch",
     )  # fmt: skip
     out, lse = call()
-    error = relative_error(out, want_out)
+    error = report.relative_error(out, want_out)
     lse_error = 0.0 if lse is None else (lse - want_lse).abs().max().item()
     if not (error <= ERROR_LIMIT[w.shape.fp8] and lse_error <= LSE_LIMIT):
         wrong(name, w.shape.label, f"relative error {error:.2e}, lse off by {lse_error:.2e}")

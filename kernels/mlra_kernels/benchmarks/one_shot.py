@@ -71,7 +71,7 @@ def compare(inputs: Inputs, peers: Peers) -> dict[str, float]:
         found = inputs.one_shot(inputs.x, peers, **options)
         unlike = max(unlike, float((found[0] != expected[0]).float().mean()))
         for ours, theirs in zip(found, expected, strict=True):
-            off = max(off, float((ours.float() - theirs.float()).norm() / theirs.float().norm()))
+            off = max(off, report.relative_error(ours, theirs))
             first = ours.clone()
             dist.broadcast(first, 0)
             apart = max(apart, float(not torch.equal(first, ours)))

@@ -168,8 +168,8 @@ def _case(name: str, run: Callable, by_reference: Callable, arguments: tuple) ->
 
 def error(case: Case) -> float:
     """Relative difference of norms between an operator's result and the reference."""
-    expected = case.expected().float()
-    return ((case.call().float() - expected).norm() / expected.norm()).item()
+    expected = case.expected()
+    return report.relative_error(case.call(), expected)
 
 
 def measure(case: Case, roof: float) -> dict:

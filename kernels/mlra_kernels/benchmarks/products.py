@@ -75,19 +75,11 @@ SHAPES = (
 class Inputs:
     """Random inputs of a shape, and calls of it."""
 
-    def __init__(
-        self,
-        shape: Shape,
-        tokens: int,
-        copies: int,
-        seed: int,
-        device: str = "cuda",
-        dtype: torch.dtype = torch.bfloat16,
-    ) -> None:
-        draw = torch.Generator(device).manual_seed(seed)
+    def __init__(self, shape: Shape, tokens: int, copies: int, seed: int) -> None:
+        draw = torch.Generator("cuda").manual_seed(seed)
 
         def normal(*size: int) -> Tensor:
-            return torch.randn(size, generator=draw, device=device, dtype=dtype)
+            return torch.randn(size, generator=draw, device="cuda", dtype=torch.bfloat16)
 
         self.shape = shape
         self.x = normal(tokens, shape.inputs)
@@ -100,8 +92,8 @@ class Inputs:
         if shape.kind == "residual":
             self.options["residual"] = normal(tokens, shape.outputs)
         if shape.kind == "rotated":
-            cos, sin = rope_tables(64, 64, device=device)
-            positions = torch.arange(tokens, device=device)
+            cos, sin = rope_tables(64, 64, device="cuda")
+            positions = torch.arange(tokens, device="cuda")
             self.options |= {"head": 192, "start": 128, "cos": cos, "sin": sin}
             self.options["positions"] = positions
         self.run = {
@@ -126,7 +118,7 @@ class Inputs:
             for k, v in self.options.items()
         }
         expected = by(self.x.float(), self.weights[0].float(), **wide)
-        return ((call().float() - expected).norm() / expected.norm()).item()
+        return report.relative_error(call(), expected)
 
 
 def cuts_of(shape: Shape) -> list[ProductConfig]:
@@ -205,8 +197,7 @@ def measure_heads(name: str, tokens: int, roof: float, seed: int) -> dict:
         x = normal(tokens, branches, heads, part)
         ours = lambda w, early: products.sum_branches(x, w, early=early)  # noqa: E731
         torchs = lambda w: absorption.sum_branches(x, w).contiguous()  # noqa: E731
-    expected = torchs(weights[0]).float()
-    off = ((ours(weights[0], True).float() - expected).norm() / expected.norm()).item()
+    off = report.relative_error(ours(weights[0], True), torchs(weights[0]))
     if not off <= ERROR_LIMIT:
         report.red(f"{name}: error {off:.1e}")
     found: dict = {"product": name, "tokens": tokens, "tp": [1], "error": off}

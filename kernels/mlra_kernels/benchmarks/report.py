@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 import triton
+from torch import Tensor
 
 
 def parser(doc: str, seed: int | None = None) -> argparse.ArgumentParser:
@@ -65,6 +66,11 @@ def gathered(cases: Iterable[Any], measure: Callable[[Any], list[dict]]) -> list
             print(f"error: stopped at {case}: {said}", file=sys.stderr, flush=True)
             break
     return records
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """|found - expected| / |expected|, of norms in float32."""
+    return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
 
 
 def table(corner: str, records: list[dict], more: dict[str, dict[str, str]] | None = None) -> str:

@@ -6,6 +6,16 @@ from collections.abc import Callable, Sequence
 import torch
 
 
+def milliseconds(call: Callable[[], object]) -> float:
+    """The GPU's time of one call, on a stream with nothing else to do."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
 def graph_microseconds(
     calls: Sequence[Callable[[], object]], *, min_calls: int = 12, replays: int = 15
 ) -> float:
@@ -23,35 +33,23 @@ def graph_microseconds(
         for _ in range(rounds):
             for call in calls:
                 call()
-    times = []
-    for replay in range(replays + 3):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if replay >= 3:
-            times.append(start.elapsed_time(end) * 1e3 / (rounds * len(calls)))
-    return statistics.median(times)
+    times = [milliseconds(graph.replay) for _ in range(replays + 3)][3:]
+    return statistics.median(times) * 1e3 / (rounds * len(calls))
 
 
-def stream_microseconds(call: Callable[[], object], *, calls: int = 4, repeats: int = 7) -> float:
-    """The median time of one call in microseconds, of `calls` in a row without a CUDA graph.
+def stream_microseconds(call: Callable[[], object]) -> float:
+    """The median time of one call in microseconds, of 7 times 4 in a row without a CUDA graph.
 
     For calls whose GPU time exceeds the time of their launch.
     """
     for _ in range(3):
         call()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(calls):
+
+    def four() -> None:
+        for _ in range(4):
             call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / calls)
-    return statistics.median(times)
+
+    return statistics.median(milliseconds(four) for _ in range(7)) * 1e3 / 4
 
 
 def read_roof() -> float:

@@ -66,27 +66,13 @@ def latent_decode(
     Raises:
         ValueError: an argument does not fit; the message names the value and the fix.
     """
-    validation.check_decode(
-        q_absorbed,
-        q_rope,
-        cache,
-        block_table,
-        cache_seqlens,
-        softmax_scale,
-        num_branches,
+    arguments = (
+        q_absorbed, q_rope, cache, block_table, cache_seqlens, softmax_scale, num_branches,
         cache_scale,
-    )
+    )  # fmt: skip
+    validation.check_decode(*arguments)
     if checks.resolve_backend(backend, q_absorbed, half=True) == "torch":
-        return torch.ops.mlra_kernels.latent_decode_reference(
-            q_absorbed,
-            q_rope,
-            cache,
-            block_table,
-            cache_seqlens,
-            softmax_scale,
-            num_branches,
-            cache_scale,
-        )
+        return torch.ops.mlra_kernels.latent_decode_reference(*arguments)
     shapes = {
         "q_len": q_absorbed.shape[1],
         "num_latents": q_absorbed.shape[2],
@@ -108,14 +94,7 @@ def latent_decode(
             "let decode_metadata choose the config, or pass one with hopper=False"
         )
     return torch.ops.mlra_kernels.latent_decode(
-        q_absorbed,
-        q_rope,
-        cache,
-        block_table,
-        cache_seqlens,
-        softmax_scale,
-        num_branches,
-        cache_scale,
+        *arguments,
         metadata.schedule,
         metadata.splits,
         metadata.planned,
@@ -183,33 +162,15 @@ def latent_cache_append(
     Raises:
         ValueError: an argument does not fit; the message names the value and the fix.
     """
-    validation.check_append(
-        kv_down,
-        norm_weight,
-        cos,
-        sin,
-        positions,
-        slot_mapping,
-        cache,
-        cache_scale,
-        latent_scale,
+    arguments = (
+        kv_down, norm_weight, cos, sin, positions, slot_mapping, cache, cache_scale, latent_scale,
         norm_eps,
-    )
+    )  # fmt: skip
+    validation.check_append(*arguments)
     run = torch.ops.mlra_kernels.latent_cache_append
     if checks.resolve_backend(backend, slot_mapping) == "torch":
         run = torch.ops.mlra_kernels.latent_cache_append_reference
-    run(
-        kv_down,
-        norm_weight,
-        cos,
-        sin,
-        positions,
-        slot_mapping,
-        cache,
-        cache_scale,
-        latent_scale,
-        norm_eps,
-    )
+    run(*arguments)
 
 
 def _on_its_device(run: Callable) -> Callable:

@@ -156,11 +156,6 @@ def _tile(x: Tensor, rows: int, l: int) -> tuple[int, int]:
     raise ValueError(f"latent dim {l} in {x.dtype} is too wide for these kernels; use torch")
 
 
-def _on(tensor: Tensor):
-    """Inside the block the current GPU is that of `tensor`, on which kernels are launched."""
-    return torch.cuda.device_of(tensor)
-
-
 class _RotateAbsorb(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, w_uk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -190,7 +185,7 @@ def _launch_absorb(kernel, x: Tensor, w_uk: Tensor, cos: Tensor, sin: Tensor, ou
     n, h, nope, l = w_uk.shape
     s, b = x.shape[:2]
     rope, (tokens, stages) = 2 * cos.size(1), _tile(x, nope, l)
-    with _on(x):
+    with torch.cuda.device_of(x):
         kernel[(triton.cdiv(s * b, tokens), h)](
             x, w_uk, cos, sin, out, s * b, b, h, n, nope, rope, l, *w_uk.stride()[:3],
             NOPE=_pad(nope), L=_pad(l), HALF=triton.next_power_of_2(rope // 2),
@@ -227,7 +222,7 @@ class _SumBranches(torch.autograd.Function):
 def _launch_sum(kernel, x: Tensor, w_uv: Tensor, out: Tensor, scale: float) -> None:
     n, h, v, l = w_uv.shape
     tokens, (block, stages) = x.size(0) * x.size(1), _tile(x, v, l)
-    with _on(x):
+    with torch.cuda.device_of(x):
         kernel[(triton.cdiv(tokens, block), h)](
             x, w_uv, out, tokens, h, scale, n, v, l, *w_uv.stride()[:3],
             V=_pad(v), L=_pad(l), T=block, num_warps=WARPS, num_stages=stages,
@@ -251,7 +246,7 @@ def _pair_weight_gradient(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
     parts = max(1, min(triton.cdiv(tokens, 8 * step), PROGRAMS // (n * h)))
     span = triton.cdiv(triton.cdiv(tokens, parts), step) * step
     out = torch.empty(parts, n, h, rows, l, dtype=torch.float32, device=a.device)
-    with _on(a):
+    with torch.cuda.device_of(a):
         absorb_kernels.pair_weight_gradient[(n * h, parts)](
             a, b, out, tokens, h, n, rows, l, a.size(-1), b.size(-1), span,
             ROWS=_pad(rows), L=_pad(l), T=step, num_warps=WARPS,
@@ -269,7 +264,7 @@ class _JoinKeys(torch.autograd.Function):
         rope = k_rope.size(1)
         out = latents.new_empty(s, b, n * g, l + rope)
         tokens = 16
-        with _on(latents):
+        with torch.cuda.device_of(latents):
             key_kernels.join_keys_forward[(triton.cdiv(s * b, tokens),)](
                 latents, k_rope, cos, sin, out, s * b, b, k_rope.stride(0), n * g, l, rope,
                 L=_pad(l), HALF=triton.next_power_of_2(rope // 2), T=tokens,
@@ -285,7 +280,7 @@ class _JoinKeys(torch.autograd.Function):
         rope = grad.size(-1) - l
         grad_latents, grad_k_rope = grad.new_empty(ctx.shape), grad.new_empty(s, b, rope)
         tokens = 16
-        with _on(grad):
+        with torch.cuda.device_of(grad):
             key_kernels.join_keys_backward[(triton.cdiv(s * b, tokens),)](
                 grad, cos, sin, grad_latents, grad_k_rope, s * b, b, n * g, l, rope,
                 L=_pad(l), HALF=triton.next_power_of_2(rope // 2), T=tokens,
@@ -303,7 +298,7 @@ class _RMSNorm(torch.autograd.Function):
         ctx.constants = eps, scale
         out = x.new_empty(shape)
         block = _norm_block(width)
-        with _on(x):
+        with torch.cuda.device_of(x):
             norm_kernels.rms_norm_forward[(triton.cdiv(len(x), block["T"]), parts)](
                 x, weight, out, len(x), x.stride(0), eps, scale, width, **block
             )
@@ -320,7 +315,7 @@ class _RMSNorm(torch.autograd.Function):
         grad = grad.contiguous()
         grad_x = torch.empty_like(grad)
         grad_weight = torch.empty(programs, parts, width, dtype=torch.float32, device=x.device)
-        with _on(x):
+        with torch.cuda.device_of(x):
             norm_kernels.rms_norm_backward[(programs, parts)](
                 grad, x, weight, grad_x, grad_weight, len(x), x.stride(0), *ctx.constants, span,
                 width, **block,

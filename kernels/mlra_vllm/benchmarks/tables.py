@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 K = 1024
+ROWS = 24
+"""Most kernels, and most functions, in the table of a profile."""
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -40,12 +42,8 @@ def _step(step: dict[str, Any]) -> str:
     return f"{step['ms']:.2f} ({graph}, {host:.2f})"
 
 
-def profile_table(record: dict[str, Any], rows: int = 24) -> str:
-    """The kernels of a decoding step on the first rank, and the functions of its worker.
-
-    Args:
-        rows: most rows of each part.
-    """
+def profile_table(record: dict[str, Any]) -> str:
+    """The longest kernels of a decoding step on the first rank, and functions of its worker."""
     told = record["profile"]
     first, python = told["kernels"][0], told["python"]
     where = f"{record['model']}, tp {record['tp']}, {told['batch']} x {told['context'] // K}K"
@@ -63,13 +61,13 @@ def profile_table(record: dict[str, Any], rows: int = 24) -> str:
         ]
         lines += [
             f"| {us:.1f} | {calls:.1f} | {us / calls:.2f} | {name[:100]} |"
-            for name, calls, us in first["kernels"][:rows]
+            for name, calls, us in first["kernels"][:ROWS]
         ]
     if "error" in python:
         return "\n".join([*lines, f"no functions: {python['error']}"])
     lines += ["| host us a step | own us | calls | function |", "|---|---|---|---|"]
     lines += [
         f"| {whole:.0f} | {own:.0f} | {calls:.1f} | {name} |"
-        for name, calls, own, whole in python[:rows]
+        for name, calls, own, whole in python[:ROWS]
     ]
     return "\n".join(lines)

@@ -34,7 +34,7 @@ from megatron_mlra.benchmarks.decoding.measure import (
 )
 from megatron_mlra.benchmarks.decoding.place import Place, joined, tiny
 from megatron_mlra.benchmarks.decoding.plot import plot
-from megatron_mlra.command_line.parser import check_output, one_line, write_text
+from megatron_mlra.command_line.parser import check_output, one_line, write_json
 from megatron_mlra.description.presets import preset_description
 from megatron_mlra.inference.parallel import HeadShard, check_parallel, tensor_parallel_size
 from mlra_kernels.benchmarks.timing import read_roof
@@ -179,7 +179,7 @@ def _run(args: argparse.Namespace, todo: list[Case], place: Place) -> list[str]:
         _free(place)
         if args.json and place.rank == 0:
             report = {**about, "records": records, "prefills": prefills, "failed": failed}
-            write_text(args.json, json.dumps(report, indent=1))
+            write_json(args.json, report, indent=1)
     if args.png and place.rank == 0 and any("us" in record for record in records):
         plot(records, f"{about['gpu']}, {about['commit']}", Path(args.png))
     return failed
@@ -223,7 +223,7 @@ def _run_guesses(args: argparse.Namespace, place: Place) -> None:
         place.say(guess_table(found, not args.rehearse))
         records += found
     if args.json and place.rank == 0:
-        write_text(args.json, json.dumps({**about, "records": records}, indent=1))
+        write_json(args.json, {**about, "records": records}, indent=1)
 
 
 def _guesses_of(args: argparse.Namespace, guesser: Guesser, place: Place) -> list[dict[str, Any]]:

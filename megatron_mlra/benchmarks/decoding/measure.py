@@ -16,6 +16,7 @@ from megatron_mlra.description.tensors import expected_tensors
 from megatron_mlra.inference.load import LoadOptions, load_model
 from megatron_mlra.inference.model import InferenceModel
 from megatron_mlra.inference.runner import Chunk, Runner
+from mlra_kernels.benchmarks.timing import milliseconds
 
 PAGE = 64
 ONE_GPU = Place()
@@ -219,16 +220,8 @@ def step_microseconds(
     if place.rehearsal:
         return None
     replay = runner.captured(batch)
-    times = []
-    for i in range(18):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        replay()[1].argmax(-1)
-        end.record()
-        end.synchronize()
-        if i >= 3:
-            times.append(start.elapsed_time(end) * 1e3)
-    return place.most(statistics.median(times))
+    times = [milliseconds(lambda: replay()[1].argmax(-1)) for _ in range(18)][3:]
+    return place.most(statistics.median(times) * 1e3)
 
 
 def measure_prefill(

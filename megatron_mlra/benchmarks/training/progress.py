@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mlra.benchmarks.training.measure import Result, SublayerResult
-from megatron_mlra.command_line.parser import write_text
+from megatron_mlra.command_line.parser import write_json
 
 
 class Progress:
@@ -52,4 +52,4 @@ class Progress:
     def _write(self) -> None:
         rows = {case: asdict(row) for case, row in self.rows.items()}
         known = {"begun": self.begun, "failed": self.failed, "rows": rows}
-        write_text(self.path, json.dumps(known) + "\n")
+        write_json(self.path, known)

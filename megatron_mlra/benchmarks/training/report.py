@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from megatron_mlra.benchmarks.commit import commit
 from megatron_mlra.benchmarks.training.measure import Result, SublayerResult
-from megatron_mlra.command_line.parser import write_text
+from megatron_mlra.command_line.parser import write_json
+from megatron_mlra.version import installed
 
 COLUMNS = (
     ("case", "{case}"),
@@ -120,17 +119,12 @@ def line(row: Result | SublayerResult) -> str:
 
 def environment() -> dict[str, str]:
     """Device, commit and versions, on which timings depend."""
-    found = {
+    return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "commit": commit(),
         "torch": torch.__version__,
+        **installed("megatron-core", "transformer-engine", "triton", "nvidia-cudnn-frontend"),
     }
-    for package in ("megatron-core", "transformer-engine", "triton", "nvidia-cudnn-frontend"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 def write(
@@ -145,5 +139,5 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     values = [asdict(row) for row in rows]
     result = {**environment(), "matmul_tflops": matmul, **settings, "rows": values}
-    write_text(folder / "training.json", json.dumps(result, indent=1) + "\n")
+    write_json(folder / "training.json", result, indent=1)
     return result

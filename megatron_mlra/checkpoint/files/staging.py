@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_mlra.command_line.parser import try_writing
+from megatron_mlra.command_line.parser import check_writable
 from megatron_mlra.description.model import CheckpointError
 
 MARKER = ".megatron-mlra-conversion"
@@ -102,17 +102,10 @@ def check_destination(destination: Path, needed_bytes: int) -> None:
     """
     if os.path.lexists(destination):
         raise CheckpointError(f"{destination} exists already; remove it, or choose another folder")
-    existing = destination.absolute().parent
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        raise CheckpointError(f"{destination} cannot be written: {existing} is not a folder")
     try:
-        try_writing(existing)
-    except OSError as error:
-        raise CheckpointError(
-            f"{destination} cannot be written ({error.strerror}); use another folder"
-        ) from None
+        existing = check_writable(destination.absolute().parent, str(destination))
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise CheckpointError(

@@ -119,8 +119,7 @@ def _ahead(model: ModelDescription, count: int) -> list[str]:
 
 def _training(source: CheckpointFolder) -> list[str]:
     """Lines on the run's step and data, from the checkpoint and the metadata of its data."""
-    args = getattr(source, "args", None)
-    step = getattr(source, "iteration", None)
+    args, step = source.args, source.iteration
     samples, length = (_number(args, key) for key in ("consumed_train_samples", "seq_length"))
     found = []
     if isinstance(step, int) and step > 0:

@@ -153,6 +153,5 @@ def write_huggingface(
                     shutil.copyfile(file, folder / file.name)
             card = model_card(source, model, Path(destination).name, has_chat_template(folder))
             (folder / "README.md").write_text(card, encoding="utf-8")
-            made_from = manifest.identity(getattr(source, "folder", source.path))
-            manifest.write(folder, made_from=made_from)
+            manifest.write(folder, made_from=manifest.identity(source.folder))
             return missing

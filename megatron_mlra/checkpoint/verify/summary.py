@@ -60,9 +60,8 @@ def lines(folder: CheckpointFolder) -> list[str]:
             f"besides: {folder.ahead}: {layers},"
             f" {sum(parameters[name] for name in ahead):,} parameters"
         )
-    step = getattr(folder, "iteration", None)
-    if step is not None:
-        out.append(f"step {step:,}")
+    if folder.iteration is not None:
+        out.append(f"step {folder.iteration:,}")
     out.append(f"tokenizer: {_tokenizer(folder)}")
     kinds = Counter(
         f"{re.sub(r'(?<=[.])[0-9]+(?=[.])', '*', name)} {list(shape)}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     found = _analyze(args)
     if args.json:
-        command_line.write_text(args.json, json.dumps(found) + "\n")
+        command_line.write_json(args.json, found)
     if args.plot:
         from megatron_mlra.evaluation.analysis.plots import draw
 
@@ -96,10 +95,7 @@ def _check(args: argparse.Namespace) -> None:
     """
     if not args.data and not args.text:
         raise ValueError("nothing to analyze on; give held-out text by --data or --text")
-    for name in ("tokens", "max_length"):
-        value = getattr(args, name)
-        if value is not None and value < 2:
-            raise ValueError(f"{command_line.flag(name)} is {value}; use at least 2")
+    command_line.check_least(args, "tokens", "max_length", least=2)
     if args.json:
         command_line.check_output(args.json, "--json")
     if args.plot:

@@ -71,11 +71,11 @@ def _layers(found: dict[str, Any]) -> range:
     return range(1, len(found["layers"]) + 1)
 
 
-def _by_branch(panel: Any, found: dict[str, Any], values: list[list[float]], style: str) -> None:
+def _by_branch(panel: Any, found: dict[str, Any], values: list[list[float]]) -> None:
     """Draw one line per branch of values `[layer][branch]`."""
     for branch, colour in enumerate(_colours(found)):
         line = [each[branch] for each in values]
-        panel.plot(_layers(found), line, style, color=colour, markersize=4)
+        panel.plot(_layers(found), line, "o-", color=colour, markersize=4)
 
 
 def _variance(panel: Any, found: dict[str, Any]) -> None:
@@ -84,7 +84,7 @@ def _variance(panel: Any, found: dict[str, Any]) -> None:
     without = [layer["nope_key_variance_without_calibration"] for layer in found["layers"]]
     if rope[0] is not None:
         panel.plot(_layers(found), rope, "s-", color=DARK, markersize=4)
-    _by_branch(panel, found, nope, "o-")
+    _by_branch(panel, found, nope)
     mean = [sum(each) / len(each) for each in without]
     panel.plot(_layers(found), mean, "^--", color=LIGHT, markersize=4)
     panel.set_yscale("log")
@@ -93,7 +93,7 @@ def _variance(panel: Any, found: dict[str, Any]) -> None:
 
 
 def _entropy(panel: Any, found: dict[str, Any]) -> None:
-    _by_branch(panel, found, [layer["entropy"] for layer in found["layers"]], "o-")
+    _by_branch(panel, found, [layer["entropy"] for layer in found["layers"]])
     figures.from_zero(panel)
     most = found["layers"][0]["entropy_of_equal_weights"]
     panel.set_ylabel("nats")
@@ -135,7 +135,7 @@ def _likeness(panel: Any, found: dict[str, Any]) -> None:
 
 def _ablation(panel: Any, found: dict[str, Any]) -> None:
     costs = [[each["loss"] for each in layer["ablation"]] for layer in found["layers"]]
-    _by_branch(panel, found, costs, "o-")
+    _by_branch(panel, found, costs)
     for branch, colour in enumerate(_colours(found)):
         errors = [layer["ablation"][branch]["standard_error"] for layer in found["layers"]]
         if None not in errors:

@@ -13,12 +13,10 @@ parameter is replicated.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     all_gather_last_dim_from_tensor_parallel_region,
     copy_to_tensor_model_parallel_region,
@@ -32,20 +30,9 @@ from torch import Tensor
 
 from megatron_mlra.layers.baselines.config import BaselineConfig
 from megatron_mlra.layers.core_attention import SDPACoreAttention
-from megatron_mlra.layers.projections import LatentColumnParallelLinear, ShardedRMSNorm
+from megatron_mlra.layers.projections import ShardedRMSNorm
+from megatron_mlra.layers.submodules import AttentionSubmodules, attention_submodules
 from megatron_mlra.maths.rope import apply_rope, rope_cos_sin
-
-
-@dataclass
-class BaselineSubmodules:
-    """What a baseline attention is built from."""
-
-    column_linear: type
-    """Column-parallel linear without communication of its input."""
-    core_attention: type
-    """See core_attention.py."""
-    linear_proj: type
-    """Row-parallel output projection."""
 
 
 def baseline_attention_spec(config: BaselineConfig) -> ModuleSpec:
@@ -63,24 +50,12 @@ def baseline_attention_spec(config: BaselineConfig) -> ModuleSpec:
                 qk_layernorm=config.qk_layernorm, normalization=config.normalization
             )
         return layer.submodules.self_attention
-    if use_te:
-        from megatron.core.extensions.transformer_engine import TERowParallelLinear
-
-        from megatron_mlra.layers.transformer_engine import TELatentColumnParallelLinear
-
-        column_linear, linear_proj = TELatentColumnParallelLinear, TERowParallelLinear
-    else:
-        column_linear, linear_proj = LatentColumnParallelLinear, RowParallelLinear
     return ModuleSpec(
         module={"gta": GTASelfAttention, "mfa": MFASelfAttention, "tpa": TPASelfAttention}[
             config.attention
         ],
         params={"attn_mask_type": AttnMaskType.causal},
-        submodules=BaselineSubmodules(
-            column_linear=column_linear,
-            core_attention=SDPACoreAttention,
-            linear_proj=linear_proj,
-        ),
+        submodules=attention_submodules(use_te, SDPACoreAttention),
     )
 
 
@@ -95,7 +70,7 @@ class BaselineSelfAttention(Attention):
     def __init__(
         self,
         config: BaselineConfig,
-        submodules: BaselineSubmodules,
+        submodules: AttentionSubmodules,
         layer_number: int,
         attn_mask_type: AttnMaskType = AttnMaskType.causal,
         cp_comm_type: str | None = None,

@@ -19,7 +19,7 @@ from megatron_mlra.inference.load import LoadOptions, load_model
 from megatron_mlra.inference.parallel import TensorParallel
 from megatron_mlra.inference.runner import Runner
 from megatron_mlra.inference.sampling import SamplingParams
-from support.drivers.inference import MODELS, PAGE, VOCAB
+from support.decoded_models import MODELS, PAGE, VOCAB
 
 BOTH = ("replicated", "sharded")
 LAYOUTS: dict[tuple[int, int], dict[str, tuple[str, ...]]] = {

@@ -41,6 +41,14 @@ def convert(capsys) -> Callable[..., tuple[int, str]]:
     return run
 
 
+@pytest.fixture
+def megatron(research, convert, tmp_path) -> Path:
+    """A Megatron folder, which the test may change."""
+    folder = tmp_path / "megatron"
+    assert convert("import-official", research("MLRA-4"), folder)[0] == 0
+    return folder
+
+
 @pytest.fixture(scope="module")
 def unsealed():
     """Folders come without checksums, as other programs and older versions leave them: what is

@@ -35,13 +35,6 @@ def secret(tmp_path) -> Path:
     return file
 
 
-@pytest.fixture
-def megatron(research, convert, tmp_path) -> Path:
-    folder = tmp_path / "megatron"
-    assert convert("import-official", research("MLRA-4"), folder)[0] == 0
-    return folder
-
-
 def with_arguments(folder: Path, **changes) -> None:
     """Rewrite the arguments of a Megatron folder, as whoever made it could."""
     args = open_checkpoint(folder).args

@@ -115,3 +115,27 @@ def test_code_in_the_storage_of_an_extra_state(tmp_path):
     inside = torch.frombuffer(bytearray(pickle.dumps(Inside())), dtype=torch.uint8)
     entry = hostile.saved(inside)
     assert torch_file.read_extra_state(io.BytesIO(entry), len(entry)) == ("posix.mkdir",)
+
+
+class Generator:
+    """Pickled as a generator with a state."""
+
+    def __init__(self, state: object) -> None:
+        self.state = state
+
+    def __reduce__(self) -> tuple:
+        return torch.Generator, ("cpu",), self.state
+
+
+def test_generators_of_a_run_are_read():
+    """Transformer Engine's tracker of random numbers saves the generators themselves."""
+
+    def check(value: object) -> None:
+        data = hostile.saved({"rng": value})
+        torch_file.check_entry(io.BytesIO(data), len(data))
+
+    check(torch.Generator().manual_seed(5))
+    check(Generator((5, 0, torch.zeros(16, dtype=torch.uint8))))
+    for state in (5, (1, 2), (5, 0, 16), (5, 0, b"16"), ("5", 0, torch.ones(2)), {"seed": 5}):
+        with pytest.raises(torch_file.TorchFileError, match=r"changes a torch\._C\.Generator"):
+            check(Generator(state))

@@ -91,15 +91,13 @@ ROWS = [
         "num_latent_heads 4 does not divide kv_lora_rank 30",
         [(r"num_latent_heads (\d+) or", "num_latent_heads"), (r"rank (\d+)$", "kv_lora_rank")],
     ),
-    (
-        {"num_branches": 3},
-        "num_branches 3 does not divide num_latent_heads 4",
-        [(r"use num_branches (\d+)", "num_branches")],
-    ),
-    (
-        {"num_branches": 8},
-        "num_branches 8 does not divide num_latent_heads 4",
-        [(r"use num_branches (\d+)", "num_branches")],
+    *(
+        (
+            {"num_branches": count},
+            f"num_branches {count} does not divide num_latent_heads 4",
+            [(r"use num_branches (\d+)", "num_branches")],
+        )
+        for count in (3, 8)
     ),
     (
         {"num_attention_heads": 5},
@@ -130,11 +128,6 @@ ROWS = [
         [(r"at least (\d+)", "rotary_scaling_factor")],
     ),
     ({"rotary_percent": 0.5}, "rotary_percent is 0.5", [(r"use (1\.0)", "rotary_percent")]),
-    (
-        {"rotary_interleaved": True},
-        "rotary_interleaved (True)",
-        [("leave it out", {"rotary_interleaved": False})],
-    ),
     (
         {"apply_rope_fusion": True},
         "apply_rope_fusion (True)",
@@ -192,8 +185,6 @@ ROWS = [
         "add_bias_linear (True)",
         [("no biases", {"add_bias_linear": False})],
     ),
-    ({"add_qkv_bias": True}, "add_qkv_bias (True)", [("leave it out", {"add_qkv_bias": False})]),
-    ({"flash_decode": True}, "flash_decode (True)", [("leave it out", {"flash_decode": False})]),
     (
         {"no_rope_freq": 3, "num_layers": 4},
         "no_rope_freq 3 does not divide num_layers 4",
@@ -288,15 +279,16 @@ ROWS = [
         "attention_output_gate (True)",
         [("use output_gate", {"attention_output_gate": False, "output_gate": True})],
     ),
-    (
-        {"cache_mla_latents": True},
-        "cache_mla_latents (True)",
-        [("leave it out", {"cache_mla_latents": False})],
-    ),
-    (
-        {"mla_down_proj_fusion": True},
-        "mla_down_proj_fusion (True)",
-        [("leave it out", {"mla_down_proj_fusion": False})],
+    *(
+        ({name: True}, f"{name} (True)", [("leave it out", {name: False})])
+        for name in (
+            "add_qkv_bias",
+            "apply_query_key_layer_scaling",
+            "cache_mla_latents",
+            "flash_decode",
+            "mla_down_proj_fusion",
+            "rotary_interleaved",
+        )
     ),
     ({"window_size": (4, 0)}, "window_size ((4, 0))", [("leave it out", {"window_size": None})]),
     (
@@ -308,11 +300,6 @@ ROWS = [
         {"normalization": "LayerNorm"},
         "normalization ('LayerNorm')",
         [(r"use (\w+)", "normalization")],
-    ),
-    (
-        {"apply_query_key_layer_scaling": True},
-        "apply_query_key_layer_scaling (True)",
-        [("leave it out", {"apply_query_key_layer_scaling": False})],
     ),
     (
         OFFLOAD | {"recompute_granularity": "full", "recompute_method": "uniform"},
@@ -401,8 +388,7 @@ def test_what_works_is_not_refused(settings):
 
 def test_derived_sizes_and_scales():
     config = MLRAConfig(**BASE)
-    assert config.variant == "MLRA-2"
-    assert (config.latent_dim, config.num_head_groups, config.heads_per_group) == (7, 2, 2)
+    assert (config.latent_dim, config.num_head_groups) == (7, 2)
     assert config.q_scale == (24 / 12) ** 0.5
     assert config.kv_scale == (24 / 7) ** 0.5
     assert config.branch_scale == 2**-0.5

@@ -44,7 +44,6 @@ def check(case: OracleConfig, absorbed: bool, tokens: int = TOKENS, batch: int =
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_output_and_every_gradient(variant, gate, scaling, absorbed):
     case = replace(VARIANTS[variant], gate=gate, scaling=scaling)
-    assert MLRAConfig(**config_values(case)).variant == variant
     check(case, absorbed)
 
 

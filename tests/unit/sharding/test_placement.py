@@ -60,14 +60,7 @@ def test_names_and_shapes_are_those_of_checkpoints(L, N, q_lora_rank):
 @pytest.mark.parametrize(("L", "N"), FAMILY)
 def test_training_parts_make_the_whole_once(L, N, tp, layout):
     described = model(L, N)
-    sizes = {
-        name: getattr(described, name)
-        for name in (
-            *("num_latent_heads", "num_branches", "num_attention_heads"),
-            *("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim"),
-        )
-    }
-    if misfit(tp, layout, **sizes):
+    if misfit(tp, layout, described):
         return
     for name, placed in placements(described).items():
         count = np.zeros(placed.shape, dtype=int)
