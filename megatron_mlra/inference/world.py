@@ -26,6 +26,8 @@ from megatron_mlra.fault_tolerance.handshake import Fingerprint, World
 
 LONGEST_WAIT = timedelta(minutes=10)
 """Longest wait for the other ranks, which may still be starting on a busy host."""
+_PLACE = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Environment variables that say where the ranks meet."""
 REFUSED = 2
 """Exit code of a refused command."""
 
@@ -88,14 +90,23 @@ def meet(told: Callable[[], Fingerprint]) -> World | None:
 
     Raises:
         Refused: on every rank; names the first rank that differs, its host and the difference.
+        ValueError: this rank cannot reach the others.
     """
     if size() == 1:
         return None
+    if missing := [name for name in _PLACE if name not in os.environ]:
+        raise ValueError(
+            f"WORLD_SIZE is {size()} and {missing[0]} is not set; start the ranks with torchrun, or"
+            " unset WORLD_SIZE for a single process"
+        )
     same = {"environment": fingerprint.of_environment(), "code": fingerprint.of_code(), **told()}
     try:
         return handshake.meet(rank(), size(), same, seconds=LONGEST_WAIT.total_seconds(), limit="")
     except ValueError as error:
         raise Refused(str(error)) from None
+    except RuntimeError as error:  # of the store
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ValueError(f"the ranks cannot meet at {where} ({one_line(error)})") from None
 
 
 @contextlib.contextmanager

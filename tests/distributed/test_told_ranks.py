@@ -128,6 +128,37 @@ def test_files_of_other_content_have_another_fingerprint(folder, tmp_path):
     assert changed == {f"the content of {file}" for file in (weights, tmp_path / "t.tiktoken")}
 
 
+def test_a_world_without_a_place_is_refused(folder, monkeypatch, capsys):
+    from megatron_mlra.inference.cli import main
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("RANK", "0")
+    assert main([str(folder / "one"), "--prompt", "x"]) == 2
+    assert capsys.readouterr().err == (
+        "error: WORLD_SIZE is 2 and MASTER_ADDR is not set; start the ranks with torchrun, or unset"
+        " WORLD_SIZE for a single process\n"
+    )
+
+
+def test_who_says_an_error(monkeypatch, capsys):
+    """All ranks may have it, and torchrun ends them when the first exits; or one alone has it."""
+    waits = []
+    monkeypatch.setattr(world.time, "sleep", waits.append)
+    for rank, local, error, said in (
+        (0, 0, ValueError("a"), "error: a\n"),
+        (1, 1, ValueError("a"), "error (rank 1): a\n"),
+        (0, 0, world.Refused("b"), "error: b\n"),
+        (1, 1, world.Refused("b"), ""),
+        (8, 0, world.Refused("b"), "error: b\n"),
+    ):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(local))
+        assert world.refuse(error) == 2
+        assert capsys.readouterr().err == said
+    assert waits == [5, 1]
+
+
 def test_an_error_stands_for_a_result():
     def fails() -> str:
         raise FileNotFoundError(2, "No such file or directory", "x")
