@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     told = {"arguments": fingerprint.of_arguments(args) | {"the flags of training": repr(flags)}}
     try:
         _kept = world.meet(lambda: told)  # rank 0 may hold the store of all
-    except world.Refused as error:
+    except ValueError as error:
         return world.refuse(error)
     arguments.join_world()
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
