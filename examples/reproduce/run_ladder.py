@@ -153,6 +153,8 @@ class Runner:
     def _start(self, number: int, spec: RunSpec, steps: int, at: int, seconds: float) -> Job:
         folder = self.work / spec.id
         folder.mkdir(parents=True, exist_ok=True)
+        if not at:
+            self.corpus.note(folder)
         if self.ladder.base(spec):
             command = self.beyond_command(number, spec, steps)
         else:
@@ -357,7 +359,9 @@ def main() -> int:
         args.results.mkdir(parents=True, exist_ok=True)
         ladder, corpus = Ladder(args.ladder, args.results), Corpus(args.tokens)
         ladder.check_presets()
-        corpus.check(["train", *ladder.told["held_out"]], ladder.done().values())
+        done = ladder.done()
+        corpus.check(["train", *ladder.told["held_out"]], done.values())
+        corpus.check_begun(args.work / spec.id for spec in ladder.left(done))
         if args.status:
             print(status(ladder, corpus, args.work))
             return 0

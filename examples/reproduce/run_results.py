@@ -15,7 +15,10 @@ from typing import Any
 
 import beyond
 from ladder import Ladder, RunSpec
+from megatron_mlra.checkpoint.files.tracker import candidates
 from megatron_mlra.command_line.log_line import logged_steps
+from megatron_mlra.command_line.parser import write_text
+from megatron_mlra.command_line.plain_file import sha256
 from megatron_mlra.cost.cache import kv_cache_bytes_per_token
 from megatron_mlra.cost.parameters import parameters
 from megatron_mlra.description.megatron_args import from_megatron_args
@@ -25,6 +28,9 @@ from megatron_mlra.version import installed
 
 BEGUN = "has the device"
 """The line that one_run.py and beyond.py print once they have the GPU."""
+
+BEGUN_WITH = "data_sha256.json"
+"""File in a run's folder: dataset -> SHA-256 of its tokens, as the run began."""
 
 _NOT_FINITE = re.compile(r"^error: .*(?:loss is|gradient|grad).*(?:nan|inf)", re.M | re.I)
 
@@ -74,6 +80,11 @@ class Corpus:
         for name in names:
             if name not in self.told["sets"] or not self.prefix(name).with_suffix(".idx").is_file():
                 raise ValueError(f"{self.folder} has no dataset {name}; run tokenized.py")
+            if sha256(self.prefix(name).with_suffix(".bin")) != self.digests[name]:
+                raise ValueError(
+                    f"{self.folder}/{name}.bin is not the one of tokens.json; run tokenized.py to"
+                    " its end, or make the tokens again"
+                )
         for result in results:
             for name, digest in result["data_sha256"].items():
                 if self.digests.get(name) != digest:
@@ -81,6 +92,27 @@ class Corpus:
                         f"the tokens of {name} in {self.folder} are not those of {result['id']};"
                         " make both of the same packages (get_packages.sh names those that differ)"
                         " or give another --results"
+                    )
+
+    def note(self, folder: Path) -> None:
+        """Write into a run's folder with which tokens the run begins."""
+        write_text(folder / BEGUN_WITH, json.dumps(self.digests) + "\n")
+
+    def check_begun(self, folders: Iterable[Path]) -> None:
+        """Refuse interrupted runs that began with other tokens.
+
+        Raises:
+            ValueError: names the run and the dataset.
+        """
+        for folder in folders:
+            file = folder / BEGUN_WITH
+            if not file.is_file() or not latest_step(folder / "checkpoint"):
+                continue
+            for name, digest in json.loads(file.read_text()).items():
+                if self.digests.get(name) != digest:
+                    raise ValueError(
+                        f"{folder.name} began with other tokens of {name} than those in"
+                        f" {self.folder}; make the same again, or remove {folder}"
                     )
 
     def steps(self, run: RunSpec, ladder: Ladder) -> int:
@@ -101,8 +133,8 @@ class Corpus:
 
 def latest_step(checkpoint: Path) -> int:
     """The step at which an interrupted run resumes; 0 without a checkpoint."""
-    file = checkpoint / "latest_checkpointed_iteration.txt"
-    return int(file.read_text()) if file.is_file() else 0
+    found = candidates(checkpoint)
+    return int(found[0].name.removeprefix("iter_")) if found else 0
 
 
 def last_error(log: str) -> str:

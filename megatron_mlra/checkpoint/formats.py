@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_mlra.checkpoint.files.tracker import TRACKER
+from megatron_mlra.checkpoint.files.tracker import is_megatron
 from megatron_mlra.checkpoint.folder import CheckpointFolder, read_config
 from megatron_mlra.checkpoint.huggingface.folder import HuggingFaceFolder
 from megatron_mlra.checkpoint.megatron.folder import MegatronFolder
@@ -42,7 +42,7 @@ def open_checkpoint(
 
 
 def _open(path: Path, vocab_size: int | None, verify: bool) -> CheckpointFolder:
-    if (path / TRACKER).is_file() or (path / ".metadata").is_file():
+    if is_megatron(path):
         return MegatronFolder(path, vocab_size, verify)
     config = read_config(path, verify)
     if config.get("model_type") in ("mlra", "llama"):

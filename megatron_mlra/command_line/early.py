@@ -102,6 +102,17 @@ def a_file(value: str | Path, flag: str) -> None:
         raise ValueError(f"{where} cannot be read: its permissions forbid it")
 
 
+def a_plain_file(value: str | Path, flag: str) -> None:
+    """Check that a file that is read more than once is there. A pipe has its content once.
+
+    Raises:
+        ValueError: see `a_file`; or it is a pipe or a device.
+    """
+    a_file(value, flag)
+    if not stat.S_ISREG(os.stat(value).st_mode):
+        raise ValueError(f"{flag} {value} is no plain file, and is read more than once; copy it")
+
+
 def a_folder(value: str | Path, flag: str, what: str = "a checkpoint's folder") -> None:
     """Check that a folder to read is there.
 

@@ -157,6 +157,8 @@ class TiktokenTokenizer:
         """
         library = require("tiktoken", "the tiktoken tokenizer")
         self._file = Path(model) if Path(model).exists() else None
+        if self._file is not None and not self._file.is_file():
+            _refuse_pipe(self._file)
         if self._file is None and ("/" in model or model.endswith(".tiktoken")):
             raise InputError(f"tiktoken ranks file {model} does not exist")
         if self._file is None:
@@ -233,9 +235,16 @@ def read_tokenizer_json(file: Path) -> Any:
     return tokenizer
 
 
+def _refuse_pipe(file: Path) -> None:
+    """Refuse a pipe or a device: a tokenizer's file is read more than once, and by each worker."""
+    if file.exists() and not file.is_dir():
+        raise InputError(f"tokenizer {file} is no plain file, and is read more than once: copy it")
+
+
 def _tokenizer_json(path: Path) -> Path:
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
+        _refuse_pipe(file)
         raise InputError(f"tokenizer file {file} does not exist: give tokenizer.json or its folder")
     return file
 

@@ -160,6 +160,7 @@ def _prefilled(runner: Runner, rows: np.ndarray, prompt: int) -> Callable[[list[
     pages = [pool.take(rows.shape[1] - 1) for _ in rows]
     for row, (tokens, own) in enumerate(zip(rows, pages, strict=True)):
         runner.tables.set(row, own)
+        # One after another: of all at once the activations would take as many times the memory.
         if prompt:  # a window of one token has none
             runner.prefill([Chunk(tokens[:prompt].tolist(), 0, own)])
     return lambda tokens, at: runner.decode(tokens, [at] * len(tokens), pages)

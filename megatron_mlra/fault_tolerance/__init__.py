@@ -5,7 +5,8 @@ Start with integrity.py and resume.py (checkpoints), heartbeat.py and hang.py (r
 
 May import:   checkpoint, description, command_line, launch.control; torch, Megatron's
               checkpointing
-Imported by:  training
+Imported by:  training, and by inference and benchmarks the meeting of ranks (handshake.py,
+              fingerprint.py)
 Never:        training: the entry hands in what a guard needs
 Held by:      tests/unit/fault_tolerance, tests/e2e/test_faults.py, tests/e2e/test_hangs.py
 """

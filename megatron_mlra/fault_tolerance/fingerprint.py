@@ -1,4 +1,4 @@
-"""Fingerprints of what all hosts of a run must have in common: code, arguments, data files.
+"""Fingerprints of what all ranks must have in common: environment, code, arguments, files.
 
 A fingerprint maps the name of a thing, as messages call it, to a short text. Two hosts agree if
 their fingerprints are equal.
@@ -10,11 +10,11 @@ import hashlib
 import importlib.resources
 import os
 from argparse import Namespace
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_mlra.command_line.parser import flag
 from megatron_mlra.version import installed
@@ -22,20 +22,46 @@ from megatron_mlra.version import installed
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "flash-attn")
 """Packages whose version may change the results of a run."""
 
+ENVIRONMENT = (
+    "WORLD_SIZE",
+    "NCCL_ALGO",
+    "NCCL_PROTO",
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO",
+    "NVTE_FLASH_ATTN",
+    "NVTE_FUSED_ATTN",
+    "NVTE_UNFUSED_ATTN",
+    "TORCHDYNAMO_DISABLE",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST",
+    "TRITON_INTERPRET",
+)
+"""Environment variables that change which collectives or kernels run. Those that name interfaces or
+devices of a host may differ."""
+
 LOCAL = {"rank", "local_rank", "config", "tensorboard_dir", "wandb_save_dir"}
 """Arguments that may differ between ranks: `config`, since a preset's values are arguments
 themselves, and folders of logs, which one rank writes."""
 
 BLOCK = 4096
-"""Bytes of one sample of a data file."""
+"""Bytes of one sample of a file."""
 BLOCKS = 1024
-"""Samples of all data files together; each file has 4 to 64."""
+"""Samples of all files together; each file has 4 to 64."""
 
 
-def of_arguments(args: Namespace) -> dict[str, str]:
-    """Flag -> value of every argument, except those that may differ between ranks."""
+def of_environment() -> dict[str, str]:
+    """The variables of `ENVIRONMENT`."""
     return {
-        flag(name): value if isinstance(value, str) else repr(value)
+        f"the environment variable {name}": os.environ.get(name, "not set") for name in ENVIRONMENT
+    }
+
+
+def of_arguments(args: Namespace, positional: Collection[str] = ()) -> dict[str, str]:
+    """Flag -> value of every argument, except those that may differ between ranks.
+
+    Args:
+        positional: arguments without a flag, which messages call by their bare name.
+    """
+    return {
+        name if name in positional else flag(name): value if isinstance(value, str) else repr(value)
         for name, value in sorted(vars(args).items())
         if name not in LOCAL
     }
@@ -54,14 +80,9 @@ def of_code() -> dict[str, str]:
     return found
 
 
-def of_data(args: Namespace) -> dict[str, str]:
-    """Size of every data file, and a digest of blocks spread evenly over the file."""
-    if args.mock_data or args.skip_train:
-        return {}
-    blend, per_split = get_blend_and_blend_per_split(args)
-    blends = [b for b in (blend, *(per_split or ())) if b is not None]
-    paths = sorted({prefix + end for names, _ in blends for prefix in names for end in _FILES})
-    paths = [path for path in paths if Path(path).is_file()]
+def of_files(files: Iterable[str | Path]) -> dict[str, str]:
+    """Size of every file, and a digest of blocks spread evenly over the file."""
+    paths = sorted({str(file) for file in files})
     blocks = max(4, min(64, BLOCKS // max(len(paths), 1)))
     with ThreadPoolExecutor(16) as threads:
         samples = list(threads.map(lambda path: _sample(path, blocks), paths))
@@ -70,9 +91,6 @@ def of_data(args: Namespace) -> dict[str, str]:
         found[f"the size of {path}"] = f"{size:,} bytes"
         found[f"the content of {path}"] = f"SHA-256 {digest[:12]} of samples"
     return found
-
-
-_FILES = (".bin", ".idx")
 
 
 def _sample(path: str, blocks: int) -> tuple[int, str]:

@@ -1,7 +1,8 @@
-"""The handshake of all ranks before a run starts: same code, arguments, data and save folder.
+"""The handshake of all ranks before they begin: same code, arguments, data and save folder.
 
-The ranks exchange messages through the launcher's store, not by collectives: a collective among
-ranks that disagree about sizes hangs, or fails without naming a rank. The order:
+Runs of training begin with it, and commands that run a model on several ranks. The ranks exchange
+messages through the launcher's store, not by collectives: a collective among ranks that disagree
+about sizes hangs, or fails without naming a rank. The order:
 
 1. every rank leaves the name of its host, rank 0 its fingerprint;
 2. every other rank answers what differs in its own fingerprint;
@@ -51,6 +52,7 @@ def meet(
     fingerprint: Fingerprint,
     *,
     seconds: float,
+    limit: str = "--distributed-timeout-minutes",
     save: str | None = None,
     enter: Callable[[], None] = lambda: None,
 ) -> World:
@@ -59,6 +61,7 @@ def meet(
     Args:
         fingerprint: of this rank. Kinds that this rank or rank 0 lacks are not compared.
         seconds: how long to wait for ranks that do not come.
+        limit: the flag that sets `seconds`, for the message; empty: none does.
         save: folder that all ranks must see, if any.
         enter: called on rank 0 when all ranks are there and agree, before the check of the folder.
             An error that it raises ends all ranks.
@@ -70,7 +73,7 @@ def meet(
     if world_size == 1:
         enter()
         return World([host])
-    talk = _Talk(rank, world_size, seconds)
+    talk = _Talk(rank, world_size, seconds, limit)
     talk.leave(f"host/{rank}", host)
     hosts = _follow(talk, fingerprint, save) if rank else _lead(talk, fingerprint, save, enter)
     return World(hosts, PrefixStore(_key("world"), talk.store))
@@ -186,8 +189,9 @@ def _differences(here: dict[str, str], there: dict[str, str]) -> list[tuple[str,
 class _Talk:
     """Messages between the ranks, as keys of the launcher's store."""
 
-    def __init__(self, rank: int, world_size: int, seconds: float) -> None:
+    def __init__(self, rank: int, world_size: int, seconds: float, limit: str) -> None:
         self.rank, self.world_size = rank, world_size
+        self.limit = f" ({limit})" if limit else ""
         self.deadline = time.monotonic() + seconds
         self.seconds = seconds
         self.absent: set[int] = set()
@@ -252,9 +256,9 @@ class _Talk:
             self.absent.update(missing)
             known = {rank: self._read(f"host/{rank}") for rank in there} | hosts
             raise ValueError(
-                f"{_named(missing, known)} did not come within {self.seconds:.0f} s"
-                " (--distributed-timeout-minutes); those that did:"
-                f" {_named(there or [0], known)}; look at the output on the hosts that are missing"
+                f"{_named(missing, known)} did not come within {self.seconds:.0f} s{self.limit};"
+                f" those that did: {_named(there or [0], known)}; look at the output on the hosts"
+                " that are missing"
             ) from None
         return {rank: self._read(f"{kind}/{rank}") for rank in ranks}
 

@@ -6,11 +6,12 @@ import os
 import shutil
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_mlra.checkpoint.files.tracker import first_usable
 from megatron_mlra.checkpoint.megatron.torch_dist import TorchDistFolder
 from megatron_mlra.command_line import parser
 from megatron_mlra.description.megatron_args import ROPE_ARGUMENTS, differing_arguments
@@ -18,38 +19,6 @@ from megatron_mlra.description.model import CheckpointError
 from megatron_mlra.fault_tolerance.optimizer_state import check_optimizer
 from megatron_mlra.fault_tolerance.rope_change import BY_PRESET, changes
 from megatron_mlra.fault_tolerance.saved_steps import check_unused, to_load
-
-
-def first_usable(
-    folders: list[Path], check: Callable[[Path], None]
-) -> tuple[Path | None, list[str]]:
-    """(The first folder that `check` accepts, the errors of those before it); (None, []) without
-    folders.
-
-    Raises:
-        ValueError: all folders are refused; the error of the first.
-    """
-    refused: list[str] = []
-    for folder in folders:
-        try:
-            check(folder)
-        except ValueError as error:
-            refused.append(str(error))
-        else:
-            return folder, refused
-    if not refused:
-        return None, []
-    raise ValueError(f"{refused[0]}; {_others(folders)}")
-
-
-def _others(folders: list[Path]) -> str:
-    """The end of the message that all folders are refused: steps that could be loaded instead."""
-    if len(folders) > 1:
-        return f"the {len(folders) - 1} earlier ones are damaged too"
-    there = sorted(path.name for path in folders[0].parent.glob("iter_*") if path != folders[0])
-    if not there:
-        return "there is no other"
-    return f"there is {', '.join(there)}: --ckpt-step names the step to load"
 
 
 def check_load(args: Namespace) -> bool:

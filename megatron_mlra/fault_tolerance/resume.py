@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_mlra.checkpoint.files.tracker import TRACKER
+from megatron_mlra.checkpoint.files.tracker import candidates, first_usable, untracked
 from megatron_mlra.command_line.parser import say
 from megatron_mlra.fault_tolerance import checksums, integrity, saved_steps
 from megatron_mlra.fault_tolerance.optimizer_state import other_end
@@ -47,8 +47,8 @@ def whole_step(args: Namespace) -> int | None:
         ValueError: no checkpoint is whole, or the one of --ckpt-step is not.
     """
     # Only one rank lists the folder: others may see an earlier state of a shared folder.
-    found = _on_first_rank(lambda: saved_steps.candidates(args.load, args.ckpt_step))
-    folder, refused = integrity.first_usable(found, check_whole)
+    found = _on_first_rank(lambda: candidates(args.load, args.ckpt_step))
+    folder, refused = first_usable(found, check_whole)
     if args.rank == 0:
         for why in refused:
             say(f"warning: {why}")
@@ -63,11 +63,8 @@ def whole_step(args: Namespace) -> int | None:
 
 def _name_step(args: Namespace, step: int) -> None:
     """Write a missing or empty tracker file, from which Megatron reads the step."""
-    if not args.ckpt_step and saved_steps.latest_step(args.load) is None:
-        say(
-            f"warning: {args.load} has no {TRACKER} (lost, or not copied along): continuing"
-            f" from the newest whole checkpoint, that of step {step:,}"
-        )
+    if not args.ckpt_step and (why := untracked(args.load)):
+        say(f"warning: {why}: continuing from the newest whole checkpoint, that of step {step:,}")
     try:
         saved_steps.mend_tracker(args.load, step)
     except OSError:

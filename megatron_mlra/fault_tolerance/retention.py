@@ -7,8 +7,8 @@ import re
 import shutil
 from pathlib import Path
 
+from megatron_mlra.checkpoint.files.tracker import latest_step, steps
 from megatron_mlra.fault_tolerance.integrity import check_complete
-from megatron_mlra.fault_tolerance.saved_steps import latest_step, steps
 
 _DELETED = re.compile(r"\.deleted-iter_\d{7,}").fullmatch
 

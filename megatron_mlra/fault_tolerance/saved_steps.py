@@ -1,4 +1,4 @@
-"""The saved steps of a run's folder, and checks of `--load` and `--save`.
+"""Checks of `--load` and `--save`; checkpoint/files/tracker.py lists the saved steps of a folder.
 
 Nothing here imports torch, so that a wrong folder is reported before that slow import.
 """
@@ -6,33 +6,17 @@ Nothing here imports torch, so that a wrong folder is reported before that slow 
 from __future__ import annotations
 
 import os
-import re
 from argparse import Namespace
 from pathlib import Path
 
-from megatron_mlra.checkpoint.files.manifest import MANIFEST
-from megatron_mlra.checkpoint.files.tracker import FORMAT_FILE, TRACKER, tracked_step
+from megatron_mlra.checkpoint.files.tracker import (
+    ITERATION,
+    TRACKER,
+    candidates,
+    latest_step,
+    saved_without_tracker,
+)
 from megatron_mlra.command_line import parser
-
-_ITERATION = re.compile(r"iter_(\d+)").fullmatch
-
-
-def latest_step(folder: str | Path) -> int | None:
-    """The step that the tracker file of `folder` names, 0 for a release; None without a tracker.
-
-    Raises:
-        ValueError: the tracker file names no step, or cannot be read.
-    """
-    text = tracked_step(Path(folder))
-    if text is None:
-        return None
-    if text == "release":
-        return 0
-    if not text:
-        # The job or its machine died between truncating the file and writing it: the newest folder
-        # is the one of that save.
-        return max(steps(folder), default=None)
-    return int(text)
 
 
 def mend_tracker(load: str | Path, step: int) -> None:
@@ -40,66 +24,6 @@ def mend_tracker(load: str | Path, step: int) -> None:
     tracker = Path(load) / TRACKER
     if not tracker.is_file() or not tracker.read_text().strip():
         parser.write_text(tracker, str(step))
-
-
-def candidates(load: str | Path, step: int | None = None) -> list[Path]:
-    """Checkpoint folders to load from, best first: the one that the tracker names, then earlier
-    steps. Later ones were never completed. Without a tracker: all complete steps, newest first.
-
-    Args:
-        step: if given, the only step to load.
-
-    Raises:
-        ValueError: the tracker file names no step, or the folder cannot be read.
-    """
-    load = Path(load)
-    if step:
-        return [load / f"iter_{step:07d}"]
-    latest = latest_step(load)
-    if latest is None:
-        return saved_without_tracker(load)
-    if not latest:
-        return [load / "release"]
-    earlier = sorted((other for other in steps(load) if other < latest), reverse=True)
-    return [load / f"iter_{number:07d}" for number in (latest, *earlier)]
-
-
-def saved_without_tracker(folder: str | Path) -> list[Path]:
-    """Complete checkpoints of a folder whose tracker file was lost or not copied, newest first.
-
-    A run that was killed in its first save leaves no tracker either; its checkpoint lacks the files
-    that are written last.
-
-    Raises:
-        ValueError: the folder cannot be read, or holds a `release` checkpoint.
-    """
-    folder = Path(folder)
-    if (folder / "release").is_dir():
-        raise ValueError(
-            f"{folder} holds release/, but no {TRACKER}; write the word release into that file"
-        )
-    newest_first = sorted(steps(folder), reverse=True)
-    paths = [folder / f"iter_{number:07d}" for number in newest_first]
-    return [path for path in paths if any((path / name).exists() for name in _WRITTEN_LAST)]
-
-
-_WRITTEN_LAST = (".metadata", FORMAT_FILE, MANIFEST)
-"""Files of a checkpoint that are written after all tensors."""
-
-
-def steps(folder: str | Path) -> set[int]:
-    """Steps of the `iter_*` folders in `folder`, complete or not; empty if `folder` is missing.
-
-    Raises:
-        ValueError: the folder exists but cannot be read.
-    """
-    try:
-        names = os.listdir(folder)
-    except FileNotFoundError:
-        return set()
-    except OSError as error:
-        raise ValueError(f"checkpoint folder {folder} cannot be read ({error.strerror})") from None
-    return {int(found[1]) for name in names if (found := _ITERATION(name))}
 
 
 def same_folder(args: Namespace) -> bool:
@@ -148,7 +72,7 @@ def to_load(args: Namespace) -> list[Path]:
     also = ""
     if (Path(args.load) / "config.json").is_file():
         also = "; an exported folder is made one by mlra convert import-hf"
-    if inner := _ITERATION(Path(args.load).absolute().name):
+    if inner := ITERATION(Path(args.load).absolute().name):
         raise ValueError(
             f"--load {args.load} holds no checkpoint of its own; give {Path(args.load).parent}, and"
             f" --ckpt-step {int(inner[1])}"

@@ -21,6 +21,12 @@ from megatron_mlra.command_line.output import first_of_host, say_error
 from megatron_mlra.command_line.signals import can_be_set, get_when_parent_ends, handle
 from megatron_mlra.launch.control import ONCE
 
+STARTING = (
+    "note: stopping in order; the run is still starting, and ends before its first step (a second"
+    " Ctrl-C ends it at once)"
+)
+"""Message of a first Ctrl-C before `hand_over`: imports and checks may take a minute."""
+
 _numbers: set[signal.Signals] = set()
 _asked: signal.Signals | None = None
 _handler: Any = None
@@ -49,34 +55,59 @@ def listen(*numbers: signal.Signals) -> None:
 def listen_to_interrupts(end: Callable[[], None]) -> None:
     """Let a first SIGINT ask the run to stop, and a second one call `end`.
 
-    A thread waits for SIGINT, which is blocked in all other threads: the main thread would act on
-    it only after its current collective or file write. Child processes inherit the block, so that a
-    terminal's Ctrl-C does not end the helper processes of the last save.
+    A thread waits for SIGINT, which is blocked in all later threads and in this one: the main
+    thread would act on it only after its current import, collective or file write. Child processes
+    inherit the block, so that a terminal's Ctrl-C does not end the helper processes of the last
+    save. Threads that are there already, as those of numpy, may still be given SIGINT. Python's
+    handler then hands it on, in whichever thread it runs.
 
     Nothing is done if SIGINT is ignored, as in background jobs of a script.
 
     Args:
-        end: ends the process; called in the waiting thread.
+        end: ends the process; called in a waiting thread.
     """
     if not can_be_set() or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    asked = threading.Event()
+    one_by_one = threading.Lock()
 
-    def wait() -> None:
-        asked = False
-        while True:
-            signal.sigwait({signal.SIGINT})
+    def hear() -> None:
+        with one_by_one:
             if _by_default:
                 _thread.interrupt_main()
-            elif asked and not _over:
+            elif asked.is_set() and not _over:
                 end()
             elif not _over:
-                asked = True
+                asked.set()
                 _note(signal.SIGINT, None)
                 if first_of_host():
-                    say_error(ONCE)
+                    say_error(STARTING if _handler is None else ONCE)
 
-    threading.Thread(target=wait, name="Ctrl-C", daemon=True).start()
+    def wait() -> None:
+        while True:
+            signal.sigwait({signal.SIGINT})
+            hear()
+
+    def wait_for_others() -> None:
+        while numbers := os.read(heard, 64):
+            for _ in range(0 if _by_default else numbers.count(signal.SIGINT)):
+                hear()
+
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    handle((signal.SIGINT,), _leave_to_threads)
+    # The handler of the C library writes the number of each signal there at once; the one in Python
+    # waits for the main thread.
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    for work in (wait, wait_for_others):
+        threading.Thread(target=work, name="Ctrl-C", daemon=True).start()
+
+
+def _leave_to_threads(number: int, frame: FrameType | None) -> None:
+    """The handler of SIGINT in the main thread, beside the threads that wait for it."""
+    if _by_default:
+        signal.default_int_handler(number, frame)
 
 
 def listen_to_launcher() -> None:

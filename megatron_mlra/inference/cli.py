@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 
 from megatron_mlra.command_line.threads import wait_passively
 
@@ -23,6 +24,9 @@ from megatron_mlra.checkpoint.tokenizer import checkpoint_tokenizer
 from megatron_mlra.command_line.parser import check_output, one_line, write_text
 from megatron_mlra.command_line.progress_bar import bar
 from megatron_mlra.data.tokenizers import Tokenizer
+from megatron_mlra.fault_tolerance import fingerprint
+from megatron_mlra.fault_tolerance.handshake import Fingerprint
+from megatron_mlra.inference import world
 from megatron_mlra.inference.engine import Engine, Request
 from megatron_mlra.inference.flags import check, parser, read_prompts
 from megatron_mlra.inference.growing_text import GrowingText
@@ -30,66 +34,67 @@ from megatron_mlra.inference.load import LoadOptions, load_draft, load_model
 from megatron_mlra.inference.parallel import TensorParallel, tensor_parallel_size
 from megatron_mlra.inference.runner import Runner
 from megatron_mlra.inference.sampling import SamplingParams
+from megatron_mlra.inference.world import Once
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run; returns the exit code."""
     args = parser().parse_args(argv)
-    rank = int(os.environ.get("RANK", "0"))
     try:
-        with _world(args) as device:
-            return _generate(args, rank, device)
+        # Read once, since a file may be a pipe.
+        prompts = Once(lambda: read_prompts(args))
+        with _world(args, prompts) as device:
+            return _generate(args, prompts(), world.rank(), device)
     except (ValueError, OSError) as error:
-        _say_error(rank, error)
-        return 2
+        return world.refuse(error)
     except torch.cuda.OutOfMemoryError as error:
         text = str(error).splitlines()[0]
         print(f"error: {one_line(text)}; use --cache-tokens", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        if rank == 0:
+        if world.rank() == 0:
             print("\ninterrupted", file=sys.stderr)
         return 130
 
 
-def _say_error(rank: int, error: Exception) -> None:
-    """One line, from rank 0. Other ranks wait: torchrun ends all ranks when the first exits."""
-    if rank > 0:
-        time.sleep(5)
-        return
-    text = str(error)
-    if isinstance(error, OSError) and error.filename:
-        text = f"{error.filename}: {error.strerror}"
-    print(f"error: {one_line(text)}", file=sys.stderr, flush=True)
-
-
 @contextlib.contextmanager
-def _world(args: argparse.Namespace):
+def _world(args: argparse.Namespace, prompts: Once[list[str]]) -> Iterator[str]:
     """Yields the device of this process, inside torchrun's process group if there is one."""
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU; use --device cpu")
-    if _processes() == 1:
+    kind = Once(lambda: _device(args))
+
+    def told() -> Fingerprint:
+        return {
+            "device": {"the device": kind.text()},
+            "arguments": fingerprint.of_arguments(args, positional=("checkpoint",)),
+            "prompts": {"the prompts": prompts.text()},
+            **world.of_inputs(args.checkpoint, args.tokenizer_model),
+        }
+
+    met = world.meet(told)
+    device = kind()
+    if met is None:
         yield device
         return
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    try:
+    with world.formed(met, "nccl" if device.startswith("cuda") else "gloo"):
         yield device
-    finally:
-        torch.distributed.destroy_process_group()
 
 
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def _device(args: argparse.Namespace) -> str:
+    """`cpu` or `cuda`.
+
+    Raises:
+        ValueError: there is no GPU, and one is asked for.
+    """
+    there = torch.cuda.is_available()
+    if args.device == "cuda" and not there:
+        raise ValueError("--device cuda: torch sees no GPU; use --device cpu")
+    return ("cuda" if there else "cpu") if args.device == "auto" else args.device
 
 
-def _generate(args: argparse.Namespace, rank: int, device: str) -> int:
-    texts = read_prompts(args)
+def _generate(args: argparse.Namespace, texts: list[str], rank: int, device: str) -> int:
     params = [
         SamplingParams(
             max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
@@ -98,7 +103,7 @@ def _generate(args: argparse.Namespace, rank: int, device: str) -> int:
         for i in range(len(texts))
     ]  # fmt: skip
     check(args)
-    tensor_parallel_size(_processes(), args.context_parallel)
+    tensor_parallel_size(world.size(), args.context_parallel)
     if args.output:
         check_output(args.output, "--output")
     folder = open_checkpoint(args.checkpoint, args.vocab_size, verify=args.verify)

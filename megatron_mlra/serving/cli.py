@@ -112,16 +112,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _serve(args: argparse.Namespace) -> int:
     source = Path(args.source)
     a_folder(source, "source", SOURCE)
-    if args.chat_template is not None:
-        read_text(args.chat_template)
+    template = None if args.chat_template is None else read_text(args.chat_template)
     check_port(args.host, args.port)
     python = find_python(args.python, [Path.cwd(), ROOT])
-    model = exported(args, source)
     name = args.name or re.sub(r"[^\w.+-]", "_", source.resolve().name)
-    chat, tokenizer = _has_chat(args, model), (model / "tokenizer.json").is_file()
-    if not tokenizer:
-        print(f"{model} has no tokenizer.json: prompts are lists of token ids", flush=True)
     with tempfile.TemporaryDirectory(prefix="mlra-serve-") as folder:
+        if template is not None:
+            # The export and vLLM read it again, and the file may be a pipe of this process.
+            args.chat_template = f"{folder}/chat_template.jinja"
+            Path(args.chat_template).write_text(template, encoding="utf-8")
+        model = exported(args, source)
+        chat, tokenizer = _has_chat(args, model), (model / "tokenizer.json").is_file()
+        if not tokenizer:
+            print(f"{model} has no tokenizer.json: prompts are lists of token ids", flush=True)
         log = Path(folder) / "vllm.log"
         print(f"starting vLLM (minutes the first time); its log: {log}", flush=True)
         with (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,12 @@ LOSSES = ("lm loss",)
 LOGIT = "max_attention_logit"
 """Megatron's curve of the largest attention logit. Megatron adds a point in every step, also where
 no logit was measured."""
+
+
+def is_logged(args: Namespace, step: int) -> bool:
+    """Whether a step has a line and points on the curves. The first step of a run has, since on a
+    CPU many minutes may pass before the next."""
+    return step == 1 or step % args.log_interval == 0 or step == args.train_iters
 
 
 def record(values: Mapping[str, float], step: int) -> None:

@@ -12,6 +12,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_mlra.command_line.early import a_plain_file
 from megatron_mlra.command_line.parser import check_writable, flag, flags_given
 from megatron_mlra.command_line.suggest import refusal
 from megatron_mlra.data.prefixes import NO_DATA, a_dataset, check_files, without_weights
@@ -63,6 +64,9 @@ def check(argv: list[str]) -> Namespace:
             _refuse(NO_DATA)
         for prefix in without_weights(words):
             check_files(prefix)
+    for name in _DATA_FILES:
+        if (file := getattr(given, name)) is not None and Path(file).exists():
+            a_plain_file(file, flag(name))
     for named in given.held_out:
         a_dataset(named, "--held-out")
     return Namespace(save=given.save, load=given.load)

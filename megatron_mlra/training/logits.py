@@ -24,7 +24,7 @@ from megatron_mlra.command_line.parser import flag
 from megatron_mlra.layers.attention import MLRASelfAttention
 from megatron_mlra.layers.logits import measured, row_factors
 from megatron_mlra.maths.logits import shrink
-from megatron_mlra.training.curves import LOGIT
+from megatron_mlra.training.curves import LOGIT, is_logged
 
 
 class LogitWatch:
@@ -72,8 +72,7 @@ class LogitWatch:
         return clip
 
     def _is_measured(self, step: int) -> bool:
-        args = self.args
-        return args.qk_clip or step % args.log_interval == 0 or step == args.train_iters
+        return self.args.qk_clip or is_logged(self.args, step)
 
     def begin(self, model: list[torch.nn.Module], wanted: bool = True) -> None:
         """Drop earlier reports; have the cores of all layers report from now on, if `wanted`."""

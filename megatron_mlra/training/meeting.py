@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from pathlib import Path
+
+from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_mlra.command_line.output import first_of_host
 from megatron_mlra.command_line.parser import say
@@ -35,9 +38,20 @@ def meet_all(args: Namespace, given: dict[str, str], lock: RunLock | None) -> Wo
             saved_steps.check_unused(args)
 
     join_world()
-    same = {"code": fingerprint.of_code(), "arguments": given}
+    same = {"environment": fingerprint.of_environment(), "code": fingerprint.of_code()}
+    same["arguments"] = given
     if first_of_host():  # the ranks of a host see the same files
-        same["data"] = fingerprint.of_data(args)
+        same["data"] = fingerprint.of_files(_data_files(args))
     same["derived arguments"] = fingerprint.of_arguments(args)
     seconds = 60 * args.distributed_timeout_minutes
     return meet(args.rank, args.world_size, same, seconds=seconds, save=args.save, enter=enter)
+
+
+def _data_files(args: Namespace) -> list[str]:
+    """The files of a run's datasets."""
+    if args.mock_data or args.skip_train:
+        return []
+    blend, per_split = get_blend_and_blend_per_split(args)
+    blends = [b for b in (blend, *(per_split or ())) if b is not None]
+    paths = {prefix + end for names, _ in blends for prefix in names for end in (".bin", ".idx")}
+    return [path for path in paths if Path(path).is_file()]

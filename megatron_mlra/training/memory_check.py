@@ -11,6 +11,7 @@ import os
 from argparse import Namespace
 from pathlib import Path
 
+import psutil
 import torch
 
 from megatron_mlra.description.model import ModelDescription
@@ -31,7 +32,8 @@ UNCOUNTED = (
 )
 """Arguments that cut or store weights in ways that are not counted. Such runs are not checked."""
 
-_CGROUPS = ("memory.max", "memory/memory.limit_in_bytes")
+_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
+"""Files of a container's limit, of version 2 and 1. psutil sees the host's memory alone."""
 
 
 def check(args: Namespace, shape: ModelDescription, layout: Layout, on_cpu: bool) -> None:
@@ -53,7 +55,7 @@ def check(args: Namespace, shape: ModelDescription, layout: Layout, on_cpu: bool
         free = free_host_bytes()
     else:
         free = torch.cuda.mem_get_info(args.local_rank % torch.cuda.device_count())[0]
-    if free is None or need * ranks <= free:
+    if need * ranks <= free:
         return
     each = f", {need * ranks / GIB:.1f} for the {ranks} ranks of this host" if ranks > 1 else ""
     divide = ""
@@ -93,26 +95,16 @@ def least_bytes(args: Namespace, shape: ModelDescription, layout: Layout) -> int
     return held + (optimizer_bytes(dense, experts, layout, half) if is_counted else 0)
 
 
-def free_host_bytes(root: Path = Path("/")) -> int | None:
+def free_host_bytes(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
     """Bytes of memory and swap that are free on this host, at most the limit of its container.
 
     Args:
-        root: holds `proc` and `sys`.
-
-    Returns:
-        None where the system does not say.
+        cgroups: folder of the container's limits.
     """
-    try:
-        lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
-        sizes = {
-            name: 1024 * int(rest.split()[0]) for name, _, rest in (x.partition(":") for x in lines)
-        }
-        free = sizes["MemAvailable"] + sizes.get("SwapFree", 0)
-    except (OSError, ValueError, LookupError):
-        return None
-    for name in _CGROUPS:
+    free = psutil.virtual_memory().available + psutil.swap_memory().free
+    for name in _LIMITS:
         try:
-            free = min(free, int((root / "sys/fs/cgroup" / name).read_text(encoding="ascii")))
+            free = min(free, int((cgroups / name).read_text(encoding="ascii")))
         except (OSError, ValueError):  # `max`: no limit
             continue
     return free

@@ -105,7 +105,7 @@ class Progress:
                 for name, loss in losses.items() if not skipped else ():
                     self.losses.setdefault(name, []).append(loss)
                 self._move_bar(iteration)
-            if iteration % self.args.log_interval == 0 or iteration == self.args.train_iters:
+            if curves.is_logged(self.args, iteration):
                 memory = peak_memory()
                 if self.speaks:
                     self._step(rate, iteration, grad_norm, skipped, memory)
@@ -141,7 +141,7 @@ class Progress:
         args = self.args
         last = f"{args.train_iters:,}"
         said = [f"step {iteration:,}/{last}"]
-        # As in Megatron's log: the mean over the steps since the previous line.
+        # The mean over the steps since the previous line.
         means = {name: _mean(losses) for name, losses in self.losses.items()}
         means = {name: means[name] for name in sorted(means, key=lambda n: n.startswith("mtp"))}
         self.losses.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -165,6 +166,30 @@ def test_results_of_other_text_are_not_joined(ladder, tmp_path):
     finish(ladder, second, data_sha256={"train": "b"})
     with pytest.raises(ValueError, match=f"{first.id} and {second.id} .* other text"):
         ladder.done()
+
+
+def test_tokens_that_change_under_a_ladder_are_refused(tmp_path):
+    """Other tokens of equal size, as an interrupted tokenized.py or a copy leaves them."""
+    tokens, work = tmp_path / "tokens", tmp_path / "work" / "a"
+    tokens.mkdir()
+    (tokens / "train.idx").touch()
+    for data in (b"tokens", b"nekots"):
+        (tokens / "train.bin").write_bytes(data)
+        told = {"sets": {"train": {"sha256": hashlib.sha256(data).hexdigest()}}}
+        if data == b"tokens":
+            (tokens / "tokens.json").write_text(json.dumps(told))
+            Corpus(tokens).check(["train"])
+            work.mkdir(parents=True)
+            Corpus(tokens).note(work)
+    with pytest.raises(ValueError, match=r"train\.bin is not the one of tokens\.json"):
+        Corpus(tokens).check(["train"])
+    (tokens / "tokens.json").write_text(json.dumps(told))
+    Corpus(tokens).check(["train"])
+    Corpus(tokens).check_begun([work])  # nothing is saved
+    (work / "checkpoint").mkdir()
+    (work / "checkpoint/latest_checkpointed_iteration.txt").write_text("4")
+    with pytest.raises(ValueError, match="a began with other tokens of train than those in"):
+        Corpus(tokens).check_begun([work])
 
 
 def test_results_of_other_tasks_are_not_joined(ladder):

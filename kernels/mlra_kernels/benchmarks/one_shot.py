@@ -109,9 +109,30 @@ def main() -> None:
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl")
     try:
+        check_same(vars(args))
         _run(args)
     finally:
         dist.destroy_process_group()
+
+
+def check_same(told: dict[str, object]) -> None:
+    """End all ranks with one line where one has other arguments than rank 0: it would wait, in a
+    sum that the others do not make, for ever."""
+    all_told: list = [None] * dist.get_world_size()
+    dist.all_gather_object(all_told, told)
+    for rank, theirs in enumerate(all_told):
+        for name, here in all_told[0].items():
+            if theirs[name] != here:
+                if dist.get_rank() == 0:
+                    flag = f"--{name.replace('_', '-')}"
+                    print(
+                        f"error: rank {rank} has {flag} {theirs[name]} and rank 0 {here}; start all"
+                        " with the same command",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                dist.barrier()  # torchrun ends rank 0 when another exits
+                sys.exit(2)
 
 
 def _run(args) -> None:

@@ -34,8 +34,11 @@ from megatron_mlra.benchmarks.decoding.measure import (
 )
 from megatron_mlra.benchmarks.decoding.place import Place, joined, tiny
 from megatron_mlra.benchmarks.decoding.plot import plot
-from megatron_mlra.command_line.parser import check_output, one_line, write_json
-from megatron_mlra.description.presets import preset_description
+from megatron_mlra.command_line.parser import check_output, write_json
+from megatron_mlra.description.presets import preset_description, preset_values
+from megatron_mlra.fault_tolerance import fingerprint
+from megatron_mlra.fault_tolerance.handshake import Fingerprint
+from megatron_mlra.inference import world
 from megatron_mlra.inference.parallel import HeadShard, check_parallel, tensor_parallel_size
 from mlra_kernels.benchmarks.timing import read_roof
 
@@ -133,18 +136,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     on_cpu = args.rehearse or (args.speculate and not torch.cuda.is_available())
     if not on_cpu and not torch.cuda.is_available():
         sys.exit("error: this benchmark needs a CUDA GPU, and torch sees none")
+
+    def told() -> Fingerprint:
+        data = [f"{args.data}{end}" for end in (".bin", ".idx")] if args.data else []
+        return {
+            "device": {"the device": "cpu" if on_cpu else "cuda"},
+            "arguments": fingerprint.of_arguments(args),
+            "presets": {f"the preset {name}": repr(preset_values(name)) for name in args.configs},
+            **world.of_inputs(args.speculate, None, *filter(None, [args.text]), *data),
+        }
+
     try:
         for flag, file in (("--json", args.json), ("--png", args.png)):
             if file:
                 check_output(file, flag)
-        with joined(on_cpu, args.products) as place:
+        with joined(on_cpu, args.products, told) as place:
             if args.speculate is not None:
                 _run_guesses(args, place)
                 return
             todo = cases(args.tp, args.configs, args.context_parallel, place, args.all_reduce)
             failed = _run(args, todo, place)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {one_line(str(error))}")
+        sys.exit(world.refuse(error))
     if failed:
         sys.exit(f"error: not reported: {', '.join(failed)}")
 

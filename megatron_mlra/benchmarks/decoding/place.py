@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
 from megatron_mlra.description.model import ModelDescription
+from megatron_mlra.fault_tolerance.handshake import Fingerprint
+from megatron_mlra.inference import world
 from megatron_mlra.inference.parallel import TensorParallel
-
-LONGEST_WAIT = datetime.timedelta(minutes=10)
-"""Longest wait of a rank for the others, one of which may have run out of memory."""
 
 
 @dataclass(frozen=True)
@@ -69,22 +67,26 @@ class Place:
 
 
 @contextlib.contextmanager
-def joined(rehearsal: bool, products: str = "auto") -> Iterator[Place]:
-    """The place of this process, in torchrun's world if there is one."""
-    ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+def joined(
+    rehearsal: bool, products: str = "auto", told: Callable[[], Fingerprint] = dict
+) -> Iterator[Place]:
+    """The place of this process, in torchrun's world if there is one.
+
+    Args:
+        told: see `world.meet`.
+    """
     if dist.is_initialized():
         yield Place(dist.get_world_size(), dist.get_rank(), rehearsal, products)
         return
+    met = world.meet(told)
     if not rehearsal:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if ranks == 1:
+    if met is None:
         yield Place(rehearsal=rehearsal, products=products)
         return
-    dist.init_process_group("gloo" if rehearsal else "nccl", timeout=LONGEST_WAIT)
-    try:
-        yield Place(ranks, rank, rehearsal, products)
-    finally:
-        dist.destroy_process_group()
+    # A rank may wait for another that has run out of memory.
+    with world.formed(met, "gloo" if rehearsal else "nccl", world.LONGEST_WAIT):
+        yield Place(world.size(), world.rank(), rehearsal, products)
 
 
 def tiny(model: ModelDescription) -> ModelDescription:

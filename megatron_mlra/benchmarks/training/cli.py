@@ -116,6 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             " CPU"
         )
     from megatron_mlra.benchmarks.training.case import Case
+    from megatron_mlra.fault_tolerance import fingerprint
+    from megatron_mlra.inference import world
     from megatron_mlra.training import arguments
 
     texts = args.case or (TWO_GPUS if os.environ.get("WORLD_SIZE") == "2" else DEFAULT_CASES)
@@ -127,6 +129,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    told = {"arguments": fingerprint.of_arguments(args) | {"the flags of training": repr(flags)}}
+    try:
+        _kept = world.meet(lambda: told)  # rank 0 may hold the store of all
+    except ValueError as error:
+        return world.refuse(error)
     arguments.join_world()
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return measure_all(cases, args, flags, "nccl")

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from megatron_mlra.checkpoint.files.inside import inside
-from megatron_mlra.checkpoint.files.tracker import TRACKER, tracked_step
+from megatron_mlra.checkpoint.files.tracker import (
+    TRACKER,
+    candidates,
+    first_usable,
+    tracked_step,
+    untracked,
+)
 from megatron_mlra.checkpoint.files.weight_files import common_dtype
 from megatron_mlra.checkpoint.folder import (
     CheckpointFolder,
@@ -16,6 +25,7 @@ from megatron_mlra.checkpoint.folder import (
     tokenizer_files,
 )
 from megatron_mlra.checkpoint.megatron.torch_dist import COMMON_KEY, TorchDistFolder
+from megatron_mlra.command_line.printable import printable
 from megatron_mlra.description.megatron_args import check_convertible, from_megatron_args
 from megatron_mlra.description.model import CheckpointError, check_layers
 from megatron_mlra.description.tensors import (
@@ -48,7 +58,7 @@ class MegatronFolder(CheckpointFolder):
     def __init__(self, path: Path, vocab_size: int | None = None, verify: bool = True) -> None:
         self.path = path
         self.verify = verify
-        self.folder = iteration_folder(path)
+        self.folder = iteration_folder(path, verify)
         self.files = TorchDistFolder(self.folder, verify)
         state = self.files.common_state()
         args = state.get("args")
@@ -140,20 +150,62 @@ class MegatronFolder(CheckpointFolder):
         return places
 
 
-def iteration_folder(path: Path) -> Path:
-    """The folder with the weights: the one that the tracker of `path` names, or `path` itself
-    without a tracker.
+def iteration_folder(
+    path: Path, verify: bool = False, say: Callable[[str], object] | None = None
+) -> Path:
+    """The folder with the weights: the one that the tracker of `path` names; where it names none,
+    the newest whole step; `path` itself without either.
+
+    Args:
+        verify: a step is whole if its files also have their checksums.
+        say: called with a line on a step that the tracker does not name; default: print it to
+            standard error on the first rank.
 
     Raises:
-        CheckpointError: the tracker names a folder that is missing.
+        CheckpointError: the tracker names a folder that is missing, or no step is whole.
     """
     step = tracked_step(path)
-    if step is None:
-        return path
-    folder = path if not step else inside(path, _folder_of(step))
-    if not step or not folder.is_dir():
-        raise CheckpointError(f"checkpoint {folder} is missing, though {path / TRACKER} names it")
+    if not step:
+        return _untracked_folder(path, verify, say or _warn)
+    folder = inside(path, _folder_of(step))
+    if not folder.is_dir():
+        there = sorted(each.name for each in path.glob("iter_*"))
+        others = f"; there is {', '.join(there)}" if there else ""
+        raise CheckpointError(
+            f"checkpoint {folder} is missing, though {path / TRACKER} names it{others}"
+        )
     return folder
+
+
+def _untracked_folder(path: Path, verify: bool, say: Callable[[str], object]) -> Path:
+    """See `iteration_folder`, of a path whose tracker is missing or empty."""
+
+    def check(folder: Path) -> None:
+        stored = TorchDistFolder(inside(path, folder.name), verify)
+        stored.common_state()
+        stored.check_contents(name for name, _ in stored.stored)
+
+    try:
+        found = [] if (path / ".metadata").is_file() else candidates(path)
+        folder, refused = first_usable(found, check, "give its folder")
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    if folder is None:
+        if tracked_step(path) is None:
+            return path
+        raise CheckpointError(f"{untracked(path)}, and there is no step in {path}")
+    for why in refused:
+        say(f"warning: {why}")
+    number = int(folder.name.removeprefix("iter_"))
+    say(f"warning: {untracked(path)}: reading the newest whole checkpoint, that of step {number:,}")
+    return folder
+
+
+def _warn(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 def _folder_of(step: str) -> str:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from megatron_mlra.checkpoint.files import manifest
 from megatron_mlra.checkpoint.files.staging import written_aside
 from megatron_mlra.checkpoint.files.tokenizer_copy import copy_file, say_nothing
-from megatron_mlra.checkpoint.files.tracker import TRACKER
+from megatron_mlra.checkpoint.files.tracker import TRACKER, is_megatron
 from megatron_mlra.checkpoint.folder import check_finite, tokenizer_files
 from megatron_mlra.checkpoint.megatron.folder import iteration_folder
 from megatron_mlra.checkpoint.megatron.torch_dist import COMMON_FILE, COMMON_KEY, TorchDistFolder
@@ -72,12 +72,12 @@ def reshard(
     if dtype is not None and not weights_only:
         raise CheckpointError(f"dtype {dtype} does not fit the optimizer's state; add weights_only")
     root = Path(source)
-    if not ((root / TRACKER).is_file() or (root / ".metadata").is_file()):
+    if not is_megatron(root):
         raise CheckpointError(
             f"{root} is not a Megatron folder: it has neither {TRACKER} nor .metadata; give the"
             " --save of a run or its iter_* folder"
         )
-    folder = iteration_folder(root)
+    folder = iteration_folder(root, verify)
     stored = TorchDistFolder(folder, verify)
     stored.check_contents(name for name, _ in stored.stored)
     _check_layout(stored, weights_only)

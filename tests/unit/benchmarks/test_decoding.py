@@ -180,7 +180,7 @@ def test_guesses_of_presets_are_rehearsed(capsys):
         (["--text", "TEXT"], "the text makes 1 prompts of 20 tokens, and 2 of 20 are asked for"),
     ],
 )
-def test_guesses_that_cannot_be_measured(argv, said, guessing, tmp_path):
+def test_guesses_that_cannot_be_measured(argv, said, guessing, tmp_path, capsys):
     (tmp_path / "text").write_text("x" * 30)
     write_stream(tmp_path / "data", range(30))
     files = {"TEXT": str(tmp_path / "text"), "DATA": str(tmp_path / "data")}
@@ -189,11 +189,14 @@ def test_guesses_that_cannot_be_measured(argv, said, guessing, tmp_path):
     common = ["--batches", "2", "--contexts", "20", "--new-tokens", "9"]
     with pytest.raises(SystemExit) as refused:
         tool.main(["--speculate", str(guessing), *common, *own])
-    assert said in refused.value.code and "\n" not in refused.value.code
+    err = capsys.readouterr().err
+    assert refused.value.code == 2 and said in err and err.count("\n") == 1
 
 
-def test_a_checkpoint_without_a_layer_has_no_guesses(tmp_path):
+def test_a_checkpoint_without_a_layer_has_no_guesses(tmp_path, capsys):
     write_huggingface(RandomFolder(GUESSING.decoder()), tmp_path / "hf", progress=False)
     with pytest.raises(SystemExit) as refused:
         tool.main(["--speculate", str(tmp_path / "hf")])
-    assert "has none; train with --mtp-num-layers 1, or leave the folder out" in refused.value.code
+    assert refused.value.code == 2
+    said = "has none; train with --mtp-num-layers 1, or leave the folder out"
+    assert said in capsys.readouterr().err

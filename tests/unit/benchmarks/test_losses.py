@@ -52,7 +52,7 @@ def test_means_of_intervals(tmp_path):
         f"step {step}/60 | lm loss {loss:.4f} | grad norm 1.00\n  9 tokens/s | 1 s left\n"
         for step, loss in ((10, 5.0), (20, 4.0), (30, 3.0), (40, 2.5), (50, 2.0), (60, 1.0))
     )
-    (tmp_path / "tens.txt").write_text(text)
+    (tmp_path / "tens.txt").write_text(f"step 1/60 | lm loss 6.0000 | lr 1\n{text}")
     log(tmp_path / "each", [3.0] * 40 + [2.2] * 20, None)
     # What was trained once more behind a checkpoint counts once.
     (tmp_path / "again.txt").write_text(text + "step 60/60 | lm loss 1.2000 | lr 1\n")

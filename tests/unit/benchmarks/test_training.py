@@ -6,16 +6,30 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_mlra.benchmarks.training import kernels, report
 from megatron_mlra.benchmarks.training.case import Case, Load, parse_case
-from megatron_mlra.benchmarks.training.cli import TWO_GPUS
+from megatron_mlra.benchmarks.training.cli import TWO_GPUS, main
 from megatron_mlra.benchmarks.training.layouts import Layout
 from megatron_mlra.benchmarks.training.measure import Result, SublayerResult
 from megatron_mlra.benchmarks.training.plot import plot
 from megatron_mlra.benchmarks.training.progress import Progress
+from megatron_mlra.inference import world
 from support import ROOT
 from support.drivers.training_benchmark import LAYOUTS
+
+
+def test_ranks_that_differ_measure_nothing(monkeypatch, tmp_path, capsys):
+    def meet(told):
+        found = told()["arguments"]
+        raise world.Refused(f"{found['--steps']} {found['the flags of training']}")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(world, "meet", meet)
+    assert main(["--steps", "3", "--out", str(tmp_path), "--seq-length", "64"]) == 2
+    assert capsys.readouterr().err == "error: 3 ['--seq-length', '64']\n"
+    assert not any(tmp_path.iterdir())
 
 
 def result(case: Case, rate: float) -> Result:

@@ -61,3 +61,35 @@ def test_a_thread_sets_nothing():
         "print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)\n"
     )
     assert (done.stdout, done.stderr) == ("True\n", "")
+
+
+OLD_THREAD = """
+import ctypes, threading
+old = threading.Thread(target=time.sleep, args=(60,), daemon=True)  # as numpy has, once imported
+old.start()
+stopping.listen_to_interrupts(lambda: (say_error("ended"), os._exit(3)))
+def again():
+    for _ in range(2):
+        time.sleep(0.3)
+        signal.pthread_kill(old.ident, signal.SIGINT)
+"""
+
+
+def test_an_interrupt_is_heard_whichever_thread_is_given_it():
+    """The main thread is in a call that no signal ends, as an import or a collective is."""
+    begin = "import time\nfrom megatron_mlra.command_line.output import say_error\n"
+    busy = "threading.Thread(target=again).start()\nctypes.CDLL(None).sleep(60)\n"
+    done = run(begin + OLD_THREAD + busy)
+    assert done.returncode == 3, done.stderr
+    note, ended = done.stderr.splitlines()
+    assert note.startswith("note: stopping in order; the run is still starting, and ends before")
+    assert ended == "ended"
+
+
+def test_without_a_handler_an_interrupt_is_pythons():
+    begin = "import time\nfrom megatron_mlra.command_line.output import say_error\n"
+    for kill in ("os.kill(os.getpid(), signal.SIGINT)", "signal.pthread_kill(old.ident, 2)"):
+        waits = f"stopping.ignore_no_more()\ntry:\n    {kill}\n"
+        waits += "    while True:\n        time.sleep(0.01)\n"
+        done = run(begin + OLD_THREAD + waits + "except KeyboardInterrupt:\n    print('heard')\n")
+        assert (done.stdout, done.stderr) == ("heard\n", "")

@@ -8,7 +8,7 @@ import torch
 
 from mlra_kernels.benchmarks import grouped_decode as grouped
 from mlra_kernels.benchmarks import latent_decode as latent
-from mlra_kernels.benchmarks import providers
+from mlra_kernels.benchmarks import one_shot, providers
 from mlra_kernels.benchmarks.latent_decode import RANK, SUITES, gate, plot, timed
 from mlra_kernels.benchmarks.providers import Provider, chosen
 from mlra_kernels.benchmarks.report import output_file
@@ -52,6 +52,27 @@ def test_a_red_result_is_not_reported():
             gate(w, lambda wrong=wrong: wrong, "mlra_kernels")
         with pytest.raises(ArithmeticError, match="wrong: relative error"):
             gate(w, lambda wrong=wrong: wrong, "a peer")
+
+
+def test_ranks_of_the_fused_sum_are_told_the_same(monkeypatch, capsys):
+    told = {"tokens": [1, 8], "seed": 1}
+    ranks = [told, told | {"tokens": [1]}]
+    monkeypatch.setattr(
+        one_shot,
+        "dist",
+        argparse.Namespace(
+            get_world_size=lambda: 2,
+            get_rank=lambda: 0,
+            barrier=lambda: None,
+            all_gather_object=lambda found, own: found.__setitem__(slice(None), ranks),
+        ),
+    )
+    with pytest.raises(SystemExit) as ended:
+        one_shot.check_same(told)
+    said = "error: rank 1 has --tokens [1] and rank 0 [1, 8]; start all with the same command\n"
+    assert (ended.value.code, capsys.readouterr().err) == (2, said)
+    ranks[1] = told
+    one_shot.check_same(told)
 
 
 def test_plot_and_suites(tmp_path):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -73,6 +76,34 @@ def run(tmp_path):
 def served(source, *words):
     """The folder that vLLM would open."""
     return cli.exported(cli.parser().parse_args([str(source), *words]), source)
+
+
+def test_a_chat_template_is_read_once(run, port, monkeypatch, capsys):
+    """It may be a pipe, which neither the export nor vLLM could read again."""
+    seen = []
+
+    @contextlib.contextmanager
+    def started(command, log):
+        file = command[command.index("--chat-template") + 1]
+        seen.append(Path(file).read_text())
+        yield None
+
+    def ends(*_):
+        raise RuntimeError("vLLM ended")
+
+    monkeypatch.setattr(cli, "find_python", lambda *_: "python")
+    monkeypatch.setattr(cli, "running", started)
+    monkeypatch.setattr(cli, "wait_until_healthy", ends)
+    read, write = os.pipe()
+    os.write(write, b"{{ messages }}")
+    os.close(write)
+    words = [str(run), "--port", str(port), "--tokenizer", "byte"]
+    code = main([*words, "--chat-template", f"/dev/fd/{read}"])
+    os.close(read)
+    err = capsys.readouterr().err
+    assert code == 1 and "error: vLLM ended" in err, err
+    template = (run / "exported" / "release" / "chat_template.jinja").read_text()
+    assert [template, *seen] == ["{{ messages }}"] * 2
 
 
 def test_guesses_need_a_layer_that_vllm_gets(run, exported, tmp_path):

@@ -125,17 +125,18 @@ def test_a_model_that_surely_does_not_fit_is_refused(tmp_path, monkeypatch):
         vars(args).update(changed)
         memory_check.check(args, from_megatron_args(args), layout_of(args), on_cpu=True)
 
-    files = tmp_path / "sys/fs/cgroup"
-    files.mkdir(parents=True)
-    (tmp_path / "proc").mkdir()
-    meminfo = tmp_path / "proc/meminfo"
-    meminfo.write_text("MemTotal: 9 kB\nMemAvailable: 20971520 kB\nSwapFree: 1048576 kB\n")
-    (files / "memory.max").write_text("max\n")
+    memory, swap = Mock(available=20 * 2**30), Mock(free=2**30)
+    monkeypatch.setattr(memory_check.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(memory_check.psutil, "swap_memory", lambda: swap)
+    (tmp_path / "memory.max").write_text("max\n")
     free = memory_check.free_host_bytes(tmp_path)
-    assert free == 21 * 2**30
-    (files / "memory.max").write_text(f"{2**30}\n")
+    assert free == memory_check.free_host_bytes(tmp_path / "none") == 21 * 2**30
+    (tmp_path / "memory.max").write_text(f"{2**30}\n")
     assert memory_check.free_host_bytes(tmp_path) == 2**30
-    assert memory_check.free_host_bytes(tmp_path / "none") is None
+    (tmp_path / "memory.max").unlink()
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory/memory.limit_in_bytes").write_text(f"{3 * 2**30}\n")
+    assert memory_check.free_host_bytes(tmp_path) == 3 * 2**30
     monkeypatch.setattr(memory_check, "free_host_bytes", lambda: free)
     check(config="debug")
     with pytest.raises(ValueError, match=r"at least 4\d.\d GiB per rank .* 21.0 GiB of memory are"):
