@@ -84,6 +84,14 @@ def test_command_line_overrides_presets_and_presets_defaults():
     assert args.tensorboard_dir == "runs/debug/tensorboard"
 
 
+def test_a_padding_of_the_command_line_is_refused_not_dropped_where_the_data_have_more(tmp_path):
+    (tmp_path / "data.json").write_text('{"version": 1, "vocab_size": 1000, "eod_id": 999}')
+    argv = ["--config", DEBUG, "--data-path", str(tmp_path / "data")]
+    assert parse(argv).padded_vocab_size is None  # the preset's 272
+    with pytest.raises(ValueError, match="padded_vocab_size 272 is smaller than --vocab-size 1000"):
+        parse([*argv, "--padded-vocab-size", "272"])
+
+
 def test_every_switch_has_an_opposite(tmp_path):
     on = ["bf16", "no_check_for_nan_in_loss_and_grad", "disable_bias_linear", "variance_scaling"]
     text = "".join(f"{name}: true\n" for name in on)
