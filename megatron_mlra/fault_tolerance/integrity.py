@@ -216,9 +216,10 @@ def check_save(args: Namespace, parameters: int) -> None:
     needed = parameters * ((2 if low else 4) + (0 if args.no_save_optim else 12 if low else 8))
     free = shutil.disk_usage(existing).free
     if free < needed:
+        has, needs = parser.in_one_unit(free, needed)
         raise ValueError(
-            f"--save {folder} has {free / 1e9:.1f} GB free and a checkpoint needs"
-            f" {needed / 1e9:.1f} GB; free some, or use another disk"
+            f"--save {folder} has {has} free and a checkpoint needs {needs}; free some, or use"
+            " another disk"
         )
 
 

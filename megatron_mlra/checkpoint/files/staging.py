@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_mlra.command_line.parser import try_writing
+from megatron_mlra.command_line.parser import in_one_unit, try_writing
 from megatron_mlra.description.model import CheckpointError
 
 MARKER = ".megatron-mlra-conversion"
@@ -115,7 +115,7 @@ def check_destination(destination: Path, needed_bytes: int) -> None:
         ) from None
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
+        has, needs = in_one_unit(free, needed_bytes)
         raise CheckpointError(
-            f"{destination} has {free / 1e9:.2f} GB free and needs {needed_bytes / 1e9:.2f} GB;"
-            " free some, or use another disk"
+            f"{destination} has {has} free and needs {needs}; free some, or use another disk"
         )
