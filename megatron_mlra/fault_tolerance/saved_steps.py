@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from argparse import Namespace
 from pathlib import Path
 
@@ -147,7 +148,7 @@ def check_unused(args: Namespace) -> None:
     if step is not None:
         raise ValueError(
             f"--save {folder} holds a checkpoint of step {step:,}, which this run would replace;"
-            f" add --load {folder} to continue it, or use another folder"
+            f" add --load {shlex.quote(args.save)} to continue it, or use another folder"
         )
 
 
