@@ -61,6 +61,8 @@ def main(argv: list[str]) -> int:
     stopped_code = int(said)
     watch = Watch(control, stopped_code)
     watch.start()
+    if not any(word.startswith(("--rdzv-endpoint", "--rdzv_endpoint")) for word in argv):
+        announce_loading("PyTorch", "some seconds")  # of several hosts each would say it
     try:
         with _quiet_cpp():
             from torch.distributed import run as torchrun
@@ -74,6 +76,8 @@ def main(argv: list[str]) -> int:
     flags.error = functools.partial(_refuse_flags, flags)
     args = flags.parse_args(argv)
     args.signals_to_handle = "SIGQUIT"
+    if args.nnodes in ("1", "1:1") and not args.rdzv_endpoint:
+        args.standalone = True  # one host, torchrun's default, has no other to meet
     if "LOGLEVEL" not in os.environ:
         logging.disable(logging.ERROR)
     try:
@@ -98,8 +102,6 @@ def main(argv: list[str]) -> int:
 def start() -> NoReturn:
     """Run the program `mlra launch` on `sys.argv`, and exit."""
     guard(ending=False)
-    if "--standalone" in sys.argv:  # of several hosts each would say it
-        announce_loading("PyTorch", "some seconds")
     code = 1
     try:
         code = main(sys.argv[1:])
