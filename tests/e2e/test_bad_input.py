@@ -114,6 +114,7 @@ FLAGS = [
     (["--fp8-format", "hybrid"], "--fp8-format hybrid needs Transformer Engine on a GPU; install"),
     # Parallelism without, or with too few, processes.
     ([TP, "2"], f"{TP} 2 needs a multiple of 2 processes and there are 1; launch with torchrun"),
+    ([TP, "3"], f"{TP} 3 does not divide --num-attention-heads 4; use 2"),
     ([PP, "2"], f"{TP} 1 x {PP} 2 needs a multiple of 2 processes and there are 1; launch with"),
     (
         ["--decoder-last-pipeline-num-layers", "1"],
