@@ -149,6 +149,8 @@ FLAGS = [
     (["--checkpoint-activations"], "Megatron refuses these arguments"),
     # Data.
     (["--data-path", "no/data"], "data file no/data.idx does not exist; make it with mlra prepro"),
+    (["--data-path", "{corpus}.json"], "names a file; leave .json out: {corpus}"),
+    (["--data-path", __file__], f"{__file__} is no data yet; mlra preprocess --input {__file__} "),
     (["--data-path", "{corpus}.bin"], "names a file; leave .bin out: {corpus}"),
     (["--data-path", "{corpus}.idx"], "names a file; leave .idx out: {corpus}"),
     (["--train-data-path", "{corpus}"], "A single data source must be provided in training mode"),
