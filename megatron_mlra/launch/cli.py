@@ -61,8 +61,6 @@ def main(argv: list[str]) -> int:
     stopped_code = int(said)
     watch = Watch(control, stopped_code)
     watch.start()
-    if not any(word.startswith(("--rdzv-endpoint", "--rdzv_endpoint")) for word in argv):
-        announce_loading("PyTorch", "some seconds")  # of several hosts each would say it
     try:
         with _quiet_cpp():
             from torch.distributed import run as torchrun
@@ -102,6 +100,8 @@ def main(argv: list[str]) -> int:
 def start() -> NoReturn:
     """Run the program `mlra launch` on `sys.argv`, and exit."""
     guard(ending=False)
+    if "--standalone" in sys.argv:  # of several hosts each would say it
+        announce_loading("PyTorch", "some seconds")
     code = 1
     try:
         code = main(sys.argv[1:])

@@ -114,7 +114,6 @@ FLAGS = [
     (["--fp8-format", "hybrid"], "--fp8-format hybrid needs Transformer Engine on a GPU; install"),
     # Parallelism without, or with too few, processes.
     ([TP, "2"], f"{TP} 2 needs a multiple of 2 processes and there are 1; launch with torchrun"),
-    ([TP, "3"], f"{TP} 3 does not divide --num-attention-heads 4; use 2"),
     ([PP, "2"], f"{TP} 1 x {PP} 2 needs a multiple of 2 processes and there are 1; launch with"),
     (
         ["--decoder-last-pipeline-num-layers", "1"],
@@ -149,8 +148,6 @@ FLAGS = [
     (["--checkpoint-activations"], "Megatron refuses these arguments"),
     # Data.
     (["--data-path", "no/data"], "data file no/data.idx does not exist; make it with mlra prepro"),
-    (["--data-path", "{corpus}.json"], "names a file; leave .json out: {corpus}"),
-    (["--data-path", __file__], f"{__file__} is no data yet; mlra preprocess --input {__file__} "),
     (["--data-path", "{corpus}.bin"], "names a file; leave .bin out: {corpus}"),
     (["--data-path", "{corpus}.idx"], "names a file; leave .idx out: {corpus}"),
     (["--train-data-path", "{corpus}"], "A single data source must be provided in training mode"),

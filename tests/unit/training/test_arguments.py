@@ -92,6 +92,19 @@ def test_a_padding_of_the_command_line_is_refused_not_dropped_where_the_data_hav
         parse([*argv, "--padded-vocab-size", "272"])
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("3", "3 does not divide --num-attention-heads 8; use 2"),
+        ("16", "16 does not divide --num-attention-heads 8; use 8"),
+        ("4", "4 needs a multiple of 4 processes and there are 1; launch with torchrun"),
+    ],
+)
+def test_more_processes_are_asked_for_where_they_help(asked, said):
+    with pytest.raises(ValueError, match=f"--tensor-model-parallel-size {said}"):
+        parse(["--config", DEBUG, "--mock-data", "--tensor-model-parallel-size", asked])
+
+
 def test_every_switch_has_an_opposite(tmp_path):
     on = ["bf16", "no_check_for_nan_in_loss_and_grad", "disable_bias_linear", "variance_scaling"]
     text = "".join(f"{name}: true\n" for name in on)
