@@ -9,6 +9,7 @@ weights, or of a tokenizer that the user names.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def own_tokenizer(
     first = named[0].absolute()
     return beside, (
         f"no tokenizer: {first}, which the checkpoint names, lies outside of it and is not copied"
-        f" unless you name it: --tokenizer {first.parent}"
+        f" unless you name it: --tokenizer {shlex.quote(str(first.parent))}"
     )
 
 

@@ -199,6 +199,12 @@ def check_output(file: str | Path, flag: str) -> None:
     make_folder(path.parent, f"{flag} {file}")
 
 
+def in_one_unit(*sizes: int) -> list[str]:
+    """Sizes in bytes as texts in GB or MB that can be compared with each other."""
+    unit, name = (1e9, "GB") if max(sizes) >= 1e9 else (1e6, "MB")
+    return [f"{size / unit:,.3f} {name}" for size in sizes]
+
+
 def make_folder(folder: str | Path, what: str) -> None:
     """Make a folder for output and its missing parents.
 

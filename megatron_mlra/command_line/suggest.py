@@ -185,6 +185,8 @@ def refusal(message: str, known: Iterable[str]) -> str:
         name = unknown[1]
         what = "flag" if name.startswith("-") else "argument"
         near = did_you_mean(name, known) if what == "flag" else ""
+        if what == "argument" and "--prompt" in known:
+            near = "; give a prompt as --prompt 'TEXT', in quotes"
         return f"unknown {what} {name}{near}"
     choice = re.fullmatch(
         r"(.*invalid choice: '([^']*)') \(choose from (.*)\)", message, flags=re.DOTALL

@@ -3,6 +3,7 @@ library is used, so that a wrong prefix is refused before slow imports."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -51,6 +52,12 @@ def check_files(prefix: str, flag: str = "--data-path") -> None:
         if path.is_file():
             continue
         stem, dot, last = prefix.rpartition(".")
-        if dot and last in ("bin", "idx"):
+        metadata = last == "json" and Path(f"{stem}.idx").is_file()
+        if dot and (last in ("bin", "idx") or metadata):
             raise ValueError(f"{flag} {prefix} names a file; leave .{last} out: {stem}")
+        if Path(prefix).is_file():
+            raise ValueError(
+                f"{flag} {prefix} is no data yet; mlra preprocess --input {shlex.quote(prefix)}"
+                f" --output-prefix PREFIX makes them, for {flag} PREFIX"
+            )
         raise ValueError(f"data file {path} does not exist; make it with mlra preprocess")

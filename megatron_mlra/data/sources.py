@@ -66,13 +66,29 @@ def _expand(name: str) -> list[str]:
     return matches
 
 
+def _first_suffix(folder: str) -> str:
+    """The suffix of the first file in a folder that is an input, else that of JSON lines."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        names = []
+    for name in names:
+        base, suffix = os.path.splitext(name.lower())
+        packed = suffix if suffix in COMPRESSIONS else ""
+        kind = os.path.splitext(base)[1] if packed else suffix
+        if kind in FORMATS:
+            return kind + packed
+    return ".jsonl"
+
+
 def _inspect(path: str) -> Source:
     try:
         status = os.stat(path)
     except OSError as error:
         raise InputError(f"input {path}: {error.strerror}") from error
     if stat.S_ISDIR(status.st_mode):
-        raise InputError(f"input {path} is a folder: name its files, such as {path}/*.jsonl")
+        files = f"{path}/*{_first_suffix(path)}"
+        raise InputError(f"input {path} is a folder: name its files, such as {files}")
     if not stat.S_ISREG(status.st_mode):
         raise InputError(f"input {path} is not a regular file")
     base, suffix = os.path.splitext(path.lower())

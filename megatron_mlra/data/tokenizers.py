@@ -110,7 +110,9 @@ class HFTokenizer:
         token = eod_token or _eos_token(self._file.with_name("tokenizer_config.json"))
         if token is None:
             raise InputError(
-                f"{self._file} does not say which token ends a document: pass --eod-token"
+                f"{self._file} does not say which token ends a document: write"
+                ' {"eos_token": ...} into tokenizer_config.json beside it, or to mlra preprocess'
+                " pass --eod-token"
             )
         if token not in vocab:
             raise InputError(f"the end-of-document token {token!r} is not in {self._file}")

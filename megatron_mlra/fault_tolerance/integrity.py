@@ -140,6 +140,11 @@ def check_architecture(
             fix = " (--finetune begins a new run with these weights and new layers)"
         if name == "padded_vocab_size":
             fix = f" (train with --padded-vocab-size {there}, or convert it with {here})"
+            if isinstance(there, int) and there < (args.vocab_size or 0):
+                fix = (
+                    f" (the {args.vocab_size} tokens of this run's data do not fit; use data of its"
+                    " tokenizer)"
+                )
         different.append(f"{name} is {there} there, {here} here{fix}")
     changed, unasked = changes(saved, args, set(given))
     different += unasked
@@ -148,7 +153,10 @@ def check_architecture(
         said = f"{layers} layer{'s' * (layers > 1)} of multi-token prediction"
         changed.append(f"{said} that it has not, newly initialised")
     if different:
-        raise ValueError(f"checkpoint {folder} is of another architecture: {'; '.join(different)}")
+        raise ValueError(
+            f"checkpoint {folder} is of another architecture: {'; '.join(different)}; use its"
+            " values, or another --load"
+        )
     return changed
 
 
@@ -173,9 +181,10 @@ def check_save(args: Namespace, parameters: int) -> None:
     needed = parameters * ((2 if low else 4) + (0 if args.no_save_optim else 12 if low else 8))
     free = shutil.disk_usage(existing).free
     if free < needed:
+        has, needs = parser.in_one_unit(free, needed)
         raise ValueError(
-            f"--save {folder} has {free / 1e9:.1f} GB free and a checkpoint needs"
-            f" {needed / 1e9:.1f} GB; free some, or use another disk"
+            f"--save {folder} has {has} free and a checkpoint needs {needs}; free some, or use"
+            " another disk"
         )
 
 

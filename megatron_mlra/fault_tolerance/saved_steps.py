@@ -6,6 +6,7 @@ Nothing here imports torch, so that a wrong folder is reported before that slow 
 from __future__ import annotations
 
 import os
+import shlex
 from argparse import Namespace
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def check_unused(args: Namespace) -> None:
     if step is not None:
         raise ValueError(
             f"--save {folder} holds a checkpoint of step {step:,}, which this run would replace;"
-            f" add --load {folder} to continue it, or use another folder"
+            f" add --load {shlex.quote(args.save)} to continue it, or use another folder"
         )
 
 

@@ -74,6 +74,8 @@ def main(argv: list[str]) -> int:
     flags.error = functools.partial(_refuse_flags, flags)
     args = flags.parse_args(argv)
     args.signals_to_handle = "SIGQUIT"
+    if args.nnodes in ("1", "1:1") and not args.rdzv_endpoint:
+        args.standalone = True  # one host, torchrun's default, has no other to meet
     if "LOGLEVEL" not in os.environ:
         logging.disable(logging.ERROR)
     try:

@@ -208,7 +208,7 @@ def uses_transformer_engine(config: TransformerConfig) -> bool:
         if not HAVE_TE:
             raise ValueError(
                 "transformer_impl transformer_engine needs Transformer Engine, which is not"
-                " installed; install the extra megatron-mlra[te] or use --transformer-impl local"
+                " installed; install the extra megatron-mlra[te] or use transformer_impl local"
             )
         return True
     if config.transformer_impl != "local":

@@ -199,6 +199,13 @@ def _check_parallel(args: Namespace) -> None:
             )
     ranks = tp * pp * args.context_parallel_size
     if args.world_size % ranks:
+        heads = args.num_attention_heads
+        if heads % tp:  # more processes would be refused too
+            best = max(n for n in range(1, min(tp, heads + 1)) if heads % n == 0)
+            raise ValueError(
+                f"--tensor-model-parallel-size {tp} does not divide --num-attention-heads {heads};"
+                f" use {best}"
+            )
         raise ValueError(
             f"{layout} needs a multiple of {ranks} processes and there are {args.world_size};"
             f" launch with torchrun --nproc-per-node {ranks}"

@@ -122,7 +122,8 @@ def _check_split(prefix: str, index: Index, args: Namespace) -> None:
         if not index.tokens(first, last):
             raise ValueError(
                 f"--split {args.split} leaves none of the {documents} documents of {prefix}, or"
-                f" none with tokens, for {name}; use more documents, another --split, or 1,0,0 with"
+                f" none with tokens, for {name}; use more documents (mlra preprocess --split-lines"
+                " makes one of each line of a .txt file), another --split, or 1,0,0 with"
                 " --eval-iters 0"
             )
     if parts[1] is None and args.eval_iters:

@@ -29,7 +29,8 @@ from megatron_mlra.training.muon import OptimizerRefused
 
 
 def summary(args: Namespace, shape: ModelDescription) -> str:
-    """What is trained, one fact a line: the model, steps and tokens, processes, KV cache."""
+    """What is trained, one fact a line: the model, steps and tokens, processes, KV cache, and
+    that nothing is saved where nothing is."""
     steps = args.train_iters or (args.train_samples or 0) // args.global_batch_size
     size, length = args.global_batch_size, args.seq_length
     samples = f"{size:,} {'sequence' if size == 1 else 'sequences'} of {length:,}"
@@ -43,6 +44,7 @@ def summary(args: Namespace, shape: ModelDescription) -> str:
             f"  processes: {_processes(args)}",
             f"  when it generates: {cached}",
             *([note] if note else []),
+            *([] if args.save or args.dry_run else ["  saved: nothing, since there is no --save"]),
         )
     )
 

@@ -39,18 +39,20 @@ def _take_vocabulary(args: Namespace, given: set[str]) -> None:
         except InputError:  # the check of the data reports the error
             known.append({})
     if "--vocab-size" in given:
-        _fit_padding(args)
+        _fit_padding(args, given)
     else:
         sizes = [m["vocab_size"] for m in known if isinstance(m.get("vocab_size"), int)]
         if sizes and max(sizes) > (args.vocab_size or 0):
             args.vocab_size = max(sizes)
-            _fit_padding(args)
+            _fit_padding(args, given)
     ends = {m.get("eod_id") for m in known}
     if "--null-tokenizer-eod-id" not in given and len(ends) == 1 and ends != {None}:
         args.null_tokenizer_eod_id = ends.pop()
 
 
-def _fit_padding(args: Namespace) -> None:
+def _fit_padding(args: Namespace, given: set[str]) -> None:
     """Drop a preset's padded vocabulary size where the vocabulary is larger."""
+    if "--padded-vocab-size" in given:
+        return  # the check of values refuses it
     if args.padded_vocab_size is not None and args.padded_vocab_size < args.vocab_size:
         args.padded_vocab_size = None

@@ -33,7 +33,8 @@ ABOUT = "Train MLA, GLA, MLRA and their baselines on Megatron-core, or resume a 
 EPILOG = """\
 example: mlra pretrain --config debug --data-path data/my --save runs/my
 
-Every flag of Megatron works beside these: --help-megatron lists them. Often:
+Megatron's flags work beside these, or are refused in one line; --help-megatron
+lists them. Often:
 --data-path, --mock-data, --split, --save, --load, --save-interval, --lr,
 --train-iters, --train-samples, --global-batch-size, --micro-batch-size,
 --seq-length, --tensor-model-parallel-size, --sequence-parallel,

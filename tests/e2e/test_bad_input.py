@@ -153,7 +153,7 @@ FLAGS = [
     (["--data-args-path", "no.txt"], "Megatron refuses these arguments: `assert (args.data_path"),
     (["--split", "most"], "--split most is not three shares such as 969,30,1"),
     (["--split", "1,0,0"], "--split 1,0,0 leaves nothing for validation; use another, or --eval"),
-    (["--split", "99999,1,0"], "for validation; use more documents, another --split, or 1,0,0 wi"),
+    (["--split", "99999,1,0"], "for validation; use more documents (mlra preprocess --split-lines"),
     (["--null-tokenizer-eod-id", "0"], "ends documents with id 256, the model is told 0; use"),
     # Folders.
     (

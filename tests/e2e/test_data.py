@@ -199,6 +199,7 @@ def test_train_samples_with_a_preset_in_steps(entry, preset, tmp_path):
     run = entry.run(tmp_path, "--config", preset, "--train-samples", 24)
     assert (run.code, run.err) == (0, ""), run.err
     assert "  length: 6 steps of 128 tokens" in run.out and "step 6/6 | lm loss" in run.out
+    assert "\n  saved: nothing, since there is no --save\n" in run.out
     assert "| lr 2.00e-03 |" in next(x for x in run.out.splitlines() if x.startswith("step 2/6"))
 
 

@@ -101,7 +101,7 @@ def test_tokenizer_follows_the_metadata_of_the_data(tmp_path):
     assert write_huggingface(byte, tmp_path / "byte", progress=False) is None
     assert (tmp_path / "byte" / "tokenizer.json").is_file()
 
-    made = tmp_path / "made"
+    made = tmp_path / "made by me"
     made.mkdir()
     words = tokenizers.models.WordLevel({"a": 0, "<eod>": 1}, unk_token="a")
     tokenizers.Tokenizer(words).save(str(made / "tokenizer.json"))
@@ -111,7 +111,7 @@ def test_tokenizer_follows_the_metadata_of_the_data(tmp_path):
     source = trained_on(tmp_path, described)
     # The metadata's path is the checkpoint's choice: evaluation reads it, an export leaves it.
     problem = write_huggingface(source, tmp_path / "unnamed", progress=False)
-    assert problem.endswith(f"is not copied unless you name it: --tokenizer {made}")
+    assert problem.endswith(f"is not copied unless you name it: --tokenizer '{made}'")
     assert not (tmp_path / "unnamed" / "tokenizer.json").exists()
     assert load_tokenizer(source).eos_token == "<eod>"
     assert write_huggingface(source, tmp_path / "hf", tokenizer=made, progress=False) is None

@@ -83,6 +83,7 @@ def test_names_of_other_programs_lead_somewhere():
     ("argv", "said"),
     [
         ("plan --config debug --num-gpus 8", "unknown flag --num-gpus; did you mean --gpus?"),
+        ("generate x hello", "argument hello; give a prompt as --prompt 'TEXT', in quotes"),
         ("generate x --max-tokens 9", "unknown flag --max-tokens; did you mean --max-new-tokens?"),
         ("convert exprot-hf a b", "; did you mean export-hf?"),
         ("convert export-hf a b --shard-gb 3", "--shard-gb; did you mean --max-shard-gb?"),

@@ -48,6 +48,9 @@ def make_inputs() -> None:
     Path("empty.jsonl").touch()
     Path("blank.jsonl").write_text("\n \n")
     Path("folder").mkdir()
+    Path("texts").mkdir()
+    Path("texts/b.txt.gz").touch()
+    Path("texts/a.md").touch()
     Path("notes.md").write_text("x")
     Path("table.parquet.gz").write_bytes(b"x")
     Path("fake.parquet").write_text("not parquet")
@@ -74,7 +77,8 @@ def shard(name: str, tokens, magic=20240520, version=1, count=None) -> None:
         ("--output-prefix out --tokenizer byte", "the following arguments are required: --input"),
         ("--input missing.jsonl --tokenizer byte", "missing.jsonl: No such file"),
         ("--input no*.jsonl --tokenizer byte", "no file matches no*.jsonl"),
-        ("--input folder --tokenizer byte", "folder is a folder"),
+        ("--input folder --tokenizer byte", "folder is a folder: name its files, such as folder/*"),
+        ("--input texts --tokenizer byte", "name its files, such as texts/*.txt.gz"),
         ("--input notes.md --tokenizer byte", "notes.md has an unknown suffix: use .txt, .jsonl"),
         ("--input table.parquet.gz --tokenizer byte", "unknown suffix"),
         ("--input pipe.jsonl --tokenizer byte", "pipe.jsonl is not a regular file"),
@@ -99,6 +103,10 @@ def shard(name: str, tokens, magic=20240520, version=1, count=None) -> None:
         ),
         ("--input good.jsonl --tokenizer hf --tokenizer-model bad_tokenizer.json", "is not a tok"),
         ("--input good.jsonl --tokenizer hf --tokenizer-model no_eod.json", "pass --eod-token"),
+        (
+            "--input good.jsonl --tokenizer hf --tokenizer-model no_eod.json",
+            'write {"eos_token": ...} into tokenizer_config.json beside it',
+        ),
         (
             "--input good.jsonl --tokenizer hf --tokenizer-model no_eod.json --eod-token <e>",
             "'<e>' is not in no_eod.json",

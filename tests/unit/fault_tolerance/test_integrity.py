@@ -112,6 +112,25 @@ def test_room_for_a_checkpoint(tmp_path, monkeypatch, changes, bytes_a_weight):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"num_layers": 6}, "num_layers is 2 there, 6 here; use its values, or another --load"),
+        (
+            {"vocab_size": 1000, "padded_vocab_size": 1024},
+            "1024 here (the 1000 tokens of this run's data do not fit; use data of its tokenizer)",
+        ),
+    ],
+)
+def test_another_architecture_is_named_with_the_way_out(tmp_path, changed, said):
+    write_megatron(RandomFolder(latent(4, 4)), tmp_path / "saved", progress=False)
+    stored = torch_dist.TorchDistFolder(tmp_path / "saved" / "release")
+    args = Namespace(**vars(stored.common_state()["args"]) | changed)
+    with pytest.raises(ValueError, match="is of another architecture") as refused:
+        integrity.check_architecture(stored, args)
+    assert said in str(refused.value)
+
+
 def test_a_run_may_continue_in_its_own_folder_only(tmp_path, monkeypatch):
     (tmp_path / saved_steps.TRACKER).write_text("12")
     monkeypatch.chdir(tmp_path)

@@ -67,6 +67,13 @@ def test_numbers_that_are_none_are_refused(changes, flags, line, warm_python):
     assert (done.returncode, done.stderr) == (2, f"error: {line}\n")
 
 
+def test_one_host_needs_no_flag_that_says_so(tmp_path, warm_python):
+    (tmp_path / "rank.py").write_text("import os\nprint(os.environ['WORLD_SIZE'])\n")
+    command = [warm_python, "-W", "ignore", "-m", "megatron_mlra.launch", tmp_path / "rank.py"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV, cwd=ROOT, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+
+
 @pytest.mark.parametrize("is_there", [True, False])
 def test_a_local_file_called_as_a_preset_is_what_is_trained_by(tmp_path, is_there):
     """The Python is a stand-in that says what it is given."""

@@ -84,6 +84,27 @@ def test_command_line_overrides_presets_and_presets_defaults():
     assert args.tensorboard_dir == "runs/debug/tensorboard"
 
 
+def test_a_padding_of_the_command_line_is_refused_not_dropped_where_the_data_have_more(tmp_path):
+    (tmp_path / "data.json").write_text('{"version": 1, "vocab_size": 1000, "eod_id": 999}')
+    argv = ["--config", DEBUG, "--data-path", str(tmp_path / "data")]
+    assert parse(argv).padded_vocab_size is None  # the preset's 272
+    with pytest.raises(ValueError, match="padded_vocab_size 272 is smaller than --vocab-size 1000"):
+        parse([*argv, "--padded-vocab-size", "272"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("3", "3 does not divide --num-attention-heads 8; use 2"),
+        ("16", "16 does not divide --num-attention-heads 8; use 8"),
+        ("4", "4 needs a multiple of 4 processes and there are 1; launch with torchrun"),
+    ],
+)
+def test_more_processes_are_asked_for_where_they_help(asked, said):
+    with pytest.raises(ValueError, match=f"--tensor-model-parallel-size {said}"):
+        parse(["--config", DEBUG, "--mock-data", "--tensor-model-parallel-size", asked])
+
+
 def test_every_switch_has_an_opposite(tmp_path):
     on = ["bf16", "no_check_for_nan_in_loss_and_grad", "disable_bias_linear", "variance_scaling"]
     text = "".join(f"{name}: true\n" for name in on)

@@ -33,7 +33,8 @@ def test_refused_in_a_moment(tmp_path):
     (tmp_path / "bad.yaml").write_text("a: [1\n")
     (tmp_path / "key.yaml").write_text("base: debug\nnum_heads: 4\n")
     (tmp_path / "data.yaml").write_text("base: debug\ndata_path: 0.5 gone 0.5 lost\n")
-    (tmp_path / "file").touch()
+    for name in ("file", "a book.txt", "whole.json", "whole.idx"):
+        (tmp_path / name).touch()
     (tmp_path / "run/iter_0000004").mkdir(parents=True)
     (tmp_path / "run/latest_checkpointed_iteration.txt").write_text("4")
     (tmp_path / "hf").mkdir()
@@ -62,6 +63,18 @@ def test_refused_in_a_moment(tmp_path):
             "--data-path",
             "file.bin",
         ): "--data-path file.bin names a file; leave",
+        (
+            "--config",
+            "debug",
+            "--data-path",
+            "a book.txt",
+        ): "a book.txt is no data yet; mlra preprocess --input 'a book.txt' --output-prefix",
+        (
+            "--config",
+            "debug",
+            "--data-path",
+            "whole.json",
+        ): "--data-path whole.json names a file; leave .json out: whole",
         (*DEBUG, "--save", "file"): "--save file cannot be written: file is not a folder",
         (
             *DEBUG,
