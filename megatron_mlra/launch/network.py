@@ -26,6 +26,11 @@ def parse_endpoint(endpoint: str) -> tuple[str, int]:
     Raises:
         ValueError: the text is not HOST:PORT.
     """
+    if not endpoint:
+        raise ValueError(
+            "several hosts need RDZV_ENDPOINT (--rdzv-endpoint): HOST:PORT of one of them, for"
+            " example node001:29500"
+        )
     host, colon, port = endpoint.rpartition(":")
     if not (colon and host and port.isdigit() and 0 < int(port) < 65536):
         raise ValueError(f"RDZV_ENDPOINT {endpoint} is not HOST:PORT, for example node001:29500")

@@ -11,6 +11,20 @@ from torch.distributed import TCPStore
 from megatron_mlra.launch.call import COUNT, key
 from megatron_mlra.launch.control import say
 from megatron_mlra.launch.hosts import LATE, SILENT, Call, Judge, News, calls_in, read_news
+from megatron_mlra.launch.network import parse_endpoint
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("", r"several hosts need RDZV_ENDPOINT \(--rdzv-endpoint\): HOST:PORT of one of them"),
+        ("node", "RDZV_ENDPOINT node is not HOST:PORT"),
+        ("node:0", "RDZV_ENDPOINT node:0 is not HOST:PORT"),
+    ],
+)
+def test_where_hosts_meet(given, said):
+    with pytest.raises(ValueError, match=said):
+        parse_endpoint(given)
 
 
 def call(host: str, beat: int = 1, nodes: str = "2", run: str = "run", **other) -> Call:
