@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megatron_mlra.command_line.parser import aside, own_name
+from megatron_mlra.command_line.parser import replacing
 
 SIZE, DPI = (12, 7), 100
 K = 1024
@@ -136,7 +136,6 @@ def legend_below(figure: Any, handles: list[Any], columns: int = 5) -> None:
 
 def save(figure: Any, path: Path) -> None:
     """Write the file whole or not at all, and close the figure."""
-    partial = aside(own_name(path))
-    figure.savefig(partial, format=path.suffix.lstrip("."), dpi=DPI)
+    with replacing(path) as partial:
+        figure.savefig(partial, format=path.suffix.lstrip("."), dpi=DPI)
     pyplot().close(figure)
-    partial.replace(path)

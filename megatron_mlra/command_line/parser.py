@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import io
 import os
@@ -13,7 +14,7 @@ import tempfile
 import textwrap
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -255,12 +256,25 @@ def own_name(path: str | Path) -> Path:
 
 def write_text(file: str | Path, text: str) -> None:
     """Write a temporary file, then rename it: an interrupted run leaves no partial file."""
+    with replacing(file) as partial, partial.open("x", encoding="utf-8") as opened:
+        opened.write(text)
+
+
+@contextlib.contextmanager
+def replacing(file: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary name beside `file`. What the block writes there replaces `file` at its end, and
+    is removed after an error.
+
+    Raises:
+        OSError: writing failed; it names `file`.
+    """
     path = Path(file)
     partial = aside(own_name(path))
     try:
-        with partial.open("x", encoding="utf-8") as opened:
-            opened.write(text)
+        yield partial
         partial.replace(path)
+    except OSError as error:  # of a full disk, which names no file, or the temporary one
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         partial.unlink(missing_ok=True)
 

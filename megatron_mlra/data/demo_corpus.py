@@ -18,7 +18,7 @@ import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_mlra.command_line.parser import aside, own_name
+from megatron_mlra.command_line.parser import replacing
 
 SKIPPED_FOLDERS = frozenset(
     {
@@ -64,8 +64,7 @@ def write_demo_corpus(path: str | os.PathLike[str], max_bytes: int, seed: int = 
     documents = _documents()
     random.Random(seed).shuffle(documents)
     count = size = 0
-    partial = aside(own_name(path))
-    try:
+    with replacing(path) as partial:
         with partial.open("x", encoding="utf-8") as file:
             for text in documents:
                 length = len(text.encode("utf-8"))
@@ -76,9 +75,6 @@ def write_demo_corpus(path: str | os.PathLike[str], max_bytes: int, seed: int = 
                 size += length
         if count == 0:
             raise ValueError(f"{max_bytes} bytes hold no document: allow more")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return CorpusSize(documents=count, text_bytes=size)
 
 

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mlra.checkpoint.megatron.torch_dist import TorchDistFolder
 from megatron_mlra.command_line import parser
+from megatron_mlra.command_line.printable import size
 from megatron_mlra.description.megatron_args import ROPE_ARGUMENTS, differing_arguments
 from megatron_mlra.description.model import CheckpointError
 from megatron_mlra.fault_tolerance.optimizer_state import check_optimizer
@@ -209,8 +210,8 @@ def check_save(args: Namespace, parameters: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ValueError(
-            f"--save {folder} has {free / 1e9:.1f} GB free and a checkpoint needs"
-            f" {needed / 1e9:.1f} GB; free some, or use another disk"
+            f"--save {folder} has {size(free)} free and a checkpoint needs {size(needed)}; free"
+            " some, or use another disk"
         )
 
 

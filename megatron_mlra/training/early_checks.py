@@ -11,6 +11,7 @@ import argparse
 from argparse import Namespace
 from typing import Any, NoReturn
 
+from megatron_mlra.command_line.early import EMPTY, named
 from megatron_mlra.command_line.parser import flag, flags_given
 from megatron_mlra.command_line.suggest import refusal
 from megatron_mlra.data.prefixes import NO_DATA, a_dataset, check_files, without_weights
@@ -49,21 +50,29 @@ def check(argv: list[str]) -> Namespace:
     if is_known:
         check_required(lambda name: values.get(name) is not None or flag(name) in there)
     given = _given(argv, values)
+    for name in _PATHS:
+        if given is not None and getattr(given, name) == "":
+            # Megatron takes an empty --save for none, and saves nothing.
+            _refuse(f"{flag(name)} {EMPTY}")
     if given is None or given.dry_run is not None:
         # --dry-run plans for another machine, with other folders.
         return Namespace(save=None, load=None)
     if given.save is not None:
-        saved_steps.check_writable("--save", given.save)
-        saved_steps.check_unused(given)
-    saved_steps.to_load(given)
+        with named(f"--save {given.save}"):
+            saved_steps.check_writable("--save", given.save)
+            saved_steps.check_unused(given)
+    with named(f"--load {given.load}"):
+        saved_steps.to_load(given)
     if not (given.mock_data or given.skip_train):
         words = [word for name in _DATA for word in getattr(given, name)]
         if is_known and not (words or any(getattr(given, name) for name in _DATA_FILES)):
             _refuse(NO_DATA)
         for prefix in without_weights(words):
-            check_files(prefix)
-    for named in given.held_out:
-        a_dataset(named, "--held-out")
+            with named(f"--data-path {prefix}"):
+                check_files(prefix)
+    for held_out in given.held_out:
+        with named(f"--held-out {held_out}"):
+            a_dataset(held_out, "--held-out")
     return Namespace(save=given.save, load=given.load)
 
 

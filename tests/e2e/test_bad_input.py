@@ -417,4 +417,4 @@ def test_another_runs_checkpoints_are_not_replaced(entry, preset, whole, tmp_pat
 
 def test_too_little_disk(entry, preset, tmp_path):
     run = entry.run(tmp_path, "--config", preset, "--save", "run", free_bytes=1000)
-    check(run, "--save run has 0.0 GB free and a checkpoint needs 0.0 GB")
+    check(run, "--save run has 1 kB free and a checkpoint needs 1.3 MB")

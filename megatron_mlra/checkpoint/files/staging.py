@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_mlra.command_line.parser import try_writing
+from megatron_mlra.command_line.printable import size
 from megatron_mlra.description.model import CheckpointError
 
 MARKER = ".megatron-mlra-conversion"
@@ -116,6 +117,6 @@ def check_destination(destination: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise CheckpointError(
-            f"{destination} has {free / 1e9:.2f} GB free and needs {needed_bytes / 1e9:.2f} GB;"
-            " free some, or use another disk"
+            f"{destination} has {size(free)} free and needs {size(needed_bytes)}; free some, or use"
+            " another disk"
         )

@@ -12,6 +12,7 @@ import pytest
 from megatron_mlra.training import early_checks
 from support import ENV
 
+LONG = "x" * 300
 DEBUG = ("--config", "debug", "--mock-data")
 
 RUN = """
@@ -83,6 +84,8 @@ def test_refused_in_a_moment(tmp_path):
             "--held-out",
             "books=gone",
         ): "data file gone.idx does not exist; make it with mlra",
+        (*DEBUG, "--save", ""): "--save is given an empty name, as of a variable that is not set",
+        (*DEBUG, "--save", LONG): f"--save {LONG}: File name too long",
         (*DEBUG, "--load", "hf"): "an exported folder is made one by mlra convert import-hf",
     }
     argvs = json.dumps([[argv] if isinstance(argv, str) else argv for argv in cases])
