@@ -40,6 +40,11 @@ def check(argv: list[str]) -> Namespace:
     """
     if "--help-megatron" in argv:
         return Namespace(save=None, load=None)
+    if not __debug__:
+        _refuse(
+            "Python runs without assertions (-O, or PYTHONOPTIMIZE), by which Megatron refuses"
+            " flags that cannot work; run it without"
+        )
     _check_flags(argv)
     preset = flags.preset_of(argv, _refuse)
     values = {} if preset is None else preset_values(preset)

@@ -101,6 +101,15 @@ def test_refused_in_a_moment(tmp_path):
     assert after.children_user - before.children_user < 3  # all of them
 
 
+def test_python_without_assertions_is_refused():
+    # Megatron's checks of flags are assertions: --start-weight-decay 0.1 alone would train.
+    command = [sys.executable, "-O", "-c", RUN, json.dumps([DEBUG, ["--help"]])]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV)
+    codes, said, heavy = json.loads(done.stdout.splitlines()[-1])
+    assert codes == [2, 0] and heavy == [] and len(said) == 1
+    assert said[0].startswith("error: Python runs without assertions (-O, or PYTHONOPTIMIZE), by")
+
+
 def test_what_is_left_to_the_whole_parser(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.yaml").write_text("base: debug\nsave: [1]\ndata_path: gone\n")
