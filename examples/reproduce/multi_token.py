@@ -40,7 +40,8 @@ def train(args: Any, checkpoint: Path) -> list[str]:
         *("--data-path", args.tokens / "train", "--held-out", f"books={args.tokens / 'books'}"),
         *("--train-iters", args.steps, "--lr", args.lr, "--min-lr", args.lr / 10),
         *("--seed", 1, "--data-seed", 1234, "--data-cache-path", args.work / "cache"),
-        *("--save", checkpoint),
+        # A stage that was interrupted goes on where it stopped.
+        *("--save", checkpoint, "--load", checkpoint),
     ]
     if args.rehearse:
         flags.append("--no-bf16")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_mlra.command_line.early import reads
+from megatron_mlra.command_line.numbers import whole
 from megatron_mlra.command_line.parser import OneLineParser
 from megatron_mlra.description.presets import a_preset
 
@@ -18,9 +19,9 @@ def parser() -> OneLineParser:
     reads(config, a_preset)
     add(
         "--steps",
-        type=int,
+        type=whole(1),
         default=30,
         help="steps to measure, in each of the two ways (default: 30)",
     )
-    add("--warmup", type=int, default=3, help="steps left out of every turn (default: 3)")
+    add("--warmup", type=whole(0), default=3, help="steps left out of every turn (default: 3)")
     return flags

@@ -56,12 +56,17 @@ def compare(args: argparse.Namespace) -> None:
     runs: dict[str, Run] = {}
     for text in args.runs:
         name, equals, file = text.partition("=")
-        if equals:
-            runs[name] = read(Path(file))
+        if equals and name:
+            found = {name: read(Path(file))}
         elif text.endswith(".json"):
-            runs |= read_json(Path(text))
+            found = read_json(Path(text))
         else:
             raise ValueError(f"{text}: use NAME=FOLDER, NAME=FILE or a file that --json wrote")
+        if twice := runs.keys() & found:
+            raise ValueError(
+                f"{text}: {min(twice)} names another run already; give it another name"
+            )
+        runs |= found
     for name, run in runs.items():
         if args.last > run.steps[-1]:
             raise ValueError(f"--last {args.last}: {name} has {run.steps[-1]} steps")
@@ -75,7 +80,9 @@ def compare(args: argparse.Namespace) -> None:
 
 def parser() -> OneLineParser:
     """The flags."""
-    flags = OneLineParser(description=__doc__.split("\n", 1)[0])
+    flags = OneLineParser(
+        description="Compare the training losses of runs: a table, and the curves in one plot."
+    )
     flags.add_argument(
         "runs",
         nargs="+",

@@ -11,6 +11,7 @@ from typing import Any
 from megatron_mlra.checkpoint.files.staging import check_destination
 from megatron_mlra.checkpoint.files.tracker import a_checkpoint
 from megatron_mlra.command_line.early import a_file, a_folder, byte_or_there, reads, writes
+from megatron_mlra.command_line.numbers import real
 from megatron_mlra.command_line.parser import OneLineParser, add_no_verify, fail, read_text
 from megatron_mlra.command_line.printable import printable
 from megatron_mlra.command_line.signals import Interrupted, interruptible
@@ -82,7 +83,7 @@ def parser() -> OneLineParser:
         elif name.startswith("export"):
             added.add_argument(
                 "--max-shard-gb",
-                type=float,
+                type=real(above=0),
                 default=5.0,
                 help="most gigabytes of a weights file (default: 5)",
             )
@@ -240,8 +241,6 @@ def _export(
     takes_ahead: bool = True,
     **options: Any,
 ) -> int:
-    if not args.max_shard_gb > 0:
-        raise CheckpointError(f"--max-shard-gb {args.max_shard_gb:g} is not positive; use e.g. 5")
     _check_destination(args)
     problem = write(
         _open(args, args.source, kinds, takes_ahead),

@@ -12,6 +12,7 @@ check again: a file may vanish, and a library's caller does not pass here.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from megatron_mlra.command_line.parser import OneLineParser
 
 Check = Callable[[Any, str], object]
 _INPUT, _OUTPUT = 0, 1
+EMPTY = "is given an empty name, as of a variable that is not set; name a place, or leave it out"
 
 
 def reads(action: argparse.Action, check: Check) -> argparse.Action:
@@ -58,9 +60,33 @@ def check(parser: OneLineParser, argv: Sequence[str]) -> None:
         for action, (its_kind, function) in declared:
             if its_kind == kind:
                 for value in _values(getattr(args, action.dest)):
-                    function(value, _name(action))
+                    _check_value(function, value, _name(action), action.const)
     for function in parser.together:
         function(args)
+
+
+def _check_value(function: Check, value: Any, flag: str, alone: Any) -> None:
+    """Check one value.
+
+    Args:
+        alone: the value of a flag that is given without one, which may be empty.
+
+    Raises:
+        ValueError: see the check; or the value is empty, or the system refuses to look at it.
+    """
+    if value == "" != alone:
+        raise ValueError(f"{flag} {EMPTY}")
+    with named(f"{flag} {value}"):
+        function(value, flag)
+
+
+@contextlib.contextmanager
+def named(what: str) -> Iterator[None]:
+    """Turn an OSError into a ValueError that begins with `what`."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{what}: {error.strerror or error}") from None
 
 
 def _declared(

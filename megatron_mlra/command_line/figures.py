@@ -138,4 +138,4 @@ def save(figure: Any, path: Path) -> None:
     """Write the file whole or not at all, and close the figure."""
     with written_whole(path) as partial:
         figure.savefig(partial, format=path.suffix.lstrip("."), dpi=DPI)
-        pyplot().close(figure)
+    pyplot().close(figure)

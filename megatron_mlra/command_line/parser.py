@@ -199,12 +199,6 @@ def check_output(file: str | Path, flag: str) -> None:
     make_folder(path.parent, f"{flag} {file}")
 
 
-def in_one_unit(*sizes: int) -> list[str]:
-    """Sizes in bytes as texts in GB or MB that can be compared with each other."""
-    unit, name = (1e9, "GB") if max(sizes) >= 1e9 else (1e6, "MB")
-    return [f"{size / unit:,.3f} {name}" for size in sizes]
-
-
 def make_folder(folder: str | Path, what: str) -> None:
     """Make a folder for output and its missing parents.
 
@@ -278,13 +272,20 @@ def own_name(path: str | Path) -> Path:
 
 
 @contextlib.contextmanager
-def written_whole(file: str | Path) -> Iterator[Path]:
+def written_whole(file: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside `file`, to be written in the block and then renamed to `file`. An
-    error or an interrupt leaves no partial file."""
-    partial = aside(own_name(file))
+    error or an interrupt leaves no partial file.
+
+    Raises:
+        OSError: writing failed; it names `file`.
+    """
+    path = Path(file)
+    partial = aside(own_name(path))
     try:
         yield partial
-        partial.replace(file)
+        partial.replace(path)
+    except OSError as error:  # of a full disk, which names no file, or the temporary one
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         partial.unlink(missing_ok=True)
 

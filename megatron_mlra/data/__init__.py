@@ -4,7 +4,7 @@ Start with pipeline.py (all of preprocessing) and tokenizers.py. index.py and co
 files that a trainer reads.
 
 May import:   command_line; numpy, pyarrow, tokenizers, and no torch
-Imported by:  checkpoint, evaluation, training
+Imported by:  benchmarks, checkpoint, evaluation, training
 Never:        torch or Megatron, until a dataset is written
 Held by:      tests/unit/data
 """

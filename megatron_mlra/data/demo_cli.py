@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 
 from megatron_mlra.command_line.early import writes
+from megatron_mlra.command_line.numbers import real
 from megatron_mlra.command_line.parser import OneLineParser, check_output
 from megatron_mlra.data.demo_corpus import write_demo_corpus
 
@@ -19,7 +20,10 @@ def parser() -> OneLineParser:
     output = flags.add_argument("output", metavar="OUT.jsonl", help="the file to write")
     writes(output, check_output)
     flags.add_argument(
-        "--max-mb", type=float, default=24, help="most megabytes of text (default: 24)"
+        "--max-mb",
+        type=real(above=0),
+        default=24,
+        help="most megabytes of text (default: 24)",
     )
     flags.add_argument(
         "--seed", type=int, default=0, help="which order the documents have (default: 0)"

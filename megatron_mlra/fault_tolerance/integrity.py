@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_mlra.checkpoint.files.tracker import first_usable
 from megatron_mlra.checkpoint.megatron.torch_dist import TorchDistFolder
 from megatron_mlra.command_line import parser
+from megatron_mlra.command_line.printable import size
 from megatron_mlra.description.megatron_args import ROPE_ARGUMENTS, differing_arguments
 from megatron_mlra.description.model import CheckpointError
 from megatron_mlra.fault_tolerance.optimizer_state import check_optimizer
@@ -181,10 +182,9 @@ def check_save(args: Namespace, parameters: int) -> None:
     needed = parameters * ((2 if low else 4) + (0 if args.no_save_optim else 12 if low else 8))
     free = shutil.disk_usage(existing).free
     if free < needed:
-        has, needs = parser.in_one_unit(free, needed)
         raise ValueError(
-            f"--save {folder} has {has} free and a checkpoint needs {needs}; free some, or use"
-            " another disk"
+            f"--save {folder} has {size(free)} free and a checkpoint needs {size(needed)}; free"
+            " some, or use another disk"
         )
 
 

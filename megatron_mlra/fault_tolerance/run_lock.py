@@ -185,10 +185,14 @@ class RunLock:
             file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
             return False
-        with open(file, "w") as stream:
-            json.dump(asdict(self.owner), stream, indent=1)
-            stream.flush()
-            os.fsync(stream.fileno())
+        try:
+            with open(file, "w") as stream:
+                json.dump(asdict(self.owner), stream, indent=1)
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:  # a full disk: an empty lock would keep the next run waiting
+            path.unlink(missing_ok=True)
+            raise OSError(error.errno, error.strerror, str(path)) from None
         return True
 
     def _read(self) -> Owner | str | None:

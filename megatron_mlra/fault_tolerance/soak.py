@@ -24,6 +24,7 @@ from pathlib import Path
 
 from megatron_mlra.command_line.early import reads, writes
 from megatron_mlra.command_line.log_line import STEP
+from megatron_mlra.command_line.numbers import whole
 from megatron_mlra.command_line.parser import OneLineParser, make_folder, write_json
 from megatron_mlra.command_line.progress_bar import bar
 from megatron_mlra.description.presets import a_preset
@@ -37,7 +38,8 @@ START = re.compile(r"^training [^|]*: [\d,]+ parameters")
 def parser() -> OneLineParser:
     """The parser of the command's own flags."""
     flags = OneLineParser(
-        description=__doc__.splitlines()[0],
+        description="Kill ranks of a small run at random, and compare its losses with those of an"
+        " undisturbed run.",
         epilog="Other flags go to the training entry.",
         passes_on=True,
     )
@@ -51,10 +53,10 @@ def parser() -> OneLineParser:
         help="for logs and checkpoints, empty or new",
     )
     writes(work, lambda folder, flag: make_folder(folder, f"{flag} {folder}"))
-    add("--kills", type=int, default=40, help="number of kills (default: 40)")
-    add("--steps", type=int, default=300, help="steps of the run (default: 300)")
-    add("--ranks", type=int, default=2, help="processes of the run (default: 2)")
-    add("--save-interval", type=int, default=2, help="steps between checkpoints (default: 2)")
+    add("--kills", type=whole(0), default=40, help="number of kills (default: 40)")
+    add("--steps", type=whole(1), default=300, help="steps of the run (default: 300)")
+    add("--ranks", type=whole(1), default=2, help="processes of the run (default: 2)")
+    add("--save-interval", type=whole(1), default=2, help="steps between checkpoints (default: 2)")
     add("--seed", type=int, default=0, help="which kills are drawn (default: 0)")
     return flags
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_mlra.command_line.early import reads, writes
+from megatron_mlra.command_line.numbers import whole
 from megatron_mlra.command_line.parser import (
     OneLineParser,
     check_least,
@@ -47,7 +48,7 @@ def parser() -> OneLineParser:
     )
     flags.add_argument("--seq-length", type=int, help="tokens of a sequence; default: the preset's")
     flags.add_argument(
-        "--global-batch-size", type=int, help="sequences of a step; default: the preset's"
+        "--global-batch-size", type=whole(1), help="sequences of a step; default: the preset's"
     )
     flags.add_argument(
         "--tp-layout",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from megatron_mlra.checkpoint.files.tracker import a_checkpoint
 from megatron_mlra.command_line.early import a_file, a_folder, byte_or_there, reads
+from megatron_mlra.command_line.numbers import real, whole
 from megatron_mlra.command_line.parser import OneLineParser, add_no_verify, fail, flag, read_text
 from megatron_mlra.command_line.signals import Interrupted, interruptible
 from megatron_mlra.serving.environment import find_python
@@ -53,9 +54,9 @@ def parser() -> OneLineParser:
         "--name", help="the model's name in requests; default: that of the source's folder"
     )
     p.add_argument(
-        "--tensor-parallel-size", "--tp", type=int, default=1, help="GPUs that share the model"
+        "--tensor-parallel-size", "--tp", type=whole(1), default=1, help="GPUs that share the model"
     )
-    p.add_argument("--max-model-len", type=int, help="longest sequence; default: the model's")
+    p.add_argument("--max-model-len", type=whole(1), help="longest sequence; default: the model's")
     p.add_argument(
         "--kv-cache-dtype", help="of the KV cache: fp8 halves a latent cache; default: the weights'"
     )
@@ -86,7 +87,10 @@ def parser() -> OneLineParser:
         "--python", help="Python of the environment with vLLM; default: $MLRA_VLLM or .venv-vllm"
     )
     p.add_argument(
-        "--start-timeout", type=float, default=1800, help="seconds to wait for vLLM; default: 1800"
+        "--start-timeout",
+        type=real(above=0),
+        default=1800,
+        help="seconds to wait for vLLM; default: 1800",
     )
     add_no_verify(p)
     return p
@@ -177,15 +181,12 @@ def exported(args: argparse.Namespace, source: Path) -> Path:
         return source
     checkpoint = open_checkpoint(source, args.vocab_size, verify=args.verify)
     _check_guesses(args, checkpoint)
-    step = checkpoint.folder.name
-    if args.export_to is not None:
-        target = Path(args.export_to)
-    else:
-        target = _own_export(source, step)
-        if target.exists():
-            _check_export(args, target, checkpoint)
-            print(f"serving {target}, exported before; remove it to export again", flush=True)
-            return target
+    step = checkpoint.folder.absolute().name
+    target = _own_export(source, step) if args.export_to is None else Path(args.export_to)
+    if target.exists():
+        _check_export(args, target, checkpoint)
+        print(f"serving {target}, exported before; remove it to export again", flush=True)
+        return target
     problem = write_huggingface(
         checkpoint,
         target,

@@ -33,14 +33,14 @@ def check_port(host: str, port: int) -> None:
     Raises:
         ValueError: the port is taken or invalid, or this machine does not have the address.
     """
+    if not 1 <= port <= 65535:
+        raise ValueError(f"--port {port} is no port; use 1 to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         # As the server does: else a port whose last connections are still closing would be taken.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OverflowError:
-            raise ValueError(f"--port {port} is no port; use 1 to 65535") from None
         except OSError as error:
             what = (
                 "is taken"

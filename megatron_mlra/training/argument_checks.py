@@ -86,12 +86,15 @@ def _check_values(args: Namespace) -> None:
         r"\s*\d[\d.]*(\s*,\s*\d[\d.]*){0,2}", args.split
     ):
         raise ValueError(f"--split {args.split} is not three shares such as 969,30,1")
+    if args.split is not None and not re.search("[1-9]", args.split):
+        raise ValueError(f"--split {args.split} gives nothing to any part; use e.g. 969,30,1")
     if args.query_head_norm and args.attention != "mlra":
         instead = "use --qk-layernorm" if args.attention == "gqa" else "leave it out"
         raise ValueError(
             f"--query-head-norm is of latent attention, and --attention is {args.attention};"
             f" {instead}"
         )
+    _check_groups(args)
     heads = args.num_attention_heads
     if args.attention != "mlra" and args.kv_channels is None and args.hidden_size % heads:
         raise ValueError(
@@ -103,6 +106,17 @@ def _check_values(args: Namespace) -> None:
         raise ValueError(
             f"--max-position-embeddings {position} is shorter than --seq-length {args.seq_length};"
             f" use --max-position-embeddings {args.seq_length}"
+        )
+
+
+def _check_groups(args: Namespace) -> None:
+    """Refuse a number of query groups that Megatron would ignore: every head would get keys and
+    values of its own."""
+    groups, args.num_query_groups = args.num_query_groups, args.num_query_groups or 1
+    grouped = args.group_query_attention or args.use_checkpoint_args
+    if groups is not None and not grouped and args.attention in ("gqa", "gta"):
+        raise ValueError(
+            f"--num-query-groups {groups} has no effect without --group-query-attention; add it"
         )
 
 

@@ -57,6 +57,8 @@ DEFAULTS = {
     # Megatron ignores --async-save without the persistent worker.
     "use_persistent_ckpt_worker": True,
     "rerun_mode": "disabled",
+    # Megatron's default, 1, does not tell whether it was asked for.
+    "num_query_groups": None,
     # Megatron's default, delayed, takes scaling factors from the step before.
     "fp8_recipe": "tensorwise",
     # Megatron's default, blockwise, makes Muon's update depend on the tensor-parallel size.

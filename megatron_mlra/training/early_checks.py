@@ -12,7 +12,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_mlra.command_line.early import a_plain_file
+from megatron_mlra.command_line.early import EMPTY, a_plain_file, named
 from megatron_mlra.command_line.parser import check_writable, flag, flags_given
 from megatron_mlra.command_line.suggest import refusal
 from megatron_mlra.data.prefixes import NO_DATA, a_dataset, check_files, without_weights
@@ -41,6 +41,11 @@ def check(argv: list[str]) -> Namespace:
     """
     if "--help-megatron" in argv:
         return Namespace(save=None, load=None)
+    if not __debug__:
+        _refuse(
+            "Python runs without assertions (-O, or PYTHONOPTIMIZE), by which Megatron refuses"
+            " flags that cannot work; run it without"
+        )
     _check_flags(argv)
     preset = flags.preset_of(argv, _refuse)
     values = {} if preset is None else preset_values(preset)
@@ -51,24 +56,32 @@ def check(argv: list[str]) -> Namespace:
     if is_known:
         check_required(lambda name: values.get(name) is not None or flag(name) in there)
     given = _given(argv, values)
+    for name in _PATHS:
+        if given is not None and getattr(given, name) == "":
+            # Megatron takes an empty --save for none, and saves nothing.
+            _refuse(f"{flag(name)} {EMPTY}")
     if given is None or given.dry_run is not None:
         # --dry-run plans for another machine, with other folders.
         return Namespace(save=None, load=None)
     if given.save is not None:
-        check_writable(given.save, f"--save {Path(given.save)}")
-        saved_steps.check_unused(given)
-    saved_steps.to_load(given)
+        with named(f"--save {given.save}"):
+            check_writable(given.save, f"--save {Path(given.save)}")
+            saved_steps.check_unused(given)
+    with named(f"--load {given.load}"):
+        saved_steps.to_load(given)
     if not (given.mock_data or given.skip_train):
         words = [word for name in _DATA for word in getattr(given, name)]
         if is_known and not (words or any(getattr(given, name) for name in _DATA_FILES)):
             _refuse(NO_DATA)
         for prefix in without_weights(words):
-            check_files(prefix)
+            with named(f"--data-path {prefix}"):
+                check_files(prefix)
     for name in _DATA_FILES:
         if (file := getattr(given, name)) is not None and Path(file).exists():
             a_plain_file(file, flag(name))
-    for named in given.held_out:
-        a_dataset(named, "--held-out")
+    for held_out in given.held_out:
+        with named(f"--held-out {held_out}"):
+            a_dataset(held_out, "--held-out")
     return Namespace(save=given.save, load=given.load)
 
 

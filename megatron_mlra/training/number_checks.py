@@ -36,6 +36,8 @@ POSITIVE = (
     "tpa_kv_rank",
     "keep_last",
     "muon_num_ns_steps",
+    "seed",
+    "distributed_timeout_minutes",
 )
 """Counts that are at least 1."""
 
@@ -47,6 +49,14 @@ AT_LEAST_0 = (
     "clip_grad",
     "adam_eps",
     "mtp_loss_scaling_factor",
+    "num_workers",
+    "eval_iters",
+    "exit_interval",
+    "exit_duration_in_mins",
+    "init_method_std",
+    "embedding_init_method_std",
+    "start_weight_decay",
+    "end_weight_decay",
 )
 
 SHARES = (
@@ -57,6 +67,8 @@ SHARES = (
     "sgd_momentum",
     "muon_momentum",
     "lr_warmup_fraction",
+    "attention_dropout",
+    "hidden_dropout",
 )
 """Shares that are at least 0 and below 1."""
 
@@ -106,6 +118,7 @@ def check_numbers(args: Namespace) -> None:
             if value is not None and not fits(value):
                 raise ValueError(f"{flag(name)} is {value}; it must be {said}")
     _check_warmup(args)
+    _check_decay(args)
 
 
 def _check_warmup(args: Namespace) -> None:
@@ -118,3 +131,19 @@ def _check_warmup(args: Namespace) -> None:
                 f"--lr-warmup-{unit} {warmup} leaves nothing of the {decay} {what} the rate decays"
                 f" over; use at most {decay - 1}"
             )
+
+
+def _check_decay(args: Namespace) -> None:
+    """Refuse a weight decay that falls, and a schedule WSD without the length of its last part."""
+    begin, end = args.start_weight_decay, args.end_weight_decay
+    if args.weight_decay_incr_style != "constant" and None not in (begin, end) and end < begin:
+        raise ValueError(
+            f"--end-weight-decay {end:g} is below --start-weight-decay {begin:g}, and Megatron's"
+            " weight decay only grows; use at least the start's"
+        )
+    unit = "samples" if args.train_samples else "iters"
+    if args.lr_decay_style == "WSD" and getattr(args, f"lr_wsd_decay_{unit}") is None:
+        raise ValueError(
+            f"--lr-decay-style WSD needs --lr-wsd-decay-{unit}, the length of its decay at the end;"
+            " add it"
+        )

@@ -30,7 +30,7 @@ from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.fault_tolerance import stopping
 from megatron_mlra.fault_tolerance.integrity import reason
 from megatron_mlra.fault_tolerance.retention import prune
-from megatron_mlra.fault_tolerance.saved_steps import latest_step
+from megatron_mlra.fault_tolerance.saved_steps import latest_step, same_folder
 from megatron_mlra.training import curves
 from megatron_mlra.training.logits import LogitWatch
 from megatron_mlra.training.speed import Clock, Speed, parts, peak_memory, speed
@@ -298,9 +298,16 @@ class Progress:
         return run
 
     def wrap_save(self, save_checkpoint: Callable) -> Callable:
-        """Wrap Megatron's `save_checkpoint`: print a line per save, and prune old checkpoints."""
+        """Wrap Megatron's `save_checkpoint`: print a line per save, and prune old checkpoints.
+
+        At the end Megatron saves a step that is no multiple of --save-interval, also where no step
+        was made. A checkpoint that this run has loaded is whole, and is not written over: it would
+        be lost if the run died in doing so.
+        """
 
         def run(iteration, *rest, **named):
+            if iteration == self.args.iteration and same_folder(self.args):
+                return None
             folder = self.args.save
             start = time.perf_counter()
             try:

@@ -131,4 +131,4 @@ def test_another_runs_checkpoints_are_not_replaced(entry, preset, whole, tmp_pat
 
 def test_too_little_disk(entry, preset, tmp_path):
     run = entry.run(tmp_path, "--config", preset, "--save", "run", free_bytes=1000)
-    check_refused(run, "--save run has 0.001 MB free and a checkpoint needs ")
+    check_refused(run, "--save run has 1 kB free and a checkpoint needs 1.3 MB")

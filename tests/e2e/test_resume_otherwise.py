@@ -103,3 +103,17 @@ def test_a_batch_that_moves_the_end_of_the_schedule_is_said(resume):
     again = resume(OVERRIDE, "--global-batch-size", 8, "--lr-decay-iters", 6)
     assert again.code == 0 and "warning" not in again.out
     assert re.findall(r"step 8/8 .* lr (\S+)", again.out) == ["2.00e-04"]
+
+
+def test_a_finished_run_leaves_its_last_checkpoint_alone(resume, tmp_path):
+    folder = tmp_path / "save/iter_0000004"
+
+    def written():
+        return {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+
+    before = written()
+    # 3 does not divide 4: Megatron saves behind the last step, made or not.
+    flags = (OVERRIDE, "--save-interval", 3, "--train-iters", 4)
+    run = resume("--save", tmp_path / "save", *flags)
+    assert run.code == 0 and "step 4 of 4 is the end" in run.out, run.err
+    assert "saved step" not in run.out and written() == before

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -312,3 +313,13 @@ def test_runs_keep_to_the_visible_gpus(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,GPU-5ebe9f43")
     with pytest.raises(ValueError, match="GPU-5ebe9f43 is not one of 0, 1, 2, 3; list GPUs"):
         visible_gpus()
+
+
+def test_an_interrupted_stage_of_guesses_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "examples/reproduce"), *sys.path])
+    import multi_token
+
+    args = multi_token.parser().parse_args(["--tokens", "tokens", "--work", str(tmp_path)])
+    command, _ = multi_token.stages(args)[0]
+    places = {flag: command[command.index(flag) + 1] for flag in ("--save", "--load")}
+    assert set(places.values()) == {str(tmp_path / "checkpoint")}

@@ -34,7 +34,7 @@ from megatron_mlra.benchmarks.decoding.measure import (
 )
 from megatron_mlra.benchmarks.decoding.place import Place, joined, tiny
 from megatron_mlra.benchmarks.decoding.plot import plot
-from megatron_mlra.command_line.parser import check_output, write_json
+from megatron_mlra.command_line.parser import check_output, fail, write_json
 from megatron_mlra.description.presets import preset_description, preset_values
 from megatron_mlra.fault_tolerance import fingerprint
 from megatron_mlra.fault_tolerance.handshake import Fingerprint
@@ -130,12 +130,13 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Check correctness, measure and report every case."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check correctness, measure and report every case; returns the exit code (1: a case failed; 2:
+    refused)."""
     args = parser().parse_args(argv)
     on_cpu = args.rehearse or (args.speculate and not torch.cuda.is_available())
     if not on_cpu and not torch.cuda.is_available():
-        sys.exit("error: this benchmark needs a CUDA GPU, and torch sees none")
+        return fail("this benchmark needs a CUDA GPU, and torch sees none", 2)
 
     def told() -> Fingerprint:
         data = [f"{args.data}{end}" for end in (".bin", ".idx")] if args.data else []
@@ -153,13 +154,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         with joined(on_cpu, args.products, told) as place:
             if args.speculate is not None:
                 _run_guesses(args, place)
-                return
+                return 0
             todo = cases(args.tp, args.configs, args.context_parallel, place, args.all_reduce)
+            if not todo:
+                raise ValueError("nothing is measured: no model of --configs can be cut so")
             failed = _run(args, todo, place)
     except (ValueError, OSError) as error:
-        sys.exit(world.refuse(error))
-    if failed:
-        sys.exit(f"error: not reported: {', '.join(failed)}")
+        return world.refuse(error)
+    return fail(f"not reported: {', '.join(failed)}", 1) if failed else 0
 
 
 def _run(args: argparse.Namespace, todo: list[Case], place: Place) -> list[str]:
@@ -213,13 +215,6 @@ def _about(args: argparse.Namespace, place: Place) -> dict[str, Any]:
 
 def _run_guesses(args: argparse.Namespace, place: Place) -> None:
     """Every model, batch and context without and with guesses."""
-    for flag, values in (
-        ("--batches", args.batches),
-        ("--contexts", args.contexts or [K]),
-        ("--new-tokens", [args.new_tokens]),
-    ):
-        if min(values) < 1:
-            raise ValueError(f"{flag} is {min(values)}; use at least 1")
     if args.context_parallel != [1]:
         raise ValueError("--speculate needs whole sequences; leave --context-parallel out")
     if args.data and (args.text or not args.speculate):

@@ -1,24 +1,28 @@
-"""Measure time per output token: MLRA against MLA and GQA, on one GPU or, under torchrun, on all.
-
-Random weights and a cache filled with random numbers: times do not depend on their values. On one
-GPU a model is measured whole and as one rank's share, the work of one of N ranks without its
-collectives. Under torchrun it is cut over all processes, collectives included.
-"""
+"""The flags of `mlra benchmark-decoding`, and what it measures."""
 
 from __future__ import annotations
 
 from megatron_mlra.checkpoint.files.tracker import a_checkpoint
 from megatron_mlra.command_line.early import a_file, reads, writes
+from megatron_mlra.command_line.numbers import whole
 from megatron_mlra.command_line.parser import OneLineParser, check_output
+from megatron_mlra.data.prefixes import check_files
 from megatron_mlra.description.backends import ALL_REDUCES, PRODUCTS
 from megatron_mlra.description.presets import a_preset
 
+ABOUT = (
+    "Measure time per output token: MLRA against MLA and GQA, on one GPU or, under torchrun, on"
+    " all. Random weights and a cache filled with random numbers: times do not depend on their"
+    " values. On one GPU a model is measured whole and as one rank's share, the work of one of N"
+    " ranks without its collectives. Under torchrun it is cut over all processes, collectives"
+    " included."
+)
 PRESETS = ("mlra4_2.9b", "mla_2.9b", "gqa_2.9b")
 
 
 def parser() -> OneLineParser:
     """The flags."""
-    flags = OneLineParser(description=" ".join(__doc__.split()))
+    flags = OneLineParser(description=ABOUT)
     add = flags.add_argument
     configs = add(
         "--configs",
@@ -30,14 +34,14 @@ def parser() -> OneLineParser:
     reads(configs, a_preset)
     add(
         "--tp",
-        type=int,
+        type=whole(1),
         nargs="+",
         default=[4, 1],
         help="shares to measure on one GPU (default: 4 1); under torchrun the processes decide",
     )
     add(
         "--context-parallel",
-        type=int,
+        type=whole(1),
         nargs="+",
         default=[1],
         metavar="N",
@@ -60,14 +64,14 @@ def parser() -> OneLineParser:
     )
     add(
         "--contexts",
-        type=int,
+        type=whole(1),
         nargs="+",
         metavar="TOKENS",
         help="tokens in the cache (default: 4, 32, 128 and 512 K; 1 K with --speculate)",
     )
     add(
         "--batches",
-        type=int,
+        type=whole(1),
         nargs="+",
         default=[1, 32],
         help="sequences that are decoded together (default: 1 32)",
@@ -79,8 +83,13 @@ def parser() -> OneLineParser:
         help="products of few rows: the project's kernels, each started before the one in front has"
         " ended (auto, the default), or after it (serial), or cuBLAS",
     )
-    add("--prefill", type=int, nargs="*", default=[], help="lengths of prompts to time too")
-    add("--prefill-chunk", type=int, default=4096, help="tokens of a prefill step (default: 4096)")
+    add("--prefill", type=whole(1), nargs="*", default=[], help="lengths of prompts to time too")
+    add(
+        "--prefill-chunk",
+        type=whole(1),
+        default=4096,
+        help="tokens of a prefill step (default: 4096)",
+    )
     speculate = add(
         "--speculate",
         nargs="?",
@@ -94,10 +103,13 @@ def parser() -> OneLineParser:
         "--text", metavar="FILE", help="text of the prompts of --speculate; default: a sample"
     )
     reads(text, a_file)
-    add("--data", metavar="PREFIX", help="a dataset that those prompts are pieces of instead")
+    data = add(
+        "--data", metavar="PREFIX", help="a dataset that those prompts are pieces of instead"
+    )
+    reads(data, check_files)
     add(
         "--new-tokens",
-        type=int,
+        type=whole(1),
         default=128,
         help="tokens behind each prompt of --speculate (default: 128)",
     )

@@ -19,7 +19,6 @@ import importlib.util
 import json
 import logging
 import os
-import sys
 import time
 import warnings
 from argparse import Namespace
@@ -27,7 +26,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_mlra.command_line.early import writes
-from megatron_mlra.command_line.parser import OneLineParser, make_folder
+from megatron_mlra.command_line.numbers import real, whole
+from megatron_mlra.command_line.parser import OneLineParser, fail, make_folder
 
 warnings.filterwarnings("ignore")
 logging.getLogger("megatron").setLevel(logging.ERROR)
@@ -66,7 +66,10 @@ TWO_GPUS = [
 def parser() -> OneLineParser:
     """The parser of the command's own flags."""
     flags = OneLineParser(
-        description=__doc__.splitlines()[0], epilog="Other flags go to Megatron.", passes_on=True
+        description="Training speed of MLRA, its relatives and Megatron's own MLA on the GPUs of"
+        " one host.",
+        epilog="Other flags go to Megatron.",
+        passes_on=True,
     )
     add = flags.add_argument
     add(
@@ -80,16 +83,16 @@ def parser() -> OneLineParser:
     add("--only", default="*", metavar="PATTERN", help="run the cases that match, as in *@tp2*")
     add(
         "--seconds",
-        type=float,
+        type=real(above=0),
         default=1e9,
         metavar="N",
         help="start no case after N seconds",
     )
-    add("--num-layers", type=int, default=6, help="layers of every case (default: 6)")
-    add("--tokens", type=int, default=16384, help="tokens of a micro-batch (default: 16384)")
-    add("--micro-batches", type=int, default=1, help="micro-batches of a step (default: 1)")
-    add("--steps", type=int, default=10, help="steps that are timed (default: 10)")
-    add("--warmup", type=int, default=3, help="steps before those (default: 3)")
+    add("--num-layers", type=whole(1), default=6, help="layers of every case (default: 6)")
+    add("--tokens", type=whole(1), default=16384, help="tokens of a micro-batch (default: 16384)")
+    add("--micro-batches", type=whole(1), default=1, help="micro-batches of a step (default: 1)")
+    add("--steps", type=whole(1), default=10, help="steps that are timed (default: 10)")
+    add("--warmup", type=whole(0), default=3, help="steps before those (default: 3)")
     add("--profile", action="store_true", help="trace two more steps, and sum them up")
     add("--sublayer", action="store_true", help="time the attention sublayer alone, ungated")
     out = add(
@@ -127,8 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--only {args.only} leaves no case of {', '.join(texts)}")
         make_folder(args.out, f"--out {args.out}")
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return fail(str(error), 2)
     told = {"arguments": fingerprint.of_arguments(args) | {"the flags of training": repr(flags)}}
     try:
         _kept = world.meet(lambda: told)  # rank 0 may hold the store of all

@@ -9,7 +9,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_mlra.command_line.parser import check_writable, in_one_unit
+from megatron_mlra.command_line.parser import check_writable
+from megatron_mlra.command_line.printable import size
 from megatron_mlra.description.model import CheckpointError
 
 MARKER = ".megatron-mlra-conversion"
@@ -108,7 +109,7 @@ def check_destination(destination: Path, needed_bytes: int) -> None:
         raise CheckpointError(str(error)) from None
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
-        has, needs = in_one_unit(free, needed_bytes)
         raise CheckpointError(
-            f"{destination} has {has} free and needs {needs}; free some, or use another disk"
+            f"{destination} has {size(free)} free and needs {size(needed_bytes)}; free some, or use"
+            " another disk"
         )

@@ -106,7 +106,7 @@ def test_table_and_plot(tmp_path):
 def test_without_a_gpu_it_says_so_in_one_line(warm_python):
     env = ENV | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([warm_python, TOOL], capture_output=True, text=True, env=env)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr == "error: this benchmark needs a CUDA GPU, and torch sees none\n"
 
 
@@ -173,7 +173,6 @@ def test_guesses_of_presets_are_rehearsed(capsys):
     ("argv", "said"),
     [
         (["--contexts", "60"], "--contexts 60 and --new-tokens 9 exceed the model's 64 positions"),
-        (["--batches", "0"], "--batches is 0; use at least 1"),
         (["--context-parallel", "2"], "--speculate needs whole sequences; leave"),
         (["--data", "DATA"], "--data DATA has 30 tokens, and 2 prompts of 20 are asked for; use"),
         (["--data", "DATA", "--text", "TEXT"], "--data is for --speculate FOLDER, in place of"),
@@ -187,16 +186,20 @@ def test_guesses_that_cannot_be_measured(argv, said, guessing, tmp_path, capsys)
     own = [files.get(word, word) for word in argv]
     said = said.replace("DATA", files["DATA"])
     common = ["--batches", "2", "--contexts", "20", "--new-tokens", "9"]
-    with pytest.raises(SystemExit) as refused:
-        tool.main(["--speculate", str(guessing), *common, *own])
-    err = capsys.readouterr().err
-    assert refused.value.code == 2 and said in err and err.count("\n") == 1
+    assert tool.main(["--speculate", str(guessing), *common, *own]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
 
 
 def test_a_checkpoint_without_a_layer_has_no_guesses(tmp_path, capsys):
     write_huggingface(RandomFolder(GUESSING.decoder()), tmp_path / "hf", progress=False)
-    with pytest.raises(SystemExit) as refused:
-        tool.main(["--speculate", str(tmp_path / "hf")])
-    assert refused.value.code == 2
-    said = "has none; train with --mtp-num-layers 1, or leave the folder out"
-    assert said in capsys.readouterr().err
+    assert tool.main(["--speculate", str(tmp_path / "hf")]) == 2
+    error = capsys.readouterr().err
+    assert "has none; train with --mtp-num-layers 1, or leave the folder out" in error
+
+
+def test_a_cut_that_no_model_has_measures_nothing(capsys):
+    assert tool.main(["--rehearse", "--configs", "mlra4_2.9b", "--tp", "7"]) == 2
+    assert (
+        "error: nothing is measured: no model of --configs can be cut so" in capsys.readouterr().err
+    )

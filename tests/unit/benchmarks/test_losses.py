@@ -80,3 +80,6 @@ def test_refusals(tmp_path, losses, last, message):
 def test_a_run_without_a_file(tmp_path):
     assert "use NAME=FOLDER, NAME=FILE or" in compare("a").stderr
     assert "No such file" in compare(f"a={tmp_path / 'none'}").stderr
+    run = log(tmp_path / "a", [1.0], None)
+    twice = compare(f"a={run}", f"a={run}", "--last", 1)
+    assert twice.returncode == 2 and f"a={run}: a names another run already" in twice.stderr

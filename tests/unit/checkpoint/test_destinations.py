@@ -29,7 +29,7 @@ def test_destinations(research, convert, tmp_path, monkeypatch):
     assert code == 2 and "is not a folder" in error
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     code, error = convert("import-official", source, tmp_path / "out")
-    assert code == 2 and "has 0.001 MB free and needs 0." in error
+    assert code == 2 and "has 1 kB free and needs " in error
     assert sorted(os.listdir(tmp_path)) == ["file", "there"]
 
 

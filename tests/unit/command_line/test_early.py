@@ -28,6 +28,7 @@ for name, *argv in json.loads(sys.argv[1]):
     answers.append([code, said.getvalue(), time.process_time() - begin])
 print(json.dumps([answers, sorted({"torch", "transformers", "megatron.core"} & {*sys.modules})]))
 """
+LONG = "x" * 300
 REFUSED = {
     "generate gone --prompt x": "gone is not a folder; give a checkpoint's folder",
     "generate empty --prompt x": "empty holds no checkpoint: no latest_checkpointed_iteration.txt",
@@ -78,6 +79,24 @@ REFUSED = {
     "preprocess --input gone --output-prefix x --tokenizer byte": "gone",
     "demo-corpus file/x.jsonl": "file cannot be made (File exists)",
     "compare-losses a=gone --json new/x": "gone",
+    "demo-corpus x.jsonl --max-mb inf": "argument --max-mb: inf is no number above 0",
+    "plan --config debug --gpus 8 --global-batch-size 0": "0 is no whole number of at least 1",
+    "soak --config debug --work new --ranks 0": "--ranks: 0 is no whole number of at least 1",
+    "soak --config debug --work new --kills -1": "--kills: -1 is no whole number of at least 0",
+    "benchmark-cpu --steps 0": "--steps: 0 is no whole number of at least 1",
+    "benchmark-cpu --warmup x": "--warmup: x is no whole number of at least 0",
+    "benchmark-training --steps 0": "--steps: 0 is no whole number of at least 1",
+    "benchmark-training --seconds nan": "--seconds: nan is no number above 0",
+    "benchmark-decoding --tp 4 0": "--tp: 0 is no whole number of at least 1",
+    "benchmark-decoding --contexts 0": "--contexts: 0 is no whole number of at least 1",
+    "benchmark-decoding --speculate run --data gone": "data file gone.idx does not exist",
+    "serve run --tp 0": "0 is no whole number of at least 1",
+    "serve run --start-timeout nan": "--start-timeout: nan is no number above 0",
+    "convert export-hf run new --max-shard-gb inf": "inf is no number above 0",
+    "inspect =": "SRC is given an empty name, as of a variable that is not set",
+    "evaluate run --text =": "--text is given an empty name, as of a variable that is not set",
+    "evaluate run --text file --json =": "--json is given an empty name",
+    f"generate {LONG} --prompt x": f"checkpoint {LONG}: File name too long",
 }
 
 
@@ -86,7 +105,8 @@ def test_refused_without_torch_in_less_than_a_second(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.json").write_text("{}")
-    argvs = json.dumps([line.split() for line in REFUSED])
+    # A lone = stands for an empty word.
+    argvs = json.dumps([["" if w == "=" else w for w in line.split()] for line in REFUSED])
     done = subprocess.run(
         [sys.executable, "-c", RUN, argvs], capture_output=True, text=True, env=ENV, cwd=tmp_path
     )
@@ -125,6 +145,40 @@ def test_each_place_on_a_command_line_is_declared(name):
     for action in actions(COMMANDS[name].parser()):
         if action.metavar in PLACES and (name, action.dest) not in LEFT:
             assert hasattr(action, "early"), f"mlra {name}: {action.dest} is not in reads or writes"
+
+
+_CONVERT = "files length padded_vocab_size tokens tolerance vocab_size"
+BOUND_LATER = {
+    "plan": "bandwidth collective_us contexts core cp decode_batch decode_gpus dp_overlap gemm gpus"
+    " gpus_per_node latent_core memory network passes seq_length top",
+    "preprocess": "eod_id max_record_mb vocab_size workers",
+    "demo-corpus": "seed",
+    "compare-losses": "last",
+    "generate": "cache_tokens chunk_size context context_parallel max_batch max_new_tokens"
+    " page_size seed temperature top_k top_p vocab_size",
+    "evaluate": "batch_size max_length windows",
+    "analyze": "max_length tokens",
+    "serve": "port vocab_size",
+    **dict.fromkeys(("inspect", "verify", "reshard", "convert"), _CONVERT),
+    "soak": "seed",
+    "benchmark-decoding": "seed temperature",
+}
+"""Numbers of a command that its body bounds, with others."""
+
+
+@pytest.mark.parametrize("name", [n for n, command in there().items() if not command.program])
+def test_each_number_on_a_command_line_has_bounds(name):
+    raw = {each.dest for each in actions(COMMANDS[name].parser()) if each.type in (int, float)}
+    assert raw <= {*BOUND_LATER.get(name, "").split()}, f"mlra {name}: see command_line/numbers.py"
+
+
+def test_optimised_python_has_no_docstrings_and_all_helps():
+    names = [n for n, command in there().items() if not command.program]
+    code = "from megatron_mlra.command_line.commands import COMMANDS as all_"
+    code += f"\nfor name in {names}: all_[name].parser().format_help()"
+    command = [sys.executable, "-OO", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV)
+    assert done.returncode == 0, done.stderr
 
 
 def test_inputs_come_before_outputs_and_both_before_the_rest(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import io
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import sys
 import pytest
 
 from megatron_mlra.command_line import parser
-from megatron_mlra.command_line.parser import LONGEST, OneLineParser, one_line, say
+from megatron_mlra.command_line.parser import LONGEST, OneLineParser, one_line, say, written_whole
 from megatron_mlra.launch import control
 from support import ENV, ROOT
 
@@ -79,6 +80,17 @@ def test_processes_of_one_number_have_names_of_their_own(tmp_path):
         for _ in range(2)
     }  # fmt: skip
     assert len(names) == 2
+
+
+def test_a_full_disk_is_named_and_left_clean(tmp_path):
+    old = tmp_path / "old"
+    old.write_text("old")
+    full = pytest.raises(OSError, match=r"No space left on device: .*/old")
+    with full as raised, written_whole(old) as partial:
+        partial.symlink_to("/dev/full")
+        partial.write_text("new")
+    assert raised.value.errno == errno.ENOSPC
+    assert [each.name for each in tmp_path.iterdir()] == ["old"]
 
 
 def test_a_text_without_an_end_is_refused(monkeypatch, tmp_path):

@@ -6,6 +6,7 @@ tell by its process id whether it lives.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -198,6 +199,16 @@ def test_a_lock_deleted_under_its_owner_comes_back(owner, tmp_path):
         time.sleep(0.02)
     with pytest.raises(ValueError, match="in use"):
         RunLock(tmp_path).acquire()
+
+
+def test_a_full_disk_leaves_no_lock(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*run\.lock"):
+        RunLock(tmp_path).acquire()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_made_for_nothing_is_removed(tmp_path):

@@ -50,6 +50,7 @@ def port():
     [
         (["nowhere"], "nowhere is not a folder; give a run, a checkpoint or an exported folder"),
         (["{my}", "--port", "70000"], "--port 70000 is no port; use 1 to 65535"),
+        (["{my}", "--port", "0"], "--port 0 is no port; use 1 to 65535"),
         (["{my}", "--host", "192.0.2.1"], "port 8000 of 192.0.2.1 cannot be used"),
         (["{my}", "--chat-template", "{my}/none"], "{my}/none: No such file or directory"),
         (["{my}", "--python", "{my}"], "--python {my} is no Python with vLLM and this project's"),
@@ -155,6 +156,14 @@ def test_an_export_is_served_again_if_it_is_whole_and_no_flag_is_ignored(run, ex
     write_huggingface(RandomFolder(latent(2, 2)), target, tokenizer="byte", progress=False)
     with pytest.raises(ValueError, match=r"is no export of .*: it holds another model"):
         served(run)
+
+
+def test_the_same_command_again_serves_the_same_export(run, tmp_path, monkeypatch, capsys):
+    words = ["--export-to", str(tmp_path / "named")]
+    assert served(run, *words) == served(run, *words) == tmp_path / "named"
+    assert "named, exported before; remove it to export again" in capsys.readouterr().out
+    monkeypatch.chdir(run / "release")
+    assert served(Path(".")).absolute() == run / "release" / "exported" / "release"
 
 
 @pytest.mark.parametrize("link", ["exported", "exported/release"])

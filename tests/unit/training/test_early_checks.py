@@ -12,6 +12,7 @@ import pytest
 from megatron_mlra.training import early_checks
 from support import ENV
 
+LONG = "x" * 300
 DEBUG = ("--config", "debug", "--mock-data")
 
 RUN = """
@@ -96,6 +97,8 @@ def test_refused_in_a_moment(tmp_path):
             "--held-out",
             "books=gone",
         ): "data file gone.idx does not exist; make it with mlra",
+        (*DEBUG, "--save", ""): "--save is given an empty name, as of a variable that is not set",
+        (*DEBUG, "--save", LONG): f"--save {LONG}: File name too long",
         (*DEBUG, "--load", "hf"): "an exported folder is made one by mlra convert import-hf",
     }
     argvs = json.dumps([[argv] if isinstance(argv, str) else argv for argv in cases])
@@ -109,6 +112,15 @@ def test_refused_in_a_moment(tmp_path):
     for line, wanted in zip(said, cases.values(), strict=True):
         assert line.startswith("error: ") and wanted in line
     assert after.children_user - before.children_user < 3  # all of them
+
+
+def test_python_without_assertions_is_refused():
+    # Megatron's checks of flags are assertions: --start-weight-decay 0.1 alone would train.
+    command = [sys.executable, "-O", "-c", RUN, json.dumps([DEBUG, ["--help"]])]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV)
+    codes, said, heavy = json.loads(done.stdout.splitlines()[-1])
+    assert codes == [2, 0] and heavy == [] and len(said) == 1
+    assert said[0].startswith("error: Python runs without assertions (-O, or PYTHONOPTIMIZE), by")
 
 
 def test_what_is_left_to_the_whole_parser(tmp_path, monkeypatch):

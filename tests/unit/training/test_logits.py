@@ -20,7 +20,7 @@ DEBUG = str(CONFIGS / "debug.yaml")
         ("--qk-clip-threshold 50", "--qk-clip-threshold 50 has no effect without --qk-clip; add"),
         ("--qk-clip --qk-clip-alpha 1", "--qk-clip-alpha is 1; use a share between 0 and 1"),
         ("--qk-clip --qk-clip-threshold 0", "--qk-clip-threshold is 0; use e.g. 100"),
-        ("--qk-clip --attention gqa --num-query-groups 2", "gqa needs Transformer Engine's core"),
+        ("--qk-clip --attention gqa", "gqa needs Transformer Engine's core"),
         ("--log-max-attention-logit --attention gqa", "--log-max-attention-logit with --attention"),
         ("--query-head-norm --attention gqa", "--attention is gqa; use --qk-layernorm"),
         ("--query-head-norm --attention mfa", "--attention is mfa; leave it out"),
@@ -51,7 +51,7 @@ def test_what_cannot_work_is_refused(argv, said):
     ],
 )
 def test_what_megatrons_own_cannot(given, said):
-    args = parse(["--config", DEBUG, "--attention", "gqa", "--num-query-groups", "2"])
+    args = parse(["--config", DEBUG, "--attention", "gqa", "--group-query-attention"])
     te = {"qk_clip": True, "transformer_impl": "transformer_engine"}
     with pytest.raises(ValueError, match=said):
         logits.check(Namespace(**vars(args) | te | given))

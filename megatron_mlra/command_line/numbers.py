@@ -1,0 +1,44 @@
+"""Types of a parser's arguments: numbers with bounds, refused while the command line is parsed.
+
+add("--steps", type=whole(1), ...)          argument --steps: 0 is no whole number of at least 1
+add("--max-mb", type=real(above=0), ...)    argument --max-mb: inf is no number above 0
+"""
+
+from __future__ import annotations
+
+import math
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+
+
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """A type of whole numbers from `least` to `most`, both allowed."""
+    bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or value < least or (most is not None and value > most):
+            raise ArgumentTypeError(f"{text:.60} is no whole number {bounds}")
+        return value
+
+    return convert
+
+
+def real(least: float | None = None, above: float | None = None) -> Callable[[str], float]:
+    """A type of finite numbers that are at least `least`, or above `above`."""
+    bounds = f"above {above:g}" if above is not None else f"of at least {least:g}"
+
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        fits = value > above if above is not None else value >= least
+        if not (math.isfinite(value) and fits):
+            raise ArgumentTypeError(f"{text:.60} is no number {bounds}")
+        return value
+
+    return convert
