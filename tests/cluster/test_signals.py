@@ -129,10 +129,10 @@ def preempted(cluster: Cluster) -> None:
 
 def refused(cluster: Cluster) -> None:
     """Four processes for four GPUs; what they refuse is neither restarted nor requeued."""
-    eight = ("--tensor-model-parallel-size", 8)
+    eight = ("--tensor-model-parallel-size", 4, "--context-parallel-size", 2)
     job = cluster.submit("refused", *eight, options=("--nodes", 1, "--gpus-per-node", 4))
     assert job.end(300) == "FAILED"
-    assert "8 needs a multiple of 8 processes and there are 4" in job.said
+    assert "2 needs a multiple of 8 processes and there are 4" in job.said
     assert job.said.count("needs a multiple") == 1 and "restart 1 of" not in job.said
     assert "the command line or the input was refused" in job.said
     fields = job.fields()

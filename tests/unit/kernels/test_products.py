@@ -173,5 +173,9 @@ else:
                 x, weight, head=4, start=2, cos=draw(3, 1), sin=draw(3, 1),
                 positions=torch.zeros(2, dtype=torch.int64),
             )  # fmt: skip
+        # A view with heads 2^30 numbers apart, of memory that nobody touches.
+        far = torch.empty(2**31 + 8, dtype=torch.float16).as_strided((1, 3, 4), (0, 2**30, 1))
+        with pytest.raises(ValueError, match=r"q_nope reaches over 2\^31 numbers of memory: call"):
+            products.absorb_queries(far, draw(3, 4, 8, dtype=torch.float16), 2)
         with pytest.raises(ValueError, match="rows is 3: give a power of two"):
             ProductConfig(3, 256, 1)
