@@ -157,7 +157,24 @@ def byte_or_there(value: str, flag: str) -> None:
     """Check that a tokenizer is `byte`, or a file or folder that is there.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: there is no such file, or it cannot be looked at.
     """
-    if value != "byte" and not os.path.exists(value):
-        raise ValueError(f"{flag} {value}: no such file or folder; give byte, or a tokenizer's")
+    if value != "byte":
+        is_there(value, flag, "byte, or a tokenizer's")
+
+
+def is_there(value: str, flag: str, what: str) -> None:
+    """Check that a file or folder is there.
+
+    Args:
+        what: what to give, for the message.
+
+    Raises:
+        ValueError: there is no such file, or it cannot be looked at.
+    """
+    try:
+        os.stat(value)
+    except FileNotFoundError:
+        raise ValueError(f"{flag} {value}: no such file or folder; give {what}") from None
+    except OSError as error:
+        raise ValueError(f"{flag} {value}: {error.strerror}") from None

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 from functools import partial
 
 from megatron_mlra.checkpoint.files.tracker import a_checkpoint
-from megatron_mlra.command_line.early import a_file, reads, writes
+from megatron_mlra.command_line.early import a_file, is_there, reads, writes
 from megatron_mlra.command_line.foreign_text import parse_json
 from megatron_mlra.command_line.parser import (
     OneLineParser,
@@ -162,11 +161,10 @@ def check(args: argparse.Namespace) -> None:
     if args.tokenizer == "hf":
         if args.tokenizer_model is None:
             raise ValueError("the hf tokenizer needs --tokenizer-model")
-        if not os.path.exists(args.tokenizer_model):
-            raise ValueError(
-                f"--tokenizer-model {args.tokenizer_model}: no such file or folder; give"
-                " tokenizer.json or its folder"
-            )
+        is_there(args.tokenizer_model, "--tokenizer-model", "tokenizer.json or its folder")
+    for name in ("prompt", "stop"):
+        for text in getattr(args, name):
+            _check_text(f"--{name}", text)
     check_least(args, "max_batch", "chunk_size")
     if args.speculate and args.context_parallel > 1:
         raise ValueError(
@@ -200,4 +198,14 @@ def _json_prompt(name: str, number: int, line: str) -> str:
         text = None
     if not isinstance(text, str):
         raise ValueError(f"{name}:{number}: not an object with `prompt` or `text`")
+    _check_text(f"{name}:{number}:", text)
     return text
+
+
+def _check_text(where: str, text: str) -> None:
+    """Refuse what no tokenizer takes: bytes of the command line that are no UTF-8, and halves of a
+    pair of surrogates in JSON."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where} {text!r:.60} is no text in UTF-8") from None
