@@ -15,7 +15,7 @@ from typing import Any
 
 import beyond
 from ladder import Ladder, RunSpec
-from megatron_mlra.checkpoint.files.tracker import candidates
+from megatron_mlra.checkpoint.files.tracker import candidates, step_of
 from megatron_mlra.command_line.log_line import logged_steps
 from megatron_mlra.command_line.parser import write_text
 from megatron_mlra.command_line.plain_file import sha256
@@ -134,7 +134,7 @@ class Corpus:
 def latest_step(checkpoint: Path) -> int:
     """The step at which an interrupted run resumes; 0 without a checkpoint."""
     found = candidates(checkpoint)
-    return int(found[0].name.removeprefix("iter_")) if found else 0
+    return step_of(found[0]) if found else 0
 
 
 def last_error(log: str) -> str:

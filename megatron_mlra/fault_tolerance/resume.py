@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_mlra.checkpoint.files.tracker import candidates, first_usable, untracked
+from megatron_mlra.checkpoint.files.tracker import candidates, first_usable, step_of, untracked
 from megatron_mlra.command_line.parser import say
 from megatron_mlra.fault_tolerance import checksums, integrity, saved_steps
 from megatron_mlra.fault_tolerance.optimizer_state import other_end
@@ -56,7 +56,7 @@ def whole_step(args: Namespace) -> int | None:
             say(f"warning: continuing from the checkpoint before: {folder}")
     if folder is None or folder.name == "release":
         return None
-    step = int(folder.name.removeprefix("iter_"))
+    step = step_of(folder)
     _on_first_rank(lambda: _name_step(args, step))
     return step
 

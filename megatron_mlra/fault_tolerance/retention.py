@@ -7,7 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
-from megatron_mlra.checkpoint.files.tracker import latest_step, steps
+from megatron_mlra.checkpoint.files.tracker import latest_step, step_folder, steps
 from megatron_mlra.fault_tolerance.integrity import check_complete
 
 _DELETED = re.compile(r"\.deleted-iter_\d{7,}").fullmatch
@@ -28,7 +28,7 @@ def prune(folder: str | Path, keep: int) -> list[int]:
         # Other names that begin like this are not ours. Neither a link nor its target is deleted.
         if _DELETED(left.name) and left.is_dir() and not left.is_symlink():
             shutil.rmtree(left, ignore_errors=True)
-    named = {step: folder / f"iter_{step:07d}" for step in steps(folder)}
+    named = {step: step_folder(folder, step) for step in steps(folder)}
     found = {step: path for step, path in named.items() if path.is_dir() and not path.is_symlink()}
     older = [step for step in sorted(found, reverse=True) if step < latest]
     kept, deleted = int(latest in found and _is_complete(found[latest])), []

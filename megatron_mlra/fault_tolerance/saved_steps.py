@@ -16,6 +16,7 @@ from megatron_mlra.checkpoint.files.tracker import (
     candidates,
     latest_step,
     saved_without_tracker,
+    step_of,
 )
 from megatron_mlra.command_line import parser
 
@@ -45,7 +46,7 @@ def check_unused(args: Namespace) -> None:
         return
     step = latest_step(folder)
     if step is None and (saved := saved_without_tracker(folder)):
-        step = int(saved[0].name.removeprefix("iter_"))
+        step = step_of(saved[0])
     if step is not None:
         raise ValueError(
             f"--save {folder} holds a checkpoint of step {step:,}, which this run would replace;"

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from megatron_mlra.checkpoint.folder import tokenizer_files
 from megatron_mlra.checkpoint.megatron.folder import iteration_folder
+from megatron_mlra.command_line.output import first_of_host
 from megatron_mlra.command_line.parser import one_line
 from megatron_mlra.fault_tolerance import fingerprint, handshake
 from megatron_mlra.fault_tolerance.handshake import Fingerprint, World
@@ -137,7 +138,7 @@ def of_inputs(
         tokenizer: a tokenizer's file or folder, if it is one.
         files: other files.
     """
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if not first_of_host():
         return {}
     found: dict[str, dict[str, str]] = {}
     paths = [Path(file) for file in files]
@@ -170,7 +171,7 @@ def refuse(error: Exception) -> int:
     """
     where = ""
     if isinstance(error, Refused):
-        if os.environ.get("LOCAL_RANK", "0") != "0":
+        if not first_of_host():
             time.sleep(1)
             return REFUSED
     elif rank():

@@ -55,6 +55,16 @@ def is_megatron(folder: str | Path) -> bool:
     return not (folder / "config.json").is_file() and bool(saved_without_tracker(folder))
 
 
+def step_folder(folder: Path, step: int) -> Path:
+    """The folder of a step in a `--save` folder."""
+    return folder / f"iter_{step:07d}"
+
+
+def step_of(folder: Path) -> int:
+    """The step of an `iter_*` folder."""
+    return int(folder.name.removeprefix("iter_"))
+
+
 def tracked_step(folder: Path) -> str | None:
     """The content of a `--save` folder's tracker file: 'release', the digits of a step, or '' (a
     job died while writing the file). None without a tracker file.
@@ -123,14 +133,14 @@ def candidates(load: str | Path, step: int | None = None) -> list[Path]:
     """
     load = Path(load)
     if step:
-        return [load / f"iter_{step:07d}"]
+        return [step_folder(load, step)]
     latest = latest_step(load)
     if latest is None:
         return saved_without_tracker(load)
     if not latest:
         return [load / "release"]
     earlier = sorted((other for other in steps(load) if other < latest), reverse=True)
-    return [load / f"iter_{number:07d}" for number in (latest, *earlier)]
+    return [step_folder(load, number) for number in (latest, *earlier)]
 
 
 def saved_without_tracker(folder: str | Path) -> list[Path]:
@@ -147,8 +157,7 @@ def saved_without_tracker(folder: str | Path) -> list[Path]:
         raise ValueError(
             f"{folder} holds release/, but no {TRACKER}; write the word release into that file"
         )
-    newest_first = sorted(steps(folder), reverse=True)
-    paths = [folder / f"iter_{number:07d}" for number in newest_first]
+    paths = [step_folder(folder, number) for number in sorted(steps(folder), reverse=True)]
     return [path for path in paths if any((path / name).exists() for name in _WRITTEN_LAST)]
 
 

@@ -15,6 +15,7 @@ from megatron_mlra.checkpoint.files.tracker import (
     TRACKER,
     candidates,
     first_usable,
+    step_of,
     tracked_step,
     untracked,
 )
@@ -198,7 +199,7 @@ def _untracked_folder(path: Path, verify: bool, say: Callable[[str], object]) ->
         raise CheckpointError(f"{untracked(path)}, and there is no step in {path}")
     for why in refused:
         say(f"warning: {why}")
-    number = int(folder.name.removeprefix("iter_"))
+    number = step_of(folder)
     say(f"warning: {untracked(path)}: reading the newest whole checkpoint, that of step {number:,}")
     return folder
 
