@@ -220,8 +220,9 @@ class Queue:
         note.write_text("interrupted\n")
         about = self._about(piece, python)
         words, env = piece.started_by(python, folder)
-        # The checkout's code, whatever is installed.
+        # The checkout's code, whatever is installed; then what the caller's variable adds.
         paths = [str(ROOT), str(ROOT / "kernels"), *env.get("PYTHONPATH", "").split()]
+        paths += filter(None, [os.environ.get("PYTHONPATH")])
         env["PYTHONPATH"] = os.pathsep.join(paths)
         if piece.gpus:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(g["index"] for g in self.gpus[: piece.gpus])
