@@ -57,7 +57,8 @@ def job(
     name: str, model: str, batch: list[list[int]], guesses: int = 0, **options: Any
 ) -> dict[str, Any]:
     """One engine for support.drivers.vllm_engine."""
-    settings = {"dtype": "bfloat16", "block_size": 64, "gpu_memory_utilization": 0.5}
+    # The cache's size is given, so the share of the GPU is but what must be free at the start.
+    settings = {"dtype": "bfloat16", "block_size": 64, "gpu_memory_utilization": 0.05}
     return {
         "name": name,
         "case": model,

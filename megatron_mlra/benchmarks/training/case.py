@@ -27,6 +27,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.cuda_graphs import delete_cuda_graphs
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.training import get_megatron_ddp_config, get_megatron_optimizer_config
@@ -172,6 +173,9 @@ def build_model(case: Case, args: Namespace, config: TransformerConfig) -> GPTMo
     """The part of the case's GPT that this rank owns, on the current device."""
     # Megatron keeps a table of experts' losses, which has the first model's number of layers.
     destroy_moe_metrics_tracker()
+    # As at Megatron's own start: a backward pass outside its schedule would leave a scale without a
+    # dimension, to which the schedule cannot write.
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device=torch.cuda.current_device()))
     if case.is_stock and case.has_experts:
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True)
     elif case.is_stock:

@@ -27,6 +27,8 @@ num_experts: 4
 moe_layer_freq: ([0]+[1]*3)
 moe_ffn_hidden_size: 32
 moe_router_topk: 2
+moe_router_load_balancing_type: seq_aux_loss
+moe_aux_loss_coeff: 1.0e-3
 moe_token_dispatcher_type: alltoall
 expert_model_parallel_size: 8
 """
