@@ -17,6 +17,10 @@ from torch import Tensor
 
 from mlra_kernels.latent_attention import reads_of
 
+EVERY_BUILD = (1, 200)
+"""Tokens of two prompts alike whose launch needs one build of the kernel, and the other: the first
+reads `ranges`, the second `tiles` (`reads_of`)."""
+
 
 @dataclass(frozen=True)
 class PromptChunk:

@@ -29,7 +29,7 @@ from mlra_kernels.latent_decode import (
     latent_decode,
 )
 from mlra_kernels.prefill import prefill_latent
-from mlra_kernels.prompts import Bundle, PromptChunk, plan_prompts
+from mlra_kernels.prompts import EVERY_BUILD, Bundle, PromptChunk, plan_prompts
 from mlra_vllm.checks import PAGE_MULTIPLE
 
 HOPPER_PAGE = 64
@@ -287,7 +287,9 @@ def _reserve(layer, q: Tensor) -> None:
     pages = torch.zeros(-(-(start + tokens) // page_size), dtype=torch.int64, device=q.device)
     chunk = PromptChunk(tokens, start, pages)
     _prefill(layer, q[:tokens], cache, plan_prompts([chunk], page_size, limit))
-    # Several prompts in one launch need another build of the kernel, which is compiled here, before
+    # Several prompts in one launch need other builds of the kernel, which are compiled here, before
     # requests come.
-    some = [PromptChunk(1, 0, pages[:1])] * min(2, q.size(0))
-    _prefill(layer, q[: len(some)], cache, plan_prompts(some, page_size, limit))
+    for length in EVERY_BUILD:
+        some = [PromptChunk(length, 0, pages[: -(-length // page_size)])] * 2
+        if 2 * length <= tokens:
+            _prefill(layer, q[: 2 * length], cache, plan_prompts(some, page_size, limit))

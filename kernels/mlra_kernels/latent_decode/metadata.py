@@ -27,7 +27,9 @@ DETERMINISTIC_SPLITS = 32  # most parts per sequence in deterministic mode
 MAX_TILES = 2**30  # most tiles of all sequences together: sums stay within int32
 
 
-@triton.jit
+# One build serves every batch of up to 64 sequences: a server meets batches of all sizes, and would
+# wait for each build.
+@triton.jit(do_not_specialize=["batch", "num_programs"])
 def schedule_kernel(
     seqlens_ptr,  # [b] int32
     schedule_ptr,  # [P, 4] int32: first sequence, first tile, number of tiles, sequence length
@@ -117,7 +119,7 @@ def _decode_schedule(
             batch,
             programs,
             N=block_n,
-            BATCH_BLOCK=triton.next_power_of_2(batch),
+            BATCH_BLOCK=max(64, triton.next_power_of_2(batch)),
             MIN_TILES=min_tiles,
             FIXED_SPLITS=fixed_splits,
             MAX_TILES=MAX_TILES,

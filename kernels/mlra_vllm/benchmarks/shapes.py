@@ -62,10 +62,15 @@ def write_shape(name: str, folder: Path, positions: int) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+UNKNOWN = "<unknown>"
+
+
 def write_tokenizer(folder: Path) -> None:
     """A tokenizer of one word per token id, for programs that ask for text."""
-    words = {f"t{i}": i for i in range(_COMMON["vocab_size"])}
-    model = {"type": "WordLevel", "vocab": words, "unk_token": "t0"}
+    # The longest word is longer than any other with the space behind it: vLLM refuses a prompt of
+    # more characters than this word times the model's positions.
+    words = {UNKNOWN if i == 0 else f"t{i}": i for i in range(_COMMON["vocab_size"])}
+    model = {"type": "WordLevel", "vocab": words, "unk_token": UNKNOWN}
     whole = {"version": "1.0", "pre_tokenizer": {"type": "WhitespaceSplit"}, "model": model}
     absent = ("truncation", "padding", "normalizer", "post_processor", "decoder")
     whole |= dict.fromkeys(absent) | {"added_tokens": []}

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def test_peers_that_are_not_there_are_named_with_the_way_to_get_them(monkeypatch
     for able, names in (
         (
             latent.PROVIDERS,
-            ("FlashInfer MLA", "FlashInfer MLA, fa2", "FlashAttention-3", "FlashAttention-4"),
+            ("FlashInfer MLA", "FlashAttention-3", "FlashAttention-4", "FlashInfer MLA, fa2"),
         ),
         (grouped.PROVIDERS, ("FlashInfer decode", "FlashAttention-3", "FlashAttention-4")),
     ):
@@ -138,6 +139,27 @@ def test_a_peer_that_refuses_a_shape_is_left_out_and_ours_is_not(capsys):
     )
     with pytest.raises(ValueError, match="odd"):
         timed(Provider("mlra_kernels", lambda w: True, refuse), w, gate)
+
+
+def test_a_peer_that_breaks_the_gpu_ends_the_run(monkeypatch):
+    """A stand-in for an illegal access, which needs a GPU: every later call fails then."""
+
+    def broken():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    peer = Provider("a peer", lambda w: True, lambda w: [])
+    with pytest.raises(SystemExit, match="a peer at MLA broke this process's use of the GPU"):
+        providers.left_out("MLA", peer, RuntimeError("CUDA error"))
+
+
+def test_flashinfers_kernels_for_hopper_take_their_own_latent_dim_alone():
+    able = {provider.name: provider for provider in latent.PROVIDERS}
+    for dim, name, other in ((512, "", ", fa2"), (128, ", fa2", "")):
+        shape = replace(SMALL, latent_dim=dim, num_latents=1, num_branches=1)
+        w = make_workload(shape, torch.float16, "cpu", seed=1, rotation=0)
+        assert able[f"FlashInfer MLA{name}"].fits(w) and not able[f"FlashInfer MLA{other}"].fits(w)
 
 
 def test_grouped_workloads_and_their_gate():

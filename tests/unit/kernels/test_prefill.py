@@ -9,7 +9,7 @@ import torch
 
 from mlra_kernels.latent_attention.reference import latent_attention_reference
 from mlra_kernels.prefill import attention_with_lse, prefill_grouped, prefill_latent
-from mlra_kernels.prompts import PromptChunk, plan_prompts
+from mlra_kernels.prompts import EVERY_BUILD, PromptChunk, plan_prompts
 
 PAGE, PAGES, HEADS, ROPE, SCALE = 16, 40, 8, 8, 0.3
 CHUNKS = ((5, 0), (1, 30), (33, 0), (16, 16), (20, 61), (1, 0))
@@ -99,6 +99,12 @@ def test_grouped_keys_and_values(limit):
             expected = attended(q[rows, head], keys[:, group], values[:, group])
             torch.testing.assert_close(found[rows, head], expected, atol=2e-5, rtol=2e-5)
         row = rows.stop
+
+
+def test_prompts_of_every_build_read_in_every_way():
+    """A server compiles both before requests come."""
+    plans = [plan_prompts(random_chunks([(n, 0)] * 2), PAGE, 10_000) for n in EVERY_BUILD]
+    assert [[*plan[0].parts[0].reads] for plan in plans] == [["ranges"], ["tiles"]]
 
 
 @pytest.mark.parametrize(("chunks", "way"), [(CHUNKS, "ranges"), (((250, 0), (250, 50)), "tiles")])

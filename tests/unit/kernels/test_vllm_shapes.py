@@ -8,7 +8,7 @@ import pytest
 
 from megatron_mlra.checkpoint.huggingface.config import to_hf_config
 from megatron_mlra.description.presets import preset_description
-from mlra_vllm.benchmarks.shapes import write_shape
+from mlra_vllm.benchmarks.shapes import write_shape, write_tokenizer
 from support import CONFIGS
 
 
@@ -19,3 +19,11 @@ def test_a_shape_is_a_preset(name, tmp_path):
     # The plugin brings the code.
     expected.pop("auto_map", None)
     assert json.loads((tmp_path / "model" / "config.json").read_text()) == expected
+
+
+def test_no_prompt_has_more_characters_than_vllm_lets_pass(tmp_path):
+    """vLLM refuses a prompt of more characters than the longest word times the tokens it takes."""
+    write_tokenizer(tmp_path)
+    words = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"]
+    longest = max(words, key=len)
+    assert all(len(word) + 1 <= len(longest) for word in words if word != longest)
