@@ -1,4 +1,4 @@
-"""How fast the GPUs of one host exchange data: collectives by size, for `mlra plan`'s `--network`.
+"""How fast the GPUs of one host exchange data: collectives by size, for `mlra plan`'s `--link`.
 
     torchrun --nproc-per-node 2 examples/one_host/links.py OUT
 

@@ -134,10 +134,9 @@ def decode(
     cache = per_token * context * batch
     rate = gpu.memory_gb_s * 1e9 * assume.bandwidth
     weights = e * (parameters(shape).active - (0 if shape.tie_embeddings else _embedding(shape)))
-    link = gpu.link_gb_s if devices <= gpu.domain else gpu.network_gb_s
     sent = e * batch * shape.num_layers * (way.gathered + way.returned) * (devices - 1) / devices
     sent += 2 * 2 * e * batch * shape.num_layers * shape.hidden_size * (devices - 1) / devices
-    exchange = sent / (link * 1e9 * assume.network) if devices > 1 else 0.0
+    exchange = sent / assume.sends(gpu, devices) if devices > 1 else 0.0
     if devices > 1:
         exchange += shape.num_layers * (way.collectives + 1) * assume.collective_us * 1e-6
     return Decoding(

@@ -1,7 +1,9 @@
 """Vendors' rates of GPUs, and the shares of these rates that a run is assumed to reach.
 
 The shares were fitted to the steps on one GPU in docs/performance/training.md, which they predict
-within 8 %. The shares of links and of overlap are guesses; measure them on a cluster.
+within 8 %. The share of NVLink and the start-up time of collectives are those of two H200
+(docs/performance/training.md). The shares of networks and of overlap are guesses; measure them on a
+cluster.
 """
 
 from __future__ import annotations
@@ -75,7 +77,12 @@ class Assumptions:
     bandwidth: float = _assume(
         0.8, "share of the memory's rate that elementwise work and the optimizer reach"
     )
-    network: float = _assume(0.75, "share of a link's rate that collectives reach")
+    link: float = _assume(
+        0.45,
+        "share of NVLink's rate that collectives reach (gathers on two H200: 0.40 of 32 MB, 0.54 of"
+        " 256 MB, 0.59 of 1 GB)",
+    )
+    network: float = _assume(0.75, "share of the network's rate that collectives reach")
     passes: float = _assume(
         5.0, "how often elementwise work of forward and backward moves the saved activations"
     )
@@ -85,10 +92,15 @@ class Assumptions:
     memory: float = _assume(
         0.92, "share of a GPU's memory a run may plan with; CUDA, NCCL and fragments take the rest"
     )
-    collective_us: float = _assume(8.0, "start-up time of one collective while decoding")
+    collective_us: float = _assume(
+        4.0,
+        "start-up time of one collective while decoding (two H200: one-shot 3.6 to 4.9, NCCL 8.8 to"
+        " 10.1)",
+    )
 
     def __post_init__(self) -> None:
-        for name in ("gemm", "core", "latent_core", "bandwidth", "network", "memory"):
+        shares = ("gemm", "core", "latent_core", "bandwidth", "link", "network", "memory")
+        for name in shares:
             value = getattr(self, name)
             if not 0 < value <= 1:
                 raise ValueError(f"{flag(name)} is {value}; use a share above 0 and at most 1")
@@ -96,6 +108,13 @@ class Assumptions:
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{flag(name)} is {value}; use a number of at least 0")
+
+    def sends(self, gpu: GPU, devices: int) -> float:
+        """Bytes per second that one of so many devices, which are neighbours, sends in a
+        collective."""
+        if devices <= gpu.domain:
+            return gpu.link_gb_s * 1e9 * self.link
+        return gpu.network_gb_s * 1e9 * self.network
 
 
 def of_device(name: str) -> GPU | None:

@@ -190,8 +190,7 @@ def predict(
     sent = traffic(shape, layout, m)
 
     def seconds(amount: float, span: int) -> float:
-        rate = gpu.link_gb_s if span <= gpu.domain else gpu.network_gb_s
-        return amount / (rate * 1e9 * assume.network)
+        return amount / assume.sends(gpu, span)
 
     inner = layout.tp * layout.cp
     tensor = seconds(sent.tensor, layout.tp)

@@ -78,13 +78,17 @@ def test_parameters_of_all_ranks_are_the_models(name, tp, pp, ep):
 
 
 @pytest.mark.parametrize("name", [n for n in LARGE + MOE if n.startswith("mlra4")])
-def test_a_presets_own_layout_is_the_planners_best(name):
+def test_a_presets_own_layout_is_among_the_planners_best(name):
     values = preset_values(CONFIGS / f"{name}.yaml")
     gpus = 1024 if "70b" in name else 64
     batch = values["global_batch_size"]
     plans, _ = search(shape(name), gpus, batch, GPUS["h100"], Assumptions())
-    flags = plans[0].layout.flags(shape(name))
-    assert flags == {key: values.get(key, 1) for key in flags}
+
+    def is_own(flags: dict) -> bool:
+        return flags == {key: values.get(key, 1) for key in flags}
+
+    own = next(plan for plan in plans if is_own(plan.layout.flags(shape(name))))
+    assert own.step.seconds <= 1.05 * plans[0].step.seconds
 
 
 def test_the_surcharge_over_mla_is_the_known_one(capsys):
@@ -306,10 +310,8 @@ def test_the_end_is_the_command_and_details_are_asked_for(capsys, tmp_path):
         "sequence_parallel: true\nbf16: false\n"
     )
     *_, flags, note = plan(capsys, "--config", other, "--gpus", 8)[1].splitlines()
-    assert flags.split() == [
-        *("--micro-batch-size", "1", "--context-parallel-size", "1", "--no-sequence-parallel"),
-        "--bf16",
-    ]
+    expected = ["--context-parallel-size", "1", "--no-sequence-parallel", "--bf16"]
+    assert flags.split() == expected
     assert note == "    # with a copy of the preset that has no recompute_granularity"
 
 
