@@ -29,7 +29,10 @@ else:
     from mlra_kernels.latent_decode.reference import FP8_DTYPE, split_cache
     from support.paged import paged_case
 
-    pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
+    pytestmark = [
+        pytest.mark.filterwarnings(f"ignore:{what}:RuntimeWarning")
+        for what in ("divide by zero", "invalid value", "All-NaN slice")
+    ]
 
     def metadata_for(case, deterministic=False):
         q, _, cache, _, lens = case
@@ -168,6 +171,40 @@ else:
             with pytest.raises(ValueError, match=said):
                 metadata.update(wrong)
 
+    @pytest.mark.parametrize("length", [100, 2000], ids=["whole", "split"])
+    @pytest.mark.parametrize("backend", ["torch", "mlra_kernels"])
+    def test_what_is_not_finite_shows_in_the_rows_that_see_it(backend, length):
+        """Whether the kernels cut the sequence or not."""
+        case = paged_case([length, 70], dtype=torch.float16, **{**BASE, "q_len": 2})
+        want, _ = latent_decode(*case, 0.1, num_branches=1, backend="torch")
+        page = int(case[3][0, (length - 1) // 64])
+        for bad in (math.nan, math.inf):
+            q = case[0].clone()
+            q[0, 0, 0, 3, 7] = bad
+            out, _ = latent_decode(q, *case[1:], 0.1, num_branches=1, backend=backend)
+            assert out[0, 0, 0, 3].isnan().all()
+            torch.testing.assert_close(out[0, 1], want[0, 1], rtol=2e-3, atol=2e-3)
+            torch.testing.assert_close(out[1], want[1], rtol=2e-3, atol=2e-3)
+        # The RoPE key of a sequence's last token, which only the last query token sees.
+        cache = case[2].clone()
+        cache[page, (length - 1) % 64, -1] = math.nan
+        out, lse = latent_decode(
+            *case[:2], cache, *case[3:], 0.1, num_branches=1, backend=backend
+        )  # fmt: skip
+        assert out[0, 1].isnan().all() and lse[0, 1].isnan().all()
+        torch.testing.assert_close(out[1], want[1], rtol=2e-3, atol=2e-3)
+
+    @pytest.mark.parametrize("backend", ["torch", "mlra_kernels"])
+    def test_merging_keeps_what_is_not_a_number(backend):
+        gen = torch.Generator().manual_seed(8)
+        outs, lses = torch.randn(6, 5, 20, generator=gen), torch.randn(6, 5, generator=gen)
+        for row, bad in enumerate((math.nan, math.inf)):
+            lses[4, row] = bad
+        outs[1, 2] = math.nan
+        out, lse = merge_states(outs, lses, backend=backend)
+        assert out[:3].isnan().all() and not lse[:2].isfinite().any()
+        assert out[3:].isfinite().all() and lse[2:].isfinite().all()
+
     def test_slots_behind_the_cache_write_nothing():
         memory = torch.zeros(6, 16, 96, dtype=torch.float16)
         cache, slots = memory[:2], torch.tensor([32, 3, 95, 2**31 - 1, -1])
@@ -236,6 +273,20 @@ else:
             assert (step[..., : latents * 64].abs() <= 1).float().mean() > 0.95
             want, got = split_cache(want, 32)[1], split_cache(got, 32)[1]
         torch.testing.assert_close(got, want, rtol=1e-2, atol=2e-3, equal_nan=True)
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    @pytest.mark.parametrize("backend", ["torch", "mlra_kernels"])
+    def test_fp8_append_keeps_what_is_not_a_number(backend, bad):
+        cache = torch.zeros(1, 16, 64 + 2 * 32, dtype=torch.uint8).view(FP8_DTYPE)
+        scale, (cos, sin) = torch.ones(1, 1, 16), rope_tables(8, 32)
+        kv = torch.randn(2, 96)
+        kv[1, 5] = bad
+        latent_cache_append(
+            kv, torch.ones(1, 64), cos, sin, torch.arange(2), torch.arange(2), cache,
+            latent_scale=1.0, norm_eps=1e-6, cache_scale=scale, backend=backend,
+        )  # fmt: skip
+        read = cache[0, :2, :64].float() * scale[0, 0, :2, None]
+        assert read[0].isfinite().all() and read[1, 5].isnan()
 
     @pytest.mark.parametrize("q_len", [1, 2])
     @pytest.mark.parametrize(("latents", "branches"), [(1, 1), (4, 2)])
