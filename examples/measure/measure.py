@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,15 @@ print(json.dumps(found))
 """
 
 
+_WORDS, _NUMBER = ({str}, "text"), {int, float}
+KINDS = {
+    "name": _WORDS, "command": _WORDS, "writes": _WORDS, "gpus": ({int}, "a whole number"),
+    "estimated_seconds": (_NUMBER, "a number"), "vllm": ({bool}, "true or false"),
+    "timeout": (_NUMBER | {type(None)}, "a number"),
+}  # fmt: skip
+"""Field of a piece -> its types, and what to give."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """An entry of queue.yaml, which explains the fields."""
@@ -61,6 +70,24 @@ class Piece:
     writes: str = "result.json"
     vllm: bool = False
     timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a field of another kind, and for a command that starts nothing."""
+        for key, (kinds, kind) in KINDS.items():
+            value = getattr(self, key)
+            below = isinstance(value, int | float) and not value >= 0
+            if type(value) not in kinds or below:
+                raise ValueError(f"{key} of piece {self.name} is {value!r:.60}; give {kind}")
+        if not re.fullmatch(r"[\w.-]+", self.name):
+            raise ValueError(f"a piece is named {self.name!r:.60}, and files after it; give a word")
+        try:
+            words = shlex.split(self.command)
+        except ValueError as error:
+            raise ValueError(f"command of piece {self.name}: {error}") from None
+        if all("=" in word for word in words):
+            raise ValueError(
+                f"command of piece {self.name} is {self.command!r:.60}; name a program"
+            )
 
     def started_by(self, python: str, folder: Path) -> tuple[list[str], dict[str, str]]:
         """The words that run the command in `python`, and the variables that it sets."""
@@ -86,10 +113,13 @@ def read_queue(file: Path, only: Sequence[str] | None = None) -> list[Piece]:
     """
     try:
         found = [Piece(**entry) for entry in yaml.safe_load(file.read_text())["pieces"]]
-    except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
+    except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         known = ", ".join(field.name for field in fields(Piece))
-        raise ValueError(f"queue {file}: {error}; a piece may have {known}") from None
+        said = " ".join(str(error).split())
+        raise ValueError(f"queue {file}: {said}; a piece may have {known}") from None
     names = [piece.name for piece in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"queue {file}: two pieces are named {twice[0]}; name one otherwise")
     if unknown := [name for name in only or () if name not in names]:
         raise ValueError(f"--only {unknown[0]} is no piece; choose of {', '.join(names)}")
     return [piece for piece in found if not only or piece.name in only]
@@ -103,7 +133,8 @@ def commit_of(root: Path, dirty: bool) -> str:
     """
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True)
+        asked = ["git", "-C", str(root), *words]  # whose answer may quote files that are no UTF-8
+        done = subprocess.run(asked, capture_output=True, text=True, errors="surrogateescape")
         return done.stdout if done.returncode == 0 else ""
 
     commit, changes = git("rev-parse", "--short", "HEAD").strip(), git("diff", "HEAD")
@@ -112,7 +143,10 @@ def commit_of(root: Path, dirty: bool) -> str:
     if changes and not dirty:
         name = git("diff", "HEAD", "--name-only").partition("\n")[0]
         raise ValueError(f"{name} differs from commit {commit}; commit changes, or give --dirty")
-    return commit + (f"-dirty-{hashlib.sha256(changes.encode()).hexdigest()[:7]}" * bool(changes))
+    return commit + (
+        f"-dirty-{hashlib.sha256(changes.encode(errors='surrogateescape')).hexdigest()[:7]}"
+        * bool(changes)
+    )
 
 
 def visible_gpus() -> list[dict[str, str]]:
@@ -138,6 +172,7 @@ class Queue:
         vllm_python: the Python that has vLLM, or nothing.
         results: folder of result files.
         work: folder of logs and unfinished results, in a folder for each commit and piece.
+        now: says the checkout's commit at any time; None: nobody watches the checkout.
     """
 
     pieces: list[Piece]
@@ -146,6 +181,7 @@ class Queue:
     vllm_python: str
     results: Path
     work: Path
+    now: Callable[[], str] | None = None
 
     def folder(self, piece: Piece) -> Path:
         return self.work / self.commit / piece.name
@@ -226,9 +262,14 @@ class Queue:
         if piece.gpus:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(g["index"] for g in self.gpus[: piece.gpus])
         began = time.monotonic()
-        code = run_to_end(words, env, log, limit)
+        try:
+            code = run_to_end(words, env, log, limit)
+            why = f"ended after {limit:.3g} s" if code is None else f"exit code {code}" * bool(code)
+        except OSError as error:  # of a program that is not there
+            why = str(error)
         took = time.monotonic() - began
-        why = f"ended after {limit:.3g} s" if code is None else f"exit code {code}" if code else ""
+        if not why and self.now is not None and (now := self.now()) != self.commit:
+            why = f"the checkout became {now} meanwhile"
         try:
             content = None if why else json.loads(target.read_text())
         except (OSError, ValueError) as error:
@@ -336,7 +377,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         pieces = read_queue(args.queue, args.only)
         commit = args.commit or commit_of(ROOT, args.dirty or args.status)
         gpus, folders = visible_gpus(), (args.results, args.work)
-        queue = Queue(pieces, commit, gpus, args.vllm_python, *map(Path.absolute, folders))
+        now = None if args.commit else functools.partial(commit_of, ROOT, dirty=True)
+        queue = Queue(pieces, commit, gpus, args.vllm_python, *map(Path.absolute, folders), now)
         if args.status:
             print(queue.status())
             return 0
@@ -344,7 +386,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("measuring needs a GPU, and nvidia-smi lists none; --status does not")
         make_folder(args.results, f"--results {args.results}")
         # An exception ends the processes of the piece in progress.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                signal.signal(number, lambda got, _: sys.exit(128 + got))
         failed = queue.run(time.monotonic() + 60 * args.minutes)
     except (ValueError, OSError, subprocess.CalledProcessError) as error:
         flags.error(str(error))
