@@ -73,11 +73,11 @@ class Piece:
 
     def __post_init__(self) -> None:
         """Raise ValueError for a field of another kind, and for a command that starts nothing."""
-        for key, (kinds, kind) in KINDS.items():
+        for key, (types, what) in KINDS.items():
             value = getattr(self, key)
             below = isinstance(value, int | float) and not value >= 0
-            if type(value) not in kinds or below:
-                raise ValueError(f"{key} of piece {self.name} is {value!r:.60}; give {kind}")
+            if type(value) not in types or below:
+                raise ValueError(f"{key} of piece {self.name} is {value!r:.60}; give {what}")
         if not re.fullmatch(r"[\w.-]+", self.name):
             raise ValueError(f"a piece is named {self.name!r:.60}, and files after it; give a word")
         try:
