@@ -101,6 +101,14 @@ else:
         with pytest.raises(ValueError, match="backend is 'cuda'"):
             grouped_decode(q[:, :2], kv, kv, table, length, 0.1, backend="cuda")
 
+    def test_views_whose_addresses_need_64_bits_are_refused():
+        far = torch.empty(2**31 + 2**10).as_strided((1, 6, 64), (0, 2**31 // 5 + 1, 1))
+        kv, table = randn(2, 64, 2, 64), torch.zeros(1, 2, dtype=torch.int32)
+        with pytest.raises(ValueError, match=r"a sequence of q reaches over 2\^31 numbers"):
+            grouped_decode(far, kv, kv, table, torch.ones(1, dtype=torch.int32), 0.1)
+        with pytest.raises(ValueError, match=r"a token of x reaches over 2\^31 numbers"):
+            rotate_heads(far, 32, randn(3, 16), randn(3, 16), torch.zeros(1, dtype=torch.int32))
+
     SIZES = {
         "num_layers": 1,
         "hidden_size": 64,

@@ -149,6 +149,26 @@ else:
         out, _ = latent_decode(*case, 0.1, num_branches=1, metadata=metadata)
         assert not out[1].isnan().any()
 
+    def test_views_whose_addresses_need_64_bits_are_refused():
+        """Of memory that nobody touches; a batch may reach as far as it likes."""
+        q, r, cache, table, lens = paged_case([70], dtype=torch.float16, **BASE)
+        memory = torch.empty(2**31 + 2**20, dtype=torch.float16)
+        far = {
+            "q_absorbed": memory.as_strided(q.shape, (0, 0, 0, 2**31 // 5 + 1, 1)),
+            "q_rope": memory.as_strided(r.shape, (0, 0, 2**31 // 5 + 1, 1)),
+            "cache": memory.as_strided(cache.shape, (0, 2**31 // 63 + 1, 1)),
+        }
+        right = dict(zip(far, (q, r, cache), strict=True))
+        for name, view in far.items():
+            with pytest.raises(ValueError, match=rf"of {name} reaches over 2\^31 numbers of mem"):
+                latent_decode(*(right | {name: view}).values(), table, lens, 0.1, num_branches=1)
+        wide = memory.as_strided((2, *q.shape[1:]), (2**31, *q.stride()[1:]))
+        wide[:] = q
+        two = (wide, r.expand(2, -1, -1, -1), cache, table.repeat(2, 1), lens.repeat(2))
+        found, _ = latent_decode(*two, 0.1, num_branches=1)
+        want, _ = latent_decode(q, r, cache, table, lens, 0.1, num_branches=1)
+        torch.testing.assert_close(found, want.repeat(2, 1, 1, 1, 1), rtol=2e-3, atol=2e-3)
+
     def test_an_empty_batch_has_an_empty_result():
         q, r, cache, table, lens = paged_case([70], dtype=torch.float16, **BASE)
         empty = (q[:0], r[:0], cache, table[:0], lens[:0])
