@@ -246,6 +246,8 @@ def test_a_result_without_its_numbers_names_page_and_table(records, tmp_path, mo
         (["--only", "decodin"], "error: --only decodin is no piece; choose of latent_decode, deco"),
         (["--minutes", "0"], "error: --minutes 0 is no time; give more than 0"),
         (["--vllm-python", "/no"], "error: --vllm-python /no is no program; give a Python's path"),
+        (["--vllm-python", "/bin/true"], "error: --vllm-python /bin/true is no Python; give"),
+        (["--vllm-python", sys.executable], f"error: --vllm-python {sys.executable} has no vLLM; "),
         (["--queue", "/nowhere.yaml"], "error: queue /nowhere.yaml: [Errno 2] No such file"),
     ],
 )
