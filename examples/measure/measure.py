@@ -25,15 +25,14 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from measured import FOLDERS, ROOT, VERSIONS, Result, kind, results
 from megatron_mlra.command_line.parser import OneLineParser, make_folder, run, write_text
+from pieces import Piece, read_queue
 
 HERE = Path(__file__).resolve().parent
 PATIENCE = 20.0
@@ -50,51 +49,6 @@ print(json.dumps(found))
 """
 
 
-@dataclass(frozen=True)
-class Piece:
-    """An entry of queue.yaml, which explains the fields."""
-
-    name: str
-    gpus: int
-    estimated_seconds: float
-    command: str
-    writes: str = "result.json"
-    vllm: bool = False
-    timeout: float | None = None
-
-    def started_by(self, python: str, folder: Path) -> tuple[list[str], dict[str, str]]:
-        """The words that run the command in `python`, and the variables that it sets."""
-        words, env = shlex.split(self.command), {}
-        while "=" in words[0]:
-            name, _, env[name] = words.pop(0).partition("=")
-        mlra = ["-m", "megatron_mlra.command_line"]
-        if "--no-python" in words:
-            at = words.index("--no-python")
-            words[at : at + 2] = mlra
-        programs = {"mlra": mlra, "torchrun": ["-m", "torch.distributed.run", "--standalone"]}
-        if words[0] in ("python", *programs):
-            words[:1] = [python, *programs.get(words[0], ())]
-        paths = {"{json}": str(folder / self.writes), "{folder}": str(folder)}
-        return [paths.get(word, word) for word in words], env
-
-
-def read_queue(file: Path, only: Sequence[str] | None = None) -> list[Piece]:
-    """The pieces of a queue, or those named.
-
-    Raises:
-        ValueError: the file or a name is wrong; one line.
-    """
-    try:
-        found = [Piece(**entry) for entry in yaml.safe_load(file.read_text())["pieces"]]
-    except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
-        known = ", ".join(field.name for field in fields(Piece))
-        raise ValueError(f"queue {file}: {error}; a piece may have {known}") from None
-    names = [piece.name for piece in found]
-    if unknown := [name for name in only or () if name not in names]:
-        raise ValueError(f"--only {unknown[0]} is no piece; choose of {', '.join(names)}")
-    return [piece for piece in found if not only or piece.name in only]
-
-
 def commit_of(root: Path, dirty: bool) -> str:
     """Short hash of a checkout; with `-dirty-` and a hash of the changes if there are some.
 
@@ -103,7 +57,8 @@ def commit_of(root: Path, dirty: bool) -> str:
     """
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True)
+        asked = ["git", "-C", str(root), *words]  # whose answer may quote files that are no UTF-8
+        done = subprocess.run(asked, capture_output=True, text=True, errors="surrogateescape")
         return done.stdout if done.returncode == 0 else ""
 
     commit, changes = git("rev-parse", "--short", "HEAD").strip(), git("diff", "HEAD")
@@ -112,7 +67,10 @@ def commit_of(root: Path, dirty: bool) -> str:
     if changes and not dirty:
         name = git("diff", "HEAD", "--name-only").partition("\n")[0]
         raise ValueError(f"{name} differs from commit {commit}; commit changes, or give --dirty")
-    return commit + (f"-dirty-{hashlib.sha256(changes.encode()).hexdigest()[:7]}" * bool(changes))
+    return commit + (
+        f"-dirty-{hashlib.sha256(changes.encode(errors='surrogateescape')).hexdigest()[:7]}"
+        * bool(changes)
+    )
 
 
 def visible_gpus() -> list[dict[str, str]]:
@@ -138,6 +96,7 @@ class Queue:
         vllm_python: the Python that has vLLM, or nothing.
         results: folder of result files.
         work: folder of logs and unfinished results, in a folder for each commit and piece.
+        now: says the checkout's commit at any time; None: nobody watches the checkout.
     """
 
     pieces: list[Piece]
@@ -146,6 +105,7 @@ class Queue:
     vllm_python: str
     results: Path
     work: Path
+    now: Callable[[], str] | None = None
 
     def folder(self, piece: Piece) -> Path:
         return self.work / self.commit / piece.name
@@ -227,9 +187,14 @@ class Queue:
         if piece.gpus:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(g["index"] for g in self.gpus[: piece.gpus])
         began = time.monotonic()
-        code = run_to_end(words, env, log, limit)
+        try:
+            code = run_to_end(words, env, log, limit)
+            why = f"ended after {limit:.3g} s" if code is None else f"exit code {code}" * bool(code)
+        except OSError as error:  # of a program that is not there
+            why = str(error)
         took = time.monotonic() - began
-        why = f"ended after {limit:.3g} s" if code is None else f"exit code {code}" if code else ""
+        if not why and self.now is not None and (now := self.now()) != self.commit:
+            why = f"the checkout became {now} meanwhile"
         try:
             content = None if why else json.loads(target.read_text())
         except (OSError, ValueError) as error:
@@ -262,6 +227,19 @@ def versions(python: str) -> dict[str, str]:
     """Versions of the packages that a Python has, as captions name them."""
     asked = [python, "-c", ASK_VERSIONS, *VERSIONS]
     return json.loads(subprocess.run(asked, capture_output=True, text=True, check=True).stdout)
+
+
+def check_vllm(python: str) -> None:
+    """Raise ValueError unless `python` is a Python that has vLLM."""
+    flag = f"--vllm-python {python}"
+    if not shutil.which(python):
+        raise ValueError(f"{flag} is no program; give a Python's path")
+    try:
+        found = versions(python)
+    except (OSError, ValueError, subprocess.CalledProcessError):
+        raise ValueError(f"{flag} is no Python; give a Python's path") from None
+    if "vllm" not in found:
+        raise ValueError(f"{flag} has no vLLM; give the path of a Python that has it")
 
 
 def run_to_end(words: list[str], env: Mapping[str, str], log: Path, limit: float) -> int | None:
@@ -330,14 +308,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not args.minutes > 0:
             raise ValueError(f"--minutes {args.minutes:g} is no time; give more than 0")
-        if args.vllm_python and not shutil.which(args.vllm_python):
-            raise ValueError(
-                f"--vllm-python {args.vllm_python} is no program; give a Python's path"
-            )
+        if args.vllm_python:
+            check_vllm(args.vllm_python)
         pieces = read_queue(args.queue, args.only)
         commit = args.commit or commit_of(ROOT, args.dirty or args.status)
         gpus, folders = visible_gpus(), (args.results, args.work)
-        queue = Queue(pieces, commit, gpus, args.vllm_python, *map(Path.absolute, folders))
+        now = None if args.commit else functools.partial(commit_of, ROOT, dirty=True)
+        queue = Queue(pieces, commit, gpus, args.vllm_python, *map(Path.absolute, folders), now)
         if args.status:
             print(queue.status())
             return 0
@@ -345,7 +322,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("measuring needs a GPU, and nvidia-smi lists none; --status does not")
         make_folder(args.results, f"--results {args.results}")
         # An exception ends the processes of the piece in progress.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                signal.signal(number, lambda got, _: sys.exit(128 + got))
         failed = queue.run(time.monotonic() + 60 * args.minutes)
     except (ValueError, OSError, subprocess.CalledProcessError) as error:
         flags.error(str(error))

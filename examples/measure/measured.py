@@ -97,7 +97,7 @@ def results(piece: str | None = None, folders: Iterable[Path] | None = None) -> 
     """The results of a piece, or all, the oldest first; of FOLDERS if no others are given.
 
     Raises:
-        ValueError: a file is no JSON; names it.
+        ValueError: a file is no JSON, or not of a benchmark; names it.
     """
     found = []
     for path in (path for folder in folders or FOLDERS for path in folder.glob("[0-9]*.json")):
@@ -105,10 +105,21 @@ def results(piece: str | None = None, folders: Iterable[Path] | None = None) -> 
             told = json.loads(path.read_text())
         except ValueError as error:
             raise ValueError(f"{path} is no JSON ({error})") from None
+        _check(path, told)
         result = Result(path, told)
         if piece is None or result.piece == piece:
             found.append(result)
     return sorted(found, key=lambda result: (result.date, result.path.name))
+
+
+def _check(path: Path, told: Any) -> None:
+    if not isinstance(told, dict):
+        raise ValueError(f"{path} is no result: it holds no object; move it away")
+    for key in ("piece", "date", "gpu", "device", "commit", "command"):
+        if not isinstance(told.get(key, ""), str):
+            raise ValueError(f"{path} is no result: {key} is {told[key]!r:.60}; move it away")
+    if not isinstance(told.get("seconds", 0), int | float):
+        raise ValueError(f"{path} is no result: seconds is {told['seconds']!r:.60}; move it away")
 
 
 def newest(piece: str) -> Result:

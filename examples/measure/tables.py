@@ -41,7 +41,8 @@ def renewed(page: Path) -> str:
             raise ValueError(f"{page}: no table {name}; there are {', '.join(sorted(TABLES))}")
         try:
             made = TABLES[name]().text(page)
-        except (ValueError, KeyError) as error:
+        except (ValueError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
+            # The last four come of results that lack records, or have them of another form.
             raise ValueError(f"{page}: table {name}: {type(error).__name__} {error}") from None
         return f"{START.format(name)}\n{made}\n{END}"
 

@@ -58,6 +58,14 @@ def check_contiguous(**tensors: Tensor) -> None:
             raise ValueError(f"{name} is not contiguous: call .contiguous()")
 
 
+def check_reach(name: str, x: Tensor, first: int = 0) -> None:
+    """Raise ValueError unless 32 bits hold the distance of any two numbers of x that differ in the
+    dims from `first` on alone."""
+    sizes = zip(x.shape[first:], x.stride()[first:], strict=True)
+    if sum((size - 1) * stride for size, stride in sizes if size) >= 2**31:
+        raise ValueError(f"{name} reaches over 2^31 numbers of memory: call .contiguous()")
+
+
 def check_number(name: str, value: float, *, positive: bool = False) -> None:
     """Raise ValueError unless `value` is a finite number, and positive if asked for."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -167,6 +167,7 @@ def rotate_heads(x: Tensor, start: int, cos: Tensor, sin: Tensor, positions: Ten
     checks.check_dtype("x", x, checks.FLOAT_DTYPES)
     if x.stride(2) != 1:
         raise ValueError("x needs a contiguous last dim: call .contiguous()")
+    checks.check_reach("a token of x", x, 1)
     tokens, heads, width = x.shape
     checks.check_integer("start", start, 0, max(width - 2, 0))
     half = (width - start) // 2

@@ -61,7 +61,7 @@ def tokens(count: float) -> str:
     for unit, name in ((K * K, "M"), (K, "K")):
         if count >= unit:
             return f"{count / unit:.3g}{name}"
-    return f"{count:.3g}"
+    return f"{count:.4g}"
 
 
 def pyplot() -> Any:

@@ -173,7 +173,15 @@ class Runner:
         Returns:
             States `[T, d]` and logits `[T, vocab]` of the chunks' T tokens, in order. Both may lie
             in a captured graph's memory: use them before the next call.
+
+        Raises:
+            ValueError: tokens are cut over ranks. A row's last tokens may then lie on another rank.
         """
+        if self.cut.ranks > 1 and self.verified > 1:
+            raise ValueError(
+                f"steps of {self.verified} tokens a sequence need whole sequences, and context"
+                f" parallel size is {self.cut.ranks}; use `decode`"
+            )
         states, logits = self._rows(chunks, self.verified, behind)
         if len(states) == sum(len(chunk.tokens) for chunk in chunks):
             return states, logits

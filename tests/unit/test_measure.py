@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ import measured
 import tables
 from measure import Piece, Queue, commit_of, read_queue, run_to_end
 from megatron_mlra.command_line.commands import COMMANDS
-from support import ROOT
+from support import ENV, ROOT
 
 WRITES = f'{sys.executable} -c \'import sys; open(sys.argv[1], "w").write("[1]")\' {{json}}'
 FAILS = f"{sys.executable} -c 'raise SystemExit(\"error: no such thing\")'"
@@ -138,6 +139,106 @@ def test_nothing_that_a_piece_started_outlives_it(tmp_path):
     assert time.monotonic() - began < 15
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name)
+def test_a_piece_ends_with_what_measures_it(number, tmp_path):
+    """SIGHUP is what a lost terminal sends."""
+    script = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    queue = fake_queue(tmp_path, hangs={"command": f'{sys.executable} -c "{script}"'})
+    log = tmp_path / "work/abc1234/hangs/log.txt"
+    flags = [f"--queue={queue}", f"--results={tmp_path}", f"--work={tmp_path / 'work'}"]
+    command = [sys.executable, ROOT / "examples/measure/measure.py", "--commit", "abc1234", *flags]
+    measuring = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=ENV)
+    try:
+        for _ in range(600):
+            if log.exists() and len(lines := log.read_text().split()) > 3 and lines[-1].isdigit():
+                break
+            time.sleep(0.1)
+        measuring.send_signal(number)
+        assert measuring.wait(60) == 128 + number
+    finally:
+        measuring.kill()
+        measuring.wait()
+    state = Path(f"/proc/{lines[-1]}/stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+@pytest.mark.parametrize(
+    ("piece", "says"),
+    [
+        ({"gpus": "two"}, "gpus of piece a is 'two'; give a whole number; a piece may have name, "),
+        ({"estimated_seconds": "x"}, "estimated_seconds of piece a is 'x'; give a number"),
+        ({"timeout": -5}, "timeout of piece a is -5; give a number"),
+        ({"command": ""}, "command of piece a is ''; name a program"),
+        ({"command": "A=1 B=2"}, "command of piece a is 'A=1 B=2'; name a program"),
+        ({"command": "echo 'x"}, "command of piece a: No closing quotation"),
+        ({"name": "a/b"}, "a piece is named 'a/b', and files after it; give a word"),
+        ({"name": 5}, "name of piece 5 is 5; give text"),
+    ],
+)
+def test_a_wrong_piece_is_refused_before_any_is_measured(piece, says, tmp_path):
+    file = tmp_path / "queue.yaml"
+    entries = [{"name": "good", "gpus": 0, "estimated_seconds": 1, "command": "x"}]
+    entries.append(entries[0] | {"name": "a"} | piece)
+    file.write_text(yaml.safe_dump({"pieces": entries}))
+    with pytest.raises(ValueError) as refused:
+        read_queue(file)
+    assert str(refused.value).startswith(f"queue {file}: {says}")
+    file.write_text(yaml.safe_dump({"pieces": entries[:1] * 2}))
+    with pytest.raises(ValueError, match="two pieces are named good; name one otherwise"):
+        read_queue(file)
+
+
+def test_a_program_that_is_not_there_fails_its_piece_alone(tmp_path):
+    pieces = [Piece("gone", 0, 1, "nosuchprogram --flag"), Piece("good", 0, 1, WRITES)]
+    queue = Queue(pieces, "abc1234", [], "", tmp_path / "results", tmp_path / "work")
+    (tmp_path / "results").mkdir()
+    assert queue.run(time.monotonic() + 60) == ["gone"]
+    assert "No such file or directory: 'nosuchprogram'" in queue.why_failed(pieces[0])
+    assert queue.done() >= {"good"}
+
+
+def test_a_checkout_that_changes_under_a_piece_fails_it(tmp_path):
+    said = iter(["abc1234", "abc1234-dirty-0123456", "abc1234"])
+    pieces = [Piece(name, 0, 1, WRITES) for name in ("one", "two", "three")]
+    (tmp_path / "results").mkdir()
+    folders = tmp_path / "results", tmp_path / "work"
+    queue = Queue(pieces, "abc1234", [], "", *folders, now=lambda: next(said))
+    assert queue.run(time.monotonic() + 60) == ["two"]
+    assert queue.why_failed(pieces[1]).startswith("the checkout became abc1234-dirty-0123456 meanw")
+    assert {file.name.split("_")[2] for file in folders[0].iterdir()} == {"one", "three"}
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "is no JSON"),
+        ('{"piece": "a"', "is no JSON"),
+        ("[1]", "is no result: it holds no object; move it away"),
+        ('{"piece": ["a"]}', r"is no result: piece is \['a'\]; move it away"),
+        ('{"date": 5}', "is no result: date is 5; move it away"),
+        ('{"seconds": "long"}', "is no result: seconds is 'long'; move it away"),
+    ],
+)
+def test_a_broken_result_file_is_named(content, says, tmp_path):
+    file = tmp_path / "2026-01-01_h200_a.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=f"{file} {says}"):
+        measured.results("a", [tmp_path])
+
+
+@pytest.mark.parametrize("records", [[1], [{}], None, {"us": 1}], ids=str)
+def test_a_result_without_its_numbers_names_page_and_table(records, tmp_path, monkeypatch):
+    about = {"gpu": "NVIDIA H200", "commit": "0", "date": "2030-01-01", "records": records}
+    for name in ("decoding", "one_shot", "latent_decode", "products"):
+        (tmp_path / f"2030-01-01_h200_{name}.json").write_text(json.dumps(about | {"piece": name}))
+    monkeypatch.setattr(measured, "FOLDERS", (*measured.FOLDERS, tmp_path))
+    page = tmp_path / "page.md"
+    for name in ("decoding", "one-shot", "latent-decode", "products"):
+        page.write_text(f"<!-- table: {name} -->\n<!-- end of table -->\n")
+        with pytest.raises(ValueError, match=f"{page}: table {name}: "):
+            tables.renewed(page)
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -145,6 +246,8 @@ def test_nothing_that_a_piece_started_outlives_it(tmp_path):
         (["--only", "decodin"], "error: --only decodin is no piece; choose of latent_decode, deco"),
         (["--minutes", "0"], "error: --minutes 0 is no time; give more than 0"),
         (["--vllm-python", "/no"], "error: --vllm-python /no is no program; give a Python's path"),
+        (["--vllm-python", "/bin/true"], "error: --vllm-python /bin/true is no Python; give"),
+        (["--vllm-python", sys.executable], f"error: --vllm-python {sys.executable} has no vLLM; "),
         (["--queue", "/nowhere.yaml"], "error: queue /nowhere.yaml: [Errno 2] No such file"),
     ],
 )
@@ -179,7 +282,7 @@ def test_changes_of_the_checkout_are_refused_or_named(tmp_path):
     with pytest.raises(ValueError, match=rf"code.py differs from commit {clean}; commit changes"):
         commit_of(tmp_path, dirty=False)
     two = commit_of(tmp_path, dirty=True)
-    (tmp_path / "code.py").write_text("3\n")
+    (tmp_path / "code.py").write_bytes(b"3 \xe9\n")  # no UTF-8
     assert two.startswith(f"{clean}-dirty-") and two != commit_of(tmp_path, dirty=True)
 
 

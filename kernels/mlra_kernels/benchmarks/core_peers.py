@@ -11,7 +11,6 @@ and R further columns of keys.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mlra_kernels.benchmarks.providers import Provider, without_flash_attention_4
+from mlra_kernels.benchmarks.providers import Provider, without, without_flash_attention_4
 from mlra_kernels.latent_attention import latent_attention
 
 Span = tuple[int, int, int, int]
@@ -196,27 +195,15 @@ def reads_itself(core: Core) -> bool:
     return all((a, b) == (start, stop) for a, b, start, stop in core.spans)
 
 
-def _without(module: str, way: str) -> Callable[[], str | None]:
-    def missing() -> str | None:
-        try:
-            found = importlib.util.find_spec(module)  # imports the packages around the module
-        except Exception as error:  # of whatever those packages need
-            said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            return f"{module} cannot be imported ({said}); {way}"
-        return None if found else f"{module} is not installed; {way}"
-
-    return missing
-
-
 PROVIDERS = [
     Provider("mlra_kernels", lambda core: True, own),
     Provider(
         "Transformer Engine, cuDNN", reads_itself, transformer_engine,
-        _without("transformer_engine.pytorch", "pip install 'transformer-engine[pytorch]'"),
+        without("transformer_engine.pytorch", "pip install 'transformer-engine[pytorch]'"),
     ),
     Provider(
         "cuDNN frontend", lambda core: core.is_whole, cudnn_frontend,
-        _without("cudnn.sdpa.fwd.torch_op", "pip install nvidia-cudnn-frontend"),
+        without("cudnn.sdpa.fwd.torch_op", "pip install nvidia-cudnn-frontend"),
     ),
     Provider("FlashAttention-4", reads_itself, flash_attention_4, without_flash_attention_4),
 ]  # fmt: skip

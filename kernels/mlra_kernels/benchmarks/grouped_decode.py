@@ -179,7 +179,7 @@ def main() -> None:
     args, able = providers.parse(report.parser(__doc__), PROVIDERS)
     roof = read_roof()
     found = report.header(args, read_gb_s=round(roof / 1e9))
-    found["records"] = report.gathered(SHAPES, lambda s: measure(s, roof, args.seed, able))
+    found |= report.gathered(SHAPES, lambda s: measure(s, roof, args.seed, able))
     cells = [r | {"row": r["shape"], "cell": f"{r['us']:.1f}"} for r in found["records"]]
     print(report.table("microseconds", cells))
     report.finish(args, found)

@@ -178,8 +178,10 @@ def table(records: list[dict]) -> str:
 def main() -> None:
     """Parse the command line, measure, report."""
     flags = report.parser(__doc__, seed=1)
-    flags.add_argument("--tokens", type=int, default=16384, help="queries, in all sequences")
-    flags.add_argument("--mean-document", type=int, default=1000, help="tokens")
+    flags.add_argument(
+        "--tokens", type=report.whole(1), default=16384, help="queries, in all sequences"
+    )
+    flags.add_argument("--mean-document", type=report.whole(1), default=1000, help="tokens")
     flags.add_argument(
         "--reads", choices=("auto", "ranges", "tiles"), default="auto",
         help="the form in which queries' keys are given; auto: as in training",
@@ -190,7 +192,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     found = report.header(args, tokens=args.tokens)
     planned = workloads(args.tokens, args.mean_document, args.seed)
-    found["records"] = report.gathered(
+    found |= report.gathered(
         planned, lambda name: measure(name, make_core(*planned[name], args.reads), able)
     )
     print(table(found["records"]))

@@ -6,6 +6,7 @@ Every result is compared with the fp32 reference first. A wrong result of this p
 ends the run without a report; a peer that fails or is wrong is left out, with the reason.
 """
 
+import importlib.util
 import sys
 from typing import NoReturn
 
@@ -148,14 +149,15 @@ def plot(records: list[dict], roof: float, source: str, path: str) -> None:
         roof: bytes per second.
         source: GPU and commit.
     """
-    try:
-        import matplotlib.pyplot as plt
-        from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, NullLocator
-    except ImportError:
-        sys.exit("--png needs matplotlib: pip install matplotlib, or leave --png out")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, NullLocator
+
+    mine = [r for r in records if r["batch"] == 1]
+    if not mine:
+        print(f"{path} is not drawn: no record has one sequence", flush=True)
+        return
     plt.switch_backend("agg")
     figure, axes = plt.subplots(figsize=(12, 7), layout="constrained")
-    mine = [r for r in records if r["batch"] == 1]
     series: dict[str, list[tuple[int, float]]] = {}
     for r in mine:
         name = r["model"] if r["provider"] == "mlra_kernels" else f"{r['model']}, {r['provider']}"
@@ -204,16 +206,22 @@ def main() -> None:
     flags.add_argument("--suite", nargs="+", choices=sorted(SUITES), default=["quick"])
     flags.add_argument("--png", type=report.output_file, help="where to draw latency over context")
     args, able = providers.parse(flags, PROVIDERS)
+    if args.png and not importlib.util.find_spec("matplotlib"):
+        sys.exit("error: --png needs matplotlib: pip install matplotlib, or leave --png out")
     roof = read_roof()
     roofs = {"read_gb_s": round(roof / 1e9, 1), "copy_gb_s": round(copy_roof() / 1e9, 1)}
     about = report.header(args, **roofs)
     shapes = dict.fromkeys(shape for suite in args.suite for shape in SUITES[suite])
-    records = report.gathered(shapes, lambda shape: measure(shape, roof, args.seed, able))
+    found = about | report.gathered(shapes, lambda s: measure(s, roof, args.seed, able))
+    records = found["records"]
     print(table(records))
-    if args.png:
-        plot(records, roof, f"{about['gpu']}, commit {about['commit']}", args.png)
+
+    def draw() -> None:
+        if args.png:
+            plot(records, roof, f"{about['gpu']}, commit {about['commit']}", args.png)
+
     times = {f"{r['shape']}|{r['provider']}": r["us"] for r in records}
-    report.finish(args, {**about, "records": records}, {**about, "us": times})
+    report.finish(args, found, {**about, "us": times}, draw)
 
 
 if __name__ == "__main__":

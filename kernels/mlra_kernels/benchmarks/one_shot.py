@@ -21,6 +21,7 @@ from mlra_kernels.benchmarks.timing import graph_microseconds
 from mlra_kernels.decoder import add_rms_norm
 from mlra_kernels.one_shot import Peers, join_peers
 from mlra_kernels.one_shot.ops import launch
+from mlra_kernels.one_shot.peers import MAX_ROWS
 
 ERROR_LIMIT = 1e-2
 """Relative difference of norms between the two ways, in bfloat16."""
@@ -100,10 +101,16 @@ def measure(inputs: Inputs, peers: Peers) -> dict[str, float]:
 def main() -> None:
     """Parse the command line, measure, report."""
     flags = report.parser(__doc__, seed=1)
-    flags.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 32, 128], help="of a call")
-    flags.add_argument("--hidden", type=int, default=3072, help="numbers of a row")
-    flags.add_argument("--inner", type=int, default=1536, help="inner dim of the product in front")
+    flags.add_argument(
+        "--tokens", type=report.whole(1), nargs="+", default=[1, 8, 32, 128], help="of a call"
+    )
+    flags.add_argument("--hidden", type=report.whole(1), default=3072, help="numbers of a row")
+    flags.add_argument(
+        "--inner", type=report.whole(1), default=1536, help="inner dim of the product in front"
+    )
     args = report.parse(flags)
+    if max(args.tokens) > MAX_ROWS:
+        flags.error(f"--tokens {max(args.tokens)} is more than a call takes, {MAX_ROWS}")
     if "WORLD_SIZE" not in os.environ:
         sys.exit("error: there is one process; start this by torchrun --nproc-per-node 2 -m")
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

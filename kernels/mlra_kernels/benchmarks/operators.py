@@ -194,9 +194,13 @@ def measure(case: Case, roof: float) -> dict:
 def main() -> None:
     """Parse the command line, measure, report."""
     flags = report.parser(__doc__, seed=1)
-    flags.add_argument("--tokens", type=int, default=8192, help="of a training step")
-    flags.add_argument("--batch", type=int, default=64, help="sequences of a decoding step")
-    flags.add_argument("--length", type=int, default=8192, help="cached tokens per sequence")
+    flags.add_argument("--tokens", type=report.whole(1), default=8192, help="of a training step")
+    flags.add_argument(
+        "--batch", type=report.whole(1), default=64, help="sequences of a decoding step"
+    )
+    flags.add_argument(
+        "--length", type=report.whole(1), default=8192, help="cached tokens per sequence"
+    )
     args = report.parse(flags)
     roof = read_roof()
     found = report.header(args, read_gb_s=round(roof / 1e9, 1))

@@ -55,6 +55,8 @@ class Shape:
         return self.kind in ("swiglu", "rotated")
 
 
+TPS = [1, 2, 4]
+"""Tensor-parallel sizes of which a rank's products are known."""
 SHAPES = (
     Shape("down", 1600, 3072, "plain", cuts=(1,)),
     Shape("down", 1344, 3072, "plain", cuts=(2,)),
@@ -228,7 +230,9 @@ def main() -> None:
         "--tokens", type=int, nargs="+", choices=range(1, products.MOST_TOKENS + 1), default=[1],
         help="rows of x; default: 1",
     )  # fmt: skip
-    flags.add_argument("--tp", type=int, nargs="+", default=[1, 2, 4], help="shares; default: all")
+    flags.add_argument(
+        "--tp", type=int, nargs="+", choices=TPS, default=TPS, help="shares; default: all"
+    )
     flags.add_argument(
         "--seconds", type=float, default=60, help="no more cuts are begun after; default: 60"
     )

@@ -93,10 +93,27 @@ def left_out(label: str, provider: Provider, problem: Exception) -> None:
         )
 
 
+def without(module: str, way: str) -> Callable[[], str | None]:
+    """A function that says why a module cannot be imported, and the way to get it, or None."""
+
+    def missing() -> str | None:
+        try:
+            found = importlib.util.find_spec(module)  # imports the packages around the module
+        except Exception as error:  # of whatever those packages need
+            around = isinstance(error, ModuleNotFoundError) and error.name
+            if not around or not f"{module}.".startswith(f"{around}."):
+                said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                return f"{module} cannot be imported ({said}); {way}"
+            found = None
+        return None if found else f"{module} is not installed; {way}"
+
+    return missing
+
+
 def without_flashinfer() -> str | None:
     """Why FlashInfer's wrappers cannot be called, or None."""
-    if not importlib.util.find_spec("flashinfer"):
-        return "flashinfer is not installed; pip install flashinfer-python"
+    if said := without("flashinfer", "pip install flashinfer-python")():
+        return said
     try:
         version = importlib.metadata.version("flashinfer-python")
     except importlib.metadata.PackageNotFoundError:
@@ -106,19 +123,10 @@ def without_flashinfer() -> str | None:
     return None
 
 
-def without_flash_attention_3() -> str | None:
-    """Why FlashAttention 3 cannot be called, or None."""
-    if not importlib.util.find_spec("flash_attn_interface"):
-        return "flash_attn_interface is not installed; build the hopper folder of flash-attention"
-    return None
-
-
-def without_flash_attention_4() -> str | None:
-    """Why FlashAttention 4 cannot be called, or None."""
-    parent = importlib.util.find_spec("flash_attn")
-    if parent is None or not importlib.util.find_spec("flash_attn.cute"):
-        return "flash_attn.cute is not installed; pip install --pre flash-attn-4"
-    return None
+without_flash_attention_3 = without(
+    "flash_attn_interface", "build the hopper folder of flash-attention"
+)
+without_flash_attention_4 = without("flash_attn.cute", "pip install --pre flash-attn-4")
 
 
 def mlra_calls(w: Workload) -> Calls:

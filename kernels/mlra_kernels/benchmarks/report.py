@@ -29,8 +29,24 @@ def parser(doc: str, seed: int | None = None) -> argparse.ArgumentParser:
     flags.add_argument("--json", type=output_file, help="where to write the records")
     flags.add_argument("--commit", help="commit to name in the report")
     default = "the clock" if seed is None else seed
-    flags.add_argument("--seed", type=int, default=seed, help=f"of inputs; default: {default}")
+    flags.add_argument("--seed", type=whole(0), default=seed, help=f"of inputs; default: {default}")
     return flags
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """An argparse type: a whole number from `least` up that a seed or a size can be."""
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value < 2**31:
+            said = f"{text:.60} is no whole number from {least} to {2**31 - 1}"
+            raise argparse.ArgumentTypeError(said)
+        return value
+
+    return convert
 
 
 def parse(flags: argparse.ArgumentParser) -> argparse.Namespace:
@@ -53,9 +69,10 @@ def header(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     return about
 
 
-def gathered(cases: Iterable[Any], measure: Callable[[Any], list[dict]]) -> list[dict]:
-    """The records of all cases. A case that fails ends the gathering, and the records before it are
-    kept, as a peer's fault can leave the GPU unusable; a wrong result (`red`) keeps none."""
+def gathered(cases: Iterable[Any], measure: Callable[[Any], list[dict]]) -> dict[str, list]:
+    """`records` of all cases, and `failed`. A case that fails ends the gathering, and the records
+    before it are kept, as a peer's fault can leave the GPU unusable; a wrong result (`red`) keeps
+    none."""
     records: list[dict] = []
     for case in cases:
         try:
@@ -63,9 +80,8 @@ def gathered(cases: Iterable[Any], measure: Callable[[Any], list[dict]]) -> list
             torch.cuda.empty_cache()
         except Exception as error:
             said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            print(f"error: stopped at {case}: {said}", file=sys.stderr, flush=True)
-            break
-    return records
+            return {"records": records, "failed": [f"stopped at {case}: {said}"]}
+    return {"records": records, "failed": []}
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -97,11 +113,20 @@ def red(what: str) -> NoReturn:
     sys.exit(f"RED: {what}: nothing is reported until it is right")
 
 
-def finish(args: argparse.Namespace, report: dict[str, Any], last: Any = None) -> None:
-    """Write the report to the file of `--json`, and print it, or `last`, as one line of JSON."""
+def finish(
+    args: argparse.Namespace,
+    report: dict[str, Any],
+    last: Any = None,
+    draw: Callable[[], None] = lambda: None,
+) -> None:
+    """Write the report to the file of `--json`, draw, and print it, or `last`, as one line of JSON.
+    Where the report's `failed` names something, the program exits with 1."""
     if args.json:
         write_json(args.json, report)
-    print(json.dumps(report if last is None else last))
+    draw()
+    print(json.dumps(report if last is None else last), flush=True)
+    if report.get("failed"):
+        sys.exit(f"error: {'; '.join(report['failed'])}")
 
 
 def commit() -> str:

@@ -68,9 +68,9 @@ def grouped_decode_kernel(
         acc = acc * kept[:, None] + tl.dot(p.to(v.dtype), v)
         best = new
     # A part without tokens gives 0 and -inf, which merging ignores.
-    safe = tl.where(total > 0, total, 1.0)
+    safe = tl.where(total == 0, 1.0, total)
     at = (part.to(tl.int64) * batch + b) * HEADS + heads
-    lse = tl.where(total > 0, (best + tl.log2(safe)) * 0.6931471805599453, float("-inf"))
+    lse = tl.where(total == 0, float("-inf"), (best + tl.log2(safe)) * 0.6931471805599453)
     # An impossible length gives NaN with a finite weight, which merging keeps.
     tl.store(lse_ptr + at, tl.where(held, lse, 0.0), mask=rows < J)
     acc = tl.where(held, acc / safe[:, None], float("nan")).to(out_ptr.dtype.element_ty)

@@ -57,6 +57,7 @@ def grouped_decode(
             f" backend='mlra_kernels' takes pages of a multiple of 64, a head dim of {HEAD_DIMS}"
             f" and {MAX_GROUP} query heads a key head; pass backend='torch'"
         )
+    checks.check_reach("a sequence of q", q, 1)
     if len(q) == 0:
         return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
     b, heads, _ = q.shape

@@ -56,8 +56,11 @@ def latent_cache_append_kernel(
             x = x * tl.rsqrt(tl.sum(x * x, 0) / D + norm_eps)
             x = x * tl.load(weight_ptr + d).to(tl.float32) * latent_scale
             if FP8:
+                # Largest and least pass NaN over. A latent with NaN must show, so its scale is NaN.
                 scale = tl.maximum(tl.max(tl.abs(x), 0) / 448.0, 1e-12)
-                x = tl.minimum(tl.maximum(tl.div_rn(x, scale), -448.0), 448.0)
+                scale += tl.sum(tl.where(x == x, 0.0, x), 0)
+                x = tl.div_rn(x, scale)
+                x = tl.where(x == x, tl.minimum(tl.maximum(x, -448.0), 448.0), x)
                 tl.store(scale_ptr + page * stride_sp + latent * stride_sl + offset, scale)
             c_ptrs = latent_ptr + page * stride_cp + offset * stride_ct + d
             tl.store(c_ptrs, x.to(latent_ptr.dtype.element_ty))

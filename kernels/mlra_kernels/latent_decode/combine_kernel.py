@@ -20,8 +20,9 @@ def _merge_step(out_ptrs, lse_ptrs, mask, m_i, l_i, acc, EXP2: tl.constexpr):
     m_use = tl.where(m_new == float("-inf"), 0.0, m_new)
     w = tl.exp2(lse - m_use[:, None])
     alpha = tl.exp2(m_i - m_use)
-    # The memory of an empty part may hold anything, even NaN, and must not count.
-    parts = tl.where(w[:, :, None] > 0, parts * w[:, :, None], 0.0)
+    # The memory of an empty part may hold anything, even NaN, and must not count. A part whose
+    # log-sum-exp is NaN has a weight of NaN, and must show.
+    parts = tl.where(w[:, :, None] == 0, 0.0, parts * w[:, :, None])
     return m_new, l_i * alpha + tl.sum(w, 1), acc * alpha[:, None] + tl.sum(parts, 1)
 
 

@@ -126,7 +126,8 @@ def consume(
                 q_ptrs = q_ptr + b64 * stride_qb + q_off[:, None] + col_q[None, :]
                 q = gl.load(q_ptrs, mask=mask_q, other=0.0)
                 if FP8 and q.dtype != gl.float16:
-                    q = gl.maximum(gl.minimum(q.to(gl.float32), FP16_MAX), -FP16_MAX)
+                    q = q.to(gl.float32)
+                    q = gl.where(q == q, gl.maximum(gl.minimum(q, FP16_MAX), -FP16_MAX), q)
                 q_smem.store(q.to(q_smem.dtype))
                 qr_ptrs = q_rope_ptr + b64 * stride_qrb + qr_off[:, None] + col_qr[None, :]
                 qr_smem.store(gl.load(qr_ptrs, mask=mask_q, other=0.0).to(qr_smem.dtype))

@@ -73,6 +73,10 @@ def latent_decode(
     validation.check_decode(*arguments)
     if checks.resolve_backend(backend, q_absorbed, half=True) == "torch":
         return torch.ops.mlra_kernels.latent_decode_reference(*arguments)
+    # Within a sequence's queries and within a page, the kernels count in 32 bits.
+    checks.check_reach("a sequence of q_absorbed", q_absorbed, 1)
+    checks.check_reach("a sequence of q_rope", q_rope, 1)
+    checks.check_reach("a page of cache", cache, 1)
     shapes = {
         "q_len": q_absorbed.shape[1],
         "num_latents": q_absorbed.shape[2],

@@ -66,6 +66,11 @@ def split_cache(cache: Tensor, rope_dim: int) -> tuple[Tensor, Tensor]:
     return latents, rope_bytes.view(torch.uint8).view(torch.bfloat16)
 
 
+def _weights(parts: Tensor, total: Tensor) -> Tensor:
+    """exp(parts - total), and 0 where the total is empty (-inf); NaN and +inf give NaN."""
+    return torch.where(total == -torch.inf, 0.0, (parts - total).exp())
+
+
 def latent_decode_reference(
     q_absorbed: Tensor,
     q_rope: Tensor,
@@ -109,7 +114,7 @@ def latent_decode_reference(
         hidden = torch.arange(length, device=c.device)[None, :] > last_seen[:, None]  # [q, t]
         scores = scores.masked_fill(hidden[:, None, None, :], -torch.inf)
         lse[b] = torch.logsumexp(scores, dim=-1)
-        probs = (scores - lse[b][..., None]).exp().nan_to_num(0.0)
+        probs = _weights(scores, lse[b][..., None])
         out[b] = torch.einsum("qljt,tld->qljd", probs, c)
     return out.to(q_absorbed.dtype), lse
 
@@ -120,9 +125,9 @@ def merge_states_reference(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     lse = log sum_s exp(lse_s),  out = sum_s exp(lse_s - lse) out_s;  0 and -inf if all are empty.
     """
     lse = torch.logsumexp(lses.float(), dim=0)
-    weights = (lses.float() - lse).exp().nan_to_num(0.0)
+    weights = _weights(lses.float(), lse)
     # `outs` may hold anything for an empty set, even NaN, and must not count.
-    parts = torch.where(weights[..., None] > 0, outs.float(), 0.0)
+    parts = torch.where(weights[..., None] == 0, 0.0, outs.float())
     return (weights[..., None] * parts).sum(0).to(outs.dtype), lse
 
 

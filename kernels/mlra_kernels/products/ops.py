@@ -260,9 +260,7 @@ def _check_heads(
         raise ValueError(f"{weight_name} is {weight.dtype}, {name} {x.dtype}: cast one of them")
     if x.stride(-1) != 1:
         raise ValueError(f"{name} needs a contiguous last dim: call .contiguous()")
-    reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    if reach >= 2**31:  # the kernel's addresses are 32 bits wide
-        raise ValueError(f"{name} reaches over 2^31 numbers of memory: call .contiguous()")
+    checks.check_reach(name, x)
     checks.check_contiguous(**{weight_name: weight})
     if weight.shape[0] > checks.MAX_GRID:
         raise ValueError(

@@ -34,6 +34,7 @@ from megatron_mlra.benchmarks.decoding.measure import (
 )
 from megatron_mlra.benchmarks.decoding.place import Place, joined, tiny
 from megatron_mlra.benchmarks.decoding.plot import plot
+from megatron_mlra.command_line.figures import tokens
 from megatron_mlra.command_line.parser import check_output, fail, write_json
 from megatron_mlra.description.presets import preset_description, preset_values
 from megatron_mlra.fault_tolerance import fingerprint
@@ -126,7 +127,9 @@ def table(records: list[dict[str, Any]]) -> str:
         timed = "does not fit | |" if not r.get("fits", False) else "rehearsed | |"
         if "us" in r:
             timed = f"{r['us']:.0f} | {r['roof_us']:.0f} | {100 * r['share']:.0f} %"
-        lines.append(f"| {r['label']} | {r['batch']} | {r['context'] // K}K | {timed} | {sizes} |")
+        lines.append(
+            f"| {r['label']} | {r['batch']} | {tokens(r['context'])} | {timed} | {sizes} |"
+        )
     return "\n".join(lines)
 
 

@@ -123,5 +123,5 @@ def parser() -> OneLineParser:
     writes(add("--json", metavar="FILE", help="where to write the records"), check_output)
     writes(add("--png", metavar="FILE", help="where to draw time over context"), check_output)
     add("--commit", help="commit to name in the report")
-    add("--seed", type=int, help="of weights and cache; default: the clock")
+    add("--seed", type=whole(0, 2**31 - 1), help="of weights and cache; default: the clock")
     return flags

@@ -60,6 +60,7 @@ def _finding(records: list[dict[str, Any]]) -> str:
     timed = [
         r for r in records if "us" in r and not any(word in r["label"] for word in _VARIATIONS)
     ]
+    timed = timed or [r for r in records if "us" in r]
     devices = max(map(_devices, timed))
     batch = min(r["batch"] for r in timed)
     mine = [r for r in timed if (_devices(r), r["batch"]) == (devices, batch)]

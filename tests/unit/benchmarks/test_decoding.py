@@ -103,6 +103,42 @@ def test_table_and_plot(tmp_path):
     assert "| rehearsed | | |" in rehearsed
 
 
+def test_a_plot_of_variations_alone_has_a_finding(tmp_path):
+    """As of `--all-reduce nccl`, or where nothing but FP8 fits."""
+    record = {"label": "MLRA-4 nccl x2", "tp": 2, "gpus": 2, "batch": 1, "context": 1024, "us": 900}
+    assert _finding([record]) == "1K tokens of context on 2 GPUs, ms per token: MLRA-4 nccl 0.9"
+    tool.plot([record], "two GPUs", tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("context", "name"), [(1, "1"), (1000, "1000"), (1023, "1023"), (5000, "4.88K"), (4096, "4K")]
+)
+def test_contexts_that_are_no_whole_thousands_are_named(context, name):
+    sizes = {"weight_bytes": 1, "cache_bytes": 1, "fits": True}
+    (line,) = tool.table([{"label": "a", "batch": 1, "context": context} | sizes]).splitlines()[2:]
+    assert line.startswith(f"| a | 1 | {name} | rehearsed ")
+
+
+@pytest.mark.parametrize("cut", [(3, 1), (1, 3), (12, 2), (2, 6), (24, 1)], ids=str)
+def test_a_rehearsal_takes_every_cut_that_the_models_take(cut, capsys):
+    tp, context = map(str, cut)
+    argv = ["--rehearse", "--configs", "mlra4_2.9b", "mla_2.9b", "gqa_2.9b", "--contexts", "5"]
+    argv += ["--batches", "2", "--tp", tp, "--context-parallel", context, "--seed", "1"]
+    code = tool.main(argv)
+    found = capsys.readouterr()
+    if code:  # no model takes the cut at its full size either
+        assert "nothing is measured" in found.err and "left out: MLRA-4: tensor" in found.out
+    assert "not reported" not in found.err
+
+
+@pytest.mark.parametrize("seed", ["-1", "9" * 20])
+def test_seeds_that_no_generator_takes_are_refused(seed, capsys):
+    with pytest.raises(SystemExit):
+        tool.main(["--rehearse", "--contexts", "1", "--batches", "1", "--seed", seed])
+    assert f"--seed: {seed} is no whole number from 0 to" in capsys.readouterr().err
+
+
 def test_without_a_gpu_it_says_so_in_one_line(warm_python):
     env = ENV | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([warm_python, TOOL], capture_output=True, text=True, env=env)

@@ -162,3 +162,8 @@ def test_tokens_cut_over_ranks_are_refused(tmp_path, capsys):
     model.parallel = type(model.parallel)(context=2)
     with pytest.raises(ValueError, match="context parallel size is 2; use 1, or decode without"):
         Engine(guessing.runner, draft=model)
+    main_model = guessing.runner.model
+    main_model.parallel = type(main_model.parallel).share(1, context=2)
+    runner = Runner(main_model, 1, 4)
+    with pytest.raises(ValueError, match="of 2 tokens a sequence need whole sequences, and con"):
+        runner.verify([Chunk([1, 2], 3, [0, 1])])

@@ -78,6 +78,21 @@ else:
         torch.testing.assert_close((out, lse), expected, atol=2e-3, rtol=2e-3)
         assert not out[0].any() and lse[0].isneginf().all()
 
+    @pytest.mark.parametrize("length", [100, 3000], ids=["whole", "split"])
+    @pytest.mark.parametrize("where", ["query", "key", "value"])
+    def test_grouped_decode_shows_what_is_not_a_number(where, length):
+        pages = -(-length // 64)
+        keys, values = randn(pages, 64, 2, 64), randn(pages, 64, 2, 64)
+        q, table = randn(1, 4, 64), torch.arange(pages, dtype=torch.int32)[None]
+        {"query": q[0], "key": keys[-1, 3], "value": values[-1, 3]}[where][0, 5] = float("nan")
+        args = (q, keys, values, table, torch.tensor([length], dtype=torch.int32), 0.125)
+        out, lse = grouped_decode(*args)
+        rows = slice(0, 1) if where == "query" else slice(0, 2)
+        assert out[0, rows, 5].isnan().all() and not out[0, rows.stop :].isnan().any()
+        torch.testing.assert_close(
+            (out, lse), grouped_decode(*args, backend="torch"), atol=2e-3, rtol=2e-3, equal_nan=True
+        )
+
     def test_grouped_decode_refuses_in_one_line():
         q, kv = randn(1, 3, 64), randn(2, 64, 2, 64)
         table, length = torch.zeros(1, 2, dtype=torch.int32), torch.tensor([5], dtype=torch.int32)
@@ -85,6 +100,14 @@ else:
             grouped_decode(q, kv, kv, table, length, 0.1)
         with pytest.raises(ValueError, match="backend is 'cuda'"):
             grouped_decode(q[:, :2], kv, kv, table, length, 0.1, backend="cuda")
+
+    def test_views_whose_addresses_need_64_bits_are_refused():
+        far = torch.empty(2**31 + 2**10).as_strided((1, 6, 64), (0, 2**31 // 5 + 1, 1))
+        kv, table = randn(2, 64, 2, 64), torch.zeros(1, 2, dtype=torch.int32)
+        with pytest.raises(ValueError, match=r"a sequence of q reaches over 2\^31 numbers"):
+            grouped_decode(far, kv, kv, table, torch.ones(1, dtype=torch.int32), 0.1)
+        with pytest.raises(ValueError, match=r"a token of x reaches over 2\^31 numbers"):
+            rotate_heads(far, 32, randn(3, 16), randn(3, 16), torch.zeros(1, dtype=torch.int32))
 
     SIZES = {
         "num_layers": 1,

@@ -1,6 +1,7 @@
 """Parts of the benchmark that need no GPU: inputs, byte counts, correctness gate, plot."""
 
 import argparse
+import json
 import sys
 from dataclasses import replace
 
@@ -8,8 +9,9 @@ import pytest
 import torch
 
 from mlra_kernels.benchmarks import grouped_decode as grouped
+from mlra_kernels.benchmarks import latent_attention as core
 from mlra_kernels.benchmarks import latent_decode as latent
-from mlra_kernels.benchmarks import one_shot, providers
+from mlra_kernels.benchmarks import one_shot, operators, products, providers, report
 from mlra_kernels.benchmarks.latent_decode import RANK, SUITES, gate, plot, timed
 from mlra_kernels.benchmarks.providers import Provider, chosen
 from mlra_kernels.benchmarks.report import output_file
@@ -86,6 +88,57 @@ def test_plot_and_suites(tmp_path):
     assert {shape.fp8 for shape in SUITES["all"]} == {False, True}
 
 
+def test_records_that_no_plot_shows_are_kept(tmp_path, capsys):
+    file = str(tmp_path / "latency.png")
+    plot([{"batch": 2, "length": 1024, "us": 1.0, "model": "m", "provider": "p"}], 3e12, "", file)
+    assert capsys.readouterr().out == f"{file} is not drawn: no record has one sequence\n"
+    args = argparse.Namespace(json=str(tmp_path / "out.json"))
+
+    def draw():
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        report.finish(args, {"records": [1]}, draw=draw)
+    assert json.loads((tmp_path / "out.json").read_text()) == {"records": [1]}
+
+
+def test_a_case_that_fails_fails_the_command_and_keeps_the_records_before_it(tmp_path, capsys):
+    def measure(case):
+        if case == "third":
+            raise RuntimeError("CUDA out\nof memory")
+        return [{"case": case}]
+
+    found = report.gathered(["first", "second", "third", "fourth"], measure)
+    args = argparse.Namespace(json=str(tmp_path / "out.json"))
+    with pytest.raises(SystemExit, match="error: stopped at third: RuntimeError: CUDA out of mem"):
+        report.finish(args, found)
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert [r["case"] for r in written["records"]] == ["first", "second"]
+    assert capsys.readouterr().out.count("\n") == 1
+    report.finish(args, report.gathered(["first"], measure))
+
+
+@pytest.mark.parametrize(
+    ("module", "flags", "said"),
+    [
+        (one_shot, ["--tokens", "8", "0"], "--tokens: 0 is no whole number from 1 to 2147483647"),
+        (one_shot, ["--tokens", "129"], "--tokens 129 is more than a call takes, 128"),
+        (one_shot, ["--hidden", "-1"], "--hidden: -1 is no whole number from 1"),
+        (operators, ["--length", "x"], "--length: x is no whole number from 1"),
+        (core, ["--mean-document", "0"], "--mean-document: 0 is no whole number from 1"),
+        (latent, ["--seed", "-1"], "--seed: -1 is no whole number from 0 to"),
+        (grouped, ["--seed", "9" * 30], "--seed: 999999999999999999999999999999 is no whole num"),
+        (products, ["--tp", "3"], "--tp: invalid choice: 3 (choose from 1, 2, 4)"),
+    ],
+)
+def test_wrong_numbers_are_refused_by_their_flag(module, flags, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark", *flags])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
 def test_output_files_have_a_folder_before_anything_is_measured(tmp_path):
     name = str(tmp_path / "new" / "folder" / "out.json")
     assert output_file(name) == name and (tmp_path / "new" / "folder").is_dir()
@@ -110,6 +163,35 @@ def test_peers_that_are_not_there_are_named_with_the_way_to_get_them(monkeypatch
         assert all("install" in line or "build" in line for line in lines)
         with pytest.raises(ValueError, match=r"--providers 'FlashInf.*'; |pip install flashinfer"):
             chosen(able, names[:1])
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"flash_attn.py": ""}, "flash_attn.cute is not installed; pip install --pre flash-attn-4"),
+        ({"flash_attn/__init__.py": ""}, "flash_attn.cute is not installed; pip install"),
+        (
+            {"flash_attn/__init__.py": "raise ImportError('flash_attn_2_cuda.so:\\nno symbol')"},
+            "flash_attn.cute cannot be imported (ImportError: flash_attn_2_cuda.so: no symbol); pi",
+        ),
+        (
+            {"flash_attn/__init__.py": "import no_such_module", "flash_attn/cute.py": ""},
+            "flash_attn.cute cannot be imported (ModuleNotFoundError: No module named 'no_such_mo",
+        ),
+        ({"flash_attn/__init__.py": "", "flash_attn/cute/__init__.py": ""}, None),
+    ],
+    ids=["a module", "no cute", "another torch's", "half", "whole"],
+)  # fmt: skip
+def test_a_flash_attention_of_another_kind_is_named(files, said, monkeypatch, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("flash_attn", "flash_attn.cute"):
+        monkeypatch.setitem(sys.modules, name, None)  # put back behind the test
+        del sys.modules[name]
+    found = providers.without_flash_attention_4()
+    assert found is None if said is None else found.startswith(said)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,10 @@ else:
     from mlra_kernels.latent_decode.reference import FP8_DTYPE, split_cache
     from support.paged import paged_case
 
-    pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
+    pytestmark = [
+        pytest.mark.filterwarnings(f"ignore:{what}:RuntimeWarning")
+        for what in ("divide by zero", "invalid value", "All-NaN slice")
+    ]
 
     def metadata_for(case, deterministic=False):
         q, _, cache, _, lens = case
@@ -146,6 +149,26 @@ else:
         out, _ = latent_decode(*case, 0.1, num_branches=1, metadata=metadata)
         assert not out[1].isnan().any()
 
+    def test_views_whose_addresses_need_64_bits_are_refused():
+        """Of memory that nobody touches; a batch may reach as far as it likes."""
+        q, r, cache, table, lens = paged_case([70], dtype=torch.float16, **BASE)
+        memory = torch.empty(2**31 + 2**20, dtype=torch.float16)
+        far = {
+            "q_absorbed": memory.as_strided(q.shape, (0, 0, 0, 2**31 // 5 + 1, 1)),
+            "q_rope": memory.as_strided(r.shape, (0, 0, 2**31 // 5 + 1, 1)),
+            "cache": memory.as_strided(cache.shape, (0, 2**31 // 63 + 1, 1)),
+        }
+        right = dict(zip(far, (q, r, cache), strict=True))
+        for name, view in far.items():
+            with pytest.raises(ValueError, match=rf"of {name} reaches over 2\^31 numbers of mem"):
+                latent_decode(*(right | {name: view}).values(), table, lens, 0.1, num_branches=1)
+        wide = memory.as_strided((2, *q.shape[1:]), (2**31, *q.stride()[1:]))
+        wide[:] = q
+        two = (wide, r.expand(2, -1, -1, -1), cache, table.repeat(2, 1), lens.repeat(2))
+        found, _ = latent_decode(*two, 0.1, num_branches=1)
+        want, _ = latent_decode(q, r, cache, table, lens, 0.1, num_branches=1)
+        torch.testing.assert_close(found, want.repeat(2, 1, 1, 1, 1), rtol=2e-3, atol=2e-3)
+
     def test_an_empty_batch_has_an_empty_result():
         q, r, cache, table, lens = paged_case([70], dtype=torch.float16, **BASE)
         empty = (q[:0], r[:0], cache, table[:0], lens[:0])
@@ -167,6 +190,40 @@ else:
         ):
             with pytest.raises(ValueError, match=said):
                 metadata.update(wrong)
+
+    @pytest.mark.parametrize("length", [100, 2000], ids=["whole", "split"])
+    @pytest.mark.parametrize("backend", ["torch", "mlra_kernels"])
+    def test_what_is_not_finite_shows_in_the_rows_that_see_it(backend, length):
+        """Whether the kernels cut the sequence or not."""
+        case = paged_case([length, 70], dtype=torch.float16, **{**BASE, "q_len": 2})
+        want, _ = latent_decode(*case, 0.1, num_branches=1, backend="torch")
+        page = int(case[3][0, (length - 1) // 64])
+        for bad in (math.nan, math.inf):
+            q = case[0].clone()
+            q[0, 0, 0, 3, 7] = bad
+            out, _ = latent_decode(q, *case[1:], 0.1, num_branches=1, backend=backend)
+            assert out[0, 0, 0, 3].isnan().all()
+            torch.testing.assert_close(out[0, 1], want[0, 1], rtol=2e-3, atol=2e-3)
+            torch.testing.assert_close(out[1], want[1], rtol=2e-3, atol=2e-3)
+        # The RoPE key of a sequence's last token, which only the last query token sees.
+        cache = case[2].clone()
+        cache[page, (length - 1) % 64, -1] = math.nan
+        out, lse = latent_decode(
+            *case[:2], cache, *case[3:], 0.1, num_branches=1, backend=backend
+        )  # fmt: skip
+        assert out[0, 1].isnan().all() and lse[0, 1].isnan().all()
+        torch.testing.assert_close(out[1], want[1], rtol=2e-3, atol=2e-3)
+
+    @pytest.mark.parametrize("backend", ["torch", "mlra_kernels"])
+    def test_merging_keeps_what_is_not_a_number(backend):
+        gen = torch.Generator().manual_seed(8)
+        outs, lses = torch.randn(6, 5, 20, generator=gen), torch.randn(6, 5, generator=gen)
+        for row, bad in enumerate((math.nan, math.inf)):
+            lses[4, row] = bad
+        outs[1, 2] = math.nan
+        out, lse = merge_states(outs, lses, backend=backend)
+        assert out[:3].isnan().all() and not lse[:2].isfinite().any()
+        assert out[3:].isfinite().all() and lse[2:].isfinite().all()
 
     def test_slots_behind_the_cache_write_nothing():
         memory = torch.zeros(6, 16, 96, dtype=torch.float16)
@@ -236,6 +293,20 @@ else:
             assert (step[..., : latents * 64].abs() <= 1).float().mean() > 0.95
             want, got = split_cache(want, 32)[1], split_cache(got, 32)[1]
         torch.testing.assert_close(got, want, rtol=1e-2, atol=2e-3, equal_nan=True)
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    @pytest.mark.parametrize("backend", ["torch", "mlra_kernels"])
+    def test_fp8_append_keeps_what_is_not_a_number(backend, bad):
+        cache = torch.zeros(1, 16, 64 + 2 * 32, dtype=torch.uint8).view(FP8_DTYPE)
+        scale, (cos, sin) = torch.ones(1, 1, 16), rope_tables(8, 32)
+        kv = torch.randn(2, 96)
+        kv[1, 5] = bad
+        latent_cache_append(
+            kv, torch.ones(1, 64), cos, sin, torch.arange(2), torch.arange(2), cache,
+            latent_scale=1.0, norm_eps=1e-6, cache_scale=scale, backend=backend,
+        )  # fmt: skip
+        read = cache[0, :2, :64].float() * scale[0, 0, :2, None]
+        assert read[0].isfinite().all() and read[1, 5].isnan()
 
     @pytest.mark.parametrize("q_len", [1, 2])
     @pytest.mark.parametrize(("latents", "branches"), [(1, 1), (4, 2)])
