@@ -95,6 +95,34 @@ def decoding_two_gpus() -> Table:
     return Table([source], grid("", cells), gates(records))
 
 
+@table
+def context_parallel() -> Table:
+    """Latents, or the tokens of the cache, cut over two GPUs."""
+    source = newest("context_parallel")
+    cells: Cells = {}
+    for r in source.told["records"]:
+        if r["fits"] and r["cache_dtype"] == "auto" and r["weight_mode"] == "replicated":
+            cut = "tokens cut" if r["context_parallel"] > 1 else "latents cut"
+            if r["variant"] == "MLA" and r["context_parallel"] == 1:
+                cut = "the whole cache on each"
+            row = f"{r['variant']}, {cut}"
+            cells[row, shape(r)] = f"{r['us'] / 1e3:.2f}"
+            cells[row, "KV bytes per token"] = f"{r['cache_bytes_per_token']:,.0f}"
+    columns = ["KV bytes per token", "1 x 32K", "1 x 512K", "32 x 32K"]
+    return Table([source], grid("ms a step", cells, columns), gates(source.told["records"]))
+
+
+@table
+def links() -> Table:
+    source = newest("links")
+    kinds = ("all_reduce", "all_gather", "reduce_scatter", "send")
+    lines = [["bytes", *(f"{kind.replace('_', '-')}, us (GB/s)" for kind in kinds)]]
+    for r in source.told["rows"]:
+        found = [f"{r[kind]['us']:.0f} ({r[kind]['bus_gb_s']:.0f})" for kind in kinds]
+        lines.append([f"{r['bytes']:,}", *found])
+    return Table([source], lines)
+
+
 # Training: rows of `mlra benchmark-training`.
 
 
@@ -172,6 +200,23 @@ def layouts() -> Table:
 
 
 @table
+def layouts_profiled() -> Table:
+    source = newest("layouts_profiled")
+    keys = ("step_ms", "compute_ms", "communication_ms", "exposed_ms")
+    head = ["layout", "tokens/s", "step ms", "computing", "communicating", "of it exposed"]
+    lines = [[*head, "GPU idle", "launches"]]
+    for r in source.told["rows"]:
+        times = [f"{r[key]:.0f}" for key in keys]
+        lines.append(
+            [
+                layout(r["case"].partition("@")[2]), f"{r['tokens_per_second']:,}", *times,
+                f"{100 * r['idle_share']:.0f} %", f"{r['launches']:,.0f}",
+            ]
+        )  # fmt: skip
+    return Table([source], lines, matrix_rate(source))
+
+
+@table
 def equality() -> Table:
     source = newest("equality")
     keys = {
@@ -180,12 +225,14 @@ def equality() -> Table:
         "worst_gradient": "farthest gradient of a parameter",
         "to_float32": "that to float32",
         "one_gpu_to_float32": "one GPU's to float32",
+        "steps": "losses of 30 steps",
     }
+    models = {"bf16": "", "experts": "experts, ", "fp8": "FP8 (tensorwise), "}
     lines = [["layout", *keys.values()]]
     for name, found in source.told["cases"].items():
-        recipe, _, cut = name.partition("-")
+        model, _, cut = name.partition("-")
         if cut != "one":
-            row = layout(cut) if recipe == "bf16" else f"FP8 (tensorwise), {layout(cut)}"
+            row = models[model] + layout(cut)
             lines.append([row, *(error(found[key]) for key in keys)])
     return Table([source], lines)
 
