@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from megatron_mlra.command_line.output import guard
+from megatron_mlra.command_line.output import guard, let_first_speak
 from megatron_mlra.command_line.printable import printable
 from megatron_mlra.command_line.suggest import refusal
 from megatron_mlra.version import __version__, installed
@@ -94,8 +94,8 @@ class OneLineParser(argparse.ArgumentParser):
             self.add_argument("--version", action=Version, help="print the versions and exit")
 
     def error(self, message: str) -> NoReturn:
-        """Print the message as one line and exit with code 2."""
-        self.exit(2, f"error: {one_line(refusal(message, self._option_string_actions))}\n")
+        """Print the message as one line, once per host, and exit with code 2."""
+        self.exit(fail(refusal(message, self._option_string_actions), 2))
 
     def parse_args(self, args=None, namespace=None):
         """As argparse's, but unknown flags are refused first, those of subcommands too."""
@@ -138,8 +138,9 @@ def one_line(error: BaseException | str) -> str:
 
 
 def fail(message: str, code: int) -> int:
-    """Print a one-line error to standard error; returns the exit code."""
-    print(f"error: {one_line(message)}", file=sys.stderr)
+    """Print a one-line error to standard error, of ranks once per host; returns the exit code."""
+    if let_first_speak():
+        print(f"error: {one_line(message)}", file=sys.stderr)
     return code
 
 

@@ -128,6 +128,53 @@ def test_refused_without_torch_in_less_than_a_second(tmp_path):
         assert seconds < 1, (line, seconds)
 
 
+ALONE = {
+    "presets": "",
+    "plan": "--config debug --gpus 8",
+    "twin": "debug --attention gqa",
+    "preprocess": "--input file --output-prefix new/x --tokenizer byte",
+    "demo-corpus": "new/x.jsonl",
+    "compare-losses": "a=file",
+    "evaluate": "run --text file",
+    "analyze": "run --text file",
+    "serve": "run",
+    "inspect": "run",
+    "verify": "run run",
+    "reshard": "run new",
+    "convert": "export-hf run new",
+    "soak": "--config debug --work new",
+    "benchmark-cpu": "",
+}
+"""Commands of one process, each with a line that is refused for nothing but its ranks."""
+
+
+def test_commands_of_one_process_are_refused_as_ranks(tmp_path):
+    together = {name for name, command in COMMANDS.items() if command.ranks or command.program}
+    assert {*ALONE} == {*there()} - together
+    (tmp_path / "file").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text("{}")
+    argvs = json.dumps([[name, *line.split()] for name, line in ALONE.items()])
+    command = [sys.executable, "-c", RUN, argvs]
+    env = ENV | {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    answers, heavy = json.loads(done.stdout)
+    assert heavy == []
+    said = "error: this command runs in one process, and WORLD_SIZE is 2; start it without"
+    said += " torchrun, or unset WORLD_SIZE\n"
+    assert [[code, line] for code, line, _ in answers] == [[2, said]] * len(ALONE)
+
+
+@pytest.mark.parametrize("argv", [["generate", "gone", "--prompt", "x"], ["generate", "--no"]])
+def test_what_all_ranks_refuse_is_said_once_per_host(argv, tmp_path):
+    for local, lines in (("0", 1), ("1", 0)):
+        env = ENV | {"WORLD_SIZE": "2", "RANK": local, "LOCAL_RANK": local}
+        command = [sys.executable, "-m", "megatron_mlra.command_line", *argv]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+        assert (done.returncode, done.stderr.count("\n")) == (2, lines), done.stderr
+
+
 PLACES = ("FILE", "FOLDER", "SRC", "DST", "A", "B", "PRESET", "FILE.png", "FILE.yaml", "OUT.jsonl")
 LEFT = {
     ("preprocess", "input"): "globs too, and read at once",
