@@ -30,6 +30,8 @@ LONGEST = 1500
 """Most letters of an error. A message may quote a value of megabytes from a file."""
 TEXT_BYTES = 512 << 20
 """Most bytes of a text file that a command reads into memory."""
+_BLOCK = 4096
+"""Bytes of a file that a disk is tried with, the least that most file systems give to one."""
 _PROCESS = uuid.uuid4().hex
 """Identifies this process and its forks among those of all hosts and containers."""
 
@@ -242,13 +244,14 @@ def check_writable(folder: str | Path, what: str) -> Path:
 
 
 def try_writing(folder: str | Path) -> None:
-    """Ask the file system itself: permission bits say nothing about a read-only mount.
+    """Ask the file system itself: permission bits say nothing about a read-only mount, and a full
+    disk still makes empty files.
 
     Raises:
-        OSError: no file can be made in this folder.
+        OSError: no file can be written in this folder.
     """
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as tried:
+        tried.write(bytes(_BLOCK))
 
 
 def aside(path: str | Path) -> Path:
@@ -323,18 +326,6 @@ def say(line: str) -> None:
 def flags_given(argv: list[str]) -> set[str]:
     """The flags on a command line, without values, whether those follow `=` or a space."""
     return {word.partition("=")[0] for word in argv if word.startswith("--")}
-
-
-def check_least(args: argparse.Namespace, *names: str, least: int = 1) -> None:
-    """Check that these arguments, by their destinations, are None or at least `least`.
-
-    Raises:
-        ValueError: one line that names the flag and the value.
-    """
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise ValueError(f"{flag(name)} is {value}; use at least {least}")
 
 
 def flag(name: str) -> str:
