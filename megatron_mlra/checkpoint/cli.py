@@ -19,6 +19,8 @@ from megatron_mlra.command_line.threads import wait_passively
 from megatron_mlra.description.model import DTYPES, CheckpointError
 
 GIGABYTE = 10**9
+MOST_FILES = 1000
+"""Most files of `reshard`, each of which has a thread that writes it."""
 
 
 def parser() -> OneLineParser:
@@ -92,7 +94,7 @@ def parser() -> OneLineParser:
         else:
             added.add_argument(
                 "--files",
-                type=whole(1),
+                type=whole(1, MOST_FILES),
                 default=1,
                 help="number of files for the tensors (default: 1)",
             )

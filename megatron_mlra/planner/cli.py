@@ -28,6 +28,8 @@ from megatron_mlra.planner.layout import Layout
 from megatron_mlra.planner.report import Report, build
 from megatron_mlra.planner.tables import print_report
 
+MOST_GPUS = 10**6
+"""Most GPUs of a run that is planned: all ways to cut a larger number take minutes."""
 CONTEXTS = (8192, 131072, 1048576)
 
 
@@ -41,7 +43,9 @@ def parser() -> OneLineParser:
     flags.error = lambda message: _refuse(refusal(message, flags._option_string_actions))
     config = flags.add_argument("--config", required=True, help="a preset by name or path")
     reads(config, a_preset)
-    flags.add_argument("--gpus", type=whole(1), required=True, help="GPUs of the training run")
+    flags.add_argument(
+        "--gpus", type=whole(1, MOST_GPUS), required=True, help="GPUs of the training run"
+    )
     flags.add_argument(
         "--gpu", default="h100", help=f"kind of GPU: {', '.join(GPUS)} (default: h100)"
     )

@@ -72,6 +72,7 @@ REFUSED = {
     "verify run run --text gone": "--text gone: No such file or directory",
     "reshard gone new": "gone is not a folder",
     "reshard run file/new": "file/new cannot be written: ",
+    "reshard run new --files 1000000": "1000000 is no whole number from 1 to 1000",
     "convert export-hf run run": "run exists already; remove it, or choose another folder",
     "convert export-hf run new --chat-template gone": "--chat-template gone: No such file",
     "convert export-official run new --tokenizer gone": "--tokenizer gone is not a folder; give a",
@@ -81,6 +82,13 @@ REFUSED = {
     "benchmark-decoding --speculate gone": "--speculate gone is not a folder",
     "benchmark-decoding --speculate empty": "empty holds no checkpoint",
     "benchmark-decoding --json file/x": "file cannot be made (File exists)",
+    "benchmark-training --case nope": "--case nope: use stock-mla or one of ",
+    "benchmark-training --case mlra4/fp3": "--case mlra4/fp3: 'fp3'; use one of bf16, delayed, t",
+    "benchmark-training --case mlra4@tp3x": "tp3x",
+    "benchmark-training --case gone.yaml": "--case gone.yaml: gone.yaml: no such file",
+    "benchmark-training --only x": "--only x leaves no case of stock-mla/bf16/auto/2048, mlra4/",
+    "benchmark-training --hidden-sise 8": "unknown flag --hidden-sise; did you mean --hidden-size",
+    "benchmark-training --hidden-size x": "argument --hidden-size: invalid int value: 'x'",
     "benchmark-training --out file/x": "--out file/x: the folder file/x cannot be made",
     "soak --config nope --work new --lr 1": "--config nope: no preset of this name, and no file",
     "plan --config nope --gpus 8": "--config nope: no preset of this name, and no file",
@@ -90,10 +98,14 @@ REFUSED = {
     "demo-corpus file/x.jsonl": "file cannot be made (File exists)",
     "compare-losses a=gone --json new/x": "gone",
     "demo-corpus x.jsonl --max-mb inf": "argument --max-mb: inf is no number above 0",
+    "plan --config debug --gpus 99999999999": "99999999999 is no whole number from 1 to 1000000",
+    "preprocess --input a --output-prefix x --max-record-mb nan": "nan is no number above 0 and at",
     "plan --config debug --gpus 8 --contexts 1 0": "0 is no whole number of at least 1",
     "plan --config debug --gpus 8 --global-batch-size 0": "0 is no whole number of at least 1",
     "soak --config debug --work new --ranks 0": "--ranks: 0 is no whole number of at least 1",
     "soak --config debug --work new --kills -1": "--kills: -1 is no whole number of at least 0",
+    "benchmark-cpu --config mlra4_2.9b": "2.9b: use an mlra preset in float32, one micro-batch pe",
+    "benchmark-cpu --config part.yaml": "part.yaml says nothing of attention, global_batch_size, l",
     "benchmark-cpu --steps 0": "--steps: 0 is no whole number of at least 1",
     "benchmark-cpu --warmup x": "--warmup: x is no whole number of at least 0",
     "benchmark-training --steps 0": "--steps: 0 is no whole number of at least 1",
@@ -112,6 +124,7 @@ REFUSED = {
 
 
 def test_refused_without_torch_in_less_than_a_second(tmp_path):
+    (tmp_path / "part.yaml").write_text("num_layers: 2\n")
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
     (tmp_path / "run").mkdir()
@@ -186,7 +199,6 @@ PLACES = ("FILE", "FOLDER", "SRC", "DST", "A", "B", "PRESET", "FILE.png", "FILE.
 LEFT = {
     ("preprocess", "input"): "globs too, and read at once",
     ("serve", "export_to"): "has a default that the source decides",
-    ("benchmark-training", "case"): "a preset among other words",
 }
 """Arguments that name places and are not declared, each with its reason."""
 
@@ -207,7 +219,7 @@ def test_each_place_on_a_command_line_is_declared(name):
 
 BOUND_LATER = {
     "plan": "bandwidth collective_us core dp_overlap gemm latent_core memory network passes",
-    "preprocess": "eod_id max_record_mb vocab_size workers",
+    "preprocess": "eod_id vocab_size workers",
     "demo-corpus": "seed",
     "generate": "seed",
     "serve": "port",
