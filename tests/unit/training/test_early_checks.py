@@ -135,6 +135,11 @@ def test_refused_in_a_moment(tmp_path):
         ("--config", "shape.yaml"): "attention is 'nope'; use one of mlra, gqa, gta, mfa, tpa",
         (*DEBUG, "--save", ""): "--save is given an empty name, as of a variable that is not set",
         (*DEBUG, "--save", LONG): f"--save {LONG}: File name too long",
+        (*DEBUG, "--load", "hf", "--save", "hf"): "holds no checkpoint (no latest_checkpointed_ite",
+        (
+            *DEBUG,
+            *("--load", "run/iter_0000004", "--save", "run/iter_0000004"),
+        ): "no checkpoint of its own; give run, and --ckpt-step 4",
         (*DEBUG, "--load", "hf"): "an exported folder is made one by mlra convert import-hf",
     }
     argvs = json.dumps([[argv] if isinstance(argv, str) else argv for argv in cases])
