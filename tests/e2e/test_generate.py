@@ -136,6 +136,14 @@ def test_bad_input_is_one_line(checkpoint, capsys, argv, message):
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
 
 
+def test_a_cache_beyond_the_memory_is_one_line(checkpoint, capsys):
+    argv = ["--prompt", "x", "--max-new-tokens", 4, "--cache-tokens", 10**13, "--device", "cpu"]
+    code, out, err = generate(capsys, checkpoint, *argv)
+    assert code == 1 and not out and err.count("error: ") == 1
+    assert "error: can't allocate memory: you tried to allocate " in err
+    assert err.endswith("; use --cache-tokens\n")
+
+
 def test_a_wrong_flag_is_one_line(capsys):
     with pytest.raises(SystemExit) as left:
         main(["folder", "--max-new-tokens", "many"])
