@@ -12,6 +12,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from support import ROOT
+from support.disks import disk
 from support.parsers import read_help_once
 from support.programs import program
 from support.runs import Entry
@@ -112,3 +113,11 @@ def groups():
 
     with world_of_one() as collection:
         yield collection
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder in which files can be made, but nothing can be written into them."""
+    with disk(tmp_path / "full", "4k") as full:
+        (full / "fill").write_bytes(bytes(4096))
+        yield full

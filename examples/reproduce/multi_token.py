@@ -3,7 +3,8 @@
     python examples/reproduce/multi_token.py --tokens TOKENS --work WORK
 
 TOKENS is the folder that tokenized.py wrote. WORK gets the checkpoint, a JSON per measurement and
-multi_token.json. A stage whose file is there is skipped. The stages:
+multi_token.json. A stage whose file is there is skipped. WORK/commands.json tells by which commands
+a file is made: with other flags the folder is refused. The stages:
 
 1. A model of the ladder is trained with one layer of multi-token prediction.
 2. The engine continues pieces of the held-out books by it, without guesses and with them: how many
@@ -28,9 +29,17 @@ HERE = Path(__file__).parent
 sys.path.remove(str(HERE))  # its modules have everyday names, which would shadow others'
 sys.path.insert(0, str(ROOT))
 
-from megatron_mlra.command_line.parser import OneLineParser, run, write_json  # noqa: E402
+from megatron_mlra.command_line.parser import (  # noqa: E402
+    OneLineParser,
+    fail,
+    make_folder,
+    run,
+    write_json,
+)
 
 Record = dict[str, Any]
+COMMANDS = "commands.json"
+"""File of WORK: a stage's file -> the commands that it comes of, each a list of words."""
 
 
 def train(args: Any, checkpoint: Path) -> list[str]:
@@ -70,6 +79,58 @@ def stages(args: Any) -> list[tuple[list[str], Path]]:
         (measure(own, trained), trained),
         (measure(shape, large), large),
     ]
+
+
+def origins(args: Any) -> dict[str, list[list[str]]]:
+    """What the stages leave in WORK, by name -> the commands that it comes of, flags alone: the
+    second stage measures the first one's model."""
+    (train, checkpoint), (own, trained), (shape, large) = stages(args)
+    made = {checkpoint.parent: [train], trained: [train, own], large: [shape]}
+    return {what.name: [_flags(args, each) for each in made[what]] for what in made}
+
+
+def _flags(args: Any, command: list[str]) -> list[str]:
+    """A command from its first flag on; WORK and the checkout may be moved."""
+    first = next(i for i, word in enumerate(command) if word.startswith("--"))
+    places = {str(args.work): "WORK", str(ROOT): "ROOT"}
+    words = command[first:]
+    for place, name in places.items():
+        words = [word.replace(place, name) for word in words]
+    return words
+
+
+def begin(args: Any) -> None:
+    """Refuse a WORK of other flags, and write `COMMANDS`.
+
+    Raises:
+        ValueError: a stage was begun by another command; names what it left and one difference.
+    """
+    note, wanted = args.work / COMMANDS, origins(args)
+    begun = json.loads(note.read_text()) if note.is_file() else {}
+    for name, commands in wanted.items():
+        made = args.work / name
+        if made.exists() and (old := begun.get(name)) != commands:
+            what = _difference(old, commands) if old else f"flags that {COMMANDS} does not tell"
+            raise ValueError(f"{made} was made with {what}; give another --work, or remove it")
+    write_json(note, begun | wanted, indent=1)
+
+
+def _difference(old: list[list[str]], new: list[list[str]]) -> str:
+    """The first flag whose values differ, with both."""
+    before, now = _values(old), _values(new)
+    name = next(name for name in before | now if before.get(name) != now.get(name))
+    return f"{name} {before.get(name, 'left out')}, not {now.get(name, 'left out')}"
+
+
+def _values(commands: list[list[str]]) -> dict[str, str]:
+    """Flag -> its values in one text."""
+    found: dict[str, str] = {}
+    for word in (word for words in commands for word in words):
+        if word.startswith("--"):
+            name, found[word] = word, ""
+        else:
+            found[name] = f"{found[name]} {word}".lstrip()
+    return found
 
 
 def joined(trained: list[Record], large: list[Record]) -> list[Record]:
@@ -129,10 +190,15 @@ def parser() -> OneLineParser:
 
 
 def main() -> int:
-    """Run the stages; returns the exit code of one that failed, or 0."""
+    """Run the stages; returns the exit code of one that failed, 2 for a WORK of other flags, or
+    0."""
     args = parser().parse_args()
     args.tokens, args.work = args.tokens.resolve(), args.work.resolve()
-    args.work.mkdir(parents=True, exist_ok=True)
+    try:
+        make_folder(args.work, f"--work {args.work}")
+        begin(args)
+    except (ValueError, OSError) as error:
+        return fail(str(error), 2)
     for command, file in stages(args):
         if file.is_file():
             continue

@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_mlra.benchmarks.commit import commit
-from megatron_mlra.benchmarks.flags import parser
+from megatron_mlra.benchmarks.flags import measured, parser
 from megatron_mlra.command_line.log_line import logged_steps
 from megatron_mlra.command_line.progress_bar import bar
 from megatron_mlra.cost.parameters import parameters
 from megatron_mlra.description.megatron_args import from_megatron_args
 from megatron_mlra.description.model import ModelDescription
-from megatron_mlra.description.presets import find_preset, preset_name, preset_values
+from megatron_mlra.description.presets import find_preset, preset_name
 
 TURNS = 3
 """Number of turns of each program."""
@@ -176,13 +176,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parser()
     args = flags.parse_args(argv)
     try:
-        preset = preset_values(args.config)
+        preset = measured(args.config)
+        shape = from_megatron_args(preset)
     except ValueError as error:
         flags.error(str(error))
-    sizes = {preset["micro_batch_size"], preset["global_batch_size"]}
-    if preset["attention"] != "mlra" or preset["bf16"] or len(sizes) > 1:
-        flags.error(f"{args.config}: use an mlra preset in float32, one micro-batch per step")
-    shape = from_megatron_args(preset)
     model = Model(shape, preset["norm_epsilon"], preset["rotary_base"])
     count, expected = sum(p.numel() for p in model.parameters()), parameters(shape).total
     if count != expected:

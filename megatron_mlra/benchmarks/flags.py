@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron_mlra.command_line.early import reads
 from megatron_mlra.command_line.numbers import whole
 from megatron_mlra.command_line.parser import OneLineParser
-from megatron_mlra.description.presets import a_preset
+from megatron_mlra.description.presets import a_preset, preset_values
+
+NEEDED = (
+    *("attention", "global_batch_size", "lr", "micro_batch_size", "norm_epsilon", "rotary_base"),
+    *("seq_length", "vocab_size"),
+)
+"""What the plain loop takes from a preset."""
 
 
 def parser() -> OneLineParser:
@@ -16,7 +24,7 @@ def parser() -> OneLineParser:
     )
     add = flags.add_argument
     config = add("--config", default="debug", help="a preset by name or path (default: debug)")
-    reads(config, a_preset)
+    reads(config, lambda name, flag: (a_preset(name, flag), measured(name)))
     add(
         "--steps",
         type=whole(1),
@@ -25,3 +33,20 @@ def parser() -> OneLineParser:
     )
     add("--warmup", type=whole(0), default=3, help="steps left out of every turn (default: 3)")
     return flags
+
+
+def measured(config: str) -> dict[str, Any]:
+    """The values of a preset that can be measured.
+
+    Raises:
+        ValueError: it cannot be read, or is none that the plain loop trains.
+    """
+    preset = preset_values(config)
+    if missing := [name for name in NEEDED if preset.get(name) is None]:
+        raise ValueError(f"--config {config} says nothing of {', '.join(missing)}; add it")
+    sizes = {preset["micro_batch_size"], preset["global_batch_size"]}
+    if preset["attention"] != "mlra" or preset.get("bf16") or len(sizes) > 1:
+        raise ValueError(
+            f"--config {config}: use an mlra preset in float32, one micro-batch per step"
+        )
+    return preset

@@ -18,6 +18,7 @@ from pathlib import Path
 from megatron_mlra.benchmarks.losses_files import Run, read, read_json
 from megatron_mlra.benchmarks.losses_plot import plot
 from megatron_mlra.command_line.early import writes
+from megatron_mlra.command_line.numbers import whole
 from megatron_mlra.command_line.parser import OneLineParser, check_output, write_json
 
 
@@ -51,8 +52,6 @@ def compare(args: argparse.Namespace) -> None:
     for flag, file in (("--json", args.json), ("--png", args.png)):
         if file:
             check_output(file, flag)
-    if args.last < 1:
-        raise ValueError(f"--last {args.last}; use at least 1")
     runs: dict[str, Run] = {}
     for text in args.runs:
         name, equals, file = text.partition("=")
@@ -91,7 +90,7 @@ def parser() -> OneLineParser:
         " others are compared with the first",
     )
     flags.add_argument(
-        "--last", type=int, default=50, help="last steps to take the mean of (default: 50)"
+        "--last", type=whole(1), default=50, help="last steps to take the mean of (default: 50)"
     )
     add = flags.add_argument
     writes(add("--json", type=Path, metavar="FILE", help="where to write the losses"), check_output)

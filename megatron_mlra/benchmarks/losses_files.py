@@ -9,6 +9,7 @@ from statistics import mean
 
 from megatron_mlra.command_line.foreign_text import read_json as read_json_file
 from megatron_mlra.command_line.log_line import logged_steps
+from megatron_mlra.command_line.parser import read_text
 
 VALIDATION = re.compile(r"^validation at step [\d,]+: lm loss ([\d.]+)", re.MULTILINE)
 _MEGATRON = re.compile(r"^ \[.*?\] iteration +(\d+)/ *\d+ \|.*? lm loss: (\S+) \|", re.MULTILINE)
@@ -92,7 +93,7 @@ def _of_events(places: list[Path]) -> Run | None:
 
 def _of_text(path: Path) -> Run:
     """The losses in printed output, or in megatron.log."""
-    text = path.read_text(errors="replace")
+    text = read_text(path, errors="replace")
     # A resumed run prints the steps after its checkpoint again: the later line counts.
     losses = {told.step: told.loss for told in logged_steps(text)}
     validation = VALIDATION.findall(text)

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_mlra.checkpoint.files.staging import check_destination
 from megatron_mlra.checkpoint.files.tracker import a_checkpoint
 from megatron_mlra.command_line.early import a_file, a_folder, byte_or_there, reads, writes
-from megatron_mlra.command_line.numbers import real
+from megatron_mlra.command_line.numbers import real, whole
 from megatron_mlra.command_line.parser import OneLineParser, add_no_verify, fail, read_text
 from megatron_mlra.command_line.printable import printable
 from megatron_mlra.command_line.signals import Interrupted, interruptible
@@ -19,6 +19,8 @@ from megatron_mlra.command_line.threads import wait_passively
 from megatron_mlra.description.model import DTYPES, CheckpointError
 
 GIGABYTE = 10**9
+MOST_FILES = 1000
+"""Most files of `reshard`, each of which has a thread that writes it."""
 
 
 def parser() -> OneLineParser:
@@ -48,7 +50,9 @@ def parser() -> OneLineParser:
         )
         reads(source, a_checkpoint)
         added.add_argument(
-            "--vocab-size", type=int, help="true vocabulary, where a Megatron SRC does not say it"
+            "--vocab-size",
+            type=whole(1),
+            help="true vocabulary, where a Megatron SRC does not say it",
         )
 
     def with_destination(added: argparse.ArgumentParser) -> None:
@@ -76,7 +80,7 @@ def parser() -> OneLineParser:
         if name.startswith("import"):
             added.add_argument(
                 "--padded-vocab-size",
-                type=int,
+                type=whole(1),
                 metavar="ROWS",
                 help="rows of the embedding; default: the vocabulary, rounded up to 128",
             )
@@ -89,7 +93,10 @@ def parser() -> OneLineParser:
             )
         else:
             added.add_argument(
-                "--files", type=int, default=1, help="number of files for the tensors (default: 1)"
+                "--files",
+                type=whole(1, MOST_FILES),
+                default=1,
+                help="number of files for the tensors (default: 1)",
             )
             added.add_argument(
                 "--weights-only", action="store_true", help="leave out the optimizer's state"
@@ -130,14 +137,14 @@ def parser() -> OneLineParser:
     )
     reads(tokenizer, byte_or_there)
     verify.add_argument(
-        "--tokens", type=int, default=512, help="tokens to compare on (default: 512)"
+        "--tokens", type=whole(1), default=512, help="tokens to compare on (default: 512)"
     )
     verify.add_argument(
-        "--length", type=int, default=256, help="tokens of a sequence (default: 256)"
+        "--length", type=whole(1), default=256, help="tokens of a sequence (default: 256)"
     )
     verify.add_argument(
         "--tolerance",
-        type=float,
+        type=real(0),
         default=1e-4,
         help="largest difference of a logit that passes (default: 1e-4, for float32)",
     )
@@ -146,7 +153,7 @@ def parser() -> OneLineParser:
         action="store_true",
         help="run B, an exported folder, by transformers and the code in the folder",
     )
-    verify.add_argument("--vocab-size", type=int, help="true vocabulary of a Megatron folder")
+    verify.add_argument("--vocab-size", type=whole(1), help="true vocabulary of a Megatron folder")
     verify.add_argument("--quiet", action="store_true", help="no progress bar")
     return flags
 
@@ -277,8 +284,6 @@ def _reshard(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from megatron_mlra.checkpoint.verify import compare
 
-    if not args.tolerance >= 0:
-        raise CheckpointError(f"--tolerance {args.tolerance:g} is negative; use e.g. 1e-4")
     text = None if args.text is None else read_text(args.text)
     a, b = (_open(args, path, takes_ahead=False) for path in (args.a, args.b))
     compare.check_same_function(a, b)

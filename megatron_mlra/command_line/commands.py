@@ -38,6 +38,8 @@ class Command:
     """Module of `parser`, if it is not `module`: one that imports no torch."""
     program: bool = False
     """The body is `start()`, which handles its own output and exit, and not `main(argv)`."""
+    ranks: bool = False
+    """Several processes may run it together, as torchrun starts them."""
 
     def body(self) -> Callable[..., Any]:
         """The function `main`, or `start` of a program."""
@@ -50,7 +52,7 @@ class Command:
     def run(self, argv: list[str]) -> int | None:
         """Check the command line, then import the body and run it; returns the exit code."""
         try:
-            early.check(self.parser(), argv)
+            early.check(self.parser(), argv, ranks=self.ranks)
         except (ValueError, OSError) as error:
             return fail(str(error), REFUSED)
         announce_loading("PyTorch", "some seconds")
@@ -83,7 +85,10 @@ COMMANDS = {
         "benchmarks.losses", "compare the losses of runs in a table and a plot"
     ),
     "generate": Command(
-        "inference.cli", "continue prompts with a trained model", flags="inference.flags"
+        "inference.cli",
+        "continue prompts with a trained model",
+        flags="inference.flags",
+        ranks=True,
     ),
     "evaluate": Command("evaluation.cli", "perplexity and task accuracy of a checkpoint"),
     "analyze": Command("evaluation.analysis.cli", "measure what each layer's attention does"),
@@ -100,11 +105,14 @@ COMMANDS = {
     "benchmark-cpu": Command(
         "benchmarks.cpu", "training speed on a CPU against plain torch", flags="benchmarks.flags"
     ),
-    "benchmark-training": Command("benchmarks.training.cli", "training speed on one GPU"),
+    "benchmark-training": Command(
+        "benchmarks.training.cli", "training speed on one GPU", ranks=True
+    ),
     "benchmark-decoding": Command(
         "benchmarks.decoding.cli",
         "time per output token, on GPUs",
         flags="benchmarks.decoding.flags",
+        ranks=True,
     ),
 }
 """Name -> command, in the order in which a newcomer needs them."""

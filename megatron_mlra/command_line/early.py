@@ -38,7 +38,7 @@ def writes(action: argparse.Action, check: Check) -> argparse.Action:
     return action
 
 
-def check(parser: OneLineParser, argv: Sequence[str]) -> None:
+def check(parser: OneLineParser, argv: Sequence[str], ranks: bool = True) -> None:
     """Parse a command line and check its values as the parser declares it.
 
     A parser's own answer (`--help`, an unknown flag) ends the program as ever.
@@ -46,6 +46,7 @@ def check(parser: OneLineParser, argv: Sequence[str]) -> None:
     Args:
         parser: of a command; with `passes_on`, unknown flags and all words behind `--` belong to
             another program.
+        ranks: whether several processes may run the command together.
 
     Raises:
         ValueError: one line that names the value and the fix.
@@ -55,6 +56,8 @@ def check(parser: OneLineParser, argv: Sequence[str]) -> None:
         args = parser.parse_known_args(own)[0]
     else:
         args = parser.parse_args(argv)
+    if not ranks:
+        _check_alone()
     declared = list(_declared(parser, args))
     for kind in (_INPUT, _OUTPUT):
         for action, (its_kind, function) in declared:
@@ -63,6 +66,20 @@ def check(parser: OneLineParser, argv: Sequence[str]) -> None:
                     _check_value(function, value, _name(action), action.const)
     for function in parser.together:
         function(args)
+
+
+def _check_alone() -> None:
+    """Refuse to run as one of several ranks, which would all do the same work and write the same
+    files.
+
+    Raises:
+        ValueError: one line that names the number of ranks and the fix.
+    """
+    if (size := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ValueError(
+            f"this command runs in one process, and WORLD_SIZE is {size}; start it without"
+            " torchrun, or unset WORLD_SIZE"
+        )
 
 
 def _check_value(function: Check, value: Any, flag: str, alone: Any) -> None:

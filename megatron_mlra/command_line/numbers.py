@@ -27,9 +27,13 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
     return convert
 
 
-def real(least: float | None = None, above: float | None = None) -> Callable[[str], float]:
-    """A type of finite numbers that are at least `least`, or above `above`."""
+def real(
+    least: float | None = None, above: float | None = None, most: float = math.inf
+) -> Callable[[str], float]:
+    """A type of finite numbers that are at least `least`, or above `above`, and at most `most`."""
     bounds = f"above {above:g}" if above is not None else f"of at least {least:g}"
+    if most < math.inf:
+        bounds += f" and at most {most:g}"
 
     def convert(text: str) -> float:
         try:
@@ -37,7 +41,7 @@ def real(least: float | None = None, above: float | None = None) -> Callable[[st
         except ValueError:
             value = math.nan
         fits = value > above if above is not None else value >= least
-        if not (math.isfinite(value) and fits):
+        if not (math.isfinite(value) and fits and value <= most):
             raise ArgumentTypeError(f"{text:.60} is no number {bounds}")
         return value
 

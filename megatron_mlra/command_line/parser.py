@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from megatron_mlra.command_line.output import guard
+from megatron_mlra.command_line.output import guard, let_first_speak
 from megatron_mlra.command_line.printable import printable
 from megatron_mlra.command_line.suggest import refusal
 from megatron_mlra.version import __version__, installed
@@ -30,6 +30,8 @@ LONGEST = 1500
 """Most letters of an error. A message may quote a value of megabytes from a file."""
 TEXT_BYTES = 512 << 20
 """Most bytes of a text file that a command reads into memory."""
+_BLOCK = 4096
+"""Bytes of a file that a disk is tried with, the least that most file systems give to one."""
 _PROCESS = uuid.uuid4().hex
 """Identifies this process and its forks among those of all hosts and containers."""
 
@@ -94,8 +96,8 @@ class OneLineParser(argparse.ArgumentParser):
             self.add_argument("--version", action=Version, help="print the versions and exit")
 
     def error(self, message: str) -> NoReturn:
-        """Print the message as one line and exit with code 2."""
-        self.exit(2, f"error: {one_line(refusal(message, self._option_string_actions))}\n")
+        """Print the message as one line, once per host, and exit with code 2."""
+        self.exit(fail(refusal(message, self._option_string_actions), 2))
 
     def parse_args(self, args=None, namespace=None):
         """As argparse's, but unknown flags are refused first, those of subcommands too."""
@@ -138,8 +140,9 @@ def one_line(error: BaseException | str) -> str:
 
 
 def fail(message: str, code: int) -> int:
-    """Print a one-line error to standard error; returns the exit code."""
-    print(f"error: {one_line(message)}", file=sys.stderr)
+    """Print a one-line error to standard error, of ranks once per host; returns the exit code."""
+    if let_first_speak():
+        print(f"error: {one_line(message)}", file=sys.stderr)
     return code
 
 
@@ -153,8 +156,11 @@ def add_no_verify(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_text(file: str | Path) -> str:
+def read_text(file: str | Path, errors: str = "strict") -> str:
     """The content of a UTF-8 text file.
+
+    Args:
+        errors: what is done with other bytes, as in `bytes.decode`.
 
     Raises:
         ValueError: the file cannot be read, or has more than `TEXT_BYTES`; one line that names it.
@@ -164,7 +170,7 @@ def read_text(file: str | Path) -> str:
             read = stream.read(TEXT_BYTES + 1)
         if len(read) > TEXT_BYTES:
             raise ValueError(f"{file} has more than {TEXT_BYTES / 1e6:,.0f} MB; give a part of it")
-        return io.TextIOWrapper(io.BytesIO(read), encoding="utf-8").read()
+        return io.TextIOWrapper(io.BytesIO(read), encoding="utf-8", errors=errors).read()
     except OSError as error:
         raise ValueError(f"{file}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -241,13 +247,14 @@ def check_writable(folder: str | Path, what: str) -> Path:
 
 
 def try_writing(folder: str | Path) -> None:
-    """Ask the file system itself: permission bits say nothing about a read-only mount.
+    """Ask the file system itself: permission bits say nothing about a read-only mount, and a full
+    disk still makes empty files.
 
     Raises:
-        OSError: no file can be made in this folder.
+        OSError: no file can be written in this folder.
     """
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as tried:
+        tried.write(bytes(_BLOCK))
 
 
 def aside(path: str | Path) -> Path:
@@ -322,18 +329,6 @@ def say(line: str) -> None:
 def flags_given(argv: list[str]) -> set[str]:
     """The flags on a command line, without values, whether those follow `=` or a space."""
     return {word.partition("=")[0] for word in argv if word.startswith("--")}
-
-
-def check_least(args: argparse.Namespace, *names: str, least: int = 1) -> None:
-    """Check that these arguments, by their destinations, are None or at least `least`.
-
-    Raises:
-        ValueError: one line that names the flag and the value.
-    """
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise ValueError(f"{flag(name)} is {value}; use at least {least}")
 
 
 def flag(name: str) -> str:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 
+from megatron_mlra.command_line.numbers import real
 from megatron_mlra.command_line.parser import OneLineParser, fail, one_line
 from megatron_mlra.command_line.signals import Interrupted, interruptible
 from megatron_mlra.data.errors import BadRecordError, InputError
@@ -54,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     add("--parquet-column", default="text", help="column of the text (default: text)")
     add(
         "--max-record-mb",
-        type=float,
+        type=real(above=0, most=1e6),
         default=RECORD_BYTES / 1e6,
         metavar="MB",
         help="most decompressed megabytes of a line, text file, cell or document of token shards"
@@ -115,7 +116,7 @@ def _config(args: argparse.Namespace) -> PreprocessConfig:
         tokenizer=spec,
         json_key=args.json_key,
         parquet_column=args.parquet_column,
-        record_bytes=int(args.max_record_mb * 1e6) if args.max_record_mb < 1e9 else 0,
+        record_bytes=int(args.max_record_mb * 1e6),
         split_lines=args.split_lines,
         append_eod=not args.no_append_eod,
         shard_eod_id=DEFAULT_EOD if args.eod_id is None else args.eod_id,

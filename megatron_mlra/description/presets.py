@@ -21,7 +21,7 @@ ALIASES = {"qk_nope_head_dim": "qk_head_dim", "qk_rope_head_dim": "qk_pos_emb_he
 FOLDER = Path(__file__).resolve().parents[1] / "presets"
 """Folder of the package's presets; its subfolders hold bases, which are no complete models."""
 KEYS = FOLDER / "keys.txt"
-"""File with the keys that a preset may have, as `python -m megatron_mlra.training.presets` lists
+"""File with the keys that a preset may have, as `python -m megatron_mlra.training.all_flags` lists
 them. The planner, which does not import Megatron, must refuse a misspelt key too."""
 _TITLE = re.compile(r"# (.+?)\n")
 _COUNT = re.compile(r": ([\d,]+) parameters\.$")

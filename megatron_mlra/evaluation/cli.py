@@ -12,6 +12,7 @@ import numpy as np
 from megatron_mlra.checkpoint.files.tracker import a_checkpoint
 from megatron_mlra.command_line import parser as command_line
 from megatron_mlra.command_line.early import a_file, reads, writes
+from megatron_mlra.command_line.numbers import whole
 from megatron_mlra.command_line.parser import OneLineParser
 from megatron_mlra.data.prefixes import a_dataset
 from megatron_mlra.description.model import DTYPES
@@ -57,9 +58,11 @@ def parser() -> OneLineParser:
         "--dtype", choices=DTYPES, help="of the weights; default: as they are stored"
     )
     command.add_argument(
-        "--batch-size", type=int, default=8, help="sequences per forward pass (default: 8)"
+        "--batch-size", type=whole(1), default=8, help="sequences per forward pass (default: 8)"
     )
-    command.add_argument("--max-length", type=int, help="tokens per window; default: the model's")
+    command.add_argument(
+        "--max-length", type=whole(1), help="tokens per window; default: the model's"
+    )
     command.add_argument(
         *("--cache-dtype", "--cache-dtypes"),
         dest="cache_dtype",
@@ -73,7 +76,7 @@ def parser() -> OneLineParser:
     )
     command.add_argument(
         "--windows",
-        type=int,
+        type=whole(1),
         default=64,
         help="windows of each dataset for --cache-dtype (default: 64)",
     )
@@ -103,7 +106,6 @@ def _check(args: argparse.Namespace) -> None:
             f"--dtype {args.dtype} is of the weights beside an FP8 cache, and --cache-dtype names"
             " none; leave it out"
         )
-    command_line.check_least(args, "batch_size", "max_length", "windows")
 
 
 def _run(args: argparse.Namespace) -> None:

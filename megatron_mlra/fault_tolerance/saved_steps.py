@@ -58,8 +58,8 @@ def to_load(args: Namespace) -> list[Path]:
     """Checkpoint folders that `--load` names, best first; empty if the run starts at step 0.
 
     Raises:
-        ValueError: there is no checkpoint, and `--load` is not also `--save`, or
-            `--exit-on-missing-checkpoint` is given.
+        ValueError: there is no checkpoint, and `--load` is not also `--save`, or it is an exported
+            folder or a checkpoint's own, or `--exit-on-missing-checkpoint` is given.
     """
     if args.load is None:
         return []
@@ -69,12 +69,12 @@ def to_load(args: Namespace) -> list[Path]:
             return []
         raise ValueError(f"--load {args.load} is not a folder; give the --save of an earlier run")
     found = candidates(args.load, args.ckpt_step)
-    if found or starts_anew:
+    exported = (Path(args.load) / "config.json").is_file()
+    inner = ITERATION(Path(args.load).absolute().name)
+    if found or (starts_anew and not exported and not inner):
         return found
-    also = ""
-    if (Path(args.load) / "config.json").is_file():
-        also = "; an exported folder is made one by mlra convert import-hf"
-    if inner := ITERATION(Path(args.load).absolute().name):
+    also = "; an exported folder is made one by mlra convert import-hf" if exported else ""
+    if inner:
         raise ValueError(
             f"--load {args.load} holds no checkpoint of its own; give {Path(args.load).parent}, and"
             f" --ckpt-step {int(inner[1])}"

@@ -19,17 +19,21 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import IO
 
 from megatron_mlra.command_line.early import reads, writes
 from megatron_mlra.command_line.log_line import STEP
 from megatron_mlra.command_line.numbers import whole
-from megatron_mlra.command_line.parser import OneLineParser, make_folder, write_json
+from megatron_mlra.command_line.parser import OneLineParser, fail, make_folder, write_json
 from megatron_mlra.command_line.progress_bar import bar
 from megatron_mlra.description.presets import a_preset
 from megatron_mlra.launch.control import REFUSED
 
+LINGER = 10.0
+"""Seconds in which processes that a job leaves behind may still write errors."""
 # Else restarted ranks find the addresses of the killed ranks in torchrun's own store.
 ENV = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 START = re.compile(r"^training [^|]*: [\d,]+ parameters")
@@ -66,33 +70,42 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 if all losses are equal, 1 for a difference or a failure, 2 for bad input.
+        A run left alone that fails: its own exit code.
     """
     args, rest = parser().parse_known_args(argv)
+    try:
+        return soak(args, rest)
+    except ValueError as error:
+        return fail(str(error), 2)
+    except OSError as error:
+        return fail(str(error), 1)
+
+
+def soak(args: argparse.Namespace, rest: list[str]) -> int:
+    """The work of `main`, with parsed flags and the words behind them.
+
+    Raises:
+        ValueError: the jobs cannot begin; one line that names the flag and the fix.
+        OSError: a file of --work cannot be written.
+    """
     # A kill that is due later may come after the run has ended.
     last = args.steps - args.save_interval
     if args.kills >= last:
         least = args.kills + args.save_interval + 1
-        print(f"error: --kills {args.kills} needs at least --steps {least}", file=sys.stderr)
-        return 2
-    try:
-        make_folder(args.work, f"--work {args.work}")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        raise ValueError(f"--kills {args.kills} needs at least --steps {least}")
+    make_folder(args.work, f"--work {args.work}")
     if any(args.work.iterdir()):
-        print(f"error: --work {args.work} is not empty; use another folder", file=sys.stderr)
-        return 2
+        raise ValueError(f"--work {args.work} is not empty; use another folder")
     alone = Job(args, "alone", rest)
     if code := alone.run([]):
-        said = (alone.folder / "errors.txt").read_text().strip().splitlines()
-        if code != REFUSED or not said:
-            said = [f"error: the run left alone failed; see {alone.folder}"]
-        print(said[-1], file=sys.stderr)
-        return code
+        why = alone.errors.last
+        return fail(why if code == REFUSED and why else alone.failed(), code)
     chosen = random.Random(args.seed)
     moments = sorted(chosen.sample(range(1, last), args.kills))
     killed = Job(args, "killed", rest)
     code = killed.run([(step, chosen.randrange(args.ranks), chosen.random()) for step in moments])
+    if code:
+        fail(killed.failed(), code)
     different = [n for n in range(1, args.steps + 1) if alone.losses.get(n) != killed.losses.get(n)]
     result = {
         "steps": args.steps,
@@ -111,11 +124,46 @@ def main(argv: list[str] | None = None) -> int:
     return int(bool(code or different or len(killed.restarts) < args.kills))
 
 
+class Errors:
+    """Copies what a job says on standard error into a file.
+
+    Attributes:
+        last: the last line that begins with `error:`, without that.
+        lost: why the file is not whole; empty if it is.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.last, self.lost = file, "", ""
+        # Unbuffered, so that nothing is left that closing could not write.
+        self._out = open(file, "wb", buffering=0)  # noqa: SIM115
+        self._reader = threading.Thread(target=self._copy, daemon=True)
+
+    def begin(self, stream: IO[str]) -> None:
+        """Read `stream` to its end, also where the file cannot be written."""
+        self._stream = stream
+        self._reader.start()
+
+    def end(self) -> None:
+        """Wait for the stream's end, which processes that the job left behind may put off."""
+        self._reader.join(LINGER)
+
+    def _copy(self) -> None:
+        for line in self._stream:
+            if line.startswith("error: "):
+                self.last = line.removeprefix("error: ").strip()
+            try:
+                self._out.write(line.encode())
+            except OSError as error:
+                self.lost = str(error.strerror)
+
+
 class Job:
     """A launched job; its printed steps are read while it runs."""
 
     def __init__(self, args: argparse.Namespace, name: str, rest: list[str]) -> None:
         self.steps, self.folder = args.steps, args.work / name
+        self.folder.mkdir()
+        self.errors = Errors(self.folder / "errors.txt")
         self.losses: dict[int, str] = {}
         self.restarts: list[float] = []
         self.lost: list[int] = []
@@ -141,13 +189,13 @@ class Job:
         Returns:
             The launcher's exit code.
         """
-        self.folder.mkdir()
         begin, kills = time.perf_counter(), list(kills)
         killed_at, back, reached, last = None, False, 0, begin
-        with open(self.folder / "errors.txt", "w") as errors:
-            job = subprocess.Popen(
-                self.command, stdout=subprocess.PIPE, stderr=errors, text=True, env=ENV
-            )
+        pipe = subprocess.PIPE
+        job = subprocess.Popen(
+            self.command, stdout=pipe, stderr=pipe, text=True, errors="replace", env=ENV
+        )
+        self.errors.begin(job.stderr)
         with bar(total=self.steps, desc=self.folder.name, unit="steps") as shown:
             for line in job.stdout:
                 back = back or bool(START.match(line))
@@ -175,7 +223,17 @@ class Job:
                     kill_rank(job.pid, rank)
                     self._drop_old_checkpoints()
         self.seconds = time.perf_counter() - begin
-        return job.wait()
+        code = job.wait()
+        self.errors.end()
+        return code
+
+    def failed(self) -> str:
+        """The line on a job that failed: why, and where to read more."""
+        name = self.folder.name
+        why = self.errors.last or "it gave no reason"
+        if self.errors.lost:
+            return f"the run {name} failed: {why}; {self.errors.file}: {self.errors.lost}"
+        return f"the run {name} failed: {why}; see {self.errors.file}"
 
     def _drop_old_checkpoints(self) -> None:
         for folder in sorted((self.folder / "save").glob("iter_*"))[:-4]:

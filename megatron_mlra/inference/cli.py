@@ -36,6 +36,9 @@ from megatron_mlra.inference.runner import Runner
 from megatron_mlra.inference.sampling import SamplingParams
 from megatron_mlra.inference.world import Once
 
+_ON_CPU = "DefaultCPUAllocator: "
+"""In torch's error on memory that a CPU has not: a RuntimeError without a type of its own."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run; returns the exit code."""
@@ -47,8 +50,10 @@ def main(argv: list[str] | None = None) -> int:
             return _generate(args, prompts(), world.rank(), device)
     except (ValueError, OSError) as error:
         return world.refuse(error)
-    except torch.cuda.OutOfMemoryError as error:
-        text = str(error).splitlines()[0]
+    except RuntimeError as error:
+        text = str(error).splitlines()[0].rpartition(_ON_CPU)[2]
+        if not (isinstance(error, torch.cuda.OutOfMemoryError) or _ON_CPU in str(error)):
+            raise
         print(f"error: {one_line(text)}; use --cache-tokens", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -8,10 +8,10 @@ from functools import partial
 from megatron_mlra.checkpoint.files.tracker import a_checkpoint
 from megatron_mlra.command_line.early import a_file, is_there, reads, writes
 from megatron_mlra.command_line.foreign_text import parse_json
+from megatron_mlra.command_line.numbers import real, whole
 from megatron_mlra.command_line.parser import (
     OneLineParser,
     add_no_verify,
-    check_least,
     check_output,
     lines_of,
 )
@@ -49,16 +49,20 @@ def parser() -> OneLineParser:
         help="a file with a prompt per line; .jsonl: an object per line with `prompt` (or `text`)",
     )  # fmt: skip
     reads(files, a_file)
-    p.add_argument("--max-new-tokens", type=int, default=128, help="longest output (default: 128)")
+    p.add_argument(
+        "--max-new-tokens", type=whole(1), default=128, help="longest output (default: 128)"
+    )
     p.add_argument(
         "--temperature",
-        type=float,
+        type=real(0),
         default=0.0,
         help="randomness of the draws; 0 (default): always the likeliest",
     )
-    p.add_argument("--top-k", type=int, default=0, help="draw from the K likeliest; default 0: all")
     p.add_argument(
-        "--top-p", type=float, default=1.0,
+        "--top-k", type=whole(0), default=0, help="draw from the K likeliest; default 0: all"
+    )
+    p.add_argument(
+        "--top-p", type=real(above=0, most=1), default=1.0,
         help="draw from the likeliest that make up this probability; default: 1",
     )  # fmt: skip
     p.add_argument(
@@ -88,25 +92,33 @@ def parser() -> OneLineParser:
                    " tokens")  # fmt: skip
     p.add_argument("--tokenizer-model", help="its file, folder or name, as in `mlra preprocess`")
     p.add_argument(
-        "--vocab-size", type=int, help="true vocabulary, if a Megatron folder does not say it"
+        "--vocab-size", type=whole(1), help="true vocabulary, if a Megatron folder does not say it"
     )
     p.add_argument(
-        "--max-batch", type=int, default=32, help="most prompts that are run together (default: 32)"
+        "--max-batch",
+        type=whole(1),
+        default=32,
+        help="most prompts that are run together (default: 32)",
     )
     p.add_argument(
         "--chunk-size",
-        type=int,
+        type=whole(1),
         default=2048,
         help="prompt tokens that are read in one step (default: 2048)",
     )
-    p.add_argument("--context", type=int, help="longest prompt plus output; default: the model's")
+    p.add_argument(
+        "--context", type=whole(1), help="longest prompt plus output; default: the model's"
+    )
     p.add_argument(
         "--cache-tokens",
-        type=int,
+        type=whole(1),
         help="tokens that the KV cache holds; default: what --max-batch prompts need",
     )
     p.add_argument(
-        "--page-size", type=int, default=64, help="tokens of a page of the KV cache (default: 64)"
+        "--page-size",
+        type=whole(1),
+        default=64,
+        help="tokens of a page of the KV cache (default: 64)",
     )
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
                    help="where to run; auto (default): a GPU where there is one")  # fmt: skip
@@ -134,7 +146,7 @@ def parser() -> OneLineParser:
         " each other's memory and messages are small, else nccl",
     )  # fmt: skip
     p.add_argument(
-        "--context-parallel", type=int, default=1, metavar="N",
+        "--context-parallel", type=whole(1), default=1, metavar="N",
         help="cut the tokens of each sequence over N groups of the processes, and latents or heads"
         " within a group (default: 1)",
     )  # fmt: skip
@@ -165,7 +177,6 @@ def check(args: argparse.Namespace) -> None:
     for name in ("prompt", "stop"):
         for text in getattr(args, name):
             _check_text(f"--{name}", text)
-    check_least(args, "max_batch", "chunk_size")
     if args.speculate and args.context_parallel > 1:
         raise ValueError(
             f"--speculate needs whole sequences, and --context-parallel {args.context_parallel}"

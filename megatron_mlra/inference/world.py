@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from megatron_mlra.checkpoint.folder import tokenizer_files
 from megatron_mlra.checkpoint.megatron.folder import iteration_folder
-from megatron_mlra.command_line.output import first_of_host
+from megatron_mlra.command_line.output import first_of_host, let_first_speak
 from megatron_mlra.command_line.parser import one_line
 from megatron_mlra.fault_tolerance import fingerprint, handshake
 from megatron_mlra.fault_tolerance.handshake import Fingerprint, World
@@ -171,8 +171,7 @@ def refuse(error: Exception) -> int:
     """
     where = ""
     if isinstance(error, Refused):
-        if not first_of_host():
-            time.sleep(1)
+        if not let_first_speak(1):  # the ranks have just met
             return REFUSED
     elif rank():
         # Rank 0 says it, and this process is ended meanwhile, unless it is refused alone.

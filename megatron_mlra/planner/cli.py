@@ -13,7 +13,6 @@ from megatron_mlra.command_line.early import reads, writes
 from megatron_mlra.command_line.numbers import whole
 from megatron_mlra.command_line.parser import (
     OneLineParser,
-    check_least,
     check_output,
     flag,
     one_line,
@@ -29,6 +28,8 @@ from megatron_mlra.planner.layout import Layout
 from megatron_mlra.planner.report import Report, build
 from megatron_mlra.planner.tables import print_report
 
+MOST_GPUS = 10**6
+"""Most GPUs of a run that is planned: all ways to cut a larger number take minutes."""
 CONTEXTS = (8192, 131072, 1048576)
 
 
@@ -42,11 +43,15 @@ def parser() -> OneLineParser:
     flags.error = lambda message: _refuse(refusal(message, flags._option_string_actions))
     config = flags.add_argument("--config", required=True, help="a preset by name or path")
     reads(config, a_preset)
-    flags.add_argument("--gpus", type=int, required=True, help="GPUs of the training run")
+    flags.add_argument(
+        "--gpus", type=whole(1, MOST_GPUS), required=True, help="GPUs of the training run"
+    )
     flags.add_argument(
         "--gpu", default="h100", help=f"kind of GPU: {', '.join(GPUS)} (default: h100)"
     )
-    flags.add_argument("--seq-length", type=int, help="tokens of a sequence; default: the preset's")
+    flags.add_argument(
+        "--seq-length", type=whole(1), help="tokens of a sequence; default: the preset's"
+    )
     flags.add_argument(
         "--global-batch-size", type=whole(1), help="sequences of a step; default: the preset's"
     )
@@ -57,24 +62,32 @@ def parser() -> OneLineParser:
         help="what a tensor-parallel rank owns: whole heads, or latents (default: head)",
     )
     flags.add_argument(
-        "--cp", type=int, help="context-parallel size; default: tried where sequences are long"
+        "--cp", type=whole(1), help="context-parallel size; default: tried where sequences are long"
     )
     flags.add_argument(
         "--fp8", action="store_true", help="plan with the layers' matrix products in FP8"
     )
     flags.add_argument(
-        "--gpus-per-node", type=int, default=NODE, help=f"most GPUs of a node (default: {NODE})"
+        "--gpus-per-node",
+        type=whole(1),
+        default=NODE,
+        help=f"most GPUs of a node (default: {NODE})",
     )
-    flags.add_argument("--top", type=int, default=5, help="number of layouts to print (default: 5)")
     flags.add_argument(
-        "--decode-gpus", type=int, default=8, help="GPUs of one decoding replica (default: 8)"
+        "--top", type=whole(1), default=5, help="number of layouts to print (default: 5)"
     )
     flags.add_argument(
-        "--decode-batch", type=int, default=1, help="sequences that it decodes (default: 1)"
+        "--decode-gpus",
+        type=whole(1),
+        default=8,
+        help="GPUs of one decoding replica (default: 8)",
+    )
+    flags.add_argument(
+        "--decode-batch", type=whole(1), default=1, help="sequences that it decodes (default: 1)"
     )
     flags.add_argument(
         "--contexts",
-        type=int,
+        type=whole(1),
         nargs="+",
         metavar="TOKENS",
         default=list(CONTEXTS),
@@ -122,9 +135,6 @@ def plan(args: argparse.Namespace) -> Report:
     Raises:
         ValueError: one line that names the flag and the fix.
     """
-    check_least(args, "gpus", "gpus_per_node", "top", "cp", "decode_gpus", "decode_batch")
-    if min(args.contexts) < 1:
-        raise ValueError(f"--contexts {min(args.contexts)}; use at least 1")
     if args.plot:
         check_output(args.plot, "--plot")
     gpu = find(args.gpu)

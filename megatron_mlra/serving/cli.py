@@ -81,7 +81,7 @@ def parser() -> OneLineParser:
     )
     reads(template, a_file)
     p.add_argument(
-        "--vocab-size", type=int, help="true vocabulary, if a Megatron folder does not say it"
+        "--vocab-size", type=whole(1), help="true vocabulary, if a Megatron folder does not say it"
     )
     p.add_argument(
         "--python", help="Python of the environment with vLLM; default: $MLRA_VLLM or .venv-vllm"

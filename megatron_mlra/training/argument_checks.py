@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import re
 from argparse import Namespace
 
 import torch
@@ -18,26 +17,10 @@ from megatron_mlra.command_line.parser import flag
 from megatron_mlra.evaluation.token_stream import named_sets
 from megatron_mlra.fault_tolerance.hang import collective_seconds
 from megatron_mlra.layers.config import resolve_core_backend
-from megatron_mlra.training import logits, memory_flags, muon
+from megatron_mlra.training import logits, memory_flags, muon, schedule
 from megatron_mlra.training.cpu_backend import CPU_DEFAULTS
-from megatron_mlra.training.number_checks import check_numbers, check_required
 from megatron_mlra.training.rope import check_rope
-
-REPLACED = {
-    "multi_latent_attention": "is Megatron's own MLA; use --attention mlra",
-    "spec": "replaces the attention; use --attention",
-    "hybrid_layer_pattern": "builds Megatron's hybrid models; leave it out",
-    "hybrid_override_pattern": "builds Megatron's hybrid models; leave it out",
-    "heterogeneous_layers_config_path": "replaces the layers; leave it out",
-    "heterogeneous_layers_config_encoded_json": "replaces the layers; leave it out",
-    "hybrid_context_parallel": "is not supported; use --context-parallel-size alone",
-    "hierarchical_context_parallel_sizes": "is not supported; use --context-parallel-size alone",
-    "full_validation": "fails in Megatron 0.19.2 after the first evaluation; raise --eval-iters",
-    "sft": "reads conversations; use --packed-sequences to keep documents apart",
-    "perform_rl_step": "needs Megatron's RL package; leave it out",
-}
-"""Flags of Megatron that do not work here, by argparse destination, each with the reason and the
-fix."""
+from megatron_mlra.training.value_checks import check_required, check_values
 
 
 def check_arguments(args: Namespace) -> None:
@@ -46,7 +29,6 @@ def check_arguments(args: Namespace) -> None:
     Raises:
         ValueError: one line that names the flag and the fix.
     """
-    _check_replaced(args)
     _check_values(args)
     _check_retention(args)
     _check_hang_timeout(args)
@@ -65,15 +47,10 @@ def check_arguments(args: Namespace) -> None:
     memory_flags.check(args)
 
 
-def _check_replaced(args: Namespace) -> None:
-    for name, why in REPLACED.items():
-        if getattr(args, name, None):
-            raise ValueError(f"{flag(name)} {why}")
-
-
 def _check_values(args: Namespace) -> None:
-    check_required(lambda name: getattr(args, name) is not None)
-    check_numbers(args)
+    check_required(args)
+    check_values(args)
+    schedule.check(args)
     if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None:
         raise ValueError("--vocab-size is missing; give the size of the data's vocabulary")
     padded = args.padded_vocab_size
@@ -82,12 +59,6 @@ def _check_values(args: Namespace) -> None:
             f"padded_vocab_size {padded} is smaller than --vocab-size {args.vocab_size}; leave it"
             " out"
         )
-    if args.split is not None and not re.fullmatch(
-        r"\s*\d[\d.]*(\s*,\s*\d[\d.]*){0,2}", args.split
-    ):
-        raise ValueError(f"--split {args.split} is not three shares such as 969,30,1")
-    if args.split is not None and not re.search("[1-9]", args.split):
-        raise ValueError(f"--split {args.split} gives nothing to any part; use e.g. 969,30,1")
     if args.query_head_norm and args.attention != "mlra":
         instead = "use --qk-layernorm" if args.attention == "gqa" else "leave it out"
         raise ValueError(
@@ -132,10 +103,6 @@ def _check_hang_timeout(args: Namespace) -> None:
     seconds, collective = args.hang_timeout_seconds, collective_seconds(args)
     if not seconds:
         return
-    if seconds < 1:
-        raise ValueError(
-            f"--hang-timeout-seconds {seconds:g} is too short; use at least 1, or 0 for never"
-        )
     if seconds >= collective:
         raise ValueError(
             f"--hang-timeout-seconds {seconds:g} comes after the {collective:g} seconds of a"
@@ -146,8 +113,6 @@ def _check_hang_timeout(args: Namespace) -> None:
 def _check_schedule(args: Namespace) -> None:
     if args.train_iters is None and args.train_samples is None and not args.skip_train:
         raise ValueError("--train-iters is missing; say how many steps to train")
-    if args.lr <= 0:
-        raise ValueError(f"--lr {args.lr:g} is not positive; use e.g. 3e-4")
     if args.min_lr is not None and args.min_lr > args.lr:
         raise ValueError(f"--min-lr {args.min_lr:g} is above --lr {args.lr:g}; use at most --lr")
 

@@ -28,6 +28,7 @@ from megatron_mlra.launch.ports import reserve_port
 from megatron_mlra.layers.baselines.config import BaselineConfig
 from megatron_mlra.layers.config import MLRAConfig
 from megatron_mlra.training import data_defaults, logits
+from megatron_mlra.training.all_flags import member, no_yaml_cfg
 from megatron_mlra.training.argument_checks import check_arguments, check_multi_token
 from megatron_mlra.training.cpu_backend import CPU_DEFAULTS
 from megatron_mlra.training.flags import add_mlra_arguments, preset_of, repair_help
@@ -119,10 +120,9 @@ def parse(argv: list[str] | None = None) -> Namespace:
         parser.error = partial(_refuse, parser)
         for action in parser._actions:
             if action.dest == "yaml_cfg":
-                # Megatron reads the file while parsing, and drops every other flag.
-                action.type = _no_yaml_cfg
+                action.type = no_yaml_cfg
             if getattr(action.type, "__name__", "") == "enum_type_handler":
-                action.type = _enum_type(action.type, [member.name for member in action.choices])
+                action.type = member(action.type, [each.name for each in action.choices])
             elif fix := OWN_TYPES.get(getattr(action.type, "__name__", "")):
                 action.type = _explained(action.type, fix)
         parser.set_defaults(**DEFAULTS | accelerated_defaults())
@@ -256,10 +256,6 @@ def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     raise ValueError(refusal(message, parser._option_string_actions))
 
 
-def _no_yaml_cfg(value: str) -> NoReturn:
-    raise argparse.ArgumentTypeError(f"{value} would replace all flags; use --config FILE.yaml")
-
-
 def _explained(convert: Callable[[str], Any], fix: str) -> Callable[[str], Any]:
     """Megatron's conversion of a value, with the fix in its error in place of the function's name.
 
@@ -273,15 +269,3 @@ def _explained(convert: Callable[[str], Any], fix: str) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"{value!r:.60} is not valid; use {fix}") from None
 
     return explained
-
-
-def _enum_type(convert: Callable[[str], Any], names: list[str]) -> Callable[[str], Any]:
-    """Megatron's conversion to an enum member, with argparse's error for an unknown name."""
-
-    def enum_member(name: str) -> Any:
-        if name not in names:
-            choices = ", ".join(names)
-            raise argparse.ArgumentTypeError(f"invalid choice {name!r}; use one of {choices}")
-        return convert(name)
-
-    return enum_member

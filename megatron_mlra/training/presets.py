@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from megatron_mlra.description.presets import FOLDER, preset_chain, refuse_unknown
+from megatron_mlra.description.presets import preset_chain, refuse_unknown
 
 
 def load_preset(path: str | Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
@@ -126,7 +126,3 @@ def keys() -> list[str]:
     add_megatron_arguments(parser)
     add_mlra_arguments(parser)
     return sorted(name for name in {*_names(parser), "base"} if name.isidentifier())
-
-
-if __name__ == "__main__":
-    FOLDER.joinpath("keys.txt").write_text("\n".join(keys()) + "\n", encoding="utf-8")

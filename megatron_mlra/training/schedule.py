@@ -82,3 +82,41 @@ def _fit_warmup(args: Namespace, given: set[str], length: str, warmup: str) -> N
 def _exclude(args: Namespace, one: str, other: str) -> ValueError:
     said = " and ".join(f"{flag(name)} {getattr(args, name)}" for name in (one, other))
     return ValueError(f"{said} exclude each other; give one")
+
+
+def check(args: Namespace) -> None:
+    """Refuse a warm-up, or a weight decay, that does not fit the other numbers of the schedule.
+
+    Raises:
+        ValueError: one line that names the flag, the value and the fix.
+    """
+    _check_warmup(args)
+    _check_decay(args)
+
+
+def _check_warmup(args: Namespace) -> None:
+    """Refuse a warm-up that is not shorter than the schedule, in steps or in samples."""
+    for unit, what in (("iters", "steps"), ("samples", "samples")):
+        warmup = getattr(args, f"lr_warmup_{unit}")
+        decay = getattr(args, f"lr_decay_{unit}") or getattr(args, f"train_{unit}")
+        if decay and warmup >= decay:
+            raise ValueError(
+                f"--lr-warmup-{unit} {warmup} leaves nothing of the {decay} {what} the rate decays"
+                f" over; use at most {decay - 1}"
+            )
+
+
+def _check_decay(args: Namespace) -> None:
+    """Refuse a weight decay that falls, and a schedule WSD without the length of its last part."""
+    begin, end = args.start_weight_decay, args.end_weight_decay
+    if args.weight_decay_incr_style != "constant" and None not in (begin, end) and end < begin:
+        raise ValueError(
+            f"--end-weight-decay {end:g} is below --start-weight-decay {begin:g}, and Megatron's"
+            " weight decay only grows; use at least the start's"
+        )
+    unit = "samples" if args.train_samples else "iters"
+    if args.lr_decay_style == "WSD" and getattr(args, f"lr_wsd_decay_{unit}") is None:
+        raise ValueError(
+            f"--lr-decay-style WSD needs --lr-wsd-decay-{unit}, the length of its decay at the end;"
+            " add it"
+        )

@@ -17,6 +17,7 @@ from megatron_mlra.fault_tolerance.checksums import MANIFEST, damage
 from megatron_mlra.fault_tolerance.integrity import check_complete
 from megatron_mlra.fault_tolerance.saved_steps import latest_step
 from support import ENV, ROOT
+from support.disks import disk
 from support.runs import wait_for, wait_for_end
 
 
@@ -139,13 +140,8 @@ def test_killed_during_an_asynchronous_save(entry, preset, whole, save, tmp_path
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system with room for two of the tiny model's checkpoints and a half."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=3600k", "tmpfs", str(disk)]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("file systems cannot be mounted here")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
+    with disk(tmp_path / "disk", "3600k") as small:
+        yield small
 
 
 @pytest.mark.parametrize("mode", [[], ["--async-save"]], ids=["sync", "async"])

@@ -107,16 +107,11 @@ def test_ranks_write_what_one_process_writes(checkpoint, capsys, warm_python, wa
         ([], "there is no prompt; use --prompt TEXT or --prompt-file FILE"),
         (["--prompt-file", "/nowhere"], "/nowhere: No such file or directory"),
         (["--prompt", "x", "--max-new-tokens", 40], "make 41 tokens, more than the context of 32;"),
-        (["--prompt", "x", "--max-new-tokens", 0], "max_new_tokens is 0; use a whole number"),
         (["--prompt", "x", "--temperature", 1e-40], "temperature is 1e-40; use 0 (greedy) or more"),
-        (["--prompt", "x", "--top-p", 2, "--max-new-tokens", 4], "top_p is 2.0; use more than 0"),
-        (["--prompt", "x", "--max-batch", 0], "--max-batch is 0; use at least 1"),
-        (["--prompt", "x", "--chunk-size", 0], "--chunk-size is 0; use at least 1"),
         (
             ["--prompt", "x", "--context-parallel", 2],
             "context parallel size 2 does not divide the number of processes, 1; use one of 1, or",
         ),
-        (["--prompt", "x", "--context-parallel", 0], "context parallel size is 0; use a whole"),
         (["--prompt", "x", "--output", "/"], "--output / is a folder; name a file in it"),
         (
             ["--prompt", "x", "--output", "/proc/no/x"],
@@ -141,12 +136,20 @@ def test_bad_input_is_one_line(checkpoint, capsys, argv, message):
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
 
 
+def test_a_cache_beyond_the_memory_is_one_line(checkpoint, capsys):
+    argv = ["--prompt", "x", "--max-new-tokens", 4, "--cache-tokens", 10**13, "--device", "cpu"]
+    code, out, err = generate(capsys, checkpoint, *argv)
+    assert code == 1 and not out and err.count("error: ") == 1
+    assert "error: can't allocate memory: you tried to allocate " in err
+    assert err.endswith("; use --cache-tokens\n")
+
+
 def test_a_wrong_flag_is_one_line(capsys):
     with pytest.raises(SystemExit) as left:
         main(["folder", "--max-new-tokens", "many"])
     err = capsys.readouterr().err
     assert left.value.code == 2 and err.count("\n") == 1
-    assert err == "error: argument --max-new-tokens: invalid int value: 'many'\n"
+    assert err == "error: argument --max-new-tokens: many is no whole number of at least 1\n"
 
 
 def test_a_folder_without_a_checkpoint_is_one_line(tmp_path, capsys):

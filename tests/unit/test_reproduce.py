@@ -6,6 +6,8 @@ import gzip
 import hashlib
 import json
 import math
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -323,3 +325,37 @@ def test_an_interrupted_stage_of_guesses_goes_on(tmp_path, monkeypatch):
     command, _ = multi_token.stages(args)[0]
     places = {flag: command[command.index(flag) + 1] for flag in ("--save", "--load")}
     assert set(places.values()) == {str(tmp_path / "checkpoint")}
+
+
+def test_stages_of_guesses_are_reused_by_the_same_flags_alone(tmp_path):
+    records = [{"batch": 1, "temperature": 0.0, "right": 1, "guessed": 2, "context": 8}]
+    ways = ("plain", "guessing")
+    records[0] |= {f"{way}_{what}": 1.0 for way in ways for what in ("ms", "tokens_per_step")}
+    records[0] |= {"label": "x", "speed_up": 1.0}
+    work = tmp_path / "work"
+
+    def ends(*flags: object) -> tuple[int, str]:
+        command = [sys.executable, ROOT / "examples/reproduce/multi_token.py", "--tokens", tmp_path]
+        command += ["--work", work, *map(str, flags)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return done.returncode, done.stderr
+
+    code, said = ends()
+    assert code == 2 and "train.idx does not exist" in said  # the first stage began
+    (work / "checkpoint").mkdir()
+    for name in ("checkpoint/held_out", "trained", "large"):
+        (work / f"{name}.json").write_text(json.dumps({"records": records}))
+    assert ends() == (0, "")
+    for flags, what, differs in (
+        (("--steps", 10), "checkpoint", "--train-iters 900, not 10"),
+        (("--batches", 1), "trained.json", "--batches 1 8, not 1"),
+        (("--shape", "debug"), "large.json", "--configs mlra4_2.9b, not debug"),
+    ):
+        said = f"error: {work / what} was made with {differs}; give another --work, or remove it"
+        assert ends(*flags) == (2, said + "\n")
+    shutil.rmtree(work / "checkpoint")
+    code, said = ends("--steps", 10)
+    assert code == 2 and "trained.json was made with --train-iters 900, not 10" in said
+    (work / "commands.json").unlink()
+    code, said = ends()
+    assert code == 2 and "made with flags that commands.json does not tell; give anoth" in said

@@ -148,8 +148,9 @@ def output_file(name: str) -> str:
         said = f"{name}: the folder {path.parent} cannot be made ({error.strerror})"
         raise argparse.ArgumentTypeError(said) from None
     try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        # A full disk still makes empty files.
+        with tempfile.TemporaryFile(dir=path.parent, buffering=0) as tried:
+            tried.write(bytes(4096))
     except OSError as error:
         said = f"{name}: the folder {path.parent} cannot be written ({error.strerror})"
         raise argparse.ArgumentTypeError(said) from None

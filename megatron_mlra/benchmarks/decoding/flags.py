@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_mlra.checkpoint.files.tracker import a_checkpoint
 from megatron_mlra.command_line.early import a_file, reads, writes
-from megatron_mlra.command_line.numbers import whole
+from megatron_mlra.command_line.numbers import real, whole
 from megatron_mlra.command_line.parser import OneLineParser, check_output
 from megatron_mlra.data.prefixes import check_files
 from megatron_mlra.description.backends import ALL_REDUCES, PRODUCTS
@@ -115,7 +115,7 @@ def parser() -> OneLineParser:
     )
     add(
         "--temperature",
-        type=float,
+        type=real(0),
         nargs="+",
         default=[0.0],
         help="of the draws of --speculate, one run each; default 0: the likeliest",

@@ -1,4 +1,4 @@
-"""One measured configuration, built as `mlra pretrain` builds a run: flags, DDP and optimizer.
+"""A case (cases.py), built as `mlra pretrain` builds a run: flags, DDP and optimizer.
 
 Megatron's own MLA is built with the same flags for comparison.
 """
@@ -9,8 +9,7 @@ import contextlib
 import io
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,85 +31,10 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.training import get_megatron_ddp_config, get_megatron_optimizer_config
 
-from megatron_mlra.benchmarks.training.layouts import ONE_GPU, Layout
+from megatron_mlra.benchmarks.training.cases import Case
 from megatron_mlra.description.megatron_args import from_megatron_args
-from megatron_mlra.description.presets import find_preset, preset_names, preset_values
 from megatron_mlra.layers.specs import block_spec
 from megatron_mlra.training import arguments
-
-STOCK = "stock-mla"
-"""Megatron's MLA as it comes, `stock-mla_7b` and `stock-mla_moe_16b` in the sizes of these presets;
-`stock-mla-fused` turns on its RoPE fusion, which it has for YaRN only: with factor 1 that is plain
-RoPE."""
-
-RECIPES = ("bf16", "delayed", "tensorwise", "blockwise")
-FORMS = ("auto", "absorbed", "materialized")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row of the results."""
-
-    variant: str
-    """`mlra4` for the preset mlra4_2.9b; another preset's name; a path; or stock-mla."""
-    recipe: str = "bf16"
-    form: str = "auto"
-    seq_length: int = 2048
-    layout: Layout = ONE_GPU
-
-    @classmethod
-    def parse(cls, text: str) -> Case:
-        """`VARIANT[/RECIPE[/FORM[/SEQ_LENGTH]]][@LAYOUT]`.
-
-        Raises:
-            ValueError: a part is unknown; lists the known ones.
-        """
-        what, at, cut = text.rpartition("@")
-        what, layout = (what, Layout.parse(cut)) if at else (text, ONE_GPU)
-        name, *rest = what.split("/") if not what.endswith(".yaml") else [what]
-        if len(rest) > 3 or (len(rest) == 3 and not (rest[2].isdecimal() and int(rest[2]))):
-            raise ValueError(f"--case {text}: use VARIANT/RECIPE/FORM/SEQ_LENGTH@LAYOUT")
-        case = cls(name, *rest[:2], *(int(part) for part in rest[2:]))
-        case = replace(case, layout=layout)
-        case.preset()
-        for value, known in ((case.recipe, RECIPES), (case.form, FORMS)):
-            if value not in known:
-                raise ValueError(f"--case {text}: {value!r}; use one of {', '.join(known)}")
-        return case
-
-    @property
-    def is_stock(self) -> bool:
-        return self.variant.startswith(STOCK)
-
-    @property
-    def is_fused(self) -> bool:
-        return self.is_stock and self.variant.endswith("-fused")
-
-    @property
-    def has_experts(self) -> bool:
-        return preset_values(self.preset()).get("num_experts") is not None
-
-    def preset(self) -> Path:
-        """The file of the preset with the sizes.
-
-        Raises:
-            ValueError: there is no such preset.
-        """
-        if self.variant.endswith(".yaml"):
-            return Path(self.variant)
-        name = self.variant
-        if self.is_stock:
-            name = name.removeprefix("stock-").removesuffix("-fused")
-        known = preset_names()
-        for preset in (f"{name}_2.9b", name):
-            if preset in known:
-                return find_preset(preset)
-        names = sorted(preset.removesuffix("_2.9b") for preset in known)
-        raise ValueError(f"--case {self.variant}: use {STOCK} or one of {', '.join(names)}")
-
-    def __str__(self) -> str:
-        cut = f"@{self.layout}" if self.layout != ONE_GPU else ""
-        return f"{self.variant}/{self.recipe}/{self.form}/{self.seq_length}{cut}"
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,11 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_mlra.command_line.early import writes
+from megatron_mlra.benchmarks.training.cases import Case
+from megatron_mlra.command_line.early import reads, writes
 from megatron_mlra.command_line.numbers import real, whole
 from megatron_mlra.command_line.parser import OneLineParser, fail, make_folder
+from megatron_mlra.training.early_checks import parsed
 
 warnings.filterwarnings("ignore")
 logging.getLogger("megatron").setLevel(logging.ERROR)
@@ -72,7 +74,7 @@ def parser() -> OneLineParser:
         passes_on=True,
     )
     add = flags.add_argument
-    add(
+    case = add(
         "--case",
         action="append",
         metavar="VARIANT[/RECIPE[/FORM[/LENGTH]]][@CUT]",
@@ -80,6 +82,7 @@ def parser() -> OneLineParser:
         " stock-mla and stock-mla_moe_16b, Megatron's own; may be repeated (default:"
         " mlra4 and stock-mla at 2, 4 and 8 K tokens; with two processes the layouts of two GPUs)",
     )
+    reads(case, lambda text, _: Case.parse(text))
     add("--only", default="*", metavar="PATTERN", help="run the cases that match, as in *@tp2*")
     add(
         "--seconds",
@@ -103,13 +106,33 @@ def parser() -> OneLineParser:
         help="folder for results (default: runs/benchmark_training)",
     )
     writes(out, lambda folder, flag: make_folder(folder, f"{flag} {folder}"))
+    flags.together.append(chosen)
     return flags
+
+
+def chosen(args: Namespace) -> list[Case]:
+    """The cases that the flags ask for.
+
+    Raises:
+        ValueError: a case is unknown, or none is left; names the flag.
+    """
+    texts = args.case or (TWO_GPUS if os.environ.get("WORLD_SIZE") == "2" else DEFAULT_CASES)
+    cases = [Case.parse(text) for text in texts if fnmatch.fnmatch(text, args.only)]
+    if not cases:
+        raise ValueError(f"--only {args.only} leaves no case of {', '.join(texts)}")
+    return cases
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure every case; returns the exit code: 1 if a case failed."""
     own = parser()
     args, flags = own.parse_known_args(argv)
+    try:
+        cases = chosen(args)
+        make_folder(args.out, f"--out {args.out}")
+        parsed(flags)
+    except ValueError as error:
+        return fail(str(error), 2)
 
     import torch
 
@@ -118,19 +141,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             "this benchmark needs a CUDA GPU, and torch sees none; mlra benchmark-cpu measures a"
             " CPU"
         )
-    from megatron_mlra.benchmarks.training.case import Case
     from megatron_mlra.fault_tolerance import fingerprint
     from megatron_mlra.inference import world
     from megatron_mlra.training import arguments
 
-    texts = args.case or (TWO_GPUS if os.environ.get("WORLD_SIZE") == "2" else DEFAULT_CASES)
-    try:
-        cases = [Case.parse(text) for text in texts if fnmatch.fnmatch(text, args.only)]
-        if not cases:
-            raise ValueError(f"--only {args.only} leaves no case of {', '.join(texts)}")
-        make_folder(args.out, f"--out {args.out}")
-    except ValueError as error:
-        return fail(str(error), 2)
     told = {"arguments": fingerprint.of_arguments(args) | {"the flags of training": repr(flags)}}
     try:
         _kept = world.meet(lambda: told)  # rank 0 may hold the store of all

@@ -12,6 +12,7 @@ import numpy as np
 from megatron_mlra.checkpoint.files.tracker import a_checkpoint
 from megatron_mlra.command_line import parser as command_line
 from megatron_mlra.command_line.early import reads, writes
+from megatron_mlra.command_line.numbers import whole
 from megatron_mlra.command_line.parser import OneLineParser
 from megatron_mlra.data.prefixes import a_dataset
 from megatron_mlra.description.model import DTYPES
@@ -43,14 +44,14 @@ def parser() -> OneLineParser:
     add_inputs(command)
     command.add_argument(
         "--tokens",
-        type=int,
+        type=whole(2),
         default=8192,
         help="tokens taken of each dataset or text, in windows spread evenly over it"
         " (default: 8,192)",
     )
     command.add_argument(
         "--max-length",
-        type=int,
+        type=whole(2),
         help=f"tokens per window; default: the model's, {LONGEST:,} at most",
     )
     command.add_argument(
@@ -95,7 +96,6 @@ def _check(args: argparse.Namespace) -> None:
     """
     if not args.data and not args.text:
         raise ValueError("nothing to analyze on; give held-out text by --data or --text")
-    command_line.check_least(args, "tokens", "max_length", least=2)
     if args.json:
         command_line.check_output(args.json, "--json")
     if args.plot:

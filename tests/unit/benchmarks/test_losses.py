@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mlra.benchmarks.losses_files import read
+from megatron_mlra.command_line import parser
 from support import ROOT
 
 TOOL = ROOT / "tools" / "compare_losses.py"
@@ -67,7 +69,7 @@ def test_means_of_intervals(tmp_path):
 
 @pytest.mark.parametrize(
     ("losses", "last", "message"),
-    [([], 1, "has no line like"), ([1.0], 2, "--last 2"), ([1.0], 0, "--last 0; use at least 1")],
+    [([], 1, "has no line like"), ([1.0], 2, "--last 2"), ([1.0], 0, "--last: 0 is no whole")],
 )
 def test_refusals(tmp_path, losses, last, message):
     run = compare(f"a={log(tmp_path / 'a', losses, None)}", "--last", last)
@@ -75,6 +77,12 @@ def test_refusals(tmp_path, losses, last, message):
     assert message in run.stderr.splitlines()[-1]
     (tmp_path / "empty").mkdir()
     assert "holds no event file" in compare(f"a={tmp_path / 'empty'}").stderr
+
+
+def test_a_log_without_an_end_is_refused(monkeypatch):
+    monkeypatch.setattr(parser, "TEXT_BYTES", 2_000_000)
+    with pytest.raises(ValueError, match=r"^/dev/zero has more than 2 MB; give a part of it$"):
+        read(Path("/dev/zero"))
 
 
 def test_a_run_without_a_file(tmp_path):

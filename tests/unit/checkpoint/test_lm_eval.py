@@ -213,7 +213,6 @@ def test_windows_of_one_token_and_longer_than_the_model_was_trained_for(exported
         ),
         ([], "nothing to evaluate; give --text, --data or --task"),
         (["--text", "missing.txt"], "missing.txt: No such file or directory"),
-        (["--text", __file__, "--batch-size", "0"], "--batch-size is 0; use at least 1"),
         (["--text", __file__, "--tokenizer", "nowhere"], "neither 'byte' nor a folder with"),
         (["--task", __file__], "not JSON"),
         (["--text", __file__, "--json", "/"], "--json / is a folder; name a file in it"),

@@ -299,7 +299,7 @@ def test_what_the_research_code_has_not_is_refused(changes, said, tmp_path):
             ["export-official", "{source}", "out", "--max-shard-gb", "inf"],
             "inf is no number above 0",
         ),
-        (["verify", "{source}", "{source}", "--tolerance", "-1"], "--tolerance -1 is negative"),
+        (["verify", "{source}", "{source}", "--tolerance", "-1"], "-1 is no number of at least 0"),
     ],
 )
 def test_bad_arguments(argv, said, research, convert, tmp_path, monkeypatch):

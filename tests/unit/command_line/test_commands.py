@@ -201,8 +201,12 @@ def test_output_folders_are_made_or_refused_before_any_work(tmp_path):
         ("checkpoint.cli", "export-hf gone"),
     ],
 )
-@pytest.mark.parametrize("folder", ["/proc", "/proc/no", "{tmp_path}/in.txt"])
-def test_what_cannot_be_written_is_refused_before_all_else(module, argv, folder, tmp_path, capsys):
+@pytest.mark.parametrize("folder", ["/proc", "/proc/no", "{tmp_path}/in.txt", "{tmp_path}/full"])
+def test_what_cannot_be_written_is_refused_before_all_else(
+    module, argv, folder, tmp_path, capsys, request
+):
+    if folder.endswith("/full"):
+        request.getfixturevalue("full_disk")
     (tmp_path / "in.txt").write_text("text")
     words = [*argv.split(), f"{folder}/out" + (".jsonl" if module == "data.demo_cli" else ".png")]
     main = importlib.import_module(f"megatron_mlra.{module}").main

@@ -35,7 +35,13 @@ REFUSED = {
     "generate run": "there is no prompt; use --prompt TEXT or --prompt-file FILE",
     "generate run --prompt-file gone": "--prompt-file gone: No such file or directory",
     "generate run --prompt x --dtype fp4": "--dtype: invalid choice: 'fp4'",
-    "generate run --prompt x --max-batch 0": "--max-batch is 0; use at least 1",
+    "generate run --prompt x --max-batch 0": "--max-batch: 0 is no whole number of at least 1",
+    "generate run --prompt x --chunk-size 0": "--chunk-size: 0 is no whole number of at least 1",
+    "generate run --prompt x --max-new-tokens 0": "0 is no whole number of at least 1",
+    "generate run --prompt x --context-parallel 0": "0 is no whole number of at least 1",
+    "generate run --prompt x --top-p 2": "--top-p: 2 is no number above 0 and at most 1",
+    "generate run --prompt x --temperature nan": "--temperature: nan is no number of at least 0",
+    "evaluate run --text file --batch-size 0": "--batch-size: 0 is no whole number of at least 1",
     "generate run --prompt x --output file/out": "file cannot be made (File exists)",
     "generate run --prompt x --temp 1": "unknown flag --temp; did you mean --temperature?",
     "generate run --prompt x --tokenizer hf": "the hf tokenizer needs --tokenizer-model",
@@ -66,6 +72,7 @@ REFUSED = {
     "verify run run --text gone": "--text gone: No such file or directory",
     "reshard gone new": "gone is not a folder",
     "reshard run file/new": "file/new cannot be written: ",
+    "reshard run new --files 1000000": "1000000 is no whole number from 1 to 1000",
     "convert export-hf run run": "run exists already; remove it, or choose another folder",
     "convert export-hf run new --chat-template gone": "--chat-template gone: No such file",
     "convert export-official run new --tokenizer gone": "--tokenizer gone is not a folder; give a",
@@ -75,6 +82,13 @@ REFUSED = {
     "benchmark-decoding --speculate gone": "--speculate gone is not a folder",
     "benchmark-decoding --speculate empty": "empty holds no checkpoint",
     "benchmark-decoding --json file/x": "file cannot be made (File exists)",
+    "benchmark-training --case nope": "--case nope: use stock-mla or one of ",
+    "benchmark-training --case mlra4/fp3": "--case mlra4/fp3: 'fp3'; use one of bf16, delayed, t",
+    "benchmark-training --case mlra4@tp3x": "tp3x",
+    "benchmark-training --case gone.yaml": "--case gone.yaml: gone.yaml: no such file",
+    "benchmark-training --only x": "--only x leaves no case of stock-mla/bf16/auto/2048, mlra4/",
+    "benchmark-training --hidden-sise 8": "unknown flag --hidden-sise; did you mean --hidden-size",
+    "benchmark-training --hidden-size x": "argument --hidden-size: invalid int value: 'x'",
     "benchmark-training --out file/x": "--out file/x: the folder file/x cannot be made",
     "soak --config nope --work new --lr 1": "--config nope: no preset of this name, and no file",
     "plan --config nope --gpus 8": "--config nope: no preset of this name, and no file",
@@ -84,9 +98,14 @@ REFUSED = {
     "demo-corpus file/x.jsonl": "file cannot be made (File exists)",
     "compare-losses a=gone --json new/x": "gone",
     "demo-corpus x.jsonl --max-mb inf": "argument --max-mb: inf is no number above 0",
+    "plan --config debug --gpus 99999999999": "99999999999 is no whole number from 1 to 1000000",
+    "preprocess --input a --output-prefix x --max-record-mb nan": "nan is no number above 0 and at",
+    "plan --config debug --gpus 8 --contexts 1 0": "0 is no whole number of at least 1",
     "plan --config debug --gpus 8 --global-batch-size 0": "0 is no whole number of at least 1",
     "soak --config debug --work new --ranks 0": "--ranks: 0 is no whole number of at least 1",
     "soak --config debug --work new --kills -1": "--kills: -1 is no whole number of at least 0",
+    "benchmark-cpu --config mlra4_2.9b": "2.9b: use an mlra preset in float32, one micro-batch pe",
+    "benchmark-cpu --config part.yaml": "part.yaml says nothing of attention, global_batch_size, l",
     "benchmark-cpu --steps 0": "--steps: 0 is no whole number of at least 1",
     "benchmark-cpu --warmup x": "--warmup: x is no whole number of at least 0",
     "benchmark-training --steps 0": "--steps: 0 is no whole number of at least 1",
@@ -105,6 +124,7 @@ REFUSED = {
 
 
 def test_refused_without_torch_in_less_than_a_second(tmp_path):
+    (tmp_path / "part.yaml").write_text("num_layers: 2\n")
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
     (tmp_path / "run").mkdir()
@@ -128,11 +148,57 @@ def test_refused_without_torch_in_less_than_a_second(tmp_path):
         assert seconds < 1, (line, seconds)
 
 
+ALONE = {
+    "presets": "",
+    "plan": "--config debug --gpus 8",
+    "twin": "debug --attention gqa",
+    "preprocess": "--input file --output-prefix new/x --tokenizer byte",
+    "demo-corpus": "new/x.jsonl",
+    "compare-losses": "a=file",
+    "evaluate": "run --text file",
+    "analyze": "run --text file",
+    "serve": "run",
+    "inspect": "run",
+    "verify": "run run",
+    "reshard": "run new",
+    "convert": "export-hf run new",
+    "soak": "--config debug --work new",
+    "benchmark-cpu": "",
+}
+"""Commands of one process, each with a line that is refused for nothing but its ranks."""
+
+
+def test_commands_of_one_process_are_refused_as_ranks(tmp_path):
+    together = {name for name, command in COMMANDS.items() if command.ranks or command.program}
+    assert {*ALONE} == {*there()} - together
+    (tmp_path / "file").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text("{}")
+    argvs = json.dumps([[name, *line.split()] for name, line in ALONE.items()])
+    command = [sys.executable, "-c", RUN, argvs]
+    env = ENV | {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    answers, heavy = json.loads(done.stdout)
+    assert heavy == []
+    said = "error: this command runs in one process, and WORLD_SIZE is 2; start it without"
+    said += " torchrun, or unset WORLD_SIZE\n"
+    assert [[code, line] for code, line, _ in answers] == [[2, said]] * len(ALONE)
+
+
+@pytest.mark.parametrize("argv", [["generate", "gone", "--prompt", "x"], ["generate", "--no"]])
+def test_what_all_ranks_refuse_is_said_once_per_host(argv, tmp_path):
+    for local, lines in (("0", 1), ("1", 0)):
+        env = ENV | {"WORLD_SIZE": "2", "RANK": local, "LOCAL_RANK": local}
+        command = [sys.executable, "-m", "megatron_mlra.command_line", *argv]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+        assert (done.returncode, done.stderr.count("\n")) == (2, lines), done.stderr
+
+
 PLACES = ("FILE", "FOLDER", "SRC", "DST", "A", "B", "PRESET", "FILE.png", "FILE.yaml", "OUT.jsonl")
 LEFT = {
     ("preprocess", "input"): "globs too, and read at once",
     ("serve", "export_to"): "has a default that the source decides",
-    ("benchmark-training", "case"): "a preset among other words",
 }
 """Arguments that name places and are not declared, each with its reason."""
 
@@ -151,21 +217,14 @@ def test_each_place_on_a_command_line_is_declared(name):
             assert hasattr(action, "early"), f"mlra {name}: {action.dest} is not in reads or writes"
 
 
-_CONVERT = "files length padded_vocab_size tokens tolerance vocab_size"
 BOUND_LATER = {
-    "plan": "bandwidth collective_us contexts core cp decode_batch decode_gpus dp_overlap gemm gpus"
-    " gpus_per_node latent_core memory network passes seq_length top",
-    "preprocess": "eod_id max_record_mb vocab_size workers",
+    "plan": "bandwidth collective_us core dp_overlap gemm latent_core memory network passes",
+    "preprocess": "eod_id vocab_size workers",
     "demo-corpus": "seed",
-    "compare-losses": "last",
-    "generate": "cache_tokens chunk_size context context_parallel max_batch max_new_tokens"
-    " page_size seed temperature top_k top_p vocab_size",
-    "evaluate": "batch_size max_length windows",
-    "analyze": "max_length tokens",
-    "serve": "port vocab_size",
-    **dict.fromkeys(("inspect", "verify", "reshard", "convert"), _CONVERT),
+    "generate": "seed",
+    "serve": "port",
     "soak": "seed",
-    "benchmark-decoding": "seed temperature",
+    "benchmark-decoding": "seed",
 }
 """Numbers of a command that its body bounds, with others."""
 

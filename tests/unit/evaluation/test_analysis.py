@@ -243,17 +243,20 @@ def test_what_cannot_be_analyzed_is_one_line(tmp_path, capsys):
         ([], "nothing to analyze on; give held-out text by --data or --text"),
         (["--text", str(text)], f"{folder} is GQA, which has no latents to analyze"),
         (["--text", str(text), "--plot", "a.txt"], "--plot a.txt ends in none of .png, .svg"),
-        (["--text", str(text), "--tokens", "0"], "--tokens is 0; use at least 2"),
         (["--data", "nowhere"], "data file nowhere.idx does not exist"),
         (["--data", "x=a", "x=b"], "--data names x twice"),
     ):
         assert main([str(folder), *flags, "--device", "cpu"]) == 2
         printed = capsys.readouterr()
         assert said in printed.err and printed.err.count("\n") == 1 and not printed.out
-    with pytest.raises(SystemExit, match="2"):
-        main([str(folder), "--text", str(text), "--dtype", "int8"])
-    printed = capsys.readouterr().err
-    assert "--dtype: invalid choice: 'int8'" in printed and printed.count("\n") == 1
+    for flags, said in (
+        (["--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
+        (["--tokens", "0"], "--tokens: 0 is no whole number of at least 2"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main([str(folder), "--text", str(text), *flags])
+        printed = capsys.readouterr().err
+        assert said in printed and printed.count("\n") == 1
 
 
 def test_a_model_whose_loss_is_no_number_is_refused():

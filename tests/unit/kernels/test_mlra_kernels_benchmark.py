@@ -139,6 +139,11 @@ def test_wrong_numbers_are_refused_by_their_flag(module, flags, said, monkeypatc
     assert ended.value.code == 2 and said in capsys.readouterr().err
 
 
+def test_a_full_disk_is_refused_before_anything_is_measured(full_disk):
+    with pytest.raises(argparse.ArgumentTypeError, match="No space left on device"):
+        output_file(str(full_disk / "out.json"))
+
+
 def test_output_files_have_a_folder_before_anything_is_measured(tmp_path):
     name = str(tmp_path / "new" / "folder" / "out.json")
     assert output_file(name) == name and (tmp_path / "new" / "folder").is_dir()

@@ -236,11 +236,14 @@ def test_fp8_needs_sixteen_tokens_a_rank(settings, wanted):
         check_fp8_tokens(Namespace(**args))
 
 
-def test_the_list_of_keys_of_presets_is_the_parsers():
+def test_the_lists_of_flags_and_keys_are_the_parsers():
     from megatron_mlra.description.presets import KEYS
+    from megatron_mlra.training.all_flags import FLAGS, lines
     from megatron_mlra.training.presets import keys
 
-    assert KEYS.read_text().split() == keys(), "run python -m megatron_mlra.training.presets"
+    run = "run python -m megatron_mlra.training.all_flags"
+    assert KEYS.read_text().split() == keys(), run
+    assert FLAGS.read_text().split("\n") == [*lines(), ""], run
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,9 @@ print(json.dumps([codes, said, sorted(heavy)]))
 def test_refused_in_a_moment(tmp_path):
     (tmp_path / "bad.yaml").write_text("a: [1\n")
     (tmp_path / "key.yaml").write_text("base: debug\nnum_heads: 4\n")
+    (tmp_path / "saves.yaml").write_text("base: debug\nsave: [1]\n")
+    (tmp_path / "steps.yaml").write_text("base: debug\ntrain_iters: many\n")
+    (tmp_path / "shape.yaml").write_text("base: debug\nattention: nope\n")
     (tmp_path / "data.yaml").write_text("base: debug\ndata_path: 0.5 gone 0.5 lost\n")
     for name in ("file", "a book.txt", "whole.json", "whole.idx"):
         (tmp_path / name).touch()
@@ -56,6 +59,10 @@ def test_refused_in_a_moment(tmp_path):
         ("--config", "key.yaml"): "unknown key 'num_heads'; did you mean num_attention_heads?",
         ("--config", "debug"): "no data: give --data-path PREFIX (mlra preprocess writes",
         ("--lr", "1"): "--num-layers is missing; give it, or a preset with --config",
+        (
+            *("--load", "run", "--use-checkpoint-args"),
+        ): "--num-layers is missing, and --use-checkpoint-args takes no sizes of latent attention",
+        (*DEBUG, "--use-checkpoint-args"): "--use-checkpoint-args has no effect without --load",
         ("--config",): "argument --config: expected one argument",
         ("--config", "data.yaml"): "data file gone.idx does not exist; make it with mlra preproc",
         (
@@ -97,8 +104,42 @@ def test_refused_in_a_moment(tmp_path):
             "--held-out",
             "books=gone",
         ): "data file gone.idx does not exist; make it with mlra",
+        (*DEBUG, "--train-iters", "abc"): "argument --train-iters: invalid int value: 'abc'",
+        (*DEBUG, "--train-iters", "-5"): "--train-iters is -5; it must be at least 1",
+        (*DEBUG, "--lr", "fast"): "argument --lr: invalid float value: 'fast'",
+        (*DEBUG, "--lr", "0"): "--lr 0 is not positive; use e.g. 3e-4",
+        (*DEBUG, "--lr", "--"): "argument --lr: expected one argument",
+        (*DEBUG, "--clip-grad", "nan"): "--clip-grad is nan; it must be a finite number",
+        (*DEBUG, "--split", "most"): "--split most is not three shares such as 969,30,1",
+        (*DEBUG, "--split", "0,0,0"): "--split 0,0,0 gives nothing to any part; use e.g.",
+        (*DEBUG, "--attention", "gqo"): "argument --attention: invalid choice: 'gqo' (choose from",
+        (
+            *DEBUG,
+            "--normalization",
+            "RMS",
+        ): "invalid choice: 'RMS' (choose from 'LayerNorm', 'RMSNorm')",
+        (
+            *DEBUG,
+            "--attention-backend",
+            "x",
+        ): "--attention-backend: invalid choice 'x'; use one of flash",
+        (*DEBUG, "--multi-latent-attention"): "is Megatron's own MLA; use --attention mlra",
+        (
+            *DEBUG,
+            "--yaml-cfg",
+            "a.yaml",
+        ): "--yaml-cfg: a.yaml would replace all flags; use",
+        (*DEBUG, "runs/my"): "unknown argument runs/my",
+        ("--config", "saves.yaml"): "--config saves.yaml: save is [1], not a valid str",
+        ("--config", "steps.yaml"): "steps.yaml: train_iters is 'many', not a valid int",
+        ("--config", "shape.yaml"): "attention is 'nope'; use one of mlra, gqa, gta, mfa, tpa",
         (*DEBUG, "--save", ""): "--save is given an empty name, as of a variable that is not set",
         (*DEBUG, "--save", LONG): f"--save {LONG}: File name too long",
+        (*DEBUG, "--load", "hf", "--save", "hf"): "holds no checkpoint (no latest_checkpointed_ite",
+        (
+            *DEBUG,
+            *("--load", "run/iter_0000004", "--save", "run/iter_0000004"),
+        ): "no checkpoint of its own; give run, and --ckpt-step 4",
         (*DEBUG, "--load", "hf"): "an exported folder is made one by mlra convert import-hf",
     }
     argvs = json.dumps([[argv] if isinstance(argv, str) else argv for argv in cases])
@@ -125,16 +166,17 @@ def test_python_without_assertions_is_refused():
 
 def test_what_is_left_to_the_whole_parser(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.yaml").write_text("base: debug\nsave: [1]\ndata_path: gone\n")
+    (tmp_path / "a.yaml").write_text("base: debug\nmoe_layer_freq: [1, 0]\nsplit: '1,0,0'\n")
     for argv in (
         [*DEBUG, "--no-bf16"],
         ["--config", "debug", "--data-args-path", "x"],
         [*DEBUG, "--save", "new", "--load", "new"],
         [*DEBUG, "--save", "new", "--load", "./new/"],
         ["--config", "debug", "--data-path", "gone", "--dry-run", "8", "--load", "there"],
-        ["--config", "a.yaml"],
+        ["--config", "a.yaml", "--mock-data"],
+        [*DEBUG, "--no-rope-freq", "foo", "--window-size", "a,b"],
+        [*DEBUG, "--train-iters=4", "--no-bf16", "--no-rl-partial-rollouts", "--rope-fusion"],
         ["--help-megatron", "--what"],
-        [*DEBUG, "--lr", "--"],
     ):
         early_checks.check(argv)
 

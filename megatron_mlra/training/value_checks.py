@@ -1,0 +1,167 @@
+"""Checks of values that need no other argument.
+
+They are made before torch is imported, of what the command line and its preset give, and again when
+all arguments are known. Megatron takes some bad numbers until the optimizer is built, or the first
+update is not finite: the run would end as after a fault, and a launcher would start it again.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from argparse import Namespace
+
+from megatron_mlra.command_line.parser import flag
+
+REPLACED = {
+    "multi_latent_attention": "is Megatron's own MLA; use --attention mlra",
+    "spec": "replaces the attention; use --attention",
+    "hybrid_layer_pattern": "builds Megatron's hybrid models; leave it out",
+    "hybrid_override_pattern": "builds Megatron's hybrid models; leave it out",
+    "heterogeneous_layers_config_path": "replaces the layers; leave it out",
+    "heterogeneous_layers_config_encoded_json": "replaces the layers; leave it out",
+    "hybrid_context_parallel": "is not supported; use --context-parallel-size alone",
+    "hierarchical_context_parallel_sizes": "is not supported; use --context-parallel-size alone",
+    "full_validation": "fails in Megatron 0.19.2 after the first evaluation; raise --eval-iters",
+    "sft": "reads conversations; use --packed-sequences to keep documents apart",
+    "perform_rl_step": "needs Megatron's RL package; leave it out",
+}
+"""Flags of Megatron that do not work here, by argparse destination, each with the reason and the
+fix."""
+
+
+POSITIVE = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "seq_length",
+    "vocab_size",
+    "micro_batch_size",
+    "global_batch_size",
+    "train_iters",
+    "train_samples",
+    "lr_decay_iters",
+    "lr_decay_samples",
+    "log_interval",
+    "eval_interval",
+    "save_interval",
+    "tensorboard_log_interval",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "tpa_q_rank",
+    "tpa_kv_rank",
+    "keep_last",
+    "muon_num_ns_steps",
+    "seed",
+    "distributed_timeout_minutes",
+)
+"""Counts that are at least 1."""
+
+AT_LEAST_0 = (
+    "lr_warmup_iters",
+    "lr_warmup_samples",
+    "min_lr",
+    "weight_decay",
+    "clip_grad",
+    "adam_eps",
+    "mtp_loss_scaling_factor",
+    "num_workers",
+    "eval_iters",
+    "exit_interval",
+    "exit_duration_in_mins",
+    "init_method_std",
+    "embedding_init_method_std",
+    "start_weight_decay",
+    "end_weight_decay",
+)
+
+SHARES = (
+    "adam_beta1",
+    "adam_beta2",
+    "lion_beta1",
+    "lion_beta2",
+    "sgd_momentum",
+    "muon_momentum",
+    "lr_warmup_fraction",
+    "attention_dropout",
+    "hidden_dropout",
+)
+"""Shares that are at least 0 and below 1."""
+
+
+REQUIRED = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "seq_length",
+    "micro_batch_size",
+    "lr",
+)
+
+
+def check_required(args: Namespace) -> None:
+    """Refuse a run without one of the `REQUIRED` numbers, which have no defaults, or without the
+    checkpoint of `--use-checkpoint-args`.
+
+    Args:
+        args: some or all arguments; one that is missing counts as None.
+
+    Raises:
+        ValueError: one line that names the flag.
+    """
+    for name in REQUIRED:
+        if getattr(args, name, None) is None:
+            if getattr(args, "use_checkpoint_args", None):
+                raise ValueError(
+                    f"{flag(name)} is missing, and --use-checkpoint-args takes no sizes of latent"
+                    " attention from a checkpoint; give the preset of its run with --config"
+                )
+            raise ValueError(f"{flag(name)} is missing; give it, or a preset with --config")
+    if getattr(args, "use_checkpoint_args", None) and getattr(args, "load", None) is None:
+        raise ValueError("--use-checkpoint-args has no effect without --load; add it")
+
+
+def check_values(args: Namespace) -> None:
+    """Refuse values, and flags, that cannot work whatever the others are.
+
+    Args:
+        args: some or all arguments; one that is missing counts as None.
+
+    Raises:
+        ValueError: one line that names the flag and the fix.
+    """
+    for name, why in REPLACED.items():
+        if getattr(args, name, None):
+            raise ValueError(f"{flag(name)} {why}")
+    _check_ranges(args)
+    if (lr := getattr(args, "lr", None)) is not None and lr <= 0:
+        raise ValueError(f"--lr {lr:g} is not positive; use e.g. 3e-4")
+    if (seconds := getattr(args, "hang_timeout_seconds", None)) and seconds < 1:
+        raise ValueError(
+            f"--hang-timeout-seconds {seconds:g} is too short; use at least 1, or 0 for never"
+        )
+    if (split := getattr(args, "split", None)) is not None:
+        if not re.fullmatch(r"\s*\d[\d.]*(\s*,\s*\d[\d.]*){0,2}", split):
+            raise ValueError(f"--split {split} is not three shares such as 969,30,1")
+        if not re.search("[1-9]", split):
+            raise ValueError(f"--split {split} gives nothing to any part; use e.g. 969,30,1")
+
+
+def _check_ranges(args: Namespace) -> None:
+    """Refuse numbers that are not finite, or out of the range of their flag."""
+    for name, value in vars(args).items():
+        values = value if isinstance(value, list | tuple) else (value,)
+        if any(isinstance(each, float) and not math.isfinite(each) for each in values):
+            raise ValueError(f"{flag(name)} is {value}; it must be a finite number")
+    for names, fits, said in (
+        (POSITIVE, lambda value: value >= 1, "at least 1"),
+        (AT_LEAST_0, lambda value: value >= 0, "at least 0"),
+        (SHARES, lambda value: 0 <= value < 1, "at least 0 and below 1"),
+        (("muon_extra_scale_factor",), lambda value: value > 0, "above 0"),
+    ):
+        for name in names:
+            value = getattr(args, name, None)
+            if value is not None and not fits(value):
+                raise ValueError(f"{flag(name)} is {value}; it must be {said}")
