@@ -58,6 +58,14 @@ class MatrixMuon(TensorParallelMuon):
         rows: tuple[Rows, ...] | None = getattr(p, "matrices", None)
         if rows is None:
             return super().orthogonalize(p, grad, **kwargs)
+        if not cuts_a_group(grad, rows):
+            return self._by_matrices(grad, rows)
+        if self.tp_mode == "blockwise":
+            return super().orthogonalize(p, grad, **kwargs)
+        return self._of_all_ranks(grad, 0, lambda whole: self._by_matrices(whole, rows))
+
+    def _by_matrices(self, grad: Tensor, rows: tuple[Rows, ...]) -> Tensor:
+        """`orthogonalize` of a weight whose rows are whole groups."""
         groups = grad.reshape(-1, sum(r.count for r in rows), grad.shape[-1])
         runs = groups.split([r.count for r in rows], dim=1)
         done = [self._run(run, each) for run, each in zip(runs, rows, strict=True)]
@@ -65,17 +73,31 @@ class MatrixMuon(TensorParallelMuon):
 
     def _run(self, run: Tensor, rows: Rows) -> Tensor:
         """`[groups, count, columns]` -> the same shape, with each matrix orthogonalised."""
-        whole, group = run, None
-        if rows.gathered and self.pg_collection and self.tp_mode != "blockwise":
-            group = self.pg_collection.tp
-            parts = [torch.empty_like(run) for _ in range(group.size())]
-            torch.distributed.all_gather(parts, run.contiguous(), group)
-            whole = torch.cat(parts, dim=1)
-        # Of a cut matrix that is not gathered (blockwise), this rank's part counts as a matrix.
-        height = min(rows.matrix, whole.shape[1])
-        matrices = whole.reshape(-1, height, whole.shape[-1])
-        done = self.scaled_orthogonalize_fn(matrices, None, None).view(whole.shape)
-        return done if group is None else done.chunk(group.size(), dim=1)[group.rank()]
+
+        def orthogonalized(whole: Tensor) -> Tensor:
+            # Of a cut matrix that is not gathered (blockwise), this rank's part counts as a matrix.
+            height = min(rows.matrix, whole.shape[1])
+            matrices = whole.reshape(-1, height, whole.shape[-1])
+            return self.scaled_orthogonalize_fn(matrices, None, None).view(whole.shape)
+
+        if rows.gathered and self.tp_mode != "blockwise":
+            return self._of_all_ranks(run, 1, orthogonalized)
+        return orthogonalized(run)
+
+    def _of_all_ranks(self, part: Tensor, dim: int, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """This rank's part, along `dim`, of `function` of all tensor-parallel ranks' parts."""
+        if not self.pg_collection:
+            return function(part)
+        group = self.pg_collection.tp
+        parts = [torch.empty_like(part) for _ in range(group.size())]
+        torch.distributed.all_gather(parts, part.contiguous(), group)
+        return function(torch.cat(parts, dim=dim)).chunk(group.size(), dim=dim)[group.rank()]
+
+
+def cuts_a_group(weight: Tensor, rows: tuple[Rows, ...]) -> bool:
+    """Whether a rank's part of a weight ends within a group, so that several ranks share a group:
+    key/value heads of grouped queries, where they are fewer than ranks."""
+    return weight.numel() // weight.shape[-1] % sum(r.count for r in rows) != 0
 
 
 def is_for_adam(param: Tensor) -> bool:
@@ -114,14 +136,12 @@ def cut_grouped_queries(chunks: Iterable[torch.nn.Module]) -> None:
         for name, param in chunk.named_parameters():
             if not name.endswith("linear_qkv.weight"):
                 continue
-            rows = grouped_query_matrices(
+            param.matrices = grouped_query_matrices(
                 config.num_attention_heads,
                 config.num_query_groups,
                 config.kv_channels,
                 bool(getattr(config, "attention_output_gate", False)),
             )
-            if param.shape[0] % sum(r.count for r in rows) == 0:
-                param.matrices = rows
 
 
 def owns_whole_matrices(args: Namespace) -> bool:
@@ -197,10 +217,10 @@ def _taken(optimizer: str, param: Tensor) -> str:
     rows = getattr(param, "matrices", None)
     if optimizer != "muon" or rows is None:
         return optimizer
-    groups = param.numel() // param.shape[-1] // sum(r.count for r in rows)
+    groups = max(1, param.numel() // param.shape[-1] // sum(r.count for r in rows))
     kinds = []
     for r in rows:
-        cut = " (gathered)" if r.gathered else ""
+        cut = " (gathered)" if r.gathered or cuts_a_group(param, rows) else ""
         number = groups * max(1, r.count // r.matrix)
         kinds.append(f"{number} of [{r.matrix} x {param.shape[-1]}], {r.name}{cut}")
     return f"{optimizer}: {'; '.join(kinds)}"
