@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import traceback
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -184,23 +185,33 @@ def around_optimizer(build: Callable[..., Any], args: Namespace) -> Callable[...
         try:
             optimizer = build(config, model_chunks, *more, **named)
         except (ValueError, AssertionError) as error:
-            raise OptimizerRefused(f"--optimizer {config.optimizer}: {error}") from error
+            # Some of Megatron's assertions have no text.
+            failed = traceback.extract_tb(error.__traceback__)[-1].line
+            why = str(error) or f"Megatron refuses these arguments: `{failed}`"
+            raise OptimizerRefused(f"--optimizer {config.optimizer}: {why}") from error
         if args.verbose_optimizer and args.rank == 0:
-            say(table(config.optimizer, model_chunks))
+            say(table(config.optimizer, model_chunks, config.muon_scalar_optimizer))
         return optimizer
 
     return wrapped
 
 
-def table(optimizer: str, chunks: Iterable[torch.nn.Module]) -> str:
-    """The optimizer of each weight of this rank, one line for equal weights of several layers."""
+def table(
+    optimizer: str, chunks: Iterable[torch.nn.Module], muon_scalar_optimizer: str = "adam"
+) -> str:
+    """The optimizer of each weight of this rank, one line for equal weights of several layers.
+
+    Args:
+        muon_scalar_optimizer: takes what Muon leaves.
+    """
+    left_to = muon_scalar_optimizer if optimizer == "muon" else "adam"
     found: dict[tuple[str, str, str], int] = defaultdict(int)
     for chunk in chunks:
         for name, param in chunk.named_parameters():
             if param.requires_grad:
                 short = re.sub(r"\.layers\.\d+\.", ".layers.*.", name.removeprefix("module."))
                 shape = " x ".join(map(str, param.shape))
-                found[short, f"[{shape}]", _taken(optimizer, param)] += 1
+                found[short, f"[{shape}]", _taken(optimizer, param, left_to)] += 1
     wide = [max(len(row[i]) for row in found) for i in range(2)]
     lines = [f"optimizer {optimizer}, weights of this rank:"]
     for (name, shape, taken), count in found.items():
@@ -209,11 +220,11 @@ def table(optimizer: str, chunks: Iterable[torch.nn.Module]) -> str:
     return "\n".join(lines)
 
 
-def _taken(optimizer: str, param: Tensor) -> str:
+def _taken(optimizer: str, param: Tensor, left_to: str) -> str:
     if optimizer in ("adam", "sgd"):
         return optimizer
     if is_for_adam(param):
-        return "adam"
+        return left_to
     rows = getattr(param, "matrices", None)
     if optimizer != "muon" or rows is None:
         return optimizer
@@ -254,6 +265,11 @@ def check(args: Namespace) -> None:
         raise ValueError(
             f"--use-distributed-optimizer with --optimizer {args.optimizer} holds float32 copies of"
             " bf16 weights, and nothing else; add --bf16, or leave it out"
+        )
+    if args.optimizer.startswith("dist_") and not args.bf16:
+        raise ValueError(
+            f"--optimizer {args.optimizer} is {name} with --use-distributed-optimizer, which holds"
+            f" float32 copies of bf16 weights; add --bf16, or use --optimizer {name}"
         )
     if args.attention == "mlra" and name not in KNOWN:
         raise ValueError(

@@ -298,7 +298,12 @@ def test_what_an_optimizer_refuses_is_no_fault_to_start_again_after(capsys, monk
     def build(*_):
         raise ValueError("no such flag")
 
+    def build_silently(*_):
+        raise AssertionError
+
     args = Namespace(verbose_optimizer=False, rank=0)
+    with pytest.raises(ValueError, match=r"--optimizer adam: Megatron refuses .*raise Asserti"):
+        muon.around_optimizer(build_silently, args)(Namespace(optimizer="adam"), [])
     with pytest.raises(ValueError, match="--optimizer adam: no such flag") as refused:
         muon.around_optimizer(build, args)(Namespace(optimizer="adam"), [])
     monkeypatch.setenv("WORLD_SIZE", "2")
