@@ -20,6 +20,7 @@ from megatron_mlra.fault_tolerance.hang import collective_seconds
 from megatron_mlra.layers.config import resolve_core_backend
 from megatron_mlra.training import logits, memory_flags, muon
 from megatron_mlra.training.cpu_backend import CPU_DEFAULTS
+from megatron_mlra.training.expert_checks import check_experts
 from megatron_mlra.training.number_checks import check_numbers, check_required
 from megatron_mlra.training.rope import check_rope
 
@@ -53,6 +54,7 @@ def check_arguments(args: Namespace) -> None:
     _check_schedule(args)
     _check_precision(args)
     _check_parallel(args)
+    check_experts(args)
     _check_context_parallel(args)
     _check_packed(args)
     check_multi_token(args)
