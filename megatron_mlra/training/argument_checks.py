@@ -54,7 +54,6 @@ def check_arguments(args: Namespace) -> None:
     _check_schedule(args)
     _check_precision(args)
     _check_parallel(args)
-    check_experts(args)
     _check_context_parallel(args)
     _check_packed(args)
     check_multi_token(args)
@@ -65,6 +64,7 @@ def check_arguments(args: Namespace) -> None:
     muon.check(args)
     logits.check(args)
     memory_flags.check(args)
+    check_experts(args)
 
 
 def _check_replaced(args: Namespace) -> None:

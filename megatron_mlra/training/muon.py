@@ -33,7 +33,7 @@ from megatron.core.optimizer.emerging_optimizers import (
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from torch import Tensor
 
-from megatron_mlra.command_line.parser import say
+from megatron_mlra.command_line.parser import flag, say
 from megatron_mlra.sharding.matrices import Rows, grouped_query_matrices
 
 KNOWN = ("adam", "sgd", "muon", "lion")
@@ -237,6 +237,10 @@ def _taken(optimizer: str, param: Tensor, left_to: str) -> str:
     return f"{optimizer}: {'; '.join(kinds)}"
 
 
+_OF_ADAM = ("use_precision_aware_optimizer", "optimizer_cpu_offload", "use_megatron_fsdp")
+"""Flags that need Adam."""
+
+
 def check(args: Namespace) -> None:
     """Refuse flags that the chosen optimizer does not support.
 
@@ -244,6 +248,12 @@ def check(args: Namespace) -> None:
         ValueError: one line that names the flag and the fix.
     """
     name = args.optimizer.removeprefix("dist_")
+    for each in _OF_ADAM if name != "adam" else ():
+        if getattr(args, each) and not (name == "sgd" and each == "use_megatron_fsdp"):
+            raise ValueError(
+                f"{flag(each)} knows Adam alone, and --optimizer is {args.optimizer}; leave it"
+                " out, or use --optimizer adam"
+            )
     if name in ("adam", "sgd"):
         return
     if not HAVE_EMERGING_OPTIMIZERS:
