@@ -25,6 +25,15 @@ _SCHEDULE = {
 }
 """Key of the schedule's state -> the argument from which Megatron sets it."""
 
+_KIND = "param_state_sharding_type"
+
+_CUTS = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)
+
 _FRESH = "add --no-load-optim to go on with fresh moments, or --finetune for a new run"
 
 
@@ -56,9 +65,30 @@ def check_optimizer(stored: TorchDistFolder, args: Namespace) -> None:
                 f"checkpoint {stored.path} was saved with {flag(name)} {there}, and this run has"
                 f" {here}; use the same, or {_FRESH}"
             )
+    _check_layout(stored, state, saved, args)
     if getattr(args, "num_experts", None):
         _check_experts(stored, saved, args)
     _check_schedule(stored, state.get("opt_param_scheduler"), saved, args)
+
+
+def _check_layout(stored: TorchDistFolder, state: dict, saved: Any, args: Namespace) -> None:
+    """Refuse another layout than that of parts that each rank saved as it held them."""
+    optimizer = state.get("optimizer")
+    parts = optimizer.values() if isinstance(optimizer, dict) else ()
+    kinds = {each.get(_KIND) for each in (optimizer, *parts) if isinstance(each, dict)}
+    if "dp_reshardable" not in kinds:
+        return
+    different = [
+        f"{flag(name)} is {there} there, {here} here"
+        for name in _CUTS
+        if (there := getattr(saved, name, 1)) != (here := getattr(args, name))
+    ]
+    if different:
+        raise ValueError(
+            f"checkpoint {stored.path} has each rank's own part of the optimizer"
+            f" (dist_ckpt_optim_fully_reshardable: false): {'; '.join(different)}; use the same,"
+            f" or {_FRESH}"
+        )
 
 
 def _check_experts(stored: TorchDistFolder, saved: Any, args: Namespace) -> None:
