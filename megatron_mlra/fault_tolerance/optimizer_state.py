@@ -27,12 +27,8 @@ _SCHEDULE = {
 
 _KIND = "param_state_sharding_type"
 
-_CUTS = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-)
+_CUTS = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+_CUTS_OF_EXPERTS = ("expert_model_parallel_size", "expert_tensor_parallel_size")
 
 _FRESH = "add --no-load-optim to go on with fresh moments, or --finetune for a new run"
 
@@ -80,7 +76,7 @@ def _check_layout(stored: TorchDistFolder, state: dict, saved: Any, args: Namesp
         return
     different = [
         f"{flag(name)} is {there} there, {here} here"
-        for name in _CUTS
+        for name in (*_CUTS, *(_CUTS_OF_EXPERTS if getattr(args, "num_experts", None) else ()))
         if (there := getattr(saved, name, 1)) != (here := getattr(args, name))
     ]
     if different:
