@@ -25,6 +25,11 @@ _SCHEDULE = {
 }
 """Key of the schedule's state -> the argument from which Megatron sets it."""
 
+_KIND = "param_state_sharding_type"
+
+_CUTS = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+_CUTS_OF_EXPERTS = ("expert_model_parallel_size", "expert_tensor_parallel_size")
+
 _FRESH = "add --no-load-optim to go on with fresh moments, or --finetune for a new run"
 
 
@@ -49,14 +54,50 @@ def check_optimizer(stored: TorchDistFolder, args: Namespace) -> None:
             f"checkpoint {stored.path} has an optimizer of {there} weights, and this run trains in"
             f" {here}; train in {there}, or {_FRESH}"
         )
-    for name in ("optimizer", "use_distributed_optimizer"):
+    for name in ("optimizer", "muon_scalar_optimizer", "use_distributed_optimizer"):
         there, here = _of_optimizer(saved, name), _of_optimizer(args, name)
         if there is not None and there != here:
             raise ValueError(
                 f"checkpoint {stored.path} was saved with {flag(name)} {there}, and this run has"
                 f" {here}; use the same, or {_FRESH}"
             )
+    _check_layout(stored, state, saved, args)
+    if getattr(args, "num_experts", None):
+        _check_experts(stored, saved, args)
     _check_schedule(stored, state.get("opt_param_scheduler"), saved, args)
+
+
+def _check_layout(stored: TorchDistFolder, state: dict, saved: Any, args: Namespace) -> None:
+    """Refuse another layout than that of parts that each rank saved as it held them."""
+    optimizer = state.get("optimizer")
+    parts = optimizer.values() if isinstance(optimizer, dict) else ()
+    kinds = {each.get(_KIND) for each in (optimizer, *parts) if isinstance(each, dict)}
+    if "dp_reshardable" not in kinds:
+        return
+    different = [
+        f"{flag(name)} is {there} there, {here} here"
+        for name in (*_CUTS, *(_CUTS_OF_EXPERTS if getattr(args, "num_experts", None) else ()))
+        if (there := getattr(saved, name, 1)) != (here := getattr(args, name))
+    ]
+    if different:
+        raise ValueError(
+            f"checkpoint {stored.path} has each rank's own part of the optimizer"
+            f" (dist_ckpt_optim_fully_reshardable: false): {'; '.join(different)}; use the same,"
+            f" or {_FRESH}"
+        )
+
+
+def _check_experts(stored: TorchDistFolder, saved: Any, args: Namespace) -> None:
+    """Megatron has groups of parameters of their own for experts that are spread over ranks."""
+    there = getattr(saved, "expert_model_parallel_size", 1)
+    here = args.expert_model_parallel_size
+    if (there > 1) != (here > 1):
+        same = "one above 1" if there > 1 else "1"
+        raise ValueError(
+            f"checkpoint {stored.path} has the optimizer of --expert-model-parallel-size {there},"
+            f" and this run has {here}: Megatron stores that of a size above 1 in another way; use"
+            f" {same}, or {_FRESH}"
+        )
 
 
 def _precision(args: Any) -> str:
@@ -64,6 +105,8 @@ def _precision(args: Any) -> str:
 
 
 def _of_optimizer(args: Any, name: str) -> Any:
+    if name == "muon_scalar_optimizer" and getattr(args, "optimizer", None) != "muon":
+        return None  # of no effect
     # For optimizers of whole matrices (Muon) Megatron replaces the one flag by the other.
     if name == "use_distributed_optimizer" and getattr(
         args, "use_layer_wise_distributed_optimizer", False

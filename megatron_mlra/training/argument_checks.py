@@ -19,6 +19,7 @@ from megatron_mlra.fault_tolerance.hang import collective_seconds
 from megatron_mlra.layers.config import resolve_core_backend
 from megatron_mlra.training import logits, memory_flags, muon, schedule
 from megatron_mlra.training.cpu_backend import CPU_DEFAULTS
+from megatron_mlra.training.expert_checks import check_experts
 from megatron_mlra.training.rope import check_rope
 from megatron_mlra.training.value_checks import check_required, check_values
 
@@ -45,6 +46,7 @@ def check_arguments(args: Namespace) -> None:
     muon.check(args)
     logits.check(args)
     memory_flags.check(args)
+    check_experts(args)
 
 
 def _check_values(args: Namespace) -> None:

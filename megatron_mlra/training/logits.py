@@ -112,7 +112,7 @@ class LogitWatch:
         where = f" (layer {self.largest.index(top) + 1})" if len(self.largest) > 1 else ""
         parts = [f"max logit {top:#.3g}{where}"]
         if self.clipped:
-            parts.append(f"{self.clipped} heads clipped")
+            parts.append(f"{self.clipped} head{'s' * (self.clipped > 1)} clipped")
         self.clipped = 0
         return parts
 

@@ -13,6 +13,7 @@ from argparse import ArgumentParser, Namespace
 from typing import NamedTuple
 
 import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
 
 from megatron_mlra.command_line.parser import flag
 
@@ -233,6 +234,7 @@ def check(args: Namespace) -> None:
                 f"--dry-run does not count what {flag(offloads[0])} moves; leave one out"
             )
         return
+    _check_precision_aware(args)
     for name in (*offloads, *(["delay_wgrad_compute"] if args.delay_wgrad_compute else ())):
         if args.transformer_impl != "transformer_engine" and name != "optimizer_cpu_offload":
             raise ValueError(
@@ -253,6 +255,25 @@ _OFFLOADING = (
     "cpu_offloading_num_layers",
     "optimizer_cpu_offload",
 )
+
+
+def _check_precision_aware(args: Namespace) -> None:
+    """Refuse what Megatron would refuse only once all ranks have met."""
+    asked = "--use-precision-aware-optimizer"
+    if not args.use_precision_aware_optimizer:
+        for name in ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
+            if getattr(args, name) != "fp32":
+                raise ValueError(
+                    f"{flag(name)} {getattr(args, name)} needs {asked}; add it, or leave"
+                    f" {flag(name)} out"
+                )
+    elif not (args.use_distributed_optimizer or args.use_megatron_fsdp):
+        raise ValueError(f"{asked} needs --use-distributed-optimizer; add it, or leave it out")
+    elif not (HAVE_TE or args.optimizer_cpu_offload):
+        raise ValueError(
+            f"{asked} needs Transformer Engine's Adam on a GPU; install the extra"
+            " megatron-mlra[te], or leave it out"
+        )
 
 
 def _check_megatron_fsdp(args: Namespace) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import traceback
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -32,7 +33,7 @@ from megatron.core.optimizer.emerging_optimizers import (
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from torch import Tensor
 
-from megatron_mlra.command_line.parser import say
+from megatron_mlra.command_line.parser import flag, say
 from megatron_mlra.sharding.matrices import Rows, grouped_query_matrices
 
 KNOWN = ("adam", "sgd", "muon", "lion")
@@ -58,6 +59,14 @@ class MatrixMuon(TensorParallelMuon):
         rows: tuple[Rows, ...] | None = getattr(p, "matrices", None)
         if rows is None:
             return super().orthogonalize(p, grad, **kwargs)
+        if not cuts_a_group(grad, rows):
+            return self._by_matrices(grad, rows)
+        if self.tp_mode == "blockwise":
+            return super().orthogonalize(p, grad, **kwargs)
+        return self._of_all_ranks(grad, 0, lambda whole: self._by_matrices(whole, rows))
+
+    def _by_matrices(self, grad: Tensor, rows: tuple[Rows, ...]) -> Tensor:
+        """`orthogonalize` of a weight whose rows are whole groups."""
         groups = grad.reshape(-1, sum(r.count for r in rows), grad.shape[-1])
         runs = groups.split([r.count for r in rows], dim=1)
         done = [self._run(run, each) for run, each in zip(runs, rows, strict=True)]
@@ -65,17 +74,31 @@ class MatrixMuon(TensorParallelMuon):
 
     def _run(self, run: Tensor, rows: Rows) -> Tensor:
         """`[groups, count, columns]` -> the same shape, with each matrix orthogonalised."""
-        whole, group = run, None
-        if rows.gathered and self.pg_collection and self.tp_mode != "blockwise":
-            group = self.pg_collection.tp
-            parts = [torch.empty_like(run) for _ in range(group.size())]
-            torch.distributed.all_gather(parts, run.contiguous(), group)
-            whole = torch.cat(parts, dim=1)
-        # Of a cut matrix that is not gathered (blockwise), this rank's part counts as a matrix.
-        height = min(rows.matrix, whole.shape[1])
-        matrices = whole.reshape(-1, height, whole.shape[-1])
-        done = self.scaled_orthogonalize_fn(matrices, None, None).view(whole.shape)
-        return done if group is None else done.chunk(group.size(), dim=1)[group.rank()]
+
+        def orthogonalized(whole: Tensor) -> Tensor:
+            # Of a cut matrix that is not gathered (blockwise), this rank's part counts as a matrix.
+            height = min(rows.matrix, whole.shape[1])
+            matrices = whole.reshape(-1, height, whole.shape[-1])
+            return self.scaled_orthogonalize_fn(matrices, None, None).view(whole.shape)
+
+        if rows.gathered and self.tp_mode != "blockwise":
+            return self._of_all_ranks(run, 1, orthogonalized)
+        return orthogonalized(run)
+
+    def _of_all_ranks(self, part: Tensor, dim: int, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """This rank's part, along `dim`, of `function` of all tensor-parallel ranks' parts."""
+        if not self.pg_collection:
+            return function(part)
+        group = self.pg_collection.tp
+        parts = [torch.empty_like(part) for _ in range(group.size())]
+        torch.distributed.all_gather(parts, part.contiguous(), group)
+        return function(torch.cat(parts, dim=dim)).chunk(group.size(), dim=dim)[group.rank()]
+
+
+def cuts_a_group(weight: Tensor, rows: tuple[Rows, ...]) -> bool:
+    """Whether a rank's part of a weight ends within a group, so that several ranks share a group:
+    key/value heads of grouped queries, where they are fewer than ranks."""
+    return weight.numel() // weight.shape[-1] % sum(r.count for r in rows) != 0
 
 
 def is_for_adam(param: Tensor) -> bool:
@@ -114,14 +137,12 @@ def cut_grouped_queries(chunks: Iterable[torch.nn.Module]) -> None:
         for name, param in chunk.named_parameters():
             if not name.endswith("linear_qkv.weight"):
                 continue
-            rows = grouped_query_matrices(
+            param.matrices = grouped_query_matrices(
                 config.num_attention_heads,
                 config.num_query_groups,
                 config.kv_channels,
                 bool(getattr(config, "attention_output_gate", False)),
             )
-            if param.shape[0] % sum(r.count for r in rows) == 0:
-                param.matrices = rows
 
 
 def owns_whole_matrices(args: Namespace) -> bool:
@@ -164,23 +185,33 @@ def around_optimizer(build: Callable[..., Any], args: Namespace) -> Callable[...
         try:
             optimizer = build(config, model_chunks, *more, **named)
         except (ValueError, AssertionError) as error:
-            raise OptimizerRefused(f"--optimizer {config.optimizer}: {error}") from error
+            # Some of Megatron's assertions have no text.
+            failed = traceback.extract_tb(error.__traceback__)[-1].line
+            why = str(error) or f"Megatron refuses these arguments: `{failed}`"
+            raise OptimizerRefused(f"--optimizer {config.optimizer}: {why}") from error
         if args.verbose_optimizer and args.rank == 0:
-            say(table(config.optimizer, model_chunks))
+            say(table(config.optimizer, model_chunks, config.muon_scalar_optimizer))
         return optimizer
 
     return wrapped
 
 
-def table(optimizer: str, chunks: Iterable[torch.nn.Module]) -> str:
-    """The optimizer of each weight of this rank, one line for equal weights of several layers."""
+def table(
+    optimizer: str, chunks: Iterable[torch.nn.Module], muon_scalar_optimizer: str = "adam"
+) -> str:
+    """The optimizer of each weight of this rank, one line for equal weights of several layers.
+
+    Args:
+        muon_scalar_optimizer: takes what Muon leaves.
+    """
+    left_to = muon_scalar_optimizer if optimizer == "muon" else "adam"
     found: dict[tuple[str, str, str], int] = defaultdict(int)
     for chunk in chunks:
         for name, param in chunk.named_parameters():
             if param.requires_grad:
                 short = re.sub(r"\.layers\.\d+\.", ".layers.*.", name.removeprefix("module."))
                 shape = " x ".join(map(str, param.shape))
-                found[short, f"[{shape}]", _taken(optimizer, param)] += 1
+                found[short, f"[{shape}]", _taken(optimizer, param, left_to)] += 1
     wide = [max(len(row[i]) for row in found) for i in range(2)]
     lines = [f"optimizer {optimizer}, weights of this rank:"]
     for (name, shape, taken), count in found.items():
@@ -189,21 +220,25 @@ def table(optimizer: str, chunks: Iterable[torch.nn.Module]) -> str:
     return "\n".join(lines)
 
 
-def _taken(optimizer: str, param: Tensor) -> str:
+def _taken(optimizer: str, param: Tensor, left_to: str) -> str:
     if optimizer in ("adam", "sgd"):
         return optimizer
     if is_for_adam(param):
-        return "adam"
+        return left_to
     rows = getattr(param, "matrices", None)
     if optimizer != "muon" or rows is None:
         return optimizer
-    groups = param.numel() // param.shape[-1] // sum(r.count for r in rows)
+    groups = max(1, param.numel() // param.shape[-1] // sum(r.count for r in rows))
     kinds = []
     for r in rows:
-        cut = " (gathered)" if r.gathered else ""
+        cut = " (gathered)" if r.gathered or cuts_a_group(param, rows) else ""
         number = groups * max(1, r.count // r.matrix)
         kinds.append(f"{number} of [{r.matrix} x {param.shape[-1]}], {r.name}{cut}")
     return f"{optimizer}: {'; '.join(kinds)}"
+
+
+_OF_ADAM = ("use_precision_aware_optimizer", "optimizer_cpu_offload", "use_megatron_fsdp")
+"""Flags that need Adam."""
 
 
 def check(args: Namespace) -> None:
@@ -213,6 +248,12 @@ def check(args: Namespace) -> None:
         ValueError: one line that names the flag and the fix.
     """
     name = args.optimizer.removeprefix("dist_")
+    for each in _OF_ADAM if name != "adam" else ():
+        if getattr(args, each) and not (name == "sgd" and each == "use_megatron_fsdp"):
+            raise ValueError(
+                f"{flag(each)} knows Adam alone, and --optimizer is {args.optimizer}; leave it"
+                " out, or use --optimizer adam"
+            )
     if name in ("adam", "sgd"):
         return
     if not HAVE_EMERGING_OPTIMIZERS:
@@ -234,6 +275,11 @@ def check(args: Namespace) -> None:
         raise ValueError(
             f"--use-distributed-optimizer with --optimizer {args.optimizer} holds float32 copies of"
             " bf16 weights, and nothing else; add --bf16, or leave it out"
+        )
+    if args.optimizer.startswith("dist_") and not args.bf16:
+        raise ValueError(
+            f"--optimizer {args.optimizer} is {name} with --use-distributed-optimizer, which holds"
+            f" float32 copies of bf16 weights; add --bf16, or use --optimizer {name}"
         )
     if args.attention == "mlra" and name not in KNOWN:
         raise ValueError(

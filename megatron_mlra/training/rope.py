@@ -38,8 +38,11 @@ def check_rope(args: Namespace) -> None:
     """
     kind = args.attention
     if args.position_embedding_type != "rope":
-        fix = "use --rope-type yarn" if args.position_embedding_type == "yarn" else "leave it out"
-        raise ValueError(f"--position-embedding-type {args.position_embedding_type}: {fix}")
+        asked, fix = args.position_embedding_type, "leave it out"
+        if kind == "mlra":
+            instead = {"yarn": "use --rope-type yarn", "none": "use --qk-rope-head-dim 0"}
+            fix = instead.get(asked, fix)
+        raise ValueError(f"--position-embedding-type {asked}: {fix}")
     for name in ("rotary_seq_len_interpolation_factor", "use_rope_scaling"):
         if getattr(args, name) and kind != "gqa":
             raise ValueError(

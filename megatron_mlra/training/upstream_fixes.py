@@ -44,14 +44,17 @@ def state_dict_with_state(state_dict: Callable, run: Any) -> Callable:
 
 
 def set_states_with_step(set_states: Callable, run: Any) -> Callable:
-    """Wrap `_set_main_param_and_optimizer_states`, which asks loaded states for a `step` that they
-    do not hold."""
+    """Wrap `_set_main_param_and_optimizer_states`, which takes `step` from loaded states.
+
+    They hold none, or, where each rank saves its own part of the buckets, that of a new optimizer:
+    0. The one that counts was loaded with the parameter groups.
+    """
 
     def set_with_step(self, model_param, tensors):
         group, order = self.model_param_group_index_map[model_param]
         main_param = self.optimizer.param_groups[group]["params"][order]
         step = self.optimizer.state[main_param].get("step")
-        set_states(self, model_param, {"step": step, **tensors})
+        set_states(self, model_param, {**tensors, "step": step})
 
     return set_states if HAVE_APEX_OR_TE else set_with_step
 

@@ -50,6 +50,8 @@ POSITIVE = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
     "tpa_q_rank",
     "tpa_kv_rank",
     "keep_last",

@@ -115,3 +115,5 @@ def test_the_table_says_what_goes_where(results: Path) -> None:
     assert norm[1:3] == ["[96]", "adam"]
     twin = load(results, "GQA")["table"]
     assert "8 of [16 x 64], a query; 4 of [16 x 64], a key; 4 of [16 x 64], a value" in twin
+    cut = load(results, "GQA tp8")["table"]
+    assert "2 of [16 x 64], a query (gathered); 1 of [16 x 64], a key (gathered); 1 of" in cut

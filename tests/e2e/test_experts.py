@@ -94,3 +94,22 @@ def test_other_routing_is_another_architecture(trained, entry, moe_preset, tmp_p
     argv = ["--config", moe_preset, "--load", trained.folder / "save"]
     run = entry.run(tmp_path, *argv, "--moe-router-topk-scaling-factor", 2.5)
     assert run.code == 2 and "moe_router_topk_scaling_factor is None there, 2.5 here" in run.err
+
+
+def test_the_optimizer_of_spread_experts_is_another_one(trained, entry, moe_preset, tmp_path):
+    argv = ["--config", moe_preset, "--load", trained.folder / "save", "--exit-interval", 5]
+    run = entry.run(tmp_path / "parts", *argv, ranks=2)
+    assert run.code == 2 and run.err.count("\n") == 1
+    said = "--expert-model-parallel-size is 2 there, 1 here; use the same, or add --no-load-optim"
+    assert said in run.err
+    save, argv = tmp_path / "save", ["--config", moe_preset, "--dist-ckpt-optim-fully-reshardable"]
+    spread = ["--save", save, "--expert-model-parallel-size", 2, "--exit-interval", 4]
+    run = entry.run(tmp_path / "first", *argv, *spread, ranks=2)
+    assert run.code == 0, run.err
+    argv += ["--load", save, "--exit-interval", 5]
+    run = entry.run(tmp_path / "refused", *argv, ranks=2)
+    assert run.code == 2 and run.err.count("\n") == 1
+    said = "has the optimizer of --expert-model-parallel-size 2, and this run has 1: Megatron"
+    assert said in run.err and "use one above 1, or add --no-load-optim" in run.err
+    run = entry.run(tmp_path / "fresh", *argv, "--no-load-optim", ranks=2)
+    assert run.code == 0 and "continuing after step 4" in run.out, run.err

@@ -68,6 +68,21 @@ def test_the_distributed_optimizer_trains_alike_and_goes_on(entry, preset, tmp_p
         assert run.losses[step] == pytest.approx(loss, rel=2e-3), step
 
 
+def test_what_muon_leaves_may_go_to_lion(entry, preset, tmp_path):
+    save = tmp_path / "save"
+    argv = (*("--config", preset, "--load", save, "--save", save), *MUON)
+    lion = ("--muon-scalar-optimizer", "lion")
+    run = entry.run(tmp_path, *argv, *lion, "--exit-interval", 4, "--verbose-optimizer")
+    assert run.code == 0, run.err
+    (norm,) = (line for line in run.out.splitlines() if ".kv_norm.weight" in line)
+    assert norm.split()[2] == "lion"
+    other = entry.run(tmp_path / "other", *argv)
+    assert other.code == 2 and other.err.count("\n") == 1
+    said = "saved with --muon-scalar-optimizer lion, and this run has adam; use the same, or add"
+    assert said in other.err
+    assert entry.run(tmp_path, *argv, *lion).code == 0
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
@@ -76,6 +91,7 @@ def test_the_distributed_optimizer_trains_alike_and_goes_on(entry, preset, tmp_p
             "--optimizer soap takes each weight as one matrix",
         ),
         (("--optimizer", "muon", DISTRIBUTED), "copies of bf16 weights, and nothing else; add --b"),
+        (("--optimizer", "dist_muon"), "bf16 weights; add --bf16, or use --optimizer muon"),
         (("--optimizer", "muon", "--fp16"), "--optimizer muon has no loss scaling; use --bf16"),
     ],
 )

@@ -51,6 +51,29 @@ def test_what_differs_is_named_beforehand(resume, case):
     assert said in run.err
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_moments_that_each_rank_saves_go_on(entry, preset, tmp_path, optimizer):
+    """`dist_ckpt_optim_fully_reshardable: false`: the optimizer's own parts, nothing gathered."""
+    save, own = tmp_path / "whole/save", tmp_path / "own.yaml"
+    own.write_text(f"base: {preset}\ndist_ckpt_optim_fully_reshardable: false\n")
+    argv = ("--config", own, "--bf16", "--use-distributed-optimizer", "--optimizer", optimizer)
+    argv += ("--log-interval", 1)
+    whole = entry.run(tmp_path / "whole", *argv, "--save", save, ranks=2)
+    assert whole.code == 0, whole.err
+    shutil.rmtree(save / "iter_0000008")
+    (save / "latest_checkpointed_iteration.txt").write_text("4")
+    for ranks in (2, 1):
+        run = entry.run(tmp_path / f"on-{ranks}", *argv, "--load", save, ranks=ranks)
+        assert run.code == 0, run.err
+        for step in (5, 6, 7, 8):
+            assert run.losses[step] == pytest.approx(whole.losses[step], abs=2e-3), step
+    argv += ("--load", save, "--tensor-model-parallel-size", 2)
+    other = entry.run(tmp_path / "other", *argv, ranks=2)
+    assert other.code == 2 and other.err.count("\n") == 1, other.err
+    said = "--tensor-model-parallel-size is 1 there, 2 here; use the same, or add --no-load-optim"
+    assert said in other.err
+
+
 def test_a_checkpoint_without_an_optimizer(entry, preset, tmp_path):
     save = tmp_path / "save"
     argv = ("--config", preset, "--save", save, "--load", save)

@@ -28,7 +28,11 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "MLA tp2": ("MLA", {"tp": 2}, {}),
     "GLA-2 tp4 latent": ("GLA-2", {"tp": 4}, {"latent_tp_layout": "latent"}),
     "MLRA-4 unscaled tp2": ("MLRA-4 unscaled, no q latent", {"tp": 2}, {}),
+    "MLRA-4 MTP tp2": ("MLRA-4 MTP", {"tp": 2}, {"latent_tp_layout": "latent"}),
+    "MLRA-4 MoE tp2": ("MLRA-4 MoE", {"tp": 2}, {"sequence_parallel": True}),
     "GQA tp2": ("GQA", {"tp": 2}, {}),
+    # Two ranks share a group's key and value: a rank holds a part of the group's rows.
+    "GQA tp8": ("GQA", {"tp": 8}, {}),
 }
 """Case -> model, layout, further configuration."""
 

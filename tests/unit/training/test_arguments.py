@@ -102,6 +102,29 @@ def test_more_processes_are_asked_for_where_they_help(asked, said):
         parse(["--config", DEBUG, "--mock-data", "--tensor-model-parallel-size", asked])
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--expert-model-parallel-size 2", "ranks, and there are none; add --num-experts"),
+        ("--num-experts 4 --expert-model-parallel-size 3", "divide --num-experts 4; use 2"),
+        ("--num-experts 4 --expert-model-parallel-size 0", "is 0; it must be at least 1"),
+        (
+            "--num-experts 4 --expert-model-parallel-size 2",
+            "2 needs a multiple of 2 processes and there are 1; launch with torchrun",
+        ),
+        (
+            "--num-experts 4 --expert-model-parallel-size 2 --tensor-model-parallel-size 2"
+            " --sequence-parallel --dry-run 2",
+            "2, that of other layers, needs a multiple of 4 processes and there are 2; use"
+            " --expert-tensor-parallel-size 1",
+        ),
+    ],
+)
+def test_experts_that_do_not_fit_are_refused_at_once(words, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        parse(["--config", DEBUG, "--mock-data", *words.split()])
+
+
 def test_every_switch_has_an_opposite(tmp_path):
     on = ["bf16", "no_check_for_nan_in_loss_and_grad", "disable_bias_linear", "variance_scaling"]
     text = "".join(f"{name}: true\n" for name in on)
@@ -168,6 +191,10 @@ YARN = {"rope_type": "yarn", "yarn_original_max_position_embeddings": 2048}
         (
             {"position_embedding_type": "yarn"},
             "--position-embedding-type yarn: use --rope-type yarn",
+        ),
+        (
+            {"position_embedding_type": "none"},
+            "--position-embedding-type none: use --qk-rope-head-dim 0",
         ),
         (
             {"rotary_scaling_factor": 4.0},
@@ -301,7 +328,12 @@ def test_what_an_optimizer_refuses_is_no_fault_to_start_again_after(capsys, monk
     def build(*_):
         raise ValueError("no such flag")
 
+    def build_silently(*_):
+        raise AssertionError
+
     args = Namespace(verbose_optimizer=False, rank=0)
+    with pytest.raises(ValueError, match=r"--optimizer adam: Megatron refuses .*raise Asserti"):
+        muon.around_optimizer(build_silently, args)(Namespace(optimizer="adam"), [])
     with pytest.raises(ValueError, match="--optimizer adam: no such flag") as refused:
         muon.around_optimizer(build, args)(Namespace(optimizer="adam"), [])
     monkeypatch.setenv("WORLD_SIZE", "2")

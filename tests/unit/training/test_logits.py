@@ -74,6 +74,8 @@ def test_lines_and_points():
     watch.largest, watch.clipped = [1.0, 123.44, -3.0], 2
     assert watch.said() == ["max logit 123. (layer 2)", "2 heads clipped"]
     assert watch.said() == ["max logit 123. (layer 2)"]
+    watch.clipped = 1
+    assert watch.said()[1] == "1 head clipped"
     names = [f"max_attention_logit/layer_{i}" for i in (1, 2, 3)]
     assert watch.points() == {"max_attention_logit": 123.44} | dict(
         zip(names, watch.largest, strict=True)

@@ -79,6 +79,23 @@ def environment(monkeypatch):
             "--use-megatron-fsdp --expert-model-parallel-size 2",
             "--expert-model-parallel-size 2 has not been tried; use 1",
         ),
+        (
+            "--use-precision-aware-optimizer --use-distributed-optimizer",
+            "--use-precision-aware-optimizer needs Transformer Engine's Adam on a GPU; install",
+        ),
+        (
+            "--use-precision-aware-optimizer --no-use-distributed-optimizer",
+            "--use-precision-aware-optimizer needs --use-distributed-optimizer; add it",
+        ),
+        ("--exp-avg-dtype bf16", "--exp-avg-dtype bf16 needs --use-precision-aware-optimizer; add"),
+        *(
+            (f"--optimizer muon {name}", f"{name} knows Adam alone, and --optimizer is muon; leave")
+            for name in (
+                "--use-precision-aware-optimizer",
+                "--optimizer-cpu-offload",
+                "--use-megatron-fsdp",
+            )
+        ),
     ],
 )
 def test_what_cannot_work_is_one_line(flags, words, environment):
