@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.platforms import current_platform
@@ -37,8 +38,15 @@ class LatentChecks(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """See `check`."""
+        """See `check`. The longest sequence becomes the model's positions if no flag says it: for
+        YaRN vLLM takes `original_max_position_embeddings * factor`, which may be more or fewer."""
         check(vllm_config)
+        model = vllm_config.model_config
+        positions = model.hf_config.max_position_embeddings
+        if model.original_max_model_len is None:
+            model.max_model_len = positions
+        elif model.original_max_model_len == -1:  # as long as memory allows
+            model.max_model_len = min(model.max_model_len, positions)
 
 
 def register_checks() -> None:
@@ -81,6 +89,9 @@ def _problems(vllm_config: VllmConfig):
             "context parallelism is not there for latent attention; leave"
             " --decode-context-parallel-size and --prefill-context-parallel-size at 1"
         )
+    asked, positions = model.original_max_model_len, config.max_position_embeddings
+    if asked is not None and asked > positions and not envs.VLLM_ALLOW_LONG_MAX_MODEL_LEN:
+        yield f"--max-model-len {asked} is more than the model's {positions} positions; lower it"
     yield from _size_problems(config, cache.block_size)
     try:
         plan(

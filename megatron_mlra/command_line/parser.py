@@ -95,7 +95,10 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message as one line and exit with code 2."""
-        self.exit(2, f"error: {one_line(refusal(message, self._option_string_actions))}\n")
+        said = refusal(message, self._option_string_actions)
+        if self.passes_on and message.startswith("unrecognized arguments: -"):
+            said += "; flags of the program that is started go behind --"
+        self.exit(2, f"error: {one_line(said)}\n")
 
     def parse_args(self, args=None, namespace=None):
         """As argparse's, but unknown flags are refused first, those of subcommands too."""

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -21,6 +22,7 @@ import pytest
 
 from megatron_mlra.checkpoint.huggingface.folder import write_huggingface
 from megatron_mlra.checkpoint.megatron.writer import write_megatron
+from megatron_mlra.command_line.commands import COMMANDS
 from megatron_mlra.launch.ports import reserve_port
 from megatron_mlra.serving import cli
 from megatron_mlra.serving.cli import main
@@ -51,7 +53,12 @@ def port():
         (["nowhere"], "nowhere is not a folder; give a run, a checkpoint or an exported folder"),
         (["{my}", "--port", "70000"], "--port 70000 is no port; use 1 to 65535"),
         (["{my}", "--port", "0"], "--port 0 is no port; use 1 to 65535"),
-        (["{my}", "--host", "192.0.2.1"], "port 8000 of 192.0.2.1 cannot be used"),
+        (["{my}", "--host", "192.0.2.1"], "(Cannot assign requested address); use another --host"),
+        (["{my}", "--host", "nowhere.invalid"], "port 8000 of nowhere.invalid cannot be used"),
+        (["{my}", "--host", "ä" * 64], "is no host's name; use another"),
+        (["{my}", "--", "--port=9000"], "--port behind --: use --port in front of --"),
+        (["{my}", "--", "--served_model_name", "a"], "behind --: use --name in front of --"),
+        (["{my}", "--", "--ssl-keyf", "a"], "--ssl-keyf behind --: mlra serve speaks HTTP"),
         (["{my}", "--chat-template", "{my}/none"], "{my}/none: No such file or directory"),
         (["{my}", "--python", "{my}"], "--python {my} is no Python with vLLM and this project's"),
         (["{my}", "--python", sys.executable], "make one: python3 -m venv .venv-vllm &&"),
@@ -65,6 +72,20 @@ def test_refusals(words, said, exported, port, capsys):
     out = capsys.readouterr()
     assert out.out == "" and out.err.startswith("error: ") and out.err.count("\n") == 1
     assert said.format(my=exported) in out.err
+
+
+def test_a_flag_of_vllm_is_told_its_place(exported, capsys):
+    with pytest.raises(SystemExit):
+        main([str(exported), "--max-num-seqs", "4"])
+    said = "error: unknown flag --max-num-seqs; flags of the program that is started go behind --\n"
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("name", ["host", "name", "dtype", "kv-cache-dtype", "export-to", "python"])
+def test_a_variable_that_is_not_set_is_no_value(name, exported, capsys):
+    """`--host ""` listened to the whole network, `--export-to ""` took the working directory."""
+    assert COMMANDS["serve"].run([str(exported), f"--{name}", ""]) == 2
+    assert f"error: --{name} is given an empty name" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -236,6 +257,9 @@ def test_waiting_for_a_server(tmp_path, port):
         wait_until_healthy(own, "127.0.0.1", port, 60)
         with pytest.raises(RuntimeError, match="did not answer within"):
             wait_until_healthy(own, "127.0.0.1", port + 1 if port < 65535 else 1, 0.5)
+        # Another process answers at the port.
+        with running(["sleep", "60"], log) as late, pytest.raises(RuntimeError, match="not answer"):
+            wait_until_healthy(late, "127.0.0.1", port, 3)
     own = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
     with pytest.raises(RuntimeError, match="exit code 3"):
         wait_until_healthy(own, "127.0.0.1", port, 60)
@@ -256,6 +280,42 @@ def test_what_a_log_says_of_an_error(tmp_path):
         "    For further information visit a page\n"
     )
     assert last_error(log) == "3 does not fit; use 2"
+    log.write_text(
+        "usage: api_server.py [-h] [--headless]\n"
+        "api_server.py: error: unrecognized arguments: --no-such\n"
+    )
+    assert last_error(log) == "unrecognized arguments: --no-such"
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [
+        ("127.0.0.1", True),
+        ("127.0.0.2", True),
+        ("::1", True),
+        ("0:0:0:0:0:0:0:1", True),
+        ("LocalHost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("10.0.0.1", False),
+        ("localhost.example", False),
+    ],
+)
+def test_a_server_for_this_machine_has_the_page_that_guards_it(host, local, exported, capsys):
+    args = cli.parser().parse_args([str(exported), "--host", host])
+    args.vllm = []
+    command = cli._command(args, "python", exported, "my", True)
+    page = f"mlra_vllm.chat.{'Local' * local}ChatPage"
+    assert command[command.index("--middleware") + 1] == page
+    cli._say(args, host, "my", False, True)
+    assert ("whoever reaches this address" in capsys.readouterr().out) != local
+
+
+def test_the_example_can_be_pasted_whatever_the_models_name(exported, capsys):
+    args = cli.parser().parse_args([str(exported)])
+    cli._say(args, "127.0.0.1", "it's", False, True)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("curl ")]
+    assert json.loads(shlex.split(line)[-1])["model"] == "it's"
 
 
 def answer(page, path, host=None, method="GET"):
