@@ -12,7 +12,7 @@ from vllm.platforms import current_platform
 from vllm.transformers_utils import model_arch_config_convertor as architecture
 
 from mlra_kernels.latent_decode.validation import LATENT_DIMS, MAX_Q_LEN, ROPE_DIMS
-from mlra_vllm.config import MLRAConfig
+from mlra_vllm.config import MLRAConfig, config_problems
 from mlra_vllm.shard import plan
 
 PAGE_MULTIPLE = 16
@@ -25,7 +25,13 @@ class LatentArchitecture(architecture.ModelArchConfigConvertorBase):
     cached."""
 
     def get_head_size(self) -> int:
-        """The numbers of a cached row, without tensor parallelism."""
+        """The numbers of a cached row, without tensor parallelism.
+
+        Raises:
+            ValueError: config.json lacks a field, or contradicts itself.
+        """
+        for problem in config_problems(self.hf_text_config):
+            raise ValueError(problem)
         return self.hf_text_config.kv_lora_rank + self.hf_text_config.qk_rope_head_dim
 
     def get_total_num_kv_heads(self) -> int:
@@ -72,6 +78,7 @@ def _problems(vllm_config: VllmConfig):
         vllm_config.parallel_config,
     )
     config: MLRAConfig = model.hf_config
+    yield from config_problems(config)
     if model.quantization is not None:
         yield (
             f"quantization {model.quantization!r} of latent attention is not there; leave"

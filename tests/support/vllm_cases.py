@@ -214,6 +214,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"hf_overrides": {"kv_lora_rank": 64}},
         "the kernels take latent dims (64, 128, 256, 512), this model has 16",
     ),
+    "fields": (
+        {"hf_overrides": {"num_latent_heads": 0}},
+        "config.json: num_latent_heads is 0; it must be a whole number of at least 1",
+    ),
     "length": (
         {"hf_overrides": STRETCHED, "max_model_len": 257},
         "--max-model-len 257 is more than the model's 256 positions; lower it",
@@ -232,6 +236,14 @@ WRONG_WEIGHTS: dict[str, tuple[dict[str, Any], str]] = {
     "shape": (
         {"hf_overrides": {"q_lora_rank": 16}},
         "q_a_layernorm.weight is (32,) and config.json makes it (16,)",
+    ),
+    "tied": (
+        {"hf_overrides": {"tie_word_embeddings": True}},
+        "config.json ties the embedding to the output layer, and lm_head.weight is another",
+    ),
+    "vocabulary": (
+        {"hf_overrides": {"vocab_size": 300}},
+        "weight is (257, 64) and config.json makes it (300, 64)",
     ),
     "mlp": (
         {"hf_overrides": {"intermediate_size": 80}},
