@@ -228,6 +228,9 @@ def _check_export(args: argparse.Namespace, target: Path, checkpoint: Checkpoint
     again = f"remove {target} to export again, or leave it out"
     if args.tokenizer is not None:
         raise ValueError(f"--tokenizer {args.tokenizer}: {target} was exported before; {again}")
+    if not (target / "config.json").is_file():
+        where = "" if args.export_to is None else f"--export-to {args.export_to}: "
+        raise ValueError(f"{where}{target} is there, and is no export; move it, or name another")
     there = open_checkpoint(target, verify=args.verify)
     size = there.description.vocab_size
     if args.vocab_size not in (None, size):

@@ -1,14 +1,10 @@
-"""What `mlra serve` does without vLLM: refusals, processes and their ends, the page."""
+"""What `mlra serve` does without vLLM: refusals, processes and their ends."""
 
 from __future__ import annotations
 
-import asyncio
-import base64
 import contextlib
-import hashlib
 import json
 import os
-import re
 import shlex
 import shutil
 import socket
@@ -27,7 +23,6 @@ from megatron_mlra.launch.ports import reserve_port
 from megatron_mlra.serving import cli
 from megatron_mlra.serving.cli import main
 from megatron_mlra.serving.server import last_error, running, wait_until_healthy
-from mlra_vllm.chat import ChatPage, LocalChatPage
 from support.random_checkpoint import RandomFolder, grouped, latent
 from support.runs import wait_for_end
 
@@ -187,6 +182,14 @@ def test_the_same_command_again_serves_the_same_export(run, tmp_path, monkeypatc
     assert served(Path(".")).absolute() == run / "release" / "exported" / "release"
 
 
+@pytest.mark.parametrize("make", [Path.mkdir, Path.touch])
+def test_what_is_there_and_no_export_is_named_with_its_flag(make, run, tmp_path):
+    make(tmp_path / "there")
+    said = rf"^--export-to {tmp_path}/there: .* is no export; move it, or name another$"
+    with pytest.raises(ValueError, match=said):
+        served(run, "--export-to", str(tmp_path / "there"))
+
+
 @pytest.mark.parametrize("link", ["exported", "exported/release"])
 def test_a_link_that_came_with_a_run_is_not_served_or_written_through(link, run, exported):
     elsewhere = run.parent / "elsewhere"
@@ -316,96 +319,3 @@ def test_the_example_can_be_pasted_whatever_the_models_name(exported, capsys):
     cli._say(args, "127.0.0.1", "it's", False, True)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("curl ")]
     assert json.loads(shlex.split(line)[-1])["model"] == "it's"
-
-
-def answer(page, path, host=None, method="GET"):
-    """Status, headers and body that a page's middleware sends."""
-    sent = []
-
-    async def send(message):
-        sent.append(message)
-
-    async def app(scope, receive, send):
-        await send({"type": "http.response.start", "status": 299, "headers": []})
-        await send({"type": "http.response.body", "body": b"server"})
-
-    headers = [] if host is None else [(b"host", host.encode())]
-    scope = {"type": "http", "path": path, "method": method, "headers": headers}
-    asyncio.run(page(app)(scope, None, send))
-    start, body = sent
-    return start["status"], dict(start["headers"]), body["body"]
-
-
-def test_the_pages_script_is_the_one_that_may_run():
-    status, headers, body = answer(ChatPage, "/chat")
-    script = re.search(rb"<script>(.*?)</script>", body, re.DOTALL)[1]
-    digest = base64.b64encode(hashlib.sha256(script).digest()).decode()
-    policy = headers[b"content-security-policy"].decode()
-    assert status == 200 and f"script-src 'sha256-{digest}'" in policy
-    assert "default-src 'none'" in policy and "connect-src 'self'" in policy
-    # Nothing of other hosts, no text taken for markup.
-    assert not re.search(rb"https?://|innerHTML|document\.write", body)
-    assert answer(ChatPage, "/chat", method="HEAD")[2] == b""
-    assert answer(ChatPage, "/chat", method="POST")[0] == 405
-    assert answer(ChatPage, "/v1/models")[0] == 299
-
-
-@pytest.mark.parametrize(
-    ("host", "status"),
-    [
-        ("localhost", 299),
-        ("127.0.0.1:8000", 299),
-        ("127.0.1.1:8000", 299),
-        ("[::1]:8000", 299),
-        ("elsewhere.example", 403),
-        ("localhost.elsewhere.example", 403),
-        ("127.0.0.1.elsewhere.example:8000", 403),
-        ("10.0.0.1", 403),
-    ],
-)
-def test_a_local_server_answers_to_local_names_alone(host, status):
-    assert answer(LocalChatPage, "/v1/models", host)[0] == status
-    assert answer(ChatPage, "/v1/models", host)[0] == 299
-
-
-@pytest.mark.parametrize(
-    ("host", "origin", "fine"),
-    [
-        ("localhost:8000", None, True),
-        ("localhost:8000", "http://localhost:8000", True),
-        ("[::1]:8000", "https://[::1]:8000", True),
-        ("127.0.0.1:8000", "http://elsewhere.example", False),
-        ("127.0.0.1:8000", "http://127.0.0.1:8000.elsewhere.example", False),
-        ("127.0.0.1:8000", "http://127.0.0.1:9000", False),
-        ("127.0.0.1:8000", "null", False),
-        ("elsewhere.example:8000", "http://elsewhere.example:8000", False),
-    ],
-)
-@pytest.mark.parametrize("kind", ["http", "websocket"])
-def test_a_local_server_answers_no_page_of_another_site(kind, host, origin, fine):
-    sent, reached = [], []
-
-    async def app(scope, receive, send):
-        reached.append(scope)
-
-    async def send(message):
-        sent.append(message)
-
-    headers = [(b"host", host.encode()), (b"content-type", b"text/plain")]
-    headers += [(b"origin", origin.encode())] if origin else []
-    scope = {"type": kind, "path": "/v1/completions", "method": "POST", "headers": headers}
-    asyncio.run(LocalChatPage(app)(scope, None, send))
-    assert bool(reached) == fine
-    if not fine:
-        expected = {"http": ("http.response.start", 403), "websocket": ("websocket.close", None)}
-        assert (sent[0]["type"], sent[0].get("status")) == expected[kind]
-
-
-def test_a_local_server_starts_and_ends():
-    reached = []
-
-    async def app(scope, receive, send):
-        reached.append(scope["type"])
-
-    asyncio.run(LocalChatPage(app)({"type": "lifespan"}, None, None))
-    assert reached == ["lifespan"]
