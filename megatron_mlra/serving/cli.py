@@ -129,7 +129,13 @@ def _serve(args: argparse.Namespace) -> int:
             args.chat_template = f"{folder}/chat_template.jinja"
             Path(args.chat_template).write_text(template, encoding="utf-8")
         model = exported(args, source)
-        chat, tokenizer = _has_chat(args, model), (model / "tokenizer.json").is_file()
+        tokenizer = (model / "tokenizer.json").is_file()
+        chat = tokenizer and _has_chat(args, model)
+        if not tokenizer and args.chat_template is not None:
+            raise ValueError(
+                f"--chat-template needs a tokenizer, and {model} has no tokenizer.json; leave it"
+                " out, or export with --tokenizer"
+            )
         if not tokenizer:
             print(f"{model} has no tokenizer.json: prompts are lists of token ids", flush=True)
         log = Path(folder) / "vllm.log"

@@ -123,6 +123,16 @@ def test_a_chat_template_is_read_once(run, port, monkeypatch, capsys):
     assert [template, *seen] == ["{{ messages }}"] * 2
 
 
+def test_a_chat_template_needs_a_tokenizer(exported, tmp_path, port, monkeypatch, capsys):
+    copy, template = tmp_path / "copy", tmp_path / "template.jinja"
+    shutil.copytree(exported, copy, ignore=shutil.ignore_patterns("tokenizer.json"))
+    template.write_text("{{ messages }}")
+    monkeypatch.setattr(cli, "find_python", lambda *_: "python")
+    words = [str(copy), "--no-verify", "--port", str(port), "--chat-template", str(template)]
+    assert main(words) == 2
+    assert "--chat-template needs a tokenizer, and" in capsys.readouterr().err
+
+
 def test_guesses_need_a_layer_that_vllm_gets(run, exported, tmp_path):
     ahead = tmp_path / "ahead"
     write_megatron(RandomFolder(latent(4, 4, mtp_num_layers=1)), ahead, progress=False)
