@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.transformers_utils import model_arch_config_convertor as architecture
 
 from mlra_kernels.latent_decode.validation import LATENT_DIMS, MAX_Q_LEN, ROPE_DIMS
-from mlra_vllm.config import MLRAConfig
+from mlra_vllm.config import MLRAConfig, config_problems
 from mlra_vllm.shard import plan
 
 PAGE_MULTIPLE = 16
@@ -24,7 +25,13 @@ class LatentArchitecture(architecture.ModelArchConfigConvertorBase):
     cached."""
 
     def get_head_size(self) -> int:
-        """The numbers of a cached row, without tensor parallelism."""
+        """The numbers of a cached row, without tensor parallelism.
+
+        Raises:
+            ValueError: config.json lacks a field, or contradicts itself.
+        """
+        for problem in config_problems(self.hf_text_config):
+            raise ValueError(problem)
         return self.hf_text_config.kv_lora_rank + self.hf_text_config.qk_rope_head_dim
 
     def get_total_num_kv_heads(self) -> int:
@@ -37,8 +44,15 @@ class LatentChecks(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """See `check`."""
+        """See `check`. The longest sequence becomes the model's positions if no flag says it: for
+        YaRN vLLM takes `original_max_position_embeddings * factor`, which may be more or fewer."""
         check(vllm_config)
+        model = vllm_config.model_config
+        positions = model.hf_config.max_position_embeddings
+        if model.original_max_model_len is None:
+            model.max_model_len = positions
+        elif model.original_max_model_len == -1:  # as long as memory allows
+            model.max_model_len = min(model.max_model_len, positions)
 
 
 def register_checks() -> None:
@@ -64,6 +78,7 @@ def _problems(vllm_config: VllmConfig):
         vllm_config.parallel_config,
     )
     config: MLRAConfig = model.hf_config
+    yield from config_problems(config)
     if model.quantization is not None:
         yield (
             f"quantization {model.quantization!r} of latent attention is not there; leave"
@@ -81,6 +96,9 @@ def _problems(vllm_config: VllmConfig):
             "context parallelism is not there for latent attention; leave"
             " --decode-context-parallel-size and --prefill-context-parallel-size at 1"
         )
+    asked, positions = model.original_max_model_len, config.max_position_embeddings
+    if asked is not None and asked > positions and not envs.VLLM_ALLOW_LONG_MAX_MODEL_LEN:
+        yield f"--max-model-len {asked} is more than the model's {positions} positions; lower it"
     yield from _size_problems(config, cache.block_size)
     try:
         plan(

@@ -6,7 +6,21 @@ Letters: L `num_latent_heads`, N `num_branches`, d `hidden_size`, d_q `q_lora_ra
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from transformers import PreTrainedConfig
+
+_COUNTS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size",
+    "max_position_embeddings", "num_latent_heads", "num_branches", "kv_lora_rank",
+    "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+)  # fmt: skip
+_NUMBERS = ("rms_norm_eps", "softmax_scale")
+_OTHERS = ("q_lora_rank", "output_gate", "variance_scaling", "hidden_act", "rope_parameters")
+_OF_EXPERTS = (
+    "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size",
+    "scoring_func", "routed_scaling_factor", "use_expert_bias", "norm_topk_prob", "router_dtype",
+)  # fmt: skip
 
 
 class MLRAConfig(PreTrainedConfig):
@@ -53,6 +67,44 @@ class MLRAConfig(PreTrainedConfig):
         """Whether a layer's MLP is a mixture of experts."""
         types = getattr(self, "mlp_layer_types", None)
         return bool(getattr(self, "num_experts", 0)) and (types is None or types[layer] == "sparse")
+
+
+def config_problems(config: PreTrainedConfig) -> Iterator[str]:
+    """What config.json lacks or contradicts, one line each, the first the most telling."""
+    if config.model_type != MLRAConfig.model_type:
+        yield (
+            f"a layer of multi-token prediction drafts for its own model alone, and the served one"
+            f" is a {config.model_type} model; name the served folder in --speculative-config"
+        )
+        return
+    experts = _OF_EXPERTS if getattr(config, "num_experts", 0) else ()
+    for name in (*_COUNTS, *_NUMBERS, *_OTHERS, *experts):
+        if not hasattr(config, name):
+            yield f"config.json names no {name}; export the model again"
+            return
+    for name in _COUNTS:
+        value = getattr(config, name)
+        if type(value) is not int or value < (name != "qk_rope_head_dim"):
+            yield f"config.json: {name} is {value!r:.60}; it must be a whole number of at least 1"
+            return
+    for name in _NUMBERS:
+        value = getattr(config, name)
+        if type(value) not in (int, float) or not 0 < value < float("inf"):
+            yield f"config.json: {name} is {value!r:.60}; it must be a positive number"
+    rank, rope = config.q_lora_rank, config.rope_parameters
+    if rank is not None and (type(rank) is not int or rank < 1):
+        yield f"config.json: q_lora_rank is {rank!r:.60}; it must be null or at least 1"
+    if not isinstance(rope, dict) or not {"rope_type", "rope_theta"} <= rope.keys():
+        yield f"config.json: rope_parameters {rope!r:.60} name no rope_type or no rope_theta"
+    latents, branches = config.num_latent_heads, config.num_branches
+    for name, value, what, parts in (
+        ("num_latent_heads", latents, "num_branches", branches),
+        ("kv_lora_rank", config.kv_lora_rank, "num_latent_heads", latents),
+        ("num_attention_heads", config.num_attention_heads, "head groups", latents // branches),
+    ):
+        if not parts or value % parts:
+            yield f"config.json: {name} {value} is no multiple of the {parts} {what}"
+            return
 
 
 def refusing(problem: str) -> type[PreTrainedConfig]:

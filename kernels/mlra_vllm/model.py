@@ -3,8 +3,9 @@
 Letters: T tokens of a step, d hidden size, r RoPE dim.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
+import torch
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
@@ -151,9 +152,35 @@ class MLRAForCausalLM(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """See AutoWeightsLoader; the attention shards its weights itself (attention.py). Layers of
-        multi-token prediction are the drafter's (draft.py)."""
+        multi-token prediction are the drafter's (draft.py).
+
+        Raises:
+            ValueError: see `_checked_ends`, MLRAAttention and PaddedMLP.
+        """
         first = self.config.num_hidden_layers
         skipped = [f"model.layers.{first + i}." for i in range(self.config.draft_layers)]
         skipped += ["lm_head."] if self.config.tie_word_embeddings else []
         loader = AutoWeightsLoader(self, skip_prefixes=skipped)
-        return loader.load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        return loader.load_weights(self._checked_ends(weights), mapper=self.hf_to_vllm_mapper)
+
+    def _checked_ends(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Pass on weights, and compare the embedding and the output layer with config.json.
+
+        Raises:
+            ValueError: one is not `[V, d]`, or they differ where config.json ties them.
+        """
+        shape, ends = (self.config.vocab_size, self.config.hidden_size), {}
+        for name, tensor in weights:
+            if name in ("model.embed_tokens.weight", "lm_head.weight"):
+                if tuple(tensor.shape) != shape:
+                    raise ValueError(
+                        f"{name} is {tuple(tensor.shape)} and config.json makes it {shape}"
+                    )
+                if self.config.tie_word_embeddings:
+                    ends[name] = tensor
+            if len(ends) == 2 and not torch.equal(*ends.values()):
+                raise ValueError(
+                    "config.json ties the embedding to the output layer, and lm_head.weight is"
+                    " another than model.embed_tokens.weight"
+                )
+            yield name, tensor

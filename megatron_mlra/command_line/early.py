@@ -129,6 +129,10 @@ def _name(action: argparse.Action) -> str:
     return flags[0] if flags else str(action.metavar or action.dest)
 
 
+def no_check(value: Any, flag: str) -> None:
+    """Of a value that may be anything but empty."""
+
+
 def a_file(value: str | Path, flag: str) -> None:
     """Check that a file to read is there. It is not opened: it may be a pipe.
 

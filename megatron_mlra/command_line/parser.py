@@ -97,7 +97,10 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message as one line, once per host, and exit with code 2."""
-        self.exit(fail(refusal(message, self._option_string_actions), 2))
+        said = refusal(message, self._option_string_actions)
+        if self.passes_on and message.startswith("unrecognized arguments: -"):
+            said += "; flags of the program that is started go behind --"
+        self.exit(fail(said, 2))
 
     def parse_args(self, args=None, namespace=None):
         """As argparse's, but unknown flags are refused first, those of subcommands too."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -13,18 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_mlra.checkpoint.files.tracker import a_checkpoint
-from megatron_mlra.command_line.early import a_file, a_folder, byte_or_there, reads
+from megatron_mlra.command_line.early import a_file, a_folder, byte_or_there, no_check, reads
 from megatron_mlra.command_line.numbers import real, whole
 from megatron_mlra.command_line.parser import OneLineParser, add_no_verify, fail, flag, read_text
 from megatron_mlra.command_line.signals import Interrupted, interruptible
 from megatron_mlra.serving.environment import find_python
+from megatron_mlra.serving.passed_on import check_passed_on, is_local
 from megatron_mlra.serving.server import check_port, last_error, running, wait_until_healthy
 
 if TYPE_CHECKING:
     from megatron_mlra.checkpoint.folder import CheckpointFolder
 
-LOCAL = ("127.0.0.1", "localhost", "::1")
-"""Hosts that only this machine reaches."""
 SOURCE = "a run, a checkpoint or an exported folder"
 ROOT = Path(__file__).parents[2]
 """The checkout, if this package is installed from one."""
@@ -44,30 +44,30 @@ def parser() -> OneLineParser:
         "source", help="exported folder, --save folder of a run, or its iter_* folder"
     )
     reads(source, partial(a_checkpoint, what=SOURCE))
-    p.add_argument(
+    host = p.add_argument(
         "--host",
         default="127.0.0.1",
         help="address to listen at; default: 127.0.0.1, for this machine alone",
     )
     p.add_argument("--port", type=int, default=8000, help="port to listen at; default: 8000")
-    p.add_argument(
+    name = p.add_argument(
         "--name", help="the model's name in requests; default: that of the source's folder"
     )
     p.add_argument(
         "--tensor-parallel-size", "--tp", type=whole(1), default=1, help="GPUs that share the model"
     )
     p.add_argument("--max-model-len", type=whole(1), help="longest sequence; default: the model's")
-    p.add_argument(
+    cache = p.add_argument(
         "--kv-cache-dtype", help="of the KV cache: fp8 halves a latent cache; default: the weights'"
     )
-    p.add_argument(
+    dtype = p.add_argument(
         "--dtype", help="of weights and activations, as vLLM names them; default: as exported"
     )
     p.add_argument(
         "--speculate", action="store_true",
         help="guess a token per step by the model's layer of multi-token prediction",
     )  # fmt: skip
-    p.add_argument(
+    export = p.add_argument(
         "--export-to", metavar="FOLDER", help="where to export; default: SOURCE/exported/STEP"
     )
     tokenizer = p.add_argument(
@@ -83,7 +83,7 @@ def parser() -> OneLineParser:
     p.add_argument(
         "--vocab-size", type=whole(1), help="true vocabulary, if a Megatron folder does not say it"
     )
-    p.add_argument(
+    python = p.add_argument(
         "--python", help="Python of the environment with vLLM; default: $MLRA_VLLM or .venv-vllm"
     )
     p.add_argument(
@@ -93,6 +93,8 @@ def parser() -> OneLineParser:
         help="seconds to wait for vLLM; default: 1800",
     )
     add_no_verify(p)
+    for action in (host, name, cache, dtype, export, python):
+        reads(action, no_check)
     return p
 
 
@@ -116,17 +118,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _serve(args: argparse.Namespace) -> int:
     source = Path(args.source)
     a_folder(source, "source", SOURCE)
+    check_passed_on(args.vllm)
     template = None if args.chat_template is None else read_text(args.chat_template)
     check_port(args.host, args.port)
     python = find_python(args.python, [Path.cwd(), ROOT])
-    name = args.name or re.sub(r"[^\w.+-]", "_", source.resolve().name)
+    name = args.name or re.sub(r"[^\w.+-]", "_", source.resolve().name).lstrip("-") or "model"
     with tempfile.TemporaryDirectory(prefix="mlra-serve-") as folder:
         if template is not None:
             # The export and vLLM read it again, and the file may be a pipe of this process.
             args.chat_template = f"{folder}/chat_template.jinja"
             Path(args.chat_template).write_text(template, encoding="utf-8")
         model = exported(args, source)
-        chat, tokenizer = _has_chat(args, model), (model / "tokenizer.json").is_file()
+        tokenizer = (model / "tokenizer.json").is_file()
+        chat = tokenizer and _has_chat(args, model)
+        if not tokenizer and args.chat_template is not None:
+            raise ValueError(
+                f"--chat-template needs a tokenizer, and {model} has no tokenizer.json; leave it"
+                " out, or export with --tokenizer"
+            )
         if not tokenizer:
             print(f"{model} has no tokenizer.json: prompts are lists of token ids", flush=True)
         log = Path(folder) / "vllm.log"
@@ -135,7 +144,7 @@ def _serve(args: argparse.Namespace) -> int:
             log.open("w") as stream,
             running(_command(args, python, model, name, tokenizer), stream) as process,
         ):
-            host = "127.0.0.1" if args.host in ("0.0.0.0", "") else args.host
+            host = "127.0.0.1" if args.host == "0.0.0.0" else args.host
             host = "::1" if host == "::" else host
             try:
                 wait_until_healthy(process, host, args.port, args.start_timeout)
@@ -225,6 +234,9 @@ def _check_export(args: argparse.Namespace, target: Path, checkpoint: Checkpoint
     again = f"remove {target} to export again, or leave it out"
     if args.tokenizer is not None:
         raise ValueError(f"--tokenizer {args.tokenizer}: {target} was exported before; {again}")
+    if not (target / "config.json").is_file():
+        where = "" if args.export_to is None else f"--export-to {args.export_to}: "
+        raise ValueError(f"{where}{target} is there, and is no export; move it, or name another")
     there = open_checkpoint(target, verify=args.verify)
     size = there.description.vocab_size
     if args.vocab_size not in (None, size):
@@ -283,7 +295,7 @@ def _command(
 ) -> list[str]:
     """The command of vLLM's server. It refuses requests from other sites' scripts, and at a local
     host also requests with another host name."""
-    page = "LocalChatPage" if args.host in LOCAL else "ChatPage"
+    page = "LocalChatPage" if is_local(args.host) else "ChatPage"
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model.resolve())]
     command += ["--served-model-name", name, "--host", args.host, "--port", str(args.port)]
     command += ["--allowed-origins", "[]", "--middleware", f"mlra_vllm.chat.{page}"]
@@ -313,9 +325,8 @@ def _say(args: argparse.Namespace, host: str, name: str, chat: bool, tokenizer: 
     lines = [f"{name} is served at {url}/v1"]
     if tokenizer:
         lines.append(f"a page to talk to it: {url}/chat")
-    lines.append(
-        f"curl {url}/v1/{path} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
-    )
-    if args.host not in LOCAL:
+    said = shlex.quote(json.dumps(body))  # a name may hold a quote
+    lines.append(f"curl {url}/v1/{path} -H 'Content-Type: application/json' -d {said}")
+    if not is_local(args.host):
         lines.append("whoever reaches this address may use it; -- --api-key KEY asks for a key")
     print("\n".join((*lines, "Ctrl-C ends it")), flush=True)

@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
+import psutil
+
 from megatron_mlra.command_line.signals import get_when_parent_ends
 
 END_S = 20
@@ -23,6 +25,8 @@ END_S = 20
 QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
 """Environment in which the server contacts no other host; the user's environment overrides it."""
 _ERROR = re.compile(r"\b([A-Za-z]*Error: .+)$")
+_USAGE = re.compile(r"^[\w.]+\.py: error: (.+)$")
+"""A line of argparse, on words behind `--`."""
 _INVALID = re.compile(r"\bValue error, (.+?)(?: \[type=.*)?$")
 """The line after an error of pydantic, which states the fault."""
 
@@ -42,12 +46,14 @@ def check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            what = (
-                "is taken"
-                if error.errno == errno.EADDRINUSE
-                else f"cannot be used ({error.strerror})"
-            )
-            raise ValueError(f"port {port} of {host} {what}; use another --port") from None
+            if error.errno == errno.EADDRINUSE:
+                raise ValueError(f"port {port} of {host} is taken; use another --port") from None
+            which = "--port" if error.errno in (errno.EACCES, errno.EPERM) else "--host"
+            raise ValueError(
+                f"port {port} of {host} cannot be used ({error.strerror}); use another {which}"
+            ) from None
+        except TypeError:  # its letters cannot be encoded
+            raise ValueError(f"--host {host} is no host's name; use another") from None
 
 
 @contextlib.contextmanager
@@ -83,7 +89,8 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def wait_until_healthy(process: subprocess.Popen, host: str, port: int, seconds: float) -> None:
-    """Return when the server answers.
+    """Return when the server answers. What another process answers at its port does not count: two
+    servers may be given one port, and only the first that is ready gets it.
 
     Raises:
         RuntimeError: the server ended, or did not answer within `seconds`.
@@ -95,7 +102,7 @@ def wait_until_healthy(process: subprocess.Popen, host: str, port: int, seconds:
         connection = http.client.HTTPConnection(host, port, timeout=5)
         try:
             connection.request("GET", "/health")
-            if connection.getresponse().status == 200:
+            if connection.getresponse().status == 200 and _listens(process, port):
                 return
         except (OSError, http.client.HTTPException):
             pass
@@ -105,11 +112,27 @@ def wait_until_healthy(process: subprocess.Popen, host: str, port: int, seconds:
     raise RuntimeError(f"vLLM did not answer within {seconds:g} s (--start-timeout)")
 
 
+def _listens(process: subprocess.Popen, port: int) -> bool:
+    """Whether a process or one below it listens at a port; also if the system does not tell."""
+    try:
+        own = psutil.Process(process.pid)
+        found = [
+            connection
+            for one in (own, *own.children(recursive=True))
+            for connection in one.net_connections("tcp")
+        ]
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.Error:
+        return True
+    return any(each.status == psutil.CONN_LISTEN and each.laddr.port == port for each in found)
+
+
 def last_error(log: Path) -> str | None:
     """The last error in a server's log, in one line; None without any."""
     found = None
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
-        match = _INVALID.search(line) or _ERROR.search(line)
+        match = _INVALID.search(line) or _USAGE.search(line) or _ERROR.search(line)
         # That line only reports the failure of another process.
         if match and "Engine core initialization failed" not in line:
             found = match[1]

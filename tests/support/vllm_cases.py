@@ -42,7 +42,8 @@ CASES: dict[str, ModelDescription] = {
     "MLRA-4-unscaled": served(4, 4, variance_scaling=False, rotary_base=5e5),
     "MLRA-4-absorbed": served(4, 4, qk_nope_head_dim=64),
     "MLRA-4-ahead": served(4, 4, tie_embeddings=False, mtp_num_layers=1),
-    "MLRA-8-yarn": served(8, 8, v_head_dim=8, **YARN | {"original_max_position_embeddings": 64}),
+    # vLLM would take 16 x 4 for the number of its positions, which is 256.
+    "MLRA-8-yarn": served(8, 8, v_head_dim=8, **YARN),
     "MLRA-4-experts": served(4, 4, tie_embeddings=False, **SHARED_EXPERT),
     "MLA-experts": served(1, 1, **EXPERTS | {"moe_layer_pattern": (1, 1)}),
     "GLA-2-sigmoid-experts": served(2, 1, **SIGMOID_EXPERTS),
@@ -178,6 +179,18 @@ def drafter(folder: str, guesses: int) -> dict[str, Any]:
     return {"method": "eagle", "model": folder, "num_speculative_tokens": guesses}
 
 
+STRETCHED = {
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "attention_factor": 1.0,
+    }
+}
+"""YaRN for 512 positions in the config.json of a model with 256."""
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "quantization": ({"quantization": "fp8"}, "quantization 'fp8' of latent attention is not"),
     "lora": ({"enable_lora": True}, "LoRA adapters of latent attention are not there"),
@@ -201,6 +214,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"hf_overrides": {"kv_lora_rank": 64}},
         "the kernels take latent dims (64, 128, 256, 512), this model has 16",
     ),
+    "fields": (
+        {"hf_overrides": {"num_latent_heads": 0}},
+        "config.json: num_latent_heads is 0; it must be a whole number of at least 1",
+    ),
+    "length": (
+        {"hf_overrides": STRETCHED, "max_model_len": 257},
+        "--max-model-len 257 is more than the model's 256 positions; lower it",
+    ),
     "pattern": (
         {"hf_overrides": {"rope_layer_types": ["rope", "nope"]}},
         "rope_layer_types names layers without RoPE, which are not there",
@@ -215,6 +236,14 @@ WRONG_WEIGHTS: dict[str, tuple[dict[str, Any], str]] = {
     "shape": (
         {"hf_overrides": {"q_lora_rank": 16}},
         "q_a_layernorm.weight is (32,) and config.json makes it (16,)",
+    ),
+    "tied": (
+        {"hf_overrides": {"tie_word_embeddings": True}},
+        "config.json ties the embedding to the output layer, and lm_head.weight is another",
+    ),
+    "vocabulary": (
+        {"hf_overrides": {"vocab_size": 300}},
+        "weight is (257, 64) and config.json makes it (300, 64)",
     ),
     "mlp": (
         {"hf_overrides": {"intermediate_size": 80}},
@@ -284,7 +313,7 @@ def feature_jobs(models: Path) -> list[dict[str, Any]]:
         {
             **job,
             "name": "dummy",
-            "options": small | {"load_format": "dummy"},
+            "options": small | {"load_format": "dummy", "hf_overrides": STRETCHED},
             "batches": [[[1, 2, 3]]],
             "page_bytes": RANKS,
         },

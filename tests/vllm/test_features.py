@@ -97,6 +97,10 @@ def test_random_weights_serve_without_a_checkpoint(engines):
     assert "error" not in engines["dummy"], engines["dummy"]
 
 
+def test_a_model_takes_as_many_tokens_as_it_has_positions(engines):
+    assert {engines[name]["max_model_len"] for name in ("dummy", "MLRA-8-yarn", "MLA")} == {256}
+
+
 def test_pages_hold_the_latents_of_a_rank(engines):
     # Pages of 32 tokens; four latents of 64, one RoPE key of 32, float32.
     assert engines["dummy"]["page_bytes"] == [32 * (max(4 // tp, 1) * 64 + 32) * 4 for tp in RANKS]

@@ -142,6 +142,42 @@ def test_the_page_of_a_model_with_a_template_chats(server, tmp_path):
     assert status == 200 and answer["choices"][0]["message"]["content"] == turns[3]
 
 
+CLEARS = """
+new MutationObserver((_, observer) => {
+  if (document.querySelectorAll(".turn")[1]?.textContent.length > 3) {
+    observer.disconnect();
+    document.querySelector("#clear").click();
+  }
+}).observe(document.body, {subtree: true, childList: true, characterData: true}), 0
+"""
+"""Clears the page while an answer comes."""
+
+
+def test_a_cleared_page_forgets_the_answer_that_was_coming(server, tmp_path):
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(f"http://127.0.0.1:{server.port}/chat")
+        browser.until("document.querySelector('#tokens').max === '256'")
+        browser.until("document.querySelector('#send').textContent === 'Send'")
+        browser.evaluate("document.querySelector('#temperature').value = 0, 0")
+        browser.evaluate("document.querySelector('#tokens').value = 200, 0")
+        browser.evaluate("document.querySelector('#prompt').focus(), 0")
+        browser.type("a")
+        browser.evaluate(CLEARS)
+        browser.press_enter()
+        browser.until("!document.querySelectorAll('.turn').length")
+        browser.until("document.querySelector('#send').textContent === 'Send'")
+        assert browser.evaluate("document.querySelector('#status').textContent") == ""
+        browser.evaluate("document.querySelector('#tokens').value = 8, 0")
+        browser.evaluate("document.querySelector('#prompt').focus(), 0")
+        browser.type("b")
+        browser.press_enter()
+        browser.until("/pieces in/.test(document.querySelector('#status').textContent)")
+        turns = browser.evaluate("[...document.querySelectorAll('.turn')].map(t => t.textContent)")
+    body = {"messages": [{"role": "user", "content": "b"}], "max_tokens": 8, "temperature": 0}
+    answer = server.post("/v1/chat/completions", body)[1]
+    assert turns == ["b", answer["choices"][0]["message"]["content"]]
+
+
 def stream(server, body) -> http.client.HTTPResponse:
     """The open answer of a streaming completion."""
     connection = server.connect()

@@ -19,16 +19,22 @@ RANKS = (1, 4, 8)
 """Tensor-parallel sizes in the table of cache bytes."""
 MOST_DATA = 20
 """Most data sets that are listed."""
+LATENT_DIMS, ROPE_DIMS = (64, 128, 256, 512), (32, 64)
+"""What vLLM's plugin takes: those of `mlra_kernels.latent_decode`, which a test compares. Importing
+them would import Triton."""
 
 
-def model_card(source: CheckpointFolder, model: ModelDescription, name: str, chat: bool) -> str:
+def model_card(
+    source: CheckpointFolder, model: ModelDescription, name: str, *, tokenizer: bool, chat: bool
+) -> str:
     """The text of a model's README.md.
 
     Args:
         source: the checkpoint that the model was exported from.
         name: of the folder.
-        chat: whether the folder has a chat template.
+        tokenizer, chat: whether the folder has a tokenizer, and a chat template.
     """
+    chat = chat and tokenizer
     latent = model.attention == "mlra"
     norm = " (RMSNorm of query heads)" * model.query_head_norm
     name = _plain(name)
@@ -53,9 +59,7 @@ def model_card(source: CheckpointFolder, model: ModelDescription, name: str, cha
         f" {model.max_position_embeddings:,} positions, weights in {model.dtype}.",
         *ahead,
         "",
-        "It is a base model: it continues text and has no chat template."
-        if not chat
-        else "It has a chat template.",
+        _use(tokenizer, chat),
         "",
         "| tensor-parallel ranks | " + " | ".join(map(str, RANKS)) + " |",
         "|---" * (len(RANKS) + 1) + "|",
@@ -65,14 +69,9 @@ def model_card(source: CheckpointFolder, model: ModelDescription, name: str, cha
         "",
         "## Run it",
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'model = AutoModelForCausalLM.from_pretrained({call}, dtype="auto")',
-        f"tokenizer = AutoTokenizer.from_pretrained({call})",
-        'inputs = tokenizer("Once upon a time", return_tensors="pt")',
-        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
+        *_running(call, tokenizer),
         "```",
-        *_serving(model, name, chat),
+        *_serving(model, name, tokenizer, chat),
         "",
         "## Training",
         *_training(source),
@@ -80,11 +79,53 @@ def model_card(source: CheckpointFolder, model: ModelDescription, name: str, cha
     return "\n".join(lines) + "\n"
 
 
-def _serving(model: ModelDescription, name: str, chat: bool) -> list[str]:
+def _use(tokenizer: bool, chat: bool) -> str:
+    if chat:
+        return "It has a chat template."
+    if tokenizer:
+        return "It is a base model: it continues text and has no chat template."
+    return "It is a base model, in a folder without a tokenizer: it continues lists of token ids."
+
+
+def _running(call: str, tokenizer: bool) -> list[str]:
+    """Python that continues a text, or token ids. `call`: arguments of `from_pretrained`."""
+    model = f'model = AutoModelForCausalLM.from_pretrained({call}, dtype="auto")'
+    if not tokenizer:
+        return [
+            "import torch",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            model,
+            "print(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=50)[0].tolist())",
+        ]
+    return [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        model,
+        f"tokenizer = AutoTokenizer.from_pretrained({call})",
+        'inputs = tokenizer("Once upon a time", return_tensors="pt")',
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
+    ]
+
+
+def _unserved(model: ModelDescription) -> str | None:
+    """Why the plugin of vLLM refuses a model with latent attention, or None."""
+    if model.no_rope_pattern or not model.qk_rope_head_dim:
+        return "the plugin's attention has RoPE in every layer"
+    for what, size, sizes in (
+        ("latents", model.latent_dim, LATENT_DIMS),
+        ("RoPE keys", model.qk_rope_head_dim, ROPE_DIMS),
+    ):
+        if size not in sizes:
+            return f"the plugin takes {what} of {', '.join(map(str, sizes))} numbers, not {size}"
+    return None
+
+
+def _serving(model: ModelDescription, name: str, tokenizer: bool, chat: bool) -> list[str]:
     """How vLLM serves the model, or why it does not."""
     latent = model.attention == "mlra"
-    if latent and (model.no_rope_pattern or not model.qk_rope_head_dim):
-        return ["vLLM does not serve it: the plugin's attention has RoPE in every layer."]
+    if latent and (reason := _unserved(model)):
+        return [f"vLLM does not serve it: {reason}."]
     plugin = (
         "vLLM 0.26 serves it by the plugin of the megatron-mlra project, without"
         " `--trust-remote-code`:"
@@ -93,11 +134,14 @@ def _serving(model: ModelDescription, name: str, chat: bool) -> list[str]:
     )
     install = 'pip install "./kernels[vllm]"   # in a checkout of megatron-mlra\n' if latent else ""
     url = "http://127.0.0.1:8000/v1/" + ("chat/completions" if chat else "completions")
-    said = '"messages": [{"role": "user", "content": "Once"}]' if chat else '"prompt": "Once upon"'
+    said = '"prompt": "Once upon"' if tokenizer else '"prompt": [1, 2, 3]'
+    said = '"messages": [{"role": "user", "content": "Once"}]' if chat else said
+    if not tokenizer:
+        said += ', "return_token_ids": true'
     return [
         plugin,
         "```",
-        f"{install}vllm serve {name}",
+        f"{install}vllm serve {name}" + " --skip-tokenizer-init" * (not tokenizer),
         f"curl {url} -H 'Content-Type: application/json' \\",
         f'  -d \'{{"model": "{name}", {said}, "max_tokens": 50}}\'',
         "```",

@@ -151,7 +151,13 @@ def write_huggingface(
             if model.attention == "mlra":
                 for file in sorted(CODE.glob("*_mlra.py")):
                     shutil.copyfile(file, folder / file.name)
-            card = model_card(source, model, Path(destination).name, has_chat_template(folder))
+            card = model_card(
+                source,
+                model,
+                Path(destination).name,
+                tokenizer=(folder / "tokenizer.json").is_file(),
+                chat=has_chat_template(folder),
+            )
             (folder / "README.md").write_text(card, encoding="utf-8")
             manifest.write(folder, made_from=manifest.identity(source.folder))
             return missing

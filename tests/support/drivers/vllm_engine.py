@@ -73,6 +73,7 @@ def run(job: dict[str, Any], watched: bool) -> dict[str, Any]:
     )
     layer = _latent_layer(llm) if watched else None
     found: dict[str, Any] = {"started_s": time.monotonic() - began, "batches": []}
+    found["max_model_len"] = llm.llm_engine.vllm_config.model_config.max_model_len
     if (runner := _runner(llm) if watched else None) is not None:
         manager = getattr(runner, "cudagraph_manager", None)
         config = llm.llm_engine.vllm_config.compilation_config

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from argparse import Namespace
 
 import pytest
 import tokenizers
 
+from megatron_mlra.checkpoint.huggingface import card as cards
 from megatron_mlra.checkpoint.huggingface.folder import write_huggingface
+from mlra_kernels.latent_decode.validation import LATENT_DIMS, ROPE_DIMS
+from support import ENV
 from support.random_checkpoint import RandomFolder, grouped, latent
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -37,12 +42,13 @@ def tokenizer(tmp_path):
 
 
 def test_a_card_names_variant_parameters_cache_and_how_to_run(tmp_path):
-    files, _ = exported(tmp_path, RandomFolder(latent(4, 4)), tokenizer="byte")
+    sizes = {"kv_lora_rank": 256, "qk_rope_head_dim": 32}
+    files, _ = exported(tmp_path, RandomFolder(latent(4, 4, **sizes)), tokenizer="byte")
     card = files["README.md"].read_text()
     assert card.startswith("---\nlibrary_name: transformers\n") and "custom_code" in card
     assert "# my_model\n" in card and "MLRA-4 attention, " in card
-    # Two layers; four latents of 16 and a RoPE key of 8, two bytes each; one latent from TP4 on.
-    assert f"| {2 * 72 * 2} | {2 * 24 * 2} | {2 * 24 * 2} |" in card
+    # Two layers; four latents of 64 and a RoPE key of 32, two bytes each; one latent from TP4 on.
+    assert f"| {2 * 288 * 2:,} | {2 * 96 * 2} | {2 * 96 * 2} |" in card
     assert 'from_pretrained("my_model", trust_remote_code=True' in card
     assert "vllm serve my_model" in card and "/v1/completions" in card
     assert "no chat template" in card and "Not recorded in the checkpoint" in card
@@ -56,12 +62,43 @@ def test_a_norm_of_query_heads_is_named(tmp_path):
     assert json.loads(files["config.json"].read_text())["query_head_norm"] is True
 
 
-@pytest.mark.parametrize("changes", [{"no_rope_pattern": (0, 1)}, {"qk_rope_head_dim": 0}])
-def test_a_card_says_what_vllm_does_not_serve(changes, tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"no_rope_pattern": (0, 1)}, "the plugin's attention has RoPE in every layer."),
+        ({"qk_rope_head_dim": 0}, "the plugin's attention has RoPE in every layer."),
+        ({}, "the plugin takes latents of 64, 128, 256, 512 numbers, not 16."),
+        ({"kv_lora_rank": 256}, "the plugin takes RoPE keys of 32, 64 numbers, not 8."),
+    ],
+)
+def test_a_card_says_what_vllm_does_not_serve(changes, said, tmp_path):
     files, _ = exported(tmp_path, RandomFolder(latent(4, 4, **changes)), tokenizer="byte")
     card = files["README.md"].read_text()
-    assert "vLLM does not serve it: the plugin's attention has RoPE in every layer." in card
+    assert f"vLLM does not serve it: {said}" in card
     assert "vllm serve" not in card
+
+
+def test_the_plugin_takes_what_the_kernels_take():
+    assert (cards.LATENT_DIMS, cards.ROPE_DIMS) == (LATENT_DIMS, ROPE_DIMS)
+
+
+def test_without_a_tokenizer_token_ids_are_continued(tmp_path, tokenizer):
+    """Even with a chat template, which needs one."""
+    files, _ = exported(
+        tmp_path,
+        RandomFolder(grouped(2, eod_token_id=None)),
+        chat_template=str(tokenizer / "chat_template.jinja"),
+    )
+    assert "tokenizer.json" not in files
+    card = files["README.md"].read_text()
+    assert "AutoTokenizer" not in card and "chat/completions" not in card
+    assert "a folder without a tokenizer: it continues lists of token ids." in card
+    assert "vllm serve my_model --skip-tokenizer-init\n" in card
+    assert '"prompt": [1, 2, 3]' in card
+    python = card.partition("```python\n")[2].partition("```")[0]
+    code = python.replace("my_model", str(files["README.md"].parent))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV)
+    assert done.stdout.startswith("[1, 2, 3, "), done.stderr
 
 
 def test_a_llama_needs_no_plugin(tmp_path):
@@ -106,7 +143,7 @@ def test_the_chat_template_of_a_tokenizer_is_not_the_models(tmp_path, tokenizer)
 def test_a_chat_template_that_is_named_is_the_models(tmp_path, tokenizer):
     template = tokenizer / "chat_template.jinja"
     files, _ = exported(
-        tmp_path, RandomFolder(latent(4, 4)), tokenizer="byte", chat_template=str(template)
+        tmp_path, RandomFolder(grouped(2)), tokenizer="byte", chat_template=str(template)
     )
     assert files["chat_template.jinja"].read_text() == TEMPLATE
     assert "/v1/chat/completions" in files["README.md"].read_text()

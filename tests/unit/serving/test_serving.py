@@ -1,14 +1,11 @@
-"""What `mlra serve` does without vLLM: refusals, processes and their ends, the page."""
+"""What `mlra serve` does without vLLM: refusals, processes and their ends."""
 
 from __future__ import annotations
 
-import asyncio
-import base64
 import contextlib
-import hashlib
 import json
 import os
-import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -21,11 +18,11 @@ import pytest
 
 from megatron_mlra.checkpoint.huggingface.folder import write_huggingface
 from megatron_mlra.checkpoint.megatron.writer import write_megatron
+from megatron_mlra.command_line.commands import COMMANDS
 from megatron_mlra.launch.ports import reserve_port
 from megatron_mlra.serving import cli
 from megatron_mlra.serving.cli import main
 from megatron_mlra.serving.server import last_error, running, wait_until_healthy
-from mlra_vllm.chat import ChatPage, LocalChatPage
 from support.random_checkpoint import RandomFolder, grouped, latent
 from support.runs import wait_for_end
 
@@ -51,7 +48,12 @@ def port():
         (["nowhere"], "nowhere is not a folder; give a run, a checkpoint or an exported folder"),
         (["{my}", "--port", "70000"], "--port 70000 is no port; use 1 to 65535"),
         (["{my}", "--port", "0"], "--port 0 is no port; use 1 to 65535"),
-        (["{my}", "--host", "192.0.2.1"], "port 8000 of 192.0.2.1 cannot be used"),
+        (["{my}", "--host", "192.0.2.1"], "(Cannot assign requested address); use another --host"),
+        (["{my}", "--host", "nowhere.invalid"], "port 8000 of nowhere.invalid cannot be used"),
+        (["{my}", "--host", "ä" * 64], "is no host's name; use another"),
+        (["{my}", "--", "--port=9000"], "--port behind --: use --port in front of --"),
+        (["{my}", "--", "--served_model_name", "a"], "behind --: use --name in front of --"),
+        (["{my}", "--", "--ssl-keyf", "a"], "--ssl-keyf behind --: mlra serve speaks HTTP"),
         (["{my}", "--chat-template", "{my}/none"], "{my}/none: No such file or directory"),
         (["{my}", "--python", "{my}"], "--python {my} is no Python with vLLM and this project's"),
         (["{my}", "--python", sys.executable], "make one: python3 -m venv .venv-vllm &&"),
@@ -65,6 +67,20 @@ def test_refusals(words, said, exported, port, capsys):
     out = capsys.readouterr()
     assert out.out == "" and out.err.startswith("error: ") and out.err.count("\n") == 1
     assert said.format(my=exported) in out.err
+
+
+def test_a_flag_of_vllm_is_told_its_place(exported, capsys):
+    with pytest.raises(SystemExit):
+        main([str(exported), "--max-num-seqs", "4"])
+    said = "error: unknown flag --max-num-seqs; flags of the program that is started go behind --\n"
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("name", ["host", "name", "dtype", "kv-cache-dtype", "export-to", "python"])
+def test_a_variable_that_is_not_set_is_no_value(name, exported, capsys):
+    """`--host ""` listened to the whole network, `--export-to ""` took the working directory."""
+    assert COMMANDS["serve"].run([str(exported), f"--{name}", ""]) == 2
+    assert f"error: --{name} is given an empty name" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -105,6 +121,16 @@ def test_a_chat_template_is_read_once(run, port, monkeypatch, capsys):
     assert code == 1 and "error: vLLM ended" in err, err
     template = (run / "exported" / "release" / "chat_template.jinja").read_text()
     assert [template, *seen] == ["{{ messages }}"] * 2
+
+
+def test_a_chat_template_needs_a_tokenizer(exported, tmp_path, port, monkeypatch, capsys):
+    copy, template = tmp_path / "copy", tmp_path / "template.jinja"
+    shutil.copytree(exported, copy, ignore=shutil.ignore_patterns("tokenizer.json"))
+    template.write_text("{{ messages }}")
+    monkeypatch.setattr(cli, "find_python", lambda *_: "python")
+    words = [str(copy), "--no-verify", "--port", str(port), "--chat-template", str(template)]
+    assert main(words) == 2
+    assert "--chat-template needs a tokenizer, and" in capsys.readouterr().err
 
 
 def test_guesses_need_a_layer_that_vllm_gets(run, exported, tmp_path):
@@ -164,6 +190,14 @@ def test_the_same_command_again_serves_the_same_export(run, tmp_path, monkeypatc
     assert "named, exported before; remove it to export again" in capsys.readouterr().out
     monkeypatch.chdir(run / "release")
     assert served(Path(".")).absolute() == run / "release" / "exported" / "release"
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, Path.touch])
+def test_what_is_there_and_no_export_is_named_with_its_flag(make, run, tmp_path):
+    make(tmp_path / "there")
+    said = rf"^--export-to {tmp_path}/there: .* is no export; move it, or name another$"
+    with pytest.raises(ValueError, match=said):
+        served(run, "--export-to", str(tmp_path / "there"))
 
 
 @pytest.mark.parametrize("link", ["exported", "exported/release"])
@@ -236,6 +270,9 @@ def test_waiting_for_a_server(tmp_path, port):
         wait_until_healthy(own, "127.0.0.1", port, 60)
         with pytest.raises(RuntimeError, match="did not answer within"):
             wait_until_healthy(own, "127.0.0.1", port + 1 if port < 65535 else 1, 0.5)
+        # Another process answers at the port.
+        with running(["sleep", "60"], log) as late, pytest.raises(RuntimeError, match="not answer"):
+            wait_until_healthy(late, "127.0.0.1", port, 3)
     own = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
     with pytest.raises(RuntimeError, match="exit code 3"):
         wait_until_healthy(own, "127.0.0.1", port, 60)
@@ -256,96 +293,39 @@ def test_what_a_log_says_of_an_error(tmp_path):
         "    For further information visit a page\n"
     )
     assert last_error(log) == "3 does not fit; use 2"
-
-
-def answer(page, path, host=None, method="GET"):
-    """Status, headers and body that a page's middleware sends."""
-    sent = []
-
-    async def send(message):
-        sent.append(message)
-
-    async def app(scope, receive, send):
-        await send({"type": "http.response.start", "status": 299, "headers": []})
-        await send({"type": "http.response.body", "body": b"server"})
-
-    headers = [] if host is None else [(b"host", host.encode())]
-    scope = {"type": "http", "path": path, "method": method, "headers": headers}
-    asyncio.run(page(app)(scope, None, send))
-    start, body = sent
-    return start["status"], dict(start["headers"]), body["body"]
-
-
-def test_the_pages_script_is_the_one_that_may_run():
-    status, headers, body = answer(ChatPage, "/chat")
-    script = re.search(rb"<script>(.*?)</script>", body, re.DOTALL)[1]
-    digest = base64.b64encode(hashlib.sha256(script).digest()).decode()
-    policy = headers[b"content-security-policy"].decode()
-    assert status == 200 and f"script-src 'sha256-{digest}'" in policy
-    assert "default-src 'none'" in policy and "connect-src 'self'" in policy
-    # Nothing of other hosts, no text taken for markup.
-    assert not re.search(rb"https?://|innerHTML|document\.write", body)
-    assert answer(ChatPage, "/chat", method="HEAD")[2] == b""
-    assert answer(ChatPage, "/chat", method="POST")[0] == 405
-    assert answer(ChatPage, "/v1/models")[0] == 299
+    log.write_text(
+        "usage: api_server.py [-h] [--headless]\n"
+        "api_server.py: error: unrecognized arguments: --no-such\n"
+    )
+    assert last_error(log) == "unrecognized arguments: --no-such"
 
 
 @pytest.mark.parametrize(
-    ("host", "status"),
+    ("host", "local"),
     [
-        ("localhost", 299),
-        ("127.0.0.1:8000", 299),
-        ("127.0.1.1:8000", 299),
-        ("[::1]:8000", 299),
-        ("elsewhere.example", 403),
-        ("localhost.elsewhere.example", 403),
-        ("127.0.0.1.elsewhere.example:8000", 403),
-        ("10.0.0.1", 403),
+        ("127.0.0.1", True),
+        ("127.0.0.2", True),
+        ("::1", True),
+        ("0:0:0:0:0:0:0:1", True),
+        ("LocalHost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("10.0.0.1", False),
+        ("localhost.example", False),
     ],
 )
-def test_a_local_server_answers_to_local_names_alone(host, status):
-    assert answer(LocalChatPage, "/v1/models", host)[0] == status
-    assert answer(ChatPage, "/v1/models", host)[0] == 299
+def test_a_server_for_this_machine_has_the_page_that_guards_it(host, local, exported, capsys):
+    args = cli.parser().parse_args([str(exported), "--host", host])
+    args.vllm = []
+    command = cli._command(args, "python", exported, "my", True)
+    page = f"mlra_vllm.chat.{'Local' * local}ChatPage"
+    assert command[command.index("--middleware") + 1] == page
+    cli._say(args, host, "my", False, True)
+    assert ("whoever reaches this address" in capsys.readouterr().out) != local
 
 
-@pytest.mark.parametrize(
-    ("host", "origin", "fine"),
-    [
-        ("localhost:8000", None, True),
-        ("localhost:8000", "http://localhost:8000", True),
-        ("[::1]:8000", "https://[::1]:8000", True),
-        ("127.0.0.1:8000", "http://elsewhere.example", False),
-        ("127.0.0.1:8000", "http://127.0.0.1:8000.elsewhere.example", False),
-        ("127.0.0.1:8000", "http://127.0.0.1:9000", False),
-        ("127.0.0.1:8000", "null", False),
-        ("elsewhere.example:8000", "http://elsewhere.example:8000", False),
-    ],
-)
-@pytest.mark.parametrize("kind", ["http", "websocket"])
-def test_a_local_server_answers_no_page_of_another_site(kind, host, origin, fine):
-    sent, reached = [], []
-
-    async def app(scope, receive, send):
-        reached.append(scope)
-
-    async def send(message):
-        sent.append(message)
-
-    headers = [(b"host", host.encode()), (b"content-type", b"text/plain")]
-    headers += [(b"origin", origin.encode())] if origin else []
-    scope = {"type": kind, "path": "/v1/completions", "method": "POST", "headers": headers}
-    asyncio.run(LocalChatPage(app)(scope, None, send))
-    assert bool(reached) == fine
-    if not fine:
-        expected = {"http": ("http.response.start", 403), "websocket": ("websocket.close", None)}
-        assert (sent[0]["type"], sent[0].get("status")) == expected[kind]
-
-
-def test_a_local_server_starts_and_ends():
-    reached = []
-
-    async def app(scope, receive, send):
-        reached.append(scope["type"])
-
-    asyncio.run(LocalChatPage(app)({"type": "lifespan"}, None, None))
-    assert reached == ["lifespan"]
+def test_the_example_can_be_pasted_whatever_the_models_name(exported, capsys):
+    args = cli.parser().parse_args([str(exported)])
+    cli._say(args, "127.0.0.1", "it's", False, True)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("curl ")]
+    assert json.loads(shlex.split(line)[-1])["model"] == "it's"
