@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import figures
@@ -76,12 +77,14 @@ def seeds(rows: list[Row], title: str) -> Table:
 
 def cost(rows: list[Row], title: str) -> Table:
     """A table of the KV cache's bytes per token and of training's tokens per second."""
-    head = ["mechanism", "KV bytes per token, TP1", "per device, TP4", "TP8", "tokens/s", "devices"]
+    head = ["mechanism", "KV bytes per token, TP1", "per device, TP4", "TP8"]
+    head += ["tokens/s, median", "devices"]
     body = []
     for row in (row for row in rows if row.results):
         kv = row.results[0]["kv_bytes_per_token"]
         speeds = [r["tokens_per_second"] for r in row.results if r["tokens_per_second"]]
-        speed = f"{min(speeds):,} to {max(speeds):,}" if speeds else ""
+        # Some runs shared their GPU with other processes.
+        speed = f"{median(speeds):,.0f}" if speeds else ""
         devices = ", ".join(sorted({r["device"] for r in row.results}))
         cells = [f"{kv[tp]:,}" for tp in ("1", "4", "8")]
         body.append([figures.NAMES[row.mechanism], *cells, speed, devices])
