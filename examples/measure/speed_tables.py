@@ -206,11 +206,12 @@ def layouts_profiled() -> Table:
     head = ["layout", "tokens/s", "step ms", "computing", "communicating", "of it exposed"]
     lines = [[*head, "GPU idle", "launches"]]
     for r in source.told["rows"]:
-        times = [f"{r[key]:.0f}" for key in keys]
+        found = r["kernels"]
+        times = [f"{found[key]:.0f}" for key in keys]
         lines.append(
             [
-                layout(r["case"].partition("@")[2]), f"{r['tokens_per_second']:,}", *times,
-                f"{100 * r['idle_share']:.0f} %", f"{r['launches']:,.0f}",
+                layout(r["case"].partition("@")[2]), f"{r['tokens_per_second']:,.0f}", *times,
+                f"{100 * found['idle_share']:.0f} %", f"{found['launches']:,.0f}",
             ]
         )  # fmt: skip
     return Table([source], lines, matrix_rate(source))

@@ -70,12 +70,12 @@ def check(parser: OneLineParser, argv: Sequence[str], ranks: bool = True) -> Non
 
 def _check_alone() -> None:
     """Refuse to run as one of several ranks, which would all do the same work and write the same
-    files.
+    files. A job's shell may have WORLD_SIZE without being a rank: Kubernetes sets it for the pod.
 
     Raises:
         ValueError: one line that names the number of ranks and the fix.
     """
-    if (size := os.environ.get("WORLD_SIZE", "1")) != "1":
+    if (size := os.environ.get("WORLD_SIZE", "1")) != "1" and "LOCAL_RANK" in os.environ:
         raise ValueError(
             f"this command runs in one process, and WORLD_SIZE is {size}; start it without"
             " torchrun, or unset WORLD_SIZE"

@@ -28,6 +28,12 @@ def test_two_ranks_train_as_one(case: Case, results: Path) -> None:
     assert found["steps"][0] <= 1e-4
 
 
+def test_the_table_of_all_cases_is_written_where_all_are_right(results: Path) -> None:
+    told = json.loads((results / "all.json").read_text())["cases"]
+    assert [*told] == [str(case) for case in rehearsed_cases()]
+    assert all(found["worst_gradient"] <= 1e-5 for found in told.values())
+
+
 def changed(results: Path, name: str) -> tuple[dict, str]:
     """What was measured of one rank whose gradients were changed, and what is said of it."""
     found = json.loads((results / f"bf16-{name}.json").read_text())

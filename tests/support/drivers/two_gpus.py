@@ -1,7 +1,8 @@
 """One model on two GPUs in every layout, from one GPU's checkpoint: gradients, then 30 steps.
 
 Usage: torchrun --nproc-per-node 2 --max-restarts 3 -m support.drivers.two_gpus FOLDER SCRATCH
-       (PYTHONPATH=tests; a JSON per case in FOLDER, weights in SCRATCH, a table at the end)
+       (PYTHONPATH=tests; a JSON per case in FOLDER, weights in SCRATCH, a table at the end, and
+       FOLDER/all.json if every case is right)
        python -m support.drivers.two_gpus FOLDER
        (rehearsal of some: gloo, torch layers in float32, a tiny model)
 
@@ -24,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_mlra.command_line.parser import write_json
 from support.changed_gradients import CHANGES, change_gradients
 
 STEPS = 30
@@ -295,7 +297,11 @@ def main(folder: Path, scratch: Path, backend: str) -> None:
         free_memory()
     worlds.leave()
     if worlds.rank == 0:
-        print("\n".join(line(c, json.loads((folder / f"{c}.json").read_text())) for c in chosen))
+        told = [(case, json.loads((folder / f"{case}.json").read_text())) for case in chosen]
+        print("\n".join(line(case, found) for case, found in told))
+        told = [(case, found) for case, found in told if case.name not in CHANGES]
+        if not any("failed" in found or verdict(case, found) for case, found in told):
+            write_json(folder / "all.json", {"cases": {str(c): figures(f) for c, f in told}})
     torch.cuda.synchronize()
 
 
@@ -323,6 +329,16 @@ def verdict(case: Case, found: dict[str, Any]) -> str:
     if not found["losses"][-1] < found["losses"][0]:
         wrong.append("the loss does not fall")
     return "; ".join(wrong)
+
+
+def figures(found: dict[str, Any]) -> dict[str, Any]:
+    """A case's result as examples/measure tabulates it, to two digits."""
+    parameter, distances = max(found["gradients"].items(), key=lambda item: item[1][0])
+    values = {"first_loss": found["loss"], "grad_norm": found["grad_norm"]}
+    keys = ("worst_gradient", "to_float32", "one_gpu_to_float32")
+    values |= dict(zip(keys, distances, strict=True)) | {"steps": found["steps"][0]}
+    rounded = {name: float(f"{value:.2g}") for name, value in values.items()}
+    return rounded | {"parameter": parameter, "last_loss": round(found["losses"][-1], 4)}
 
 
 def line(case: Case, found: dict[str, Any]) -> str:
