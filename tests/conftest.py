@@ -1,6 +1,7 @@
 """What all tests share: one thread per process, long files first, a driver run to its end."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,11 @@ from support.parsers import read_help_once
 from support.programs import program
 from support.runs import Entry
 from support.warm import write_python
+
+# A shell's job in the background ignores these, and so would every process that the tests start.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, 0)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 LONG = (
     "distributed/test_parity.py",

@@ -218,7 +218,7 @@ def test_each_place_on_a_command_line_is_declared(name):
 
 
 BOUND_LATER = {
-    "plan": "bandwidth collective_us core dp_overlap gemm latent_core memory network passes",
+    "plan": "bandwidth collective_us core dp_overlap gemm latent_core link memory network passes",
     "preprocess": "eod_id vocab_size workers",
     "demo-corpus": "seed",
     "generate": "seed",

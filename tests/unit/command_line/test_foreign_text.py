@@ -64,7 +64,11 @@ def test_a_record_beyond_the_bound_is_one_bad_record(pack, tmp_path, capsys):
     assert main([*argv, "--max-record-mb", "3"]) == 0
     assert json.loads((tmp_path / "out.json").read_text())["documents"] == 3
     for bound in ("0", "-1", "nan", "inf"):
-        assert main([*argv, "--max-record-mb", bound]) == 2
+        with pytest.raises(SystemExit) as ended:
+            main([*argv, "--max-record-mb", bound])
+        assert (
+            ended.value.code == 2 and f"--max-record-mb: {bound} is no" in capsys.readouterr().err
+        )
 
 
 def test_json(tmp_path):

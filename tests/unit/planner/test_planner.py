@@ -328,7 +328,7 @@ def test_a_plot_is_written_whole(capsys, tmp_path):
     ("argv", "message"),
     [
         (["--gpu", "h900"], "--gpu h900 is not known"),
-        (["--gpus", "0"], "argument --gpus: 0 is no whole number of at least 1"),
+        (["--gpus", "0"], "argument --gpus: 0 is no whole number from 1 to 1000000"),
         (["--gpus", "many"], "argument --gpus"),
         (["--config", "nowhere.yaml"], "no such file"),
         (["--gpu", "a100", "--fp8"], "a100 has no FP8"),
