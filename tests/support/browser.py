@@ -118,6 +118,14 @@ class Browser:
         self.call("Input.dispatchKeyEvent", type="keyDown", text="\r", **key)
         self.call("Input.dispatchKeyEvent", type="keyUp", **key)
 
+    def ask(self, prompt: str, **values: float) -> None:
+        """Set fields of the chat page by their ids, write the prompt, and send it."""
+        for name, value in values.items():
+            self.evaluate(f"document.querySelector('#{name}').value = {value}, 0")
+        self.evaluate("document.querySelector('#prompt').focus(), 0")
+        self.type(prompt)
+        self.press_enter()
+
     def screenshot(self, file: Path) -> None:
         """Write a PNG of the window."""
         file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
