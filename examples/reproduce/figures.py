@@ -173,7 +173,7 @@ def sweep(results: list[dict[str, Any]], path: Path) -> None:
     panel.set_xticks(rates, [f"{1e3 * rate:g}e-3" for rate in rates])
     panel.minorticks_off()
     panel.set(
-        xlabel="peak learning rate", ylabel="held-out loss, nats per token, after half a pass"
+        xlabel="peak learning rate", ylabel="held-out loss, nats per token, after half of the steps"
     )
     best = {
         m: min((mean_loss(r), r["peak_lr"]) for r in results if r["mechanism"] == m)[1]

@@ -185,7 +185,8 @@ def sections(ladder: Ladder) -> tuple[list[Table], list[Picture], list[str]]:
         ]
     swept = [r for r in results if r["phase"] == SWEEP]
     if swept:
-        tables.append(sweep_table(swept, "Sweep of the peak learning rate, half a pass, one seed"))
+        title = "Sweep of the peak learning rate, half of the steps, one seed"
+        tables.append(sweep_table(swept, title))
         draw = partial(figures.sweep, swept)
         pictures.append(Picture("evidence_sweep.png", "sweep of the peak learning rate", draw))
     for phase in behind:

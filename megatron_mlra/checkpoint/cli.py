@@ -44,11 +44,8 @@ def parser() -> OneLineParser:
         add_no_verify(added)
         return added
 
-    def with_source(added: argparse.ArgumentParser) -> None:
-        source = added.add_argument(
-            "source", metavar="SRC", help="checkpoint folder: a run's --save, or its iter_*"
-        )
-        reads(source, a_checkpoint)
+    def with_source(added: argparse.ArgumentParser, of: str) -> None:
+        reads(added.add_argument("source", metavar="SRC", help=of), a_checkpoint)
         added.add_argument(
             "--vocab-size",
             type=whole(1),
@@ -63,19 +60,27 @@ def parser() -> OneLineParser:
         added.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as they are")
         added.add_argument("--quiet", action="store_true", help="no progress bar")
 
-    with_source(command("inspect", _inspect, "Say what model a folder holds, and check it."))
-    for name, run, about in (
-        ("import-official", _import, "Research folder to a Megatron folder."),
-        ("import-hf", _import, "Hugging Face folder to a Megatron folder."),
-        ("export-official", _export_official, "Megatron folder to a research folder."),
-        ("export-hf", _export_hf, "Megatron folder to a Hugging Face folder."),
-        ("reshard", _reshard, "Rewrite a Megatron folder: other files, or the weights alone."),
-    ):
+    megatron = "a run's --save folder, or its iter_* folder"
+    inspect = command("inspect", _inspect, "Say what model a folder holds, and check it.")
+    with_source(inspect, f"{megatron}, an exported or research folder")
+    for name, run, about, of in (
+        ("import-official", _import, "Research folder to a Megatron folder.", "research folder"),
+        (
+            "import-hf", _import, "Hugging Face folder to a Megatron folder.",
+            "folder of export-hf or of transformers' save_pretrained",
+        ),
+        ("export-official", _export_official, "Megatron folder to a research folder.", megatron),
+        ("export-hf", _export_hf, "Megatron folder to a Hugging Face folder.", megatron),
+        (
+            "reshard", _reshard, "Rewrite a Megatron folder: other files, or the weights alone.",
+            megatron,
+        ),
+    ):  # fmt: skip
         added = command(name, run, about)
         if name == "reshard":
-            reads(added.add_argument("source", metavar="SRC", help="Megatron folder"), a_checkpoint)
+            reads(added.add_argument("source", metavar="SRC", help=of), a_checkpoint)
         else:
-            with_source(added)
+            with_source(added, of)
         with_destination(added)
         if name.startswith("import"):
             added.add_argument(

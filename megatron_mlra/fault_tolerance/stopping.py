@@ -13,13 +13,14 @@ import _thread
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 from megatron_mlra.command_line.output import first_of_host, say_error
 from megatron_mlra.command_line.signals import can_be_set, get_when_parent_ends, handle
-from megatron_mlra.launch.control import ONCE
+from megatron_mlra.launch.control import ONCE, ONE_PRESS
 
 STARTING = (
     "note: stopping in order; the run is still starting, and ends before its first step (a second"
@@ -55,6 +56,8 @@ def listen(*numbers: signal.Signals) -> None:
 def listen_to_interrupts(end: Callable[[], None]) -> None:
     """Let a first SIGINT ask the run to stop, and a second one call `end`.
 
+    One that comes within `ONE_PRESS` of the first is the first, sent twice.
+
     A thread waits for SIGINT, which is blocked in all later threads and in this one: the main
     thread would act on it only after its current import, collective or file write. Child processes
     inherit the block, so that a terminal's Ctrl-C does not end the helper processes of the last
@@ -69,20 +72,23 @@ def listen_to_interrupts(end: Callable[[], None]) -> None:
     if not can_be_set() or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    asked = threading.Event()
+    asked: float | None = None
     one_by_one = threading.Lock()
 
     def hear() -> None:
+        nonlocal asked
         with one_by_one:
             if _by_default:
                 _thread.interrupt_main()
-            elif asked.is_set() and not _over:
-                end()
-            elif not _over:
-                asked.set()
+            elif _over:
+                return
+            elif asked is None:
                 _note(signal.SIGINT, None)
                 if first_of_host():
                     say_error(STARTING if _handler is None else ONCE)
+                asked = time.monotonic()
+            elif time.monotonic() - asked >= ONE_PRESS:
+                end()
 
     def wait() -> None:
         while True:

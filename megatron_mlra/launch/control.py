@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -17,6 +18,10 @@ gives sessions of their own."""
 
 INTERRUPTED = 128 + signal.SIGINT
 """Exit code of a launcher, or a rank, that a second Ctrl-C ended at once."""
+
+ONE_PRESS = 0.2
+"""Seconds behind a Ctrl-C within which another is the same one: `timeout -s INT` sends SIGINT to
+its child and at once to their process group, and nobody has read `ONCE` so soon."""
 
 ONCE = (
     "note: stopping in order; the step under way is ended, and saved where there is --save, and"
@@ -66,7 +71,8 @@ class Control:
         self.ran = False
         """Whether ranks have been started."""
         self.phase = Phase.MEETING
-        self._interrupted = False
+        self._interrupted: float | None = None
+        """Time of the first Ctrl-C."""
         self._lock = threading.Lock()
 
     def ask(self, who: str) -> None:
@@ -77,10 +83,14 @@ class Control:
             self.asked = who
 
     def interrupt(self) -> None:
-        """Handle a Ctrl-C: the first asks the run to stop, the second ends it."""
+        """Handle a Ctrl-C: the first asks the run to stop, a later one ends it."""
         with self._lock:
-            again, self._interrupted = self._interrupted, True
-        if again:
+            first, now = self._interrupted, time.monotonic()
+            if first is None:
+                self._interrupted = now
+            elif now - first < ONE_PRESS:
+                return
+        if first is not None:
             self.end(INTERRUPTED, AGAIN)
         elif self.phase is Phase.RUNNING:
             say(ONCE)

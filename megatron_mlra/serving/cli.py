@@ -58,7 +58,8 @@ def parser() -> OneLineParser:
     )
     p.add_argument("--max-model-len", type=whole(1), help="longest sequence; default: the model's")
     cache = p.add_argument(
-        "--kv-cache-dtype", help="of the KV cache: fp8 halves a latent cache; default: the weights'"
+        "--kv-cache-dtype",
+        help="of the KV cache: fp8 takes some 0.6 of a latent cache; default: the weights'",
     )
     dtype = p.add_argument(
         "--dtype", help="of weights and activations, as vLLM names them; default: as exported"

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import psutil
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from megatron_mlra.benchmarks import losses_files
 from megatron_mlra.fault_tolerance.integrity import check_complete
 from megatron_mlra.fault_tolerance.saved_steps import latest_step
+from megatron_mlra.launch.control import ONE_PRESS
 from support import ENV, ROOT, wandb_file
 from support.runs import WHOLE, Run, scalars, wait_for
 
@@ -363,6 +365,7 @@ def test_a_second_interrupt_ends_a_save_at_once(entry, preset, whole, tmp_path):
     wait_for(save / "iter_0000008" / ".metadata", "", 120)
     os.kill(pids[0], signal.SIGINT)
     wait_for(tmp_path / "stderr-0.txt", "note: stopping in order;")
+    time.sleep(ONE_PRESS)
     os.kill(pids[0], signal.SIGINT)
     run = entry.wait(tmp_path, pids)
     note, error = run.err.splitlines()

@@ -86,6 +86,18 @@ def test_an_interrupt_is_heard_whichever_thread_is_given_it():
     assert ended == "ended"
 
 
+def test_two_interrupts_at_once_are_one():
+    """`timeout -s INT` sends one to its child and, at once, another to their process group."""
+    begin = "import time\nfrom megatron_mlra.command_line.output import say_error\n"
+    listens = "stopping.listen_to_interrupts(lambda: (say_error('ended'), os._exit(3)))\n"
+    twice = "for _ in range(2):\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(0.02)\n"
+    goes_on = "time.sleep(0.5)\nprint('went on', flush=True)\n"
+    again = "os.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    done = run(begin + listens + twice + goes_on + again)
+    assert (done.returncode, done.stdout) == (3, "went on\n"), done.stderr
+    assert done.stderr.count("note: stopping in order") == done.stderr.count("ended\n") == 1
+
+
 def test_without_a_handler_an_interrupt_is_pythons():
     begin = "import time\nfrom megatron_mlra.command_line.output import say_error\n"
     for kill in ("os.kill(os.getpid(), signal.SIGINT)", "signal.pthread_kill(old.ident, 2)"):

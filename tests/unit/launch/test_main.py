@@ -3,10 +3,12 @@
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from megatron_mlra.description.presets import find_preset
+from megatron_mlra.launch.control import ONE_PRESS
 from support import ENV, ROOT
 from support.runs import runs_still, wait_for
 
@@ -110,8 +112,12 @@ def test_a_second_interrupt_ends_ranks_that_go_on(tmp_path):
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
     wait_for(out, "up ", 120)
-    launcher.send_signal(signal.SIGINT)
+    for _ in range(2):  # as `timeout -s INT` does, which is one request
+        launcher.send_signal(signal.SIGINT)
+        time.sleep(0.02)
     wait_for(out, "saving", 120)
+    time.sleep(ONE_PRESS)
+    assert launcher.poll() is None, out.read_text()
     launcher.send_signal(signal.SIGINT)
     assert launcher.wait(120) == 130, out.read_text()
     loading, up, *said = out.read_text().splitlines()
