@@ -274,9 +274,11 @@ BEFORE_TRAINING = (
     Hook(
         f"{TRAINER}.build_pretraining_data_loader",
         "each evaluation takes the next samples, so that two of one run are of other text;"
-        " processes that load data outlive a rank killed as they start",
+        " loaders draw from dropout's generator on a CPU; their processes outlive a rank killed as"
+        " they start",
         (
             lambda build, run: helper_processes.tied_loaders(build),
+            lambda build, run: validation.draws_apart(build),
             lambda build, run: validation.same_samples(build, run.args),
         ),
     ),
