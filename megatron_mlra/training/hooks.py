@@ -188,6 +188,11 @@ BEFORE_TRAINING = (
         "a resume at another rate finds no group: Megatron tells groups apart by their rates",
         (upstream_fixes.pair_at_other_rates,),
     ),
+    Hook(
+        "megatron.core.optimizer_param_scheduler.OptimizerParamScheduler.load_state_dict",
+        "the first step of a resume with the checkpoint's schedule had the run's weight decay",
+        (upstream_fixes.step_with_loaded_schedule,),
+    ),
     # Saving a checkpoint.
     Hook(
         f"{WRITER}.write_preloaded_data",

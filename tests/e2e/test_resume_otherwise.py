@@ -112,6 +112,24 @@ def test_another_rate_keeps_the_moments(entry, preset, tmp_path, layout):
     assert losses[0] == losses[1], "the same weights and the same samples"
 
 
+@pytest.mark.parametrize(
+    "layout", [[], ["--use-distributed-optimizer"]], ids=["whole", "distributed"]
+)
+def test_the_checkpoints_schedule_is_kept_to_the_digit(entry, preset, tmp_path, layout):
+    argv = ("--config", preset, *layout, "--log-interval", 1, "--weight-decay", 20)
+    whole = entry.run(tmp_path / "whole", *argv, "--save", tmp_path / "whole/save")
+    assert whole.code == 0, whole.err
+    save = tmp_path / "whole/save"
+    shutil.rmtree(save / "iter_0000008")
+    (save / "latest_checkpointed_iteration.txt").write_text("4")
+    other = ("--lr", "1e-3", "--min-lr", "1e-4", "--weight-decay", 0, "--lr-warmup-iters", 1)
+    run = entry.run(
+        tmp_path / "on", *argv, "--load", save, *other, "--use-checkpoint-opt-param-scheduler"
+    )
+    assert run.code == 0, run.err
+    assert run.losses == {step: whole.losses[step] for step in (5, 6, 7, 8)}
+
+
 def test_a_batch_that_moves_the_end_of_the_schedule_is_said(resume):
     run = resume(OVERRIDE, "--global-batch-size", 8)
     assert run.code == 0, run.err
