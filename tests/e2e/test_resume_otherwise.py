@@ -130,6 +130,23 @@ def test_the_checkpoints_schedule_is_kept_to_the_digit(entry, preset, tmp_path, 
     assert run.losses == {step: whole.losses[step] for step in (5, 6, 7, 8)}
 
 
+def test_a_length_that_changes_the_order_of_samples_is_said(resume, whole):
+    """The training data are 1,438 samples, and steps take 4."""
+    flags = (OVERRIDE, "--exit-interval", 5, "--train-iters")
+    run = resume(*flags, 300)
+    assert run.code == 0 and "warning" not in run.out, run.err
+    assert run.losses[5] == whole.losses[5]
+    run = resume(*flags, 600)
+    assert run.code == 0, run.err
+    assert run.losses[5] != whole.losses[5], "other samples"
+    said = (
+        "warning: the run was planned for 32 samples and is for 2,400 now, more or fewer passes"
+        " over its data, whose order changes with that: some of the 16 samples behind it come"
+        " again; start a run with its whole length, and pause it by --exit-interval"
+    )
+    assert run.out.splitlines().count(said) == 1, run.out
+
+
 def test_a_batch_that_moves_the_end_of_the_schedule_is_said(resume):
     run = resume(OVERRIDE, "--global-batch-size", 8)
     assert run.code == 0, run.err
