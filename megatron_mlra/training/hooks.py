@@ -189,6 +189,11 @@ BEFORE_TRAINING = (
         (upstream_fixes.pair_at_other_rates,),
     ),
     Hook(
+        "megatron.core.optimizer.optimizer.MegatronOptimizer.__init__",
+        "a resume with SGD calls a function that Megatron does not give",
+        (upstream_fixes.start_with_momentum,),
+    ),
+    Hook(
         "megatron.core.optimizer_param_scheduler.OptimizerParamScheduler.load_state_dict",
         "the first step of a resume with the checkpoint's schedule had the run's weight decay",
         (upstream_fixes.step_with_loaded_schedule,),

@@ -71,6 +71,24 @@ def load_with_own_steps(load_state_dict: Callable, run: Any) -> Callable:
     return load_state_dict if HAVE_APEX_OR_TE else load
 
 
+def start_with_momentum(start: Callable, run: Any) -> Callable:
+    """Wrap `MegatronOptimizer.__init__`, whose SGD gets no function that makes the state which a
+    resume loads into."""
+
+    def init(self, optimizer, config, init_state_fn=None):
+        if init_state_fn is None and config.optimizer == "sgd":
+            init_state_fn = _zero_momentum
+        start(self, optimizer, config, init_state_fn)
+
+    return init
+
+
+def _zero_momentum(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
+    for group in optimizer.param_groups:
+        for param in group["params"] if group["momentum"] else ():
+            optimizer.state[param].setdefault("momentum_buffer", torch.zeros_like(param))
+
+
 def raise_failed_writes(write: Callable, run: Any) -> Callable:
     """Wrap `write_preloaded_data`, so that it raises errors.
 

@@ -130,6 +130,19 @@ def test_the_checkpoints_schedule_is_kept_to_the_digit(entry, preset, tmp_path, 
     assert run.losses == {step: whole.losses[step] for step in (5, 6, 7, 8)}
 
 
+@pytest.mark.parametrize("precision", [[], ["--bf16"]], ids=["float32", "bf16"])
+def test_momentum_of_sgd_goes_on(entry, preset, tmp_path, precision):
+    argv = ("--config", preset, "--optimizer", "sgd", "--lr", 0.1, *precision, "--log-interval", 1)
+    save = tmp_path / "whole/save"
+    whole = entry.run(tmp_path / "whole", *argv, "--save", save)
+    assert whole.code == 0, whole.err
+    shutil.rmtree(save / "iter_0000008")
+    (save / "latest_checkpointed_iteration.txt").write_text("4")
+    run = entry.run(tmp_path / "on", *argv, "--load", save)
+    assert run.code == 0, run.err
+    assert run.losses == {step: whole.losses[step] for step in (5, 6, 7, 8)}
+
+
 def test_a_length_that_changes_the_order_of_samples_is_said(resume, whole):
     """The training data are 1,438 samples, and steps take 4."""
     flags = (OVERRIDE, "--exit-interval", 5, "--train-iters")
