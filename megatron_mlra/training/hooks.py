@@ -189,6 +189,11 @@ BEFORE_TRAINING = (
         (upstream_fixes.pair_at_other_rates,),
     ),
     Hook(
+        f"{OPTIMIZER}.optimizer_state_keys",
+        "with Lion, Adam's second moments of embeddings and norms are not saved",
+        (upstream_fixes.moments_of_the_optimizer,),
+    ),
+    Hook(
         "megatron.core.optimizer.optimizer.MegatronOptimizer.__init__",
         "a resume with SGD calls a function that Megatron does not give",
         (upstream_fixes.start_with_momentum,),

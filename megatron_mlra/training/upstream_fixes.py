@@ -89,6 +89,17 @@ def _zero_momentum(optimizer: torch.optim.Optimizer, config: Any = None) -> None
             optimizer.state[param].setdefault("momentum_buffer", torch.zeros_like(param))
 
 
+def moments_of_the_optimizer(keys: property, run: Any) -> property:
+    """Replace `optimizer_state_keys`, which goes by the flag `--optimizer`: with Lion the part of
+    the weights that Adam takes was saved without its second moment."""
+
+    def kept(self) -> tuple[str, ...]:
+        is_lion = type(self.optimizer).__name__ == "Lion"
+        return ("exp_avg",) if is_lion else ("exp_avg", "exp_avg_sq")
+
+    return property(kept)
+
+
 def raise_failed_writes(write: Callable, run: Any) -> Callable:
     """Wrap `write_preloaded_data`, so that it raises errors.
 

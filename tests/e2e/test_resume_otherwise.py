@@ -130,9 +130,16 @@ def test_the_checkpoints_schedule_is_kept_to_the_digit(entry, preset, tmp_path, 
     assert run.losses == {step: whole.losses[step] for step in (5, 6, 7, 8)}
 
 
-@pytest.mark.parametrize("precision", [[], ["--bf16"]], ids=["float32", "bf16"])
-def test_momentum_of_sgd_goes_on(entry, preset, tmp_path, precision):
-    argv = ("--config", preset, "--optimizer", "sgd", "--lr", 0.1, *precision, "--log-interval", 1)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["sgd", "--lr", 0.1],
+        ["sgd", "--lr", 0.1, "--bf16"],
+        ["lion", "--bf16", "--use-distributed-optimizer"],
+    ],
+)
+def test_momentum_of_other_optimizers_goes_on(entry, preset, tmp_path, flags):
+    argv = ("--config", preset, "--log-interval", 1, "--optimizer", *flags)
     save = tmp_path / "whole/save"
     whole = entry.run(tmp_path / "whole", *argv, "--save", save)
     assert whole.code == 0, whole.err
