@@ -208,22 +208,6 @@ def test_evaluating_first_changes_no_training(entry, preset, whole, tmp_path):
     assert (tmp_path / "runs" / preset.stem / "megatron.log").exists()
 
 
-def test_dropout_is_the_same_however_often_a_run_stops_and_evaluates(entry, preset, tmp_path):
-    argv = ("--config", preset, "--hidden-dropout", 0.1, "--attention-dropout", 0.1)
-    argv += ("--log-interval", 1)
-    plain = entry.run(tmp_path / "plain", *argv, "--eval-iters", 0)
-    assert plain.code == 0, plain.err
-    save = tmp_path / "save"
-    part = (*argv, "--save", save, "--load", save, "--eval-interval")
-    begun = entry.run(tmp_path / "begun", *part, 3, "--exit-interval", 4, "--eval-at-start")
-    assert begun.code == 0, begun.err
-    losses = scalars(save, "lm loss")
-    assert losses == {step: plain.losses[step] for step in (1, 2, 3, 4)}
-    resumed = entry.run(tmp_path / "resumed", *part, 1)
-    assert resumed.code == 0, resumed.err
-    assert scalars(save, "lm loss") == plain.losses
-
-
 def test_verbose_prints_all_of_megatron(entry, preset, tmp_path):
     run = entry.run(tmp_path, "--config", preset, "--exit-interval", 1, "--verbose-megatron")
     assert run.code == 0
