@@ -24,7 +24,8 @@ from megatron_mlra.fault_tolerance.saved_steps import check_unused, to_load
 
 def check_load(args: Namespace) -> bool:
     """Check that the checkpoint of `--load` is complete and fits the architecture and the
-    optimizer. Rank 0 prints what the command line changes in its RoPE and lengths.
+    optimizer. Rank 0 prints what the command line changes in its RoPE and lengths. Sets
+    `args.planned_samples`, the samples of the checkpoint's whole run; None if they are not known.
 
     Returns:
         Whether the run has layers of multi-token prediction that begin anew, beside weights that
@@ -33,10 +34,12 @@ def check_load(args: Namespace) -> bool:
     Raises:
         ValueError: names the checkpoint, and the damaged file or the arguments that differ.
     """
+    args.planned_samples = None
     folder = folder_to_load(args)
     if folder is None:
         return False
     stored = opened(folder)
+    args.planned_samples = _planned(stored.common_state().get("args"))
     given = parser.flags_given(sys.argv[1:])
     changed = check_architecture(stored, args, given)
     if changed and args.rank == 0:
@@ -44,6 +47,12 @@ def check_load(args: Namespace) -> bool:
         parser.say(f"{folder}: {', '.join(changed)}{'' if by_preset else ', as asked'}")
     check_optimizer(stored, args)
     return adds_multi_token(stored.common_state()["args"], args)
+
+
+def _planned(saved: Namespace | None) -> int | None:
+    counted = getattr(saved, "train_samples", None)
+    steps, batch = (getattr(saved, name, None) for name in ("train_iters", "global_batch_size"))
+    return counted or (steps * batch if steps and batch else None)
 
 
 def adds_multi_token(saved: Namespace, args: Namespace) -> bool:

@@ -164,11 +164,12 @@ def _samples(args: Namespace) -> dict[str, float]:
 
 def other_end(scheduler: Any, args: Namespace) -> str | None:
     """A warning if a resumed run ends at another learning rate than its schedule says, or None. The
-    schedule counts samples; earlier steps may have had another global batch size.
+    schedule counts samples of steps that were not skipped; earlier ones may have had another global
+    batch size.
 
     Args:
         scheduler: Megatron's, with the checkpoint's state loaded.
-        args: with `iteration`, the step of the checkpoint.
+        args: with `iteration`, the step of the checkpoint, and `consumed_train_samples`.
     """
     if not args.train_iters or scheduler.lr_decay_style == "constant":
         return None
@@ -177,8 +178,11 @@ def other_end(scheduler: Any, args: Namespace) -> str | None:
     ends = [_rate_after(scheduler, count) for count in (scheduler.num_steps + left, whole)]
     if left <= 0 or abs(ends[0] - ends[1]) <= 1e-3 * max(ends):
         return None
+    why = "another --global-batch-size than before, and the rate decays by samples"
+    if args.consumed_train_samples == args.iteration * args.global_batch_size:
+        why = "skipped steps (not finite in fp16) do not move the rate's decay"
     return (
-        f"warning: another --global-batch-size than before, and the rate decays by samples: it will"
+        f"warning: {why}: it will"
         f" be {ends[0]:.3g} after the last step, not {ends[1]:.3g}; --lr-decay-iters"
         f" {-(-(scheduler.num_steps + left) // args.global_batch_size)} ends it there"
     )

@@ -24,6 +24,7 @@ from megatron.core.utils import (
 from megatron.training import get_args, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 
+from megatron_mlra.command_line.parser import say
 from megatron_mlra.data.contents import cache_folder, check_contents
 from megatron_mlra.data.index import Index, read_index
 from megatron_mlra.data.metadata import read_metadata
@@ -33,7 +34,7 @@ from megatron_mlra.evaluation.token_stream import named_sets
 from megatron_mlra.fault_tolerance import samples
 from megatron_mlra.sharding.token_plan import PackedDocuments, plan_tokens
 from megatron_mlra.training import validation
-from megatron_mlra.training.datasets import CachedBuilder, CachedDataset
+from megatron_mlra.training.datasets import CachedBuilder, CachedDataset, order_differs
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
@@ -198,7 +199,25 @@ def build_datasets(sample_counts: list[int], vp_stage: int | None = None):
         )
 
     dataset = samples.SourcedMockDataset if args.mock_data else CachedDataset
-    return CachedBuilder(dataset, sample_counts, is_built_here, config).build()
+    built = CachedBuilder(dataset, sample_counts, is_built_here, config).build()
+    if args.rank == 0 and args.consumed_train_samples:
+        _say_other_order(built[0], args.planned_samples, sample_counts[0], args)
+    return built
+
+
+def _say_other_order(train: Any, planned: int | None, now: int, args: Namespace) -> None:
+    """Print a warning where a resumed run reads its data in another order than before.
+
+    Args:
+        planned, now: samples of the checkpoint's whole run, and of this one's.
+    """
+    if train is not None and planned and order_differs(train, planned, now):
+        say(
+            f"warning: the run was planned for {planned:,} samples and is for {now:,} now, more or"
+            " fewer passes over its data, whose order changes with that: some of the"
+            f" {args.consumed_train_samples:,} samples behind it come again; start a run with its"
+            " whole length, and pause it by --exit-interval"
+        )
 
 
 build_datasets.is_distributed = True

@@ -29,6 +29,9 @@ from megatron_mlra.fault_tolerance.samples import SourcedDataset
 _AT_ONCE = 1 << 20
 """Rows of an index that are compared at once."""
 
+_FULL = 0.80
+"""Megatron shuffles the last pass over the data by itself where less than this share is drawn."""
+
 
 class CachedDataset(SourcedDataset):
     """The GPT dataset, whose order of samples is a function of the content of PREFIX.idx."""
@@ -46,6 +49,18 @@ class CachedDataset(SourcedDataset):
             super()._build_document_sample_shuffle_indices,
             self._misfit,
         )
+
+    def order_of(self, count: int) -> tuple[int, bool]:
+        """What Megatron's order of the samples depends on beside data and seed, if `count` samples
+        are drawn: the passes over the data, and whether the last pass is shuffled by itself."""
+        drawn = copy.copy(self)
+        drawn.num_samples = count
+        tokens, extra = self._get_num_tokens_per_epoch(), self.config.add_extra_token_to_sequence
+        passes = drawn._get_num_epochs(tokens)
+        before_last, once = (
+            (many * tokens - extra) // self.config.sequence_length for many in (passes - 1, 1)
+        )
+        return passes, passes > 1 and count - before_last < int(_FULL * once)
 
     def _misfit(self, arrays: tuple[np.ndarray, ...]) -> str | None:
         """Why the three cached indexes cannot be those of this data, or None.
@@ -113,6 +128,20 @@ class CachedBuilder(BlendedMegatronDatasetBuilder):
         """See BlendedMegatronDatasetBuilder."""
         cls = CachedBlend if cls is BlendedDataset else cls
         return BlendedMegatronDatasetBuilder.build_generic_dataset(cls, *rest)
+
+
+def order_differs(dataset: Any, planned: int, now: int) -> bool:
+    """Whether a training dataset or blend of `now` samples begins otherwise than with `planned`.
+
+    A blend's choice of dataset does not depend on its length, the order within a dataset does.
+    """
+    for part in getattr(dataset, "datasets", [dataset]):
+        count = getattr(part, "num_samples", None)
+        if isinstance(part, CachedDataset) and count is not None:
+            before = -(-count * planned // now)  # a dataset's share of a blend stays
+            if part.order_of(before) != part.order_of(count):
+                return True
+    return False
 
 
 def _cached(

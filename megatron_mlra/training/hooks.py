@@ -188,6 +188,21 @@ BEFORE_TRAINING = (
         "a resume at another rate finds no group: Megatron tells groups apart by their rates",
         (upstream_fixes.pair_at_other_rates,),
     ),
+    Hook(
+        f"{OPTIMIZER}.optimizer_state_keys",
+        "with Lion, Adam's second moments of embeddings and norms are not saved",
+        (upstream_fixes.moments_of_the_optimizer,),
+    ),
+    Hook(
+        "megatron.core.optimizer.optimizer.MegatronOptimizer.__init__",
+        "a resume with SGD calls a function that Megatron does not give",
+        (upstream_fixes.start_with_momentum,),
+    ),
+    Hook(
+        "megatron.core.optimizer_param_scheduler.OptimizerParamScheduler.load_state_dict",
+        "the first step of a resume with the checkpoint's schedule had the run's weight decay",
+        (upstream_fixes.step_with_loaded_schedule,),
+    ),
     # Saving a checkpoint.
     Hook(
         f"{WRITER}.write_preloaded_data",
@@ -274,9 +289,11 @@ BEFORE_TRAINING = (
     Hook(
         f"{TRAINER}.build_pretraining_data_loader",
         "each evaluation takes the next samples, so that two of one run are of other text;"
-        " processes that load data outlive a rank killed as they start",
+        " loaders draw from dropout's generator on a CPU; their processes outlive a rank killed as"
+        " they start",
         (
             lambda build, run: helper_processes.tied_loaders(build),
+            lambda build, run: validation.draws_apart(build),
             lambda build, run: validation.same_samples(build, run.args),
         ),
     ),

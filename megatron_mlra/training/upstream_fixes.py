@@ -71,6 +71,35 @@ def load_with_own_steps(load_state_dict: Callable, run: Any) -> Callable:
     return load_state_dict if HAVE_APEX_OR_TE else load
 
 
+def start_with_momentum(start: Callable, run: Any) -> Callable:
+    """Wrap `MegatronOptimizer.__init__`, whose SGD gets no function that makes the state which a
+    resume loads into."""
+
+    def init(self, optimizer, config, init_state_fn=None):
+        if init_state_fn is None and config.optimizer == "sgd":
+            init_state_fn = _zero_momentum
+        start(self, optimizer, config, init_state_fn)
+
+    return init
+
+
+def _zero_momentum(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
+    for group in optimizer.param_groups:
+        for param in group["params"] if group["momentum"] else ():
+            optimizer.state[param].setdefault("momentum_buffer", torch.zeros_like(param))
+
+
+def moments_of_the_optimizer(keys: property, run: Any) -> property:
+    """Replace `optimizer_state_keys`, which goes by the flag `--optimizer`: with Lion the part of
+    the weights that Adam takes was saved without its second moment."""
+
+    def kept(self) -> tuple[str, ...]:
+        is_lion = type(self.optimizer).__name__ == "Lion"
+        return ("exp_avg",) if is_lion else ("exp_avg", "exp_avg_sq")
+
+    return property(kept)
+
+
 def raise_failed_writes(write: Callable, run: Any) -> Callable:
     """Wrap `write_preloaded_data`, so that it raises errors.
 
@@ -89,12 +118,16 @@ def raise_failed_writes(write: Callable, run: Any) -> Callable:
 def pair_at_other_rates(pair: Callable, run: Any) -> Callable:
     """Wrap `_filter_and_reorder_param_groups`, which tells parameter groups apart by their rates.
 
-    With --override-opt-param-scheduler the rates differ from the saved ones, and Megatron would
-    find no group.
+    With --override-opt-param-scheduler or --use-checkpoint-opt-param-scheduler the rates differ
+    from the saved ones, and Megatron would find no group.
     """
 
     def pair_by_other_keys(current_groups: list[dict], state_dict_groups: list[dict]):
-        return pair(current_groups, _with_these_rates(current_groups, state_dict_groups, run.args))
+        if run.args.override_opt_param_scheduler:
+            state_dict_groups = _with_rates_of(current_groups, state_dict_groups)
+        elif run.args.use_checkpoint_opt_param_scheduler:
+            current_groups = _with_rates_of(state_dict_groups, current_groups)
+        return pair(current_groups, state_dict_groups)
 
     return pair_by_other_keys
 
@@ -105,33 +138,45 @@ def load_at_other_rates(load_state_dict: Callable, run: Any) -> Callable:
     def load(self, state_dict):
         inner = state_dict.get("optimizer")
         if isinstance(inner, dict) and "param_groups" in inner:
-            groups = self.optimizer.param_groups
-            groups = _with_these_rates(groups, inner["param_groups"], run.args)
-            state_dict = state_dict | {"optimizer": inner | {"param_groups": groups}}
+            here, there = self.optimizer.param_groups, inner["param_groups"]
+            if run.args.override_opt_param_scheduler:
+                groups = _with_rates_of(here, there)
+                state_dict = state_dict | {"optimizer": inner | {"param_groups": groups}}
+            elif run.args.use_checkpoint_opt_param_scheduler:
+                for group, told in zip(here, _with_rates_of(there, here), strict=True):
+                    group.update(told)
         return load_state_dict(self, state_dict)
 
     return load
 
 
-def _with_these_rates(current: list[dict], saved: list[dict], args: Any) -> list[dict]:
-    """The saved parameter groups with the rates of this run's groups.
+def step_with_loaded_schedule(load_state_dict: Callable, run: Any) -> Callable:
+    """Wrap the scheduler's `load_state_dict`, which sets the weight decay of the next step before
+    it takes the checkpoint's with --use-checkpoint-opt-param-scheduler."""
 
-    A saved group and a current group match if all identifying keys but the rates are equal.
+    def load(self, state_dict):
+        load_state_dict(self, state_dict)
+        self.step(increment=0)
+
+    return load
+
+
+def _with_rates_of(others: list[dict], groups: list[dict]) -> list[dict]:
+    """The parameter groups `groups` with the rates of those of `others` that match.
+
+    Two groups match if all identifying keys but the rates are equal.
     """
-    if not getattr(args, "override_opt_param_scheduler", False):
-        return saved
     rates = ("max_lr", "min_lr", "start_wd", "end_wd")
-    others = [key for key in param_group_identifier_keys if key not in rates]
-    here: dict[tuple, list[dict]] = {}
-    for group in current:
-        here.setdefault(tuple(group.get(key) for key in others), []).append(group)
+    keys = [key for key in param_group_identifier_keys if key not in rates]
+    there: dict[tuple, list[dict]] = {}
+    for group in others:
+        there.setdefault(tuple(group.get(key) for key in keys), []).append(group)
     given = []
-    for group in saved:
-        same = here.get(tuple(group.get(key) for key in others), [])
-        # Where several current groups differ in rates alone, no match is certain, so the saved
-        # rates stay.
-        own = same[0] if len(same) == 1 else {}
-        given.append(group | {key: own[key] for key in rates if key in own})
+    for group in groups:
+        same = there.get(tuple(group.get(key) for key in keys), [])
+        # Where several groups differ in rates alone, no match is certain, so the rates stay.
+        found = same[0] if len(same) == 1 else {}
+        given.append(group | {key: found[key] for key in rates if key in found})
     return given
 
 

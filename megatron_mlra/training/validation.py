@@ -1,4 +1,4 @@
-"""Validation on the same samples each time.
+"""Validation on the same samples each time, and without a trace in training.
 
 Each of Megatron's evaluations takes the next samples of the validation data. Two losses of one run,
 or of two runs with different intervals, are then of different text and cannot be compared.
@@ -10,6 +10,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from megatron.core.datasets.utils import Split
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -49,3 +50,20 @@ def same_samples(build: Callable, args: Namespace) -> Callable:
         return _Again(build(_First(dataset, samples(args)), 0))
 
     return build_loader
+
+
+def draws_apart(build: Callable) -> Callable:
+    """Wrap `build_pretraining_data_loader`, of loaders that draw from a generator of their own.
+
+    At each start a loader draws a seed for its processes, by default from torch's generator of the
+    CPU. Training on a CPU has its dropout from the same one: masks would depend on how often a run
+    evaluates and resumes.
+    """
+
+    def build_apart(dataset, consumed_samples):
+        loader = build(dataset, consumed_samples)
+        if isinstance(loader, DataLoader):
+            loader.generator = torch.Generator().manual_seed(torch.initial_seed())
+        return loader
+
+    return build_apart

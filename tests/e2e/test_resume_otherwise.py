@@ -7,6 +7,8 @@ import shutil
 
 import pytest
 
+from support.runs import scalars
+
 OVERRIDE = "--override-opt-param-scheduler"
 
 
@@ -112,6 +114,77 @@ def test_another_rate_keeps_the_moments(entry, preset, tmp_path, layout):
     assert losses[0] == losses[1], "the same weights and the same samples"
 
 
+@pytest.mark.parametrize(
+    "layout", [[], ["--use-distributed-optimizer"]], ids=["whole", "distributed"]
+)
+def test_the_checkpoints_schedule_is_kept_to_the_digit(entry, preset, tmp_path, layout):
+    argv = ("--config", preset, *layout, "--log-interval", 1, "--weight-decay", 20)
+    whole = entry.run(tmp_path / "whole", *argv, "--save", tmp_path / "whole/save")
+    assert whole.code == 0, whole.err
+    save = tmp_path / "whole/save"
+    shutil.rmtree(save / "iter_0000008")
+    (save / "latest_checkpointed_iteration.txt").write_text("4")
+    other = ("--lr", "1e-3", "--min-lr", "1e-4", "--weight-decay", 0, "--lr-warmup-iters", 1)
+    run = entry.run(
+        tmp_path / "on", *argv, "--load", save, *other, "--use-checkpoint-opt-param-scheduler"
+    )
+    assert run.code == 0, run.err
+    assert run.losses == {step: whole.losses[step] for step in (5, 6, 7, 8)}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["sgd", "--lr", 0.1],
+        ["sgd", "--lr", 0.1, "--bf16"],
+        ["lion", "--bf16", "--use-distributed-optimizer"],
+    ],
+)
+def test_momentum_of_other_optimizers_goes_on(entry, preset, tmp_path, flags):
+    argv = ("--config", preset, "--log-interval", 1, "--optimizer", *flags)
+    save = tmp_path / "whole/save"
+    whole = entry.run(tmp_path / "whole", *argv, "--save", save)
+    assert whole.code == 0, whole.err
+    shutil.rmtree(save / "iter_0000008")
+    (save / "latest_checkpointed_iteration.txt").write_text("4")
+    run = entry.run(tmp_path / "on", *argv, "--load", save)
+    assert run.code == 0, run.err
+    assert run.losses == {step: whole.losses[step] for step in (5, 6, 7, 8)}
+
+
+def test_dropout_is_the_same_however_often_a_run_stops_and_evaluates(entry, preset, tmp_path):
+    argv = ("--config", preset, "--hidden-dropout", 0.1, "--attention-dropout", 0.1)
+    argv += ("--log-interval", 1)
+    plain = entry.run(tmp_path / "plain", *argv, "--eval-iters", 0)
+    assert plain.code == 0, plain.err
+    save = tmp_path / "save"
+    part = (*argv, "--save", save, "--load", save, "--eval-interval")
+    begun = entry.run(tmp_path / "begun", *part, 3, "--exit-interval", 4, "--eval-at-start")
+    assert begun.code == 0, begun.err
+    losses = scalars(save, "lm loss")
+    assert losses == {step: plain.losses[step] for step in (1, 2, 3, 4)}
+    resumed = entry.run(tmp_path / "resumed", *part, 1)
+    assert resumed.code == 0, resumed.err
+    assert scalars(save, "lm loss") == plain.losses
+
+
+def test_a_length_that_changes_the_order_of_samples_is_said(resume, whole):
+    """The training data are 1,438 samples, and steps take 4."""
+    flags = (OVERRIDE, "--exit-interval", 5, "--train-iters")
+    run = resume(*flags, 300)
+    assert run.code == 0 and "warning" not in run.out, run.err
+    assert run.losses[5] == whole.losses[5]
+    run = resume(*flags, 600)
+    assert run.code == 0, run.err
+    assert run.losses[5] != whole.losses[5], "other samples"
+    said = (
+        "warning: the run was planned for 32 samples and is for 2,400 now, more or fewer passes"
+        " over its data, whose order changes with that: some of the 16 samples behind it come"
+        " again; start a run with its whole length, and pause it by --exit-interval"
+    )
+    assert run.out.splitlines().count(said) == 1, run.out
+
+
 def test_a_batch_that_moves_the_end_of_the_schedule_is_said(resume):
     run = resume(OVERRIDE, "--global-batch-size", 8)
     assert run.code == 0, run.err
@@ -140,3 +213,15 @@ def test_a_finished_run_leaves_its_last_checkpoint_alone(resume, tmp_path):
     run = resume("--save", tmp_path / "save", *flags)
     assert run.code == 0 and "step 4 of 4 is the end" in run.out, run.err
     assert "saved step" not in run.out and written() == before
+
+
+def test_a_rate_behind_for_skipped_steps_is_said(entry, preset, tmp_path):
+    """With a loss scale of 2^22 the first steps of fp16 overflow."""
+    argv = ("--config", preset, "--fp16", "--initial-loss-scale", 2**22, "--hysteresis", 1)
+    argv += ("--save", tmp_path / "save", "--load", tmp_path / "save")
+    first = entry.run(tmp_path, *argv, "--exit-interval", 7)
+    assert first.code == 0, first.err
+    run = entry.run(tmp_path, *argv)
+    assert run.code == 0, run.err
+    assert "warning: skipped steps (not finite in fp16) do not move the rate's decay: " in run.out
+    assert "--global-batch-size than before" not in run.out
