@@ -1,18 +1,24 @@
 """Triton's interpreter (`TRITON_INTERPRET=1`), which runs the kernels on the CPU.
 
 The interpreter of Triton 3.6 uses arrays of one element as loop bounds. NumPy 2.5 no longer
-converts such an array to an int. `mend` adds the conversion. The package calls `mend` when it is
-imported under the interpreter.
+converts such an array to an int. `mend` adds the conversion.
+
+The interpreter makes integers of a comparison of two scalars where it is combined with one of
+tensors. Triton 3.9 refuses such a mask of a load or a store. `mend` keeps it Boolean.
+
+The package calls `mend` when it is imported under the interpreter.
 """
 
 import triton
+import triton.language as tl
 
 INTERPRETED = triton.knobs.runtime.interpret
 """Whether kernels are interpreted. Triton decides this when a kernel is defined."""
 
 
 def mend() -> None:
-    """Let the interpreter's scalars be loop bounds with any NumPy. A second call does nothing."""
+    """Let the interpreter's scalars be loop bounds with any NumPy, and parts of masks with any
+    Triton. A second call does nothing."""
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang_tensor
@@ -25,3 +31,14 @@ def mend() -> None:
 
     patch_with_index.takes_scalars = True
     interpreter._patch_lang_tensor = patch_with_index
+
+    builder = interpreter.InterpreterBuilder
+    splat = builder.create_splat
+
+    def splat_of_its_type(self, ret_ty, arg):
+        value = splat(self, ret_ty, arg)
+        if ret_ty.scalar == tl.int1:
+            value.data = value.data.astype(bool)
+        return value
+
+    builder.create_splat = splat_of_its_type

@@ -77,8 +77,6 @@ class _Machine:
         self.done: dict[str, dict[int, int]] = {"read": {}, "written": {}}
         """Place -> time on this partition's clock when all its warps were done with the place."""
         self.tma = types.SimpleNamespace(
-            async_copy_global_to_shared=self.copy_in,
-            async_copy_shared_to_global=self.copy_out,
             store_wait=self.store_wait,
         )
         self.mbarrier = types.SimpleNamespace(
@@ -100,7 +98,10 @@ class _Machine:
             "tma": self.tma,
             "mbarrier": self.mbarrier,
             "fence_async_shared": self.fence,
-            "async_add_shared_to_global": self.add_out,
+            "barrier": self.thread_barrier,
+            "async_load": self.copy_in,
+            "async_store": self.copy_out,
+            "async_atomic_add": self.add_out,
             "warpgroup_mma": self.product,
             "warpgroup_mma_wait": self.product_wait,
             "range": self.static_range,

@@ -22,9 +22,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from mlra_kernels.gluon_names import async_atomic_add, async_load, async_store, barrier
 from mlra_kernels.latent_attention.tiles import (
     MASKED,
-    async_add_shared_to_global,
     keys_read_by_all,
     load_keys,
     mask,
@@ -159,9 +159,9 @@ def _load(
     for half in gl.static_range(2):
         row, bar = start + half * m, loaded.index(half)
         mbarrier.expect(bar, size + do_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(q_nope_desc, [row, q_column], bar, q_nope.index(half))
-        tma.async_copy_global_to_shared(q_rope_desc, [row, q_column + L], bar, q_rope.index(half))
-        tma.async_copy_global_to_shared(do_desc, [row, do_column], bar, do.index(half))
+        async_load(q_nope_desc, [row, q_column], bar, q_nope.index(half))
+        async_load(q_rope_desc, [row, q_column + L], bar, q_rope.index(half))
+        async_load(do_desc, [row, do_column], bar, do.index(half))
     load_keys(key_nope_desc, key_rope_desc, keys, k_column, first * UNIT, N, tiles, L, 2)
 
 
@@ -227,11 +227,11 @@ def _attend(
         dq_rope = warpgroup_mma(operand, r_ring.index(stage), dq_rope, is_async=True)
         ds_tile.store(ds)
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(ready.index(half), count=1)
         # `operand` is named here so that its registers are not reused before.
         dq_nope, dq_rope, operand = warpgroup_mma_wait(0, deps=[dq_nope, dq_rope, operand])
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(free.index(stage), count=1)
 
     if TILES:
@@ -241,15 +241,15 @@ def _attend(
     q_nope.store(dq_nope.to(dtype))
     q_rope.store(dq_rope.to(dtype))
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
     if TILES:
         pitch = gl.num_programs(1) * P * (L + R)
         start += passed >> 30  # 0, see `zero` above
         store_rows(dq_nope_desc, dq_ptr, q_nope, start, end, pitch, q_column, m, L)
         store_rows(dq_rope_desc, dq_ptr, q_rope, start, end, pitch, q_column + L, m, R)
     else:
-        tma.async_copy_shared_to_global(dq_nope_desc, [start, q_column], q_nope)
-        tma.async_copy_shared_to_global(dq_rope_desc, [start, q_column + L], q_rope)
+        async_store(dq_nope_desc, [start, q_column], q_nope)
+        async_store(dq_rope_desc, [start, q_column + L], q_rope)
     tma.store_wait(0)
 
 
@@ -306,13 +306,13 @@ def _sum_tile(
         dr = warpgroup_mma(ds_0, q_rope.index(zero), dr, use_acc=False, is_async=True)
     dr = warpgroup_mma(ds, q_rope.index(one), dr, use_acc=both, is_async=True)
     dr = warpgroup_mma_wait(0, deps=[dr])
-    gl.thread_barrier()
+    barrier()
     if both:
         mbarrier.arrive(taken.index(0), count=1)
     mbarrier.arrive(taken.index(half), count=1)
     dr_tile.index(zero).store(dr)
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
     mbarrier.arrive(summed.index(0), count=1)
 
 
@@ -324,7 +324,7 @@ def _add(sums, dkey, first, tiles, L: gl.constexpr, N: gl.constexpr, UNIT: gl.co
     for j in range(tiles):
         mbarrier.wait(summed.index(0), j & 1)
         row = first * UNIT + j * N
-        async_add_shared_to_global(dkey_nope_desc, [row, column], dc_tile.index(0))
-        async_add_shared_to_global(dkey_rope_desc, [row, column + L], dr_tile.index(0))
+        async_atomic_add(dkey_nope_desc, [row, column], dc_tile.index(0))
+        async_atomic_add(dkey_rope_desc, [row, column + L], dr_tile.index(0))
         tma.store_wait(0)
         mbarrier.arrive(added.index(0), count=1)

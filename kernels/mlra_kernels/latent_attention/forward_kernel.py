@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from mlra_kernels.gluon_names import async_store, barrier
 from mlra_kernels.latent_attention.tiles import (
     MASKED,
     keys_read_by_all,
@@ -181,7 +182,7 @@ def _attend(
         anchor.index(half).store(total)
         # p is named here so that its registers are not reused before.
         out, p = warpgroup_mma_wait(0, deps=[out, p])
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(free.index(before), count=1)
         out = out * gl.convert_layout(shrink, gl.SliceLayout(1, values))[:, None]
         p = gl.convert_layout(weights.to(dtype), operand)
@@ -194,15 +195,15 @@ def _attend(
         gl.store(top_ptr + head * s + row, top * LN2, row < end)
     out = warpgroup_mma_wait(0, deps=[out])
     out = out / gl.convert_layout(total, gl.SliceLayout(1, values))[:, None]
-    gl.thread_barrier()  # every warp is done with the queries
+    barrier()  # every warp is done with the queries
     q_nope.store(out.to(dtype))
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
     if TILES:
         pitch = gl.num_programs(1) * P * L
         store_rows(out_desc, out_ptr, q_nope, start, end, pitch, head * L, m, L)
     else:
-        tma.async_copy_shared_to_global(out_desc, [start, head * L], q_nope)
+        async_store(out_desc, [start, head * L], q_nope)
     tma.store_wait(0)
 
 

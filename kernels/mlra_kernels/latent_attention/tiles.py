@@ -3,24 +3,14 @@
 A tile of queries or keys has two parts side by side in memory: L latent and R RoPE columns.
 """
 
-from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language._core import builtin
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from mlra_kernels.gluon_names import async_load, async_store, barrier
 
 MASKED = gl.constexpr(float("-inf"))
 """The score of a key that a query does not read."""
-
-
-@builtin
-def async_add_shared_to_global(tensor_desc, coord, src, _semantic=None):
-    """Begin to add a tile of shared memory to global memory; `tma.async_copy_shared_to_global`
-    copies likewise. Triton 3.6 has this operation of the copy engine, but Gluon has no name for
-    it."""
-    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
-    kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
-    _semantic.builder.create_async_tma_reduce(kind, tensor_desc.handle, coord, src.handle)
 
 
 @gluon.jit
@@ -33,8 +23,8 @@ def opaque(x):
 def load_rows(nope_desc, rope_desc, row, column, nope, rope, bar, L: gl.constexpr):
     """Begin to load `[rows, L]` and, L columns on, `[rows, R]`; `bar` completes with both loads."""
     mbarrier.expect(bar, nope_desc.block_type.nbytes + rope_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(nope_desc, [row, column], bar, nope)
-    tma.async_copy_global_to_shared(rope_desc, [row, column + L], bar, rope)
+    async_load(nope_desc, [row, column], bar, nope)
+    async_load(rope_desc, [row, column + L], bar, rope)
 
 
 @gluon.jit
@@ -101,7 +91,7 @@ def pass_tiles(begin, end, full, free, STAGES: gl.constexpr):
     fillings of a stage apart only if every filling is waited for."""
     for j in range(begin, end):
         mbarrier.wait(full.index(j % STAGES), (j // STAGES) & 1)
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(free.index(j % STAGES), count=1)
 
 
@@ -111,7 +101,7 @@ def store_rows(desc, ptr, tile, start, end, pitch, column, m: gl.constexpr, C: g
     The copy engine copies whole tiles only; rows from `end` on belong to another program."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // C, C // 8], [gl.num_warps(), 1], [1, 0])
     if start + m <= end:
-        tma.async_copy_shared_to_global(desc, [start, column], tile)
+        async_store(desc, [start, column], tile)
     else:
         rows = start + gl.arange(0, m, gl.SliceLayout(1, layout))
         columns = gl.arange(0, C, gl.SliceLayout(0, layout))

@@ -12,8 +12,9 @@ is the key (with the RoPE key `k_r [N, R]`) and the value. Scores are kept in ba
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from mlra_kernels.gluon_names import async_load
 from mlra_kernels.latent_decode.hopper_consumer import consume
 
 
@@ -47,14 +48,10 @@ def _produce(
             row = page * PAGE + t * N % PAGE
             mbarrier.wait(empty.index(stage), phase)
             mbarrier.expect(full.index(stage), BYTES)
-            tma.async_copy_global_to_shared(
-                c_desc, [row, latent * D], full.index(stage), c_ring.index(stage)
-            )
-            tma.async_copy_global_to_shared(
-                r_desc, [row, 0], full.index(stage), r_ring.index(stage)
-            )
+            async_load(c_desc, [row, latent * D], full.index(stage), c_ring.index(stage))
+            async_load(r_desc, [row, 0], full.index(stage), r_ring.index(stage))
             if FP8:
-                tma.async_copy_global_to_shared(
+                async_load(
                     s_desc,
                     [page * LATENTS + latent, t * N % PAGE],
                     full.index(stage),

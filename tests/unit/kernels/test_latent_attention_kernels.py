@@ -11,6 +11,7 @@ import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -229,7 +230,7 @@ def compiled(kernel, types, constants, folder, launch) -> tuple[str, int, int]:
     run = [str(tool), "--dump-resource-usage", "--dump-sass", str(file)]
     text = subprocess.run(run, capture_output=True, text=True, check=True).stdout
     (folder / "kernel.ptx").write_text(binary.asm["ptx"])
-    again = [str(tool.parent / "ptxas"), "--gpu-name=sm_90a", "-v", str(folder / "kernel.ptx")]
+    again = [get_ptxas(90).path, "--gpu-name=sm_90a", "-v", str(folder / "kernel.ptx")]
     said = subprocess.run([*again, "-o", "/dev/null"], capture_output=True, text=True, check=True)
     assert "Performance Loss" not in said.stderr, "products wait for each other: " + said.stderr
     return text, binary.metadata.shared, int(re.search(r"STACK:(\d+)", text)[1])
