@@ -134,7 +134,7 @@ def test_an_answer_can_be_stopped_and_errors_are_shown(served, tmp_path):
         browser.open(f"http://localhost:{served.port}/chat")
         browser.until("document.querySelector('#mode').value === 'text'")
         browser.evaluate(STOPS)
-        browser.ask("a", tokens=200)
+        browser.ask("a", temperature=0, tokens=200)
         browser.until("document.querySelector('#status').textContent === 'stopped'")
         browser.ask("b", tokens=100000)
         browser.until("document.querySelector('#status').className === 'bad'")
