@@ -126,6 +126,17 @@ class Browser:
         self.type(prompt)
         self.press_enter()
 
+    def click_once_there(self, place: str, button: str) -> None:
+        """Click a button of the page, by its id, as soon as an element, by an expression, has more
+        than 3 letters. The page does it itself: a click from outside may come after an answer."""
+        self.evaluate(
+            "new MutationObserver((_, observer) => {"
+            f"  if ({place}?.textContent.length > 3) {{"
+            f"    observer.disconnect(); document.querySelector('#{button}').click();"
+            "  }"
+            "}).observe(document.body, {subtree: true, childList: true, characterData: true}), 0"
+        )
+
     def screenshot(self, file: Path) -> None:
         """Write a PNG of the window."""
         file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))

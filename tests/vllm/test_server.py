@@ -140,23 +140,12 @@ def test_the_page_of_a_model_with_a_template_chats(server, tmp_path):
     assert status == 200 and answer["choices"][0]["message"]["content"] == turns[3]
 
 
-CLEARS = """
-new MutationObserver((_, observer) => {
-  if (document.querySelectorAll(".turn")[1]?.textContent.length > 3) {
-    observer.disconnect();
-    document.querySelector("#clear").click();
-  }
-}).observe(document.body, {subtree: true, childList: true, characterData: true}), 0
-"""
-"""Clears the page while an answer comes."""
-
-
 def test_a_cleared_page_forgets_the_answer_that_was_coming(server, tmp_path):
     with Browser(tmp_path / "profile") as browser:
         browser.open(f"http://127.0.0.1:{server.port}/chat")
         browser.until("document.querySelector('#tokens').max === '256'")
         browser.until("document.querySelector('#send').textContent === 'Send'")
-        browser.evaluate(CLEARS)
+        browser.click_once_there("document.querySelectorAll('.turn')[1]", "clear")
         browser.ask("a", temperature=0, tokens=200)
         browser.until("!document.querySelectorAll('.turn').length")
         browser.until("document.querySelector('#send').textContent === 'Send'")

@@ -331,9 +331,14 @@ def verdict(case: Case, found: dict[str, Any]) -> str:
     return "; ".join(wrong)
 
 
+def worst_gradient(found: dict[str, Any]) -> tuple[str, list[float]]:
+    """The parameter whose gradient is farthest from one GPU's, and its distances (`compare`)."""
+    return max(found["gradients"].items(), key=lambda item: item[1][0])
+
+
 def figures(found: dict[str, Any]) -> dict[str, Any]:
     """A case's result as examples/measure tabulates it, to two digits."""
-    parameter, distances = max(found["gradients"].items(), key=lambda item: item[1][0])
+    parameter, distances = worst_gradient(found)
     values = {"first_loss": found["loss"], "grad_norm": found["grad_norm"]}
     keys = ("worst_gradient", "to_float32", "one_gpu_to_float32")
     values |= dict(zip(keys, distances, strict=True)) | {"steps": found["steps"][0]}
@@ -345,7 +350,7 @@ def line(case: Case, found: dict[str, Any]) -> str:
     """A case's result in one line."""
     if "failed" in found:
         return f"{case!s:22} failed: {found['failed'].strip().splitlines()[-1][:200]}"
-    name, (worst, own, ones) = max(found["gradients"].items(), key=lambda item: item[1][0])
+    name, (worst, own, ones) = worst_gradient(found)
     largest, step = found["steps"]
     return (
         f"{case!s:22} loss {found['loss']:.1e}, grad norm {found['grad_norm']:.1e}, worst gradient"
