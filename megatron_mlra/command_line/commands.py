@@ -18,10 +18,10 @@ from megatron_mlra.command_line import early
 from megatron_mlra.command_line.loading import announce_loading
 from megatron_mlra.command_line.output import say_error
 from megatron_mlra.command_line.parser import Version, fail, run
+from megatron_mlra.command_line.ranks import REFUSED
 from megatron_mlra.command_line.suggest import did_you_mean
 
 PACKAGE = Path(__file__).resolve().parents[1]
-REFUSED = 2
 
 
 @dataclass(frozen=True)

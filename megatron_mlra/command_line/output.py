@@ -12,7 +12,6 @@ import io
 import os
 import signal
 import sys
-import time
 
 from megatron_mlra.command_line.printable import printable
 
@@ -82,26 +81,6 @@ def guard(ending: bool) -> None:
         )
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
-
-
-def first_of_host() -> bool:
-    """Whether this process is the first rank on its host, or no rank at all."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
-def let_first_speak(within: float = 5.0) -> bool:
-    """Whether this process says what all ranks of its host would say: the first does.
-
-    A launcher ends all ranks when one has exited, so this call keeps the others until the first has
-    spoken.
-
-    Args:
-        within: seconds in which the first rank comes to the same point.
-    """
-    if first_of_host():
-        return True
-    time.sleep(within)
-    return False
 
 
 def say_error(line: str) -> None:

@@ -21,8 +21,9 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from megatron_mlra.command_line.output import guard, let_first_speak
+from megatron_mlra.command_line.output import guard
 from megatron_mlra.command_line.printable import printable
+from megatron_mlra.command_line.ranks import say_refusal
 from megatron_mlra.command_line.suggest import refusal
 from megatron_mlra.version import __version__, installed
 
@@ -96,7 +97,7 @@ class OneLineParser(argparse.ArgumentParser):
             self.add_argument("--version", action=Version, help="print the versions and exit")
 
     def error(self, message: str) -> NoReturn:
-        """Print the message as one line, once per host, and exit with code 2."""
+        """Print the message as one line, and exit with code 2."""
         said = refusal(message, self._option_string_actions)
         if self.passes_on and message.startswith("unrecognized arguments: -"):
             said += "; flags of the program that is started go behind --"
@@ -143,9 +144,8 @@ def one_line(error: BaseException | str) -> str:
 
 
 def fail(message: str, code: int) -> int:
-    """Print a one-line error to standard error, of ranks once per host; returns the exit code."""
-    if let_first_speak():
-        print(f"error: {one_line(message)}", file=sys.stderr)
+    """Print a one-line error to standard error, and return the exit code. Of ranks see ranks.py."""
+    say_refusal(one_line(message), code)
     return code
 
 

@@ -29,8 +29,8 @@ from megatron_mlra.command_line.log_line import STEP
 from megatron_mlra.command_line.numbers import whole
 from megatron_mlra.command_line.parser import OneLineParser, fail, make_folder, write_json
 from megatron_mlra.command_line.progress_bar import bar
+from megatron_mlra.command_line.ranks import REFUSED
 from megatron_mlra.description.presets import a_preset
-from megatron_mlra.launch.control import REFUSED
 
 LINGER = 10.0
 """Seconds in which processes that a job leaves behind may still write errors."""

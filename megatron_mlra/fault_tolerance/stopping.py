@@ -18,7 +18,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from megatron_mlra.command_line.output import first_of_host, say_error
+from megatron_mlra.command_line.output import say_error
+from megatron_mlra.command_line.ranks import first_of_host
 from megatron_mlra.command_line.signals import can_be_set, get_when_parent_ends, handle
 from megatron_mlra.launch.control import ONCE, ONE_PRESS
 

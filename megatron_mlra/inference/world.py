@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import sys
-import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -20,8 +18,8 @@ import torch.distributed as dist
 
 from megatron_mlra.checkpoint.folder import tokenizer_files
 from megatron_mlra.checkpoint.megatron.folder import iteration_folder
-from megatron_mlra.command_line.output import first_of_host, let_first_speak
 from megatron_mlra.command_line.parser import one_line
+from megatron_mlra.command_line.ranks import REFUSED, first_of_host, say_refusal
 from megatron_mlra.fault_tolerance import fingerprint, handshake
 from megatron_mlra.fault_tolerance.handshake import Fingerprint, World
 
@@ -29,8 +27,6 @@ LONGEST_WAIT = timedelta(minutes=10)
 """Longest wait for the other ranks, which may still be starting on a busy host."""
 _PLACE = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that say where the ranks meet."""
-REFUSED = 2
-"""Exit code of a refused command."""
 
 
 class Refused(ValueError):
@@ -165,17 +161,9 @@ def text_of(error: Exception) -> str:
 
 
 def refuse(error: Exception) -> int:
-    """Print the line of an error once per host, as far as the ranks know; returns the exit code.
-
-    torchrun ends all ranks when the first exits, so the ranks that are to be silent exit last.
-    """
-    where = ""
+    """Print the line of an error once per host, as far as the ranks know; returns the exit code."""
     if isinstance(error, Refused):
-        if not let_first_speak(1):  # the ranks have just met
-            return REFUSED
-    elif rank():
-        # Rank 0 says it, and this process is ended meanwhile, unless it is refused alone.
-        time.sleep(5)
-        where = f" (rank {rank()})"
-    print(f"error{where}: {text_of(error)}", file=sys.stderr, flush=True)
+        say_refusal(text_of(error), within=1)  # the ranks have just met
+    else:
+        say_refusal(text_of(error), shared=False)
     return REFUSED

@@ -11,7 +11,8 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from megatron_mlra.launch.control import INTERRUPTED, REFUSED, Control, Ended, Phase, say
+from megatron_mlra.command_line.ranks import REFUSED
+from megatron_mlra.launch.control import INTERRUPTED, Control, Ended, Phase, say
 
 GRACE = 3.0
 """Seconds for the other ranks to print their errors after one failed; then they are killed."""

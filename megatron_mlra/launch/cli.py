@@ -19,14 +19,13 @@ from typing import TYPE_CHECKING, NoReturn
 
 from megatron_mlra.command_line.loading import announce_loading
 from megatron_mlra.command_line.output import guard
+from megatron_mlra.command_line.ranks import REFUSED, SPEAKER
 from megatron_mlra.command_line.suggest import refusal
 from megatron_mlra.launch import call
 from megatron_mlra.launch.control import (
     AGAIN,
     INTERRUPTED,
     LINGER,
-    REFUSED,
-    SPEAKER,
     STOP_SIGNALS,
     Control,
     Ended,

@@ -33,13 +33,6 @@ AGAIN = (
     " whole"
 )
 
-REFUSED = 2
-"""Exit code of a rank whose command line or input was refused: a restart would end alike."""
-
-SPEAKER = "MLRA_LAUNCHER_SPEAKS"
-"""Environment variable of the ranks: the launcher, not the ranks, prints why they were refused. A
-rank may be killed before it prints, because another rank was refused too."""
-
 INTERVAL = 1.0
 """Seconds between two calls of a host."""
 LINGER = 3 * INTERVAL + 1

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_mlra.command_line.loading import announce_loading
-from megatron_mlra.command_line.output import first_of_host, guard
+from megatron_mlra.command_line.output import guard
 from megatron_mlra.command_line.parser import one_line
+from megatron_mlra.command_line.ranks import first_of_host
 from megatron_mlra.command_line.threads import wait_passively
 from megatron_mlra.fault_tolerance import stopping
 from megatron_mlra.launch.control import INTERRUPTED

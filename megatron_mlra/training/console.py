@@ -20,11 +20,12 @@ from megatron.training import get_tensorboard_writer, get_wandb_writer
 from tqdm import tqdm
 
 from megatron_mlra.command_line.parser import one_line
+from megatron_mlra.command_line.ranks import say_refusal, tell_launcher
 from megatron_mlra.cost.alignment import unaligned_mlps
 from megatron_mlra.cost.cache import kv_cache_text
 from megatron_mlra.cost.parameters import parameters
 from megatron_mlra.description.model import ModelDescription
-from megatron_mlra.training.ending import kill_children, speaks_itself, tell_launcher
+from megatron_mlra.training.ending import kill_children
 from megatron_mlra.training.muon import OptimizerRefused
 
 
@@ -191,16 +192,16 @@ def fail(error: BaseException, output: MegatronOutput | None, started: bool) -> 
         error = RuntimeError(f"Megatron ended the run: {output.last_line if output else error}")
     if isinstance(error, OptimizerRefused):
         started = False  # as for any refused flag: all ranks meet the error, one per host prints it
-    if started:
-        tell_launcher(message(error))
-    elif not speaks_itself(message(error)):
+    if not started:
+        say_refusal(message(error))
         return 2
+    tell_launcher(message(error))
     many = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    where = f" (rank {os.environ.get('RANK', '?')})" if started and many else ""
+    where = f" (rank {os.environ.get('RANK', '?')})" if many else ""
     tqdm.write(f"error{where}: {message(error)}", file=sys.stderr)
-    if started and output is None:  # --verbose-megatron
+    if output is None:  # --verbose-megatron
         traceback.print_exception(error)
-    elif started and output.path is not None:
+    elif output.path is not None:
         try:
             with _append(output.path) as file:
                 traceback.print_exception(error, file=file)
@@ -209,7 +210,7 @@ def fail(error: BaseException, output: MegatronOutput | None, started: bool) -> 
         else:
             print(f"  full log: {output.path}", file=sys.stderr)
     sys.stderr.flush()
-    return 1 if started else 2
+    return 1
 
 
 def fail_run(

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import multiprocessing
 import os
 import signal
 import socket
 import sys
-import time
 from collections.abc import Callable
 
-from megatron_mlra.command_line.output import first_of_host, say_error
+from megatron_mlra.command_line.output import say_error
+from megatron_mlra.command_line.ranks import REFUSED, first_of_host, say_refusal
 from megatron_mlra.command_line.signals import handle
-from megatron_mlra.launch.control import INTERRUPTED, REFUSED, SPEAKER
+from megatron_mlra.launch.control import INTERRUPTED
 
 
 def hush_threads() -> None:
@@ -62,32 +61,6 @@ class EndByInterrupt:
         os._exit(INTERRUPTED)
 
 
-def tell_launcher(line: str) -> bool:
-    """Write the reason of an end into the file from which torchrun's agent reads it.
-
-    The agent hands the reason on to the other hosts.
-
-    Returns:
-        whether the reason is written: False without an agent, or if the file cannot be written.
-    """
-    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        with contextlib.suppress(OSError), open(file, "w") as out:
-            json.dump({"message": line, "timestamp": int(time.time())}, out)
-            return True
-    return False
-
-
-def speaks_itself(line: str) -> bool:
-    """Tell the launcher why this rank is refused.
-
-    Returns:
-        whether this rank has to print `line` itself: True on the first rank of a host whose
-        launcher does not print.
-    """
-    told = tell_launcher(line)
-    return first_of_host() and not (told and SPEAKER in os.environ)
-
-
 def refuse_python(error: ImportError) -> int:
     """Print which package this Python lacks; returns the exit code of a refused input."""
     line = (
@@ -98,9 +71,8 @@ def refuse_python(error: ImportError) -> int:
 
 
 def refuse(line: str) -> int:
-    """Print, once per host, why a command line or an input is refused; returns the exit code."""
-    if speaks_itself(line):
-        say_error(f"error: {line}")
+    """Print why a command line or an input is refused; returns the exit code."""
+    say_refusal(line)
     return REFUSED
 
 

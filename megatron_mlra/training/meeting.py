@@ -7,8 +7,8 @@ from pathlib import Path
 
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from megatron_mlra.command_line.output import first_of_host
 from megatron_mlra.command_line.parser import say
+from megatron_mlra.command_line.ranks import first_of_host
 from megatron_mlra.fault_tolerance import fingerprint, saved_steps
 from megatron_mlra.fault_tolerance.handshake import World, meet
 from megatron_mlra.fault_tolerance.run_lock import RunLock

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mlra.checkpoint.megatron.writer import write_megatron
+from megatron_mlra.command_line import ranks
 from megatron_mlra.inference import world
 from megatron_mlra.launch.ports import reserve_port
 from support import ENV
@@ -144,7 +145,7 @@ def test_a_world_without_a_place_is_refused(folder, monkeypatch, capsys):
 def test_who_says_an_error(monkeypatch, capsys):
     """All ranks may have it, and torchrun ends them when the first exits; or one alone has it."""
     waits = []
-    monkeypatch.setattr(world.time, "sleep", waits.append)
+    monkeypatch.setattr(ranks.time, "sleep", waits.append)
     for rank, local, error, said in (
         (0, 0, ValueError("a"), "error: a\n"),
         (1, 1, ValueError("a"), "error (rank 1): a\n"),
@@ -157,6 +158,31 @@ def test_who_says_an_error(monkeypatch, capsys):
         assert world.refuse(error) == 2
         assert capsys.readouterr().err == said
     assert waits == [5, 1]
+
+
+ALONE = 'if [ "$LOCAL_RANK" = 1 ]; then exec "$@"; else exec sleep 60; fi'
+"""A rank whose fellow has been refused nothing: it waits for the meeting."""
+LAUNCHERS = {"torchrun": "torch.distributed.run", "launch": "megatron_mlra.launch"}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("program", ["generate", "pretrain"])
+def test_what_one_rank_alone_refuses_it_says_itself(
+    launcher, program, folder, warm_python, warm_mlra
+):
+    argv = {
+        "generate": ["generate", "one", "--prompt-file", "gone.txt"],
+        "pretrain": ["pretrain", "--config", "gone.yaml"],
+    }[program]
+    start = [warm_python, "-m", LAUNCHERS[launcher], "--standalone", "--nproc-per-node"]
+    for count, words in (("2", ["bash", "-c", ALONE, "bash"]), ("3", [])):
+        command = [*start, count, "--no-python", *words, warm_mlra, *argv]
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=folder, env=ENV, timeout=120
+        )
+        said = [line for line in done.stderr.splitlines() if line.startswith("error")]
+        assert done.returncode != 0 and len(said) == 1 and "gone" in said[0], done.stderr
+        assert launcher == "launch" or ("(rank 1)" in said[0]) == (count == "2"), said
 
 
 def test_an_error_stands_for_a_result():
