@@ -17,6 +17,7 @@ from megatron_mlra.command_line import parser
 from megatron_mlra.command_line.printable import size
 from megatron_mlra.description.megatron_args import ROPE_ARGUMENTS, differing_arguments
 from megatron_mlra.description.model import CheckpointError
+from megatron_mlra.fault_tolerance.data_change import other_samples
 from megatron_mlra.fault_tolerance.optimizer_state import check_optimizer
 from megatron_mlra.fault_tolerance.rope_change import BY_PRESET, changes
 from megatron_mlra.fault_tolerance.saved_steps import check_unused, to_load
@@ -24,8 +25,9 @@ from megatron_mlra.fault_tolerance.saved_steps import check_unused, to_load
 
 def check_load(args: Namespace) -> bool:
     """Check that the checkpoint of `--load` is complete and fits the architecture and the
-    optimizer. Rank 0 prints what the command line changes in its RoPE and lengths. Sets
-    `args.planned_samples`, the samples of the checkpoint's whole run; None if they are not known.
+    optimizer. Rank 0 prints what the command line changes in its RoPE and lengths, and a warning
+    where other samples come next. Sets `args.planned_samples`, the samples of the checkpoint's
+    whole run; None if they are not known.
 
     Returns:
         Whether the run has layers of multi-token prediction that begin anew, beside weights that
@@ -46,6 +48,9 @@ def check_load(args: Namespace) -> bool:
         by_preset = all(text.endswith(BY_PRESET) for text in changed)
         parser.say(f"{folder}: {', '.join(changed)}{'' if by_preset else ', as asked'}")
     check_optimizer(stored, args)
+    warning = other_samples(stored.common_state()["args"], args)
+    if warning and args.rank == 0:
+        parser.say(warning)
     return adds_multi_token(stored.common_state()["args"], args)
 
 

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from support.runs import scalars
+from support.runs import scalars, tokenize
 
 OVERRIDE = "--override-opt-param-scheduler"
 
@@ -183,6 +183,40 @@ def test_a_length_that_changes_the_order_of_samples_is_said(resume, whole):
         " again; start a run with its whole length, and pause it by --exit-interval"
     )
     assert run.out.splitlines().count(said) == 1, run.out
+
+
+OTHER = {
+    "seed": (["--seed", 7], "--seed is 7 (it was 1234)"),
+    "data seed": (["--data-seed", 7], "--data-seed is 7 (it was 1234)"),
+    "split": (["--split", "50,40,10"], "--split is 50,40,10 (it was 80,10,10)"),
+    "data": (["--data-path", "OTHER"], "--data-path is OTHER (it was TEXT)"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER)
+def test_other_samples_than_before_are_said(resume, whole, case, corpus, tmp_path):
+    other = tmp_path / "other"
+    if case == "data":
+        tokenize(["some other text", "of two documents"] * 400, other)
+    flags, said = OTHER[case]
+    run = resume(*(other if word == "OTHER" else word for word in flags), "--exit-interval", 5)
+    assert run.code == 0, run.err
+    assert run.losses[5] != whole.losses[5], "other samples"
+    lines = [line for line in run.out.splitlines() if line.startswith("warning")]
+    said = said.replace("TEXT", str(corpus)).replace("OTHER", str(other))
+    assert len(lines) == 1 and lines[0].startswith(f"warning: {said}: "), lines
+    assert ("unless these are the same data" in lines[0]) == (case == "data")
+    assert "Some of the 16 that are behind the run may come again, held-out ones too;" in lines[0]
+    if case == "seed":
+        run = resume(*flags, "--finetune", "--exit-interval", 1)
+        assert run.code == 0 and "warning" not in run.out, run.err
+
+
+def test_the_same_data_in_other_words_are_not_said(resume, whole, corpus):
+    flags = ("--split", "8,1,1", "--data-seed", 1234, "--data-path", f"{corpus.parent}/./text")
+    run = resume(*flags, "--exit-interval", 5)
+    assert run.code == 0 and "warning" not in run.out, run.err
+    assert run.losses[5] == whole.losses[5]
 
 
 def test_a_batch_that_moves_the_end_of_the_schedule_is_said(resume):
