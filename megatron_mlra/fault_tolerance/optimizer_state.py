@@ -14,6 +14,8 @@ from megatron_mlra.checkpoint.megatron.torch_dist import TorchDistFolder
 from megatron_mlra.command_line.parser import flag
 
 _STATE = re.compile(r"(chained_\d+\.)?optimizer\.")
+_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer\.state\.fp32_param\.")
+"""float32 copies of 16-bit weights, as the optimizer without `--use-distributed-optimizer` has."""
 
 _SCHEDULE = {
     "max_lr": "lr",
@@ -65,6 +67,13 @@ def check_optimizer(stored: TorchDistFolder, args: Namespace) -> None:
     if getattr(args, "num_experts", None):
         _check_experts(stored, saved, args)
     _check_schedule(stored, state.get("opt_param_scheduler"), saved, args)
+
+
+def before_first_update(stored: TorchDistFolder) -> bool:
+    """Whether a checkpoint was saved before its optimizer, which makes its moments in its first
+    update, had any: fp16 skips steps until its loss scale fits."""
+    found = [name for name in stored.shapes() if _STATE.match(name)]
+    return bool(found) and all(_WEIGHTS.match(name) for name in found)
 
 
 def _check_layout(stored: TorchDistFolder, state: dict, saved: Any, args: Namespace) -> None:

@@ -13,16 +13,21 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_mlra.checkpoint.files.tracker import candidates, first_usable, step_of, untracked
 from megatron_mlra.command_line.parser import say
 from megatron_mlra.fault_tolerance import checksums, integrity, saved_steps
-from megatron_mlra.fault_tolerance.optimizer_state import other_end
+from megatron_mlra.fault_tolerance.optimizer_state import before_first_update, other_end
 
 
 def choose_step(load_checkpoint: Callable, args: Namespace) -> Callable:
-    """Megatron's `load_checkpoint`, for the newest step whose checkpoint is whole."""
+    """Megatron's `load_checkpoint`, for the newest step whose checkpoint is whole. Sets
+    `args.before_first_update`."""
 
     def load(*rest, **named):
         asked = args.ckpt_step
+        args.before_first_update = False
         if args.load is not None:
             args.ckpt_step = whole_step(args)
+            args.before_first_update = args.ckpt_step and _on_first_rank(
+                lambda: before_first_update(integrity.opened(integrity.folder_to_load(args)))
+            )
             integrity.forget_opened()
         try:
             result = load_checkpoint(*rest, **named)

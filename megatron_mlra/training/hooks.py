@@ -194,6 +194,11 @@ BEFORE_TRAINING = (
         (upstream_fixes.moments_of_the_optimizer,),
     ),
     Hook(
+        "megatron.core.optimizer.optimizer.Float16OptimizerWithFloat16Params.sharded_state_dict",
+        "a resume asks for moments that fp16, which skips steps, has not made yet",
+        (upstream_fixes.load_without_moments,),
+    ),
+    Hook(
         "megatron.core.optimizer.optimizer.MegatronOptimizer.__init__",
         "a resume with SGD calls a function that Megatron does not give",
         (upstream_fixes.start_with_momentum,),

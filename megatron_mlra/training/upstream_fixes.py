@@ -71,6 +71,17 @@ def load_with_own_steps(load_state_dict: Callable, run: Any) -> Callable:
     return load_state_dict if HAVE_APEX_OR_TE else load
 
 
+def load_without_moments(sharded_state_dict: Callable, run: Any) -> Callable:
+    """Wrap `sharded_state_dict`, which on a resume asks for moments of a checkpoint without any:
+    they are made in the first update, and fp16 may have skipped every step."""
+
+    def sharded(self, model_state_dict, is_loading=False, **named):
+        makes = is_loading and not run.args.before_first_update
+        return sharded_state_dict(self, model_state_dict, makes, **named)
+
+    return sharded
+
+
 def start_with_momentum(start: Callable, run: Any) -> Callable:
     """Wrap `MegatronOptimizer.__init__`, whose SGD gets no function that makes the state which a
     resume loads into."""

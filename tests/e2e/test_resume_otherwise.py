@@ -259,3 +259,20 @@ def test_a_rate_behind_for_skipped_steps_is_said(entry, preset, tmp_path):
     assert run.code == 0, run.err
     assert "warning: skipped steps (not finite in fp16) do not move the rate's decay: " in run.out
     assert "--global-batch-size than before" not in run.out
+
+
+@pytest.mark.parametrize(
+    "flags", [["adam"], ["adam", "--use-distributed-optimizer"], ["sgd"]], ids=" ".join
+)
+def test_a_checkpoint_before_the_first_update_goes_on(entry, preset, tmp_path, flags):
+    """fp16 has skipped all steps so far, so the optimizer has no moments yet."""
+    argv = ("--config", preset, "--fp16", "--initial-loss-scale", 2**19, "--hysteresis", 1)
+    argv += ("--log-interval", 1, "--optimizer", *flags)
+    plain = entry.run(tmp_path / "plain", *argv)
+    assert plain.code == 0, plain.err
+    assert 2 not in plain.losses and 3 in plain.losses, "the first two steps are skipped"
+    argv += ("--save", tmp_path / "save", "--load", tmp_path / "save")
+    assert entry.run(tmp_path / "begun", *argv, "--exit-interval", 2).code == 0
+    resumed = entry.run(tmp_path / "resumed", *argv)
+    assert resumed.code == 0, resumed.err
+    assert scalars(tmp_path / "save", "lm loss") == plain.losses
