@@ -1,4 +1,5 @@
 """Evaluates a model beyond the loss, in stages; a stage whose output file exists is skipped.
+A file that was made by other flags is refused (made_by.py).
 
     python examples/reproduce/beyond.py LOCK PLAN.json
 
@@ -19,49 +20,76 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import made_by
+from megatron_mlra.command_line.parser import fail
+
 ROOT = Path(__file__).parents[2]
 
 Stage = dict[str, Any]
 """{does: 'train', 'analyze' or 'evaluate'; words: the stage's command line; done: the file that the
-stage writes at its end}"""
+stage writes at its end; made_by: the commands that this file comes of, flags alone}"""
+
+PLACES = ("--save", "--load", "--finetune", "--data-cache-path")
+"""Flags of a training that say where, and whether it goes on, not what it makes."""
 
 
 def stages(
-    plan: dict[str, Any], folder: Path, base: Path, train: list[str] | None, extend: list[str]
+    plan: dict[str, Any], folder: Path, base: Path, train: list[str], extend: list[str]
 ) -> list[Stage]:
     """The stages of a run, in order.
 
     Args:
         plan: {analyze: flags of `mlra analyze`, or None; tasks: folder of the tasks; lengths:
             tokens of each long-context file; context: most tokens of the base model; tokenizer:
-            folder}.
+            folder beside that of the tasks}.
         folder: where the run writes.
         base: checkpoint of the base model.
-        train: flags of the base model's training; None: its checkpoint is kept.
+        train: flags of the base model's training, a stage where its checkpoint is not kept.
         extend: flags of the training at a longer context, whose `--save` is `folder`/extended.
     """
     made: list[Stage] = []
+    places = {folder: "WORK", plan["tasks"].parent: "TOKENS", ROOT: "ROOT"}
 
-    def add(does: str, words: list[Any], done: Path) -> None:
-        made.append({"does": does, "words": [*map(str, words)], "done": str(done)})
+    def flags(words: list[Any]) -> list[str]:
+        words = [*map(str, words)]
+        return made_by.flags_of(words, {str(each): name for each, name in places.items()}, PLACES)
 
-    def score(checkpoint: Path, longest: int, name: str) -> None:
+    def add(does: str, words: list[Any], done: Path, after: list[list[str]]) -> None:
+        told = {"words": [*map(str, words)], "done": str(done), "made_by": [*after, flags(words)]}
+        made.append({"does": does, **told})
+
+    def score(checkpoint: Path, longest: int, name: str, after: list[list[str]]) -> None:
         files = ["cloze", *(f"long_{n}" for n in plan["lengths"] if n <= longest)]
         words = [checkpoint, "--task", *(plan["tasks"] / f"{file}.jsonl" for file in files)]
         # float32 tells near ties apart. --tokenizer, because the path in the checkpoint may be
         # that of another machine.
         words += ["--dtype", "float32", "--tokenizer", plan["tokenizer"]]
-        add("evaluate", [*words, "--json", folder / name], folder / name)
+        add("evaluate", [*words, "--json", folder / name], folder / name, after)
 
-    if train is not None:
-        add("train", train, base / "held_out.json")
+    if not (base / "held_out.json").is_file():
+        add("train", train, base / "held_out.json", [])
+    trained = [flags(train)]
     if plan["analyze"] is not None:
         out = folder / "analysis.json"
-        add("analyze", [base, *plan["analyze"], "--json", out], out)
-    score(base, plan["context"], "base.json")
-    add("train", extend, folder / "extended" / "held_out.json")
-    score(folder / "extended", max(plan["lengths"]), "extended.json")
+        add("analyze", [base, *plan["analyze"], "--json", out], out, trained)
+    score(base, plan["context"], "base.json", trained)
+    add("train", extend, folder / "extended" / "held_out.json", trained)
+    extended = [*trained, flags(extend)]
+    score(folder / "extended", max(plan["lengths"]), "extended.json", extended)
     return made
+
+
+def check(folder: Path, todo: list[Stage]) -> None:
+    """Refuse a run's folder with files of other flags, see `made_by.begin`.
+
+    Raises:
+        ValueError: names the file, one difference, and what to remove.
+    """
+    wanted = {}
+    for stage in todo:
+        if folder in (done := Path(stage["done"])).parents:
+            wanted[done.relative_to(folder).parts[0]] = stage["made_by"]
+    made_by.begin(folder, wanted, f"remove {folder}, and the run begins anew")
 
 
 def told(folder: Path, analyzed: bool) -> dict[str, Any]:
@@ -136,7 +164,13 @@ def main() -> int:
     lock = open(sys.argv[1], "w")  # noqa: SIM115  held until the process ends
     fcntl.flock(lock, fcntl.LOCK_EX)
     print("has the device", flush=True)
-    return runner.work(json.loads(Path(sys.argv[2]).read_text()))
+    plan = Path(sys.argv[2])
+    todo = json.loads(plan.read_text())
+    try:
+        check(plan.parent, todo)
+    except (ValueError, OSError) as error:
+        return fail(str(error), 2)
+    return runner.work(todo)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,11 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
-sys.path.remove(str(HERE))  # its modules have everyday names, which would shadow others'
 sys.path.insert(0, str(ROOT))
+
+import made_by  # noqa: E402
+
+sys.path.remove(str(HERE))  # its modules have everyday names, which would shadow others'
 
 from megatron_mlra.command_line.parser import (  # noqa: E402
     OneLineParser,
@@ -38,8 +41,6 @@ from megatron_mlra.command_line.parser import (  # noqa: E402
 )
 
 Record = dict[str, Any]
-COMMANDS = "commands.json"
-"""File of WORK: a stage's file -> the commands that it comes of, each a list of words."""
 
 
 def train(args: Any, checkpoint: Path) -> list[str]:
@@ -91,46 +92,7 @@ def origins(args: Any) -> dict[str, list[list[str]]]:
 
 def _flags(args: Any, command: list[str]) -> list[str]:
     """A command from its first flag on; WORK and the checkout may be moved."""
-    first = next(i for i, word in enumerate(command) if word.startswith("--"))
-    places = {str(args.work): "WORK", str(ROOT): "ROOT"}
-    words = command[first:]
-    for place, name in places.items():
-        words = [word.replace(place, name) for word in words]
-    return words
-
-
-def begin(args: Any) -> None:
-    """Refuse a WORK of other flags, and write `COMMANDS`.
-
-    Raises:
-        ValueError: a stage was begun by another command; names what it left and one difference.
-    """
-    note, wanted = args.work / COMMANDS, origins(args)
-    begun = json.loads(note.read_text()) if note.is_file() else {}
-    for name, commands in wanted.items():
-        made = args.work / name
-        if made.exists() and (old := begun.get(name)) != commands:
-            what = _difference(old, commands) if old else f"flags that {COMMANDS} does not tell"
-            raise ValueError(f"{made} was made with {what}; give another --work, or remove it")
-    write_json(note, begun | wanted, indent=1)
-
-
-def _difference(old: list[list[str]], new: list[list[str]]) -> str:
-    """The first flag whose values differ, with both."""
-    before, now = _values(old), _values(new)
-    name = next(name for name in before | now if before.get(name) != now.get(name))
-    return f"{name} {before.get(name, 'left out')}, not {now.get(name, 'left out')}"
-
-
-def _values(commands: list[list[str]]) -> dict[str, str]:
-    """Flag -> its values in one text."""
-    found: dict[str, str] = {}
-    for word in (word for words in commands for word in words):
-        if word.startswith("--"):
-            name, found[word] = word, ""
-        else:
-            found[name] = f"{found[name]} {word}".lstrip()
-    return found
+    return made_by.flags_of(command, {str(args.work): "WORK", str(ROOT): "ROOT"})
 
 
 def joined(trained: list[Record], large: list[Record]) -> list[Record]:
@@ -196,7 +158,7 @@ def main() -> int:
     args.tokens, args.work = args.tokens.resolve(), args.work.resolve()
     try:
         make_folder(args.work, f"--work {args.work}")
-        begin(args)
+        made_by.begin(args.work, origins(args), "give another --work, or remove it")
     except (ValueError, OSError) as error:
         return fail(str(error), 2)
     for command, file in stages(args):

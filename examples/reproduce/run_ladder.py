@@ -202,9 +202,7 @@ class Runner:
         folder, base = self.work / spec.id, self._base_checkpoint(spec)
         phase, shape = self.ladder.phase(spec), shape_of(spec, self.ladder)
         more, extended = phase["extension"], folder / "extended"
-        train = None
-        if not (base / "held_out.json").is_file():
-            train = self.flags(number, spec, steps, latest_step(base))
+        train = self.flags(number, spec, steps, latest_step(base))
         rate, length = spec.peak_lr * more["rate_factor"], more["seq_length"]
         load = ("--load", extended) if latest_step(extended) else ("--load", base, "--finetune")
         extend = [

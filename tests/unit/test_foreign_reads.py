@@ -77,6 +77,7 @@ ALLOWED = {
     "examples/reproduce/ladder.py": {"json.loads", "yaml"},
     "examples/reproduce/run_results.py": {"json.loads"},
     "examples/reproduce/beyond.py": {"json.loads"},
+    "examples/reproduce/made_by.py": {"json.loads"},
     "examples/reproduce/make_tasks.py": {"json.loads"},
     "examples/reproduce/multi_token.py": {"json.loads"},
     "examples/reproduce/tokenized.py": {"json.loads"},

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -148,3 +150,44 @@ def test_a_run_beyond_the_loss_begins_with_what_is_kept(tmp_path):
         "/long_512.jsonl",
         "long_1024.jsonl",
     ]
+
+
+def test_stages_beyond_the_loss_are_reused_by_the_same_flags_alone(tmp_path):
+    ladder = Ladder(HERE / "ladder.yaml", DOCS / "results/evidence")
+    (tmp_path / "tokens/tasks").mkdir(parents=True)
+    (tmp_path / "tokens/tasks/tasks.json").write_text("{}")
+    spec = next(run for run in ladder.runs(ladder.done()) if run.phase == "beyond")
+
+    def ends(lane: int = 0) -> tuple[int, str]:
+        runner = Runner(ladder, Corpus(tmp_path / "tokens"), tmp_path, [], 0, False, False, "")
+        command = runner.beyond_command(lane, spec, 100)
+        done = subprocess.run(command, capture_output=True, text=True)
+        return done.returncode, done.stderr
+
+    def write(file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{}")
+
+    (work := tmp_path / spec.id).mkdir()
+    write(base := tmp_path / ladder.base(spec).id / "checkpoint/held_out.json")
+    code, said = ends()
+    assert code == 2 and "books.idx does not exist" in said  # the first stage began
+    for name in ("analysis.json", "base.json", "extended/held_out.json", "extended.json"):
+        write(work / name)
+    assert ends() == ends(lane=1) == (0, "")
+    base.unlink()  # whose run is over: the base is trained again
+    write(work / "checkpoint/held_out.json")
+    phase = ladder.phase(spec)
+    commands = json.loads((work / "commands.json").read_text())
+    commands["checkpoint"] = commands["base.json"][:1]
+    (work / "commands.json").write_text(json.dumps(commands))
+    assert ends() == (0, "")
+    steps = phase["extension"]["steps"]
+    phase["extension"]["steps"] = 7
+    said = f"{work / 'extended'} was made with --train-iters {steps}, not 7; remove {work}"
+    assert ends() == (2, f"error: {said}, and the run begins anew\n")
+    phase["extension"]["steps"] = steps
+    assert ends() == (0, "")
+    phase["lengths"] = phase["lengths"][:-1]
+    code, said = ends()
+    assert code == 2 and f"{work / 'extended.json'} was made with --task " in said
