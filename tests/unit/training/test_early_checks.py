@@ -18,13 +18,13 @@ DEBUG = ("--config", "debug", "--mock-data")
 RUN = """
 import io, json, sys
 from contextlib import redirect_stderr
-from megatron_mlra.training import cli, ending
-said = []
-ending.say_error = said.append
-codes = []
+from megatron_mlra.training import cli
+said, codes = [], []
 for argv in json.loads(sys.argv[1]):
     sys.argv = ["mlra pretrain", *argv]
-    codes.append(cli.main())
+    with redirect_stderr(io.StringIO()) as error:
+        codes.append(cli.main())
+    said += error.getvalue().splitlines()
 heavy = {"torch", "megatron.core"} & {*sys.modules}
 print(json.dumps([codes, said, sorted(heavy)]))
 """
