@@ -6,12 +6,14 @@ A preset of the package is given by its name, like `mlra4_2.9b`, any other by it
 from __future__ import annotations
 
 import re
+from argparse import ArgumentTypeError
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from megatron_mlra.command_line.foreign_text import read_yaml
 from megatron_mlra.command_line.suggest import did_you_mean
+from megatron_mlra.description.layer_pattern import layer_pattern
 from megatron_mlra.description.megatron_args import check_convertible, from_megatron_args
 from megatron_mlra.description.model import ModelDescription
 
@@ -93,7 +95,10 @@ def preset_values(path: str | Path) -> dict[str, Any]:
         merged |= {ALIASES.get(key, key): value for key, value in values.items()}
     for key in ("moe_layer_freq", "no_rope_freq"):
         if isinstance(merged.get(key), str):
-            merged[key] = _layer_pattern(key, merged[key])
+            try:
+                merged[key] = layer_pattern(merged[key])
+            except ArgumentTypeError as error:
+                raise ValueError(f"--config {path}: {key}: {error}") from None
     return merged
 
 
@@ -129,19 +134,6 @@ def preset_chain(path: str | Path) -> list[tuple[Path, dict[str, Any]]]:
         if base is None:
             return chain
         path = find_preset(base, path.parent)
-
-
-def _layer_pattern(key: str, text: str) -> list[int] | int:
-    """A pattern of layers in Megatron's form, e.g. `([0]+[1]*26)`, or a number."""
-    if text.isdigit():
-        return int(text)
-    pattern: list[int] = []
-    for term in text.strip("() ").split("+"):
-        found = re.fullmatch(r"\s*\[([01](?:\s*,\s*[01])*)\]\s*(?:\*\s*(\d+))?\s*", term)
-        if not found:
-            raise ValueError(f"{key} is {text!r}; use a form such as ([0]+[1]*26)")
-        pattern += [int(bit) for bit in found[1].split(",")] * int(found[2] or 1)
-    return pattern
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -9,9 +9,9 @@ megatron_mlra.training.all_flags` writes it of Megatron's parser, and presets/ke
     --data-path data_path str*
     --fp8-format fp8 str e4m3,hybrid
 
-KIND is a type; `on`, `off` or `both` of a switch; `enum`, by the names of Megatron's; or `other`,
-whose values Megatron converts, and which are left to its parser. A type may be followed by
-argparse's number of values.
+KIND is a type; `pattern` of layers; `on`, `off` or `both` of a switch; `enum`, by the names of
+Megatron's; or `other`, whose values Megatron converts, and which are left to its parser. A type may
+be followed by argparse's number of values.
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from megatron_mlra.command_line.suggest import refusal
+from megatron_mlra.description.layer_pattern import layer_pattern
 from megatron_mlra.description.presets import FOLDER, KEYS
 from megatron_mlra.training.flags import add_mlra_arguments
 from megatron_mlra.training.presets import add_opposites, keys, load_preset
 
 FLAGS = FOLDER / "flags.txt"
 TYPES = {"int": int, "float": float, "str": str}
+PATTERNS = ("no_rope_freq_type", "moe_freq_type", "la_freq_type")
+"""Megatron's functions that evaluate a pattern of layers; `layer_pattern` is in their place."""
 SWITCHES = {"on": "store_true", "off": "store_false", "both": argparse.BooleanOptionalAction}
 
 
@@ -76,7 +79,8 @@ def _add(
         return
     name, count = re.fullmatch(r"([a-z]+)([*+]|\d*)", kind).groups()
     known = choices.split(",") if choices else []
-    convert = member(str, known) if name == "enum" else TYPES.get(name, _left)
+    types = TYPES | {"pattern": layer_pattern, "enum": member(str, known)}
+    convert = types.get(name, _left)
     more: dict[str, Any] = {"nargs": int(count) if count.isdigit() else count} if count else {}
     if known and name != "enum":
         more["choices"] = [convert(each) for each in known]
@@ -124,6 +128,8 @@ def _line(action: argparse.Action) -> str:
     kind = getattr(action.type or str, "__name__", "")
     if kind == "enum_type_handler":  # Megatron's, of the names of an enum
         kind = "enum"
+    elif kind in PATTERNS:
+        kind = "pattern"
     elif kind not in TYPES:
         return f"{names} {dest} other{action.nargs or ''}"
     choices = ",".join(getattr(each, "name", str(each)) for each in action.choices or ())

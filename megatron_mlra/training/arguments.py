@@ -22,19 +22,21 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 
 from megatron_mlra.command_line.parser import flags_given
 from megatron_mlra.command_line.suggest import refusal
+from megatron_mlra.description.layer_pattern import layer_pattern
 from megatron_mlra.description.presets import preset_name
 from megatron_mlra.fault_tolerance import integrity
 from megatron_mlra.launch.ports import reserve_port
 from megatron_mlra.layers.baselines.config import BaselineConfig
 from megatron_mlra.layers.config import MLRAConfig
 from megatron_mlra.training import data_defaults, logits
-from megatron_mlra.training.all_flags import member, no_yaml_cfg
+from megatron_mlra.training.all_flags import PATTERNS, member, no_yaml_cfg
 from megatron_mlra.training.argument_checks import check_arguments, check_multi_token
 from megatron_mlra.training.cpu_backend import CPU_DEFAULTS
 from megatron_mlra.training.flags import add_mlra_arguments, preset_of, repair_help
 from megatron_mlra.training.presets import add_opposites, load_preset
 from megatron_mlra.training.rope import YarnConfig
 from megatron_mlra.training.upstream_fixes import accumulate_weight_gradients_in_products
+from megatron_mlra.training.value_checks import check_values
 
 DEFAULTS = {
     "add_bias_linear": False,
@@ -75,11 +77,7 @@ DEFAULTS = {
 """Defaults that differ from Megatron's. Presets and the command line override them."""
 
 
-_PATTERN = "a number N, or a 0 or 1 for each layer, as ([0]*3+[1])*6"
 OWN_TYPES = {
-    "no_rope_freq_type": _PATTERN,
-    "moe_freq_type": _PATTERN,
-    "la_freq_type": _PATTERN,
     "tuple_type": "two numbers, as 128,0",
     "_parse_cuda_graph_modules_arg": "names of modules, as attn or mlp",
 }
@@ -123,6 +121,8 @@ def parse(argv: list[str] | None = None) -> Namespace:
                 action.type = no_yaml_cfg
             if getattr(action.type, "__name__", "") == "enum_type_handler":
                 action.type = member(action.type, [each.name for each in action.choices])
+            elif getattr(action.type, "__name__", "") in PATTERNS:
+                action.type = layer_pattern
             elif fix := OWN_TYPES.get(getattr(action.type, "__name__", "")):
                 action.type = _explained(action.type, fix)
         parser.set_defaults(**DEFAULTS | accelerated_defaults())
@@ -181,10 +181,12 @@ def validate(args: Namespace) -> MLRAConfig | BaselineConfig:
 def _load_checkpoint_args(args: Namespace) -> None:
     """Take arguments from the checkpoint that the run will load, after a check that it is whole.
 
-    Of a folder that cannot be read, Megatron would show a page of tracebacks.
+    Of a folder that cannot be read, Megatron would show a page of tracebacks. Of arguments that are
+    refused on a command line too, `spec` names a module, which Megatron would import.
 
     Raises:
-        ValueError: `--load` holds no checkpoint, or none that can be read.
+        ValueError: `--load` holds no checkpoint, or none that can be read, or its arguments are
+            refused.
     """
     folder, asked = integrity.folder_to_load(args), args.ckpt_step
     if folder is not None and folder.name != "release":
@@ -193,6 +195,10 @@ def _load_checkpoint_args(args: Namespace) -> None:
         load_args_from_checkpoint(args)
     finally:
         args.ckpt_step = asked
+    try:
+        check_values(args)
+    except ValueError as error:
+        raise ValueError(f"--use-checkpoint-args takes from {folder}: {error}") from None
 
 
 @contextlib.contextmanager
@@ -258,9 +264,7 @@ def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
 
 def _explained(convert: Callable[[str], Any], fix: str) -> Callable[[str], Any]:
     """Megatron's conversion of a value, with the fix in its error in place of the function's name.
-
-    Megatron evaluates a pattern as Python, which may end in any error.
-    """
+    A conversion may end in any error."""
 
     def explained(value: str) -> Any:
         try:

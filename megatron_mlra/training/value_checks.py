@@ -12,6 +12,7 @@ import re
 from argparse import Namespace
 
 from megatron_mlra.command_line.parser import flag
+from megatron_mlra.description.layer_pattern import FORM
 
 REPLACED = {
     "multi_latent_attention": "is Megatron's own MLA; use --attention mlra",
@@ -103,6 +104,10 @@ REQUIRED = (
 )
 
 
+PATTERNS = ("moe_layer_freq", "no_rope_freq", "window_attn_skip_freq", "linear_attention_freq")
+"""Numbers N, or a 0 or 1 for each layer."""
+
+
 def check_required(args: Namespace) -> None:
     """Refuse a run without one of the `REQUIRED` numbers, which have no defaults, or without the
     checkpoint of `--use-checkpoint-args`.
@@ -138,6 +143,7 @@ def check_values(args: Namespace) -> None:
         if getattr(args, name, None):
             raise ValueError(f"{flag(name)} {why}")
     _check_ranges(args)
+    _check_patterns(args)
     if (lr := getattr(args, "lr", None)) is not None and lr <= 0:
         raise ValueError(f"--lr {lr:g} is not positive; use e.g. 3e-4")
     if (seconds := getattr(args, "hang_timeout_seconds", None)) and seconds < 1:
@@ -167,3 +173,16 @@ def _check_ranges(args: Namespace) -> None:
             value = getattr(args, name, None)
             if value is not None and not fits(value):
                 raise ValueError(f"{flag(name)} is {value}; it must be {said}")
+
+
+def _check_patterns(args: Namespace) -> None:
+    """Refuse patterns of other lengths than the model, and what is none, as in a checkpoint."""
+    layers = getattr(args, "num_layers", None)
+    for name in PATTERNS:
+        value = getattr(args, name, None)
+        if value is None or (type(value) is int and value > 0):
+            continue
+        if not isinstance(value, list) or any(bit not in (0, 1) for bit in value):
+            raise ValueError(f"{flag(name)} is {value!r:.60}; use {FORM}")
+        if layers is not None and len(value) != layers:
+            raise ValueError(f"{flag(name)} is of {len(value)} layers, not {layers}; use {FORM}")

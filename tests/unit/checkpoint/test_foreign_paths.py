@@ -312,3 +312,38 @@ def test_code_elsewhere_is_not_run(code, megatron, convert, tmp_path):
     (exported / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="auto_map names other code"):
         check_own_code(exported)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("spec", ["canary", "Layer"], "--spec replaces the attention"),
+        ("moe_layer_freq", "[__import__('canary')]", '--moe-layer-freq is "[__import__'),
+        ("heterogeneous_layers_config_path", "/etc/passwd", "replaces the layers; leave it out"),
+    ],
+)
+def test_nothing_that_arguments_of_a_checkpoint_name_is_run(
+    name, value, said, megatron, tmp_path, monkeypatch
+):
+    """`--use-checkpoint-args` takes them, and Megatron imports the module of `spec`."""
+    import importlib
+    import sys
+
+    from megatron.training.argument_utils import gpt_config_from_args
+
+    from megatron_mlra.training.arguments import parse, validate
+
+    (tmp_path / "canary.py").write_text("class Layer: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    with_arguments(megatron, **{name: value})
+    monkeypatch.setattr("sys.argv", ["pretrain"])
+    for variable, number in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(variable, number)
+    argv = ["--config", "debug", "--load", str(megatron), "--use-checkpoint-args"]
+    args = parse(argv)
+    with pytest.raises(ValueError) as refused:
+        gpt_config_from_args(args, validate(args))
+    assert "canary" not in sys.modules
+    assert str(refused.value).startswith("--use-checkpoint-args takes from ")
+    assert said in str(refused.value)

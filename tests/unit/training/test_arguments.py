@@ -14,6 +14,7 @@ from megatron.training.arguments import add_megatron_arguments
 from megatron_mlra.checkpoint.files.tracker import TRACKER
 from megatron_mlra.checkpoint.megatron.writer import write_megatron
 from megatron_mlra.training import arguments, console, muon
+from megatron_mlra.training.all_flags import PATTERNS
 from megatron_mlra.training.argument_checks import check_fp8_tokens
 from megatron_mlra.training.arguments import add_mlra_arguments, load_preset, parse, validate
 from megatron_mlra.training.cpu_backend import CPU_DEFAULTS
@@ -392,5 +393,5 @@ def test_every_conversion_of_megatron_is_explained():
     """A new one of another version would print its function's name."""
     types = {action.type for action in add_megatron_arguments(argparse.ArgumentParser())._actions}
     names = {getattr(kind, "__name__", "") for kind in types - {None}}
-    known = {"int", "float", "str", "bool", "enum_type_handler", *arguments.OWN_TYPES}
+    known = {"int", "float", "str", "bool", "enum_type_handler", *arguments.OWN_TYPES, *PATTERNS}
     assert names <= known and {*arguments.OWN_TYPES} <= names

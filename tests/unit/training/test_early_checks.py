@@ -36,6 +36,7 @@ def test_refused_in_a_moment(tmp_path):
     (tmp_path / "saves.yaml").write_text("base: debug\nsave: [1]\n")
     (tmp_path / "steps.yaml").write_text("base: debug\ntrain_iters: many\n")
     (tmp_path / "shape.yaml").write_text("base: debug\nattention: nope\n")
+    (tmp_path / "layers.yaml").write_text("base: debug\nno_rope_freq: '[x]'\n")
     (tmp_path / "data.yaml").write_text("base: debug\ndata_path: 0.5 gone 0.5 lost\n")
     for name in ("file", "a book.txt", "whole.json", "whole.idx"):
         (tmp_path / name).touch()
@@ -123,6 +124,11 @@ def test_refused_in_a_moment(tmp_path):
             "--attention-backend",
             "x",
         ): "--attention-backend: invalid choice 'x'; use one of flash",
+        (*DEBUG, "--no-rope-freq", "[1"): "argument --no-rope-freq: '[1' is not valid; use a num",
+        (*DEBUG, "--moe-layer-freq", "[1]*99999999999"): "'[1]*99999999999' is not valid; use a n",
+        (*DEBUG, "--moe-layer-freq", "0"): "argument --moe-layer-freq: '0' is not valid; use a nu",
+        (*DEBUG, "--moe-layer-freq", "[1,0]"): "--moe-layer-freq is of 2 layers, not 4; use a nu",
+        ("--config", "layers.yaml"): "--config layers.yaml: no_rope_freq: '[x]' is not valid; use",
         (*DEBUG, "--multi-latent-attention"): "is Megatron's own MLA; use --attention mlra",
         (
             *DEBUG,
@@ -166,7 +172,7 @@ def test_python_without_assertions_is_refused():
 
 def test_what_is_left_to_the_whole_parser(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.yaml").write_text("base: debug\nmoe_layer_freq: [1, 0]\nsplit: '1,0,0'\n")
+    (tmp_path / "a.yaml").write_text("base: debug\nmoe_layer_freq: [1, 0, 0, 1]\nsplit: '1,0,0'\n")
     for argv in (
         [*DEBUG, "--no-bf16"],
         ["--config", "debug", "--data-args-path", "x"],
@@ -174,7 +180,7 @@ def test_what_is_left_to_the_whole_parser(tmp_path, monkeypatch):
         [*DEBUG, "--save", "new", "--load", "./new/"],
         ["--config", "debug", "--data-path", "gone", "--dry-run", "8", "--load", "there"],
         ["--config", "a.yaml", "--mock-data"],
-        [*DEBUG, "--no-rope-freq", "foo", "--window-size", "a,b"],
+        [*DEBUG, "--no-rope-freq", "([0]*3+[1])", "--window-size", "a,b"],
         [*DEBUG, "--train-iters=4", "--no-bf16", "--no-rl-partial-rollouts", "--rope-fusion"],
         ["--help-megatron", "--what"],
     ):
