@@ -114,12 +114,16 @@ def chosen(args: Namespace) -> list[Case]:
     """The cases that the flags ask for.
 
     Raises:
-        ValueError: a case is unknown, or none is left; names the flag.
+        ValueError: a case is unknown, none is left, or the micro-batches do not divide into one;
+            names the flag.
     """
     texts = args.case or (TWO_GPUS if os.environ.get("WORLD_SIZE") == "2" else DEFAULT_CASES)
     cases = [Case.parse(text) for text in texts if fnmatch.fnmatch(text, args.only)]
     if not cases:
         raise ValueError(f"--only {args.only} leaves no case of {', '.join(texts)}")
+    # A sublayer alone has no steps.
+    for case in cases if not args.sublayer else ():
+        case.layout.micro_batches(args.micro_batches)
     return cases
 
 
