@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_mlra.benchmarks.training import kernels, report
+from megatron_mlra.benchmarks.training import cli, kernels, report
 from megatron_mlra.benchmarks.training.case import Case, Load, parse_case
 from megatron_mlra.benchmarks.training.cli import TWO_GPUS, main
 from megatron_mlra.benchmarks.training.layouts import Layout
@@ -122,6 +122,13 @@ def test_micro_batches_that_do_not_divide_are_refused(tmp_path, capsys):
     assert main(["--case", "mlra4_moe_16b@dp2-ep2", "--out", str(tmp_path)]) == 2
     said = "--micro-batches 1 do not divide into dp2-ep2; use 2 or a multiple"
     assert capsys.readouterr().err == f"error: {said}\n"
+
+
+def test_without_flags_two_processes_measure_every_layout(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert [str(case) for case in cli.chosen(cli.parser().parse_args([]))] == [
+        str(Case.parse(text)) for text in TWO_GPUS
+    ]
 
 
 def test_a_trace_is_summed_up():
