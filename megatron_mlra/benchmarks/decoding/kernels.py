@@ -4,6 +4,8 @@ A kernel that is launched programmatically may start while the one in front stil
 waits for it (mlra_kernels/products/kernel.py). Its whole time includes that wait. So here a
 kernel's time is what it adds: from the latest end of those that started before it, or from its own
 start if that is later, to its own end. These times sum to the time in which any kernel runs.
+
+Tracing can change how kernels overlap: compare `step_us` with the time of a step without it.
 """
 
 from __future__ import annotations
