@@ -17,6 +17,7 @@ from megatron_mlra.benchmarks.decoding.plot import plot as plot_decoding
 from megatron_mlra.benchmarks.training.plot import plot as plot_training
 from megatron_mlra.command_line import figures
 from mlra_kernels.benchmarks.latent_decode import plot as plot_kernel
+from mlra_vllm.benchmarks.throughput_plot import plot as plot_throughput
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -208,6 +209,7 @@ def benchmarks() -> None:
         "latent_decode": lambda told, source, path: plot_kernel(
             told["records"], 1e9 * told["read_gb_s"], source, str(path)
         ),
+        "serving_throughput": lambda told, _, path: plot_throughput(told["records"], told, path),
     }
     for result in measured.results():
         file = result.path.with_suffix(".png")

@@ -4,7 +4,8 @@
     python examples/measure/tables.py --check
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`, above a caption of GPU,
-versions, commit, day, file and command. speed_tables.py and kernel_tables.py make the tables.
+versions, commit, day, file and command. speed_tables.py, serving_tables.py and
+kernel_tables.py make the tables.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 from pathlib import Path
 
 import kernel_tables  # noqa: F401  its tables are in TABLES then
+import serving_tables  # noqa: F401
 import speed_tables  # noqa: F401
 from measured import ROOT, TABLES
 from megatron_mlra.command_line.parser import OneLineParser, run, write_text

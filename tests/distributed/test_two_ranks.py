@@ -32,6 +32,9 @@ def test_the_table_of_all_cases_is_written_where_all_are_right(results: Path) ->
     told = json.loads((results / "all.json").read_text())["cases"]
     assert [*told] == [str(case) for case in rehearsed_cases()]
     assert all(found["worst_gradient"] <= 1e-5 for found in told.values())
+    for name, found in told.items():
+        losses = json.loads((results / f"{name}.json").read_text())["losses"]
+        assert found["losses"] == len(losses) >= 3
 
 
 def changed(results: Path, name: str) -> tuple[dict, str]:

@@ -8,7 +8,8 @@ import random
 import pytest
 import torch
 
-from megatron_mlra.benchmarks.decoding.measure import Case, gate, random_reader
+from megatron_mlra.benchmarks.decoding.kernels import STEPS, profile_step
+from megatron_mlra.benchmarks.decoding.measure import Case, gate, measure, random_reader
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.inference.engine import Engine
 from megatron_mlra.inference.load import LoadOptions, load_draft, load_model
@@ -76,6 +77,25 @@ def test_early_launches_change_no_bit(name):
     assert torch.equal(results[0], results[1])
     # Both round each operation to bfloat16 after sums in other orders: the bar of its logits, 3e-2.
     torch.testing.assert_close(results[0], results[2], atol=3e-2, rtol=3e-2)
+
+
+def test_a_step_is_profiled_by_what_its_kernels_do():
+    """One sequence on the kernels of few rows, and a batch on cuBLAS."""
+    found = measure(Case("MLRA-4", MODELS["MLRA-4"]), [300], [1, 6], 1e12, seed=7, profile=True)
+    for record in found:
+        told = record["profile"]
+        assert told["steps"] == STEPS and told["launches"] == int(told["launches"]) > 15
+        assert told["busy_us"] + told["idle_us"] == pytest.approx(told["step_us"])
+        assert sum(kernel["us"] for kernel in told["kernels"]) == pytest.approx(told["busy_us"])
+        assert 0.2 * record["us"] < told["step_us"] < 5 * record["us"]
+        launches = {kernel["what"]: kernel["launches"] for kernel in told["kernels"]}
+        assert launches["attention"] == launches["cache append"] == SIZES["num_layers"]
+        fused = launches.get("product 256 to 1024 + SwiGLU")
+        assert fused == (SIZES["num_layers"] if record["batch"] == 1 else None)
+
+
+def test_nothing_to_profile_is_said():
+    assert "error" in profile_step(lambda: None)
 
 
 @pytest.mark.parametrize("name", ["MLRA-4", "GLA-2", "MLA", "GQA"])

@@ -69,6 +69,7 @@ ALLOWED = {
     # What its own processes measured.
     "kernels/mlra_vllm/benchmarks/steps.py": {"json.loads"},
     "kernels/mlra_vllm/benchmarks/throughput.py": {"json.loads"},
+    "kernels/mlra_vllm/benchmarks/throughput_plot.py": {"json.loads"},
     "megatron_mlra/benchmarks/training/kernels.py": {"gzip", "json.loads"},
     "megatron_mlra/benchmarks/training/progress.py": {"json.loads"},
     # Writes a preset.

@@ -20,6 +20,7 @@ import tables
 from measure import Piece, Queue, commit_of, read_queue, run_to_end
 from megatron_mlra.command_line.commands import COMMANDS
 from support import ENV, ROOT
+from support.drivers.two_gpus import figures
 
 WRITES = f'{sys.executable} -c \'import sys; open(sys.argv[1], "w").write("[1]")\' {{json}}'
 FAILS = f"{sys.executable} -c 'raise SystemExit(\"error: no such thing\")'"
@@ -35,9 +36,12 @@ def test_tables_are_those_of_the_results(page):
     assert tables.renewed(page) == page.read_text(), "run python examples/measure/tables.py"
 
 
-def test_every_table_is_on_a_page():
+def test_every_table_with_results_is_on_a_page():
     found = {n for p in PAGES for n, _ in tables.BLOCK.findall(p.read_text())}
-    assert found == measured.TABLES.keys()
+    for name in measured.TABLES.keys() - found:
+        with pytest.raises(ValueError, match="there is no result of "):
+            measured.TABLES[name]()
+    assert found <= measured.TABLES.keys()
 
 
 @pytest.mark.parametrize(
@@ -69,6 +73,56 @@ def test_a_newer_result_renews_table_and_caption(tmp_path, monkeypatch):
     text = tables.renewed(page)
     assert "commit abc1234, 2027-01-02 ([data](2027-01-02_h200x2_one_shot_abc1234.json))" in text
     assert "| 9.99 |" in text and "old" not in text and text.endswith("-->\nbelow\n")
+
+
+def made_up(folder: Path, monkeypatch, piece: str, **told) -> Path:
+    """A newer result of a piece, and a page of the folder for its table."""
+    about = {"piece": piece, "gpu": "NVIDIA H200", "commit": "0", "date": "2030-01-01"}
+    (folder / f"2030-01-01_h200_{piece}.json").write_text(json.dumps(about | told))
+    monkeypatch.setattr(measured, "FOLDERS", (*measured.FOLDERS, folder))
+    page = folder / "page.md"
+    page.write_text(f"<!-- table: {piece.replace('_', '-')} -->\n<!-- end of table -->\n")
+    return page
+
+
+def test_requests_of_both_sizes_stand_side_by_side(tmp_path, monkeypatch):
+    """They have no steps: the tables of steps stay as they are."""
+    records = [
+        {"model": model, "tp": 1, "requests": requests, "in": given, "out": 256}
+        | {"seconds": seconds, "new_tokens_per_s": requests * 256 / seconds}
+        for requests, given, seconds in ((1000, 1024, 20.5), (32, 32768, 40))
+        for model in ("mlra4", "gqa6")
+    ]
+    steps = measured.TABLES["serving"]()
+    page = made_up(tmp_path, monkeypatch, "serving_throughput", records=records)
+    assert tables.renewed(page).splitlines()[2:6] == [
+        "| | 1,000 x 1K in, 256 out: new tokens/s | 1,000 x 1K in, 256 out: s"
+        " | 32 x 32K in, 256 out: new tokens/s | 32 x 32K in, 256 out: s |",
+        "|---|---|---|---|---|",
+        "| MLRA-4 | 12,488 | 20.5 | 205 | 40.0 |",
+        "| GQA-6 | 12,488 | 20.5 | 205 | 40.0 |",
+    ]
+    assert measured.TABLES["serving"]() == steps
+
+
+def test_memory_of_experts_has_the_columns_of_memory(tmp_path, monkeypatch):
+    row = {"tokens_per_second": 5e4, "layers": 4, "activations_gib": 3.0, "peak_gib": 90.0}
+    rows = [row | {"variant": "MLRA-4", "form": form} for form in ("absorbed", "materialized")]
+    rows.append(row | {"variant": "stock-mla_moe_16b", "form": "materialized"})
+    told = {"rows": rows, "matmul_tflops": 700.0, "gpus": 2}
+    text = tables.renewed(made_up(tmp_path, monkeypatch, "memory_experts", **told))
+    head = measured.TABLES["memory"]().lines[0]
+    assert text.splitlines()[2].strip("| ").split(" | ") == head[1:]
+    assert "| MLRA-4, absorbed | 50,000 | 3.0 | 768 | 90.0 |" in text
+    assert "| Megatron's MLA | 50,000 |" in text and "\n2 x NVIDIA H200, commit 0" in text
+
+
+def test_the_number_of_compared_losses_is_that_of_the_result(tmp_path, monkeypatch):
+    found = {"losses": [5.0] * 50, "loss": 0.0, "grad_norm": 0.0, "steps": [2e-3, 7]}
+    found["gradients"] = {"weight": [0.01, 0.02, 0.02]}
+    cases = {"bf16-one": figures(found), "bf16-cp2": figures(found)}
+    text = tables.renewed(made_up(tmp_path, monkeypatch, "equality", cases=cases))
+    assert "| losses of 50 steps |" in text and "| 2.0e-3 |" in text
 
 
 def fake_queue(folder: Path, **pieces: dict) -> Path:
@@ -296,8 +350,8 @@ def test_expected_seconds_are_those_of_the_same_gpu(tmp_path):
     assert queue.seconds(piece) == (42, "measured")
 
 
-def test_commands_of_the_queue_exist():
-    """Every module is there, and `mlra` knows every flag."""
+def test_commands_of_the_queue_exist(monkeypatch):
+    """Every module is there, and `mlra` takes every flag, as the piece's processes see it."""
     pieces = read_queue(measure.HERE / "queue.yaml")
     for piece in pieces:
         words, _ = piece.started_by("python3", Path("out"))
@@ -305,7 +359,11 @@ def test_commands_of_the_queue_exist():
         module, *rest = words[len(words) - words[::-1].index("-m") :]
         if module == "megatron_mlra.command_line":
             command, *flags = rest
-            COMMANDS[command].parser().parse_known_args(flags)
+            parser = COMMANDS[command].parser()
+            args, _ = parser.parse_known_args(flags)
+            monkeypatch.setenv("WORLD_SIZE", str(piece.gpus))
+            for check in parser.together:
+                check(args)
             assert "--json" in flags or "--out" in flags
         else:
             file = f"{module.replace('.', os.sep)}.py"

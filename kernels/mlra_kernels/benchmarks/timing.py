@@ -1,9 +1,13 @@
-"""Timing on a GPU by CUDA-graph replays, and the memory roof, measured with plain torch."""
+"""Timing on a GPU by CUDA-graph replays, what a profiler saw there, and the memory roof, measured
+with plain torch."""
 
 import statistics
 from collections.abc import Callable, Sequence
 
 import torch
+
+Launch = tuple[str, int, int]
+"""A kernel or copy on the GPU: name, start and duration in nanoseconds."""
 
 
 def milliseconds(call: Callable[[], object]) -> float:
@@ -50,6 +54,15 @@ def stream_microseconds(call: Callable[[], object]) -> float:
             call()
 
     return statistics.median(milliseconds(four) for _ in range(7)) * 1e3 / 4
+
+
+def gpu_launches(profiler: torch.profiler.profile) -> list[Launch]:
+    """What a stopped profiler with CUDA activity saw on the GPU."""
+    return [
+        (event.name(), event.start_ns(), event.duration_ns())
+        for event in profiler.profiler.kineto_results.events()
+        if event.device_type() == torch.autograd.DeviceType.CUDA
+    ]
 
 
 def read_roof() -> float:

@@ -290,9 +290,12 @@ def _merge_states_op(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     out, lse = torch.empty_like(outs[0]), torch.empty_like(lses[0])
     if rows == 0:
         return out, lse
-    merge_states_kernel[(-(-rows // 4),)](
+    columns, at_once, x = triton.next_power_of_2(dim), 4, 4
+    if states > 16:  # few rows of many parts: the loop over the parts would take the time
+        at_once, x = max(4, min(64, 8192 // columns)), 1
+    merge_states_kernel[(-(-rows // x),)](
         outs, lses, out, lse, states, rows,
-        D=dim, DB=triton.next_power_of_2(dim), X=4, S=4, num_warps=4,
+        D=dim, DB=columns, X=x, S=at_once, num_warps=8 if at_once * x > 32 else 4,
     )  # fmt: skip
     return out, lse
 

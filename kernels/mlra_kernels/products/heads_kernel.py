@@ -10,6 +10,11 @@ import triton.language as tl
 from triton.language.extra import cuda as tl_cuda
 
 
+def _name(build) -> str:
+    """A build's name, which tells a trace a head's inputs and outputs: `heads_kernel_128to512`."""
+    return f"heads_kernel_{build.constants['K']}to{build.constants['J']}"
+
+
 @triton.jit
 def _tile(w_ptr, k, j, K: tl.constexpr, J: tl.constexpr):
     """Rows k and columns j of a head's weights."""
@@ -17,7 +22,7 @@ def _tile(w_ptr, k, j, K: tl.constexpr, J: tl.constexpr):
     return tl.load(w_ptr + k[:, None] * J + j[None, :], mask=mask, other=0.0)
 
 
-@triton.jit
+@triton.jit(repr=_name)
 def heads_kernel(
     x_ptr,  # [T, H, K]
     w_ptr,  # [H, K, J], contiguous

@@ -38,6 +38,15 @@ SWIGLU = tl.constexpr(3)
 ROTATE = tl.constexpr(4)
 """Half-split RoPE of dims START to HEAD - 1 of every HEAD numbers of y."""
 
+NAMES = "plain", "add", "gate", "swiglu", "rotate"
+"""Of the epilogues, in the kernels' names."""
+
+
+def _name(build) -> str:
+    """A build's name, which tells a trace the epilogue and W: `product_kernel_add_3072x3072`."""
+    sizes = build.constants
+    return f"product_kernel_{NAMES[sizes['EPILOGUE']]}_{sizes['R']}x{sizes['K']}"
+
 
 @triton.jit
 def _rows_of(block, COUNT: tl.constexpr, N: tl.constexpr, EPILOGUE: tl.constexpr,
@@ -136,7 +145,7 @@ def _finish(y, second, token, rows, seconds, live, i, other_ptr, cos_ptr, sin_pt
         tl.store(out_ptr + token * R + rows, y.to(dtype), mask=live)
 
 
-@triton.jit
+@triton.jit(repr=_name)
 def product_kernel(
     x_ptr,  # [T, K]
     w_ptr,  # [R, K]

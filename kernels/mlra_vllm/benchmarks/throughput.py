@@ -1,15 +1,18 @@
 """vLLM's own benchmark, `vllm bench throughput`, of models of 2.9 B parameters.
 
-Weights are random and each model has its own process. The folders have a tokenizer, since vLLM's
-benchmark writes its random prompts as text.
+Weights are random and each model and workload has its own process. The folders have a tokenizer,
+since vLLM's benchmark writes its random prompts as text.
 
-Usage: python -m mlra_vllm.benchmarks.throughput --models mlra4 gqa6 --requests 32 32K 256
+Usage: python -m mlra_vllm.benchmarks.throughput --models mlra4 gqa6 --requests 1000 1K 256
+           --requests 32 32K 256 --json FILE.json --png FILE.png
+       python -m mlra_vllm.benchmarks.throughput --draw FILE.json --png FILE.png
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -17,10 +20,14 @@ import sys
 import tempfile
 import time
 import types
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mlra_kernels.benchmarks.report import output_file
+import torch
+
+from mlra_kernels.benchmarks.report import commit, output_file, write_json
+from mlra_vllm.benchmarks import throughput_plot
 from mlra_vllm.benchmarks.shapes import SHAPES, write_shape, write_tokenizer
 from mlra_vllm.benchmarks.steps import K, size
 
@@ -32,32 +39,71 @@ ENVIRONMENT = {
 }
 
 
+WORKLOADS = [(1000, 1 * K, 256), (32, 32 * K, 256)]
+"""Requests at once, tokens of each, and new tokens of each."""
+
 VLLM = "--vllm"
 """The first argument of a process that runs vLLM's benchmark itself."""
 
 
 def main() -> None:
-    """Run every number of ranks and model; print a table and write the records."""
+    """Run every number of ranks, workload and model; print a table, write the records, draw."""
     if sys.argv[1:2] == [VLLM]:
         vllm_bench_throughput(sys.argv[2:])
         return
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=["mlra4", "mla", "gqa6"])
-    parser.add_argument("--requests", nargs=3, type=size, default=(32, 32 * K, 256))
+    parser.add_argument(
+        "--requests",
+        nargs=3,
+        type=positive_size,
+        action="append",
+        metavar=("N", "IN", "OUT"),
+        help="N requests at once, IN tokens each, OUT new ones; may be repeated (default: "
+        + " and ".join(" ".join(map(str, workload)) for workload in WORKLOADS)
+        + ")",
+    )
     parser.add_argument("--tp", nargs="+", type=int, default=[1], help="tensor parallel sizes")
     parser.add_argument("--json", type=output_file, help="where to write the records")
+    parser.add_argument("--png", type=output_file, help="where to draw new tokens per second")
+    parser.add_argument("--draw", metavar="FILE", help="draw this file of --json, measure nothing")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one model")
     args = parser.parse_args()
+    if args.png and not importlib.util.find_spec("matplotlib"):
+        sys.exit("error: --png needs matplotlib: pip install matplotlib, or leave --png out")
+    if args.draw:
+        if not args.png:
+            sys.exit(f"error: --draw {args.draw} needs a picture's name: add --png FILE.png")
+        try:
+            throughput_plot.plot(*throughput_plot.read(Path(args.draw)), Path(args.png))
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+        return
     records = []
-    for tp in args.tp:
-        for model in args.models:
-            records.append(run(model, tp, *args.requests, args.timeout))
-            print(table(records[-1:]), flush=True)
-            if args.json:
-                Path(args.json).write_text(json.dumps(records, indent=1))
+    for tp, workload, model in itertools.product(args.tp, args.requests or WORKLOADS, args.models):
+        records.append(run(model, tp, *workload, args.timeout))
+        print(table(records[-1:]), flush=True)
+        if args.json:
+            write_json(args.json, records)
     print(table(records))
-    if failed := [record["model"] for record in records if "error" in record]:
+    failed = [f"{r['model']} {r['requests']} {r['in']} {r['out']}" for r in records if "error" in r]
+    if args.png and len(failed) < len(records):
+        throughput_plot.plot(records, about(), Path(args.png))
+    if failed:
         sys.exit(f"error: not measured: {', '.join(failed)}")
+
+
+def positive_size(text: str) -> int:
+    """An argparse type: a number from 1 up, written 2048 or 2K."""
+    if (value := size(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number of requests or tokens; give 1 or up")
+    return value
+
+
+def about() -> dict[str, Any]:
+    """GPU, versions and commit, once the processes that measure have left the GPU."""
+    found = {"vllm": metadata.version("vllm"), "torch": torch.__version__, "commit": commit()}
+    return found | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 
 def command(folder: Path, tp: int, requests: int, given: int, new: int) -> list[str]:
@@ -95,7 +141,7 @@ def vllm_bench_throughput(flags: list[str]) -> None:
 
 
 def run(model: str, tp: int, requests: int, given: int, new: int, timeout: float) -> dict[str, Any]:
-    """The record of one model."""
+    """The record of one model and workload."""
     record = {"model": model, "tp": tp, "requests": requests, "in": given, "out": new}
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
@@ -124,7 +170,7 @@ def run(model: str, tp: int, requests: int, given: int, new: int, timeout: float
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """A Markdown table, one row per model."""
+    """A Markdown table, one row per record."""
     lines = [
         "| model, tp | requests | in | out | seconds | requests/s | new tokens/s | tokens/s |",
         "|---|---|---|---|---|---|---|---|",

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from mlra_kernels.benchmarks.timing import Launch, gpu_launches
+
 _REPLAY = torch.cuda.CUDAGraph.replay
 _PARTS = ("execute_model", "sample_tokens")
 """What a model runner does for a step: up to the hidden states, then sampling."""
@@ -170,17 +172,12 @@ def profiled(worker: Any) -> Any:
     try:
         if _profiles["kind"] == "python":
             return _functions(found, steps)
-        events = [
-            (event.name(), event.start_ns(), event.duration_ns())
-            for event in found.profiler.kineto_results.events()
-            if event.device_type() == torch.autograd.DeviceType.CUDA
-        ]
-        return kernels(events, steps)
+        return kernels(gpu_launches(found), steps)
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
 
 
-def kernels(events: list[tuple[str, int, int]], steps: int) -> dict[str, Any]:
+def kernels(events: list[Launch], steps: int) -> dict[str, Any]:
     """Microseconds per step.
 
     Args:

@@ -25,6 +25,7 @@ from megatron_mlra.benchmarks.decoding.guesses import (
     of_checkpoint,
     of_preset,
 )
+from megatron_mlra.benchmarks.decoding.kernels import profile_table
 from megatron_mlra.benchmarks.decoding.measure import (
     ONE_GPU,
     Case,
@@ -151,6 +152,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
 
     try:
+        if args.profile and (args.rehearse or args.speculate is not None):
+            other = "--rehearse" if args.rehearse else "--speculate"
+            raise ValueError(
+                f"--profile traces steps that are replayed and timed alone, and {other} has none;"
+                " leave one of them out"
+            )
         for flag, file in (("--json", args.json), ("--png", args.png)):
             if file:
                 check_output(file, flag)
@@ -176,11 +183,11 @@ def _run(args: argparse.Namespace, todo: list[Case], place: Place) -> list[str]:
     records, prefills, failed = [], [], []
     for case in todo:
         start = time.monotonic()
-        problem = None
+        problem, found = None, []
         try:
             error = gate(case, seed, place)
             _free(place)
-            found = measure(case, contexts, args.batches, roof, seed, place)
+            found = measure(case, contexts, args.batches, roof, seed, place, args.profile)
             took = time.monotonic() - start
             sums = f", all-reduce {found[0]['all_reduce']}" if place.ranks > 1 else ""
             place.say(f"{case.label}: error {error:.1e}, {took:.0f} s{sums}\n{table(found)}")
@@ -194,10 +201,17 @@ def _run(args: argparse.Namespace, todo: list[Case], place: Place) -> list[str]:
             print(f"error: {case.label}: {problem}", file=sys.stderr, flush=True)
         if place.most(float(problem is not None)):
             failed.append(case.label)
+        # Agreed on like the problem, so that all ranks end with the same exit code.
+        unseen = any("error" in record.get("profile", {}) for record in found)
+        if args.profile and place.most(float(unseen)):
+            failed.append(f"the profile of {case.label}")
         _free(place)
         if args.json and place.rank == 0:
             report = {**about, "records": records, "prefills": prefills, "failed": failed}
             write_json(args.json, report, indent=1)
+    for record in records:
+        if "profile" in record:
+            place.say(f"\n{profile_table(record)}")
     if args.png and place.rank == 0 and any("us" in record for record in records):
         plot(records, f"{about['gpu']}, {about['commit']}", Path(args.png))
     return failed

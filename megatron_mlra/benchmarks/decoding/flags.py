@@ -83,6 +83,11 @@ def parser() -> OneLineParser:
         help="products of few rows: the project's kernels, each started before the one in front has"
         " ended (auto, the default), or after it (serial), or cuBLAS",
     )
+    add(
+        "--profile",
+        action="store_true",
+        help="also trace ten replays of every step that is timed: microseconds of each kernel",
+    )
     add("--prefill", type=whole(1), nargs="*", default=[], help="lengths of prompts to time too")
     add(
         "--prefill-chunk",

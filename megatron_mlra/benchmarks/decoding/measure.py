@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_mlra.benchmarks.decoding.kernels import profile_step
 from megatron_mlra.benchmarks.decoding.place import Place
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.description.tensors import expected_tensors
@@ -122,11 +123,13 @@ def measure(
     roof: float,
     seed: int,
     place: Place = ONE_GPU,
+    profile: bool = False,
 ) -> list[dict[str, Any]]:
     """A record for each (batch, context). Records that do not fit the GPU have sizes and no times.
 
     Args:
         roof: bytes per second of the memory.
+        profile: also profile every step that is timed, after its timing (kernels.py).
     """
     probe = _load(case, 1, seed, place)
     token_bytes, weight_bytes = probe.cache.bytes_per_token, probe.weights.bytes_per_step
@@ -159,10 +162,10 @@ def measure(
     model = _load(case, most, seed, place, max(contexts) + PAGE * case.context)
     _fill(model, seed)
     for record, _ in fitting:
-        us = step_microseconds(model, record["batch"], record["context"], seed, place)
-        if us is not None:
+        found = time_step(model, record["batch"], record["context"], seed, place, profile)
+        if found:
             roof_us = (weight_bytes + record["cache_bytes"]) / roof * 1e6
-            record |= {"us": us, "roof_us": roof_us, "share": roof_us / us}
+            record |= {"roof_us": roof_us, "share": roof_us / found["us"]} | found
     return records
 
 
@@ -196,11 +199,17 @@ def _fill(model: InferenceModel, seed: int) -> None:
         model.cache.scale.fill_(1 / 64)
 
 
-def step_microseconds(
-    model: InferenceModel, batch: int, context: int, seed: int, place: Place = ONE_GPU
-) -> float | None:
-    """Median microseconds of one captured decoding step with its argmax, on the slowest rank; None
-    in a rehearsal, which only runs the step.
+def time_step(
+    model: InferenceModel,
+    batch: int,
+    context: int,
+    seed: int,
+    place: Place = ONE_GPU,
+    profile: bool = False,
+) -> dict[str, Any]:
+    """`us`: median microseconds of one captured decoding step with its argmax, on the slowest rank;
+    with `profile` also the `profile` of such steps on this rank (kernels.py). Nothing in a
+    rehearsal, which only runs the step.
 
     Raises:
         RuntimeError: the logits are not finite.
@@ -218,10 +227,15 @@ def step_microseconds(
     if place.most(float(not bool(logits.isfinite().all()))):
         raise RuntimeError(f"logits at batch {batch}, context {context} are not finite")
     if place.rehearsal:
-        return None
+        return {}
     replay = runner.captured(batch)
-    times = [milliseconds(lambda: replay()[1].argmax(-1)) for _ in range(18)][3:]
-    return place.most(statistics.median(times) * 1e3)
+
+    def step() -> Tensor:
+        return replay()[1].argmax(-1)
+
+    times = [milliseconds(step) for _ in range(18)][3:]
+    found = {"us": place.most(statistics.median(times) * 1e3)}
+    return found | {"profile": profile_step(step)} if profile else found
 
 
 def measure_prefill(

@@ -93,7 +93,12 @@ def parser() -> OneLineParser:
     )
     add("--num-layers", type=whole(1), default=6, help="layers of every case (default: 6)")
     add("--tokens", type=whole(1), default=16384, help="tokens of a micro-batch (default: 16384)")
-    add("--micro-batches", type=whole(1), default=1, help="micro-batches of a step (default: 1)")
+    add(
+        "--micro-batches",
+        type=whole(1),
+        default=8 if two_processes() else 1,
+        help="micro-batches of a step (default: 1, of two processes 8, which all layouts divide)",
+    )
     add("--steps", type=whole(1), default=10, help="steps that are timed (default: 10)")
     add("--warmup", type=whole(0), default=3, help="steps before those (default: 3)")
     add("--profile", action="store_true", help="trace two more steps, and sum them up")
@@ -110,16 +115,25 @@ def parser() -> OneLineParser:
     return flags
 
 
+def two_processes() -> bool:
+    """Whether torchrun started two processes, of which every layout of TWO_GPUS is made."""
+    return os.environ.get("WORLD_SIZE") == "2"
+
+
 def chosen(args: Namespace) -> list[Case]:
     """The cases that the flags ask for.
 
     Raises:
-        ValueError: a case is unknown, or none is left; names the flag.
+        ValueError: a case is unknown, none is left, or the micro-batches do not divide into one;
+            names the flag.
     """
-    texts = args.case or (TWO_GPUS if os.environ.get("WORLD_SIZE") == "2" else DEFAULT_CASES)
+    texts = args.case or (TWO_GPUS if two_processes() else DEFAULT_CASES)
     cases = [Case.parse(text) for text in texts if fnmatch.fnmatch(text, args.only)]
     if not cases:
         raise ValueError(f"--only {args.only} leaves no case of {', '.join(texts)}")
+    # A sublayer alone has no steps.
+    for case in cases if not args.sublayer else ():
+        case.layout.micro_batches(args.micro_batches)
     return cases
 
 

@@ -98,13 +98,14 @@ def text(found: dict[str, Any]) -> str:
     ]
     for title in ("kernels", "collectives"):
         lines.append(f"{title}, ms and launches of a step:")
-        lines += [f"{ms:9.2f} {count:7.0f}  {_short(name)}" for ms, count, name in found[title]]
+        lines += [f"{ms:9.2f} {count:7.0f}  {short_name(name)}" for ms, count, name in found[title]]
     return "\n".join(lines) + "\n"
 
 
-def _short(name: str) -> str:
-    """A kernel's name without template arguments, return type and parameters."""
-    return re.sub(r"<.*|\(.*", "", name.removeprefix("void "))[:90] or name[:90]
+def short_name(name: str) -> str:
+    """A kernel's name without template arguments, return type, parameters and unnamed spaces."""
+    named = name.removeprefix("void ").replace("(anonymous namespace)::", "")
+    return re.sub(r"<.*|\(.*", "", named)[:90].strip() or name[:90]
 
 
 def _merge(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -53,7 +53,8 @@ class Result:
     optimizer_gib: float
     """Moments, and float32 copies of the weights."""
     activations_gib: float
-    """What a micro-batch holds between forward and backward, logits and losses too."""
+    """What a micro-batch holds between forward and backward, logits and losses too, on the GPU that
+    holds most: experts get different numbers of tokens."""
     peak_gib: float
     """Peak of allocated device memory, on the GPU that holds most."""
     loss: float
@@ -113,7 +114,7 @@ def measure(
             times = sorted(time_calls(trainee.step, steps, warmup))
             peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
             # Other stages of a pipeline report no loss.
-            loss, peak = _largest(float(trainee.step()[0]), peak)
+            loss, peak, activations = _largest(float(trainee.step()[0]), peak, trainee.activations)
             held = trainee.held()
             if trace is not None:
                 found = profile(trainee, trace, median(times))
@@ -146,7 +147,7 @@ def measure(
         weights_gib=held["weights"] / 2**30,
         gradients_gib=held["gradients"] / 2**30,
         optimizer_gib=held["optimizer"] / 2**30,
-        activations_gib=trainee.activations / 2**30,
+        activations_gib=activations / 2**30,
         peak_gib=peak / 2**30,
         loss=loss,
         kernels=found,

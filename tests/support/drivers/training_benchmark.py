@@ -77,7 +77,8 @@ def main(folder: Path) -> None:
     one = [case("dense", form=form) for form in ("absorbed", "materialized")]
     launch(1, lambda: measure("one", [*one, case("experts")]), folder)
     two = [case("dense", layout) for layout in LAYOUTS]
-    two += [case("experts", "dp2-ep2"), case("dense", "dp3")]
+    two += [case("experts", "dp2-ep2", form) for form in ("absorbed", "materialized")]
+    two += [case("dense", "dp3")]
     launch(2, lambda: measure("two", two, "--micro-batches", "4"), folder)
 
 

@@ -1,4 +1,4 @@
-"""One model on two GPUs in every layout, from one GPU's checkpoint: gradients, then 30 steps.
+"""One model on two GPUs in every layout, from one GPU's checkpoint: gradients, then 50 steps.
 
 Usage: torchrun --nproc-per-node 2 --max-restarts 3 -m support.drivers.two_gpus FOLDER SCRATCH
        (PYTHONPATH=tests; a JSON per case in FOLDER, weights in SCRATCH, a table at the end, and
@@ -28,7 +28,7 @@ from typing import Any
 from megatron_mlra.command_line.parser import write_json
 from support.changed_gradients import CHANGES, change_gradients
 
-STEPS = 30
+STEPS = 50
 MODEL = {
     "num_layers": 4,
     "hidden_size": 512,
@@ -343,7 +343,8 @@ def figures(found: dict[str, Any]) -> dict[str, Any]:
     keys = ("worst_gradient", "to_float32", "one_gpu_to_float32")
     values |= dict(zip(keys, distances, strict=True)) | {"steps": found["steps"][0]}
     rounded = {name: float(f"{value:.2g}") for name, value in values.items()}
-    return rounded | {"parameter": parameter, "last_loss": round(found["losses"][-1], 4)}
+    last = {"losses": len(found["losses"]), "last_loss": round(found["losses"][-1], 4)}
+    return rounded | {"parameter": parameter} | last
 
 
 def line(case: Case, found: dict[str, Any]) -> str:

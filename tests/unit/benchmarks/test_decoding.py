@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_mlra.benchmarks.decoding import cli as tool
 from megatron_mlra.benchmarks.decoding.guesses import of_checkpoint
+from megatron_mlra.benchmarks.decoding.kernels import (
+    EPILOGUES,
+    ROLES,
+    profile_table,
+    replays,
+    role,
+    summary,
+)
 from megatron_mlra.benchmarks.decoding.measure import random_reader
 from megatron_mlra.benchmarks.decoding.place import Place
 from megatron_mlra.benchmarks.decoding.plot import _finding
@@ -18,6 +28,8 @@ from megatron_mlra.checkpoint.huggingface.folder import write_huggingface
 from megatron_mlra.data.writer import DatasetWriter
 from megatron_mlra.description.presets import preset_description
 from megatron_mlra.description.tensors import expected_tensors
+from mlra_kernels.benchmarks.timing import gpu_launches
+from mlra_kernels.products.kernel import NAMES
 from support import CONFIGS, ENV, ROOT
 from support.random_checkpoint import RandomFolder, latent
 
@@ -144,6 +156,103 @@ def test_without_a_gpu_it_says_so_in_one_line(warm_python):
     done = subprocess.run([warm_python, TOOL], capture_output=True, text=True, env=env)
     assert done.returncode == 2
     assert done.stderr == "error: this benchmark needs a CUDA GPU, and torch sees none\n"
+
+
+MARKED = "at::cuda::(anonymous namespace)::spin_kernel(long)"
+FIRST, SECOND, HEADS = "product_kernel_plain_2112x3072", "combine_kernel", "heads_kernel_128to512"
+
+
+def replay(start):
+    """Launches of a replay behind its mark, in any order: 4 us; 3 us of which 2 overlap; a whole
+    one under that; a pause of 2 us; and 1 us."""
+    return [
+        (MARKED, start - 9_000, 8_000), (FIRST, start + 7_000, 1_000), (HEADS, start + 3_500, 500),
+        (SECOND, start + 2_000, 3_000), (FIRST, start, 4_000),
+    ]  # fmt: skip
+
+
+def test_kernels_of_a_profile_are_summed_by_what_they_add():
+    launches = [launch for i in range(3) for launch in replay(100_000 * i)]
+    # What has no mark in front or behind is no whole replay.
+    launches += [(FIRST, -50_000, 7_000), (MARKED, 290_000, 8_000), (SECOND, 299_000, 7_000)]
+    steps = list(replays(launches))
+    assert [[name for name, *_ in step] for step in steps] == [[FIRST, SECOND, HEADS, FIRST]] * 3
+    found = summary(steps)
+    kernels = found.pop("kernels")
+    assert found == pytest.approx(
+        {"steps": 3, "step_us": 8, "busy_us": 6, "idle_us": 2, "launches": 4}
+    )
+    assert [(k["name"], k["launches"], k["us"]) for k in kernels] == [
+        (FIRST, 2, pytest.approx(5)), (SECOND, 1, pytest.approx(1)), (HEADS, 1, 0)
+    ]  # fmt: skip
+    assert [k["share"] for k in kernels] == pytest.approx([5 / 8, 1 / 8, 0])
+    record = {"label": "MLRA-4 whole", "batch": 1, "context": 8192, "profile": found}
+    lines = profile_table(record | {"profile": found | {"kernels": kernels}}).splitlines()
+    said = "MLRA-4 whole, 1 x 8K: 8 us a step when traced, 4 launches, busy 6 us, idle 2 us"
+    assert lines[0] == said
+    assert lines[4:] == [
+        "| product 3072 to 2112 | 2 | 5.0 | 62.5 % |",
+        "| attention: merge of parts | 1 | 1.0 | 12.5 % |",
+        "| product per head 128 to 512 | 1 | 0.0 | 0.0 % |",
+    ]
+    assert len({line.count("|") for line in lines[2:]}) == 1
+    json.dumps(kernels)
+
+
+def test_steps_of_unlike_launches_and_long_tables():
+    steps = [[(f"kernel_{n}", 1_000 * n, 1_000) for n in range(30)], [("kernel_0", 5, 1_000)], []]
+    found = summary(steps)
+    assert (found["steps"], found["launches"], found["idle_us"]) == (2, 15.5, 0)
+    record = {"label": "a", "batch": 1, "context": 1, "profile": found}
+    lines = profile_table(record).splitlines()
+    assert len(lines) == 4 + 24 and lines[-1] == "| 7 others | 3.5 | 3.5 | 22.6 % |"
+    for nothing in ([], [[]], list(replays([(FIRST, 0, 1), (MARKED, 5, 1)]))):
+        record["profile"] = summary(nothing)
+        assert (
+            profile_table(record)
+            == "a, 1 x 1: no profile: the tracer saw no kernel of a whole step"
+        )
+
+
+def test_a_profiler_without_a_gpu_saw_nothing():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        torch.ones(2) + 1
+    assert profiler.profiler.kineto_results.events() and gpu_launches(profiler) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("product_kernel_swiglu_19760x3072", "product 3072 to 19760 + SwiGLU"),
+        ("latent_decode_hopper_kernel", "attention"),
+        ("_add_rms_norm_kernel", "norm"),
+        ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclArgs<4096ul>)", "collective of NCCL"),
+        ("nvjet_tst_64x8_64x16_4x1_v_bz_TNT", "product of cuBLAS"),
+        ("void at::native::(anonymous namespace)::vectorized_gather<16>(char*)",
+         "at::native::vectorized_gather"),
+        ("Memcpy DtoD (Device -> Device)", "Memcpy DtoD"),
+    ],
+)  # fmt: skip
+def test_what_kernels_do_follows_from_their_names(name, what):
+    assert role(name).startswith(what)
+
+
+def test_roles_name_kernels_that_are_there():
+    """A kernel of the project that is renamed is renamed in the profile too."""
+    code = "\n".join(path.read_text() for path in (ROOT / "kernels/mlra_kernels").rglob("*.py"))
+    for names in ROLES:
+        for name in re.sub(r"(\w+)\((\w+)\)\?(\w+)", r"\1\2\3|\1\3", names).split("|"):
+            assert f"def {name}(" in code, name
+    assert tuple(EPILOGUES) == NAMES
+
+
+@pytest.mark.parametrize("other", ["--rehearse", "--speculate"])
+def test_a_profile_needs_steps_that_are_timed(other, guessing, capsys):
+    folder = [str(guessing)] if other == "--speculate" else []
+    assert tool.main([other, *folder, "--profile"]) == 2
+    error = capsys.readouterr().err
+    assert f"timed alone, and {other} has none; leave one of them out" in error
+    assert error.count("\n") == 1
 
 
 def write_stream(prefix, tokens):

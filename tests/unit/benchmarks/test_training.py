@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_mlra.benchmarks.training import kernels, report
+from megatron_mlra.benchmarks.training import cli, kernels, report
 from megatron_mlra.benchmarks.training.case import Case, Load, parse_case
 from megatron_mlra.benchmarks.training.cli import TWO_GPUS, main
 from megatron_mlra.benchmarks.training.layouts import Layout
@@ -116,9 +116,19 @@ def test_what_is_no_layout_is_refused(text, words):
     assert words in str(error.value)
 
 
-def test_micro_batches_that_do_not_divide_are_refused():
+def test_micro_batches_that_do_not_divide_are_refused(tmp_path, capsys):
     with pytest.raises(ValueError, match="--micro-batches 4 do not divide into dp2-wide4; use 8"):
         Layout.parse("dp2-wide4").micro_batches(4)
+    assert main(["--case", "mlra4_moe_16b@dp2-ep2", "--out", str(tmp_path)]) == 2
+    said = "--micro-batches 1 do not divide into dp2-ep2; use 2 or a multiple"
+    assert capsys.readouterr().err == f"error: {said}\n"
+
+
+def test_without_flags_two_processes_measure_every_layout(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert [str(case) for case in cli.chosen(cli.parser().parse_args([]))] == [
+        str(Case.parse(text)) for text in TWO_GPUS
+    ]
 
 
 def test_a_trace_is_summed_up():
@@ -184,8 +194,21 @@ def test_arguments_follow_the_case():
     assert config.kv_scale == 1.0
 
 
+EXPERTS = ("mlra4_moe_16b", "stock-mla_moe_16b")
+
+
+@pytest.mark.parametrize("variant", EXPERTS)
+def test_experts_lie_across_two_gpus(variant, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    load = Load(num_layers=3, tokens=64, micro_batches=2, flags=("--no-moe-grouped-gemm",))
+    args, config = parse_case(Case.parse(f"{variant}/bf16/auto/64@dp2-ep2"), load)
+    assert (args.expert_model_parallel_size, config.expert_model_parallel_size) == (2, 2)
+    assert (args.data_parallel_size, args.global_batch_size) == (2, 2 * args.micro_batch_size)
+    assert config.moe_layer_freq == [0, 1, 1]
+
+
 def test_experts_are_cut_to_the_layers_and_to_one_gpu():
-    for variant in ("mlra4_moe_16b", "stock-mla_moe_16b"):
+    for variant in EXPERTS:
         case = Case.parse(f"{variant}/bf16/auto/64")
         assert case.has_experts and not case.is_fused
         load = Load(num_layers=3, tokens=64, flags=("--no-moe-grouped-gemm",))
@@ -216,12 +239,14 @@ def test_a_case_is_measured_with_its_memory_apart(measured):
 
 def test_every_layout_of_two_processes_is_measured(measured):
     found = json.loads((measured / "two" / "training.json").read_text())
-    rows = {(Path(row["variant"]).stem, row["layout"]): row for row in found["rows"]}
-    assert {name for _, name in rows} == {*LAYOUTS, "dp2-ep2"} - {"one-wide4"} | {"wide4"}
+    rows = {(Path(r["variant"]).stem, r["layout"], r["form"]): r for r in found["rows"]}
+    assert {name for _, name, _ in rows} == {*LAYOUTS, "dp2-ep2"} - {"one-wide4"} | {"wide4"}
+    experts = [form for _, name, form in rows if name == "dp2-ep2"]
+    assert experts == ["absorbed", "materialized"]
     assert [error.partition(": ")[2] for error in found["failed"]] == [
         "layout dp3 needs 3 GPUs and 2 processes run; launch with torchrun --nproc-per-node 3"
     ]
-    for (_, name), row in rows.items():
+    for (_, name, _), row in rows.items():
         assert row["gpus"] == (1 if name in ("one", "wide4") else 2)
         assert row["tokens"] == (4 if "half" in name else 8) * 32
         assert row["loss"] > 0 and row["tokens_per_second"] > 0

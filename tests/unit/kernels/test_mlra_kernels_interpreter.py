@@ -320,11 +320,11 @@ else:
         lens = torch.tensor([90, 41], dtype=torch.int32)
         check((q, r, cache, table, lens), branches, rtol=2e-3, cache_scale=scale)
 
-    @pytest.mark.parametrize("dim", [20, 64])
-    def test_merge_states(dim):
+    @pytest.mark.parametrize(("sets", "dim"), [(9, 20), (9, 64), (16, 64), (17, 20), (150, 64)])
+    def test_merge_states(sets, dim):
         gen = torch.Generator().manual_seed(5)
-        outs = torch.randn(9, 3, 7, dim, generator=gen)
-        lses = torch.randn(9, 3, 7, generator=gen) * 3
+        outs = torch.randn(sets, 3, 7, dim, generator=gen)
+        lses = torch.randn(sets, 3, 7, generator=gen) * 3
         lses[2] = -math.inf
         outs[2] = math.nan
         lses[:, 1, 1] = -math.inf

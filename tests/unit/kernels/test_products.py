@@ -27,7 +27,7 @@ if not INTERPRETING:
         assert " passed" in printed and "skipped" not in printed
 
     def machine_code(kernel, constants, warps, folder):
-        """SASS for sm_90a, and bytes of stack a thread."""
+        """SASS for sm_90a, bytes of stack a thread, and the name that a trace shows."""
         signature, values, attributes = {}, {}, {}
         for i, name in enumerate(kernel.arg_names):
             if name in constants:
@@ -44,7 +44,7 @@ if not INTERPRETING:
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         run = [str(tool), "--dump-resource-usage", "--dump-sass", str(binary)]
         text = subprocess.run(run, capture_output=True, text=True, check=True).stdout
-        return text, int(re.search(r"STACK:(\d+)", text).group(1))
+        return text, int(re.search(r"STACK:(\d+)", text).group(1)), compiled.metadata.name
 
     def reads_weights_before_it_waits(sass):
         """Every load in front of the wait is of 16 bytes, there is one, and no store is."""
@@ -61,8 +61,9 @@ if not INTERPRETING:
             "CHUNK": cut.chunk, "NORM": True, "EPILOGUE": SWIGLU.value, "HEAD": 2, "START": 0,
             "EARLY": True,
         }  # fmt: skip
-        sass, stack = machine_code(product_kernel, constants, cut.warps, tmp_path)
+        sass, stack, name = machine_code(product_kernel, constants, cut.warps, tmp_path)
         assert stack == 0 and reads_weights_before_it_waits(sass)
+        assert name == "product_kernel_swiglu_19760x3072" and name in sass
 
     def test_products_per_head_too(tmp_path):
         inputs, outputs = 512, 128
@@ -71,8 +72,9 @@ if not INTERPRETING:
             "T": 1, "K": inputs, "J": outputs, "X_PART": 128, "OUT_PART": 128, "ROWS": rows,
             "PASS": 1024 // columns, "COLUMNS": columns, "EARLY": True,
         }  # fmt: skip
-        sass, stack = machine_code(heads_kernel, constants, 4, tmp_path)
+        sass, stack, name = machine_code(heads_kernel, constants, 4, tmp_path)
         assert stack == 0 and reads_weights_before_it_waits(sass)
+        assert name == "heads_kernel_512to128" and name in sass
 
 else:
     from mlra_kernels import products

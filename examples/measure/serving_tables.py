@@ -1,0 +1,85 @@
+"""The tables of serving: records of `mlra_vllm.benchmarks.steps` and `.throughput`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from measured import Cells, Result, Table, grid, newest, results, shape, size, table
+
+SERVED = {"mlra4": "MLRA-4", "mla": "MLA", "gla2": "GLA-2", "gqa6": "GQA-6"}
+PER_GIB, PROMPT = "cached tokens per GiB", "prompt of 128K tokens, s"
+K = 1024
+Served = dict[tuple[int, str, str, int], tuple[Result, dict[str, Any]]]
+
+
+def served() -> Served:
+    """(Ranks, model, dtype of the cache, runner) -> the newest record that has steps."""
+    found: Served = {}
+    for result in results():
+        for r in result.told.get("records", ()) if result.piece.startswith("serving") else ():
+            if r.get("steps") and "model" in r:
+                found[r["tp"], r["model"], r["kv_cache_dtype"], r["model_runner"]] = result, r
+    return found
+
+
+def served_table(rows: dict[str, tuple[Result, dict[str, Any]]], columns: list[str]) -> Table:
+    """A row for each record, with its commit if there are several."""
+    cells: Cells = {}
+    for row, (source, r) in rows.items():
+        for s in r["steps"]:
+            if "ms" in s and shape(s) in columns:
+                cells[row, shape(s)] = f"{s['ms']:.2f}"
+        cells[row, PER_GIB] = f"{r['tokens_per_gib']:,}" if "tokens_per_gib" in r else ""
+        if r.get("prompt", {}).get("tokens") == 128 * K:
+            cells[row, PROMPT] = f"{r['prompt']['seconds']:.1f}"
+        cells[row, "commit"] = source.told["commit"]
+    sources = list({source.path: source for source, _ in rows.values()}.values())
+    commits = {source.told["commit"] for source in sources}
+    return Table(sources, grid("ms a step", cells, columns + ["commit"] * (len(commits) > 1)))
+
+
+def served_name(key: tuple[int, str, str, int]) -> str:
+    """A key of `served` in words."""
+    ranks, model, dtype, runner = key
+    return ", ".join(
+        [
+            SERVED[model], *([f"{ranks} GPUs"] if ranks > 1 else []),
+            *(["FP8 cache"] if dtype == "fp8" else []),
+            *(["vLLM's older runner"] if runner == 1 else []),
+        ]
+    )  # fmt: skip
+
+
+@table
+def serving() -> Table:
+    rows = {served_name(key): found for key, found in served().items() if key[0] == 1}
+    engine = newest("serving_engine")
+    steps = [
+        {**r, "ms": r["us"] / 1e3}
+        for r in engine.told["records"]
+        if r["label"] == "MLRA-4 whole" and "us" in r
+    ]
+    (prompt,) = engine.told["prefills"]
+    prompt = {"tokens": prompt["context"], "seconds": prompt["seconds"]}
+    rows["MLRA-4, the project's engine"] = engine, {"steps": steps, "prompt": prompt}
+    columns = ["1 x 2K", "32 x 2K", "32 x 8K", "1 x 128K", "32 x 32K", PER_GIB, PROMPT]
+    return served_table(rows, columns)
+
+
+@table
+def serving_gpus() -> Table:
+    found = {key: each for key, each in sorted(served().items()) if key[0] > 1}
+    rows = {served_name(key): each for key, each in found.items()}
+    return served_table(rows, ["1 x 8K", "32 x 8K", "32 x 32K", "1 x 512K"])
+
+
+@table
+def serving_throughput() -> Table:
+    source = newest("serving_throughput")
+    cells: Cells = {}
+    for r in source.told["records"]:
+        row = served_name((r["tp"], r["model"], "auto", 2))
+        work = f"{r['requests']:,} x {size(r['in'])} in, {r['out']} out"
+        cells[row, f"{work}: new tokens/s"] = f"{r['new_tokens_per_s']:,.0f}"
+        cells[row, f"{work}: s"] = f"{r['seconds']:.1f}"
+    return Table([source], grid("", cells))
