@@ -234,7 +234,10 @@ def main() -> None:
         "--tp", type=int, nargs="+", choices=TPS, default=TPS, help="shares; default: all"
     )
     flags.add_argument(
-        "--seconds", type=float, default=60, help="no more cuts are begun after; default: 60"
+        "--seconds",
+        type=report.seconds,
+        default=60,
+        help="no more cuts are begun after; default: 60",
     )
     args = report.parse(flags)
     _run(args)

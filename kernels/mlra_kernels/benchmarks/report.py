@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -47,6 +48,17 @@ def whole(least: int) -> Callable[[str], int]:
         return value
 
     return convert
+
+
+def seconds(text: str) -> float:
+    """An argparse type: a number of seconds above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text:.60} is no number of seconds above 0")
+    return value
 
 
 def parse(flags: argparse.ArgumentParser) -> argparse.Namespace:

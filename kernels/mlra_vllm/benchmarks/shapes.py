@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,17 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gqa6": {**_COMMON, **_LLAMA, "num_key_value_heads": 6, "intermediate_size": 9728},
 }
 """Name -> the config.json of the exported 2.9B preset."""
+
+
+def misfit(names: Iterable[str], sizes: Iterable[int]) -> str | None:
+    """Why a model cannot be shared by one of these tensor parallel sizes, in one line, or None."""
+    for name in names:
+        heads, inner = (SHAPES[name][key] for key in ("num_attention_heads", "intermediate_size"))
+        for tp in sizes:
+            for what, count in ((f"{heads} heads", heads), (f"inner dim {inner}", inner)):
+                if count % tp:
+                    return f"--tp {tp} does not divide the {what} of {name}"
+    return None
 
 
 def write_shape(name: str, folder: Path, positions: int) -> None:

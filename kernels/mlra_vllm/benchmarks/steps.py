@@ -15,17 +15,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlra_kernels.benchmarks.report import output_file
+from mlra_kernels.benchmarks.report import output_file, seconds, whole
 from mlra_vllm.benchmarks import measure, workers
-from mlra_vllm.benchmarks.shapes import SHAPES, write_shape
+from mlra_vllm.benchmarks.shapes import SHAPES, misfit, write_shape
 from mlra_vllm.benchmarks.tables import profile_table, table
 
 K = 1024
@@ -42,15 +44,23 @@ ENVIRONMENT = {
 }
 
 
-def size(text: str) -> int:
-    """A number of tokens, written 2048 or 2K."""
-    return int(text[:-1]) * K if text[-1:] in "kK" else int(text)
+def size(text: str, least: int = 1) -> int:
+    """An argparse type: a number of requests or tokens from `least` up, written 2048 or 2K."""
+    found = re.fullmatch("([0-9]{1,10})([kK]?)", text, re.ASCII)
+    value = int(found[1]) * (K if found[2] else 1) if found else -1
+    if not least <= value < 2**31:
+        said = f"{text:.60} is no number of requests or tokens; give {least} or up"
+        raise argparse.ArgumentTypeError(said)
+    return value
 
 
 def case(text: str) -> tuple[int, int]:
-    """(batch, context) of a text such as 32x8K."""
-    batch, _, context = text.partition("x")
-    return int(batch), size(context)
+    """An argparse type: (batch, context) of a text such as 32x8K."""
+    batch, by, context = text.partition("x")
+    if not by:
+        said = f"{text:.60} is no batch and context such as 32x8K"
+        raise argparse.ArgumentTypeError(said)
+    return size(batch), size(context)
 
 
 def main() -> None:
@@ -66,9 +76,11 @@ def main() -> None:
         help="batch and context of decoding steps, such as 32x8K",
     )
     parser.add_argument("--runners", nargs="+", type=int, choices=(1, 2), default=[2])
-    parser.add_argument("--tp", nargs="+", type=int, default=[1], help="tensor parallel sizes")
+    parser.add_argument("--tp", nargs="+", type=whole(1), default=[1], help="tensor parallel sizes")
     parser.add_argument("--kv-cache-dtype", default="auto")
-    parser.add_argument("--prompt", type=size, default=0, help="tokens of a prompt to time")
+    parser.add_argument(
+        "--prompt", type=partial(size, least=0), default=0, help="tokens of a prompt to time"
+    )
     parser.add_argument("--chunk", type=size, default=8 * K, help="tokens of a prompt's step")
     parser.add_argument(
         "--profile",
@@ -84,13 +96,15 @@ def main() -> None:
         help="time N requests at once, IN tokens each, OUT new ones",
     )
     parser.add_argument("--json", type=output_file, help="where to write the records")
-    parser.add_argument("--timeout", type=float, default=900, help="seconds for one model")
+    parser.add_argument("--timeout", type=seconds, default=900, help="seconds for one model")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         model, tp, target = args.child
         run(model, int(tp), args, lambda record: Path(target).write_text(json.dumps(record)))
         return
+    if said := misfit(args.models, args.tp):
+        sys.exit(f"error: {said}")
     records = []
     for runner in args.runners:
         for tp in args.tp:

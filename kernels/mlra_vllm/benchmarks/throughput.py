@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 
-from mlra_kernels.benchmarks.report import commit, output_file, write_json
+from mlra_kernels.benchmarks.report import commit, output_file, seconds, whole, write_json
 from mlra_vllm.benchmarks import throughput_plot
-from mlra_vllm.benchmarks.shapes import SHAPES, write_shape, write_tokenizer
+from mlra_vllm.benchmarks.shapes import SHAPES, misfit, write_shape, write_tokenizer
 from mlra_vllm.benchmarks.steps import K, size
 
 ENVIRONMENT = {
@@ -56,18 +56,18 @@ def main() -> None:
     parser.add_argument(
         "--requests",
         nargs=3,
-        type=positive_size,
+        type=size,
         action="append",
         metavar=("N", "IN", "OUT"),
         help="N requests at once, IN tokens each, OUT new ones; may be repeated (default: "
         + " and ".join(" ".join(map(str, workload)) for workload in WORKLOADS)
         + ")",
     )
-    parser.add_argument("--tp", nargs="+", type=int, default=[1], help="tensor parallel sizes")
+    parser.add_argument("--tp", nargs="+", type=whole(1), default=[1], help="tensor parallel sizes")
     parser.add_argument("--json", type=output_file, help="where to write the records")
     parser.add_argument("--png", type=output_file, help="where to draw new tokens per second")
     parser.add_argument("--draw", metavar="FILE", help="draw this file of --json, measure nothing")
-    parser.add_argument("--timeout", type=float, default=300, help="seconds for one model")
+    parser.add_argument("--timeout", type=seconds, default=300, help="seconds for one model")
     args = parser.parse_args()
     if args.png and not importlib.util.find_spec("matplotlib"):
         sys.exit("error: --png needs matplotlib: pip install matplotlib, or leave --png out")
@@ -79,6 +79,8 @@ def main() -> None:
         except ValueError as error:
             sys.exit(f"error: {error}")
         return
+    if said := misfit(args.models, args.tp):
+        sys.exit(f"error: {said}")
     records = []
     for tp, workload, model in itertools.product(args.tp, args.requests or WORKLOADS, args.models):
         records.append(run(model, tp, *workload, args.timeout))
@@ -91,13 +93,6 @@ def main() -> None:
         throughput_plot.plot(records, about(), Path(args.png))
     if failed:
         sys.exit(f"error: not measured: {', '.join(failed)}")
-
-
-def positive_size(text: str) -> int:
-    """An argparse type: a number from 1 up, written 2048 or 2K."""
-    if (value := size(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no number of requests or tokens; give 1 or up")
-    return value
 
 
 def about() -> dict[str, Any]:

@@ -126,6 +126,8 @@ def test_a_case_that_fails_fails_the_command_and_keeps_the_records_before_it(tmp
         (one_shot, ["--hidden", "-1"], "--hidden: -1 is no whole number from 1"),
         (operators, ["--length", "x"], "--length: x is no whole number from 1"),
         (core, ["--mean-document", "0"], "--mean-document: 0 is no whole number from 1"),
+        (products, ["--seconds", "-1"], "--seconds: -1 is no number of seconds above 0"),
+        (products, ["--seconds", "inf"], "--seconds: inf is no number of seconds above 0"),
         (latent, ["--seed", "-1"], "--seed: -1 is no whole number from 0 to"),
         (grouped, ["--seed", "9" * 30], "--seed: 999999999999999999999999999999 is no whole num"),
         (products, ["--tp", "3"], "--tp: invalid choice: 3 (choose from 1, 2, 4)"),

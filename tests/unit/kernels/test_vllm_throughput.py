@@ -113,6 +113,60 @@ def test_what_cannot_be_drawn_is_one_line(content, says, tmp_path):
     assert done.stderr.count("\n") == 1 and not (tmp_path / "a.png").exists()
 
 
+NO_NUMBER = "is no number of requests or tokens; give"
+WRONG = {
+    ("throughput", "--tp", "0"): "--tp: 0 is no whole number from 1 to",
+    ("throughput", "--tp", "1", "x"): "--tp: x is no whole number from 1 to",
+    ("throughput", "--tp", "5"): "error: --tp 5 does not divide the 24 heads of mlra4",
+    (
+        "throughput",
+        "--models",
+        "gqa6",
+        "--tp",
+        "4",
+        "3",
+    ): "--tp 3 does not divide the inner",
+    ("throughput", "--timeout", "-1"): "--timeout: -1 is no number of seconds above 0",
+    ("throughput", "--timeout", "nan"): "--timeout: nan is no number of seconds above 0",
+    ("throughput", "--requests", "8", "K", "8"): f"K {NO_NUMBER} 1 or up",
+    ("throughput", "--requests", "8", "9" * 20, "8"): f"{'9' * 20} {NO_NUMBER} 1 or up",
+    ("steps", "--tp", "0"): "--tp: 0 is no whole number from 1 to",
+    ("steps", "--tp", "7"): "error: --tp 7 does not divide the 24 heads of mlra4",
+    ("steps", "--timeout", "0"): "--timeout: 0 is no number of seconds above 0",
+    ("steps", "--contexts", "0x8K"): f"--contexts: 0 {NO_NUMBER} 1 or up",
+    ("steps", "--contexts", "8x0"): f"--contexts: 0 {NO_NUMBER} 1 or up",
+    ("steps", "--contexts", "8"): "--contexts: 8 is no batch and context such as 32x8K",
+    ("steps", "--profile", "1xmany"): f"--profile: many {NO_NUMBER} 1 or up",
+    ("steps", "--prompt", "-1"): f"--prompt: -1 {NO_NUMBER} 0 or up",
+    ("steps", "--chunk", "0"): f"--chunk: 0 {NO_NUMBER} 1 or up",
+    ("steps", "--requests", "0", "1K", "256"): f"--requests: 0 {NO_NUMBER} 1 or up",
+}
+
+
+ENDS = """
+import io, json, sys
+from contextlib import redirect_stderr
+from mlra_vllm.benchmarks import steps, throughput
+for name, *flags in json.loads(sys.argv.pop()):
+    sys.argv[1:] = [*flags, "--json", "a.json"]
+    with redirect_stderr(io.StringIO()) as said:
+        try:
+            {"steps": steps, "throughput": throughput}[name].main()
+        except SystemExit as end:
+            print(end.code if isinstance(end.code, str) else said.getvalue().splitlines()[-1])
+"""
+
+
+def test_numbers_that_make_no_sense_are_refused_before_anything_runs(tmp_path):
+    program = [sys.executable, "-c", ENDS, json.dumps([*WRONG])]
+    done = run(tmp_path, python=program)
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(WRONG), done.stderr
+    for argv, line in zip(WRONG, lines, strict=True):
+        assert WRONG[argv] in line, argv
+    assert not (tmp_path / "a.json").exists()
+
+
 def test_flags_are_refused_before_anything_runs(vllm):
     done = run(vllm, "--draw", "a.json")
     assert done.stderr == "error: --draw a.json needs a picture's name: add --png FILE.png\n"
