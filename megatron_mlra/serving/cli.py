@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from megatron_mlra.checkpoint.files.tracker import a_checkpoint
 from megatron_mlra.command_line.early import a_file, a_folder, byte_or_there, no_check, reads
 from megatron_mlra.command_line.numbers import real, whole
-from megatron_mlra.command_line.parser import OneLineParser, add_no_verify, fail, flag, read_text
+from megatron_mlra.command_line.parser import OneLineParser, add_no_verify, fail, flag
 from megatron_mlra.command_line.signals import Interrupted, interruptible
 from megatron_mlra.serving.environment import find_python
 from megatron_mlra.serving.passed_on import check_passed_on, is_local
@@ -120,7 +120,11 @@ def _serve(args: argparse.Namespace) -> int:
     source = Path(args.source)
     a_folder(source, "source", SOURCE)
     check_passed_on(args.vllm)
-    template = None if args.chat_template is None else read_text(args.chat_template)
+    template = None
+    if args.chat_template is not None:
+        from megatron_mlra.checkpoint.huggingface.chat_template import read_template
+
+        template = read_template(args.chat_template)
     check_port(args.host, args.port)
     python = find_python(args.python, [Path.cwd(), ROOT])
     name = args.name or re.sub(r"[^\w.+-]", "_", source.resolve().name).lstrip("-") or "model"

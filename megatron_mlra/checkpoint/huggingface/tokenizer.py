@@ -16,8 +16,8 @@ from megatron_mlra.checkpoint.files.tokenizer_copy import (
     say_nothing,
 )
 from megatron_mlra.checkpoint.folder import CheckpointFolder
+from megatron_mlra.checkpoint.huggingface.chat_template import read_template
 from megatron_mlra.checkpoint.tokenizer import chosen_tokenizer, data_tokenizer, own_tokenizer
-from megatron_mlra.command_line.parser import read_text
 from megatron_mlra.data.errors import InputError
 from megatron_mlra.data.tokenizers import read_tokenizer_json
 from megatron_mlra.description.model import CheckpointError, ModelDescription
@@ -59,10 +59,10 @@ def write_tokenizer(
 
     Raises:
         CheckpointError: `tokenizer` is neither 'byte' nor such a folder, or 'byte' does not fit the
-            vocabulary; or a file is a link out of its folder.
+            vocabulary; or a file is a link out of its folder; or the chat template is no Jinja.
         InputError: the library cannot read the tokenizer.json.
     """
-    template = None if chat_template is None else read_text(chat_template)
+    template = None if chat_template is None else read_template(chat_template)
     missing, foreign = None, False
     if tokenizer is None:
         files, missing = own_tokenizer(source, outside)

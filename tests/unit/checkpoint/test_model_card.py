@@ -11,6 +11,7 @@ import pytest
 import tokenizers
 
 from megatron_mlra.checkpoint.huggingface import card as cards
+from megatron_mlra.checkpoint.huggingface.chat_template import read_template
 from megatron_mlra.checkpoint.huggingface.folder import write_huggingface
 from mlra_kernels.latent_decode.validation import LATENT_DIMS, ROPE_DIMS
 from support import ENV
@@ -162,3 +163,34 @@ def test_without_an_id_of_its_own_a_model_ends_where_its_tokenizer_does(tmp_path
     source = RandomFolder(latent(4, 4, eod_token_id=None))
     files, _ = exported(tmp_path, source, tokenizer=str(tokenizer))
     assert json.loads(files["generation_config.json"].read_text())["eos_token_id"] == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", " is empty; give a template, or leave it out"),
+        ("a\n{{ messages", ", line 2: unexpected end of template, expected 'end of print"),
+        ("{% for m in messages %}{{ m }}", ", line 1: Unexpected end of template. Jinja was lo"),
+        ("{% chat %}", ", line 1: Encountered unknown tag 'chat'"),
+    ],
+)
+def test_a_chat_template_that_is_none_is_refused_before_weights_are_written(text, said, tmp_path):
+    (tmp_path / "a.jinja").write_text(text)
+    with pytest.raises(ValueError) as refused:
+        write_huggingface(
+            RandomFolder(latent(4, 4)),
+            tmp_path / "out",
+            tokenizer="byte",
+            chat_template=str(tmp_path / "a.jinja"),
+            progress=False,
+        )
+    assert str(refused.value).startswith(f"--chat-template {tmp_path}/a.jinja{said}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_tags_of_transformers_are_part_of_a_template(tmp_path):
+    text = (
+        "{% for m in messages %}{% generation %}{{ m }}{% endgeneration %}{% break %}{% endfor %}"
+    )
+    (tmp_path / "a.jinja").write_text(text)
+    assert read_template(tmp_path / "a.jinja") == text

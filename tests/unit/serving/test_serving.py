@@ -131,6 +131,9 @@ def test_a_chat_template_needs_a_tokenizer(exported, tmp_path, port, monkeypatch
     words = [str(copy), "--no-verify", "--port", str(port), "--chat-template", str(template)]
     assert main(words) == 2
     assert "--chat-template needs a tokenizer, and" in capsys.readouterr().err
+    template.write_text("{{ messages")
+    assert main(words) == 2
+    assert "line 1: unexpected end of template" in capsys.readouterr().err
 
 
 def test_guesses_need_a_layer_that_vllm_gets(run, exported, tmp_path):
