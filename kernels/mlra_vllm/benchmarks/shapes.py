@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from mlra_vllm.shard import plan
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 50304,
@@ -58,12 +61,20 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def misfit(names: Iterable[str], sizes: Iterable[int]) -> str | None:
     """Why a model cannot be shared by one of these tensor parallel sizes, in one line, or None."""
-    for name in names:
-        heads, inner = (SHAPES[name][key] for key in ("num_attention_heads", "intermediate_size"))
-        for tp in sizes:
-            for what, count in ((f"{heads} heads", heads), (f"inner dim {inner}", inner)):
-                if count % tp:
-                    return f"--tp {tp} does not divide the {what} of {name}"
+    for name, tp in itertools.product(names, sizes):
+        shape = SHAPES[name]
+        heads, latents = shape["num_attention_heads"], shape.get("num_latent_heads")
+        if latents:
+            try:
+                plan(heads, latents, shape["num_branches"], tp, 0)
+            except ValueError as error:
+                return f"--tp {tp} of {name}: {error}"
+            continue
+        inner, own = shape["intermediate_size"], shape["num_key_value_heads"]
+        # vLLM copies key/value heads to more ranks than there are.
+        if heads % tp or inner % tp or (own % tp and tp % own):
+            sizes = f"{heads} heads, {own} of keys, and inner dim {inner}"
+            return f"--tp {tp} does not fit {sizes} of {name}"
     return None
 
 

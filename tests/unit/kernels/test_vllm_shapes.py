@@ -8,7 +8,7 @@ import pytest
 
 from megatron_mlra.checkpoint.huggingface.config import to_hf_config
 from megatron_mlra.description.presets import preset_description
-from mlra_vllm.benchmarks.shapes import write_shape, write_tokenizer
+from mlra_vllm.benchmarks.shapes import SHAPES, misfit, write_shape, write_tokenizer
 from support import CONFIGS
 
 
@@ -27,3 +27,13 @@ def test_no_prompt_has_more_characters_than_vllm_lets_pass(tmp_path):
     words = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"]
     longest = max(words, key=len)
     assert all(len(word) + 1 <= len(longest) for word in words if word != longest)
+
+
+def test_sizes_that_share_a_model_are_those_of_its_server():
+    fit = {
+        name: [tp for tp in (1, 2, 3, 4, 5, 6, 8, 12, 24) if not misfit([name], [tp])]
+        for name in SHAPES
+    }
+    # The plugin pads the inner dim of a latent model to any size.
+    assert fit["mla"] == [1, 2, 3, 4, 6, 8, 12, 24] and fit["mlra4"] == [1, 2, 4, 8, 12, 24]
+    assert fit["gla2"] == [1, 2, 4, 6, 8, 12, 24] and fit["gqa6"] == [1, 2]
