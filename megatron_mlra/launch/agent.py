@@ -14,6 +14,8 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from megatron_mlra.command_line.ranks import REFUSED
 from megatron_mlra.launch.control import INTERRUPTED, Control, Ended, Phase, say
 
+_NO_FILE = "<N/A>"
+"""torch's name of the file of a rank that gave no reason; torch makes up a message then."""
 GRACE = 3.0
 """Seconds for the other ranks to print their errors after one failed; then they are killed."""
 
@@ -106,6 +108,6 @@ def describe(failures: dict[int, ProcessFailure]) -> str:
 def reason(failures: dict[int, ProcessFailure]) -> str:
     """The reason that the earliest failed rank with a reason gave; empty if none gave one."""
     for failure in sorted(failures.values(), key=lambda failure: failure.timestamp):
-        if failure.exitcode > 0 and failure.error_file_data.get("message"):
+        if failure.exitcode > 0 and failure.error_file != _NO_FILE:
             return failure.message
     return ""

@@ -63,6 +63,8 @@ def main(argv: list[str]) -> int:
     try:
         with _quiet_cpp():
             from torch.distributed import run as torchrun
+
+            from megatron_mlra.launch import checks
     except ImportError as error:
         line = (
             f"{sys.executable} of host {socket.gethostname()} cannot import torch ({error}); set"
@@ -78,13 +80,15 @@ def main(argv: list[str]) -> int:
     if "LOGLEVEL" not in os.environ:
         logging.disable(logging.ERROR)
     try:
+        checks.check(args)
         if args.standalone:
             args.local_addr = args.local_addr or "127.0.0.1"
         else:
             watch.hosts = _join(args, control)
     except ValueError as error:
         say(f"error: {error}")
-        call.refuse(args.rdzv_endpoint, args.nnodes, args.rdzv_id, str(error))
+        if args.rdzv_endpoint:
+            call.refuse(args.rdzv_endpoint, args.nnodes, args.rdzv_id, str(error))
         return REFUSED
     except TimeoutError as error:
         say(f"error: {error}")
@@ -209,7 +213,9 @@ def _run(args: Namespace, control: Control, hosts: Hosts | None) -> tuple[int, s
             return INTERRUPTED, why
         if refused and told:
             say(f"error: {'' if hosts is None else f'host {socket.gethostname()}: '}{told}")
-        elif not refused:
+        elif refused:
+            say(f"error: {agent.describe(failures)}; not started again")
+        else:
             no_more = "the run was told to stop" if control.asked else f"MAX_RESTARTS {most}"
             say(f"error: {agent.describe(failures)}; not started again ({no_more})")
         return (REFUSED if refused else 1), why

@@ -62,7 +62,7 @@ def test_a_thread_in_a_request_to_the_store(end, code, said):
 def test_numbers_that_are_none_are_refused(changes, flags, line, warm_python):
     meeting = ["--nnodes", "2", "--rdzv-endpoint", "127.0.0.1:29555", "--rdzv-id", "x"]
     command = [warm_python, "-W", "ignore", "-m", "megatron_mlra.launch"]
-    command += [*(meeting if flags else []), *flags, "script.py"]
+    command += [*(meeting if flags else []), *flags, "pretrain_mlra.py"]
     done = subprocess.run(
         command, capture_output=True, text=True, env=ENV | changes, cwd=ROOT, timeout=120
     )
