@@ -12,7 +12,7 @@ from megatron_mlra.command_line.parser import flags_given
 from megatron_mlra.data.errors import InputError
 from megatron_mlra.data.metadata import read_metadata
 from megatron_mlra.data.prefixes import without_weights
-from megatron_mlra.training import schedule
+from megatron_mlra.training import data_sources, schedule
 
 _DATA = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 
@@ -21,9 +21,10 @@ def complete(args: Namespace, argv: list[str]) -> None:
     """Set the arguments that follow from the data and from each other, unless `argv` sets them.
 
     Raises:
-        ValueError: `argv` gives the schedule in two units (schedule.settle).
+        ValueError: `argv` gives the schedule in two units (schedule.settle), or data by two flags.
     """
     given = flags_given(argv)
+    data_sources.settle(args, given)
     _take_vocabulary(args, given)
     schedule.settle(args, given)
 

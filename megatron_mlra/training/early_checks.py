@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_mlra.command_line.early import EMPTY, a_plain_file, named
-from megatron_mlra.command_line.parser import check_writable, flag
+from megatron_mlra.command_line.parser import check_writable, flag, flags_given
 from megatron_mlra.command_line.suggest import refusal
 from megatron_mlra.data.prefixes import NO_DATA, a_dataset, check_files, without_weights
 from megatron_mlra.description.presets import KEYS
 from megatron_mlra.fault_tolerance import saved_steps
-from megatron_mlra.training import all_flags, flags
+from megatron_mlra.training import all_flags, data_sources, flags
 from megatron_mlra.training.value_checks import check_required, check_values
 
 _DATA = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
@@ -87,6 +87,7 @@ def parsed(argv: list[str]) -> Namespace:
     """
     _check_flags(argv)
     given = all_flags.parse(argv, flags.preset_of(argv, _refuse))
+    data_sources.settle(given, flags_given(argv))
     check_values(given)
     return given
 

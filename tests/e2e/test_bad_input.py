@@ -149,8 +149,14 @@ FLAGS = [
     (["--data-path", "no/data"], "data file no/data.idx does not exist; make it with mlra prepro"),
     (["--data-path", "{corpus}.bin"], "names a file; leave .bin out: {corpus}"),
     (["--data-path", "{corpus}.idx"], "names a file; leave .idx out: {corpus}"),
-    (["--train-data-path", "{corpus}"], "A single data source must be provided in training mode"),
-    (["--data-args-path", "no.txt"], "Megatron refuses these arguments: `assert (args.data_path"),
+    (
+        ["--data-path", "{corpus}", "--train-data-path", "{corpus}"],
+        "the command line names data by --data-path and by --train-data-path; leave one out",
+    ),
+    (
+        ["--data-args-path", "no.txt"],
+        "data arguments: [Errno 2] No such file or directory: 'no.txt'",
+    ),
     (["--split", "most"], "--split most is not three shares such as 969,30,1"),
     (["--split", "1,0,0"], "--split 1,0,0 leaves nothing for validation; use another, or --eval"),
     (["--split", "99999,1,0"], "for validation; use more documents (mlra preprocess --split-lines"),

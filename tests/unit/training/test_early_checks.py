@@ -37,6 +37,7 @@ def test_refused_in_a_moment(tmp_path):
     (tmp_path / "steps.yaml").write_text("base: debug\ntrain_iters: many\n")
     (tmp_path / "shape.yaml").write_text("base: debug\nattention: nope\n")
     (tmp_path / "layers.yaml").write_text("base: debug\nno_rope_freq: '[x]'\n")
+    (tmp_path / "two.yaml").write_text("base: debug\nmock_data: true\ndata_path: x\n")
     (tmp_path / "data.yaml").write_text("base: debug\ndata_path: 0.5 gone 0.5 lost\n")
     for name in ("file", "a book.txt", "whole.json", "whole.idx"):
         (tmp_path / name).touch()
@@ -129,6 +130,15 @@ def test_refused_in_a_moment(tmp_path):
         (*DEBUG, "--moe-layer-freq", "0"): "argument --moe-layer-freq: '0' is not valid; use a nu",
         (*DEBUG, "--moe-layer-freq", "[1,0]"): "--moe-layer-freq is of 2 layers, not 4; use a nu",
         ("--config", "layers.yaml"): "--config layers.yaml: no_rope_freq: '[x]' is not valid; use",
+        (
+            *DEBUG,
+            "--data-path",
+            "x",
+        ): "command line names data by --mock-data and by --data-path",
+        (
+            "--config",
+            "two.yaml",
+        ): "preset names data by --mock-data and by --data-path; leave on",
         (*DEBUG, "--multi-latent-attention"): "is Megatron's own MLA; use --attention mlra",
         (
             *DEBUG,
@@ -173,6 +183,7 @@ def test_python_without_assertions_is_refused():
 def test_what_is_left_to_the_whole_parser(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.yaml").write_text("base: debug\nmoe_layer_freq: [1, 0, 0, 1]\nsplit: '1,0,0'\n")
+    (tmp_path / "path.yaml").write_text("base: debug\ndata_path: gone\n")
     for argv in (
         [*DEBUG, "--no-bf16"],
         ["--config", "debug", "--data-args-path", "x"],
@@ -180,6 +191,7 @@ def test_what_is_left_to_the_whole_parser(tmp_path, monkeypatch):
         [*DEBUG, "--save", "new", "--load", "./new/"],
         ["--config", "debug", "--data-path", "gone", "--dry-run", "8", "--load", "there"],
         ["--config", "a.yaml", "--mock-data"],
+        ["--config", "path.yaml", "--mock-data"],
         [*DEBUG, "--no-rope-freq", "([0]*3+[1])", "--window-size", "a,b"],
         [*DEBUG, "--train-iters=4", "--no-bf16", "--no-rl-partial-rollouts", "--rope-fusion"],
         ["--help-megatron", "--what"],
