@@ -38,6 +38,8 @@ def parser() -> OneLineParser:
         help="one of these:",
     )
 
+    flags.together.append(_check_dtype)
+
     def command(name: str, run: Callable[[argparse.Namespace], int], about: str):
         added = commands.add_parser(name, help=about, description=about)
         added.set_defaults(run=run)
@@ -269,9 +271,18 @@ def _export(
     return _wrote(args)
 
 
+def _check_dtype(args: argparse.Namespace) -> None:
+    """Refuse another dtype of a copy with the optimizer's state, which has its own."""
+    if args.command == "reshard" and args.dtype is not None and not args.weights_only:
+        raise CheckpointError(
+            f"--dtype {args.dtype} does not fit the optimizer's state; add --weights-only"
+        )
+
+
 def _reshard(args: argparse.Namespace) -> int:
     from megatron_mlra.checkpoint.megatron.reshard import reshard
 
+    _check_dtype(args)
     _check_destination(args)
     reshard(
         args.source,

@@ -294,7 +294,7 @@ def test_what_the_research_code_has_not_is_refused(changes, said, tmp_path):
         (["inspect", "."], "holds no checkpoint"),
         (["import-hf", "{source}", "out"], "is a research folder; import-hf reads huggingface"),
         (["reshard", "{source}", "out"], "is not a Megatron folder: it has neither"),
-        (["reshard", "{source}", "out", "--dtype", "bfloat16"], "add weights_only"),
+        (["reshard", "{source}", "out", "--dtype", "bfloat16"], "add --weights-only"),
         (
             ["export-official", "{source}", "out", "--max-shard-gb", "inf"],
             "inf is no number above 0",
