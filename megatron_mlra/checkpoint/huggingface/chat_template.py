@@ -36,6 +36,6 @@ def read_template(file: str | Path) -> str:
     except (TemplateSyntaxError, RecursionError) as error:
         where = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
         raise CheckpointError(
-            f"--chat-template {file}{where}: {error}; give a Jinja template"
+            f"--chat-template {file}{where}: {str(error).rstrip('.')}; give a Jinja template"
         ) from None
     return text

@@ -49,7 +49,7 @@ REFUSED = {
     "generate run --prompt x --tokenizer hf --tokenizer-model file/x": "file/x: Not a directory",
     "generate run --prompt x\udcff": "--prompt 'x\\udcff' is no text in UTF-8",
     "generate run --prompt x --stop \udcff": "--stop '\\udcff' is no text in UTF-8",
-    "reshard run new --dtype float16": "--dtype float16 does not fit the optimizer's state; add --w",
+    "reshard run new --dtype float16": "--dtype float16 does not fit the optimizer's state; add",
     "evaluate gone --text file": "gone is not a folder",
     "evaluate run": "nothing to evaluate; give --text, --data or --task",
     "evaluate run --text gone": "--text gone: No such file or directory",
