@@ -190,11 +190,11 @@ def exported(args: argparse.Namespace, source: Path) -> Path:
                     " leave it out"
                 )
         folder = open_checkpoint(source, verify=args.verify)
-        _check_guesses(args, folder)
+        _check_flags(args, folder)
         _check_whole(folder)
         return source
     checkpoint = open_checkpoint(source, args.vocab_size, verify=args.verify)
-    _check_guesses(args, checkpoint)
+    _check_flags(args, checkpoint)
     step = checkpoint.folder.absolute().name
     target = _own_export(source, step) if args.export_to is None else Path(args.export_to)
     if target.exists():
@@ -266,9 +266,16 @@ def _check_export(args: argparse.Namespace, target: Path, checkpoint: Checkpoint
     _check_whole(there)
 
 
-def _check_guesses(args: argparse.Namespace, folder: CheckpointFolder) -> None:
-    """Refuse --speculate where the model, as vLLM gets it, has no layer that guesses."""
-    model = folder.description
+def _check_flags(args: argparse.Namespace, folder: CheckpointFolder) -> None:
+    """Refuse --speculate where the model, as vLLM gets it, has no layer that guesses, and a number
+    of GPUs that cannot share its heads: vLLM would refuse it behind the export and its start."""
+    model, tp = folder.description, args.tensor_parallel_size
+    if (heads := model.num_attention_heads) % tp:
+        fit = ", ".join(str(n) for n in range(1, min(heads, 128) + 1) if heads % n == 0)
+        raise ValueError(
+            f"--tensor-parallel-size {tp} cannot share the {heads} heads of {folder.path}; use one"
+            f" of {fit}"
+        )
     if args.speculate and not (model.mtp_num_layers and model.attention == "mlra"):
         raise ValueError(
             f"--speculate needs a layer of multi-token prediction, and {folder.path} has none"

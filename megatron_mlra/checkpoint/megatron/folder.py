@@ -79,7 +79,7 @@ class MegatronFolder(CheckpointFolder):
         except CheckpointError as error:
             raise CheckpointError(f"checkpoint {self.folder}: {error}") from None
         self.iteration = state.get("iteration")
-        self._places = self._map()
+        self._places = self._map(vocab_size)
         dtypes = {
             name: self.files.dtype(key)
             for name, (key, _) in self._places.items()
@@ -113,7 +113,7 @@ class MegatronFolder(CheckpointFolder):
         stacked = [s[0] for key, s in shapes.items() if s and key.startswith("decoder.layers.")]
         return max(len(shapes), *stacked, 0)
 
-    def _map(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def _map(self, vocab_size: int | None) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Canonical name -> (stored name, indices of its first dimensions: layer, expert)."""
         renamed = RENAMED | (RENAMED_GQA if self.description.attention == "gqa" else {})
         found: dict[str, tuple[int, ...]] = {}
@@ -145,6 +145,12 @@ class MegatronFolder(CheckpointFolder):
                 found[prefix + rest], places[prefix + rest] = shape[len(at) :], (key, at)
         expected = expected_tensors(self.description)
         for name in VOCABULARY:
+            rows = found.get(name) or (0,)
+            if vocab_size is not None and 0 < rows[0] < vocab_size:
+                raise CheckpointError(
+                    f"--vocab-size {vocab_size} is more than the {rows[0]} rows of {name} in"
+                    f" {self.folder}; use at most as many"
+                )
             if name in found and name in expected and found[name][0] > expected[name][0]:
                 found[name] = (expected[name][0], *found[name][1:])
         check_tensors(f"checkpoint {self.folder}", found, expected)

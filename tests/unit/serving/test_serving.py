@@ -152,6 +152,17 @@ def test_guesses_need_a_layer_that_vllm_gets(run, exported, tmp_path):
             served(source, "--speculate")
 
 
+def test_gpus_that_cannot_share_the_heads_are_refused_before_the_export(run, exported):
+    heads = latent(4, 4).num_attention_heads
+    for source in (run, exported):
+        with pytest.raises(ValueError) as refused:
+            served(source, "--tp", str(heads + 1))
+        said = f"--tensor-parallel-size {heads + 1} cannot share the {heads} heads of {source}; use"
+        assert str(refused.value).startswith(said)
+        assert str(refused.value).endswith(f", {heads}")
+    assert not (run / "exported").exists()
+
+
 def spoil(folder):
     """Flip a bit of a folder's weights."""
     (weights,) = folder.glob("*.safetensors")
