@@ -300,7 +300,8 @@ def _merge_states_op(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     out, lse = torch.empty_like(outs[0]), torch.empty_like(lses[0])
     if rows == 0:
         return out, lse
-    if states > 16:  # a loop over all parts takes the time of many waits for memory, one behind another
+    # One loop over many parts waits for memory as often, so they are merged in groups first.
+    if states > 16:
         groups = math.isqrt(states - 1) + 1
         part = outs.new_empty((groups, *outs.shape[1:]), dtype=torch.float32)
         part_lse = lses.new_empty((groups, *lses.shape[1:]))
