@@ -1,13 +1,12 @@
 """Draw the committed figures from the committed results: `python docs/figures/draw.py`.
 
-results.png of README.md and the PNG beside each result file in docs/results and
-kernels/mlra_kernels/results; architecture.svg from the "May import" lines of the packages'
-docstrings. Those of the evidence are drawn by examples/reproduce/report.py. Needs matplotlib
-(pip install -e .[dev]).
+results.png of README.md, serving.png of docs/serving.md and the PNG beside each result file in
+docs/results and kernels/mlra_kernels/results; architecture.svg from the "May import" lines of the
+packages' docstrings. Those of the evidence are drawn by examples/reproduce/report.py. Needs
+matplotlib (pip install -e .[dev]).
 """
 
 import ast
-import json
 import re
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "measure"))
 import measured  # noqa: E402
+import serving_tables  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results"
 COLOURS = figures.colours(("MLRA-4", "MLA", "GQA-8"))
@@ -55,7 +55,7 @@ def results(path: Path) -> None:
         for each in sources
     ]
     source = (
-        "2.9B shape, bf16, all in the same code.\n"
+        f"2.9B shape, bf16, all in the same code. {decoding.get('note', '')}\n"
         f"Decoding: one TP4 rank's share without collectives, {said[0]}.\n"
         f"Training: a cut of {training['num_layers']} layers, {said[1]}; MLA is Megatron's own; GQA"
         " not measured."
@@ -129,32 +129,26 @@ GPUS = {1: "one GPU", 2: "two GPUs", 4: "four GPUs", 8: "eight GPUs"}
 
 
 def serving(path: Path) -> None:
-    """Decoding steps in vLLM over the number of ranks, and throughput on one GPU: a panel for each
-    set of requests, from `mlra_vllm.benchmarks.steps --requests` or `.throughput`."""
-    told = json.loads(path.with_suffix(".json").read_text())
-    plain = [r for r in told["records"] if r["kv_cache_dtype"] == "auto" and r["model_runner"] == 2]
-    rates = [
-        r["throughput"] | {"model": r["model"], "tp": r["tp"]} for r in plain if r.get("throughput")
-    ]
-    rates = [r for r in (*rates, *told.get("throughput", ())) if r["tp"] == 1]
-    asked = list(dict.fromkeys((r["requests"], r["in"], r["out"]) for r in rates))
-    widths = (1.5, 1.5, *[1] * len(asked))
-    figure, (axes,) = figures.sheet(1, len(widths), width_ratios=widths)
+    """Decoding steps in vLLM over the number of ranks, each model's newest."""
+    found = {key: each for key, each in serving_tables.served().items() if key[2:] == ("auto", 2)}
+    plain = [record for _, record in found.values()]
+    figure, (axes,) = figures.sheet(1, 2)
     _serving_steps(axes[0], plain, 32, 32)
     _serving_steps(axes[1], plain, 1, 512)
-    for ax, wanted in zip(axes[2:], asked, strict=True):
-        _serving_rates(ax, [r for r in rates if (r["requests"], r["in"], r["out"]) == wanted])
     patch = figures.pyplot().Rectangle
     figures.legend_below(
         figure, [patch((0, 0), 1, 1, color=figures.colour(n), label=n) for n in SERVED.values()]
     )
     ranks = max(r["tp"] for r in plain)
     ours, mla = (_served_ms(plain, model, ranks, 32, 32) for model in ("mlra4", "mla"))
+    told = [source.told for source, _ in found.values()]
+    commits, gpus, versions = (
+        ", ".join(dict.fromkeys(each[key] for each in told)) for key in ("commit", "gpu", "vllm")
+    )
     figures.title(
         figure,
         f"In vLLM on {GPUS[ranks]} MLRA-4 decodes 32 x 32K tokens {mla / ours:.1f}x as fast as MLA",
-        f"2.9B shapes, bf16, random weights, vLLM {told['vllm']}, {told['gpu']}, commit"
-        f" {told['commit']}",
+        f"2.9B shapes, bf16, random weights, vLLM {versions}, {gpus}, commits {commits}",
     )
     figures.save(figure, path)
 
@@ -184,21 +178,6 @@ def _serving_steps(ax, records: list[dict], batch: int, context: int) -> None:
     ax.grid(visible=False)
 
 
-def _serving_rates(ax, rates: list[dict]) -> None:
-    """Bars of new tokens/s; all of `rates` are of the same requests."""
-    thousands = max(r["new_tokens_per_s"] for r in rates) >= 1e3
-    for i, rate in enumerate(rates):
-        value, colour = rate["new_tokens_per_s"], figures.colour(SERVED[rate["model"]])
-        value, text = (value / 1e3, f"{value / 1e3:.1f}") if thousands else (value, f"{value:.0f}")
-        ax.bar(i, value, 0.6, color=colour)
-        ax.text(i, value, text, ha="center", va="bottom", color=colour, size=9)
-    ax.set_xticks(range(len(rates)), [SERVED[r["model"]] for r in rates])
-    what = f"{rates[0]['requests']:,} x {rates[0]['in'] // K}K in, {rates[0]['out']} out"
-    unit = "1,000 new tokens/s" if thousands else "new tokens/s"
-    ax.set_title(f"{unit}, one GPU\n{what}\nhigher is better")
-    ax.grid(visible=False)
-
-
 def benchmarks() -> None:
     """The PNG beside each result file of the benchmarks."""
     for file in sorted(RESULTS.glob("*_losses.json")):
@@ -215,8 +194,6 @@ def benchmarks() -> None:
         file = result.path.with_suffix(".png")
         if result.piece in drawn:
             drawn[result.piece](result.told, f"{result.gpu}, commit {result.told['commit']}", file)
-        elif result.piece == "serving" and "records" in result.told:
-            serving(file)
 
 
 def packages() -> dict[str, tuple[str, set[str]]]:
@@ -285,4 +262,5 @@ def architecture(path: Path) -> None:
 if __name__ == "__main__":
     architecture(HERE / "architecture.svg")
     results(HERE / "results.png")
+    serving(HERE / "serving.png")
     benchmarks()

@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from measured import Cells, Table, grid, newest, table
+from measured import Cells, Result, Table, grid, newest, results, table
+
+OURS = "mlra_kernels"
+PEERS_GPU = "H100"
+"""On which FlashAttention 3 was measured; the tables beside it are of this GPU."""
 
 
-def kernel_times(model: str) -> dict[str, dict[str, Any]]:
+def kernel_times(model: str, gpu: str = "") -> dict[str, dict[str, Any]]:
     """Batch and length -> record of the decoding kernel on a model's shape."""
-    records = newest("latent_decode").told["records"]
+    records = newest("latent_decode", gpu).told["records"]
     return {
         r["shape"].removeprefix(f"{model} "): r
         for r in records
@@ -37,11 +41,24 @@ def peer_note() -> str:
 
 @table
 def latent_decode() -> Table:
-    source, model = newest("latent_decode"), "MLRA-4/TP4"
+    source = newest("latent_decode")
+    models = {"MLRA-4/TP4": "MLRA-4", "MLA": "MLA", "GLA-2/TP2": "GLA-2"}
+    cells = {
+        (row, name): f"{r['us']:.1f} ({100 * r['share']:.0f} %)"
+        for model, name in models.items()
+        for row, r in kernel_times(model).items()
+    }
+    note = f"In brackets the share of the roof at {source.told['read_gb_s']:.0f} GB/s."
+    return Table([source], grid("us", cells), note)
+
+
+@table
+def latent_decode_beside_fa3() -> Table:
+    source, model = newest("latent_decode", PEERS_GPU), "MLRA-4/TP4"
     keys = {"bar": "bar_us", "FA3": "us", "FA3, GQA-8 at TP8": "gqa8_tp8_us"}
     peers = [fa3(key, model) for key in keys.values()]
     lines = [["batch x length", "us", "share of roof", *keys]]
-    for name, r in kernel_times(model).items():
+    for name, r in kernel_times(model, PEERS_GPU).items():
         ours = [f"{r['us']:.1f}", f"{100 * r['share']:.0f} %"]
         lines.append([name, *ours, *(peer.get(name, "") for peer in peers)])
     note = f"The roof is that of {source.told['read_gb_s']:.0f} GB/s. {peer_note()}"
@@ -53,10 +70,10 @@ def latent_decode_models() -> Table:
     cells: Cells = {}
     for model, name in (("MLA", "MLA"), ("GLA-2/TP2", "GLA-2")):
         peer = fa3("us", model)
-        for row, r in kernel_times(model).items():
+        for row, r in kernel_times(model, PEERS_GPU).items():
             cells[row, name] = f"{r['us']:.1f}"
             cells[row, f"FA3 on {name}"] = peer.get(row, "")
-    return Table([newest("latent_decode")], grid("us", cells), commands=False)
+    return Table([newest("latent_decode", PEERS_GPU)], grid("us", cells), commands=False)
 
 
 def plain(shape: str) -> str:
@@ -86,6 +103,44 @@ def latent_attention() -> Table:
             times = (r[f"{way}_{unit}"] for way in ("forward", "backward") for unit in UNITS)
             lines.append([r["workload"], *(f"{x:.2f}" if x % 1 else f"{x:.0f}" for x in times)])
     return Table([source], lines)
+
+
+@table
+def latent_attention_peers() -> Table:
+    source = newest("latent_attention")
+    cells = {
+        (r["workload"], "this project" if r["provider"] == OURS else r["provider"]): (
+            f"{r['forward_ms']:.2f} / {r['backward_ms']:.2f}"
+            f" ({r['forward_tflop_s']} / {r['backward_tflop_s']})"
+        )
+        for r in source.told["records"]
+    }
+    return Table([source], grid("forward / backward, ms (TFLOP/s)", cells), commands=False)
+
+
+@table
+def latent_decode_peers() -> Table:
+    source = newest("peers")
+    cells = {
+        (r["shape"], "this project" if r["provider"] == OURS else r["provider"]): f"{r['us']:.1f}"
+        for r in source.told["records"]
+    }
+    return Table([source], grid("us", cells))
+
+
+@table
+def grouped_decode() -> Table:
+    """Each provider's newest times."""
+    found: dict[str, Result] = {}
+    for result in results("grouped_decode"):
+        found |= {r["provider"]: result for r in result.told["records"]}
+    cells = {
+        (r["shape"], "this project" if r["provider"] == OURS else r["provider"]): f"{r['us']:.1f}"
+        for provider, result in found.items()
+        for r in result.told["records"]
+        if r["provider"] == provider
+    }
+    return Table([*{each.path: each for each in found.values()}.values()], grid("us", cells))
 
 
 UNITS = ("ms", "tflop_s")

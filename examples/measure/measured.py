@@ -122,15 +122,16 @@ def _check(path: Path, told: Any) -> None:
         raise ValueError(f"{path} is no result: seconds is {told['seconds']!r:.60}; move it away")
 
 
-def newest(piece: str) -> Result:
-    """The newest result of a piece.
+def newest(piece: str, gpu: str = "") -> Result:
+    """The newest result of a piece, on a kind of GPU if one is named.
 
     Raises:
         ValueError: there is none.
     """
-    found = results(piece)
+    found = [result for result in results(piece) if gpu in ("", result.kind)]
     if not found:
-        raise ValueError(f"there is no result of {piece}; run measure.py --only {piece}")
+        on = f" on an {gpu}" if gpu else ""
+        raise ValueError(f"there is no result of {piece}{on}; run measure.py --only {piece}")
     return found[-1]
 
 

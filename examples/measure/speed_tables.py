@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from kernel_tables import fa3, kernel_times, peer_note
-from measured import Cells, Result, Table, error, grid, newest, shape, table
+from kernel_tables import PEERS_GPU, fa3, kernel_times, peer_note
+from measured import Cells, Result, Table, error, grid, newest, results, shape, table
 from serving_tables import Served, served
 
 # Decoding: records of `mlra benchmark-decoding`.
@@ -129,6 +129,8 @@ def links() -> Table:
 
 def matrix_rate(source: Result) -> str:
     """What MFU is a share of."""
+    if "matmul_tflops" not in source.told:
+        return ""
     return f"Matrix rate of the run: {source.told['matmul_tflops']:.0f} TFLOP/s."
 
 
@@ -189,25 +191,38 @@ def layout(name: str) -> str:
     return ", ".join([*(map(str.upper, axes) if axes else ["one GPU"]), *options])
 
 
+def one_gpu(name: str) -> str:
+    """The case on one GPU with the same model and options: `...@tp2-head-wide4` -> `...@wide4`."""
+    alone, _, cut = name.partition("@")
+    same = [part for part in cut.split("-") if part in ("graphs", "wide4", "half")]
+    return "@".join([alone, *(["-".join(same)] if same else [])])
+
+
 @table
 def layouts() -> Table:
-    source = newest("layouts")
-    rates = {row["case"]: row["tokens_per_second"] for row in source.told["rows"]}
-    lines = [["model", "layout", "tokens/s", "of its one GPU's", "MFU", "peak GiB of a GPU"]]
-    for row in source.told["rows"]:
-        alone, _, cut = row["case"].partition("@")
+    """Each case's newest row, beside one GPU's of the same run."""
+    found: dict[str, tuple[Result, dict[str, Any]]] = {}
+    for result in results("layouts"):
+        found |= {row["case"]: (result, row) for row in result.told["rows"]}
+    sources = list({source.path: source for source, _ in found.values()}.values())
+    head = ["model", "layout", "tokens/s", "of its one GPU's", "MFU", "peak GiB of a GPU"]
+    lines = [head + ["commit"] * (len(sources) > 1)]
+    models = {"stock-mla": "Megatron's MLA", "mlra4": "MLRA-4", "mlra4_moe_16b": "MLRA-4, 16B MoE"}
+    for name, (source, row) in sorted(found.items()):
+        alone, _, cut = name.partition("@")
         variant, recipe, *_ = alone.split("/")
-        model = variant.replace("stock-mla", "Megatron's MLA").replace("mlra4", "MLRA-4")
-        one = rates.get(alone)
+        rates = {r["case"]: r["tokens_per_second"] for r in source.told["rows"]}
+        one = rates.get(one_gpu(name))
         lines.append(
             [
-                model if recipe == "bf16" else f"{model}, FP8 {recipe}", layout(cut),
-                f"{row['tokens_per_second']:,.0f}",
+                models[variant] if recipe == "bf16" else f"{models[variant]}, FP8 {recipe}",
+                layout(cut), f"{row['tokens_per_second']:,.0f}",
                 f"{row['tokens_per_second'] / one:.2f}" if one else "",
                 f"{100 * row['mfu']:.1f} %", f"{row['peak_gib']:.1f}",
+                *[source.told["commit"]] * (len(sources) > 1),
             ]
         )  # fmt: skip
-    return Table([source], lines, matrix_rate(source))
+    return Table(sources, lines, matrix_rate(sources[-1]))
 
 
 @table
@@ -256,7 +271,8 @@ def equality() -> Table:
 
 @table
 def summary() -> Table:
-    speed, train, kernel = newest("decoding"), newest("training"), newest("latent_decode")
+    speed, train = newest("decoding"), newest("training")
+    kernel = newest("latent_decode", PEERS_GPU)
     vllm = {key: found for key, found in served().items() if key[2:] == ("auto", 2)}
     lines = [["", "MLRA-4", "MLA", "GQA"], *decoding_rows(speed), *serving_rows(vllm)]
     lines += [*training_rows(train), *attention_rows(kernel)]
@@ -314,7 +330,7 @@ def training_rows(train: Result) -> list[list[str]]:
 def attention_rows(kernel: Result) -> list[list[str]]:
     """The decoding kernel alone, and FlashAttention 3."""
     sizes, models = ("1 x 512K", "128 x 4K"), ("MLRA-4/TP4", "MLA")
-    ours = [" / ".join(f"{kernel_times(m)[s]['us']:.1f}" for s in sizes) for m in models]
+    ours = [" / ".join(f"{kernel_times(m, PEERS_GPU)[s]['us']:.1f}" for s in sizes) for m in models]
     peers = [fa3("us", models[0]), fa3("us", models[1]), fa3("gqa8_tp8_us", models[0])]
     theirs = [" / ".join(peer[s] for s in sizes) for peer in peers]
     what = f"us, attention of 64 heads alone, {' / '.join(sizes)} ({kernel.kind})"

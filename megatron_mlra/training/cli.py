@@ -185,6 +185,10 @@ def train(end_by_interrupt: EndByInterrupt | None = None) -> int:
     finally:
         if lock is not None:
             lock.release()
+    if args.cuda_graph_impl == "local":
+        from megatron_mlra.training import cuda_graphs
+
+        cuda_graphs.free()
     torch.distributed.destroy_process_group()
     return 0
 

@@ -2,7 +2,7 @@
 
 python -m pytest -m gpu tests/gpu/test_hang_gpu.py
 
-The second test needs two GPUs.
+All but the first test need two GPUs.
 """
 
 from __future__ import annotations
@@ -80,3 +80,16 @@ def test_the_one_that_waits_for_nccl_is_not_named(tmp_path):
         r" step 4, loading data, asleep.py:\d+ \(slow\) \(--hang-timeout-seconds 20\)",
         named[0],
     ), named[0]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_run_whose_collectives_are_in_graphs_ends():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", ROOT / "pretrain_mlra.py", "--config", "debug"]
+    command += ["--mock-data", "--bf16", "--tensor-model-parallel-size", "2"]
+    command += ["--sequence-parallel", "--cuda-graph-impl", "local", "--te-rng-tracker"]
+    command += ["--micro-batch-size", "4", "--train-iters", "8", "--eval-iters", "0"]
+    command += ["--lr-warmup-iters", "2", "--log-interval", "1"]
+    run = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert "step 8/8" in run.stdout, run.stdout

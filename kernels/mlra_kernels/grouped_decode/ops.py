@@ -65,7 +65,8 @@ def grouped_decode(
     if q.is_cuda:
         multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
     longest = block_table.shape[1] * page_size
-    parts = max(1, 2 * multiprocessors // (b * kv_heads))
+    # Three programs of a multiprocessor load while others compute.
+    parts = max(1, 3 * multiprocessors // (b * kv_heads))
     parts = min(parts, -(-longest // MIN_TOKENS))
     out = torch.empty(parts, b, heads, dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(parts, b, heads, dtype=torch.float32, device=q.device)

@@ -86,20 +86,22 @@ def combine_kernel(
             tl.store(lse_ptr + out_row, lse, mask=x_in)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])  # no build of its own for some numbers of rows
 def merge_states_kernel(
-    outs_ptr,  # [S_all, rows, D]
-    lses_ptr,  # [S_all, rows] fp32, natural
+    outs_ptr,  # [total, D]
+    lses_ptr,  # [total] fp32, natural
     out_ptr,  # [rows, D]
     lse_ptr,  # [rows] fp32
     num_states,
     rows,
+    total,
     D: tl.constexpr,
     DB: tl.constexpr,  # D padded to a power of two
     X: tl.constexpr,
     S: tl.constexpr,
 ):
-    """Merge `num_states` results of every row; grid (rows / X,)."""
+    """Row r of the output merges rows r, r + rows, ... of the input, `num_states` of them where the
+    input has so many; grid (rows / X,)."""
     x = tl.program_id(0).to(tl.int64) * X + tl.arange(0, X)
     d = tl.arange(0, DB)
     x_in = x < rows
@@ -108,8 +110,8 @@ def merge_states_kernel(
     acc = tl.zeros((X, DB), tl.float32)
     for s0 in range(0, num_states, S):
         s = s0 + tl.arange(0, S)
-        mask = x_in[:, None] & (s < num_states)[None, :]
         row = s.to(tl.int64)[None, :] * rows + x[:, None]
+        mask = x_in[:, None] & (s < num_states)[None, :] & (row < total)
         # Columns past D read the last column again, so that one mask serves; they are not stored.
         out_ptrs = outs_ptr + (row * D)[:, :, None] + tl.minimum(d, D - 1)[None, None, :]
         m_i, l_i, acc = _merge_step(out_ptrs, lses_ptr + row, mask, m_i, l_i, acc, False)

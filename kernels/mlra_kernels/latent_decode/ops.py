@@ -283,20 +283,31 @@ def _latent_decode_fake(q_absorbed: Tensor, *args) -> tuple[Tensor, Tensor]:
     return _decode_outputs(q_absorbed)
 
 
+def _merge(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor, states: int, rows: int) -> None:
+    """Launch: row r of `out` becomes the merged rows r, r + rows, ..., `states` of them at most."""
+    columns = triton.next_power_of_2(outs.shape[-1])
+    few = rows < 512 and states > 4
+    merge_states_kernel[(rows if few else -(-rows // 4),)](
+        outs, lses, out, lse, states, rows, lses.numel(), D=outs.shape[-1], DB=columns,
+        X=1 if few else 4, S=max(4, min(32, 4096 // columns)) if few else 4, num_warps=4,
+    )  # fmt: skip
+
+
 @torch.library.custom_op("mlra_kernels::merge_states", mutates_args=())
 @_on_its_device
 def _merge_states_op(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
-    states, dim, rows = outs.shape[0], outs.shape[-1], lses[0].numel()
+    states, rows = outs.shape[0], lses[0].numel()
     out, lse = torch.empty_like(outs[0]), torch.empty_like(lses[0])
     if rows == 0:
         return out, lse
-    columns, at_once, x = triton.next_power_of_2(dim), 4, 4
-    if states > 16:  # few rows of many parts: the loop over the parts would take the time
-        at_once, x = max(4, min(64, 8192 // columns)), 1
-    merge_states_kernel[(-(-rows // x),)](
-        outs, lses, out, lse, states, rows,
-        D=dim, DB=columns, X=x, S=at_once, num_warps=8 if at_once * x > 32 else 4,
-    )  # fmt: skip
+    # One loop over many parts waits for memory as often, so they are merged in groups first.
+    if states > 16:
+        groups = math.isqrt(states - 1) + 1
+        part = outs.new_empty((groups, *outs.shape[1:]), dtype=torch.float32)
+        part_lse = lses.new_empty((groups, *lses.shape[1:]))
+        _merge(outs, lses, part, part_lse, -(-states // groups), groups * rows)
+        outs, lses, states = part, part_lse, groups
+    _merge(outs, lses, out, lse, states, rows)
     return out, lse
 
 

@@ -23,7 +23,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-from megatron.core.transformer.cuda_graphs import delete_cuda_graphs
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
@@ -34,7 +33,7 @@ from megatron.training.training import get_megatron_ddp_config, get_megatron_opt
 from megatron_mlra.benchmarks.training.cases import Case
 from megatron_mlra.description.megatron_args import from_megatron_args
 from megatron_mlra.layers.specs import block_spec
-from megatron_mlra.training import arguments
+from megatron_mlra.training import arguments, cuda_graphs
 
 
 @dataclass(frozen=True)
@@ -201,7 +200,7 @@ class Trainee:
         """Free the device memory. Megatron's gradient hooks keep the model alive in a cycle that
         Python's garbage collector does not see."""
         if self.args.cuda_graph_impl == "local":
-            delete_cuda_graphs()
+            cuda_graphs.free()
         tensors = list(self.model.parameters())
         for buffer in (*self.model.buffers, *self.model.expert_parallel_buffers):
             tensors += [buffer.param_data, buffer.grad_data]

@@ -203,6 +203,7 @@ def measure_all(cases: list, args: Namespace, flags: list[str], backend: str) ->
                 progress.fail(case, error)
         if chief and row is not None:
             progress.measured(case, row)
+            _write(args, flags, matmul, progress)  # a later case may end the process
             print(report.line(row), flush=True)
         if not worlds.agree(row is not None):
             worlds.leave()
@@ -229,15 +230,22 @@ def _measure(case, load, args: Namespace, gates: dict[tuple, float], matmul: flo
     return measure.measure(case, load, gated, matmul, args.steps, args.warmup, trace)
 
 
+def _write(args: Namespace, flags: list[str], matmul: float, progress) -> dict:
+    """Write what is measured; returns the content."""
+    from megatron_mlra.benchmarks.training import report
+
+    settings = {name: getattr(args, name) for name in ("num_layers", "tokens", "micro_batches")}
+    settings |= {"steps": args.steps, "flags": flags, "failed": [*progress.failed.values()]}
+    return report.write([*progress.rows.values()], matmul, settings, args.out)
+
+
 def _report(args: Namespace, flags: list[str], matmul: float, progress, load) -> int:
     """Write and print the results; returns the exit code."""
     from megatron_mlra.benchmarks.training import kernels, report
     from megatron_mlra.benchmarks.training.plot import plot
 
     rows = [*progress.rows.values()]
-    settings = {name: getattr(args, name) for name in ("num_layers", "tokens", "micro_batches")}
-    settings |= {"steps": args.steps, "flags": flags, "failed": [*progress.failed.values()]}
-    result = report.write(rows, matmul, settings, args.out)
+    result = _write(args, flags, matmul, progress)
     cut = not args.sublayer and any(row.layout != "one" for row in rows)
     if len(rows) > 1 and not args.sublayer and not cut:
         if importlib.util.find_spec("matplotlib"):

@@ -1,11 +1,12 @@
 """The training benchmark's path from cases to its tables, on the CPU with tiny models.
 
 Usage: python -m support.drivers.training_benchmark FOLDER. `FOLDER/one` has the results of one
-process, `FOLDER/two` those of two.
+process, `FOLDER/two` those of two, `FOLDER/ended` those of one that is ended in its second case.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -74,6 +75,20 @@ def main(folder: Path) -> None:
         args, more = cli.parser().parse_known_args([*small, "--out", str(out), *flags])
         return cli.measure_all(cases, args, more, "gloo")
 
+    def ended() -> None:
+        whole, calls = cli._measure, iter((cli._measure, None))
+
+        def second(*args):
+            if (run := next(calls)) is None:
+                raise KeyboardInterrupt
+            return run(*args)
+
+        cli._measure = second
+        with contextlib.suppress(KeyboardInterrupt):
+            measure("ended", [case("dense", form=form) for form in ("absorbed", "materialized")])
+        cli._measure = whole
+
+    launch(1, ended, folder)
     one = [case("dense", form=form) for form in ("absorbed", "materialized")]
     launch(1, lambda: measure("one", [*one, case("experts")]), folder)
     two = [case("dense", layout) for layout in LAYOUTS]

@@ -254,6 +254,11 @@ def test_every_layout_of_two_processes_is_measured(measured):
     assert len(known["begun"]) == len(rows) + 1
 
 
+def test_what_is_measured_outlives_the_process(measured):
+    (row,) = json.loads((measured / "ended" / "training.json").read_text())["rows"]
+    assert row["form"] == "absorbed"
+
+
 def test_results_are_written_whole(tmp_path):
     rows = [result(Case("mlra4", "bf16", "auto", s), 1e5 / s) for s in (2048, 4096)]
     written = report.write(rows, 800.0, {"num_layers": 6}, tmp_path)
