@@ -36,7 +36,7 @@ from megatron_mlra.training.flags import add_mlra_arguments, preset_of, repair_h
 from megatron_mlra.training.presets import add_opposites, load_preset
 from megatron_mlra.training.rope import YarnConfig
 from megatron_mlra.training.upstream_fixes import accumulate_weight_gradients_in_products
-from megatron_mlra.training.value_checks import check_values
+from megatron_mlra.training.value_checks import check_lengths, check_values
 
 DEFAULTS = {
     "add_bias_linear": False,
@@ -173,6 +173,7 @@ def validate(args: Namespace) -> MLRAConfig | BaselineConfig:
             _load_checkpoint_args(args)
             args.rotary_base = asked or args.rotary_base
             check_multi_token(args)
+        check_lengths(args)
         with logits.without_transformer_engine(args):
             validate_args(args, {})
         return transformer_config(args)

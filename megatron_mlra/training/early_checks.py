@@ -19,7 +19,7 @@ from megatron_mlra.data.prefixes import NO_DATA, a_dataset, check_files, without
 from megatron_mlra.description.presets import KEYS
 from megatron_mlra.fault_tolerance import saved_steps
 from megatron_mlra.training import all_flags, data_sources, flags
-from megatron_mlra.training.value_checks import check_required, check_values
+from megatron_mlra.training.value_checks import check_lengths, check_required, check_values
 
 _DATA = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 _DATA_FILES = ("data_args_path", "per_split_data_args_path")
@@ -49,6 +49,7 @@ def check(argv: list[str]) -> Namespace:
         )
     given = Namespace(**dict.fromkeys(_READ) | vars(parsed(argv)))
     check_required(given)
+    check_lengths(given)
     for name in _PATHS:
         if getattr(given, name) == "":
             # Megatron takes an empty --save for none, and saves nothing.

@@ -176,13 +176,26 @@ def _check_ranges(args: Namespace) -> None:
 
 
 def _check_patterns(args: Namespace) -> None:
-    """Refuse patterns of other lengths than the model, and what is none, as in a checkpoint."""
-    layers = getattr(args, "num_layers", None)
+    """Refuse what is no pattern of layers, as in a checkpoint."""
     for name in PATTERNS:
         value = getattr(args, name, None)
         if value is None or (type(value) is int and value > 0):
             continue
         if not isinstance(value, list) or any(bit not in (0, 1) for bit in value):
             raise ValueError(f"{flag(name)} is {value!r:.60}; use {FORM}")
-        if layers is not None and len(value) != layers:
+
+
+def check_lengths(args: Namespace) -> None:
+    """Refuse patterns of more or fewer layers than the model has.
+
+    Args:
+        args: some or all arguments; one that is missing counts as None.
+
+    Raises:
+        ValueError: one line that names the flag.
+    """
+    layers = getattr(args, "num_layers", None)
+    for name in PATTERNS:
+        value = getattr(args, name, None)
+        if layers is not None and isinstance(value, list) and len(value) != layers:
             raise ValueError(f"{flag(name)} is of {len(value)} layers, not {layers}; use {FORM}")
