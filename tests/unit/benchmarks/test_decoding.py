@@ -225,6 +225,7 @@ def test_a_profiler_without_a_gpu_saw_nothing():
     [
         ("product_kernel_swiglu_19760x3072", "product 3072 to 19760 + SwiGLU"),
         ("latent_decode_hopper_kernel", "attention"),
+        ("merge_states_kernel", "attention: merge of parts or ranks"),
         ("_add_rms_norm_kernel", "norm"),
         ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclArgs<4096ul>)", "collective of NCCL"),
         ("nvjet_tst_64x8_64x16_4x1_v_bz_TNT", "product of cuBLAS"),
