@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_mlra.benchmarks.decoding import cli as tool
-from megatron_mlra.benchmarks.decoding.guesses import of_checkpoint
+from megatron_mlra.benchmarks.decoding.guesses import measure_guesses, of_checkpoint
 from megatron_mlra.benchmarks.decoding.kernels import (
     EPILOGUES,
     ROLES,
@@ -313,6 +313,12 @@ def test_guesses_of_presets_are_rehearsed(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "| MLRA-4, random | 2 | 70 | 0 | rehearsed | rehearsed | 0 of " in lines[3]
     assert "| GQA, random | 2 | 70 | 0 | rehearsed | rehearsed | " in lines[6]
+
+
+def test_guesses_are_measured_with_the_products_that_the_report_names(guessing):
+    place = Place(rehearsal=True, products="none of them")
+    with pytest.raises(ValueError, match="products is 'none of them'"):
+        measure_guesses(of_checkpoint(str(guessing), None), 1, 20, 9, 0.0, place)
 
 
 @pytest.mark.parametrize(
