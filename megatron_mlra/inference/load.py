@@ -36,7 +36,8 @@ class LoadOptions:
     """Tokens that all running sequences can cache together, rounded up to whole pages on every
     context-parallel rank."""
     page_size: int = 64
-    """Tokens per page, a multiple of 16; multiples of 64 take the Hopper kernel."""
+    """Tokens per page, a multiple of 16; multiples of 64 take the Hopper kernel, and mlra_kernels
+    take no others for grouped queries."""
     max_positions: int | None = None
     """Tokens of the longest sequence; None: the model's max_position_embeddings."""
     backend: str = "auto"
@@ -80,7 +81,9 @@ def load_model(
     if options.max_positions is not None:
         max_positions = whole("max positions", options.max_positions)
     check_parallel(model, parallel.size, parallel.context)
-    ops = select_backend(options.backend, model, dtype, device, options.products)
+    ops = select_backend(
+        options.backend, model, dtype, device, options.products, options.page_size, parallel.size
+    )
     reduction = choose_reduction(
         options.all_reduce, parallel, model.hidden_size, dtype, device, ops
     )

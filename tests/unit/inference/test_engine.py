@@ -16,6 +16,7 @@ import torch
 
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.description.tensors import expected_tensors
+from megatron_mlra.inference.backends.select import select_backend
 from megatron_mlra.inference.cache import CacheFull, PagePool
 from megatron_mlra.inference.engine import Engine
 from megatron_mlra.inference.load import LoadOptions, load_model
@@ -324,6 +325,29 @@ def test_bad_options_are_refused_before_a_tensor_is_read(options, message):
 
     with pytest.raises(ValueError, match=message):
         load_model(MODEL, read, LoadOptions(**options))
+
+
+@pytest.mark.parametrize(
+    ("groups", "page_size", "tp", "misfit"),
+    [
+        (2, 64, 1, None),
+        (2, 192, 1, None),
+        (2, 16, 1, "take pages of a multiple of 64 tokens for grouped queries, not 16"),
+        (1, 64, 1, "take 128 query heads a key head, not 256"),
+        (1, 64, 2, None),
+    ],
+)
+def test_grouped_queries_run_on_kernels_that_take_them(groups, page_size, tp, misfit):
+    """What the kernels refuse is known before any weight is read, not at each request's step."""
+    model = ModelDescription(
+        num_layers=1, hidden_size=64, ffn_hidden_size=64, num_attention_heads=256, vocab_size=61,
+        attention="gqa", num_query_groups=groups, head_dim=64,
+    )  # fmt: skip
+    place = (model, torch.bfloat16, torch.device("cuda"), "auto", page_size, tp)
+    assert select_backend("auto", *place).name == ("torch" if misfit else "mlra_kernels")
+    if misfit:
+        with pytest.raises(ValueError, match=f"mlra_kernels {misfit}; use backend torch"):
+            select_backend("mlra_kernels", *place)
 
 
 def test_tensor_parallel_sizes_that_do_not_fit_name_those_that_do():
