@@ -24,6 +24,7 @@ from megatron_mlra.command_line.output import first_of_host, let_first_speak
 from megatron_mlra.command_line.parser import one_line
 from megatron_mlra.fault_tolerance import fingerprint, handshake
 from megatron_mlra.fault_tolerance.handshake import Fingerprint, World
+from megatron_mlra.inference import graphs
 
 LONGEST_WAIT = timedelta(minutes=10)
 """Longest wait for the other ranks, which may still be starting on a busy host."""
@@ -112,7 +113,7 @@ def meet(told: Callable[[], Fingerprint]) -> World | None:
 
 @contextlib.contextmanager
 def formed(met: World, backend: str, timeout: timedelta | None = None) -> Iterator[None]:
-    """Inside the block the ranks that met are torch's world.
+    """Inside the block the ranks that met are torch's world. Its end frees all kept CUDA graphs.
 
     Args:
         backend: `nccl` or `gloo`.
@@ -124,7 +125,10 @@ def formed(met: World, backend: str, timeout: timedelta | None = None) -> Iterat
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        try:
+            graphs.free()
+        finally:
+            dist.destroy_process_group()
 
 
 def of_inputs(
