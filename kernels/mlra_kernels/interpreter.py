@@ -48,8 +48,8 @@ def mend() -> None:
 
     dot = builder.create_dot
 
-    def dot_of_numbers(self, a, b, *rest):
-        return dot(self, _as_float32(a), _as_float32(b), *rest)
+    def dot_of_numbers(self, a, b, *rest, **named):
+        return dot(self, _as_float32(a), _as_float32(b), *rest, **named)
 
     builder.create_dot = dot_of_numbers
 
