@@ -113,7 +113,14 @@ def load_draft(
 
     Args:
         read: canonical name -> global tensor.
+
+    Raises:
+        ValueError: some layers have no RoPE, and nothing says whether this one has.
     """
+    if main.model.no_rope_pattern:
+        raise ValueError(
+            "no_rope_pattern says nothing of the layer that guesses; leave guesses out"
+        )
     weights = weights_of_draft(main.model, read, main.parallel, weight_mode, main.weights)
     return DraftModel(main, weights)
 

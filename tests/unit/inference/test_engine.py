@@ -19,8 +19,8 @@ from megatron_mlra.description.tensors import expected_tensors
 from megatron_mlra.inference.backends.select import select_backend
 from megatron_mlra.inference.cache import CacheFull, PagePool
 from megatron_mlra.inference.engine import Engine
-from megatron_mlra.inference.load import LoadOptions, load_model
-from megatron_mlra.inference.runner import Runner, batch_buckets
+from megatron_mlra.inference.load import LoadOptions, load_draft, load_model
+from megatron_mlra.inference.runner import Chunk, Runner, batch_buckets
 from megatron_mlra.inference.sampling import SamplingParams, sample, uniform
 
 MODEL = ModelDescription(
@@ -348,6 +348,28 @@ def test_grouped_queries_run_on_kernels_that_take_them(groups, page_size, tp, mi
     if misfit:
         with pytest.raises(ValueError, match=f"mlra_kernels {misfit}; use backend torch"):
             select_backend("mlra_kernels", *place)
+
+
+@pytest.mark.parametrize("attention", ["mlra", "gqa"])
+@pytest.mark.parametrize("pattern", [(), (1,)])
+def test_a_layer_without_rope_does_not_see_the_order_of_tokens(attention, pattern):
+    sizes = {"num_layers": 1, "softmax_scale": None, "no_rope_pattern": pattern}
+    if attention == "gqa":
+        sizes |= {"attention": "gqa", "num_query_groups": 2, "head_dim": 16}
+    model = MODEL.replace(**sizes)
+    gen = torch.Generator().manual_seed(3)
+    tensors = {n: torch.randn(s, generator=gen) for n, s in expected_tensors(model).items()}
+    found = []
+    for tokens in ([1, 2, 3, 4, 5, 6], [5, 3, 1, 2, 4, 6]):
+        loaded = load_model(model, tensors.__getitem__, LoadOptions(cache_tokens=64))
+        runner = Runner(loaded, 1, 1)
+        runner.tables.set(0, [0])
+        runner.prefill([Chunk(tokens[:-1], 0, [0])])
+        found.append(runner.decode(tokens[-1:], [5], [[0]]))
+    assert torch.allclose(*found, rtol=1e-4, atol=1e-4) == bool(pattern)
+    if pattern:
+        with pytest.raises(ValueError, match="says nothing of the layer that guesses"):
+            load_draft(loaded, tensors.__getitem__)
 
 
 def test_tensor_parallel_sizes_that_do_not_fit_name_those_that_do():
