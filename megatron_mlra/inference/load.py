@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_mlra.description.backends import CACHE_DTYPES, LOAD_DTYPES
+from megatron_mlra.description.backends import CACHE_DTYPES, LOAD_DTYPES, check_page_size
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.inference.backends.select import select_backend
 from megatron_mlra.inference.cache import GroupedCache, LatentCache
@@ -74,8 +74,7 @@ def load_model(
     device, parallel = torch.device(device), parallel or TensorParallel()
     dtype = _dtype(model, options, device)
     cache_dtype = _cache_dtype(options, dtype, model)
-    if whole("page size", options.page_size) % 16:
-        raise ValueError(f"page size is {options.page_size}; use a multiple of 16, best 64")
+    check_page_size(whole("page size", options.page_size))
     whole("cache tokens", options.cache_tokens)
     max_positions = model.max_position_embeddings
     if options.max_positions is not None:

@@ -314,6 +314,7 @@ def test_mlra4_at_tp4_allocates_one_and_a_half_heads_a_token():
         ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"cache_dtype": "float16"}, "cache dtype float16 does not go with float32 weights"),
         ({"page_size": 20}, "page size is 20; use a multiple of 16"),
+        ({"page_size": 2**21}, "page size is 2097152; use a multiple of 16, best 64, at most 1048"),
         ({"weight_mode": "split"}, "weight mode is 'split'"),
         ({"all_reduce": "ring"}, "all-reduce is 'ring'; use one of auto, one-shot, nccl"),
         ({"cache_tokens": 0}, "cache tokens is 0"),
