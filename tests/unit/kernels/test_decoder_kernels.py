@@ -96,6 +96,14 @@ else:
             (out, lse), grouped_decode(*args, backend="torch"), atol=2e-3, rtol=2e-3, equal_nan=True
         )
 
+    @pytest.mark.parametrize("length", [2**31 - 1, 2**31 - 2**17 + 1, -1])
+    def test_lengths_that_32_bits_cannot_cut_give_nan(length):
+        """Though the table holds as many tokens: one page, again and again."""
+        kv, table = randn(1, 64, 1, 64), torch.zeros(1, 2**25, dtype=torch.int32)
+        lengths = torch.tensor([length], dtype=torch.int32)
+        out, _ = grouped_decode(randn(1, 1, 64), kv, kv, table, lengths, 0.1)
+        assert out.isnan().all()
+
     def test_grouped_decode_refuses_in_one_line():
         q, kv = randn(1, 3, 64), randn(2, 64, 2, 64)
         table, length = torch.zeros(1, 2, dtype=torch.int32), torch.tensor([5], dtype=torch.int32)
