@@ -6,6 +6,9 @@ converts such an array to an int. `mend` adds the conversion.
 The interpreter makes integers of a comparison of two scalars where it is combined with one of
 tensors. Triton 3.9 refuses such a mask of a load or a store. `mend` keeps it Boolean.
 
+The interpreter holds bfloat16 as its bits in arrays of integers, and multiplies those integers in
+`tl.dot`. `mend` makes float32 of them first.
+
 The package calls `mend` when it is imported under the interpreter.
 """
 
@@ -18,7 +21,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 def mend() -> None:
     """Let the interpreter's scalars be loop bounds with any NumPy, and parts of masks with any
-    Triton. A second call does nothing."""
+    Triton, and multiply bfloat16. A second call does nothing."""
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang_tensor
@@ -42,3 +45,17 @@ def mend() -> None:
         return value
 
     builder.create_splat = splat_of_its_type
+
+    dot = builder.create_dot
+
+    def dot_of_numbers(self, a, b, *rest, **named):
+        return dot(self, _as_float32(a), _as_float32(b), *rest, **named)
+
+    builder.create_dot = dot_of_numbers
+
+
+def _as_float32(x):
+    """The interpreter's array x; of bits of bfloat16, their numbers in float32."""
+    if x.get_element_ty() != tl.bfloat16 or x.data.dtype != "uint16":
+        return x
+    return type(x)((x.data.astype("uint32") << 16).view("float32"), tl.float32)

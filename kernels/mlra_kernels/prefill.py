@@ -135,7 +135,7 @@ def merged(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple
 
 
 def merged_all(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
-    """`merge_states`, by its kernel if it takes the arguments, else by the reference."""
+    """`merge_states`: by its kernel for 16-bit states of 2^n numbers on a GPU, else in torch."""
     if outs.is_cuda and outs.dtype != torch.float32 and outs.size(-1).bit_count() == 1:
         return merge_states(outs, lses)
     return merge_states_reference(outs, lses)

@@ -32,12 +32,27 @@ outputs it gets; one all-reduce per layer, and one exchange where tokens are cut
 holds h / world heads of both weights, for one more all-gather of queries and, over ranks with other
 branches, one more reduce-scatter."""
 
+MOST_PAGE_TOKENS = 2**20
+"""Most tokens of a page of a decoding cache, which the kernels' schedule takes."""
+
 OLD_NAMES = {
     "core_backend": {"sdpa": TORCH, "latent": MLRA_KERNELS},
     "latent_kernels": {"triton": MLRA_KERNELS},
     "backend": {"reference": TORCH, "triton": MLRA_KERNELS},
 }
 """Choice -> old name -> new name; the old names are accepted for one more version."""
+
+
+def check_page_size(tokens: int) -> None:
+    """Check the tokens of a page of a decoding cache, a positive number.
+
+    Raises:
+        ValueError: names the value and the fix.
+    """
+    if tokens % 16 or tokens > MOST_PAGE_TOKENS:
+        raise ValueError(
+            f"page size is {tokens}; use a multiple of 16, best 64, at most {MOST_PAGE_TOKENS}"
+        )
 
 
 def current_name(choice: str, name: str) -> str:

@@ -22,6 +22,7 @@ from megatron_mlra.description.backends import (
     DECODE_BACKENDS,
     LOAD_DTYPES,
     WEIGHT_MODES,
+    check_page_size,
     current_name,
 )
 
@@ -67,7 +68,7 @@ def parser() -> OneLineParser:
     )  # fmt: skip
     p.add_argument(
         "--seed",
-        type=int,
+        type=whole(-(2**63), 2**64 - 1),
         default=0,
         help="of the first prompt's draws (default: 0); each further prompt adds one",
     )
@@ -177,6 +178,7 @@ def check(args: argparse.Namespace) -> None:
     for name in ("prompt", "stop"):
         for text in getattr(args, name):
             _check_text(f"--{name}", text)
+    check_page_size(args.page_size)
     if args.speculate and args.context_parallel > 1:
         raise ValueError(
             f"--speculate needs whole sequences, and --context-parallel {args.context_parallel}"

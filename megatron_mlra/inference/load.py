@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_mlra.description.backends import CACHE_DTYPES, LOAD_DTYPES
+from megatron_mlra.description.backends import CACHE_DTYPES, LOAD_DTYPES, check_page_size
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.inference.backends.select import select_backend
 from megatron_mlra.inference.cache import GroupedCache, LatentCache
@@ -36,7 +36,8 @@ class LoadOptions:
     """Tokens that all running sequences can cache together, rounded up to whole pages on every
     context-parallel rank."""
     page_size: int = 64
-    """Tokens per page, a multiple of 16; multiples of 64 take the Hopper kernel."""
+    """Tokens per page, a multiple of 16; multiples of 64 take the Hopper kernel, and mlra_kernels
+    take no others for grouped queries."""
     max_positions: int | None = None
     """Tokens of the longest sequence; None: the model's max_position_embeddings."""
     backend: str = "auto"
@@ -73,14 +74,15 @@ def load_model(
     device, parallel = torch.device(device), parallel or TensorParallel()
     dtype = _dtype(model, options, device)
     cache_dtype = _cache_dtype(options, dtype, model)
-    if whole("page size", options.page_size) % 16:
-        raise ValueError(f"page size is {options.page_size}; use a multiple of 16, best 64")
+    check_page_size(whole("page size", options.page_size))
     whole("cache tokens", options.cache_tokens)
     max_positions = model.max_position_embeddings
     if options.max_positions is not None:
         max_positions = whole("max positions", options.max_positions)
     check_parallel(model, parallel.size, parallel.context)
-    ops = select_backend(options.backend, model, dtype, device, options.products)
+    ops = select_backend(
+        options.backend, model, dtype, device, options.products, options.page_size, parallel.size
+    )
     reduction = choose_reduction(
         options.all_reduce, parallel, model.hidden_size, dtype, device, ops
     )
@@ -110,7 +112,14 @@ def load_draft(
 
     Args:
         read: canonical name -> global tensor.
+
+    Raises:
+        ValueError: some layers have no RoPE, and nothing says whether this one has.
     """
+    if main.model.no_rope_pattern:
+        raise ValueError(
+            "no_rope_pattern says nothing of the layer that guesses; leave guesses out"
+        )
     weights = weights_of_draft(main.model, read, main.parallel, weight_mode, main.weights)
     return DraftModel(main, weights)
 

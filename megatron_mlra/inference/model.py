@@ -308,7 +308,8 @@ class InferenceModel:
         heads = own * parallel.context
         qkv = self.ops.linear(x, weights.qkv).unflatten(1, (-1, dim))
         kv = (qkv.size(1) - heads) // 2
-        turned = self.ops.rotate(qkv[:, : heads + kv], 0, *self.tables, step.positions)
+        tables = self.tables if self.model.rotates(index) else self.still
+        turned = self.ops.rotate(qkv[:, : heads + kv], 0, *tables, step.positions)
         q, k = turned[:, :heads], turned[:, heads:]
         layer = self.cache.layer(index)
         v = qkv[:, heads + kv :]

@@ -21,8 +21,9 @@ from megatron_mlra.inference.parallel import TensorParallel
 
 SENT_BYTES = 3 << 19
 """Most bytes that a rank sends in a one-shot sum, twice its message (each word carries a stamp) to
-each peer: 128 tokens of the 2.9B model on two ranks. There one-shot still takes 8.0 us where NCCL
-and the norm take 14.0 (two H200); more ranks were not measured."""
+each peer: 128 tokens of the 2.9B model on two ranks. There one-shot still takes 0.57 of the time of
+NCCL and the norm (two H200, kernels/mlra_kernels/one_shot/README.md); more ranks were not
+measured."""
 
 
 @dataclass(frozen=True)

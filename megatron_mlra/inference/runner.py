@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from megatron_mlra.inference import graphs
 from megatron_mlra.inference.cache import BlockTables, PagePool
 from megatron_mlra.inference.checks import whole
 from megatron_mlra.inference.context import TokenCut
@@ -262,7 +263,7 @@ class Runner:
             for _ in range(2):
                 self._forward(step)
         torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
+        graph = graphs.keep(torch.cuda.CUDAGraph())
         pool = next(iter(self._graphs.values()))[0].pool() if self._graphs else None
         with torch.cuda.graph(graph, pool=pool):
             if step.metadata is not None:

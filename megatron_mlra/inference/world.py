@@ -22,6 +22,7 @@ from megatron_mlra.command_line.parser import one_line
 from megatron_mlra.command_line.ranks import REFUSED, first_of_host, say_refusal
 from megatron_mlra.fault_tolerance import fingerprint, handshake
 from megatron_mlra.fault_tolerance.handshake import Fingerprint, World
+from megatron_mlra.inference import graphs
 
 LONGEST_WAIT = timedelta(minutes=10)
 """Longest wait for the other ranks, which may still be starting on a busy host."""
@@ -108,7 +109,7 @@ def meet(told: Callable[[], Fingerprint]) -> World | None:
 
 @contextlib.contextmanager
 def formed(met: World, backend: str, timeout: timedelta | None = None) -> Iterator[None]:
-    """Inside the block the ranks that met are torch's world.
+    """Inside the block the ranks that met are torch's world. Its end frees all kept CUDA graphs.
 
     Args:
         backend: `nccl` or `gloo`.
@@ -120,7 +121,10 @@ def formed(met: World, backend: str, timeout: timedelta | None = None) -> Iterat
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        try:
+            graphs.free()
+        finally:
+            dist.destroy_process_group()
 
 
 def of_inputs(

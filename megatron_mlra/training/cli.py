@@ -185,7 +185,7 @@ def train(end_by_interrupt: EndByInterrupt | None = None) -> int:
     finally:
         if lock is not None:
             lock.release()
-    if args.cuda_graph_impl == "local":
+    if args.cuda_graph_impl != "none":
         from megatron_mlra.training import cuda_graphs
 
         cuda_graphs.free()

@@ -93,3 +93,37 @@ def test_a_run_whose_collectives_are_in_graphs_ends():
     run = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert "step 8/8" in run.stdout, run.stdout
+
+
+FAILS = """
+import torch, torch.distributed as dist
+from megatron_mlra.inference import graphs, world
+
+def step():
+    x = torch.ones(8, device="cuda")
+    dist.all_reduce(x)
+    graph = graphs.keep(torch.cuda.CUDAGraph())
+    with torch.cuda.graph(graph):
+        dist.all_reduce(x)
+    graph.replay()
+    raise ValueError("a step failed")
+
+torch.cuda.set_device(world.rank())
+try:
+    with world.formed(world.meet(dict), "nccl"):
+        step()
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_world_whose_collectives_are_in_graphs_ends_with_its_error(tmp_path):
+    (tmp_path / "fails.py").write_text(FAILS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", tmp_path / "fails.py"]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"PYTHONPATH": path}
+    run = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("a step failed") == 2, run.stdout

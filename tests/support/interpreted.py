@@ -1,8 +1,7 @@
 """Runs tests of Triton kernels under Triton's interpreter, on the CPU.
 
 Triton decides at import whether to interpret. So such a test file runs itself in a child process
-with TRITON_INTERPRET=1, and other tests of the session are not affected. bf16 is left to the GPU
-tests: the interpreter computes bf16 dot products wrongly.
+with TRITON_INTERPRET=1, and other tests of the session are not affected.
 """
 
 import os

@@ -33,11 +33,15 @@ def graph_microseconds(
     torch.cuda.synchronize()
     rounds = -(-min_calls // len(calls))
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(rounds):
-            for call in calls:
-                call()
-    times = [milliseconds(graph.replay) for _ in range(replays + 3)][3:]
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(rounds):
+                for call in calls:
+                    call()
+        times = [milliseconds(graph.replay) for _ in range(replays + 3)][3:]
+    finally:
+        # NCCL does not end while a graph with its collectives lives, as in an error's traceback.
+        graph.reset()
     return statistics.median(times) * 1e3 / (rounds * len(calls))
 
 

@@ -21,7 +21,7 @@ def grouped_decode_kernel(
     stride_qb,
     stride_qh,
     stride_table,
-    capacity,  # tokens that the table holds of a sequence
+    capacity,  # tokens that the table holds of a sequence, and 32 bits can cut
     num_pages,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,

@@ -12,8 +12,12 @@ from mlra_kernels.grouped_decode.reference import grouped_decode_reference
 from mlra_kernels.latent_decode.ops import merge_states
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
+PAGE_UNIT = 64
+"""Tokens of a tile, which lies in one page."""
 MAX_GROUP = 128
 """Most query heads per key head."""
+MOST_TOKENS = 2**31 - 2**17
+"""Most tokens of a sequence: the kernel rounds its parts up to whole tiles in 32 bits."""
 MIN_TOKENS = 256
 """Least tokens of a part, except the last."""
 
@@ -36,7 +40,8 @@ def grouped_decode(
             64 and D one of 16, 32, 64, 128, 256 for 'mlra_kernels'.
         block_table: `[b, max_pages]` int32; entries beyond a sequence's length are not read.
         cache_seqlens: `[b]` int32 lengths, the new token included. Length 0 gives 0; a length
-            beyond the table gives NaN ('torch' raises ValueError).
+            beyond the table gives NaN ('torch' raises ValueError), and so does one of more than
+            2^31 - 2^17 tokens.
         softmax_scale: factor of the scores.
         backend: 'mlra_kernels' (CUDA) or 'torch' (the reference, any device).
 
@@ -51,11 +56,11 @@ def grouped_decode(
     if checks.resolve_backend(backend, q, half=True) == "torch":
         return grouped_decode_reference(q, keys, values, block_table, cache_seqlens, softmax_scale)
     num_pages, page_size, kv_heads, dim = keys.shape
-    if page_size % 64 or dim not in HEAD_DIMS or q.shape[1] > MAX_GROUP * kv_heads:
+    if page_size % PAGE_UNIT or dim not in HEAD_DIMS or q.shape[1] > MAX_GROUP * kv_heads:
         raise ValueError(
             f"page size is {page_size}, head dim {dim}, {q.shape[1]} query heads for {kv_heads}:"
-            f" backend='mlra_kernels' takes pages of a multiple of 64, a head dim of {HEAD_DIMS}"
-            f" and {MAX_GROUP} query heads a key head; pass backend='torch'"
+            f" backend='mlra_kernels' takes pages of a multiple of {PAGE_UNIT}, a head dim of"
+            f" {HEAD_DIMS} and {MAX_GROUP} query heads a key head; pass backend='torch'"
         )
     checks.check_reach("a sequence of q", q, 1)
     if len(q) == 0:
@@ -74,9 +79,9 @@ def grouped_decode(
         grouped_decode_kernel[(parts, kv_heads, b)](
             q, keys, values, block_table, cache_seqlens, out, lse,
             softmax_scale * math.log2(math.e), q.stride(0), q.stride(1), block_table.stride(0),
-            longest, num_pages,
+            min(longest, MOST_TOKENS), num_pages,
             HEADS=heads, KV_HEADS=kv_heads, J=heads // kv_heads, M=max(16, triton.next_power_of_2(
-                heads // kv_heads)), N=64, D=dim, PAGE=page_size, MIN_TOKENS=MIN_TOKENS,
+                heads // kv_heads)), N=PAGE_UNIT, D=dim, PAGE=page_size, MIN_TOKENS=MIN_TOKENS,
             num_warps=4, num_stages=3,
         )  # fmt: skip
     return (out[0], lse[0]) if parts == 1 else merge_states(out, lse)

@@ -129,7 +129,7 @@ def latent_attention_with_lse(
     _check(query, key, latent_dim, scale, causal)
     ranges, tiles = _reads(query, ranges, tiles, causal)
     past = len(key) - len(query) if causal else len(key)
-    query, key = query.contiguous(), key.contiguous()
+    query, key = _whole(query), _whole(key)
     out, lse, _ = _forward(query, key, latent_dim, scale, past, ranges, tiles)
     return out, lse
 
@@ -285,7 +285,7 @@ class _LatentAttention(torch.autograd.Function):
         tiles: Tensor | None,
         top: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        query, key = query.contiguous(), key.contiguous()
+        query, key = _whole(query), _whole(key)
         past = len(key) - len(query)
         out, lse, tops = _forward(query, key, latent_dim, scale, past, ranges, tiles, top)
         ctx.save_for_backward(query, key, out, lse, ranges, tiles)
@@ -300,7 +300,7 @@ class _LatentAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor, *_):
         query, key, out, lse, ranges, tiles = ctx.saved_tensors
-        grad = grad.contiguous()
+        grad = _whole(grad)
         s, b, pairs, width = query.shape
         latent_dim = out.size(-1)
         rope = width - latent_dim
@@ -325,6 +325,12 @@ class _LatentAttention(torch.autograd.Function):
                 **BACKWARD_LAUNCH,
             )  # fmt: skip
         return grad_query, grad_key.to(key.dtype), *[None] * 5
+
+
+def _whole(x: Tensor) -> Tensor:
+    """x, contiguous and from a multiple of 16 bytes on, as the copy engine reads it."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
 
 
 def _rows(x: Tensor, rows: int, columns: int) -> TensorDescriptor:

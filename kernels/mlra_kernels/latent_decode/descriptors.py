@@ -40,7 +40,16 @@ def tile_descriptor(view: Tensor, block_n: int, columns: int) -> TensorDescripto
 
 
 def scale_descriptor(scale: Tensor, block_n: int) -> TensorDescriptor:
-    """Describe contiguous scales `[pages, L, page_size]` fp32 in tiles `[1, N]`."""
+    """Describe contiguous scales `[pages, L, page_size]` fp32 in tiles `[1, N]`.
+
+    Raises:
+        ValueError: the scales do not begin at a multiple of 16 bytes.
+    """
+    if past := scale.data_ptr() % 16:
+        raise ValueError(
+            f"cache_scale begins {past} bytes past a multiple of 16: call .clone() or pass metadata"
+            " with a config of hopper=False"
+        )
     return _descriptor(scale, scale.shape[0] * scale.shape[1], scale.shape[2], [1, block_n])
 
 

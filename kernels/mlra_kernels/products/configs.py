@@ -13,8 +13,8 @@ MOST_TOKENS = 2
 
 Each row costs a multiply-add for each weight in ordinary float32 arithmetic, while cuBLAS takes
 tensor cores and as long for four rows as for one. On an H200 a decoding step of MLRA-4's 2.9B shape
-at 8K took 0.77 of its time with cuBLAS at one row, 0.87 at two, 1.28 at four and 2.1 at eight
-(docs/performance/decoding.md)."""
+at 8K took 0.77 of its time with cuBLAS at one row and 0.89 at two (docs/performance/decoding.md),
+and 2.1 at eight (docs/log/kernels.md)."""
 
 PROGRAMS = 792
 """Programs that a product should have at least: six on each of 132 multiprocessors, so that no

@@ -17,7 +17,7 @@ import torch
 import triton
 
 from megatron_mlra.benchmarks.commit import commit
-from megatron_mlra.benchmarks.decoding.flags import parser
+from megatron_mlra.benchmarks.decoding.flags import check, parser
 from megatron_mlra.benchmarks.decoding.guesses import (
     Guesser,
     guess_table,
@@ -152,12 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
 
     try:
-        if args.profile and (args.rehearse or args.speculate is not None):
-            other = "--rehearse" if args.rehearse else "--speculate"
-            raise ValueError(
-                f"--profile traces steps that are replayed and timed alone, and {other} has none;"
-                " leave one of them out"
-            )
+        check(args)
         for flag, file in (("--json", args.json), ("--png", args.png)):
             if file:
                 check_output(file, flag)
@@ -232,10 +227,6 @@ def _about(args: argparse.Namespace, place: Place) -> dict[str, Any]:
 
 def _run_guesses(args: argparse.Namespace, place: Place) -> None:
     """Every model, batch and context without and with guesses."""
-    if args.context_parallel != [1]:
-        raise ValueError("--speculate needs whole sequences; leave --context-parallel out")
-    if args.data and (args.text or not args.speculate):
-        raise ValueError("--data is for --speculate FOLDER, in place of --text")
     about = _about(args, place)
     if args.speculate:
         guessers = [of_checkpoint(args.speculate, args.text, args.data)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 from megatron_mlra.checkpoint.files.tracker import a_checkpoint
 from megatron_mlra.command_line.early import a_file, reads, writes
 from megatron_mlra.command_line.numbers import real, whole
@@ -17,6 +19,7 @@ ABOUT = (
     " ranks without its collectives. Under torchrun it is cut over all processes, collectives"
     " included."
 )
+TPS = [4, 1]
 PRESETS = ("mlra4_2.9b", "mla_2.9b", "gqa_2.9b")
 
 
@@ -36,7 +39,7 @@ def parser() -> OneLineParser:
         "--tp",
         type=whole(1),
         nargs="+",
-        default=[4, 1],
+        default=TPS,
         help="shares to measure on one GPU (default: 4 1); under torchrun the processes decide",
     )
     add(
@@ -129,4 +132,35 @@ def parser() -> OneLineParser:
     writes(add("--png", metavar="FILE", help="where to draw time over context"), check_output)
     add("--commit", help="commit to name in the report")
     add("--seed", type=whole(0, 2**31 - 1), help="of weights and cache; default: the clock")
+    flags.together.append(check)
     return flags
+
+
+def check(args: argparse.Namespace) -> None:
+    """Check the flags against each other.
+
+    Raises:
+        ValueError: a flag that the run would not heed; names the flag and the fix.
+    """
+    guesses = args.speculate is not None
+    if args.profile and (args.rehearse or guesses):
+        other = "--rehearse" if args.rehearse else "--speculate"
+        raise ValueError(
+            f"--profile traces steps that are replayed and timed alone, and {other} has none;"
+            " leave one of them out"
+        )
+    for name in ("text", "data"):
+        if getattr(args, name) and not args.speculate:
+            raise ValueError(f"--{name} is for --speculate FOLDER; add it, or leave --{name} out")
+    if args.data and args.text:
+        raise ValueError("--data is for --speculate FOLDER, in place of --text; leave one out")
+    if not guesses:
+        return
+    if args.context_parallel != [1]:
+        raise ValueError("--speculate needs whole sequences; leave --context-parallel out")
+    for flag, given in (
+        ("--tp", args.tp != TPS), ("--prefill", args.prefill), ("--png", args.png),
+        ("--all-reduce", args.all_reduce != ["auto"]),
+    ):  # fmt: skip
+        if given:
+            raise ValueError(f"{flag} is not for --speculate; leave one of them out")

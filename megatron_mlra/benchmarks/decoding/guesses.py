@@ -136,8 +136,8 @@ def measure_guesses(
     """
     each = -(-(context + new) // PAGE)
     options = LoadOptions(
-        dtype=place.dtype, backend=place.backend, cache_tokens=batch * each * PAGE,
-        page_size=PAGE, max_positions=context + new, draft=True,
+        dtype=place.dtype, backend=place.backend, products=place.products,
+        cache_tokens=batch * each * PAGE, page_size=PAGE, max_positions=context + new, draft=True,
     )  # fmt: skip
     parallel = place.parallel(guesser.model, place.ranks, 1)
     model = load_model(guesser.model, guesser.read, options, place.device, parallel)

@@ -35,7 +35,8 @@ EPILOGUES = {
 ROLES = {
     r"latent_decode_(hopper_)?kernel|grouped_decode_kernel": "attention",
     r"combine_kernel": "attention: merge of parts",
-    r"merge_states_kernel": "attention: merge of ranks",
+    # Of the parts of grouped queries, and of ranks over which tokens are cut: the name is the same.
+    r"merge_states_kernel": "attention: merge of parts or ranks",
     r"schedule_kernel": "attention: schedule",
     r"latent_cache_append_kernel": "cache append",
     r"one_shot_kernel": "sum over ranks + residual + norm",

@@ -199,7 +199,7 @@ class Trainee:
     def close(self) -> None:
         """Free the device memory. Megatron's gradient hooks keep the model alive in a cycle that
         Python's garbage collector does not see."""
-        if self.args.cuda_graph_impl == "local":
+        if self.args.cuda_graph_impl != "none":
             cuda_graphs.free()
         tensors = list(self.model.parameters())
         for buffer in (*self.model.buffers, *self.model.expert_parallel_buffers):

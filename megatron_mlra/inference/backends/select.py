@@ -16,11 +16,15 @@ def select_backend(
     dtype: torch.dtype,
     device: torch.device,
     products: str = "auto",
+    page_size: int = 64,
+    tp: int = 1,
 ) -> Ops:
     """The backend called `name`; 'auto' takes mlra_kernels where the kernels can run, else torch.
 
     Args:
         products: one of `PRODUCTS`.
+        page_size: tokens per page of the cache, a multiple of 16.
+        tp: ranks over which heads are cut.
 
     Raises:
         ValueError: an unknown name, or mlra_kernels where the kernels cannot run.
@@ -30,7 +34,7 @@ def select_backend(
     name = current_name("backend", name)
     if name not in DECODE_BACKENDS:
         raise ValueError(f"backend is {name!r}; use one of {', '.join(DECODE_BACKENDS)}")
-    misfit = _kernels_misfit(model, dtype, device)
+    misfit = _kernels_misfit(model, dtype, device, page_size, tp)
     if name == "mlra_kernels" and misfit:
         raise ValueError(f"backend mlra_kernels {misfit}; use backend torch")
     if name == "torch" or misfit:
@@ -41,19 +45,30 @@ def select_backend(
 
 
 def _kernels_misfit(
-    model: ModelDescription, dtype: torch.dtype, device: torch.device
+    model: ModelDescription, dtype: torch.dtype, device: torch.device, page_size: int, tp: int
 ) -> str | None:
     if device.type != "cuda":
         return f"need a CUDA device, this is {device.type}"
     if dtype == torch.float32:
         return "take bfloat16 or float16 weights, these are float32"
+    if model.attention == "gqa":
+        return _grouped_misfit(model, page_size, tp)
     from mlra_kernels.latent_decode.validation import LATENT_DIMS, ROPE_DIMS
 
-    if model.attention == "gqa":
-        dim = model.head_dim
-        return None if dim in (64, 128, 256) else f"take heads of 64, 128 or 256, not {dim}"
     if model.latent_dim not in LATENT_DIMS:
         return f"take latents of {LATENT_DIMS}, not {model.latent_dim}"
     if model.qk_rope_head_dim not in ROPE_DIMS:
         return f"take RoPE keys of {ROPE_DIMS}, not {model.qk_rope_head_dim}"
     return None
+
+
+def _grouped_misfit(model: ModelDescription, page_size: int, tp: int) -> str | None:
+    from mlra_kernels.grouped_decode.ops import MAX_GROUP, PAGE_UNIT
+
+    if model.head_dim not in (64, 128, 256):
+        return f"take heads of 64, 128 or 256, not {model.head_dim}"
+    if page_size % PAGE_UNIT:
+        pages = f"pages of a multiple of {PAGE_UNIT} tokens"
+        return f"take {pages} for grouped queries, not {page_size}"
+    group = model.num_attention_heads // max(model.num_query_groups, tp)
+    return None if group <= MAX_GROUP else f"take {MAX_GROUP} query heads a key head, not {group}"

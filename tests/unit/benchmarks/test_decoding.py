@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_mlra.benchmarks.decoding import cli as tool
-from megatron_mlra.benchmarks.decoding.guesses import of_checkpoint
+from megatron_mlra.benchmarks.decoding.guesses import measure_guesses, of_checkpoint
 from megatron_mlra.benchmarks.decoding.kernels import (
     EPILOGUES,
     ROLES,
@@ -225,6 +225,7 @@ def test_a_profiler_without_a_gpu_saw_nothing():
     [
         ("product_kernel_swiglu_19760x3072", "product 3072 to 19760 + SwiGLU"),
         ("latent_decode_hopper_kernel", "attention"),
+        ("merge_states_kernel", "attention: merge of parts or ranks"),
         ("_add_rms_norm_kernel", "norm"),
         ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclArgs<4096ul>)", "collective of NCCL"),
         ("nvjet_tst_64x8_64x16_4x1_v_bz_TNT", "product of cuBLAS"),
@@ -312,6 +313,12 @@ def test_guesses_of_presets_are_rehearsed(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "| MLRA-4, random | 2 | 70 | 0 | rehearsed | rehearsed | 0 of " in lines[3]
     assert "| GQA, random | 2 | 70 | 0 | rehearsed | rehearsed | " in lines[6]
+
+
+def test_guesses_are_measured_with_the_products_that_the_report_names(guessing):
+    place = Place(rehearsal=True, products="none of them")
+    with pytest.raises(ValueError, match="products is 'none of them'"):
+        measure_guesses(of_checkpoint(str(guessing), None), 1, 20, 9, 0.0, place)
 
 
 @pytest.mark.parametrize(

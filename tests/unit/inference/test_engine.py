@@ -16,10 +16,11 @@ import torch
 
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.description.tensors import expected_tensors
+from megatron_mlra.inference.backends.select import select_backend
 from megatron_mlra.inference.cache import CacheFull, PagePool
 from megatron_mlra.inference.engine import Engine
-from megatron_mlra.inference.load import LoadOptions, load_model
-from megatron_mlra.inference.runner import Runner, batch_buckets
+from megatron_mlra.inference.load import LoadOptions, load_draft, load_model
+from megatron_mlra.inference.runner import Chunk, Runner, batch_buckets
 from megatron_mlra.inference.sampling import SamplingParams, sample, uniform
 
 MODEL = ModelDescription(
@@ -313,6 +314,7 @@ def test_mlra4_at_tp4_allocates_one_and_a_half_heads_a_token():
         ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"cache_dtype": "float16"}, "cache dtype float16 does not go with float32 weights"),
         ({"page_size": 20}, "page size is 20; use a multiple of 16"),
+        ({"page_size": 2**21}, "page size is 2097152; use a multiple of 16, best 64, at most 1048"),
         ({"weight_mode": "split"}, "weight mode is 'split'"),
         ({"all_reduce": "ring"}, "all-reduce is 'ring'; use one of auto, one-shot, nccl"),
         ({"cache_tokens": 0}, "cache tokens is 0"),
@@ -324,6 +326,51 @@ def test_bad_options_are_refused_before_a_tensor_is_read(options, message):
 
     with pytest.raises(ValueError, match=message):
         load_model(MODEL, read, LoadOptions(**options))
+
+
+@pytest.mark.parametrize(
+    ("groups", "page_size", "tp", "misfit"),
+    [
+        (2, 64, 1, None),
+        (2, 192, 1, None),
+        (2, 16, 1, "take pages of a multiple of 64 tokens for grouped queries, not 16"),
+        (1, 64, 1, "take 128 query heads a key head, not 256"),
+        (1, 64, 2, None),
+    ],
+)
+def test_grouped_queries_run_on_kernels_that_take_them(groups, page_size, tp, misfit):
+    """What the kernels refuse is known before any weight is read, not at each request's step."""
+    model = ModelDescription(
+        num_layers=1, hidden_size=64, ffn_hidden_size=64, num_attention_heads=256, vocab_size=61,
+        attention="gqa", num_query_groups=groups, head_dim=64,
+    )  # fmt: skip
+    place = (model, torch.bfloat16, torch.device("cuda"), "auto", page_size, tp)
+    assert select_backend("auto", *place).name == ("torch" if misfit else "mlra_kernels")
+    if misfit:
+        with pytest.raises(ValueError, match=f"mlra_kernels {misfit}; use backend torch"):
+            select_backend("mlra_kernels", *place)
+
+
+@pytest.mark.parametrize("attention", ["mlra", "gqa"])
+@pytest.mark.parametrize("pattern", [(), (1,)])
+def test_a_layer_without_rope_does_not_see_the_order_of_tokens(attention, pattern):
+    sizes = {"num_layers": 1, "softmax_scale": None, "no_rope_pattern": pattern}
+    if attention == "gqa":
+        sizes |= {"attention": "gqa", "num_query_groups": 2, "head_dim": 16}
+    model = MODEL.replace(**sizes)
+    gen = torch.Generator().manual_seed(3)
+    tensors = {n: torch.randn(s, generator=gen) for n, s in expected_tensors(model).items()}
+    found = []
+    for tokens in ([1, 2, 3, 4, 5, 6], [5, 3, 1, 2, 4, 6]):
+        loaded = load_model(model, tensors.__getitem__, LoadOptions(cache_tokens=64))
+        runner = Runner(loaded, 1, 1)
+        runner.tables.set(0, [0])
+        runner.prefill([Chunk(tokens[:-1], 0, [0])])
+        found.append(runner.decode(tokens[-1:], [5], [[0]]))
+    assert torch.allclose(*found, rtol=1e-4, atol=1e-4) == bool(pattern)
+    if pattern:
+        with pytest.raises(ValueError, match="says nothing of the layer that guesses"):
+            load_draft(loaded, tensors.__getitem__)
 
 
 def test_tensor_parallel_sizes_that_do_not_fit_name_those_that_do():

@@ -386,3 +386,13 @@ def test_tiles_that_cannot_be_neither_wait_for_ever_nor_read_on(tile):
         P=1, G=1, L=32, R=16, M=64, N=32, RANGES=False, TILES=True,
     )  # fmt: skip
     assert grad_query.isfinite().all() and grad_key.isfinite().all()
+
+
+def test_what_begins_between_two_multiples_of_16_bytes_is_copied():
+    """The copy engine refuses it, though it is contiguous."""
+    memory = torch.arange(4 * 96 + 8).half()
+    for first in (0, 1, 8):
+        x = memory[first : first + 4 * 96].view(4, 1, 1, 96)
+        whole = ops._whole(x)
+        assert torch.equal(whole, x) and (whole is x) == (first != 1)
+        assert ops._rows(whole, 64, 32).shape == [4, 96]

@@ -1,8 +1,7 @@
 """The Triton kernels under Triton's interpreter, on the CPU, against the references.
 
 Triton fixes at import whether it interprets, so this file runs itself in a child process with
-TRITON_INTERPRET=1: other tests of the session keep their own Triton. bf16 is left to the GPU tests
-(the interpreter computes its dot products wrongly).
+TRITON_INTERPRET=1: other tests of the session keep their own Triton.
 """
 
 import math
@@ -104,6 +103,11 @@ else:
         made = metadata_for(case)
         assert not made.config.hopper and made.schedule.shape[0] == 2 * 148
         check(case, 1, rtol=2e-3)
+
+    @pytest.mark.parametrize("changes", [{}, {"latents": 4, "branches": 2, "heads": 3, "q_len": 2}])
+    def test_decode_bf16(changes):
+        case = paged_case([2000, 0, 65], dtype=torch.bfloat16, **{**BASE, **changes})
+        check(case, changes.get("branches", 1), rtol=1e-2)
 
     def test_decode_fp32_is_exact_to_rounding():
         case = paged_case([700, 65, 0], dtype=torch.float32, **{**BASE, "q_len": 2, "latents": 2})

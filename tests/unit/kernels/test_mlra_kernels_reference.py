@@ -14,6 +14,7 @@ from mlra_kernels.latent_decode import (
     merge_states,
     rope_tables,
 )
+from mlra_kernels.latent_decode.descriptors import scale_descriptor, tile_descriptor
 from mlra_kernels.latent_decode.reference import FP8_DTYPE
 from support.paged import paged_case
 
@@ -208,3 +209,16 @@ def test_import_needs_torch_and_triton_only():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_descriptions_for_the_copy_engine_need_aligned_memory():
+    """The Hopper kernel's; the portable one takes such scales and caches."""
+    memory = torch.zeros(2 * 4 * 64 + 4)
+    scale = memory[4:].view(2, 4, 64)
+    assert scale_descriptor(scale, 64).shape == [8, 64]
+    for first in (1, 2, 3):
+        with pytest.raises(ValueError, match=f"cache_scale begins {4 * first} bytes past a multi"):
+            scale_descriptor(memory[first : first + scale.numel()].view(2, 4, 64), 64)
+    cache = torch.zeros(2 * 64 * 192 + 1, dtype=torch.float16)[1:].view(2, 64, 192)
+    with pytest.raises(ValueError, match="begin 2 bytes past a multiple of 16"):
+        tile_descriptor(cache[..., :128], 64, 128)
