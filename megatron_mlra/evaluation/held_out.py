@@ -80,6 +80,9 @@ def score(
     consumed, results = args.consumed_valid_samples, {}
     for name, prefix in sets.items():
         tokens = read_stream(prefix)
+        if args.rank == args.world_size - 1:
+            # It may take longer than the steps did, and the last step is saved behind it.
+            say(f"scoring {name}: {len(tokens):,} tokens held out")
         rows = list(windows(tokens, end_of_document(args), args.seq_length))
         batches = [micro_batches(rows, args) for _ in range(chunks)]
         iterations = math.ceil(len(rows) / args.eval_global_batch_size)

@@ -44,6 +44,7 @@ def test_the_whole_set_is_scored_behind_the_last_step(trained, held):
     assert found["sets"]["whole"]["loss"] == found["sets"]["text"]["loss"]
     loss = found["sets"]["whole"]["loss"]
     assert 0 < loss < np.log(272)
+    assert f"scoring whole: {len(read_stream(held)):,} tokens held out\n" in run.out
     assert f"held out at step 4: whole {loss:.4f} ({len(read_stream(held)):,} tokens)" in run.out
 
 

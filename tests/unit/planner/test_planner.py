@@ -297,7 +297,7 @@ def test_the_end_is_the_command_and_details_are_asked_for(capsys, tmp_path):
         "  mlra launch --standalone --nproc-per-node 8 \\\n"
         "    -m megatron_mlra.training --config mlra4_2.9b \\\n"
         "    --data-path DATA --save RUN --load RUN \\\n"
-        "    --micro-batch-size 1 --seq-length 4096\n"
+        "    --micro-batch-size 1 --seq-length 4096 --max-position-embeddings 4096\n"
     )
     long = plan(capsys, "--config", "mlra4_70b", "--gpus", 1024, "--details")[1]
     for part in ("does not fit", "Decoding on", "weights", "Assumed: "):
