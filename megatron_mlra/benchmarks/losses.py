@@ -68,7 +68,9 @@ def compare(args: argparse.Namespace) -> None:
         runs |= found
     for name, run in runs.items():
         if args.last > run.steps[-1]:
-            raise ValueError(f"--last {args.last}: {name} has {run.steps[-1]} steps")
+            raise ValueError(
+                f"--last {args.last}: {name} has {run.steps[-1]} steps; use at most that"
+            )
     print(table(runs, args.last))
     if args.json:
         told = {name: asdict(run) for name, run in runs.items()}

@@ -68,6 +68,9 @@ ELSEWHERE = {
     "gpus": "num-gpus n-gpus ngpus devices world-size nproc-per-node",
     "gpu": "gpu-type device-type accelerator",
     "decode-batch": "batch-size",
+    "cp": "context-parallel-size cp-size context-parallel",
+    "tp-layout": "latent-tp-layout",
+    "fp8": "fp8-format",
     "contexts": "context seq-len",
     "max-new-tokens": "max-tokens max-length max-new-token n-predict num-tokens gen-length",
     "temperature": "temp",
@@ -137,6 +140,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     ranked += [(_by_letters(wanted, theirs), -len(ours), ours) for theirs, ours in brought]
     best = max(ranked, default=(0.0, 0, ""))
     return f"; did you mean {by_plain[best[2]]}?" if best[0] >= _NEAR else ""
+
+
+def is_elsewhere(name: str, known: Iterable[str]) -> bool:
+    """Whether other programs, or other commands, have this name for one of the known flags."""
+    ours = {_plain(each) for each in known}
+    return any(_plain(name) in ELSEWHERE.get(each, "").split() for each in ours)
 
 
 def _plain(name: str) -> str:

@@ -28,37 +28,70 @@ Record = Callable[[dict[str, float], int], None]
 """Adds points to curves: (name -> value, step)."""
 
 
-def score_behind(
-    train: Callable[..., Any], args: Namespace, folder: Path, record: Record
-) -> Callable[..., Any]:
-    """Megatron's `train`, which then scores the sets if the last step is done; writes into
-    `folder`.
+class HeldOut:
+    """Scores a run's sets once its last step is done, and saved.
 
-    Call this before progress.py wraps Megatron's `evaluate`, so that no line is printed per set.
+    Make it before progress.py wraps Megatron's `evaluate`, so that no line is printed per set.
     """
-    sets = named_sets(args.held_out)
-    if not sets:
-        return train
-    evaluate = training.evaluate
 
-    def train_and_score(forward_step, model, *rest, **named):
-        result = train(forward_step, model, *rest, **named)
-        if result[0] >= args.train_iters:
+    def __init__(self, args: Namespace, folder: Path, record: Record) -> None:
+        """
+        Args:
+            folder: where the results are written.
+        """
+        self.args, self.folder, self.record = args, folder, record
+        self.sets = named_sets(args.held_out)
+        self._evaluate = training.evaluate
+        self._score: Callable[[], None] | None = None
+
+    def wrap_train(self, train: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap Megatron's `train`: score behind it if the last step is done, and no save follows.
+
+        Megatron saves a last step that is no multiple of --save-interval behind its `train`.
+        Scoring may take minutes, in which a run that is killed would lose the steps.
+        """
+        if not self.sets:
+            return train
+        args = self.args
+
+        def run(forward_step, model, *rest, **named):
+            result = train(forward_step, model, *rest, **named)
+            if result[0] < args.train_iters:
+                return result
             # Megatron's train(forward_step, model, optimizer, scheduler, two iterators,
             # process_non_loss_data_func, config, ...).
             config = rest[5]
             groups = {k: named[k] for k in ("p2p_communicator", "pg_collection") if k in named}
 
             def loss(batches: Any, iterations: int) -> float | None:
-                losses, _, _ = evaluate(
+                losses, _, _ = self._evaluate(
                     forward_step, batches, model, None, config, eval_iters=iterations, **groups
                 )
                 return float(losses["lm loss"]) if losses else None
 
-            score(args, sets, folder, loss, len(model), record)
-        return result
+            self._score = lambda: score(args, self.sets, self.folder, loss, len(model), self.record)
+            if not (args.save and args.save_interval and result[0] % args.save_interval):
+                self._score_once()
+            return result
 
-    return train_and_score
+        return run
+
+    def wrap_save(self, save: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap Megatron's `save_checkpoint_and_time`: score behind the save of the last step."""
+        if not self.sets:
+            return save
+
+        def run(*rest, **named):
+            result = save(*rest, **named)
+            self._score_once()
+            return result
+
+        return run
+
+    def _score_once(self) -> None:
+        score_now, self._score = self._score, None
+        if score_now is not None:
+            score_now()
 
 
 def score(
@@ -80,6 +113,9 @@ def score(
     consumed, results = args.consumed_valid_samples, {}
     for name, prefix in sets.items():
         tokens = read_stream(prefix)
+        if args.rank == args.world_size - 1:
+            # It may take longer than the steps did.
+            say(f"scoring {name}: {len(tokens):,} tokens held out")
         rows = list(windows(tokens, end_of_document(args), args.seq_length))
         batches = [micro_batches(rows, args) for _ in range(chunks)]
         iterations = math.ceil(len(rows) / args.eval_global_batch_size)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
+from collections.abc import Collection
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,11 +19,11 @@ from megatron_mlra.command_line.parser import (
     flag,
     one_line,
 )
-from megatron_mlra.command_line.suggest import refusal
+from megatron_mlra.command_line.suggest import is_elsewhere, refusal
 from megatron_mlra.description.backends import TP_LAYOUTS
 from megatron_mlra.description.megatron_args import from_megatron_args
 from megatron_mlra.description.model import ModelDescription
-from megatron_mlra.description.presets import a_preset, preset_name, preset_values
+from megatron_mlra.description.presets import KEYS, a_preset, preset_name, preset_values
 from megatron_mlra.planner.command import NODE, launch_command, left_over
 from megatron_mlra.planner.gpus import GPUS, Assumptions, find
 from megatron_mlra.planner.layout import Layout
@@ -40,7 +42,10 @@ def parser() -> OneLineParser:
         epilog="example: mlra plan --config mlra4_7b --gpus 64 --gpu h100",
         allow_abbrev=False,
     )
-    flags.error = lambda message: _refuse(refusal(message, flags._option_string_actions))
+    flags.error = lambda message: _refuse(
+        of_a_run(message, flags._option_string_actions)
+        or refusal(message, flags._option_string_actions)
+    )
     config = flags.add_argument("--config", required=True, help="a preset by name or path")
     reads(config, a_preset)
     flags.add_argument(
@@ -148,6 +153,8 @@ def plan(args: argparse.Namespace) -> Report:
         raise ValueError(f"--global-batch-size is {batch!r}; use a number of sequences")
     asked = {"seq_length": args.seq_length, "global_batch_size": args.global_batch_size}
     asked["fp8_format"] = "hybrid" if args.fp8 else None
+    if shape.seq_length > (values.get("max_position_embeddings") or shape.seq_length):
+        asked["max_position_embeddings"] = shape.seq_length
 
     def command(layout: Layout) -> list[str]:
         given = {name: value for name, value in asked.items() if value is not None}
@@ -198,6 +205,26 @@ def shape_of(values: dict[str, Any], seq_length: int | None = None) -> ModelDesc
     if shape.seq_length < 1:
         raise ValueError(f"--seq-length is {shape.seq_length}; use at least 1")
     return shape
+
+
+def of_a_run(message: str, known: Collection[str]) -> str | None:
+    """The refusal of a flag that `mlra pretrain` has and `mlra plan` has not; None for others.
+
+    Args:
+        message: argparse's error.
+        known: the flags of `mlra plan`.
+    """
+    unknown = re.match(r"unrecognized arguments: --(?:no-)?([a-z][\w-]*)", message)
+    if not unknown:
+        return None
+    name = flag(unknown[1])
+    key = name.removeprefix("--").replace("-", "_")
+    if is_elsewhere(name, known) or key not in KEYS.read_text(encoding="utf-8").split():
+        return None
+    return (
+        f"{name} is a flag of mlra pretrain; plan a preset of your own that has it (base: PRESET,"
+        f" {key}: ...), or give it to mlra pretrain --config PRESET --dry-run GPUS"
+    )
 
 
 def _refuse(message: str) -> NoReturn:

@@ -33,6 +33,16 @@ _KEPT = (
 """Arguments of a preset that no flag can unset."""
 
 
+_DATA = (
+    "data_path",
+    "train_data_path",
+    "data_args_path",
+    "per_split_data_args_path",
+    "mock_data",
+)
+"""Arguments that name a run's data."""
+
+
 def launch_command(
     config: str,
     layout: Layout,
@@ -41,7 +51,8 @@ def launch_command(
     asked: Mapping[str, Any],
     node: int = NODE,
 ) -> list[str]:
-    """The lines of the command, the same on every node; the user replaces DATA and RUN.
+    """The lines of the command, the same on every node; the user replaces DATA and RUN, which are
+    what the preset does not name.
 
     Args:
         config: the preset as the user gave it.
@@ -68,10 +79,10 @@ def launch_command(
     lines = [
         launcher(layout.gpus, layout.tp, node),
         [*ENTRY, "--config", config],
-        ["--data-path", "DATA", "--save", "RUN", "--load", "RUN"],
-        *([flags] if flags else []),
+        _places(values),
+        flags,
     ]
-    written = [shlex.join(line) for line in lines]
+    written = [shlex.join(line) for line in lines if line]
     return [
         f"{'  ' * bool(i)}{line}{chr(92).rjust(2) * (i + 1 < len(written))}"
         for i, line in enumerate(written)
@@ -100,6 +111,14 @@ def left_over(layout: Layout, shape: ModelDescription, values: Mapping[str, Any]
     """Keys of the preset that the layout does not use and that no flag can unset."""
     chosen = layout.flags(shape)
     return [name for name in _KEPT if values.get(name) is not None and name not in chosen]
+
+
+def _places(values: Mapping[str, Any]) -> list[str]:
+    """Flags of data and folders that the preset does not name; a flag would replace its values."""
+    save = values.get("save") or "RUN"
+    places = [] if any(values.get(name) for name in _DATA) else ["--data-path", "DATA"]
+    places += [] if values.get("save") else ["--save", save]
+    return places + ([] if values.get("load") else ["--load", save])
 
 
 def _words(name: str, value: Any) -> list[str]:

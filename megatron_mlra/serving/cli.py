@@ -126,6 +126,7 @@ def _serve(args: argparse.Namespace) -> int:
 
         template = read_template(args.chat_template)
     check_port(args.host, args.port)
+    checkpoint = opened(args, source)
     python = find_python(args.python, [Path.cwd(), ROOT])
     name = args.name or re.sub(r"[^\w.+-]", "_", source.resolve().name).lstrip("-") or "model"
     with tempfile.TemporaryDirectory(prefix="mlra-serve-") as folder:
@@ -133,7 +134,7 @@ def _serve(args: argparse.Namespace) -> int:
             # The export and vLLM read it again, and the file may be a pipe of this process.
             args.chat_template = f"{folder}/chat_template.jinja"
             Path(args.chat_template).write_text(template, encoding="utf-8")
-        model = exported(args, source)
+        model = exported(args, source, checkpoint)
         tokenizer = (model / "tokenizer.json").is_file()
         chat = tokenizer and _has_chat(args, model)
         if not tokenizer and args.chat_template is not None:
@@ -160,7 +161,8 @@ def _serve(args: argparse.Namespace) -> int:
                 problem = str(error)
         said = last_error(log)
         kept = _keep(log)
-    return fail(f"{problem}{f': {said}' if said else ''}; its log is {kept}", 1)
+    place = " (flags that mlra serve has not go behind --)" if said and "--" in said else ""
+    return fail(f"{problem}{f': {said}' if said else ''}{place}; its log is {kept}", 1)
 
 
 def _keep(log: Path) -> Path:
@@ -172,29 +174,49 @@ def _keep(log: Path) -> Path:
     return Path(kept.name)
 
 
-def exported(args: argparse.Namespace, source: Path) -> Path:
-    """The folder that vLLM opens: the source itself, or its export, which is written if missing.
+def opened(args: argparse.Namespace, source: Path) -> CheckpointFolder:
+    """The source, if vLLM serves models like its own. Its weights are not read.
 
     Raises:
-        ValueError: the source is damaged, a link leads out of it, the export belongs to another
-            model, or a flag would have no effect.
+        ValueError: the source is damaged, vLLM's plugin does not take its sizes, or a flag would
+            have no effect.
     """
     from megatron_mlra.checkpoint.formats import open_checkpoint
-    from megatron_mlra.checkpoint.huggingface.folder import write_huggingface
+    from megatron_mlra.checkpoint.huggingface.card import unserved
 
-    if (source / "config.json").is_file() and _model_type(source) in ("mlra", "llama"):
+    checkpoint = open_checkpoint(source, args.vocab_size, verify=args.verify)
+    if checkpoint.kind == "huggingface":
         for name in ("tokenizer", "export_to", "vocab_size"):
             if getattr(args, name) is not None:
                 raise ValueError(
                     f"{source} is exported already: {flag(name)} is for runs and checkpoints;"
                     " leave it out"
                 )
-        folder = open_checkpoint(source, verify=args.verify)
-        _check_flags(args, folder)
-        _check_whole(folder)
-        return source
-    checkpoint = open_checkpoint(source, args.vocab_size, verify=args.verify)
     _check_flags(args, checkpoint)
+    model = checkpoint.description
+    if model.attention == "mlra" and (reason := unserved(model)):
+        raise ValueError(
+            f"vLLM does not serve {source}: {reason}; use mlra generate, or train a model of other"
+            " sizes (--kv-lora-rank: all latents together; --qk-rope-head-dim: the RoPE key)"
+        )
+    return checkpoint
+
+
+def exported(args: argparse.Namespace, source: Path, checkpoint: CheckpointFolder) -> Path:
+    """The folder that vLLM opens: the source itself, or its export, which is written if missing.
+
+    Args:
+        checkpoint: the source, opened.
+
+    Raises:
+        ValueError: the source is damaged, a link leads out of it, the export belongs to another
+            model, or a flag would have no effect.
+    """
+    from megatron_mlra.checkpoint.huggingface.folder import write_huggingface
+
+    if checkpoint.kind == "huggingface":
+        _check_whole(checkpoint)
+        return source
     step = checkpoint.folder.absolute().name
     target = _own_export(source, step) if args.export_to is None else Path(args.export_to)
     if target.exists():
@@ -287,13 +309,6 @@ def _check_whole(folder: CheckpointFolder) -> None:
     """Read an exported folder completely and compare its checksums, which vLLM does not."""
     folder.tokenizer_files()
     folder.check_finite()
-
-
-def _model_type(folder: Path) -> str | None:
-    from megatron_mlra.checkpoint.folder import read_config
-
-    kind = read_config(folder).get("model_type")
-    return kind if isinstance(kind, str) else None
 
 
 def _has_chat(args: argparse.Namespace, model: Path) -> bool:

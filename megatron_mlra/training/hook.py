@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_mlra.description.model import ModelDescription
+from megatron_mlra.evaluation.held_out import HeldOut
 from megatron_mlra.fault_tolerance import heartbeat
 from megatron_mlra.fault_tolerance.run_lock import RunLock
-from megatron_mlra.training import arguments, progress
+from megatron_mlra.training import arguments, curves, progress
 
 
 @dataclass
@@ -47,6 +48,11 @@ class Run:
     def progress(self) -> progress.Progress:
         """The printed lines of the run, and its progress bar."""
         return progress.Progress(self.args, self.shape)
+
+    @functools.cached_property
+    def held_out(self) -> HeldOut:
+        """The sets that are scored behind the run's last step."""
+        return HeldOut(self.args, arguments.run_folder(self.args), curves.record)
 
     @functools.cached_property
     def watch(self) -> heartbeat.Watch | None:

@@ -17,7 +17,6 @@ import functools
 from collections.abc import Callable
 
 from megatron_mlra.checkpoint.files import guarded_loads
-from megatron_mlra.evaluation import held_out
 from megatron_mlra.fault_tolerance import (
     checksums,
     heartbeat,
@@ -33,7 +32,7 @@ from megatron_mlra.layers.multi_token import (
     next_tokens,
     tie_output_layer,
 )
-from megatron_mlra.training import arguments, curves, muon, progress, upstream_fixes, validation
+from megatron_mlra.training import curves, muon, progress, upstream_fixes, validation
 from megatron_mlra.training.build_lock import BuildLock
 from megatron_mlra.training.hook import Hook, Run, apply, instead
 from megatron_mlra.training.new_layers import keep_new_layers
@@ -306,11 +305,9 @@ BEFORE_TRAINING = (
     Hook(
         f"{TRAINER}.train",
         "lines at its start and end, validation before the first step, held-out sets behind the"
-        " last; its end may take any time",
+        " last where no save follows; its end may take any time",
         (
-            lambda train, run: held_out.score_behind(
-                train, run.args, arguments.run_folder(run.args), curves.record
-            ),
+            lambda train, run: run.held_out.wrap_train(train),
             lambda train, run: run.progress.wrap_train(train),
             lambda train, run: heartbeat.mark_end(train) if run.watch else train,
         ),
@@ -364,6 +361,11 @@ BEFORE_TRAINING = (
         f"{TRAINER}.evaluate_and_print_results",
         "Megatron writes the test loss into the validation curve",
         (lambda evaluate, run: run.progress.wrap_results(evaluate),),
+    ),
+    Hook(
+        f"{TRAINER}.save_checkpoint_and_time",
+        "held-out sets behind the save of the last step",
+        (lambda save, run: run.held_out.wrap_save(save),),
     ),
     Hook(
         f"{TRAINER}.save_checkpoint",

@@ -55,19 +55,29 @@ def test_a_run_on_gpus_notes_sizes_that_ranks_cut_badly(changed, noted):
     assert ("9880 is 4940 on each of 2 ranks" in line) == bool(line) == noted
 
 
-@pytest.mark.parametrize(("preset", "gpus"), [("mlra4_70b", 1024), ("debug", 8)])
-def test_the_planners_command_is_its_layout(entry, tmp_path, preset, gpus):
-    plan = ["--config", preset, "--gpus", gpus, "--json"]
-    asked = subprocess.run(
+@pytest.mark.parametrize(
+    ("preset", "gpus", "asked"),
+    [
+        ("mlra4_70b", 1024, []),
+        ("debug", 8, []),
+        # Longer than the preset's positions.
+        ("mlra4_7b", 64, ["--seq-length", 131072]),
+    ],
+)
+def test_the_planners_command_is_its_layout(entry, tmp_path, preset, gpus, asked):
+    plan = ["--config", preset, "--gpus", gpus, *asked, "--json"]
+    planned = subprocess.run(
         [program("mlra"), "plan", *map(str, plan)], capture_output=True, text=True, env=ENV
     )
-    report = json.loads(asked.stdout)
+    report = json.loads(planned.stdout)
     words = shlex.split("".join(line.removesuffix("\\") for line in report["command"]))
     flags = words[words.index("--config") :]
     run = entry.run(tmp_path, *flags, "--dry-run", gpus)
     assert run.code == 0, run.err
     best = report["layouts"][0]["layout"]
-    layout = f"TP{best['tp']} PP{best['pp']}" + (f" (x{best['vpp']})" if best["vpp"] > 1 else "")
+    cp = f" CP{best['cp']}" if best["cp"] > 1 else ""
+    vpp = f" (x{best['vpp']})" if best["vpp"] > 1 else ""
+    layout = f"TP{best['tp']}{cp} PP{best['pp']}{vpp}"
     assert f"plan: {layout} DP{best['dp']} on {gpus:,} x h100" in run.out
     small = preset == "debug"
     assert (" MiB on the fullest GPU" in run.out) == (" ms, " in run.out) == small

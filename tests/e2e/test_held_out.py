@@ -44,6 +44,7 @@ def test_the_whole_set_is_scored_behind_the_last_step(trained, held):
     assert found["sets"]["whole"]["loss"] == found["sets"]["text"]["loss"]
     loss = found["sets"]["whole"]["loss"]
     assert 0 < loss < np.log(272)
+    assert f"scoring whole: {len(read_stream(held)):,} tokens held out\n" in run.out
     assert f"held out at step 4: whole {loss:.4f} ({len(read_stream(held)):,} tokens)" in run.out
 
 
@@ -65,6 +66,19 @@ def test_every_layout_gives_the_same_loss(entry, trained, layout, tmp_path):
     assert again.code == 0, again.err
     loss = told(tmp_path)["sets"]["whole"]["loss"]
     assert abs(loss - told(run.folder)["sets"]["whole"]["loss"]) < 1e-5
+
+
+@pytest.mark.parametrize("interval", [2, 3], ids=["divides", "behind"])
+def test_the_last_step_is_saved_before_it_is_scored(entry, trained, interval, tmp_path):
+    """Behind the loop where the interval does not divide it. A run that is killed while it scores
+    has lost no step."""
+    run, flags, sets = trained
+    save = ("--save", tmp_path / "save", "--save-interval", interval)
+    again = entry.run(tmp_path, *flags, *sets, *save)
+    assert again.code == 0, again.err
+    assert again.out.index("saved step 4 to ") < again.out.index("scoring whole: ")
+    assert again.out.count("held out at step 4: ") == again.out.count("scoring whole: ") == 1
+    assert told(tmp_path)["sets"]["whole"] == told(run.folder)["sets"]["whole"]
 
 
 def test_data_seed_orders_the_data_apart_from_the_weights(entry, trained, tmp_path):

@@ -108,8 +108,8 @@ def _running(call: str, tokenizer: bool) -> list[str]:
     ]
 
 
-def _unserved(model: ModelDescription) -> str | None:
-    """Why the plugin of vLLM refuses a model with latent attention, or None."""
+def unserved(model: ModelDescription) -> str | None:
+    """Why the plugin of vLLM refuses a model with latent attention, whatever the ranks; or None."""
     if model.no_rope_pattern or not model.qk_rope_head_dim:
         return "the plugin's attention has RoPE in every layer"
     for what, size, sizes in (
@@ -124,7 +124,7 @@ def _unserved(model: ModelDescription) -> str | None:
 def _serving(model: ModelDescription, name: str, tokenizer: bool, chat: bool) -> list[str]:
     """How vLLM serves the model, or why it does not."""
     latent = model.attention == "mlra"
-    if latent and (reason := _unserved(model)):
+    if latent and (reason := unserved(model)):
         return [f"vLLM does not serve it: {reason}."]
     plugin = (
         "vLLM 0.26 serves it by the plugin of the megatron-mlra project, without"

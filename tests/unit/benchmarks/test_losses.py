@@ -69,7 +69,11 @@ def test_means_of_intervals(tmp_path):
 
 @pytest.mark.parametrize(
     ("losses", "last", "message"),
-    [([], 1, "has no line like"), ([1.0], 2, "--last 2"), ([1.0], 0, "--last: 0 is no whole")],
+    [
+        ([], 1, "has no line like"),
+        ([1.0], 2, "--last 2: a has 1 steps; use at most that"),
+        ([1.0], 0, "--last: 0 is no whole"),
+    ],
 )
 def test_refusals(tmp_path, losses, last, message):
     run = compare(f"a={log(tmp_path / 'a', losses, None)}", "--last", last)

@@ -83,6 +83,14 @@ def test_names_of_other_programs_lead_somewhere():
     ("argv", "said"),
     [
         ("plan --config debug --num-gpus 8", "unknown flag --num-gpus; did you mean --gpus?"),
+        ("plan --config debug --gpus 8 --context-parallel-size 2", "; did you mean --cp?"),
+        ("plan --config debug --gpus 8 --batch-size 2", "; did you mean --global-batch-size?"),
+        (
+            "plan --config debug --gpus 8 --output-gate",
+            "--output-gate is a flag of mlra pretrain; plan a preset of your own that has it"
+            " (base: PRESET, output_gate: ...), or give it to mlra pretrain --config PRESET",
+        ),
+        ("plan --config debug --gpus 8 --no-bf16", "--bf16 is a flag of mlra pretrain; plan a"),
         ("generate x hello", "argument hello; give a prompt as --prompt 'TEXT', in quotes"),
         ("generate x --max-tokens 9", "unknown flag --max-tokens; did you mean --max-new-tokens?"),
         ("convert exprot-hf a b", "; did you mean export-hf?"),

@@ -297,12 +297,16 @@ def test_the_end_is_the_command_and_details_are_asked_for(capsys, tmp_path):
         "  mlra launch --standalone --nproc-per-node 8 \\\n"
         "    -m megatron_mlra.training --config mlra4_2.9b \\\n"
         "    --data-path DATA --save RUN --load RUN \\\n"
-        "    --micro-batch-size 1 --seq-length 4096\n"
+        "    --micro-batch-size 1 --seq-length 4096 --max-position-embeddings 4096\n"
     )
     long = plan(capsys, "--config", "mlra4_70b", "--gpus", 1024, "--details")[1]
     for part in ("does not fit", "Decoding on", "weights", "Assumed: "):
         assert part in long
     assert "on every node:\n  mlra launch --nnodes 128 --rdzv-backend c10d" in long
+    # Data and folder that the preset names are left to it.
+    own = tmp_path / "own.yaml"
+    own.write_text("base: mlra4_2.9b\nmicro_batch_size: 2\ndata_path: data/web\nsave: runs/own\n")
+    assert plan(capsys, "--config", own, "--gpus", 8)[1].splitlines()[-1] == "    --load runs/own"
     # A preset's own layout, where another one is faster.
     other = tmp_path / "other.yaml"
     other.write_text(

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -26,12 +27,15 @@ from megatron_mlra.serving.server import last_error, running, wait_until_healthy
 from support.random_checkpoint import RandomFolder, grouped, latent
 from support.runs import wait_for_end
 
+SERVED = latent(4, 4, kv_lora_rank=256, qk_rope_head_dim=32)
+"""A model of sizes that vLLM's plugin takes."""
+
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """An exported folder."""
     folder = tmp_path_factory.mktemp("models") / "my"
-    write_huggingface(RandomFolder(latent(4, 4)), folder, tokenizer="byte", progress=False)
+    write_huggingface(RandomFolder(SERVED), folder, tokenizer="byte", progress=False)
     return folder
 
 
@@ -86,13 +90,37 @@ def test_a_variable_that_is_not_set_is_no_value(name, exported, capsys):
 @pytest.fixture
 def run(tmp_path):
     """A checkpoint that was not exported."""
-    write_megatron(RandomFolder(latent(4, 4)), tmp_path / "run", progress=False)
+    write_megatron(RandomFolder(SERVED), tmp_path / "run", progress=False)
     return tmp_path / "run"
 
 
 def served(source, *words):
     """The folder that vLLM would open."""
-    return cli.exported(cli.parser().parse_args([str(source), *words]), source)
+    args = cli.parser().parse_args([str(source), *words])
+    return cli.exported(args, source, cli.opened(args, source))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"kv_lora_rank": 128}, "takes latents of 64, 128, 256, 512 numbers, not 32"),
+        ({"qk_rope_head_dim": 16}, "takes RoPE keys of 32, 64 numbers, not 16"),
+    ],
+)
+def test_a_model_that_the_plugin_does_not_take_is_refused_first(
+    sizes, said, tmp_path, port, capsys
+):
+    """Before vLLM is looked for, which somebody would install, and before anything is exported."""
+    run, hf = tmp_path / "run", tmp_path / "hf"
+    small = RandomFolder(replace(SERVED, **sizes))
+    write_megatron(small, run, progress=False)
+    write_huggingface(small, hf, progress=False)
+    for source in (run, hf):
+        assert main([str(source), "--port", str(port), "--python", "nowhere"]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"error: vLLM does not serve {source}: the plugin {said}; use mlra ")
+        assert "--kv-lora-rank" in err and err.count("\n") == 1
+    assert not (run / "exported").exists()
 
 
 def test_a_chat_template_is_read_once(run, port, monkeypatch, capsys):
@@ -103,6 +131,8 @@ def test_a_chat_template_is_read_once(run, port, monkeypatch, capsys):
     def started(command, log):
         file = command[command.index("--chat-template") + 1]
         seen.append(Path(file).read_text())
+        log.write("ValueError: decrease --gpu-memory-utilization\n")
+        log.flush()
         yield None
 
     def ends(*_):
@@ -118,7 +148,8 @@ def test_a_chat_template_is_read_once(run, port, monkeypatch, capsys):
     code = main([*words, "--chat-template", f"/dev/fd/{read}"])
     os.close(read)
     err = capsys.readouterr().err
-    assert code == 1 and "error: vLLM ended" in err, err
+    assert code == 1 and "error: vLLM ended: ValueError: decrease --gpu-memory-utiliz" in err, err
+    assert "(flags that mlra serve has not go behind --); its log is " in err
     template = (run / "exported" / "release" / "chat_template.jinja").read_text()
     assert [template, *seen] == ["{{ messages }}"] * 2
 
@@ -138,7 +169,7 @@ def test_a_chat_template_needs_a_tokenizer(exported, tmp_path, port, monkeypatch
 
 def test_guesses_need_a_layer_that_vllm_gets(run, exported, tmp_path):
     ahead = tmp_path / "ahead"
-    write_megatron(RandomFolder(latent(4, 4, mtp_num_layers=1)), ahead, progress=False)
+    write_megatron(RandomFolder(replace(SERVED, mtp_num_layers=1)), ahead, progress=False)
     folder = served(ahead, "--speculate", "--tokenizer", "byte")
     assert served(folder, "--speculate") == folder
     args = cli.parser().parse_args([str(ahead), "--speculate"])
@@ -180,7 +211,7 @@ def test_an_export_is_served_again_if_it_is_whole_and_no_flag_is_ignored(run, ex
         served(run, "--tokenizer", "byte")
     with pytest.raises(ValueError, match=r"--vocab-size 200: .* was exported before, with 257"):
         served(run, "--vocab-size", "200")
-    other = RandomFolder(latent(4, 4))
+    other = RandomFolder(SERVED)
     other.tensor = lambda name: RandomFolder.tensor(other, name) * 2
     moved = run.parent / "moved"
     write_megatron(other, moved, progress=False)
@@ -193,7 +224,12 @@ def test_an_export_is_served_again_if_it_is_whole_and_no_flag_is_ignored(run, ex
         served(run)
     assert served(run, "--no-verify") == target
     shutil.rmtree(target)
-    write_huggingface(RandomFolder(latent(2, 2)), target, tokenizer="byte", progress=False)
+    write_huggingface(
+        RandomFolder(replace(SERVED, num_latent_heads=2, num_branches=2)),
+        target,
+        tokenizer="byte",
+        progress=False,
+    )
     with pytest.raises(ValueError, match=r"is no export of .*: it holds another model"):
         served(run)
 
