@@ -69,6 +69,7 @@ ELSEWHERE = {
     "gpu": "gpu-type device-type accelerator",
     "decode-batch": "batch-size",
     "cp": "context-parallel-size cp-size context-parallel",
+    "tp": "tensor-parallel-size tensor-model-parallel-size",
     "tp-layout": "latent-tp-layout",
     "fp8": "fp8-format",
     "contexts": "context seq-len",
@@ -182,6 +183,11 @@ def _is_word(one: str, other: str) -> bool:
     )
 
 
+def _is_tensor_parallel(name: str) -> bool:
+    flag = "tensor-model-parallel-size"
+    return _plain(name) in (flag, *ELSEWHERE[flag].split())
+
+
 def refusal(message: str, known: Iterable[str]) -> str:
     """An argparse error, with a suggestion where it names an unknown flag or choice.
 
@@ -194,6 +200,10 @@ def refusal(message: str, known: Iterable[str]) -> str:
         name = unknown[1]
         what = "flag" if name.startswith("-") else "argument"
         near = did_you_mean(name, known) if what == "flag" else ""
+        if not near and "--weight-mode" in known and _is_tensor_parallel(name):
+            near = (
+                "; it is the number of processes: torchrun --nproc-per-node N --no-python mlra ..."
+            )
         if what == "argument" and "--prompt" in known:
             near = "; give a prompt as --prompt 'TEXT', in quotes"
         return f"unknown {what} {name}{near}"

@@ -93,6 +93,7 @@ def test_names_of_other_programs_lead_somewhere():
         ("plan --config debug --gpus 8 --no-bf16", "--bf16 is a flag of mlra pretrain; plan a"),
         ("generate x hello", "argument hello; give a prompt as --prompt 'TEXT', in quotes"),
         ("generate x --max-tokens 9", "unknown flag --max-tokens; did you mean --max-new-tokens?"),
+        ("generate x --tensor-parallel-size 2", "; it is the number of processes: torchrun --npr"),
         ("convert exprot-hf a b", "; did you mean export-hf?"),
         ("convert export-hf a b --shard-gb 3", "--shard-gb; did you mean --max-shard-gb?"),
         ("plan --gpus 8 --config mlra4_2.9", "did you mean mlra4_2.9b?"),
