@@ -49,7 +49,11 @@ COMMANDS = {
     ),
     "generate": lambda run: generate([str(run), "--prompt", "a", "--max-new-tokens", "1"]),
     "serve": lambda run: (
-        serving.exported(serving.parser().parse_args([str(run), "--tokenizer", "byte"]), run)
+        serving.exported(
+            serving.parser().parse_args([str(run), "--tokenizer", "byte"]),
+            run,
+            open_checkpoint(run),
+        )
         != run / "exported" / "iter_0000004"
     ),
 }
