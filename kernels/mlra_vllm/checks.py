@@ -82,7 +82,7 @@ def _problems(vllm_config: VllmConfig):
     if model.quantization is not None:
         yield (
             f"quantization {model.quantization!r} of latent attention is not there; leave"
-            " --quantization out (--kv-cache-dtype fp8 halves the cache)"
+            " --quantization out (--kv-cache-dtype fp8 makes the cache smaller)"
         )
     if vllm_config.lora_config is not None:
         yield "LoRA adapters of latent attention are not there; leave --enable-lora out"

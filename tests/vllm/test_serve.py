@@ -141,13 +141,14 @@ def test_a_second_server_exports_nothing_and_needs_a_port_of_its_own(served):
 
 def test_what_vllm_refuses_is_one_line_and_the_export_is_used_again(served):
     command = [sys.executable, str(ROOT / "tools" / "serve.py"), str(served.run), "--port"]
-    command += [str(served.port + 1), "--python", str(PYTHON), "--tp", "3"]
+    command += [str(served.port + 1), "--python", str(PYTHON)]
+    command += ["--", "--block-size", "8"]
     done = subprocess.run(command, env=ENV | ENV_VLLM, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert "exported before; remove it to export again" in done.stdout
     loading, line = done.stderr.splitlines()
     assert loading.startswith("loading PyTorch: ")
-    assert "tensor parallel size 3 does not fit 8 heads" in line
+    assert "block size is 8; use a multiple of 16" in line
     os.remove(line.rsplit(" ", 1)[1])
 
 
