@@ -201,3 +201,12 @@ def test_another_world_size_continues_the_same_data(entry, preset, tmp_path, bef
     assert {step: sorted(numbers) for step, numbers in seen.items()} == {
         step: list(range(4 * (step - 1), 4 * step)) for step in range(1, 9)
     }
+
+
+def test_asynchronous_saves_of_a_program(preset, tmp_path):
+    """Its writer begins in a Python of its own, which has none of the rank's stand-ins for CUDA."""
+    command = [sys.executable, ROOT / "pretrain_mlra.py", "--config", preset, "--async-save"]
+    command += ["--save", tmp_path / "save", "--save-interval", 4]
+    run = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "save" / "latest_checkpointed_iteration.txt").read_text() == "8"
