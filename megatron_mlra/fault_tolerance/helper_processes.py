@@ -35,12 +35,13 @@ def tied(loop: Callable[..., None], lock: Path | None) -> Callable[..., None]:
     return functools.partial(writer_process.write_for_rank, lock)
 
 
-def unseen(start_writer: Callable[..., None], stops: Set[signal.Signals]) -> Callable[..., None]:
-    """Megatron's `init_persistent_async_worker`; its process has the signals `stops` blocked."""
+def unseen(start_writer: Callable[..., Any], stops: Set[signal.Signals]) -> Callable[..., Any]:
+    """Megatron's `_get_process`, which starts a writer; its process has the signals `stops`
+    blocked."""
 
-    def start_unseen(*args, **named) -> None:
+    def start_unseen(*args, **named) -> Any:
         with _children_without(stops):
-            start_writer(*args, **named)
+            return start_writer(*args, **named)
 
     return start_unseen
 

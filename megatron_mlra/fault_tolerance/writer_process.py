@@ -36,12 +36,8 @@ def write_for_rank(lock: Path | None, *args) -> None:
         return
     # Megatron warns about every optional package at import.
     warnings.filterwarnings("ignore")
-    import torch
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
-    if not torch.cuda.is_available():  # the rank's stand-ins are not in a process of its own
-        torch.cuda.device_count = lambda: 1
-        torch.cuda.set_device = torch.cuda.synchronize = lambda device=None: None
     PersistentAsyncCaller.async_loop(*args)
 
 

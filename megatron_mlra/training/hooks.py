@@ -244,10 +244,11 @@ BEFORE_TRAINING = (
         (lambda loop, run: helper_processes.tied(loop, run.lock.path if run.lock else None),),
     ),
     Hook(
-        "megatron.training.initialize.init_persistent_async_worker",
-        "the writer must not see the stop signals; on a CPU it must be a fork, to know these hooks",
+        f"{SAVING}.strategies.async_utils.PersistentAsyncCaller._get_process",
+        "a writer must not see the stop signals; on a CPU it must be a fork, to know these hooks;"
+        " one is started with the run, and another where a save comes behind the loop",
         (
-            lambda start, run: (lambda rank, _: start(rank, "fork")) if run.on_cpu else start,
+            lambda start, run: (lambda rank, *_: start(rank, "fork")) if run.on_cpu else start,
             lambda start, run: helper_processes.unseen(start, stopping.heeded()),
         ),
     ),
