@@ -23,6 +23,7 @@ ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "measure"))
 import measured  # noqa: E402
 import serving_tables  # noqa: E402
+from serving_tables import SERVED  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results"
 COLOURS = figures.colours(("MLRA-4", "MLA", "GQA-8"))
@@ -119,10 +120,6 @@ def _training(ax, rows: list[dict]) -> None:
     ax.set_xticks(range(3), [f"{length // K}K" for length in lengths])
     ax.set(ylim=(0, 100), xlabel="tokens per sequence")
     ax.set_title("Training\n1,000 tokens/s, higher is better", loc="left", fontsize=11)
-
-
-SERVED = {"mlra4": "MLRA-4", "mla": "MLA", "gla2": "GLA-2", "gqa6": "GQA-6"}
-"""Models of the serving benchmark -> names of the figures."""
 
 
 GPUS = {1: "one GPU", 2: "two GPUs", 4: "four GPUs", 8: "eight GPUs"}

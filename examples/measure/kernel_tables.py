@@ -12,13 +12,18 @@ PEERS_GPU = "H100"
 """On which FlashAttention 3 was measured; the tables beside it are of this GPU."""
 
 
+def provider(record: dict[str, Any]) -> str:
+    """Whose time a record is, as a column is called."""
+    return "this project" if record["provider"] == OURS else record["provider"]
+
+
 def kernel_times(model: str, gpu: str = "") -> dict[str, dict[str, Any]]:
     """Batch and length -> record of the decoding kernel on a model's shape."""
     records = newest("latent_decode", gpu).told["records"]
     return {
         r["shape"].removeprefix(f"{model} "): r
         for r in records
-        if r["model"] == model and r["provider"] == "mlra_kernels"
+        if r["model"] == model and r["provider"] == OURS
     }
 
 
@@ -87,7 +92,7 @@ def latent_decode_other() -> Table:
     times = {r["shape"]: r["us"] for r in source.told["records"]}
     lines = [["shape", "us", "share of roof", "times the plain shape"]]
     for r in source.told["records"]:
-        if r["model"] not in ("MLRA-4/TP4", "MLA", "GLA-2/TP2") and r["provider"] == "mlra_kernels":
+        if r["model"] not in ("MLRA-4/TP4", "MLA", "GLA-2/TP2") and r["provider"] == OURS:
             base = plain(r["shape"])
             ratio = f"{r['us'] / times[base]:.2f}" if base in times and base != r["shape"] else ""
             lines.append([r["shape"], f"{r['us']:.1f}", f"{100 * r['share']:.0f} %", ratio])
@@ -99,7 +104,7 @@ def latent_attention() -> Table:
     source = newest("latent_attention")
     lines = [["workload", "forward, ms", "TFLOP/s", "backward, all passes, ms", "TFLOP/s"]]
     for r in source.told["records"]:
-        if r.get("provider", "mlra_kernels") == "mlra_kernels":
+        if r.get("provider", OURS) == OURS:
             times = (r[f"{way}_{unit}"] for way in ("forward", "backward") for unit in UNITS)
             lines.append([r["workload"], *(f"{x:.2f}" if x % 1 else f"{x:.0f}" for x in times)])
     return Table([source], lines)
@@ -109,7 +114,7 @@ def latent_attention() -> Table:
 def latent_attention_peers() -> Table:
     source = newest("latent_attention")
     cells = {
-        (r["workload"], "this project" if r["provider"] == OURS else r["provider"]): (
+        (r["workload"], provider(r)): (
             f"{r['forward_ms']:.2f} / {r['backward_ms']:.2f}"
             f" ({r['forward_tflop_s']} / {r['backward_tflop_s']})"
         )
@@ -121,10 +126,7 @@ def latent_attention_peers() -> Table:
 @table
 def latent_decode_peers() -> Table:
     source = newest("peers")
-    cells = {
-        (r["shape"], "this project" if r["provider"] == OURS else r["provider"]): f"{r['us']:.1f}"
-        for r in source.told["records"]
-    }
+    cells = {(r["shape"], provider(r)): f"{r['us']:.1f}" for r in source.told["records"]}
     return Table([source], grid("us", cells))
 
 
@@ -135,10 +137,10 @@ def grouped_decode() -> Table:
     for result in results("grouped_decode"):
         found |= {r["provider"]: result for r in result.told["records"]}
     cells = {
-        (r["shape"], "this project" if r["provider"] == OURS else r["provider"]): f"{r['us']:.1f}"
-        for provider, result in found.items()
+        (r["shape"], provider(r)): f"{r['us']:.1f}"
+        for name, result in found.items()
         for r in result.told["records"]
-        if r["provider"] == provider
+        if r["provider"] == name
     }
     return Table([*{each.path: each for each in found.values()}.values()], grid("us", cells))
 
