@@ -208,6 +208,6 @@ def test_an_asynchronous_save_behind_the_loop(preset, tmp_path):
     multiple of --save-interval."""
     command = [sys.executable, ROOT / "pretrain_mlra.py", "--config", preset, "--async-save"]
     command += ["--save", tmp_path / "save", "--save-interval", 3]
-    run = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=60)
+    run = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "save" / "latest_checkpointed_iteration.txt").read_text() == "8"
