@@ -12,6 +12,7 @@
 #                   or 1 process on a CPU)
 #   RDZV_ENDPOINT   host:port of the first node, where all meet
 #   RDZV_ID         one name for all nodes of a job (the name of SAVE)
+#   NODE_RANK       this node's number, by which ranks are ordered (SLURM's, else by addresses)
 #   LOCAL_ADDR      this node's address for the others, where its own name does not say
 #   MAX_RESTARTS    restarts of a node's processes before the node gives up (3)
 #   JOIN_TIMEOUT    seconds within which all nodes must join (900)
@@ -55,6 +56,8 @@ number GPUS_PER_NODE "$gpus" "give the number of processes on this node"
 [ "$gpus" -ge 1 ] || gpus=1
 number MAX_RESTARTS "${MAX_RESTARTS:-3}" "give a number of restarts"
 number JOIN_TIMEOUT "${JOIN_TIMEOUT:-900}" "give seconds"
+node=${NODE_RANK:-${SLURM_NODEID:-0}}
+number NODE_RANK "$node" "give this node's number, from 0"
 number STOPPED_CODE "${STOPPED_CODE:-0}" "give an exit code"
 
 # A rank that hangs is named after --hang-timeout-seconds. Should that fail, a collective ends the job
@@ -75,7 +78,7 @@ if [ "$nodes" -eq 1 ]; then
   where=(--standalone --nproc-per-node "$gpus")
 else
   [ -n "${RDZV_ENDPOINT:-}" ] || fail "NODES is $nodes; set RDZV_ENDPOINT to host:port of the first"
-  where=(--nnodes "$nodes" --nproc-per-node "$gpus" --rdzv-backend c10d
+  where=(--nnodes "$nodes" --node-rank "$node" --nproc-per-node "$gpus" --rdzv-backend c10d
     --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "${RDZV_ID:-$(basename "$save")}"
     --rdzv-conf "join_timeout=${JOIN_TIMEOUT:-900}" ${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"})
 fi

@@ -2,9 +2,9 @@
 
     mlra launch [flags of torchrun] -m megatron_mlra.training [flags of the entry]
 
-torchrun's agent starts and restarts the ranks. This package adds three things: a stop signal leads
+torchrun's agent starts and restarts the ranks. This package adds four things: a stop signal leads
 to a save in every phase; a refused command line (exit code 2) is not restarted; all hosts learn
-why one of them stops or fails.
+why one of them stops or fails; ranks follow the scheduler's numbers of the hosts.
 
 Start with cli.py; examples/launch.sh is the script that calls it.
 

@@ -197,8 +197,9 @@ def _run(args: Namespace, control: Control, hosts: Hosts | None) -> tuple[int, s
     from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousTimeoutError
     from torch.distributed.launcher import api
 
-    from megatron_mlra.launch import agent
+    from megatron_mlra.launch import agent, order
 
+    order.sort_hosts(args.node_rank)
     os.environ[SPEAKER] = "1"
     api.LocalElasticAgent = functools.partial(agent.Agent, control=control)
     try:
