@@ -36,6 +36,6 @@ echo "3/3 compiling Python files of Megatron and torch"
 # as containers often do, every command would compile all of torch that it imports.
 "$venv/bin/python" -W ignore -m compileall -q -j 0 "$venv"/lib/python*/site-packages/{megatron,torch,transformers} || true
 if command -v nvidia-smi >/dev/null && ! "$venv/bin/python" -c 'import transformer_engine' 2>/dev/null; then
-  echo "note: there is a GPU but no Transformer Engine; '$venv/bin/pip install -c constraints.txt -e ./kernels -e .[te]' adds it (compiles for some minutes)"
+  echo "note: there is a GPU but no Transformer Engine; $venv/bin/pip install -c constraints.txt -e ./kernels -e '.[te]' adds it (compiles for some minutes)"
 fi
 touch "$venv/.installed"

@@ -3,7 +3,7 @@
 results.png of README.md, serving.png of docs/serving.md and the PNG beside each result file in
 docs/results and kernels/mlra_kernels/results; architecture.svg from the "May import" lines of the
 packages' docstrings. Those of the evidence are drawn by examples/reproduce/report.py. Needs
-matplotlib (pip install -e .[dev]).
+matplotlib (pip install -e ".[dev]").
 """
 
 import ast

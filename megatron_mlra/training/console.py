@@ -93,7 +93,7 @@ def accelerated_parts(args: Namespace) -> str:
     elif installed:
         te = "installed, not chosen (--transformer-impl local)"
     else:
-        te = "no: no FP8, no fused norms, attention by torch (pip install megatron-mlra[te])"
+        te = "no: no FP8, no fused norms, attention by torch (pip install 'megatron-mlra[te]')"
     fused = "yes" if args.gradient_accumulation_fusion else "no: in a pass of their own"
     triton = "yes" if importlib.util.find_spec("triton") else "no: decoding runs on torch"
     return "\n".join(
