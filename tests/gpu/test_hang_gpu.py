@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from support import ROOT
-from support.runs import GET_BATCH
+from support.runs import CAPTURED, GET_BATCH, run_to_end
 
 pytestmark = pytest.mark.gpu
 
@@ -60,13 +60,7 @@ def two_ranks(folder: Path) -> subprocess.CompletedProcess:
     command += ["--lr-warmup-iters", "2", "--log-interval", "1"]
     command += ["--save", folder / "save", "--hang-timeout-seconds", "20"]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [*map(str, command)],
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    return run_to_end(command, 400, env=os.environ | {"PYTHONPATH": path}, **CAPTURED)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -90,7 +84,7 @@ def test_a_run_whose_collectives_are_in_graphs_ends():
     command += ["--sequence-parallel", "--cuda-graph-impl", "local", "--te-rng-tracker"]
     command += ["--micro-batch-size", "4", "--train-iters", "8", "--eval-iters", "0"]
     command += ["--lr-warmup-iters", "2", "--log-interval", "1"]
-    run = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
+    run = run_to_end(command, 120, **CAPTURED)
     assert run.returncode == 0, run.stderr
     assert "step 8/8" in run.stdout, run.stdout
 
@@ -124,6 +118,6 @@ def test_a_world_whose_collectives_are_in_graphs_ends_with_its_error(tmp_path):
     command += ["--nproc-per-node", "2", tmp_path / "fails.py"]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"PYTHONPATH": path}
-    run = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True, timeout=120)
+    run = run_to_end(command, 120, env=env, **CAPTURED)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("a step failed") == 2, run.stdout

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from support import ENV
+from support.runs import run_to_end
 
 RANKS = int(os.environ.get("ONE_SHOT_RANKS", "2"))
 pytestmark = [
@@ -59,21 +60,12 @@ def check(found, expected, exact):
 
 
 def together(work: str, timeout: float = 150.0) -> tuple[int, str]:
-    """Run `work` behind START on every rank; returns the exit code and what was printed. Ranks that
-    hang are ended."""
+    """Run `work` behind START on every rank; returns the exit code and what was printed."""
     file = ["-m", "torch.distributed.run", "--nproc-per-node", str(RANKS), "--standalone"]
     program = ["--no-python", sys.executable, "-c", START + textwrap.dedent(work)]
-    started = subprocess.Popen(
-        [sys.executable, *file, *program], env=ENV, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    try:
-        printed, _ = started.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        started.terminate()  # torchrun ends its ranks.
-        printed, _ = started.communicate(timeout=60)
-        printed += f"\nnot done in {timeout:.0f} s"
-    return started.returncode, printed
+    out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    run = run_to_end([sys.executable, *file, *program], timeout, env=ENV, **out)
+    return run.returncode, run.stdout
 
 
 def succeed(work: str) -> None:

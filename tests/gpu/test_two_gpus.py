@@ -8,7 +8,6 @@ All cases run in one launch of support/drivers/two_gpus.py, which also runs with
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch
 
 from support import ENV, ROOT
 from support.drivers.two_gpus import STEPS, Case, cases, verdict
+from support.runs import run_to_end
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,7 +34,7 @@ def results(tmp_path_factory) -> Path:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", "--max-restarts", "3", "-m", "support.drivers.two_gpus"]
     command += [folder / "results", folder / "scratch"]
-    run = subprocess.run([*map(str, command)], env=ENV, cwd=ROOT, timeout=560)
+    run = run_to_end(command, 560, env=ENV, cwd=ROOT)
     assert run.returncode == 0
     return folder / "results"
 

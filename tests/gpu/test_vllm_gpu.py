@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from support import ENV
+from support.runs import run_to_end
 from support.vllm_cases import AHEAD, LENGTHS, Reference, drafter, export, prompts
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
@@ -132,7 +133,7 @@ def engines(folder):
             "HF_HUB_OFFLINE": "1",
         }
         command = [sys.executable, "-m", "support.drivers.vllm_engine", str(where)]
-        done = subprocess.run(command, env=env, timeout=540, stderr=subprocess.STDOUT)
+        done = run_to_end(command, 540, env=env, stderr=subprocess.STDOUT)
         assert done.returncode == 0
         return json.loads((where / "results.json").read_text())
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 from support import ROOT, warm
 
@@ -158,3 +162,30 @@ def runs_still(pid: str | int) -> bool:
         return "(zombie)" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
+
+
+def run_to_end(command: list[object], seconds: float, **named: Any) -> subprocess.CompletedProcess:
+    """Run a program, and end it with its descendants if it takes longer: ranks that hang would keep
+    their GPUs busy.
+
+    Args:
+        seconds: most seconds.
+        named: of `subprocess.Popen`.
+
+    Raises:
+        AssertionError: it took longer; with what it printed, if that is captured.
+    """
+    run = subprocess.Popen([*map(str, command)], text=True, **named)
+    try:
+        said = run.communicate(timeout=seconds)
+    except BaseException as error:
+        for process in (*psutil.Process(run.pid).children(recursive=True), run):
+            process.kill()
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
+        raise AssertionError(f"not done in {seconds:.0f} s: {run.communicate()}") from None
+    return subprocess.CompletedProcess(command, run.returncode, *said)
+
+
+CAPTURED: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+"""Arguments of `run_to_end` with which the result has what was printed."""
