@@ -71,10 +71,10 @@ def mark(phase: str) -> None:
 
 
 @contextmanager
-def unbounded(phase: str) -> Iterator[None]:
-    """Inside the block the rank is in a phase that may take any time, unless other ranks wait."""
+def saving() -> Iterator[None]:
+    """Inside the block the rank saves, which may take any time, unless other ranks wait."""
     _, before, bounded, _ = _progress.now
-    _progress.mark(phase, bounded=False)
+    _progress.mark("saving", bounded=False)
     yield
     _progress.mark(before, bounded=bounded)
 

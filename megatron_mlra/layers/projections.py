@@ -67,8 +67,9 @@ class ShardedRMSNorm(MegatronModule):
     """RMSNorm of `num_norms` equal parts of a vector whose columns are split over ranks.
 
     Rank r holds columns `[r w, (r + 1) w)`, w = size / tp, and their weights. Where w is a whole
-    number of parts, nothing is communicated. Else `forward` all-reduces a sum of squares per token
-    and part; where the columns are gathered anyway, with their weights, `whole` needs nothing.
+    number of parts, nothing is communicated. Else `forward` all-reduces a sum of squares per token,
+    for one part alone; where the columns are gathered anyway, with their weights, `whole` needs
+    nothing.
 
     Args:
         size: columns over all ranks (d_q, or d_c).
@@ -95,14 +96,10 @@ class ShardedRMSNorm(MegatronModule):
         """`[..., w]` -> `[..., w]`, the same dtype; statistics in float32."""
         if self.is_local:
             return self.whole(x, self.weight)
+        assert self.num_norms == 1
         wide = x.float()
-        total = wide.square().sum(-1, keepdim=True)
-        mine = self.tp_group.rank() * self.width // self.part
-        if self.num_norms > 1:
-            total = torch.nn.functional.pad(total, (mine, self.num_norms - 1 - mine))
-        total = all_reduce_sum(total, self.tp_group)
-        mean_square = total[..., mine : mine + 1] / self.part
-        out = wide * torch.rsqrt(mean_square + self.eps)
+        total = all_reduce_sum(wide.square().sum(-1, keepdim=True), self.tp_group)
+        out = wide * torch.rsqrt(total / self.part + self.eps)
         return (out * (self.weight.float() * self.scale)).to(x.dtype)
 
     def whole(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -14,8 +14,6 @@ from megatron_mlra.data.metadata import read_metadata
 from megatron_mlra.data.prefixes import without_weights
 from megatron_mlra.training import data_sources, schedule
 
-_DATA = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
-
 
 def complete(args: Namespace, argv: list[str]) -> None:
     """Set the arguments that follow from the data and from each other, unless `argv` sets them.
@@ -34,7 +32,9 @@ def _take_vocabulary(args: Namespace, given: set[str]) -> None:
     if args.tokenizer_type != "NullTokenizer" or args.mock_data:
         return
     known = []
-    for prefix in without_weights(p for name in _DATA for p in getattr(args, name) or ()):
+    for prefix in without_weights(
+        p for name in data_sources.PREFIXES for p in getattr(args, name) or ()
+    ):
         try:
             known.append(read_metadata(prefix) or {})
         except InputError:  # the check of the data reports the error

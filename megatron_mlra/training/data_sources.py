@@ -6,10 +6,12 @@ from argparse import Namespace
 
 from megatron_mlra.command_line.parser import flag
 
+PREFIXES = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+"""Arguments of prefixes of data."""
 SOURCES = (
     ("mock_data",),
-    ("data_path",),
-    ("train_data_path", "valid_data_path", "test_data_path"),
+    PREFIXES[:1],
+    PREFIXES[1:],
     ("data_args_path",),
     ("per_split_data_args_path",),
 )

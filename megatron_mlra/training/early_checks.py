@@ -21,11 +21,10 @@ from megatron_mlra.fault_tolerance import saved_steps
 from megatron_mlra.training import all_flags, data_sources, flags
 from megatron_mlra.training.value_checks import check_lengths, check_required, check_values
 
-_DATA = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 _DATA_FILES = ("data_args_path", "per_split_data_args_path")
 _PATHS = ("save", "load", *_DATA_FILES)
 _SWITCHES = ("mock_data", "skip_train", "exit_on_missing_checkpoint")
-_READ = (*_DATA, *_PATHS, *_SWITCHES, "ckpt_step", "dry_run", "held_out")
+_READ = (*data_sources.PREFIXES, *_PATHS, *_SWITCHES, "ckpt_step", "dry_run", "held_out")
 _UNDERSCORED = ("--override-opt_param-scheduler", "--use-checkpoint-opt_param-scheduler")
 """Flags of Megatron that are spelt with an underscore. The keys of presets do not show it."""
 
@@ -64,7 +63,7 @@ def check(argv: list[str]) -> Namespace:
     with named(f"--load {given.load}"):
         saved_steps.to_load(given)
     if not (given.mock_data or given.skip_train):
-        words = [word for name in _DATA for word in getattr(given, name) or ()]
+        words = [word for name in data_sources.PREFIXES for word in getattr(given, name) or ()]
         if not (words or any(getattr(given, name) for name in _DATA_FILES)):
             _refuse(NO_DATA)
         for prefix in without_weights(words):

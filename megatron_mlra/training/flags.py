@@ -20,10 +20,9 @@ from megatron_mlra.description.backends import (
     TP_LAYOUTS,
     current_name,
 )
+from megatron_mlra.description.model import ATTENTIONS
 from megatron_mlra.description.presets import preset_list
 from megatron_mlra.planner.gpus import GPUS
-
-ATTENTION_KINDS = ("mlra", "gqa", "gta", "mfa", "tpa")
 
 LIST = "list"
 """The value of `--config` that prints the presets."""
@@ -69,7 +68,7 @@ def _add_attention(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
         "--attention",
-        choices=ATTENTION_KINDS,
+        choices=ATTENTIONS,
         default="mlra",
         help="mlra: MLA, GLA-n, MLRA-n by --num-latent-heads and --num-branches; gqa: Megatron's"
         " own (MHA, GQA, MQA); gta, mfa, tpa: the paper's other baselines (default: mlra)",

@@ -373,7 +373,7 @@ BEFORE_TRAINING = (
         "a line per save, old saves pruned, a failed save named; it may take any time",
         (
             lambda save, run: run.progress.wrap_save(save),
-            lambda save, run: heartbeat.unbounded("saving")(save) if run.watch else save,
+            lambda save, run: heartbeat.saving()(save) if run.watch else save,
         ),
     ),
     Hook(
@@ -381,7 +381,7 @@ BEFORE_TRAINING = (
         "an asynchronous save that failed is named by its step; it may take any time",
         (
             lambda end, run: run.progress.wrap_finalize(end),
-            lambda end, run: heartbeat.unbounded("saving")(end) if run.watch else end,
+            lambda end, run: heartbeat.saving()(end) if run.watch else end,
         ),
     ),
 )

@@ -110,7 +110,7 @@ def test_ranks_that_were_told_the_same_go_on(ends):
     assert second[1] == second[2] == "" and first[1].startswith("def ")
 
 
-def test_files_of_other_content_have_another_fingerprint(folder, tmp_path):
+def test_files_of_other_content_have_another_fingerprint(tmp_path):
     def found() -> dict:
         return world.of_inputs(str(tmp_path / "one"), str(tmp_path / "t.tiktoken"))
 

@@ -152,9 +152,9 @@ def start_one(
         return subprocess.Popen(command, env=env, stdout=file, stderr=file)
 
 
-def wait_until_met(port: int, seconds: float = 300) -> None:
+def wait_until_met(port: int) -> None:
     """Wait until the first host's store is there."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + 300
     while True:
         with socket.socket() as probe:
             if probe.connect_ex(("localhost", port)) == 0:

@@ -115,7 +115,6 @@ def mlra_oracle(
     query_positions: list[float] | None = None,
     key_positions: list[float] | None = None,
     allowed: Tensor | None = None,
-    dtype: torch.dtype = torch.float64,
     logits: dict[tuple[int, int], list[float]] | None = None,
 ) -> Tensor:
     """The layer's output [s, d] for one sequence x [s, d].
@@ -125,8 +124,8 @@ def mlra_oracle(
     ``logits`` receives all scores: (branch, head) -> list.
     """
     c = config
-    x = x.to(dtype)
-    w = {name: weight.to(dtype) for name, weight in weights.items()}
+    x = x.double()
+    w = {name: weight.double() for name, weight in weights.items()}
     tokens = x.shape[0]
     query_positions = list(range(tokens)) if query_positions is None else query_positions
     key_positions = list(range(tokens)) if key_positions is None else key_positions
@@ -159,7 +158,7 @@ def mlra_oracle(
     for head in range(c.heads):
         group = head // c.heads_per_latent
         place = head % c.heads_per_latent  # of this head among the heads of its latents
-        total = torch.zeros(tokens, c.value, dtype=dtype)
+        total = torch.zeros(tokens, c.value, dtype=x.dtype)
         for branch in range(c.branches):
             latent = branch * c.groups + group
             width = c.qk_nope + c.value

@@ -28,12 +28,12 @@ PROSE = "It is a truth of the {} that a thing in the hand of the {} is worth two
 SETS = ("books", "docs", "dictionary")
 
 
-def prose(seed: int, count: int = 40) -> list[str]:
-    """Paragraphs of English-like text that no other seed shares."""
+def prose(seed: int) -> list[str]:
+    """40 paragraphs of English-like text that no other seed shares."""
     draw = np.random.default_rng(seed)
     return [
         " ".join(PROSE.format(*(f"w{n}" for n in draw.integers(1e9, size=3))) for _ in range(3))
-        for _ in range(count)
+        for _ in range(40)
     ]
 
 

@@ -47,7 +47,7 @@ ROLES = {
 """Whole names of the project's kernels -> what they do. Products name their shapes too."""
 
 
-def profile_step(step: Callable[[], object], steps: int = STEPS) -> dict[str, Any]:
+def profile_step(step: Callable[[], object]) -> dict[str, Any]:
     """The kernels of a step on this rank's GPU, as `summary` tells them.
 
     Args:
@@ -58,12 +58,12 @@ def profile_step(step: Callable[[], object], steps: int = STEPS) -> dict[str, An
     cuda = torch.profiler.ProfilerActivity.CUDA
     with torch.profiler.profile(activities=[cuda]) as profiler:
         # One more: a trace's first launches may be lost, since it matches two clocks at its start.
-        for _ in range(1 + steps):
+        for _ in range(1 + STEPS):
             torch.cuda._sleep(MARK_CYCLES)
             step()
         torch.cuda._sleep(MARK_CYCLES)
         torch.cuda.synchronize()
-    return summary(list(replays(gpu_launches(profiler)))[-steps:])
+    return summary(list(replays(gpu_launches(profiler)))[-STEPS:])
 
 
 def replays(launches: Iterable[Launch]) -> Iterator[list[Launch]]:

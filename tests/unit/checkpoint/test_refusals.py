@@ -185,7 +185,7 @@ def test_metadata_that_leads_elsewhere(megatron, convert, tmp_path):
     assert f"{key} has blocks for 0 of 64 numbers" in refused(gone)
 
 
-def test_pickled_code_is_not_run(research, megatron, convert, tmp_path):
+def test_pickled_code_is_not_run(megatron, convert, tmp_path):
     mark = tmp_path / "mark"
     source = save_research(tmp_path / "source", SIZES, {"x": Code(mark)})
     code, error = convert("import-official", source, tmp_path / "out")
@@ -201,7 +201,7 @@ def test_pickled_code_is_not_run(research, megatron, convert, tmp_path):
     assert mark.exists()
 
 
-def test_a_checkpoint_of_another_attention(research, megatron, convert, tmp_path):
+def test_a_checkpoint_of_another_attention(megatron):
     from megatron_mlra.checkpoint.formats import open_checkpoint
     from megatron_mlra.description.megatron_args import check_convertible
 

@@ -75,7 +75,7 @@ def test_cells_beyond_the_bound(capsys):
     assert main([*argv[:-1], "4", "--overwrite"]) == 0
 
 
-def test_a_parquet_file_that_grows(capsys):
+def test_a_parquet_file_that_grows():
     """One cell of 30 MB that stands in 3,000 rows, and a row group of one cell: some KB each."""
     many = pa.DictionaryArray.from_arrays(pa.array([0] * 3000, pa.int32()), ["x" * 30_000_000])
     pq.write_table(

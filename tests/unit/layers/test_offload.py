@@ -106,7 +106,7 @@ def offloading(modules: list[str]) -> dict:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("modules", [ALL, ALL[:1], ALL[1:2], ALL[1:]], ids="+".join)
-def test_offloading_changes_no_bit(modules, form, groups, host, capsys):
+def test_offloading_changes_no_bit(modules, form, groups, host):
     expected = reference(GATED, TOKENS, BATCH)
     plain = Stack(groups, expected.parameters, core_form=form)
     wanted = plain.step(expected.x, expected.upstream)
@@ -135,7 +135,7 @@ def test_offloading_changes_no_bit(modules, form, groups, host, capsys):
     assert set(summary) == set(modules)
 
 
-def test_shared_memory_is_copied_once_and_weights_stay(groups, host, capsys):
+def test_shared_memory_is_copied_once_and_weights_stay(groups, host):
     expected = reference(GATED, TOKENS, BATCH)
     stack = Stack(groups, expected.parameters, core_form="absorbed", **offloading(ALL[1:2]))
     stack.step(expected.x, expected.upstream)

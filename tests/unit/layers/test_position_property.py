@@ -9,12 +9,12 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron_mlra.layers.config import MLRAConfig
 from megatron_mlra.layers.specs import mlra_attention_spec
 from megatron_mlra.maths.attention import mlra_attention
+from support.modules import FORMS
 from support.oracle import OracleConfig, config_values, mlra_oracle, oracle_weights, reference
 from support.oracle import relative_error as error
 
 TOKENS, BATCH = 11, 2
 SHIFTS = (1, 137, 10000)
-FORMS = ("absorbed", "materialized")
 SIZES = {"hidden": 22, "qk_nope": 6, "qk_rope": 8, "value": 5, "q_rank": 9, "kv_rank": 28}
 CASES = {
     "MLA": OracleConfig(heads=3, latents=1, branches=1, **SIZES),

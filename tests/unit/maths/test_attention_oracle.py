@@ -7,21 +7,11 @@ import torch
 
 from megatron_mlra.layers.config import MLRAConfig
 from megatron_mlra.maths.attention import mlra_attention
+from support.modules import MLRA2, VARIANTS
 from support.oracle import OracleConfig, config_values, reference, relative_error
 
 TOLERANCE = 1e-10
 TOKENS, BATCH = 7, 2
-
-SIZES = {"hidden": 22, "qk_nope": 6, "qk_rope": 4, "value": 5, "q_rank": 9}
-VARIANTS = {
-    "MLA": OracleConfig(heads=3, kv_rank=14, latents=1, branches=1, **SIZES),
-    "GLA-2": OracleConfig(heads=6, kv_rank=14, latents=2, branches=1, **SIZES),
-    "GLA-4": OracleConfig(heads=8, kv_rank=28, latents=4, branches=1, **SIZES),
-    "MLRA-2": OracleConfig(heads=6, kv_rank=28, latents=4, branches=2, **SIZES),
-    "MLRA-4": OracleConfig(heads=3, kv_rank=28, latents=4, branches=4, **SIZES),
-    "MLRA-8": OracleConfig(heads=3, kv_rank=24, latents=8, branches=8, **SIZES),
-}
-MLRA2 = VARIANTS["MLRA-2"]
 
 
 def check(case: OracleConfig, absorbed: bool, tokens: int = TOKENS, batch: int = BATCH) -> None:

@@ -108,7 +108,7 @@ def test_the_command_writes_the_preset_and_prints_both(tmp_path):
     assert again.returncode == 2 and "--overwrite" in again.stderr
 
 
-def test_bad_input_is_one_line(tmp_path):
+def test_bad_input_is_one_line():
     tiny = ROOT / "examples/reproduce/rehearsal/presets/tiny_mla.yaml"
     for argv, said in (
         ((CONFIGS / "mha_2.9b.yaml", "--attention", "gla3"), "--attention is 'gla3'; use one of"),
