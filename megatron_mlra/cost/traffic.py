@@ -54,8 +54,7 @@ def tp_communication(
       reduce-scatter. In the latent layout with tp <= L latents stay where they are made: d_q + d_r.
       GTA gathers the tensors that all heads share (d_r), and so do MFA (d_q + 2 c) and TPA
       (c (R_q + 2 R_kv)). GQA with g < tp gathers all its projections;
-    - norms: of MFA's query latent, one sum of squares; an all-reduce forward and backward. The
-      latent family's norms of columns that are split over ranks come behind the gather, with which
+    - norms of columns that are split over ranks: none. They come behind the gather, with which
       their weights go as one more token;
     - latent layout: queries h (d_h + d_r) go to the latents, and branch outputs h d_v back to the
       heads. At tp > N a rank works on N h / tp heads, and the exchange is an all-to-all. At N = 1
@@ -102,8 +101,6 @@ def tp_communication(
                 both("queries", "all_to_all", "all_to_all", N * h / tp * q_dim)
                 both("branch outputs", "all_to_all", "all_to_all", N * h / tp * v_dim)
     elif shared := _shared_numbers(shape, tp):
-        if shape.attention == "mfa":
-            both("norms", "all_reduce", "all_reduce", 1)
         both("shared by heads", "all_gather", "reduce_scatter", shared)
     if sequence_parallel:
         both("exit", "reduce_scatter", "all_gather", d)

@@ -37,9 +37,7 @@ def resolve_core_backend(core_backend: str, transformer_impl: str) -> str:
     return "te" if transformer_impl == "transformer_engine" else "torch"
 
 
-def resolve_latent_kernels(
-    latent_kernels: str, transformer_impl: str, rope_dim: int | None = None
-) -> str:
+def resolve_latent_kernels(latent_kernels: str, transformer_impl: str, rope_dim: int | None) -> str:
     """'torch' or 'mlra_kernels'; 'auto' means mlra_kernels with Transformer Engine layers, but
     torch without RoPE dims (`rope_dim` 0), for which the kernels have no tile."""
     if latent_kernels != "auto":

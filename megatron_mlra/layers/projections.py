@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_mlra.layers.config import MLRAConfig, resolve_latent_kernels
 from megatron_mlra.maths import attention
 from megatron_mlra.sharding.placement import local_shape, placements, training_share
-from megatron_mlra.sharding.tensor_parallel import LatentShard, all_reduce_sum
+from megatron_mlra.sharding.tensor_parallel import LatentShard
 
 
 def latent_functions(config: MLRAConfig) -> ModuleType:
@@ -67,9 +67,8 @@ class ShardedRMSNorm(MegatronModule):
     """RMSNorm of `num_norms` equal parts of a vector whose columns are split over ranks.
 
     Rank r holds columns `[r w, (r + 1) w)`, w = size / tp, and their weights. Where w is a whole
-    number of parts, nothing is communicated. Else `forward` all-reduces a sum of squares per token,
-    for one part alone; where the columns are gathered anyway, with their weights, `whole` needs
-    nothing.
+    number of parts (`is_local`), `forward` norms them. Else the columns are gathered with their
+    weights, and `whole` norms them.
 
     Args:
         size: columns over all ranks (d_q, or d_c).
@@ -93,17 +92,11 @@ class ShardedRMSNorm(MegatronModule):
         set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., w]` -> `[..., w]`, the same dtype; statistics in float32."""
-        if self.is_local:
-            return self.whole(x, self.weight)
-        assert self.num_norms == 1
-        wide = x.float()
-        total = all_reduce_sum(wide.square().sum(-1, keepdim=True), self.tp_group)
-        out = wide * torch.rsqrt(total / self.part + self.eps)
-        return (out * (self.weight.float() * self.scale)).to(x.dtype)
+        """`[..., w]` of whole parts -> `[..., w]`, the same dtype; statistics in float32."""
+        return self.whole(x, self.weight)
 
     def whole(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The same of whole parts `[..., columns]`, with the weights `[columns]` of all of them."""
+        """The same of columns that were gathered, `[..., size]`, with their weights `[size]`."""
         parts, weight = x.unflatten(-1, (-1, self.part)), weight.view(-1, self.part)
         return self.latent_functions.rms_norm(parts, weight, self.eps, self.scale).reshape(x.shape)
 

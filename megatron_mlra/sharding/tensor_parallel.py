@@ -25,28 +25,6 @@ from megatron_mlra.description.latent import LatentSizes
 from megatron_mlra.sharding.partition import LatentShard
 
 
-class _AllReduceSum(torch.autograd.Function):
-    """Sum over ranks. Each rank uses the sum for itself, so that the gradient is a sum too."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        x = x.clone()
-        dist.all_reduce(x, group=group)
-        return x
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.clone()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
-
-
-def all_reduce_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """x summed over `group`; in backward the gradient is summed too."""
-    return x if group.size() == 1 else _AllReduceSum.apply(x, group)
-
-
 class _GatherColumns(torch.autograd.Function):
     """Tensors `[..., w_i]` and vectors `[w_i]`, cut over ranks by columns, made whole by one
     all-gather; in backward one reduce-scatter.
@@ -99,6 +77,27 @@ class _GatherColumns(torch.autograd.Function):
         return None, None, *tensors, *vectors
 
 
+def gather_columns(
+    group: dist.ProcessGroup, parts: dict[str, Tensor], weights: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """One all-gather of tensors that are cut by columns, and of weights that go with the columns.
+
+    Args:
+        parts: name -> `[..., w / tp]`, alike in all axes but the last.
+        weights: name of a part -> a weight for each of its columns, `[w / tp]`.
+
+    Returns:
+        Both, whole: `[..., w]` and `[w]`.
+    """
+    if group.size() == 1:
+        return parts, weights
+    whole = _GatherColumns.apply(
+        group, len(parts), *parts.values(), *(weights.get(name) for name in parts)
+    )
+    tensors, vectors = whole[: len(parts)], zip(parts, whole[len(parts) :], strict=True)
+    return dict(zip(parts, tensors, strict=True)), {n: v for n, v in vectors if v is not None}
+
+
 class LatentParallel:
     """The attention's tensor-parallel collectives for one LatentShard."""
 
@@ -130,25 +129,16 @@ class LatentParallel:
     def gather_compressed(
         self, parts: dict[str, Tensor], weights: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """One all-gather of all compressed tensors, and of weights that go with their columns.
+        """`gather_columns` of all compressed tensors.
 
         Args:
             parts: `c_q` `[s, b, d_q / tp]` if there is one; `c` `[s, b, d_c / tp]`, not gathered if
                 the rank owns its latents; `k_rope` `[s, b, d_r / tp]`.
             weights: name of a gathered part -> a weight for each of its columns.
-
-        Returns:
-            Both, whole: `[s, b, d_q]` and so on.
         """
-        if self.shard.tp_size == 1:
-            return parts, weights
         sent = {n: x for n, x in parts.items() if n != "c" or not self.shard.owns_latents}
-        whole = _GatherColumns.apply(
-            self.group, len(sent), *sent.values(), *(weights.get(name) for name in sent)
-        )
-        tensors = dict(zip(sent, whole, strict=False))
-        vectors = zip(sent, whole[len(sent) :], strict=True)
-        return parts | tensors, {name: vector for name, vector in vectors if vector is not None}
+        whole, weights = gather_columns(self.group, sent, weights)
+        return parts | whole, weights
 
     def own_latents(self, c: Tensor) -> Tensor:
         """`gather_compressed`'s `c` -> the latents that this rank reads, `[s, b, n, g, d_l]`."""

@@ -18,7 +18,6 @@ from functools import partial
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
-    all_gather_last_dim_from_tensor_parallel_region,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
@@ -33,6 +32,7 @@ from megatron_mlra.layers.core_attention import SDPACoreAttention
 from megatron_mlra.layers.projections import ShardedRMSNorm
 from megatron_mlra.layers.submodules import AttentionSubmodules, attention_submodules
 from megatron_mlra.maths.rope import apply_rope, rope_cos_sin
+from megatron_mlra.sharding.tensor_parallel import gather_columns
 
 
 def baseline_attention_spec(config: BaselineConfig) -> ModuleSpec:
@@ -187,18 +187,6 @@ class BaselineSelfAttention(Attention):
             return gather_from_sequence_parallel_region(x, group=self.tp_group)
         return copy_to_tensor_model_parallel_region(x, group=self.tp_group)
 
-    def _gather(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        """Column-sharded `[s, b, w / tp]` -> `[s, b, w]`, all parts in one all-gather."""
-        tp = self.tp_group.size()
-        if tp == 1:
-            return parts
-        widths = [part.size(-1) for part in parts]
-        joined = all_gather_last_dim_from_tensor_parallel_region(
-            torch.cat(parts, dim=-1), group=self.tp_group
-        )
-        by_rank = joined.view(*joined.shape[:-1], tp, sum(widths)).split(widths, dim=-1)
-        return tuple(part.flatten(-2) for part in by_rank)
-
     def get_query_key_value_tensors(self, *args, **kwargs):
         """Unused: `_qkv` replaces this method."""
         raise NotImplementedError
@@ -226,7 +214,8 @@ class GTASelfAttention(BaselineSelfAttention):
         nope, rope = self.config.kv_channels - self.rope_dim, self.rope_dim
         q = _heads(self.linear_q_proj(x)[0], self.config.kv_channels)  # [s, b, h_l, c]
         value = _heads(self.linear_kv_proj(x)[0], self.config.kv_channels)  # [s, b, g / tp, c]
-        (k_rope,) = self._gather(self.linear_k_rope_proj(x)[0])  # [s, b, d_r]
+        k_rope = self.linear_k_rope_proj(x)[0]  # [s, b, d_r / tp]
+        k_rope = gather_columns(self.tp_group, {"k": k_rope}, {})[0]["k"]  # [s, b, d_r]
         q_nope, q_rope = q.split((nope, rope), dim=-1)
         query = torch.cat((q_nope, apply_rope(q_rope, cos, sin)), dim=-1)
         shared = apply_rope(k_rope, cos, sin).unsqueeze(2).expand(-1, -1, value.size(2), -1)
@@ -248,10 +237,11 @@ class MFASelfAttention(BaselineSelfAttention):
 
     def _qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         c = self.config.kv_channels
-        c_q = self.q_norm(self.linear_q_down_proj(x)[0])  # [s, b, d_q / tp]
-        c_q, kv = self._gather(c_q, self.linear_kv_proj(x)[0])  # [s, b, d_q], [s, b, 2 c]
+        parts = {"q": self.linear_q_down_proj(x)[0], "kv": self.linear_kv_proj(x)[0]}
+        whole, weights = gather_columns(self.tp_group, parts, {"q": self.q_norm.weight})
+        c_q = self.q_norm.whole(whole["q"], weights["q"])  # [s, b, d_q]
         query = _heads(self.linear_q_up_proj(c_q)[0], c)  # [s, b, h_l, c]
-        key, value = _heads(kv, c).split(1, dim=2)  # [s, b, 1, c]
+        key, value = _heads(whole["kv"], c).split(1, dim=2)  # [s, b, 1, c]
         return apply_rope(query, cos, sin), apply_rope(key, cos, sin), value
 
 
@@ -276,10 +266,10 @@ class TPASelfAttention(BaselineSelfAttention):
         return self._column(size, init_method=partial(torch.nn.init.uniform_, a=-bound, b=bound))
 
     def _qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        names = tuple(self.ranks)
-        shared = self._gather(*(getattr(self, f"linear_{n}_dim_factors")(x)[0] for n in names))
+        parts = {name: getattr(self, f"linear_{name}_dim_factors")(x)[0] for name in self.ranks}
+        whole, _ = gather_columns(self.tp_group, parts, {})
         out = []
-        for name, vectors in zip(names, shared, strict=True):
+        for name, vectors in whole.items():
             rank = self.ranks[name]
             numbers = _heads(getattr(self, f"linear_{name}_head_factors")(x)[0], rank)
             vectors = _heads(vectors, self.config.kv_channels)  # [s, b, R, c]
