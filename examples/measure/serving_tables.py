@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from measured import Cells, Result, Table, grid, newest, results, shape, size, table
+from mlra_vllm.benchmarks.throughput_plot import NAMES as SERVED
 
-SERVED = {"mlra4": "MLRA-4", "mla": "MLA", "gla2": "GLA-2", "gqa6": "GQA-6"}
 PER_GIB, PROMPT = "cached tokens per GiB", "prompt of 128K tokens, s"
 K = 1024
 Served = dict[tuple[int, str, str, int], tuple[Result, dict[str, Any]]]

@@ -49,7 +49,7 @@ def launch_command(
     shape: ModelDescription,
     values: Mapping[str, Any],
     asked: Mapping[str, Any],
-    node: int = NODE,
+    node: int,
 ) -> list[str]:
     """The lines of the command, the same on every node; the user replaces DATA and RUN, which are
     what the preset does not name.

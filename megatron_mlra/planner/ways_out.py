@@ -24,8 +24,8 @@ def ways_out(
     global_batch: int,
     gpu: GPU,
     assume: Assumptions,
-    tp_layout: str = "head",
-    cp: int | None = None,
+    tp_layout: str,
+    cp: int | None,
 ) -> str:
     """What to give in place of `gpus` or `global_batch`, which no layout fits; empty if unknown.
 

@@ -8,24 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from typing import NamedTuple
 
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 
 from megatron_mlra.command_line.parser import flag
-
-PATTERN = re.compile(
-    "offload|recompute|overlap|fsdp|wgrad|shard|nccl|bucket|stash|delay|memory|distribute-saved"
-    "|precision-aware|main-grads|exp-avg|param-gather|accumulation-fusion|meta-device|double-buffer"
-    "|div-fusion|num-distributed-optimizer-instances|use-distributed-optimizer"
-)
-"""Matches the names of flags of memory and overlap."""
-
-OTHER_GROUPS = ("network size", "rl", "vision", "logging", "inference", "fault injector")
-"""Groups of Megatron's parser with such names, but no flag that changes a training step."""
 
 TESTED = "works"
 UPSTREAM = "Megatron's"
@@ -181,17 +170,6 @@ ROWS = (
         "changes no step",
     ),
 )
-
-
-def upstream_flags(parser: ArgumentParser) -> set[str]:
-    """The flags of memory and overlap of Megatron's parser, each by its last spelling."""
-    return {
-        action.option_strings[-1]
-        for group in parser._action_groups
-        if group.title not in OTHER_GROUPS
-        for action in group._group_actions
-        if action.option_strings and PATTERN.search(" ".join(action.option_strings))
-    }
 
 
 def table() -> str:

@@ -1,1 +1,1 @@
-"""Benchmark of these models in vLLM: `python -m mlra_vllm.benchmarks.steps`."""
+"""Benchmarks of these models in vLLM: `python -m mlra_vllm.benchmarks.steps` and `.throughput`."""

@@ -190,7 +190,7 @@ def _serve(
     return [request.output for request in requests], seconds, tokens
 
 
-def guess_table(records: list[dict[str, Any]], timed: bool = True) -> str:
+def guess_table(records: list[dict[str, Any]], timed: bool) -> str:
     """Markdown: time of a step, right guesses and speed-up, by model, batch and context."""
     lines = [
         "| model | batch | context | temperature | ms per step | with guesses | guesses right"

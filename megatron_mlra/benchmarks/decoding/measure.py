@@ -204,8 +204,8 @@ def time_step(
     batch: int,
     context: int,
     seed: int,
-    place: Place = ONE_GPU,
-    profile: bool = False,
+    place: Place,
+    profile: bool,
 ) -> dict[str, Any]:
     """`us`: median microseconds of one captured decoding step with its argmax, on the slowest rank;
     with `profile` also the `profile` of such steps on this rank (kernels.py). Nothing in a
@@ -239,7 +239,7 @@ def time_step(
 
 
 def measure_prefill(
-    case: Case, context: int, chunk: int, seed: int, place: Place = ONE_GPU
+    case: Case, context: int, chunk: int, seed: int, place: Place
 ) -> dict[str, Any]:
     """Seconds and peak bytes on this rank of a prefill of `context` tokens, `chunk` at a time."""
     spare = PAGE * case.context

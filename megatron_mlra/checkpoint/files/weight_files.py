@@ -29,7 +29,7 @@ class WeightFiles:
             code, or holds other tensors than the index lists.
     """
 
-    def __init__(self, folder: Path, verify: bool = False) -> None:
+    def __init__(self, folder: Path, verify: bool) -> None:
         self.folder = folder
         self.verify = verify
         self._open: tuple[str, Mapping[str, torch.Tensor]] | None = None

@@ -48,7 +48,7 @@ class HuggingFaceFolder(CheckpointFolder):
 
     kind = "huggingface"
 
-    def __init__(self, path: Path, verify: bool = False) -> None:
+    def __init__(self, path: Path, verify: bool) -> None:
         self.path = path
         self.verify = verify
         config = read_config(path, verify)

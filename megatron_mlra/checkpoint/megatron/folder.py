@@ -56,7 +56,7 @@ class MegatronFolder(CheckpointFolder):
 
     kind = "megatron"
 
-    def __init__(self, path: Path, vocab_size: int | None = None, verify: bool = True) -> None:
+    def __init__(self, path: Path, vocab_size: int | None, verify: bool) -> None:
         self.path = path
         self.verify = verify
         self.folder = iteration_folder(path, verify)

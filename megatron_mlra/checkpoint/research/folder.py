@@ -38,7 +38,7 @@ class ResearchFolder(CheckpointFolder):
 
     kind = "research"
 
-    def __init__(self, path: Path, verify: bool = False) -> None:
+    def __init__(self, path: Path, verify: bool) -> None:
         self.path = path
         self.verify = verify
         config = read_config(path, verify)

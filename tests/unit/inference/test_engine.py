@@ -153,31 +153,6 @@ def test_what_can_never_fit_is_refused_with_the_numbers():
     assert running.output == alone([1, 2], running.params)
 
 
-@pytest.mark.parametrize(
-    ("prompt", "message"),
-    [([], "the prompt is empty"), ([3, 61], "token 61 is outside the vocabulary of 61")],
-)
-def test_bad_prompts_are_refused(prompt, message):
-    with pytest.raises(ValueError, match=message):
-        engine().submit(prompt)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"temperature": -1.0}, "temperature is -1.0; use 0"),
-        ({"temperature": math.nan}, "temperature is nan"),
-        ({"top_k": -1}, "top_k is -1"),
-        ({"top_p": 0.0}, "top_p is 0.0; use more than 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0; use a whole number of at least 1"),
-        ({"stop": ("",)}, "stop is"),
-    ],
-)
-def test_bad_sampling_parameters_are_refused(values, message):
-    with pytest.raises(ValueError, match=message):
-        SamplingParams(**values)
-
-
 def test_cancelling_frees_its_pages_and_nothing_else():
     running = engine()
     requests = [running.submit(p, SamplingParams(max_new_tokens=20)) for p in prompts(6)]

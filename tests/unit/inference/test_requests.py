@@ -37,13 +37,18 @@ from unit.inference.test_engine import (
     [
         ({"temperature": 1e-40}, "temperature is 1e-40; use 0"),
         ({"temperature": 1e39}, r"temperature is 1e\+39"),
+        ({"temperature": -1.0}, "temperature is -1.0; use 0"),
+        ({"temperature": math.nan}, "temperature is nan"),
         ({"temperature": "1"}, "temperature is '1'"),
         ({"temperature": None}, "temperature is None"),
         ({"temperature": 10**400}, "temperature is 1000"),
+        ({"top_p": 0.0}, "top_p is 0.0; use more than 0"),
         ({"top_p": 1e-46}, "top_p is 1e-46; use more than 0"),
         ({"top_p": math.nan}, "top_p is nan"),
         ({"top_p": True}, "top_p is True"),
+        ({"top_k": -1}, "top_k is -1"),
         ({"top_k": 2.0}, "top_k is 2.0; use a whole number of at least 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; use a whole number of at least 1"),
         ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5; use a whole number"),
         ({"max_new_tokens": True}, "max_new_tokens is True"),
         ({"max_new_tokens": "8"}, "max_new_tokens is '8'"),
@@ -60,7 +65,7 @@ from unit.inference.test_engine import (
         ({"logprobs": 5}, "logprobs is 5; use True or False"),
     ],
 )
-def test_values_of_other_types_or_beyond_float32_are_refused(values, message):
+def test_values_out_of_range_or_of_other_types_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         SamplingParams(**values)
 
@@ -102,6 +107,8 @@ def test_a_row_of_nan_or_infinite_logits_gives_no_token_and_leaves_the_others():
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
+        ([], "the prompt is empty"),
+        ([3, 61], "token 61 is outside the vocabulary of 61"),
         ("abc", "the prompt is 'abc'; give a list of token ids"),
         (5, "the prompt is 5"),
         (None, "the prompt is None"),
@@ -112,7 +119,7 @@ def test_a_row_of_nan_or_infinite_logits_gives_no_token_and_leaves_the_others():
         ([True], "prompt token True"),
     ],
 )
-def test_prompts_that_are_no_tokens_are_refused(prompt, message):
+def test_prompts_that_are_not_tokens_of_the_vocabulary_are_refused(prompt, message):
     with pytest.raises(ValueError, match=message):
         engine().submit(prompt)
 
