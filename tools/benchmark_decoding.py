@@ -1,4 +1,4 @@
-"""Time per output token on one GPU (docs/performance/decoding.md)."""
+"""Time per output token on one GPU or several (docs/performance/decoding.md)."""
 
 from megatron_mlra.command_line.commands import run_command
 

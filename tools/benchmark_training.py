@@ -1,4 +1,4 @@
-"""Training speed on one GPU (docs/performance/training.md)."""
+"""Training speed on one GPU or several (docs/performance/training.md)."""
 
 from megatron_mlra.command_line.commands import run_command
 

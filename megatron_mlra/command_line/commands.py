@@ -106,7 +106,7 @@ COMMANDS = {
         "benchmarks.cpu", "training speed on a CPU against plain torch", flags="benchmarks.flags"
     ),
     "benchmark-training": Command(
-        "benchmarks.training.cli", "training speed on one GPU", ranks=True
+        "benchmarks.training.cli", "training speed on the GPUs of one host", ranks=True
     ),
     "benchmark-decoding": Command(
         "benchmarks.decoding.cli",

@@ -16,9 +16,6 @@ from dataclasses import dataclass
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.sharding.partition import LatentShard
 
-OPTIONAL = ("query_head_norm", "linear_gate_proj")
-"""Weights that a switch adds."""
-
 Box = tuple[slice, ...]
 """A part of a global tensor, one slice per leading axis; later axes are whole."""
 

@@ -13,9 +13,9 @@ import torch
 
 from support.drivers.muon import LAYOUTS, gradient
 
-H, L, N, D_H, D_R, D_V, D_C, D_Q, D = 8, 4, 4, 16, 8, 24, 64, 32, 64
+H, L, N, D_H, D_R, D_V, D_C = 8, 4, 4, 16, 8, 24, 64
 """Sizes of the tiny model, MLRA-4."""
-LR, MOMENTUM = 1e-3, 0.95
+LR = 1e-3
 ADAM = ("norm", "embedding")
 
 

@@ -1,6 +1,6 @@
 """No request ends the others: values without a meaning are refused, an exception ends its own one.
 
-That requests get what they get alone is test_inference_engine.py's.
+That requests get what they get alone is test_engine.py's.
 """
 
 from __future__ import annotations
