@@ -27,11 +27,12 @@ from megatron_mlra.data.tokenizers import Tokenizer
 from megatron_mlra.fault_tolerance import fingerprint
 from megatron_mlra.fault_tolerance.handshake import Fingerprint
 from megatron_mlra.inference import world
-from megatron_mlra.inference.engine import Engine, Request
+from megatron_mlra.inference.engine import Engine
 from megatron_mlra.inference.flags import check, parser, read_prompts
 from megatron_mlra.inference.growing_text import GrowingText
 from megatron_mlra.inference.load import LoadOptions, load_draft, load_model
 from megatron_mlra.inference.parallel import TensorParallel, tensor_parallel_size
+from megatron_mlra.inference.request import Request
 from megatron_mlra.inference.runner import Runner
 from megatron_mlra.inference.sampling import SamplingParams
 from megatron_mlra.inference.world import Once

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from megatron_mlra.layers.config import MLRAConfig, resolve_latent_kernels
 from megatron_mlra.maths import attention
+from megatron_mlra.sharding.partition import LatentShard
 from megatron_mlra.sharding.placement import local_shape, placements, training_share
-from megatron_mlra.sharding.tensor_parallel import LatentShard
 
 
 def latent_functions(config: MLRAConfig) -> ModuleType:

@@ -21,8 +21,9 @@ from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 
 from megatron_mlra.command_line.parser import say
+from megatron_mlra.command_line.plain_file import sha256
 from megatron_mlra.command_line.ranks import first_of_host
-from megatron_mlra.data.contents import cache_folder, sha256
+from megatron_mlra.data.contents import cache_folder
 from megatron_mlra.data.index_cache import cached
 from megatron_mlra.fault_tolerance.samples import SourcedDataset
 

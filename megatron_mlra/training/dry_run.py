@@ -15,7 +15,7 @@ from megatron_mlra.planner.layout import Layout
 from megatron_mlra.planner.memory import GIB, memory, size_unit, time_unit
 from megatron_mlra.planner.search import Plan
 from megatron_mlra.planner.step import predict
-from megatron_mlra.sharding.tensor_parallel import LatentShard
+from megatron_mlra.sharding.partition import LatentShard
 
 FLAGS = ("--dry-run", "--dry-run-gpu")
 FOLDERS = ("--save", "--load")

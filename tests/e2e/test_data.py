@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from megatron_mlra.checkpoint.formats import open_checkpoint
+from megatron_mlra.command_line.plain_file import sha256
 from megatron_mlra.data import PreprocessConfig, TokenizerSpec, preprocess
-from megatron_mlra.data.contents import sha256
 
 
 def write(folder: Path, documents: int, word: str) -> Path:

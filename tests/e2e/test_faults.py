@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mlra.fault_tolerance.checksums import MANIFEST, damage
+from megatron_mlra.checkpoint.files.manifest import MANIFEST
+from megatron_mlra.fault_tolerance.checksums import damage
 from megatron_mlra.fault_tolerance.integrity import check_complete
 from megatron_mlra.fault_tolerance.saved_steps import latest_step
 from support import ENV, ROOT

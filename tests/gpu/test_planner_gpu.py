@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from megatron_mlra.benchmarks.training import measure
-from megatron_mlra.benchmarks.training.case import Case, Load, parse_case
+from megatron_mlra.benchmarks.training.case import Load, parse_case
+from megatron_mlra.benchmarks.training.cases import Case
 from megatron_mlra.description.megatron_args import from_megatron_args
 from megatron_mlra.planner.gpus import GPUS, Assumptions
 from megatron_mlra.planner.layout import Layout

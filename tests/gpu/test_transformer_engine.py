@@ -223,7 +223,8 @@ def test_weight_gradients_summed_in_their_products(recipe: str) -> None:
     """Two micro-batches through DDP, against gradients that are added in a pass of their own."""
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    from megatron_mlra.benchmarks.training.case import Case, Load, Trainee
+    from megatron_mlra.benchmarks.training.case import Load, Trainee
+    from megatron_mlra.benchmarks.training.cases import Case
 
     def gradients(*flags: str) -> dict[str, torch.Tensor]:
         torch.manual_seed(1)

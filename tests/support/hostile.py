@@ -16,7 +16,8 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from megatron_mlra.checkpoint.files.manifest import MANIFEST
-from megatron_mlra.checkpoint.megatron.torch_dist import COMMON_KEY, read_metadata
+from megatron_mlra.checkpoint.files.torch_dist_index import read_metadata
+from megatron_mlra.checkpoint.megatron.torch_dist import COMMON_KEY
 
 
 class Code:

@@ -104,7 +104,7 @@ def entry_flags() -> set[str]:
     """Every flag of the training entry, opposites included."""
     from megatron.training.arguments import add_megatron_arguments
 
-    from megatron_mlra.training.arguments import add_mlra_arguments
+    from megatron_mlra.training.flags import add_mlra_arguments
     from megatron_mlra.training.presets import add_opposites
 
     parser = add_mlra_arguments(add_megatron_arguments(argparse.ArgumentParser()))

@@ -17,8 +17,9 @@ import yaml
 import measure
 import measured
 import tables
-from measure import Piece, Queue, commit_of, read_queue, run_to_end
+from measure import Queue, commit_of, run_to_end
 from megatron_mlra.command_line.commands import COMMANDS
+from pieces import Piece, read_queue
 from support import ENV, ROOT
 from support.drivers.two_gpus import figures
 

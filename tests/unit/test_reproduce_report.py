@@ -15,7 +15,8 @@ import page
 import report
 import report_beyond
 from ladder import Ladder
-from run_ladder import Corpus, Runner
+from run_ladder import Runner
+from run_results import Corpus
 from support import ROOT
 
 HERE, DOCS = ROOT / "examples/reproduce", ROOT / "docs"

@@ -6,7 +6,8 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_mlra.benchmarks.training.case import Case, Load, build_model, parse_case
+from megatron_mlra.benchmarks.training.case import Load, build_model, parse_case
+from megatron_mlra.benchmarks.training.cases import Case
 
 LAYERS, SEQUENCES, TOKENS = 2, 2, 512
 TOLERANCE = {"bf16": 0.03, "fp8": 0.45}

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_mlra.benchmarks.training import kernels
-from megatron_mlra.benchmarks.training.case import Case, Load, Trainee, build_model, parse_case
+from megatron_mlra.benchmarks.training.case import Load, Trainee, build_model, parse_case
+from megatron_mlra.benchmarks.training.cases import Case
 from megatron_mlra.benchmarks.training.worlds import user_buffers
 from megatron_mlra.cost.flops import train_flops_per_token
 from megatron_mlra.cost.parameters import parameters

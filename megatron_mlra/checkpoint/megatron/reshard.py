@@ -19,10 +19,11 @@ from tqdm import tqdm
 from megatron_mlra.checkpoint.files import manifest
 from megatron_mlra.checkpoint.files.staging import written_aside
 from megatron_mlra.checkpoint.files.tokenizer_copy import copy_file, say_nothing
+from megatron_mlra.checkpoint.files.torch_dist_index import COMMON_FILE
 from megatron_mlra.checkpoint.files.tracker import TRACKER, is_megatron
 from megatron_mlra.checkpoint.folder import check_finite, tokenizer_files
 from megatron_mlra.checkpoint.megatron.folder import iteration_folder
-from megatron_mlra.checkpoint.megatron.torch_dist import COMMON_FILE, COMMON_KEY, TorchDistFolder
+from megatron_mlra.checkpoint.megatron.torch_dist import COMMON_KEY, TorchDistFolder
 from megatron_mlra.checkpoint.megatron.writer import (
     StreamingPlanner,
     save_torch_dist,

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from megatron_mlra.description.tensors import expected_tensors
-from megatron_mlra.inference.engine import Engine, Request
+from megatron_mlra.inference.engine import Engine
 from megatron_mlra.inference.load import LoadOptions, load_model
 from megatron_mlra.inference.parallel import TensorParallel
+from megatron_mlra.inference.request import Request
 from megatron_mlra.inference.runner import Runner
 from megatron_mlra.inference.sampling import SamplingParams
 from support.decoded_models import MODELS, PAGE, VOCAB

@@ -43,7 +43,7 @@ def main(folder: Path) -> None:
 
     has_gpu()
     from megatron_mlra.benchmarks.training import cli
-    from megatron_mlra.benchmarks.training.case import Case
+    from megatron_mlra.benchmarks.training.cases import Case
     from megatron_mlra.benchmarks.training.layouts import Layout
     from megatron_mlra.training.cpu_backend import enable_cpu_backend
     from support import CONFIGS

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megatron_mlra.benchmarks.training import cli, kernels, report
-from megatron_mlra.benchmarks.training.case import Case, Load, parse_case
+from megatron_mlra.benchmarks.training.case import Load, parse_case
+from megatron_mlra.benchmarks.training.cases import Case
 from megatron_mlra.benchmarks.training.cli import TWO_GPUS, main
 from megatron_mlra.benchmarks.training.layouts import Layout
 from megatron_mlra.benchmarks.training.measure import Result, SublayerResult

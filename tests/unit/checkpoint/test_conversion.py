@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed import checkpoint as dcp
 
+from megatron_mlra.checkpoint.files.torch_dist_index import read_metadata
 from megatron_mlra.checkpoint.formats import open_checkpoint
-from megatron_mlra.checkpoint.megatron.torch_dist import read_metadata
 from megatron_mlra.checkpoint.verify.forward import hidden_states
 from megatron_mlra.checkpoint.verify.forward import logits as streamed_logits
 from support.research_model import VARIANTS, logits, save_research

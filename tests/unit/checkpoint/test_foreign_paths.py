@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from megatron_mlra.checkpoint.files.inside import inside
+from megatron_mlra.checkpoint.files.torch_dist_index import read_metadata
 from megatron_mlra.checkpoint.files.tracker import TRACKER
 from megatron_mlra.checkpoint.folder import tokenizer_files
 from megatron_mlra.checkpoint.formats import open_checkpoint
 from megatron_mlra.checkpoint.huggingface.folder import check_own_code
 from megatron_mlra.checkpoint.megatron.folder import iteration_folder
-from megatron_mlra.checkpoint.megatron.torch_dist import read_metadata
 from megatron_mlra.description.model import CheckpointError
 from megatron_mlra.fault_tolerance.saved_steps import latest_step
 

@@ -20,7 +20,8 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from megatron_mlra.checkpoint.files import guarded_loads, torch_file
-from megatron_mlra.checkpoint.megatron.torch_dist import COMMON_KEY, TorchDistFolder, read_metadata
+from megatron_mlra.checkpoint.files.torch_dist_index import read_metadata
+from megatron_mlra.checkpoint.megatron.torch_dist import COMMON_KEY, TorchDistFolder
 from megatron_mlra.evaluation import cli as evaluation
 from megatron_mlra.fault_tolerance.integrity import check_complete
 from megatron_mlra.inference import cli as generate

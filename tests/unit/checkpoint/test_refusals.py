@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_mlra.checkpoint.megatron.torch_dist import read_metadata
+from megatron_mlra.checkpoint.files.torch_dist_index import read_metadata
 from support.research_model import VARIANTS, save_research
 
 pytestmark = pytest.mark.usefixtures("unsealed")

@@ -4,10 +4,16 @@ import argparse
 
 import pytest
 
-from megatron_mlra.description.backends import DECODE_BACKENDS, OLD_NAMES, current_name
+from megatron_mlra.description.backends import (
+    CORE_BACKENDS,
+    DECODE_BACKENDS,
+    LATENT_KERNELS,
+    OLD_NAMES,
+    current_name,
+)
 from megatron_mlra.inference import cli
-from megatron_mlra.layers.config import CORE_BACKENDS, LATENT_KERNELS, MLRAConfig
-from megatron_mlra.training.arguments import add_mlra_arguments
+from megatron_mlra.layers.config import MLRAConfig
+from megatron_mlra.training.flags import add_mlra_arguments
 
 SIZES = {
     "num_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "q_lora_rank": 64,

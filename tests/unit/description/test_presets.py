@@ -29,7 +29,9 @@ from megatron_mlra.layers.config import MLRAConfig
 from megatron_mlra.layers.projections import RMSNorm
 from megatron_mlra.layers.specs import block_spec
 from megatron_mlra.planner.twin import twin
-from megatron_mlra.training.arguments import add_mlra_arguments, load_preset, parse
+from megatron_mlra.training.arguments import parse
+from megatron_mlra.training.flags import add_mlra_arguments
+from megatron_mlra.training.presets import load_preset
 from support import CONFIGS, ROOT
 
 LADDER = ROOT / "examples" / "reproduce" / "presets"

@@ -15,9 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_mlra.inference.cache import BlockTables, PagePool
-from megatron_mlra.inference.engine import Engine, Request
+from megatron_mlra.inference.engine import Engine
 from megatron_mlra.inference.load import LoadOptions, load_model
 from megatron_mlra.inference.parallel import TensorParallel, check_tensor_parallel
+from megatron_mlra.inference.request import Request
 from megatron_mlra.inference.runner import Runner
 from megatron_mlra.inference.sampling import SamplingParams, sample
 from unit.inference.test_engine import (

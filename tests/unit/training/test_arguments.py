@@ -16,8 +16,10 @@ from megatron_mlra.checkpoint.megatron.writer import write_megatron
 from megatron_mlra.training import arguments, console, muon
 from megatron_mlra.training.all_flags import PATTERNS
 from megatron_mlra.training.argument_checks import check_fp8_tokens
-from megatron_mlra.training.arguments import add_mlra_arguments, load_preset, parse, validate
+from megatron_mlra.training.arguments import parse, validate
 from megatron_mlra.training.cpu_backend import CPU_DEFAULTS
+from megatron_mlra.training.flags import add_mlra_arguments
+from megatron_mlra.training.presets import load_preset
 from megatron_mlra.training.progress import recomputed
 from megatron_mlra.training.rope import check_rope
 from support import CONFIGS
