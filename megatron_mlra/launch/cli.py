@@ -140,10 +140,12 @@ class Watch(threading.Thread):
         stops = heeded()
         while True:
             heard = signal.sigtimedwait(stops, 0.5)
-            if heard and heard.si_signo == signal.SIGINT:
+            # Signal 0: the process was stopped (SIGSTOP, `scontrol suspend`) until the time was up.
+            number = heard.si_signo if heard else 0
+            if number == signal.SIGINT:
                 self.control.interrupt()
-            elif heard:
-                self.control.ask(signal.Signals(heard.si_signo).name)
+            elif number:
+                self.control.ask(signal.Signals(number).name)
             if self.hosts is not None:
                 self.hosts.check()
             code = self.control.exit_code(self.stopped_code)
