@@ -74,6 +74,9 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-
 # Set where a node's network has other names: NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME
 # (rendezvous), NCCL_IB_HCA (data).
 
+# torchrun's own variables, as operators of Kubernetes set them for its flags: all is said here.
+# shellcheck disable=SC2086
+unset ${!PET_@}
 if [ "$nodes" -eq 1 ]; then
   where=(--standalone --nproc-per-node "$gpus")
 else

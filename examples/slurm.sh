@@ -127,7 +127,8 @@ heed() {
 }
 
 # All of the environment, whatever --export said: a part of it is set above.
-srun --export=ALL --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
+export SLURM_KILL_BAD_EXIT=1 # as a variable, which launchers read
+srun --export=ALL --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 \
   "$root/examples/launch.sh" "$preset" "$save" --data-path "$data" "$@" &
 job=$!
 code=0

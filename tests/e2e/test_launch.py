@@ -258,7 +258,12 @@ def test_what_launch_hands_on(tmp_path):
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho "$@"\nenv\n')
     python.chmod(0o755)
-    given = {"PYTHON": str(python), "SLURM_GPUS_ON_NODE": "3", "TORCH_NCCL_TRACE_BUFFER_SIZE": "7"}
+    given = {
+        "PYTHON": str(python),
+        "SLURM_GPUS_ON_NODE": "3",
+        "PET_NNODES": "2",
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": "7",
+    }
     done = subprocess.run(
         ["bash", LAUNCH, "debug", "there", "--data-path", "x"],
         capture_output=True,
@@ -272,6 +277,8 @@ def test_what_launch_hands_on(tmp_path):
         f"{ROOT}/pretrain_mlra.py --config {ROOT}/megatron_mlra/presets/debug.yaml --save there"
         " --load there --data-path x"
     )
+    # Of another launcher, for flags of torchrun.
+    assert not [line for line in env if line.startswith("PET_")]
     # torch warns of the former name.
     assert "TORCH_FR_BUFFER_SIZE=7" in env
     assert not [line for line in env if line.startswith("TORCH_NCCL_TRACE_BUFFER_SIZE")]
