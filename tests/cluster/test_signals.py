@@ -181,7 +181,8 @@ def array(cluster: Cluster) -> None:
     """A task of an array is started again; one of them has the array's own number."""
     work = cluster.folder / "work"
     python = work / "python-of-array"
-    python.write_text("#!/bin/sh\n[ $SLURM_ARRAY_TASK_ID = 0 ] || exit 1\nexec sleep 300\n")
+    ends = '[ "$2" != -c ] && [ $SLURM_ARRAY_TASK_ID = 0 ] || exit 1'
+    python.write_text(f"#!/bin/sh\n{ends}\nexec sleep 300\n")
     python.chmod(0o755)
     tasks = ("--array", "0-1", "--output", work / "array-%a.out")
     # A part of the environment only, which is srun's then too.
