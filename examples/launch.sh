@@ -50,6 +50,11 @@ python=${PYTHON:-$root/.venv/bin/python}
 [ -n "${PYTHON:-}" ] || [ -x "$python" ] || python=python
 command -v "$python" >/dev/null ||
   fail "there is no $python; set PYTHON to the Python of the environment that has torch"
+# An older one ends in the package's first lines, as a crash that is started again.
+old='import sys; v = sys.version_info; print("%d.%d" % v[:2] if v < (3, 12) else "")'
+old=$("$python" -S -c "$old" 2>/dev/null || true)
+[[ ! $old =~ ^[0-9]+\.[0-9]+$ ]] ||
+  fail "$python is Python $old; set PYTHON to the Python, 3.12 or newer, of the environment that has torch"
 number NODES "$nodes" "give one number; a number of nodes that changes is not supported"
 gpus=${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-$({ nvidia-smi -L 2>/dev/null || true; } | grep -c . || true)}}
 number GPUS_PER_NODE "$gpus" "give the number of processes on this node"
@@ -74,6 +79,9 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-
 # Set where a node's network has other names: NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME
 # (rendezvous), NCCL_IB_HCA (data).
 
+# torchrun's own variables, as operators of Kubernetes set them for its flags: all is said here.
+# shellcheck disable=SC2086
+unset ${!PET_@}
 if [ "$nodes" -eq 1 ]; then
   where=(--standalone --nproc-per-node "$gpus")
 else

@@ -25,13 +25,25 @@ shift 3
 id=${SLURM_JOB_ID:-}
 number "$id" || fail "this is a SLURM job: sbatch examples/slurm.sh PRESET DATA SAVE [flags ...]"
 
+# One task of an array has the array's own number, by which scontrol means all tasks. SLURM is asked,
+# since a job that another job submits has the variables of that one's array.
+task="s/^JobId=$id ArrayJobId=\([0-9]*\) ArrayTaskId=\([0-9]*\) .*/\1_\2/p"
+self=$(scontrol show job -o "$id" | sed -n "$task")
+self=${self:-$id}
+# No `head` behind scontrol: it would end by SIGPIPE where it has more to say.
+field() { scontrol show job "$self" | sed -n "s/.*\b$1=\([^ ]*\).*/\1/p"; }
 # SLURM runs a copy of this script from a folder of its own; it knows where the script was.
-field() { scontrol show job "$id" | sed -n "s/.*\b$1=\([^ ]*\).*/\1/p" | head -n 1; }
-here=$(scontrol show job "$id" | sed -n 's/^ *Command=//p')
+here=$(scontrol show job "$self" | sed -n 's/^ *Command=//p')
 root=${here%%/examples/slurm.sh*}
 [ -x "$root/examples/launch.sh" ] || root=${SLURM_SUBMIT_DIR:-.}
 [ -x "$root/examples/launch.sh" ] ||
   fail "there is no examples/launch.sh in $root; submit the script by its path: sbatch CHECKOUT/examples/slurm.sh ..."
+
+# One task of a node: launch.sh starts a process for each of its GPUs.
+[ "${SLURM_NTASKS_PER_NODE:-1}" = 1 ] ||
+  fail "--ntasks-per-node is $SLURM_NTASKS_PER_NODE; leave it out, as each node's one task starts a process for each GPU"
+[ -z "$(field HetJobId)" ] ||
+  fail "job $id is a part of a heterogeneous job, and all nodes of a run are alike; submit without ' : '"
 
 # Crash-loop guard. The file may be anybody's: only digits of it are used.
 most_crashes=${MOST_CRASHES:-3}
@@ -46,8 +58,9 @@ step() {
   read -r found < <(first_line "$tracker") || true
   if number "$found"; then echo "$found"; else echo none; fi
 } 2>/dev/null
-last=new crashes=0
+crashes=0
 { read -r last crashes < <(first_line "$guard") || true; } 2>/dev/null
+last=${last:-new}
 number "$crashes" && [ "$last" = "$(step)" ] || crashes=0
 if [ "$crashes" -ge "$most_crashes" ]; then
   fail "$crashes starts in a row made no progress beyond step $(step); look at $save, then remove $guard"
@@ -61,18 +74,23 @@ note() {
     rm -f "$new"
   fi
 }
+# Where a start was no crash.
+uncount() { if [ "$last" = new ]; then rm -f "$guard"; else note "$last" "$crashes"; fi; }
 note "$(step)" "$((10#$crashes + 1))"
 
 NODES=${SLURM_JOB_NUM_NODES:-1}
 if [ "$NODES" != 1 ]; then
-  first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-  export RDZV_ENDPOINT=$first:$((20000 + 10#$id % 20000))
+  hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  # Below 32768, from where on Linux gives ports to outgoing connections.
+  export RDZV_ENDPOINT=${hosts%%$'\n'*}:$((20000 + 10#$id % 12000))
 fi
 export NODES RDZV_ID=$id
 # Told from 0, so that a run which was only stopped does not count as done.
 export STOPPED_CODE=75
 
 why='' told=no heard=no job=''
+# Not SLURM_RESTART_COUNT: a job that another job submits has the other's count.
+before=$(field Restarts) limit=$(field TimeLimit)
 # srun hands SIGUSR1 on to every process of the step; at SIGTERM it would kill the step.
 # Two signals may come at once: the traps are so plain that one may interrupt the other.
 trap 'heard=yes; kill -USR1 "$job" 2>/dev/null || true' USR1
@@ -80,10 +98,16 @@ trap 'told=yes heard=yes; kill -USR1 "$job" 2>/dev/null || true' TERM
 
 # What follows from a signal is said at once: SLURM may kill this script before the end.
 heed() {
-  local before=${SLURM_RESTART_COUNT:-0} restarts
+  local restarts
   kill -USR1 "$job" 2>/dev/null || true # again, if there was no step yet
   if [ "$told" = no ]; then
     why=limit
+    # SLURM warns at once where the whole limit is shorter than the warning. The end of
+    # this script ends the step, which may not have begun.
+    if [ "$SECONDS" -lt 60 ] && [ "$(field TimeLimit)" = "$limit" ]; then
+      uncount
+      fail "the time limit of $limit is not longer than the warning ahead of it; give a longer --time, or a later warning, as --signal=B:USR1@60"
+    fi
     echo "slurm.sh: the time is nearly up; saving, then requeueing"
     return
   fi
@@ -95,14 +119,17 @@ heed() {
     # Now and not at the end: a scancel that comes in between must hold.
     why=requeued
     echo "slurm.sh: the time limit is over; requeueing, and saving first if a step has begun"
-    scontrol requeue "$id" || why=limit
+    scontrol requeue "$self" || why=limit
   else
     why=ended
     echo "slurm.sh: SLURM ends this job (scancel); saving first if a step has begun"
   fi
 }
 
-srun --kill-on-bad-exit=1 "$root/examples/launch.sh" "$preset" "$save" --data-path "$data" "$@" &
+# All of the environment, whatever --export said: a part of it is set above.
+export SLURM_KILL_BAD_EXIT=1 # as a variable, which launchers read
+srun --export=ALL --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 \
+  "$root/examples/launch.sh" "$preset" "$save" --data-path "$data" "$@" &
 job=$!
 code=0
 while true; do
@@ -123,11 +150,13 @@ case $why in
 esac
 if [ "$code" -eq 2 ]; then
   # Not a crash: the count is as it was, a second launch into the folder of a running job included.
-  if [ "$last" = new ]; then rm -f "$guard"; else note "$last" "$crashes"; fi
+  uncount
   fail "the command line or the input was refused; see above. Not requeued: it would end alike"
 fi
 if [ "$why" = limit ] || [ "$code" -ne 0 ]; then
   echo "slurm.sh: ended with $code at step $(step); requeueing"
-  exec scontrol requeue "$id"
+  ! scontrol requeue "$self" || exit 0
+  echo "slurm.sh: SLURM does not requeue this job (--no-requeue?); sbatch again to go on"
+  exit "$code"
 fi
 rm -f "$guard"

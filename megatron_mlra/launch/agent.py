@@ -10,6 +10,7 @@ import time
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousClosedError
 
 from megatron_mlra.command_line.ranks import REFUSED
 from megatron_mlra.launch.control import INTERRUPTED, Control, Ended, Phase, say
@@ -27,6 +28,17 @@ class Agent(LocalElasticAgent):
         super().__init__(*args, **named)
         self.control = control
         self.told: set[int] = set()
+
+    def run(self, *args, **named) -> RunResult:
+        """Run the agent.
+
+        Raises:
+            RendezvousError: among others, if this host was one too many and the others have ended.
+        """
+        result = super().run(*args, **named)
+        if result is None:  # which torch's own caller does not expect
+            raise RendezvousClosedError
+        return result
 
     def _invoke_run(self, *args, **named) -> RunResult:
         self.control.phase = Phase.RUNNING

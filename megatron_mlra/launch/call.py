@@ -109,8 +109,8 @@ def refuse(endpoint: str, nodes: str, run: str, why: str) -> bool:
     Returns:
         Whether the call is in the store. It is not if no host answers, or if another program does.
     """
-    # srun itself ends the other hosts, and shows the output of all.
-    if "SLURM_STEP_ID" in os.environ:
+    # Then srun itself ends the other hosts, and shows the output of all (examples/slurm.sh).
+    if os.environ.get("SLURM_KILL_BAD_EXIT") == "1":
         return False
     nodes, run, why = (value[:LONGEST] for value in (nodes, run, why))
     call = Call(socket.gethostname(), os.getpid(), nodes, run, beat=1, code=2, why=why)

@@ -23,6 +23,10 @@ def check(args: Namespace) -> None:
     Raises:
         ValueError: one line that names the flag, or the program, and the fix.
     """
+    if args.standalone and args.nnodes not in ("1", "1:1"):
+        raise ValueError(
+            f"--standalone is one host, and --nnodes (PET_NNODES) is {args.nnodes}; leave one out"
+        )
     _check_processes(args.nproc_per_node)
     if args.max_restarts < 0:
         raise ValueError(f"--max-restarts is {args.max_restarts}; it must be at least 0")
@@ -44,6 +48,19 @@ def check(args: Namespace) -> None:
     if ranks and not re.fullmatch(r"\d+(,\d+)*", ranks):
         raise ValueError(f"--local-ranks-filter {ranks} is no list of ranks, as 0,1")
     _check_program(args)
+
+
+def wrong_switch() -> str:
+    """One line on the variable of a switch of torchrun's (PET_STANDALONE) that is no number."""
+    wrong = [
+        f"{name} is {os.environ[name]!r}" for name in sorted(os.environ) if _is_no_switch(name)
+    ]
+    return f"{', '.join(wrong)}; set it to 1 or 0, or unset it"
+
+
+def _is_no_switch(name: str) -> bool:
+    switches = ("STANDALONE", "MODULE", "NO_PYTHON", "RUN_PATH", "VIRTUAL_LOCAL_RANK")
+    return name in {f"PET_{n}" for n in switches} and not os.environ[name].strip().isdigit()
 
 
 def _check_processes(said: str) -> None:

@@ -71,8 +71,13 @@ def main(argv: list[str]) -> int:
             " PYTHON to the Python of the environment that has it, as PYTHON=.venv/bin/python"
         )
         return _refused(argv, line)
-    flags = torchrun.get_args_parser()
+    try:
+        flags = torchrun.get_args_parser()
+    except ValueError:
+        return _refused(argv, checks.wrong_switch())
     flags.error = functools.partial(_refuse_flags, flags)
+    # torchrun's own is `static`: no host can come later, and those without a number wait for ever.
+    flags.set_defaults(rdzv_backend=os.environ.get("PET_RDZV_BACKEND", "c10d"))
     args = flags.parse_args(argv)
     args.signals_to_handle = "SIGQUIT"
     if args.nnodes in ("1", "1:1") and not args.rdzv_endpoint:
@@ -140,10 +145,12 @@ class Watch(threading.Thread):
         stops = heeded()
         while True:
             heard = signal.sigtimedwait(stops, 0.5)
-            if heard and heard.si_signo == signal.SIGINT:
+            # Signal 0: the process was stopped (SIGSTOP, `scontrol suspend`) until the time was up.
+            number = heard.si_signo if heard else 0
+            if number == signal.SIGINT:
                 self.control.interrupt()
-            elif heard:
-                self.control.ask(signal.Signals(heard.si_signo).name)
+            elif number:
+                self.control.ask(signal.Signals(number).name)
             if self.hosts is not None:
                 self.hosts.check()
             code = self.control.exit_code(self.stopped_code)
@@ -160,6 +167,8 @@ def _join(args: Namespace, control: Control) -> Hosts:
         ValueError: a setting is wrong.
         TimeoutError: the first host did not come.
     """
+    from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend
+
     from megatron_mlra.launch import hosts, network
 
     if not args.nnodes.isdigit() or int(args.nnodes) < 1:
@@ -173,6 +182,7 @@ def _join(args: Namespace, control: Control) -> Hosts:
     found = network.own_address((host, port), args.local_addr)
     conf = dict(item.split("=", 1) for item in args.rdzv_conf.split(",") if "=" in item)
     join_timeout = _seconds(conf.get("join_timeout", str(DEFAULT_JOIN_TIMEOUT)))
+    c10d_rendezvous_backend._matches_machine_hostname = network.is_here
     first = network.meet(host, port, join_timeout, say, here)
     if found is not None:
         address, interface = found

@@ -35,6 +35,9 @@ DEAD = 60.0
 LATE = 60.0
 """Seconds after which a message names the hosts that have come, if some are missing."""
 
+DOUBLE = 5.0
+"""Seconds with more launchers than hosts after which a second one of a host must end."""
+
 GAP = 1000
 """Consecutive numbers without a call after which the search for calls ends. A host takes its number
 just before it calls, so that honest gaps are short."""
@@ -52,6 +55,8 @@ class News:
     """The exit code with which all hosts must end, if any; the last line is the reason."""
     lines: list[str] = field(default_factory=list)
     """All lines to print so far."""
+    spare: list[int] = field(default_factory=list)
+    """Numbers of the calls whose launchers must end, since their host has another one."""
 
 
 def read_news(text: str | bytes) -> News:
@@ -61,13 +66,15 @@ def read_news(text: str | bytes) -> News:
         ValueError: the text is no news. Any program that reaches the port could have written it.
     """
     said = read_fields(text, {"asked", "code"})
-    news = News(said["asked"], said["code"], said.get("lines"))
+    news = News(said["asked"], said["code"], said.get("lines"), said.get("spare", []))
     if not (
         isinstance(news.asked, str)
         and is_code(news.code)
         and isinstance(news.lines, list)
         and all(isinstance(line, str) for line in news.lines)
         and (news.lines or news.code is None)
+        and isinstance(news.spare, list)
+        and all(type(number) is int for number in news.spare)
     ):
         raise ValueError("this is no news")
     return news
@@ -101,6 +108,8 @@ class Judge:
         self.heard: dict[int, tuple[int, float]] = {}
         self.gone: set[int] = set()
         self.asked_for = False
+        self.doubled: float | None = None
+        """Since when there are more launchers than hosts."""
 
     def read(self, calls: dict[int, Call], now: float) -> News:
         """Read one round of calls; returns the news.
@@ -125,10 +134,13 @@ class Judge:
                     )
             if call.asked and not self.news.asked:
                 self.news.asked = f"{call.asked} (host {call.host})"
-            if call.code:
+            if call.code and number not in self.news.spare:
                 self._end(call.code, f"host {call.host} ended: {call.why}")
-        live = [c for n, c in calls.items() if n not in self.gone and c.code is None]
+        left_out = {*self.gone, *self.news.spare}
+        there = {n: c for n, c in calls.items() if n not in left_out and c.code is None}
+        live = [*there.values()]
         self._compare(live)
+        self._find_doubles(there, now)
         self._ask_for_missing(live, now)
         return self.news
 
@@ -146,6 +158,21 @@ class Judge:
         hosts = sorted({call.host for call in live})
         if live and len(hosts) > int(live[0].nodes):
             self._end(2, f"NODES is {live[0].nodes}, but more have come: {', '.join(hosts)}")
+
+    def _find_doubles(self, live: dict[int, Call], now: float) -> None:
+        """Of a host that was started twice, the later launcher is told to end: the hosts would meet
+        without one of them, and two launchers would share one host's GPUs."""
+        excess = len(live) - int(next(iter(live.values())).nodes) if live else 0
+        if excess <= 0:
+            self.doubled = None
+            return
+        if self.doubled is None:
+            self.doubled = now
+        if now - self.doubled < DOUBLE:
+            return
+        for number in sorted(live, reverse=True)[:excess]:
+            if any(n < number and call.host == live[number].host for n, call in live.items()):
+                self.news.spare.append(number)
 
     def _ask_for_missing(self, live: list[Call], now: float) -> None:
         wanted = int(live[0].nodes) if live else 0
@@ -292,6 +319,12 @@ class Hosts:
             if not own and not last:
                 say(f"note: {line}")
         self._told = len(news.lines)
+        if self._number in news.spare and not own:
+            self.control.end(
+                2,
+                f"error: host {self.call.host} was started twice: there are more launchers than"
+                f" NODES, which is {self.call.nodes}; this later one ends, start one on each host",
+            )
         if news.asked:
             self.control.ask(news.asked)
         if news.code is not None and not own:

@@ -13,7 +13,6 @@ from datetime import timedelta
 
 import psutil
 from torch.distributed import TCPStore
-from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname
 
 PATIENCE = 20.0
 """Seconds of silence from the first host before a line says so."""
@@ -70,7 +69,7 @@ def meet(host: str, port: int, join_timeout: float, say: Callable[[str], None], 
         TimeoutError: nothing answered.
     """
     taken = f"port {port} of {host} is taken by another program; choose another (RDZV_ENDPOINT)"
-    if _matches_machine_hostname(host) and _is_free(port):
+    if is_here(host) and _is_free(port):
         return True
     begin, said = time.monotonic(), False
     while not _answers(host, port):
@@ -91,6 +90,23 @@ def meet(host: str, port: int, join_timeout: float, say: Callable[[str], None], 
     if not _is_store(host, port):
         raise ValueError(taken)
     return False
+
+
+def is_here(host: str) -> bool:
+    """Whether a name or an address is this host's.
+
+    torch compares the addresses of this host's own name alone. Those of its other networks, and all
+    of them where the own name is a loopback address, would be no host's, and nobody would open the
+    store.
+    """
+    if host in ("localhost", socket.gethostname()):
+        return True
+    try:
+        found = {item[4][0].partition("%")[0] for item in socket.getaddrinfo(host, None)}
+    except socket.gaierror:
+        return False
+    own = {entry.address.partition("%")[0] for e in psutil.net_if_addrs().values() for entry in e}
+    return any(ipaddress.ip_address(one).is_loopback or one in own for one in found)
 
 
 def own_address(endpoint: tuple[str, int], chosen: str | None) -> tuple[str, str] | None:

@@ -41,7 +41,8 @@ def refusal(cluster: Cluster) -> None:
     """One host's ranks refuse their command line: all hosts end, and name that host."""
     work = cluster.folder / "work"
     outs = [work / "refusal3.out", work / "refusal4.out"]
-    meet = {"NODES": 2, "GPUS_PER_NODE": 1, "RDZV_ENDPOINT": "node3:29511"}
+    # An address of the first host, which is not that of its own name there.
+    meet = {"NODES": 2, "GPUS_PER_NODE": 1, "RDZV_ENDPOINT": "10.77.0.13:29511"}
     flags = ("--data-path", cluster.data)
     one = cluster.launch("node3", outs[0], work / "refusal", *flags, **meet)
     two = cluster.launch("node4", outs[1], work / "refusal", *flags, "--no-such-flag", **meet)

@@ -177,6 +177,24 @@ def crash_loop(cluster: Cluster) -> None:
     assert (fields["Restarts"], fields["ExitCode"]) == ("2", "2:0")
 
 
+def array(cluster: Cluster) -> None:
+    """A task of an array is started again; one of them has the array's own number."""
+    work = cluster.folder / "work"
+    python = work / "python-of-array"
+    ends = '[ "$2" != -c ] && [ $SLURM_ARRAY_TASK_ID = 0 ] || exit 1'
+    python.write_text(f"#!/bin/sh\n{ends}\nexec sleep 300\n")
+    python.chmod(0o755)
+    tasks = ("--array", "0-1", "--output", work / "array-%a.out")
+    # A part of the environment only, which is srun's then too.
+    options = (*ONE, *tasks, f"--export=PYTHON={python},MOST_CRASHES=2")
+    job = cluster.submit("array", options=options)
+    crashed = work / "array-1.out"
+    said = "slurm.sh: ended with 1 at step none; requeueing"
+    job.wait("crashed", lambda: crashed.exists() and said in crashed.read_text())
+    job.wait("down", lambda: "starts in a row made no progress" in crashed.read_text())
+    assert "requeue" not in (work / "array-0.out").read_text()
+
+
 CASES = [
     time_limit,
     one_node_then_requeue_then_cancel,
@@ -187,6 +205,7 @@ CASES = [
     typo,
     hostile_guard,
     crash_loop,
+    array,
 ]
 
 

@@ -114,6 +114,7 @@ def without_packages(folder: Path) -> Path:
         (["debug", "x"], {"JOIN_TIMEOUT": "a[$(touch {ran})]"}, "JOIN_TIMEOUT is 'a[$(touch"),
         (["debug", "x"], {"PYTHON": "/no/python"}, "there is no /no/python; set PYTHON"),
         (["debug", "x"], {"PYTHON": "{bare}"}, "cannot import torch"),
+        (["debug", "x"], {"PYTHON": "{old}"}, "/old is Python 3.6; set PYTHON to the Python, 3.12"),
         (["debug", "x"], TWO | {"RDZV_ENDPOINT": "node"}, "node is not HOST:PORT"),
         (["debug", "x"], TWO | {"RDZV_ENDPOINT": "no.such.host.invalid:1"}, "there is no host"),
         (["debug", "x"], TWO | {"RDZV_ENDPOINT": "localhost:{taken}"}, "by another program"),
@@ -122,10 +123,14 @@ def without_packages(folder: Path) -> Path:
 )
 def test_launch_errors_are_one_line(argv, env, message, warm_python, tmp_path):
     bare, ran = without_packages(tmp_path), tmp_path / "ran"
+    # Says what an old Python would.
+    old = tmp_path / "old"
+    old.write_text("#!/bin/sh\necho 3.6\n")
+    old.chmod(0o755)
     with socket.socket() as other:
         other.bind(("", 0))
         other.listen()
-        words = {"ran": ran, "bare": bare, "taken": other.getsockname()[1]}
+        words = {"ran": ran, "bare": bare, "old": old, "taken": other.getsockname()[1]}
         env = {name: value.format(**words) for name, value in env.items()}
         command = ["bash", LAUNCH, *argv]
         env = ENV | {"PYTHON": str(warm_python)} | env
@@ -258,7 +263,12 @@ def test_what_launch_hands_on(tmp_path):
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho "$@"\nenv\n')
     python.chmod(0o755)
-    given = {"PYTHON": str(python), "SLURM_GPUS_ON_NODE": "3", "TORCH_NCCL_TRACE_BUFFER_SIZE": "7"}
+    given = {
+        "PYTHON": str(python),
+        "SLURM_GPUS_ON_NODE": "3",
+        "PET_NNODES": "2",
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": "7",
+    }
     done = subprocess.run(
         ["bash", LAUNCH, "debug", "there", "--data-path", "x"],
         capture_output=True,
@@ -272,6 +282,8 @@ def test_what_launch_hands_on(tmp_path):
         f"{ROOT}/pretrain_mlra.py --config {ROOT}/megatron_mlra/presets/debug.yaml --save there"
         " --load there --data-path x"
     )
+    # Of another launcher, for flags of torchrun.
+    assert not [line for line in env if line.startswith("PET_")]
     # torch warns of the former name.
     assert "TORCH_FR_BUFFER_SIZE=7" in env
     assert not [line for line in env if line.startswith("TORCH_NCCL_TRACE_BUFFER_SIZE")]

@@ -60,6 +60,23 @@ def test_what_cannot_be_started_is_refused(argv, warm_python, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("variable", "line"),
+    [
+        ({"PET_STANDALONE": "true"}, "PET_STANDALONE is 'true'; set it to 1 or 0, or unset it"),
+        ({"PET_NNODES": "2"}, "--standalone is one host, and --nnodes (PET_NNODES) is 2; leave"),
+    ],
+)
+def test_variables_for_torchrun_that_another_launcher_left(variable, line, warm_python, tmp_path):
+    """As an operator of Kubernetes sets them; examples/launch.sh leaves them out."""
+    (tmp_path / "x.py").write_text("import os\nprint(os.environ['WORLD_SIZE'])\n")
+    start = [warm_python, "-m", "megatron_mlra.launch", "--standalone", "x.py"]
+    done = subprocess.run(
+        start, capture_output=True, text=True, env=ENV | variable, cwd=tmp_path, timeout=120
+    )
+    assert done.returncode == 2 and line in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
     "words", [["x.py"], ["-m", "x"], ["-m", "package.inner"], ["--no-python", "./x"], ["folder"]]
 )
 def test_what_can_be_started_is(words, warm_python, tmp_path):

@@ -60,6 +60,22 @@ def test_a_launcher_that_is_started_again_counts_once():
     assert judge(*rounds).news.lines == []
 
 
+def test_a_second_launcher_of_a_host_is_told_to_end():
+    """The later one alone, behind some seconds: it may replace one that was just killed."""
+
+    def calls(n: int) -> dict[int, Call]:
+        ended = {"code": 2, "why": "started twice"} if n > 20 else {}
+        return {1: call("a", n), 2: call("b", n), 3: call("a", n, **ended)}
+
+    rounds = [(float(n), calls(n)) for n in range(40)]
+    assert judge(*rounds[:5]).news == News()
+    assert judge(*rounds).news == News(spare=[3])
+    # As tests do, as many launchers as hosts on one machine.
+    assert (
+        judge(*((float(n), {1: call("a", n), 2: call("a", n)}) for n in range(40))).news == News()
+    )
+
+
 def test_missing_hosts_are_asked_for_once():
     it = judge(*((n, {1: call("a", n, "3"), 2: call("b", n, "3")}) for n in range(200)))
     (line,) = it.news.lines
@@ -125,9 +141,15 @@ def test_what_is_no_call_in_the_store_is_left_out(capfd):
     notes = []
     assert calls_in(store, notes.append) == {len(odd) + 1: call("a")}
     assert len(set(notes)) == 2 and all("left out" in n or "number of calls" in n for n in notes)
-    for text in ("[]", '{"asked": "", "code": 2, "lines": []}', '{"asked": 1, "code": null}'):
+    wrong = '{"asked": "", "code": null, "lines": [], "spare": ["1"]}'
+    for text in (
+        "[]",
+        '{"asked": "", "code": 2, "lines": []}',
+        '{"asked": 1, "code": null}',
+        wrong,
+    ):
         with pytest.raises(ValueError, match="news"):
             read_news(text)
-    assert read_news(json.dumps(asdict(News("x", 2, ["y"])))) == News("x", 2, ["y"])
+    assert read_news(json.dumps(asdict(News("x", 2, ["y"], [3])))) == News("x", 2, ["y"], [3])
     say("host a\x1b[2J\nb\ud800 é")
     assert capfd.readouterr().err == "host a\\x1b[2J\\nb\\ud800 é\n"

@@ -94,6 +94,33 @@ def test_a_local_file_called_as_a_preset_is_what_is_trained_by(tmp_path, is_ther
     assert found == (tmp_path / "debug" if is_there else ROOT / "megatron_mlra/presets/debug.yaml")
 
 
+def test_a_suspended_launcher_heeds_signals_when_it_goes_on(tmp_path):
+    """As `scontrol suspend` and `resume`, or a debugger, do to every process."""
+    (tmp_path / "rank.py").write_text(
+        "import signal, time\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})\n"
+        "print('up', flush=True)\n"
+        "signal.sigwait({signal.SIGTERM})\n"
+        "print('saved', flush=True)\n"
+    )
+    out = tmp_path / "out.txt"
+    command = [sys.executable, "-W", "ignore", "-m", "megatron_mlra.launch", tmp_path / "rank.py"]
+    with out.open("w") as file:
+        launcher = subprocess.Popen(command, env=ENV, cwd=ROOT, stdout=file, stderr=file)
+    wait_for(out, "up", 120)
+    for _ in range(2):
+        launcher.send_signal(signal.SIGSTOP)
+        time.sleep(1)  # longer than the launcher waits for a signal at a time
+        launcher.send_signal(signal.SIGCONT)
+        time.sleep(0.1)
+    launcher.send_signal(signal.SIGUSR1)
+    try:
+        assert launcher.wait(30) == 0
+    finally:
+        launcher.kill()
+    assert out.read_text() == "up\nsaved\n"
+
+
 def test_a_second_interrupt_ends_ranks_that_go_on(tmp_path):
     """A rank that is asked to stop, and saves for hours."""
     rank, out = tmp_path / "rank.py", tmp_path / "out.txt"

@@ -1,12 +1,19 @@
-"""Ranks follow the numbers of the hosts."""
+"""Ranks follow the numbers of the hosts; the hosts meet at an address of the first, once each."""
 
+import ipaddress
+import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 
+from megatron_mlra.launch.network import is_here
 from megatron_mlra.launch.ports import reserve_port
 from support import ENV
+from support.runs import wait_for
 
 RANK = "import os, pathlib, sys; pathlib.Path(sys.argv[1]).write_text(os.environ['RANK'])"
 
@@ -37,3 +44,57 @@ def test_ranks_follow_the_numbers(numbers, tmp_path):
     by_id = [launcher.pid for launcher in launchers]
     order = sorted(range(len(numbers)), key=lambda host: (numbers[host], by_id[host]))
     assert [ranks[host] for host in order] == [0, 1, 2]
+
+
+def start(meet: str, out: Path, *words: object) -> subprocess.Popen:
+    """Start one of two launchers, with torchrun's default of a rendezvous."""
+    command = [sys.executable, "-W", "ignore", "-m", "megatron_mlra.launch", "--nnodes", "2"]
+    command += ["--nproc-per-node", "1", "--rdzv-endpoint", meet, *map(str, words)]
+    with out.open("w") as file:
+        return subprocess.Popen(command, env=ENV, stdout=file, stderr=file)
+
+
+def test_a_host_that_is_started_twice_is_refused_and_the_run_goes_on(tmp_path):
+    script, end = tmp_path / "rank.py", tmp_path / "end"
+    script.write_text(
+        "import pathlib, sys, time\n"
+        "print('up', flush=True)\n"
+        "while not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.1)\n"
+    )
+    outs = [tmp_path / f"{number}.txt" for number in range(3)]
+    with reserve_port("") as kept:
+        meet = f"localhost:{kept.getsockname()[1]}"
+        hosts = [start(meet, out, script, end) for out in outs[:2]]
+        try:
+            for out in outs[:2]:
+                wait_for(out, "up", 120)
+            hosts.append(start(meet, outs[2], script, end))
+            assert hosts[2].wait(120) == 2, outs[2].read_text()
+            time.sleep(1)
+            end.touch()
+            assert [host.wait(120) for host in hosts[:2]] == [0, 0]
+        finally:
+            for host in hosts:
+                host.kill()
+    assert [out.read_text().count("up\n") for out in outs] == [1, 1, 0]
+    assert "error" not in outs[0].read_text() + outs[1].read_text()
+    assert "was started twice: there are more launchers than NODES" in outs[2].read_text()
+
+
+def test_addresses_of_this_host(monkeypatch):
+    """Of every network, and where its own name is unknown or a loopback address."""
+    monkeypatch.setattr(socket, "gethostname", lambda: "no.such.host.invalid")
+    own = {e.address.partition("%")[0] for found in psutil.net_if_addrs().values() for e in found}
+    assert all(is_here(address) for address in own if is_address(address))
+    assert is_here("localhost") and is_here("::1")
+    assert (
+        not is_here("203.0.113.7") and not is_here("2001:db8::1") and not is_here("nobody.invalid")
+    )
+
+
+def is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:  # of the hardware
+        return False
+    return True
