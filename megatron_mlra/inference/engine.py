@@ -18,9 +18,10 @@ import torch
 
 from megatron_mlra.inference.cache import CacheFull
 from megatron_mlra.inference.checks import shown, whole
+from megatron_mlra.inference.chunks import Chunk, last_rows
 from megatron_mlra.inference.model import DraftModel
 from megatron_mlra.inference.request import Draw, Request
-from megatron_mlra.inference.runner import Chunk, Runner, last_rows, pool_for
+from megatron_mlra.inference.runner import Runner, pool_for
 from megatron_mlra.inference.sampling import SamplingParams, sample
 from megatron_mlra.inference.speculation import Speculation
 
