@@ -89,9 +89,12 @@ class Engine:
         return request
 
     def _tokens(self, prompt: Iterable[int]) -> list[int]:
-        if isinstance(prompt, str | bytes) or not isinstance(prompt, Iterable):
+        try:
+            ids = None if isinstance(prompt, str | bytes) else list(prompt)
+        except TypeError:  # no iterable, or a tensor of no dimensions
+            ids = None
+        if ids is None:
             raise ValueError(f"the prompt is {shown(prompt)}; give a list of token ids")
-        ids = list(prompt)
         if not ids:
             raise ValueError("the prompt is empty; give at least one token")
         vocab = self.runner.model.model.vocab_size
