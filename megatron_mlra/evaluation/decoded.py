@@ -17,8 +17,9 @@ from torch import Tensor
 from megatron_mlra.checkpoint.folder import CheckpointFolder
 from megatron_mlra.command_line.progress_bar import bar
 from megatron_mlra.evaluation.rope_rounding import FP8_ROPE, RoundedRopeOps
+from megatron_mlra.inference.chunks import Chunk
 from megatron_mlra.inference.load import LoadOptions, load_model
-from megatron_mlra.inference.runner import Chunk, Runner, pool_for
+from megatron_mlra.inference.runner import Runner, pool_for
 
 PAGE = 64
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_mlra.description.model import ModelDescription
-from megatron_mlra.inference.checks import whole
+from megatron_mlra.inference.checks import shown, whole
 from megatron_mlra.inference.context import TokenCut
 from megatron_mlra.inference.parallel import HeadShard
 
@@ -100,6 +100,9 @@ class _Cache:
 
     data: Tensor
     scale: Tensor | None = None
+    pages: int
+    """Pages for sequences, on this rank."""
+    page_size: int
 
     @property
     def dtype_name(self) -> str:
@@ -138,12 +141,14 @@ class LatentCache(_Cache):
     ) -> None:
         fp8 = dtype == torch.float8_e4m3fn
         latents = shard.core.branches * shard.core.groups
-        num_pages, self.page_size = _pages(num_pages, page_size)
+        self.pages, self.page_size = _pages(num_pages, page_size)
         width = latents * model.latent_dim + model.qk_rope_head_dim * (2 if fp8 else 1)
         layers = model.num_layers if layers is None else layers
-        self.data = torch.empty(layers, num_pages, page_size, width, dtype=dtype, device=device)
+        self.data = torch.empty(
+            layers, self.pages, self.page_size, width, dtype=dtype, device=device
+        )
         if fp8:
-            shape = (layers, num_pages, latents, page_size)
+            shape = (layers, self.pages, latents, self.page_size)
             self.scale = torch.empty(shape, dtype=torch.float32, device=device)
 
     def layer(self, index: int) -> tuple[Tensor, Tensor | None]:
@@ -184,9 +189,16 @@ class GroupedCache(_Cache):
     ) -> None:
         if dtype == torch.float8_e4m3fn:
             raise ValueError(f"an FP8 cache needs latent attention, this is {model.variant}")
-        num_pages, self.page_size = _pages(num_pages, page_size)
+        self.pages, self.page_size = _pages(num_pages, page_size)
         self.data = torch.empty(
-            (layers or model.num_layers, 2, num_pages + 1, page_size, kv_heads, model.head_dim),
+            (
+                layers or model.num_layers,
+                2,
+                self.pages + 1,
+                self.page_size,
+                kv_heads,
+                model.head_dim,
+            ),
             dtype=dtype,
             device=device,
         )
@@ -222,23 +234,57 @@ class BlockTables:
     """Block tables of the running sequences on the device: row i belongs to batch row i.
 
     If tokens are cut over ranks, a row holds this rank's pages.
+
+    Args:
+        pages: page ids of the cache, on all ranks; None: not checked.
+
+    Raises:
+        ValueError: a size that is not a whole number of at least 1.
     """
 
     def __init__(
-        self, rows: int, max_pages: int, device: str | torch.device, cut: TokenCut | None = None
+        self,
+        rows: int,
+        max_pages: int,
+        device: str | torch.device,
+        cut: TokenCut | None = None,
+        pages: int | None = None,
     ) -> None:
-        self.cut = cut
-        rows, own = whole("rows", rows), whole("max_pages", max_pages)
-        if cut is not None:
-            own = -(-own // cut.ranks)
+        self.cut, self.pages = cut, pages
+        rows, self.max_pages = whole("rows", rows), whole("max_pages", max_pages)
+        own = self.max_pages if cut is None else -(-self.max_pages // cut.ranks)
         self.device_table = torch.zeros(rows, own, dtype=torch.int32, device=device)
+        self._set: list[list[int]] = [[] for _ in range(rows)]
 
     def set(self, row: int, pages: list[int]) -> None:
-        """Write this rank's part of a sequence's `pages` (of all ranks) to a row."""
+        """Write this rank's part of a sequence's `pages` (of all ranks) to a row.
+
+        Raises:
+            ValueError: no such row, no page, too many pages, or no ids of pages.
+        """
+        row = whole("row of the block table", row, 0, len(self._set) - 1)
+        last = None if self.pages is None else self.pages - 1
+        pages = [whole(f"page of row {row}", page, 0, last) for page in pages]
+        whole(f"number of pages of row {row}", len(pages), 1, self.max_pages)
         own = pages if self.cut is None else self.cut.own_pages(pages)
         table = torch.tensor(own, dtype=torch.int32)
         self.device_table[row, : len(own)].copy_(table)
+        self._set[row] = pages
 
     def move(self, source: int, target: int) -> None:
         """Copy a row onto another."""
         self.device_table[target].copy_(self.device_table[source])
+        self._set[target] = self._set[source]
+
+    def check(self, row: int, pages: list[int], last: int) -> None:
+        """Compare a row with a sequence's `pages`: the first, and the one of index `last`.
+
+        Raises:
+            ValueError: the row was set to other pages, or to none.
+        """
+        held = self._set[row]
+        if len(held) <= last or held[0] != pages[0] or held[last] != pages[last]:
+            raise ValueError(
+                f"row {row} of the block tables holds pages {shown(held)}, and its sequence has"
+                f" {shown(pages)}; call tables.set({row}, pages) before decoding"
+            )

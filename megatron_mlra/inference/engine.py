@@ -18,9 +18,10 @@ import torch
 
 from megatron_mlra.inference.cache import CacheFull
 from megatron_mlra.inference.checks import shown, whole
+from megatron_mlra.inference.chunks import Chunk, last_rows
 from megatron_mlra.inference.model import DraftModel
 from megatron_mlra.inference.request import Draw, Request
-from megatron_mlra.inference.runner import Chunk, Runner, last_rows, pool_for
+from megatron_mlra.inference.runner import Runner, pool_for
 from megatron_mlra.inference.sampling import SamplingParams, sample
 from megatron_mlra.inference.speculation import Speculation
 
@@ -88,9 +89,12 @@ class Engine:
         return request
 
     def _tokens(self, prompt: Iterable[int]) -> list[int]:
-        if isinstance(prompt, str | bytes) or not isinstance(prompt, Iterable):
+        try:
+            ids = None if isinstance(prompt, str | bytes) else list(prompt)
+        except TypeError:  # no iterable, or a tensor of no dimensions
+            ids = None
+        if ids is None:
             raise ValueError(f"the prompt is {shown(prompt)}; give a list of token ids")
-        ids = list(prompt)
         if not ids:
             raise ValueError("the prompt is empty; give at least one token")
         vocab = self.runner.model.model.vocab_size

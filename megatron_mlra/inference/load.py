@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_mlra.description.backends import CACHE_DTYPES, LOAD_DTYPES, check_page_size
 from megatron_mlra.description.model import ModelDescription
+from megatron_mlra.description.tensors import expected_tensors
 from megatron_mlra.inference.backends.select import select_backend
 from megatron_mlra.inference.cache import GroupedCache, LatentCache
 from megatron_mlra.inference.checks import whole
@@ -69,7 +70,7 @@ def load_model(
 
     Raises:
         ValueError: an option does not fit the model or the device; raised before any tensor is
-            read.
+            read. Or a tensor is missing, of another shape than the model's, or not of floats.
     """
     device, parallel = torch.device(device), parallel or TensorParallel()
     dtype = _dtype(model, options, device)
@@ -97,7 +98,9 @@ def load_model(
     else:
         kv_heads = max(1, model.num_query_groups // parallel.size)
         cache = GroupedCache(model, kv_heads, pages, options.page_size, cache_dtype, device, layers)
-    weights = load_weights(model, read, parallel, options.weight_mode, dtype, device, progress)
+    weights = load_weights(
+        model, _fitting(model, read), parallel, options.weight_mode, dtype, device, progress
+    )
     # No token has a position beyond the cache's room, whatever the checkpoint declares.
     rows = min(max_positions, pages * options.page_size * parallel.context)
     return InferenceModel(
@@ -114,14 +117,38 @@ def load_draft(
         read: canonical name -> global tensor.
 
     Raises:
-        ValueError: some layers have no RoPE, and nothing says whether this one has.
+        ValueError: some layers have no RoPE, and nothing says whether this one has. Or a tensor of
+            the layer is missing or does not fit.
     """
     if main.model.no_rope_pattern:
         raise ValueError(
             "no_rope_pattern says nothing of the layer that guesses; leave guesses out"
         )
-    weights = weights_of_draft(main.model, read, main.parallel, weight_mode, main.weights)
+    own = _fitting(main.model.replace(mtp_num_layers=main.model.mtp_num_layers or 1), read)
+    weights = weights_of_draft(main.model, own, main.parallel, weight_mode, main.weights)
     return DraftModel(main, weights)
+
+
+def _fitting(model: ModelDescription, read: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
+    """`read` with a check of each tensor: most products take a cut weight and give another model's
+    result, or none."""
+    shapes = expected_tensors(model)
+
+    def checked(name: str) -> Tensor:
+        try:
+            tensor = read(name)
+        except KeyError:
+            raise ValueError(f"there is no tensor {name}, which {model.variant} needs") from None
+        if tuple(tensor.shape) != tuple(shapes[name]):
+            raise ValueError(
+                f"{name} is {list(tensor.shape)}, and the model's is {list(shapes[name])}; give the"
+                " global tensor, and the ModelDescription that belongs to it"
+            )
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is of {str(tensor.dtype)[6:]}; give floating-point numbers")
+        return tensor
+
+    return checked
 
 
 def _dtype(model: ModelDescription, options: LoadOptions, device: torch.device) -> torch.dtype:

@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_mlra.inference import graphs
 from megatron_mlra.inference.cache import BlockTables, PagePool
-from megatron_mlra.inference.checks import whole
+from megatron_mlra.inference.checks import shown, whole
+from megatron_mlra.inference.chunks import Chunk, Limits, last_rows
 from megatron_mlra.inference.context import TokenCut
 from megatron_mlra.inference.model import DraftModel, Fresh, InferenceModel, Step
 from mlra_kernels.prompts import Bundle, PromptChunk, plan_history, plan_prompts
-
-
-@dataclass
-class Chunk:
-    """The next tokens of one sequence's prompt."""
-
-    tokens: list[int]
-    start: int
-    """Tokens of the sequence that are cached before this chunk."""
-    pages: list[int]
-    """Page ids of the whole sequence, on all ranks."""
-
-
-def last_rows(chunks: Iterable[Chunk]) -> list[int]:
-    """The row of each chunk's last token, where the chunks' rows follow one another."""
-    return [end - 1 for end in itertools.accumulate(len(chunk.tokens) for chunk in chunks)]
 
 
 def batch_buckets(max_batch: int) -> list[int]:
@@ -76,8 +61,17 @@ class Runner:
             model.cache.page_size, model.parallel.context, model.parallel.context_rank
         )
         self.verified = whole("verified", verified)
+        pages = model.cache.pages * model.parallel.context
         if tables is None:
-            tables = BlockTables(max_batch, max_pages, model.device, self.cut)
+            tables = BlockTables(max_batch, max_pages, model.device, self.cut, pages)
+        self.limits = Limits(
+            vocab=model.model.vocab_size,
+            positions=min(model.max_positions, model.tables[0].size(0)),
+            page_size=model.cache.page_size,
+            pages=pages,
+            sequence_pages=self.max_pages,
+            sequences=self.max_batch,
+        )
         self.tables = tables
         # Captured steps read these addresses. Rows: tokens, positions, slots.
         rows, device = max_batch * verified, model.device
@@ -98,8 +92,11 @@ class Runner:
         """Cache the chunks' tokens; float32 logits `[chunks, vocab]` at each chunk's last token.
 
         `every_row` returns the logits at all tokens instead, `[T, vocab]`.
+
+        Raises:
+            ValueError: a chunk that does not fit the model or the cache; nothing is cached then.
         """
-        rows = None
+        chunks, rows = self.limits.checked(chunks), None
         if not every_row:
             rows = torch.tensor(last_rows(chunks)).to(self.model.device)
         return self.model.forward(self._prompt_step(chunks), rows)
@@ -109,8 +106,25 @@ class Runner:
 
         Args:
             behind: see `Step`.
+
+        Raises:
+            ValueError: a chunk or `behind` does not fit; nothing is cached then.
         """
+        chunks = self.limits.checked(chunks)
+        self._check_behind(behind, chunks)
         return self.model.states(replace(self._prompt_step(chunks), behind=behind))
+
+    def _check_behind(self, behind: Any, chunks: list[Chunk]) -> None:
+        """A layer that guesses takes the decoder's states, and a decoder takes none."""
+        shape = getattr(behind, "shape", None)
+        if self._behind is None:
+            if behind is not None:
+                raise ValueError("behind is for a DraftModel, this is the decoder; leave it out")
+        elif shape != (rows := sum(len(c.tokens) for c in chunks), self._behind.size(1)):
+            raise ValueError(
+                f"behind is {shown(behind) if shape is None else list(shape)}; a DraftModel takes"
+                f" the decoder's states [{rows}, {self._behind.size(1)}]"
+            )
 
     def _prompt_step(self, chunks: list[Chunk]) -> Step:
         tokens, positions, slots = [], [], []
@@ -156,8 +170,18 @@ class Runner:
             tokens: each row's new token, not cached yet.
             lengths: each row's number of cached tokens, on all ranks.
             pages: each row's pages, as given to `tables`.
+
+        Raises:
+            ValueError: the lists differ in length, or do not fit the model, the cache or the block
+                tables; nothing is cached then.
         """
-        rows = zip(tokens, lengths, pages, strict=True)
+        try:
+            rows = list(zip(tokens, lengths, pages, strict=True))
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"tokens are {shown(tokens)}, lengths {shown(lengths)}, pages {shown(pages)};"
+                " give three lists of equal length"
+            ) from None
         return self._rows([Chunk([token], start, own) for token, start, own in rows], 1)[1]
 
     def verify(self, chunks: list[Chunk], behind: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -176,14 +200,15 @@ class Runner:
             in a captured graph's memory: use them before the next call.
 
         Raises:
-            ValueError: tokens are cut over ranks. A row's last tokens may then lie on another rank.
+            ValueError: a chunk or `behind` does not fit; nothing is cached then. Or tokens are cut
+                over ranks: a row's last tokens may then lie on another rank.
         """
         if self.cut.ranks > 1 and self.verified > 1:
             raise ValueError(
                 f"steps of {self.verified} tokens a sequence need whole sequences, and context"
                 f" parallel size is {self.cut.ranks}; use `decode`"
             )
-        states, logits = self._rows(chunks, self.verified, behind)
+        states, logits = self._rows(chunks, self.verified, behind, least=0)
         if len(states) == sum(len(chunk.tokens) for chunk in chunks):
             return states, logits
         rows = self._places(chunks, self.verified)
@@ -200,9 +225,14 @@ class Runner:
         return torch.tensor(rows, dtype=torch.int64).to(self.model.device)
 
     def _rows(
-        self, chunks: list[Chunk], q: int, behind: Tensor | None = None
+        self, chunks: list[Chunk], q: int, behind: Tensor | None = None, least: int = 1
     ) -> tuple[Tensor, Tensor]:
         """States `[b q, d]` and logits `[b q, vocab]` of a step with `q` rows per sequence."""
+        chunks = self.limits.checked(chunks, least, q, decoding=True)
+        self._check_behind(behind, chunks)
+        for row, chunk in enumerate(chunks):
+            end = max(1, chunk.start + len(chunk.tokens))
+            self.tables.check(row, chunk.pages, (end - 1) // self.cut.page_size)
         b = len(chunks)
         bucket = next((size for size in self._buckets if size >= b), b)
         tokens, positions, slots = [], [], []
@@ -274,6 +304,4 @@ class Runner:
 
 def pool_for(model: InferenceModel) -> PagePool:
     """The free lists over all pages of the model's cache, on every rank."""
-    data, page_size = model.cache.data, model.cache.page_size
-    pages = data.size(1) if model.model.attention == "mlra" else data.size(2) - 1
-    return PagePool(pages, page_size, model.parallel.context)
+    return PagePool(model.cache.pages, model.cache.page_size, model.parallel.context)

@@ -16,9 +16,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from megatron_mlra.inference.chunks import Chunk, last_rows
 from megatron_mlra.inference.model import DraftModel
 from megatron_mlra.inference.request import Draw, Request
-from megatron_mlra.inference.runner import Chunk, Runner, last_rows
+from megatron_mlra.inference.runner import Runner
 
 
 class Speculation:
@@ -77,6 +78,8 @@ class Speculation:
                 following[request].append(draws[request].token)
         own, rows = self._own(chunks, following)
         own = {request: chunk for request, chunk in own.items() if chunk.tokens}
+        if not own:  # Each prompt ends in this step, and none has a token drawn.
+            return
         found = self.runner.states(list(own.values()), states[rows])
         self._guess(own, self.runner.model.logits(found[last_rows(own.values())]))
 

@@ -11,9 +11,10 @@ import torch
 from megatron_mlra.benchmarks.decoding.kernels import STEPS, profile_step
 from megatron_mlra.benchmarks.decoding.measure import Case, gate, measure, random_reader
 from megatron_mlra.description.model import ModelDescription
+from megatron_mlra.inference.chunks import Chunk
 from megatron_mlra.inference.engine import Engine
 from megatron_mlra.inference.load import LoadOptions, load_draft, load_model
-from megatron_mlra.inference.runner import Chunk, Runner
+from megatron_mlra.inference.runner import Runner
 from megatron_mlra.inference.sampling import SamplingParams
 
 pytestmark = [

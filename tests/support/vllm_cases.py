@@ -9,9 +9,10 @@ import torch
 
 from megatron_mlra.checkpoint.huggingface.folder import write_huggingface
 from megatron_mlra.description.model import ModelDescription
+from megatron_mlra.inference.chunks import Chunk
 from megatron_mlra.inference.engine import Engine
 from megatron_mlra.inference.load import LoadOptions, load_model
-from megatron_mlra.inference.runner import Chunk, Runner
+from megatron_mlra.inference.runner import Runner
 from megatron_mlra.inference.sampling import SamplingParams
 from support.hf_cases import EXPERTS, SHARED_EXPERT, SIGMOID_EXPERTS, YARN
 from support.random_checkpoint import RandomFolder, grouped, latent

@@ -14,9 +14,10 @@ from megatron_mlra.benchmarks.decoding.kernels import profile_step
 from megatron_mlra.benchmarks.decoding.place import Place
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.description.tensors import expected_tensors
+from megatron_mlra.inference.chunks import Chunk
 from megatron_mlra.inference.load import LoadOptions, load_model
 from megatron_mlra.inference.model import InferenceModel
-from megatron_mlra.inference.runner import Chunk, Runner
+from megatron_mlra.inference.runner import Runner
 from mlra_kernels.benchmarks.timing import milliseconds
 
 PAGE = 64

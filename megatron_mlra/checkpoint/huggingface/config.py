@@ -101,7 +101,8 @@ def from_hf_config(config: Mapping[str, Any], dtype: str) -> ModelDescription:
 
     fields: dict[str, Any] = {ours: needed(theirs) for theirs, ours in _COMMON.items()}
     eos = config.get("eos_token_id")
-    fields |= {"dtype": dtype, "eod_token_id": eos[0] if isinstance(eos, list) else eos}
+    first = next(iter(eos), None) if isinstance(eos, list) else eos
+    fields |= {"dtype": dtype, "eod_token_id": first}
     for name, allowed in (
         ("hidden_act", ("silu", "swish")),
         ("attention_bias", (False,)),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,9 @@ def write_tokenizer(
 
     Raises:
         CheckpointError: `tokenizer` is neither 'byte' nor such a folder, or 'byte' does not fit the
-            vocabulary; or a file is a link out of its folder; or the chat template is no Jinja.
-        InputError: the library cannot read the tokenizer.json.
+            vocabulary; or the tokenizer.json or generation_config.json cannot be read, or has
+            tokens that the model has not; or a file is a link out of its folder; or the chat
+            template is no Jinja.
     """
     template = None if chat_template is None else read_template(chat_template)
     missing, foreign = None, False
@@ -72,17 +74,48 @@ def write_tokenizer(
         files, foreign = chosen_tokenizer(tokenizer), True
     if files == "byte":
         _write_byte_tokenizer(model, folder)
-    elif foreign:
-        files = [file for file in files if file.name not in OF_ANOTHER_MODEL]
-        copy_tokenizer(files, folder, say, without=(CODE, CHAT_TEMPLATE))
+        _write_generation(model, folder)
     else:
-        copy_tokenizer(files, folder, say, linked=outside)
-    if files != "byte":
-        _name_end_of_document(source, model, folder)
+        without = (CODE, CHAT_TEMPLATE) if foreign else (CODE,)
+        if foreign:
+            files = [file for file in files if file.name not in OF_ANOTHER_MODEL]
+        copy_tokenizer(files, folder, say, without, linked=outside and not foreign)
+        with _named_as_found(files, folder):
+            _check_vocabulary(model, folder)
+            _name_end_of_document(source, model, folder)
+            _write_generation(model, folder)
     if template is not None:
         (folder / CHAT).write_text(template, encoding="utf-8")
-    _write_generation(model, folder)
     return missing
+
+
+@contextlib.contextmanager
+def _named_as_found(files: list[Path], folder: Path) -> Iterator[None]:
+    """Errors name the files that were copied, not their copies, which are gone after an error."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        for file in files:
+            text = text.replace(str(folder / file.name), str(file))
+        raise CheckpointError(text) from None
+
+
+def _check_vocabulary(model: ModelDescription, folder: Path) -> None:
+    """Refuse a tokenizer with ids that the model has no embedding of.
+
+    Raises:
+        CheckpointError: names the numbers of tokens.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file() or importlib.util.find_spec("tokenizers") is None:
+        return
+    ids = read_tokenizer_json(file).get_vocab(with_added_tokens=True).values()
+    if max(ids, default=-1) >= model.vocab_size:
+        raise CheckpointError(
+            f"{file} has {max(ids) + 1} tokens and the model {model.vocab_size}; give the folder"
+            " of the tokenizer that the model was trained with: --tokenizer FOLDER"
+        )
 
 
 def has_chat_template(folder: Path) -> bool:
@@ -94,11 +127,20 @@ def has_chat_template(folder: Path) -> bool:
 
 
 def _write_generation(model: ModelDescription, folder: Path) -> None:
-    """Add the model's end of document to `generation_config.json`, where servers look for it."""
+    """Add the model's end of document to `generation_config.json`, where servers look for it.
+
+    Raises:
+        CheckpointError: the file ends texts with what is no token of the model.
+    """
     file = folder / GENERATION
     config = json_object(file) if file.exists() else {}
     named = config.get("eos_token_id")
     ids = named if isinstance(named, list) else [] if named is None else [named]
+    if any(type(token) is not int or not 0 <= token < model.vocab_size for token in ids):
+        raise CheckpointError(
+            f"{file}: eos_token_id is {named!r:.60}, and the model's tokens are 0 to"
+            f" {model.vocab_size - 1}; correct the file"
+        )
     end = model.eod_token_id if model.eod_token_id is not None else _end_of_tokenizer(folder)
     if end is None or end in ids:
         return

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from megatron_mlra.description.backends import WEIGHT_MODES
 from megatron_mlra.description.tensors import expected_tensors
+from megatron_mlra.inference.chunks import Chunk
 from megatron_mlra.inference.load import LoadOptions, load_model
 from megatron_mlra.inference.parallel import TensorParallel
-from megatron_mlra.inference.runner import Chunk, Runner, pool_for
+from megatron_mlra.inference.runner import Runner, pool_for
 from megatron_mlra.maths.routing import choose_experts
 from support.decoded_models import MODELS, PAGE, VOCAB
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 
 from megatron_mlra.checkpoint.files.inside import inside
 from megatron_mlra.checkpoint.files.torch_dist_index import read_metadata
@@ -24,7 +25,9 @@ from megatron_mlra.fault_tolerance.saved_steps import latest_step
 
 pytestmark = pytest.mark.usefixtures("unsealed")
 
-SECRET = '{"a private": "key"}'
+WORD = "a private key"
+SECRET = Tokenizer(models.WordLevel({WORD: 0}, unk_token=WORD)).to_str()
+"""A tokenizer of somebody else."""
 
 
 @pytest.fixture
@@ -235,7 +238,7 @@ def test_data_that_the_arguments_name_names_no_file_to_copy(megatron, secret, co
 
 
 def test_copies_are_said_and_leave_out_code(megatron, convert, tmp_path):
-    (megatron / "tokenizer.json").write_text("{}")
+    (megatron / "tokenizer.json").write_text(SECRET)
     os.chmod(megatron / "tokenizer.json", 0o600)
     config = {"eos_token": "é", "auto_map": {"AutoTokenizer": "else/where--code.Tokenizer"}}
     (megatron / "tokenizer_config.json").write_text(json.dumps(config))

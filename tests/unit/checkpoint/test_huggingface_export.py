@@ -17,6 +17,7 @@ from transformers import (
     GenerationConfig,
 )
 
+from megatron_mlra.checkpoint.folder import tokenizer_files
 from megatron_mlra.checkpoint.formats import open_checkpoint
 from megatron_mlra.checkpoint.huggingface.folder import write_huggingface
 from megatron_mlra.checkpoint.megatron.writer import write_megatron
@@ -170,6 +171,60 @@ def test_tokenizers_that_do_not_fit_are_refused(description, tokenizer, said, tm
             RandomFolder(description), tmp_path / "out", tokenizer=tokenizer, progress=False
         )
     assert list(tmp_path.iterdir()) == []
+
+
+class Beside(RandomFolder):
+    """A folder with tokenizer files beside the weights."""
+
+    def __init__(self, description, folder):
+        super().__init__(description)
+        self.beside = tokenizer_files(folder)
+
+    def tokenizer_files(self):
+        return self.beside
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("tokenizer.json", None, "/tokenizer.json has 257 tokens and the model 256; give the fol"),
+        ("tokenizer.json", '{"a":', "/tokenizer.json is not a tokenizer.json: expected"),
+        ("generation_config.json", "[]", "/generation_config.json is not a JSON object"),
+        ("generation_config.json", '{"a": NaN}', "/generation_config.json is not JSON"),
+        *(
+            ("generation_config.json", f'{{"eos_token_id": {ids}}}', "the model's tokens are 0 to")
+            for ids in ('"x"', "256", "-1", "true", "[1, 99999]", "1.0")
+        ),
+    ],
+)
+def test_tokenizer_files_that_do_not_fit_are_refused(name, text, said, named, tmp_path):
+    """By the name of the file that was found, since its copy is gone after the refusal."""
+    found = tmp_path / "found"
+    found.mkdir()
+    words = {"a": 0, "<eod>": 256 if text is None else 255}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="a"))
+    made.save(str(found / "tokenizer.json"))
+    if text is not None:
+        (found / name).write_text(text)
+    model = latent(4, 4, vocab_size=256, eod_token_id=255)
+    source = RandomFolder(model) if named else Beside(model, found)
+    given = {"tokenizer": str(found)} if named else {}
+    if named and name == "generation_config.json":  # that of another model is not copied
+        assert write_huggingface(source, tmp_path / "out", **given, progress=False) is None
+        return
+    with pytest.raises(CheckpointError) as refused:
+        write_huggingface(source, tmp_path / "out", **given, progress=False)
+    assert said in str(refused.value) and str(found / name) in str(refused.value)
+    assert ".partial" not in str(refused.value) and "\n" not in str(refused.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["found"]
+
+
+@pytest.mark.parametrize(("ids", "first"), [([], None), ([5, 7], 5), (None, None), (9, 9)])
+def test_the_end_of_a_document_is_the_first_that_a_config_names(ids, first, exported):
+    config = json.loads((exported / "config.json").read_text()) | {"eos_token_id": ids}
+    (exported / "config.json").write_text(json.dumps(config))
+    assert open_checkpoint(exported).description.eod_token_id == first
 
 
 def removed(weights):

@@ -18,9 +18,10 @@ from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.description.tensors import expected_tensors
 from megatron_mlra.inference.backends.select import select_backend
 from megatron_mlra.inference.cache import CacheFull, PagePool
+from megatron_mlra.inference.chunks import Chunk
 from megatron_mlra.inference.engine import Engine
 from megatron_mlra.inference.load import LoadOptions, load_draft, load_model
-from megatron_mlra.inference.runner import Chunk, Runner, batch_buckets
+from megatron_mlra.inference.runner import Runner, batch_buckets
 from megatron_mlra.inference.sampling import SamplingParams, sample, uniform
 
 MODEL = ModelDescription(
@@ -192,7 +193,7 @@ def test_log_probabilities_are_the_models():
     finish(running)
     replay = engine()
     tokens = [5, 6, 7, *request.output]
-    from megatron_mlra.inference.runner import Chunk
+    from megatron_mlra.inference.chunks import Chunk
 
     logits = replay.runner.prefill([Chunk(tokens, 0, [0])], every_row=True).log_softmax(-1)
     expected = [float(logits[2 + i, token]) for i, token in enumerate(request.output)]

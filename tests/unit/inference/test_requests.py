@@ -112,6 +112,7 @@ def test_a_row_of_nan_or_infinite_logits_gives_no_token_and_leaves_the_others():
         ([3, 61], "token 61 is outside the vocabulary of 61"),
         ("abc", "the prompt is 'abc'; give a list of token ids"),
         (5, "the prompt is 5"),
+        (torch.tensor(5), r"the prompt is tensor\(5\); give a list of token ids"),
         (None, "the prompt is None"),
         ([1, "2"], "prompt token '2'"),
         ([1, 2.0], "prompt token 2.0 is outside the vocabulary of 61; use ids from 0 to 60"),

@@ -9,10 +9,11 @@ import torch
 
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.description.tensors import expected_tensors
+from megatron_mlra.inference.chunks import Chunk
 from megatron_mlra.inference.cli import main
 from megatron_mlra.inference.engine import Engine
 from megatron_mlra.inference.load import LoadOptions, load_draft, load_model
-from megatron_mlra.inference.runner import Chunk, Runner
+from megatron_mlra.inference.runner import Runner
 from megatron_mlra.inference.sampling import SamplingParams
 
 SIZES = {
@@ -150,6 +151,30 @@ def test_a_failing_request_ends_alone():
     for _ in alone.run():
         pass
     assert good.output == other.output
+
+
+def test_prompts_of_one_token_that_fail_say_why():
+    guessing = engine(MODELS["MLRA-4"], speculate=True)
+    draw = guessing._draw
+    guessing._draw = lambda requests, logits, ahead=None: draw(
+        requests, torch.full_like(logits, float("nan")), ahead
+    )
+    requests = [guessing.submit([token], SamplingParams(3)) for token in (1, 2)]
+    for _ in guessing.run():
+        pass
+    assert [r.error for r in requests] == [
+        "ArithmeticError: the model gave NaN or infinite logits"
+    ] * 2
+
+
+def test_behind_is_what_a_layer_that_guesses_needs():
+    layer = engine(MODELS["MLRA-4"], speculate=True).speculation.runner
+    layer.tables.set(0, [0])
+    d = layer.model.model.hidden_size
+    for behind, shown in ((None, "None"), (torch.zeros(1, d), rf"\[1, {d}\]"), (5, "5")):
+        for step in (layer.states, layer.verify):
+            with pytest.raises(ValueError, match=rf"behind is {shown}; .* takes .* \[2, {d}\]"):
+                step([Chunk([1, 2], 0, [0])], behind)
 
 
 def test_tokens_cut_over_ranks_are_refused(tmp_path, capsys):

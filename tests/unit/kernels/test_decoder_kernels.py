@@ -156,9 +156,10 @@ else:
         from megatron_mlra.description.model import ModelDescription
         from megatron_mlra.description.tensors import expected_tensors
         from megatron_mlra.inference.backends.triton import TritonOps
+        from megatron_mlra.inference.chunks import Chunk
         from megatron_mlra.inference.load import LoadOptions, load_model
         from megatron_mlra.inference.parallel import TensorParallel
-        from megatron_mlra.inference.runner import Chunk, Runner
+        from megatron_mlra.inference.runner import Runner
 
         model = ModelDescription(**SIZES, **MODELS[name])
         tensors = {
