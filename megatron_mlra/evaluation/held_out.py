@@ -91,8 +91,6 @@ class HeldOut:
     def _score_once(self) -> None:
         score_now, self._score = self._score, None
         if score_now is not None:
-            # An asynchronous save is still being written, and no checkpoint until it is finalized.
-            training.maybe_finalize_async_save(blocking=True)
             score_now()
 
 
