@@ -26,6 +26,7 @@ from megatron_mlra.fault_tolerance import writer_process
 are_killed = False
 """Whether this process has killed its helpers, since it ends."""
 _manager: SyncManager | None = None
+_writer: BaseProcess | None = None
 
 
 def tied(loop: Callable[..., None], lock: Path | None) -> Callable[..., None]:
@@ -44,8 +45,10 @@ def unseen(start_writer: Callable[..., Any], stops: Set[signal.Signals]) -> Call
     blocked."""
 
     def start_unseen(*args, **named) -> Any:
+        global _writer
         with _children_without(stops):
-            return start_writer(*args, **named)
+            _writer = start_writer(*args, **named)
+        return _writer
 
     return start_unseen
 
@@ -63,6 +66,17 @@ def results_queue(stops: Set[signal.Signals]) -> Queue:
 def results_process() -> BaseProcess | None:
     """The process of `results_queue`; None before its start."""
     return _manager._process if _manager else None
+
+
+def end_writer() -> None:
+    """End the latest writer, of a run that has ended.
+
+    Megatron ends a writer that has written. At its exit Python asks all others to end by SIGTERM,
+    which they have blocked, and waits.
+    """
+    if _writer is not None and _writer.exitcode is None:
+        _writer.kill()
+        _writer.join()
 
 
 def kill_from_thread() -> None:

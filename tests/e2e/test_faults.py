@@ -270,3 +270,12 @@ def test_an_asynchronous_save_behind_the_loop(preset, tmp_path):
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "save" / "latest_checkpointed_iteration.txt").read_text() == "8"
     assert run.stdout.index("saved step 8 to ") < run.stdout.index("test at step 8: ")
+
+
+def test_a_writer_without_any_save_ends_with_the_run(warm_python, preset, save, tmp_path):
+    """The folder holds the last step already, so that none is made or saved."""
+    command = [warm_python, ROOT / "pretrain_mlra.py", "--config", preset, "--async-save"]
+    command += ["--save", save, "--load", save, "--eval-iters", "0"]
+    run = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert not (save / "run.lock").exists()
