@@ -9,19 +9,24 @@ every process of a job: the rank still needs its helpers for that last save.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Set
 from multiprocessing.managers import SyncManager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from queue import Queue
 from typing import Any
 
 from megatron_mlra.fault_tolerance import writer_process
 
+are_killed = False
+"""Whether this process has killed its helpers, since it ends."""
 _manager: SyncManager | None = None
+_writer: BaseProcess | None = None
 
 
 def tied(loop: Callable[..., None], lock: Path | None) -> Callable[..., None]:
@@ -40,8 +45,10 @@ def unseen(start_writer: Callable[..., Any], stops: Set[signal.Signals]) -> Call
     blocked."""
 
     def start_unseen(*args, **named) -> Any:
+        global _writer
         with _children_without(stops):
-            return start_writer(*args, **named)
+            _writer = start_writer(*args, **named)
+        return _writer
 
     return start_unseen
 
@@ -54,6 +61,34 @@ def results_queue(stops: Set[signal.Signals]) -> Queue:
     with _children_without(stops):
         _manager.start(writer_process.end_with_parent, (os.getpid(),))
     return _manager.Queue()
+
+
+def results_process() -> BaseProcess | None:
+    """The process of `results_queue`; None before its start."""
+    return _manager._process if _manager else None
+
+
+def end_writer() -> None:
+    """End the latest writer, of a run that has ended.
+
+    Megatron ends a writer that has written. At its exit Python asks all others to end by SIGTERM,
+    which they have blocked, and waits.
+    """
+    if _writer is not None and _writer.exitcode is None:
+        _writer.kill()
+        _writer.join()
+
+
+def kill_from_thread() -> None:
+    """Kill all helpers, from any thread, just before this process ends. A writer that lives would
+    keep the lock of `--save`."""
+    global are_killed
+    are_killed = True
+    # torch's handler raises an error in the main thread for a killed data loader. Python can
+    # replace handlers in the main thread alone, the C library in any thread.
+    ctypes.CDLL(None).signal(int(signal.SIGCHLD), ctypes.c_void_p(None))
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def tied_loaders(build: Callable[..., Any]) -> Callable[..., Any]:

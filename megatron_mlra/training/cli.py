@@ -24,7 +24,7 @@ from megatron_mlra.command_line.output import guard
 from megatron_mlra.command_line.parser import one_line
 from megatron_mlra.command_line.ranks import first_of_host
 from megatron_mlra.command_line.threads import wait_passively
-from megatron_mlra.fault_tolerance import stopping
+from megatron_mlra.fault_tolerance import helper_processes, stopping
 from megatron_mlra.launch.control import INTERRUPTED
 from megatron_mlra.training import early_checks, flags
 from megatron_mlra.training.ending import (
@@ -183,6 +183,7 @@ def train(end_by_interrupt: EndByInterrupt | None = None) -> int:
             raise
         return console.fail_run(error, args, output, started)
     finally:
+        helper_processes.end_writer()
         if lock is not None:
             lock.release()
     if args.cuda_graph_impl != "none":

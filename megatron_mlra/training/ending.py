@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -14,6 +13,7 @@ from collections.abc import Callable
 from megatron_mlra.command_line.output import say_error
 from megatron_mlra.command_line.ranks import REFUSED, first_of_host, say_refusal
 from megatron_mlra.command_line.signals import handle
+from megatron_mlra.fault_tolerance import helper_processes
 from megatron_mlra.launch.control import INTERRUPTED
 
 
@@ -52,11 +52,7 @@ class EndByInterrupt:
             left = self.what_is_left()
         if first_of_host():
             say_error(f"error: ended at once by a second Ctrl-C{left}")
-        # torch's handler raises an error in the main thread for a killed data loader. Python can
-        # replace handlers in the main thread alone, the C library in any thread.
-        ctypes.CDLL(None).signal(int(signal.SIGCHLD), ctypes.c_void_p(None))
-        for child in multiprocessing.active_children():
-            child.kill()
+        helper_processes.kill_from_thread()
         self.before()
         os._exit(INTERRUPTED)
 

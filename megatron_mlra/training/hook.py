@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.evaluation.held_out import HeldOut
-from megatron_mlra.fault_tolerance import heartbeat
+from megatron_mlra.fault_tolerance import heartbeat, helper_processes
 from megatron_mlra.fault_tolerance.run_lock import RunLock
 from megatron_mlra.training import arguments, curves, progress
 
@@ -60,6 +60,7 @@ class Run:
         return heartbeat.watch(self.args, arguments.run_folder(self.args), self._leave_folder)
 
     def _leave_folder(self) -> None:
+        helper_processes.kill_from_thread()
         if self.lock:
             self.lock.release_within(5)
 

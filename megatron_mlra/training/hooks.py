@@ -19,6 +19,7 @@ from collections.abc import Callable
 from megatron_mlra.checkpoint.files import guarded_loads
 from megatron_mlra.fault_tolerance import (
     checksums,
+    failed_saves,
     heartbeat,
     helper_processes,
     resume,
@@ -246,10 +247,12 @@ BEFORE_TRAINING = (
     Hook(
         f"{SAVING}.strategies.async_utils.PersistentAsyncCaller._get_process",
         "a writer must not see the stop signals; on a CPU it must be a fork, to know these hooks;"
-        " one is started with the run, and another where a save comes behind the loop",
+        " one is started with the run, and another where a save comes behind the loop; one that is"
+        " killed must not be waited for",
         (
             lambda start, run: (lambda rank, *_: start(rank, "fork")) if run.on_cpu else start,
             lambda start, run: helper_processes.unseen(start, stopping.heeded()),
+            lambda start, run: failed_saves.watched(start),
         ),
     ),
     Hook(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import math
 import shlex
-import shutil
 import sys
 import time
 from argparse import Namespace
@@ -27,8 +26,7 @@ from megatron_mlra.command_line.log_line import LogLine
 from megatron_mlra.command_line.parser import say
 from megatron_mlra.cost.flops import train_flops_per_token
 from megatron_mlra.description.model import ModelDescription
-from megatron_mlra.fault_tolerance import stopping
-from megatron_mlra.fault_tolerance.integrity import reason
+from megatron_mlra.fault_tolerance import failed_saves, stopping
 from megatron_mlra.fault_tolerance.retention import prune
 from megatron_mlra.fault_tolerance.saved_steps import latest_step, same_folder
 from megatron_mlra.training import curves
@@ -82,6 +80,7 @@ class Progress:
         self.validated: int | None = None
         self.losses: dict[str, list[torch.Tensor]] = {}
         self.saving: list[int] = []
+        self.is_past_loop = False
         self.bar: tqdm | None = None
 
     @functools.cached_property
@@ -258,6 +257,7 @@ class Progress:
                 result = train(
                     forward_step, model, optimizer, scheduler, data, validation, *rest, **named
                 )
+                self.is_past_loop = True
             except SystemExit as stop:
                 raise Stopped(self._why_stopped(), int(stop.code or 0)) from None
             finally:
@@ -280,22 +280,34 @@ class Progress:
         return f"{why}, which is saved; continue with --load {folder} --save {folder}"
 
     def wrap_finalize(self, maybe_finalize_async_save: Callable) -> Callable:
-        """Wrap Megatron's `maybe_finalize_async_save`: errors name the step that is not saved."""
+        """Wrap Megatron's `maybe_finalize_async_save`: errors name the step that is not saved. A
+        writer that has ended is one, also between saves, while steps are left."""
 
-        def run(*args, **named):
-            if not self.saving:
-                return maybe_finalize_async_save(*args, **named)
+        def run(blocking=False, **named):
             try:
-                result = maybe_finalize_async_save(*args, **named)
+                result = maybe_finalize_async_save(blocking, **named)
+                if self.args.async_save and self.args.save and not blocking:
+                    failed_saves.check()
             except (Exception, CheckpointException) as error:
-                # The failed save was the oldest, and has left the queue. Later saves may still be
-                # in the queue.
-                step = self.saving[-1 - _unfinished_saves()]
-                raise not_saved(self.args.save, step, error) from error
-            self.saving = self.saving[len(self.saving) - _unfinished_saves() :]
+                left = self._unfinalized()
+                if process := failed_saves.ended():
+                    raise failed_saves.without_helper(self.args, process, left) from error
+                # A save that fails has left the queue. Later ones may still be in it.
+                tried = self.saving[: len(self.saving) - len(left)]
+                if not tried or tried[-1] == latest_step(self.args.save):
+                    raise  # no save failed: another rank is gone, for example
+                raise failed_saves.not_saved(self.args.save, tried[-1], error) from error
+            self.saving = self._unfinalized()
             return result
 
         return run
+
+    def _unfinalized(self) -> list[int]:
+        """The steps of asynchronous saves that are not finalized, in order."""
+        if not self.saving:
+            return []
+        count = async_utils._get_async_calls_queue().get_num_unfinalized_calls()
+        return self.saving[len(self.saving) - count :]
 
     def wrap_save(self, save_checkpoint: Callable) -> Callable:
         """Wrap Megatron's `save_checkpoint`: print a line per save, and prune old checkpoints.
@@ -314,13 +326,19 @@ class Progress:
                 with self.clock.pause():
                     result = save_checkpoint(iteration, *rest, **named)
             except (Exception, CheckpointException) as error:
-                raise not_saved(folder, iteration, error) from error
+                if process := failed_saves.ended():
+                    left = [*self.saving, iteration]
+                    raise failed_saves.without_helper(self.args, process, left) from error
+                raise failed_saves.not_saved(folder, iteration, error) from error
             if self.args.async_save:
                 self.saving.append(iteration)
+                if self.is_past_loop:
+                    # No step is left to overlap with, but sets to score, which may take minutes.
+                    training.maybe_finalize_async_save(blocking=True)
             if self.args.keep_last and self.args.rank == 0:
                 prune(folder, self.args.keep_last)
             if self.speaks:
-                verb = "saving" if self.args.async_save else "saved"
+                verb = "saving" if self.saving else "saved"
                 seconds = time.perf_counter() - start
                 say(f"{verb} step {iteration:,} to {folder} ({seconds:.1f} s)")
             return result
@@ -350,23 +368,6 @@ def stop_after(initialize: Callable) -> Callable:
         return result
 
     return initialize_or_stop
-
-
-def not_saved(folder: str, step: int, error: BaseException) -> RuntimeError:
-    """The error for a checkpoint that could not be written; names the newest one that is intact."""
-    kept = latest_step(folder)
-    remains = "there is none earlier" if kept is None else f"that of step {kept:,} is intact"
-    why = reason(error)
-    if "unexpected pos" in why:
-        # torch's message when the disk is full in the middle of writing a tensor.
-        why = f"No space left on device ({shutil.disk_usage(folder).free / 1e6:.1f} MB free)"
-    return RuntimeError(
-        f"the checkpoint of step {step:,} could not be saved to {folder}: {why}; {remains}"
-    )
-
-
-def _unfinished_saves() -> int:
-    return async_utils._get_async_calls_queue().get_num_unfinalized_calls()
 
 
 def recomputed(args: Namespace) -> str | None:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -114,28 +115,85 @@ def test_killed_before_the_first_asynchronous_save(entry, preset, tmp_path):
 
 
 def test_killed_during_an_asynchronous_save(entry, preset, whole, save, tmp_path):
-    # The writer of step 8 finds its file held up: a pipe that nobody reads.
+    # The writer of step 8 of rank 1 finds its file held up: a pipe that nobody reads.
     for left in (save / "iter_0000008").iterdir():
         left.unlink()
     (save / "latest_checkpointed_iteration.txt").write_text("4")
-    os.mkfifo(save / "iter_0000008/__0_0.distcp")
+    os.mkfifo(save / "iter_0000008/__1_0.distcp")
     command = ["--config", preset, "--save", save, "--load", save, "--async-save"]
-    (pid,) = entry.start(tmp_path, *command)
-    wait_for(tmp_path / "stdout-0.txt", "saving step 8")
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    os.kill(pid, signal.SIGKILL)
-    assert entry.wait(tmp_path, [pid]).code == -signal.SIGKILL
+    pids = entry.start(tmp_path, *command, ranks=2)
+    wait_for(tmp_path / "stdout-1.txt", "saving step 8")
+    children = Path(f"/proc/{pids[1]}/task/{pids[1]}/children").read_text().split()
+    os.kill(pids[1], signal.SIGKILL)
+    assert [entry.wait(tmp_path, [pid]).code for pid in pids] == [1, -signal.SIGKILL]
+    assert (tmp_path / "stderr-0.txt").read_text().startswith("error (rank 0): another rank ")
     # No writer goes on behind the back of the next job.
     wait_for_end(children)
     assert latest_step(save) == 4
     check_complete(save / "iter_0000004")
-    (save / "iter_0000008/__0_0.distcp").unlink()
+    (save / "iter_0000008/__1_0.distcp").unlink()
     shutil.rmtree(save / "tensorboard")
     run = entry.run(tmp_path, *command)
     assert (run.code, run.err) == (0, "")
     assert run.losses == {step: whole.losses[step] for step in (5, 6, 7, 8)}
     assert latest_step(save) == 8
     assert damage(save / "iter_0000008") is None
+
+
+def kill_writer(rank: int, lock: Path) -> int:
+    """Kill the process that writes a rank's checkpoints, the one that holds the run's lock."""
+    children = Path(f"/proc/{rank}/task/{rank}/children").read_text().split()
+    holding = [
+        int(child)
+        for child in children
+        if str(lock) in [os.path.realpath(fd) for fd in Path(f"/proc/{child}/fd").iterdir()]
+    ]
+    assert len(holding) == 1, holding
+    os.kill(holding[0], signal.SIGKILL)
+    return holding[0]
+
+
+@pytest.mark.parametrize(
+    ("when", "flags", "which"),
+    [
+        ("saving", [], "the checkpoint of step 8 is not complete, that of step 4 is"),
+        (
+            "between saves",
+            ["--save-interval", 9999, "--train-iters", 9999, "--override-opt-param-scheduler"],
+            "no checkpoint was being written, that of step 8 is complete",
+        ),
+    ],
+)
+def test_a_killed_writer_ends_the_run(entry, preset, whole, save, tmp_path, when, flags, which):
+    """Of rank 1, which says so; the other rank is not left waiting, and the run can go on."""
+    if when == "saving":
+        for left in (save / "iter_0000008").iterdir():
+            left.unlink()
+        (save / "latest_checkpointed_iteration.txt").write_text("4")
+        os.mkfifo(save / "iter_0000008/__1_0.distcp")  # holds the writer up
+    command = ["--config", preset, "--save", save, "--load", save, "--async-save"]
+    pids = entry.start(tmp_path, *command, *flags, "--hang-timeout-seconds", 20, ranks=2)
+    wait_for(tmp_path / "stdout-1.txt", "saving step 8" if when == "saving" else "step 9/")
+    writer = kill_writer(pids[1], save / "run.lock")
+    wait_for(tmp_path / "stderr-1.txt", "error", 30)
+    assert [entry.wait(tmp_path, [pid]).code for pid in pids] == [1, 1]
+    assert (tmp_path / "stderr-0.txt").read_text() == ""
+    assert (tmp_path / "stderr-1.txt").read_text() == (
+        f"error (rank 1): the process that writes rank 1's checkpoints (pid {writer}, host"
+        f" {socket.gethostname()}) was killed by SIGKILL, as the kernel does for want of memory;"
+        f" {which}; give the job more memory, or each host fewer ranks, and go on with --load"
+        f" {save} --save {save}\n"
+    )
+    assert latest_step(save) == (4 if when == "saving" else 8)
+    assert not (save / "run.lock").exists()
+    if when == "saving":
+        (save / "iter_0000008/__1_0.distcp").unlink()
+        shutil.rmtree(save / "tensorboard")
+        run = entry.run(tmp_path, *command)
+        assert (run.code, run.err) == (0, "")
+        assert run.losses == {step: whole.losses[step] for step in (5, 6, 7, 8)}
+        assert latest_step(save) == 8
+        assert damage(save / "iter_0000008") is None
 
 
 @pytest.fixture
@@ -206,9 +264,19 @@ def test_another_world_size_continues_the_same_data(entry, preset, tmp_path, bef
 
 def test_an_asynchronous_save_behind_the_loop(preset, tmp_path):
     """Megatron ends the writer with its loop, and starts another for a last step that is no
-    multiple of --save-interval."""
+    multiple of --save-interval. The step is a checkpoint before the test set is scored."""
     command = [sys.executable, ROOT / "pretrain_mlra.py", "--config", preset, "--async-save"]
     command += ["--save", tmp_path / "save", "--save-interval", 3]
     run = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "save" / "latest_checkpointed_iteration.txt").read_text() == "8"
+    assert run.stdout.index("saved step 8 to ") < run.stdout.index("test at step 8: ")
+
+
+def test_a_writer_without_any_save_ends_with_the_run(warm_python, preset, save, tmp_path):
+    """The folder holds the last step already, so that none is made or saved."""
+    command = [warm_python, ROOT / "pretrain_mlra.py", "--config", preset, "--async-save"]
+    command += ["--save", save, "--load", save, "--eval-iters", "0"]
+    run = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert not (save / "run.lock").exists()

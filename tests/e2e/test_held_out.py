@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
 
 from megatron_mlra.evaluation.token_stream import read_stream
-from support.runs import tokenize
+from megatron_mlra.fault_tolerance.integrity import check_complete
+from megatron_mlra.fault_tolerance.saved_steps import latest_step
+from support.runs import tokenize, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +83,21 @@ def test_the_last_step_is_saved_before_it_is_scored(entry, trained, interval, tm
     assert again.out.index("saved step 4 to ") < again.out.index("scoring whole: ")
     assert again.out.count("held out at step 4: ") == again.out.count("scoring whole: ") == 1
     assert told(tmp_path)["sets"]["whole"] == told(run.folder)["sets"]["whole"]
+
+
+def test_killed_while_it_scores(entry, trained, tmp_path):
+    """An asynchronous save, of a last step that the interval does not divide, is complete then."""
+    _, flags, sets = trained
+    save = tmp_path / "save"
+    asleep = {"ranks": [0, 1], "place": "megatron_mlra.evaluation.held_out:windows", "seconds": 600}
+    command = [*flags, *sets, "--async-save", "--save", save, "--save-interval", 3]
+    pids = entry.start(tmp_path, *command, ranks=2, asleep=[asleep])
+    wait_for(tmp_path / "stdout-1.txt", "scoring whole: ")
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    entry.wait(tmp_path, pids)
+    assert latest_step(save) == 4
+    check_complete(save / "iter_0000004")
 
 
 def test_data_seed_orders_the_data_apart_from_the_weights(entry, trained, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,7 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
+from megatron_mlra.fault_tolerance import failed_saves, helper_processes
 from support.runs import runs_still, wait_for_end
 
 RANK = """
@@ -82,3 +85,30 @@ def test_a_writer_of_a_fork_server_ends_with_its_rank(tmp_path):
     finally:
         for loader in loaders:
             subprocess.run(["kill", "-9", loader], capture_output=True)
+
+
+def test_a_rank_waits_for_no_writer_that_was_killed(monkeypatch):
+    """Neither as it hands over a save nor for its result; behind the last save, none is missed."""
+    for name in ("process", "queue", "preload_q", "comp_q"):
+        monkeypatch.setattr(PersistentAsyncCaller, f"_persistent_{name}", None)
+    writer = failed_saves.watched(PersistentAsyncCaller._get_process)(0, "forkserver")
+    failed_saves.check()
+    os.kill(writer.pid, signal.SIGKILL)
+    PersistentAsyncCaller._persistent_preload_q.put(0)
+    with pytest.raises(failed_saves.HelperEnded):
+        PersistentAsyncCaller._persistent_preload_q.join()
+    with pytest.raises(failed_saves.HelperEnded):
+        PersistentAsyncCaller._persistent_comp_q.get_nowait()
+    assert failed_saves.ended() is writer and writer.exitcode == -signal.SIGKILL
+    PersistentAsyncCaller._persistent_queue.put("DONE")
+    PersistentAsyncCaller._persistent_queue.join()
+
+
+def test_the_process_of_the_results_is_missed_as_a_writer_is(monkeypatch):
+    monkeypatch.setattr(helper_processes, "_manager", None)
+    helper_processes.results_queue(frozenset())
+    failed_saves.check()
+    process = helper_processes.results_process()
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert failed_saves.ended() is process
