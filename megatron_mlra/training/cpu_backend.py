@@ -21,6 +21,7 @@ _CPU = torch.device("cpu")
 
 CPU_DEFAULTS = {
     "distributed_backend": "gloo",
+    "pipeline_model_parallel_comm_backend": None,
     "use_cpu_initialization": True,
     "transformer_impl": "local",
     "no_persist_layer_norm": True,
