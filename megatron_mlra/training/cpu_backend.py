@@ -34,6 +34,9 @@ CPU_DEFAULTS = {
     "tp_comm_overlap": False,
     "moe_router_fusion": False,
     "moe_permute_fusion": False,
+    "optimizer_cuda_graph": False,
+    "record_memory_history": False,
+    "use_sharp": False,
 }
 """Argument values (by argparse dest) that Megatron needs on a CPU."""
 

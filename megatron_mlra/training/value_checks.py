@@ -29,6 +29,8 @@ REPLACED = {
     " further sets with --held-out NAME=PREFIX",
     "rampup_batch_size": "is ignored by Megatron 0.19.2; use --step-batch-size-schedule"
     f" {batch_schedule.FORM}, and --train-samples",
+    "lazy_mpu_init": "leaves the process groups to a program of your own; leave it out",
+    "rl_profile": "needs Megatron's RL package; leave it out",
     "sft": "reads conversations; use --packed-sequences to keep documents apart",
     "perform_rl_step": "needs Megatron's RL package; leave it out",
 }
@@ -156,6 +158,7 @@ def check_values(args: Namespace) -> None:
         if (lr := getattr(args, name, None)) is not None and lr <= 0:
             raise ValueError(f"{flag(name)} {lr:g} is not positive; use e.g. 3e-4")
     _check_saves(args)
+    _check_start(args)
     if (text := getattr(args, batch_schedule.NAME, None)) is not None:
         batch_schedule.stages(text, getattr(args, "seq_length", None) or 1)
     if (seconds := getattr(args, "hang_timeout_seconds", None)) and seconds < 1:
@@ -187,6 +190,21 @@ def _check_saves(args: Namespace) -> None:
             "--rerun-mode report_stats ends Megatron 0.19.2 at its start; use validate_results, or"
             " leave it out"
         )
+
+
+def _check_start(args: Namespace) -> None:
+    """Refuse what would end a run behind its start."""
+    signal = getattr(args, "exit_signal", None)
+    name = str(getattr(signal, "name", signal))  # text, before Megatron's parser
+    if name in ("SIGKILL", "SIGSTOP"):
+        raise ValueError(f"--exit-signal {name} cannot be caught by a process; use e.g. SIGTERM")
+    if getattr(args, "dataloader_type", None) == "external":
+        raise ValueError(
+            "--dataloader-type external takes data from a program of your own; use single or cyclic"
+        )
+    group = getattr(args, "sharp_enabled_group", None)
+    if group is not None and not getattr(args, "use_sharp", None):
+        raise ValueError(f"--sharp-enabled-group {group} has no effect without --use-sharp; add it")
 
 
 def _check_ranges(args: Namespace) -> None:

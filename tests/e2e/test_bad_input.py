@@ -64,6 +64,16 @@ FLAGS = [
         "--external-cuda-graph needs a GPU, and there is none; leave it out",
     ),
     (["--use-te-activation-func"], "--use-te-activation-func needs Transformer Engine and a GPU;"),
+    (
+        ["--record-memory-history"],
+        "--record-memory-history needs a GPU, and there is none; leave it",
+    ),
+    (
+        ["--optimizer-cuda-graph"],
+        "--optimizer-cuda-graph needs a GPU, and there is none; leave it ",
+    ),
+    (["--use-sharp"], "--use-sharp needs a GPU, and there is none; leave it out"),
+    (["--reuse-grad-buf-for-mxfp8-param-ag"], "--reuse-grad-buf-for-mxfp8-param-ag is for weights"),
     (["--full-validation"], "--full-validation fails in Megatron 0.19.2"),
     (["--sft"], "--sft reads conversations; use --packed-sequences to keep documents apart"),
     (["--hybrid-context-parallel"], "--hybrid-context-parallel is not supported; use --context-"),
