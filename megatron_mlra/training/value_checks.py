@@ -29,6 +29,7 @@ REPLACED = {
     " further sets with --held-out NAME=PREFIX",
     "rampup_batch_size": "is ignored by Megatron 0.19.2; use --step-batch-size-schedule"
     f" {batch_schedule.FORM}, and --train-samples",
+    "fake_process_group": "is for Megatron's own tests; plan other machines' runs by --dry-run GPUS",
     "lazy_mpu_init": "leaves the process groups to a program of your own; leave it out",
     "rl_profile": "needs Megatron's RL package; leave it out",
     "sft": "reads conversations; use --packed-sequences to keep documents apart",

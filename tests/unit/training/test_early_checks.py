@@ -68,6 +68,7 @@ def test_refused_in_a_moment(tmp_path):
         (*DEBUG, "--exit-signal", "SIGKILL"): "--exit-signal SIGKILL cannot be caught by a process",
         (*DEBUG, "--dataloader-type", "external"): "--dataloader-type external takes data from a ",
         (*DEBUG, "--sharp-enabled-group", "dp"): "--sharp-enabled-group dp has no effect without",
+        (*DEBUG, "--fake-process-group"): "--fake-process-group is for Megatron's own tests; plan",
         (*DEBUG, "--lazy-mpu-init"): "--lazy-mpu-init leaves the process groups to a program of",
         (*DEBUG, "--rl-profile"): "--rl-profile needs Megatron's RL package; leave it out",
         (*DEBUG, "--decoupled-lr", "0"): "--decoupled-lr 0 is not positive; use e.g. 3e-4",
