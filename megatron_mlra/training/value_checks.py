@@ -29,7 +29,9 @@ REPLACED = {
     " further sets with --held-out NAME=PREFIX",
     "rampup_batch_size": "is ignored by Megatron 0.19.2; use --step-batch-size-schedule"
     f" {batch_schedule.FORM}, and --train-samples",
-    "fake_process_group": "is for Megatron's own tests; plan other machines' runs by --dry-run GPUS",
+    "fake_process_group": "is for tests of Megatron; plan runs of other machines by --dry-run GPUS",
+    "adlr_autoresume": "needs a package of NVIDIA's own clusters; restart with --load of --save",
+    "moe_use_upcycling": "fails in Megatron 0.19.2; leave it out",
     "lazy_mpu_init": "leaves the process groups to a program of your own; leave it out",
     "rl_profile": "needs Megatron's RL package; leave it out",
     "sft": "reads conversations; use --packed-sequences to keep documents apart",
@@ -199,6 +201,9 @@ def _check_start(args: Namespace) -> None:
     name = str(getattr(signal, "name", signal))  # text, before Megatron's parser
     if name in ("SIGKILL", "SIGSTOP"):
         raise ValueError(f"--exit-signal {name} cannot be caught by a process; use e.g. SIGTERM")
+    tokenizer = getattr(args, "tokenizer_type", None)
+    if tokenizer in ("MultimodalTokenizer", "NullMultimodalTokenizer"):
+        raise ValueError(f"--tokenizer-type {tokenizer} is for images; use NullTokenizer")
     if getattr(args, "dataloader_type", None) == "external":
         raise ValueError(
             "--dataloader-type external takes data from a program of your own; use single or cyclic"

@@ -319,16 +319,6 @@ def test_the_end_is_the_command_and_details_are_asked_for(capsys, tmp_path):
     assert note == "    # with a copy of the preset that has no recompute_granularity"
 
 
-def test_a_plan_in_fp8_names_sizes_that_fp8_takes(capsys):
-    flags = ("--config", "mlra4_2.9b", "--gpus", 8, "--seq-length", 5000)
-    note = plan(capsys, *flags, "--fp8")[1].splitlines()[-1].strip()
-    fits = "--ffn-hidden-size 9888, --seq-length 5008"
-    assert note == f"# FP8 takes multiples of 16 on a rank: with {fits}"
-    again = ("--config", "mlra4_moe_16b", "--gpus", 64, "--fp8")
-    assert "FP8 takes" not in plan(capsys, *again)[1]
-    assert "FP8 takes" not in plan(capsys, *flags)[1]
-
-
 def test_a_plot_is_written_whole(capsys, tmp_path):
     pytest.importorskip("matplotlib")
     path = tmp_path / "plan.png"

@@ -73,25 +73,6 @@ def test_a_preset_overrides_its_base(parser, tmp_path):
     assert values == {"num_layers": 3, "hidden_size": 64}
 
 
-def test_null_takes_the_value_of_a_base_away(parser, tmp_path):
-    (tmp_path / "base.yaml").write_text("num_layers: 2\nbf16: true\nlog_interval: 5\nseed: 7\n")
-    text = "base: base.yaml\nbf16: null\nlog_interval: null\nseed: ~\nclip_grad: null\n"
-    assert load(parser, tmp_path, text) == {"num_layers": 2}
-    nothing = [
-        "bf16",
-        "log_interval",
-        "eval_iters",
-        "clip_grad",
-        "seed",
-        "num_workers",
-        "optimizer",
-    ]
-    (tmp_path / "own.yaml").write_text("base: debug\n" + "".join(f"{x}: null\n" for x in nothing))
-    args = parse(["--config", str(tmp_path / "own.yaml"), "--mock-data"])
-    assert (args.bf16, args.log_interval, args.eval_iters, args.clip_grad) == (False, 10, 10, 1.0)
-    assert (args.seed, args.num_workers, args.optimizer) == (1234, 1, "adam")
-
-
 def test_command_line_overrides_presets_and_presets_defaults():
     args = parse(["--config", DEBUG, "--num-layers", "2", "--log-interval", "7"])
     assert (args.num_layers, args.hidden_size, args.log_interval) == (2, 256, 7)
