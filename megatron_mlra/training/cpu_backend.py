@@ -37,6 +37,7 @@ CPU_DEFAULTS = {
     "optimizer_cuda_graph": False,
     "record_memory_history": False,
     "use_sharp": False,
+    "log_device_memory_used": False,
 }
 """Argument values (by argparse dest) that Megatron needs on a CPU."""
 

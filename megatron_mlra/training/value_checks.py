@@ -58,6 +58,7 @@ POSITIVE = (
     "eval_interval",
     "save_interval",
     "non_persistent_save_interval",
+    "gpu_sniff_test_interval",
     "tensorboard_log_interval",
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",

@@ -72,6 +72,10 @@ FLAGS = [
         ["--optimizer-cuda-graph"],
         "--optimizer-cuda-graph needs a GPU, and there is none; leave it ",
     ),
+    (
+        ["--log-device-memory-used"],
+        "--log-device-memory-used needs a GPU, and there is none; leave",
+    ),
     (["--use-sharp"], "--use-sharp needs a GPU, and there is none; leave it out"),
     (["--reuse-grad-buf-for-mxfp8-param-ag"], "--reuse-grad-buf-for-mxfp8-param-ag is for weights"),
     (["--full-validation"], "--full-validation fails in Megatron 0.19.2"),

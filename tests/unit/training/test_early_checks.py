@@ -72,6 +72,7 @@ def test_refused_in_a_moment(tmp_path):
         (*DEBUG, "--adlr-autoresume"): "--adlr-autoresume needs a package of NVIDIA's own clusters",
         (*DEBUG, "--moe-use-upcycling"): "--moe-use-upcycling fails in Megatron 0.19.2; leave it",
         (*DEBUG, "--tokenizer-type", "MultimodalTokenizer"): "is for images; use NullTokenizer",
+        (*DEBUG, "--gpu-sniff-test-interval", "0"): "-test-interval is 0; it must be at least 1",
         (*DEBUG, "--lazy-mpu-init"): "--lazy-mpu-init leaves the process groups to a program of",
         (*DEBUG, "--rl-profile"): "--rl-profile needs Megatron's RL package; leave it out",
         (*DEBUG, "--decoupled-lr", "0"): "--decoupled-lr 0 is not positive; use e.g. 3e-4",
