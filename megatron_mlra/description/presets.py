@@ -82,8 +82,8 @@ def preset_list() -> str:
 
 
 def preset_values(path: str | Path) -> dict[str, Any]:
-    """Argparse destination -> value, of a preset and its bases. Values are not checked, since that
-    needs Megatron's parser.
+    """Argparse destination -> value, of a preset and its bases, without what is `null`. Values are
+    not checked, since that needs Megatron's parser.
 
     Raises:
         ValueError: a file is missing or bad YAML, a key is unknown, or the bases form a circle.
@@ -93,6 +93,7 @@ def preset_values(path: str | Path) -> dict[str, Any]:
     for file, values in preset_chain(path):
         refuse_unknown(file, values, known)
         merged |= {ALIASES.get(key, key): value for key, value in values.items()}
+        merged = {key: value for key, value in merged.items() if value is not None}
     for key in ("moe_layer_freq", "no_rope_freq"):
         if isinstance(merged.get(key), str):
             try:

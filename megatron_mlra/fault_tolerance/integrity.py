@@ -39,6 +39,11 @@ def check_load(args: Namespace) -> bool:
     args.planned_samples = None
     folder = folder_to_load(args)
     if folder is None:
+        if not args.perform_initialization and args.pretrained_checkpoint is None:
+            raise ValueError(
+                "--no-initialization leaves the weights as the memory was, and there is no"
+                " checkpoint to load; leave it out"
+            )
         return False
     stored = opened(folder)
     args.planned_samples = _planned(stored.common_state().get("args"))

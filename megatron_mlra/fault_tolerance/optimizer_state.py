@@ -182,18 +182,21 @@ def other_end(scheduler: Any, args: Namespace) -> str | None:
     """
     if not args.train_iters or scheduler.lr_decay_style == "constant":
         return None
-    left = (args.train_iters - args.iteration) * args.global_batch_size
-    whole = args.train_iters * args.global_batch_size
+    batch, fix = args.global_batch_size, "--lr-decay-iters"
+    left, whole = (args.train_iters - args.iteration) * batch, args.train_iters * batch
+    if args.train_samples:
+        left, whole = args.train_samples - args.consumed_train_samples, args.train_samples
+        batch, fix = 1, "--lr-decay-samples"
     ends = [_rate_after(scheduler, count) for count in (scheduler.num_steps + left, whole)]
     if left <= 0 or abs(ends[0] - ends[1]) <= 1e-3 * max(ends):
         return None
     why = "another --global-batch-size than before, and the rate decays by samples"
-    if args.consumed_train_samples == args.iteration * args.global_batch_size:
+    if args.train_samples or args.consumed_train_samples == args.iteration * batch:
         why = "skipped steps (not finite in fp16) do not move the rate's decay"
     return (
         f"warning: {why}: it will"
-        f" be {ends[0]:.3g} after the last step, not {ends[1]:.3g}; --lr-decay-iters"
-        f" {-(-(scheduler.num_steps + left) // args.global_batch_size)} ends it there"
+        f" be {ends[0]:.3g} after the last step, not {ends[1]:.3g}; {fix}"
+        f" {-(-(scheduler.num_steps + left) // batch)} ends it there"
     )
 
 

@@ -161,7 +161,13 @@ class Runner:
             has_history=any(chunk.start for chunk in chunks),
         )
 
-    def decode(self, tokens: list[int], lengths: list[int], pages: list[list[int]]) -> Tensor:
+    def decode(
+        self,
+        tokens: list[int],
+        lengths: list[int],
+        pages: list[list[int]],
+        trusted: bool = False,
+    ) -> Tensor:
         """Cache one more token for the first b rows of the block tables; logits `[b, vocab]`.
 
         The logits may lie in a captured graph's memory: use them before the next call.
@@ -170,6 +176,8 @@ class Runner:
             tokens: each row's new token, not cached yet.
             lengths: each row's number of cached tokens, on all ranks.
             pages: each row's pages, as given to `tables`.
+            trusted: all of it is known to fit, as an `Engine` knows it, and is not checked: a check
+                takes some microseconds of each sequence and step.
 
         Raises:
             ValueError: the lists differ in length, or do not fit the model, the cache or the block
@@ -182,9 +190,14 @@ class Runner:
                 f"tokens are {shown(tokens)}, lengths {shown(lengths)}, pages {shown(pages)};"
                 " give three lists of equal length"
             ) from None
-        return self._rows([Chunk([token], start, own) for token, start, own in rows], 1)[1]
+        chunks = [Chunk([token], start, own) for token, start, own in rows]
+        if not trusted:
+            chunks = self._checked_rows(chunks, None, 1, 1)
+        return self._rows(chunks, 1)[1]
 
-    def verify(self, chunks: list[Chunk], behind: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def verify(
+        self, chunks: list[Chunk], behind: Tensor | None = None, trusted: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Cache up to `verified` more tokens for each of the first rows of the block tables.
 
         The step has `verified` rows per sequence, a fixed size that a graph can hold. A sequence
@@ -194,6 +207,7 @@ class Runner:
         Args:
             chunks: one per sequence, in the order of the tables; a chunk may have no token.
             behind: `[T, d]` for a `DraftModel`, see `Step`.
+            trusted: see `decode`.
 
         Returns:
             States `[T, d]` and logits `[T, vocab]` of the chunks' T tokens, in order. Both may lie
@@ -208,7 +222,9 @@ class Runner:
                 f"steps of {self.verified} tokens a sequence need whole sequences, and context"
                 f" parallel size is {self.cut.ranks}; use `decode`"
             )
-        states, logits = self._rows(chunks, self.verified, behind, least=0)
+        if not trusted:
+            chunks = self._checked_rows(chunks, behind, 0, self.verified)
+        states, logits = self._rows(chunks, self.verified, behind)
         if len(states) == sum(len(chunk.tokens) for chunk in chunks):
             return states, logits
         rows = self._places(chunks, self.verified)
@@ -224,15 +240,21 @@ class Runner:
         ]
         return torch.tensor(rows, dtype=torch.int64).to(self.model.device)
 
-    def _rows(
-        self, chunks: list[Chunk], q: int, behind: Tensor | None = None, least: int = 1
-    ) -> tuple[Tensor, Tensor]:
-        """States `[b q, d]` and logits `[b q, vocab]` of a step with `q` rows per sequence."""
-        chunks = self.limits.checked(chunks, least, q, decoding=True)
+    def _checked_rows(
+        self, chunks: list[Chunk], behind: Tensor | None, least: int, most: int
+    ) -> list[Chunk]:
+        """The chunks of a decoding step, if they and `behind` fit."""
+        chunks = self.limits.checked(chunks, least, most, decoding=True)
         self._check_behind(behind, chunks)
         for row, chunk in enumerate(chunks):
             end = max(1, chunk.start + len(chunk.tokens))
             self.tables.check(row, chunk.pages, (end - 1) // self.cut.page_size)
+        return chunks
+
+    def _rows(
+        self, chunks: list[Chunk], q: int, behind: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """States `[b q, d]` and logits `[b q, vocab]` of a step with `q` rows per sequence."""
         b = len(chunks)
         bucket = next((size for size in self._buckets if size >= b), b)
         tokens, positions, slots = [], [], []

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
-    DynamicRendezvousHandler,
     _NodeDesc,
     _NodeDescGenerator,
 )
@@ -28,7 +27,13 @@ class _Host(_NodeDesc):
         return here < there
 
 
-class _Numbered(_NodeDescGenerator):
+class Numbered(_NodeDescGenerator):
+    """The generator of this process's descriptors in torchrun's rendezvous.
+
+    Args:
+        number: of this host.
+    """
+
     def __init__(self, number: int) -> None:
         super().__init__()
         self.number = number
@@ -36,12 +41,3 @@ class _Numbered(_NodeDescGenerator):
     def generate(self, local_addr: str | None = None) -> _Host:
         made = super().generate(local_addr)
         return _Host(made.addr, made.pid, made.local_id, self.number)
-
-
-def sort_hosts(number: int) -> None:
-    """Let this process's rendezvous rank the hosts by their numbers.
-
-    Args:
-        number: of this host.
-    """
-    DynamicRendezvousHandler._node_desc_generator = _Numbered(number)

@@ -24,7 +24,7 @@ from megatron_mlra.description.backends import TP_LAYOUTS
 from megatron_mlra.description.megatron_args import from_megatron_args
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.description.presets import KEYS, a_preset, preset_name, preset_values
-from megatron_mlra.planner.command import NODE, launch_command, left_over
+from megatron_mlra.planner.command import NODE, fp8_sizes, launch_command, left_over
 from megatron_mlra.planner.gpus import GPUS, Assumptions, find
 from megatron_mlra.planner.layout import Layout
 from megatron_mlra.planner.report import Report, build
@@ -161,6 +161,8 @@ def plan(args: argparse.Namespace) -> Report:
         lines = launch_command(args.config, layout, shape, values, given, args.gpus_per_node)
         if keys := left_over(layout, shape, values):
             lines.append(f"  # with a copy of the preset that has no {', '.join(keys)}")
+        if args.fp8 and (sizes := fp8_sizes(layout, shape)):
+            lines.append(f"  # FP8 takes multiples of 16 on a rank: with {', '.join(sizes)}")
         return lines
 
     return build(

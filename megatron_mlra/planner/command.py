@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping
 from typing import Any
@@ -111,6 +112,18 @@ def left_over(layout: Layout, shape: ModelDescription, values: Mapping[str, Any]
     """Keys of the preset that the layout does not use and that no flag can unset."""
     chosen = layout.flags(shape)
     return [name for name in _KEPT if values.get(name) is not None and name not in chosen]
+
+
+def fp8_sizes(layout: Layout, shape: ModelDescription) -> list[str]:
+    """Flags of the next sizes that FP8 products take, of those that it does not: widths and tokens
+    are multiples of 16 on each tensor-parallel rank."""
+    ranks = layout.tp if layout.sequence_parallel else 1
+    tokens = 16 * ranks * layout.cp
+    sizes = [("hidden_size", shape.hidden_size, 16)]
+    if not shape.num_experts or 0 in shape.moe_layer_pattern:
+        sizes.append(("ffn_hidden_size", shape.ffn_hidden_size, 16 * layout.tp))
+    sizes.append(("seq_length", shape.seq_length, tokens // math.gcd(tokens, layout.micro_batch)))
+    return [f"{flag(name)} {-(-size // step) * step}" for name, size, step in sizes if size % step]
 
 
 def _places(values: Mapping[str, Any]) -> list[str]:

@@ -17,7 +17,7 @@ from megatron_mlra.command_line.parser import flag
 from megatron_mlra.evaluation.token_stream import named_sets
 from megatron_mlra.fault_tolerance.hang import collective_seconds
 from megatron_mlra.layers.config import resolve_core_backend
-from megatron_mlra.training import logits, memory_flags, muon, schedule
+from megatron_mlra.training import batch_schedule, logits, memory_flags, muon, schedule
 from megatron_mlra.training.cpu_backend import CPU_DEFAULTS
 from megatron_mlra.training.expert_checks import check_experts
 from megatron_mlra.training.rope import check_rope
@@ -43,6 +43,7 @@ def check_arguments(args: Namespace) -> None:
     _check_batches(args)
     check_rope(args)
     _check_packages(args)
+    _check_graphs(args)
     muon.check(args)
     logits.check(args)
     memory_flags.check(args)
@@ -333,6 +334,7 @@ def _check_batches(args: Namespace) -> None:
         * args.pipeline_model_parallel_size
         * args.context_parallel_size
     )
+    batch_schedule.check(args, replicas)
     for prefix in ("", "eval_"):
         batch = getattr(args, f"{prefix}global_batch_size") or args.global_batch_size
         micro = getattr(args, f"{prefix}micro_batch_size") or args.micro_batch_size
@@ -345,7 +347,24 @@ def _check_batches(args: Namespace) -> None:
             )
 
 
+def _check_graphs(args: Namespace) -> None:
+    if args.dry_run is not None or torch.cuda.is_available():
+        return
+    shown = f"--cuda-graph-impl {args.cuda_graph_impl}" if args.cuda_graph_impl != "none" else ""
+    shown = shown or next((flag(name) for name in _OLD_GRAPHS if getattr(args, name)), "")
+    if shown:
+        raise ValueError(f"{shown} needs a GPU, and there is none; leave it out")
+
+
+_OLD_GRAPHS = ("enable_cuda_graph", "external_cuda_graph")
+
+
 def _check_packages(args: Namespace) -> None:
+    if args.use_te_activation_func and args.transformer_impl != "transformer_engine":
+        raise ValueError(
+            "--use-te-activation-func needs Transformer Engine and a GPU; install the extra"
+            " megatron-mlra[te], or leave it out"
+        )
     if args.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ValueError(f"--wandb-project {args.wandb_project} needs wandb; pip install wandb")
     if args.wandb_project and not args.wandb_exp_name:

@@ -47,8 +47,11 @@ def check_data(args: Namespace) -> None:
     """
     if args.mock_data or args.skip_train:
         return
+    blend, per_split = _blends(args)
+    if per_split is not None:
+        _check_parts(args, *per_split[:2])
     for prefix in _prefixes(args):
-        _check_prefix(prefix, args)
+        _check_prefix(prefix, args, split=blend is not None and prefix in blend[0])
 
 
 def check_data_contents(args: Namespace, say: Callable[[str], None]) -> None:
@@ -68,18 +71,33 @@ def check_data_contents(args: Namespace, say: Callable[[str], None]) -> None:
         check_contents(prefix, cache_folder(prefix, args.data_cache_path), say)
 
 
+def _blends(args: Namespace) -> tuple[Any, Any]:
+    """Megatron's blend (prefixes and weights) of data that are split, and those of the three parts;
+    None where there are none.
+
+    Raises:
+        ValueError: files or words that name data cannot be read.
+    """
+    try:
+        return get_blend_and_blend_per_split(args)
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"data arguments: {error}") from None
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(
+            f"--per-split-data-args-path {args.per_split_data_args_path} is no JSON object of"
+            ' "train", "valid" and "test", each a list of prefixes, or of weights and prefixes'
+        ) from None
+    except AssertionError:
+        raise ValueError(_NOT_ALTERNATING) from None
+
+
 def _prefixes(args: Namespace) -> list[str]:
     """Prefixes of all data that the arguments name, each once.
 
     Raises:
         ValueError: the arguments name no data, or a weight that is not positive.
     """
-    try:
-        blend, per_split = get_blend_and_blend_per_split(args)
-    except (OSError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"data arguments: {error}") from None
-    except AssertionError:
-        raise ValueError(_NOT_ALTERNATING) from None
+    blend, per_split = _blends(args)
     blends = [b for b in (blend, *(per_split or ())) if b is not None]
     if not blends:
         raise ValueError(NO_DATA)
@@ -100,12 +118,23 @@ _NOT_ALTERNATING = (
 )
 
 
-def _check_prefix(prefix: str, args: Namespace) -> None:
+def _check_parts(args: Namespace, train: Any, valid: Any) -> None:
+    """Refuse data by parts that have none to train on, or none for the evaluations."""
+    file = args.per_split_data_args_path
+    for part, there in (("train", train), ("valid", valid or not args.eval_iters)):
+        if not there:
+            missing = f"--per-split-data-args-path {file} has no {part!r}"
+            missing = missing if file else f"--{part}-data-path is missing"
+            without = ", or use --eval-iters 0" if part == "valid" else ""
+            raise ValueError(f"{missing}; add it{without}")
+
+
+def _check_prefix(prefix: str, args: Namespace, split: bool) -> None:
     if is_number(prefix) and not Path(prefix + ".idx").exists():
         raise ValueError(_NOT_ALTERNATING)
     check_files(prefix)
     index = read_index(prefix)
-    if prefix in (args.data_path or ()):
+    if split:
         _check_split(prefix, index, args)
     metadata = read_metadata(prefix)
     if metadata is not None:

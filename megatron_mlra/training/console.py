@@ -25,6 +25,7 @@ from megatron_mlra.cost.alignment import unaligned_mlps
 from megatron_mlra.cost.cache import kv_cache_text
 from megatron_mlra.cost.parameters import parameters
 from megatron_mlra.description.model import ModelDescription
+from megatron_mlra.training import batch_schedule
 from megatron_mlra.training.ending import kill_children
 from megatron_mlra.training.muon import OptimizerRefused
 
@@ -32,16 +33,20 @@ from megatron_mlra.training.muon import OptimizerRefused
 def summary(args: Namespace, shape: ModelDescription) -> str:
     """What is trained, one fact a line: the model, steps and tokens, processes, KV cache, and
     that nothing is saved where nothing is."""
-    steps = args.train_iters or (args.train_samples or 0) // args.global_batch_size
-    size, length = args.global_batch_size, args.seq_length
+    steps = batch_schedule.steps(args) or args.train_iters
+    steps = steps or (args.train_samples or 0) // args.global_batch_size
+    (least, size), length = batch_schedule.sizes(args), args.seq_length
+    rising = least != size
     samples = f"{size:,} {'sequence' if size == 1 else 'sequences'} of {length:,}"
+    samples = f"{least:,} to {samples}" if rising else samples
+    tokens = f"{least * length:,} to {size * length:,}" if rising else f"{size * length:,}"
     packed = ", documents packed" if args.dataloader_inter_document_masking else ""
     cached = kv_cache_text(shape, args.tensor_model_parallel_size)
     note = mlp_note(args, shape)
     return "\n".join(
         (
             f"training {shape.attention_variant}: {parameters(shape).total:,} parameters",
-            f"  length: {steps:,} steps of {size * length:,} tokens ({samples}{packed})",
+            f"  length: {steps:,} steps of {tokens} tokens ({samples}{packed})",
             f"  processes: {_processes(args)}",
             f"  when it generates: {cached}",
             *([note] if note else []),

@@ -21,6 +21,7 @@ _CPU = torch.device("cpu")
 
 CPU_DEFAULTS = {
     "distributed_backend": "gloo",
+    "pipeline_model_parallel_comm_backend": None,
     "use_cpu_initialization": True,
     "transformer_impl": "local",
     "no_persist_layer_norm": True,
@@ -33,6 +34,10 @@ CPU_DEFAULTS = {
     "tp_comm_overlap": False,
     "moe_router_fusion": False,
     "moe_permute_fusion": False,
+    "optimizer_cuda_graph": False,
+    "record_memory_history": False,
+    "use_sharp": False,
+    "log_device_memory_used": False,
 }
 """Argument values (by argparse dest) that Megatron needs on a CPU."""
 

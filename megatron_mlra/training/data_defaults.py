@@ -12,7 +12,7 @@ from megatron_mlra.command_line.parser import flags_given
 from megatron_mlra.data.errors import InputError
 from megatron_mlra.data.metadata import read_metadata
 from megatron_mlra.data.prefixes import without_weights
-from megatron_mlra.training import data_sources, schedule
+from megatron_mlra.training import batch_schedule, data_sources, schedule
 
 
 def complete(args: Namespace, argv: list[str]) -> None:
@@ -25,6 +25,7 @@ def complete(args: Namespace, argv: list[str]) -> None:
     data_sources.settle(args, given)
     _take_vocabulary(args, given)
     schedule.settle(args, given)
+    batch_schedule.settle(args, given)
 
 
 def _take_vocabulary(args: Namespace, given: set[str]) -> None:

@@ -16,6 +16,7 @@ from megatron_mlra.planner.memory import GIB, memory, size_unit, time_unit
 from megatron_mlra.planner.search import Plan
 from megatron_mlra.planner.step import predict
 from megatron_mlra.sharding.partition import LatentShard
+from megatron_mlra.training import batch_schedule
 
 FLAGS = ("--dry-run", "--dry-run-gpu")
 FOLDERS = ("--save", "--load")
@@ -68,7 +69,7 @@ def _plan(args: Namespace, shape: ModelDescription) -> list[str]:
     gpu, layout = find(args.dry_run_gpu), layout_of(args)
     held = memory(shape, layout, half=args.bf16 or args.fp16)
     fp8 = bool(args.fp8) and bool(gpu.fp8_tflops)
-    step = predict(shape, layout, args.global_batch_size, gpu, Assumptions(), fp8)
+    step = predict(shape, layout, batch_schedule.sizes(args)[1], gpu, Assumptions(), fp8)
     limit = gpu.memory_gb * 1e9 * Assumptions().memory
     verdict = "fits" if held.total <= limit else "does NOT fit"
     size, unit = size_unit(held.total)

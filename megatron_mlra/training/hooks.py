@@ -34,6 +34,7 @@ from megatron_mlra.layers.multi_token import (
     tie_output_layer,
 )
 from megatron_mlra.training import curves, muon, progress, upstream_fixes, validation
+from megatron_mlra.training.batch_schedule import count_from_checkpoint
 from megatron_mlra.training.build_lock import BuildLock
 from megatron_mlra.training.hook import Hook, Run, apply, instead
 from megatron_mlra.training.new_layers import keep_new_layers
@@ -291,8 +292,12 @@ BEFORE_TRAINING = (
     ),
     Hook(
         f"{TRAINER}.load_checkpoint",
-        "the step to load is the newest whose files are what was saved",
-        (lambda load, run: resume.choose_step(load, run.args),),
+        "the step to load is the newest whose files are what was saved; a length in samples is"
+        " counted on from it",
+        (
+            lambda load, run: resume.choose_step(load, run.args),
+            lambda load, run: count_from_checkpoint(load, run.args),
+        ),
     ),
     Hook(
         f"{TRAINER}.build_pretraining_data_loader",

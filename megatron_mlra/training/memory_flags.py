@@ -213,6 +213,13 @@ def check(args: Namespace) -> None:
             )
         return
     _check_precision_aware(args)
+    if args.reuse_grad_buf_for_mxfp8_param_ag and not (
+        args.fp8 and args.fp8_recipe == "mxfp8" and args.fp8_param_gather
+    ):
+        raise ValueError(
+            "--reuse-grad-buf-for-mxfp8-param-ag is for weights kept in MXFP8; add --fp8-format"
+            " hybrid --fp8-recipe mxfp8 --fp8-param-gather, or leave it out"
+        )
     for name in (*offloads, *(["delay_wgrad_compute"] if args.delay_wgrad_compute else ())):
         if args.transformer_impl != "transformer_engine" and name != "optimizer_cpu_offload":
             raise ValueError(

@@ -14,7 +14,8 @@ def load_preset(path: str | Path, parser: argparse.ArgumentParser) -> dict[str, 
 
     A key is a flag (without the leading dashes, with underscores for the others) or the flag's
     argparse destination. The key `base` names another preset, whose values this preset overrides:
-    by a path relative to this preset's file, or by the name of one of the package's presets.
+    by a path relative to this preset's file, or by the name of one of the package's presets. A
+    value `null` is "not given": it takes a base's value away, and leaves the flag its default.
 
     Returns:
         argparse destination -> value.
@@ -29,6 +30,9 @@ def load_preset(path: str | Path, parser: argparse.ArgumentParser) -> dict[str, 
         refuse_unknown(file, values, known)
         for key, value in values.items():
             action, by_flag = known[key]
+            if value is None:
+                defaults.pop(action.dest, None)
+                continue
             defaults[action.dest] = _value(f"--config {file}: {key}", value, action, by_flag)
     return defaults
 
@@ -49,8 +53,6 @@ def _value(where: str, value: Any, action: argparse.Action, by_flag: bool) -> An
         if not isinstance(value, bool):
             raise ValueError(f"{where} is {value!r}; use true or false")
         return value
-    if value is None:
-        return None
     takes_list = action.nargs in ("*", "+") or isinstance(action.nargs, int)
     if isinstance(value, list) and takes_list:
         return [_scalar(where, item, action) for item in value]

@@ -6,6 +6,7 @@ other kind of warm-up is dropped.
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 
 from megatron_mlra.command_line.parser import flag, say
@@ -92,6 +93,7 @@ def check(args: Namespace) -> None:
     """
     _check_warmup(args)
     _check_decay(args)
+    _check_rates(args)
 
 
 def _check_warmup(args: Namespace) -> None:
@@ -114,9 +116,41 @@ def _check_decay(args: Namespace) -> None:
             f"--end-weight-decay {end:g} is below --start-weight-decay {begin:g}, and Megatron's"
             " weight decay only grows; use at least the start's"
         )
+    if args.lr_decay_style != "WSD":
+        return
     unit = "samples" if args.train_samples else "iters"
-    if args.lr_decay_style == "WSD" and getattr(args, f"lr_wsd_decay_{unit}") is None:
+    last = getattr(args, f"lr_wsd_decay_{unit}")
+    if last is None:
         raise ValueError(
             f"--lr-decay-style WSD needs --lr-wsd-decay-{unit}, the length of its decay at the end;"
             " add it"
+        )
+    whole = getattr(args, f"lr_decay_{unit}") or getattr(args, f"train_{unit}")
+    warmup = getattr(args, f"lr_warmup_{unit}")
+    if args.lr_warmup_fraction is not None and whole:
+        warmup = math.ceil(args.lr_warmup_fraction * whole)
+    if whole and last > whole - warmup:
+        raise ValueError(
+            f"--lr-wsd-decay-{unit} {last} would begin before the warm-up ends: {whole - warmup} of"
+            f" the schedule's {whole} are left behind it; use at most {whole - warmup}"
+        )
+
+
+def _check_rates(args: Namespace) -> None:
+    """Refuse a first rate of the warm-up, or a last rate of embeddings and output layer, that is
+    above the highest one, and a last one that nothing would have."""
+    if args.lr_warmup_init > args.lr:
+        raise ValueError(
+            f"--lr-warmup-init {args.lr_warmup_init:g} is above --lr {args.lr:g}; use at most --lr"
+        )
+    rate, last = args.decoupled_lr, args.decoupled_min_lr
+    if rate is None and last is not None:
+        raise ValueError(
+            f"--decoupled-min-lr {last:g} has no effect without --decoupled-lr; add it"
+        )
+    shown, last = ("--min-lr", args.min_lr) if last is None else ("--decoupled-min-lr", last)
+    if rate is not None and (last or 0) > rate:
+        raise ValueError(
+            f"{shown} {last:g} is above --decoupled-lr {rate:g}, so that the rate would rise; use"
+            f" --decoupled-min-lr {rate / 10:g}"
         )

@@ -13,6 +13,7 @@ from argparse import Namespace
 
 from megatron_mlra.command_line.parser import flag
 from megatron_mlra.description.layer_pattern import FORM
+from megatron_mlra.training import batch_schedule
 
 REPLACED = {
     "multi_latent_attention": "is Megatron's own MLA; use --attention mlra",
@@ -24,6 +25,15 @@ REPLACED = {
     "hybrid_context_parallel": "is not supported; use --context-parallel-size alone",
     "hierarchical_context_parallel_sizes": "is not supported; use --context-parallel-size alone",
     "full_validation": "fails in Megatron 0.19.2 after the first evaluation; raise --eval-iters",
+    "multiple_validation_sets": "needs --full-validation, which fails in Megatron 0.19.2; score"
+    " further sets with --held-out NAME=PREFIX",
+    "rampup_batch_size": "is ignored by Megatron 0.19.2; use --step-batch-size-schedule"
+    f" {batch_schedule.FORM}, and --train-samples",
+    "fake_process_group": "is for tests of Megatron; plan runs of other machines by --dry-run GPUS",
+    "adlr_autoresume": "needs a package of NVIDIA's own clusters; restart with --load of --save",
+    "moe_use_upcycling": "fails in Megatron 0.19.2; leave it out",
+    "lazy_mpu_init": "leaves the process groups to a program of your own; leave it out",
+    "rl_profile": "needs Megatron's RL package; leave it out",
     "sft": "reads conversations; use --packed-sequences to keep documents apart",
     "perform_rl_step": "needs Megatron's RL package; leave it out",
 }
@@ -47,6 +57,8 @@ POSITIVE = (
     "log_interval",
     "eval_interval",
     "save_interval",
+    "non_persistent_save_interval",
+    "gpu_sniff_test_interval",
     "tensorboard_log_interval",
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -66,6 +78,8 @@ AT_LEAST_0 = (
     "lr_warmup_iters",
     "lr_warmup_samples",
     "min_lr",
+    "lr_warmup_init",
+    "decoupled_min_lr",
     "weight_decay",
     "clip_grad",
     "adam_eps",
@@ -144,8 +158,13 @@ def check_values(args: Namespace) -> None:
             raise ValueError(f"{flag(name)} {why}")
     _check_ranges(args)
     _check_patterns(args)
-    if (lr := getattr(args, "lr", None)) is not None and lr <= 0:
-        raise ValueError(f"--lr {lr:g} is not positive; use e.g. 3e-4")
+    for name in ("lr", "decoupled_lr"):
+        if (lr := getattr(args, name, None)) is not None and lr <= 0:
+            raise ValueError(f"{flag(name)} {lr:g} is not positive; use e.g. 3e-4")
+    _check_saves(args)
+    _check_start(args)
+    if (text := getattr(args, batch_schedule.NAME, None)) is not None:
+        batch_schedule.stages(text, getattr(args, "seq_length", None) or 1)
     if (seconds := getattr(args, "hang_timeout_seconds", None)) and seconds < 1:
         raise ValueError(
             f"--hang-timeout-seconds {seconds:g} is too short; use at least 1, or 0 for never"
@@ -155,6 +174,44 @@ def check_values(args: Namespace) -> None:
             raise ValueError(f"--split {split} is not three shares such as 969,30,1")
         if not re.search("[1-9]", split):
             raise ValueError(f"--split {split} gives nothing to any part; use e.g. 969,30,1")
+
+
+def _check_saves(args: Namespace) -> None:
+    """Refuse saves that would fail once they are due, and a mode that Megatron only lists."""
+    interval = getattr(args, "non_persistent_save_interval", None)
+    kind = getattr(args, "non_persistent_ckpt_type", None)
+    if kind == "in_memory":
+        raise ValueError(
+            "--non-persistent-ckpt-type in_memory is not in Megatron 0.19.2; use global"
+        )
+    if interval is not None and kind is None:
+        raise ValueError(
+            f"--non-persistent-save-interval {interval} needs --non-persistent-ckpt-type; add"
+            " --non-persistent-ckpt-type global"
+        )
+    if getattr(args, "rerun_mode", None) == "report_stats":
+        raise ValueError(
+            "--rerun-mode report_stats ends Megatron 0.19.2 at its start; use validate_results, or"
+            " leave it out"
+        )
+
+
+def _check_start(args: Namespace) -> None:
+    """Refuse what would end a run behind its start."""
+    signal = getattr(args, "exit_signal", None)
+    name = str(getattr(signal, "name", signal))  # text, before Megatron's parser
+    if name in ("SIGKILL", "SIGSTOP"):
+        raise ValueError(f"--exit-signal {name} cannot be caught by a process; use e.g. SIGTERM")
+    tokenizer = getattr(args, "tokenizer_type", None)
+    if tokenizer in ("MultimodalTokenizer", "NullMultimodalTokenizer"):
+        raise ValueError(f"--tokenizer-type {tokenizer} is for images; use NullTokenizer")
+    if getattr(args, "dataloader_type", None) == "external":
+        raise ValueError(
+            "--dataloader-type external takes data from a program of your own; use single or cyclic"
+        )
+    group = getattr(args, "sharp_enabled_group", None)
+    if group is not None and not getattr(args, "use_sharp", None):
+        raise ValueError(f"--sharp-enabled-group {group} has no effect without --use-sharp; add it")
 
 
 def _check_ranges(args: Namespace) -> None:

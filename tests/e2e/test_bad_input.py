@@ -50,6 +50,34 @@ FLAGS = [
         "--mtp-num-layers 1 would predict across documents with --reset-attention-mask; use"
         " --packed-sequences",
     ),
+    (
+        ["--no-initialization"],
+        "--no-initialization leaves the weights as the memory was, and there",
+    ),
+    (
+        ["--pipeline-model-parallel-comm-backend", "nccl"],
+        "--pipeline-model-parallel-comm-backend nccl needs a GPU, and there is none; leave it out",
+    ),
+    (["--cuda-graph-impl", "local"], "--cuda-graph-impl local needs a GPU, and there is none; lea"),
+    (
+        ["--external-cuda-graph"],
+        "--external-cuda-graph needs a GPU, and there is none; leave it out",
+    ),
+    (["--use-te-activation-func"], "--use-te-activation-func needs Transformer Engine and a GPU;"),
+    (
+        ["--record-memory-history"],
+        "--record-memory-history needs a GPU, and there is none; leave it",
+    ),
+    (
+        ["--optimizer-cuda-graph"],
+        "--optimizer-cuda-graph needs a GPU, and there is none; leave it ",
+    ),
+    (
+        ["--log-device-memory-used"],
+        "--log-device-memory-used needs a GPU, and there is none; leave",
+    ),
+    (["--use-sharp"], "--use-sharp needs a GPU, and there is none; leave it out"),
+    (["--reuse-grad-buf-for-mxfp8-param-ag"], "--reuse-grad-buf-for-mxfp8-param-ag is for weights"),
     (["--full-validation"], "--full-validation fails in Megatron 0.19.2"),
     (["--sft"], "--sft reads conversations; use --packed-sequences to keep documents apart"),
     (["--hybrid-context-parallel"], "--hybrid-context-parallel is not supported; use --context-"),

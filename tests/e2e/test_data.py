@@ -154,6 +154,37 @@ def test_blend_weights_are_checked(train, corpus):
     assert run.code == 2 and "weights and prefixes do not alternate" in run.err
 
 
+def test_parts_without_data_are_named(entry, preset, corpus, tmp_path):
+    def run(*argv):
+        return entry.run(tmp_path, "--config", preset, *argv)
+
+    for argv, said in (
+        (("--train-data-path", corpus), "--valid-data-path is missing; add it, or use --eval-iter"),
+        (("--valid-data-path", corpus), "--train-data-path is missing; add it"),
+    ):
+        refused = run(*argv)
+        assert (refused.code, refused.err.count(said)) == (2, 1), refused.err
+    file = tmp_path / "parts.json"
+    asked = ("--per-split-data-args-path", file)
+    for text, said in (
+        (
+            f'{{"train": ["{corpus}"], "valid": null, "test": null}}',
+            "parts.json has no 'valid'; add",
+        ),
+        ("[1]", "parts.json is no JSON object of"),
+        ("{}", "parts.json is no JSON object of"),
+    ):
+        file.write_text(text)
+        refused = run(*asked)
+        assert (refused.code, refused.err.count(said)) == (2, 1), refused.err
+    file.write_text(f'{{"train": ["{corpus}"], "valid": null, "test": null}}')
+    assert run(*asked, "--eval-iters", 0).code == 0
+    words = tmp_path / "words.txt"
+    words.write_text(str(corpus))
+    refused = run("--data-args-path", words, "--split", "1,0,0")
+    assert refused.code == 2 and "--split 1,0,0 leaves nothing for validation" in refused.err
+
+
 def own_data(folder: Path, vocabulary: int) -> Path:
     """Some data of another vocabulary, with the metadata of the preprocessing."""
     folder.mkdir()

@@ -235,6 +235,30 @@ def test_a_batch_that_moves_the_end_of_the_schedule_is_said(resume):
     assert re.findall(r"step 8/8 .* lr (\S+)", again.out) == ["2.00e-04"]
 
 
+@pytest.mark.parametrize(("batch", "last"), [(2, 12), (8, 6)])
+def test_another_batch_trains_on_the_rest_of_the_samples(resume, batch, last):
+    """16 of 32 samples are left behind step 4, the last of a batch of 4."""
+    length = ("--train-samples", 32, "--lr-warmup-iters", 0, "--lr-warmup-samples", 0)
+    run = resume(*length, OVERRIDE, "--global-batch-size", batch, "--micro-batch-size", 2)
+    assert run.code == 0 and "warning" not in run.out, run.err
+    assert max(run.losses) == last and f"--train-samples 32 is {last}, not " in run.out
+    assert re.findall(rf"step {last}/{last} .* lr (\S+)", run.out) == ["2.00e-04"]
+
+
+def test_a_rising_batch_goes_on_as_if_never_stopped(entry, preset, tmp_path):
+    """Steps of 4, 4, 8 and 8 sequences of 32 tokens."""
+    argv = ("--config", preset, "--train-samples", 24, "--step-batch-size-schedule", "0:4 256:8")
+    argv += ("--lr-warmup-iters", 0, "--lr-warmup-samples", 4)
+    whole = entry.run(tmp_path, *argv)
+    assert "length: 4 steps of 128 to 256 tokens (4 to 8 sequences of 32)" in whole.out, whole.err
+    assert [*whole.losses] == [1, 2, 3, 4]
+    argv += ("--save", tmp_path / "save", "--load", tmp_path / "save")
+    assert entry.run(tmp_path, *argv, "--exit-interval", 3).code == 0
+    run = entry.run(tmp_path, *argv)
+    assert "continuing after step 3" in run.out and "note: steps" not in run.out, run.err
+    assert run.losses == whole.losses
+
+
 def test_a_finished_run_leaves_its_last_checkpoint_alone(resume, tmp_path):
     folder = tmp_path / "save/iter_0000004"
 

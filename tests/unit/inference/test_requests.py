@@ -204,11 +204,11 @@ def test_a_step_that_fails_for_one_request_ends_that_one(where):
     bad = requests[1]
     step = getattr(running.runner, where)
 
-    def fails(*given):
+    def fails(*given, **named):
         pages = [chunk.pages for chunk in given[0]] if where == "prefill" else given[2]
         if bad.pages in pages and (where == "prefill" or len(bad.output) == 3):
             raise RuntimeError("the kernel\nfailed")
-        return step(*given)
+        return step(*given, **named)
 
     setattr(running.runner, where, fails)
     finish(running)

@@ -66,7 +66,6 @@ def test_values_are_what_flags_would_store(parser, tmp_path):
         "train_data_path": ["a", "b"],
         "moe_layer_freq": 2,
         "save": "7",
-        "q_lora_rank": None,
     }
 
 

@@ -15,7 +15,7 @@ LISTS = (*hooks.BEFORE_CHECKS, *hooks.BEFORE_TRAINING)
 ELSEWHERE = {
     "training/cpu_backend.py": "CUDA read as the CPU, which tests and benchmarks use without a run",
     "training/upstream_fixes.py": "APEX's product by Transformer Engine, a default of arguments",
-    "launch/cli.py": "the agent of the launcher's process",
+    "launch/cli.py": "of torchrun: the agent, the order of hosts, which is the first",
 }
 
 
