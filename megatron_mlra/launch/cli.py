@@ -132,6 +132,20 @@ def heeded() -> set[signal.Signals]:
     return {*STOP_SIGNALS} - ignored
 
 
+def _next_signal(numbers: set[signal.Signals], seconds: float) -> signal.Signals | None:
+    """The next of these blocked signals; None if there is none for that long.
+
+    Not by `sigtimedwait`: if the process is stopped (SIGSTOP, `scontrol suspend`) until the time is
+    up, Python 3.12 returns what lies in memory that nobody has written.
+    """
+    end = time.monotonic() + seconds
+    while not (there := signal.sigpending() & numbers):
+        if time.monotonic() > end:
+            return None
+        time.sleep(0.05)
+    return signal.sigwait(there)
+
+
 class Watch(threading.Thread):
     """The thread that receives stop signals, and ends the process when its agent cannot."""
 
@@ -144,13 +158,11 @@ class Watch(threading.Thread):
         """Run until the process ends."""
         stops = heeded()
         while True:
-            heard = signal.sigtimedwait(stops, 0.5)
-            # Signal 0: the process was stopped (SIGSTOP, `scontrol suspend`) until the time was up.
-            number = heard.si_signo if heard else 0
-            if number == signal.SIGINT:
+            heard = _next_signal(stops, 0.5)
+            if heard == signal.SIGINT:
                 self.control.interrupt()
-            elif number:
-                self.control.ask(signal.Signals(number).name)
+            elif heard:
+                self.control.ask(heard.name)
             if self.hosts is not None:
                 self.hosts.check()
             code = self.control.exit_code(self.stopped_code)

@@ -43,11 +43,11 @@ def check_arguments(args: Namespace) -> None:
     _check_batches(args)
     check_rope(args)
     _check_packages(args)
-    _check_graphs(args)
     muon.check(args)
     logits.check(args)
     memory_flags.check(args)
     check_experts(args)
+    _check_graphs(args)
 
 
 def _check_values(args: Namespace) -> None:
