@@ -202,7 +202,13 @@ def test_a_piece_ends_with_what_measures_it(number, tmp_path):
     log = tmp_path / "work/abc1234/hangs/log.txt"
     flags = [f"--queue={queue}", f"--results={tmp_path}", f"--work={tmp_path / 'work'}"]
     command = [sys.executable, ROOT / "examples/measure/measure.py", "--commit", "abc1234", *flags]
-    measuring = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=ENV)
+    measuring = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        env=ENV,
+        # The tests may run under nohup, and children would ignore SIGHUP.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+    )
     try:
         for _ in range(600):
             if log.exists() and len(lines := log.read_text().split()) > 3 and lines[-1].isdigit():
