@@ -38,6 +38,21 @@ def whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int
     return number
 
 
+def ids(which: str, values: Any, of: str = "ids") -> list[Any]:
+    """`values` as a list, whose items are not checked; text counts as no list.
+
+    Raises:
+        ValueError: nothing to iterate over; the message names the value.
+    """
+    try:
+        found = None if isinstance(values, str | bytes) else list(values)
+    except TypeError:  # no iterable, or a tensor of no dimensions
+        found = None
+    if found is None:
+        raise ValueError(f"{which} {shown(values)}; give a list of {of}")
+    return found
+
+
 def real(name: str, value: Any, fix: str) -> float:
     """`value` as a float that float32 holds: 0, or from 1.2e-38 to 3.4e38 in magnitude.
 

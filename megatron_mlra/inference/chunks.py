@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_mlra.inference.checks import shown, whole
+from megatron_mlra.inference.checks import ids, shown, whole
 
 
 @dataclass
@@ -138,10 +138,5 @@ def _ids(name: str, at: int, values: Any, count: int) -> list[int]:
                 break
         else:
             return values
-    try:
-        found = None if isinstance(values, str | bytes) else list(values)
-    except TypeError:  # no iterable, or a tensor of no dimensions
-        found = None
-    if found is None:
-        raise ValueError(f"{name}s of sequence {at} are {shown(values)}; give a list of ids")
+    found = ids(f"{name}s of sequence {at} are", values)
     return [_whole(name, at, value, 0, count - 1) for value in found]

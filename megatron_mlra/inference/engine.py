@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from megatron_mlra.inference.cache import CacheFull
-from megatron_mlra.inference.checks import shown, whole
+from megatron_mlra.inference.checks import ids, shown, whole
 from megatron_mlra.inference.chunks import Chunk, last_rows
 from megatron_mlra.inference.model import DraftModel
 from megatron_mlra.inference.request import Draw, Request
@@ -89,24 +89,19 @@ class Engine:
         return request
 
     def _tokens(self, prompt: Iterable[int]) -> list[int]:
-        try:
-            ids = None if isinstance(prompt, str | bytes) else list(prompt)
-        except TypeError:  # no iterable, or a tensor of no dimensions
-            ids = None
-        if ids is None:
-            raise ValueError(f"the prompt is {shown(prompt)}; give a list of token ids")
-        if not ids:
+        tokens = ids("the prompt is", prompt, "token ids")
+        if not tokens:
             raise ValueError("the prompt is empty; give at least one token")
         vocab = self.runner.model.model.vocab_size
-        for place, token in enumerate(ids):
+        for place, token in enumerate(tokens):
             try:
-                ids[place] = whole("token", token, 0, vocab - 1)
+                tokens[place] = whole("token", token, 0, vocab - 1)
             except ValueError:
                 raise ValueError(
                     f"prompt token {shown(token)} is outside the vocabulary of {vocab};"
                     f" use ids from 0 to {vocab - 1}"
                 ) from None
-        return ids
+        return tokens
 
     def _check_length(self, request: Request) -> None:
         tokens, params = len(request.prompt), request.params
