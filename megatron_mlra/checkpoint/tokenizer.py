@@ -13,6 +13,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_mlra.checkpoint.files.tokenizer_copy import json_object
 from megatron_mlra.checkpoint.folder import CheckpointFolder, tokenizer_files
 from megatron_mlra.command_line.plain_file import sha256
 from megatron_mlra.data import read_metadata
@@ -27,6 +28,8 @@ from megatron_mlra.description.model import CheckpointError
 
 WHOLE = ("tokenizer.json", "tokenizer.model")
 """Files each of which alone is a tokenizer."""
+
+GENERATION = "generation_config.json"
 
 _NAME_ONE = "name one by --tokenizer byte or FOLDER"
 
@@ -161,3 +164,26 @@ def checkpoint_tokenizer(
             " use the tokenizer it was trained with"
         )
     return tokenizer
+
+
+def stop_ids(folder: CheckpointFolder) -> list[int]:
+    """Tokens that end a text besides the tokenizer's end of document: those that the
+    generation_config.json beside the weights names, as transformers and servers read it.
+
+    Raises:
+        CheckpointError: the file is damaged, or names what is no token of the model.
+    """
+    files = [file for file in folder.tokenizer_files() if file.name == GENERATION]
+    return ends_of_text(files[0], folder.description.vocab_size) if files else []
+
+
+def ends_of_text(file: Path, vocab_size: int) -> list[int]:
+    """The `eos_token_id` of a generation_config.json as a list; see `stop_ids`."""
+    named = json_object(file).get("eos_token_id")
+    ids = named if isinstance(named, list) else [] if named is None else [named]
+    if any(type(token) is not int or not 0 <= token < vocab_size for token in ids):
+        raise CheckpointError(
+            f"{file}: eos_token_id is {named!r:.60}, and the model's tokens are 0 to"
+            f" {vocab_size - 1}; correct the file"
+        )
+    return ids

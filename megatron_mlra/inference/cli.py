@@ -20,7 +20,7 @@ import torch
 
 from megatron_mlra.checkpoint.folder import CheckpointFolder
 from megatron_mlra.checkpoint.formats import open_checkpoint
-from megatron_mlra.checkpoint.tokenizer import checkpoint_tokenizer
+from megatron_mlra.checkpoint.tokenizer import checkpoint_tokenizer, stop_ids
 from megatron_mlra.command_line.parser import check_output, one_line, write_text
 from megatron_mlra.command_line.progress_bar import bar
 from megatron_mlra.data.tokenizers import Tokenizer
@@ -120,7 +120,8 @@ def _generate(args: argparse.Namespace, texts: list[str], rank: int, device: str
         )
     tokenizer = checkpoint_tokenizer(folder, args.tokenizer, args.tokenizer_model)
     if not args.ignore_eod:
-        params = [SamplingParams(**{**vars(p), "stop_ids": (tokenizer.eod,)}) for p in params]
+        ends = (tokenizer.eod, *stop_ids(folder))
+        params = [SamplingParams(**{**vars(p), "stop_ids": ends}) for p in params]
     # An empty prompt starts where a document starts: behind the end of another one.
     prompts = [tokenizer.tokenize(text) or [tokenizer.eod] for text in texts]
     context = (

@@ -8,6 +8,8 @@ import subprocess
 
 import pytest
 
+from megatron_mlra.checkpoint.formats import open_checkpoint
+from megatron_mlra.checkpoint.huggingface.folder import write_huggingface
 from megatron_mlra.data.tokenizers import ByteTokenizer
 from megatron_mlra.inference.cli import main
 from megatron_mlra.inference.growing_text import GrowingText
@@ -81,6 +83,31 @@ def test_files_of_prompts_give_what_single_prompts_give(checkpoint, capsys, tmp_
         capsys, checkpoint, "--prompt", "x = 1", "--seed", 2, "--output", one, *common
     )
     assert code == 0 and json.loads(one.read_text())["tokens"] == together[2]["tokens"]
+
+
+def test_a_text_ends_where_the_export_says(checkpoint, capsys, tmp_path):
+    """The ids of generation_config.json: transformers and servers end there too."""
+    export, out = tmp_path / "export", tmp_path / "out.jsonl"
+    write_huggingface(open_checkpoint(checkpoint), export, progress=False)
+    argv = [export, "--prompt", "def ", "--max-new-tokens", 12, "--output", out]
+
+    def tokens(*flags: str) -> tuple[list[int], str]:
+        code, _, err = generate(capsys, *argv, *flags)
+        assert code == 0, err
+        record = json.loads(out.read_text())
+        return record["tokens"], record["finish_reason"]
+
+    free, _ = tokens("--ignore-eod")
+    file = export / "generation_config.json"
+    config = json.loads(file.read_text())
+    (export / "integrity.json").unlink()  # the file is edited
+    for named in (free[4], [config["eos_token_id"], free[4]]):
+        file.write_text(json.dumps(config | {"eos_token_id": named}))
+        assert tokens() == (free[: free.index(free[4]) + 1], "stop")
+    assert tokens("--ignore-eod") == (free, "length")
+    file.write_text('{"eos_token_id": 99999}')
+    code, _, err = generate(capsys, *argv)
+    assert code == 2 and f"{file}: eos_token_id is 99999, and the model's tokens are" in err
 
 
 def test_ranks_write_what_one_process_writes(checkpoint, capsys, warm_python, warm_mlra):

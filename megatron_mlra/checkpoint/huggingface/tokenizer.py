@@ -18,12 +18,18 @@ from megatron_mlra.checkpoint.files.tokenizer_copy import (
 )
 from megatron_mlra.checkpoint.folder import CheckpointFolder
 from megatron_mlra.checkpoint.huggingface.chat_template import read_template
-from megatron_mlra.checkpoint.tokenizer import chosen_tokenizer, data_tokenizer, own_tokenizer
+from megatron_mlra.checkpoint.tokenizer import (
+    GENERATION,
+    chosen_tokenizer,
+    data_tokenizer,
+    ends_of_text,
+    own_tokenizer,
+)
 from megatron_mlra.data.errors import InputError
 from megatron_mlra.data.tokenizers import read_tokenizer_json
 from megatron_mlra.description.model import CheckpointError, ModelDescription
 
-CHAT, GENERATION = "chat_template.jinja", "generation_config.json"
+CHAT = "chat_template.jinja"
 OF_ANOTHER_MODEL = (CHAT, GENERATION)
 """Files that describe the use of a model. They are not copied from a tokenizer's folder that the
 user names: there they describe another model."""
@@ -134,13 +140,7 @@ def _write_generation(model: ModelDescription, folder: Path) -> None:
     """
     file = folder / GENERATION
     config = json_object(file) if file.exists() else {}
-    named = config.get("eos_token_id")
-    ids = named if isinstance(named, list) else [] if named is None else [named]
-    if any(type(token) is not int or not 0 <= token < model.vocab_size for token in ids):
-        raise CheckpointError(
-            f"{file}: eos_token_id is {named!r:.60}, and the model's tokens are 0 to"
-            f" {model.vocab_size - 1}; correct the file"
-        )
+    ids = ends_of_text(file, model.vocab_size) if file.exists() else []
     end = model.eod_token_id if model.eod_token_id is not None else _end_of_tokenizer(folder)
     if end is None or end in ids:
         return
