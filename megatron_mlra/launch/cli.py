@@ -217,11 +217,13 @@ def _run(args: Namespace, control: Control, hosts: Hosts | None) -> tuple[int, s
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousTimeoutError
+    from torch.distributed.elastic.rendezvous import api as rendezvous
     from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
     from torch.distributed.launcher import api
 
-    from megatron_mlra.launch import agent, order
+    from megatron_mlra.launch import agent, order, ports
 
+    rendezvous.get_free_port = ports.keep_port
     DynamicRendezvousHandler._node_desc_generator = order.Numbered(args.node_rank)
     os.environ[SPEAKER] = "1"
     api.LocalElasticAgent = functools.partial(agent.Agent, control=control)

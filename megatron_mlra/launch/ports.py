@@ -20,3 +20,19 @@ def reserve_port(host: str = "127.0.0.1") -> socket.socket:
     kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     kept.bind((host, 0))
     return kept
+
+
+_kept: list[socket.socket] = []
+
+
+def keep_port() -> int:
+    """A port that no other program is given before the next call or the end of this process.
+
+    For the store that rank 0 opens some seconds after torchrun's agent has chosen its port. torch's
+    own `get_free_port` lets go of the port: on a busy host a connection may have it by then, and
+    all ranks end with EADDRINUSE.
+    """
+    while _kept:
+        _kept.pop().close()
+    _kept.append(reserve_port(""))
+    return _kept[0].getsockname()[1]

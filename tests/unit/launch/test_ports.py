@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 import socket
+import subprocess
+import sys
 from datetime import timedelta
 
 import pytest
 from torch.distributed import TCPStore
 
 from megatron_mlra.launch.ports import reserve_port
-from support import ROOT
+from support import ENV, ROOT
 
 
 @pytest.mark.parametrize("libuv", [True, False])
@@ -52,3 +54,31 @@ def test_no_port_is_chosen_and_let_go():
     race = re.compile(rf"{bound}(?!\s+\1\.listen)")
     files = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "megatron_mlra").rglob("*.py")]
     assert not [str(path) for path in files if race.search(path.read_text())]
+
+
+PROBE = """
+import os, socket
+port = int(os.environ["MASTER_PORT"])
+try:
+    socket.create_server(("", port), reuse_port=False).close()
+    shared = "open to a store"
+except OSError as error:
+    shared = str(error)
+with socket.socket() as plain:
+    try:
+        plain.bind(("", port))
+        print("free for others,", shared)
+    except OSError as error:
+        print("kept,", shared)
+"""
+
+
+def test_the_port_of_the_ranks_store_is_kept_for_it(tmp_path):
+    """create_server sets SO_REUSEADDR, as torch's store does; programs that are given a port do
+    not get one that is bound."""
+    script = tmp_path / "probe.py"
+    script.write_text(PROBE)
+    command = [sys.executable, "-m", "megatron_mlra.launch", "--standalone", str(script)]
+    own = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    run = subprocess.run(command, env=ENV | own, capture_output=True, text=True, timeout=120)
+    assert run.stdout.splitlines()[-1] == "kept, open to a store", run.stderr
