@@ -335,7 +335,7 @@ def status(ladder: Ladder, corpus: Corpus, work: Path) -> str:
             " make_tasks.py --out there"
         )
     elif behind and behind[0] not in left[:5]:
-        lines.append(f"behind the ladder: {len(behind)} runs beyond the loss: {behind[0].id}, ...")
+        lines.append(f"later: {len(behind)} runs beyond the loss: {behind[0].id}, ...")
     return "\n".join(lines)
 
 
