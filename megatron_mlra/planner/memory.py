@@ -57,8 +57,8 @@ class Memory:
     optimizer: int
     activations: int
     working: int
-    """Additional bytes while a micro-batch runs: logits and their gradient, the layer that is
-    recomputed."""
+    """Additional bytes while a micro-batch runs: logits and their gradient or, where more, what the
+    layer holds that is computed again."""
 
     @property
     def total(self) -> int:
@@ -274,18 +274,21 @@ def _stage_memory(shape: ModelDescription, layout: Layout, stage: int, half: boo
         in_flight = pp + (pp - 1) / vpp - stage * (vpp - 1) / vpp
     kinds = _moe_layers(shape)[stage * count : (stage + 1) * count]
     layers = sum(layer_activations(shape, layout, FUSED, e, moe) for moe in kinds)
-    activations, working = tokens * layers * in_flight, 0.0
+    activations = tokens * layers * in_flight
+    output = working = 0.0
     if stage == pp - 1:
-        activations += tokens * output_activations(shape, layout, FUSED, e)
-        working += tokens * (4 + e) * shape.embedding_rows / layout.tp
+        output = tokens * output_activations(shape, layout, FUSED, e)
+        working = tokens * (4 + e) * shape.embedding_rows / layout.tp
     if layout.recompute == "full":
         whole = replace(layout, recompute="none")
-        working += tokens * layer_activations(shape, whole, FUSED, e, kinds[-1])
+        again = tokens * layer_activations(shape, whole, FUSED, e, kinds[-1])
+        # Backward frees the logits before it computes a layer again.
+        working = max(working, again - output)
     return Memory(
         parameters=dense + experts,
         weights=(dense + experts) * precision.weight,
         gradients=(dense + experts) * precision.gradient,
         optimizer=optimizer_bytes(dense, experts, layout, half),
-        activations=int(activations),
+        activations=int(activations + output),
         working=int(working),
     )

@@ -72,13 +72,16 @@ def farthest(found: dict, expected: dict) -> float:
     ("core_form", "core_backend"),
     [("absorbed", "mlra_kernels"), ("absorbed", "te"), ("materialized", "te")],
 )
-def test_offloading_is_exact_and_frees_memory(core_form, core_backend, gated) -> None:
+def test_offloading_is_exact_and_frees_memory(core_form, core_backend, gated, monkeypatch) -> None:
+    # Otherwise cuDNN's sums change where others use the GPU too, and three steps may not show it.
+    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
     options = {"core_form": core_form, "core_backend": core_backend, "output_gate": gated}
     loss, expected, held, weights = steps(None, [], **options)
-    # Cores that sum gradients in any order differ between two runs without offloading too.
+    # This project's core sums gradients in any order, and differs without offloading too.
     noise = max(farthest(steps(weights, [], **options)[1], expected) for _ in range(3))
     found_loss, found, offloaded, _ = steps(weights, MODULES, **options)
     assert torch.equal(found_loss, loss)
+    assert noise == 0 or core_backend == "mlra_kernels"
     assert farthest(found, expected) <= 3 * noise
     # The last layer's groups stay, as Megatron has it; MLPs and norms are not offloaded here.
     assert offloaded < 0.75 * held, (offloaded / 2**20, held / 2**20)
