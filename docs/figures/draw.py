@@ -1,9 +1,9 @@
 """Draw the committed figures from the committed results: `python docs/figures/draw.py`.
 
-results.png of README.md, serving.png of docs/serving.md and the PNG beside each result file in
-docs/results and kernels/mlra_kernels/results; architecture.svg from the "May import" lines of the
-packages' docstrings. Those of the evidence are drawn by examples/reproduce/report.py. Needs
-matplotlib (pip install -e ".[dev]").
+results.png of README.md, serving.png and throughput.png of docs/serving.md and the PNG beside each
+result file in docs/results and kernels/mlra_kernels/results; architecture.svg from the "May import"
+lines of the packages' docstrings. Those of the evidence are drawn by examples/reproduce/report.py.
+Needs matplotlib (pip install -e ".[dev]").
 """
 
 import ast
@@ -85,27 +85,31 @@ def _one_sequence(ax, records: list[dict]) -> None:
         times = [_time(records, name, 1, context) for context in contexts]
         ax.plot(range(4), times, marker="o", color=colour, linewidth=2.2)
         ends[name] = times[-1]
-    for name, lift in (("MLRA-4", 0.0), ("MLA", 0.22), ("GQA-8", -0.22)):
-        text = f" {name} {ends[name]:.1f}"
-        ax.text(3.03, ends[name] + lift, text, color=COLOURS[name], va="center", weight="bold")
+    top = 1.15 * max(ends.values())
+    for name, lift in (("MLRA-4", 0.0), ("MLA", 0.02), ("GQA-8", -0.02)):
+        place, text = ends[name] + lift * top, f" {name} {ends[name]:.1f}"
+        ax.text(3.03, place, text, color=COLOURS[name], va="center", weight="bold")
     ax.set_xticks(range(4), [f"{context}K" for context in contexts])
-    ax.set(xlim=(-0.2, 4.1), ylim=(0, 7.6), xlabel="tokens of context")
+    ax.set(xlim=(-0.2, 4.1), ylim=(0, top), xlabel="tokens of context")
     ax.set_title("Decoding 1 sequence\nms per token, lower is better", loc="left", fontsize=11)
 
 
 def _many_sequences(ax, records: list[dict]) -> None:
     contexts = (4, 32, 128)
+    times = {name: [_time(records, name, 32, context) for context in contexts] for name in COLOURS}
+    top = 1.1 * max(time for row in times.values() for time in row if time)
     for i, (name, colour) in enumerate(COLOURS.items()):
-        for j, context in enumerate(contexts):
-            x, time = j + 0.28 * (i - 1), _time(records, name, 32, context)
+        for j, time in enumerate(times[name]):
+            x = j + 0.28 * (i - 1)
             ax.bar(x, time or 0, 0.26, color=colour)
-            said = f"{time:.1f}" if time else f"{name}: does not fit in 80 GB"
-            size, turn = (9.5, 0) if time else (9, 90)
-            ax.text(x, (time or 0) + 0.2, said, ha="center", color=colour, size=size, rotation=turn)
-            if context == 32:
-                ax.text(x, 0.3, name, ha="center", color="white", rotation=90, weight="bold")
+            said, turn = (f"{time:.1f}", 0) if time else (f"{name}: does not fit", 90)
+            place = (time or 0) + 0.01 * top
+            ax.text(x, place, said, ha="center", color=colour, size=9.5, rotation=turn)
+        if times[name][-1]:
+            place = 2 + 0.28 * (i - 1), 0.02 * top
+            ax.text(*place, name, ha="center", color="white", rotation=90, weight="bold")
     ax.set_xticks(range(3), [f"{context}K" for context in contexts])
-    ax.set(ylim=(0, 17), xlabel="tokens of context per sequence")
+    ax.set(ylim=(0, top), xlabel="tokens of context per sequence")
     ax.set_title("Decoding 32 sequences\nms per token, lower is better", loc="left", fontsize=11)
 
 
@@ -175,6 +179,13 @@ def _serving_steps(ax, records: list[dict], batch: int, context: int) -> None:
     ax.grid(visible=False)
 
 
+def throughput(path: Path) -> None:
+    """New tokens per second in vLLM: the newest record of each workload and model."""
+    found = serving_tables.throughput()
+    commits = " and ".join(dict.fromkeys(source.told["commit"] for source, _ in found))
+    plot_throughput([record for _, record in found], found[-1][0].told | {"commit": commits}, path)
+
+
 def benchmarks() -> None:
     """The PNG beside each result file of the benchmarks."""
     for file in sorted(RESULTS.glob("*_losses.json")):
@@ -185,7 +196,6 @@ def benchmarks() -> None:
         "latent_decode": lambda told, source, path: plot_kernel(
             told["records"], 1e9 * told["read_gb_s"], source, str(path)
         ),
-        "serving_throughput": lambda told, _, path: plot_throughput(told["records"], told, path),
     }
     for result in measured.results():
         file = result.path.with_suffix(".png")
@@ -260,4 +270,5 @@ if __name__ == "__main__":
     architecture(HERE / "architecture.svg")
     results(HERE / "results.png")
     serving(HERE / "serving.png")
+    throughput(HERE / "throughput.png")
     benchmarks()

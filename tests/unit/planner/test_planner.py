@@ -160,18 +160,6 @@ def test_context_parallel_traffic_by_hand():
     assert traffic(gqa, layout, 5).context == 5 * gqa.num_layers * ring * 2
 
 
-def test_a_layer_is_computed_again_when_the_logits_are_gone():
-    # One H200 at bcd1f05, tests/gpu/test_planner_gpu.py: 30.85 GiB at the peak, at which the logits
-    # are held. Their sum with a whole layer's activations is 34.9.
-    model = replace(shape("mlra4_2.9b"), num_layers=6, seq_length=4096)
-    layout = Layout(micro_batch=8, recompute="full")
-    assert memory(model, layout).total / GIB == pytest.approx(30.85, rel=0.005)
-    # Where a layer holds more than the logits, the layer is the peak.
-    few = replace(model, vocab_size=512, padded_vocab_size=512)
-    none = memory(few, replace(layout, recompute="none"))
-    assert 0 < memory(few, layout).working < none.activations / 6
-
-
 def test_context_parallel_shares_activations_but_not_what_is_gathered():
     model = replace(shape("mlra4_2.9b"), seq_length=32768)
     one, four = (memory(model, Layout(cp=cp)) for cp in (1, 4))
