@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, rms_norm
+from torch.nn.functional import rms_norm
 from vllm.config import VllmConfig
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
@@ -20,6 +20,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 
 from mlra_vllm.config import MLRAConfig
 from mlra_vllm.layer import LatentAttention
+from mlra_vllm.products import linear_by
 from mlra_vllm.rope import rotate
 from mlra_vllm.shard import plan
 from mlra_vllm.weights import sources
@@ -43,6 +44,7 @@ class MLRAAttention(nn.Module):
         config: MLRAConfig = vllm_config.model_config.hf_config
         self.config = config
         self.tp = get_tensor_model_parallel_world_size()
+        self.linear = linear_by(vllm_config)
         self.shard = plan(
             config.num_attention_heads,
             config.num_latent_heads,
@@ -74,6 +76,7 @@ class MLRAAttention(nn.Module):
     def forward(self, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """`[T, d]` -> `[T, d]`; cos, sin `[T, r / 2]` of the tokens' positions."""
         nope = self.config.qk_nope_head_dim
+        linear = self.linear
         down = linear(x, self.down)
         query, kv = x, down
         if self.query_rank:

@@ -7,6 +7,7 @@ RoPE) and value.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,6 +30,8 @@ from mlra_kernels.latent_decode import (
     latent_decode,
 )
 from mlra_kernels.prefill import prefill_latent
+from mlra_kernels.products import ops as products
+from mlra_kernels.products.configs import few
 from mlra_kernels.prompts import EVERY_BUILD, Bundle, PromptChunk, plan_prompts
 from mlra_vllm.checks import PAGE_MULTIPLE
 
@@ -239,7 +242,9 @@ def _decode(
         # the host, which bounds short steps, does nothing. A drafter's steps change the lengths.
         step.schedule.update(step.lengths)
     nope = q.size(-1) - layer.rope_dim
-    head = absorb_queries(q[..., :nope], layer.w_uk, shard.branches)  # [b q, n, h, l]
+    by_kernel = layer.few and few(q.size(0))
+    absorb = functools.partial(products.absorb_queries, early=True) if by_kernel else absorb_queries
+    head = absorb(q[..., :nope], layer.w_uk, shard.branches)  # [b q, n, h, l]
     head = head.reshape(step.decodes, -1, shard.latents, shard.heads // shard.groups, head.size(-1))
     z, _ = latent_decode(
         head,
@@ -253,7 +258,11 @@ def _decode(
         metadata=step.schedule,
         backend=layer.operators,
     )
-    sum_branches(z.view(q.size(0), shard.branches, shard.heads, -1), layer.w_uv, output)
+    z = z.view(q.size(0), shard.branches, shard.heads, -1)
+    if by_kernel:
+        products.sum_branches(z, layer.w_uv, early=True, out=output)
+    else:
+        sum_branches(z, layer.w_uv, output)
 
 
 def _prefill(

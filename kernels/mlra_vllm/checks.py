@@ -13,6 +13,7 @@ from vllm.transformers_utils import model_arch_config_convertor as architecture
 
 from mlra_kernels.latent_decode.validation import LATENT_DIMS, MAX_Q_LEN, ROPE_DIMS
 from mlra_vllm.config import MLRAConfig, config_problems
+from mlra_vllm.products import CHOICES, choice
 from mlra_vllm.shard import plan
 
 PAGE_MULTIPLE = 16
@@ -84,6 +85,8 @@ def _problems(vllm_config: VllmConfig):
             f"quantization {model.quantization!r} of latent attention is not there; leave"
             " --quantization out (--kv-cache-dtype fp8 makes the cache smaller)"
         )
+    if (products := choice(vllm_config)) not in CHOICES:
+        yield f"products in --additional-config is {products!r}; use one of {', '.join(CHOICES)}"
     if vllm_config.lora_config is not None:
         yield "LoRA adapters of latent attention are not there; leave --enable-lora out"
     if vllm_config.kv_transfer_config is not None or cache.kv_offloading_size is not None:

@@ -9,10 +9,12 @@ from collections.abc import Iterable
 
 from torch import Tensor
 from torch.nn.functional import pad
+from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.utils import AutoWeightsLoader
 
+from mlra_vllm.products import use_by
 from mlra_vllm.shard import padded_mlp_size
 
 
@@ -23,6 +25,7 @@ class PaddedMLP(LlamaMLP):
         padded = padded_mlp_size(f, get_tensor_model_parallel_world_size())
         super().__init__(d, padded, "silu", prefix=prefix, reduce_results=reduce_results)
         self.size, self.padding, self.prefix = f, padded - f, prefix
+        use_by(get_current_vllm_config(), self.gate_up_proj, self.down_proj)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load gate and up `[f, d]` and down `[d, f]`, padded.

@@ -41,6 +41,7 @@ NO_GRAPHS = {
     "compilation_config": {"cudagraph_capture_sizes": CAPTURED, "cudagraph_mode": "NONE"},
 }
 EAGER = {"enforce_eager": True}
+FEW = {"additional_config": {"products": "auto"}}
 FOUR = prompts(150, 150, 150, 150, seed=5)
 """Prompts that are computed in one step, of more tokens than are captured, and then decode
 together in a batch of a captured size: no step is padded."""
@@ -88,6 +89,8 @@ JOBS = {
         job("mixed MLRA-2", "MLRA-2", prompts(*LENGTHS), **EAGER, **PIECES),
         job("llama", "GQA", prompts(*LENGTHS), **EAGER),
         job("unguessed", AHEAD, prompts(*LENGTHS), dtype="float16", **GRAPHS),
+        job("few", ABSORBED, FOUR[:2], **GRAPHS, **FEW),
+        job("few, no graphs", ABSORBED, FOUR[:2], **NO_GRAPHS, **FEW),
         job("guessed", AHEAD, prompts(*LENGTHS), dtype="float16", guesses=GUESSES, **GRAPHS),
     ],
 }
@@ -193,9 +196,11 @@ def test_decoding_steps_are_one_graph_and_prompts_several(runner, engines):
 
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_captured_steps_equal_others_bitwise(runner, engines):
-    captured, others = (engines(runner)[name]["batches"][0] for name in ("graphs", "no graphs"))
-    assert captured["tokens"] == others["tokens"]
-    assert captured["log_probs"] == others["log_probs"]
+    few = [("few", "few, no graphs")] if runner == 2 else []
+    for names in [("graphs", "no graphs"), *few]:
+        captured, others = (engines(runner)[name]["batches"][0] for name in names)
+        assert captured["tokens"] == others["tokens"]
+        assert captured["log_probs"] == others["log_probs"]
 
 
 @pytest.mark.parametrize(

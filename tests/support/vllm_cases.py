@@ -155,7 +155,7 @@ def equality_jobs(models: Path) -> list[dict[str, Any]]:
     ]
 
 
-EXACT = ("chunked", "prefix", "preempted", "speculative")
+EXACT = ("chunked", "prefix", "preempted", "speculative", "few")
 """Features of the engine that must not change any token."""
 AHEAD = "MLRA-4-ahead"
 """The case with a layer of multi-token prediction."""
@@ -194,6 +194,10 @@ STRETCHED = {
 """YaRN for 512 positions in the config.json of a model with 256."""
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "quantization": ({"quantization": "fp8"}, "quantization 'fp8' of latent attention is not"),
+    "products": (
+        {"additional_config": {"products": "fast"}},
+        "products in --additional-config is 'fast'; use one of cublas, auto",
+    ),
     "lora": ({"enable_lora": True}, "LoRA adapters of latent attention are not there"),
     "connector": (
         {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
@@ -281,6 +285,12 @@ def feature_jobs(models: Path) -> list[dict[str, Any]]:
             "options": small | {"num_gpu_blocks_override": 11},
             "batches": [prompts(60, 61, 62, 63, 50, seed=3)],
             "new": 40,
+        },
+        {
+            **job,
+            "name": "few",
+            "options": {"additional_config": {"products": "auto"}},
+            "batches": [prompts(33, seed=4), prompts(1, 64, seed=6), prompts(9, 2, 40, seed=7)],
         },
         {
             **job,

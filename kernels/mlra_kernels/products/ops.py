@@ -161,15 +161,18 @@ def absorb_queries(q_nope: Tensor, w_uk: Tensor, branches: int, *, early: bool =
     return _launch_heads(q_nope, w_uk, out, strides, inputs, part, early)
 
 
-def sum_branches(z: Tensor, w_uv: Tensor, *, early: bool = False) -> Tensor:
+def sum_branches(
+    z: Tensor, w_uv: Tensor, *, early: bool = False, out: Tensor | None = None
+) -> Tensor:
     """The sum over branches of z times w_uv; for more tokens: `mlra_kernels.absorption`.
 
     Args:
         z: `[T, n, h, l]`, last dim contiguous.
         w_uv: `[h, n l, d_v]`, contiguous.
+        out: `[T, h, d_v]`, last dim contiguous, to write into; None: new memory.
 
     Returns:
-        `[T, h, d_v]`, contiguous.
+        `[T, h, d_v]`: out, or a contiguous tensor.
     """
     _check_heads("z", z, "[T, n, h, l]", "w_uv", w_uv, early)
     tokens, branches, heads, part = z.shape
@@ -178,7 +181,14 @@ def sum_branches(z: Tensor, w_uv: Tensor, *, early: bool = False) -> Tensor:
             f"w_uv is {list(w_uv.shape)}: give [{heads}, {branches * part}, d_v], as z is"
             f" {list(z.shape)}"
         )
-    out = z.new_empty(tokens, heads, w_uv.shape[2])
+    shape = (tokens, heads, w_uv.shape[2])
+    if out is None:
+        out = z.new_empty(shape)
+    elif (out.shape, out.dtype, out.device) != (shape, z.dtype, z.device) or out.stride(2) != 1:
+        raise ValueError(
+            f"out is {list(out.shape)} {out.dtype} on {out.device}: give {list(shape)} {z.dtype} on"
+            f" {z.device} with a contiguous last dim"
+        )
     strides = (z.stride(0), z.stride(2), z.stride(1), *out.stride()[:2], 0)
     return _launch_heads(z, w_uv, out, strides, part, w_uv.shape[2], early)
 

@@ -79,6 +79,9 @@ def main() -> None:
     parser.add_argument("--tp", nargs="+", type=whole(1), default=[1], help="tensor parallel sizes")
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument(
+        "--products", choices=("cublas", "auto"), default="cublas", help="see mlra_vllm/products.py"
+    )
+    parser.add_argument(
         "--prompt", type=partial(size, least=0), default=0, help="tokens of a prompt to time"
     )
     parser.add_argument("--chunk", type=size, default=8 * K, help="tokens of a prompt's step")
@@ -157,6 +160,7 @@ def run(
         "started_s": round(time.monotonic() - began, 1),
         **facts,
         "kv_cache_dtype": args.kv_cache_dtype,
+        "products": args.products,
         "steps": [],
     }
     print(json.dumps(record), flush=True)
@@ -208,6 +212,7 @@ def _engine(model: str, tp: int, args: argparse.Namespace, folder: Path) -> Any:
         max_num_batched_tokens=args.chunk,
         tensor_parallel_size=tp,
         kv_cache_dtype=args.kv_cache_dtype,
+        additional_config={"products": args.products},
         enable_prefix_caching=True,
         compilation_config={"cudagraph_capture_sizes": captured},
         disable_log_stats=True,

@@ -156,6 +156,12 @@ else:
         z = draw(tokens, branches, heads, part, dtype=dtype, wide=4)
         w_uv = draw(heads, branches * part, dim, dtype=dtype) * (branches * part) ** -0.5
         close(products.sum_branches(z, w_uv), reference.sum_branches_reference(z, w_uv))
+        wide = torch.full((tokens, heads, 2 * dim), torch.nan, dtype=dtype)
+        products.sum_branches(z, w_uv, out=wide[..., :dim])
+        assert torch.equal(wide[..., :dim], products.sum_branches(z, w_uv))
+        assert wide[..., dim:].isnan().all()
+        with pytest.raises(ValueError, match=r"out is \[.*give \["):
+            products.sum_branches(z, w_uv, out=wide)
 
     def test_a_row_has_the_same_bits_however_many_are_beside_it():
         x, weight, norm = draw(2, 300), draw(5, 300), draw(300)

@@ -1,0 +1,72 @@
+"""Who multiplies by weights: cuBLAS or, for steps of one or two tokens, the project's kernels.
+
+`--additional-config '{"products": "auto"}'` takes the kernels. A step of so few tokens reads all
+weights and multiplies little, and the kernels read them faster than cuBLAS does
+(mlra_kernels/products). The number of tokens is known when a step runs or is captured, not when
+vLLM compiles the model; so the choice is inside an operator that the compiler does not open.
+
+Letters: T tokens, K inputs, R outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+from mlra_kernels.products.configs import few
+from mlra_kernels.products.ops import product
+from mlra_kernels.products.reference import product_reference
+
+CHOICES = ("cublas", "auto")
+"""The first is the default."""
+
+
+def choice(vllm_config: VllmConfig) -> object:
+    """What `additional_config` says of products; not checked."""
+    told = vllm_config.additional_config
+    return told.get("products", CHOICES[0]) if isinstance(told, dict) else CHOICES[0]
+
+
+@torch.library.custom_op("mlra_vllm::linear_of_few", mutates_args=())
+def linear_of_few(x: Tensor, weight: Tensor) -> Tensor:
+    """x `[T, K]` times weight `[R, K]`, transposed: `[T, R]`."""
+    if not few(x.size(0)):
+        return linear(x, weight)
+    if not x.is_cuda:
+        return product_reference(x, weight)
+    # No kernel of a step writes weights, so that a product may read them before its turn.
+    return product(x, weight, early=True)
+
+
+@linear_of_few.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(x.size(0), weight.size(0))
+
+
+def linear_by(vllm_config: VllmConfig) -> Callable[[Tensor, Tensor], Tensor]:
+    """The function for x `[T, K]` and weight `[R, K]` -> `[T, R]`."""
+    return linear_of_few if choice(vllm_config) == "auto" else linear
+
+
+class FewTokens(UnquantizedLinearMethod):
+    """How vLLM's own linear layers call the operator."""
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Leave the weight `[R, K]` as it is: on a CPU vLLM packs it for a product of its own."""
+
+    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x `[T, K]` -> `[T, R]`; the layers have no bias."""
+        assert bias is None
+        return linear_of_few(x, layer.weight)
+
+
+def use_by(vllm_config: VllmConfig, *layers: LinearBase) -> None:
+    """Let layers of vLLM multiply as `vllm_config` says."""
+    if choice(vllm_config) == "auto":
+        for layer in layers:
+            layer.quant_method = FewTokens()
