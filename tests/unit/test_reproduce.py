@@ -310,6 +310,9 @@ def test_runs_keep_to_the_visible_gpus(tmp_path, monkeypatch):
     assert [index for index, _ in visible_gpus()] == ["0", "1", "2", "3"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     assert visible_gpus() == [("2", "NVIDIA H100 80GB HBM3"), ("3", "NVIDIA H100 80GB HBM3")]
+    # Two runs at once on one GPU.
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,1")
+    assert [index for index, _ in visible_gpus()] == ["1", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert visible_gpus() == []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,GPU-5ebe9f43")
