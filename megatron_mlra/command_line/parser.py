@@ -160,7 +160,7 @@ def add_no_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def read_text(file: str | Path, errors: str = "strict") -> str:
-    """The content of a UTF-8 text file.
+    """The content of a UTF-8 text file, without a mark of the byte order in front of it.
 
     Args:
         errors: what is done with other bytes, as in `bytes.decode`.
@@ -173,7 +173,7 @@ def read_text(file: str | Path, errors: str = "strict") -> str:
             read = stream.read(TEXT_BYTES + 1)
         if len(read) > TEXT_BYTES:
             raise ValueError(f"{file} has more than {TEXT_BYTES / 1e6:,.0f} MB; give a part of it")
-        return io.TextIOWrapper(io.BytesIO(read), encoding="utf-8", errors=errors).read()
+        return io.TextIOWrapper(io.BytesIO(read), encoding="utf-8-sig", errors=errors).read()
     except OSError as error:
         raise ValueError(f"{file}: {error.strerror}") from None
     except UnicodeDecodeError:

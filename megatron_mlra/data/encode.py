@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -114,13 +115,16 @@ class Encoder:
         try:
             record = parse_json(line)
         except json.JSONDecodeError as error:
-            raise BadRecordError(f"invalid JSON ({error.msg}: column {error.colno})") from error
+            what = f"{error.msg}: column {error.colno}"
+            if line[:1] == "[" or line.strip() == "{":  # a whole file of JSON, not one of its lines
+                what += "; an object must lie on one line, without a list around all of them"
+            raise BadRecordError(f"invalid JSON ({what})") from error
         except ValueError as error:
             raise BadRecordError(f"invalid JSON ({error})") from error
         if not isinstance(record, dict):
             raise BadRecordError(f"not a JSON object but {type(record).__name__}")
         if self._json_key not in record:
-            raise BadRecordError(f"no key {self._json_key!r}")
+            raise BadRecordError(f"no key {self._json_key!r} {_other_keys(record)}")
         text = record[self._json_key]
         if not isinstance(text, str):
             kind = type(text).__name__
@@ -131,6 +135,15 @@ class Encoder:
             code = ord(text[error.start])
             raise BadRecordError(f"the text holds a lone surrogate, \\u{code:04x}") from error
         return text
+
+
+def _other_keys(record: dict[str, Any]) -> str:
+    """What a record holds in place of the key of the text."""
+    if not record:
+        return "and no other"
+    known = ", ".join(repr(key[:40]) + "..." * (len(key) > 40) for key in [*record][:3])
+    more = f" and {len(record) - 3:,} more" if len(record) > 3 else ""
+    return f"but {known}{more} (--json-key names another)"
 
 
 def _place(batch: Batch, number: int) -> str:

@@ -174,7 +174,8 @@ def _samples(args: Namespace) -> dict[str, float]:
 def other_end(scheduler: Any, args: Namespace) -> str | None:
     """A warning if a resumed run ends at another learning rate than its schedule says, or None. The
     schedule counts samples of steps that were not skipped; earlier ones may have had another global
-    batch size.
+    batch size. Without the optimizer's state Megatron loads none of the schedule, which then begins
+    anew.
 
     Args:
         scheduler: Megatron's, with the checkpoint's state loaded.
@@ -193,6 +194,10 @@ def other_end(scheduler: Any, args: Namespace) -> str | None:
     why = "another --global-batch-size than before, and the rate decays by samples"
     if args.train_samples or args.consumed_train_samples == args.iteration * batch:
         why = "skipped steps (not finite in fp16) do not move the rate's decay"
+        if not args.fp16:
+            why = "the rate's schedule began anew in this run (--no-load-optim)"
+    if args.no_load_optim:
+        why = "--no-load-optim begins the rate's schedule anew"
     return (
         f"warning: {why}: it will"
         f" be {ends[0]:.3g} after the last step, not {ends[1]:.3g}; {fix}"

@@ -59,6 +59,8 @@ def whole_step(args: Namespace) -> int | None:
             say(f"warning: {why}")
         if refused:
             say(f"warning: continuing from the checkpoint before: {folder}")
+    if folder and args.rank == 0 and (folder.name == "release" or args.finetune):
+        say(f"starting at step 0 with the weights of {folder}")
     if folder is None or folder.name == "release":
         return None
     step = step_of(folder)

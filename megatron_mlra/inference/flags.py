@@ -197,7 +197,8 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         for number, line in enumerate(lines_of(name), start=1):
             if not line.strip():
                 continue
-            texts.append(_json_prompt(name, number, line) if name.endswith(".jsonl") else line)
+            is_json = name.lower().endswith(".jsonl")
+            texts.append(_json_prompt(name, number, line) if is_json else line)
     if not texts:
         raise ValueError(NO_PROMPT)
     return texts

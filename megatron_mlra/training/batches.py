@@ -189,7 +189,8 @@ def build_datasets(sample_counts: list[int], vp_stage: int | None = None):
         vp_stage: the virtual pipeline stage, None without such stages.
 
     Returns:
-        three datasets; None for one that this rank does not read, or that --split leaves out.
+        three datasets; None for one that this rank does not read, that the run takes no sample of,
+        or that --split leaves out.
     """
     args = get_args()
     blend, per_split = get_blend_and_blend_per_split(args)
@@ -231,7 +232,8 @@ def build_datasets(sample_counts: list[int], vp_stage: int | None = None):
     built = CachedBuilder(dataset, sample_counts, is_built_here, config).build()
     if args.rank == 0 and args.consumed_train_samples:
         _say_other_order(built[0], args.planned_samples, sample_counts[0], args)
-    return built
+    # A blend of no samples (--eval-iters 0) is empty, and Megatron makes no loader of it.
+    return [part if count else None for part, count in zip(built, sample_counts, strict=True)]
 
 
 def _say_other_order(train: Any, planned: int | None, now: int, args: Namespace) -> None:

@@ -46,6 +46,15 @@ wait_passively()
 
 def main() -> int:
     """Run the training job that `sys.argv` describes; returns the exit code."""
+    try:
+        return _run()
+    except KeyboardInterrupt as stop:
+        if first_of_host():
+            print(f"error: interrupted{stop}", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run() -> int:
     if flags.answer(sys.argv[1:]):
         return 0
     try:
@@ -60,10 +69,6 @@ def main() -> int:
     os.register_at_fork(after_in_child=hush_threads)
     try:
         return train(end_by_interrupt)
-    except KeyboardInterrupt as stop:
-        if first_of_host():
-            print(f"error: interrupted{stop}", file=sys.stderr)
-        return INTERRUPTED
     except ImportError as error:
         return refuse_python(error)
     finally:

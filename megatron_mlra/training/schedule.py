@@ -75,8 +75,8 @@ def _fit_warmup(args: Namespace, given: set[str], length: str, warmup: str) -> N
     setattr(args, warmup, steps // 10)
     if args.rank == 0:
         say(
-            f"note: the preset's {flag(warmup)} {before:,} is as long as {flag(length)} {steps:,};"
-            f" {steps // 10:,} is used"
+            f"note: the preset's {flag(warmup)} {before:,} does not fit into {flag(length)}"
+            f" {steps:,}; {steps // 10:,} is used"
         )
 
 

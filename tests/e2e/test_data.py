@@ -154,6 +154,17 @@ def test_blend_weights_are_checked(train, corpus):
     assert run.code == 2 and "weights and prefixes do not alternate" in run.err
 
 
+def test_blends_need_no_validation(entry, preset, corpus, tmp_path):
+    """Megatron's blend of no samples, unlike a single dataset's, is empty: no loader takes it."""
+    blend = (0.3, corpus, 0.7, corpus)
+    for case, argv in {
+        "split": ("--data-path", *blend, "--split", "80,10,10"),
+        "parts": ("--train-data-path", *blend, "--valid-data-path", *blend),
+    }.items():
+        run = entry.run(tmp_path / case, "--config", preset, *argv, "--eval-iters", 0)
+        assert run.code == 0 and "validation at" not in run.out, run.err
+
+
 def test_parts_without_data_are_named(entry, preset, corpus, tmp_path):
     def run(*argv):
         return entry.run(tmp_path, "--config", preset, *argv)

@@ -11,6 +11,7 @@ import pytest
 from megatron_mlra.checkpoint.formats import open_checkpoint
 from megatron_mlra.checkpoint.huggingface.folder import write_huggingface
 from megatron_mlra.data.tokenizers import ByteTokenizer
+from megatron_mlra.inference import flags
 from megatron_mlra.inference.cli import main
 from megatron_mlra.inference.growing_text import GrowingText
 from support import ENV, ROOT
@@ -183,6 +184,13 @@ def test_a_folder_without_a_checkpoint_is_one_line(tmp_path, capsys):
     for folder, message in ((tmp_path, "holds no checkpoint"), (tmp_path / "no", "not a folder")):
         code, _, err = generate(capsys, folder, "--prompt", "x")
         assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_prompts_of_json_lines_from_windows(tmp_path):
+    file = tmp_path / "PROMPTS.JSONL"
+    file.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n{"text": "b"}\r\n')
+    args = flags.parser().parse_args(["folder", "--prompt-file", str(file)])
+    assert flags.read_prompts(args) == ["a", "b"]
 
 
 def test_bad_prompt_files_name_the_line(checkpoint, capsys, tmp_path):

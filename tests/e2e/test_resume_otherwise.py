@@ -285,6 +285,24 @@ def test_a_rate_behind_for_skipped_steps_is_said(entry, preset, tmp_path):
     assert "--global-batch-size than before" not in run.out
 
 
+def test_a_rate_that_begins_anew_is_said(resume, tmp_path):
+    """--no-load-optim leaves out the schedule's state too, and no step was skipped."""
+    save = ("--save", tmp_path / "new")
+    run = resume("--no-load-optim", "--exit-interval", 6, *save)
+    assert run.code == 0 and "skipped steps" not in run.out, run.err
+    assert "warning: --no-load-optim begins the rate's schedule anew: it will be " in run.out
+    assert "; --lr-decay-iters 4 ends it there" in run.out
+    run = resume("--load", tmp_path / "new", *save)
+    assert run.code == 0 and "skipped steps" not in run.out, run.err
+    assert "warning: the rate's schedule began anew in this run (--no-load-optim): it" in run.out
+
+
+def test_a_start_with_weights_names_them(resume, tmp_path):
+    run = resume("--finetune", "--train-iters", 1)
+    assert run.code == 0 and "continuing after" not in run.out, run.err
+    assert f"starting at step 0 with the weights of {tmp_path}/save/iter_0000004\n" in run.out
+
+
 @pytest.mark.parametrize(
     "flags", [["adam"], ["adam", "--use-distributed-optimizer"], ["sgd"]], ids=" ".join
 )

@@ -99,3 +99,9 @@ def test_a_text_without_an_end_is_refused(monkeypatch, tmp_path):
         parser.read_text("/dev/zero")
     (tmp_path / "text").write_bytes("a\r\n\u00e9".encode())
     assert parser.read_text(tmp_path / "text") == "a\n\u00e9"
+
+
+def test_a_mark_of_the_byte_order_is_no_part_of_a_text(tmp_path):
+    """Editors of Windows write one; `mlra preprocess` leaves it out of documents too."""
+    (tmp_path / "text").write_bytes(b"\xef\xbb\xbf{}\r\n\xef\xbb\xbf")
+    assert parser.lines_of(tmp_path / "text") == ["{}", "\ufeff"]

@@ -238,9 +238,21 @@ BAD_LINES = [
     (b'{"text": "x", "deep": ' + b"[" * 100_000, "invalid JSON (more than 100 levels of brackets"),
     (b'{"text": "x", "n": ' + b"9" * 5000 + b"}", "invalid JSON (Exceeds the limit (4300 digits)"),
 ]
+HINTS = [
+    (b'{"txet": "x"}', "no key 'text' but 'txet' (--json-key names another)"),
+    (b'{"a\\n": 1, "b": 1, "c": 1, "d": 1}', "no key 'text' but 'a\\n', 'b', 'c' and 1 more (--j"),
+    (b'{"' + b"k" * 99 + b'": 1}', f"no key 'text' but '{'k' * 40}'... (--json-key names another)"),
+    (b"{}", "no key 'text' and no other"),
+    (b"[", "invalid JSON (Expecting value: column 2; an object must lie on one line, without a l"),
+    (
+        b'[{"text": "x"},',
+        "invalid JSON (Expecting value: column 16; an object must lie on one line",
+    ),
+    (b"{", "invalid JSON (Expecting property name enclosed in double quotes: column 2; an object "),
+]
 
 
-@pytest.mark.parametrize(("line", "reason"), BAD_LINES)
+@pytest.mark.parametrize(("line", "reason"), BAD_LINES + HINTS)
 def test_bad_line_stops_the_run(capsys, line, reason):
     Path("a.jsonl").write_bytes(GOOD + b"\n" + line + b"\n" + GOOD)
     error = error_of(capsys, 1, "--input", "a.jsonl", "--output-prefix", "out", *BYTE)

@@ -27,7 +27,7 @@ for case in sys.argv[3:]:
             def fails(*_):
                 raise MemoryError("a rank of two")
             manifest.damage = fails
-    args = Namespace(load=f"{root}/{case}", save=None, rank=rank, ckpt_step=None)
+    args = Namespace(load=f"{root}/{case}", save=None, rank=rank, ckpt_step=None, finetune=False)
     try:
         said[case] = resume.whole_step(args)
     except ValueError as error:
