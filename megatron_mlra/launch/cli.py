@@ -205,7 +205,7 @@ def _join(args: Namespace, control: Control) -> Hosts:
             )
         args.local_addr = address
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    own = call.Call(here, os.getpid(), args.nnodes, args.rdzv_id)
+    own = call.Call(here, os.getpid(), args.nnodes, args.rdzv_id, node_rank=args.node_rank)
     joined = hosts.Hosts(control, own, (host, port), join_timeout)
     joined.start(judges=first)
     return joined

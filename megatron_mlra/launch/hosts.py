@@ -140,6 +140,7 @@ class Judge:
         there = {n: c for n, c in calls.items() if n not in left_out and c.code is None}
         live = [*there.values()]
         self._compare(live)
+        self._compare_ranks([call for n, call in there.items() if self.heard[n][1] == now], live)
         self._find_doubles(there, now)
         self._ask_for_missing(live, now)
         return self.news
@@ -158,6 +159,29 @@ class Judge:
         hosts = sorted({call.host for call in live})
         if live and len(hosts) > int(live[0].nodes):
             self._end(2, f"NODES is {live[0].nodes}, but more have come: {', '.join(hosts)}")
+
+    def _compare_ranks(self, heard: list[Call], live: list[Call]) -> None:
+        """Hosts of one NODE_RANK would be in the order of their names, which nobody chose. 0 on all
+        hosts asks for that order.
+
+        Args:
+            heard: the calls that are new in this round. An older one may be of a host that has
+                just died, and whose number another host has now.
+            live: the calls of all hosts; with too many, one host's later launcher ends.
+        """
+        if len(live) > int(live[0].nodes if live else 0) or not any(c.node_rank for c in live):
+            return
+        of: dict[int, set[str]] = {}
+        for call in heard:
+            of.setdefault(call.node_rank, set()).add(call.host)
+        for rank, hosts in of.items():
+            if len(hosts) > 1:
+                named = ", ".join(sorted(hosts)[:8])
+                self._end(
+                    2,
+                    f"NODE_RANK (--node-rank) is {rank} on the hosts {named}; give each host its"
+                    " own, or all 0",
+                )
 
     def _find_doubles(self, live: dict[int, Call], now: float) -> None:
         """Of a host that was started twice, the later launcher is told to end: the hosts would meet

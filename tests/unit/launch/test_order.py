@@ -81,6 +81,35 @@ def test_a_host_that_is_started_twice_is_refused_and_the_run_goes_on(tmp_path):
     assert "was started twice: there are more launchers than NODES" in outs[2].read_text()
 
 
+NAMED = (
+    "import socket, sys\n"
+    "name = sys.argv.pop(1)\n"
+    "socket.gethostname = lambda: name\n"
+    "from megatron_mlra.launch.cli import start\n"
+    "start()\n"
+)
+"""A launcher, on a host of the name that it is given."""
+
+
+def test_hosts_that_share_a_number_are_refused(tmp_path):
+    outs, hosts = [tmp_path / "a.txt", tmp_path / "b.txt"], []
+    script = tmp_path / "rank.py"
+    script.write_text("import time; time.sleep(60)")
+    with reserve_port("") as kept:
+        meet = f"localhost:{kept.getsockname()[1]}"
+        flags = ["--nnodes", 2, "--nproc-per-node", 1, "--node-rank", 1, "--rdzv-endpoint", meet]
+        for out in outs:
+            command = [sys.executable, "-W", "ignore", "-c", NAMED, out.stem, *flags, script]
+            with out.open("w") as file:
+                run = subprocess.Popen([*map(str, command)], env=ENV, stdout=file, stderr=file)
+            hosts.append(run)
+        codes = [host.wait(120) for host in hosts]
+    # This machine has no such names: its address is noted.
+    said = [[line for line in out.read_text().splitlines() if "note:" not in line] for out in outs]
+    line = "error: NODE_RANK (--node-rank) is 1 on the hosts a, b; give each host its own, or all 0"
+    assert (codes, said) == ([2, 2], [[line], [line]])
+
+
 def test_addresses_of_this_host(monkeypatch):
     """Of every network, and where its own name is unknown or a loopback address."""
     monkeypatch.setattr(socket, "gethostname", lambda: "no.such.host.invalid")
