@@ -76,6 +76,17 @@ def test_a_second_launcher_of_a_host_is_told_to_end():
     )
 
 
+def test_a_host_that_has_just_died_is_not_one_too_many():
+    """The one in its place may come before its silence is noticed."""
+    rounds = [(float(n), {1: call("a", n), 2: call("b", n)}) for n in range(5)]
+    rounds += [
+        (float(n), {1: call("a", n), 2: call("b", 4)} | ({3: call("c", n)} if n > 7 else {}))
+        for n in range(5, 40)
+    ]
+    news = judge(*rounds).news
+    assert news.code is None and len(news.lines) == 1 and "host b gives no sign" in news.lines[0]
+
+
 def test_missing_hosts_are_asked_for_once():
     it = judge(*((n, {1: call("a", n, "3"), 2: call("b", n, "3")}) for n in range(200)))
     (line,) = it.news.lines
