@@ -226,6 +226,8 @@ def _run(args: Namespace, control: Control, hosts: Hosts | None) -> tuple[int, s
     rendezvous.get_free_port = ports.keep_port
     DynamicRendezvousHandler._node_desc_generator = order.Numbered(args.node_rank)
     os.environ[SPEAKER] = "1"
+    # Restarted ranks must not read the addresses of those that are gone (docs/fault_tolerance.md).
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     api.LocalElasticAgent = functools.partial(agent.Agent, control=control)
     try:
         torchrun.run(args)

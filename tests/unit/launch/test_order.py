@@ -97,9 +97,8 @@ def start_named(out: Path, meet: str, *words: object) -> subprocess.Popen:
     """Start the launcher of one of two hosts, whose name is that of the file `out`."""
     command = [sys.executable, "-W", "ignore", "-c", NAMED, out.stem, "--nnodes", 2]
     command += ["--nproc-per-node", 1, "--rdzv-endpoint", meet, *words]
-    env = ENV | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as examples/launch.sh has
     with out.open("w") as file:
-        return subprocess.Popen([*map(str, command)], env=env, stdout=file, stderr=file)
+        return subprocess.Popen([*map(str, command)], env=ENV, stdout=file, stderr=file)
 
 
 def test_hosts_that_share_a_number_are_refused(tmp_path):
