@@ -74,8 +74,6 @@ export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
 # Megatron's overlap of tensor-parallel traffic relies on kernels being queued in order.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# Restarted ranks must not read the addresses of those that are gone (docs/fault_tolerance.md).
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
 # Set where a node's network has other names: NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME
 # (rendezvous), NCCL_IB_HCA (data).
 

@@ -50,6 +50,8 @@ class Call:
     """The launcher's exit code, once it has ended."""
     why: str = ""
     """The reason of an exit code that is not 0."""
+    node_rank: int = 0
+    """NODE_RANK of the launcher."""
 
 
 def read_call(text: str | bytes) -> Call:
@@ -65,6 +67,7 @@ def read_call(text: str | bytes) -> Call:
         all(isinstance(value, str) and len(value) <= LONGEST for value in texts)
         and type(call.pid) is int
         and type(call.beat) is int
+        and type(call.node_rank) is int
         and is_code(call.code)
         and (call.code is not None or re.fullmatch("[0-9]{1,6}", call.nodes, re.ASCII))
     ):

@@ -205,7 +205,7 @@ def _join(args: Namespace, control: Control) -> Hosts:
             )
         args.local_addr = address
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    own = call.Call(here, os.getpid(), args.nnodes, args.rdzv_id)
+    own = call.Call(here, os.getpid(), args.nnodes, args.rdzv_id, node_rank=args.node_rank)
     joined = hosts.Hosts(control, own, (host, port), join_timeout)
     joined.start(judges=first)
     return joined
@@ -226,6 +226,8 @@ def _run(args: Namespace, control: Control, hosts: Hosts | None) -> tuple[int, s
     rendezvous.get_free_port = ports.keep_port
     DynamicRendezvousHandler._node_desc_generator = order.Numbered(args.node_rank)
     os.environ[SPEAKER] = "1"
+    # Restarted ranks must not read the addresses of those that are gone (docs/fault_tolerance.md).
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     api.LocalElasticAgent = functools.partial(agent.Agent, control=control)
     try:
         torchrun.run(args)

@@ -105,6 +105,8 @@ class Judge:
     def __init__(self, join_timeout: float, now: float) -> None:
         self.join_timeout, self.began = join_timeout, now
         self.news = News()
+        self.came: dict[int, float] = {}
+        """Number of a call -> when it was first read."""
         self.heard: dict[int, tuple[int, float]] = {}
         self.gone: set[int] = set()
         self.asked_for = False
@@ -119,6 +121,7 @@ class Judge:
             now: seconds of a monotonic clock.
         """
         for number, call in calls.items():
+            self.came.setdefault(number, now)
             if call.beat != self.heard.get(number, (-1, 0.0))[0]:
                 self.heard[number] = (call.beat, now)
                 self.gone.discard(number)
@@ -138,10 +141,12 @@ class Judge:
                 self._end(call.code, f"host {call.host} ended: {call.why}")
         left_out = {*self.gone, *self.news.spare}
         there = {n: c for n, c in calls.items() if n not in left_out and c.code is None}
-        live = [*there.values()]
-        self._compare(live)
-        self._find_doubles(there, now)
-        self._ask_for_missing(live, now)
+        # A host that has just died is silent since before the one in its place came.
+        newest = max((self.came[n] for n in there), default=now)
+        sure = {n: call for n, call in there.items() if self.heard[n][1] >= newest}
+        self._compare([*sure.values()])
+        self._find_doubles(sure, now)
+        self._ask_for_missing([*there.values()], now)
         return self.news
 
     def _compare(self, live: list[Call]) -> None:
@@ -158,6 +163,24 @@ class Judge:
         hosts = sorted({call.host for call in live})
         if live and len(hosts) > int(live[0].nodes):
             self._end(2, f"NODES is {live[0].nodes}, but more have come: {', '.join(hosts)}")
+        # With more launchers than hosts, one host's later launcher ends.
+        if live and len(live) <= int(live[0].nodes) and any(call.node_rank for call in live):
+            self._compare_ranks(live)
+
+    def _compare_ranks(self, live: list[Call]) -> None:
+        """Hosts of one NODE_RANK would be in the order of their names, which nobody chose. 0 on all
+        hosts asks for that order."""
+        of: dict[int, set[str]] = {}
+        for call in live:
+            of.setdefault(call.node_rank, set()).add(call.host)
+        for rank, hosts in of.items():
+            if len(hosts) > 1:
+                named = ", ".join(sorted(hosts)[:8])
+                self._end(
+                    2,
+                    f"NODE_RANK (--node-rank) is {rank} on the hosts {named}; give each host its"
+                    " own, or all 0",
+                )
 
     def _find_doubles(self, live: dict[int, Call], now: float) -> None:
         """Of a host that was started twice, the later launcher is told to end: the hosts would meet

@@ -161,7 +161,8 @@ def plan(args: argparse.Namespace) -> Report:
         lines = launch_command(args.config, layout, shape, values, given, args.gpus_per_node)
         if keys := left_over(layout, shape, values):
             lines.append(f"  # with a copy of the preset that has no {', '.join(keys)}")
-        if args.fp8 and (sizes := fp8_sizes(layout, shape)):
+        positions = values.get("max_position_embeddings")
+        if args.fp8 and (sizes := fp8_sizes(layout, shape, positions)):
             lines.append(f"  # FP8 takes multiples of 16 on a rank: with {', '.join(sizes)}")
         return lines
 

@@ -114,15 +114,22 @@ def left_over(layout: Layout, shape: ModelDescription, values: Mapping[str, Any]
     return [name for name in _KEPT if values.get(name) is not None and name not in chosen]
 
 
-def fp8_sizes(layout: Layout, shape: ModelDescription) -> list[str]:
+def fp8_sizes(layout: Layout, shape: ModelDescription, positions: int | None) -> list[str]:
     """Flags of the next sizes that FP8 products take, of those that it does not: widths and tokens
-    are multiples of 16 on each tensor-parallel rank."""
+    are multiples of 16 on each tensor-parallel rank.
+
+    Args:
+        positions: of the preset, which the next length may exceed.
+    """
     ranks = layout.tp if layout.sequence_parallel else 1
     tokens = 16 * ranks * layout.cp
     sizes = [("hidden_size", shape.hidden_size, 16)]
     if not shape.num_experts or 0 in shape.moe_layer_pattern:
         sizes.append(("ffn_hidden_size", shape.ffn_hidden_size, 16 * layout.tp))
-    sizes.append(("seq_length", shape.seq_length, tokens // math.gcd(tokens, layout.micro_batch)))
+    step = tokens // math.gcd(tokens, layout.micro_batch)
+    sizes.append(("seq_length", shape.seq_length, step))
+    if positions and -(-shape.seq_length // step) * step > positions:
+        sizes.append(("max_position_embeddings", shape.seq_length, step))
     return [f"{flag(name)} {-(-size // step) * step}" for name, size, step in sizes if size % step]
 
 

@@ -213,6 +213,8 @@ def check(args: Namespace) -> None:
             )
         return
     _check_precision_aware(args)
+    if args.optimizer_cpu_offload and not torch.cuda.is_available():
+        raise ValueError("--optimizer-cpu-offload needs a GPU, and there is none; leave it out")
     if args.reuse_grad_buf_for_mxfp8_param_ag and not (
         args.fp8 and args.fp8_recipe == "mxfp8" and args.fp8_param_gather
     ):

@@ -9,6 +9,7 @@ from support.runs import check_refused
 TP = "--tensor-model-parallel-size"
 PP = "--pipeline-model-parallel-size"
 CP = "--context-parallel-size"
+DISTRIBUTED = "--use-distributed-optimizer"
 
 FLAGS = [
     # What Megatron would find late, or never.
@@ -75,6 +76,10 @@ FLAGS = [
     (
         ["--log-device-memory-used"],
         "--log-device-memory-used needs a GPU, and there is none; leave",
+    ),
+    (
+        ["--optimizer-cpu-offload", "--use-precision-aware-optimizer", DISTRIBUTED],
+        "--optimizer-cpu-offload needs a GPU, and there is none; leave it out",
     ),
     (["--use-sharp"], "--use-sharp needs a GPU, and there is none; leave it out"),
     (["--reuse-grad-buf-for-mxfp8-param-ag"], "--reuse-grad-buf-for-mxfp8-param-ag is for weights"),

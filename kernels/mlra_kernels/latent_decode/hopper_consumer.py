@@ -18,8 +18,8 @@ NEVER_SEEN = gl.constexpr(-1.0e30)  # running maximum of a row that has seen no 
 
 
 @gluon.jit
-def _zero_rows(ring_tile, rows_in, N: gl.constexpr, C: gl.constexpr):
-    """Zero the rows of a shared tile `[N, C]` from `rows_in` on: unused cache may hold NaN."""
+def _zero_rows(ring_tile, rows_in, N: gl.constexpr):
+    """Zero the rows of a shared tile of N rows from `rows_in` on: unused cache may hold NaN."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     x = ring_tile.load(LAYOUT)
     n = gl.arange(0, N, gl.SliceLayout(1, LAYOUT))
@@ -27,7 +27,7 @@ def _zero_rows(ring_tile, rows_in, N: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
-def _widen(c, scale, wide, rows_in, N: gl.constexpr, D: gl.constexpr):
+def _widen(c, scale, wide, rows_in, N: gl.constexpr):
     """Write an FP8 shared tile `[N, D]` times its tokens' scales `[N]` to `wide`, as fp16.
 
     Scales from row `rows_in` on count as 0: unused cache may hold NaN.
@@ -156,12 +156,12 @@ def consume(
                 c = c_ring.index(stage)
                 k_r = r_ring.index(stage)
                 if (t + 1) * N > seqlen:
-                    _zero_rows(c, seqlen - t * N, N, D)
-                    _zero_rows(k_r, seqlen - t * N, N, R)
+                    _zero_rows(c, seqlen - t * N, N)
+                    _zero_rows(k_r, seqlen - t * N, N)
                     fence_async_shared()
                 if FP8:
                     scale = s_ring.index(stage).reshape([N])
-                    _widen(c, scale, wide_ring.index(w), seqlen - t * N, N, D)
+                    _widen(c, scale, wide_ring.index(w), seqlen - t * N, N)
                     c = wide_ring.index(w)
                     fence_async_shared()
                 s = gl.zeros([M, N], gl.float32, S_LAYOUT)

@@ -76,6 +76,17 @@ def test_a_second_launcher_of_a_host_is_told_to_end():
     )
 
 
+def test_a_host_that_has_just_died_is_not_one_too_many():
+    """The one in its place may come before its silence is noticed."""
+    rounds = [(float(n), {1: call("a", n), 2: call("b", n)}) for n in range(5)]
+    rounds += [
+        (float(n), {1: call("a", n), 2: call("b", 4)} | ({3: call("c", n)} if n > 7 else {}))
+        for n in range(5, 40)
+    ]
+    news = judge(*rounds).news
+    assert news.code is None and len(news.lines) == 1 and "host b gives no sign" in news.lines[0]
+
+
 def test_missing_hosts_are_asked_for_once():
     it = judge(*((n, {1: call("a", n, "3"), 2: call("b", n, "3")}) for n in range(200)))
     (line,) = it.news.lines
@@ -118,6 +129,25 @@ def test_hosts_that_disagree(calls, line):
     assert (it.news.code, it.news.lines) == (2, [line])
 
 
+def test_hosts_of_one_number():
+    """Refused, unless it is 0 on all hosts, which is no number. A host that has just died may have
+    the number of the one in its place; a second launcher on a host ends alone."""
+    said = "NODE_RANK (--node-rank) is 1 on the hosts b, c; give each host its own, or all 0"
+
+    def calls(*numbers: int, beat: int = 1) -> dict[int, Call]:
+        there = zip("abc", numbers, strict=False)
+        return {
+            n: call(host, beat, "3", node_rank=number) for n, (host, number) in enumerate(there, 1)
+        }
+
+    assert judge((1.0, calls(0, 0, 0))).news == judge((1.0, calls(2, 1, 0))).news == News()
+    assert judge((1.0, calls(0, 1, 1))).news == News(code=2, lines=[said])
+    dead = {2: call("b", 1, "3", node_rank=1)}
+    assert judge((1.0, calls(0, 1)), (2.0, calls(0, 1, 1, beat=2) | dead)).news == News()
+    twice = {4: call("a", 1, "3", node_rank=1)}
+    assert judge((1.0, calls(0, 1, 2) | twice)).news == News()
+
+
 def test_what_is_no_call_in_the_store_is_left_out(capfd):
     store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=9), wait_for_workers=False)
     good = asdict(call("a"))
@@ -131,7 +161,7 @@ def test_what_is_no_call_in_the_store_is_left_out(capfd):
             json.dumps(good | change)
             for change in (
                 {"nodes": "many"}, {"nodes": 2}, {"beat": "1"}, {"host": None}, {"code": 2**40},
-                {"why": "x" * 10**5}, {"pid": True},
+                {"why": "x" * 10**5}, {"pid": True}, {"node_rank": "1"},
             )
         ),
     ]  # fmt: skip

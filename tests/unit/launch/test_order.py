@@ -16,6 +16,12 @@ from support import ENV
 from support.runs import wait_for
 
 RANK = "import os, pathlib, sys; pathlib.Path(sys.argv[1]).write_text(os.environ['RANK'])"
+UP = (
+    "import pathlib, sys, time\n"
+    "print('up', flush=True)\n"
+    "while not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.1)\n"
+)
+"""A rank that says that it runs, and ends once a file is there."""
 
 
 @pytest.mark.parametrize("numbers", [(2, 1, 0), (0, 0, 0)])
@@ -56,11 +62,7 @@ def start(meet: str, out: Path, *words: object) -> subprocess.Popen:
 
 def test_a_host_that_is_started_twice_is_refused_and_the_run_goes_on(tmp_path):
     script, end = tmp_path / "rank.py", tmp_path / "end"
-    script.write_text(
-        "import pathlib, sys, time\n"
-        "print('up', flush=True)\n"
-        "while not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.1)\n"
-    )
+    script.write_text(UP)
     outs = [tmp_path / f"{number}.txt" for number in range(3)]
     with reserve_port("") as kept:
         meet = f"localhost:{kept.getsockname()[1]}"
@@ -79,6 +81,65 @@ def test_a_host_that_is_started_twice_is_refused_and_the_run_goes_on(tmp_path):
     assert [out.read_text().count("up\n") for out in outs] == [1, 1, 0]
     assert "error" not in outs[0].read_text() + outs[1].read_text()
     assert "was started twice: there are more launchers than NODES" in outs[2].read_text()
+
+
+NAMED = (
+    "import socket, sys\n"
+    "name = sys.argv.pop(1)\n"
+    "socket.gethostname = lambda: name\n"
+    "from megatron_mlra.launch.cli import start\n"
+    "start()\n"
+)
+"""A launcher, on a host of the name that it is given."""
+
+
+def start_named(out: Path, meet: str, *words: object) -> subprocess.Popen:
+    """Start the launcher of one of two hosts, whose name is that of the file `out`."""
+    command = [sys.executable, "-W", "ignore", "-c", NAMED, out.stem, "--nnodes", 2]
+    command += ["--nproc-per-node", 1, "--rdzv-endpoint", meet, *words]
+    with out.open("w") as file:
+        return subprocess.Popen([*map(str, command)], env=ENV, stdout=file, stderr=file)
+
+
+def test_hosts_that_share_a_number_are_refused(tmp_path):
+    outs = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    script = tmp_path / "rank.py"
+    script.write_text("import time; time.sleep(60)")
+    with reserve_port("") as kept:
+        meet = f"localhost:{kept.getsockname()[1]}"
+        hosts = [start_named(out, meet, "--node-rank", 1, script) for out in outs]
+        codes = [host.wait(120) for host in hosts]
+    # This machine has no such names: its address is noted.
+    said = [[line for line in out.read_text().splitlines() if "note:" not in line] for out in outs]
+    line = "error: NODE_RANK (--node-rank) is 1 on the hosts a, b; give each host its own, or all 0"
+    assert (codes, said) == ([2, 2], [[line], [line]])
+
+
+def test_another_host_takes_the_place_of_one_that_has_just_died(tmp_path):
+    """With its number, and before its silence is noticed."""
+    script, end = tmp_path / "rank.py", tmp_path / "end"
+    script.write_text(UP)
+    outs = [tmp_path / f"{name}.invalid.txt" for name in "abc"]
+    with reserve_port("") as kept:
+        meet = f"localhost:{kept.getsockname()[1]}"
+        hosts = [start_named(outs[0], meet, script, end)]
+        wait_for(outs[0], "note:", 60)  # the first, which has the store
+        words = ("--node-rank", 1, script, end)
+        hosts.append(start_named(outs[1], meet, *words))
+        try:
+            for out in outs[:2]:
+                wait_for(out, "up", 120)
+            for process in (*psutil.Process(hosts[1].pid).children(), hosts[1]):
+                process.kill()
+            hosts.append(start_named(outs[2], meet, *words))
+            wait_for(outs[2], "up", 120)
+            end.touch()
+            codes = [host.wait(120) for host in hosts]
+        finally:
+            for host in hosts:
+                host.kill()
+    assert codes == [0, -9, 0], [out.read_text() for out in outs]
+    assert [out.read_text().count("up\n") for out in outs] == [2, 1, 1]
 
 
 def test_addresses_of_this_host(monkeypatch):

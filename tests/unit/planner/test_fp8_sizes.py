@@ -12,9 +12,12 @@ def last_line(capsys, *argv: object) -> str:
 
 def test_a_plan_in_fp8_names_sizes_that_fp8_takes(capsys):
     flags = ("--config", "mlra4_2.9b", "--gpus", 8, "--seq-length", 5000)
-    fits = "--ffn-hidden-size 9888, --seq-length 5008"
+    # The preset has fewer positions than either length.
+    fits = "--ffn-hidden-size 9888, --seq-length 5008, --max-position-embeddings 5008"
     said = last_line(capsys, *flags, "--fp8")
     assert said == f"# FP8 takes multiples of 16 on a rank: with {fits}"
+    said = last_line(capsys, *flags[:-1], 2041, "--fp8")
+    assert "--seq-length 204" in said and "--max-position-embeddings" not in said  # it has enough
     moe = ("--config", "mlra4_moe_16b", "--gpus", 64, "--fp8")
     for argv in (flags, moe):
         assert "FP8 takes" not in last_line(capsys, *argv)
