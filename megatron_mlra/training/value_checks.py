@@ -11,6 +11,7 @@ import math
 import re
 from argparse import Namespace
 
+from megatron_mlra.command_line.numbers import MOST_PROCESSES
 from megatron_mlra.command_line.parser import flag
 from megatron_mlra.description.layer_pattern import FORM
 from megatron_mlra.training import batch_schedule
@@ -199,8 +200,6 @@ ABOVE_0 = (
 SEEDS = ("seed", "data_seed")
 MOST_SEED = 2**32 - 1
 """The largest seed that numpy takes."""
-MOST_WORKERS = 1024
-"""A loader starts all its processes before the first step."""
 
 
 REQUIRED = (
@@ -322,7 +321,7 @@ def _check_ranges(args: Namespace) -> None:
         (PARTS, lambda value: 0 <= value <= 1, "from 0 to 1"),
         (ABOVE_0, lambda value: value > 0, "above 0"),
         (("moe_input_jitter_eps",), lambda value: 0 < value < 1, "above 0 and below 1"),
-        (("num_workers",), lambda value: value <= MOST_WORKERS, f"at most {MOST_WORKERS}"),
+        (("num_workers",), lambda value: value <= MOST_PROCESSES, f"at most {MOST_PROCESSES}"),
         (SEEDS, lambda value: value <= MOST_SEED, f"at most {MOST_SEED}"),
     ):
         for name in names:
