@@ -197,6 +197,17 @@ ABOVE_0 = (
     "moe_router_topk_scaling_factor",
 )
 
+HUGE = (
+    "train_iters",
+    "eval_iters",
+    "distributed_timeout_minutes",
+    "distributed_timeout_seconds_after_init",
+)
+MOST = 10**9
+"""Data of more steps are never listed to the end, and times of more overflow."""
+LARGEST = 3.4e38
+"""About the largest float32."""
+
 SEEDS = ("seed", "data_seed")
 MOST_SEED = 2**32 - 1
 """The largest seed that numpy takes."""
@@ -314,6 +325,11 @@ def _check_ranges(args: Namespace) -> None:
         values = value if isinstance(value, list | tuple) else (value,)
         if any(isinstance(each, float) and not math.isfinite(each) for each in values):
             raise ValueError(f"{flag(name)} is {value}; it must be a finite number")
+        for each in values:
+            if isinstance(each, float) and abs(each) > LARGEST:
+                raise ValueError(f"{flag(name)} is {each:g}; it must be below {LARGEST:g}")
+            if isinstance(each, int) and abs(each) >= 2**63:
+                raise ValueError(f"{flag(name)} is {each}; it must be below 2^63")
     for names, fits, said in (
         (POSITIVE, lambda value: value >= 1, "at least 1"),
         (AT_LEAST_0, lambda value: value >= 0, "at least 0"),
@@ -322,6 +338,7 @@ def _check_ranges(args: Namespace) -> None:
         (ABOVE_0, lambda value: value > 0, "above 0"),
         (("moe_input_jitter_eps",), lambda value: 0 < value < 1, "above 0 and below 1"),
         (("num_workers",), lambda value: value <= MOST_PROCESSES, f"at most {MOST_PROCESSES}"),
+        (HUGE, lambda value: value <= MOST, f"at most {MOST}"),
         (SEEDS, lambda value: value <= MOST_SEED, f"at most {MOST_SEED}"),
     ):
         for name in names:

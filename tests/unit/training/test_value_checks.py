@@ -109,6 +109,16 @@ def test_numbers_that_do_not_fit_the_other_flags(words, said, monkeypatch):
         ("--logits-save-dir x", "--logits-save-dir leaves every loss at 0 in Megatron 0.19.2; "),
         ("--logits-load-dir x", "--logits-load-dir is read by the loss of Megatron's own entry"),
         ("--decoder-num-layers 2", "--decoder-num-layers is of models with encoder and decoder"),
+        # Beyond what torch's numbers hold.
+        ("--lr 1e300", "--lr is 1e+300; it must be below 3.4e+38"),
+        ("--weight-decay 1e39", "--weight-decay is 1e+39; it must be below 3.4e+38"),
+        (f"--rotary-base {10**23}", f"--rotary-base is {10**23}; it must be below 2^63"),
+        ("--train-iters 1000000001", "--train-iters is 1000000001; it must be at most 1000000000"),
+        ("--eval-iters 1000000001", "--eval-iters is 1000000001; it must be at most 1000000000"),
+        (
+            "--distributed-timeout-minutes 1000000001",
+            "--distributed-timeout-minutes is 1000000001; it must be at most 1000000000",
+        ),
         ("--seed 4294967296", "--seed is 4294967296; it must be at most 4294967295"),
         ("--data-seed 4294967296", "--data-seed is 4294967296; it must be at most 4294967295"),
     ],
