@@ -38,6 +38,7 @@ REPLACED = {
     "encoder_seq_length": "is --seq-length by an older name; use --seq-length",
     "decoder_seq_length": "is of models with encoder and decoder; leave it out",
     "decoder_num_layers": "is of models with encoder and decoder; use --num-layers",
+    "config_logger_dir": "fails in Megatron 0.19.2; leave it out",
     "fim_data": "is read by Megatron's own entry alone; leave it out",
     "freeze_all_layers": "is ignored by Megatron 0.19.2: the weights would train; leave it out",
     "inprocess_restart": "is of Megatron's own entry; mlra launch restarts a job that fails",
@@ -338,6 +339,7 @@ def _check_ranges(args: Namespace) -> None:
         (ABOVE_0, lambda value: value > 0, "above 0"),
         (("moe_input_jitter_eps",), lambda value: 0 < value < 1, "above 0 and below 1"),
         (("num_workers",), lambda value: value <= MOST_PROCESSES, f"at most {MOST_PROCESSES}"),
+        (("muon_num_ns_steps",), lambda value: value <= 100, "at most 100"),  # usual are 5
         (HUGE, lambda value: value <= MOST, f"at most {MOST}"),
         (SEEDS, lambda value: value <= MOST_SEED, f"at most {MOST_SEED}"),
     ):

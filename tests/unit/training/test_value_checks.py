@@ -113,6 +113,7 @@ def test_numbers_that_do_not_fit_the_other_flags(words, said, monkeypatch):
         ("--lr 1e300", "--lr is 1e+300; it must be below 3.4e+38"),
         ("--weight-decay 1e39", "--weight-decay is 1e+39; it must be below 3.4e+38"),
         (f"--rotary-base {10**23}", f"--rotary-base is {10**23}; it must be below 2^63"),
+        ("--muon-num-ns-steps 101", "--muon-num-ns-steps is 101; it must be at most 100"),
         ("--train-iters 1000000001", "--train-iters is 1000000001; it must be at most 1000000000"),
         ("--eval-iters 1000000001", "--eval-iters is 1000000001; it must be at most 1000000000"),
         (
@@ -136,6 +137,34 @@ def test_every_bound_of_the_tables(name, value, said):
 def test_every_name_of_the_tables_is_one_of_a_flag():
     known = {action.dest for action in all_flags._parser()._actions}
     assert {name for name, *_ in BOUNDS} <= known
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        # A traceback.
+        (
+            "--valid-data-path x",
+            "names data by --mock-data and by --valid-data-path; leave one out",
+        ),
+        ("--config-logger-dir x", "--config-logger-dir fails in Megatron 0.19.2; leave it out"),
+        ("--data-cache-path file/x", "--data-cache-path file/x cannot be written: file is not a"),
+        ("--moe-routing-trace-path file", "--moe-routing-trace-path file cannot be written"),
+        (
+            "--nccl-communicator-config-path gone",
+            "--nccl-communicator-config-path gone: No such file or directory",
+        ),
+        (
+            "--result-rejected-tracker-filename file/x/log",
+            "--result-rejected-tracker-filename file/x/log cannot be written: file is not a folder",
+        ),
+    ],
+)
+def test_paths_that_cannot_be_used(words, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=re.escape(said)):
+        early_checks.check(["--config", "debug", "--mock-data", *words.split()])
 
 
 def test_a_huge_number_of_expert_ranks_is_refused_at_once():
