@@ -10,6 +10,9 @@ import math
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 
+MOST_PROCESSES = 1024
+"""Most processes of one host. A larger number is a slip, and starting them would not end."""
+
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:
     """A type of whole numbers from `least` to `most`, both allowed."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_mlra.command_line.numbers import MOST_PROCESSES
 from megatron_mlra.command_line.progress_bar import bar
 from megatron_mlra.command_line.signals import deferred
 from megatron_mlra.data.encode import Encoded, Encoder, token_dtype
@@ -126,6 +127,8 @@ def _check(config: PreprocessConfig) -> list[Source]:
     """The sources, after all checks that need not read a document."""
     if config.workers < 1:
         raise InputError(f"--workers {config.workers}: use 1 or more")
+    if config.workers > MOST_PROCESSES:
+        raise InputError(f"--workers {config.workers}: use at most {MOST_PROCESSES}")
     if config.record_bytes < 1:
         raise InputError(f"--max-record-mb {config.record_bytes / 1e6:g}: use e.g. 1000")
     if config.on_error not in ("fail", "skip"):

@@ -13,6 +13,8 @@ from importlib.machinery import PathFinder
 from torch.distributed.elastic.multiprocessing import Std
 from torch.distributed.run import determine_local_world_size
 
+from megatron_mlra.command_line.numbers import MOST_PROCESSES
+
 
 def check(args: Namespace) -> None:
     """Refuse values that no rank can be started with.
@@ -73,6 +75,8 @@ def _check_processes(said: str) -> None:
         raise ValueError(f"--nproc-per-node {said}: {error}") from None
     if count < 1:
         raise ValueError(wrong)
+    if count > MOST_PROCESSES:
+        raise ValueError(f"--nproc-per-node {said} is too many; use at most {MOST_PROCESSES}")
 
 
 def _check_program(args: Namespace) -> None:

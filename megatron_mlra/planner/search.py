@@ -107,6 +107,9 @@ def search(
     Raises:
         ValueError: this number of GPUs cannot be cut for the model.
     """
+    if cp is not None and gpus % cp:
+        fits = max(n for n in range(1, min(cp, gpus) + 1) if gpus % n == 0)
+        raise ValueError(f"--cp {cp} does not divide --gpus {gpus}; use {fits}")
     limit = gpu.memory_gb * 1e9 * assume.memory
     plans: list[Plan] = []
     misfits: list[tuple[float, Misfit]] = []

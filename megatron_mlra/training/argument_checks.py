@@ -17,7 +17,14 @@ from megatron_mlra.command_line.parser import flag
 from megatron_mlra.evaluation.token_stream import named_sets
 from megatron_mlra.fault_tolerance.hang import collective_seconds
 from megatron_mlra.layers.config import resolve_core_backend
-from megatron_mlra.training import batch_schedule, logits, memory_flags, muon, schedule
+from megatron_mlra.training import (
+    batch_schedule,
+    interval_checks,
+    logits,
+    memory_flags,
+    muon,
+    schedule,
+)
 from megatron_mlra.training.cpu_backend import CPU_DEFAULTS
 from megatron_mlra.training.expert_checks import check_experts
 from megatron_mlra.training.rope import check_rope
@@ -54,6 +61,7 @@ def _check_values(args: Namespace) -> None:
     check_required(args)
     check_values(args)
     schedule.check(args)
+    interval_checks.check(args)
     if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None:
         raise ValueError("--vocab-size is missing; give the size of the data's vocabulary")
     padded = args.padded_vocab_size
@@ -335,6 +343,12 @@ def _check_batches(args: Namespace) -> None:
         * args.context_parallel_size
     )
     batch_schedule.check(args, replicas)
+    parts, ranks = args.num_distributed_optimizer_instances, replicas * args.context_parallel_size
+    if ranks % parts:
+        raise ValueError(
+            f"--num-distributed-optimizer-instances {parts} does not divide the {ranks} ranks that"
+            " share an optimizer; use 1"
+        )
     for prefix in ("", "eval_"):
         batch = getattr(args, f"{prefix}global_batch_size") or args.global_batch_size
         micro = getattr(args, f"{prefix}micro_batch_size") or args.micro_batch_size
@@ -364,6 +378,15 @@ def _check_packages(args: Namespace) -> None:
         raise ValueError(
             "--use-te-activation-func needs Transformer Engine and a GPU; install the extra"
             " megatron-mlra[te], or leave it out"
+        )
+    if args.moe_latent_size is not None and not HAVE_TE:
+        raise ValueError(
+            f"--moe-latent-size {args.moe_latent_size} needs Transformer Engine and a GPU; install"
+            " the extra megatron-mlra[te], or leave it out"
+        )
+    if args.enable_ft_package and importlib.util.find_spec("nvidia_resiliency_ext") is None:
+        raise ValueError(
+            "--enable-ft-package needs nvidia-resiliency-ext; pip install it, or leave it out"
         )
     if args.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ValueError(f"--wandb-project {args.wandb_project} needs wandb; pip install wandb")

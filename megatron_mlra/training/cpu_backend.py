@@ -38,6 +38,7 @@ CPU_DEFAULTS = {
     "record_memory_history": False,
     "use_sharp": False,
     "log_device_memory_used": False,
+    "gpu_sniff_test_interval": None,
 }
 """Argument values (by argparse dest) that Megatron needs on a CPU."""
 

@@ -33,7 +33,11 @@ def settle(args: Namespace, given: set[str]) -> None:
     for sources, who in ((asked, "the command line"), (there if not asked else [], "the preset")):
         if len(sources) > 1:
             one, other = (
-                next(flag(name) for name in source if flag(name) in given or getattr(args, name))
+                next(
+                    flag(name)
+                    for name in source
+                    if flag(name) in given or getattr(args, name, None)
+                )
                 for source in sources[:2]
             )
             raise ValueError(f"{who} names data by {one} and by {other}; leave one out")

@@ -23,8 +23,12 @@ from megatron_mlra.training.value_checks import check_lengths, check_required, c
 
 _DATA_FILES = ("data_args_path", "per_split_data_args_path")
 _PATHS = ("save", "load", *_DATA_FILES)
+_LOG = "result_rejected_tracker_filename"
+_WRITTEN = ("data_cache_path", "moe_routing_trace_path", "tensorboard_dir", _LOG)
+"""What Megatron writes beside checkpoints: folders, and a log."""
 _SWITCHES = ("mock_data", "skip_train", "exit_on_missing_checkpoint")
-_READ = (*data_sources.PREFIXES, *_PATHS, *_SWITCHES, "ckpt_step", "dry_run", "held_out")
+_OTHERS = ("ckpt_step", "dry_run", "held_out", "nccl_communicator_config_path")
+_READ = (*data_sources.PREFIXES, *_PATHS, *_SWITCHES, *_WRITTEN, *_OTHERS)
 _UNDERSCORED = ("--override-opt_param-scheduler", "--use-checkpoint-opt_param-scheduler")
 """Flags of Megatron that are spelt with an underscore. The keys of presets do not show it."""
 
@@ -72,6 +76,15 @@ def check(argv: list[str]) -> Namespace:
     for name in _DATA_FILES:
         if (file := getattr(given, name)) is not None and Path(file).exists():
             a_plain_file(file, flag(name))
+    for name in _WRITTEN:
+        path = getattr(given, name)
+        # A cache that is there may be complete, and is then read alone.
+        if path is not None and not (name == "data_cache_path" and Path(path).is_dir()):
+            with named(f"{flag(name)} {path}"):
+                folder = Path(path).parent if name == _LOG else Path(path)
+                check_writable(folder, f"{flag(name)} {path}")
+    if (file := given.nccl_communicator_config_path) is not None:
+        a_plain_file(file, flag("nccl_communicator_config_path"))
     for held_out in given.held_out or ():
         with named(f"--held-out {held_out}"):
             a_dataset(held_out, "--held-out")

@@ -17,6 +17,11 @@ def check_experts(args: Namespace) -> None:
     Raises:
         ValueError: one line that names the flag and the fix.
     """
+    if args.moe_router_num_groups is not None and args.moe_router_group_topk is None:
+        raise ValueError(
+            f"--moe-router-num-groups {args.moe_router_num_groups} has no effect without"
+            " --moe-router-group-topk; add it"
+        )
     experts, ep = args.num_experts, args.expert_model_parallel_size
     if ep > 1 and not args.use_checkpoint_args:
         if not experts:
@@ -25,7 +30,7 @@ def check_experts(args: Namespace) -> None:
                 f" leave {EP} out"
             )
         if experts % ep:
-            fits = max(n for n in range(1, ep) if experts % n == 0)
+            fits = max(n for n in range(1, min(ep, experts + 1)) if experts % n == 0)
             raise ValueError(f"{EP} {ep} does not divide --num-experts {experts}; use {fits}")
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     etp = args.expert_tensor_parallel_size or tp

@@ -11,6 +11,7 @@ import math
 import re
 from argparse import Namespace
 
+from megatron_mlra.command_line.numbers import MOST_PROCESSES
 from megatron_mlra.command_line.parser import flag
 from megatron_mlra.description.layer_pattern import FORM
 from megatron_mlra.training import batch_schedule
@@ -34,6 +35,15 @@ REPLACED = {
     "moe_use_upcycling": "fails in Megatron 0.19.2; leave it out",
     "lazy_mpu_init": "leaves the process groups to a program of your own; leave it out",
     "rl_profile": "needs Megatron's RL package; leave it out",
+    "encoder_seq_length": "is --seq-length by an older name; use --seq-length",
+    "decoder_seq_length": "is of models with encoder and decoder; leave it out",
+    "decoder_num_layers": "is of models with encoder and decoder; use --num-layers",
+    "config_logger_dir": "fails in Megatron 0.19.2; leave it out",
+    "fim_data": "is read by Megatron's own entry alone; leave it out",
+    "freeze_all_layers": "is ignored by Megatron 0.19.2: the weights would train; leave it out",
+    "inprocess_restart": "is of Megatron's own entry; mlra launch restarts a job that fails",
+    "logits_save_dir": "leaves every loss at 0 in Megatron 0.19.2; leave it out",
+    "logits_load_dir": "is read by the loss of Megatron's own entry alone; leave it out",
     "sft": "reads conversations; use --packed-sequences to keep documents apart",
     "perform_rl_step": "needs Megatron's RL package; leave it out",
 }
@@ -71,6 +81,47 @@ POSITIVE = (
     "muon_num_ns_steps",
     "seed",
     "distributed_timeout_minutes",
+    "distributed_timeout_seconds_after_init",
+    "kv_channels",
+    "num_query_groups",
+    "recompute_num_layers",
+    "rotary_seq_len_interpolation_factor",
+    "make_vocab_size_divisible_by",
+    "padded_vocab_size",
+    "mlp_chunks_for_training",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+    "moe_latent_size",
+    "moe_router_topk",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "eval_global_batch_size",
+    "eval_micro_batch_size",
+    "iterations_to_skip",
+    "check_weight_hash_across_dp_replicas_interval",
+    "log_memory_interval",
+    "save_params_interval",
+    "save_activations_interval",
+    "save_tokens_per_expert_interval",
+    "save_wgrads_interval",
+    "save_dgrads_interval",
+    "save_retain_interval",
+    "num_distributed_optimizer_instances",
+    "num_dataset_builder_threads",
+    "ddp_num_buckets",
+    "ddp_bucket_size",
+    "tensor_parallel_num_weight_shards",
+    "expert_tensor_parallel_num_weight_shards",
+    "num_layers_per_virtual_pipeline_stage",
+    "num_virtual_stages_per_pipeline_rank",
+    "microbatch_group_size_per_vp_stage",
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "loss_scale_window",
+    "hysteresis",
+    "fp8_interval",
+    "fp8_amax_history_len",
+    "dist_ckpt_workers",
 )
 """Counts that are at least 1."""
 
@@ -82,7 +133,6 @@ AT_LEAST_0 = (
     "decoupled_min_lr",
     "weight_decay",
     "clip_grad",
-    "adam_eps",
     "mtp_loss_scaling_factor",
     "num_workers",
     "eval_iters",
@@ -92,6 +142,24 @@ AT_LEAST_0 = (
     "embedding_init_method_std",
     "start_weight_decay",
     "end_weight_decay",
+    "data_seed",
+    "num_experts",
+    "moe_aux_loss_coeff",
+    "moe_z_loss_coeff",
+    "moe_router_bias_update_rate",
+    "lr_wsd_decay_iters",
+    "lr_wsd_decay_samples",
+    "manual_gc_interval",
+    "train_sync_interval",
+    "start_eval_at_iter",
+    "profile_step_start",
+    "profile_ranks",
+    "num_layers_at_start_in_bf16",
+    "num_layers_at_end_in_bf16",
+    "cuda_graph_warmup_steps",
+    "wgrad_deferral_limit",
+    "ckpt_step",
+    "null_tokenizer_eod_id",
 )
 
 SHARES = (
@@ -106,6 +174,44 @@ SHARES = (
     "hidden_dropout",
 )
 """Shares that are at least 0 and below 1."""
+
+PARTS = (
+    "rotary_percent",
+    "optimizer_offload_fraction",
+    "activation_offload_fraction",
+    "moe_router_quantile_balancing_ema",
+)
+"""Shares that may be the whole."""
+
+ABOVE_0 = (
+    "muon_extra_scale_factor",
+    "adam_eps",  # weights without a gradient, as of tokens that are not seen, become 0 / 0
+    "loss_scale",
+    "initial_loss_scale",
+    "min_loss_scale",
+    "mup_base_hidden_size",
+    "mup_base_head_dim",
+    "mup_width_mult",
+    "mup_embedding_mult",
+    "mup_output_mult",
+    "rope_scaling_factor",
+    "moe_router_topk_scaling_factor",
+)
+
+HUGE = (
+    "train_iters",
+    "eval_iters",
+    "distributed_timeout_minutes",
+    "distributed_timeout_seconds_after_init",
+)
+MOST = 10**9
+"""Data of more steps are never listed to the end, and times of more overflow."""
+LARGEST = 3.4e38
+"""About the largest float32."""
+
+SEEDS = ("seed", "data_seed")
+MOST_SEED = 2**32 - 1
+"""The largest seed that numpy takes."""
 
 
 REQUIRED = (
@@ -220,16 +326,28 @@ def _check_ranges(args: Namespace) -> None:
         values = value if isinstance(value, list | tuple) else (value,)
         if any(isinstance(each, float) and not math.isfinite(each) for each in values):
             raise ValueError(f"{flag(name)} is {value}; it must be a finite number")
+        for each in values:
+            if isinstance(each, float) and abs(each) > LARGEST:
+                raise ValueError(f"{flag(name)} is {each:g}; it must be below {LARGEST:g}")
+            if isinstance(each, int) and abs(each) >= 2**63:
+                raise ValueError(f"{flag(name)} is {each}; it must be below 2^63")
     for names, fits, said in (
         (POSITIVE, lambda value: value >= 1, "at least 1"),
         (AT_LEAST_0, lambda value: value >= 0, "at least 0"),
         (SHARES, lambda value: 0 <= value < 1, "at least 0 and below 1"),
-        (("muon_extra_scale_factor",), lambda value: value > 0, "above 0"),
+        (PARTS, lambda value: 0 <= value <= 1, "from 0 to 1"),
+        (ABOVE_0, lambda value: value > 0, "above 0"),
+        (("moe_input_jitter_eps",), lambda value: 0 < value < 1, "above 0 and below 1"),
+        (("num_workers",), lambda value: value <= MOST_PROCESSES, f"at most {MOST_PROCESSES}"),
+        (("muon_num_ns_steps",), lambda value: value <= 100, "at most 100"),  # usual are 5
+        (HUGE, lambda value: value <= MOST, f"at most {MOST}"),
+        (SEEDS, lambda value: value <= MOST_SEED, f"at most {MOST_SEED}"),
     ):
         for name in names:
-            value = getattr(args, name, None)
-            if value is not None and not fits(value):
-                raise ValueError(f"{flag(name)} is {value}; it must be {said}")
+            given = getattr(args, name, None)
+            for value in given if isinstance(given, list | tuple) else (given,):
+                if value is not None and not fits(value):
+                    raise ValueError(f"{flag(name)} is {value}; it must be {said}")
 
 
 def _check_patterns(args: Namespace) -> None:

@@ -89,6 +89,7 @@ def shard(name: str, tokens, magic=20240520, version=1, count=None) -> None:
         ("--input good.jsonl", "text needs --tokenizer byte, hf or tiktoken"),
         ("--input good.jsonl --tokenizer word", "invalid choice: 'word'"),
         ("--input good.jsonl --tokenizer byte --workers 0", "--workers 0: use 1 or more"),
+        ("--input good.jsonl --tokenizer byte --workers 1025", "--workers 1025: use at most 1024"),
         ("--input good.jsonl --tokenizer byte --workers two", "invalid int value: 'two'"),
         ("--input good.jsonl --tokenizer byte --on-error ignore", "invalid choice: 'ignore'"),
         ("--input good.jsonl --tokenizer byte --vocab-size 9", "--vocab-size is for token shards"),

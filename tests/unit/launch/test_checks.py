@@ -18,6 +18,12 @@ WRONG = {
         "x.py",
     ): "--nproc-per-node 0 is no number of processes; use 1",
     (*ALONE, "--nproc-per-node", "-1", "x.py"): "--nproc-per-node -1 is no number of processes",
+    (
+        *ALONE,
+        "--nproc-per-node",
+        "1025",
+        "x.py",
+    ): "--nproc-per-node 1025 is too many; use at most 1",
     (*ALONE, "--nproc-per-node", "two", "x.py"): "--nproc-per-node two is no number of processes",
     (*ALONE, "--nproc-per-node", "gpu", "x.py"): "--nproc-per-node gpu: Cuda is not available",
     ("--nnodes", "2", "--rdzv-endpoint", "x:1", "--nproc-per-node", "0", "x.py"): "is no number of",

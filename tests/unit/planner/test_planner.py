@@ -334,6 +334,8 @@ def test_a_plot_is_written_whole(capsys, tmp_path):
         (["--gpu", "h900"], "--gpu h900 is not known"),
         (["--gpus", "0"], "argument --gpus: 0 is no whole number from 1 to 1000000"),
         (["--gpus", "many"], "argument --gpus"),
+        (["--cp", "3"], "--cp 3 does not divide --gpus 8; use 2"),
+        (["--cp", "1000000000"], "--cp 1000000000 does not divide --gpus 8; use 8"),
         (["--config", "nowhere.yaml"], "no such file"),
         (["--gpu", "a100", "--fp8"], "a100 has no FP8"),
         (["--gemm", "1.5"], "--gemm is 1.5"),
