@@ -24,7 +24,7 @@ from megatron_mlra.training.value_checks import check_lengths, check_required, c
 _DATA_FILES = ("data_args_path", "per_split_data_args_path")
 _PATHS = ("save", "load", *_DATA_FILES)
 _LOG = "result_rejected_tracker_filename"
-_WRITTEN = ("data_cache_path", "moe_routing_trace_path", "tensorboard_dir", _LOG)
+_WRITTEN = ("moe_routing_trace_path", "tensorboard_dir", _LOG)
 """What Megatron writes beside checkpoints: folders, and a log."""
 _SWITCHES = ("mock_data", "skip_train", "exit_on_missing_checkpoint")
 _OTHERS = ("ckpt_step", "dry_run", "held_out", "nccl_communicator_config_path")
@@ -78,8 +78,7 @@ def check(argv: list[str]) -> Namespace:
             a_plain_file(file, flag(name))
     for name in _WRITTEN:
         path = getattr(given, name)
-        # A cache that is there may be complete, and is then read alone.
-        if path is not None and not (name == "data_cache_path" and Path(path).is_dir()):
+        if path is not None:
             with named(f"{flag(name)} {path}"):
                 folder = Path(path).parent if name == _LOG else Path(path)
                 check_writable(folder, f"{flag(name)} {path}")
