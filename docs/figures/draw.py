@@ -180,7 +180,7 @@ def _serving_steps(ax, records: list[dict], batch: int, context: int) -> None:
 
 
 def throughput(path: Path) -> None:
-    """New tokens per second in vLLM: the newest record of each workload and model."""
+    """New tokens per second in vLLM: of each workload, the newest result."""
     found = serving_tables.throughput()
     commits = " and ".join(dict.fromkeys(source.told["commit"] for source, _ in found))
     plot_throughput([record for _, record in found], found[-1][0].told | {"commit": commits}, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from measured import Cells, Result, Table, grid, newest, results, shape, size, table
@@ -22,6 +23,11 @@ def served() -> Served:
     return found
 
 
+def _distinct(found: Iterable[tuple[Result, dict[str, Any]]]) -> list[Result]:
+    """The results of records, each once."""
+    return list({result.path: result for result, _ in found}.values())
+
+
 def served_table(rows: dict[str, tuple[Result, dict[str, Any]]], columns: list[str]) -> Table:
     """A row for each record, with its commit if there are several."""
     cells: Cells = {}
@@ -33,7 +39,7 @@ def served_table(rows: dict[str, tuple[Result, dict[str, Any]]], columns: list[s
         if r.get("prompt", {}).get("tokens") == 128 * K:
             cells[row, PROMPT] = f"{r['prompt']['seconds']:.1f}"
         cells[row, "commit"] = source.told["commit"]
-    sources = list({source.path: source for source, _ in rows.values()}.values())
+    sources = _distinct(rows.values())
     commits = {source.told["commit"] for source in sources}
     return Table(sources, grid("ms a step", cells, columns + ["commit"] * (len(commits) > 1)))
 
@@ -87,11 +93,10 @@ def throughput() -> list[tuple[Result, dict[str, Any]]]:
 
 @table
 def serving_throughput() -> Table:
-    cells: Cells = {}
-    for _, r in throughput():
+    found, cells = throughput(), {}
+    for _, r in found:
         row = served_name((r["tp"], r["model"], "auto", 2))
         work = f"{r['requests']:,} x {size(r['in'])} in, {r['out']} out"
         cells[row, f"{work}: new tokens/s"] = f"{r['new_tokens_per_s']:,.0f}"
         cells[row, f"{work}: s"] = f"{r['seconds']:.1f}"
-    sources = list({source.path: source for source, _ in throughput()}.values())
-    return Table(sources, grid("", cells))
+    return Table(_distinct(found), grid("", cells))

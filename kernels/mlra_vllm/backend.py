@@ -242,8 +242,10 @@ def _decode(
         # the host, which bounds short steps, does nothing. A drafter's steps change the lengths.
         step.schedule.update(step.lengths)
     nope = q.size(-1) - layer.rope_dim
-    by_kernel = layer.few and few(q.size(0))
-    absorb = functools.partial(products.absorb_queries, early=True) if by_kernel else absorb_queries
+    absorb, add_up = absorb_queries, sum_branches
+    if layer.few and few(q.size(0)):
+        absorb = functools.partial(products.absorb_queries, early=True)
+        add_up = functools.partial(products.sum_branches, early=True)
     head = absorb(q[..., :nope], layer.w_uk, shard.branches)  # [b q, n, h, l]
     head = head.reshape(step.decodes, -1, shard.latents, shard.heads // shard.groups, head.size(-1))
     z, _ = latent_decode(
@@ -258,11 +260,7 @@ def _decode(
         metadata=step.schedule,
         backend=layer.operators,
     )
-    z = z.view(q.size(0), shard.branches, shard.heads, -1)
-    if by_kernel:
-        products.sum_branches(z, layer.w_uv, early=True, out=output)
-    else:
-        sum_branches(z, layer.w_uv, output)
+    add_up(z.view(q.size(0), shard.branches, shard.heads, -1), layer.w_uv, out=output)
 
 
 def _prefill(

@@ -14,6 +14,11 @@ MOST_PROCESSES = 1024
 """Most processes of one host. A larger number is a slip, and starting them would not end."""
 
 
+def largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of a number that is at most `most`, which a refusal names as the fix."""
+    return max(n for n in range(1, min(number, most) + 1) if number % n == 0)
+
+
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:
     """A type of whole numbers from `least` to `most`, both allowed."""
     bounds = f"of at least {least}" if most is None else f"from {least} to {most}"

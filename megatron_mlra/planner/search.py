@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from megatron_mlra.command_line.numbers import largest_divisor
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.planner.gpus import GPU, Assumptions
 from megatron_mlra.planner.layout import RECOMPUTES, Layout, attention_misfit, why_not
@@ -108,7 +109,7 @@ def search(
         ValueError: this number of GPUs cannot be cut for the model.
     """
     if cp is not None and gpus % cp:
-        fits = max(n for n in range(1, min(cp, gpus) + 1) if gpus % n == 0)
+        fits = largest_divisor(gpus, cp)
         raise ValueError(f"--cp {cp} does not divide --gpus {gpus}; use {fits}")
     limit = gpu.memory_gb * 1e9 * assume.memory
     plans: list[Plan] = []

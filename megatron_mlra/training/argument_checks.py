@@ -13,6 +13,7 @@ from argparse import Namespace
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 
+from megatron_mlra.command_line.numbers import largest_divisor
 from megatron_mlra.command_line.parser import flag
 from megatron_mlra.evaluation.token_stream import named_sets
 from megatron_mlra.fault_tolerance.hang import collective_seconds
@@ -191,7 +192,7 @@ def _check_parallel(args: Namespace) -> None:
     if args.world_size % ranks:
         heads = args.num_attention_heads
         if heads % tp:  # more processes would be refused too
-            best = max(n for n in range(1, min(tp, heads + 1)) if heads % n == 0)
+            best = largest_divisor(heads, tp)
             raise ValueError(
                 f"--tensor-model-parallel-size {tp} does not divide --num-attention-heads {heads};"
                 f" use {best}"

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from argparse import Namespace
 
+from megatron_mlra.command_line.numbers import largest_divisor
+
 EP, ETP = "--expert-model-parallel-size", "--expert-tensor-parallel-size"
 
 
@@ -30,7 +32,7 @@ def check_experts(args: Namespace) -> None:
                 f" leave {EP} out"
             )
         if experts % ep:
-            fits = max(n for n in range(1, min(ep, experts + 1)) if experts % n == 0)
+            fits = largest_divisor(experts, ep)
             raise ValueError(f"{EP} {ep} does not divide --num-experts {experts}; use {fits}")
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     etp = args.expert_tensor_parallel_size or tp

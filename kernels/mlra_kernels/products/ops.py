@@ -184,11 +184,13 @@ def sum_branches(
     shape = (tokens, heads, w_uv.shape[2])
     if out is None:
         out = z.new_empty(shape)
-    elif (out.shape, out.dtype, out.device) != (shape, z.dtype, z.device) or out.stride(2) != 1:
-        raise ValueError(
-            f"out is {list(out.shape)} {out.dtype} on {out.device}: give {list(shape)} {z.dtype} on"
-            f" {z.device} with a contiguous last dim"
-        )
+    else:
+        checks.check_tensors(z=z, out=out)
+        if out.shape != shape or out.dtype != z.dtype or out.stride(2) != 1:
+            raise ValueError(
+                f"out is {list(out.shape)} {out.dtype}: give {list(shape)} {z.dtype} with a"
+                " contiguous last dim"
+            )
     strides = (z.stride(0), z.stride(2), z.stride(1), *out.stride()[:2], 0)
     return _launch_heads(z, w_uv, out, strides, part, w_uv.shape[2], early)
 
