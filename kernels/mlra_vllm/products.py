@@ -1,8 +1,8 @@
 """Who multiplies by weights: cuBLAS or, for steps of one or two tokens, the project's kernels.
 
-`--additional-config '{"products": "auto"}'` takes the kernels. A step of so few tokens reads all
-weights and multiplies little, and the kernels read them faster than cuBLAS does
-(mlra_kernels/products). The number of tokens is known when a step runs or is captured, not when
+A step of so few tokens reads all weights and multiplies little, and the kernels read them faster
+than cuBLAS does (mlra_kernels/products). `--additional-config '{"products": "cublas"}'` leaves all
+products to cuBLAS. The number of tokens is known when a step runs or is captured, not when
 vLLM compiles the model; so the choice is inside an operator that the compiler does not open.
 
 Letters: T tokens, K inputs, R outputs.
@@ -20,9 +20,8 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 
 from mlra_kernels.products.configs import few
 from mlra_kernels.products.ops import product
-from mlra_kernels.products.reference import product_reference
 
-CHOICES = ("cublas", "auto")
+CHOICES = ("auto", "cublas")
 """The first is the default."""
 
 
@@ -35,10 +34,8 @@ def choice(vllm_config: VllmConfig) -> object:
 @torch.library.custom_op("mlra_vllm::linear_of_few", mutates_args=())
 def linear_of_few(x: Tensor, weight: Tensor) -> Tensor:
     """x `[T, K]` times weight `[R, K]`, transposed: `[T, R]`."""
-    if not few(x.size(0)):
+    if not (x.is_cuda and few(x.size(0))):
         return linear(x, weight)
-    if not x.is_cuda:
-        return product_reference(x, weight)
     # No kernel of a step writes weights, so that a product may read them before its turn.
     return product(x, weight, early=True)
 

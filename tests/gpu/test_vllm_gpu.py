@@ -41,7 +41,7 @@ NO_GRAPHS = {
     "compilation_config": {"cudagraph_capture_sizes": CAPTURED, "cudagraph_mode": "NONE"},
 }
 EAGER = {"enforce_eager": True}
-FEW = {"additional_config": {"products": "auto"}}
+CUBLAS = {"additional_config": {"products": "cublas"}}
 FOUR = prompts(150, 150, 150, 150, seed=5)
 """Prompts that are computed in one step, of more tokens than are captured, and then decode
 together in a batch of a captured size: no step is padded."""
@@ -89,8 +89,9 @@ JOBS = {
         job("mixed MLRA-2", "MLRA-2", prompts(*LENGTHS), **EAGER, **PIECES),
         job("llama", "GQA", prompts(*LENGTHS), **EAGER),
         job("unguessed", AHEAD, prompts(*LENGTHS), dtype="float16", **GRAPHS),
-        job("few", ABSORBED, FOUR[:2], **GRAPHS, **FEW),
-        job("few, no graphs", ABSORBED, FOUR[:2], **NO_GRAPHS, **FEW),
+        job("few", ABSORBED, FOUR[:2], **GRAPHS),
+        job("few, no graphs", ABSORBED, FOUR[:2], **NO_GRAPHS),
+        job("few by cuBLAS", ABSORBED, FOUR[:2], **GRAPHS, **CUBLAS),
         job("guessed", AHEAD, prompts(*LENGTHS), dtype="float16", guesses=GUESSES, **GRAPHS),
     ],
 }

@@ -155,7 +155,7 @@ def equality_jobs(models: Path) -> list[dict[str, Any]]:
     ]
 
 
-EXACT = ("chunked", "prefix", "preempted", "speculative", "few")
+EXACT = ("chunked", "prefix", "preempted", "speculative", "cublas")
 """Features of the engine that must not change any token."""
 AHEAD = "MLRA-4-ahead"
 """The case with a layer of multi-token prediction."""
@@ -196,7 +196,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "quantization": ({"quantization": "fp8"}, "quantization 'fp8' of latent attention is not"),
     "products": (
         {"additional_config": {"products": "fast"}},
-        "products in --additional-config is 'fast'; use one of cublas, auto",
+        "products in --additional-config is 'fast'; use one of auto, cublas",
     ),
     "lora": ({"enable_lora": True}, "LoRA adapters of latent attention are not there"),
     "connector": (
@@ -288,8 +288,8 @@ def feature_jobs(models: Path) -> list[dict[str, Any]]:
         },
         {
             **job,
-            "name": "few",
-            "options": {"additional_config": {"products": "auto"}},
+            "name": "cublas",
+            "options": {"additional_config": {"products": "cublas"}},
             "batches": [prompts(33, seed=4), prompts(1, 64, seed=6), prompts(9, 2, 40, seed=7)],
         },
         {

@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--tp", nargs="+", type=whole(1), default=[1], help="tensor parallel sizes")
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument(
-        "--products", choices=("cublas", "auto"), default="cublas", help="see mlra_vllm/products.py"
+        "--products", choices=("auto", "cublas"), default="auto", help="see mlra_vllm/products.py"
     )
     parser.add_argument(
         "--prompt", type=partial(size, least=0), default=0, help="tokens of a prompt to time"
