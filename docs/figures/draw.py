@@ -131,7 +131,8 @@ GPUS = {1: "one GPU", 2: "two GPUs", 4: "four GPUs", 8: "eight GPUs"}
 
 def serving(path: Path) -> None:
     """Decoding steps in vLLM over the number of ranks, each model's newest."""
-    found = {key: each for key, each in serving_tables.served().items() if key[2:] == ("auto", 2)}
+    newest = serving_tables.served().items()
+    found = {key: each for key, each in newest if key[2:] == serving_tables.DEFAULT}
     plain = [record for _, record in found.values()]
     figure, (axes,) = figures.sheet(1, 2)
     _serving_steps(axes[0], plain, 32, 32)

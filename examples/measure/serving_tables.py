@@ -10,16 +10,20 @@ from mlra_vllm.benchmarks.throughput_plot import NAMES as SERVED
 
 PER_GIB, PROMPT = "cached tokens per GiB", "prompt of 128K tokens, s"
 K = 1024
-Served = dict[tuple[int, str, str, int], tuple[Result, dict[str, Any]]]
+DEFAULT = ("auto", 2, "auto")
+"""The last three of a key of `served` for vLLM as it comes."""
+Served = dict[tuple[int, str, str, int, str], tuple[Result, dict[str, Any]]]
 
 
 def served() -> Served:
-    """(Ranks, model, dtype of the cache, runner) -> the newest record that has steps."""
+    """(Ranks, model, dtype of the cache, runner, who multiplies) -> the newest record that has
+    steps. Records that do not say who multiplies are of the default of their time."""
     found: Served = {}
     for result in results():
         for r in result.told.get("records", ()) if result.piece.startswith("serving") else ():
             if r.get("steps") and "model" in r:
-                found[r["tp"], r["model"], r["kv_cache_dtype"], r["model_runner"]] = result, r
+                key = r["tp"], r["model"], r["kv_cache_dtype"], r["model_runner"]
+                found[*key, r.get("products", "auto")] = result, r
     return found
 
 
@@ -44,14 +48,15 @@ def served_table(rows: dict[str, tuple[Result, dict[str, Any]]], columns: list[s
     return Table(sources, grid("ms a step", cells, columns + ["commit"] * (len(commits) > 1)))
 
 
-def served_name(key: tuple[int, str, str, int]) -> str:
+def served_name(key: tuple[int, str, str, int, str]) -> str:
     """A key of `served` in words."""
-    ranks, model, dtype, runner = key
+    ranks, model, dtype, runner, products = key
     return ", ".join(
         [
             SERVED[model], *([f"{ranks} GPUs"] if ranks > 1 else []),
             *(["FP8 cache"] if dtype == "fp8" else []),
             *(["vLLM's older runner"] if runner == 1 else []),
+            *(["products by cuBLAS"] if products == "cublas" else []),
         ]
     )  # fmt: skip
 
@@ -95,7 +100,7 @@ def throughput() -> list[tuple[Result, dict[str, Any]]]:
 def serving_throughput() -> Table:
     found, cells = throughput(), {}
     for _, r in found:
-        row = served_name((r["tp"], r["model"], "auto", 2))
+        row = served_name((r["tp"], r["model"], *DEFAULT))
         work = f"{r['requests']:,} x {size(r['in'])} in, {r['out']} out"
         cells[row, f"{work}: new tokens/s"] = f"{r['new_tokens_per_s']:,.0f}"
         cells[row, f"{work}: s"] = f"{r['seconds']:.1f}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from kernel_tables import PEERS_GPU, fa3, kernel_times, peer_note
 from measured import Cells, Result, Table, error, grid, newest, results, shape, table
-from serving_tables import Served, served
+from serving_tables import DEFAULT, Served, served
 
 # Decoding: records of `mlra benchmark-decoding`.
 
@@ -273,7 +273,7 @@ def equality() -> Table:
 def summary() -> Table:
     speed, train = newest("decoding"), newest("training")
     kernel = newest("latent_decode", PEERS_GPU)
-    vllm = {key: found for key, found in served().items() if key[2:] == ("auto", 2)}
+    vllm = {key: found for key, found in served().items() if key[2:] == DEFAULT}
     lines = [["", "MLRA-4", "MLA", "GQA"], *decoding_rows(speed), *serving_rows(vllm)]
     lines += [*training_rows(train), *attention_rows(kernel)]
     used = [found[0] for key, found in vllm.items() if key[1] != "gla2"]
@@ -304,7 +304,7 @@ def serving_rows(vllm: Served) -> list[list[str]]:
     lines = [[f"ms per step, served by vLLM on {gpus}, 32 x 32K"]]
     lines += [["seconds of a 128K prompt, on one of them"]]
     for model, mark in (("mlra4", ""), ("mla", ""), ("gqa6", " (GQA-6)")):
-        records = [vllm.get((n, model, "auto", 2), (None, {}))[1] for n in ranks]
+        records = [vllm.get((n, model, *DEFAULT), (None, {}))[1] for n in ranks]
         steps = [{shape(s): s.get("ms") for s in r.get("steps", ())} for r in records]
         times = [found.get("32 x 32K") for found in steps]
         prompt = records[0].get("prompt")
