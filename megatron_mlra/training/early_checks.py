@@ -19,6 +19,7 @@ from megatron_mlra.data.prefixes import NO_DATA, a_dataset, check_files, without
 from megatron_mlra.description.presets import KEYS
 from megatron_mlra.fault_tolerance import saved_steps
 from megatron_mlra.training import all_flags, data_sources, flags
+from megatron_mlra.training.unread_flags import check_read
 from megatron_mlra.training.value_checks import check_lengths, check_required, check_values
 
 _DATA_FILES = ("data_args_path", "per_split_data_args_path")
@@ -101,6 +102,7 @@ def parsed(argv: list[str]) -> Namespace:
     given = all_flags.parse(argv, flags.preset_of(argv, _refuse))
     data_sources.settle(given, flags_given(argv))
     check_values(given)
+    check_read(given)
     return given
 
 
