@@ -52,6 +52,22 @@ class Row:
         losses = self.losses(name)
         return stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
 
+    def speeds(self, timed: Iterable[dict[str, Any]]) -> dict[str, list[float]]:
+        """Device -> training tokens per second of the runs among `timed` that are of this mechanism
+        and size and had the device for themselves."""
+        found: dict[str, list[float]] = {}
+        for result in timed:
+            alike = (result["mechanism"], result["size"]) == (self.mechanism, self.size)
+            alone = result.get("runs_at_once", 1) == 1
+            if alike and alone and result["tokens_per_second"]:
+                found.setdefault(result["device"], []).append(result["tokens_per_second"])
+        return found
+
+    @property
+    def size(self) -> str | None:
+        """The ladder's name of the size; None without results."""
+        return self.results[0]["size"] if self.results else None
+
     @property
     def counts(self) -> bool:
         """Whether the mechanism's difference to MLA counts by the rule."""

@@ -45,17 +45,18 @@ def finish(figure: Any, path: Path, mechanisms: list[str]) -> None:
     common.save(figure, path)
 
 
-def pareto(rows: list[Row], path: Path, what: str) -> None:
+def pareto(rows: list[Row], timed: list[dict[str, Any]], path: Path, what: str) -> None:
     """Held-out loss over cost: over the KV cache's bytes per token and device at TP 1, 4 and 8, and
     over training time. Mechanisms of the same cost are drawn side by side. A dashed line joins the
     Pareto front: the mechanisms than which no other is both better and cheaper.
 
     Args:
+        timed: the runs whose training speed may be taken.
         what: what the figure is of, for its title.
     """
     rows = [row for row in rows if row.results]
     columns = {f"TP{tp}": [kv_bytes(row, tp) for row in rows] for tp in (1, 4, 8)}
-    device, times = training_minutes(rows)
+    device, times = training_minutes(rows, timed)
     columns |= {"training": times} if times else {}
     figure, axes = common.sheet(1, len(columns))
     losses = [row.mean() for row in rows]
@@ -94,22 +95,15 @@ def kv_bytes(row: Row, tp: int) -> float:
     return row.results[0]["kv_bytes_per_token"][str(tp)]
 
 
-def training_minutes(rows: list[Row]) -> tuple[str, list[float]]:
-    """A device on which every mechanism was trained, and each mechanism's minutes per run there,
-    by the median tokens per second. ('', []) where there is no such device."""
-    shared = set.intersection(*({r["device"] for r in row.results} for row in rows))
-    for device in sorted(shared):
-        times = []
-        for row in rows:
-            speeds = [
-                r["tokens_per_second"]
-                for r in row.results
-                if r["device"] == device and r["tokens_per_second"]
-            ]
-            if speeds:
-                times.append(row.results[0]["train_tokens"] / median(speeds) / 60)
-        if len(times) == len(rows):
-            return device, times
+def training_minutes(rows: list[Row], timed: list[dict[str, Any]]) -> tuple[str, list[float]]:
+    """A device on which every mechanism was timed, and each mechanism's minutes per run there, by
+    the median tokens per second. ('', []) where there is no such device."""
+    speeds = [row.speeds(timed) for row in rows]
+    for device in sorted(set.intersection(*map(set, speeds))):
+        return device, [
+            row.results[0]["train_tokens"] / median(found[device]) / 60
+            for row, found in zip(rows, speeds, strict=True)
+        ]
     return "", []
 
 

@@ -189,13 +189,20 @@ class Ladder:
             rate: fmean(losses) for rate, losses in by_rate.items() if len(losses) >= phase["seeds"]
         }
 
-    def seconds(self, run: RunSpec, tokens: int, done: dict[str, dict[str, Any]]) -> float:
+    def seconds(
+        self, run: RunSpec, tokens: int, done: dict[str, dict[str, Any]], at_once: int = 1
+    ) -> float:
         """Expected seconds of a run on `tokens` tokens, from the start of its process to its end.
 
         The speed is the median of finished runs of the same size and mechanism, or else of the
-        same size; before there are any, the ladder file's.
+        same size; before there are any, the ladder file's. Runs that shared their GPU with as many
+        others are asked first.
+
+        Args:
+            at_once: how many runs share the GPU.
         """
         alike = [r for r in done.values() if r["size"] == run.size and r.get("tokens_per_second")]
+        alike = [r for r in alike if r.get("runs_at_once", 1) == at_once] or alike
         same = [r for r in alike if r["mechanism"] == run.mechanism] or alike
         expected = self.told["expected"]
         speed = expected[run.size]["tokens_per_second"]

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,6 +31,8 @@ BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 """The markers of evidence.md."""
 SWEEP = "sweep"
 """The phase that sweeps the learning rate."""
+SPEEDS = "speeds"
+"""Folder below the results: of the runs of speeds.yaml."""
 
 
 def number(value: float, sign: str = "") -> str:
@@ -75,17 +78,21 @@ def seeds(rows: list[Row], title: str) -> Table:
     return title, ["mechanism", *(f"seed {n}" for n in range(1, most + 1))], body
 
 
-def cost(rows: list[Row], title: str) -> Table:
-    """A table of the KV cache's bytes per token and of training's tokens per second."""
+def cost(rows: list[Row], timed: list[dict[str, Any]], title: str) -> Table:
+    """A table of the KV cache's bytes per token and of training's tokens per second.
+
+    Args:
+        timed: the runs whose speed may be taken: those of mechanism and size, alone on a GPU.
+    """
     head = ["mechanism", "KV bytes per token, TP1", "per device, TP4", "TP8"]
     head += ["tokens/s, median", "devices"]
     body = []
     for row in (row for row in rows if row.results):
         kv = row.results[0]["kv_bytes_per_token"]
-        speeds = [r["tokens_per_second"] for r in row.results if r["tokens_per_second"]]
-        # Some runs shared their GPU with other processes.
-        speed = f"{median(speeds):,.0f}" if speeds else ""
-        devices = ", ".join(sorted({r["device"] for r in row.results}))
+        found = row.speeds(timed)
+        # Some runs shared their GPU with other programs for a while.
+        speed = f"{median(chain(*found.values())):,.0f}" if found else ""
+        devices = ", ".join(sorted(found))
         cells = [f"{kv[tp]:,}" for tp in ("1", "4", "8")]
         body.append([figures.NAMES[row.mechanism], *cells, speed, devices])
     return title, head, body
@@ -137,6 +144,7 @@ class Picture:
 def sections(ladder: Ladder) -> tuple[list[Table], list[Picture], list[str]]:
     """The tables, figures and paragraphs of the report."""
     results = list(ladder.done().values())
+    timed = [*results, *Ladder(ladder.file, ladder.results / SPEEDS).done().values()]
     tables: list[Table] = []
     pictures: list[Picture] = []
     notes: list[str] = []
@@ -170,12 +178,12 @@ def sections(ladder: Ladder) -> tuple[list[Table], list[Picture], list[str]]:
             )
         tables.append(quality(rows, f"Held-out loss, size {name} ({what})"))
         tables.append(seeds(rows, f"Each run's mean held-out loss, size {name}"))
-        tables.append(cost(rows, f"Cost, size {name}"))
+        tables.append(cost(rows, timed, f"Cost, size {name}"))
         pictures += [
             Picture(
                 f"evidence_{name}.png",
                 f"held-out loss over KV bytes per device and over training time, size {name}",
-                partial(figures.pareto, rows, what=f"Size {name}"),
+                partial(figures.pareto, rows, timed, what=f"Size {name}"),
             ),
             Picture(
                 f"evidence_{name}_training.png",

@@ -121,11 +121,15 @@ class Runner:
             steps = self.corpus.steps(spec, self.ladder)
             at = steps if base and self._kept(base) else latest_step(self._checkpoint(spec))
             batch = self.ladder.told["tokens_per_step"]
-            seconds = self.ladder.seconds(spec, (steps - at) * batch, done)
+            seconds = self.ladder.seconds(spec, (steps - at) * batch, done, self.at_once(number))
             if seconds > left and not (self.partial and not lane and left > 60):
                 continue
             lane.append(self._start(number, spec, steps, at, seconds))
             return
+
+    def at_once(self, number: int) -> int:
+        """How many lanes share the GPU of a lane."""
+        return self.gpus.count(self.gpus[number]) if self.gpus else 1
 
     def _in_order(self, done: dict[str, dict]) -> list[RunSpec]:
         """The runs left. First come those that continue a checkpoint of a finished run, because the
@@ -255,7 +259,7 @@ class Runner:
             result = collect_beyond(job.spec, self.ladder, self.corpus, began, job.folder, diverged)
         else:
             result = collect(job.spec, self.ladder, self.corpus, job.folder, log, diverged)
-        result |= {"device": gpu, "commit": self.commit}
+        result |= {"device": gpu, "runs_at_once": self.at_once(number), "commit": self.commit}
         said = self.ladder.write(result)
         print(f"{job.spec.id}: {said}", flush=True)
         if not self.keep:

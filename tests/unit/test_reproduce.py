@@ -20,7 +20,7 @@ from corpus_sources import html_paragraphs, package, paragraphs
 from figures import verdict
 from ladder import Ladder
 from megatron_mlra.evaluation.token_stream import named_sets, windows
-from run_ladder import visible_gpus
+from run_ladder import Runner, visible_gpus
 from run_results import Corpus
 
 ROOT = Path(__file__).parents[2]
@@ -231,6 +231,10 @@ def test_times_come_from_runs_of_the_same_kind(ladder):
     assert ladder.seconds(run, 48_000_000, {}) == 25 + 100
     done = {"a": finish(ladder, run)}
     assert ladder.seconds(run, 50_000_000, done) == 25 + 100
+    # Two runs on one GPU are slower each, and say nothing about a run alone.
+    done["b"] = finish(ladder, run, tokens_per_second=250_000, runs_at_once=2)
+    assert ladder.seconds(run, 50_000_000, done, at_once=1) == 25 + 100
+    assert ladder.seconds(run, 50_000_000, done, at_once=2) == 25 + 200
 
 
 def test_a_ladder_that_names_no_preset_is_refused(tmp_path):
@@ -313,8 +317,11 @@ def test_runs_keep_to_the_visible_gpus(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     assert visible_gpus() == [("2", "NVIDIA H100 80GB HBM3"), ("3", "NVIDIA H100 80GB HBM3")]
     # Two runs at once on one GPU.
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,1")
-    assert [index for index, _ in visible_gpus()] == ["1", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,1,2")
+    gpus = visible_gpus()
+    assert [index for index, _ in gpus] == ["1", "1", "2"]
+    runner = Runner(None, None, tmp_path, gpus, 0.0, False, False, "")
+    assert [runner.at_once(number) for number in range(3)] == [2, 2, 1]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert visible_gpus() == []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,GPU-5ebe9f43")

@@ -14,6 +14,7 @@ import figures
 import page
 import report
 import report_beyond
+from comparison import Row
 from ladder import Ladder
 from run_ladder import Runner
 from run_results import Corpus
@@ -49,6 +50,21 @@ def test_everything_that_the_page_needs_lies_beside_it(made):
     for link in links:
         assert (DOCS / "results" / link).is_file(), link
     assert "<script" not in html and "//" not in re.sub(r"<!doctype[^>]*>", "", html)
+
+
+def test_speeds_are_of_runs_that_had_a_gpu_for_themselves():
+    def ran(mechanism: str, speed: int | None, **more) -> dict:
+        kv = {"1": 4608, "4": 1536, "8": 1536}
+        shared = {"size": "small", "device": "H", "train_tokens": 6000, "kv_bytes_per_token": kv}
+        return {"mechanism": mechanism, "tokens_per_second": speed, **shared, **more}
+
+    rows = [Row(m, [ran(m, 10, runs_at_once=2)], 0) for m in ("mla", "gla4")]
+    timed = [*(row.results[0] for row in rows), ran("mla", 20), ran("mla", 40, size="large")]
+    assert figures.training_minutes(rows, timed) == ("", [])
+    timed += [ran("gla4", 50, runs_at_once=1), ran("gla4", None)]
+    assert figures.training_minutes(rows, timed) == ("H", [5.0, 2.0])
+    _, _, lines = report.cost(rows, timed, "")
+    assert [line[-2:] for line in lines] == [["20", "H"], ["50", "H"]]
 
 
 def test_a_front_has_what_nothing_beats():
