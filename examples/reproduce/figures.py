@@ -99,12 +99,14 @@ def training_minutes(rows: list[Row], timed: list[dict[str, Any]]) -> tuple[str,
     """A device on which every mechanism was timed, and each mechanism's minutes per run there, by
     the median tokens per second. ('', []) where there is no such device."""
     speeds = [row.speeds(timed) for row in rows]
-    for device in sorted(set.intersection(*map(set, speeds))):
-        return device, [
-            row.results[0]["train_tokens"] / median(found[device]) / 60
-            for row, found in zip(rows, speeds, strict=True)
-        ]
-    return "", []
+    shared = set.intersection(*map(set, speeds))
+    if not shared:
+        return "", []
+    device = min(shared)
+    return device, [
+        row.results[0]["train_tokens"] / median(found[device]) / 60
+        for row, found in zip(rows, speeds, strict=True)
+    ]
 
 
 def front_of(points: list[tuple[float, float]]) -> list[int]:
