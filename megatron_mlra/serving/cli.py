@@ -346,8 +346,10 @@ def _say(args: argparse.Namespace, host: str, name: str, chat: bool, tokenizer: 
     body = {"model": name, "max_tokens": 50}
     if chat:
         body["messages"] = [{"role": "user", "content": "Hello"}]
+    elif tokenizer:
+        body["prompt"] = "Once upon a time"
     else:
-        body["prompt"] = "Once upon a time" if tokenizer else [1, 2, 3]
+        body |= {"prompt": [1, 2, 3], "return_token_ids": True}  # the answer has no text
     path = "chat/completions" if chat else "completions"
     lines = [f"{name} is served at {url}/v1"]
     if tokenizer:

@@ -321,6 +321,18 @@ def feature_jobs(models: Path) -> list[dict[str, Any]]:
             }
             for name, served in {"none": model, "another": ahead}.items()
         ),
+        *(
+            {
+                "name": f"drafter-{name}",
+                "model": ahead,
+                "options": {"speculative_config": config},
+                "batches": [],
+            }
+            for name, config in {
+                "small": {"model": str(models / "MLA"), "num_speculative_tokens": 1},
+                "quantised": drafter(ahead, 1) | {"quantization": "fp8"},
+            }.items()
+        ),
         {
             **job,
             "name": "dummy",
