@@ -91,6 +91,15 @@ def _problems(vllm_config: VllmConfig):
         )
     if (products := choice(vllm_config)) not in CHOICES:
         yield f"products in --additional-config is {products!r}; use one of {', '.join(CHOICES)}"
+    if (backend := vllm_config.attention_config.backend) is not None:
+        yield (
+            f"--attention-backend is {backend.name}, and latent attention has its own; leave it out"
+        )
+    if envs.VLLM_BATCH_INVARIANT:
+        yield (
+            "VLLM_BATCH_INVARIANT is set, and latent attention's results depend on the step's other"
+            " tokens; unset it"
+        )
     if vllm_config.lora_config is not None:
         yield "LoRA adapters of latent attention are not there; leave --enable-lora out"
     if vllm_config.kv_transfer_config is not None or cache.kv_offloading_size is not None:

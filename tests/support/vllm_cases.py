@@ -198,6 +198,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"additional_config": {"products": "fast"}},
         "products in --additional-config is 'fast'; use one of auto, cublas",
     ),
+    "backend": (
+        {"attention_backend": "FLASH_ATTN"},
+        "--attention-backend is FLASH_ATTN, and latent attention has its own; leave it out",
+    ),
     "lora": ({"enable_lora": True}, "LoRA adapters of latent attention are not there"),
     "connector": (
         {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},

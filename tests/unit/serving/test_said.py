@@ -5,8 +5,14 @@ from __future__ import annotations
 import json
 import shlex
 
+import pytest
+
+from megatron_mlra.checkpoint.megatron.writer import write_megatron
 from megatron_mlra.serving import cli
 from megatron_mlra.serving.server import last_error
+from support.random_checkpoint import RandomFolder, latent
+
+SERVED = latent(4, 4, qk_rope_head_dim=32, kv_lora_rank=256)
 
 
 def test_the_example_without_a_tokenizer_asks_for_token_ids(capsys):
@@ -33,3 +39,12 @@ def test_a_value_that_vllm_refuses_is_named(tmp_path):
         "block_size: Input should be greater than 0, and is 0;"
         " gpu_memory_utilization: Input should be less than or equal to 1, and is 1.5"
     )
+
+
+def test_a_run_that_cannot_hold_its_export_names_the_flag(tmp_path):
+    run = tmp_path / "run"
+    write_megatron(RandomFolder(SERVED), run, progress=False)
+    (run / "exported").touch()
+    args = cli.parser().parse_args([str(run)])
+    with pytest.raises(ValueError, match=r"cannot be written: .* \(--export-to FOLDER\)$"):
+        cli.exported(args, run, cli.opened(args, run))
