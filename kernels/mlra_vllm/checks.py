@@ -49,9 +49,14 @@ class LatentChecks(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """See `check`. The longest sequence becomes the model's positions if no flag says it: for
-        YaRN vLLM takes `original_max_position_embeddings * factor`, which may be more or fewer."""
+        """See `check`. `additional_config` gets the default of products. The longest sequence
+        becomes the model's positions if no flag says it: for YaRN vLLM takes
+        `original_max_position_embeddings * factor`, which may be more or fewer."""
         check(vllm_config)
+        if isinstance(told := vllm_config.additional_config, dict):
+            # vLLM keeps compiled models under a key of its configuration, which must hold the
+            # choice: one that was compiled under another default would be taken.
+            vllm_config.additional_config = told | {"products": choice(vllm_config)}
         model = vllm_config.model_config
         positions = model.hf_config.max_position_embeddings
         if model.original_max_model_len is None:
