@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from vllm import envs
-from vllm.config import VllmConfig
+from vllm.config import SpeculativeConfig, VllmConfig
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.transformers_utils import model_arch_config_convertor as architecture
@@ -19,6 +19,10 @@ from mlra_vllm.shard import plan
 PAGE_MULTIPLE = 16
 """The kernels take pages of a multiple of this many tokens."""
 FP8 = ("fp8", "fp8_e4m3")
+_OF_CACHE = (
+    "num_latent_heads", "num_branches", "kv_lora_rank", "qk_rope_head_dim", "num_attention_heads",
+)  # fmt: skip
+"""Fields that give a cached row its form, and a step's schedule its own."""
 
 
 class LatentArchitecture(architecture.ModelArchConfigConvertorBase):
@@ -45,9 +49,14 @@ class LatentChecks(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """See `check`. The longest sequence becomes the model's positions if no flag says it: for
-        YaRN vLLM takes `original_max_position_embeddings * factor`, which may be more or fewer."""
+        """See `check`. `additional_config` gets the default of products. The longest sequence
+        becomes the model's positions if no flag says it: for YaRN vLLM takes
+        `original_max_position_embeddings * factor`, which may be more or fewer."""
         check(vllm_config)
+        if isinstance(told := vllm_config.additional_config, dict):
+            # vLLM keeps compiled models under a key of its configuration, which must hold the
+            # choice: one that was compiled under another default would be taken.
+            vllm_config.additional_config = told | {"products": choice(vllm_config)}
         model = vllm_config.model_config
         positions = model.hf_config.max_position_embeddings
         if model.original_max_model_len is None:
@@ -87,6 +96,15 @@ def _problems(vllm_config: VllmConfig):
         )
     if (products := choice(vllm_config)) not in CHOICES:
         yield f"products in --additional-config is {products!r}; use one of {', '.join(CHOICES)}"
+    if (backend := vllm_config.attention_config.backend) is not None:
+        yield (
+            f"--attention-backend is {backend.name}, and latent attention has its own; leave it out"
+        )
+    if envs.VLLM_BATCH_INVARIANT:
+        yield (
+            "VLLM_BATCH_INVARIANT is set, and latent attention's results depend on the step's other"
+            " tokens; unset it"
+        )
     if vllm_config.lora_config is not None:
         yield "LoRA adapters of latent attention are not there; leave --enable-lora out"
     if vllm_config.kv_transfer_config is not None or cache.kv_offloading_size is not None:
@@ -115,9 +133,29 @@ def _problems(vllm_config: VllmConfig):
         yield str(error)
     yield from _dtype_problems(model.dtype, cache.cache_dtype, cache.kv_cache_dtype_skip_layers)
     speculative = vllm_config.speculative_config
-    if speculative is not None and speculative.method == "eagle":
-        yield from _draft_problems(config, speculative.draft_model_config.hf_config)
-    if speculative is not None and (speculative.num_speculative_tokens or 0) >= MAX_Q_LEN:
+    if speculative is not None:
+        yield from _speculation_problems(config, speculative)
+
+
+def _speculation_problems(config: MLRAConfig, speculative: SpeculativeConfig) -> Iterator[str]:
+    drafter, method = speculative.draft_model_config, speculative.method
+    if method == "eagle":
+        yield from _draft_problems(config, drafter.hf_config)
+    latent = method == "draft_model" and drafter.hf_config.model_type == config.model_type
+    if (method == "eagle" or latent) and drafter.quantization is not None:
+        yield (
+            f"quantization {drafter.quantization!r} of a drafter with latent attention is not"
+            " there; leave quantization out of --speculative-config"
+        )
+    for name in _OF_CACHE if latent else ():
+        theirs, ours = getattr(drafter.hf_config, name), getattr(config, name)
+        if theirs != ours:
+            # vLLM puts the layers of both into pages of one size, and a step has one schedule.
+            yield (
+                f"{name} of the drafter is {theirs} and of the served model {ours}; one cache has"
+                " both, so use a drafter with the same"
+            )
+    if (speculative.num_speculative_tokens or 0) >= MAX_Q_LEN:
         yield (
             f"{speculative.num_speculative_tokens} speculative tokens; the kernels verify at most"
             f" {MAX_Q_LEN - 1} a step"

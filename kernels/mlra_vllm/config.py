@@ -21,6 +21,10 @@ _OF_EXPERTS = (
     "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size",
     "scoring_func", "routed_scaling_factor", "use_expert_bias", "norm_topk_prob", "router_dtype",
 )  # fmt: skip
+_OF_YARN = (
+    "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
+    "attention_factor",
+)  # fmt: skip
 
 
 class MLRAConfig(PreTrainedConfig):
@@ -91,11 +95,11 @@ def config_problems(config: PreTrainedConfig) -> Iterator[str]:
         value = getattr(config, name)
         if type(value) not in (int, float) or not 0 < value < float("inf"):
             yield f"config.json: {name} is {value!r:.60}; it must be a positive number"
-    rank, rope = config.q_lora_rank, config.rope_parameters
+    rank = config.q_lora_rank
     if rank is not None and (type(rank) is not int or rank < 1):
         yield f"config.json: q_lora_rank is {rank!r:.60}; it must be null or at least 1"
-    if not isinstance(rope, dict) or not {"rope_type", "rope_theta"} <= rope.keys():
-        yield f"config.json: rope_parameters {rope!r:.60} name no rope_type or no rope_theta"
+    yield from _rope_problems(config.rope_parameters)
+    yield from _layer_problems(config)
     latents, branches = config.num_latent_heads, config.num_branches
     for name, value, what, parts in (
         ("num_latent_heads", latents, "num_branches", branches),
@@ -105,6 +109,60 @@ def config_problems(config: PreTrainedConfig) -> Iterator[str]:
         if not parts or value % parts:
             yield f"config.json: {name} {value} is no multiple of the {parts} {what}"
             return
+
+
+def _rope_problems(rope: object) -> Iterator[str]:
+    if not isinstance(rope, dict) or not {"rope_type", "rope_theta"} <= rope.keys():
+        yield f"config.json: rope_parameters {rope!r:.60} name no rope_type or no rope_theta"
+        return
+    for name in _OF_YARN if rope["rope_type"] == "yarn" else ("rope_theta",):
+        if name not in rope:
+            yield f"config.json: rope_parameters name no {name}; export the model again"
+        elif type(value := rope[name]) not in (int, float) or not 0 < value < float("inf"):
+            yield (
+                f"config.json: rope_parameters have {name} {value!r:.60}; it must be a positive"
+                " number"
+            )
+
+
+def _layer_problems(config: PreTrainedConfig) -> Iterator[str]:
+    """Of experts and of layers of multi-token prediction."""
+    experts = getattr(config, "num_experts", 0)
+    least = {"num_experts": 0, "num_nextn_predict_layers": 0}
+    if experts:
+        least |= {"num_experts_per_tok": 1, "moe_intermediate_size": 1}
+        least["shared_expert_intermediate_size"] = 0
+    for name, bound in least.items():
+        value = getattr(config, name, None)
+        if value is None and bound == 0:
+            continue
+        if type(value) is not int or value < bound:
+            said = f"config.json: {name} is {value!r:.60}; it must be a whole number of at least"
+            yield f"{said} {bound}"
+            return
+    if not experts:
+        return
+    if config.num_experts_per_tok > experts:
+        yield (
+            f"config.json: num_experts_per_tok is {config.num_experts_per_tok}; it must be at most"
+            f" num_experts, {experts}"
+        )
+    if config.scoring_func not in ("softmax", "sigmoid"):
+        yield (
+            f"config.json: scoring_func is {config.scoring_func!r:.60}; it must be softmax or"
+            " sigmoid"
+        )
+    scale = config.routed_scaling_factor
+    if type(scale) not in (int, float) or not 0 < scale < float("inf"):
+        yield f"config.json: routed_scaling_factor is {scale!r:.60}; it must be a positive number"
+    types, layers = getattr(config, "mlp_layer_types", None), config.num_hidden_layers
+    if types is not None and not (
+        isinstance(types, list) and len(types) == layers and set(types) <= {"dense", "sparse"}
+    ):
+        yield (
+            f"config.json: mlp_layer_types is {types!r:.60}; it must name dense or sparse for each"
+            f" of the {layers} layers"
+        )
 
 
 def refusing(problem: str) -> type[PreTrainedConfig]:

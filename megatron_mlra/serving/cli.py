@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING
 from megatron_mlra.checkpoint.files.tracker import a_checkpoint
 from megatron_mlra.command_line.early import a_file, a_folder, byte_or_there, no_check, reads
 from megatron_mlra.command_line.numbers import real, whole
-from megatron_mlra.command_line.parser import OneLineParser, add_no_verify, fail, flag
+from megatron_mlra.command_line.parser import (
+    OneLineParser,
+    add_no_verify,
+    check_writable,
+    fail,
+    flag,
+)
 from megatron_mlra.command_line.signals import Interrupted, interruptible
 from megatron_mlra.serving.environment import find_python
 from megatron_mlra.serving.passed_on import check_passed_on, is_local
@@ -223,6 +229,11 @@ def exported(args: argparse.Namespace, source: Path, checkpoint: CheckpointFolde
         _check_export(args, target, checkpoint)
         print(f"serving {target}, exported before; remove it to export again", flush=True)
         return target
+    if args.export_to is None:
+        try:
+            check_writable(target, str(target))
+        except ValueError as error:
+            raise ValueError(f"{error} (--export-to FOLDER)") from None
     problem = write_huggingface(
         checkpoint,
         target,
@@ -346,8 +357,10 @@ def _say(args: argparse.Namespace, host: str, name: str, chat: bool, tokenizer: 
     body = {"model": name, "max_tokens": 50}
     if chat:
         body["messages"] = [{"role": "user", "content": "Hello"}]
+    elif tokenizer:
+        body["prompt"] = "Once upon a time"
     else:
-        body["prompt"] = "Once upon a time" if tokenizer else [1, 2, 3]
+        body |= {"prompt": [1, 2, 3], "return_token_ids": True}  # the answer has no text
     path = "chat/completions" if chat else "completions"
     lines = [f"{name} is served at {url}/v1"]
     if tokenizer:

@@ -29,6 +29,9 @@ _USAGE = re.compile(r"^[\w.]+\.py: error: (.+)$")
 """A line of argparse, on words behind `--`."""
 _INVALID = re.compile(r"\bValue error, (.+?)(?: \[type=.*)?$")
 """The line after an error of pydantic, which states the fault."""
+_FIELD = re.compile(r"^(?:\([^)]*\) )?(\S+)$")
+_OF_FIELD = re.compile(r"^(?:\([^)]*\) )?  (\S.*) \[type=\w+, input_value=(.*), input_type=\w+\]$")
+"""The name of a field, and the line behind it, in an error of pydantic on fields."""
 
 
 def check_port(host: str, port: int) -> None:
@@ -130,10 +133,15 @@ def _listens(process: subprocess.Popen, port: int) -> bool:
 
 def last_error(log: Path) -> str | None:
     """The last error in a server's log, in one line; None without any."""
-    found = None
+    found, field, fields = None, "", []
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
         match = _INVALID.search(line) or _USAGE.search(line) or _ERROR.search(line)
         # That line only reports the failure of another process.
         if match and "Engine core initialization failed" not in line:
-            found = match[1]
+            found, fields = match[1], []
+        elif match := _FIELD.search(line):
+            field = match[1]
+        elif match := _OF_FIELD.search(line):
+            fields.append(f"{field}: {match[1]}, and is {match[2]}")
+            found = "; ".join(fields)
     return found

@@ -198,6 +198,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"additional_config": {"products": "fast"}},
         "products in --additional-config is 'fast'; use one of auto, cublas",
     ),
+    "backend": (
+        {"attention_backend": "FLASH_ATTN"},
+        "--attention-backend is FLASH_ATTN, and latent attention has its own; leave it out",
+    ),
     "lora": ({"enable_lora": True}, "LoRA adapters of latent attention are not there"),
     "connector": (
         {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
@@ -320,6 +324,18 @@ def feature_jobs(models: Path) -> list[dict[str, Any]]:
                 "batches": [],
             }
             for name, served in {"none": model, "another": ahead}.items()
+        ),
+        *(
+            {
+                "name": f"drafter-{name}",
+                "model": ahead,
+                "options": {"speculative_config": config},
+                "batches": [],
+            }
+            for name, config in {
+                "small": {"model": str(models / "MLA"), "num_speculative_tokens": 1},
+                "quantised": drafter(ahead, 1) | {"quantization": "fp8"},
+            }.items()
         ),
         {
             **job,

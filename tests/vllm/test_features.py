@@ -73,12 +73,14 @@ def test_a_layer_of_multi_token_prediction_guesses(engines, reference):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("none", "the model has no layer of multi-token prediction to draft with; use"),
-        ("another", "the drafter is another model than the served one; name the served model's"),
+        ("of-none", "the model has no layer of multi-token prediction to draft with; use"),
+        ("of-another", "the drafter is another model than the served one; name the served model's"),
+        ("small", "num_latent_heads of the drafter is 1 and of the served model 4; one cache has"),
+        ("quantised", "quantization 'fp8' of a drafter with latent attention is not there; leave"),
     ],
 )
 def test_a_drafter_that_cannot_be_is_refused_in_one_line(name, said, engines):
-    assert said in engines[f"drafter-of-{name}"]["error"]
+    assert said in engines[f"drafter-{name}"]["error"]
 
 
 def test_an_fp8_cache_is_small_and_that_of_the_projects_engine(engines, reference):

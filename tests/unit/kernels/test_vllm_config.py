@@ -7,6 +7,7 @@ import pytest
 from megatron_mlra.checkpoint.huggingface.config import to_hf_config
 from mlra_vllm.config import MLRAConfig, config_problems
 from support.hf_cases import CASES
+from support.vllm_cases import STRETCHED
 
 
 def problems(name: str = "MLRA-4", without: str | None = None, **changes) -> list[str]:
@@ -53,6 +54,51 @@ def test_a_missing_field_of_experts_is_named():
 )
 def test_a_field_that_cannot_be_is_named_with_its_value(changes, said):
     assert problems(**changes)[0].startswith(f"config.json: {said}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_experts": "4"}, "num_experts is '4'; it must be a whole number of at least 0"),
+        (
+            {"num_experts_per_tok": 100},
+            "num_experts_per_tok is 100; it must be at most num_experts, 5",
+        ),
+        (
+            {"num_experts_per_tok": 0},
+            "num_experts_per_tok is 0; it must be a whole number of at least 1",
+        ),
+        ({"moe_intermediate_size": None}, "moe_intermediate_size is None; it must be a whole"),
+        ({"shared_expert_intermediate_size": -1}, "shared_expert_intermediate_size is -1; it"),
+        ({"scoring_func": "x"}, "scoring_func is 'x'; it must be softmax or sigmoid"),
+        ({"routed_scaling_factor": "2"}, "routed_scaling_factor is '2'; it must be a positive"),
+        ({"mlp_layer_types": ["sparse"]}, "mlp_layer_types is ['sparse']; it must name dense or"),
+    ],
+)
+def test_a_field_of_experts_that_cannot_be_is_named_with_its_value(changes, said):
+    assert problems("MLRA-4-experts", **changes)[0].startswith(f"config.json: {said}")
+
+
+def test_layers_of_multi_token_prediction_are_a_number():
+    (said,) = problems(num_nextn_predict_layers="x")
+    assert said.startswith("config.json: num_nextn_predict_layers is 'x'; it must be a whole")
+
+
+@pytest.mark.parametrize(
+    ("rope", "said"),
+    [
+        ({"rope_type": "default", "rope_theta": "x"}, "rope_theta 'x'; it must be a positive"),
+        (
+            {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4},
+            "name no original_max_position_embeddings",
+        ),
+        (STRETCHED["rope_parameters"] | {"factor": "4"}, "factor '4'; it must be a positive"),
+    ],
+)
+def test_what_rope_parameters_lack_is_named(rope, said):
+    config = MLRAConfig(**to_hf_config(CASES["MLRA-4"]))
+    config.rope_parameters = rope
+    assert said in next(config_problems(config))
 
 
 def test_a_drafter_of_another_model_is_named():
