@@ -106,7 +106,9 @@ class Ladder:
         if result.get("diverged"):
             return f"diverged: {result['diverged']}"
         losses = ", ".join(f"{k} {v['loss']:.4f}" for k, v in result["held_out"].items())
-        return f"{losses}; {result['tokens_per_second'] or 0:,} tokens/s"
+        # A run beyond the loss, and one too short for a rate, has none.
+        rate = result["tokens_per_second"]
+        return f"{losses}; {rate:,} tokens/s" if rate else losses
 
     def phase(self, run: RunSpec) -> dict[str, Any]:
         """The ladder file's entry of the phase to which a run belongs."""

@@ -300,7 +300,7 @@ def _reshard(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from megatron_mlra.checkpoint.verify import compare
 
-    text = None if args.text is None else read_text(args.text)
+    text = None if args.text is None else read_text(args.text, newline="")
     a, b = (_open(args, path, takes_ahead=False) for path in (args.a, args.b))
     compare.check_same_function(a, b)
     named = b if not a.tokenizer_files() and b.tokenizer_files() else a

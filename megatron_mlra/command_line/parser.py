@@ -159,11 +159,13 @@ def add_no_verify(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_text(file: str | Path, errors: str = "strict") -> str:
+def read_text(file: str | Path, errors: str = "strict", newline: str | None = None) -> str:
     """The content of a UTF-8 text file, without a mark of the byte order in front of it.
 
     Args:
         errors: what is done with other bytes, as in `bytes.decode`.
+        newline: as in `open`. None: every end of a line is \\n. "": they stay as they are, for text
+            that a model reads, since `mlra preprocess` trains on them as they are.
 
     Raises:
         ValueError: the file cannot be read, or has more than `TEXT_BYTES`; one line that names it.
@@ -173,7 +175,7 @@ def read_text(file: str | Path, errors: str = "strict") -> str:
             read = stream.read(TEXT_BYTES + 1)
         if len(read) > TEXT_BYTES:
             raise ValueError(f"{file} has more than {TEXT_BYTES / 1e6:,.0f} MB; give a part of it")
-        return io.TextIOWrapper(io.BytesIO(read), encoding="utf-8-sig", errors=errors).read()
+        return io.TextIOWrapper(io.BytesIO(read), "utf-8-sig", errors, newline).read()
     except OSError as error:
         raise ValueError(f"{file}: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -87,6 +87,8 @@ ELSEWHERE = {
     "workers": "num-workers num-proc jobs",
     "output": "out output-file save",
     "json": "output out output-file output-path",
+    "png": "plot figure",
+    "plot": "png figure",
     "eod-token": "eos-token append-eos",
     "nproc-per-node": "gpus num-gpus nproc gpus-per-node",
     "nnodes": "nodes num-nodes",

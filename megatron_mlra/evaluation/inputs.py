@@ -33,7 +33,7 @@ def read_inputs(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, np.
     Raises:
         ValueError: an input is missing, empty or damaged, or a name is given twice.
     """
-    texts = {file: command_line.read_text(file) for file in args.text}
+    texts = {file: command_line.read_text(file, newline="") for file in args.text}
     if empty := next((file for file, text in texts.items() if not text), None):
         raise ValueError(f"{empty} is empty")
     sets = named_sets(args.data, "--data")

@@ -129,6 +129,13 @@ def finish(ladder: Ladder, run, loss: float = 3.0, **more) -> dict:
     return result
 
 
+def test_the_line_of_a_run_that_timed_no_step_tells_no_speed(ladder):
+    run = ladder.left(ladder.done())[0]
+    timed = finish(ladder, run)
+    assert ladder.write(timed).endswith(" 3.0000; 500,000 tokens/s")
+    assert ladder.write(timed | {"tokens_per_second": None}).endswith(" 3.0000")
+
+
 def test_the_ladder_asks_for_what_is_missing(ladder):
     """All runs of docs/evidence.md, the sweeps first, rates from them, in an order that keeps seeds
     balanced."""

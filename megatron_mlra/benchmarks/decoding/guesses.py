@@ -58,7 +58,8 @@ def of_checkpoint(folder: str, text: str | None, data: str | None = None) -> Gue
     from megatron_mlra.checkpoint.formats import open_checkpoint
     from megatron_mlra.checkpoint.verify.compare import sample_tokens
 
-    source, own = open_checkpoint(folder, verify=True), None if text is None else read_text(text)
+    source = open_checkpoint(folder, verify=True)
+    own = None if text is None else read_text(text, newline="")
     stream = None if data is None else read_stream(data)
     if not source.description.mtp_num_layers:
         raise ValueError(

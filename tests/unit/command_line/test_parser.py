@@ -7,11 +7,13 @@ import errno
 import io
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 
 from megatron_mlra.command_line import parser
 from megatron_mlra.command_line.parser import LONGEST, OneLineParser, one_line, say, written_whole
+from megatron_mlra.evaluation.inputs import read_inputs
 from megatron_mlra.launch import control
 from support import ENV, ROOT
 
@@ -105,3 +107,11 @@ def test_a_mark_of_the_byte_order_is_no_part_of_a_text(tmp_path):
     """Editors of Windows write one; `mlra preprocess` leaves it out of documents too."""
     (tmp_path / "text").write_bytes(b"\xef\xbb\xbf{}\r\n\xef\xbb\xbf")
     assert parser.lines_of(tmp_path / "text") == ["{}", "\ufeff"]
+
+
+def test_a_text_that_is_scored_keeps_its_ends_of_lines(tmp_path):
+    """`mlra preprocess` trains on a file's characters as they are, \\r\\n and a lone \\r too."""
+    (tmp_path / "text").write_bytes(b"\xef\xbb\xbfa\r\nb\rc\n")
+    assert parser.read_text(tmp_path / "text", newline="") == "a\r\nb\rc\n"
+    args = Namespace(text=[str(tmp_path / "text")], data=[], verify=False)
+    assert [*read_inputs(args)[0].values()] == ["a\r\nb\rc\n"]

@@ -66,6 +66,14 @@ def test_a_command(given, meant):
     assert did_you_mean(given, COMMANDS) == (f"; did you mean {meant}?" if meant else "")
 
 
+@pytest.mark.parametrize(
+    ("given", "known", "meant"), [("--plot", "--png", "--png"), ("--png", "--plot", "--plot")]
+)
+def test_a_flag_of_another_command(given, known, meant):
+    """Some commands draw to `--png`, others to `--plot`."""
+    assert did_you_mean(given, ["--json", "--last", known]) == f"; did you mean {meant}?"
+
+
 def test_a_key_of_a_preset():
     assert did_you_mean("num_heads", PRESET_KEYS) == "; did you mean num_attention_heads?"
 
