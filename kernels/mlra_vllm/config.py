@@ -93,7 +93,7 @@ def config_problems(config: PreTrainedConfig) -> Iterator[str]:
             return
     for name in _NUMBERS:
         value = getattr(config, name)
-        if type(value) not in (int, float) or not 0 < value < float("inf"):
+        if not _is_positive(value):
             yield f"config.json: {name} is {value!r:.60}; it must be a positive number"
     rank = config.q_lora_rank
     if rank is not None and (type(rank) is not int or rank < 1):
@@ -111,6 +111,10 @@ def config_problems(config: PreTrainedConfig) -> Iterator[str]:
             return
 
 
+def _is_positive(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value < float("inf")
+
+
 def _rope_problems(rope: object) -> Iterator[str]:
     if not isinstance(rope, dict) or not {"rope_type", "rope_theta"} <= rope.keys():
         yield f"config.json: rope_parameters {rope!r:.60} name no rope_type or no rope_theta"
@@ -118,7 +122,7 @@ def _rope_problems(rope: object) -> Iterator[str]:
     for name in _OF_YARN if rope["rope_type"] == "yarn" else ("rope_theta",):
         if name not in rope:
             yield f"config.json: rope_parameters name no {name}; export the model again"
-        elif type(value := rope[name]) not in (int, float) or not 0 < value < float("inf"):
+        elif not _is_positive(value := rope[name]):
             yield (
                 f"config.json: rope_parameters have {name} {value!r:.60}; it must be a positive"
                 " number"
@@ -152,12 +156,13 @@ def _layer_problems(config: PreTrainedConfig) -> Iterator[str]:
             f"config.json: scoring_func is {config.scoring_func!r:.60}; it must be softmax or"
             " sigmoid"
         )
-    scale = config.routed_scaling_factor
-    if type(scale) not in (int, float) or not 0 < scale < float("inf"):
+    if not _is_positive(scale := config.routed_scaling_factor):
         yield f"config.json: routed_scaling_factor is {scale!r:.60}; it must be a positive number"
     types, layers = getattr(config, "mlp_layer_types", None), config.num_hidden_layers
     if types is not None and not (
-        isinstance(types, list) and len(types) == layers and set(types) <= {"dense", "sparse"}
+        isinstance(types, list)
+        and len(types) == layers
+        and all(each in ("dense", "sparse") for each in types)
     ):
         yield (
             f"config.json: mlp_layer_types is {types!r:.60}; it must name dense or sparse for each"

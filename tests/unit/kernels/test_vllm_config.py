@@ -73,6 +73,7 @@ def test_a_field_that_cannot_be_is_named_with_its_value(changes, said):
         ({"scoring_func": "x"}, "scoring_func is 'x'; it must be softmax or sigmoid"),
         ({"routed_scaling_factor": "2"}, "routed_scaling_factor is '2'; it must be a positive"),
         ({"mlp_layer_types": ["sparse"]}, "mlp_layer_types is ['sparse']; it must name dense or"),
+        ({"mlp_layer_types": [{}, {}]}, "mlp_layer_types is [{}, {}]; it must name dense or"),
     ],
 )
 def test_a_field_of_experts_that_cannot_be_is_named_with_its_value(changes, said):
