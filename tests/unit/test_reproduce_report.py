@@ -52,6 +52,12 @@ def test_everything_that_the_page_needs_lies_beside_it(made):
     assert "<script" not in html and "//" not in re.sub(r"<!doctype[^>]*>", "", html)
 
 
+def test_speeds_are_timed_as_the_ladders_runs_are_trained():
+    speeds, ladder = (Ladder(HERE / name, DOCS).told for name in ("speeds.yaml", "ladder.yaml"))
+    for key in ("data_seed", "tokens_per_step", "presets", "gpu_flags", "cpu_flags"):
+        assert speeds[key] == ladder[key], key
+
+
 def test_speeds_are_of_runs_that_had_a_gpu_for_themselves():
     def ran(mechanism: str, speed: int | None, **more) -> dict:
         kv = {"1": 4608, "4": 1536, "8": 1536}
