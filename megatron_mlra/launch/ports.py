@@ -10,15 +10,21 @@ from __future__ import annotations
 import socket
 
 
-def reserve_port(host: str = "127.0.0.1") -> socket.socket:
+def reserve_port() -> socket.socket:
     """A socket that keeps a free port until it is closed: `.getsockname()[1]`.
+
+    The port is kept at every address of this host, IPv4 and IPv6: a store listens at all of them,
+    and cannot where a program has the port at one.
 
     Raises:
         OSError: no port is free.
     """
-    kept = socket.socket()
+    both = socket.has_dualstack_ipv6()
+    kept = socket.socket(socket.AF_INET6 if both else socket.AF_INET)
     kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    kept.bind((host, 0))
+    if both:
+        kept.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    kept.bind(("", 0))
     return kept
 
 
@@ -34,5 +40,5 @@ def keep_port() -> int:
     """
     while _kept:
         _kept.pop().close()
-    _kept.append(reserve_port(""))
+    _kept.append(reserve_port())
     return _kept[0].getsockname()[1]

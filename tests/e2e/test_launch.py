@@ -182,7 +182,7 @@ def own_address() -> str:
 @pytest.fixture
 def port() -> Iterator[int]:
     """A port where the hosts of a test meet."""
-    with reserve_port("") as kept:
+    with reserve_port() as kept:
         yield kept.getsockname()[1]
 
 

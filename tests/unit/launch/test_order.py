@@ -31,7 +31,7 @@ def test_ranks_follow_the_numbers(numbers, tmp_path):
     script = tmp_path / "rank.py"
     script.write_text(RANK)
     launchers = []
-    with reserve_port("") as kept:
+    with reserve_port() as kept:
         meet = f"localhost:{kept.getsockname()[1]}"
         for host, number in enumerate(numbers):
             flags = ["--nnodes", len(numbers), "--nproc-per-node", 1, "--node-rank", number]
@@ -64,7 +64,7 @@ def test_a_host_that_is_started_twice_is_refused_and_the_run_goes_on(tmp_path):
     script, end = tmp_path / "rank.py", tmp_path / "end"
     script.write_text(UP)
     outs = [tmp_path / f"{number}.txt" for number in range(3)]
-    with reserve_port("") as kept:
+    with reserve_port() as kept:
         meet = f"localhost:{kept.getsockname()[1]}"
         hosts = [start(meet, out, script, end) for out in outs[:2]]
         try:
@@ -105,7 +105,7 @@ def test_hosts_that_share_a_number_are_refused(tmp_path):
     outs = [tmp_path / "a.txt", tmp_path / "b.txt"]
     script = tmp_path / "rank.py"
     script.write_text("import time; time.sleep(60)")
-    with reserve_port("") as kept:
+    with reserve_port() as kept:
         meet = f"localhost:{kept.getsockname()[1]}"
         hosts = [start_named(out, meet, "--node-rank", 1, script) for out in outs]
         codes = [host.wait(120) for host in hosts]
@@ -120,7 +120,7 @@ def test_another_host_takes_the_place_of_one_that_has_just_died(tmp_path):
     script, end = tmp_path / "rank.py", tmp_path / "end"
     script.write_text(UP)
     outs = [tmp_path / f"{name}.invalid.txt" for name in "abc"]
-    with reserve_port("") as kept:
+    with reserve_port() as kept:
         meet = f"localhost:{kept.getsockname()[1]}"
         hosts = [start_named(outs[0], meet, script, end)]
         wait_for(outs[0], "note:", 60)  # the first, which has the store

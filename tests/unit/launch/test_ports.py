@@ -14,19 +14,20 @@ from torch.distributed import TCPStore
 from megatron_mlra.launch.ports import reserve_port
 from support import ENV, ROOT
 
+IPV6 = ["::1"] if socket.has_dualstack_ipv6() else []
+"""This host's own address, where the host has IPv6."""
+
 
 @pytest.mark.parametrize("libuv", [True, False])
-@pytest.mark.parametrize("host", ["127.0.0.1", ""])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", *IPV6])
 def test_a_store_gets_a_reserved_port(libuv, host):
-    with reserve_port(host) as kept:
+    with reserve_port() as kept:
         port = kept.getsockname()[1]
         with socket.socket() as probe:
             assert probe.connect_ex(("127.0.0.1", port)) != 0  # nobody answers yet
-        store = TCPStore(
-            "127.0.0.1", port, None, True, timedelta(seconds=9), False, use_libuv=libuv
-        )
+        store = TCPStore(host, port, None, True, timedelta(seconds=9), False, use_libuv=libuv)
         store.set("key", "value")
-        other = TCPStore("127.0.0.1", port, None, False, timedelta(seconds=9), use_libuv=libuv)
+        other = TCPStore(host, port, None, False, timedelta(seconds=9), use_libuv=libuv)
         assert other.get("key") == b"value"
 
 
@@ -46,6 +47,18 @@ def test_no_other_program_is_given_a_reserved_port():
         finally:
             for other in taken:
                 other.close()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.2", *IPV6])
+def test_a_reserved_port_is_kept_at_every_address(address):
+    """Behind another program at one address of the host, a store could not listen."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with (
+        reserve_port() as kept,
+        socket.socket(family) as other,
+        pytest.raises(OSError, match="in use"),
+    ):
+        other.bind((address, kept.getsockname()[1]))
 
 
 def test_no_port_is_chosen_and_let_go():
