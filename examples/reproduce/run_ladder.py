@@ -231,10 +231,12 @@ class Runner:
         """Remove the ended jobs from a lane; returns the number of finished runs."""
         finished = 0
         for job in list(lane):
+            # Asked first: a job that ends while its log is read writes more.
+            ended = job.process.poll() is not None
             log = (job.folder / "log.txt").read_text(errors="replace")
             if job.begun is None and log.count(BEGUN) > job.attempts:
                 job.begun = time.monotonic()
-            if job.process.poll() is None:
+            if not ended:
                 continue
             lane.remove(job)
             finished += self._ended(job, number, log)

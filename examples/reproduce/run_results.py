@@ -32,7 +32,9 @@ BEGUN = "has the device"
 BEGUN_WITH = "data_sha256.json"
 """File in a run's folder: dataset -> SHA-256 of its tokens, as the run began."""
 
-_NOT_FINITE = re.compile(r"^error: .*(?:loss is|gradient|grad).*(?:nan|inf)", re.M | re.I)
+_NOT_FINITE = re.compile(
+    r"^error: .*\b(?:loss is|grad norm)\b.*\b(?:nan|inf|infinite)\b.*", re.M | re.I
+)
 
 
 @dataclass
@@ -137,16 +139,22 @@ def latest_step(checkpoint: Path) -> int:
     return step_of(found[0]) if found else 0
 
 
+def _latest(log: str) -> str:
+    """The part of a log that the latest attempt wrote: it begins with the line of its command."""
+    return log[log.rfind("\n$ ") + 1 :]
+
+
 def last_error(log: str) -> str:
-    """The last line of a log that begins with `error:`, or else the last line."""
-    lines = [line for line in log.splitlines() if line.strip()] or ["no output"]
+    """The latest attempt's last line that begins with `error:`, or else its last line."""
+    lines = [line for line in _latest(log).splitlines() if line.strip()] or ["no output"]
     return next((line for line in reversed(lines) if line.startswith("error:")), lines[-1])
 
 
 def divergence(log: str) -> str | None:
-    """The log's error line on a loss or gradient that is not finite; None for other failures."""
-    found = _NOT_FINITE.search(log)
-    return log[found.start() : log.find("\n", found.end())] if found else None
+    """The latest attempt's error line on a loss or gradient that is not finite; None for other
+    failures."""
+    found = _NOT_FINITE.search(_latest(log))
+    return found and found[0]
 
 
 def versions() -> dict[str, str]:

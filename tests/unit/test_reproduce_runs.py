@@ -1,0 +1,114 @@
+"""examples/reproduce: how a run's end is read, and what its processes leave."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from run_ladder import Job, Runner
+from run_results import BEGUN, divergence, last_error
+from support import ROOT
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "step 3: the loss is nan on data-parallel rank 0, samples 7; lower --lr, or look",
+        "step 3: the loss is NaN on data-parallel rank 0: nan, on data-parallel rank 0",
+        "step 3: the loss is infinite on data-parallel rank 0: inf, on data-parallel rank 0",
+        "step 3: found NaN in local grad norm for bucket #0 in backward pass: nan, on rank 0",
+        "step 3: found Inf in local grad norm for bucket #0 in backward pass: inf, on rank 0",
+        "Rank 0, node a, device 0: Unexpected result nan (message='the loss is NaN on rank 0')",
+    ],
+)
+def test_losses_and_gradients_that_are_not_finite_are_divergence(line):
+    log = f"has the device\nerror: {line}\nbehind it\n"
+    assert divergence(log) == f"error: {line}"
+    assert divergence(log.removesuffix("\nbehind it\n")) == f"error: {line}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[Errno 28] No space left on device: '/home/grad/finance/checkpoint/.metadata'",
+        "--gradient-accumulation-fusion needs APEX, see the information of the installation",
+        "/data/graduates/nancy/tokens/train.bin does not exist",
+    ],
+)
+def test_other_failures_are_no_divergence(line):
+    """A run that fails for a technical reason is made again, and counts for nothing."""
+    assert divergence(f"has the device\nerror: {line}\n") is None
+
+
+def test_the_latest_attempt_says_why_a_run_failed():
+    """A log holds all attempts of a run, one behind the other."""
+    first = "$ python one_run.py\nhas the device\nerror: step 3: the loss is nan on rank 0\n"
+    second = "$ python one_run.py\nTraceback\nImportError: no torch\n"
+    assert divergence(first) and divergence(first + second) is None
+    assert last_error(first + second) == "ImportError: no torch"
+    assert last_error(second + first) == divergence(second + first)
+
+
+def test_the_last_lines_of_a_job_count(tmp_path: Path, monkeypatch):
+    """A job that ends while its log is read has written more than what was read."""
+    log = tmp_path / "log.txt"
+    log.write_text(f"{BEGUN}\n")
+
+    class Ends:
+        """A process that says why it ends after the runner has looked at its log."""
+
+        returncode = 1
+
+        def poll(self) -> int:
+            log.write_text(f"{BEGUN}\nerror: step 3: the loss is nan on rank 0\n")
+            return self.returncode
+
+    runner = Runner(None, None, tmp_path, [], 0.0, False, False, "")
+    told = []
+
+    def end(job: Job, number: int, log: str) -> bool:
+        told.append(divergence(log))
+        return True
+
+    monkeypatch.setattr(runner, "_ended", end)
+    assert runner._reap(0, [Job(None, Ends(), tmp_path, 1.0, 0)]) == 1
+    assert told == ["error: step 3: the loss is nan on rank 0"]
+
+
+def test_a_training_ends_with_the_run_that_started_it(tmp_path):
+    """run_ladder.py kills a run that does not stop in time; its training may not keep the GPU."""
+    pid = tmp_path / "pid"
+    (tmp_path / "pretrain_mlra.py").write_text(
+        "import os, pathlib, sys, time\n"
+        "pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))\n"
+        "time.sleep(60)\n"
+    )
+    stage = {"does": "train", "words": [str(pid)], "done": str(tmp_path / "done")}
+    code = f"import beyond, pathlib; beyond.ROOT = pathlib.Path({str(tmp_path)!r}); "
+    code += f"beyond.Run().work([{stage!r}])"
+    run = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT / "examples/reproduce")
+    try:
+        assert eventually(lambda: pid.is_file() and pid.read_text())
+        run.kill()
+        run.wait()
+        assert eventually(lambda: not Path(f"/proc/{pid.read_text()}").exists())
+    finally:
+        run.kill()
+        with contextlib.suppress(OSError):
+            os.kill(int(pid.read_text()), signal.SIGKILL)
+
+
+def eventually(true: Callable[[], object], seconds: float = 20.0) -> bool:
+    """Whether `true` becomes true in time."""
+    end = time.monotonic() + seconds
+    while not (found := true()) and time.monotonic() < end:
+        time.sleep(0.05)
+    return bool(found)
