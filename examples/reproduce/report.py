@@ -61,21 +61,24 @@ def quality(rows: list[Row], title: str) -> Table:
         else:
             delta, low, high = difference(row, reference)
             interval = "" if math.isnan(low) else f"{low:+.4f} to {high:+.4f}"
-            p = "" if row.p is None else f"{row.p:.3f}"
-            line += [number(delta, "+"), interval, p, "yes" if row.counts else "no"]
+            tested = ["", ""]
+            if row.p is not None:
+                tested = [f"{row.p:.3f}", "yes" if row.counts else "no"]
+            line += [number(delta, "+"), interval, *tested]
         body.append(line)
     return title, head, body
 
 
 def seeds(rows: list[Row], title: str) -> Table:
-    """A table of every run's measure: a row per mechanism, a column per seed."""
-    most = max((len(row.results) for row in rows), default=0)
-    body = [
-        [figures.NAMES[row.mechanism], *map(number, row.losses())]
-        + [""] * (most - len(row.results))
-        for row in rows
-    ]
-    return title, ["mechanism", *(f"seed {n}" for n in range(1, most + 1))], body
+    """A table of every run's measure: a row per mechanism, a column per seed. A run that is missing
+    or diverged has an empty cell."""
+    columns = sorted({result["seed"] for row in rows for result in row.results})
+    body = []
+    for row in rows:
+        found = {r["seed"]: loss for r, loss in zip(row.results, row.losses(), strict=True)}
+        cells = [number(found[seed]) if seed in found else "" for seed in columns]
+        body.append([figures.NAMES[row.mechanism], *cells])
+    return title, ["mechanism", *(f"seed {seed}" for seed in columns)], body
 
 
 def cost(rows: list[Row], timed: list[dict[str, Any]], title: str) -> Table:
@@ -108,8 +111,9 @@ def sweep_table(results: list[dict[str, Any]], title: str) -> Table:
     for mechanism, name in figures.NAMES.items():
         found = {r["peak_lr"]: mean_loss(r) for r in results if r["mechanism"] == mechanism}
         if found:
-            best = min(found, key=found.__getitem__)
-            cells = ["" if r not in found else _swept(found[r], r == best) for r in rates]
+            lowest = min(found.values())
+            best = lowest if math.isfinite(lowest) else None
+            cells = ["" if r not in found else _swept(found[r], found[r] == best) for r in rates]
             body.append([name, *cells])
     return title, ["mechanism", *(f"{rate:.2e}" for rate in rates)], body
 
@@ -151,7 +155,8 @@ def sections(ladder: Ladder) -> tuple[list[Table], list[Picture], list[str]]:
     behind = [phase for phase in ladder.told["phases"] if "base" in phase]
     phases = [p for p in ladder.told["phases"] if "rate_of" in p and p not in behind]
     for name in dict.fromkeys(phase["name"] for phase in phases):
-        rows = compare(results, name)
+        planned = {m: p["seeds"] for p in phases if p["name"] == name for m in p["mechanisms"]}
+        rows = compare(results, name, planned)
         if not any(row.results for row in rows):
             notes.append(f"Size `{name}`: no run is finished.")
             continue
@@ -203,7 +208,8 @@ def sections(ladder: Ladder) -> tuple[list[Table], list[Picture], list[str]]:
         if not rows:
             notes.append(f"Beyond the loss, size `{size}`: no run is finished.")
             continue
-        notes.append(report_beyond.note(rows, size, phase))
+        lost = report_beyond.diverged(results, phase["name"])
+        notes.append(report_beyond.note(rows, size, phase, lost))
         tables += report_beyond.tables(rows, f"size {size}")
         pictures.append(
             Picture(
