@@ -186,6 +186,7 @@ class Queue:
         env["PYTHONPATH"] = os.pathsep.join(paths)
         if piece.gpus:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(g["index"] for g in self.gpus[: piece.gpus])
+            env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as nvidia-smi counts
         began = time.monotonic()
         try:
             code = run_to_end(words, env, log, limit)

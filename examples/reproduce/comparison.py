@@ -146,11 +146,13 @@ def _holm(rows: list[Row], reference: Row, planned: int) -> None:
 
 
 def smallest_detectable(rows: list[Row]) -> float:
-    """The smallest difference between two mechanisms that Welch's test at 5 % finds with a power of
-    80 %, in nats per token; NaN without two seeds.
+    """A difference between two mechanisms below which the rule mostly misses, in nats per token;
+    NaN without two seeds.
 
-    The difference is 2.8 standard errors: the variance is pooled over all rows, and each side has
-    as many seeds as the row with the most.
+    It is 2.8 standard errors of the difference: the variance is pooled over all rows, and each side
+    has as many seeds as the row with the most. Welch's test at 5 % finds a difference of this size
+    in 69 % of all trials of five seeds and in 56 % of three; at a quarter of 5 %, where Holm's
+    method begins with four comparisons, in 41 % and 25 %.
     """
     spreads = [
         (len(row.results) - 1, stdev(row.losses()) ** 2) for row in rows if len(row.results) > 1

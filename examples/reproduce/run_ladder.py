@@ -166,7 +166,8 @@ class Runner:
             command = [sys.executable, str(HERE / "one_run.py"), str(self._lock(number)), *flags]
         env = dict(os.environ, PYTHONUNBUFFERED="1", OMP_NUM_THREADS="1")
         if self.gpus:
-            env["CUDA_VISIBLE_DEVICES"] = self.gpus[number][0]
+            # nvidia-smi counts by bus; CUDA, unless told, by speed.
+            env |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": self.gpus[number][0]}
         (folder / "log.txt").touch()
         attempts = (folder / "log.txt").read_text(errors="replace").count(BEGUN)
         with open(folder / "log.txt", "a") as log:

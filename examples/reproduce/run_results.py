@@ -73,12 +73,19 @@ class Corpus:
         """Dataset -> SHA-256 of its tokens."""
         return {name: found["sha256"] for name, found in self.told["sets"].items()}
 
+    @property
+    def task_digests(self) -> dict[str, str]:
+        """Task -> SHA-256 of its file; none before make_tasks.py has run."""
+        return {name: each["sha256"] for name, each in (self.tasks or {}).get("files", {}).items()}
+
     def check(self, names: list[str], results: Iterable[dict[str, Any]] = ()) -> None:
-        """Refuse a folder without these datasets, or with other tokens than those of `results`.
+        """Refuse a folder without these datasets, or with other tokens or tasks than those of
+        `results`.
 
         Raises:
-            ValueError: a dataset is missing or differs; names the dataset.
+            ValueError: a dataset or task is missing or differs; names it.
         """
+        results = list(results)
         for name in names:
             if name not in self.told["sets"] or not self.prefix(name).with_suffix(".idx").is_file():
                 raise ValueError(f"{self.folder} has no dataset {name}; run tokenized.py")
@@ -95,6 +102,20 @@ class Corpus:
                         " make both of the same packages (get_packages.sh names those that differ)"
                         " or give another --results"
                     )
+        if self.tasks is None:
+            return
+        for name, digest in self.task_digests.items():
+            file = self.folder / "tasks" / f"{name}.jsonl"
+            if not file.is_file() or sha256(file) != digest:
+                raise ValueError(
+                    f"{file} is not the one of tasks.json; run make_tasks.py to its end"
+                )
+        for result in results:
+            if result.get("tasks_sha256", self.task_digests) != self.task_digests:
+                raise ValueError(
+                    f"the tasks in {self.folder} are not those of {result['id']}; make both by the"
+                    " same make_tasks.py and tokens, or give another --results"
+                )
 
     def note(self, folder: Path) -> None:
         """Write into a run's folder with which tokens the run begins."""
@@ -208,7 +229,7 @@ def collect_beyond(
         "tokens_per_second": None,
         "extension": ladder.phase(run)["extension"],
         "data_sha256": corpus.digests,
-        "tasks_sha256": {name: each["sha256"] for name, each in corpus.tasks["files"].items()},
+        "tasks_sha256": corpus.task_digests,
         "versions": versions(),
     }
 

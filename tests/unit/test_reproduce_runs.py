@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -13,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from ladder import Ladder
 from run_ladder import Job, Runner
-from run_results import BEGUN, divergence, last_error
+from run_results import BEGUN, Corpus, divergence, last_error
 from support import ROOT
 
 
@@ -112,3 +115,40 @@ def eventually(true: Callable[[], object], seconds: float = 20.0) -> bool:
     while not (found := true()) and time.monotonic() < end:
         time.sleep(0.05)
     return bool(found)
+
+
+def test_tasks_that_are_not_those_of_the_results_are_refused(tmp_path):
+    """Before a run, whose result could not stand beside the others."""
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tmp_path / "tokens.json").write_text('{"sets": {}}')
+    (tasks / "cloze.jsonl").write_text("one")
+    digest = hashlib.sha256(b"one").hexdigest()
+    (tasks / "tasks.json").write_text(json.dumps({"files": {"cloze": {"sha256": digest}}}))
+    done = {"id": "a", "data_sha256": {}, "tasks_sha256": {"cloze": digest}}
+    Corpus(tmp_path).check([], [done])
+    with pytest.raises(ValueError, match=r"the tasks in .* are not those of a"):
+        Corpus(tmp_path).check([], [done | {"tasks_sha256": {"cloze": "other"}}])
+    (tasks / "cloze.jsonl").write_text("two")
+    with pytest.raises(ValueError, match=r"tasks/cloze\.jsonl is not the one of tasks\.json"):
+        Corpus(tmp_path).check([], [done])
+    (tasks / "cloze.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"tasks/cloze\.jsonl is not the one of tasks\.json"):
+        Corpus(tmp_path).check([], [done])
+
+
+def test_a_run_counts_gpus_as_nvidia_smi_does(tmp_path, monkeypatch):
+    """CUDA's own order is by speed: index 1 of nvidia-smi may be another of two kinds of GPU."""
+    told = {}
+
+    class Started:
+        def __init__(self, command, env, **_):
+            told.update(env)
+
+    monkeypatch.setattr("run_ladder.subprocess.Popen", Started)
+    monkeypatch.setattr(Runner, "flags", lambda *_: [])
+    monkeypatch.setattr(Ladder, "base", lambda *_: None)
+    ladder = Ladder(ROOT / "examples/reproduce/ladder.yaml", tmp_path)
+    runner = Runner(ladder, None, tmp_path, [("1", "L4")], 0.0, False, False, "")
+    runner._start(0, ladder.left({})[0], 10, 5, 1.0)
+    assert (told["CUDA_VISIBLE_DEVICES"], told["CUDA_DEVICE_ORDER"]) == ("1", "PCI_BUS_ID")
