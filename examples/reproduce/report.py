@@ -81,6 +81,17 @@ def seeds(rows: list[Row], title: str) -> Table:
     return title, ["mechanism", *(f"seed {seed}" for seed in columns)], body
 
 
+def gates(rows: list[Row]) -> str | None:
+    """A sentence on MLRA-4 and MLA, both with a gate; None until both have a run."""
+    gated = {row.mechanism: row for row in rows if row.results}
+    if not {"mlra4-gated", "mla-gated"} <= set(gated):
+        return None
+    delta, low, high = difference(gated["mlra4-gated"], gated["mla-gated"])
+    interval = f"95 % interval {number(low, '+')} to {number(high, '+')}; "
+    interval = "" if math.isnan(low) else interval
+    return f"MLRA-4 gated minus MLA gated: {number(delta, '+')} ({interval}not tested)."
+
+
 def cost(rows: list[Row], timed: list[dict[str, Any]], title: str) -> Table:
     """A table of the KV cache's bytes per token and of training's tokens per second.
 
@@ -174,13 +185,8 @@ def sections(ladder: Ladder) -> tuple[list[Table], list[Picture], list[str]]:
             f"Size `{name}`: {ratio:.1f} tokens per parameter ({first['parameters'] / 1e6:.1f} M in"
             f" all). {said}"
         )
-        gated = {row.mechanism: row for row in rows if row.results}
-        if {"mlra4-gated", "mla-gated"} <= set(gated):
-            delta, low, high = difference(gated["mlra4-gated"], gated["mla-gated"])
-            notes.append(
-                f"MLRA-4 gated minus MLA gated: {number(delta, '+')} (95 % interval"
-                f" {number(low, '+')} to {number(high, '+')}; not tested)."
-            )
+        if compared := gates(rows):
+            notes.append(compared)
         tables.append(quality(rows, f"Held-out loss, size {name} ({what})"))
         tables.append(seeds(rows, f"Each run's mean held-out loss, size {name}"))
         tables.append(cost(rows, timed, f"Cost, size {name}"))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import measure
 from ladder import Ladder
 from run_ladder import Job, Runner
 from run_results import BEGUN, Corpus, divergence, last_error
@@ -152,3 +153,18 @@ def test_a_run_counts_gpus_as_nvidia_smi_does(tmp_path, monkeypatch):
     runner = Runner(ladder, None, tmp_path, [("1", "L4")], 0.0, False, False, "")
     runner._start(0, ladder.left({})[0], 10, 5, 1.0)
     assert (told["CUDA_VISIBLE_DEVICES"], told["CUDA_DEVICE_ORDER"]) == ("1", "PCI_BUS_ID")
+
+
+def test_measurements_choose_gpus_by_index_as_the_ladder_does(tmp_path, monkeypatch):
+    listing = tmp_path / "nvidia-smi"
+    listing.write_text("#!/bin/sh\nfor n in 0 1 2; do echo $n, NVIDIA H200, 570.1; done\n")
+    listing.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    for chosen, wanted in (("2, 1", ["2", "1"]), ("", []), (None, ["0", "1", "2"])):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if chosen is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+        assert [gpu["index"] for gpu in measure.visible_gpus()] == wanted
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5ebe9f43")
+    with pytest.raises(ValueError, match="GPU-5ebe9f43 is not one of 0, 1, 2; list GPUs by"):
+        measure.visible_gpus()

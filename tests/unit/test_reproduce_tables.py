@@ -91,3 +91,13 @@ def test_runs_beyond_the_loss_that_diverged_are_told():
     rows = report_beyond.grouped(results, "beyond")
     said = report_beyond.note(rows, "small", phase, report_beyond.diverged(results, "beyond"))
     assert said.endswith("was tested for significance. Diverged: GQA 1.")
+
+
+def test_gates_are_compared_without_an_interval_of_one_seed():
+    one = {"mlra4-gated": {1: 3.0}, "mla-gated": {1: 3.25}}
+    said = "MLRA-4 gated minus MLA gated: -0.2500"
+    assert report.gates(compare(runs(one), "small")) == f"{said} (not tested)."
+    two = {"mlra4-gated": {1: 3.0, 2: 3.01}, "mla-gated": {1: 3.25, 2: 3.26}}
+    found = report.gates(compare(runs(two), "small"))
+    assert found.startswith(f"{said} (95 % interval -0.28") and found.endswith("; not tested).")
+    assert report.gates(compare(runs({"mla-gated": {1: 3.0}}), "small")) is None
