@@ -1,13 +1,18 @@
-"""examples/reproduce: what the tables say while runs are missing or diverged."""
+"""examples/reproduce: what the tables say while runs are missing or diverged, and ladders that
+could not be run."""
 
 from __future__ import annotations
 
 import math
 
+import pytest
+
 import figures
 import report
 import report_beyond
 from comparison import compare
+from ladder import Ladder
+from support import ROOT
 
 SETS = ("books", "docs")
 NEAR = [3.0, 3.01, 2.99, 3.005, 2.995]
@@ -101,3 +106,24 @@ def test_gates_are_compared_without_an_interval_of_one_seed():
     found = report.gates(compare(runs(two), "small"))
     assert found.startswith(f"{said} (95 % interval -0.28") and found.endswith("; not tested).")
     assert report.gates(compare(runs({"mla-gated": {1: 3.0}}), "small")) is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("data_seed: 1234 ", "# data_seed: 1234 ", "it lacks data_seed"),
+        ("  small: {tokens_per_second: 480000}", "", "expected lacks small"),
+        ("rate_of: sweep, seeds: 5", "rate_of: swept, seeds: 5", "no phase swept sweeps rates"),
+        ("    lengths: [512,", "    # lengths: [512,", "phase beyond has a base and no lengths"),
+        ("  start_seconds: 25", "", "expected lacks start_seconds"),
+    ],
+)
+def test_a_ladder_that_lacks_something_is_refused_at_once(tmp_path, old, new, said):
+    """Not behind the first run, in a KeyError, nor never, as a rate that nothing sweeps."""
+    here = ROOT / "examples/reproduce"
+    text = (here / "ladder.yaml").read_text()
+    assert text.count(old) >= 1
+    (file := tmp_path / "ladder.yaml").write_text(text.replace(old, new))
+    (tmp_path / "presets").symlink_to(here / "presets")
+    with pytest.raises(ValueError, match=f"{file}: .*{said}"):
+        Ladder(file, tmp_path)
