@@ -197,12 +197,12 @@ def row(name: str, loss: float, more: str, tokens: int) -> str:
 
 
 def perplexity(score: Any, text: str) -> dict[str, float]:
-    """Perplexity exp(-log-likelihood / tokens) and bits per byte -log2-likelihood / bytes of a
-    text with a Score."""
+    """Perplexity exp(-log-likelihood / tokens), at most exp(700), and bits per byte
+    -log2-likelihood / bytes of a text with a Score."""
     num_bytes = len(text.encode("utf-8"))
     return {
         "log_likelihood": score.log_likelihood,
-        "perplexity": math.exp(-score.log_likelihood / score.num_tokens),
+        "perplexity": math.exp(min(-score.log_likelihood / score.num_tokens, 700.0)),
         "bits_per_byte": -score.log_likelihood / num_bytes / math.log(2),
         "tokens": score.num_tokens,
         "bytes": num_bytes,
