@@ -72,6 +72,12 @@ class Ladder:
                 for name in ("extension", "lengths", "analyze") if "base" in phase else ():
                     if name not in phase:
                         raise ValueError(f"phase {phase['name']} has a base and no {name}")
+                longest = max(phase["lengths"]) if "base" in phase else 0
+                if longest > (taken := phase.get("extension", {}).get("seq_length", longest)):
+                    raise ValueError(
+                        f"contexts of {longest} tokens are more than seq_length {taken} of phase"
+                        f" {phase['name']}, and would be cut"
+                    )
                 told = ("start_seconds", phase["size"], *["beyond_seconds"] * ("base" in phase))
                 for name in told:
                     if name not in self.told["expected"]:

@@ -366,6 +366,7 @@ def main() -> int:
         ladder.check_presets()
         done = ladder.done()
         corpus.check(["train", *ladder.told["held_out"]], done.values())
+        corpus.check_tasks(ladder)
         corpus.check_begun(args.work / spec.id for spec in ladder.left(done))
         if args.status:
             print(status(ladder, corpus, args.work))

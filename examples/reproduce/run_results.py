@@ -117,6 +117,21 @@ class Corpus:
                     " same make_tasks.py and tokens, or give another --results"
                 )
 
+    def check_tasks(self, ladder: Ladder) -> None:
+        """Refuse tasks without a file that runs beyond the loss are scored on.
+
+        Raises:
+            ValueError: names the file.
+        """
+        lengths = sorted({n for phase in ladder.told["phases"] for n in phase.get("lengths", ())})
+        needed = ["cloze", *(f"long_{n}" for n in lengths)] if lengths else []
+        lacks = [name for name in needed if name not in self.task_digests]
+        if self.tasks and lacks:
+            raise ValueError(
+                f"{self.folder}/tasks has no {lacks[0]}; run make_tasks.py --lengths"
+                f" {' '.join(map(str, lengths))}"
+            )
+
     def note(self, folder: Path) -> None:
         """Write into a run's folder with which tokens the run begins."""
         write_text(folder / BEGUN_WITH, json.dumps(self.digests) + "\n")

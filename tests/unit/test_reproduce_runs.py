@@ -138,6 +138,18 @@ def test_tasks_that_are_not_those_of_the_results_are_refused(tmp_path):
         Corpus(tmp_path).check([], [done])
 
 
+def test_tasks_of_other_lengths_are_refused(tmp_path):
+    """Before the training of a base, not behind it."""
+    (tmp_path / "tasks").mkdir()
+    ladder = Ladder(ROOT / "examples/reproduce/ladder.yaml", tmp_path)
+    Corpus(tmp_path).check_tasks(ladder)  # none are made yet: runs beyond the loss wait
+    names = ["cloze", *(f"long_{n}" for n in (512, 1024, 2048, 4096))]
+    told = {"files": {name: {"sha256": ""} for name in names}}
+    (tmp_path / "tasks/tasks.json").write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=r"has no long_8192; run make_tasks\.py --lengths 512 "):
+        Corpus(tmp_path).check_tasks(ladder)
+
+
 def test_a_run_counts_gpus_as_nvidia_smi_does(tmp_path, monkeypatch):
     """CUDA's own order is by speed: index 1 of nvidia-smi may be another of two kinds of GPU."""
     told = {}

@@ -116,6 +116,7 @@ def test_gates_are_compared_without_an_interval_of_one_seed():
         ("rate_of: sweep, seeds: 5", "rate_of: swept, seeds: 5", "no phase swept sweeps rates"),
         ("    lengths: [512,", "    # lengths: [512,", "phase beyond has a base and no lengths"),
         ("  start_seconds: 25", "", "expected lacks start_seconds"),
+        ("      seq_length: 8192", "      seq_length: 4096", "8192 tokens are more than .* 4096"),
     ],
 )
 def test_a_ladder_that_lacks_something_is_refused_at_once(tmp_path, old, new, said):
