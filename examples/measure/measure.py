@@ -74,8 +74,12 @@ def commit_of(root: Path, dirty: bool) -> str:
 
 
 def visible_gpus() -> list[dict[str, str]]:
-    """`index`, `name` and `driver` of each GPU that nvidia-smi lists; of those in
-    CUDA_VISIBLE_DEVICES if it is set."""
+    """`index`, `name` and `driver` of each GPU that nvidia-smi lists; where CUDA_VISIBLE_DEVICES is
+    set, of the GPUs that it lists by index.
+
+    Raises:
+        ValueError: CUDA_VISIBLE_DEVICES names something else.
+    """
     keys = {"index": "index", "name": "name", "driver": "driver_version"}
     asked = ["nvidia-smi", f"--query-gpu={','.join(keys.values())}", "--format=csv,noheader"]
     try:
@@ -84,7 +88,16 @@ def visible_gpus() -> list[dict[str, str]]:
         return []
     found = [dict(zip(keys, line.split(", "), strict=True)) for line in listed.splitlines()]
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return found if chosen is None else [gpu for gpu in found if gpu["index"] in chosen.split(",")]
+    if chosen is None:
+        return found
+    by_index = {gpu["index"]: gpu for gpu in found}
+    indices = [each.strip() for each in chosen.split(",") if each.strip()]
+    if strange := [index for index in indices if index not in by_index]:
+        raise ValueError(
+            f"CUDA_VISIBLE_DEVICES={chosen}: {strange[0]} is not one of {', '.join(by_index)};"
+            " list GPUs by the index that nvidia-smi shows"
+        )
+    return [by_index[index] for index in indices]
 
 
 @dataclass
@@ -186,6 +199,7 @@ class Queue:
         env["PYTHONPATH"] = os.pathsep.join(paths)
         if piece.gpus:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(g["index"] for g in self.gpus[: piece.gpus])
+            env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as nvidia-smi counts
         began = time.monotonic()
         try:
             code = run_to_end(words, env, log, limit)

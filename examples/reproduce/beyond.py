@@ -17,11 +17,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import made_by
 from megatron_mlra.command_line.parser import fail
+from megatron_mlra.command_line.signals import get_when_parent_ends
 
 ROOT = Path(__file__).parents[2]
 
@@ -143,7 +145,9 @@ class Run:
     def _do(self, stage: Stage) -> int:
         if stage["does"] == "train":
             command = [sys.executable, str(ROOT / "pretrain_mlra.py"), *stage["words"]]
-            self.child = subprocess.Popen(command)
+            # A training that outlives this process would keep the GPU.
+            dies = partial(get_when_parent_ends, signal.SIGKILL)
+            self.child = subprocess.Popen(command, preexec_fn=dies)
             code = self.child.wait()
             self.child = None
             return code

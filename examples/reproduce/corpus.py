@@ -192,8 +192,8 @@ def english_sets(args) -> tuple[dict[str, Iterator[Document]], Iterator[Document
     """{held-out set: its documents}, and the training documents."""
     if args.fineweb or args.fineweb_files:
         files = args.fineweb_files or fetch_fineweb(args.out / "fineweb", args.fineweb)
-        everything = enumerate(fineweb(files))
-        held, rest = itertools.tee(everything)
+        # Read twice: held-out sets are read to their end first, and shards do not fit in memory.
+        held, rest = enumerate(fineweb(files)), enumerate(fineweb(files))
         return (
             {"fineweb": named("fineweb", (d for i, d in held if i % 100 == 0))},
             named("fineweb", (d for i, d in rest if i % 100)),

@@ -75,12 +75,20 @@ def books(clone: Path) -> Iterator[Document]:
     """The books of a Git clone (bare or not): the files `Author/Title.md` of HEAD.
 
     Files whose content is not in the clone (of a partial clone) are left out.
+
+    Raises:
+        ValueError: git cannot read the folder.
     """
 
     def git(*args: str, feed: bytes | None = None) -> bytes:
-        return subprocess.run(
-            ["git", "-C", str(clone), *args], input=feed, capture_output=True, check=True
-        ).stdout
+        done = subprocess.run(["git", "-C", str(clone), *args], input=feed, capture_output=True)
+        if done.returncode:
+            said = " ".join(done.stderr.decode(errors="replace").split())
+            raise ValueError(
+                f"{clone} is no Git clone with a commit ({said}); clone"
+                " mlschmitt/classic-books-markdown there"
+            )
+        return done.stdout
 
     listed = git("ls-tree", "-r", "-z", "HEAD").decode().split("\0")[:-1]
     entries = [(line.split("\t", 1)[1], line.split()[2]) for line in listed]

@@ -164,7 +164,8 @@ def sweep(results: list[dict[str, Any]], path: Path) -> None:
             for r in results
             if r["mechanism"] == mechanism and not r.get("diverged")
         )
-        panel.plot(*zip(*found, strict=True), "o-", color=COLORS[mechanism])
+        if found:
+            panel.plot(*zip(*found, strict=True), "o-", color=COLORS[mechanism])
     panel.set_xscale("log")
     panel.set_xticks(rates, [f"{1e3 * rate:g}e-3" for rate in rates])
     panel.minorticks_off()
@@ -172,10 +173,10 @@ def sweep(results: list[dict[str, Any]], path: Path) -> None:
         xlabel="peak learning rate", ylabel="held-out loss, nats per token, after half of the steps"
     )
     best = {
-        m: min((mean_loss(r), r["peak_lr"]) for r in results if r["mechanism"] == m)[1]
+        m: min((mean_loss(r), r["peak_lr"]) for r in results if r["mechanism"] == m)
         for m in mechanisms
     }
-    shared = sorted({f"{1e3 * rate:g}e-3" for rate in best.values()})
+    shared = sorted({f"{1e3 * rate:g}e-3" for loss, rate in best.values() if math.isfinite(loss)})
     common.title(figure, f"Sweep of the peak learning rate: best at {' or '.join(shared)}")
     finish(figure, path, mechanisms)
 
@@ -214,6 +215,8 @@ def verdict(rows: list[Row]) -> str:
     reference = next((row for row in rows if row.mechanism == REFERENCE and row.results), None)
     if reference is None:
         return "MLA is not trained yet"
+    if all(row.p is None for row in rows):
+        return "no difference to MLA is tested yet"
     better = [NAMES[r.mechanism] for r in rows if r.counts and r.mean() < reference.mean()]
     worse = [NAMES[r.mechanism] for r in rows if r.counts and r.mean() > reference.mean()]
     if not better and not worse:

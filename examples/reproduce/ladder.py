@@ -15,6 +15,10 @@ import yaml
 from megatron_mlra.command_line.parser import write_json
 from megatron_mlra.description.presets import preset_values
 
+_NEEDED = ("data_seed", "tokens_per_step", "presets", "held_out", "gpu_flags", "cpu_flags")
+_NEEDED += ("expected", "phases")
+"""Keys of a ladder file."""
+
 
 @dataclass(frozen=True)
 class RunSpec:
@@ -52,14 +56,35 @@ class Ladder:
     def __post_init__(self) -> None:
         try:
             self.told = yaml.safe_load(self.file.read_text())
+            if lacks := [name for name in _NEEDED if name not in self.told]:
+                raise ValueError(f"it lacks {', '.join(lacks)}")
+            swept = {
+                (phase.get("name"), mechanism)
+                for phase in self.told["phases"]
+                if "rates" in phase
+                for mechanism in phase.get("mechanisms", ())
+            }
             for phase in self.told["phases"]:
                 if not {"name", "size", "share", "seeds", "mechanisms"} <= set(phase):
                     raise ValueError(f"phase {phase} lacks name, size, share, seeds or mechanisms")
                 if ("rates" in phase) == ("rate_of" in phase):
                     raise ValueError(f"phase {phase['name']} needs rates or rate_of")
-                if "base" in phase and "extension" not in phase:
-                    raise ValueError(f"phase {phase['name']} has a base and no extension")
+                for name in ("extension", "lengths", "analyze") if "base" in phase else ():
+                    if name not in phase:
+                        raise ValueError(f"phase {phase['name']} has a base and no {name}")
+                longest = max(phase["lengths"]) if "base" in phase else 0
+                if longest > (taken := phase.get("extension", {}).get("seq_length", longest)):
+                    raise ValueError(
+                        f"contexts of {longest} tokens are more than seq_length {taken} of phase"
+                        f" {phase['name']}, and would be cut"
+                    )
+                told = ("start_seconds", phase["size"], *["beyond_seconds"] * ("base" in phase))
+                for name in told:
+                    if name not in self.told["expected"]:
+                        raise ValueError(f"expected lacks {name}")
                 for name in phase["mechanisms"]:
+                    if "rate_of" in phase and (phase["rate_of"], name) not in swept:
+                        raise ValueError(f"no phase {phase['rate_of']} sweeps rates of {name}")
                     if not self.preset(phase["size"], name).is_file():
                         raise ValueError(f"{self.preset(phase['size'], name)} does not exist")
         except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:

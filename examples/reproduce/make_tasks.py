@@ -18,7 +18,7 @@ from pathlib import Path
 
 from cloze import Book, cloze, sentences
 from long_context import Maker, long_context
-from megatron_mlra.command_line.parser import OneLineParser, run, write_json, write_text
+from megatron_mlra.command_line.parser import OneLineParser, lines_of, run, write_json, write_text
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 
@@ -26,7 +26,7 @@ LENGTHS = (512, 1024, 2048, 4096, 8192)
 def read_books(file: Path) -> list[Book]:
     """The documents of JSON lines {name, text}, as sentences."""
     found = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in filter(None, lines_of(file)):
         told = json.loads(line)
         found.append(Book(told["name"], sentences(told["text"])))
     return [book for book in found if book.sentences]

@@ -61,21 +61,35 @@ def quality(rows: list[Row], title: str) -> Table:
         else:
             delta, low, high = difference(row, reference)
             interval = "" if math.isnan(low) else f"{low:+.4f} to {high:+.4f}"
-            p = "" if row.p is None else f"{row.p:.3f}"
-            line += [number(delta, "+"), interval, p, "yes" if row.counts else "no"]
+            tested = ["", ""]
+            if row.p is not None:
+                tested = [f"{row.p:.3f}", "yes" if row.counts else "no"]
+            line += [number(delta, "+"), interval, *tested]
         body.append(line)
     return title, head, body
 
 
 def seeds(rows: list[Row], title: str) -> Table:
-    """A table of every run's measure: a row per mechanism, a column per seed."""
-    most = max((len(row.results) for row in rows), default=0)
-    body = [
-        [figures.NAMES[row.mechanism], *map(number, row.losses())]
-        + [""] * (most - len(row.results))
-        for row in rows
-    ]
-    return title, ["mechanism", *(f"seed {n}" for n in range(1, most + 1))], body
+    """A table of every run's measure: a row per mechanism, a column per seed. A run that is missing
+    or diverged has an empty cell."""
+    columns = sorted({result["seed"] for row in rows for result in row.results})
+    body = []
+    for row in rows:
+        found = {r["seed"]: loss for r, loss in zip(row.results, row.losses(), strict=True)}
+        cells = [number(found[seed]) if seed in found else "" for seed in columns]
+        body.append([figures.NAMES[row.mechanism], *cells])
+    return title, ["mechanism", *(f"seed {seed}" for seed in columns)], body
+
+
+def gates(rows: list[Row]) -> str | None:
+    """A sentence on MLRA-4 and MLA, both with a gate; None until both have a run."""
+    gated = {row.mechanism: row for row in rows if row.results}
+    if not {"mlra4-gated", "mla-gated"} <= set(gated):
+        return None
+    delta, low, high = difference(gated["mlra4-gated"], gated["mla-gated"])
+    interval = f"95 % interval {number(low, '+')} to {number(high, '+')}; "
+    interval = "" if math.isnan(low) else interval
+    return f"MLRA-4 gated minus MLA gated: {number(delta, '+')} ({interval}not tested)."
 
 
 def cost(rows: list[Row], timed: list[dict[str, Any]], title: str) -> Table:
@@ -108,8 +122,9 @@ def sweep_table(results: list[dict[str, Any]], title: str) -> Table:
     for mechanism, name in figures.NAMES.items():
         found = {r["peak_lr"]: mean_loss(r) for r in results if r["mechanism"] == mechanism}
         if found:
-            best = min(found, key=found.__getitem__)
-            cells = ["" if r not in found else _swept(found[r], r == best) for r in rates]
+            lowest = min(found.values())
+            best = lowest if math.isfinite(lowest) else None
+            cells = ["" if r not in found else _swept(found[r], found[r] == best) for r in rates]
             body.append([name, *cells])
     return title, ["mechanism", *(f"{rate:.2e}" for rate in rates)], body
 
@@ -151,7 +166,8 @@ def sections(ladder: Ladder) -> tuple[list[Table], list[Picture], list[str]]:
     behind = [phase for phase in ladder.told["phases"] if "base" in phase]
     phases = [p for p in ladder.told["phases"] if "rate_of" in p and p not in behind]
     for name in dict.fromkeys(phase["name"] for phase in phases):
-        rows = compare(results, name)
+        planned = {m: p["seeds"] for p in phases if p["name"] == name for m in p["mechanisms"]}
+        rows = compare(results, name, planned)
         if not any(row.results for row in rows):
             notes.append(f"Size `{name}`: no run is finished.")
             continue
@@ -169,13 +185,8 @@ def sections(ladder: Ladder) -> tuple[list[Table], list[Picture], list[str]]:
             f"Size `{name}`: {ratio:.1f} tokens per parameter ({first['parameters'] / 1e6:.1f} M in"
             f" all). {said}"
         )
-        gated = {row.mechanism: row for row in rows if row.results}
-        if {"mlra4-gated", "mla-gated"} <= set(gated):
-            delta, low, high = difference(gated["mlra4-gated"], gated["mla-gated"])
-            notes.append(
-                f"MLRA-4 gated minus MLA gated: {number(delta, '+')} (95 % interval"
-                f" {number(low, '+')} to {number(high, '+')}; not tested)."
-            )
+        if compared := gates(rows):
+            notes.append(compared)
         tables.append(quality(rows, f"Held-out loss, size {name} ({what})"))
         tables.append(seeds(rows, f"Each run's mean held-out loss, size {name}"))
         tables.append(cost(rows, timed, f"Cost, size {name}"))
@@ -203,7 +214,8 @@ def sections(ladder: Ladder) -> tuple[list[Table], list[Picture], list[str]]:
         if not rows:
             notes.append(f"Beyond the loss, size `{size}`: no run is finished.")
             continue
-        notes.append(report_beyond.note(rows, size, phase))
+        lost = report_beyond.diverged(results, phase["name"])
+        notes.append(report_beyond.note(rows, size, phase, lost))
         tables += report_beyond.tables(rows, f"size {size}")
         pictures.append(
             Picture(

@@ -3,7 +3,8 @@ attention."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -63,6 +64,11 @@ def grouped(results: list[dict[str, Any]], phase: str) -> list[Beyond]:
     found = [r for r in results if r["phase"] == phase and not r.get("diverged")]
     by_mechanism = {m: [r for r in found if r["mechanism"] == m] for m in figures.NAMES}
     return [Beyond(mechanism, runs) for mechanism, runs in by_mechanism.items() if runs]
+
+
+def diverged(results: list[dict[str, Any]], phase: str) -> dict[str, int]:
+    """Mechanism -> number of its runs of a phase that diverged, where there are any."""
+    return Counter(r["mechanism"] for r in results if r["phase"] == phase and r.get("diverged"))
 
 
 def lengths(rows: list[Beyond]) -> list[int]:
@@ -135,32 +141,39 @@ def _why(rows: list[Beyond], what: str) -> Table:
     return f"What the attention does by layer, {what}", head, body
 
 
-def note(rows: list[Beyond], size: str, phase: dict[str, Any] | None = None) -> str:
+def note(
+    rows: list[Beyond],
+    size: str,
+    phase: dict[str, Any] | None = None,
+    lost: Mapping[str, int] | None = None,
+) -> str:
     """A paragraph on what the runs were asked: number of items, steps and tokens.
 
     Args:
         phase: the ladder file's entry; the runs that it plans and that are not finished are told.
+        lost: mechanism -> number of runs that diverged, which are told too.
     """
     first = rows[0].runs[0]
     extension = first["beyond"]["extension"]
     base, long = (first["beyond"][name] for name in ("base", "extended"))
+    told = ", ".join(f"{figures.NAMES[name]} {count}" for name, count in (lost or {}).items())
     per_task = next(iter(long[f"long_{lengths(rows)[0]}"]["groups"].values()))["items"]
     return (
         f"Beyond the loss, size `{size}`: {base['cloze']['items']:,} last words of passages of the"
         f" held-out books; six long-context tasks of four choices (chance {CHANCE:.0%}),"
         f" {per_task} items of each at each length, behind {extension['steps']:,} steps at"
         f" {extension['seq_length']:,} tokens. Nothing here was tested for significance."
-        f"{_missing(rows, phase)}"
+        f"{_missing(rows, phase, lost or {})}" + (f" Diverged: {told}." if told else "")
     )
 
 
-def _missing(rows: list[Beyond], phase: dict[str, Any] | None) -> str:
+def _missing(rows: list[Beyond], phase: dict[str, Any] | None, lost: Mapping[str, int]) -> str:
     """A sentence on the planned runs that are not finished, or ''."""
     if phase is None:
         return ""
     have = {row.mechanism: len(row.runs) for row in rows}
     counts = {name: have.get(name, 0) for name in phase["mechanisms"]}
-    if min(counts.values()) >= phase["seeds"]:
+    if min(count + lost.get(name, 0) for name, count in counts.items()) >= phase["seeds"]:
         return ""
     told = ", ".join(f"{figures.NAMES[name]} {count}" for name, count in counts.items())
     return f" Not the whole table; seeds finished of {phase['seeds']}: {told}."

@@ -166,7 +166,8 @@ class Runner:
             command = [sys.executable, str(HERE / "one_run.py"), str(self._lock(number)), *flags]
         env = dict(os.environ, PYTHONUNBUFFERED="1", OMP_NUM_THREADS="1")
         if self.gpus:
-            env["CUDA_VISIBLE_DEVICES"] = self.gpus[number][0]
+            # nvidia-smi counts by bus; CUDA, unless told, by speed.
+            env |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": self.gpus[number][0]}
         (folder / "log.txt").touch()
         attempts = (folder / "log.txt").read_text(errors="replace").count(BEGUN)
         with open(folder / "log.txt", "a") as log:
@@ -231,10 +232,12 @@ class Runner:
         """Remove the ended jobs from a lane; returns the number of finished runs."""
         finished = 0
         for job in list(lane):
+            # Asked first: a job that ends while its log is read writes more.
+            ended = job.process.poll() is not None
             log = (job.folder / "log.txt").read_text(errors="replace")
             if job.begun is None and log.count(BEGUN) > job.attempts:
                 job.begun = time.monotonic()
-            if job.process.poll() is None:
+            if not ended:
                 continue
             lane.remove(job)
             finished += self._ended(job, number, log)
@@ -363,6 +366,7 @@ def main() -> int:
         ladder.check_presets()
         done = ladder.done()
         corpus.check(["train", *ladder.told["held_out"]], done.values())
+        corpus.check_tasks(ladder)
         corpus.check_begun(args.work / spec.id for spec in ladder.left(done))
         if args.status:
             print(status(ladder, corpus, args.work))

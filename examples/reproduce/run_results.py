@@ -32,7 +32,9 @@ BEGUN = "has the device"
 BEGUN_WITH = "data_sha256.json"
 """File in a run's folder: dataset -> SHA-256 of its tokens, as the run began."""
 
-_NOT_FINITE = re.compile(r"^error: .*(?:loss is|gradient|grad).*(?:nan|inf)", re.M | re.I)
+_NOT_FINITE = re.compile(
+    r"^error: .*\b(?:loss is|grad norm)\b.*\b(?:nan|inf|infinite)\b.*", re.M | re.I
+)
 
 
 @dataclass
@@ -71,12 +73,19 @@ class Corpus:
         """Dataset -> SHA-256 of its tokens."""
         return {name: found["sha256"] for name, found in self.told["sets"].items()}
 
+    @property
+    def task_digests(self) -> dict[str, str]:
+        """Task -> SHA-256 of its file; none before make_tasks.py has run."""
+        return {name: each["sha256"] for name, each in (self.tasks or {}).get("files", {}).items()}
+
     def check(self, names: list[str], results: Iterable[dict[str, Any]] = ()) -> None:
-        """Refuse a folder without these datasets, or with other tokens than those of `results`.
+        """Refuse a folder without these datasets, or with other tokens or tasks than those of
+        `results`.
 
         Raises:
-            ValueError: a dataset is missing or differs; names the dataset.
+            ValueError: a dataset or task is missing or differs; names it.
         """
+        results = list(results)
         for name in names:
             if name not in self.told["sets"] or not self.prefix(name).with_suffix(".idx").is_file():
                 raise ValueError(f"{self.folder} has no dataset {name}; run tokenized.py")
@@ -93,6 +102,35 @@ class Corpus:
                         " make both of the same packages (get_packages.sh names those that differ)"
                         " or give another --results"
                     )
+        if self.tasks is None:
+            return
+        for name, digest in self.task_digests.items():
+            file = self.folder / "tasks" / f"{name}.jsonl"
+            if not file.is_file() or sha256(file) != digest:
+                raise ValueError(
+                    f"{file} is not the one of tasks.json; run make_tasks.py to its end"
+                )
+        for result in results:
+            if result.get("tasks_sha256", self.task_digests) != self.task_digests:
+                raise ValueError(
+                    f"the tasks in {self.folder} are not those of {result['id']}; make both by the"
+                    " same make_tasks.py and tokens, or give another --results"
+                )
+
+    def check_tasks(self, ladder: Ladder) -> None:
+        """Refuse tasks without a file that runs beyond the loss are scored on.
+
+        Raises:
+            ValueError: names the file.
+        """
+        lengths = sorted({n for phase in ladder.told["phases"] for n in phase.get("lengths", ())})
+        needed = ["cloze", *(f"long_{n}" for n in lengths)] if lengths else []
+        lacks = [name for name in needed if name not in self.task_digests]
+        if self.tasks and lacks:
+            raise ValueError(
+                f"{self.folder}/tasks has no {lacks[0]}; run make_tasks.py --lengths"
+                f" {' '.join(map(str, lengths))}"
+            )
 
     def note(self, folder: Path) -> None:
         """Write into a run's folder with which tokens the run begins."""
@@ -137,16 +175,22 @@ def latest_step(checkpoint: Path) -> int:
     return step_of(found[0]) if found else 0
 
 
+def _latest(log: str) -> str:
+    """The part of a log that the latest attempt wrote: it begins with the line of its command."""
+    return log[log.rfind("\n$ ") + 1 :]
+
+
 def last_error(log: str) -> str:
-    """The last line of a log that begins with `error:`, or else the last line."""
-    lines = [line for line in log.splitlines() if line.strip()] or ["no output"]
+    """The latest attempt's last line that begins with `error:`, or else its last line."""
+    lines = [line for line in _latest(log).splitlines() if line.strip()] or ["no output"]
     return next((line for line in reversed(lines) if line.startswith("error:")), lines[-1])
 
 
 def divergence(log: str) -> str | None:
-    """The log's error line on a loss or gradient that is not finite; None for other failures."""
-    found = _NOT_FINITE.search(log)
-    return log[found.start() : log.find("\n", found.end())] if found else None
+    """The latest attempt's error line on a loss or gradient that is not finite; None for other
+    failures."""
+    found = _NOT_FINITE.search(_latest(log))
+    return found and found[0]
 
 
 def versions() -> dict[str, str]:
@@ -200,7 +244,7 @@ def collect_beyond(
         "tokens_per_second": None,
         "extension": ladder.phase(run)["extension"],
         "data_sha256": corpus.digests,
-        "tasks_sha256": {name: each["sha256"] for name, each in corpus.tasks["files"].items()},
+        "tasks_sha256": corpus.task_digests,
         "versions": versions(),
     }
 

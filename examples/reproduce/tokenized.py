@@ -64,8 +64,11 @@ def build(args) -> dict:
     tokenizer or dataset that is already complete is kept.
 
     Raises:
-        ValueError: there is no text, or too little for the vocabulary.
+        ValueError: there is no text, or too little for the vocabulary; or the tokenizer that is
+            there has another vocabulary.
     """
+    from tokenizers import Tokenizer
+
     texts = sorted(args.text.glob("*.jsonl"))
     if args.text / "train.jsonl" not in texts:
         raise ValueError(f"{args.text}/train.jsonl does not exist; run corpus.py --out {args.text}")
@@ -73,6 +76,11 @@ def build(args) -> dict:
     tokenizer = args.out / "tokenizer"
     if not (tokenizer / "tokenizer_config.json").is_file():
         train_tokenizer(args.text / "train.jsonl", tokenizer, args.vocab_size, args.sample_mb)
+    size = Tokenizer.from_file(str(tokenizer / "tokenizer.json")).get_vocab_size()
+    if size != args.vocab_size:
+        raise ValueError(
+            f"{tokenizer} has {size} tokens, not --vocab-size {args.vocab_size}; give another --out"
+        )
     report = {"tokenizer_sha256": sha256(tokenizer / "tokenizer.json"), "sets": {}}
     for file in texts:
         prefix = args.out / file.stem

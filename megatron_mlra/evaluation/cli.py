@@ -16,7 +16,7 @@ from megatron_mlra.command_line.numbers import whole
 from megatron_mlra.command_line.parser import OneLineParser
 from megatron_mlra.data.prefixes import a_dataset
 from megatron_mlra.description.model import DTYPES
-from megatron_mlra.evaluation.inputs import add_inputs, read_inputs, run
+from megatron_mlra.evaluation.inputs import add_inputs, check_tokens, read_inputs, run
 from megatron_mlra.evaluation.tasks import read_task, run_task, told
 
 
@@ -142,7 +142,9 @@ def _scored(
         scorer.max_length = args.max_length
     results: dict[str, Any] = {"checkpoint": args.checkpoint, "text": {}, "data": {}, "task": {}}
     for file, text in texts.items():
-        found = results["text"][file] = perplexity(scorer.texts([text])[0], text)
+        (score,) = scorer.texts([text])
+        check_tokens(file, score.num_tokens)
+        found = results["text"][file] = perplexity(score, text)
         loss = -found["log_likelihood"] / found["tokens"]
         print(row(file, loss, f"{found['bits_per_byte']:.4f} bits per byte", found["tokens"]))
     for name, tokens in streams.items():
@@ -195,12 +197,12 @@ def row(name: str, loss: float, more: str, tokens: int) -> str:
 
 
 def perplexity(score: Any, text: str) -> dict[str, float]:
-    """Perplexity exp(-log-likelihood / tokens) and bits per byte -log2-likelihood / bytes of a
-    text with a Score."""
+    """Perplexity exp(-log-likelihood / tokens), at most exp(700), and bits per byte
+    -log2-likelihood / bytes of a text with a Score."""
     num_bytes = len(text.encode("utf-8"))
     return {
         "log_likelihood": score.log_likelihood,
-        "perplexity": math.exp(-score.log_likelihood / score.num_tokens),
+        "perplexity": math.exp(min(-score.log_likelihood / score.num_tokens, 700.0)),
         "bits_per_byte": -score.log_likelihood / num_bytes / math.log(2),
         "tokens": score.num_tokens,
         "bytes": num_bytes,

@@ -46,6 +46,16 @@ def read_inputs(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, np.
     return texts, streams
 
 
+def check_tokens(file: str, count: int) -> None:
+    """Refuse a text of no tokens, as blanks are to some tokenizers.
+
+    Raises:
+        ValueError: names the file.
+    """
+    if not count:
+        raise ValueError(f"{file} has no tokens, by its tokenizer; give a text with words")
+
+
 def run(
     parser: argparse.ArgumentParser,
     work: Callable[[argparse.Namespace], object],

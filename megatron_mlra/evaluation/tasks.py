@@ -17,6 +17,10 @@ from megatron_mlra.command_line.parser import lines_of
 Item = dict[str, Any]
 
 
+class ArcItem(dict):
+    """An item of ARC: each of its choices is a space and the choice's text."""
+
+
 def read_task(file: str) -> list[Item]:
     """The items of a task, one JSON object per line.
 
@@ -61,11 +65,12 @@ def _of_arc(item: Item) -> Item | None:
         return None
     if item["answerKey"] not in labels or len(texts) != len(labels):
         return None
-    return {
+    asked = {
         "context": f"Question: {question}\nAnswer:",
         "choices": [f" {text}" if isinstance(text, str) and text else "" for text in texts],
         "answer": labels.index(item["answerKey"]),
     }
+    return ArcItem(asked)
 
 
 def _problem(item: Any) -> str | None:
@@ -94,9 +99,9 @@ def run_task(scorer: Any, items: list[Item]) -> dict[str, Any]:
     """A model's results on all items, and under `groups` those of each group.
 
     With choices: `acc`, the fraction of items whose right choice has the largest log-likelihood,
-    and `acc_norm`, the same by log-likelihood per character. For all items, on the right answers:
-    `greedy`, the fraction that greedy decoding would write; `log_likelihood`, the mean;
-    `perplexity`, exp(-mean); `cut`, the number that lost tokens on the left.
+    and `acc_norm`, the same by log-likelihood per character of its text. For all items, on the
+    right answers: `greedy`, the fraction that greedy decoding would write; `log_likelihood`, the
+    mean; `perplexity`, exp(-mean); `cut`, the number that lost tokens on the left.
     """
     pairs = [(item["context"], text) for item in items for text in _texts(item)]
     scores = iter(scorer.continuations(pairs))
@@ -122,7 +127,8 @@ def _summary(answered: Sequence[tuple[Item, list[Any]]]) -> dict[str, Any]:
         right = {"acc": 0, "acc_norm": 0}
         for item, scores in answered:
             values = [score.log_likelihood for score in scores]
-            sizes = [len(choice) for choice in item["choices"]]
+            # The space in front of ARC's choices is not of their text.
+            sizes = [len(choice) - isinstance(item, ArcItem) for choice in item["choices"]]
             shares = [value / size for value, size in zip(values, sizes, strict=True)]
             right["acc"] += values.index(max(values)) == item["answer"]
             right["acc_norm"] += shares.index(max(shares)) == item["answer"]

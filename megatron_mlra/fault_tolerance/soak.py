@@ -11,6 +11,7 @@ the first new step, `lost_steps` the numbers of steps that were repeated.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import re
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -34,8 +36,6 @@ from megatron_mlra.description.presets import a_preset
 
 LINGER = 10.0
 """Seconds in which processes that a job leaves behind may still write errors."""
-# Else restarted ranks find the addresses of the killed ranks in torchrun's own store.
-ENV = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 START = re.compile(r"^training [^|]*: [\d,]+ parameters")
 
 
@@ -192,11 +192,9 @@ class Job:
         begin, kills = time.perf_counter(), list(kills)
         killed_at, back, reached, last = None, False, 0, begin
         pipe = subprocess.PIPE
-        job = subprocess.Popen(
-            self.command, stdout=pipe, stderr=pipe, text=True, errors="replace", env=ENV
-        )
+        job = subprocess.Popen(self.command, stdout=pipe, stderr=pipe, text=True, errors="replace")
         self.errors.begin(job.stderr)
-        with bar(total=self.steps, desc=self.folder.name, unit="steps") as shown:
+        with _ended(job), bar(total=self.steps, desc=self.folder.name, unit="steps") as shown:
             for line in job.stdout:
                 back = back or bool(START.match(line))
                 if not (found := STEP.match(line)):
@@ -238,6 +236,18 @@ class Job:
     def _drop_old_checkpoints(self) -> None:
         for folder in sorted((self.folder / "save").glob("iter_*"))[:-4]:
             shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def _ended(job: subprocess.Popen) -> Iterator[None]:
+    """An error inside the block ends the job, which would train on without this process."""
+    try:
+        yield
+    except BaseException:
+        job.terminate()
+        job.stdout.close()
+        job.wait()
+        raise
 
 
 def kill_rank(launcher: int, rank: int) -> None:

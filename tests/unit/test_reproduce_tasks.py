@@ -9,7 +9,9 @@ from collections import Counter
 import pytest
 
 from cloze import Book, cloze, common_words, sentences
+from corpus import Filter, write
 from long_context import TASKS, Maker, long_context
+from make_tasks import read_books
 
 
 def tokens(text: str) -> int:
@@ -23,6 +25,15 @@ def book(name: str, seed: int, count: int = 400) -> Book:
     words = ["".join(draw.choices("bcdfgaeiou", k=draw.randrange(3, 9))) for _ in range(300)]
     made = [" ".join(draw.choices(words, k=draw.randrange(4, 14))) for _ in range(count)]
     return Book(name, [f"{text.capitalize()}." for text in made])
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u0085"])
+def test_books_are_read_as_corpus_writes_them(tmp_path, mark):
+    """corpus.py leaves characters in its lines at which `str.splitlines` would cut."""
+    name = tmp_path / "books.jsonl"
+    write(name, [("one", [f"The end of a line.{mark}It is of the text. " * 20])], Filter(), True)
+    (only,) = read_books(name)
+    assert only.name == "one" and len(only.sentences) == 40
 
 
 def test_sentences_end_where_a_reader_says():

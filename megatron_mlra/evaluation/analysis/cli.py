@@ -16,7 +16,7 @@ from megatron_mlra.command_line.numbers import whole
 from megatron_mlra.command_line.parser import OneLineParser
 from megatron_mlra.data.prefixes import a_dataset
 from megatron_mlra.description.model import DTYPES
-from megatron_mlra.evaluation.inputs import add_inputs, read_inputs, run
+from megatron_mlra.evaluation.inputs import add_inputs, check_tokens, read_inputs, run
 
 LONGEST = 1024
 """Most tokens per window by default: the cost of attention is quadratic in the window."""
@@ -133,6 +133,7 @@ def _analyze(args: argparse.Namespace) -> dict[str, Any]:
         first = end_of_document(tokenizer, args.checkpoint)
         for file, text in texts.items():
             ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+            check_tokens(file, len(ids))
             streams[file] = np.asarray(ids)
     length = args.max_length or min(shape.max_position_embeddings, LONGEST)
     chosen = []

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megatron_mlra.evaluation import scoring
-from megatron_mlra.evaluation.scoring import Scorer
+from megatron_mlra.evaluation.scoring import Score, Scorer
 from megatron_mlra.evaluation.tasks import read_task, run_task, told
 from megatron_mlra.inference import flags
 
@@ -124,3 +125,15 @@ def test_wrong_items_are_named(tmp_path, item, said):
     file = write(tmp_path, {"context": "a", "continuation": "b"}, item)
     with pytest.raises(ValueError, match=f"task.jsonl:2: {said}"):
         read_task(file)
+
+
+def test_characters_of_arcs_choices_are_counted_as_the_harness_counts_them(tmp_path):
+    """lm-evaluation-harness puts a space in front of a choice, and does not count it."""
+    item = {"question": "Which?", "choices": {"text": ["a", "bb"], "label": ["A", "B"]}}
+    found = [Score(-1.0, False, 1), Score(-1.9, False, 1)]  # -1 and -0.95 nats a character
+    fixed = SimpleNamespace(continuations=lambda pairs: found)
+    results = run_task(fixed, read_task(write(tmp_path, {**item, "answerKey": "B"})))
+    assert (results["acc"], results["acc_norm"]) == (0.0, 1.0)
+    # Choices that are given with their spaces are taken as they are.
+    given = {"context": "Which?", "choices": [" a", " bb"], "answer": 1}
+    assert run_task(fixed, read_task(write(tmp_path, given)))["acc_norm"] == 0.0

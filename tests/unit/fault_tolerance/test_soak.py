@@ -50,3 +50,21 @@ def test_a_full_disk_is_refused_before_the_jobs(full_disk, capsys):
 def test_too_many_kills_are_refused(kills, tmp_path, capsys):
     assert main(["--config", "debug", "--work", str(tmp_path), "--kills", str(kills)]) == 2
     assert f"--kills {kills} needs at least --steps {kills + 3}" in capsys.readouterr().err
+
+
+def test_a_job_ends_with_a_soak_that_fails(tmp_path, monkeypatch):
+    """A rank that is not there is an error; the job would have gone on without the soak."""
+    args = parser().parse_args(["--config", "debug", "--work", str(tmp_path), "--steps", "9"])
+    job, pids = Job(args, "killed", []), []
+    line = "step {}/9 | lm loss 1.0000 | grad norm 1"
+    code = f"import time; print({line.format(1)!r}, flush=True); time.sleep(60)"
+    job.command = [sys.executable, "-c", code]
+
+    def no_rank(launcher: int, rank: int) -> None:
+        pids.append(launcher)
+        raise RuntimeError(f"the job has no process of rank {rank}")
+
+    monkeypatch.setattr("megatron_mlra.fault_tolerance.soak.kill_rank", no_rank)
+    with pytest.raises(RuntimeError, match="no process of rank 1"):
+        job.run([(1, 1, 0.0)])
+    assert not Path(f"/proc/{pids[0]}").exists()
