@@ -18,6 +18,11 @@ HEAD = """\
 Every command with its own flags. `--help` prints the same in a terminal, `--version` the versions;
 `mlra pretrain --help-megatron` lists Megatron's flags too. This page is written by
 `python -m megatron_mlra.command_line.flags_page > docs/flags.md`.
+
+What is at the place of an output: the files of results (`--json`, `--output` of `mlra generate`,
+`--png`, `--plot`, `--out`) replace earlier results and empty files, and no other file. Models and
+data (`mlra convert`, `reshard`, `preprocess`, `demo-corpus`, `twin`) replace nothing, unless a
+command has `--overwrite` and it is given.
 """
 THEIRS = {
     "launch": "Flags of torchrun, then `-m megatron_mlra.training` (or a script) and its flags:"

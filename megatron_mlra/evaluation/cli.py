@@ -14,6 +14,7 @@ from megatron_mlra.command_line import parser as command_line
 from megatron_mlra.command_line.early import a_file, reads, writes
 from megatron_mlra.command_line.numbers import whole
 from megatron_mlra.command_line.parser import OneLineParser
+from megatron_mlra.command_line.results import check_json
 from megatron_mlra.data.prefixes import a_dataset
 from megatron_mlra.description.model import DTYPES
 from megatron_mlra.evaluation.inputs import add_inputs, read_inputs, run
@@ -81,7 +82,7 @@ def parser() -> OneLineParser:
         help="windows of each dataset for --cache-dtype (default: 64)",
     )
     json_file = command.add_argument("--json", metavar="FILE", help="write the results here too")
-    writes(json_file, command_line.check_output)
+    writes(json_file, check_json)
     command.together.append(_check)
     return command
 
@@ -111,7 +112,7 @@ def _check(args: argparse.Namespace) -> None:
 def _run(args: argparse.Namespace) -> None:
     _check(args)
     if args.json:
-        command_line.check_output(args.json, "--json")
+        check_json(args.json, "--json")
     texts, streams = read_inputs(args)
     tasks = {file: read_task(file) for file in args.task}
 

@@ -12,9 +12,9 @@ from megatron_mlra.command_line.numbers import real, whole
 from megatron_mlra.command_line.parser import (
     OneLineParser,
     add_no_verify,
-    check_output,
     lines_of,
 )
+from megatron_mlra.command_line.results import check_json
 from megatron_mlra.data.tokenizers import TOKENIZER_TYPES
 from megatron_mlra.description.backends import (
     ALL_REDUCES,
@@ -87,7 +87,7 @@ def parser() -> OneLineParser:
         help="write the log-probability of every token into --output",
     )
     output = p.add_argument("--output", help="write prompts and outputs there, as JSON lines")
-    writes(output, check_output)
+    writes(output, check_json)
     p.add_argument("--tokenizer", choices=TOKENIZER_TYPES,
                    help="kind of tokenizer; default: the checkpoint's own, or bytes for 257"
                    " tokens")  # fmt: skip
