@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         if world.rank() == 0:
-            print("\ninterrupted", file=sys.stderr)
+            print("\nerror: interrupted", file=sys.stderr)
         return 130
 
 
