@@ -9,11 +9,7 @@ from megatron_mlra.checkpoint.files.tracker import a_checkpoint
 from megatron_mlra.command_line.early import a_file, is_there, reads, writes
 from megatron_mlra.command_line.foreign_text import parse_json
 from megatron_mlra.command_line.numbers import real, whole
-from megatron_mlra.command_line.parser import (
-    OneLineParser,
-    add_no_verify,
-    lines_of,
-)
+from megatron_mlra.command_line.parser import OneLineParser, add_no_verify, flag, lines_of
 from megatron_mlra.command_line.results import check_json
 from megatron_mlra.data.tokenizers import TOKENIZER_TYPES
 from megatron_mlra.description.backends import (
@@ -171,6 +167,14 @@ def check(args: argparse.Namespace) -> None:
     """
     if not args.prompt and not args.prompt_file:
         raise ValueError(NO_PROMPT)
+    for name, unset in (("top_k", 0), ("top_p", 1.0)):
+        if not args.temperature and (value := getattr(args, name)) != unset:
+            raise ValueError(
+                f"{flag(name)} {value} has no effect at --temperature 0; give a temperature, as"
+                " 0.7, or leave it out"
+            )
+    if args.logprobs and not args.output:
+        raise ValueError("--logprobs writes into --output FILE; name it, or leave --logprobs out")
     if args.tokenizer == "hf":
         if args.tokenizer_model is None:
             raise ValueError("the hf tokenizer needs --tokenizer-model")
