@@ -13,7 +13,7 @@ from vllm.transformers_utils import model_arch_config_convertor as architecture
 
 from mlra_kernels.latent_decode.validation import LATENT_DIMS, MAX_Q_LEN, ROPE_DIMS
 from mlra_vllm.config import MLRAConfig, config_problems
-from mlra_vllm.products import CHOICES, choice
+from mlra_vllm.products import CHOICES, KEY, choice, misspelt
 from mlra_vllm.shard import plan
 
 PAGE_MULTIPLE = 16
@@ -56,7 +56,7 @@ class LatentChecks(VerifyAndUpdateConfig):
         if isinstance(told := vllm_config.additional_config, dict):
             # vLLM keeps compiled models under a key of its configuration, which must hold the
             # choice: one that was compiled under another default would be taken.
-            vllm_config.additional_config = told | {"products": choice(vllm_config)}
+            vllm_config.additional_config = told | {KEY: choice(vllm_config)}
         model = vllm_config.model_config
         positions = model.hf_config.max_position_embeddings
         if model.original_max_model_len is None:
@@ -94,6 +94,8 @@ def _problems(vllm_config: VllmConfig):
             f"quantization {model.quantization!r} of latent attention is not there; leave"
             " --quantization out (--kv-cache-dtype fp8 makes the cache smaller)"
         )
+    for key in misspelt(vllm_config):
+        yield f"--additional-config names {key!r}; did you mean {KEY}?"
     if (products := choice(vllm_config)) not in CHOICES:
         yield f"products in --additional-config is {products!r}; use one of {', '.join(CHOICES)}"
     if (backend := vllm_config.attention_config.backend) is not None:

@@ -18,7 +18,7 @@ from mlra_kernels.prefill import keys_at_once
 from mlra_vllm.backend import LatentBackend, LatentImpl
 from mlra_vllm.checks import FP8
 from mlra_vllm.config import MLRAConfig
-from mlra_vllm.products import choice
+from mlra_vllm.products import kernels_of_few
 from mlra_vllm.shard import Shard
 
 
@@ -51,7 +51,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         self.max_positions = self.cos.size(0)
         self.prompt_keys = keys_at_once(config.qk_nope_head_dim, config.latent_dim)
         self.operators = "mlra_kernels" if self.cos.is_cuda else "torch"
-        self.few = self.cos.is_cuda and choice(vllm_config) == "auto"
+        self.few = self.cos.is_cuda and kernels_of_few(vllm_config)
 
         def weight(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape), requires_grad=False)

@@ -11,6 +11,7 @@ Letters: T tokens, K inputs, R outputs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from difflib import get_close_matches
 
 import torch
 from torch import Tensor
@@ -23,12 +24,27 @@ from mlra_kernels.products.ops import product
 
 CHOICES = ("auto", "cublas")
 """The first is the default."""
+KEY = "products"
+"""Of `additional_config`, which other plugins read too."""
 
 
 def choice(vllm_config: VllmConfig) -> object:
     """What `additional_config` says of products; not checked."""
     told = vllm_config.additional_config
-    return told.get("products", CHOICES[0]) if isinstance(told, dict) else CHOICES[0]
+    return told.get(KEY, CHOICES[0]) if isinstance(told, dict) else CHOICES[0]
+
+
+def misspelt(vllm_config: VllmConfig) -> list[str]:
+    """Keys of `additional_config` that are typing errors of `KEY`. Keys that are less alike may be
+    another plugin's."""
+    told = vllm_config.additional_config
+    others = [key for key in told if key != KEY] if isinstance(told, dict) else []
+    return [key for key in map(str, others) if get_close_matches(key.lower(), [KEY], cutoff=0.85)]
+
+
+def kernels_of_few(vllm_config: VllmConfig) -> bool:
+    """Whether the project's kernels multiply in steps of few tokens."""
+    return choice(vllm_config) == "auto"
 
 
 @torch.library.custom_op("mlra_vllm::linear_of_few", mutates_args=())
@@ -47,7 +63,7 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
 
 def linear_by(vllm_config: VllmConfig) -> Callable[[Tensor, Tensor], Tensor]:
     """The function for x `[T, K]` and weight `[R, K]` -> `[T, R]`."""
-    return linear_of_few if choice(vllm_config) == "auto" else linear
+    return linear_of_few if kernels_of_few(vllm_config) else linear
 
 
 class FewTokens(UnquantizedLinearMethod):
@@ -64,6 +80,6 @@ class FewTokens(UnquantizedLinearMethod):
 
 def use_by(vllm_config: VllmConfig, *layers: LinearBase) -> None:
     """Let layers of vLLM multiply as `vllm_config` says."""
-    if choice(vllm_config) == "auto":
+    if kernels_of_few(vllm_config):
         for layer in layers:
             layer.quant_method = FewTokens()

@@ -19,7 +19,8 @@ from megatron_mlra.benchmarks.losses_files import Run, read, read_json
 from megatron_mlra.benchmarks.losses_plot import plot
 from megatron_mlra.command_line.early import writes
 from megatron_mlra.command_line.numbers import whole
-from megatron_mlra.command_line.parser import OneLineParser, check_output, write_json
+from megatron_mlra.command_line.parser import OneLineParser, write_json
+from megatron_mlra.command_line.results import check_figure, check_json
 
 
 def table(runs: dict[str, Run], last: int) -> str:
@@ -49,9 +50,10 @@ def compare(args: argparse.Namespace) -> None:
     Raises:
         ValueError: an argument or a run is wrong.
     """
-    for flag, file in (("--json", args.json), ("--png", args.png)):
-        if file:
-            check_output(file, flag)
+    if args.json:
+        check_json(args.json, "--json")
+    if args.png:
+        check_figure(args.png, "--png")
     runs: dict[str, Run] = {}
     for text in args.runs:
         name, equals, file = text.partition("=")
@@ -95,8 +97,8 @@ def parser() -> OneLineParser:
         "--last", type=whole(1), default=50, help="last steps to take the mean of (default: 50)"
     )
     add = flags.add_argument
-    writes(add("--json", type=Path, metavar="FILE", help="where to write the losses"), check_output)
-    writes(add("--png", type=Path, metavar="FILE", help="where to draw them"), check_output)
+    writes(add("--json", type=Path, metavar="FILE", help="where to write the losses"), check_json)
+    writes(add("--png", type=Path, metavar="FILE", help="where to draw them"), check_figure)
     return flags
 
 

@@ -58,14 +58,29 @@ def check(parser: OneLineParser, argv: Sequence[str], ranks: bool = True) -> Non
         args = parser.parse_args(argv)
     if not ranks:
         _check_alone()
-    declared = list(_declared(parser, args))
+    declared, written = list(_declared(parser, args)), {}
     for kind in (_INPUT, _OUTPUT):
         for action, (its_kind, function) in declared:
             if its_kind == kind:
                 for value in _values(getattr(args, action.dest)):
                     _check_value(function, value, _name(action), action.const)
+                    if kind == _OUTPUT:
+                        _check_other(written, value, _name(action))
     for function in parser.together:
         function(args)
+
+
+def _check_other(written: dict[str, str], value: Any, flag: str) -> None:
+    """Refuse an output that would replace another of the same command line.
+
+    Args:
+        written: path -> flag of the outputs so far; this one is added.
+
+    Raises:
+        ValueError: names both flags and the value.
+    """
+    if (other := written.setdefault(os.path.realpath(value), flag)) != flag:
+        raise ValueError(f"{other} and {flag} are both {value}; name two files")
 
 
 def _check_alone() -> None:

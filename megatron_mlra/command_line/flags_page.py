@@ -18,6 +18,18 @@ HEAD = """\
 Every command with its own flags. `--help` prints the same in a terminal, `--version` the versions;
 `mlra pretrain --help-megatron` lists Megatron's flags too. This page is written by
 `python -m megatron_mlra.command_line.flags_page > docs/flags.md`.
+
+What is at the place of an output: the files of results (`--json`, `--output` of `mlra generate`,
+`--png`, `--plot`, `--out`) replace earlier results and empty files, and no other file. Models and
+data (`mlra convert`, `reshard`, `preprocess`, `demo-corpus`, `twin`) replace nothing, unless a
+command has `--overwrite` and it is given.
+
+Exit codes: 0 done; 1 failed, or the answer is no (logits differ, no layout fits); 2 the command
+line or an input was refused; 128 + the number of a signal that ended the command: 130 for Ctrl-C,
+with one line on standard error, also for `mlra serve`, which runs until then. `mlra pretrain` and
+`mlra launch` end with 0 where a first Ctrl-C or another stop signal stopped the run in order (what
+is trained is saved where there is `--save`), since launchers and schedulers take other codes for a
+failure and start again. They end with 130 where Ctrl-C came before the run began, or twice.
 """
 THEIRS = {
     "launch": "Flags of torchrun, then `-m megatron_mlra.training` (or a script) and its flags:"

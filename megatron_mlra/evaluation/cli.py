@@ -14,10 +14,14 @@ from megatron_mlra.command_line import parser as command_line
 from megatron_mlra.command_line.early import a_file, reads, writes
 from megatron_mlra.command_line.numbers import whole
 from megatron_mlra.command_line.parser import OneLineParser
+from megatron_mlra.command_line.results import check_json
 from megatron_mlra.data.prefixes import a_dataset
 from megatron_mlra.description.model import DTYPES
 from megatron_mlra.evaluation.inputs import add_inputs, check_tokens, read_inputs, run
 from megatron_mlra.evaluation.tasks import read_task, run_task, told
+
+WINDOWS = 64
+"""Of each dataset, by default, for --cache-dtype: decoding takes a step per token."""
 
 
 def parser() -> OneLineParser:
@@ -77,11 +81,11 @@ def parser() -> OneLineParser:
     command.add_argument(
         "--windows",
         type=whole(1),
-        default=64,
-        help="windows of each dataset for --cache-dtype (default: 64)",
+        default=WINDOWS,
+        help=f"windows of each dataset for --cache-dtype (default: {WINDOWS})",
     )
     json_file = command.add_argument("--json", metavar="FILE", help="write the results here too")
-    writes(json_file, command_line.check_output)
+    writes(json_file, check_json)
     command.together.append(_check)
     return command
 
@@ -101,6 +105,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--cache-dtype needs --data NAME=PREFIX; leave --text and --task out")
     if not args.text and not args.task and not args.data:
         raise ValueError("nothing to evaluate; give --text, --data or --task")
+    if args.windows != WINDOWS and not args.cache_dtype:
+        raise ValueError(f"--windows {args.windows} is of --cache-dtype; leave it out, or add that")
     if args.cache_dtype and args.dtype and not {"fp8", "fp8-rope"} & set(args.cache_dtype):
         raise ValueError(
             f"--dtype {args.dtype} is of the weights beside an FP8 cache, and --cache-dtype names"
@@ -111,7 +117,7 @@ def _check(args: argparse.Namespace) -> None:
 def _run(args: argparse.Namespace) -> None:
     _check(args)
     if args.json:
-        command_line.check_output(args.json, "--json")
+        check_json(args.json, "--json")
     texts, streams = read_inputs(args)
     tasks = {file: read_task(file) for file in args.task}
 

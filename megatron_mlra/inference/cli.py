@@ -21,8 +21,9 @@ import torch
 from megatron_mlra.checkpoint.folder import CheckpointFolder
 from megatron_mlra.checkpoint.formats import open_checkpoint
 from megatron_mlra.checkpoint.tokenizer import checkpoint_tokenizer, stop_ids
-from megatron_mlra.command_line.parser import check_output, one_line, write_text
+from megatron_mlra.command_line.parser import one_line, write_text
 from megatron_mlra.command_line.progress_bar import bar
+from megatron_mlra.command_line.results import check_json
 from megatron_mlra.data.tokenizers import Tokenizer
 from megatron_mlra.fault_tolerance import fingerprint
 from megatron_mlra.fault_tolerance.handshake import Fingerprint
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         if world.rank() == 0:
-            print("\ninterrupted", file=sys.stderr)
+            print("\nerror: interrupted", file=sys.stderr)
         return 130
 
 
@@ -111,7 +112,7 @@ def _generate(args: argparse.Namespace, texts: list[str], rank: int, device: str
     check(args)
     tensor_parallel_size(world.size(), args.context_parallel)
     if args.output:
-        check_output(args.output, "--output")
+        check_json(args.output, "--output")
     folder = open_checkpoint(args.checkpoint, args.vocab_size, verify=args.verify)
     if args.speculate and not folder.description.mtp_num_layers:
         raise ValueError(

@@ -9,12 +9,8 @@ from megatron_mlra.checkpoint.files.tracker import a_checkpoint
 from megatron_mlra.command_line.early import a_file, is_there, reads, writes
 from megatron_mlra.command_line.foreign_text import parse_json
 from megatron_mlra.command_line.numbers import real, whole
-from megatron_mlra.command_line.parser import (
-    OneLineParser,
-    add_no_verify,
-    check_output,
-    lines_of,
-)
+from megatron_mlra.command_line.parser import OneLineParser, add_no_verify, flag, lines_of
+from megatron_mlra.command_line.results import check_json
 from megatron_mlra.data.tokenizers import TOKENIZER_TYPES
 from megatron_mlra.description.backends import (
     ALL_REDUCES,
@@ -87,7 +83,7 @@ def parser() -> OneLineParser:
         help="write the log-probability of every token into --output",
     )
     output = p.add_argument("--output", help="write prompts and outputs there, as JSON lines")
-    writes(output, check_output)
+    writes(output, check_json)
     p.add_argument("--tokenizer", choices=TOKENIZER_TYPES,
                    help="kind of tokenizer; default: the checkpoint's own, or bytes for 257"
                    " tokens")  # fmt: skip
@@ -171,6 +167,14 @@ def check(args: argparse.Namespace) -> None:
     """
     if not args.prompt and not args.prompt_file:
         raise ValueError(NO_PROMPT)
+    for name, unset in (("top_k", 0), ("top_p", 1.0)):
+        if not args.temperature and (value := getattr(args, name)) != unset:
+            raise ValueError(
+                f"{flag(name)} {value} has no effect at --temperature 0; give a temperature, as"
+                " 0.7, or leave it out"
+            )
+    if args.logprobs and not args.output:
+        raise ValueError("--logprobs writes into --output FILE; name it, or leave --logprobs out")
     if args.tokenizer == "hf":
         if args.tokenizer_model is None:
             raise ValueError("the hf tokenizer needs --tokenizer-model")

@@ -8,7 +8,7 @@ why one of them stops or fails; ranks follow the scheduler's numbers of the host
 
 Start with cli.py; examples/launch.sh is the script that calls it.
 
-May import:   command_line.loading, command_line.numbers, command_line.output,
+May import:   command_line.entry, command_line.loading, command_line.numbers, command_line.output,
               command_line.ranks, command_line.suggest; torch.distributed's elastic agent
 Imported by:  training (the exit code of a second Ctrl-C; a port for a world of one)
 Never:        Megatron, so that a launcher starts within a second

@@ -15,10 +15,10 @@ from megatron_mlra.command_line.early import reads, writes
 from megatron_mlra.command_line.numbers import whole
 from megatron_mlra.command_line.parser import (
     OneLineParser,
-    check_output,
     flag,
     one_line,
 )
+from megatron_mlra.command_line.results import check_figure
 from megatron_mlra.command_line.suggest import is_elsewhere, refusal
 from megatron_mlra.description.backends import TP_LAYOUTS
 from megatron_mlra.description.megatron_args import from_megatron_args
@@ -105,7 +105,7 @@ def parser() -> OneLineParser:
     )
     flags.add_argument("--json", action="store_true", help="print JSON, all of it, and no tables")
     plot = flags.add_argument("--plot", metavar="FILE.png", help="draw memory, time and decoding")
-    writes(plot, check_output)
+    writes(plot, check_figure)
     assumed = flags.add_argument_group("assumptions (shares of stated rates)")
     for field in fields(Assumptions):
         about = f"{field.metadata['help']} (default: {field.default:g})"
@@ -141,7 +141,7 @@ def plan(args: argparse.Namespace) -> Report:
         ValueError: one line that names the flag and the fix.
     """
     if args.plot:
-        check_output(args.plot, "--plot")
+        check_figure(args.plot, "--plot")
     gpu = find(args.gpu)
     if args.fp8 and not gpu.fp8_tflops:
         raise ValueError(f"--fp8: {gpu.name} has no FP8; leave it out")

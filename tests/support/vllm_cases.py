@@ -198,6 +198,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"additional_config": {"products": "fast"}},
         "products in --additional-config is 'fast'; use one of auto, cublas",
     ),
+    "key": (
+        {"additional_config": {"prodcts": "cublas"}},
+        "--additional-config names 'prodcts'; did you mean products?",
+    ),
     "backend": (
         {"attention_backend": "FLASH_ATTN"},
         "--attention-backend is FLASH_ATTN, and latent attention has its own; leave it out",

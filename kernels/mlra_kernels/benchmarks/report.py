@@ -148,13 +148,17 @@ def commit() -> str:
 
 
 def output_file(name: str) -> str:
-    """An argparse type: the name of a file that can be written. A missing folder is made."""
+    """An argparse type: the name of a file that can be written, in place of nothing but an earlier
+    result. A missing folder is made."""
     path = Path(name)
     try:
         if path.is_dir():
             raise argparse.ArgumentTypeError(f"{name} is a folder; name a file in it")
         if path.exists() and not path.is_file():
             raise argparse.ArgumentTypeError(f"{name} is no plain file; name another")
+        if path.exists() and not _is_result(path.read_bytes()):
+            said = f"{name} is there and no result of a benchmark; remove it, or name another file"
+            raise argparse.ArgumentTypeError(said)
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         said = f"{name}: the folder {path.parent} cannot be made ({error.strerror})"
@@ -167,6 +171,22 @@ def output_file(name: str) -> str:
         said = f"{name}: the folder {path.parent} cannot be written ({error.strerror})"
         raise argparse.ArgumentTypeError(said) from None
     return name
+
+
+def _is_result(data: bytes) -> bool:
+    """Whether a file is empty, or a figure or records of a benchmark. matplotlib names itself in
+    what it draws."""
+    if not data or b"Matplotlib" in data:
+        return True
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    if isinstance(found, list):  # of mlra_vllm.benchmarks
+        return bool(found) and all(
+            isinstance(r, dict) and {"model", "tp"} <= r.keys() for r in found
+        )
+    return isinstance(found, dict) and {"commit", "records"} <= found.keys()
 
 
 def write_json(file: str | Path, value: Any) -> None:

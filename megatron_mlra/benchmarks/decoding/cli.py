@@ -36,7 +36,8 @@ from megatron_mlra.benchmarks.decoding.measure import (
 from megatron_mlra.benchmarks.decoding.place import Place, joined, tiny
 from megatron_mlra.benchmarks.decoding.plot import plot
 from megatron_mlra.command_line.figures import tokens
-from megatron_mlra.command_line.parser import check_output, fail, write_json
+from megatron_mlra.command_line.parser import fail, write_json
+from megatron_mlra.command_line.results import check_figure, check_json
 from megatron_mlra.description.presets import preset_description, preset_values
 from megatron_mlra.fault_tolerance import fingerprint
 from megatron_mlra.fault_tolerance.handshake import Fingerprint
@@ -153,9 +154,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         check(args)
-        for flag, file in (("--json", args.json), ("--png", args.png)):
-            if file:
-                check_output(file, flag)
+        if args.json:
+            check_json(args.json, "--json")
+        if args.png:
+            check_figure(args.png, "--png")
         with joined(on_cpu, args.products, told) as place:
             if args.speculate is not None:
                 _run_guesses(args, place)

@@ -7,7 +7,8 @@ import argparse
 from megatron_mlra.checkpoint.files.tracker import a_checkpoint
 from megatron_mlra.command_line.early import a_file, reads, writes
 from megatron_mlra.command_line.numbers import real, whole
-from megatron_mlra.command_line.parser import OneLineParser, check_output
+from megatron_mlra.command_line.parser import OneLineParser
+from megatron_mlra.command_line.results import check_figure, check_json
 from megatron_mlra.data.prefixes import check_files
 from megatron_mlra.description.backends import ALL_REDUCES, PRODUCTS
 from megatron_mlra.description.presets import a_preset
@@ -128,8 +129,8 @@ def parser() -> OneLineParser:
         default=[0.0],
         help="of the draws of --speculate, one run each; default 0: the likeliest",
     )
-    writes(add("--json", metavar="FILE", help="where to write the records"), check_output)
-    writes(add("--png", metavar="FILE", help="where to draw time over context"), check_output)
+    writes(add("--json", metavar="FILE", help="where to write the records"), check_json)
+    writes(add("--png", metavar="FILE", help="where to draw time over context"), check_figure)
     add("--commit", help="commit to name in the report")
     add("--seed", type=whole(0, 2**31 - 1), help="of weights and cache; default: the clock")
     flags.together.append(check)

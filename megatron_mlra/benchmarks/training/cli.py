@@ -29,6 +29,7 @@ from megatron_mlra.benchmarks.training.cases import Case
 from megatron_mlra.command_line.early import reads, writes
 from megatron_mlra.command_line.numbers import real, whole
 from megatron_mlra.command_line.parser import OneLineParser, fail, make_folder
+from megatron_mlra.command_line.results import check_figure, check_json
 from megatron_mlra.training.early_checks import parsed
 
 warnings.filterwarnings("ignore")
@@ -110,9 +111,21 @@ def parser() -> OneLineParser:
         metavar="FOLDER",
         help="folder for results (default: runs/benchmark_training)",
     )
-    writes(out, lambda folder, flag: make_folder(folder, f"{flag} {folder}"))
+    writes(out, _check_out)
     flags.together.append(chosen)
     return flags
+
+
+def _check_out(folder: Path, flag: str) -> None:
+    """Make the folder of the results, and check that they replace nothing else.
+
+    Raises:
+        ValueError: it cannot be written, or holds another file of their names.
+    """
+    make_folder(folder, f"{flag} {folder}")
+    for name in ("training.json", "progress.json"):
+        check_json(folder / name, flag)
+    check_figure(folder / "training.png", flag)
 
 
 def two_processes() -> bool:
@@ -143,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, flags = own.parse_known_args(argv)
     try:
         cases = chosen(args)
-        make_folder(args.out, f"--out {args.out}")
+        _check_out(args.out, "--out")
         parsed(flags)
     except ValueError as error:
         return fail(str(error), 2)

@@ -14,6 +14,7 @@ from megatron_mlra.command_line import parser as command_line
 from megatron_mlra.command_line.early import reads, writes
 from megatron_mlra.command_line.numbers import whole
 from megatron_mlra.command_line.parser import OneLineParser
+from megatron_mlra.command_line.results import check_figure, check_json
 from megatron_mlra.data.prefixes import a_dataset
 from megatron_mlra.description.model import DTYPES
 from megatron_mlra.evaluation.inputs import add_inputs, check_tokens, read_inputs, run
@@ -67,8 +68,8 @@ def parser() -> OneLineParser:
     plot = command.add_argument(
         "--plot", metavar="FILE", help="draw them here (.png, .svg or .pdf)"
     )
-    for output in (json_file, plot):
-        writes(output, command_line.check_output)
+    writes(json_file, check_json)
+    writes(plot, check_figure)
     command.together.append(_check)
     return command
 
@@ -97,11 +98,9 @@ def _check(args: argparse.Namespace) -> None:
     if not args.data and not args.text:
         raise ValueError("nothing to analyze on; give held-out text by --data or --text")
     if args.json:
-        command_line.check_output(args.json, "--json")
+        check_json(args.json, "--json")
     if args.plot:
-        if Path(args.plot).suffix not in (".png", ".svg", ".pdf"):
-            raise ValueError(f"--plot {args.plot} ends in none of .png, .svg, .pdf")
-        command_line.check_output(args.plot, "--plot")
+        check_figure(args.plot, "--plot")
 
 
 def _analyze(args: argparse.Namespace) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -227,6 +228,32 @@ def test_an_interrupt_is_one_line():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV)
     assert (done.returncode, done.stdout) == (130, "half\n")
     assert done.stderr == "error: interrupted\n"
+
+
+FIRST_MOMENTS = """
+import runpy, signal, sys
+
+class CtrlC:
+    def find_spec(self, name, path=None, target=None):
+        if name == "megatron_mlra.command_line.output":
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, CtrlC())
+run, sys.argv = sys.argv[1], sys.argv[1:]
+(runpy.run_path if run.endswith(".py") else runpy.run_module)(run, run_name="__main__")
+"""
+STARTS = [
+    *(f"{ROOT}/tools/{file.name}" for file in sorted((ROOT / "tools").glob("*.py"))),
+    f"{ROOT}/pretrain_mlra.py",
+    *(f"megatron_mlra.{package}" for package in ("command_line", "training", "launch")),
+]
+
+
+@pytest.mark.parametrize("start", STARTS, ids=[Path(start).name for start in STARTS])
+def test_a_ctrl_c_in_the_first_moments_is_one_line(start):
+    command = [sys.executable, "-c", FIRST_MOMENTS, start, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV)
+    assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
 
 
 @pytest.mark.parametrize(

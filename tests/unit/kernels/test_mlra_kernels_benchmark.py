@@ -154,6 +154,17 @@ def test_output_files_have_a_folder_before_anything_is_measured(tmp_path):
             output_file(wrong)
 
 
+def test_a_result_replaces_a_result_alone(tmp_path):
+    file = tmp_path / "out"
+    for data in ("", '{"commit": "a", "records": []}', '[{"model": "a", "tp": 1}]', "Matplotlib"):
+        file.write_text(data)
+        assert output_file(str(file)) == str(file)
+    for data in ("A book.", '{"model_type": "mlra"}', "[]", "[1]", "[" * 10000, "1"):
+        file.write_text(data)
+        with pytest.raises(argparse.ArgumentTypeError, match="is there and no result of a benchm"):
+            output_file(str(file))
+
+
 def test_peers_that_are_not_there_are_named_with_the_way_to_get_them(monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", [])  # Nothing but what is loaded already can be found.
     for able, names in (
