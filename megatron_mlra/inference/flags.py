@@ -179,6 +179,8 @@ def check(args: argparse.Namespace) -> None:
         for text in getattr(args, name):
             _check_text(f"--{name}", text)
     check_page_size(args.page_size)
+    if args.logprobs and not args.output:
+        raise ValueError("--logprobs writes into --output; add --output FILE, or leave it out")
     if args.speculate and args.context_parallel > 1:
         raise ValueError(
             f"--speculate needs whole sequences, and --context-parallel {args.context_parallel}"

@@ -42,6 +42,7 @@ REFUSED = {
     "generate run --prompt x --top-p 2": "--top-p: 2 is no number above 0 and at most 1",
     "generate run --prompt x --temperature nan": "--temperature: nan is no number of at least 0",
     "evaluate run --text file --batch-size 0": "--batch-size: 0 is no whole number of at least 1",
+    "generate run --prompt x --logprobs": "--logprobs writes into --output; add --output FILE",
     "generate run --prompt x --output file/out": "file cannot be made (File exists)",
     "generate run --prompt x --temp 1": "unknown flag --temp; did you mean --temperature?",
     "generate run --prompt x --tokenizer hf": "the hf tokenizer needs --tokenizer-model",
