@@ -50,8 +50,14 @@ def check_data(args: Namespace) -> None:
     blend, per_split = _blends(args)
     if per_split is not None:
         _check_parts(args, *per_split[:2])
-    for prefix in _prefixes(args):
-        _check_prefix(prefix, args, split=blend is not None and prefix in blend[0])
+    prefixes = _prefixes(args)
+    for prefix in prefixes:
+        _check_files(prefix, args, split=blend is not None and prefix in blend[0])
+    known = {p: found for p in prefixes if (found := read_metadata(p)) is not None}
+    if args.tokenizer_type == "NullTokenizer":
+        _check_one_end(known)
+    for prefix, metadata in known.items():
+        _check_tokens(prefix, metadata, args)
 
 
 def check_data_contents(args: Namespace, say: Callable[[str], None]) -> None:
@@ -129,16 +135,13 @@ def _check_parts(args: Namespace, train: Any, valid: Any) -> None:
             raise ValueError(f"{missing}; add it{without}")
 
 
-def _check_prefix(prefix: str, args: Namespace, split: bool) -> None:
+def _check_files(prefix: str, args: Namespace, split: bool) -> None:
     if is_number(prefix) and not Path(prefix + ".idx").exists():
         raise ValueError(_NOT_ALTERNATING)
     check_files(prefix)
     index = read_index(prefix)
     if split:
         _check_split(prefix, index, args)
-    metadata = read_metadata(prefix)
-    if metadata is not None:
-        _check_tokens(prefix, metadata, args)
 
 
 def _check_split(prefix: str, index: Index, args: Namespace) -> None:
@@ -160,6 +163,19 @@ def _check_split(prefix: str, index: Index, args: Namespace) -> None:
         raise ValueError(
             f"--split {args.split} leaves nothing for validation; use another, or --eval-iters 0"
         )
+
+
+def _check_one_end(known: dict[str, dict[str, Any]]) -> None:
+    """Refuse data that end documents with different ids: no id of the model fits both."""
+    ends = {p: eod for p, found in known.items() if (eod := found.get("eod_id")) is not None}
+    first = next(iter(ends), None)
+    for prefix, eod_id in ends.items():
+        if eod_id != ends[first]:
+            raise ValueError(
+                f"data {prefix} ends documents with id {eod_id}, data {first} with {ends[first]};"
+                " all data of a run need one tokenizer: make one of them again by mlra preprocess,"
+                " or leave it out"
+            )
 
 
 def _check_tokens(prefix: str, metadata: dict[str, Any], args: Namespace) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from support.runs import check_refused
@@ -279,6 +282,25 @@ def test_flags(entry, preset, corpus, tmp_path, argv, error):
     argv = [word.replace("{corpus}", str(corpus)) for word in argv]
     check_refused(
         entry.run(tmp_path, "--config", preset, *argv), error.replace("{corpus}", str(corpus))
+    )
+
+
+@pytest.mark.parametrize(
+    "argv", [("--data-path", "{corpus}", "{other}"), ("--held-out", "x={other}")]
+)
+def test_data_of_two_tokenizers(entry, preset, corpus, tmp_path, argv):
+    """No --null-tokenizer-eod-id fits both, so none is proposed."""
+    (tmp_path / "data").mkdir()
+    other = tmp_path / "data" / "other"
+    for suffix in (".bin", ".idx"):
+        Path(f"{other}{suffix}").write_bytes(Path(f"{corpus}{suffix}").read_bytes())
+    metadata = json.loads(Path(f"{corpus}.json").read_text()) | {"eod_id": 0}
+    Path(f"{other}.json").write_text(json.dumps(metadata))
+    argv = [word.format(corpus=corpus, other=other) for word in argv]
+    check_refused(
+        entry.run(tmp_path, "--config", preset, *argv),
+        f"data {other} ends documents with id 0, data {corpus} with 256; all data of a run need"
+        " one tokenizer: make one of them again by mlra preprocess, or leave it out\n",
     )
 
 
