@@ -27,7 +27,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from megatron_mlra.command_line.parser import say
 from megatron_mlra.data.contents import cache_folder, check_contents
 from megatron_mlra.data.index import Index, read_index
-from megatron_mlra.data.metadata import read_metadata
+from megatron_mlra.data.metadata import read_metadata, two_tokenizers
 from megatron_mlra.data.prefixes import NO_DATA, check_files, is_number
 from megatron_mlra.evaluation.held_out import end_of_document
 from megatron_mlra.evaluation.token_stream import named_sets
@@ -61,19 +61,22 @@ def check_data(args: Namespace) -> None:
 
 
 def check_data_contents(args: Namespace, say: Callable[[str], None]) -> None:
-    """Refuse data that are not what the preprocessing wrote.
+    """Refuse data that are not what the preprocessing wrote, and warn of two tokenizers.
 
     The check reads every byte of data that was not checked before, so one rank calls it for all.
 
     Args:
-        say: called with lines that tell the user of a long check.
+        say: called with lines that tell the user of a long check, and with the warning.
 
     Raises:
         ValueError: names the file.
     """
     if args.mock_data or args.skip_train:
         return
-    for prefix in _prefixes(args):
+    prefixes = _prefixes(args)
+    if line := two_tokenizers({prefix: read_metadata(prefix) or {} for prefix in prefixes}):
+        say(line)
+    for prefix in prefixes:
         check_contents(prefix, cache_folder(prefix, args.data_cache_path), say)
 
 
