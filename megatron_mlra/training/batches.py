@@ -213,6 +213,9 @@ def build_datasets(sample_counts: list[int], vp_stage: int | None = None):
     """
     args = get_args()
     blend, per_split = get_blend_and_blend_per_split(args)
+    if not (args.full_validation or args.multiple_validation_sets):  # these take no weights
+        blend = _weighted(blend)
+        per_split = per_split and [_weighted(part) for part in per_split]
     if sample_counts[1]:
         train, _, test = sample_counts
         # The order of samples depends on their number. The number of one evaluation's samples
@@ -253,6 +256,17 @@ def build_datasets(sample_counts: list[int], vp_stage: int | None = None):
         _say_other_order(built[0], args.planned_samples, sample_counts[0], args)
     # A blend of no samples (--eval-iters 0) is empty, and Megatron makes no loader of it.
     return [part if count else None for part, count in zip(built, sample_counts, strict=True)]
+
+
+def _weighted(blend: Any) -> Any:
+    """A blend (prefixes, weights) with the numbers of tokens for weights, if it has none.
+
+    Megatron's own blend without weights ends behind one pass over its data, in the middle of a run,
+    and takes no dataset that is shorter than a sequence.
+    """
+    if blend is None or blend[1] is not None or len(blend[0]) == 1:
+        return blend
+    return blend[0], [float(read_index(prefix).lengths.sum()) for prefix in blend[0]]
 
 
 def _say_other_order(train: Any, planned: int | None, now: int, args: Namespace) -> None:

@@ -165,6 +165,21 @@ def test_blends_need_no_validation(entry, preset, corpus, tmp_path):
         assert run.code == 0 and "validation at" not in run.out, run.err
 
 
+@pytest.mark.parametrize("by_parts", [False, True])
+def test_a_blend_without_weights_goes_on_behind_its_first_pass(entry, preset, tmp_path, by_parts):
+    """One of its datasets has parts that are shorter than a sequence."""
+    prefixes = []
+    for name, documents, word in (("long", 40, "first "), ("short", 10, "x")):
+        (tmp_path / name).mkdir()
+        prefixes.append(write(tmp_path / name, documents, word))
+    argv = ["--data-path", *prefixes, "--split", "80,10,10"]
+    if by_parts:
+        argv = [word for part in ("train", "valid") for word in (f"--{part}-data-path", *prefixes)]
+    argv += ["--train-iters", 80, "--eval-iters", 9, "--log-interval", 80]
+    run = entry.run(tmp_path / "run", "--config", preset, *argv)
+    assert run.code == 0 and "validation at step 80" in run.out, run.err
+
+
 def test_parts_without_data_are_named(entry, preset, corpus, tmp_path):
     def run(*argv):
         return entry.run(tmp_path, "--config", preset, *argv)
