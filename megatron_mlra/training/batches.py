@@ -213,9 +213,7 @@ def build_datasets(sample_counts: list[int], vp_stage: int | None = None):
     """
     args = get_args()
     blend, per_split = get_blend_and_blend_per_split(args)
-    if not (args.full_validation or args.multiple_validation_sets):  # these take no weights
-        blend = _weighted(blend)
-        per_split = per_split and [_weighted(part) for part in per_split]
+    blend, per_split = _weighted(blend), per_split and [_weighted(part) for part in per_split]
     if sample_counts[1]:
         train, _, test = sample_counts
         # The order of samples depends on their number. The number of one evaluation's samples
@@ -226,8 +224,6 @@ def build_datasets(sample_counts: list[int], vp_stage: int | None = None):
         sequence_length=args.seq_length,
         blend=blend,
         blend_per_split=per_split,
-        multiple_validation_sets=args.multiple_validation_sets,
-        full_validation=args.full_validation,
         split=args.split if per_split is None else None,
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
