@@ -122,8 +122,10 @@ def data_tokenizer(source: CheckpointFolder) -> TokenizerSpec | None:
 
 
 def data_prefixes(source: CheckpointFolder) -> list[str]:
-    """The --data-path prefixes of a Megatron run, each once; empty for other kinds of folders."""
-    return without_weights(getattr(source.args, "data_path", None) or [])
+    """The prefixes of the data that a Megatron run trained on, each once; empty for other kinds of
+    folders."""
+    found = (getattr(source.args, name, None) for name in ("data_path", "train_data_path"))
+    return without_weights(next(filter(None, found), []))
 
 
 def checkpoint_tokenizer(

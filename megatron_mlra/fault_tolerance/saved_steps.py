@@ -36,18 +36,26 @@ def same_folder(args: Namespace) -> bool:
 
 
 def check_unused(args: Namespace) -> None:
-    """Check that `--save` holds no checkpoint, unless this run continues from that folder.
+    """Check that `--save` holds no checkpoint, unless this run continues from that folder. With
+    `--finetune` it begins at step 0: the weights may come from the folder's release alone.
 
     Raises:
         ValueError: names the step of the newest checkpoint, and the fix.
     """
     folder = Path(args.save)
-    if same_folder(args):
+    begins = getattr(args, "finetune", None) and same_folder(args)
+    if same_folder(args) and not begins:
         return
     step = latest_step(folder)
     if step is None and (saved := saved_without_tracker(folder)):
         step = step_of(saved[0])
-    if step is not None:
+    if begins and step:
+        raise ValueError(
+            f"--save {folder} holds a checkpoint of step {step:,}, which this run would replace,"
+            " since --finetune begins at step 0; use another --save, or leave --finetune out to"
+            " continue"
+        )
+    if step is not None and not begins:
         raise ValueError(
             f"--save {folder} holds a checkpoint of step {step:,}, which this run would replace;"
             f" add --load {shlex.quote(args.save)} to continue it, or use another folder"

@@ -35,7 +35,7 @@ from megatron_mlra.inference.load import LoadOptions, load_draft, load_model
 from megatron_mlra.inference.parallel import TensorParallel, tensor_parallel_size
 from megatron_mlra.inference.request import Request
 from megatron_mlra.inference.runner import Runner
-from megatron_mlra.inference.sampling import SamplingParams
+from megatron_mlra.inference.sampling import SEEDS, SamplingParams
 from megatron_mlra.inference.world import Once
 
 _ON_CPU = "DefaultCPUAllocator: "
@@ -102,6 +102,12 @@ def _device(args: argparse.Namespace) -> str:
 
 
 def _generate(args: argparse.Namespace, texts: list[str], rank: int, device: str) -> int:
+    last = SEEDS[1] - len(texts) + 1
+    if args.seed > last:
+        raise ValueError(
+            f"--seed {args.seed} leaves none for the last of {len(texts)} prompts; use at most"
+            f" {last}"
+        )
     params = [
         SamplingParams(
             max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,

@@ -297,6 +297,9 @@ def check_multi_token(args: Namespace) -> None:
 def _check_held_out(args: Namespace) -> None:
     if not named_sets(args.held_out):
         return
+    if args.skip_train:
+        said = "--held-out scores behind the last step, and --skip-train makes none"
+        raise ValueError(f"{said}; score a checkpoint with mlra evaluate")
     for name in (
         "dataloader_inter_document_masking",
         "reset_attention_mask",

@@ -45,15 +45,15 @@ def check_data(args: Namespace) -> None:
     Raises:
         ValueError: names the file and what to do.
     """
-    if args.mock_data or args.skip_train:
+    if args.skip_train:
         return
     blend, per_split = _blends(args)
     if per_split is not None:
         _check_parts(args, *per_split[:2])
-    prefixes = _prefixes(args)
-    for prefix in prefixes:
+    named = prefixes(args)
+    for prefix in named:
         _check_files(prefix, args, split=blend is not None and prefix in blend[0])
-    known = {p: found for p in prefixes if (found := read_metadata(p)) is not None}
+    known = {p: found for p in named if (found := read_metadata(p)) is not None}
     if args.tokenizer_type == "NullTokenizer":
         _check_one_end(known)
     for prefix, metadata in known.items():
@@ -71,22 +71,22 @@ def check_data_contents(args: Namespace, say: Callable[[str], None]) -> None:
     Raises:
         ValueError: names the file.
     """
-    if args.mock_data or args.skip_train:
-        return
-    prefixes = _prefixes(args)
-    if line := two_tokenizers({prefix: read_metadata(prefix) or {} for prefix in prefixes}):
+    named = prefixes(args)
+    if line := two_tokenizers({prefix: read_metadata(prefix) or {} for prefix in named}):
         say(line)
-    for prefix in prefixes:
+    for prefix in named:
         check_contents(prefix, cache_folder(prefix, args.data_cache_path), say)
 
 
 def _blends(args: Namespace) -> tuple[Any, Any]:
     """Megatron's blend (prefixes and weights) of data that are split, and those of the three parts;
-    None where there are none.
+    None where there are none, as with --mock-data.
 
     Raises:
         ValueError: files or words that name data cannot be read.
     """
+    if args.mock_data:
+        return None, None
     try:
         return get_blend_and_blend_per_split(args)
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -100,24 +100,26 @@ def _blends(args: Namespace) -> tuple[Any, Any]:
         raise ValueError(_NOT_ALTERNATING) from None
 
 
-def _prefixes(args: Namespace) -> list[str]:
-    """Prefixes of all data that the arguments name, each once.
+def prefixes(args: Namespace) -> list[str]:
+    """Prefixes of all data that a run reads, held-out sets too, each once.
 
     Raises:
         ValueError: the arguments name no data, or a weight that is not positive.
     """
+    if args.skip_train:
+        return []
     blend, per_split = _blends(args)
     blends = [b for b in (blend, *(per_split or ())) if b is not None]
-    if not blends:
+    if not (blends or args.mock_data):
         raise ValueError(NO_DATA)
-    for prefixes, weights in blends:
-        for prefix, weight in zip(prefixes, weights or (), strict=False):
+    for names, weights in blends:
+        for prefix, weight in zip(names, weights or (), strict=False):
             if not 0 < weight < float("inf"):
                 raise ValueError(
                     f"data {prefix} has weight {weight:g}; give a positive one, or leave the data"
                     " out"
                 )
-    found = [prefix for prefixes, _ in blends for prefix in prefixes]
+    found = [prefix for names, _ in blends for prefix in names]
     return list(dict.fromkeys([*found, *named_sets(args.held_out).values()]))
 
 

@@ -7,6 +7,7 @@ from argparse import Namespace
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_mlra.command_line.parser import flag
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.layers.config import MLRAConfig
 from megatron_mlra.planner.command import ENTRY, launcher
@@ -20,6 +21,15 @@ from megatron_mlra.training import batch_schedule
 
 FLAGS = ("--dry-run", "--dry-run-gpu")
 FOLDERS = ("--save", "--load")
+UNEVEN = (
+    "pipeline_model_parallel_layout",
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)
+"""Arguments under which pipeline stages have unequal numbers of layers, which the planner does not
+know."""
 MOST_RANKS = 16
 """Most ranks in the shard map. Of more tensor-parallel ranks, those in the middle are left out."""
 
@@ -66,6 +76,8 @@ def layout_of(args: Namespace) -> Layout:
 def _plan(args: Namespace, shape: ModelDescription) -> list[str]:
     if shape.mtp_num_layers:
         return ["plan: none, since the planner does not know multi-token prediction"]
+    if cut := _uneven(args):
+        return [f"plan: none, since the planner cuts layers evenly, and {cut} does not"]
     gpu, layout = find(args.dry_run_gpu), layout_of(args)
     held = memory(shape, layout, half=args.bf16 or args.fp16)
     fp8 = bool(args.fp8) and bool(gpu.fp8_tflops)
@@ -132,6 +144,12 @@ def _span(first: int, count: int) -> str:
     return str(first) if count == 1 else f"{first}-{first + count - 1}"
 
 
+def _uneven(args: Namespace) -> str | None:
+    """The first flag that cuts the layers unevenly over pipeline stages, if any."""
+    asked = (flag(name) for name in UNEVEN if getattr(args, name))
+    return next(asked, None) if args.pipeline_model_parallel_size > 1 else None
+
+
 def _stages(args: Namespace) -> list[str]:
     tp, pp, dp = (
         args.tensor_model_parallel_size,
@@ -140,8 +158,8 @@ def _stages(args: Namespace) -> list[str]:
     )
     chunks = args.virtual_pipeline_model_parallel_size or 1
     lines = [f"global rank = tp + {tp} (dp + {dp} pp); layers of a pipeline stage:"]
-    if args.pipeline_model_parallel_layout is not None or args.num_layers % (pp * chunks):
-        return [*lines, "  as --pipeline-model-parallel-layout and Megatron divide them"]
+    if cut := _uneven(args):
+        return [*lines, f"  as {cut} and Megatron divide them"]
     each = args.num_layers // (pp * chunks)
     for stage in range(pp):
         spans = (_span(each * (chunk * pp + stage) + 1, each) for chunk in range(chunks))

@@ -5,15 +5,13 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
-from megatron.training.utils import get_blend_and_blend_per_split
-
 from megatron_mlra.command_line.parser import say
 from megatron_mlra.command_line.ranks import first_of_host
 from megatron_mlra.fault_tolerance import fingerprint, saved_steps
 from megatron_mlra.fault_tolerance.handshake import World, meet
 from megatron_mlra.fault_tolerance.run_lock import RunLock
 from megatron_mlra.training.arguments import join_world
-from megatron_mlra.training.batches import check_data_contents
+from megatron_mlra.training.batches import check_data_contents, prefixes
 
 
 def meet_all(args: Namespace, given: dict[str, str], lock: RunLock | None) -> World:
@@ -49,9 +47,5 @@ def meet_all(args: Namespace, given: dict[str, str], lock: RunLock | None) -> Wo
 
 def _data_files(args: Namespace) -> list[str]:
     """The files of a run's datasets."""
-    if args.mock_data or args.skip_train:
-        return []
-    blend, per_split = get_blend_and_blend_per_split(args)
-    blends = [b for b in (blend, *(per_split or ())) if b is not None]
-    paths = {prefix + end for names, _ in blends for prefix in names for end in (".bin", ".idx")}
+    paths = {prefix + end for prefix in prefixes(args) for end in (".bin", ".idx")}
     return [path for path in paths if Path(path).is_file()]

@@ -17,16 +17,13 @@ import torch
 from megatron_mlra.description.model import ModelDescription
 from megatron_mlra.planner.layout import Layout
 from megatron_mlra.planner.memory import GIB, optimizer_bytes, rank_parameters
+from megatron_mlra.training.dry_run import UNEVEN
 
 UNCOUNTED = (
     "use_megatron_fsdp",
     "use_torch_fsdp2",
     "init_model_with_meta_device",
-    "pipeline_model_parallel_layout",
-    "decoder_first_pipeline_num_layers",
-    "decoder_last_pipeline_num_layers",
-    "account_for_embedding_in_pipeline_split",
-    "account_for_loss_in_pipeline_split",
+    *UNEVEN,
     "fp8_param_gather",
     "fp4_param_gather",
 )

@@ -38,7 +38,7 @@ def settle(args: Namespace, given: set[str]) -> None:
     unit = LENGTHS.index(lengths[0]) if lengths else int(in_samples)
     if lengths:
         setattr(args, LENGTHS[1 - unit], None)
-    batch = args.global_batch_size or args.micro_batch_size
+    batch = args.global_batch_size or (args.micro_batch_size or 1) * _replicas(args)
     for *names, none in PAIRS:
         ours, other = names[unit], names[1 - unit]
         count = getattr(args, other)
@@ -62,6 +62,12 @@ def settle(args: Namespace, given: set[str]) -> None:
         else:
             args.lr_warmup_fraction = None
     _fit_warmup(args, given, LENGTHS[unit], PAIRS[0][unit])
+
+
+def _replicas(args: Namespace) -> int:
+    """Data-parallel ranks. Without `--global-batch-size` each takes one micro-batch a step."""
+    cuts = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    return max(1, args.world_size // max(1, math.prod(getattr(args, name) for name in cuts)))
 
 
 def _fit_warmup(args: Namespace, given: set[str], length: str, warmup: str) -> None:

@@ -44,6 +44,8 @@ REPLACED = {
     "inprocess_restart": "is of Megatron's own entry; mlra launch restarts a job that fails",
     "logits_save_dir": "leaves every loss at 0 in Megatron 0.19.2; leave it out",
     "logits_load_dir": "is read by the loss of Megatron's own entry alone; leave it out",
+    "non_persistent_global_ckpt_dir": "is of checkpoints that are refused here; leave it out",
+    "non_persistent_local_ckpt_dir": "is of checkpoints that are refused here; leave it out",
     "sft": "reads conversations; use --packed-sequences to keep documents apart",
     "perform_rl_step": "needs Megatron's RL package; leave it out",
 }
@@ -283,17 +285,21 @@ def check_values(args: Namespace) -> None:
 
 
 def _check_saves(args: Namespace) -> None:
-    """Refuse saves that would fail once they are due, and a mode that Megatron only lists."""
+    """Refuse saves that a resume here does not check, and a mode that Megatron only lists."""
     interval = getattr(args, "non_persistent_save_interval", None)
     kind = getattr(args, "non_persistent_ckpt_type", None)
+    fix = f"save by --save-interval {interval or 'N'}; --save-retain-interval keeps every so many"
     if kind == "in_memory":
+        raise ValueError(f"--non-persistent-ckpt-type in_memory is not in Megatron 0.19.2; {fix}")
+    if kind is not None:
         raise ValueError(
-            "--non-persistent-ckpt-type in_memory is not in Megatron 0.19.2; use global"
+            f"--non-persistent-ckpt-type {kind}: a resume would load its checkpoints without a"
+            f" check, in place of what --ckpt-step names; {fix}"
         )
-    if interval is not None and kind is None:
+    if interval is not None:
         raise ValueError(
             f"--non-persistent-save-interval {interval} needs --non-persistent-ckpt-type; add"
-            " --non-persistent-ckpt-type global"
+            f" neither, since a resume would load such checkpoints without a check: {fix}"
         )
     if getattr(args, "rerun_mode", None) == "report_stats":
         raise ValueError(

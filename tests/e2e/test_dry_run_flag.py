@@ -128,3 +128,23 @@ def test_the_command_is_the_same_without_the_dry_run():
     assert " --nnodes 2 " in said and " --nproc-per-node 6 " in said
     # A tensor-parallel group stays within a node.
     assert " --nnodes 5 " in (said := command(20, argv, tp=4)) and " --nproc-per-node 4 " in said
+
+
+@pytest.mark.parametrize(
+    ("asked", "flag"),
+    [
+        (("--decoder-first-pipeline-num-layers", 1), "--decoder-first-pipeline-num-layers"),
+        (("--decoder-last-pipeline-num-layers", 1), "--decoder-last-pipeline-num-layers"),
+        (("--pipeline-model-parallel-layout", "Et|t*3L"), "--pipeline-model-parallel-layout"),
+        (
+            ("--num-layers", 3, "--account-for-embedding-in-pipeline-split"),
+            "--account-for-embedding-in-pipeline-split",
+        ),
+    ],
+)
+def test_stages_of_unequal_numbers_of_layers_are_not_told_as_equal(entry, tmp_path, asked, flag):
+    flags = ("--config", "debug", "--mock-data", "--pipeline-model-parallel-size", 2)
+    run = entry.run(tmp_path, *flags, *asked, "--dry-run", 2)
+    assert run.code == 0, run.err
+    assert f"plan: none, since the planner cuts layers evenly, and {flag} does not\n" in run.out
+    assert f"  as {flag} and Megatron divide them\n" in run.out and "  stage " not in run.out

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,6 +124,7 @@ def test_data_seed_orders_the_data_apart_from_the_weights(entry, trained, tmp_pa
         (("--held-out", "a=nowhere"), "nowhere.idx does not exist; make it with"),
         (("--held-out", "a=x", "a=y"), "--held-out names a twice"),
         (("--held-out", "a=x", "--packed-sequences"), "--packed-sequences keeps them apart"),
+        (("--held-out", "a=x", "--skip-train"), "--skip-train makes none; score"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(entry, preset, tmp_path, flags, said):
@@ -130,3 +133,31 @@ def test_bad_input_is_refused_in_one_line(entry, preset, tmp_path, flags, said):
     run = entry.run(tmp_path, "--config", preset, *flags)
     assert run.code == 2 and said in run.err
     assert run.err.count("\n") == 1
+
+
+def test_sets_beside_mock_data_are_checked_too(entry, preset, held, tmp_path):
+    """Another tokenizer's ids ended the run behind its last step, in an IndexError."""
+    other = tmp_path / "other"
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{held}{suffix}", f"{other}{suffix}")
+    metadata = json.loads(Path(f"{held}.json").read_text())
+    metadata["vocab_size"] = 1000
+    Path(f"{other}.json").write_text(json.dumps(metadata))
+    flags = ("--config", preset, "--mock-data", "--held-out", f"other={other}")
+    run = entry.run(tmp_path, *flags)
+    said = f"error: data {other} has a vocabulary of 1000, the model one of 257; use"
+    assert (run.code, run.err.count("\n")) == (2, 1) and run.err.startswith(said), run.err
+
+
+def test_hosts_with_other_sets_are_refused(entry, preset, held, tmp_path):
+    mine, theirs = tmp_path / "mine", tmp_path / "theirs"
+    for number, folder in enumerate((mine, theirs)):
+        folder.mkdir()
+        tokenize([f"a text of host {number}. " * 30], folder / "set")
+    hosts = [
+        {"name": "one", "mounts": [[str(mine), str(mine)]]},
+        {"name": "two", "mounts": [[str(theirs), str(mine)]]},
+    ]
+    flags = ("--config", preset, "--micro-batch-size", 1, "--held-out", mine / "set")
+    run = entry.run(tmp_path / "run", *flags, ranks=2, hosts=hosts)
+    assert run.code == 2 and f"the content of {mine}/set.bin" in run.err, run.err

@@ -7,6 +7,7 @@ from argparse import Namespace
 
 import pytest
 
+from megatron_mlra.checkpoint.tokenizer import data_prefixes
 from megatron_mlra.checkpoint.verify.summary import lines
 from support.random_checkpoint import RandomFolder, latent
 
@@ -53,3 +54,13 @@ def test_padding_of_the_vocabulary_is_counted_apart(tied, more):
     padded = lines(RandomFolder(latent(4, 4, padded_vocab_size=272, **sizes)))[0]
     assert f" parameters (+{more:,} of padding rows of the vocabulary), " in padded
     assert "padding" not in lines(RandomFolder(latent(4, 4, **sizes)))[0]
+
+
+def test_a_run_on_data_by_parts_has_the_tokenizer_of_what_it_trained_on(tmp_path):
+    folder = RandomFolder(latent(4, 4, tokenizer_type="NullTokenizer"), tmp_path)
+    prefix = str(tmp_path / "train")
+    folder.args = Namespace(data_path=None, train_data_path=["0.5", prefix], valid_data_path=["v"])
+    metadata = {"version": 1, "vocab_size": 257, "eod_id": 256, "tokenizer": {"type": "byte"}}
+    (tmp_path / "train.json").write_text(json.dumps(metadata))
+    said = "tokenizer: bytes, by the metadata of the run's data"
+    assert said in lines(folder) and data_prefixes(folder) == [prefix]

@@ -171,3 +171,15 @@ def test_a_start_reads_an_index_once(tmp_path, monkeypatch):
     (tmp_path / "saved/release/.metadata").touch()
     integrity.check_complete(tmp_path / "saved/release")
     assert len(reads) == 2
+
+
+def test_a_run_with_finetune_replaces_no_checkpoint_of_its_own_folder(tmp_path):
+    """It begins at step 0: it would write over the steps that it has loaded."""
+    args = Namespace(save=str(tmp_path), load=f"{tmp_path}/", finetune=True)
+    saved_steps.check_unused(args)
+    (tmp_path / saved_steps.TRACKER).write_text("release")  # weights of mlra convert
+    saved_steps.check_unused(args)
+    (tmp_path / saved_steps.TRACKER).write_text("12")
+    with pytest.raises(ValueError, match=r"step 12, which this run would replace, since --finetun"):
+        saved_steps.check_unused(args)
+    saved_steps.check_unused(Namespace(save=args.save, load=args.load, finetune=False))

@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_mlra.inference import cli
 from megatron_mlra.inference.cache import BlockTables, PagePool
 from megatron_mlra.inference.engine import Engine
 from megatron_mlra.inference.load import LoadOptions, load_model
@@ -370,3 +371,11 @@ def test_whatever_is_asked_pages_return_and_others_get_their_tokens(operations):
         assert request.output == wanted[: len(request.output)]
         if request.finish_reason == "length":
             assert request.output == wanted and request.id not in failing
+
+
+def test_a_seed_whose_prompts_have_none_left_is_named_by_its_flag(tmp_path, capsys):
+    argv = [str(tmp_path), "--prompt", "a", "--prompt", "b", "--seed", str(2**64 - 1)]
+    assert cli.main(argv) == 2
+    said = capsys.readouterr().err
+    fix = f"leaves none for the last of 2 prompts; use at most {2**64 - 2}\n"
+    assert said.endswith(f"--seed {2**64 - 1} {fix}")

@@ -195,3 +195,14 @@ def test_schedules_that_cannot_be_are_one_line(argv, said):
     with pytest.raises(ValueError) as error:
         parse([*BASE, *argv])
     assert str(error.value) == said
+
+
+def test_without_a_global_batch_a_step_is_a_micro_batch_of_every_replica(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    (tmp_path / "p.yaml").write_text("base: debug\nglobal_batch_size: null\nmicro_batch_size: 2\n")
+    argv = ["--config", str(tmp_path / "p.yaml"), "--mock-data", "--context-parallel-size", "2"]
+    args = parse([*argv, "--train-samples", "800"])  # 4 replicas, 20 steps of warm-up
+    assert args.lr_warmup_samples == 20 * 2 * 4
+    said = "--lr-warmup-iters 3 counts steps and .* samples; use --lr-warmup-samples 24"
+    with pytest.raises(ValueError, match=said):
+        parse([*argv, "--train-samples", "800", "--lr-warmup-iters", "3"])
