@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from measured import FOLDERS, ROOT, VERSIONS, Result, kind, results
+from megatron_mlra.benchmarks.gpus import listed_gpus
 from megatron_mlra.command_line.parser import OneLineParser, make_folder, run, write_text
 from pieces import Piece, read_queue
 
@@ -74,30 +75,9 @@ def commit_of(root: Path, dirty: bool) -> str:
 
 
 def visible_gpus() -> list[dict[str, str]]:
-    """`index`, `name` and `driver` of each GPU that nvidia-smi lists; where CUDA_VISIBLE_DEVICES is
-    set, of the GPUs that it lists by index.
-
-    Raises:
-        ValueError: CUDA_VISIBLE_DEVICES names something else.
-    """
-    keys = {"index": "index", "name": "name", "driver": "driver_version"}
-    asked = ["nvidia-smi", f"--query-gpu={','.join(keys.values())}", "--format=csv,noheader"]
-    try:
-        listed = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return []
-    found = [dict(zip(keys, line.split(", "), strict=True)) for line in listed.splitlines()]
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is None:
-        return found
-    by_index = {gpu["index"]: gpu for gpu in found}
-    indices = [each.strip() for each in chosen.split(",") if each.strip()]
-    if strange := [index for index in indices if index not in by_index]:
-        raise ValueError(
-            f"CUDA_VISIBLE_DEVICES={chosen}: {strange[0]} is not one of {', '.join(by_index)};"
-            " list GPUs by the index that nvidia-smi shows"
-        )
-    return [by_index[index] for index in indices]
+    """`index`, `name` and `driver` of each GPU, see `listed_gpus`."""
+    found = listed_gpus("index", "name", "driver_version")
+    return [dict(zip(("index", "name", "driver"), gpu, strict=True)) for gpu in found]
 
 
 @dataclass

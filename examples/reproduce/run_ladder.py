@@ -22,6 +22,7 @@ from pathlib import Path
 import beyond
 from ladder import Ladder, RunSpec
 from megatron_mlra.benchmarks.commit import commit
+from megatron_mlra.benchmarks.gpus import listed_gpus
 from megatron_mlra.command_line.parser import OneLineParser, run, write_json
 from run_results import (
     BEGUN,
@@ -297,28 +298,8 @@ class Runner:
 
 
 def visible_gpus() -> list[tuple[str, str]]:
-    """(index, name) of the machine's GPUs by nvidia-smi; where CUDA_VISIBLE_DEVICES is set, of the
-    GPUs that it lists by index.
-
-    Raises:
-        ValueError: CUDA_VISIBLE_DEVICES names something else.
-    """
-    asked = ["nvidia-smi", "--query-gpu=index,name", "--format=csv,noheader"]
-    try:
-        listed = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return []
-    names = dict(line.split(", ", 1) for line in listed.splitlines())
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is None:
-        return list(names.items())
-    indices = [each.strip() for each in chosen.split(",") if each.strip()]
-    if strange := [index for index in indices if index not in names]:
-        raise ValueError(
-            f"CUDA_VISIBLE_DEVICES={chosen}: {strange[0]} is not one of {', '.join(names)};"
-            " list GPUs by the index that nvidia-smi shows"
-        )
-    return [(index, names[index]) for index in indices]
+    """(index for CUDA_VISIBLE_DEVICES, name) of each GPU, see `listed_gpus`."""
+    return [(index, name) for index, name in listed_gpus("index", "name")]
 
 
 def status(ladder: Ladder, corpus: Corpus, work: Path) -> str:
