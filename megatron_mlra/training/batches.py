@@ -26,7 +26,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_mlra.command_line.parser import say
 from megatron_mlra.data.contents import cache_folder, check_contents
-from megatron_mlra.data.index import Index, read_index
+from megatron_mlra.data.index import Index, count_tokens, read_index
 from megatron_mlra.data.metadata import read_metadata, two_tokenizers
 from megatron_mlra.data.prefixes import NO_DATA, check_files, is_number
 from megatron_mlra.evaluation.held_out import end_of_document
@@ -264,7 +264,7 @@ def _weighted(blend: Any) -> Any:
     """
     if blend is None or blend[1] is not None or len(blend[0]) == 1:
         return blend
-    return blend[0], [float(read_index(prefix).lengths.sum()) for prefix in blend[0]]
+    return blend[0], [float(count_tokens(prefix)) for prefix in blend[0]]
 
 
 def _say_other_order(train: Any, planned: int | None, now: int, args: Namespace) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_mlra.data.errors import InputError
-from megatron_mlra.data.index import read_index
+from megatron_mlra.data.index import count_tokens, read_index
 
 LENGTHS = [3, 1, 0, 7, 2]
 
@@ -28,6 +28,7 @@ def test_a_whole_index_is_read(tmp_path):
     index = read_index(str(tmp_path / "data"))
     assert index.lengths.tolist() == LENGTHS
     assert (index.tokens(0, 5), index.tokens(2, 3), index.tokens(3, 5)) == (13, 0, 9)
+    assert count_tokens(str(tmp_path / "data")) == 13
 
 
 def test_documents_of_several_sequences_and_of_none_are_megatrons_too(tmp_path):
