@@ -42,24 +42,23 @@ def check_unused(args: Namespace) -> None:
     Raises:
         ValueError: names the step of the newest checkpoint, and the fix.
     """
-    folder = Path(args.save)
-    begins = getattr(args, "finetune", None) and same_folder(args)
-    if same_folder(args) and not begins:
+    folder, continues = Path(args.save), same_folder(args)
+    if continues and not getattr(args, "finetune", None):
         return
     step = latest_step(folder)
     if step is None and (saved := saved_without_tracker(folder)):
         step = step_of(saved[0])
-    if begins and step:
-        raise ValueError(
-            f"--save {folder} holds a checkpoint of step {step:,}, which this run would replace,"
-            " since --finetune begins at step 0; use another --save, or leave --finetune out to"
+    if step is None or (continues and not step):
+        return
+    fix = f"; add --load {shlex.quote(args.save)} to continue it, or use another folder"
+    if continues:
+        fix = (
+            ", since --finetune begins at step 0; use another --save, or leave --finetune out to"
             " continue"
         )
-    if step is not None and not begins:
-        raise ValueError(
-            f"--save {folder} holds a checkpoint of step {step:,}, which this run would replace;"
-            f" add --load {shlex.quote(args.save)} to continue it, or use another folder"
-        )
+    raise ValueError(
+        f"--save {folder} holds a checkpoint of step {step:,}, which this run would replace{fix}"
+    )
 
 
 def to_load(args: Namespace) -> list[Path]:
